@@ -1,0 +1,238 @@
+"""Every setting, declared once: the job file, the command line, the Prefect form and Python share these classes.
+
+Reads no files, no environment. What changes answers stands in `ModelConfig` and the steps; what changes only speed
+stands in `RuntimeConfig`.
+"""
+
+from __future__ import annotations
+
+import string
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
+StepName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
+
+
+def _number_fields(schema: dict[str, Any]) -> None:
+    # The Prefect form sorts the fields of a nested class by name unless each carries its position.
+    for position, field in enumerate(schema.get("properties", {}).values()):
+        field["position"] = position
+
+
+class Settings(BaseModel):
+    """Frozen, refuses unknown keys, keeps the order of declaration in forms."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", json_schema_extra=_number_fields, use_attribute_docstrings=False
+    )
+
+
+class ModelConfig(Settings):
+    """Which checkpoint answers, and in which numbers."""
+
+    path: str = Field(
+        min_length=1,
+        description="Directory of a ChatGLM2 checkpoint in its original layout, or a hub id such as THUDM/chatglm2-6b.",
+    )
+    revision: str | None = Field(
+        None, description="Commit of the hub repository; required for a hub id, refused for a directory."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Numbers to compute in; auto is bfloat16 on CUDA and float32 on CPU."
+    )
+    rope_scaling: Literal["linear", "ntk"] | None = Field(
+        None,
+        description="How a rope_ratio other than 1 stretches positions: linear (chatglm2-6b-32k, taken when empty) "
+        "divides positions; ntk multiplies the rotary base (chatglm3-6b-32k).",
+    )
+
+
+class DataConfig(Settings):
+    """Where the rows come from and where the answers go."""
+
+    input: str = Field(min_length=1, description="A Parquet file, a folder of them, or a glob such as in/day=*/*.parquet.")
+    output: str = Field(min_length=1, description="Folder for the answers; made when absent, mirrors the input's folders.")
+    text_column: str = Field("text", min_length=1, description="Column that holds the text; a prompt calls it {text}.")
+    id_column: str | None = Field(
+        None, description="Column that names a row in error lists; empty: rows are named by their number in the file."
+    )
+    rows_per_fragment: int = Field(
+        10_000, ge=1, le=10_000_000, description="Rows in one unit of work, retry and commit."
+    )
+    limit: int | None = Field(None, ge=1, description="Process only the first so many rows; empty: all.")
+
+
+class Step(Settings):
+    """What the two kinds of step share."""
+
+    name: StepName = Field(description="Name of the step and of its answer column; later prompts call it {name}.")
+    prompt_template: str = Field(
+        "{text}", min_length=1, description="Prompt of a row; {column} is replaced by the row's value, {{ }} are braces."
+    )
+    system_prompt: str | None = Field(
+        None, description="Instruction set before the first round of the chat form; empty: none."
+    )
+    max_input_tokens: int | None = Field(
+        None, ge=1, description="Longest prompt in tokens; empty: what the model's positions leave."
+    )
+    on_too_long: Literal["error", "truncate"] = Field(
+        "error", description="A longer prompt is an error of its row, or its text is cut at the end until it fits."
+    )
+    model: ModelConfig | None = Field(None, description="Checkpoint of this step alone; empty: the job's model.")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _path_alone(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _placeholders(cls, template: str) -> str:
+        placeholders(template)
+        return template
+
+
+class ClassifyStep(Step):
+    """Choose one label for each row."""
+
+    kind: Literal["classify"] = "classify"
+    labels: list[str] | None = Field(
+        None, description="Labels to choose from; empty: the labels of the checkpoint's trained head."
+    )
+    chat: bool | None = Field(
+        None, description="Put the prompt in the chat form; empty: yes without a trained head, no with one."
+    )
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct_labels(cls, labels: list[str] | None) -> list[str] | None:
+        if labels is None:
+            return None
+        if len(labels) < 2:
+            raise ValueError(f"a choice needs at least two labels; it has {labels}")
+        if any(not label.strip() for label in labels):
+            raise ValueError(f"a label is empty: {labels}")
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        if repeated:
+            raise ValueError(f"labels repeat: {repeated}")
+        return labels
+
+
+class GenerateStep(Step):
+    """Write a text for each row."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    kind: Literal["generate"] = "generate"
+    chat: bool = Field(True, description="Put the prompt in the chat form the model was trained on.")
+    max_tokens: int = Field(
+        256, ge=1, le=32_768, alias="max_new_tokens", description="Most tokens to write for a row."
+    )
+    temperature: float = Field(0.0, ge=0, le=10, description="0 takes the likeliest token; above 0 samples.")
+    top_p: float = Field(0.8, gt=0, le=1, description="Sample among the likeliest tokens of this total probability.")
+    top_k: int = Field(50, ge=0, description="Sample among so many likeliest tokens; 0: no such limit.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of sampling; each row draws from (seed, row key).")
+    stop: list[str] = Field(default_factory=list, description="Texts that end an answer; they are not part of it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hint_max_length(cls, values: object) -> object:
+        if isinstance(values, dict) and "max_length" in values:
+            raise ValueError("max_length would count the prompt too; set max_tokens (and max_input_tokens) instead")
+        return values
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, stop: list[str]) -> list[str]:
+        if any(not text for text in stop):
+            raise ValueError("an empty stop text would end every answer at once")
+        return stop
+
+
+AnyStep = Annotated[ClassifyStep | GenerateStep, Field(discriminator="kind")]
+
+
+class RuntimeConfig(Settings):
+    """What changes only speed; changing it never starts work over."""
+
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (CUDA when there is one), cpu, cuda or cuda:N."
+    )
+    max_batch_tokens: int | None = Field(
+        None, ge=16, description="Most tokens in one packed forward; empty: 2,048 on CPU, 16,384 on CUDA."
+    )
+    max_slots: int | None = Field(
+        None, ge=1, le=4096, description="Most rows generated at once; empty: 32 on CPU, from free memory on CUDA."
+    )
+    fragments_in_flight: int = Field(2, ge=1, le=64, description="Fragments worked on at once; they share one engine.")
+    retries: int = Field(3, ge=0, le=20, description="Times a task is tried again after the machine failed.")
+    retry_delay_seconds: float = Field(2.0, ge=0, le=3600, description="First wait before a retry; it doubles, with jitter.")
+
+
+class JobConfig(Settings):
+    """One job: rows in, one answer column group for each step out."""
+
+    data: DataConfig = Field(description="Where the rows come from and where the answers go.")
+    model: ModelConfig = Field(description="The checkpoint that answers, unless a step names its own.")
+    steps: list[AnyStep] = Field(min_length=1, description="Questions asked of each row, in order.")
+    on_error: Literal["raise", "quarantine", "null"] = Field(
+        "quarantine",
+        description="A bad row or file: raise stops the run and publishes nothing; quarantine keeps the row with its "
+        "reason, lists it and ends with exit code 3; null keeps the row with its reason and ends as done.",
+    )
+    max_error_rate: float = Field(
+        0.1, ge=0, le=1, description="Share of rows that may fail; above it nothing is published."
+    )
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="Speed only.")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _path_alone(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("on_error", mode="before")
+    @classmethod
+    def _yaml_null(cls, value: object) -> object:
+        return "null" if value is None else value
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> JobConfig:
+        seen: dict[str, str] = {}
+        for step in self.steps:
+            for column in answer_columns(step):
+                if column in seen:
+                    raise ValueError(f"steps {seen[column]!r} and {step.name!r} both write a column {column!r}; rename one")
+                seen[column] = step.name
+        return self
+
+    def model_of(self, step: Step) -> ModelConfig:
+        """The checkpoint that answers `step`."""
+        return step.model or self.model
+
+
+def answer_columns(step: Step) -> list[str]:
+    """Names of the output columns of `step`, in order."""
+    name = step.name
+    if isinstance(step, ClassifyStep):
+        middle = [f"{name}_score", f"{name}_scores", f"{name}_margin"]
+    else:
+        middle = [f"{name}_finish_reason", f"{name}_prompt_tokens", f"{name}_completion_tokens"]
+    return [name, *middle, f"{name}_error", f"{name}_error_type", f"{name}_key"]
+
+
+def placeholders(template: str) -> list[str]:
+    """Names that `template` takes from the row, in order, each once; ValueError when it is not a plain template."""
+    names: list[str] = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if spec or conversion or not name or any(mark in name for mark in ".[]"):
+            raise ValueError(
+                f"placeholder {{{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}}} "
+                "must be a plain column name; write {{ and }} for braces"
+            )
+        if name not in names:
+            names.append(name)
+    return names

@@ -1,0 +1,42 @@
+"""The errors a caller can meet. Knows nothing of Prefect, files or tensors.
+
+    GlmbatchError
+    ├── InputError          the caller must change something; never retried
+    │   ├── UnreadableFile  one Parquet file (or a part of it) cannot be read
+    │   └── BadRow          a row cannot be processed and on_error is "raise"
+    ├── TransientError      the machine failed; the same call may succeed later; retried
+    │   └── OutOfMemory     the device is full even after the engine's own back-off
+    └── AuditError          the work is done but not fit to be published
+
+A message is one line and says where, what was seen, and which setting to change.
+"""
+
+from __future__ import annotations
+
+
+class GlmbatchError(Exception):
+    """Any error that glmbatch raises on purpose."""
+
+
+class InputError(GlmbatchError):
+    """The caller must change something; trying again gives the same error."""
+
+
+class UnreadableFile(InputError):
+    """One Parquet file, or one fragment of it, cannot be read."""
+
+
+class BadRow(InputError):
+    """A row cannot be processed and the job says `on_error: raise`."""
+
+
+class TransientError(GlmbatchError):
+    """The machine failed; trying the same call again may succeed."""
+
+
+class OutOfMemory(TransientError):
+    """The device has no room even for the smallest batch."""
+
+
+class AuditError(GlmbatchError):
+    """The run's answers are not fit to be published; nothing was."""
