@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
+TEXT = "text"  # the placeholder of data.text_column, whatever that column is called
 StepName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 
 
@@ -52,8 +53,12 @@ class ModelConfig(Settings):
 class DataConfig(Settings):
     """Where the rows come from and where the answers go."""
 
-    input: str = Field(min_length=1, description="A Parquet file, a folder of them, or a glob such as in/day=*/*.parquet.")
-    output: str = Field(min_length=1, description="Folder for the answers; made when absent, mirrors the input's folders.")
+    input: str = Field(
+        min_length=1, description="A Parquet file, a folder of them, or a glob such as in/day=*/*.parquet."
+    )
+    output: str = Field(
+        min_length=1, description="Folder for the answers; made when absent, mirrors the input's folders."
+    )
     text_column: str = Field("text", min_length=1, description="Column that holds the text; a prompt calls it {text}.")
     id_column: str | None = Field(
         None, description="Column that names a row in error lists; empty: rows are named by their number in the file."
@@ -69,7 +74,9 @@ class Step(Settings):
 
     name: StepName = Field(description="Name of the step and of its answer column; later prompts call it {name}.")
     prompt_template: str = Field(
-        "{text}", min_length=1, description="Prompt of a row; {column} is replaced by the row's value, {{ }} are braces."
+        "{text}",
+        min_length=1,
+        description="Prompt of a row; {column} is replaced by the row's value, {{ }} are braces.",
     )
     system_prompt: str | None = Field(
         None, description="Instruction set before the first round of the chat form; empty: none."
@@ -127,9 +134,7 @@ class GenerateStep(Step):
 
     kind: Literal["generate"] = "generate"
     chat: bool = Field(True, description="Put the prompt in the chat form the model was trained on.")
-    max_tokens: int = Field(
-        256, ge=1, le=32_768, alias="max_new_tokens", description="Most tokens to write for a row."
-    )
+    max_tokens: int = Field(256, ge=1, le=32_768, alias="max_new_tokens", description="Most tokens to write for a row.")
     temperature: float = Field(0.0, ge=0, le=10, description="0 takes the likeliest token; above 0 samples.")
     top_p: float = Field(0.8, gt=0, le=1, description="Sample among the likeliest tokens of this total probability.")
     top_k: int = Field(50, ge=0, description="Sample among so many likeliest tokens; 0: no such limit.")
@@ -166,9 +171,14 @@ class RuntimeConfig(Settings):
     max_slots: int | None = Field(
         None, ge=1, le=4096, description="Most rows generated at once; empty: 32 on CPU, from free memory on CUDA."
     )
+    max_loaded_models: int | None = Field(
+        None, ge=1, description="Models loaded at once; empty: all of the job where they fit in memory, else one."
+    )
     fragments_in_flight: int = Field(2, ge=1, le=64, description="Fragments worked on at once; they share one engine.")
     retries: int = Field(3, ge=0, le=20, description="Times a task is tried again after the machine failed.")
-    retry_delay_seconds: float = Field(2.0, ge=0, le=3600, description="First wait before a retry; it doubles, with jitter.")
+    retry_delay_seconds: float = Field(
+        2.0, ge=0, le=3600, description="First wait before a retry; it doubles, with jitter."
+    )
 
 
 class JobConfig(Settings):
@@ -201,15 +211,29 @@ class JobConfig(Settings):
     def _names_are_distinct(self) -> JobConfig:
         seen: dict[str, str] = {}
         for step in self.steps:
+            if step.name == TEXT:
+                raise ValueError("a step cannot be named 'text': a prompt's {text} is the text column; rename it")
             for column in answer_columns(step):
                 if column in seen:
-                    raise ValueError(f"steps {seen[column]!r} and {step.name!r} both write a column {column!r}; rename one")
+                    raise ValueError(
+                        f"steps {seen[column]!r} and {step.name!r} both write a column {column!r}; rename one"
+                    )
                 seen[column] = step.name
         return self
 
     def model_of(self, step: Step) -> ModelConfig:
         """The checkpoint that answers `step`."""
         return step.model or self.model
+
+    def earlier_steps(self, step: Step) -> list[str]:
+        """Names of the steps whose answers the prompt of `step` uses, in the order they run."""
+        before = [earlier.name for earlier in self.steps[: self.steps.index(step)]]  # type: ignore[arg-type]
+        return [name for name in before if name in placeholders(step.prompt_template)]
+
+    def source_columns(self, step: Step) -> dict[str, str]:
+        """The source column behind each placeholder of `step` that is not an earlier answer."""
+        names = [name for name in placeholders(step.prompt_template) if name not in self.earlier_steps(step)]
+        return {name: self.data.text_column if name == TEXT else name for name in names}
 
 
 def answer_columns(step: Step) -> list[str]:
@@ -228,7 +252,7 @@ def placeholders(template: str) -> list[str]:
     for _, name, spec, conversion in string.Formatter().parse(template):
         if name is None:
             continue
-        if spec or conversion or not name or any(mark in name for mark in ".[]"):
+        if spec or conversion or not name or name.isdigit() or any(mark in name for mark in ".[]"):
             raise ValueError(
                 f"placeholder {{{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}}} "
                 "must be a plain column name; write {{ and }} for braces"

@@ -2,7 +2,7 @@
 
     GlmbatchError
     ├── InputError          the caller must change something; never retried
-    │   ├── UnreadableFile  one Parquet file (or a part of it) cannot be read
+    │   ├── UnusableFile    one Parquet file, or a part of it, cannot be read or does not fit the job
     │   └── BadRow          a row cannot be processed and on_error is "raise"
     ├── TransientError      the machine failed; the same call may succeed later; retried
     │   └── OutOfMemory     the device is full even after the engine's own back-off
@@ -22,8 +22,8 @@ class InputError(GlmbatchError):
     """The caller must change something; trying again gives the same error."""
 
 
-class UnreadableFile(InputError):
-    """One Parquet file, or one fragment of it, cannot be read."""
+class UnusableFile(InputError):
+    """One Parquet file, or one fragment of it, cannot be read or does not fit the job."""
 
 
 class BadRow(InputError):

@@ -18,16 +18,19 @@ class ClassifyRequest:
     """One prompt to score.
 
     `label_ids` holds the token ids of each label for zero-shot scoring; None asks the checkpoint's trained head.
+    `shared_tokens` says how many leading ids many requests have in common (the template before the text); their keys
+    and values are then computed once. It changes speed, and scores by rounding only.
     """
 
     index: int
     prompt_ids: Sequence[int]
     label_ids: tuple[tuple[int, ...], ...] | None = None
+    shared_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifyResult:
-    """`scores`: logits of the trained head, or the log-likelihood of each whole label (sum over its tokens, natural log).
+    """`scores`: logits of the trained head, or the log-likelihood of each whole label (natural log, sum over tokens).
 
     `error` says why there are none, in which case `scores` is empty; batch-mates are not touched by it.
     """
@@ -42,7 +45,8 @@ class GenerateRequest:
     """One prompt to continue.
 
     `temperature` 0 is greedy. `seed` (64 bits) fixes the draws of this request whatever its batch-mates.
-    `should_stop` is asked after each token with all ids so far; it must not keep the sequence.
+    `should_stop` is asked after each token with all ids so far; it must not keep the sequence. `shared_tokens` as in
+    `ClassifyRequest`.
     """
 
     index: int
@@ -53,6 +57,7 @@ class GenerateRequest:
     top_k: int = 0
     seed: int = 0
     should_stop: Callable[[Sequence[int]], bool] | None = None
+    shared_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

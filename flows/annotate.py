@@ -1,0 +1,33 @@
+"""The main job: every row of the input, answered by every step, beside its own columns in the output."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from prefect import flow
+from prefect.utilities.annotations import quote
+
+from glmbatch.config import JobConfig
+from glmbatch.planning import Work, job_models
+from glmbatch.publishing import Summary
+from tasks.fragment import Answers, submit_fragment
+from tasks.ingest import assign, ingest
+from tasks.model import locate_model, prepare_model
+from tasks.policies import configured, in_window
+from tasks.write import publish
+
+
+@flow(name="annotate", flow_run_name="annotate {job.data.input}")
+def annotate(job: JobConfig) -> Summary:
+    """Run the job and return what happened; a run that fails publishes nothing."""
+    run = configured(ingest, job)(job)
+    located = [configured(locate_model, job)(model, job.runtime) for model in job_models(job)]
+    models = [configured(prepare_model, job)(model) for model in located]
+    # Quoted: Prefect would walk each fragment of a large object.
+    work: Work = configured(assign, job)(job, quote(run), models)
+    answers: Answers = {}
+    for steps in work.passes:
+        submit = partial(submit_fragment, job, steps, answers)
+        finished = in_window(work.fragments, submit, job.runtime.fragments_in_flight)
+    summary: Summary = configured(publish, job)(job, quote(run), quote([results[-1] for results in finished]))
+    return summary

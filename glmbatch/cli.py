@@ -1,0 +1,173 @@
+"""The command line over the same settings as the job file, the Prefect form and Python.
+
+    glmbatch run JOB      answer every row, under Prefect        glmbatch plan JOB      what would run and why
+    glmbatch doctor MODEL     what a checkpoint is, and what is wrong with it
+
+Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined rows, 130/143 interrupted (run again to
+go on). Results go to stdout, progress and errors to stderr. Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from glmbatch import __version__
+from glmbatch.config import JobConfig
+from glmbatch.errors import GlmbatchError, InputError
+from glmbatch.jobfile import load_job
+
+DONE, FAILED, BAD_INPUT, QUARANTINED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
+# A server of our own, for this process alone, when the user has set none: quiet, local, patient on a busy machine.
+PREFECT_DEFAULTS = {
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",  # failures are told once, by us, on one line
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        code: int = parsed.command(parsed)
+        return code
+    except InputError as error:
+        return _complain(error, BAD_INPUT)
+    except GlmbatchError as error:
+        return _complain(error, FAILED)
+    except KeyboardInterrupt:
+        print("glmbatch: interrupted; run the same command again to go on.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _complain(error: Exception, code: int) -> int:
+    for line in str(error).splitlines():
+        print(f"glmbatch: {line}", file=sys.stderr)
+    return code
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    if parsed.dry_run:
+        return _plan(parsed)
+    job = load_job(parsed.job, _overrides(parsed))
+    from glmbatch.planning import plan_run
+
+    plan_run(job)  # what is wrong with the input is told at once, before a server starts
+    for name, value in PREFECT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    # The one place where glmbatch looks up: the command line runs the flow, the flow runs glmbatch.
+    from prefect.exceptions import TerminationSignal
+
+    from flows.annotate import annotate
+    from glmbatch.display import showing_progress
+    from glmbatch.publishing import describe
+
+    try:
+        with showing_progress():
+            summary = annotate(job)
+    except TerminationSignal:
+        print("glmbatch: terminated; run the same command again to go on.", file=sys.stderr)
+        return TERMINATED
+    print(describe(summary))
+    return QUARANTINED if summary.quarantined else DONE
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    job = load_job(parsed.job, _overrides(parsed))
+    from glmbatch.preview import describe_plan, preview
+
+    print(describe_plan(preview(job)))
+    return DONE
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from glmbatch.glm.doctor import describe, examine
+    from glmbatch.glm.hub import locate_checkpoint
+
+    diagnosis = examine(locate_checkpoint(parsed.model, parsed.revision))
+    print(describe(diagnosis))
+    return BAD_INPUT if diagnosis.problems else DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="glmbatch",
+        description="Classify and generate over Parquet with ChatGLM2-6B.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined rows, "
+        "130/143 interrupted (run again to go on).",
+    )
+    parser.add_argument("--version", action="version", version=f"glmbatch {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say on stderr what is being done")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="answer every row and publish the answers")
+    run.add_argument("--dry-run", action="store_true", help="only say what would run, as `glmbatch plan` does")
+    run.set_defaults(command=_run)
+    plan = commands.add_parser("plan", help="say what would run and why; loads no model, writes nothing")
+    plan.set_defaults(command=_plan)
+    for command in (run, plan):
+        _add_job(command)
+    doctor = commands.add_parser("doctor", help="say what a checkpoint is and what is wrong with it")
+    doctor.add_argument("model", metavar="MODEL", help="directory of a checkpoint, or a hub id")
+    doctor.add_argument("--revision", help="commit of the hub repository")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_job(command: argparse.ArgumentParser) -> None:
+    """The job file, and a flag for each setting of the job outside its steps."""
+    command.add_argument("job", metavar="JOB", help="job file, YAML or JSON")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any setting by its place, such as steps.0.max_tokens=32 (VALUE as in YAML)",
+    )
+    flags = command.add_argument_group("settings", "Each overrides the job file.")
+    for name, field in _leaves(JobConfig):
+        last = name.rpartition(".")[2]
+        short = "model" if name == "model.path" else last
+        flags.add_argument(
+            f"--{short.replace('_', '-')}",
+            *([f"--{name.replace('_', '-')}"] if short != name else []),
+            dest=name,
+            metavar="VALUE",
+            help=(field.description or "").replace("%", "%%"),
+        )
+
+
+def _leaves(settings: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """The dotted name of each setting that is not a group or the list of steps."""
+    for name, field in settings.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _leaves(kind, f"{prefix}{name}.")
+        elif name != "steps":
+            yield f"{prefix}{name}", field
+
+
+def _overrides(parsed: argparse.Namespace) -> dict[str, object]:
+    import yaml
+
+    values = vars(parsed)
+    overrides: dict[str, object] = {name: values[name] for name, _ in _leaves(JobConfig) if values[name] is not None}
+    for pair in parsed.set:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"--set {pair}: is not NAME=VALUE.")
+        overrides[name] = yaml.safe_load(value)
+    return overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Which files there are, whether the job fits them, and how they are cut into fragments. Reads footers, no rows.
+
+A fragment is a row range of one file: the unit of work, of retry and of commit. Its name is the file's path below the
+input and its first row, so new files rename nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+from pydantic import BaseModel
+
+from glmbatch.config import DataConfig, JobConfig, answer_columns
+from glmbatch.data.parquet import check_column, open_parquet, read_rows, readable
+from glmbatch.data.storage import digest_file, find_files
+from glmbatch.errors import InputError, UnusableFile
+
+
+class Fragment(BaseModel, frozen=True, extra="forbid"):
+    """Rows `first_row` to `first_row + rows` of one file, and the row groups that hold them.
+
+    `skip_rows` of the first row group belong to the fragment before. `digest` is that of the whole file, `stamp` its
+    size in bytes and time of change in nanoseconds when it was planned.
+    """
+
+    source: str
+    path: str
+    digest: str
+    stamp: tuple[int, int]
+    first_row: int
+    rows: int
+    row_groups: tuple[int, ...]
+    skip_rows: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}@{self.first_row}"
+
+    @property
+    def output_name(self) -> str:
+        """Path of the fragment's file below the output; distinct for distinct fragments."""
+        source = PurePosixPath(self.source)
+        return str(source.parent / f"{source.name.removesuffix('.parquet')}-{self.first_row:010d}.parquet")
+
+
+class FileFault(BaseModel, frozen=True, extra="forbid"):
+    """A file that this run leaves out, and why."""
+
+    source: str
+    reason: str
+
+
+class Plan(BaseModel, frozen=True, extra="forbid"):
+    """All fragments of a run, in the order of their names, and the files that cannot be used."""
+
+    fragments: tuple[Fragment, ...]
+    unusable: tuple[FileFault, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(fragment.rows for fragment in self.fragments)
+
+
+def plan_fragments(job: JobConfig, *, digests: bool = True) -> Plan:
+    """Check every file of the job's input against the job and cut it into fragments.
+
+    InputError when the job fits no file or an answer's name collides, or, under `on_error: raise`, when any file
+    cannot be used; else such files are listed in the plan. Without `digests` nothing but footers is read.
+    """
+    root, names = find_files(job.data.input)
+    _refuse_nesting(root, names, job.data)
+    ranges: list[Fragment] = []
+    faults: list[FileFault] = []
+    for name in names:
+        try:
+            ranges += _fragments_of(root, name, job)
+        except UnusableFile as error:
+            if job.on_error == "raise":
+                raise
+            faults.append(FileFault(source=name, reason=str(error)))
+    if not ranges:
+        raise InputError(f"{job.data.input}: none of {len(names)} files can be used; the first: {faults[0].reason}")
+    if digests:
+        ranges = _with_digests(ranges)
+    return Plan(fragments=tuple(_limited(ranges, job.data.limit)), unusable=tuple(faults))
+
+
+def _refuse_nesting(root: Path, names: list[str], data: DataConfig) -> None:
+    """Answers must not lie where the next run, or a reader of the output, would take them for something else."""
+    output = Path(data.output).resolve()
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{data.output}: is a file where a folder is expected. Set data.output.")
+    recursive = Path(data.input).is_dir() or "**" in data.input
+    if recursive and (output == root.resolve() or root.resolve() in output.parents):
+        raise InputError(
+            f"{data.output}: lies inside the input {root}, so answers would be read as rows. Set data.output."
+        )
+    for name in names:
+        if output in (root / name).resolve().parents:
+            raise InputError(
+                f"{data.output}: holds the input file {root / name}. Set data.output to a folder of its own."
+            )
+
+
+def _fragments_of(root: Path, name: str, job: JobConfig) -> list[Fragment]:
+    path = root / name
+    with readable(path):
+        stamp = _stamp(path)
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+        group_rows = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
+        if sum(group_rows) != file.metadata.num_rows:
+            raise UnusableFile(f"{path}: its row groups hold {sum(group_rows)} rows, its footer says otherwise.")
+    check_schema(path, name, schema, job)
+    return [
+        Fragment(
+            source=name,
+            path=str(path),
+            digest="",
+            stamp=stamp,
+            first_row=first_row,
+            rows=rows,
+            row_groups=row_groups,
+            skip_rows=skip_rows,
+        )
+        for first_row, rows, row_groups, skip_rows in cut(group_rows, job.data.rows_per_fragment)
+    ]
+
+
+def check_schema(path: Path, name: str, schema: pa.Schema, job: JobConfig) -> None:
+    """Check that the job's prompts and answers fit a file of this schema.
+
+    InputError for a name that collides; UnusableFile for a column that is missing or holds no text, because other
+    files may have it.
+    """
+    folders = [part.split("=", 1)[0] for part in PurePosixPath(name).parts[:-1] if "=" in part]
+    taken = {column.casefold(): column for column in [*folders, *schema.names]}
+    for step in job.steps:
+        for column in answer_columns(step):
+            if column.casefold() in taken:
+                seen = taken[column.casefold()]
+                raise InputError(
+                    f"{path}: already has a column {seen!r}, which step {step.name!r} would write. Rename the step."
+                )
+    try:
+        for index, step in enumerate(job.steps):
+            for column in job.source_columns(step).values():
+                text = column == job.data.text_column
+                setting = "data.text_column" if text else f"steps[{index}].prompt_template"
+                check_column(str(path), schema, column, setting, text=text)
+        if job.data.id_column is not None:
+            check_column(str(path), schema, job.data.id_column, "data.id_column", text=False)
+    except InputError as error:
+        raise UnusableFile(str(error)) from error
+
+
+def read_fragment(fragment: Fragment, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of `fragment`, in order; of all columns when `columns` is None.
+
+    UnusableFile when they cannot be read, InputError when the file is no longer the one that was planned.
+    """
+    path = Path(fragment.path)
+    yield from read_rows(path, fragment.row_groups, fragment.skip_rows, fragment.rows, columns)
+    with readable(path):
+        if _stamp(path) != fragment.stamp:
+            raise InputError(f"{path}: was changed while the run read it. Run again when it is complete.")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def cut(group_rows: list[int], rows_per_fragment: int) -> Iterator[tuple[int, int, tuple[int, ...], int]]:
+    """Cut row groups of the given sizes into ranges: (first row, rows, row groups, rows to skip in the first group).
+
+    Whole row groups are put together up to `rows_per_fragment`, so that none is read twice; only a larger one is
+    cut itself. A file without rows is one range of none, so that it has its place in the output.
+    """
+    first_row = 0
+    pending: list[int] = []
+    pending_rows = 0
+    for group, size in enumerate(group_rows):
+        if pending and pending_rows + size > rows_per_fragment:
+            yield first_row, pending_rows, tuple(pending), 0
+            first_row, pending, pending_rows = first_row + pending_rows, [], 0
+        if size > rows_per_fragment:
+            for skip in range(0, size, rows_per_fragment):
+                yield first_row + skip, min(rows_per_fragment, size - skip), (group,), skip
+            first_row += size
+        elif size:
+            pending.append(group)
+            pending_rows += size
+    if pending or not first_row:
+        yield first_row, pending_rows, tuple(pending), 0
+
+
+def _with_digests(ranges: list[Fragment]) -> list[Fragment]:
+    paths = sorted({fragment.path for fragment in ranges})
+    with ThreadPoolExecutor(4) as pool:
+        digests = dict(zip(paths, pool.map(_digest, paths), strict=True))
+    return [fragment.model_copy(update={"digest": digests[fragment.path]}) for fragment in ranges]
+
+
+def _digest(path: str) -> str:
+    with readable(Path(path)):
+        return digest_file(Path(path))
+
+
+def _limited(ranges: list[Fragment], limit: int | None) -> Iterator[Fragment]:
+    left = sum(fragment.rows for fragment in ranges) if limit is None else limit
+    for fragment in ranges:
+        if limit is not None and not left:
+            return
+        yield fragment if fragment.rows <= left else fragment.model_copy(update={"rows": left})
+        left -= min(left, fragment.rows)

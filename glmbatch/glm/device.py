@@ -1,0 +1,41 @@
+"""Which device computes, and in which numbers. Imports torch, loads no model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from glmbatch.errors import InputError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def resolve_device(name: str) -> str:
+    """The device behind the setting: "cpu" or "cuda:N". InputError when there is no such device."""
+    if name == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return "cpu"
+    index = int(name.partition(":")[2] or 0)
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise InputError(f"{name}: this machine has {count} CUDA devices. Set runtime.device.")
+    return f"cuda:{index}"
+
+
+def resolve_dtype(dtype: str, device: str) -> Dtype:
+    """The numbers behind the setting; bfloat16 runs at 0.6 of float32 on CPUs without matrix units for it."""
+    if dtype == "auto":
+        return "bfloat16" if device.startswith("cuda") else "float32"
+    return dtype  # type: ignore[return-value]
+
+
+def free_memory_bytes(device: str) -> int:
+    """Memory that models can still take on `device`, in bytes."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,87 @@
+"""From a job file and flags to a `JobConfig`, with errors that name the file and the setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from glmbatch.config import JobConfig
+from glmbatch.errors import InputError
+
+
+def load_job(path: str, overrides: Mapping[str, object] | None = None) -> JobConfig:
+    """The job of a YAML or JSON file, with `overrides` (dotted setting to value) in place of what it says.
+
+    InputError with a line for each thing that is wrong.
+    """
+    settings = _read(Path(path))
+    for name, value in (overrides or {}).items():
+        _set(settings, name, value)
+    try:
+        return JobConfig.model_validate(settings)
+    except ValidationError as error:
+        raise InputError("\n".join(f"{path}: {_setting(each)}: {_seen(each)}" for each in error.errors())) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InputError(f"{path}: the job file cannot be read: {reason}.") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: is neither YAML nor JSON: {' '.join(str(error).split())}.") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: holds no settings; a job has data, model and steps.")
+    return settings
+
+
+def _set(settings: dict[str, Any], name: str, value: object) -> None:
+    """Set the dotted `name`; a number in it is a place in a list."""
+    *parents, last = name.split(".")
+    here: Any = settings
+    for depth, part in enumerate(parents):
+        if isinstance(here, list):
+            here = here[_place(here, part, name)]
+            continue
+        if part == "model" and isinstance(here.get(part), str):
+            here[part] = {"path": here[part]}
+        here = here.setdefault(part, {})
+        if not isinstance(here, (dict, list)):
+            raise InputError(f"{name}: {'.'.join(parents[: depth + 1])} is not a group of settings.")
+    if isinstance(here, list):
+        here[_place(here, last, name)] = value
+    else:
+        here[last] = value
+
+
+def _place(items: list[Any], part: str, name: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise InputError(f"{name}: {part!r} is no place in a list of {len(items)}.")
+    return int(part)
+
+
+def _setting(error: Any) -> str:
+    """The place of an error as a person writes it: steps[0].labels."""
+    name = ""
+    for part in error["loc"]:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif not (name.endswith("]") and part in ("classify", "generate")):  # pydantic's tag of the kind of step
+            name += f".{part}" if name else part
+    return name or "job"
+
+
+def _seen(error: Any) -> str:
+    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
+    if kind == "missing":
+        return "is required and not set"
+    if kind == "extra_forbidden":
+        return "is no setting; see `glmbatch run --help`"
+    if kind == "value_error":
+        return str(message)
+    return f"{message[0].lower()}{message[1:]}; it is {error['input']!r}"

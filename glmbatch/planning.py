@@ -1,0 +1,234 @@
+"""What a run is to do, before anything is done: fragments, models, one assignment for each step and fragment.
+
+Reads footers and digests; loads no weights, reads no rows.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+
+from pydantic import BaseModel
+
+from glmbatch.config import ClassifyStep, GenerateStep, JobConfig, ModelConfig, RuntimeConfig, Step
+from glmbatch.data.fragments import Fragment, Plan, plan_fragments
+from glmbatch.data.ledger import Ledger
+from glmbatch.data.rowkeys import answers_key, output_key, step_key
+from glmbatch.errors import InputError
+from glmbatch.progress import PROGRESS
+
+# Half as much again as the weights, for caches and activations.
+ROOM = 1.5
+
+
+class Model(BaseModel, frozen=True, extra="forbid"):
+    """A checkpoint that was found sound, as the tasks pass it on; `identity` changes whenever its answers may.
+
+    `config` names its directory and the numbers it computes in; `labels` are those of its trained head.
+    """
+
+    config: ModelConfig
+    identity: str
+    has_head: bool
+    labels: tuple[str, ...]
+    parameters: int
+    size_bytes: int
+    max_positions: int
+
+
+class Assignment(BaseModel, frozen=True, extra="forbid"):
+    """One step over one fragment. `earlier` maps the steps that its prompt uses to their answers keys.
+
+    `models_at_once` models of the run may stay loaded together.
+    """
+
+    run: str
+    fragment: Fragment
+    step_index: int
+    step: str
+    step_key: str
+    key: str
+    earlier: dict[str, str]
+    model: Model
+    models_at_once: int
+
+
+class FragmentWork(BaseModel, frozen=True, extra="forbid"):
+    """All there is to do for one fragment: an assignment for each step, then its output file under `key`."""
+
+    run: str
+    fragment: Fragment
+    key: str
+    assignments: tuple[Assignment, ...]
+
+
+class Run(BaseModel, frozen=True, extra="forbid"):
+    """One run of a job: its name, when it began (seconds since 1970), and its plan."""
+
+    id: str
+    began: float
+    plan: Plan
+
+
+def plan_run(job: JobConfig) -> Run:
+    """Check the input against the job and what the output holds, and plan the fragments; writes nothing.
+
+    InputError when nothing can be run.
+    """
+    began = time.time()
+    plan = plan_fragments(job)
+    manifest = Ledger(job.data.output).manifest()
+    if manifest is not None and manifest.limit is None and job.data.limit is not None:
+        raise InputError(
+            f"{job.data.output}: holds all rows; a run with data.limit would replace them. "
+            "Set data.output to another folder."
+        )
+    return Run(id=uuid.uuid4().hex, began=began, plan=plan)
+
+
+class Work(BaseModel, frozen=True, extra="forbid"):
+    """All there is to do, and `passes`: which steps (by index) run together over all fragments, pass after pass."""
+
+    fragments: tuple[FragmentWork, ...]
+    passes: tuple[tuple[int, ...], ...]
+
+
+def open_output(job: JobConfig, run: Run) -> None:
+    """Make the output folder ready for `run`; InputError when it cannot be written."""
+    Ledger(job.data.output).prepare()
+    PROGRESS.start("annotate", run.plan.rows * len(job.steps))
+
+
+def job_models(job: JobConfig) -> list[ModelConfig]:
+    """The distinct models of the job's steps, in the order of their first use."""
+    return list(dict.fromkeys(job.model_of(step) for step in job.steps))
+
+
+def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
+    """The same model as a directory on this machine (downloaded when `path` is a hub id), its numbers settled.
+
+    InputError when there is no such checkpoint or device, TransientError when the hub cannot be reached.
+    """
+    from glmbatch.glm.device import resolve_device, resolve_dtype
+    from glmbatch.glm.hub import locate_checkpoint
+
+    directory = locate_checkpoint(model.path, model.revision)
+    dtype = resolve_dtype(model.dtype, resolve_device(runtime.device))
+    return model.model_copy(update={"path": str(directory), "revision": None, "dtype": dtype})
+
+
+def prepare_model(located: ModelConfig) -> Model:
+    """Check a located checkpoint and take its digests; loads no weights. InputError when it is not sound."""
+    from glmbatch.glm.checkpoint import digest_tokenizer, digest_weights, read_checkpoint
+    from glmbatch.glm.device import DTYPE_BYTES
+
+    checkpoint = read_checkpoint(located.path, located.rope_scaling)
+    digests = [digest_weights(located.path), digest_tokenizer(located.path)]
+    return Model(
+        config=located,
+        identity="/".join([*digests, located.dtype, located.rope_scaling or "default"]),
+        has_head=checkpoint.has_head,
+        labels=checkpoint.labels,
+        parameters=checkpoint.parameters,
+        size_bytes=checkpoint.parameters * DTYPE_BYTES[located.dtype],
+        max_positions=checkpoint.max_positions,
+    )
+
+
+def check_step(step: Step, model: Model) -> None:
+    """InputError when `model` cannot answer `step`."""
+    where = f"step {step.name!r}: the checkpoint {model.config.path}"
+    if isinstance(step, GenerateStep):
+        if model.has_head:
+            raise InputError(f"{where} has a classification head and cannot generate. Set the step's model.")
+        if step.max_tokens >= model.max_positions:
+            raise InputError(f"{where} has {model.max_positions} positions, none left for a prompt. Set max_tokens.")
+    elif isinstance(step, ClassifyStep):
+        if not model.has_head and step.labels is None:
+            raise InputError(f"{where} has no trained head. Set the step's labels.")
+        if model.has_head and step.labels is not None and sorted(step.labels) != sorted(model.labels):
+            raise InputError(f"{where} was trained for {list(model.labels)}, not {step.labels}. Set the step's labels.")
+
+
+def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
+    """What is to be done; `models` are those of `job_models`, prepared, in that order.
+
+    InputError when a model cannot answer its step, or when the output holds answers of other settings that this run
+    would leave beside its own.
+    """
+    prepared = dict(zip(job_models(job), models, strict=True))
+    step_models = [prepared[job.model_of(step)] for step in job.steps]
+    for step, model in zip(job.steps, step_models, strict=True):
+        check_step(step, model)
+    keys = {step.name: step_key(step, model.identity) for step, model in zip(job.steps, step_models, strict=True)}
+    _refuse_mixing(job, run.plan, keys)
+    at_once = models_at_once(job, models)
+
+    def fragment_work(fragment: Fragment) -> FragmentWork:
+        assignments: dict[str, Assignment] = {}
+        for index, (step, model) in enumerate(zip(job.steps, step_models, strict=True)):
+            earlier = {name: assignments[name].key for name in job.earlier_steps(step)}
+            assignments[step.name] = Assignment(
+                run=run.id,
+                fragment=fragment,
+                step_index=index,
+                step=step.name,
+                step_key=keys[step.name],
+                key=answers_key(job, fragment, step, keys[step.name], earlier),
+                earlier=earlier,
+                model=model,
+                models_at_once=at_once,
+            )
+        answers = {name: each.key for name, each in assignments.items()}
+        return FragmentWork(
+            run=run.id, fragment=fragment, key=output_key(fragment, answers), assignments=tuple(assignments.values())
+        )
+
+    return Work(
+        fragments=tuple(fragment_work(fragment) for fragment in run.plan.fragments), passes=passes(job, at_once)
+    )
+
+
+def _refuse_mixing(job: JobConfig, plan: Plan, keys: dict[str, str]) -> None:
+    manifest = Ledger(job.data.output).manifest()
+    replaced = {fragment.source for fragment in plan.fragments}
+    for file in manifest.files if manifest else ():
+        if file.source not in replaced and file.step_keys != keys:
+            raise InputError(
+                f"{job.data.output}: {file.output_name} was answered with other settings or weights, and its source "
+                f"{file.source} is not in this run. Set data.output to another folder, or run over all sources."
+            )
+
+
+def models_at_once(job: JobConfig, models: Sequence[Model]) -> int:
+    """How many of the job's models stay loaded together: all where they fit in the memory that is free, else one."""
+    if job.runtime.max_loaded_models is not None or len(models) == 1:
+        return job.runtime.max_loaded_models or 1
+    from glmbatch.glm.device import free_memory_bytes, resolve_device
+
+    needed = ROOM * sum(model.size_bytes for model in models)
+    return len(models) if needed <= free_memory_bytes(resolve_device(job.runtime.device)) else 1
+
+
+def passes(job: JobConfig, at_once: int) -> tuple[tuple[int, ...], ...]:
+    """Indexes of the steps that run together over all fragments, pass after pass.
+
+    One pass where all models stay loaded together. Otherwise one pass for each model, so that none is loaded twice,
+    except where a step needs an answer of another model in between.
+    """
+    left = list(range(len(job.steps)))
+    if at_once >= len(job_models(job)):
+        return (tuple(left),)
+    ordered: list[tuple[int, ...]] = []
+    answered: set[str] = set()
+    while left:
+        together: list[int] = []
+        for index in left:
+            step = job.steps[index]
+            if job.model_of(step) == job.model_of(job.steps[left[0]]) and answered.issuperset(job.earlier_steps(step)):
+                together.append(index)
+                answered.add(step.name)
+        ordered.append(tuple(together))
+        left = [index for index in left if index not in together]
+    return tuple(ordered)

@@ -1,0 +1,255 @@
+"""The end of a run: audit what is staged, make it public, say what happened."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pydantic import BaseModel
+
+from glmbatch.config import JobConfig
+from glmbatch.data.fragments import FileFault, read_fragment
+from glmbatch.data.ledger import QUARANTINE, AnswersReceipt, Ledger, OutputReceipt, merged_manifest
+from glmbatch.errors import AuditError
+from glmbatch.planning import Run
+
+SAMPLE_ROWS = 3
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("source", pa.string()),
+        pa.field("row", pa.int64()),  # number in the file, from 0; null where the whole file is left out
+        pa.field("id", pa.string()),
+        pa.field("step", pa.string()),
+        pa.field("error_type", pa.string()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+class StepSummary(BaseModel, frozen=True, extra="forbid"):
+    """One step over all rows. `computed` answers went through the model in this run; `reused` were found on disk.
+
+    Rates are over the time in which the engine worked for this step, loading left out; None when it did not.
+    """
+
+    name: str
+    answers: int
+    computed: int
+    reused: int
+    faults: dict[str, int]
+    labels: dict[str, int]
+    prompt_tokens: int
+    completion_tokens: int
+    rows_per_second: float | None
+    tokens_per_second: float | None
+
+
+class Summary(BaseModel, frozen=True, extra="forbid"):
+    """What a run did. `seconds` from its plan to its publication."""
+
+    run: str
+    output: str
+    rows: int
+    faulty_rows: int
+    fragments: int
+    unusable: tuple[FileFault, ...]
+    quarantined: bool
+    steps: tuple[StepSummary, ...]
+    samples: tuple[dict[str, Any], ...]
+    seconds: float
+
+    @property
+    def computed(self) -> int:
+        """Answers that went through a model in this run; 0 means that no model was loaded."""
+        return sum(step.computed for step in self.steps)
+
+
+def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> Summary:
+    """Audit the staged outputs, make them public, and say what happened.
+
+    AuditError, and nothing is published, when rows are missing or more of them failed than the job allows.
+    """
+    ledger = Ledger(job.data.output)
+    written = [output for output in outputs if output.unusable is None]
+    unusable = [
+        *run.plan.unusable,
+        *(FileFault(source=each.fragment.name, reason=each.unusable) for each in outputs if each.unusable is not None),
+    ]
+    _audit(job, run, outputs)
+    samples = _samples(job, ledger, written)
+    quarantine = pa.Table.from_pylist(list(_quarantined(job, ledger, written, unusable)), QUARANTINE_SCHEMA)
+    manifest = merged_manifest(run.id, ledger.manifest(), written, unusable, job.data.limit)
+    ledger.publish(manifest, written, quarantine)
+    return Summary(
+        run=run.id,
+        output=job.data.output,
+        rows=sum(output.fragment.rows for output in written),
+        faulty_rows=sum(output.faulty_rows for output in written),
+        fragments=len(written),
+        unusable=tuple(unusable),
+        quarantined=job.on_error == "quarantine" and quarantine.num_rows > 0,
+        steps=tuple(
+            _step_summary(step.name, run, [output.answers[index] for output in written])
+            for index, step in enumerate(job.steps)
+        ),
+        samples=tuple(samples),
+        seconds=time.time() - run.began,
+    )
+
+
+def _audit(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> None:
+    planned = [fragment.name for fragment in run.plan.fragments]
+    seen = [output.fragment.name for output in outputs]
+    if seen != planned:
+        missing = sorted(set(planned) - set(seen))
+        raise AuditError(f"{job.data.output}: nothing published: fragments without output: {missing[:5]}.")
+    lost = sum(output.fragment.rows for output in outputs if output.unusable is not None)
+    failed = lost + sum(output.faulty_rows for output in outputs if output.unusable is None)
+    rows = run.plan.rows
+    if rows and failed == rows:
+        raise AuditError(f"{job.data.output}: nothing published: all {rows} rows failed: {_most_frequent(outputs)}.")
+    if failed > job.max_error_rate * rows:
+        raise AuditError(
+            f"{job.data.output}: nothing published: {failed} of {rows} rows failed ({failed / rows:.1%}), "
+            f"max_error_rate allows {job.max_error_rate:.1%}: {_most_frequent(outputs)}."
+        )
+
+
+def _most_frequent(outputs: Sequence[OutputReceipt]) -> str:
+    faults: Counter[str] = Counter()
+    for output in outputs:
+        if output.unusable is not None:
+            faults["unusable"] += output.fragment.rows
+        for answers in output.answers:
+            faults.update(answers.faults)
+    return ", ".join(f"{count} {kind}" for kind, count in faults.most_common(3))
+
+
+def _step_summary(name: str, run: Run, receipts: Sequence[AnswersReceipt]) -> StepSummary:
+    # Files with the same rows share one receipt, which counts once.
+    fresh = {receipt.key: receipt for receipt in receipts if receipt.run == run.id}.values()
+    busy = [receipt for receipt in fresh if receipt.computed_rows]
+    # Fragments overlap, so the time is from the first start to the last end, not the sum.
+    seconds = max((each.began + each.seconds for each in busy), default=0.0) - min(
+        (each.began for each in busy), default=0.0
+    )
+    computed = sum(receipt.computed_rows for receipt in fresh)
+    tokens = sum(receipt.prompt_tokens + receipt.completion_tokens for receipt in fresh)
+    return StepSummary(
+        name=name,
+        answers=sum(receipt.rows for receipt in receipts),
+        computed=computed,
+        reused=sum(receipt.rows for receipt in receipts if receipt.run != run.id),
+        faults=_total(receipt.faults for receipt in receipts),
+        labels=_total(receipt.labels for receipt in receipts),
+        prompt_tokens=sum(receipt.prompt_tokens for receipt in receipts),
+        completion_tokens=sum(receipt.completion_tokens for receipt in receipts),
+        rows_per_second=computed / seconds if seconds else None,
+        tokens_per_second=tokens / seconds if seconds else None,
+    )
+
+
+def _total(counts: Iterator[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(total.most_common())
+
+
+def _samples(job: JobConfig, ledger: Ledger, written: Sequence[OutputReceipt]) -> list[dict[str, Any]]:
+    """A few rows without fault, from the first fragments, with their text and answers."""
+    names = [step.name for step in job.steps]
+    samples: list[dict[str, Any]] = []
+    for output in written:
+        tables = [
+            ledger.read_answers(receipt.key).select([receipt.step, f"{receipt.step}_error"])
+            for receipt in output.answers
+        ]
+        columns = sorted({column for step in job.steps for column in job.source_columns(step).values()})
+        at = 0
+        for batch in read_fragment(output.fragment, columns):
+            rows = zip(
+                batch.to_pylist(), *(table.slice(at, batch.num_rows).to_pylist() for table in tables), strict=True
+            )
+            for source, *answers in rows:
+                merged = {**source, **{key: value for answer in answers for key, value in answer.items()}}
+                if all(merged[f"{name}_error"] is None for name in names):
+                    samples.append({key: value for key, value in merged.items() if not key.endswith("_error")})
+                if len(samples) == SAMPLE_ROWS:
+                    return samples
+            at += batch.num_rows
+    return samples
+
+
+def _quarantined(
+    job: JobConfig, ledger: Ledger, written: Sequence[OutputReceipt], unusable: Sequence[FileFault]
+) -> Iterator[dict[str, Any]]:
+    """A line for each file left out and for each step of each row that failed."""
+    for fault in unusable:
+        yield {"source": fault.source, "error_type": "unusable_file", "error": fault.reason}
+    for output in written:
+        if not output.faulty_rows:
+            continue
+        fragment = output.fragment
+        ids: list[Any] = [None] * fragment.rows
+        if job.data.id_column is not None:
+            batches = read_fragment(fragment, [job.data.id_column])
+            ids = [value for batch in batches for value in batch.column(job.data.id_column).to_pylist()]
+        for receipt in output.answers:
+            table = ledger.read_answers(receipt.key)
+            reasons, kinds = (table.column(f"{receipt.step}{end}").to_pylist() for end in ("_error", "_error_type"))
+            for at, reason in enumerate(reasons):
+                if reason is not None:
+                    yield {
+                        "source": fragment.source,
+                        "row": fragment.first_row + at,
+                        "id": None if ids[at] is None else str(ids[at]),
+                        "step": receipt.step,
+                        "error_type": kinds[at],
+                        "error": reason,
+                    }
+
+
+def describe(summary: Summary) -> str:
+    """The summary as text for a person, with what to do next."""
+    lines = [
+        f"{summary.rows} rows in {summary.fragments} fragments, {summary.seconds:.1f} s -> {summary.output}",
+        f"run {summary.run}",
+    ]
+    for step in summary.steps:
+        lines += ["", *_describe_step(step)]
+    if not summary.computed:
+        lines += ["", "Nothing was new: no inference was executed and no model was loaded."]
+    if summary.faulty_rows or summary.unusable:
+        lines += ["", f"{summary.faulty_rows} rows failed and {len(summary.unusable)} files were left out:"]
+        lines += [f"  {fault.reason}" for fault in summary.unusable]
+        lines.append(f"  each row with its reason: {Path(summary.output) / QUARANTINE}")
+    for sample in summary.samples:
+        lines += ["", *(f"  {name}: {_short(value)}" for name, value in sample.items())]
+    lines += ["", f"Read the answers: pandas.read_parquet({summary.output!r})"]
+    return "\n".join(lines)
+
+
+def _describe_step(step: StepSummary) -> list[str]:
+    rates = (
+        ""
+        if step.rows_per_second is None
+        else f", {step.rows_per_second:,.0f} rows/s, {step.tokens_per_second:,.0f} tokens/s"
+    )
+    lines = [f"{step.name}: {step.answers} answers, {step.computed} computed, {step.reused} reused{rates}"]
+    if step.labels:
+        lines.append("  labels: " + ", ".join(f"{label} {count}" for label, count in step.labels.items()))
+    if step.completion_tokens:
+        lines.append(f"  tokens: {step.prompt_tokens} read, {step.completion_tokens} written")
+    if step.faults:
+        lines.append("  errors: " + ", ".join(f"{kind} {count}" for kind, count in step.faults.items()))
+    return lines
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 100 else text[:99] + "…"

@@ -1,0 +1,128 @@
+"""The columns of a classify step: which label, how sure. Scores in, columns out; no tensors, no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from glmbatch.config import ClassifyStep
+from glmbatch.errors import InputError
+from glmbatch.glm.engine import ClassifyRequest, Engine
+from glmbatch.glm.tokenizer import Tokenizer
+from glmbatch.steps.prompt import Prompt, RowFault
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The chosen label and the probability of each label; they sum to 1."""
+
+    label: str
+    scores: Mapping[str, float]
+
+    @property
+    def margin(self) -> float:
+        """How far the chosen label is above the next one."""
+        first, second = sorted(self.scores.values(), reverse=True)[:2]
+        return first - second
+
+
+def choice_fields(step: ClassifyStep, labels: Sequence[str]) -> list[pa.Field]:
+    """Fields of the answer; fixed by the settings, never by the answers."""
+    scores = pa.struct([pa.field(label, pa.float64()) for label in labels])
+    return [
+        pa.field(step.name, pa.string()),
+        pa.field(f"{step.name}_score", pa.float64()),
+        pa.field(f"{step.name}_scores", scores),
+        pa.field(f"{step.name}_margin", pa.float64()),
+    ]
+
+
+def choice_columns(choices: Sequence[Choice | None]) -> list[list[object]]:
+    """Values of `choice_fields`, null where there is no choice."""
+    return [
+        [choice and choice.label for choice in choices],
+        [choice and choice.scores[choice.label] for choice in choices],
+        [choice and choice.scores for choice in choices],
+        [choice and choice.margin for choice in choices],
+    ]
+
+
+def ask_choices(
+    step: ClassifyStep,
+    head_labels: Sequence[str],
+    prompts: Mapping[bytes, Prompt],
+    engine: Engine,
+    tokenizer: Tokenizer,
+) -> Iterator[tuple[bytes, Choice | RowFault]]:
+    """Ask the engine about each prompt; give each key with its choice as it is ready, in any order.
+
+    A checkpoint with `head_labels` answers by its trained head, any other by the likelihood of the step's labels.
+    """
+    labels = head_labels or step.labels or ()
+    label_ids = None if head_labels else encode_labels(labels, tokenizer)
+    keys = list(prompts)
+    requests = (ClassifyRequest(index, prompts[key].ids, label_ids) for index, key in enumerate(keys))
+    for result in engine.classify(requests):
+        if result.error is not None:
+            yield keys[result.index], RowFault("model_failed", result.error)
+        elif label_ids is None:
+            yield keys[result.index], choose(labels, result.scores)
+        else:
+            yield keys[result.index], choose_by_likelihood(labels, label_ids, result.scores)
+
+
+def encode_labels(labels: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each label, encoded alone, as the answers of the model's own training are.
+
+    InputError when two labels have the same ids: the model could not tell them apart.
+    """
+    encoded = tuple(tuple(ids) for ids in tokenizer.encode_plain(list(labels)))
+    seen: dict[tuple[int, ...], str] = {}
+    for label, ids in zip(labels, encoded, strict=True):
+        if not ids:
+            raise InputError(f"label {label!r} has no token in this tokenizer. Set labels.")
+        if ids in seen:
+            raise InputError(f"labels {seen[ids]!r} and {label!r} are the same tokens {list(ids)}. Set labels.")
+        seen[ids] = label
+    return encoded
+
+
+def choose_by_likelihood(
+    labels: Sequence[str], label_ids: Sequence[tuple[int, ...]], log_likelihoods: Sequence[float]
+) -> Choice:
+    """The choice among whole labels, from the log-likelihood of each label's tokens.
+
+    A label that begins another one ("good", "good enough") would always be the likelier of the two, since every
+    answer with the longer begins with it. Its score is the likelihood that the answer begins with it and with no
+    longer label, so that the labels exclude one another and the longer can win.
+    """
+    exclusive = [
+        _without(log_likelihoods[index], [log_likelihoods[longer] for longer in _next_longer(label_ids, index)])
+        for index in range(len(label_ids))
+    ]
+    return choose(labels, exclusive)
+
+
+def _next_longer(label_ids: Sequence[tuple[int, ...]], index: int) -> list[int]:
+    """Labels that continue label `index`, less those that continue one of these."""
+    start = label_ids[index]
+    longer = [i for i, ids in enumerate(label_ids) if len(ids) > len(start) and ids[: len(start)] == start]
+    return [i for i in longer if not any(j != i and label_ids[i][: len(label_ids[j])] == label_ids[j] for j in longer)]
+
+
+def _without(whole: float, parts: Sequence[float]) -> float:
+    """log(exp(whole) - sum(exp(parts))); the parts are shares of the whole, up to rounding."""
+    share = math.fsum(math.exp(part - whole) for part in parts)
+    return whole + math.log1p(-share) if share < 1 else -math.inf
+
+
+def choose(labels: Sequence[str], log_weights: Sequence[float]) -> Choice:
+    """The likeliest label; `log_weights` are logits or log-likelihoods. The same for any order of the labels."""
+    top = max(log_weights)
+    weights = [math.exp(weight - top) for weight in log_weights]
+    total = math.fsum(weights)  # exact, so no order of the labels changes the last bit of a score
+    scores = {label: weight / total for label, weight in zip(labels, weights, strict=True)}
+    return Choice(min(labels, key=lambda label: (-scores[label], label)), scores)

@@ -1,0 +1,99 @@
+"""The columns of a generate step: the text, why it ended, what it cost. Token ids in, columns out; no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from glmbatch.config import GenerateStep
+from glmbatch.data.rowkeys import row_seed
+from glmbatch.glm.engine import Engine, GenerateRequest
+from glmbatch.glm.tokenizer import Tokenizer, clean_answer
+from glmbatch.steps.prompt import Prompt, RowFault
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """What the model wrote for one row."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def writing_fields(step: GenerateStep) -> list[pa.Field]:
+    """Fields of the answer; fixed by the settings, never by the answers."""
+    return [
+        pa.field(step.name, pa.string()),
+        pa.field(f"{step.name}_finish_reason", pa.string()),
+        pa.field(f"{step.name}_prompt_tokens", pa.int32()),
+        pa.field(f"{step.name}_completion_tokens", pa.int32()),
+    ]
+
+
+def writing_columns(writings: Sequence[Writing | None]) -> list[list[object]]:
+    """Values of `writing_fields`, null where nothing was written."""
+    return [
+        [writing and writing.text for writing in writings],
+        [writing and writing.finish_reason for writing in writings],
+        [writing and writing.prompt_tokens for writing in writings],
+        [writing and writing.completion_tokens for writing in writings],
+    ]
+
+
+def ask_writings(
+    step: GenerateStep, prompts: Mapping[bytes, Prompt], engine: Engine, tokenizer: Tokenizer
+) -> Iterator[tuple[bytes, Writing | RowFault]]:
+    """Ask the engine to continue each prompt; give each key with its answer as it is ready, in any order."""
+    keys = list(prompts)
+    should_stop = stop_check(step, tokenizer)
+    requests = (
+        GenerateRequest(
+            index,
+            prompts[key].ids,
+            step.max_tokens,
+            temperature=step.temperature,
+            top_p=step.top_p,
+            top_k=step.top_k,
+            seed=row_seed(step.seed, key),
+            should_stop=should_stop,
+        )
+        for index, key in enumerate(keys)
+    )
+    for result in engine.generate(requests):
+        key = keys[result.index]
+        if result.error is not None:
+            yield key, RowFault("model_failed", result.error)
+        else:
+            yield key, write_up(step, result.ids, result.finish_reason, len(prompts[key].ids), tokenizer)
+
+
+def write_up(
+    step: GenerateStep, ids: Sequence[int], finish_reason: str, prompt_tokens: int, tokenizer: Tokenizer
+) -> Writing:
+    """The answer as text, ended before the first stop text. Its tokens count all that the model wrote."""
+    text = tokenizer.decode(ids)
+    ends = [text.find(stop) for stop in step.stop if stop in text]
+    if ends:
+        text, finish_reason = text[: min(ends)], "stop"
+    return Writing(clean_answer(text), finish_reason, prompt_tokens, len(ids))
+
+
+def stop_check(step: GenerateStep, tokenizer: Tokenizer) -> Callable[[Sequence[int]], bool] | None:
+    """Whether the ids so far end in a stop text; None when the step has none.
+
+    Each token stands for at least one byte, so the tokens that could hold the newest stop text are as many as its
+    bytes; four more cover a character whose bytes began before them.
+    """
+    if not step.stop:
+        return None
+    window = max(len(stop.encode()) for stop in step.stop) + 4
+
+    def should_stop(ids: Sequence[int]) -> bool:
+        tail = tokenizer.decode(list(ids[-window:]))
+        return any(stop in tail for stop in step.stop)
+
+    return should_stop

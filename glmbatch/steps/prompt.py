@@ -1,0 +1,101 @@
+"""From the values of a row to its prompt, and the reasons why a row has none. Text only: no tensors, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from glmbatch.config import TEXT, Step, placeholders
+from glmbatch.glm.tokenizer import Tokenizer, chat_prompt, escape_turns
+
+FaultKind = Literal["null_value", "empty_text", "not_utf8", "earlier_step_failed", "too_long", "model_failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class RowFault:
+    """Why one row of one step has no answer."""
+
+    kind: FaultKind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is asked of one row: the text, and its token ids with the model's prefix."""
+
+    text: str
+    ids: Sequence[int]
+
+
+RowValues = Mapping[str, str | bytes | RowFault | None]
+
+
+def build_prompts(
+    step: Step, rows: Sequence[RowValues], tokenizer: Tokenizer, *, chat: bool, max_input_tokens: int
+) -> list[Prompt | RowFault]:
+    """The prompt of each row, in the order of `rows`, or why it has none.
+
+    A row maps each placeholder of the template to its value. A value is never taken for a turn of the chat form, a
+    placeholder or a special token. `on_too_long: truncate` cuts the text at its end until the prompt fits.
+    """
+
+    def render(row: Mapping[str, str]) -> str:
+        filled = step.prompt_template.format_map(
+            {name: escape_turns(value) for name, value in row.items()} if chat else row
+        )
+        if chat:
+            return chat_prompt(filled, system_prompt=step.system_prompt)
+        return filled if step.system_prompt is None else f"{step.system_prompt}\n\n{filled}"
+
+    needed = placeholders(step.prompt_template)
+    checked = [_checked(row, needed) for row in rows]
+    texts = ["" if isinstance(row, RowFault) else render(row) for row in checked]
+    encoded = tokenizer.encode(texts)
+    prompts: list[Prompt | RowFault] = []
+    for row, text, ids in zip(checked, texts, encoded, strict=True):
+        if isinstance(row, RowFault) or len(ids) <= max_input_tokens:
+            prompts.append(row if isinstance(row, RowFault) else Prompt(text, ids))
+            continue
+        seen = f"the prompt has {len(ids)} tokens, {max_input_tokens} are allowed"
+        if step.on_too_long == "error" or TEXT not in row:
+            prompts.append(RowFault("too_long", seen))
+            continue
+        shorter = _longest(row, max_input_tokens, render, tokenizer)
+        prompts.append(shorter or RowFault("too_long", f"{seen}, and the template alone fills them"))
+    return prompts
+
+
+def _checked(row: RowValues, needed: Sequence[str]) -> Mapping[str, str] | RowFault:
+    """The row with text alone in it, or the first reason why it cannot be asked."""
+    values: dict[str, str] = {}
+    for name in needed:
+        value = row[name]
+        if isinstance(value, RowFault):
+            return value
+        if value is None:
+            return RowFault("null_value", f"{name} is null")
+        if isinstance(value, bytes):
+            return RowFault("not_utf8", f"{name} is not UTF-8")
+        if name == TEXT and not value.strip():
+            return RowFault("empty_text", f"{name} is empty")
+        values[name] = value
+    return values
+
+
+def _longest(
+    row: Mapping[str, str], limit: int, render: Callable[[Mapping[str, str]], str], tokenizer: Tokenizer
+) -> Prompt | None:
+    """The prompt with as much of the text as fits `limit` tokens; None when not even one character does."""
+    # Tokens are no fixed number of characters: the longest text that fits lies between two lengths that close in.
+    fits, over = 0, len(row[TEXT])
+    best: Prompt | None = None
+    while over - fits > 1:
+        length = (fits + over) // 2
+        text = render({**row, TEXT: row[TEXT][:length]})
+        ids = tokenizer.encode([text])[0]
+        if len(ids) > limit:
+            over = length
+        else:
+            fits, best = length, Prompt(text, ids)
+    return best

@@ -1,0 +1,24 @@
+"""Choose a label for every row of a fragment."""
+
+from __future__ import annotations
+
+from prefect import task
+
+from glmbatch import pipeline
+from glmbatch.config import JobConfig
+from glmbatch.data.ledger import AnswersReceipt
+from glmbatch.planning import Assignment
+from tasks.policies import answers_key, machine_failed
+
+
+@task(
+    name="classify",
+    task_run_name="classify {assignment.step} {assignment.fragment.name}",
+    cache_key_fn=answers_key,
+    persist_result=True,
+    result_serializer="json",
+    retry_condition_fn=machine_failed,
+)
+def classify(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
+    """Choose a label for every row of a fragment."""
+    return pipeline.answer(job, assignment)

@@ -1,0 +1,43 @@
+"""Submit the tasks of one fragment: each step after those before it, then the output file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefect.futures import PrefectFuture
+
+from glmbatch.config import JobConfig
+from glmbatch.data.ledger import Ledger
+from glmbatch.planning import FragmentWork
+from tasks.classify import classify
+from tasks.generate import generate
+from tasks.policies import configured
+from tasks.write import write
+
+ASK = {"classify": classify, "generate": generate}
+
+# The submitted steps by the name of their fragment, and each by the index of its step.
+Answers = dict[str, dict[int, PrefectFuture[Any]]]
+
+
+def submit_fragment(
+    job: JobConfig, steps: Sequence[int], answers: Answers, work: FragmentWork
+) -> list[PrefectFuture[Any]]:
+    """Submit the given steps, adding them to `answers`, and the output file once every step is among them.
+
+    What the ledger no longer holds whole runs again, whatever the cache says.
+    """
+    ledger = Ledger(job.data.output)
+    asked = answers.setdefault(work.fragment.name, {})
+    submitted: list[PrefectFuture[Any]] = []
+    for index in steps:
+        assignment = work.assignments[index]
+        ask = configured(ASK[job.steps[index].kind], job, refresh=ledger.find_answers(assignment.key) is None)
+        asked[index] = ask.submit(job, assignment, wait_for=list(asked.values()))
+        submitted.append(asked[index])
+    if len(asked) == len(job.steps):
+        gone = ledger.find_output(work.key, work.fragment.output_name) is None
+        in_order = [asked[index] for index in sorted(asked)]
+        submitted.append(configured(write, job, refresh=gone).submit(job, work, in_order))
+    return submitted

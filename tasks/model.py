@@ -1,0 +1,47 @@
+"""Find the checkpoints and check them. Weights are loaded by the first task that needs them, once in each process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.context import TaskRunContext
+from prefect.utilities.hashing import hash_objects
+
+from glmbatch import planning
+from glmbatch.config import ModelConfig, RuntimeConfig
+from tasks.policies import machine_failed
+
+
+def checkpoint_key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
+    """Key of a located checkpoint: each file with its size and times; a changed file is a miss."""
+    model: ModelConfig = parameters["model"]
+    files = [
+        (path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        for path in sorted(Path(model.path).iterdir())
+        for status in [path.stat()]
+    ]
+    return hash_objects("checkpoint", 1, model.model_dump_json(), files)
+
+
+@task(
+    name="locate model", task_run_name="locate {model.path}", cache_policy=NO_CACHE, retry_condition_fn=machine_failed
+)
+def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
+    """Make the checkpoint a directory on this machine."""
+    return planning.locate_model(model, runtime)
+
+
+@task(
+    name="prepare model",
+    task_run_name="prepare {model.path}",
+    cache_key_fn=checkpoint_key,
+    persist_result=True,
+    result_serializer="json",
+    retry_condition_fn=machine_failed,
+)
+def prepare_model(model: ModelConfig) -> planning.Model:
+    """Check the checkpoint and take its digests."""
+    return planning.prepare_model(model)

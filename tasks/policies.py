@@ -1,0 +1,69 @@
+"""How tasks are retried, cached and kept in a window; the work itself is in `glmbatch`.
+
+Retried: TransientError alone, with exponential delay and jitter. Cached: under keys made of identities (step, weights,
+rows), never by hashing data, with the small receipt as the result and the data in files of the output. A task whose
+file is gone or damaged runs again, whatever the cache says.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prefect import Task
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.futures import PrefectFuture
+from prefect.tasks import exponential_backoff
+
+from glmbatch.config import JobConfig
+from glmbatch.data.ledger import RESULTS
+from glmbatch.errors import TransientError
+from glmbatch.planning import Assignment
+
+Item = TypeVar("Item")
+
+
+def machine_failed(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether a failed task is worth another try."""
+    return isinstance(state.result(raise_on_failure=False), TransientError)
+
+
+def configured(task: Task[..., Any], job: JobConfig, *, refresh: bool = False) -> Any:
+    """`task` with the job's retries, its results kept in the job's output; `refresh` runs it even when cached.
+
+    Typed Any because Prefect takes futures and quoted values where the task itself takes plain ones.
+    """
+    runtime = job.runtime
+    return task.with_options(
+        retries=runtime.retries,
+        retry_delay_seconds=exponential_backoff(runtime.retry_delay_seconds)(runtime.retries),
+        retry_jitter_factor=0.5,
+        result_storage=Path(job.data.output).resolve() / RESULTS,
+        refresh_cache=refresh,
+    )
+
+
+def in_window(
+    items: Iterable[Item], submit: Callable[[Item], Sequence[PrefectFuture[Any]]], most: int
+) -> list[list[Any]]:
+    """Submit the tasks of each item, those of at most `most` items at once; give the results of each item in order.
+
+    The first failure is raised as soon as its item's turn comes, with the error that the task itself raised.
+    """
+    results: list[list[Any]] = []
+    waiting: deque[Sequence[PrefectFuture[Any]]] = deque()
+    for item in items:
+        if len(waiting) == most:
+            results.append([future.result() for future in waiting.popleft()])
+        waiting.append(submit(item))
+    results += ([future.result() for future in futures] for futures in waiting)
+    return results
+
+
+def answers_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Key of the answers of one step over one fragment."""
+    assignment: Assignment = parameters["assignment"]
+    return f"answers-{assignment.key}"

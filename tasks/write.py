@@ -1,0 +1,42 @@
+"""Write a fragment's rows with their answers, and publish the whole run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.context import TaskRunContext
+
+from glmbatch import pipeline, publishing
+from glmbatch.config import JobConfig
+from glmbatch.data.ledger import AnswersReceipt, OutputReceipt
+from glmbatch.planning import FragmentWork, Run
+from tasks.policies import machine_failed
+
+
+def output_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Key of a fragment's output file."""
+    work: FragmentWork = parameters["work"]
+    return f"output-{work.key}"
+
+
+@task(
+    name="write",
+    task_run_name="write {work.fragment.name}",
+    cache_key_fn=output_key,
+    persist_result=True,
+    result_serializer="json",
+    retry_condition_fn=machine_failed,
+)
+def write(job: JobConfig, work: FragmentWork, answers: list[AnswersReceipt]) -> OutputReceipt:
+    """Stage the output file of a fragment."""
+    return pipeline.write_output(job, work, answers)
+
+
+@task(
+    name="publish", task_run_name="publish {job.data.output}", cache_policy=NO_CACHE, retry_condition_fn=machine_failed
+)
+def publish(job: JobConfig, run: Run, outputs: list[OutputReceipt]) -> publishing.Summary:
+    """Audit what is staged, make it public, and say what happened."""
+    return publishing.publish(job, run, outputs)
