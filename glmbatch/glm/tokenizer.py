@@ -1,0 +1,115 @@
+"""Text to token ids and back for ChatGLM2: the only file that knows [gMASK], sop and the chat form. No tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from glmbatch.errors import InputError
+from glmbatch.glm.files import read_bytes
+
+TOKENIZER_FILE = "tokenizer.model"
+# Numbered in this order right after the sentencepiece vocabulary.
+_SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+
+_LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+# White space, controls and zero-width marks: what a reader sees as nothing between two lines.
+_INVISIBLE = r"[\s\x00-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]"
+_TURN = r"(?:\[Round *\d+\]|[问答] *[：:])"
+# Possessive, and only from the start of a run: a text of a million newlines stays linear.
+_BEFORE_TURN = re.compile(rf"(?<!{_INVISIBLE}){_INVISIBLE}*+(?={_TURN})")
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. Keeps no state between calls: safe to share between threads."""
+
+    def __init__(self, processor: SentencePieceProcessor) -> None:
+        self._processor = processor
+        self._pieces = processor.vocab_size()
+        self.special_ids = {token: self._pieces + place for place, token in enumerate(_SPECIAL_TOKENS)}
+        self._prefix = [self.special_ids["[gMASK]"], self.special_ids["sop"]]
+        self.vocab_size = self._pieces + len(_SPECIAL_TOKENS)
+        self.eos_id = processor.eos_id()
+        self.pad_id = processor.unk_id()  # the published tokenizer pads with <unk>
+        self._silent = {self.eos_id, self.pad_id, processor.bos_id()}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Prompt ids of each text: [gMASK] sop, then its own. A look-alike of a special token in a text stays text."""
+        return [self._prefix + ids for ids in self.encode_plain(texts)]
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text without the prefix; InputError for a text that is not Unicode."""
+        try:
+            ids: list[list[int]] = self._processor.encode(list(texts))
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InputError(f"cannot be encoded: {_first_fault(texts)}.") from error
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`: special and out-of-range ids give nothing, a byte that is no character gives U+FFFD."""
+        kept = [int(i) for i in ids if 0 <= i < self._pieces and i not in self._silent]
+        text: str = self._processor.decode(kept)
+        return text
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of the checkpoint in directory `path`; InputError when its file is missing or damaged."""
+    file = Path(path) / TOKENIZER_FILE
+    proto = read_bytes(file)
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(proto)
+        processor.id_to_piece(list(range(processor.vocab_size())))  # a damaged piece is no Unicode: met here, not later
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{file}: damaged or not a sentencepiece model. Copy it again.") from error
+    if processor.eos_id() < 0:
+        raise InputError(f"{file}: a sentencepiece model without an end token; ChatGLM2's has one.")
+    return Tokenizer(processor)
+
+
+def _first_fault(texts: Sequence[str]) -> str:
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            return f"text {place} is a {type(text).__name__}"
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"text {place} holds half a character (a lone surrogate) at {error.start}"
+    raise AssertionError("every text is Unicode")
+
+
+def chat_prompt(query: str, history: Iterable[tuple[str, str]] = (), system_prompt: str | None = None) -> str:
+    """The form the model was trained on: numbered rounds, the last one open.
+
+    ChatGLM2 has no role for a system prompt; it stands before the first round.
+    """
+    opening = [f"{system_prompt}\n\n"] if system_prompt else []
+    rounds = [_round(number, *past) + "\n\n" for number, past in enumerate(history, 1)]
+    return "".join([*opening, *rounds, _round(len(rounds) + 1, query, "")])
+
+
+def _round(number: int, query: str, answer: str) -> str:
+    return f"[Round {number}]\n\n问：{query}\n\n答：{answer}"
+
+
+def escape_turns(value: str) -> str:
+    """`value` without the means to look like a turn of the chat form; every visible character is kept.
+
+    A turn begins after a blank line: before `[Round N]`, `问：` or `答：` that becomes one line break. At the start of
+    `value`, where the blank line may stand in the template, a space moves the mark off the beginning of its line.
+    """
+    return _BEFORE_TURN.sub(_close_gap, value)
+
+
+def _close_gap(gap: re.Match[str]) -> str:
+    if gap.start() == 0:
+        return " "
+    return "\n" if len(_LINE_BREAK.findall(gap.group())) > 1 else gap.group()
+
+
+def clean_answer(text: str) -> str:
+    """An answer as the model's own chat shows it."""
+    return text.strip().replace("[[训练时间]]", "2023年")
