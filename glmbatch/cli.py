@@ -37,7 +37,8 @@ PREFECT_DEFAULTS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parsed = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("glmbatch").setLevel(logging.INFO if parsed.verbose else logging.WARNING)
     try:
         code: int = parsed.command(parsed)
         return code

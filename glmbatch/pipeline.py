@@ -1,8 +1,8 @@
 """Read this first: one fragment from its source to its committed output, in plain calls. Knows nothing of Prefect.
 
-    plan_run -> prepare_model (each model) -> assign      planning.py: what is to be done
-    answer (each step) -> write_output                    here: one fragment, forward only
-    publish                                               publishing.py: audit, then make it public
+    plan_run -> open_output -> locate_model, prepare_model -> assign    planning.py: what is to be done
+    answer (each step) -> write_output                                  here: one fragment, forward only
+    publish                                                             publishing.py: audit, then make it public
 
 Calls give and take small references; rows, tables and models stay inside them. Each is safe to repeat: what lies
 on disk, whole, is found and not done again.
@@ -28,14 +28,42 @@ from glmbatch.errors import BadRow, TransientError, UnusableFile
 from glmbatch.glm.engine import Engine, load_engine
 from glmbatch.glm.pool import POOL
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
-from glmbatch.planning import Assignment, FragmentWork, Model
+from glmbatch.planning import (
+    Assignment,
+    FragmentWork,
+    Model,
+    assign,
+    job_models,
+    locate_model,
+    open_output,
+    plan_run,
+    prepare_model,
+)
 from glmbatch.progress import PROGRESS
+from glmbatch.publishing import Summary, publish
 from glmbatch.steps.answers import Answer, answers_table
 from glmbatch.steps.classify import Choice, ask_choices
 from glmbatch.steps.generate import Writing, ask_writings
 from glmbatch.steps.prompt import Prompt, RowFault, RowValues, build_prompts
 
 logger = logging.getLogger(__name__)
+
+
+def run_job(job: JobConfig) -> Summary:
+    """The whole job in this thread, fragment after fragment; what the flow does, without its server and retries."""
+    run = plan_run(job)
+    open_output(job, run)
+    work = assign(job, run, [prepare_model(locate_model(model, job.runtime)) for model in job_models(job)])
+    answers: dict[str, dict[int, AnswersReceipt]] = {each.fragment.name: {} for each in work.fragments}
+    for steps in work.passes:
+        for each in work.fragments:
+            for index in steps:
+                answers[each.fragment.name][index] = answer(job, each.assignments[index])
+    outputs = [
+        write_output(job, each, [receipt for _, receipt in sorted(answers[each.fragment.name].items())])
+        for each in work.fragments
+    ]
+    return publish(job, run, outputs)
 
 
 def answer(job: JobConfig, assignment: Assignment) -> AnswersReceipt:

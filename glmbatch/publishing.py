@@ -74,10 +74,14 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> Summa
     AuditError, and nothing is published, when rows are missing or more of them failed than the job allows.
     """
     ledger = Ledger(job.data.output)
-    written = [output for output in outputs if output.unusable is None]
+    written = [_with_receipts(ledger, output) for output in outputs if output.unusable is None]
     unusable = [
         *run.plan.unusable,
-        *(FileFault(source=each.fragment.name, reason=each.unusable) for each in outputs if each.unusable is not None),
+        *(
+            FileFault(source=each.fragment.source, first_row=each.fragment.first_row, reason=each.unusable)
+            for each in outputs
+            if each.unusable is not None
+        ),
     ]
     _audit(job, run, outputs)
     samples = _samples(job, ledger, written)
@@ -99,6 +103,12 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> Summa
         samples=tuple(samples),
         seconds=time.time() - run.began,
     )
+
+
+def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
+    """The output with the receipts of the answers as they lie on disk: a cached output may tell of an older run's."""
+    receipts = [ledger.find_answers(answers.key) for answers in output.answers]
+    return output.model_copy(update={"answers": tuple(found[0] for found in receipts if found is not None)})
 
 
 def _audit(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> None:
@@ -190,7 +200,7 @@ def _quarantined(
 ) -> Iterator[dict[str, Any]]:
     """A line for each file left out and for each step of each row that failed."""
     for fault in unusable:
-        yield {"source": fault.source, "error_type": "unusable_file", "error": fault.reason}
+        yield {"source": fault.source, "row": fault.first_row, "error_type": "unusable_file", "error": fault.reason}
     for output in written:
         if not output.faulty_rows:
             continue

@@ -47,10 +47,11 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
 
 
 class FileFault(BaseModel, frozen=True, extra="forbid"):
-    """A file that this run leaves out, and why."""
+    """A file that this run leaves out, or the fragment of it from `first_row` on, and why."""
 
     source: str
     reason: str
+    first_row: int | None = None
 
 
 class Plan(BaseModel, frozen=True, extra="forbid"):

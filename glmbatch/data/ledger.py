@@ -21,8 +21,8 @@ import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
 from glmbatch.data.fragments import FileFault, Fragment
-from glmbatch.data.parquet import footer_metadata, read_rows, write_table
-from glmbatch.data.storage import commit, committed, digest_file, partial_beside, writable
+from glmbatch.data.parquet import footer_metadata, open_parquet, write_table
+from glmbatch.data.storage import PARTIAL, commit, committed, digest_file, partial_beside, writable
 from glmbatch.errors import InputError, UnusableFile
 
 DIGEST_CHARS = 32
@@ -130,8 +130,9 @@ class Ledger:
         found = self.find_answers(key)
         if found is None:
             raise UnusableFile(f"{self.root / ANSWERS}: the answers {key} are gone. Run the job again.")
-        receipt, path = found
-        return pa.Table.from_batches(read_rows(path, [0] if receipt.rows else [], 0, receipt.rows))
+        with open_parquet(found[1]) as file:
+            answers: pa.Table = file.read()
+        return answers
 
     def find_output(self, key: str, output_name: str) -> OutputReceipt | None:
         """The output file under `key`, staged or published, with the digest of its bytes."""
@@ -181,12 +182,15 @@ class Ledger:
             if file.output_name not in kept:
                 (self.root / file.output_name).unlink(missing_ok=True)
         shutil.rmtree(self.root / STAGED, ignore_errors=True)
-        self._forget_answers({key for file in manifest.files for key in file.answers_keys})
+        self._sweep({key for file in manifest.files for key in file.answers_keys})
 
-    def _forget_answers(self, kept_keys: set[str]) -> None:
+    def _sweep(self, kept_keys: set[str]) -> None:
+        """Delete answers that nothing published rests on, and what killed runs left half-written."""
         for path in (self.root / ANSWERS).glob("*.parquet"):
             if path.name.split(".")[0] not in kept_keys:
                 path.unlink(missing_ok=True)
+        for partial in [*self.root.glob(f".*{PARTIAL}"), *(self.root / "_glmbatch").rglob(f".*{PARTIAL}")]:
+            partial.unlink(missing_ok=True)
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], receipt: BaseModel) -> None:
@@ -210,9 +214,10 @@ def merged_manifest(
     unusable: Sequence[FileFault],
     limit: int | None,
 ) -> Manifest:
-    """What is published once `outputs` are: they replace all earlier files of their sources; other sources stay.
+    """What is published once `outputs` are: they replace the earlier files of their sources; other sources stay.
 
-    A source that could not be read tonight keeps the rows it had, so that a damaged file loses nothing.
+    Of a source that could not be read whole tonight, earlier files stay where no new one covers their rows, so that
+    a damaged file loses nothing.
     """
     files = [
         PublishedFile(
@@ -228,10 +233,19 @@ def merged_manifest(
         )
         for output in outputs
     ]
-    replaced = {file.source for file in files} - {fault.source for fault in unusable}
-    new = {file.output_name for file in files}
+    damaged = {fault.source for fault in unusable}
+
+    def replaces(new: PublishedFile, old: PublishedFile) -> bool:
+        overlap = new.first_row < old.first_row + old.rows and old.first_row < new.first_row + new.rows
+        return new.source == old.source and (new.source not in damaged or overlap or new.output_name == old.output_name)
+
+    by_source: dict[str, list[PublishedFile]] = {}
+    for file in files:
+        by_source.setdefault(file.source, []).append(file)
     stay = [
-        file for file in (before.files if before else ()) if file.source not in replaced and file.output_name not in new
+        old
+        for old in (before.files if before else ())
+        if not any(replaces(new, old) for new in by_source.get(old.source, ()))
     ]
     return Manifest(
         run=run,

@@ -74,11 +74,12 @@ def read_rows(
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether values of this type can be read as text."""
+    """Whether values of this type can be read as text; an all-null column, which pandas writes without type, can."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(
-        pa.types.is_string(kind)
+        pa.types.is_null(kind)
+        or pa.types.is_string(kind)
         or pa.types.is_large_string(kind)
         or pa.types.is_string_view(kind)
         or pa.types.is_binary(kind)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from glmbatch.errors import InputError, TransientError
 
+PARTIAL = ".partial"
 GLOB_MARKS = frozenset("*?[")
 # The output is at fault, and only the caller can mend it; anything else of the system may pass by itself.
 UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG})
@@ -85,7 +86,7 @@ def partial_beside(path: Path) -> Iterator[Path]:
 
     The name starts with a dot, so no reader takes it for data.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}{PARTIAL}")
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -64,7 +64,10 @@ def ask_choices(
     labels = head_labels or step.labels or ()
     label_ids = None if head_labels else encode_labels(labels, tokenizer)
     keys = list(prompts)
-    requests = (ClassifyRequest(index, prompts[key].ids, label_ids) for index, key in enumerate(keys))
+    requests = (
+        ClassifyRequest(index, prompts[key].ids, label_ids, prompts[key].shared_tokens)
+        for index, key in enumerate(keys)
+    )
     for result in engine.classify(requests):
         if result.error is not None:
             yield keys[result.index], RowFault("model_failed", result.error)

@@ -60,6 +60,7 @@ def ask_writings(
             top_k=step.top_k,
             seed=row_seed(step.seed, key),
             should_stop=should_stop,
+            shared_tokens=prompts[key].shared_tokens,
         )
         for index, key in enumerate(keys)
     )

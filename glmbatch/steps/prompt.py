@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 from glmbatch.config import TEXT, Step, placeholders
 from glmbatch.glm.tokenizer import Tokenizer, chat_prompt, escape_turns
+
+# Stands for a value where only the template counts; a private-use character that no template holds.
+VALUE = "\ue000"
 
 FaultKind = Literal["null_value", "empty_text", "not_utf8", "earlier_step_failed", "too_long", "model_failed"]
 
@@ -22,10 +26,14 @@ class RowFault:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked of one row: the text, and its token ids with the model's prefix."""
+    """What is asked of one row: the text, and its token ids with the model's prefix.
+
+    The first `shared_tokens` ids come from the template alone, so all rows of the step begin with them.
+    """
 
     text: str
     ids: Sequence[int]
+    shared_tokens: int = 0
 
 
 RowValues = Mapping[str, str | bytes | RowFault | None]
@@ -52,10 +60,13 @@ def build_prompts(
     checked = [_checked(row, needed) for row in rows]
     texts = ["" if isinstance(row, RowFault) else render(row) for row in checked]
     encoded = tokenizer.encode(texts)
+    head = _head_ids(render(dict.fromkeys(needed, VALUE)).partition(VALUE)[0], tokenizer)
     prompts: list[Prompt | RowFault] = []
     for row, text, ids in zip(checked, texts, encoded, strict=True):
         if isinstance(row, RowFault) or len(ids) <= max_input_tokens:
-            prompts.append(row if isinstance(row, RowFault) else Prompt(text, ids))
+            prompts.append(
+                row if isinstance(row, RowFault) else Prompt(text, ids, len(head) if ids[: len(head)] == head else 0)
+            )
             continue
         seen = f"the prompt has {len(ids)} tokens, {max_input_tokens} are allowed"
         if step.on_too_long == "error" or TEXT not in row:
@@ -64,6 +75,12 @@ def build_prompts(
         shorter = _longest(row, max_input_tokens, render, tokenizer)
         prompts.append(shorter or RowFault("too_long", f"{seen}, and the template alone fills them"))
     return prompts
+
+
+def _head_ids(head: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of the template's text before the first value, less those that may join with what a value begins with."""
+    tried = tokenizer.encode([head + value for value in ("a", "B", "1", "好", "。", " ", "\n")])
+    return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*tried, strict=False))]
 
 
 def _checked(row: RowValues, needed: Sequence[str]) -> Mapping[str, str] | RowFault:

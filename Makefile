@@ -1,0 +1,50 @@
+# make demo    set up and run the main job over the sample           make check    format, lint, types, plain tests (seconds)
+# make test    set up and pass all tests                             make help     this list
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+# uv does not read pip's settings; a folder of wheels given to pip is given to uv too.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# Prefect's database and settings for this checkout alone.
+export PREFECT_HOME ?= $(CURDIR)/.prefect
+# With it set, every process would compile all packages again.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help setup demo test check lint sample constraints clean
+
+help:
+	@grep '^# make' Makefile | sed 's/^# //'
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; run make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet 'uv>=0.9,<1'
+	$(RUN)/uv pip install --quiet --python $(RUN)/python -c constraints.txt -e '.[test]'
+	@touch $@
+
+# Exit code 3 says that rows were quarantined: the sample holds some on purpose.
+demo: setup
+	$(RUN)/glmbatch run sample_data/reviews.yaml || test $$? -eq 3
+
+test: setup
+	$(RUN)/python -m pytest
+
+check: lint
+	$(RUN)/python -m pytest -m "not slow and not prefect and not gpu"
+
+lint: setup
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+
+sample: setup
+	$(RUN)/python sample_data/make.py
+
+constraints: setup
+	$(RUN)/uv pip compile pyproject.toml --universal --all-extras --python-version 3.11 --no-annotate --no-header \
+	  --no-emit-find-links -o constraints.txt
+
+clean:
+	rm -rf $(VENV) .prefect sample_data/out

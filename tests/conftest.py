@@ -1,0 +1,66 @@
+"""What all tests share: one thread for torch, no telemetry, and a job over small files with a real checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDENS = ROOT / "tests" / "goldens"
+CAUSAL = GOLDENS / "base-sharded"
+CLASSIFIER = GOLDENS / "classifier"
+
+CLASSIFY = {"kind": "classify", "name": "mood", "labels": ["good", "bad", "so so"]}
+GENERATE = {"kind": "generate", "name": "reply", "prompt_template": "{mood}: {text}", "max_tokens": 6}
+
+
+@pytest.fixture
+def rows() -> list[str | None]:
+    """Texts of many kinds; all of them can be answered."""
+    return [f"第{number}条 review number {number}: {'很好 ' * (number % 5)}end" for number in range(23)]
+
+
+@pytest.fixture
+def write_source(tmp_path: Path) -> Callable[..., Path]:
+    """Write a Parquet file below `in/` from columns; returns its path."""
+
+    def write(name: str, columns: dict[str, Any], **options: Any) -> Path:
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+        pq.write_table(table, path, **options)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def job_settings(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Settings of a job over `in/` with a classify and a generate step; dotted names override them."""
+
+    def settings(**overrides: Any) -> dict[str, Any]:
+        job: dict[str, Any] = {
+            "data": {"input": str(tmp_path / "in"), "output": str(tmp_path / "out"), "rows_per_fragment": 8},
+            "model": {"path": str(CAUSAL)},
+            "steps": [dict(CLASSIFY), dict(GENERATE)],
+            "runtime": {"device": "cpu", "retry_delay_seconds": 0.01},
+        }
+        for name, value in overrides.items():
+            *groups, last = name.split("__")
+            here = job
+            for group in groups:
+                here = here.setdefault(group, {})
+            here[last] = value
+        return job
+
+    return settings

@@ -1,0 +1,146 @@
+"""The flow through a real Prefect server: states, retry of a transient fault, cached second run, failure."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow.dataset as ds
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+pytestmark = [pytest.mark.prefect, pytest.mark.slow]
+Settings = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+
+# The flow with an engine whose first use fails, as a lost device would.
+FLAKY = """
+import sys
+from glmbatch import pipeline
+from glmbatch.errors import TransientError
+from glmbatch.glm.engine import load_engine
+from glmbatch.jobfile import load_job
+
+def load_at_second_try(model, runtime, tries=[]):
+    tries.append(model)
+    if len(tries) == 1:
+        raise TransientError("the device was lost")
+    return load_engine(model, runtime)
+
+pipeline.load_engine = load_at_second_try
+from flows.annotate import annotate
+summary = annotate(load_job(sys.argv[1]))
+print(summary.computed)
+"""
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> str:
+    write_source("day=1/a.parquet", {"text": [f"row {n}" for n in range(12)] + [None]})
+    write_source("day=2/b.parquet", {"text": ["one", "two"]})
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job_settings(max_error_rate=0.5)))
+    return str(path)
+
+
+def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=400,
+    )
+
+
+def query(environment: dict[str, str], kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    answer = httpx.post(f"{environment['PREFECT_API_URL']}/{kind}/filter", json=body, timeout=30)
+    rows: list[dict[str, Any]] = answer.raise_for_status().json()
+    return rows
+
+
+def last_flow_run(environment: dict[str, str]) -> dict[str, Any]:
+    return query(environment, "flow_runs", {"sort": "START_TIME_DESC", "limit": 1})[0]
+
+
+def task_runs(environment: dict[str, str], expected: int) -> dict[str, dict[str, Any]]:
+    """Task runs of the last flow run by name; their rows reach the database some time after the flow has ended."""
+    body = {"flow_runs": {"id": {"any_": [last_flow_run(environment)["id"]]}}, "limit": 100}
+    until = time.monotonic() + 90
+    while True:
+        rows = {row["name"]: row for row in query(environment, "task_runs", body)}
+        if len(rows) >= expected and all(row["end_time"] for row in rows.values()) or time.monotonic() > until:
+            return rows
+        time.sleep(0.5)
+
+
+def test_a_run_shows_its_tasks_and_a_second_one_is_cached(
+    prefect_server: dict[str, str], job_file: str, tmp_path: Path
+) -> None:
+    first = run(prefect_server, "-m", "glmbatch.cli", "run", job_file)
+    assert first.returncode == 3, first.stderr
+    assert "15 rows in 3 fragments" in first.stdout
+    assert last_flow_run(prefect_server)["state_type"] == "COMPLETED"
+    tasks = task_runs(prefect_server, 14)
+    assert {name: row["state_name"] for name, row in tasks.items() if name.startswith(("classify", "write"))} == {
+        "classify mood day=1/a.parquet@0": "Completed",
+        "classify mood day=1/a.parquet@8": "Completed",
+        "classify mood day=2/b.parquet@0": "Completed",
+        "write day=1/a.parquet@0": "Completed",
+        "write day=1/a.parquet@8": "Completed",
+        "write day=2/b.parquet@0": "Completed",
+    }
+    answers = ds.dataset(tmp_path / "out", partitioning=None).to_table()
+
+    second = run(prefect_server, "-m", "glmbatch.cli", "run", job_file)
+    assert second.returncode == 3, second.stderr
+    assert "no inference was executed and no model was loaded" in second.stdout
+    cached = ("classify", "generate", "write", "prepare")
+    states = {row["state_name"] for name, row in task_runs(prefect_server, 14).items() if name.startswith(cached)}
+    assert states == {"Cached"}
+    assert ds.dataset(tmp_path / "out", partitioning=None).to_table().equals(answers)
+
+    for path in (tmp_path / "out").glob("_glmbatch/answers/*"):
+        path.unlink()
+    third = run(prefect_server, "-m", "glmbatch.cli", "run", job_file)
+    assert "0 reused" in third.stdout, third.stderr
+    assert ds.dataset(tmp_path / "out", partitioning=None).to_table().equals(answers)
+
+
+def test_a_transient_fault_is_retried_and_costs_nothing(prefect_server: dict[str, str], job_file: str) -> None:
+    done = run(prefect_server, "-c", FLAKY, job_file)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "28"
+    counts = [row["run_count"] for name, row in task_runs(prefect_server, 14).items() if name.startswith("classify")]
+    assert sorted(counts) == [1, 1, 2]
+
+
+def test_bad_input_fails_at_once_without_retry_or_traceback(
+    prefect_server: dict[str, str], job_file: str, tmp_path: Path
+) -> None:
+    done = run(prefect_server, "-m", "glmbatch.cli", "run", job_file, "--on-error", "raise")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        "in/day=1/a.parquet: row 12, step 'mood': text is null. Mend the row, or set on_error to quarantine."
+    )
+    assert "Traceback" not in done.stderr
+    assert last_flow_run(prefect_server)["state_type"] == "FAILED"
+    assert not (tmp_path / "out" / "_manifest.json").exists()
+    failed = [row for row in task_runs(prefect_server, 8).values() if row["state_type"] == "FAILED"]
+    assert [row["run_count"] for row in failed] == [1]
+
+
+def test_too_many_bad_rows_fail_the_run_with_exit_code_1(prefect_server: dict[str, str], job_file: str) -> None:
+    done = run(prefect_server, "-m", "glmbatch.cli", "run", job_file, "--max-error-rate", "0.01")
+    assert done.returncode == 1
+    assert "nothing published: 1 of 15 rows failed (6.7%), max_error_rate allows 1.0%" in done.stderr

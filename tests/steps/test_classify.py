@@ -1,0 +1,73 @@
+"""Scores of whole labels: sum to one, follow no order, and are right where one label begins another."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+from glmbatch.errors import InputError
+from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
+from glmbatch.steps.classify import choose, choose_by_likelihood, encode_labels
+from tests.conftest import CAUSAL
+
+SCORES = st.lists(st.floats(-50, 50), min_size=2, max_size=8)
+
+
+@given(SCORES)
+def test_scores_sum_to_one_and_the_label_has_the_highest(log_weights: list[float]) -> None:
+    labels = [f"label {index}" for index in range(len(log_weights))]
+    choice = choose(labels, log_weights)
+    assert math.isclose(math.fsum(choice.scores.values()), 1, abs_tol=1e-12)
+    assert choice.scores[choice.label] == max(choice.scores.values())
+    assert 0 <= choice.margin <= 1
+
+
+@given(SCORES, st.randoms())
+def test_no_order_of_the_labels_changes_a_bit(log_weights: list[float], random: object) -> None:
+    labels = [f"label {index}" for index in range(len(log_weights))]
+    pairs = list(zip(labels, log_weights, strict=True))
+    random.shuffle(pairs)  # type: ignore[attr-defined]
+    assert choose(*map(list, zip(*pairs, strict=True))) == choose(labels, log_weights)
+
+
+def test_a_longer_label_can_win_over_the_one_that_begins_it() -> None:
+    labels, ids = ["good", "good enough", "good enough yet", "bad"], [(1,), (1, 2), (1, 2, 3), (4,)]
+    # Of all answers that begin with "good" (0.6), 5 in 6 go on to "good enough", and 1 in 5 of these to "yet".
+    choice = choose_by_likelihood(labels, ids, [math.log(p) for p in (0.6, 0.5, 0.1, 0.2)])
+    assert choice.label == "good enough"
+    expected = dict(zip(labels, (0.1, 0.4, 0.1, 0.2), strict=True))
+    assert {name: round(score * 0.8, 12) for name, score in choice.scores.items()} == expected
+
+
+def test_rounding_above_the_whole_leaves_a_label_nothing() -> None:
+    choice = choose_by_likelihood(["a", "ab", "c"], [(1,), (1, 2), (3,)], [-1.0, -0.9999999, -2.0])
+    assert choice.scores["a"] == 0
+
+
+def test_labels_without_a_common_beginning_are_a_plain_softmax() -> None:
+    likelihoods = [-1.0, -2.5, -3.0]
+    assert choose_by_likelihood(["a", "b", "c"], [(1, 9), (2,), (3,)], likelihoods) == choose(
+        ["a", "b", "c"], likelihoods
+    )
+
+
+def test_labels_that_are_the_same_tokens_are_refused() -> None:
+    assert len(set(encode_labels(["A", "Ａ", "A "], load_tokenizer(CAUSAL)))) == 3
+    widths_alike = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["A B C"] * 9),
+        model_writer=widths_alike,
+        vocab_size=264,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="nmt_nfkc",
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer(SentencePieceProcessor(model_proto=widths_alike.getvalue()))
+    with pytest.raises(InputError, match="labels 'A' and 'Ａ' are the same tokens"):
+        encode_labels(["A", "Ａ"], tokenizer)

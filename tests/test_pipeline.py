@@ -1,0 +1,326 @@
+"""Rows in, files out, through the real engine on a small checkpoint: what a reader of the output sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from glmbatch.config import JobConfig, answer_columns
+from glmbatch.data.ledger import MANIFEST, QUARANTINE, Ledger
+from glmbatch.errors import AuditError, BadRow, InputError, UnusableFile
+from glmbatch.pipeline import run_job
+from glmbatch.planning import passes
+from glmbatch.publishing import Summary, describe
+from tests.conftest import CLASSIFIER, CLASSIFY, GENERATE
+
+pytestmark = pytest.mark.slow
+Settings = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+
+
+def run(settings: dict[str, Any]) -> Summary:
+    return run_job(JobConfig.model_validate(settings))
+
+
+def output(tmp_path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = ds.dataset(tmp_path / "out", partitioning=None).to_table().to_pylist()
+    return rows
+
+
+def test_each_row_comes_out_in_place_with_its_answers(
+    rows: list[str], write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("day=1/a.parquet", {"id": range(23), "text": rows})
+    summary = run(job_settings())
+    seen = output(tmp_path)
+    assert [row["text"] for row in seen] == rows
+    assert {row["mood"] for row in seen} <= {"good", "bad", "so so"}
+    for row in seen:
+        assert math.isclose(sum(row["mood_scores"].values()), 1, abs_tol=1e-9)
+        assert row["mood_score"] == max(row["mood_scores"].values()) == row["mood_scores"][row["mood"]]
+        assert row["reply_finish_reason"] in {"stop", "length"}
+        assert 0 <= row["reply_completion_tokens"] <= 6
+        assert row["mood_error"] is row["reply_error_type"] is None
+        assert len(row["reply_key"]) == 16
+    assert (summary.rows, summary.faulty_rows, summary.fragments) == (23, 0, 3)
+    assert sorted(path.name for path in (tmp_path / "out" / "day=1").iterdir()) == [
+        "a-0000000000.parquet",
+        "a-0000000008.parquet",
+        "a-0000000016.parquet",
+    ]
+
+
+def test_columns_types_nesting_and_file_metadata_come_out_as_they_went_in(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    table = pa.table(
+        {
+            "text": pa.array(["一", "two", "三"], pa.large_string()),
+            "kind": pa.array(["a", "b", "a"]).dictionary_encode(),
+            "when": pa.array([0, 1, None], pa.timestamp("ms", "Asia/Shanghai")),
+            "price": pa.array(["1.50", None, "2.25"]).cast(pa.decimal128(9, 2)),
+            "tags": pa.array([["x"], [], None], pa.list_(pa.string())),
+            "nested": pa.array([{"a": [{"b": 1}]}, None, {"a": []}]),
+            "pairs": pa.array([[("k", 1)], [], None], pa.map_(pa.string(), pa.int8())),
+            "blank": pa.nulls(3),
+        }
+    )
+    fields = [field.with_metadata({b"note": b"kept"}) if field.name == "text" else field for field in table.schema]
+    table = table.cast(pa.schema(fields, {b"team": "数据".encode()}))
+    write_source("a.parquet", table)
+    run(job_settings())
+    written = pq.read_table(tmp_path / "out" / "a-0000000000.parquet", partitioning=None)
+    assert written.select(table.schema.names).equals(table)
+    assert written.schema.metadata[b"team"] == "数据".encode()
+    assert written.schema.field("text").metadata[b"note"] == b"kept"
+    steps = JobConfig.model_validate(job_settings()).steps
+    assert written.schema.names == [*table.schema.names, *answer_columns(steps[0]), *answer_columns(steps[1])]
+
+
+def test_a_bad_row_keeps_its_place_and_says_why(write_source: Write, job_settings: Settings, tmp_path: Path) -> None:
+    texts = ["fine", None, "", " \n", b"\xff\xfe".decode("latin-1"), "long " * 3000, "also fine"]
+    write_source("a.parquet", {"id": [f"row-{n}" for n in range(7)], "text": texts})
+    summary = run(job_settings(max_error_rate=0.9, data__id_column="id"))
+    seen = output(tmp_path)
+    assert [row["text"] for row in seen] == texts
+    kinds = [None, "null_value", "empty_text", "empty_text", None, "too_long", None]
+    assert [row["mood_error_type"] for row in seen] == kinds
+    assert [row["reply_error_type"] for row in seen] == [kind and "earlier_step_failed" for kind in kinds]
+    assert all((row["mood"] is None) == (row["mood_error"] is not None) for row in seen)
+    listed = pq.read_table(tmp_path / "out" / QUARANTINE).to_pylist()
+    assert [(line["source"], line["row"], line["id"]) for line in listed if line["step"] == "mood"] == [
+        ("a.parquet", number, f"row-{number}") for number in (1, 2, 3, 5)
+    ]
+    assert (summary.faulty_rows, summary.quarantined) == (4, True)
+    assert "4 rows failed" in describe(summary)
+
+
+def test_bytes_that_are_no_text_cost_their_row_alone(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": pa.array([b"fine", b"\xff", "好".encode()])})
+    run(job_settings(max_error_rate=0.5))
+    assert [row["mood_error_type"] for row in output(tmp_path)] == [None, "not_utf8", None]
+
+
+def test_under_raise_a_bad_row_stops_the_run_and_nothing_is_published(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": ["fine"] * 9 + [None]})
+    with pytest.raises(BadRow, match=r"a\.parquet: row 9, step 'mood': text is null\..*on_error"):
+        run(job_settings(on_error="raise"))
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+def test_under_null_a_bad_row_keeps_its_reason_and_the_run_is_done(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": ["fine", "fine too", None]})
+    summary = run(job_settings(on_error=None, max_error_rate=0.5))
+    assert (summary.faulty_rows, summary.quarantined) == (1, False)
+    assert output(tmp_path)[2]["mood_error"] == "text is null"
+
+
+@pytest.mark.parametrize(("bad", "rate", "message"), [(3, 0.2, r"3 of 10 rows failed \(30\.0%\)"), (10, 1.0, "all 10")])
+def test_too_many_failed_rows_publish_nothing_and_leave_what_was_there(
+    write_source: Write, job_settings: Settings, tmp_path: Path, bad: int, rate: float, message: str
+) -> None:
+    write_source("a.parquet", {"text": ["yesterday"] * 10})
+    run(job_settings())
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*") if path.is_file()}
+    write_source("a.parquet", {"text": ["today"] * (10 - bad) + [None] * bad})
+    with pytest.raises(AuditError, match=f"nothing published: {message}"):
+        run(job_settings(max_error_rate=rate))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").glob("*") if path.is_file()}
+
+
+def test_a_damaged_page_costs_its_fragment_alone(write_source: Write, job_settings: Settings, tmp_path: Path) -> None:
+    source = write_source(
+        "a.parquet", {"text": [f"row {n}" for n in range(24)]}, row_group_size=8, write_page_checksum=True
+    )
+    with pq.ParquetFile(source) as file:
+        page = file.metadata.row_group(1).column(0).data_page_offset
+    whole = source.read_bytes()
+    source.write_bytes(whole[: page + 40] + bytes([whole[page + 40] ^ 1]) + whole[page + 41 :])
+    with pytest.raises(UnusableFile, match=r"a\.parquet"):
+        run(job_settings(on_error="raise"))
+    summary = run(job_settings(max_error_rate=0.5))
+    assert [fault.source for fault in summary.unusable] == ["a.parquet"]
+    assert [row["text"] for row in output(tmp_path)] == [f"row {n}" for n in [*range(8), *range(16, 24)]]
+    assert pq.read_table(tmp_path / "out" / QUARANTINE).to_pylist()[0]["error_type"] == "unusable_file"
+
+
+def test_a_second_run_computes_nothing_and_says_so(write_source: Write, job_settings: Settings, tmp_path: Path) -> None:
+    write_source("a.parquet", {"text": ["x", "y", None]})
+    first = run(job_settings(max_error_rate=0.5))
+    second = run(job_settings(max_error_rate=0.5, runtime__max_slots=1))
+    assert (first.computed, second.computed) == (4, 0)
+    assert "no inference was executed and no model was loaded" in describe(second)
+    assert second.samples == first.samples
+    (tmp_path / "in" / "a.parquet").rename(tmp_path / "in" / "renamed.parquet")
+    assert run(job_settings(max_error_rate=0.5)).computed == 0
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_answers_that_are_not_whole_are_computed_again(
+    write_source: Write, job_settings: Settings, tmp_path: Path, damage: str
+) -> None:
+    write_source("a.parquet", {"text": ["x", "y", "z"]})
+    run(job_settings())
+    before = output(tmp_path)
+    for path in [*(tmp_path / "out" / "_glmbatch" / "answers").iterdir(), *(tmp_path / "out").glob("*.parquet")]:
+        path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:-1] + b"X")
+    assert run(job_settings()).computed == 6
+    assert output(tmp_path) == before
+
+
+def test_repeated_texts_are_asked_once(write_source: Write, job_settings: Settings) -> None:
+    write_source("a.parquet", {"text": ["same", "other", "same", "same"]})
+    settings = job_settings()
+    settings["steps"] = [CLASSIFY]
+    assert [step.computed for step in run(settings).steps] == [2]
+
+
+def test_a_new_day_joins_the_days_before_it(write_source: Write, job_settings: Settings, tmp_path: Path) -> None:
+    write_source("day=1/a.parquet", {"text": ["one"]})
+    run(job_settings())
+    write_source("day=2/a.parquet", {"text": ["two"]})
+    second = run(job_settings(data__input=str(tmp_path / "in" / "*" / "*.parquet")))
+    assert second.computed == 2
+    assert [row["text"] for row in output(tmp_path)] == ["one", "two"]
+    only = job_settings(data__input=str(tmp_path / "in" / "day=2*" / "*.parquet"))
+    assert run(only).computed == 0
+    assert [row["text"] for row in output(tmp_path)] == ["one", "two"]
+
+
+def test_an_output_never_mixes_two_settings(write_source: Write, job_settings: Settings, tmp_path: Path) -> None:
+    write_source("day=1/a.parquet", {"text": ["one"]})
+    write_source("day=2/a.parquet", {"text": ["two"]})
+    run(job_settings())
+    settings = job_settings(data__input=str(tmp_path / "in" / "day=2*" / "*.parquet"))
+    settings["steps"][1]["max_tokens"] = 3
+    with pytest.raises(InputError, match=r"day=1/a-0000000000\.parquet was answered with other settings"):
+        run(settings)
+    settings["data"]["input"] = str(tmp_path / "in")
+    assert run(settings).computed == 2
+    assert {row["text"] for row in output(tmp_path)} == {"one", "two"}
+
+
+def test_fewer_fragments_replace_more_of_the_same_file(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": [f"row {n}" for n in range(20)]})
+    run(job_settings())
+    run(job_settings(data__rows_per_fragment=100))
+    assert [row["text"] for row in output(tmp_path)] == [f"row {n}" for n in range(20)]
+
+
+def test_a_limited_run_does_not_replace_all_rows(write_source: Write, job_settings: Settings, tmp_path: Path) -> None:
+    write_source("a.parquet", {"text": [f"row {n}" for n in range(20)]})
+    run(job_settings(data__limit=3))
+    assert len(output(tmp_path)) == 3
+    run(job_settings())
+    with pytest.raises(InputError, match="a run with data.limit would replace them"):
+        run(job_settings(data__limit=3))
+    assert len(output(tmp_path)) == 20
+
+
+def test_a_trained_head_answers_with_its_own_labels_beside_the_base(
+    rows: list[str], write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": rows})
+    settings = job_settings()
+    settings["steps"][0] = {"kind": "classify", "name": "mood", "model": {"path": str(CLASSIFIER)}}
+    run(settings)
+    together = output(tmp_path)
+    assert {row["mood"] for row in together} <= {"负面", "中性", "正面"}
+    assert list(together[0]["mood_scores"]) == ["负面", "中性", "正面"]
+    settings["data"]["output"] = str(tmp_path / "out2")
+    settings["runtime"]["max_loaded_models"] = 1
+    run(settings)
+    apart = ds.dataset(tmp_path / "out2", partitioning=None).to_table().to_pylist()
+    assert apart == together
+
+
+def test_models_that_do_not_fit_together_take_turns_over_all_fragments(job_settings: Settings) -> None:
+    other = {"path": str(CLASSIFIER)}
+    settings = job_settings()
+    settings["steps"] = [
+        {**CLASSIFY, "name": "a"},
+        {"kind": "classify", "name": "b", "model": other},
+        {**GENERATE, "name": "c", "prompt_template": "{a} {text}"},
+        {**GENERATE, "name": "d", "prompt_template": "{b} {text}"},
+    ]
+    job = JobConfig.model_validate(settings)
+    assert passes(job, 2) == ((0, 1, 2, 3),)
+    assert passes(job, 1) == ((0, 2), (1,), (3,))
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"kind": "classify", "name": "a", "labels": None}, r"has no trained head\. Set the step's labels\."),
+        ({"kind": "classify", "name": "a", "model": str(CLASSIFIER), "labels": ["x", "y"]}, "was trained for"),
+        ({"kind": "generate", "name": "a", "model": str(CLASSIFIER)}, "cannot generate"),
+        ({"kind": "generate", "name": "a", "max_tokens": 5000}, r"has 2048 positions.*Set max_tokens\."),
+        ({"kind": "generate", "name": "a", "model": "no/such/place"}, "no/such/place"),
+    ],
+)
+def test_a_model_that_cannot_answer_its_step_is_told_before_any_row(
+    write_source: Write, job_settings: Settings, step: dict[str, Any], message: str
+) -> None:
+    write_source("a.parquet", {"text": ["x"]})
+    settings = job_settings()
+    settings["steps"] = [step]
+    with pytest.raises(InputError, match=message):
+        run(settings)
+
+
+def test_sampled_answers_do_not_depend_on_fragments_slots_or_neighbours(
+    rows: list[str], write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": rows})
+    answers = []
+    for number, (size, slots) in enumerate([(100, 1), (100, 16), (7, 3)]):
+        settings = job_settings(
+            data__output=str(tmp_path / f"out{number}"), data__rows_per_fragment=size, runtime__max_slots=slots
+        )
+        settings["steps"] = [{"kind": "generate", "name": "reply", "max_tokens": 12, "temperature": 1.0, "top_p": 1.0}]
+        run(settings)
+        table = ds.dataset(tmp_path / f"out{number}", partitioning=None).to_table()
+        answers.append(table.column("reply").to_pylist())
+    assert answers[0] == answers[1] == answers[2]
+    assert len(set(answers[0])) > 15
+
+
+def test_a_table_without_rows_gives_a_table_without_rows(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": pa.array([], pa.string())})
+    summary = run(job_settings())
+    written = pq.read_table(tmp_path / "out" / "a-0000000000.parquet")
+    assert (summary.rows, written.num_rows) == (0, 0)
+    assert "mood_scores" in written.schema.names
+
+
+def test_the_manifest_lists_what_is_published_with_its_digests(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    from glmbatch.data.storage import digest_file
+
+    write_source("a.parquet", {"text": ["x"] * 20})
+    run(job_settings())
+    manifest = Ledger(tmp_path / "out").manifest()
+    assert manifest is not None
+    assert {file.output_name: file.digest for file in manifest.files} == {
+        path.name: digest_file(path) for path in (tmp_path / "out").glob("a-*.parquet")
+    }
+    assert not (tmp_path / "out" / "_glmbatch" / "staged").exists()
