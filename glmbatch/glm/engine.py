@@ -62,7 +62,10 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """`ids` without the end token; `finish_reason` is "stop" (end token or should_stop) or "length"."""
+    """`ids` without the end token; `finish_reason` is "stop" (end token or should_stop) or "length".
+
+    "length" also when the model's positions ended first. With an `error`, there are no ids and it is "error".
+    """
 
     index: int
     ids: tuple[int, ...]
