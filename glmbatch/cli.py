@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -28,6 +30,7 @@ DONE, FAILED, BAD_INPUT, QUARANTINED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130,
 # A server of our own, for this process alone, when the user has set none: quiet, local, patient on a busy machine.
 PREFECT_DEFAULTS = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",  # failures are told once, by us, on one line
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",  # a server stopped in the midst of its records prints tracebacks
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
@@ -46,9 +49,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, BAD_INPUT)
     except GlmbatchError as error:
         return _complain(error, FAILED)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated) as error:
         print("glmbatch: interrupted; run the same command again to go on.", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(error, _Terminated) else INTERRUPTED
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+
+
+@contextmanager
+def _raising_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM an exception, as SIGINT is, so that the server of the run is stopped and not left behind."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(error: Exception, code: int) -> int:
@@ -61,24 +82,23 @@ def _run(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         return _plan(parsed)
     job = load_job(parsed.job, _overrides(parsed))
-    from glmbatch.planning import plan_run
+    from glmbatch.glm.hub import locate_checkpoint
+    from glmbatch.planning import job_models, plan_run
 
-    plan_run(job)  # what is wrong with the input is told at once, before a server starts
+    # What is wrong with the input is told at once, before a server starts.
+    plan_run(job)
+    for model in job_models(job):
+        if model.revision is None:  # a hub id with its revision may need the network, which is the flow's to retry
+            locate_checkpoint(model.path, None)
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     # The one place where glmbatch looks up: the command line runs the flow, the flow runs glmbatch.
-    from prefect.exceptions import TerminationSignal
-
     from flows.annotate import annotate
     from glmbatch.display import showing_progress
     from glmbatch.publishing import describe
 
-    try:
-        with showing_progress():
-            summary = annotate(job)
-    except TerminationSignal:
-        print("glmbatch: terminated; run the same command again to go on.", file=sys.stderr)
-        return TERMINATED
+    with _raising_on_sigterm(), showing_progress():
+        summary = annotate(job)
     print(describe(summary))
     return QUARANTINED if summary.quarantined else DONE
 

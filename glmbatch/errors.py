@@ -6,6 +6,7 @@
     │   └── BadRow          a row cannot be processed and on_error is "raise"
     ├── TransientError      the machine failed; the same call may succeed later; retried
     │   └── OutOfMemory     the device is full even after the engine's own back-off
+    ├── Interrupted         the run was told to stop; run again, it goes on
     └── AuditError          the work is done but not fit to be published
 
 A message is one line and says where, what was seen, and which setting to change.
@@ -36,6 +37,10 @@ class TransientError(GlmbatchError):
 
 class OutOfMemory(TransientError):
     """The device has no room even for the smallest batch."""
+
+
+class Interrupted(GlmbatchError):
+    """The run was told to stop; what is committed stays, and running again goes on from there."""
 
 
 class AuditError(GlmbatchError):

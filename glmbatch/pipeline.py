@@ -186,6 +186,7 @@ def _ask(
                 values[row] = value
                 PROGRESS.add(1, computed=True)
         except TransientError:
+            POOL.check_running()
             POOL.discard(engine)  # a retry loads it anew
             raise
     return began, values

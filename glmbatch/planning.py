@@ -16,6 +16,7 @@ from glmbatch.data.fragments import Fragment, Plan, plan_fragments
 from glmbatch.data.ledger import Ledger
 from glmbatch.data.rowkeys import answers_key, output_key, step_key
 from glmbatch.errors import InputError
+from glmbatch.glm.pool import POOL
 from glmbatch.progress import PROGRESS
 
 # Half as much again as the weights, for caches and activations.
@@ -97,6 +98,7 @@ class Work(BaseModel, frozen=True, extra="forbid"):
 def open_output(job: JobConfig, run: Run) -> None:
     """Make the output folder ready for `run`; InputError when it cannot be written."""
     Ledger(job.data.output).prepare()
+    POOL.resume()
     PROGRESS.start("annotate", run.plan.rows * len(job.steps))
 
 

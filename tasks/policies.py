@@ -21,6 +21,7 @@ from prefect.tasks import exponential_backoff
 from glmbatch.config import JobConfig
 from glmbatch.data.ledger import RESULTS
 from glmbatch.errors import TransientError
+from glmbatch.glm.pool import POOL
 from glmbatch.planning import Assignment
 
 Item = TypeVar("Item")
@@ -51,15 +52,20 @@ def in_window(
 ) -> list[list[Any]]:
     """Submit the tasks of each item, those of at most `most` items at once; give the results of each item in order.
 
-    The first failure is raised as soon as its item's turn comes, with the error that the task itself raised.
+    The first failure is raised as soon as its item's turn comes, with the error that the task itself raised. Whatever
+    ends the wait (a failure, an interrupt, a cancellation) ends the inference under way, which nobody needs any more.
     """
     results: list[list[Any]] = []
     waiting: deque[Sequence[PrefectFuture[Any]]] = deque()
-    for item in items:
-        if len(waiting) == most:
-            results.append([future.result() for future in waiting.popleft()])
-        waiting.append(submit(item))
-    results += ([future.result() for future in futures] for futures in waiting)
+    try:
+        for item in items:
+            if len(waiting) == most:
+                results.append([future.result() for future in waiting.popleft()])
+            waiting.append(submit(item))
+        results += ([future.result() for future in futures] for futures in waiting)
+    except BaseException:
+        POOL.stop()
+        raise
     return results
 
 

@@ -113,7 +113,7 @@ def test_settings_cannot_be_changed(job_settings: Settings) -> None:
 
 @pytest.mark.parametrize("template", ["{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{0}", "{a", "a}"])
 def test_a_template_takes_plain_columns_alone(template: str) -> None:
-    with pytest.raises(ValueError, match="placeholder|expected|Single"):
+    with pytest.raises(ValueError, match=r"placeholder|expected|Single"):
         placeholders(template)
 
 

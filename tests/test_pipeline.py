@@ -228,7 +228,7 @@ def test_a_limited_run_does_not_replace_all_rows(write_source: Write, job_settin
     run(job_settings(data__limit=3))
     assert len(output(tmp_path)) == 3
     run(job_settings())
-    with pytest.raises(InputError, match="a run with data.limit would replace them"):
+    with pytest.raises(InputError, match=r"a run with data\.limit would replace them"):
         run(job_settings(data__limit=3))
     assert len(output(tmp_path)) == 20
 

@@ -60,6 +60,8 @@ def examine(path: str | Path, *, digests: bool = True, rope_scaling: RopeScaling
         if (directory / TOKENIZER_FILE).is_file():
             tokenizer = load_tokenizer(directory)
             tokenizer_digest = digest_tokenizer(directory) if digests else None
+        elif directory.is_dir():
+            problems.append(f"{directory / TOKENIZER_FILE}: is not there; no text can be read. Copy it too.")
         if checkpoint and digests:
             weights_digest = digest_weights(directory)
     except GlmbatchError as error:

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
+from glmbatch.errors import Interrupted
 from glmbatch.glm.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ class EnginePool:
         self._changed = threading.Condition()
         self._engines: OrderedDict[Hashable, Engine] = OrderedDict()
         self._users: dict[Hashable, int] = {}
+        self._stopped = False
 
     @contextmanager
     def lease(self, key: Hashable, load: Callable[[], Engine], most: int) -> Iterator[Engine]:
@@ -39,6 +41,7 @@ class EnginePool:
     def _take(self, key: Hashable, load: Callable[[], Engine], most: int) -> Engine:
         with self._changed:
             while key not in self._engines:
+                self.check_running()
                 idle = [other for other in self._engines if not self._users.get(other)]
                 if len(self._engines) < most:
                     # Under the lock, so that a second thread that wants the same engine waits instead of loading it.
@@ -52,6 +55,20 @@ class EnginePool:
             self._users[key] = self._users.get(key, 0) + 1
             return self._engines[key]
 
+    def check_running(self) -> None:
+        """Raise Interrupted once the pool was told to stop."""
+        if self._stopped:
+            raise Interrupted("the run was told to stop")
+
+    def resume(self) -> None:
+        """Let engines be used again."""
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Let nobody begin, and end what is under way; returns at once."""
+        self._stopped = True
+        threading.Thread(target=self.close, name="stop-engines", daemon=True).start()
+
     def discard(self, engine: Engine) -> None:
         """Close `engine`, so that its next use loads it anew; nothing when it is no longer here."""
         with self._changed:
@@ -61,7 +78,7 @@ class EnginePool:
         engine.close()
 
     def close(self) -> None:
-        """Close every engine."""
+        """Close every engine; whoever waits for an answer gets a TransientError."""
         for engine in list(self._engines.values()):
             self.discard(engine)
 

@@ -24,10 +24,13 @@ class Answer:
 
 def answers_schema(step: AnyStep, head_labels: Sequence[str]) -> pa.Schema:
     """Fields of a step's answers, in the order of `config.answer_columns`; fixed by settings and checkpoint."""
-    choice = isinstance(step, ClassifyStep)
     return pa.schema(
         [
-            *(choice_fields(step, step.labels or head_labels) if choice else writing_fields(step)),
+            *(
+                choice_fields(step, step.labels or head_labels)
+                if isinstance(step, ClassifyStep)
+                else writing_fields(step)
+            ),
             pa.field(f"{step.name}_error", pa.string()),
             pa.field(f"{step.name}_error_type", pa.string()),
             pa.field(f"{step.name}_key", pa.binary(KEY_BYTES)),

@@ -79,7 +79,8 @@ def task_runs(environment: dict[str, str], expected: int) -> dict[str, dict[str,
     until = time.monotonic() + 90
     while True:
         rows = {row["name"]: row for row in query(environment, "task_runs", body)}
-        if len(rows) >= expected and all(row["end_time"] for row in rows.values()) or time.monotonic() > until:
+        complete = len(rows) >= expected and all(row["end_time"] for row in rows.values())
+        if complete or time.monotonic() > until:
             return rows
         time.sleep(0.5)
 
