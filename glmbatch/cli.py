@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, BAD_INPUT)
     except GlmbatchError as error:
         return _complain(error, FAILED)
+    except BrokenPipeError:  # who reads the output has read enough; the work itself is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except (KeyboardInterrupt, _Terminated) as error:
         print("glmbatch: interrupted; run the same command again to go on.", file=sys.stderr)
         return TERMINATED if isinstance(error, _Terminated) else INTERRUPTED
@@ -82,14 +85,9 @@ def _run(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         return _plan(parsed)
     job = load_job(parsed.job, _overrides(parsed))
-    from glmbatch.glm.hub import locate_checkpoint
-    from glmbatch.planning import job_models, plan_run
+    from glmbatch.planning import check_job
 
-    # What is wrong with the input is told at once, before a server starts.
-    plan_run(job)
-    for model in job_models(job):
-        if model.revision is None:  # a hub id with its revision may need the network, which is the flow's to retry
-            locate_checkpoint(model.path, None)
+    check_job(job)
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     # The one place where glmbatch looks up: the command line runs the flow, the flow runs glmbatch.

@@ -72,13 +72,23 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     plan: Plan
 
 
-def plan_run(job: JobConfig) -> Run:
+def check_job(job: JobConfig) -> None:
+    """Tell what is wrong with a job at once: what needs no network, no digests and no server. InputError says what."""
+    from glmbatch.glm.checkpoint import read_checkpoint
+
+    open_output(job, plan_run(job, digests=False))
+    for model in job_models(job):
+        if model.revision is None:  # a hub id may need the network, which is the flow's to try again
+            read_checkpoint(locate_model(model, job.runtime).path, model.rope_scaling)
+
+
+def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
     """Check the input against the job and what the output holds, and plan the fragments; writes nothing.
 
-    InputError when nothing can be run.
+    InputError when nothing can be run. Without `digests` only footers are read, and the plan can only be looked at.
     """
     began = time.time()
-    plan = plan_fragments(job)
+    plan = plan_fragments(job, digests=digests)
     manifest = Ledger(job.data.output).manifest()
     if manifest is not None and manifest.limit is None and job.data.limit is not None:
         raise InputError(

@@ -14,7 +14,9 @@ from glmbatch.errors import InputError, TransientError
 PARTIAL = ".partial"
 GLOB_MARKS = frozenset("*?[")
 # The output is at fault, and only the caller can mend it; anything else of the system may pass by itself.
-UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG})
+UNWRITABLE = frozenset(
+    {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+)
 
 
 def find_files(pattern: str) -> tuple[Path, list[str]]:
