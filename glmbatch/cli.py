@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from glmbatch import __version__
 from glmbatch.config import JobConfig
-from glmbatch.errors import GlmbatchError, InputError
+from glmbatch.errors import GlmbatchError, InputError, TransientError
 from glmbatch.jobfile import load_job
 
 DONE, FAILED, BAD_INPUT, QUARANTINED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
@@ -91,10 +91,17 @@ def _run(parsed: argparse.Namespace) -> int:
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     # The one place where glmbatch looks up: the command line runs the flow, the flow runs glmbatch.
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
     from flows.annotate import annotate
     from glmbatch.display import showing_progress
     from glmbatch.publishing import describe
 
+    if address := PREFECT_API_URL.value():
+        fault = get_client(sync_client=True).api_healthcheck()
+        if fault is not None:
+            raise TransientError(f"{address}: the Prefect server does not answer: {fault}. Set PREFECT_API_URL.")
     with _raising_on_sigterm(), showing_progress():
         summary = annotate(job)
     print(describe(summary))
@@ -184,7 +191,10 @@ def _overrides(parsed: argparse.Namespace) -> dict[str, object]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise InputError(f"--set {pair}: is not NAME=VALUE.")
-        overrides[name] = yaml.safe_load(value)
+        try:
+            overrides[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {pair}: the value is not YAML: {' '.join(str(error).split())}.") from error
     return overrides
 
 

@@ -25,9 +25,7 @@ def _number_fields(schema: dict[str, Any]) -> None:
 class Settings(BaseModel):
     """Frozen, refuses unknown keys, keeps the order of declaration in forms."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", json_schema_extra=_number_fields, use_attribute_docstrings=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_number_fields)
 
 
 class ModelConfig(Settings):
@@ -214,11 +212,12 @@ class JobConfig(Settings):
             if step.name == TEXT:
                 raise ValueError("a step cannot be named 'text': a prompt's {text} is the text column; rename it")
             for column in answer_columns(step):
-                if column in seen:
+                folded = column.casefold()  # Spark and DuckDB do not tell Mood from mood
+                if folded in seen:
                     raise ValueError(
-                        f"steps {seen[column]!r} and {step.name!r} both write a column {column!r}; rename one"
+                        f"steps {seen[folded]!r} and {step.name!r} both write a column {column!r}; rename one"
                     )
-                seen[column] = step.name
+                seen[folded] = step.name
         return self
 
     def model_of(self, step: Step) -> ModelConfig:

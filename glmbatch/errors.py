@@ -5,7 +5,7 @@
     │   ├── UnusableFile    one Parquet file, or a part of it, cannot be read or does not fit the job
     │   └── BadRow          a row cannot be processed and on_error is "raise"
     ├── TransientError      the machine failed; the same call may succeed later; retried
-    │   └── OutOfMemory     the device is full even after the engine's own back-off
+    │   └── OutOfMemory     the device has no room for the weights
     ├── Interrupted         the run was told to stop; run again, it goes on
     └── AuditError          the work is done but not fit to be published
 
@@ -36,7 +36,7 @@ class TransientError(GlmbatchError):
 
 
 class OutOfMemory(TransientError):
-    """The device has no room even for the smallest batch."""
+    """The device has no room for the weights; other programs may leave some later."""
 
 
 class Interrupted(GlmbatchError):

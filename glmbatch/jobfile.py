@@ -48,13 +48,15 @@ def _set(settings: dict[str, Any], name: str, value: object) -> None:
         if isinstance(here, list):
             here = here[_place(here, part, name)]
             continue
+        if not isinstance(here, dict):
+            raise InputError(f"{name}: {'.'.join(parents[:depth])} is not a group of settings.")
         if part == "model" and isinstance(here.get(part), str):
             here[part] = {"path": here[part]}
         here = here.setdefault(part, {})
-        if not isinstance(here, (dict, list)):
-            raise InputError(f"{name}: {'.'.join(parents[: depth + 1])} is not a group of settings.")
     if isinstance(here, list):
         here[_place(here, last, name)] = value
+    elif not isinstance(here, dict):
+        raise InputError(f"{name}: {'.'.join(parents)} is not a group of settings.")
     else:
         here[last] = value
 

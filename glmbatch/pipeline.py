@@ -24,7 +24,7 @@ from glmbatch.data.fragments import read_fragment
 from glmbatch.data.ledger import AnswersReceipt, Ledger, OutputReceipt
 from glmbatch.data.parquet import open_parquet, prompt_values
 from glmbatch.data.rowkeys import row_key
-from glmbatch.errors import BadRow, TransientError, UnusableFile
+from glmbatch.errors import BadRow, InputError, TransientError, UnusableFile
 from glmbatch.glm.engine import Engine, load_engine
 from glmbatch.glm.pool import POOL
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
@@ -38,11 +38,12 @@ from glmbatch.planning import (
     open_output,
     plan_run,
     prepare_model,
+    stamp_checkpoint,
 )
 from glmbatch.progress import PROGRESS
 from glmbatch.publishing import Summary, publish
 from glmbatch.steps.answers import Answer, answers_table
-from glmbatch.steps.classify import Choice, ask_choices
+from glmbatch.steps.classify import Choice, ask_choices, encode_labels
 from glmbatch.steps.generate import Writing, ask_writings
 from glmbatch.steps.prompt import Prompt, RowFault, RowValues, build_prompts
 
@@ -53,17 +54,20 @@ def run_job(job: JobConfig) -> Summary:
     """The whole job in this thread, fragment after fragment; what the flow does, without its server and retries."""
     run = plan_run(job)
     open_output(job, run)
-    work = assign(job, run, [prepare_model(locate_model(model, job.runtime)) for model in job_models(job)])
-    answers: dict[str, dict[int, AnswersReceipt]] = {each.fragment.name: {} for each in work.fragments}
-    for steps in work.passes:
-        for each in work.fragments:
-            for index in steps:
-                answers[each.fragment.name][index] = answer(job, each.assignments[index])
-    outputs = [
-        write_output(job, each, [receipt for _, receipt in sorted(answers[each.fragment.name].items())])
-        for each in work.fragments
-    ]
-    return publish(job, run, outputs)
+    try:
+        work = assign(job, run, [prepare_model(locate_model(model, job.runtime)) for model in job_models(job)])
+        answers: dict[str, dict[int, AnswersReceipt]] = {each.fragment.name: {} for each in work.fragments}
+        for steps in work.passes:
+            for each in work.fragments:
+                for index in steps:
+                    answers[each.fragment.name][index] = answer(job, each.assignments[index])
+        outputs = [
+            write_output(job, each, [receipt for _, receipt in sorted(answers[each.fragment.name].items())])
+            for each in work.fragments
+        ]
+        return publish(job, run, outputs)
+    finally:
+        Ledger(job.data.output).close()
 
 
 def answer(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
@@ -73,10 +77,10 @@ def answer(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
     InputError. TransientError when the machine failed.
     """
     ledger, step = Ledger(job.data.output), job.steps[assignment.step_index]
-    found = ledger.find_answers(assignment.key)
+    found = ledger.find_answers(assignment.key, assignment.run)
     if found is not None:
         PROGRESS.add(assignment.fragment.rows, computed=False)
-        return found[0]
+        return found
     receipt = AnswersReceipt(
         key=assignment.key,
         run=assignment.run,
@@ -122,7 +126,7 @@ def read_prompt_rows(job: JobConfig, assignment: Assignment, ledger: Ledger) -> 
         table = pa.Table.from_batches(batches)
         values = {name: prompt_values(table.column(column)) for name, column in columns.items()}
     for name, key in assignment.earlier.items():
-        values[name] = _earlier_answers(ledger.read_answers(key), name)
+        values[name] = _earlier_answers(ledger.read_answers(key)[1], name)
     return [{name: column[row] for name, column in values.items()} for row in range(assignment.fragment.rows)]
 
 
@@ -144,6 +148,7 @@ def _answer_rows(
         step,
         rows,
         tokenizer,
+        text_column=job.data.text_column,
         chat=_uses_chat(step, model),
         max_input_tokens=_max_input_tokens(step, model, tokenizer),
     )
@@ -175,7 +180,11 @@ def _ask(
 
     def load() -> Engine:
         logger.info("loading %s (%s)", model.config.path, model.config.dtype)
-        return load_engine(model.config, runtime)
+        engine = load_engine(model.config, runtime, assignment.models_at_once)
+        if stamp_checkpoint(model.config.path) != model.stamp:
+            engine.close()
+            raise InputError(f"{model.config.path}: was changed since this run took its digests. Run again.")
+        return engine
 
     key = (model.identity, runtime.device, runtime.max_batch_tokens, runtime.max_slots)
     with POOL.lease(key, load, assignment.models_at_once) as engine:
@@ -216,7 +225,7 @@ def _max_input_tokens(step: AnyStep, model: Model, tokenizer: Tokenizer) -> int:
         answer_tokens = step.max_tokens
     else:
         labels = [] if model.has_head else step.labels or []
-        answer_tokens = max((len(ids) for ids in tokenizer.encode_plain(labels)), default=0)
+        answer_tokens = max((len(ids) for ids in encode_labels(labels, tokenizer)), default=0)
     room = model.max_positions - answer_tokens
     return room if step.max_input_tokens is None else min(room, step.max_input_tokens)
 
@@ -248,10 +257,10 @@ def write_output(job: JobConfig, work: FragmentWork, answers: Sequence[AnswersRe
     unusable = next((each.unusable for each in answers if each.unusable is not None), None)
     if unusable is not None:
         return receipt.model_copy(update={"unusable": unusable})
-    found = ledger.find_output(work.key, receipt.output_name)
+    found = ledger.find_output(work.key, answers)
     if found is not None:
         return found
-    tables = [ledger.read_answers(each.key) for each in answers]
+    tables = [ledger.read_answers(each.key)[1] for each in answers]
     faulty = [f"{each.step}_error" for each in answers]
     receipt = receipt.model_copy(update={"faulty_rows": _count_faulty(tables, faulty)})
     try:

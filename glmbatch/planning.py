@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -26,7 +27,8 @@ ROOM = 1.5
 class Model(BaseModel, frozen=True, extra="forbid"):
     """A checkpoint that was found sound, as the tasks pass it on; `identity` changes whenever its answers may.
 
-    `config` names its directory and the numbers it computes in; `labels` are those of its trained head.
+    `config` names its directory and the numbers it computes in; `labels` are those of its trained head; `stamp` is
+    that of its files when they were digested.
     """
 
     config: ModelConfig
@@ -36,6 +38,7 @@ class Model(BaseModel, frozen=True, extra="forbid"):
     parameters: int
     size_bytes: int
     max_positions: int
+    stamp: str
 
 
 class Assignment(BaseModel, frozen=True, extra="forbid"):
@@ -95,6 +98,11 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
             f"{job.data.output}: holds all rows; a run with data.limit would replace them. "
             "Set data.output to another folder."
         )
+    if manifest is not None and manifest.root != plan.root:
+        raise InputError(
+            f"{job.data.output}: holds the answers over {manifest.root}; this input is named from {plan.root}. "
+            "Set data.output to another folder."
+        )
     return Run(id=uuid.uuid4().hex, began=began, plan=plan)
 
 
@@ -106,8 +114,8 @@ class Work(BaseModel, frozen=True, extra="forbid"):
 
 
 def open_output(job: JobConfig, run: Run) -> None:
-    """Make the output folder ready for `run`; InputError when it cannot be written."""
-    Ledger(job.data.output).prepare()
+    """Make the output folder ready for `run` and hold it; InputError when it cannot be written or is held."""
+    Ledger(job.data.output).open()
     POOL.resume()
     PROGRESS.start("annotate", run.plan.rows * len(job.steps))
 
@@ -135,6 +143,7 @@ def prepare_model(located: ModelConfig) -> Model:
     from glmbatch.glm.checkpoint import digest_tokenizer, digest_weights, read_checkpoint
     from glmbatch.glm.device import DTYPE_BYTES
 
+    stamp = stamp_checkpoint(located.path)
     checkpoint = read_checkpoint(located.path, located.rope_scaling)
     digests = [digest_weights(located.path), digest_tokenizer(located.path)]
     return Model(
@@ -145,7 +154,15 @@ def prepare_model(located: ModelConfig) -> Model:
         parameters=checkpoint.parameters,
         size_bytes=checkpoint.parameters * DTYPE_BYTES[located.dtype],
         max_positions=checkpoint.max_positions,
+        stamp=stamp,
     )
+
+
+def stamp_checkpoint(path: str) -> str:
+    """Names, sizes and times of the files in directory `path`; changes whenever one of them was written to."""
+    files = sorted(Path(path).iterdir()) if Path(path).is_dir() else []
+    status = [(file.name, file.stat()) for file in files]
+    return str([(name, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for name, each in status])
 
 
 def check_step(step: Step, model: Model) -> None:
@@ -159,6 +176,10 @@ def check_step(step: Step, model: Model) -> None:
     elif isinstance(step, ClassifyStep):
         if not model.has_head and step.labels is None:
             raise InputError(f"{where} has no trained head. Set the step's labels.")
+        if model.has_head and len(model.labels) < 2:
+            raise InputError(
+                f"{where} has a head of {len(model.labels)} label; a choice needs two. Set the step's model."
+            )
         if model.has_head and step.labels is not None and sorted(step.labels) != sorted(model.labels):
             raise InputError(f"{where} was trained for {list(model.labels)}, not {step.labels}. Set the step's labels.")
 
@@ -205,11 +226,11 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
 def _refuse_mixing(job: JobConfig, plan: Plan, keys: dict[str, str]) -> None:
     manifest = Ledger(job.data.output).manifest()
     replaced = {fragment.source for fragment in plan.fragments}
-    for file in manifest.files if manifest else ():
+    for file in manifest.files if manifest and manifest.limit is None else ():
         if file.source not in replaced and file.step_keys != keys:
             raise InputError(
-                f"{job.data.output}: {file.output_name} was answered with other settings or weights, and its source "
-                f"{file.source} is not in this run. Set data.output to another folder, or run over all sources."
+                f"{job.data.output}: {file.output_name} was answered with other settings or weights, and this run "
+                f"cannot replace it: {file.source} is not in it, or not readable. Set data.output to another folder."
             )
 
 

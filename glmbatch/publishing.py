@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from glmbatch.config import JobConfig
 from glmbatch.data.fragments import FileFault, read_fragment
 from glmbatch.data.ledger import QUARANTINE, AnswersReceipt, Ledger, OutputReceipt, merged_manifest
-from glmbatch.errors import AuditError
+from glmbatch.data.parquet import prompt_values
+from glmbatch.errors import AuditError, BadRow
 from glmbatch.planning import Run
 
 SAMPLE_ROWS = 3
@@ -49,7 +50,10 @@ class StepSummary(BaseModel, frozen=True, extra="forbid"):
 
 
 class Summary(BaseModel, frozen=True, extra="forbid"):
-    """What a run did. `seconds` from its plan to its publication."""
+    """What a run did. `seconds` from its plan to its publication.
+
+    `quarantined`: rows or files are listed as failed. `kept_sources` are not of this run, and stay published.
+    """
 
     run: str
     output: str
@@ -58,6 +62,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     fragments: int
     unusable: tuple[FileFault, ...]
     quarantined: bool
+    kept_sources: int
     steps: tuple[StepSummary, ...]
     samples: tuple[dict[str, Any], ...]
     seconds: float
@@ -74,6 +79,7 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> Summa
     AuditError, and nothing is published, when rows are missing or more of them failed than the job allows.
     """
     ledger = Ledger(job.data.output)
+    before = ledger.manifest()
     written = [_with_receipts(ledger, output) for output in outputs if output.unusable is None]
     unusable = [
         *run.plan.unusable,
@@ -85,9 +91,18 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> Summa
     ]
     _audit(job, run, outputs)
     samples = _samples(job, ledger, written)
-    quarantine = pa.Table.from_pylist(list(_quarantined(job, ledger, written, unusable)), QUARANTINE_SCHEMA)
-    manifest = merged_manifest(run.id, ledger.manifest(), written, unusable, job.data.limit)
-    ledger.publish(manifest, written, quarantine)
+    faults = list(_quarantined(job, ledger, written, unusable))
+    if faults and job.on_error == "raise":
+        first = faults[0]
+        raise BadRow(
+            f"{job.data.output}: nothing published: {first['source']}: row {first.get('row')}, step "
+            f"{first.get('step')!r}: {first['error']}. Mend the row, or set on_error to quarantine."
+        )
+    manifest = merged_manifest(run.id, run.plan, before, written, unusable)
+    stay = {file.source for file in manifest.files} - {output.fragment.source for output in written}
+    lines = [*ledger.quarantine(stay), *faults]
+    ledger.publish(manifest, written, pa.Table.from_pylist(lines, QUARANTINE_SCHEMA))
+    ledger.close()
     return Summary(
         run=run.id,
         output=job.data.output,
@@ -95,7 +110,8 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> Summa
         faulty_rows=sum(output.faulty_rows for output in written),
         fragments=len(written),
         unusable=tuple(unusable),
-        quarantined=job.on_error == "quarantine" and quarantine.num_rows > 0,
+        quarantined=job.on_error == "quarantine" and bool(faults),
+        kept_sources=len(stay),
         steps=tuple(
             _step_summary(step.name, run, [output.answers[index] for output in written])
             for index, step in enumerate(job.steps)
@@ -107,8 +123,7 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> Summa
 
 def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
     """The output with the receipts of the answers as they lie on disk: a cached output may tell of an older run's."""
-    receipts = [ledger.find_answers(answers.key) for answers in output.answers]
-    return output.model_copy(update={"answers": tuple(found[0] for found in receipts if found is not None)})
+    return output.model_copy(update={"answers": tuple(ledger.read_answers(each.key)[0] for each in output.answers)})
 
 
 def _audit(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> None:
@@ -117,26 +132,35 @@ def _audit(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> None:
     if seen != planned:
         missing = sorted(set(planned) - set(seen))
         raise AuditError(f"{job.data.output}: nothing published: fragments without output: {missing[:5]}.")
-    lost = sum(output.fragment.rows for output in outputs if output.unusable is not None)
+    lost = sum(output.fragment.rows for output in outputs if output.unusable is not None) + _rows_out_of_reach(run)
     failed = lost + sum(output.faulty_rows for output in outputs if output.unusable is None)
-    rows = run.plan.rows
+    rows = run.plan.rows + _rows_out_of_reach(run)
     if rows and failed == rows:
-        raise AuditError(f"{job.data.output}: nothing published: all {rows} rows failed: {_most_frequent(outputs)}.")
+        raise AuditError(
+            f"{job.data.output}: nothing published: all {rows} rows failed: {_most_frequent(run, outputs)}."
+        )
     if failed > job.max_error_rate * rows:
         raise AuditError(
             f"{job.data.output}: nothing published: {failed} of {rows} rows failed ({failed / rows:.1%}), "
-            f"max_error_rate allows {job.max_error_rate:.1%}: {_most_frequent(outputs)}."
+            f"max_error_rate allows {job.max_error_rate:.1%}: {_most_frequent(run, outputs)}."
         )
 
 
-def _most_frequent(outputs: Sequence[OutputReceipt]) -> str:
-    faults: Counter[str] = Counter()
+def _rows_out_of_reach(run: Run) -> int:
+    """Rows of the files that cannot be read, as many as their size suggests: their footers cannot be asked."""
+    sizes = {fragment.source: fragment.stamp[0] for fragment in run.plan.fragments}
+    lost_bytes = sum(fault.size_bytes for fault in run.plan.unusable)
+    return round(lost_bytes * run.plan.rows / sum(sizes.values())) if sum(sizes.values()) else 0
+
+
+def _most_frequent(run: Run, outputs: Sequence[OutputReceipt]) -> str:
+    faults: Counter[str] = Counter({"in unreadable files": _rows_out_of_reach(run)})
     for output in outputs:
         if output.unusable is not None:
-            faults["unusable"] += output.fragment.rows
+            faults["in unreadable files"] += output.fragment.rows
         for answers in output.answers:
             faults.update(answers.faults)
-    return ", ".join(f"{count} {kind}" for kind, count in faults.most_common(3))
+    return ", ".join(f"{count} {kind}" for kind, count in faults.most_common(3) if count)
 
 
 def _step_summary(name: str, run: Run, receipts: Sequence[AnswersReceipt]) -> StepSummary:
@@ -171,28 +195,19 @@ def _total(counts: Iterator[dict[str, int]]) -> dict[str, int]:
 
 
 def _samples(job: JobConfig, ledger: Ledger, written: Sequence[OutputReceipt]) -> list[dict[str, Any]]:
-    """A few rows without fault, from the first fragments, with their text and answers."""
-    names = [step.name for step in job.steps]
-    samples: list[dict[str, Any]] = []
+    """A few rows without fault, from the first fragment that has some, with their text and answers."""
+    columns = list(dict.fromkeys(column for step in job.steps for column in job.source_columns(step).values()))
     for output in written:
-        tables = [
-            ledger.read_answers(receipt.key).select([receipt.step, f"{receipt.step}_error"])
-            for receipt in output.answers
-        ]
-        columns = sorted({column for step in job.steps for column in job.source_columns(step).values()})
-        at = 0
-        for batch in read_fragment(output.fragment, columns):
-            rows = zip(
-                batch.to_pylist(), *(table.slice(at, batch.num_rows).to_pylist() for table in tables), strict=True
-            )
-            for source, *answers in rows:
-                merged = {**source, **{key: value for answer in answers for key, value in answer.items()}}
-                if all(merged[f"{name}_error"] is None for name in names):
-                    samples.append({key: value for key, value in merged.items() if not key.endswith("_error")})
-                if len(samples) == SAMPLE_ROWS:
-                    return samples
-            at += batch.num_rows
-    return samples
+        if output.faulty_rows == output.fragment.rows or not columns:
+            continue
+        tables = {receipt.step: ledger.read_answers(receipt.key)[1] for receipt in output.answers}
+        faults = [table.column(f"{step}_error").to_pylist() for step, table in tables.items()]
+        fine = [row for row, reasons in enumerate(zip(*faults, strict=True)) if not any(reasons)][:SAMPLE_ROWS]
+        source = pa.Table.from_batches(list(read_fragment(output.fragment, columns))).take(fine)
+        values = {name: prompt_values(source.column(name)) for name in columns}
+        values |= {step: table.column(step).take(fine).to_pylist() for step, table in tables.items()}
+        return [{name: column[row] for name, column in values.items()} for row in range(len(fine))]
+    return []
 
 
 def _quarantined(
@@ -207,10 +222,10 @@ def _quarantined(
         fragment = output.fragment
         ids: list[Any] = [None] * fragment.rows
         if job.data.id_column is not None:
-            batches = read_fragment(fragment, [job.data.id_column])
-            ids = [value for batch in batches for value in batch.column(job.data.id_column).to_pylist()]
+            batches = list(read_fragment(fragment, [job.data.id_column]))
+            ids = prompt_values(pa.Table.from_batches(batches).column(job.data.id_column))
         for receipt in output.answers:
-            table = ledger.read_answers(receipt.key)
+            _, table = ledger.read_answers(receipt.key)
             reasons, kinds = (table.column(f"{receipt.step}{end}").to_pylist() for end in ("_error", "_error_type"))
             for at, reason in enumerate(reasons):
                 if reason is not None:
@@ -238,6 +253,8 @@ def describe(summary: Summary) -> str:
         lines += ["", f"{summary.faulty_rows} rows failed and {len(summary.unusable)} files were left out:"]
         lines += [f"  {fault.reason}" for fault in summary.unusable]
         lines.append(f"  each row with its reason: {Path(summary.output) / QUARANTINE}")
+    if summary.kept_sources:
+        lines += ["", f"{summary.kept_sources} sources that were not in this run stay published."]
     for sample in summary.samples:
         lines += ["", *(f"  {name}: {_short(value)}" for name, value in sample.items())]
     lines += ["", f"Read the answers: pandas.read_parquet({summary.output!r})"]

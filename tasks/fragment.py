@@ -29,15 +29,16 @@ def submit_fragment(
     What the ledger no longer holds whole runs again, whatever the cache says.
     """
     ledger = Ledger(job.data.output)
+    receipts = [ledger.find_answers(assignment.key, work.run) for assignment in work.assignments]
     asked = answers.setdefault(work.fragment.name, {})
     submitted: list[PrefectFuture[Any]] = []
     for index in steps:
-        assignment = work.assignments[index]
-        ask = configured(ASK[job.steps[index].kind], job, refresh=ledger.find_answers(assignment.key) is None)
-        asked[index] = ask.submit(job, assignment, wait_for=list(asked.values()))
+        ask = configured(ASK[job.steps[index].kind], job, refresh=receipts[index] is None)
+        asked[index] = ask.submit(job, work.assignments[index], wait_for=list(asked.values()))
         submitted.append(asked[index])
     if len(asked) == len(job.steps):
-        gone = ledger.find_output(work.key, work.fragment.output_name) is None
+        found = [receipt for receipt in receipts if receipt is not None and receipt.run != work.run]
+        gone = len(found) < len(receipts) or ledger.find_output(work.key, found) is None
         in_order = [asked[index] for index in sorted(asked)]
         submitted.append(configured(write, job, refresh=gone).submit(job, work, in_order))
     return submitted

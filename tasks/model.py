@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from prefect import task
@@ -18,12 +17,7 @@ from tasks.policies import machine_failed
 def checkpoint_key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
     """Key of a located checkpoint: each file with its size and times; a changed file is a miss."""
     model: ModelConfig = parameters["model"]
-    files = [
-        (path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        for path in sorted(Path(model.path).iterdir())
-        for status in [path.stat()]
-    ]
-    return hash_objects("checkpoint", 1, model.model_dump_json(), files)
+    return hash_objects("checkpoint", 1, model.model_dump_json(), planning.stamp_checkpoint(model.path))
 
 
 @task(

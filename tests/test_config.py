@@ -57,6 +57,7 @@ def test_a_path_alone_stands_for_a_model(job_settings: Settings) -> None:
         ({"steps": [{"kind": "generate", "name": "a", "prompt_template": "{text"}]}, "expected '}'"),
         ({"steps": [{"kind": "generate", "name": "text"}]}, "a step cannot be named 'text'"),
         ({"steps": [{"kind": "generate", "name": "a"}] * 2}, "both write a column 'a'"),
+        ({"steps": [{"kind": "generate", "name": name} for name in "aA"]}, "both write a column 'A'"),
         ({"runtime__device": "tpu"}, "runtime.device: string should match"),
     ],
 )

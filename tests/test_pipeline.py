@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ import pytest
 
 from glmbatch.config import JobConfig, answer_columns
 from glmbatch.data.ledger import MANIFEST, QUARANTINE, Ledger
+from glmbatch.data.storage import digest_file
 from glmbatch.errors import AuditError, BadRow, InputError, UnusableFile
-from glmbatch.pipeline import run_job
-from glmbatch.planning import passes
+from glmbatch.pipeline import answer, run_job
+from glmbatch.planning import assign, locate_model, passes, plan_run, prepare_model
 from glmbatch.publishing import Summary, describe
-from tests.conftest import CLASSIFIER, CLASSIFY, GENERATE
+from tests.conftest import CAUSAL, CLASSIFIER, CLASSIFY, GENERATE
 
 pytestmark = pytest.mark.slow
 Settings = Callable[..., dict[str, Any]]
@@ -314,8 +317,6 @@ def test_a_table_without_rows_gives_a_table_without_rows(
 def test_the_manifest_lists_what_is_published_with_its_digests(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
-    from glmbatch.data.storage import digest_file
-
     write_source("a.parquet", {"text": ["x"] * 20})
     run(job_settings())
     manifest = Ledger(tmp_path / "out").manifest()
@@ -324,3 +325,141 @@ def test_the_manifest_lists_what_is_published_with_its_digests(
         path.name: digest_file(path) for path in (tmp_path / "out").glob("a-*.parquet")
     }
     assert not (tmp_path / "out" / "_glmbatch" / "staged").exists()
+
+
+def test_answers_that_failed_their_audit_are_never_published_later(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": ["x"] * 9 + [None]})
+    fine = job_settings(max_error_rate=0.2)
+    run(fine)
+    before = output(tmp_path)
+    other = job_settings(max_error_rate=0.0)
+    other["steps"][1]["max_tokens"] = 2
+    with pytest.raises(AuditError):
+        run(other)
+    run(fine)
+    assert output(tmp_path) == before
+    assert_manifest_is_true(tmp_path)
+
+
+def assert_manifest_is_true(tmp_path: Path) -> None:
+    manifest = Ledger(tmp_path / "out").manifest()
+    assert manifest is not None
+    public = {path.relative_to(tmp_path / "out").as_posix(): path for path in (tmp_path / "out").rglob("*.parquet")}
+    visible = {name: path for name, path in public.items() if not name.startswith("_")}
+    assert {file.output_name: file.digest for file in manifest.files} == {
+        name: digest_file(path) for name, path in visible.items()
+    }
+
+
+def test_a_renamed_step_writes_columns_of_its_new_name(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": ["x", "y"]})
+    settings = job_settings()
+    settings["steps"] = [{**GENERATE, "prompt_template": "{text}"}]
+    run(settings)
+    settings["steps"][0]["name"] = "answer"
+    run(settings)
+    assert all(row["answer"] is not None and "reply" not in row for row in output(tmp_path))
+
+
+def test_a_run_over_one_day_leaves_the_days_before_it(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    for day in (1, 2):
+        write_source(f"day={day}/a.parquet", {"text": [f"of day {day}", None]})
+        run(job_settings(data__input=str(tmp_path / "in" / f"day={day}"), max_error_rate=0.5))
+    assert [row["text"] for row in output(tmp_path)] == ["of day 1", None, "of day 2", None]
+    listed = pq.read_table(tmp_path / "out" / QUARANTINE).to_pylist()
+    assert {line["source"] for line in listed} == {"day=1/a.parquet", "day=2/a.parquet"}
+
+
+def test_an_output_is_of_one_input(write_source: Write, job_settings: Settings, tmp_path: Path) -> None:
+    write_source("one/a.parquet", {"text": ["x"]})
+    write_source("two/a.parquet", {"text": ["y"]})
+    run(job_settings(data__input=str(tmp_path / "in" / "one")))
+    with pytest.raises(InputError, match=r"holds the answers over .*in/one.*Set data\.output to another folder"):
+        run(job_settings(data__input=str(tmp_path / "in" / "two")))
+
+
+def test_a_renamed_file_is_published_once(write_source: Write, job_settings: Settings, tmp_path: Path) -> None:
+    source = write_source("a.parquet", {"text": ["x", "y"]})
+    run(job_settings())
+    source.rename(source.with_name("b.parquet"))
+    assert run(job_settings()).computed == 0
+    assert [row["text"] for row in output(tmp_path)] == ["x", "y"]
+    assert_manifest_is_true(tmp_path)
+
+
+def test_a_damaged_published_file_is_written_again(write_source: Write, job_settings: Settings, tmp_path: Path) -> None:
+    write_source("a.parquet", {"text": ["x", "y"]})
+    run(job_settings())
+    published = tmp_path / "out" / "a-0000000000.parquet"
+    whole = published.read_bytes()
+    published.write_bytes(whole[:60] + bytes([whole[60] ^ 1]) + whole[61:])
+    assert run(job_settings()).computed == 0
+    assert pq.read_table(published).equals(pq.read_table(pa.BufferReader(whole)))
+    assert_manifest_is_true(tmp_path)
+
+
+def test_under_raise_answers_of_an_earlier_run_are_refused_too(write_source: Write, job_settings: Settings) -> None:
+    write_source("a.parquet", {"text": ["x", None]})
+    run(job_settings(max_error_rate=0.5))
+    with pytest.raises(BadRow, match=r"a\.parquet: row 1, step 'mood': text is null"):
+        run(job_settings(on_error="raise", max_error_rate=0.5))
+
+
+def test_weights_changed_between_plan_and_load_are_refused(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(CAUSAL, model)
+    write_source("a.parquet", {"text": ["x"]})
+    job = JobConfig.model_validate(job_settings(model={"path": str(model), "dtype": "bfloat16"}))
+    plan = plan_run(job)
+    work = assign(job, plan, [prepare_model(locate_model(job.model, job.runtime))])
+    os.utime(model / "pytorch_model-00001-of-00003.bin")
+    with pytest.raises(InputError, match="was changed since this run took its digests"):
+        answer(job, work.fragments[0].assignments[0])
+
+
+def test_text_that_is_no_utf_8_never_stops_the_run(write_source: Write, job_settings: Settings, tmp_path: Path) -> None:
+    broken = pa.array([b"fine", b"\xff", b"also fine"]).view(pa.string())
+    write_source("a.parquet", {"text": broken, "id": broken})
+    run(job_settings(max_error_rate=0.5, data__id_column="id"))
+    listed = pq.read_table(tmp_path / "out" / QUARANTINE).to_pylist()
+    assert [(line["row"], line["error_type"]) for line in listed if line["step"] == "mood"] == [(1, "not_utf8")]
+
+
+def test_files_that_cannot_be_read_count_towards_the_error_rate(write_source: Write, job_settings: Settings) -> None:
+    for number in range(4):
+        source = write_source(f"{number}.parquet", {"text": [f"text {number}"] * 5})
+        if number:
+            source.write_bytes(source.read_bytes()[:-5])
+    with pytest.raises(AuditError, match=r"15 of 20 rows failed.* in unreadable files"):
+        run(job_settings(max_error_rate=0.5))
+    assert run(job_settings(max_error_rate=0.8)).rows == 5
+
+
+def test_trying_prompts_on_a_few_rows_is_never_in_its_own_way(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": ["x"] * 3})
+    write_source("b.parquet", {"text": ["y"] * 3})
+    run(job_settings(data__limit=5))
+    settings = job_settings(data__limit=2)
+    settings["steps"][0]["prompt_template"] = "Is it good? {text}"
+    run(settings)
+    assert len(output(tmp_path)) == 2
+
+
+def test_a_prompt_may_call_the_text_by_its_columns_name(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"body": ["fine", " ", "long " * 3000]})
+    settings = job_settings(data__text_column="body", max_error_rate=0.9)
+    settings["steps"] = [{**GENERATE, "prompt_template": "{body}", "on_too_long": "truncate"}]
+    run(settings)
+    assert [row["reply_error_type"] for row in output(tmp_path)] == [None, "empty_text", None]

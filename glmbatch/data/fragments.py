@@ -41,7 +41,7 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def output_name(self) -> str:
-        """Path of the fragment's file below the output; distinct for distinct fragments."""
+        """Path of the fragment's file below the output."""
         source = PurePosixPath(self.source)
         return str(source.parent / f"{source.name.removesuffix('.parquet')}-{self.first_row:010d}.parquet")
 
@@ -52,13 +52,16 @@ class FileFault(BaseModel, frozen=True, extra="forbid"):
     source: str
     reason: str
     first_row: int | None = None
+    size_bytes: int = 0
 
 
 class Plan(BaseModel, frozen=True, extra="forbid"):
-    """All fragments of a run, in the order of their names, and the files that cannot be used."""
+    """All fragments of a run, file by file, and the files that cannot be used. Sources are named from `root`."""
 
+    root: str
     fragments: tuple[Fragment, ...]
     unusable: tuple[FileFault, ...]
+    limit: int | None = None
 
     @property
     def rows(self) -> int:
@@ -75,18 +78,45 @@ def plan_fragments(job: JobConfig, *, digests: bool = True) -> Plan:
     _refuse_nesting(root, names, job.data)
     ranges: list[Fragment] = []
     faults: list[FileFault] = []
-    for name in names:
-        try:
-            ranges += _fragments_of(root, name, job)
-        except UnusableFile as error:
-            if job.on_error == "raise":
-                raise
-            faults.append(FileFault(source=name, reason=str(error)))
+    for name, outcome in zip(names, _each_file(root, names, job, digests), strict=True):
+        if isinstance(outcome, list):
+            ranges += outcome
+        elif job.on_error == "raise":
+            raise outcome
+        else:
+            size_bytes = (root / name).stat().st_size if (root / name).exists() else 0
+            faults.append(FileFault(source=name, reason=str(outcome), size_bytes=size_bytes))
     if not ranges:
         raise InputError(f"{job.data.input}: none of {len(names)} files can be used; the first: {faults[0].reason}")
-    if digests:
-        ranges = _with_digests(ranges)
-    return Plan(fragments=tuple(_limited(ranges, job.data.limit)), unusable=tuple(faults))
+    _refuse_same_output(ranges)
+    fragments = tuple(_limited(ranges, job.data.limit))
+    return Plan(root=str(root.resolve()), fragments=fragments, unusable=tuple(faults), limit=job.data.limit)
+
+
+def _each_file(root: Path, names: list[str], job: JobConfig, digests: bool) -> Iterator[list[Fragment] | UnusableFile]:
+    """The fragments of each file, or why it cannot be used; digests are taken side by side."""
+
+    def outcome(name: str) -> list[Fragment] | UnusableFile:
+        try:
+            ranges = _fragments_of(root, name, job)
+            digest = _digest(root / name) if digests else ""
+        except UnusableFile as error:
+            return error
+        return [fragment.model_copy(update={"digest": digest}) for fragment in ranges]
+
+    with ThreadPoolExecutor(4) as pool:
+        yield from pool.map(outcome, names)
+
+
+def _refuse_same_output(ranges: list[Fragment]) -> None:
+    sources: dict[str, str] = {}
+    for fragment in ranges:
+        first = sources.setdefault(fragment.output_name, fragment.source)
+        if first != fragment.source:
+            raise InputError(
+                f"{first} and {fragment.source} would both be written to {fragment.output_name}. Rename one, or set "
+                "data.input to leave it out."
+            )
 
 
 def _refuse_nesting(root: Path, names: list[str], data: DataConfig) -> None:
@@ -161,13 +191,13 @@ def check_schema(path: Path, name: str, schema: pa.Schema, job: JobConfig) -> No
 def read_fragment(fragment: Fragment, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """The rows of `fragment`, in order; of all columns when `columns` is None.
 
-    UnusableFile when they cannot be read, InputError when the file is no longer the one that was planned.
+    UnusableFile when they cannot be read, or the file is no longer the one that was planned.
     """
     path = Path(fragment.path)
     yield from read_rows(path, fragment.row_groups, fragment.skip_rows, fragment.rows, columns)
     with readable(path):
         if _stamp(path) != fragment.stamp:
-            raise InputError(f"{path}: was changed while the run read it. Run again when it is complete.")
+            raise UnusableFile(f"{path}: was changed while the run read it. Run again when it is complete.")
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -199,16 +229,9 @@ def cut(group_rows: list[int], rows_per_fragment: int) -> Iterator[tuple[int, in
         yield first_row, pending_rows, tuple(pending), 0
 
 
-def _with_digests(ranges: list[Fragment]) -> list[Fragment]:
-    paths = sorted({fragment.path for fragment in ranges})
-    with ThreadPoolExecutor(4) as pool:
-        digests = dict(zip(paths, pool.map(_digest, paths), strict=True))
-    return [fragment.model_copy(update={"digest": digests[fragment.path]}) for fragment in ranges]
-
-
-def _digest(path: str) -> str:
-    with readable(Path(path)):
-        return digest_file(Path(path))
+def _digest(path: Path) -> str:
+    with readable(path):
+        return digest_file(path)
 
 
 def _limited(ranges: list[Fragment], limit: int | None) -> Iterator[Fragment]:

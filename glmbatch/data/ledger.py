@@ -4,7 +4,8 @@
     OUTPUT/_manifest.json                                      what is published; written last
     OUTPUT/_quarantine.parquet                                 rows that failed, with file, row and reason
     OUTPUT/_glmbatch/answers/<answers key>.<digest>.parquet    answers of one step over one fragment
-    OUTPUT/_glmbatch/staged/...                                output files that wait for publication
+    OUTPUT/_glmbatch/staged/<output key>.<digest>.parquet      output files that wait for publication
+    OUTPUT/_glmbatch/lock                                      held by the run that writes
 
 Each file carries its receipt in its footer and appears by one rename, so a kill at any moment leaves it whole or
 absent, and running again finds it.
@@ -12,18 +13,24 @@ absent, and running again finds it.
 
 from __future__ import annotations
 
+import fcntl
+import logging
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
-from glmbatch.data.fragments import FileFault, Fragment
+from glmbatch.data.fragments import FileFault, Fragment, Plan
 from glmbatch.data.parquet import footer_metadata, open_parquet, write_table
 from glmbatch.data.storage import PARTIAL, commit, committed, digest_file, partial_beside, writable
 from glmbatch.errors import InputError, UnusableFile
+
+logger = logging.getLogger(__name__)
 
 DIGEST_CHARS = 32
 RECEIPT = "glmbatch.receipt"
@@ -32,6 +39,9 @@ QUARANTINE = "_quarantine.parquet"
 ANSWERS = "_glmbatch/answers"
 STAGED = "_glmbatch/staged"
 RESULTS = "_glmbatch/results"
+LOCK = "_glmbatch/lock"
+# The locks that this process holds, by path; the system frees them when it ends, however it ends.
+_LOCKS: dict[str, int] = {}
 
 
 class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
@@ -74,6 +84,7 @@ class PublishedFile(BaseModel, frozen=True, extra="forbid"):
     """One line of the manifest."""
 
     output_name: str
+    output_key: str
     source: str
     source_digest: str
     first_row: int
@@ -85,10 +96,16 @@ class PublishedFile(BaseModel, frozen=True, extra="forbid"):
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid"):
-    """What is published: the last thing a run writes. A reader that wants all or nothing waits for it."""
+    """What is published: the last thing a run writes. A reader that wants all or nothing waits for it.
+
+    Sources are named from the folder `root`. `replaced` files belong to it no more, and are gone unless a run was
+    killed. `limit` is that of the run: then these are not all rows.
+    """
 
     run: str
+    root: str
     files: tuple[PublishedFile, ...]
+    replaced: tuple[str, ...] = ()
     unusable: tuple[FileFault, ...] = ()
     limit: int | None = None
 
@@ -102,54 +119,94 @@ class Ledger:
     def __init__(self, output: str | Path) -> None:
         self.root = Path(output)
 
-    def prepare(self) -> None:
-        """Make the folder and prove that it can be written; InputError when not."""
-        probe = self.root / "_glmbatch" / "writable"
-        with committed(probe) as partial, writable(probe):
-            partial.write_bytes(b"")
-        probe.unlink(missing_ok=True)
+    def open(self) -> None:
+        """Make the folder, prove that it can be written, and keep other processes from writing to it until `close`.
 
-    def find_answers(self, key: str) -> tuple[AnswersReceipt, Path] | None:
-        """The answers under `key`, when a file holds them whole (its bytes match the digest in its name)."""
-        for path in (self.root / ANSWERS).glob(f"{key}.*.parquet"):
-            receipt = _receipt(path, AnswersReceipt)
-            if receipt is not None and digest_file(path)[:DIGEST_CHARS] == path.name.split(".")[1]:
-                return receipt, path
-            path.unlink(missing_ok=True)
-        return None
+        InputError when it cannot be written or another run holds it. The lock of a process that died is free.
+        """
+        path = self.root / LOCK
+        with committed(path.with_name("writable")) as partial, writable(path):
+            partial.write_bytes(b"")
+        path.with_name("writable").unlink(missing_ok=True)
+        if str(path.resolve()) in _LOCKS:
+            return
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(handle, 1000).decode(errors="replace") or "another process"
+            os.close(handle)
+            raise InputError(
+                f"{self.root}: {holder} is writing to it. Wait for its end, or set data.output."
+            ) from error
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} of {socket.gethostname()}".encode())
+        _LOCKS[str(path.resolve())] = handle
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        handle = _LOCKS.pop(str((self.root / LOCK).resolve()), None)
+        if handle is not None:
+            os.close(handle)
+
+    def find_answers(self, key: str, run: str) -> AnswersReceipt | None:
+        """The answers under `key` that `run` may use: whole, and without rows on which the model failed before.
+
+        Such rows are tried again by each new run; those of `run` itself stand.
+        """
+        found = _whole(self.root / ANSWERS, key, AnswersReceipt)
+        if found is None or ("model_failed" in found[0].faults and found[0].run != run):
+            return None
+        return found[0]
 
     def keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> None:
-        """Commit the answers of one step over one fragment; safe to repeat."""
+        """Commit the answers of one step over one fragment in place of earlier ones; safe to repeat."""
         folder = self.root / ANSWERS
         with partial_beside(folder / receipt.key) as partial:
             _write(partial, table.schema, iter(table.to_batches()), receipt)
-            commit(partial, folder / f"{receipt.key}.{digest_file(partial)[:DIGEST_CHARS]}.parquet")
+            kept = folder / f"{receipt.key}.{digest_file(partial)[:DIGEST_CHARS]}.parquet"
+            commit(partial, kept)
+        for path in folder.glob(f"{receipt.key}.*.parquet"):
+            if path != kept:
+                path.unlink(missing_ok=True)
 
-    def read_answers(self, key: str) -> pa.Table:
-        """The answers under `key`; they are known to be there."""
-        found = self.find_answers(key)
+    def read_answers(self, key: str) -> tuple[AnswersReceipt, pa.Table]:
+        """The receipt and the answers under `key`, which the caller knows to be there."""
+        found = _whole(self.root / ANSWERS, key, AnswersReceipt)
         if found is None:
-            raise UnusableFile(f"{self.root / ANSWERS}: the answers {key} are gone. Run the job again.")
+            raise InputError(f"{self.root / ANSWERS}: the answers {key} were taken away. Run the job again.")
         with open_parquet(found[1]) as file:
-            answers: pa.Table = file.read()
-        return answers
+            return found[0], file.read()
 
-    def find_output(self, key: str, output_name: str) -> OutputReceipt | None:
-        """The output file under `key`, staged or published, with the digest of its bytes."""
-        for path in (self.root / STAGED / output_name, self.root / output_name):
-            receipt = _receipt(path, OutputReceipt)
-            if receipt is not None and receipt.key == key:
-                return receipt.model_copy(update={"digest": digest_file(path)})
-        return None
+    def find_output(self, key: str, answers: Sequence[AnswersReceipt] | None = None) -> OutputReceipt | None:
+        """The output file under `key`, staged or published, whole, and with just these `answers` in it (None: any)."""
+        found = _whole(self.root / STAGED, key, OutputReceipt)
+        if found is not None:
+            receipt = found[0].model_copy(update={"digest": digest_file(found[1])})
+        else:
+            published = {file.output_key: file for file in self._published()}.get(key)
+            path = self.root / published.output_name if published else None
+            read = _receipt(path, OutputReceipt) if path else None
+            if published is None or read is None or path is None or digest_file(path) != published.digest:
+                return None
+            receipt = read.model_copy(update={"digest": published.digest})
+        return receipt if answers is None or receipt.answers == tuple(answers) else None
+
+    def _published(self) -> tuple[PublishedFile, ...]:
+        manifest = self.manifest()
+        return manifest.files if manifest else ()
 
     def stage_output(
         self, receipt: OutputReceipt, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
     ) -> OutputReceipt:
         """Commit one output file where no reader looks; returns its receipt with the digest of its bytes."""
-        path = self.root / STAGED / receipt.output_name
-        with committed(path) as partial:
+        folder = self.root / STAGED
+        with partial_beside(folder / receipt.key) as partial:
             _write(partial, schema, batches, receipt)
             digest = digest_file(partial)
+            for path in folder.glob(f"{receipt.key}.*.parquet"):
+                path.unlink(missing_ok=True)
+            commit(partial, folder / f"{receipt.key}.{digest[:DIGEST_CHARS]}.parquet")
         return receipt.model_copy(update={"digest": digest})
 
     def manifest(self) -> Manifest | None:
@@ -164,12 +221,26 @@ class Ledger:
                 f"{path}: is not a manifest of glmbatch: {error.errors()[0]['msg']}. Set data.output."
             ) from error
 
+    def quarantine(self, sources: Collection[str]) -> list[dict[str, Any]]:
+        """The published lines of rows that failed, of the given sources alone."""
+        path = self.root / QUARANTINE
+        if not path.is_file():
+            return []
+        try:
+            with open_parquet(path) as file:
+                return [line for line in file.read().to_pylist() if line["source"] in sources]
+        except UnusableFile as error:  # a list for people; the rows themselves carry their reasons
+            logger.warning("%s: it is written anew, without the rows of earlier runs", error)
+            return []
+
     def publish(self, manifest: Manifest, outputs: Sequence[OutputReceipt], quarantine: pa.Table) -> None:
-        """Move what is staged into place, take away what it replaces, write the manifest last; safe to repeat."""
-        before = self.manifest()
+        """Move what is staged into place, write the manifest, take away what was replaced; safe to repeat.
+
+        Killed in between, the next publication finds in the manifest what was still to be taken away.
+        """
         for output in outputs:
-            staged, public = self.root / STAGED / output.output_name, self.root / output.output_name
-            if staged.exists():
+            public = self.root / output.output_name
+            for staged in (self.root / STAGED).glob(f"{output.key}.*.parquet"):
                 with writable(public):
                     public.parent.mkdir(parents=True, exist_ok=True)
                 commit(staged, public)
@@ -177,10 +248,8 @@ class Ledger:
             write_table(partial, quarantine.schema, iter(quarantine.to_batches()), {})
         with committed(self.root / MANIFEST) as partial:
             partial.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-        kept = {file.output_name for file in manifest.files}
-        for file in before.files if before else ():
-            if file.output_name not in kept:
-                (self.root / file.output_name).unlink(missing_ok=True)
+        for name in manifest.replaced:
+            (self.root / name).unlink(missing_ok=True)
         shutil.rmtree(self.root / STAGED, ignore_errors=True)
         self._sweep({key for file in manifest.files for key in file.answers_keys})
 
@@ -207,49 +276,69 @@ def _receipt(path: Path, kind: type[Receipt]) -> Receipt | None:
         return None
 
 
-def merged_manifest(
-    run: str,
-    before: Manifest | None,
-    outputs: Sequence[OutputReceipt],
-    unusable: Sequence[FileFault],
-    limit: int | None,
-) -> Manifest:
-    """What is published once `outputs` are: they replace the earlier files of their sources; other sources stay.
+def _whole(folder: Path, key: str, kind: type[Receipt]) -> tuple[Receipt, Path] | None:
+    """The receipt and path of the file under `key` in `folder` whose bytes match the digest in its name.
 
-    Of a source that could not be read whole tonight, earlier files stay where no new one covers their rows, so that
-    a damaged file loses nothing.
+    One that does not match is deleted: it was damaged after it was committed.
     """
-    files = [
-        PublishedFile(
-            output_name=output.output_name,
-            source=output.fragment.source,
-            source_digest=output.fragment.digest,
-            first_row=output.fragment.first_row,
-            rows=output.fragment.rows,
-            faulty_rows=output.faulty_rows,
-            digest=output.digest,
-            step_keys={answers.step: answers.step_key for answers in output.answers},
-            answers_keys=tuple(answers.key for answers in output.answers),
-        )
-        for output in outputs
-    ]
-    damaged = {fault.source for fault in unusable}
+    for path in folder.glob(f"{key}.*.parquet"):
+        receipt = _receipt(path, kind)
+        if receipt is not None and digest_file(path)[:DIGEST_CHARS] == path.name.split(".")[1]:
+            return receipt, path
+        path.unlink(missing_ok=True)
+    return None
 
-    def replaces(new: PublishedFile, old: PublishedFile) -> bool:
-        overlap = new.first_row < old.first_row + old.rows and old.first_row < new.first_row + new.rows
-        return new.source == old.source and (new.source not in damaged or overlap or new.output_name == old.output_name)
 
+def merged_manifest(
+    run: str, plan: Plan, before: Manifest | None, outputs: Sequence[OutputReceipt], unusable: Sequence[FileFault]
+) -> Manifest:
+    """What is published once `outputs` are.
+
+    They replace the earlier files of their sources, and of sources with the same bytes that are there no more, which
+    were renamed. Other sources stay. Of a source that could not be read whole tonight, earlier files of the same
+    bytes stay where no new one covers their rows, and all of them where nothing of it could be read.
+    """
+    files = [_published_file(output) for output in outputs]
+    earlier = before.files if before and before.limit is None else ()
     by_source: dict[str, list[PublishedFile]] = {}
     for file in files:
         by_source.setdefault(file.source, []).append(file)
-    stay = [
-        old
-        for old in (before.files if before else ())
-        if not any(replaces(new, old) for new in by_source.get(old.source, ()))
-    ]
+    damaged, digests = {fault.source for fault in unusable}, {file.source_digest for file in files}
+
+    def stays(old: PublishedFile) -> bool:
+        new = by_source.get(old.source, [])
+        if not new:
+            renamed = old.source_digest in digests and not (Path(plan.root) / old.source).exists()
+            return not renamed
+        covered = any(
+            file.first_row < old.first_row + old.rows and old.first_row < file.first_row + file.rows for file in new
+        )
+        same = old.source_digest == new[0].source_digest and old.step_keys == new[0].step_keys
+        return old.source in damaged and same and not covered
+
+    stay = [old for old in earlier if stays(old)]
+    kept = {file.output_name for file in [*stay, *files]}
+    gone = {file.output_name for file in before.files} | set(before.replaced) if before else set()
     return Manifest(
         run=run,
+        root=plan.root,
         files=tuple(sorted([*stay, *files], key=lambda file: file.output_name)),
+        replaced=tuple(sorted(gone - kept)),
         unusable=tuple(unusable),
-        limit=limit,
+        limit=plan.limit,
+    )
+
+
+def _published_file(output: OutputReceipt) -> PublishedFile:
+    return PublishedFile(
+        output_name=output.output_name,
+        output_key=output.key,
+        source=output.fragment.source,
+        source_digest=output.fragment.digest,
+        first_row=output.fragment.first_row,
+        rows=output.fragment.rows,
+        faulty_rows=output.faulty_rows,
+        digest=output.digest,
+        step_keys={answers.step: answers.step_key for answers in output.answers},
+        answers_keys=tuple(answers.key for answers in output.answers),
     )

@@ -57,9 +57,11 @@ def read_rows(
     Only `columns` are read (all when None). UnusableFile when the bytes are damaged or rows are missing.
     """
     left = rows
+    if not rows:
+        return
     with open_parquet(path) as file:
         names = list(columns) if columns is not None else None
-        for batch in file.iter_batches(READ_BATCH_ROWS, row_groups=list(row_groups), columns=names):
+        for batch in file.iter_batches(min(READ_BATCH_ROWS, rows), row_groups=list(row_groups), columns=names):
             if skip_rows >= batch.num_rows:
                 skip_rows -= batch.num_rows
                 continue
@@ -95,12 +97,14 @@ def is_plain(kind: pa.DataType) -> bool:
         or pa.types.is_floating(kind)
         or pa.types.is_boolean(kind)
         or pa.types.is_decimal(kind)
-        or pa.types.is_temporal(kind)
+        or (pa.types.is_temporal(kind) and not pa.types.is_duration(kind) and not pa.types.is_interval(kind))
     )
 
 
 def prompt_values(column: pa.ChunkedArray) -> list[str | bytes | None]:
     """The values of a column as text; bytes where they are not UTF-8, None where null."""
+    if pa.types.is_temporal(column.type):  # Python has no date after the year 9999, Arrow has
+        column = column.cast(pa.string())
     if not is_text(column.type):
         return [None if value is None else str(value) for value in column.to_pylist()]
     if pa.types.is_dictionary(column.type):
@@ -143,7 +147,7 @@ def footer_metadata(path: Path, key: str) -> str | None:
 def check_column(where: str, schema: pa.Schema, name: str, setting: str, *, text: bool) -> None:
     """InputError unless `schema` has one column `name` that a prompt can hold (text, when `text`)."""
     if schema.names.count(name) != 1:
-        seen = "two columns of that name" if name in schema.names else f"no column {name!r}; it has {schema.names}"
+        seen = f"two columns {name!r}" if name in schema.names else f"no column {name!r}; it has {schema.names}"
         raise InputError(f"{where}: {seen}. Set {setting}.")
     kind = schema.field(name).type
     if text and not is_text(kind):

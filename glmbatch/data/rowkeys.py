@@ -21,7 +21,7 @@ KEY_BYTES = 16
 
 def _digest(parts: object) -> str:
     canonical = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[: 2 * KEY_BYTES]
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[: 2 * KEY_BYTES]
 
 
 def step_key(step: Step, model_identity: str) -> str:
@@ -51,10 +51,10 @@ def answers_key(job: JobConfig, fragment: Fragment, step: Step, step_key: str, e
     """Key of the answers of `step` over the rows of `fragment`.
 
     `earlier` maps the steps that its prompt uses to their answers keys. The file's name is no part of it: a renamed
-    file has the same answers.
+    file has the same answers. The step's name is: it names the columns.
     """
     rows = [fragment.digest, fragment.first_row, fragment.rows]
-    return _digest([step_key, rows, job.source_columns(step), dict(earlier)])
+    return _digest([step.name, step_key, rows, job.source_columns(step), dict(earlier)])
 
 
 def output_key(fragment: Fragment, answers: Mapping[str, str]) -> str:

@@ -20,12 +20,19 @@ UNWRITABLE = frozenset(
 
 
 def find_files(pattern: str) -> tuple[Path, list[str]]:
-    """The folder that `pattern` starts from, and below it the matching files as sorted POSIX paths.
+    """The folder that the matching files are named from, and their sorted POSIX paths below it.
 
     A folder stands for every `.parquet` file below it. Names that start with a dot or an underscore are skipped, as
-    Arrow, Spark and DuckDB skip them, and links to folders are not followed. InputError when nothing matches.
+    Arrow, Spark and DuckDB skip them, and links to folders are not followed. Files are named from above the partition
+    folders (`day=1`), so a run over one day names them as a run over all days does. InputError when nothing matches.
     """
-    whole = Path(pattern)
+    root, names = _find(Path(pattern), pattern)
+    while "=" in root.name:
+        root, names = root.parent, [f"{root.name}/{name}" for name in names]
+    return root, sorted(set(names))
+
+
+def _find(whole: Path, pattern: str) -> tuple[Path, list[str]]:
     if whole.is_file():
         return whole.parent, [whole.name]
     if whole.is_dir():
@@ -38,7 +45,7 @@ def find_files(pattern: str) -> tuple[Path, list[str]]:
         raise InputError(
             f"{pattern}: no Parquet file matches (hidden and _underscore names are skipped). Set data.input."
         )
-    return root, sorted(set(names))
+    return root, names
 
 
 def _matches(pattern: Path) -> tuple[Path, list[str]]:
@@ -47,7 +54,11 @@ def _matches(pattern: Path) -> tuple[Path, list[str]]:
     if not root.is_dir():
         raise InputError(f"{pattern}: there is no folder {root}. Set data.input.")
     names: list[str] = []
-    for match in root.glob(str(Path(*pattern.parts[fixed:]))):
+    try:
+        matches = list(root.glob(str(Path(*pattern.parts[fixed:]))))
+    except ValueError as error:
+        raise InputError(f"{pattern}: {error}. Set data.input.") from error
+    for match in matches:
         if match.is_dir():
             names += _parquet_below(root, match)
         elif not _is_hidden(match.relative_to(root)):
@@ -66,10 +77,14 @@ def _leading_plain_parts(pattern: Path) -> list[str]:
 
 def _parquet_below(root: Path, folder: Path) -> list[str]:
     names: list[str] = []
-    for here, folders, files in os.walk(folder):
+    for here, folders, files in os.walk(folder, onerror=_refuse_folder):
         folders[:] = [name for name in folders if name[0] not in "._"]
         names += [(Path(here) / name).relative_to(root).as_posix() for name in files if name.endswith(".parquet")]
     return [name for name in names if not _is_hidden(Path(name))]
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise InputError(f"{error.filename}: the folder cannot be read: {error.strerror}. Set data.input.") from error
 
 
 def _is_hidden(path: Path) -> bool:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from glmbatch.errors import OutOfMemory
 from glmbatch.glm.batching import Job, Limits, Tally, WaitingLine, shared_prefix
 from glmbatch.glm.engine import ClassifyRequest, ClassifyResult
 from glmbatch.glm.label_tree import LabelTree, label_tree
@@ -77,8 +76,10 @@ class Classification:
         if len(batch) > 1:
             self._limits.halve_batch(sum(len(question.segment) for question in batch))
         elif not self._make_room():
-            job, device = batch[0].job, self._network.device
-            job.call.fail(OutOfMemory(f"no room on {device} for one prompt of {len(job.request.prompt_ids)} tokens"))
+            request, device = batch[0].job.request, self._network.device
+            fault = f"no room on {device} for one prompt of {len(request.prompt_ids)} tokens"
+            batch[0].job.call.deliver(ClassifyResult(request.index, (), fault))
+            return
         for question in batch:
             self._line.push(question)
 

@@ -87,11 +87,13 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def load_engine(model: ModelConfig, runtime: RuntimeConfig) -> Engine:
+def load_engine(model: ModelConfig, runtime: RuntimeConfig, models_at_once: int = 1) -> Engine:
     """Load the checkpoint `model.path` (a directory) onto the device and return the engine over it.
+
+    It leaves room for the caches of as many engines as stay loaded together.
 
     InputError when the checkpoint is not sound, TransientError when the machine failed.
     """
     from glmbatch.glm.torch_engine import TorchEngine
 
-    return TorchEngine.load(model, runtime)
+    return TorchEngine.load(model, runtime, models_at_once)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from glmbatch.errors import OutOfMemory
 from glmbatch.glm.batching import Job, Limits, Tally, WaitingLine, shared_prefix
 from glmbatch.glm.engine import GenerateRequest, GenerateResult
 from glmbatch.glm.kv_cache import SlotCache
@@ -35,6 +34,7 @@ class _Row:
     prefix: tuple[int, ...]
     uniforms: Uniforms | None
     ids: list[int] = field(default_factory=list)
+    given_up: bool = False
 
     @property
     def length(self) -> int:
@@ -62,7 +62,7 @@ class Generation:
             rank=lambda row: (row.job.arrival // WINDOW, -row.longest, row.job.arrival),
             tokens=lambda row: row.length - len(row.prefix),
             group=lambda row: row.prefix,
-            gone=lambda row: row.job.call.cancelled,
+            gone=lambda row: row.given_up or row.job.call.cancelled,
         )
 
     @property
@@ -245,7 +245,9 @@ class Generation:
             self._alone = rows[0]
         else:
             device, length = self._network.device, rows[0].length
-            rows[0].job.call.fail(OutOfMemory(f"no room on {device} to generate for one row of {length} tokens"))
+            fault = f"no room on {device} to generate for one row of {length} tokens"
+            rows[0].job.call.deliver(GenerateResult(rows[0].job.request.index, (), "error", fault))
+            rows[0].given_up, self._alone = True, None
         self._leave()
 
     def _leave(self) -> None:

@@ -46,6 +46,7 @@ class EnginePool:
                 if len(self._engines) < most:
                     # Under the lock, so that a second thread that wants the same engine waits instead of loading it.
                     self._engines[key] = load()
+                    self.check_running()
                 elif idle:
                     logger.info("closing an engine to make room for another")
                     self._engines.pop(idle[0]).close()
@@ -79,7 +80,9 @@ class EnginePool:
 
     def close(self) -> None:
         """Close every engine; whoever waits for an answer gets a TransientError."""
-        for engine in list(self._engines.values()):
+        with self._changed:  # waits for one that is being loaded
+            engines = list(self._engines.values())
+        for engine in engines:
             self.discard(engine)
 
 

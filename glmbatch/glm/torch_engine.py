@@ -60,13 +60,15 @@ class TorchEngine:
         max_batch_tokens: int | None = None,
         max_slots: int | None = None,
         cache_bytes: int | None = None,
+        models_at_once: int = 1,
     ) -> None:
         """`token_count`: ids from there on have scores but no token. Empty limits: what suits the model's device."""
         self._network = Network(model.eval(), token_count)
         on_cuda = self._network.device.type == "cuda"
         if cache_bytes is None:
             # On CUDA the rest is for the forward itself; on CPU other processes live here too.
-            cache_bytes = int(free_memory_bytes(str(self._network.device)) * (0.8 if on_cuda else 0.25))
+            share = (0.8 if on_cuda else 0.25) / models_at_once
+            cache_bytes = int(free_memory_bytes(str(self._network.device)) * share)
         limits = Limits(
             batch_tokens=max_batch_tokens or (16_384 if on_cuda else 2_048), slots=max_slots or (512 if on_cuda else 32)
         )
@@ -83,7 +85,7 @@ class TorchEngine:
         self._worker.start()
 
     @classmethod
-    def load(cls, model: ModelConfig, runtime: RuntimeConfig) -> TorchEngine:
+    def load(cls, model: ModelConfig, runtime: RuntimeConfig, models_at_once: int = 1) -> TorchEngine:
         """The engine over the checkpoint `model.path`; see `load_engine`."""
         device = resolve_device(runtime.device)
         checkpoint = read_checkpoint(model.path, model.rope_scaling)
@@ -94,6 +96,7 @@ class TorchEngine:
             token_count=checkpoint.tokenizer_size or checkpoint.vocab_size,
             max_batch_tokens=runtime.max_batch_tokens,
             max_slots=runtime.max_slots,
+            models_at_once=models_at_once,
         )
 
     @property

@@ -39,14 +39,22 @@ class Prompt:
 RowValues = Mapping[str, str | bytes | RowFault | None]
 
 
-def build_prompts(
-    step: Step, rows: Sequence[RowValues], tokenizer: Tokenizer, *, chat: bool, max_input_tokens: int
+def build_prompts(  # noqa: PLR0913 - two facts about the model and one about the data beside the rows
+    step: Step,
+    rows: Sequence[RowValues],
+    tokenizer: Tokenizer,
+    *,
+    chat: bool,
+    max_input_tokens: int,
+    text_column: str = TEXT,
 ) -> list[Prompt | RowFault]:
     """The prompt of each row, in the order of `rows`, or why it has none.
 
     A row maps each placeholder of the template to its value. A value is never taken for a turn of the chat form, a
-    placeholder or a special token. `on_too_long: truncate` cuts the text at its end until the prompt fits.
+    placeholder or a special token. `on_too_long: truncate` cuts the text at its end until the prompt fits. A prompt
+    may call the text by its column's name too.
     """
+    texts_of = [name for name in placeholders(step.prompt_template) if name in (TEXT, text_column)]
 
     def render(row: Mapping[str, str]) -> str:
         filled = step.prompt_template.format_map(
@@ -57,7 +65,7 @@ def build_prompts(
         return filled if step.system_prompt is None else f"{step.system_prompt}\n\n{filled}"
 
     needed = placeholders(step.prompt_template)
-    checked = [_checked(row, needed) for row in rows]
+    checked = [_checked(row, needed, texts_of) for row in rows]
     texts = ["" if isinstance(row, RowFault) else render(row) for row in checked]
     encoded = tokenizer.encode(texts)
     head = _head_ids(render(dict.fromkeys(needed, VALUE)).partition(VALUE)[0], tokenizer)
@@ -69,10 +77,10 @@ def build_prompts(
             )
             continue
         seen = f"the prompt has {len(ids)} tokens, {max_input_tokens} are allowed"
-        if step.on_too_long == "error" or TEXT not in row:
+        if step.on_too_long == "error" or not texts_of:
             prompts.append(RowFault("too_long", seen))
             continue
-        shorter = _longest(row, max_input_tokens, render, tokenizer)
+        shorter = _longest(row, texts_of, max_input_tokens, render, tokenizer)
         prompts.append(shorter or RowFault("too_long", f"{seen}, and the template alone fills them"))
     return prompts
 
@@ -83,7 +91,7 @@ def _head_ids(head: str, tokenizer: Tokenizer) -> list[int]:
     return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*tried, strict=False))]
 
 
-def _checked(row: RowValues, needed: Sequence[str]) -> Mapping[str, str] | RowFault:
+def _checked(row: RowValues, needed: Sequence[str], texts_of: Sequence[str]) -> Mapping[str, str] | RowFault:
     """The row with text alone in it, or the first reason why it cannot be asked."""
     values: dict[str, str] = {}
     for name in needed:
@@ -94,25 +102,30 @@ def _checked(row: RowValues, needed: Sequence[str]) -> Mapping[str, str] | RowFa
             return RowFault("null_value", f"{name} is null")
         if isinstance(value, bytes):
             return RowFault("not_utf8", f"{name} is not UTF-8")
-        if name == TEXT and not value.strip():
+        if name in texts_of and not value.strip():
             return RowFault("empty_text", f"{name} is empty")
         values[name] = value
     return values
 
 
 def _longest(
-    row: Mapping[str, str], limit: int, render: Callable[[Mapping[str, str]], str], tokenizer: Tokenizer
+    row: Mapping[str, str],
+    texts_of: Sequence[str],
+    limit: int,
+    render: Callable[[Mapping[str, str]], str],
+    tokenizer: Tokenizer,
 ) -> Prompt | None:
-    """The prompt with as much of the text as fits `limit` tokens; None when not even one character does."""
+    """The prompt with as much of the text as fits `limit` tokens; None when none of it does."""
     # Tokens are no fixed number of characters: the longest text that fits lies between two lengths that close in.
-    fits, over = 0, len(row[TEXT])
+    whole = row[texts_of[0]]
+    fits, over = 0, len(whole)
     best: Prompt | None = None
     while over - fits > 1:
         length = (fits + over) // 2
-        text = render({**row, TEXT: row[TEXT][:length]})
+        text = render({**row, **dict.fromkeys(texts_of, whole[:length])})
         ids = tokenizer.encode([text])[0]
         if len(ids) > limit:
             over = length
         else:
             fits, best = length, Prompt(text, ids)
-    return best
+    return best if whole[:fits].strip() else None

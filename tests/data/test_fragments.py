@@ -71,7 +71,7 @@ def test_a_file_changed_while_it_is_read_is_refused(write_source: Write, job_set
     write_source("a.parquet", {"text": ["x"] * 10})
     fragment = planned(job_settings()).fragments[0]
     write_source("a.parquet", {"text": ["y"] * 10})
-    with pytest.raises(InputError, match="was changed while the run read it"):
+    with pytest.raises(UnusableFile, match="was changed while the run read it"):
         list(read_fragment(fragment))
 
 
@@ -134,6 +134,24 @@ def test_an_output_inside_the_input_is_refused(write_source: Write, job_settings
         planned(job_settings(data__output=str(tmp_path)))
     file = str(tmp_path / "in" / "a.parquet")
     assert planned(job_settings(data__input=file, data__output=str(tmp_path / "in" / "out"))).rows == 1
+
+
+def test_files_are_named_from_above_their_partitions(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("year=1/day=2/a.parquet", {"text": ["x"]})
+    for pattern in ("in", "in/year=1", "in/year=1/day=2", "in/year=1/day=2/a.parquet", "in/*/*/*.parquet"):
+        plan = planned(job_settings(data__input=str(tmp_path / pattern)))
+        assert [each.source for each in plan.fragments] == ["year=1/day=2/a.parquet"]
+
+
+def test_two_files_that_would_be_written_to_one_are_refused(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": ["x"]})
+    write_source("a", {"text": ["y"]})
+    with pytest.raises(InputError, match=r"a and a\.parquet would both be written to a-0000000000\.parquet"):
+        planned(job_settings(data__input=str(tmp_path / "in" / "*")))
 
 
 def test_an_output_that_is_a_file_is_refused(write_source: Write, job_settings: Settings, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from glmbatch.config import JobConfig
-from glmbatch.data.fragments import FileFault, Fragment
+from glmbatch.data.fragments import FileFault, Fragment, Plan
 from glmbatch.data.ledger import MANIFEST, AnswersReceipt, Ledger, Manifest, OutputReceipt, merged_manifest
 from glmbatch.errors import InputError
 from glmbatch.pipeline import run_job
@@ -69,13 +69,18 @@ def published(folder: Path) -> pa.Table:
 def test_killed_at_any_step_and_run_again_the_output_is_the_same(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
+    earlier = [job_settings(data__output=str(tmp_path / f"killed-{number}")) for number in range(40)]
+    write_source("day=1/a.parquet", {"text": [f"earlier row {n}" for n in range(17)]})
+    for settings in earlier:
+        settings["steps"] = settings["steps"][:1]
+        run_job(JobConfig.model_validate(settings))
     write_source("day=1/a.parquet", {"text": [f"row {n}" for n in range(12)]})
     write_source("day=2/b.parquet", {"text": ["one", None, "three"]})
     undisturbed = job_settings(max_error_rate=0.5, data__output=str(tmp_path / "undisturbed"))
     run_job(JobConfig.model_validate(undisturbed))
     expected = published(tmp_path / "undisturbed")
-    steps = int(dying_runs((job_settings(max_error_rate=0.5), 0, "before")))
-    assert steps > 12
+    steps = int(dying_runs((job_settings(max_error_rate=0.5, data__output=str(tmp_path / "killed-0")), 0, "before")))
+    assert 12 < steps < 40
     folders = [tmp_path / f"killed-{deadly}" for deadly in range(1, steps + 1)]
     runs = [
         (job_settings(max_error_rate=0.5, data__output=str(folder)), deadly, "after" if deadly % 2 else "before")
@@ -83,9 +88,15 @@ def test_killed_at_any_step_and_run_again_the_output_is_the_same(
     ]
     assert dying_runs(*runs) == ""
     for (settings, _, _), folder in zip(runs, folders, strict=True):
-        committed = list(folder.glob("_glmbatch/answers/*.parquet"))
+        committed = {path.name.split(".")[0]: len(keys_of(path)) for path in folder.glob("_glmbatch/answers/*.parquet")}
         summary = run_job(JobConfig.model_validate(settings))
-        assert summary.computed + sum(len(keys_of(path)) for path in committed) == 28
+        manifest = Ledger(folder).manifest()
+        assert manifest is not None
+        published_keys = {key for file in manifest.files for key in file.answers_keys}
+        assert summary.computed + sum(committed.get(key, 0) for key in published_keys) == 28
+        assert {file.output_name for file in manifest.files} == {
+            path.relative_to(folder).as_posix() for path in folder.glob("day=*/*.parquet")
+        }
         assert published(folder).equals(expected)
         assert not list(folder.rglob(".*"))
 
@@ -96,23 +107,31 @@ def keys_of(path: Path) -> set[bytes]:
     return set(table.column(name).to_pylist()) - {None}
 
 
-def receipt(key: str = "k" * 32) -> AnswersReceipt:
-    return AnswersReceipt(key=key, run="r", fragment="a@0", step="mood", step_key="s", rows=2)
+def receipt(run: str = "r", **fields: Any) -> AnswersReceipt:
+    return AnswersReceipt(key="k" * 32, run=run, fragment="a@0", step="mood", step_key="s", rows=2, **fields)
 
 
 def test_answers_are_found_again_only_when_they_are_whole(tmp_path: Path) -> None:
     ledger, table = Ledger(tmp_path), pa.table({"mood": ["a", None]})
-    assert ledger.find_answers(receipt().key) is None
+    assert ledger.find_answers(receipt().key, "r") is None
     ledger.keep_answers(receipt(), table)
-    found = ledger.find_answers(receipt().key)
-    assert found is not None
-    assert found[0] == receipt()
-    assert ledger.read_answers(receipt().key).equals(table)
-    whole = found[1].read_bytes()
+    assert ledger.find_answers(receipt().key, "r") == receipt()
+    assert ledger.read_answers(receipt().key)[1].equals(table)
+    (path,) = (tmp_path / "_glmbatch/answers").iterdir()
+    whole = path.read_bytes()
     for at in range(0, len(whole), 7):
-        found[1].write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-        assert ledger.find_answers(receipt().key) is None
-        assert not found[1].exists()
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        assert ledger.find_answers(receipt().key, "r") is None
+        assert not path.exists()
+
+
+def test_rows_on_which_the_model_failed_are_tried_again_by_the_next_run(tmp_path: Path) -> None:
+    ledger, table = Ledger(tmp_path), pa.table({"mood": ["a", None]})
+    ledger.keep_answers(receipt("first", faults={"model_failed": 1}), table)
+    assert ledger.find_answers(receipt().key, "first") is not None
+    assert ledger.find_answers(receipt().key, "second") is None
+    ledger.keep_answers(receipt("second"), table)
+    assert ledger.find_answers(receipt().key, "third") == receipt("second")
 
 
 def test_a_manifest_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -121,25 +140,63 @@ def test_a_manifest_of_something_else_is_refused(tmp_path: Path) -> None:
         Ledger(tmp_path).manifest()
 
 
-def output(source: str, first_row: int, rows: int) -> OutputReceipt:
+def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
+    hold = (
+        f"from glmbatch.data.ledger import Ledger; Ledger({str(tmp_path)!r}).open(); print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=rf"process {other.pid} of .* is writing to it"):
+            Ledger(tmp_path).open()
+        other.kill()
+    Ledger(tmp_path).open()
+    Ledger(tmp_path).close()
+
+
+def output(source: str, first_row: int, rows: int, digest: str = "d") -> OutputReceipt:
     fragment = Fragment(
-        source=source, path="", digest="d", stamp=(0, 0), first_row=first_row, rows=rows, row_groups=(), skip_rows=0
+        source=source, path="", digest=digest, stamp=(0, 0), first_row=first_row, rows=rows, row_groups=(), skip_rows=0
     )
     return OutputReceipt(key="k", run="r", fragment=fragment, output_name=fragment.output_name, answers=())
+
+
+def merged(before: Manifest | None, *outputs: OutputReceipt, root: Path = Path("/none"), **fields: Any) -> Manifest:
+    unusable = [FileFault(source=source, reason="x") for source in fields.pop("damaged", ())]
+    plan = Plan(root=str(root), fragments=(), unusable=(), **fields)
+    return merged_manifest("run", plan, before, outputs, unusable)
 
 
 def names(manifest: Manifest) -> list[str]:
     return [f"{file.source}@{file.first_row}+{file.rows}" for file in manifest.files]
 
 
+BEFORE = merged(None, output("a", 0, 5), output("a", 5, 5), output("b", 0, 3, "e"))
+
+
 def test_new_files_replace_those_of_their_source_and_leave_others() -> None:
-    before = merged_manifest("1", None, [output("a", 0, 5), output("a", 5, 5), output("b", 0, 3)], [], None)
-    after = merged_manifest("2", before, [output("a", 0, 9)], [], None)
+    after = merged(BEFORE, output("a", 0, 9))
     assert names(after) == ["a@0+9", "b@0+3"]
+    assert after.replaced == ("a-0000000005.parquet",)
+    assert "a-0000000005.parquet" in merged(after, output("b", 0, 3)).replaced
 
 
 def test_a_damaged_source_keeps_the_rows_that_nothing_new_covers() -> None:
-    before = merged_manifest("1", None, [output("a", 0, 5), output("a", 5, 5), output("b", 0, 3)], [], None)
-    damaged = [FileFault(source="a", first_row=5, reason="x"), FileFault(source="b", reason="y")]
-    assert names(merged_manifest("2", before, [output("a", 0, 5)], damaged, None)) == ["a@0+5", "a@5+5", "b@0+3"]
-    assert names(merged_manifest("2", before, [output("a", 4, 3)], damaged, None)) == ["a@4+3", "b@0+3"]
+    assert names(merged(BEFORE, output("a", 0, 5), damaged="ab")) == ["a@0+5", "a@5+5", "b@0+3"]
+    assert names(merged(BEFORE, output("a", 4, 3), damaged="ab")) == ["a@4+3", "b@0+3"]
+
+
+def test_rows_of_another_version_of_a_file_never_stay_beside_new_ones() -> None:
+    assert names(merged(BEFORE, output("a", 0, 5, "changed"), damaged="a")) == ["a@0+5", "b@0+3"]
+
+
+def test_a_renamed_file_is_not_there_twice(tmp_path: Path) -> None:
+    assert names(merged(BEFORE, output("c", 0, 3, "e"))) == ["a@0+5", "a@5+5", "c@0+3"]
+    (tmp_path / "b").touch()  # still there: a copy, not a new name
+    assert names(merged(BEFORE, output("c", 0, 3, "e"), root=tmp_path)) == ["a@0+5", "a@5+5", "b@0+3", "c@0+3"]
+
+
+def test_a_limited_run_is_replaced_whole() -> None:
+    limited = merged(None, output("a", 0, 2), limit=2)
+    assert names(merged(limited, output("b", 0, 3))) == ["b@0+3"]

@@ -45,6 +45,8 @@ def test_numbers_and_dates_read_as_a_person_writes_them() -> None:
     values = [5, 2.5, True, date(2026, 11, 1), decimal.Decimal("1.50")]
     read = [prompt_values(pa.chunked_array([pa.array([value, None])])) for value in values]
     assert read == [["5", None], ["2.5", None], ["True", None], ["2026-11-01", None], ["1.50", None]]
+    far = pa.array([2**62], pa.timestamp("us"))  # the year 148108, which Python has no date for
+    assert prompt_values(pa.chunked_array([far]))[0]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ LABELS = ((5,), (5, 6), (7, 8, 9), (7, 8, 10), (11,))
 TEMPLATE = 20
 
 
-def documented_varlen_attn(  # noqa: PLR0913, PLR0917 - torch's signature
+def documented_varlen_attn(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
