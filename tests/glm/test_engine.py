@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from glmbatch.config import ModelConfig, RuntimeConfig
-from glmbatch.errors import InputError, OutOfMemory, TransientError
+from glmbatch.errors import InputError, TransientError
 from glmbatch.glm.engine import ClassifyRequest, GenerateRequest, load_engine
 from glmbatch.glm.torch_engine import LOOK_AHEAD, TorchEngine
 from tests.glm.tiny_glm import EOS, TOKENS, causal_model, engine_over, head_model, prompts
@@ -118,13 +118,18 @@ def test_a_row_that_fits_only_alone_is_generated_and_costs_the_others_no_slot() 
     engine.close()
 
 
-def test_a_row_that_never_fits_is_out_of_memory_for_its_caller_alone() -> None:
+def test_a_row_that_never_fits_fails_alone() -> None:
+    with engine_over(causal_model()) as engine:
+        expected = {result.index: result for result in engine.generate(generate_requests())}
     engine = TorchEngine(full_above(causal_model(), tokens=50), eos_id=EOS, token_count=TOKENS)
-    with pytest.raises(OutOfMemory, match="80 tokens"):
-        list(engine.classify([ClassifyRequest(0, [5] * 80, LABELS)]))
-    with pytest.raises(OutOfMemory, match="80 tokens"):
-        list(engine.generate([GenerateRequest(0, [5] * 80, 4)]))
-    assert len(list(engine.generate(generate_requests()))) == 20
+    (scored,) = engine.classify([ClassifyRequest(0, [5] * 80, LABELS)])
+    assert (scored.scores, scored.error) == ((), "no room on cpu for one prompt of 80 tokens")
+    written = {
+        result.index: result for result in engine.generate([GenerateRequest(99, [5] * 80, 4), *generate_requests()])
+    }
+    failed = written.pop(99)
+    assert (failed.ids, failed.error) == ((), "no room on cpu to generate for one row of 80 tokens")
+    assert written == expected
     engine.close()
 
 
