@@ -191,7 +191,10 @@ class JobConfig(Settings):
         "reason, lists it and ends with exit code 3; null keeps the row with its reason and ends as done.",
     )
     max_error_rate: float = Field(
-        0.1, ge=0, le=1, description="Share of rows that may fail; above it nothing is published."
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of rows that may fail, unreadable files' included; above it nothing is published.",
     )
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="Speed only.")
 
