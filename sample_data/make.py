@@ -1,0 +1,125 @@
+"""Rebuilds the sample data: the reviews, and the tiny ChatGLM2 checkpoint that is trained on them.
+
+    python sample_data/make.py               reviews, then checkpoint
+    python sample_data/make.py reviews       the Parquet files, byte for byte
+    python sample_data/make.py checkpoint    trains and writes tiny-chatglm2/, about seven minutes on one core
+    python sample_data/make.py evaluate      the scores of the committed checkpoint on held-out reviews
+
+With --check, reviews and checkpoint are made elsewhere and compared; exit code 1 when a byte differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from glmbatch.config import JobConfig
+
+FOLDER = Path(__file__).resolve().parent
+CHECKPOINT = FOLDER / "tiny-chatglm2"
+# Read by the mathematics libraries when they load: instructions that every x86 machine of the last ten years has, and
+# one thread, so that sums are made in the same order everywhere.
+NUMERICS = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_CBWR": "AVX2,STRICT",
+    "MKL_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    made = {"reviews": _reviews, "checkpoint": _checkpoint, "evaluate": _evaluate}
+    wanted = [arguments.what] if arguments.what != "all" else ["reviews", "checkpoint"]
+    if wanted != ["reviews"] and any(os.environ.get(name) != value for name, value in NUMERICS.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **NUMERICS})
+    return max(made[what](arguments.check) for what in wanted)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="all", choices=("all", "reviews", "checkpoint", "evaluate"))
+    parser.add_argument("--check", action="store_true", help="write to a temporary folder and compare bytes")
+    return parser
+
+
+def _reviews(check: bool) -> int:
+    from make_reviews import write_parquet
+
+    if not check:
+        for path in write_parquet(FOLDER):
+            print(f"wrote {path.relative_to(FOLDER)}: {path.stat().st_size:,} bytes")
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        write_parquet(Path(temporary))
+        return _compare(Path(temporary), ("reviews", "labelled"))
+
+
+def _checkpoint(check: bool) -> int:
+    from make_checkpoint import build_checkpoint
+
+    with tempfile.TemporaryDirectory() as temporary:
+        built = Path(temporary) / CHECKPOINT.name
+        build_checkpoint(FOLDER / "labelled" / "train.parquet", _job(), built)
+        if check:
+            return _compare(Path(temporary), (CHECKPOINT.name,))
+        shutil.rmtree(CHECKPOINT, ignore_errors=True)
+        shutil.copytree(built, CHECKPOINT)
+    for path in sorted(CHECKPOINT.iterdir()):
+        print(f"wrote {path.relative_to(FOLDER)}: {path.stat().st_size:,} bytes")
+    return _evaluate(check)
+
+
+def _evaluate(_check: bool) -> int:
+    """Print the scores; 1 when the checkpoint is not fit to be committed."""
+    from make_evaluation import evaluate
+
+    scores = evaluate(CHECKPOINT, FOLDER / "labelled" / "held_out.parquet", _job())
+    print(f"{scores.rows} held-out reviews")
+    print(f"label accuracy   {scores.label_accuracy:.3f}")
+    for label, share in scores.recall.items():
+        print(f"  of {label:12} {share:.3f}")
+    print(f"sensible replies {scores.sensible:.3f}")
+    for check, share in scores.checks.items():
+        print(f"  {check:17} {share:.3f}")
+    return 0 if min(scores.label_accuracy, scores.sensible) >= 0.9 else 1
+
+
+def _job() -> JobConfig:
+    return JobConfig.model_validate(yaml.safe_load((FOLDER / "reviews.yaml").read_text(encoding="utf-8")))
+
+
+def _compare(rebuilt: Path, names: tuple[str, ...]) -> int:
+    """0 when both folders hold the same files with the same bytes below `names`; says which do not."""
+    files = {
+        path.relative_to(root)
+        for root in (rebuilt, FOLDER)
+        for name in names
+        for path in (root / name).rglob("*")
+        if path.is_file()
+    }
+    different = [
+        file
+        for file in sorted(files)
+        if not (
+            (rebuilt / file).is_file()
+            and (FOLDER / file).is_file()
+            and filecmp.cmp(rebuilt / file, FOLDER / file, shallow=False)
+        )
+    ]
+    for file in different:
+        print(f"differs: {file}")
+    print(f"{len(files) - len(different)} of {len(files)} files are equal, byte for byte")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

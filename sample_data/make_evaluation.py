@@ -1,0 +1,116 @@
+"""Scores a checkpoint on the held-out reviews, asked exactly as the job of `reviews.yaml` asks. No Parquet written.
+
+A reply is sensible when it is all of this: it names the product; it names an aspect that the review speaks of, or none
+where the review both praises and blames or speaks of none; it thanks or regrets as the true sentiment asks; it is in
+the review's language; and it ends with the end token. The prompt of the reply holds the model's own sentiment, not
+the true one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from glmbatch.config import ClassifyStep, GenerateStep, JobConfig, ModelConfig, Step
+from glmbatch.glm.engine import Engine, load_engine
+from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
+from glmbatch.steps.classify import Choice, ask_choices
+from glmbatch.steps.generate import Writing, ask_writings
+from glmbatch.steps.prompt import Prompt, build_prompts
+
+TONES = {
+    "positive": ("感谢支持！", ": thank you! "),
+    "negative": ("非常抱歉", ": we are sorry "),
+    "neutral": ("感谢反馈！", "感谢购买！", ": thanks for "),
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Shares of the held-out rows, 0 to 1; `checks` are the parts of `sensible`."""
+
+    rows: int
+    label_accuracy: float
+    recall: Mapping[str, float]
+    checks: Mapping[str, float]
+    sensible: float
+
+
+def evaluate(checkpoint: Path, held_out_file: Path, job: JobConfig, most_rows: int | None = None) -> Scores:
+    """Ask `checkpoint` both questions of `job` about the held-out rows, in float32 on the CPU."""
+    rows = pq.ParquetFile(held_out_file).read().to_pylist()[:most_rows]
+    label_step, reply_step = job.steps
+    assert isinstance(label_step, ClassifyStep)
+    assert isinstance(reply_step, GenerateStep)
+    tokenizer = load_tokenizer(checkpoint)
+    runtime = job.runtime.model_copy(update={"device": "cpu"})
+    engine = load_engine(ModelConfig(path=str(checkpoint), dtype="float32"), runtime)
+    try:
+        labels = _ask_labels(label_step, rows, engine, tokenizer)
+        asked = [{**row, label_step.name: label} for row, label in zip(rows, labels, strict=True)]
+        replies = _ask_replies(reply_step, asked, engine, tokenizer)
+    finally:
+        engine.close()
+    return _scores(rows, labels, replies)
+
+
+def _ask_labels(step: ClassifyStep, rows: Sequence[dict[str, Any]], engine: Engine, tokenizer: Tokenizer) -> list[str]:
+    answers = dict(ask_choices(step, (), _prompts(step, rows, tokenizer), engine, tokenizer))
+    choices = [answers.get(_key(place)) for place in range(len(rows))]
+    return [choice.label if isinstance(choice, Choice) else "" for choice in choices]
+
+
+def _ask_replies(
+    step: GenerateStep, rows: Sequence[dict[str, Any]], engine: Engine, tokenizer: Tokenizer
+) -> list[Writing | None]:
+    answers = dict(ask_writings(step, _prompts(step, rows, tokenizer), engine, tokenizer))
+    writings = [answers.get(_key(place)) for place in range(len(rows))]
+    return [writing if isinstance(writing, Writing) else None for writing in writings]
+
+
+def _prompts(step: Step, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> dict[bytes, Prompt]:
+    prompts = build_prompts(step, rows, tokenizer, chat=True, max_input_tokens=960)
+    return {_key(place): prompt for place, prompt in enumerate(prompts) if isinstance(prompt, Prompt)}
+
+
+def _key(place: int) -> bytes:
+    return place.to_bytes(16, "big")
+
+
+def check_reply(row: Mapping[str, Any], reply: str) -> dict[str, bool]:
+    """What is right about `reply` to a labelled row, each on its own."""
+    sides = [names for names in (row["good"], row["bad"], row["middling"]) if names]
+    mentioned = [name for names in sides for name in names if name in reply]
+    in_chinese = any("\u4e00" <= character <= "\u9fff" for character in reply)
+    return {
+        "names the product": row["product"] in reply,
+        "names the aspect": bool(mentioned) == (len(sides) == 1),
+        "right polarity": any(tone in reply for tone in TONES[row["label"]]),
+        "same language": bool(reply) and in_chinese == (row["language"] != "en"),
+    }
+
+
+def _scores(rows: Sequence[dict[str, Any]], labels: Sequence[str], replies: Sequence[Writing | None]) -> Scores:
+    right = [label == row["label"] for row, label in zip(rows, labels, strict=True)]
+    checks = [
+        {**check_reply(row, reply.text if reply else ""), "ends": bool(reply and reply.finish_reason == "stop")}
+        for row, reply in zip(rows, replies, strict=True)
+    ]
+    return Scores(
+        rows=len(rows),
+        label_accuracy=_share(right),
+        recall={
+            label: _share([hit for row, hit in zip(rows, right, strict=True) if row["label"] == label])
+            for label in sorted({row["label"] for row in rows})
+        },
+        checks={name: _share([check[name] for check in checks]) for name in checks[0]},
+        sensible=_share([all(check.values()) for check in checks]),
+    )
+
+
+def _share(hits: Sequence[bool]) -> float:
+    return sum(hits) / len(hits)
