@@ -73,6 +73,11 @@ def test_importing_glmbatch_loads_no_prefect() -> None:
     assert "prefect" not in loaded_by("import glmbatch.pipeline, glmbatch.preview, glmbatch.cli")
 
 
+def test_the_model_runs_where_neither_prefect_nor_pydantic_is_installed() -> None:
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('prefect', 'pydantic')))"
+    loaded_by(f"{blocked}\nimport glmbatch.glm.torch_engine, glmbatch.glm.tokenizer, glmbatch.glm.doctor")
+
+
 def test_help_loads_nothing_heavy() -> None:
     loaded = loaded_by("import glmbatch.cli\ntry: glmbatch.cli.main(['--help'])\nexcept SystemExit: pass")
     assert not {"torch", "transformers", "prefect", "pandas", "pyarrow", "rich"} & loaded

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from glmbatch.config import ModelConfig, RuntimeConfig
+if TYPE_CHECKING:  # the model runs without pydantic too
+    from glmbatch.config import ModelConfig, RuntimeConfig
 
 
 @dataclass(frozen=True, slots=True)

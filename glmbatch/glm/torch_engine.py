@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from glmbatch.config import ModelConfig, RuntimeConfig
 from glmbatch.errors import GlmbatchError, TransientError
 from glmbatch.glm.batching import Call, Job, Limits, Tally
 from glmbatch.glm.checkpoint import load_model, read_checkpoint
@@ -26,6 +25,9 @@ from glmbatch.glm.engine import ClassifyRequest, ClassifyResult, GenerateRequest
 from glmbatch.glm.generation import Generation
 from glmbatch.glm.intake import refuse_classify, refuse_generate
 from glmbatch.glm.network import Network
+
+if TYPE_CHECKING:
+    from glmbatch.config import ModelConfig, RuntimeConfig
 
 logger = logging.getLogger(__name__)
 
