@@ -27,13 +27,12 @@ from glmbatch.jobfile import load_job
 
 DONE, FAILED, BAD_INPUT, QUARANTINED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
-# A server of our own, for this process alone, when the user has set none: quiet, local, patient on a busy machine.
+# Where the user has set nothing else.
 PREFECT_DEFAULTS = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",  # failures are told once, by us, on one line
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",  # a server stopped in the midst of its records prints tracebacks
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
 }
 
 
@@ -55,6 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, _Terminated) as error:
         print("glmbatch: interrupted; run the same command again to go on.", file=sys.stderr)
         return TERMINATED if isinstance(error, _Terminated) else INTERRUPTED
+
+
+@contextmanager
+def _prefect_server() -> Iterator[None]:
+    """See that the server answers that the user has set; without one, start one for this run."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.server import is_ready, own_server
+
+    address = PREFECT_API_URL.value()
+    if address is None:
+        with own_server() as own, temporary_settings({PREFECT_API_URL: own}):
+            yield
+    elif is_ready(address):
+        yield
+    else:
+        raise TransientError(f"{address}: no Prefect server answers. Start it, or unset PREFECT_API_URL.")
 
 
 class _Terminated(BaseException):
@@ -91,18 +107,12 @@ def _run(parsed: argparse.Namespace) -> int:
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     # The one place where glmbatch looks up: the command line runs the flow, the flow runs glmbatch.
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL
-
-    from flows.annotate import annotate
     from glmbatch.display import showing_progress
     from glmbatch.publishing import describe
 
-    if address := PREFECT_API_URL.value():
-        fault = get_client(sync_client=True).api_healthcheck()
-        if fault is not None:
-            raise TransientError(f"{address}: the Prefect server does not answer: {fault}. Set PREFECT_API_URL.")
-    with _raising_on_sigterm(), showing_progress():
+    with _raising_on_sigterm(), showing_progress(), _prefect_server():
+        from flows.annotate import annotate
+
         summary = annotate(job)
     print(describe(summary))
     return QUARANTINED if summary.quarantined else DONE

@@ -9,7 +9,7 @@ from __future__ import annotations
 import string
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 TEXT = "text"  # the placeholder of data.text_column, whatever that column is called
@@ -128,11 +128,15 @@ class ClassifyStep(Step):
 class GenerateStep(Step):
     """Write a text for each row."""
 
-    model_config = ConfigDict(populate_by_name=True)
-
     kind: Literal["generate"] = "generate"
     chat: bool = Field(True, description="Put the prompt in the chat form the model was trained on.")
-    max_tokens: int = Field(256, ge=1, le=32_768, alias="max_new_tokens", description="Most tokens to write for a row.")
+    max_tokens: int = Field(
+        256,
+        ge=1,
+        le=32_768,
+        validation_alias=AliasChoices("max_tokens", "max_new_tokens"),
+        description="Most tokens to write for a row.",
+    )
     temperature: float = Field(0.0, ge=0, le=10, description="0 takes the likeliest token; above 0 samples.")
     top_p: float = Field(0.8, gt=0, le=1, description="Sample among the likeliest tokens of this total probability.")
     top_k: int = Field(50, ge=0, description="Sample among so many likeliest tokens; 0: no such limit.")

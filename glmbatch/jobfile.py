@@ -83,7 +83,7 @@ def _seen(error: Any) -> str:
     if kind == "missing":
         return "is required and not set"
     if kind == "extra_forbidden":
-        return "is no setting; see `glmbatch run --help`"
+        return "is no setting; `glmbatch run --help` and glmbatch/config.py list them"
     if kind == "value_error":
         return str(message)
     return f"{message[0].lower()}{message[1:]}; it is {error['input']!r}"

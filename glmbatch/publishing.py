@@ -142,7 +142,8 @@ def _audit(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> None:
     if failed > job.max_error_rate * rows:
         raise AuditError(
             f"{job.data.output}: nothing published: {failed} of {rows} rows failed ({failed / rows:.1%}), "
-            f"max_error_rate allows {job.max_error_rate:.1%}: {_most_frequent(run, outputs)}."
+            f"max_error_rate allows {job.max_error_rate:.1%}: {_most_frequent(run, outputs)}. "
+            "Answers are kept: mend the input or raise max_error_rate, and run again."
         )
 
 
@@ -164,7 +165,7 @@ def _most_frequent(run: Run, outputs: Sequence[OutputReceipt]) -> str:
         if output.unusable is not None:
             faults["in unreadable files"] += output.fragment.rows
         for answers in output.answers:
-            faults.update(answers.faults)
+            faults.update({kind: count for kind, count in answers.faults.items() if kind != "earlier_step_failed"})
     return ", ".join(f"{count} {kind}" for kind, count in faults.most_common(3) if count)
 
 
@@ -255,7 +256,7 @@ def describe(summary: Summary) -> str:
     if not summary.computed:
         lines += ["", "Nothing was new: no inference was executed and no model was loaded."]
     if summary.faulty_rows or summary.unusable:
-        lines += ["", f"{summary.faulty_rows} rows failed and {len(summary.unusable)} files were left out:"]
+        lines += ["", f"{summary.faulty_rows} rows failed, files left out: {len(summary.unusable)}"]
         lines += [f"  {fault.reason}" for fault in summary.unusable]
         lines.append(f"  each row with its reason: {Path(summary.output) / QUARANTINE}")
     if summary.kept_sources:
@@ -272,7 +273,9 @@ def _describe_step(step: StepSummary) -> list[str]:
         if step.rows_per_second is None
         else f", {step.rows_per_second:,.0f} rows/s, {step.tokens_per_second:,.0f} tokens/s"
     )
-    lines = [f"{step.name}: {step.answers} answers, {step.computed} computed, {step.reused} reused{rates}"]
+    repeated = step.answers - step.computed - step.reused - sum(step.faults.values())
+    shared = f", {repeated} of repeated texts" if step.computed and repeated > 0 else ""
+    lines = [f"{step.name}: {step.answers} answers, {step.computed} computed, {step.reused} reused{shared}{rates}"]
     if step.labels:
         lines.append("  labels: " + ", ".join(f"{label} {count}" for label, count in step.labels.items()))
     if step.completion_tokens:

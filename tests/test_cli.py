@@ -81,6 +81,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     assert told.err.splitlines() == [f"glmbatch: {source.parent}: none of 1 files can be used; the first: {expected}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

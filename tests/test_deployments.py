@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools import validate
 
+from flows.annotate import annotate
 from glmbatch.config import JobConfig
 from tests.conftest import ROOT
 
@@ -18,11 +21,15 @@ def test_the_parameters_fit_the_flow(deployment: dict[str, Any]) -> None:
     assert deployment["entrypoint"] == "flows/annotate.py:annotate"
     assert list(deployment["parameters"]) == ["job"]
     JobConfig.model_validate(deployment["parameters"]["job"])
+    validate(
+        deployment["parameters"], parameter_schema(annotate).model_dump(), raise_on_error=True
+    )  # what a server holds it to
     assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
 
 
 def test_the_nightly_job_asks_what_the_sample_job_asks() -> None:
     sample = yaml.safe_load((ROOT / "sample_data/reviews.yaml").read_text())
     nightly = next(each for each in DEPLOYMENTS if each["name"] == "nightly")["parameters"]["job"]
-    templates = [[step["prompt_template"] for step in job["steps"]] for job in (sample, nightly)]
-    assert templates[0] == templates[1]
+    steps = [JobConfig.model_validate(job).steps for job in (sample, nightly)]
+    assert steps[0] == steps[1]
+    assert sample["data"]["output"] != nightly["data"]["output"]

@@ -40,7 +40,7 @@ def _find(whole: Path, pattern: str) -> tuple[Path, list[str]]:
     elif GLOB_MARKS & set(pattern):
         root, names = _matches(whole)
     else:
-        raise InputError(f"{pattern}: no such file or folder. Set data.input.")
+        raise InputError(f"{pattern}: no such file or folder (from {Path.cwd()}). Set data.input.")
     if not names:
         raise InputError(
             f"{pattern}: no Parquet file matches (hidden and _underscore names are skipped). Set data.input."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ import pyarrow.dataset as ds
 import pytest
 import yaml
 
+from glmbatch.config import JobConfig
+from glmbatch.pipeline import run_job
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
@@ -147,3 +150,36 @@ def test_too_many_bad_rows_fail_the_run_with_exit_code_1(prefect_server: dict[st
     done = run(prefect_server, "-m", "glmbatch.cli", "run", job_file, "--max-error-rate", "0.01")
     assert done.returncode == 1
     assert "nothing published: 1 of 15 rows failed (6.7%), max_error_rate allows 1.0%" in done.stderr
+
+
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_of_the_whole_group_ends_in_order_and_the_next_run_goes_on(
+    write_source: Write, job_settings: Settings, tmp_path: Path, signal_number: int, code: int
+) -> None:
+    write_source("a.parquet", {"text": [f"row {n}" for n in range(400)]})
+    settings = job_settings(data__rows_per_fragment=20, runtime__max_slots=1)
+    settings["steps"][1]["max_tokens"] = 60
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+    command = [sys.executable, "-m", "glmbatch.cli", "run", str(path)]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**environment, "PREFECT_HOME": str(tmp_path / "home")},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as started:
+        answers, until = tmp_path / "out" / "_glmbatch" / "answers", time.monotonic() + 240
+        while len(list(answers.glob("*"))) < 3 and time.monotonic() < until:
+            time.sleep(0.05)
+        os.killpg(started.pid, signal_number)
+        _, told = started.communicate(timeout=60)
+    assert started.returncode == code, told
+    assert told.splitlines()[-1] == "glmbatch: interrupted; run the same command again to go on."
+    assert "Traceback" not in told
+    committed = list(answers.glob("*.parquet"))
+    assert 3 <= len(committed) < 40
+    assert run_job(JobConfig.model_validate(settings)).computed == 800 - 20 * len(committed)
