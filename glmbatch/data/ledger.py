@@ -178,8 +178,8 @@ class Ledger:
         with open_parquet(found[1]) as file:
             return found[0], file.read()
 
-    def find_output(self, key: str, answers: Sequence[AnswersReceipt] | None = None) -> OutputReceipt | None:
-        """The output file under `key`, staged or published, whole, and with just these `answers` in it (None: any)."""
+    def find_output(self, key: str, answers: Sequence[AnswersReceipt]) -> OutputReceipt | None:
+        """The output file under `key`, staged or published, whole, and with just these `answers` in it."""
         found = _whole(self.root / STAGED, key, OutputReceipt)
         if found is not None:
             receipt = found[0].model_copy(update={"digest": digest_file(found[1])})
@@ -190,7 +190,7 @@ class Ledger:
             if published is None or read is None or path is None or digest_file(path) != published.digest:
                 return None
             receipt = read.model_copy(update={"digest": published.digest})
-        return receipt if answers is None or receipt.answers == tuple(answers) else None
+        return receipt if receipt.answers == tuple(answers) else None
 
     def _published(self) -> tuple[PublishedFile, ...]:
         manifest = self.manifest()

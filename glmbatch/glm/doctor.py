@@ -9,9 +9,9 @@ from pathlib import Path
 from glmbatch.errors import GlmbatchError
 from glmbatch.glm.architecture import RopeScaling
 from glmbatch.glm.checkpoint import Checkpoint, digest_tokenizer, digest_weights, inspect_checkpoint
+from glmbatch.glm.device import DTYPE_BYTES
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SAMPLES = ("你好", "Hello, world!", "[gMASK]")
 # What the published tokenizer, known by its size, must give.
 _PUBLISHED_SIZE, _PUBLISHED_IDS = 64_794, {"你好": (64_790, 64_792, 36_474, 54_591)}
@@ -42,7 +42,7 @@ class Diagnosis:
         if self.checkpoint is None:
             return {}
         numbers, kept = self.checkpoint.parameters, self.checkpoint.architecture.kv_numbers_per_token
-        return {dtype: Memory(numbers * size, kept * size) for dtype, size in _BYTES.items()}
+        return {dtype: Memory(numbers * size, kept * size) for dtype, size in DTYPE_BYTES.items()}
 
 
 def examine(path: str | Path, *, digests: bool = True, rope_scaling: RopeScaling | None = None) -> Diagnosis:
