@@ -130,7 +130,7 @@ def _doctor(parsed: argparse.Namespace) -> int:
     from glmbatch.glm.doctor import describe, examine
     from glmbatch.glm.hub import locate_checkpoint
 
-    diagnosis = examine(locate_checkpoint(parsed.model, parsed.revision))
+    diagnosis = examine(locate_checkpoint(parsed.model, parsed.revision), adapter=parsed.adapter)
     print(describe(diagnosis))
     return BAD_INPUT if diagnosis.problems else DONE
 
@@ -155,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say what a checkpoint is and what is wrong with it")
     doctor.add_argument("model", metavar="MODEL", help="directory of a checkpoint, or a hub id")
     doctor.add_argument("--revision", help="commit of the hub repository")
+    doctor.add_argument("--adapter", metavar="DIRECTORY", help="LoRA adapter to look at over the checkpoint")
     doctor.set_defaults(command=_doctor)
     return parser
 

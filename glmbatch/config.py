@@ -38,6 +38,11 @@ class ModelConfig(Settings):
     revision: str | None = Field(
         None, description="Commit of the hub repository; required for a hub id, refused for a directory."
     )
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="Directory of a LoRA adapter as peft saves it, merged into the weights at load; empty: none.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Numbers to compute in; auto is bfloat16 on CUDA and float32 on CPU."
     )

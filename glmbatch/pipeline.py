@@ -33,6 +33,7 @@ from glmbatch.planning import (
     FragmentWork,
     Model,
     assign,
+    describe_model,
     job_models,
     locate_model,
     open_output,
@@ -179,11 +180,11 @@ def _ask(
     model, runtime = assignment.model, job.runtime
 
     def load() -> Engine:
-        logger.info("loading %s (%s)", model.config.path, model.config.dtype)
+        logger.info("loading %s (%s)", describe_model(model.config), model.config.dtype)
         engine = load_engine(model.config, runtime, assignment.models_at_once)
-        if stamp_checkpoint(model.config.path) != model.stamp:
+        if stamp_checkpoint(model.config) != model.stamp:
             engine.close()
-            raise InputError(f"{model.config.path}: was changed since this run took its digests. Run again.")
+            raise InputError(f"{describe_model(model.config)}: was changed since this run took its digests. Run again.")
         return engine
 
     key = (model.identity, runtime.device, runtime.max_batch_tokens, runtime.max_slots)

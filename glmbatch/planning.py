@@ -5,6 +5,7 @@ Reads footers and digests; loads no weights, reads no rows.
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from glmbatch.data.fragments import Fragment, Plan, plan_fragments
 from glmbatch.data.ledger import Ledger
 from glmbatch.data.rowkeys import answers_key, output_key, step_key
 from glmbatch.errors import InputError
+from glmbatch.glm.files import ADAPTER_FILES
 from glmbatch.glm.pool import POOL
 from glmbatch.progress import PROGRESS
 
@@ -82,7 +84,8 @@ def check_job(job: JobConfig) -> None:
     open_output(job, plan_run(job, digests=False))
     for model in job_models(job):
         if model.revision is None:  # a hub id may need the network, which is the flow's to try again
-            read_checkpoint(locate_model(model, job.runtime).path, model.rope_scaling)
+            located = locate_model(model, job.runtime)
+            read_checkpoint(located.path, located.rope_scaling, located.adapter)
 
 
 def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
@@ -128,14 +131,18 @@ def job_models(job: JobConfig) -> list[ModelConfig]:
 def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
     """The same model as a directory on this machine (downloaded when `path` is a hub id), its numbers settled.
 
-    InputError when there is no such checkpoint or device, TransientError when the hub cannot be reached.
+    InputError when there is no such checkpoint, adapter or device, TransientError when the hub cannot be reached.
     """
     from glmbatch.glm.device import resolve_device, resolve_dtype
     from glmbatch.glm.hub import locate_checkpoint
 
+    adapter = None if model.adapter is None else os.path.expanduser(model.adapter)
+    if adapter is not None and not os.path.isdir(adapter):  # before anything is downloaded
+        raise InputError(f"{adapter}: no such directory. Set model.adapter to the directory of a LoRA adapter.")
     directory = locate_checkpoint(model.path, model.revision)
     dtype = resolve_dtype(model.dtype, resolve_device(runtime.device))
-    return model.model_copy(update={"path": str(directory), "revision": None, "dtype": dtype})
+    found = {"path": str(directory), "revision": None, "adapter": adapter, "dtype": dtype}
+    return model.model_copy(update=found)
 
 
 def prepare_model(located: ModelConfig) -> Model:
@@ -143,9 +150,9 @@ def prepare_model(located: ModelConfig) -> Model:
     from glmbatch.glm.checkpoint import digest_tokenizer, digest_weights, read_checkpoint
     from glmbatch.glm.device import DTYPE_BYTES
 
-    stamp = stamp_checkpoint(located.path)
-    checkpoint = read_checkpoint(located.path, located.rope_scaling)
-    digests = [digest_weights(located.path), digest_tokenizer(located.path)]
+    stamp = stamp_checkpoint(located)
+    checkpoint = read_checkpoint(located.path, located.rope_scaling, located.adapter)
+    digests = [digest_weights(located.path, located.adapter), digest_tokenizer(located.path)]
     return Model(
         config=located,
         identity="/".join([*digests, located.dtype, located.rope_scaling or "default"]),
@@ -158,16 +165,24 @@ def prepare_model(located: ModelConfig) -> Model:
     )
 
 
-def stamp_checkpoint(path: str) -> str:
-    """Names, sizes and times of the files in directory `path`; changes whenever one of them was written to."""
-    files = sorted(Path(path).iterdir()) if Path(path).is_dir() else []
+def stamp_checkpoint(model: ModelConfig) -> str:
+    """Names, sizes and times of the files of a located model; changes whenever one of them was written to."""
+    directory = Path(model.path)
+    files = sorted(directory.iterdir()) if directory.is_dir() else []
+    if model.adapter is not None:  # beside these its training leaves much that is not read
+        files += [Path(model.adapter) / name for name in ADAPTER_FILES if os.path.isfile(f"{model.adapter}/{name}")]
     status = [(file.name, file.stat()) for file in files]
     return str([(name, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for name, each in status])
 
 
+def describe_model(model: ModelConfig) -> str:
+    """Where the weights of `model` are."""
+    return model.path if model.adapter is None else f"{model.path} with the adapter {model.adapter}"
+
+
 def check_step(step: Step, model: Model) -> None:
     """InputError when `model` cannot answer `step`."""
-    where = f"step {step.name!r}: the checkpoint {model.config.path}"
+    where = f"step {step.name!r}: the checkpoint {describe_model(model.config)}"
     if isinstance(step, GenerateStep):
         if model.has_head:
             raise InputError(f"{where} has a classification head and cannot generate. Set the step's model.")
@@ -181,7 +196,10 @@ def check_step(step: Step, model: Model) -> None:
                 f"{where} has a head of {len(model.labels)} label; a choice needs two. Set the step's model."
             )
         if model.has_head and step.labels is not None and sorted(step.labels) != sorted(model.labels):
-            raise InputError(f"{where} was trained for {list(model.labels)}, not {step.labels}. Set the step's labels.")
+            named = f", or name them by id2label in {model.config.adapter}/config.json" if model.config.adapter else ""
+            raise InputError(
+                f"{where} was trained for {list(model.labels)}, not {step.labels}. Set the step's labels{named}."
+            )
 
 
 def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:

@@ -11,7 +11,16 @@ from pydantic import BaseModel
 from glmbatch.config import JobConfig
 from glmbatch.data.fragments import FileFault
 from glmbatch.data.ledger import Ledger, Manifest
-from glmbatch.planning import Assignment, Model, assign, job_models, locate_model, plan_run, prepare_model
+from glmbatch.planning import (
+    Assignment,
+    Model,
+    assign,
+    describe_model,
+    job_models,
+    locate_model,
+    plan_run,
+    prepare_model,
+)
 
 Reason = Literal["answered already", "new rows", "changed settings or weights", "changed earlier answers"]
 
@@ -89,7 +98,7 @@ def describe_plan(plan: Preview) -> str:
         size = (
             f"{model.parameters / 1e6:,.1f} million parameters, {model.size_bytes / 1e9:.3f} GB as {model.config.dtype}"
         )
-        lines.append(f"model {model.config.path}: {size}")
+        lines.append(f"model {describe_model(model.config)}: {size}")
     if plan.passes > 1:
         lines.append(f"the models do not fit in memory together: {plan.passes} passes over all fragments")
     lines += [f"left out: {fault.reason}" for fault in plan.unusable]

@@ -15,9 +15,9 @@ from tasks.policies import machine_failed
 
 
 def checkpoint_key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
-    """Key of a located checkpoint: each file with its size and times; a changed file is a miss."""
+    """Key of a located checkpoint: each file of it and its adapter with size and times; a changed file is a miss."""
     model: ModelConfig = parameters["model"]
-    return hash_objects("checkpoint", 1, model.model_dump_json(), planning.stamp_checkpoint(model.path))
+    return hash_objects("checkpoint", 1, model.model_dump_json(), planning.stamp_checkpoint(model))
 
 
 @task(

@@ -13,6 +13,8 @@ import yaml
 
 from glmbatch import cli
 from tests.conftest import CAUSAL, CLASSIFIER, ROOT
+from tests.glm.adapters import make_original_adapter
+from tests.glm.checkpoints import read_json
 
 Settings = Callable[..., dict[str, Any]]
 Write = Callable[..., Path]
@@ -123,6 +125,24 @@ def test_the_doctor_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert "pytorch_model-00002-of-00003.bin" in said
     assert "tokenizer.model" in said
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "doctor"])
+def test_a_bad_adapter_is_told_before_anything_is_loaded(
+    job_file: str, write_source: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    write_source("a.parquet", {"text": ["x"]})
+    model = str(CAUSAL) if command == "doctor" else job_file
+    adapter = tmp_path / "adapter"
+    assert cli.main([command, model, "--adapter", str(adapter)]) == 2
+    assert f"{adapter}: no" in "".join(capsys.readouterr())
+    make_original_adapter(adapter, read_json(CAUSAL / "config.json"), r=8)
+    assert cli.main([command, model, "--adapter", str(adapter)]) == 2
+    assert f"{adapter / 'adapter_model.safetensors'}: " in "".join(capsys.readouterr())
+    make_original_adapter(adapter, read_json(CAUSAL / "config.json"))
+    if command != "run":
+        assert cli.main([command, model, "--adapter", str(adapter)]) == 0
+        assert str(adapter) in capsys.readouterr().out
 
 
 def test_help_names_every_command_and_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from glmbatch.config import JobConfig, answer_columns
+from glmbatch.config import JobConfig, ModelConfig, answer_columns
 from glmbatch.data.ledger import MANIFEST, QUARANTINE, Ledger
 from glmbatch.data.storage import digest_file
 from glmbatch.errors import AuditError, BadRow, InputError, UnusableFile
@@ -22,6 +22,8 @@ from glmbatch.pipeline import answer, run_job
 from glmbatch.planning import assign, locate_model, passes, plan_run, prepare_model
 from glmbatch.publishing import Summary, describe
 from tests.conftest import CAUSAL, CLASSIFIER, CLASSIFY, GENERATE
+from tests.glm.adapters import make_original_adapter
+from tests.glm.checkpoints import read_json
 
 pytestmark = pytest.mark.slow
 Settings = Callable[..., dict[str, Any]]
@@ -253,6 +255,43 @@ def test_a_trained_head_answers_with_its_own_labels_beside_the_base(
     assert apart == together
 
 
+def write_adapter(tmp_path: Path, name: str, seed: int = 0) -> ModelConfig:
+    make_original_adapter(tmp_path / name, read_json(CAUSAL / "config.json"), seed=seed)
+    return ModelConfig(path=str(CAUSAL), adapter=str(tmp_path / name))
+
+
+def test_steps_with_different_adapters_over_one_base_each_get_their_own(
+    rows: list[str], write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": rows})
+    models = [ModelConfig(path=str(CAUSAL)), *(write_adapter(tmp_path, name, ord(name)) for name in "ab")]
+    steps = [{**CLASSIFY, "name": f"mood_{number}", "model": model.model_dump()} for number, model in enumerate(models)]
+    run(job_settings(steps=steps))
+    together = output(tmp_path)
+    for row in together:
+        assert len({str(row[f"mood_{number}_scores"]) for number in range(3)}) == 3
+    for number, step in enumerate(steps):
+        run(job_settings(steps=[step], data__output=str(tmp_path / f"out-{number}")))
+        alone = ds.dataset(tmp_path / f"out-{number}", partitioning=None).to_table().to_pylist()
+        name = f"mood_{number}"
+        assert [(row[f"{name}_key"], row[f"{name}_scores"]) for row in alone] == [
+            (row[f"{name}_key"], row[f"{name}_scores"]) for row in together
+        ]
+
+
+def test_one_changed_byte_of_an_adapter_is_another_model(job_settings: Settings, tmp_path: Path) -> None:
+    job = JobConfig.model_validate(job_settings())
+    model = write_adapter(tmp_path, "adapter")
+    bare, first = (prepare_model(locate_model(each, job.runtime)) for each in (job.model, model))
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    second = prepare_model(locate_model(model, job.runtime))
+    assert len({bare.identity, first.identity, second.identity}) == 3
+    assert prepare_model(locate_model(job.model, job.runtime)) == bare
+
+
 def test_models_that_do_not_fit_together_take_turns_over_all_fragments(job_settings: Settings) -> None:
     other = {"path": str(CLASSIFIER)}
     settings = job_settings()
@@ -422,6 +461,19 @@ def test_weights_changed_between_plan_and_load_are_refused(
     work = assign(job, plan, [prepare_model(locate_model(job.model, job.runtime))])
     os.utime(model / "pytorch_model-00001-of-00003.bin")
     with pytest.raises(InputError, match="was changed since this run took its digests"):
+        answer(job, work.fragments[0].assignments[0])
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "config.json"])
+def test_an_adapter_changed_between_plan_and_load_is_refused(
+    write_source: Write, job_settings: Settings, tmp_path: Path, name: str
+) -> None:
+    write_source("a.parquet", {"text": ["x"]})
+    job = JobConfig.model_validate(job_settings(model=write_adapter(tmp_path, "adapter").model_dump()))
+    work = assign(job, plan_run(job), [prepare_model(locate_model(job.model, job.runtime))])
+    (tmp_path / "adapter" / "README.md").touch()
+    (tmp_path / "adapter" / name).touch()
+    with pytest.raises(InputError, match=r"with the adapter .* was changed since this run took its digests"):
         answer(job, work.fragments[0].assignments[0])
 
 

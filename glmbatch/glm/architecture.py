@@ -6,10 +6,11 @@ Reads both into one `Architecture` and writes either back from it. No tensors, n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from glmbatch.errors import InputError
+from glmbatch.glm.config_check import ConfigCheck
 
 Layout = Literal["original", "native"]
 RopeScaling = Literal["linear", "ntk"]
@@ -128,7 +129,7 @@ def examine_config(
 ) -> tuple[Architecture | None, list[str]]:
     """The architecture that `config` states, or None and everything that is wrong with it."""
     layout = detect_layout(config, where)
-    check = _Check(config, where)
+    check = ConfigCheck(config, where)
     for key, value in _FIXED[layout].items():
         check.fixed(key, value)
     values: dict[str, Any] = {row.attribute: check.integer(getattr(row, layout), 1, row.most) for row in _NUMBERS}
@@ -145,7 +146,7 @@ def examine_config(
     return (None if check.problems else Architecture(**values)), check.problems
 
 
-def _read_original(check: _Check, values: Mapping[str, Any], option: RopeScaling | None) -> dict[str, Any]:
+def _read_original(check: ConfigCheck, values: Mapping[str, Any], option: RopeScaling | None) -> dict[str, Any]:
     multi_query = check.flag("multi_query_attention")
     ratio = check.real("rope_ratio", _MOST_STRETCH, default=1.0)
     return {
@@ -162,7 +163,7 @@ def _read_original(check: _Check, values: Mapping[str, Any], option: RopeScaling
     }
 
 
-def _stated_scaling(check: _Check, ratio: float) -> str:
+def _stated_scaling(check: ConfigCheck, ratio: float) -> str:
     stated = check.choice("rope_scaling", ("linear", "ntk"), default="")
     # chatglm3-6b-32k writes the same rope_ratio and means the other thing: taken for this one, logits are 10 off.
     if not stated and "chatglm3" in str(check.config.get("_name_or_path", "")).lower():
@@ -173,9 +174,9 @@ def _stated_scaling(check: _Check, ratio: float) -> str:
     return stated or "linear"
 
 
-def _read_native(check: _Check, values: Mapping[str, Any]) -> dict[str, Any]:
+def _read_native(check: ConfigCheck, values: Mapping[str, Any]) -> dict[str, Any]:
     rope = check.config.get("rope_parameters")
-    inner = _Check(rope if isinstance(rope, dict) else {}, f"{check.where}: rope_parameters", check.problems)
+    inner = ConfigCheck(rope if isinstance(rope, dict) else {}, f"{check.where}: rope_parameters", check.problems)
     kind = inner.choice("rope_type", ("default", "linear"))
     inner.fixed("partial_rotary_factor", _ROTARY_SHARE)
     theta = inner.real("rope_theta", _ROPE_THETA * _MOST_STRETCH)
@@ -194,72 +195,6 @@ def _read_native(check: _Check, values: Mapping[str, Any]) -> dict[str, Any]:
         "pre_seq_len": check.integer("pre_seq_len", 0, 2**20, default=0),
         "prefix_projection": False,
     }
-
-
-@dataclass(frozen=True, slots=True)
-class _Check:
-    """Reads keys of one config; what it refuses it notes, naming file and key, and goes on with a stand-in."""
-
-    config: Mapping[str, Any]
-    where: str
-    problems: list[str] = field(default_factory=list)
-
-    def refuse(self, key: str, wanted: str) -> None:
-        seen = f"is {repr(self.config[key])[:60]}" if key in self.config else "is missing"
-        self.problems.append(f"{self.where}: {key!r} {seen}; it must be {wanted}.")
-
-    def integer(self, key: str, least: int, most: int, default: int | None = None) -> int:
-        value = _given(self.config.get(key), default)
-        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
-            return value
-        self.refuse(key, f"an integer from {least} to {most}")
-        return most
-
-    def real(self, key: str, most: float, default: float | None = None) -> float:
-        value = _given(self.config.get(key), default)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most:
-            return float(value)
-        self.refuse(key, f"a number above 0 and at most {most:g}")
-        return most
-
-    def flag(self, key: str, default: bool | None = None) -> bool:
-        value = _given(self.config.get(key), default)
-        if not isinstance(value, bool):
-            self.refuse(key, "true or false")
-        return bool(value)
-
-    def choice(self, key: str, allowed: tuple[Any, ...], default: Any = None) -> Any:
-        """The value of `key`, which may be absent if there is a default."""
-        value = _given(self.config.get(key), default)
-        if value in allowed:
-            return allowed[allowed.index(value)]
-        if value is None or value != default:
-            self.refuse(key, f"one of {', '.join(map(str, allowed))}")
-        return default
-
-    def fixed(self, key: str, wanted: object) -> None:
-        if self.config.get(key, wanted) != wanted:
-            self.refuse(key, f"{wanted}: the GLM classes have no counterpart to anything else")
-
-    def labels(self) -> tuple[str, ...]:
-        """Names of the head's rows in order; transformers' own default names when the config has none."""
-        named = self.config.get("id2label")
-        if named is None:
-            return tuple(f"LABEL_{row}" for row in range(self.integer("num_labels", 1, 2**16, default=2)))
-        rows = [str(row) for row in range(len(named))] if isinstance(named, dict) else []
-        if not rows or named.keys() != set(rows) or not all(isinstance(name, str) for name in named.values()):
-            self.refuse("id2label", 'an object {"0": label, "1": label, ...} without a gap')
-            return ()
-        labels = tuple(named[row] for row in rows)
-        if len(set(labels)) != len(labels):
-            self.refuse("id2label", "free of repeated labels")
-        if self.config.get("num_labels", len(labels)) != len(labels):
-            self.refuse("num_labels", f"{len(labels)}, the number of labels in 'id2label'")
-        return labels
-
-
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
 
 
 def unknown_keys(config: Mapping[str, Any], layout: Layout) -> list[str]:

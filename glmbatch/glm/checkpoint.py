@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from glmbatch.errors import InputError, OutOfMemory
-from glmbatch.glm.architecture import Architecture, RopeScaling, native_config, read_architecture
+from glmbatch.glm.adapter import LowRank, load_adapter
+from glmbatch.glm.architecture import RopeScaling, native_config, read_architecture
 from glmbatch.glm.files import digest_file, read_json
 from glmbatch.glm.hub import locate_checkpoint
 from glmbatch.glm.inspection import WEIGHT_DTYPES, Checkpoint, inspect_checkpoint, read_checkpoint
-from glmbatch.glm.layout import TensorSpec
+from glmbatch.glm.layout import TensorSpec, split_rows
 from glmbatch.glm.prefix import native_prefix, set_prefix
 from glmbatch.glm.save import save_checkpoint
 from glmbatch.glm.shards import find_shards, read_tensors
@@ -40,8 +41,11 @@ __all__ = [
 ]
 
 
-def digest_weights(path: str | Path) -> str:
-    """Hex sha256 of what changes the model's answers: its config, and its weight files' bytes whatever their names."""
+def digest_weights(path: str | Path, adapter: str | Path | None = None) -> str:
+    """Hex sha256 of what changes the model's answers: its config, and its weight files' bytes whatever their names.
+
+    With an adapter also how much of it is added to which weight, its labels, and its weights' bytes.
+    """
     directory = Path(path)
     config = read_json(directory / "config.json")
     # The option of how to stretch positions is the caller's to count in; what the config says of it is counted here.
@@ -50,7 +54,12 @@ def digest_weights(path: str | Path) -> str:
     shards, _ = find_shards(directory)
     with ThreadPoolExecutor(max_workers=min(16, len(shards))) as pool:
         contents = sorted(pool.map(digest_file, [shard.file for shard in shards]))
-    return hashlib.sha256("\n".join([stated, *contents]).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join([stated, *contents]).encode()).hexdigest()
+    tuned = read_checkpoint(directory, "linear", adapter).adapter if adapter is not None else None
+    if tuned is None:
+        return digest
+    stated = json.dumps([dict(tuned.scales), tuned.labels], sort_keys=True)
+    return hashlib.sha256("\n".join([digest, stated, digest_file(tuned.file)]).encode()).hexdigest()
 
 
 def digest_tokenizer(path: str | Path) -> str:
@@ -63,13 +72,17 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     rope_scaling: RopeScaling | None = None,
+    adapter: str | Path | None = None,
 ) -> Any:
     """The `GlmForSequenceClassification` of a checkpoint with a trained head, the `GlmForCausalLM` of any other.
+
+    The weights of a LoRA `adapter` (a directory as peft writes it) are merged into them; its head, if it has one,
+    counts as the checkpoint's.
 
     In eval mode and without gradients. `model.prefix_kv` holds the keys and values of a P-Tuning v2 prefix, or None.
     Memory peaks near one copy of the loaded weights.
     """
-    checkpoint = read_checkpoint(path, rope_scaling)
+    checkpoint = read_checkpoint(path, rope_scaling, adapter)
     name = str(dtype).removeprefix("torch.")
     if name not in WEIGHT_DTYPES:
         raise InputError(f"{path}: cannot compute in {name}. Set model.dtype to one of {', '.join(WEIGHT_DTYPES)}.")
@@ -88,12 +101,18 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> A
     model = _empty_model(checkpoint, dtype)
     state: dict[str, torch.Tensor] = {}
     prefix: dict[str, torch.Tensor] = {}
-    for spec, stored in _stored_tensors(checkpoint, dtype):
+    added, whole = _adapter_weights(checkpoint)
+    for spec, stored in _stored_tensors(checkpoint, dtype, added):
         if not spec.parts:
             prefix[spec.key] = stored.to(torch.float32, copy=True)
-        for name, rows in _split(checkpoint.architecture, spec, stored):
+        for name, rows in split_rows(checkpoint.architecture, spec, stored):
+            merged = added[name].added_to(rows) if name in added else rows
             # A copy of its own for each: nothing may stay backed by the file.
-            state[name] = rows.to(device, _dtype_of(name, dtype), copy=True, memory_format=torch.contiguous_format)
+            state[name] = merged.to(device, _dtype_of(name, dtype), copy=True, memory_format=torch.contiguous_format)
+    state |= {name: tensor.to(device, _dtype_of(name, dtype)) for name, tensor in whole.items()}
+    for name in (*added, *whole):
+        if not state[name].isfinite().all():
+            raise InputError(f"{checkpoint.path}: with the adapter, {name!r} does not fit {dtype}. Set model.dtype.")
     model.load_state_dict(state, strict=True, assign=True)
     # The rotary tables are computed, not stored: those made on the meta device hold nothing.
     rotary = model.model.rotary_emb
@@ -126,8 +145,19 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.startswith("score.") else dtype
 
 
-def _stored_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-    """Each tensor to load, dequantized in the dtype computed in: through float16, logits would be 8.9e-3 off."""
+def _adapter_weights(checkpoint: Checkpoint) -> tuple[dict[str, LowRank], dict[str, torch.Tensor]]:
+    if checkpoint.adapter is None:
+        return {}, {}
+    return load_adapter(checkpoint.adapter, checkpoint.architecture, checkpoint.has_head)
+
+
+def _stored_tensors(
+    checkpoint: Checkpoint, dtype: torch.dtype, added: Collection[str]
+) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+    """Each tensor to load, dequantized in the dtype computed in: through float16, logits would be 8.9e-3 off.
+
+    In float32 where something is to be `added`, by native name.
+    """
     specs = checkpoint.specs
     scales: dict[str, torch.Tensor] = {}  # a weight and its scale may lie in different files
     for file, headers in checkpoint.tensors.items():
@@ -138,7 +168,9 @@ def _stored_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tupl
         for key, stored in read_tensors(file, rest):
             if specs[key].stored == "int8":
                 bits = checkpoint.quantization_bit
-                yield specs[key], _dequantized(stored, scales[f"{key}_scale"], bits, dtype)
+                merged = any(name in added for name, _ in specs[key].parts)
+                numbers = torch.float32 if merged else dtype
+                yield specs[key], _dequantized(stored, scales[f"{key}_scale"], bits, numbers)
             else:
                 yield specs[key], stored
 
@@ -149,14 +181,3 @@ def _dequantized(stored: torch.Tensor, scale: torch.Tensor, bits: int, dtype: to
         # The high four bits are the even input column, the low four the odd one, both signed.
         stored = torch.stack((stored >> 4, (stored << 4) >> 4), dim=-1).flatten(1)
     return stored.to(dtype) * scale.to(dtype)[:, None]
-
-
-def _split(architecture: Architecture, spec: TensorSpec, stored: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The native tensors that the rows of `stored` become."""
-    names, shapes = [name for name, _ in spec.parts], [shape for _, shape in spec.parts]
-    if len(names) > 1 and architecture.qkv_per_head:
-        # Without multi-query the rows are query, key, value of one head, then those of the next.
-        heads = stored.view(architecture.heads, len(names), architecture.kv_channels, *stored.shape[1:])
-        yield from zip(names, (rows.flatten(0, 1) for rows in heads.unbind(1)), strict=True)
-    elif names:
-        yield from zip(names, torch.split(stored, [shape[0] for shape in shapes]), strict=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmbatch.errors import GlmbatchError
+from glmbatch.glm.adapter import Adapter
 from glmbatch.glm.architecture import RopeScaling
 from glmbatch.glm.checkpoint import Checkpoint, digest_tokenizer, digest_weights, inspect_checkpoint
 from glmbatch.glm.device import DTYPE_BYTES
@@ -45,8 +46,16 @@ class Diagnosis:
         return {dtype: Memory(numbers * size, kept * size) for dtype, size in DTYPE_BYTES.items()}
 
 
-def examine(path: str | Path, *, digests: bool = True, rope_scaling: RopeScaling | None = None) -> Diagnosis:
+def examine(
+    path: str | Path,
+    *,
+    digests: bool = True,
+    rope_scaling: RopeScaling | None = None,
+    adapter: str | Path | None = None,
+) -> Diagnosis:
     """Look over the checkpoint in directory `path`; whatever is wrong stands in the answer, nothing is raised.
+
+    With an `adapter` it is the checkpoint with that merged into it, and what is wrong with either.
 
     Takes seconds for a model of any size; `digests` reads every byte, about a second for each gigabyte.
     """
@@ -56,14 +65,14 @@ def examine(path: str | Path, *, digests: bool = True, rope_scaling: RopeScaling
     tokenizer: Tokenizer | None = None
     weights_digest = tokenizer_digest = None
     try:
-        checkpoint, problems = inspect_checkpoint(directory, rope_scaling)
+        checkpoint, problems = inspect_checkpoint(directory, rope_scaling, adapter)
         if (directory / TOKENIZER_FILE).is_file():
             tokenizer = load_tokenizer(directory)
             tokenizer_digest = digest_tokenizer(directory) if digests else None
         elif directory.is_dir():
             problems.append(f"{directory / TOKENIZER_FILE}: is not there; no text can be read. Copy it too.")
         if checkpoint and digests:
-            weights_digest = digest_weights(directory)
+            weights_digest = digest_weights(directory, adapter)
     except GlmbatchError as error:
         problems += [str(error)] if str(error) not in problems else []
     samples = _sample(tokenizer) if tokenizer else ()
@@ -119,7 +128,18 @@ def _facts(checkpoint: Checkpoint) -> Iterator[str]:
     )
     yield f"  {'ids':<10} {checkpoint.tokenizer_size} of the tokenizer, padded to {model.vocab_size}"
     yield f"  {'files':<10} {', '.join(file.name for file in checkpoint.tensors)} ({', '.join(stored)})"
+    if checkpoint.adapter:
+        yield f"  {'adapter':<10} {', '.join(_changes(checkpoint.adapter))}"
     yield from (f"  {'note':<10} {warning}" for warning in checkpoint.warnings)
+
+
+def _changes(adapter: Adapter) -> Iterator[str]:
+    ranks = " and ".join(map(str, adapter.ranks))
+    yield f"{adapter.path}: made on the {'original' if adapter.layout == 'original' else 'transformers'} classes"
+    if adapter.scales:
+        yield f"rank {ranks} in {len(adapter.scales)} linear modules"
+    if adapter.whole:
+        yield f"whole {' and '.join(adapter.whole)}"
 
 
 def _kind(checkpoint: Checkpoint) -> Iterator[str]:

@@ -11,6 +11,10 @@ from typing import Any
 
 from glmbatch.errors import GlmbatchError, InputError, TransientError
 
+# A LoRA adapter as peft saves it; the last is what names the labels of its head, if anything does.
+ADAPTER_FILES = ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_LABELS = (
+    "adapter_config.json", "adapter_model.safetensors", "config.json",
+)  # fmt: skip
 # What a disk or a network file system says when the same read may succeed later.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM, errno.ECONNRESET, errno.ENOTCONN}
 

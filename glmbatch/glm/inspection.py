@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from glmbatch.errors import InputError
+from glmbatch.glm.adapter import Adapter, read_adapter
 from glmbatch.glm.architecture import Architecture, Layout, RopeScaling, detect_layout, examine_config, unknown_keys
 from glmbatch.glm.files import read_json
 from glmbatch.glm.layout import HEAD_KEYS, PREFIX_KEYS, TensorSpec, dropped_keys, list_tensors
@@ -27,6 +28,7 @@ class Checkpoint:
     """A sound checkpoint, without its weights.
 
     `tensors` says what to load from each weight file. `tokenizer_size` is None where there is no tokenizer.model.
+    A head that an `adapter` brings counts as the checkpoint's own.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class Checkpoint:
     tensors: Mapping[Path, Mapping[str, Header]]
     tokenizer_size: int | None
     warnings: tuple[str, ...]
+    adapter: Adapter | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -73,18 +76,20 @@ class Checkpoint:
         return sum(prod(shape) for spec in self.specs.values() for _, shape in spec.parts)
 
 
-def read_checkpoint(path: str | Path, rope_scaling: RopeScaling | None = None) -> Checkpoint:
-    """What directory `path` holds; InputError that names the first thing wrong. Reads no weights into memory."""
-    checkpoint, problems = inspect_checkpoint(path, rope_scaling)
+def read_checkpoint(
+    path: str | Path, rope_scaling: RopeScaling | None = None, adapter: str | Path | None = None
+) -> Checkpoint:
+    """What directory `path` holds; InputError that names the first thing wrong. Keeps no weights in memory."""
+    checkpoint, problems = inspect_checkpoint(path, rope_scaling, adapter)
     if checkpoint is None:
         raise InputError(problems[0])
     return checkpoint
 
 
 def inspect_checkpoint(
-    path: str | Path, rope_scaling: RopeScaling | None = None
+    path: str | Path, rope_scaling: RopeScaling | None = None, adapter: str | Path | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """What directory `path` holds, or None and everything that is wrong with it."""
+    """What directory `path` holds, with the LoRA `adapter` over it, or None and everything that is wrong with it."""
     directory = Path(path)
     if not directory.is_dir():
         return None, [f"{directory}: not a directory. Set model.path to the checkpoint's directory."]
@@ -117,7 +122,25 @@ def inspect_checkpoint(
         return None, problems
     warnings += _doubts(config, layout, architecture, has_head, tokenizer)
     size = tokenizer.vocab_size if tokenizer else None
-    return Checkpoint(directory, layout, architecture, has_head, tensors, size, tuple(warnings)), []
+    checkpoint = Checkpoint(directory, layout, architecture, has_head, tensors, size, tuple(warnings))
+    if adapter is None:
+        return checkpoint, []
+    with _noting(problems):
+        return _adapted(checkpoint, read_adapter(adapter, architecture, layout, has_head)), []
+    return None, problems
+
+
+def _adapted(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """`checkpoint` with `adapter` over it; the tensors of a head that the adapter replaces are not loaded."""
+    adapted = replace(checkpoint, adapter=adapter, warnings=(*checkpoint.warnings, *adapter.warnings))
+    if not adapter.labels:
+        return adapted
+    with_head = replace(adapted, has_head=True, architecture=replace(checkpoint.architecture, labels=adapter.labels))
+    own = {key for key, spec in with_head.specs.items() if not any(name.startswith("score.") for name, _ in spec.parts)}
+    tensors = {
+        file: {key: header for key, header in held.items() if key in own} for file, held in checkpoint.tensors.items()
+    }
+    return replace(with_head, tensors=tensors)
 
 
 @contextmanager

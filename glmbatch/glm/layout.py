@@ -1,6 +1,6 @@
 """Every tensor a checkpoint must hold and what it becomes in transformers' GLM classes: one table, read both ways.
 
-No tensors, no files. Letters of a shape:
+Holds no tensors, reads no files. Letters of a shape:
 
     V padded vocabulary   D hidden size   F feed-forward size   U = 2F   L labels
     A = heads x kv channels   G = groups x kv channels   Q = A + 2G   P prefix length   W = layers x 2 x G
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from glmbatch.glm.architecture import Architecture, Layout
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,19 @@ def list_tensors(architecture: Architecture, layout: Layout, has_head: bool) -> 
 def dropped_keys(has_head: bool) -> frozenset[str]:
     """Keys of the published layout that may be there and are not used."""
     return frozenset(_DROPPED + (_DROPPED_BESIDE_HEAD if has_head else ()))
+
+
+def split_rows(
+    architecture: Architecture, spec: TensorSpec, stored: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The native tensors that the rows of `stored` become."""
+    names, shapes = [name for name, _ in spec.parts], [shape for _, shape in spec.parts]
+    if len(names) > 1 and architecture.qkv_per_head:
+        # Without multi-query the rows are query, key, value of one head, then those of the next.
+        heads = stored.view(architecture.heads, len(names), architecture.kv_channels, *stored.shape[1:])
+        yield from zip(names, (rows.flatten(0, 1) for rows in heads.unbind(1)), strict=True)
+    elif names:
+        yield from zip(names, stored.split_with_sizes([shape[0] for shape in shapes]), strict=True)
 
 
 def _original_specs(architecture: Architecture, has_head: bool) -> Iterator[TensorSpec]:

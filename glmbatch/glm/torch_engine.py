@@ -91,7 +91,7 @@ class TorchEngine:
         """The engine over the checkpoint `model.path`; see `load_engine`."""
         device = resolve_device(runtime.device)
         checkpoint = read_checkpoint(model.path, model.rope_scaling)
-        loaded = load_model(model.path, resolve_dtype(model.dtype, device), device, model.rope_scaling)
+        loaded = load_model(model.path, resolve_dtype(model.dtype, device), device, model.rope_scaling, model.adapter)
         return cls(
             loaded,
             eos_id=loaded.config.eos_token_id,

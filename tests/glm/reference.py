@@ -21,7 +21,7 @@ def reference_logits(
     prefix_PNGC = _prefix(state, config, groups)
     x_TD = state["transformer.embedding.word_embeddings.weight"].float()[list(ids)]
     for layer in range(layers):
-        weight = _Weights(state, f"transformer.encoder.layers.{layer}.", config.get("quantization_bit") or 0)
+        weight = LayerWeights(state, f"transformer.encoder.layers.{layer}.", config.get("quantization_bit") or 0)
         normed_TD = _norm(x_TD, weight("input_layernorm.weight"), config)
         qkv = linear(normed_TD, weight("self_attention.query_key_value.weight"))
         if config["add_qkv_bias"]:
@@ -79,7 +79,7 @@ def _prefix(state: Mapping[str, torch.Tensor], config: Mapping[str, Any], groups
     return flat.view(length, 2 * config["num_layers"], groups, config["kv_channels"])
 
 
-class _Weights:
+class LayerWeights:
     """Weights of one layer by name, with int8 and int4 taken back to float32."""
 
     def __init__(self, state: Mapping[str, torch.Tensor], layer: str, bits: int) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from glmbatch.glm.checkpoint import digest_tokenizer, digest_weights
 from glmbatch.glm.doctor import describe, examine
+from tests.glm.adapters import make_original_adapter
 from tests.glm.checkpoints import GOLDENS, VARIANTS, edit_config, make_checkpoint, make_variant, read_state
 
 
@@ -39,6 +40,23 @@ def test_kinds_are_told_apart(tmp_path: Path) -> None:
     kinds = {"int4": "int4", "prefix": "P-Tuning v2 prefix of 7", "32k": "positions stretched 16 times (linear)"}
     for name, kind in kinds.items():
         assert kind in describe(examine(make_variant(tmp_path / name, name)))
+
+
+def test_an_adapter_is_examined_over_its_checkpoint(tmp_path: Path) -> None:
+    directory, adapter = make_variant(tmp_path / "base", "plain"), tmp_path / "adapter"
+    head = {"classifier_head.weight": torch.ones(3, 32)}
+    make_original_adapter(adapter, whole=head, modules_to_save=["classifier_head"], rank_pattern={"dense": 4})
+    diagnosis = examine(directory, adapter=adapter)
+    text = describe(diagnosis)
+    for fact in (
+        "sound", "classifier of 3 labels", "LABEL_0, LABEL_1, LABEL_2", "does not name its labels",
+        f"{adapter}: made on the original classes, rank 4 in 8 linear modules, whole classifier_head.weight",
+        digest_weights(directory, adapter),
+    ):  # fmt: skip
+        assert fact in text
+    (adapter / "adapter_config.json").write_text("{}")
+    (problem,) = examine(directory, adapter=adapter).problems
+    assert f"{adapter / 'adapter_config.json'}: 'peft_type' is missing" in problem
 
 
 def test_digests_can_be_left_out(tmp_path: Path) -> None:
