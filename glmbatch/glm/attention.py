@@ -1,56 +1,36 @@
-"""How tokens see one another, behind transformers' attention registry. Knows no requests and no model.
+"""How tokens see one another. Knows no requests and no model.
 
 A plan is made once for a forward and asked by every layer. `PackedPlan`: several prompts in one row, each seeing
 itself alone. `SlotPlan`: one new token for each slot of the cache.
 
 Shapes: T tokens of a packed row, S live slots, L places, H query heads, G key/value groups, D head size; Q queries and
-K keys of one span. 1 is the batch of a packed row.
+K keys of one span.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
-from glmbatch.glm.kv_cache import KvPrefix, SlotCache, round_up
-
-NAME = "glmbatch"
+from glmbatch.glm.kv_cache import KvPrefix, SlotCache
 
 Store = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class Plan(Protocol):
-    """Who sees whom in one forward. All tensors come as [B, heads, tokens, D]; the answer is [B, tokens, H, D]."""
+    """Who sees whom in one forward: query [T, H, D], key and value [T, G, D], the answer [T, H, D]."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor: ...
 
 
-def _attend(  # noqa: PLR0913 - the registry's signature
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    *,
-    scaling: float,
-    plan: Plan,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    return plan.attend(module.layer_idx, query, key, value, scaling), None
-
-
-AttentionInterface.register(NAME, _attend)
-
-
 class Piece(Protocol):
-    """Some queries of a packed row and the keys they see; writes their part of the answer [1, T, H, D]."""
+    """Some queries of a packed row and the keys they see; writes their part of the answer [T, H, D]."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, out: torch.Tensor
@@ -73,13 +53,12 @@ class PackedPlan:
         if self._store is not None:
             self._store(layer, key, value)
         if self._prefix is not None:
-            key = torch.cat((self._prefix.kv_N2GFD[layer, 0][None], key), dim=2)
-            value = torch.cat((self._prefix.kv_N2GFD[layer, 1][None], value), dim=2)
-        _, heads, tokens, head_dim = query.shape
-        out_1THD = query.new_empty(1, tokens, heads, head_dim)
+            key = torch.cat((self._prefix.kv_N2FGD[layer, 0], key))
+            value = torch.cat((self._prefix.kv_N2FGD[layer, 1], value))
+        out_THD = torch.empty_like(query)
         for piece in self._pieces:
-            piece.attend(query, key, value, scaling, out_1THD)
-        return out_1THD
+            piece.attend(query, key, value, scaling, out_THD)
+        return out_THD
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +77,7 @@ class Span:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, out: torch.Tensor
     ) -> None:
         attended_1HQD = scaled_dot_product_attention(
-            query[:, :, self.queries],
+            query[self.queries].transpose(0, 1)[None],
             _stretches(key, self.keys),
             _stretches(value, self.keys),
             attn_mask=self.mask_QK,
@@ -106,40 +85,63 @@ class Span:
             scale=scaling,
             enable_gqa=True,
         )
-        out[:, self.queries] = attended_1HQD.transpose(1, 2)
+        out[self.queries] = attended_1HQD[0].transpose(0, 1)
 
 
-def _stretches(row_1GTD: torch.Tensor, places: tuple[slice, ...]) -> torch.Tensor:
-    found = [row_1GTD[:, :, place] for place in places]
-    return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+def _stretches(row_TGD: torch.Tensor, places: tuple[slice, ...]) -> torch.Tensor:
+    """[1, G, K, D] of the tokens at `places`."""
+    found = [row_TGD[place] for place in places]
+    return (found[0] if len(found) == 1 else torch.cat(found)).transpose(0, 1)[None]
 
 
 class SlotPlan:
     """One new token for each of the first S slots; its keys and values are written before it attends.
 
+    One call for all slots, of one shape whatever their lengths: `seen` are the places that any of them may look at.
     Query heads of a group become that group's queries, so keys and values are never repeated.
     """
 
-    def __init__(self, cache: SlotCache, places: Sequence[int]) -> None:
-        device, dtype = cache.keys_SGLD[0].device, cache.keys_SGLD[0].dtype
-        self._cache = cache
-        self._slots_S = torch.arange(len(places), device=device)
-        self._places_S = torch.tensor(places, device=device)
-        self._seen = round_up(max(places) + 1)
-        beyond_S11L = torch.arange(self._seen, device=device) > self._places_S[:, None, None, None]
+    def __init__(self, cache: SlotCache, places_S: torch.Tensor, seen: int) -> None:
+        self._cache, self._places_S, self._seen = cache, places_S, seen
+        self._slots_S = torch.arange(len(places_S), device=places_S.device)
+        beyond_S11L = torch.arange(seen, device=places_S.device) > places_S[:, None, None, None]
         # Scores, not booleans: attention would turn those into scores again in every layer.
-        self._mask_S11L = torch.zeros_like(beyond_S11L, dtype=dtype).masked_fill_(beyond_S11L, -torch.inf)
+        mask_S11L = torch.zeros_like(beyond_S11L, dtype=cache.dtype)
+        self._mask_S11L = mask_S11L.masked_fill_(beyond_S11L, -torch.inf)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        slots, heads, _, head_dim = query.shape
-        self._cache.write(layer, self._slots_S, self._places_S, key[:, :, 0], value[:, :, 0])
+        slots, heads, head_dim = query.shape
+        self._cache.write(layer, self._slots_S, self._places_S, key, value)
         out = scaled_dot_product_attention(
-            query.reshape(slots, key.shape[1], -1, head_dim),
+            query.view(slots, key.shape[1], -1, head_dim),
             self._cache.keys_SGLD[layer][:slots, :, : self._seen],
             self._cache.values_SGLD[layer][:slots, :, : self._seen],
             attn_mask=self._mask_S11L,
             scale=scaling,
         )
-        return out.reshape(slots, 1, heads, head_dim)
+        return out.reshape(slots, heads, head_dim)
+
+
+class SlotLoop:
+    """As `SlotPlan`, slot by slot over its own places alone: on CPU, where a call costs less than padding does."""
+
+    def __init__(self, cache: SlotCache, places: Sequence[int]) -> None:
+        self._cache = cache
+        self._slots_S, self._places_S = torch.arange(len(places)), torch.tensor(places)
+        self._seen = [slice(0, place + 1) for place in places]
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        self._cache.write(layer, self._slots_S, self._places_S, key, value)
+        keys_SGLD, values_SGLD = self._cache.keys_SGLD[layer], self._cache.values_SGLD[layer]
+        slots, heads, head_dim = query.shape
+        query_SGHD = query.view(slots, key.shape[1], -1, head_dim)
+        out_SGHD = torch.empty_like(query_SGHD)
+        for slot, seen in enumerate(self._seen):
+            out_SGHD[slot] = scaled_dot_product_attention(
+                query_SGHD[None, slot], keys_SGLD[None, slot, :, seen], values_SGLD[None, slot, :, seen], scale=scaling
+            )[0]
+        return out_SGHD.view(slots, heads, head_dim)

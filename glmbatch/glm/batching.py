@@ -14,6 +14,8 @@ from glmbatch.glm.engine import ClassifyRequest, ClassifyResult, GenerateRequest
 
 logger = logging.getLogger(__name__)
 
+# A prompt is not read in chunks smaller than half of this: a device without room for them has none for the prompt.
+MIN_CHUNK_TOKENS = 32
 # A prefix shorter than this costs more in a forward of its own than it saves.
 MIN_SHARED_TOKENS = 16
 
@@ -58,6 +60,13 @@ class Limits:
         """Remember that a forward of `tokens` was too large."""
         self.batch_tokens = max(1, min(self.batch_tokens, tokens) // 2)
         logger.warning("forwards now take at most %d tokens", self.batch_tokens)
+
+    def chunk_smaller(self, tokens: int) -> bool:
+        """Halve the batch for one prompt of `tokens`, which then comes in chunks; false when that cannot help it."""
+        if min(tokens, self.batch_tokens) <= MIN_CHUNK_TOKENS:
+            return False
+        self.halve_batch(tokens)
+        return True
 
     def halve_slots(self, rows: int) -> None:
         """Remember that generating for `rows` at once was too much."""

@@ -22,11 +22,12 @@ from glmbatch.glm.packing import Segment
 HEAD_ROWS = 256
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Question:
     job: Job[ClassifyRequest]
     prefix: tuple[int, ...]
     segment: Segment
+    budget: int | None = None  # what a batch could hold before this prompt alone was too much
 
 
 class Classification:
@@ -60,7 +61,7 @@ class Classification:
         batch = self._line.take(self._limits.batch_tokens)
         if not batch:
             return
-        scores = within_memory(lambda: self._score(batch))
+        scores = within_memory(lambda: self._score(batch, self._limits.batch_tokens))
         if scores is None:
             self._back_off(batch)
             return
@@ -72,21 +73,28 @@ class Classification:
             self._tally.prompt_tokens += len(request.prompt_ids)
 
     def _back_off(self, batch: Sequence[_Question]) -> None:
-        self._network.forget_prefixes()
+        self._network.give_back()
+        first, tokens = batch[0], sum(len(question.segment) for question in batch)
         if len(batch) > 1:
-            self._limits.halve_batch(sum(len(question.segment) for question in batch))
+            self._limits.halve_batch(tokens)
         elif not self._make_room():
-            request, device = batch[0].job.request, self._network.device
-            fault = f"no room on {device} for one prompt of {len(request.prompt_ids)} tokens"
-            batch[0].job.call.deliver(ClassifyResult(request.index, (), fault))
-            return
+            first.budget = first.budget or self._limits.batch_tokens
+            if not self._limits.chunk_smaller(tokens):
+                self._limits.batch_tokens = first.budget  # the prompt's fault: the others need not pay for it
+                request, device = first.job.request, self._network.device
+                fault = f"no room on {device} for one prompt of {len(request.prompt_ids)} tokens"
+                first.job.call.deliver(ClassifyResult(request.index, (), fault))
+                return
         for question in batch:
             self._line.push(question)
 
-    def _score(self, batch: Sequence[_Question]) -> list[list[float]]:
-        """Scores of each question; all are of one prefix."""
-        prefix = self._network.prefix(batch[0].prefix)
-        hidden_RC = self._network.read([question.segment for question in batch], prefix)
+    def _score(self, batch: Sequence[_Question], chunk_tokens: int) -> list[list[float]]:
+        """Scores of each question; all are of one prefix. A prompt over the budget comes alone, and goes in chunks."""
+        prefix = self._network.prefix(batch[0].prefix, chunk_tokens)
+        segments = [question.segment for question in batch]
+        if len(batch) == 1:
+            segments[0], prefix = self._network.shorten(segments[0], prefix, chunk_tokens)
+        hidden_RC = self._network.read(segments, prefix)
         if self._network.has_head:
             scores: list[list[float]] = self._network.class_logits(hidden_RC).tolist()
             return scores

@@ -35,6 +35,7 @@ class _Row:
     uniforms: Uniforms | None
     ids: list[int] = field(default_factory=list)
     given_up: bool = False
+    budget: int | None = None  # what a batch could hold before this row alone was too much
 
     @property
     def length(self) -> int:
@@ -122,17 +123,20 @@ class Generation:
         self._advance(slots, tokens)
 
     def _read(self, batch: Sequence[_Row], slots: Sequence[int]) -> list[int]:
-        prefix = self._network.prefix(batch[0].prefix)
+        chunk_tokens = self._limits.batch_tokens
+        prefix = self._network.prefix(batch[0].prefix, chunk_tokens)
+        segments = [row.segment() for row in batch]
+        if len(batch) == 1:  # a row over the budget comes alone, and goes in chunks
+            segments[0], prefix = self._network.shorten(segments[0], prefix, chunk_tokens)
         if prefix is not None:
             self._cache.write_prefix(slots, prefix)
         first = 0 if prefix is None else prefix.places
-        segments = [row.segment() for row in batch]
         owners = [slot for slot, segment in zip(slots, segments, strict=True) for _ in segment.ids]
         places = [first + place for segment in segments for place in range(len(segment.ids))]
         owners_T, places_T = torch.tensor([owners, places], device=self._network.device)
 
-        def store(layer: int, key_1GTD: torch.Tensor, value_1GTD: torch.Tensor) -> None:
-            self._cache.write(layer, owners_T, places_T, key_1GTD[0].transpose(0, 1), value_1GTD[0].transpose(0, 1))
+        def store(layer: int, key_TGD: torch.Tensor, value_TGD: torch.Tensor) -> None:
+            self._cache.write(layer, owners_T, places_T, key_TGD, value_TGD)
 
         return self._choose(self._network.read(segments, prefix, store), batch)
 
@@ -232,12 +236,17 @@ class Generation:
 
     def _back_off(self, batch: Sequence[_Row] = (), entering: bool = False) -> None:
         """After a full device: fewer tokens in a forward where that helps, else half the slots, else one row alone."""
-        self._network.forget_prefixes()
+        self._network.give_back()
         for row in batch:
             self._line.push(row)
+        tokens = sum(row.length - len(row.prefix) for row in batch)
         if entering and len(batch) > 1:
-            self._limits.halve_batch(sum(row.length - len(row.prefix) for row in batch))
+            self._limits.halve_batch(tokens)
             return
+        if entering:
+            batch[0].budget = batch[0].budget or self._limits.batch_tokens
+            if self._limits.chunk_smaller(tokens):
+                return
         rows = [*batch, *(row for row in self._rows if row is not None)]
         if len(rows) > 1:
             self._limits.halve_slots(self._cache.slots or self._limits.slots)
@@ -248,6 +257,7 @@ class Generation:
             fault = f"no room on {device} to generate for one row of {length} tokens"
             rows[0].job.call.deliver(GenerateResult(rows[0].job.request.index, (), "error", fault))
             rows[0].given_up, self._alone = True, None
+            self._limits.batch_tokens = rows[0].budget or self._limits.batch_tokens
         self._leave()
 
     def _leave(self) -> None:

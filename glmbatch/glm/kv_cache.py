@@ -28,12 +28,12 @@ class KvPrefix:
     A trained prefix carries no positions: text after it still starts at 0.
     """
 
-    kv_N2GFD: torch.Tensor
+    kv_N2FGD: torch.Tensor
     next_position: int
 
     @property
     def places(self) -> int:
-        return self.kv_N2GFD.shape[3]
+        return self.kv_N2FGD.shape[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,17 @@ class SlotCache:
 
     def __init__(self, shape: KvShape, max_places: int, max_bytes: int) -> None:
         self._shape = shape
+        self.version = 0  # counts how often the tensors were others
         self._max_length, self._max_bytes = round_up(max_places), max_bytes
         self.drop()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._shape.dtype
+
     def drop(self) -> None:
         """Give all memory back."""
+        self.version += 1
         self.slots = self.length = 0
         self.keys_SGLD: list[torch.Tensor] = []
         self.values_SGLD: list[torch.Tensor] = []
@@ -76,6 +82,7 @@ class SlotCache:
 
     def resize(self, slots: int, length: int) -> None:
         """Become [slots, length], keeping what fits; layer by layer, so that memory peaks at one layer's copy."""
+        self.version += 1
         for layer in range(self._shape.layers):
             for tensors in (self.keys_SGLD, self.values_SGLD):
                 # Zeros, not empty: masked places weigh 0, and 0 times leftover garbage could be nan.
@@ -102,9 +109,9 @@ class SlotCache:
     def write_prefix(self, slots: Sequence[int], prefix: KvPrefix) -> None:
         """Put `prefix` at the head of each of `slots`."""
         index = torch.tensor(slots, device=self._shape.device)
-        for layer, (k_GFD, v_GFD) in enumerate(prefix.kv_N2GFD):
-            self.keys_SGLD[layer][index, :, : prefix.places] = k_GFD
-            self.values_SGLD[layer][index, :, : prefix.places] = v_GFD
+        for layer, (k_FGD, v_FGD) in enumerate(prefix.kv_N2FGD):
+            self.keys_SGLD[layer][index, :, : prefix.places] = k_FGD.transpose(0, 1)
+            self.values_SGLD[layer][index, :, : prefix.places] = v_FGD.transpose(0, 1)
 
     def move(self, sources: Sequence[int], targets: Sequence[int], places: int) -> None:
         """Copy the first `places` of each slot of `sources` over the slot of `targets` beside it."""

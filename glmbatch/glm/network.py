@@ -1,7 +1,6 @@
 """The GLM model over packed prompts and over slots: token ids in, the final state of the tokens that are read out.
 
-transformers' own modules do the arithmetic; only the order of the calls is here, so that the last layer can leave out
-what nobody reads. Knows no requests.
+Knows no requests.
 
 Shapes: T tokens of a packed row, R of them read, S live slots, F places of a prefix, C hidden size, V tokens,
 G key/value groups, D head size, N layers.
@@ -14,133 +13,130 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.models.glm.modeling_glm import apply_rotary_pos_emb
 
-from glmbatch.glm import attention
-from glmbatch.glm.attention import Plan, SlotPlan, Store
-from glmbatch.glm.kv_cache import KvPrefix, KvShape, SlotCache
+from glmbatch.glm.attention import Plan, SlotLoop, SlotPlan, Store
+from glmbatch.glm.kv_cache import KvPrefix, KvShape, SlotCache, round_up
+from glmbatch.glm.layer import Layer, Norm, turns
+from glmbatch.glm.linear import Form, fastest_form, product
 from glmbatch.glm.packing import Segment, pack
+from glmbatch.glm.step_graphs import StepGraphs
 
 # Prefixes kept for later batches; a step has one, and few steps run at once.
 PREFIXES = 8
 
 
 class Network:
-    """A `GlmForCausalLM` or `GlmForSequenceClassification`, taken over: its attention becomes ours.
+    """A `GlmForCausalLM` or `GlmForSequenceClassification`, taken over: its layers are emptied into ours one by one.
 
     `has_head`: it classifies with a trained head; otherwise it predicts tokens. `token_count`: ids from there on have
-    scores but no token.
+    scores but no token. `form`: how weights are held; empty, the fastest that keeps them as they are.
     """
 
-    def __init__(self, model: Any, token_count: int) -> None:
-        model.set_attn_implementation(attention.NAME)
+    def __init__(self, model: Any, token_count: int, form: Form | None = None) -> None:
         config = model.config
-        self._body = model.model
-        self._layers = tuple(model.model.layers)
         self.has_head = hasattr(model, "score")
-        self._score: Any = getattr(model, "score", None)
-        self._lm_head: Any = getattr(model, "lm_head", None)
         self.token_count = token_count
-        weight = model.model.embed_tokens.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self._embed = model.model.embed_tokens
+        self.device, self.dtype = self._embed.weight.device, self._embed.weight.dtype
         self.vocab_size: int = config.vocab_size
         self.max_positions: int = config.max_position_embeddings
         self.kv_shape = KvShape(
             config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.dtype, self.device
         )
+        form = form or fastest_form(self.device, self.dtype)
+        self._inverse_frequencies_P = model.model.rotary_emb.inv_freq.to(self.device, torch.float32)
+        self._layers = [Layer(module, form) for module in model.model.layers]
+        self._norm = Norm(model.model.norm)
+        if self.has_head:
+            self._score: Any = model.score
+        else:
+            self._lm_head = product(model.lm_head.weight[:token_count], None, form)
+            model.lm_head = None
         trained = getattr(model, "prefix_kv", None)
-        self._trained_prefix = None if trained is None else KvPrefix(trained.to(self.device, self.dtype), 0)
+        if trained is not None:
+            trained = trained.permute(0, 1, 3, 2, 4).to(self.device, self.dtype).contiguous()
+        self._trained_prefix = None if trained is None else KvPrefix(trained, 0)
         self._prefixes: OrderedDict[tuple[int, ...], KvPrefix] = OrderedDict()
+        self._graphs = StepGraphs(self._padded_step) if self.device.type == "cuda" else None
 
     @property
     def trained_places(self) -> int:
         """Places that a trained prefix takes at the head of every slot."""
         return 0 if self._trained_prefix is None else self._trained_prefix.places
 
-    def prefix(self, ids: tuple[int, ...]) -> KvPrefix | None:
+    def prefix(self, ids: tuple[int, ...], chunk_tokens: int) -> KvPrefix | None:
         """Keys and values of the trained prefix and of `ids` after it, kept for the next time; None without either."""
         if not ids:
             return self._trained_prefix
         if ids not in self._prefixes:
-            self._prefixes[ids] = self._read_prefix(ids)
+            self._prefixes[ids] = self.extend(self._trained_prefix, ids, chunk_tokens)
             if len(self._prefixes) > PREFIXES:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(ids)
         return self._prefixes[ids]
 
-    def forget_prefixes(self) -> None:
+    def give_back(self) -> None:
+        """Free what can be made again: prefixes and recorded steps."""
         self._prefixes.clear()
+        if self._graphs is not None:
+            self._graphs.forget()
 
-    def _read_prefix(self, ids: tuple[int, ...]) -> KvPrefix:
+    def extend(self, prefix: KvPrefix | None, ids: Sequence[int], chunk_tokens: int) -> KvPrefix:
+        """`prefix` with keys and values of `ids` behind it, read in forwards of at most `chunk_tokens`."""
+        assert ids
+        for first in range(0, len(ids), chunk_tokens):
+            chunk = ids[first : first + chunk_tokens]
+            kv_N2FGD = self._keys_and_values(chunk, prefix)
+            if prefix is not None:
+                kv_N2FGD = torch.cat((prefix.kv_N2FGD, kv_N2FGD), dim=2)
+            prefix = KvPrefix(kv_N2FGD, len(chunk) + (prefix.next_position if prefix else 0))
+        assert prefix is not None
+        return prefix
+
+    def _keys_and_values(self, ids: Sequence[int], prefix: KvPrefix | None) -> torch.Tensor:
         layers: list[torch.Tensor] = []
-        self.read([Segment(ids)], self._trained_prefix, lambda _, k, v: layers.append(torch.cat((k, v))))
-        kv_N2GFD = torch.stack(layers)
-        if self._trained_prefix is not None:
-            kv_N2GFD = torch.cat((self._trained_prefix.kv_N2GFD, kv_N2GFD), dim=3)
-        return KvPrefix(kv_N2GFD, len(ids))
+        self.read([Segment(ids)], prefix, lambda _, key, value: layers.append(torch.stack((key, value))))
+        return torch.stack(layers)
+
+    def shorten(self, segment: Segment, prefix: KvPrefix | None, chunk_tokens: int) -> tuple[Segment, KvPrefix | None]:
+        """`segment` cut to its last `chunk_tokens` at most, behind a prefix that holds what was cut off."""
+        ahead = len(segment.ids) - chunk_tokens
+        if ahead <= 0:
+            return segment, prefix
+        return Segment(segment.ids[ahead:], segment.tree), self.extend(prefix, segment.ids[:ahead], chunk_tokens)
 
     def read(self, segments: Sequence[Segment], prefix: KvPrefix | None, store: Store | None = None) -> torch.Tensor:
         """Final states [R, C]: of the last token of each segment, then of all tree nodes, segment by segment."""
         packed = pack(segments, prefix, store, self.device, self.dtype)
-        hidden_1TC = self._body.embed_tokens(packed.ids_T[None])
-        rope = self._body.rotary_emb(hidden_1TC, position_ids=packed.positions_T[None])
+        hidden_TC = self._embed(packed.ids_T[None])[0]
+        turns_TP = turns(packed.positions_T, self._inverse_frequencies_P)
         for layer in self._layers[:-1]:
-            hidden_1TC = layer(hidden_1TC, position_embeddings=rope, plan=packed.plan)
-        hidden_1RC = _last_layer(self._layers[-1], hidden_1TC, rope, packed.last_plan, packed.reads_R)
-        final_1RC: torch.Tensor = self._body.norm(hidden_1RC)
-        return final_1RC[0]
+            hidden_TC = layer(hidden_TC, turns_TP, packed.plan)
+        return self._norm(self._layers[-1](hidden_TC, turns_TP, packed.last_plan, packed.reads_R))
 
     def step(self, ids: Sequence[int], positions: Sequence[int], cache: SlotCache) -> torch.Tensor:
         """Final states [S, C] of one more token for each of the first S slots."""
-        ids_2S1 = torch.tensor([ids, positions], device=self.device)[:, :, None]
-        plan = SlotPlan(cache, [self.trained_places + position for position in positions])
-        hidden_S1C = self._body.embed_tokens(ids_2S1[0])
-        rope = self._body.rotary_emb(hidden_S1C, position_ids=ids_2S1[1])
+        inputs_2S = torch.tensor([ids, positions], device=self.device)
+        places = [self.trained_places + position for position in positions]
+        if self._graphs is None:
+            return self._step(inputs_2S, SlotLoop(cache, places))
+        return self._graphs(inputs_2S, round_up(max(places) + 1), cache)
+
+    def _padded_step(self, inputs_2S: torch.Tensor, seen: int, cache: SlotCache) -> torch.Tensor:
+        return self._step(inputs_2S, SlotPlan(cache, inputs_2S[1] + self.trained_places, seen))
+
+    def _step(self, inputs_2S: torch.Tensor, plan: Plan) -> torch.Tensor:
+        hidden_SC: torch.Tensor = self._embed(inputs_2S[0][:, None])[:, 0]
+        turns_SP = turns(inputs_2S[1], self._inverse_frequencies_P)
         for layer in self._layers:
-            hidden_S1C = layer(hidden_S1C, position_embeddings=rope, plan=plan)
-        final_S1C: torch.Tensor = self._body.norm(hidden_S1C)
-        return final_S1C[:, 0]
+            hidden_SC = layer(hidden_SC, turns_SP, plan)
+        return self._norm(hidden_SC)
 
     def token_logits(self, hidden_RC: torch.Tensor) -> torch.Tensor:
         """Scores [R, V] in float32 of the ids that have a token."""
-        logits_RV: torch.Tensor = self._lm_head(hidden_RC)
-        return logits_RV[:, : self.token_count].float()
+        return self._lm_head(hidden_RC).float()
 
     def class_logits(self, hidden_RC: torch.Tensor) -> torch.Tensor:
         """Scores of the trained head's classes, in float32."""
         logits: torch.Tensor = self._score(hidden_RC)
         return logits.float()
-
-
-def _last_layer(
-    layer: Any,
-    hidden_1TC: torch.Tensor,
-    rope: tuple[torch.Tensor, torch.Tensor],
-    plan: Plan,
-    reads_R: torch.Tensor,
-) -> torch.Tensor:
-    """The layer's answer for the tokens that are read; the others only lend it their keys and values.
-
-    Saves their query, output and MLP products: 3.6 % of a ChatGLM2-6B forward.
-    """
-    attn = layer.self_attn
-    normed_1TC = layer.input_layernorm(hidden_1TC)
-    query = _heads(attn.q_proj(normed_1TC[:, reads_R]), attn.head_dim)
-    key = _heads(attn.k_proj(normed_1TC), attn.head_dim)
-    value = _heads(attn.v_proj(normed_1TC), attn.head_dim)
-    cos, sin = rope
-    query = _rotate(query, cos[:, reads_R], sin[:, reads_R])
-    key = _rotate(key, cos, sin)
-    attended = plan.attend(attn.layer_idx, query, key, value, attn.scaling)
-    hidden_1RC: torch.Tensor = hidden_1TC[:, reads_R] + attn.o_proj(attended.flatten(2))
-    out_1RC: torch.Tensor = hidden_1RC + layer.mlp(layer.post_attention_layernorm(hidden_1RC))
-    return out_1RC
-
-
-def _heads(projected: torch.Tensor, head_dim: int) -> torch.Tensor:
-    return projected.view(*projected.shape[:-1], -1, head_dim).transpose(1, 2)
-
-
-def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    rotated: torch.Tensor = apply_rotary_pos_emb(heads, heads[:, :1], cos, sin)[0]  # type: ignore[no-untyped-call]
-    return rotated

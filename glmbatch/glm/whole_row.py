@@ -43,7 +43,7 @@ class PromptCall:
     ) -> None:
         repeats = query.shape[1] // key.shape[1]
         attended_QHD: torch.Tensor = varlen_attn(  # type: ignore[assignment]  # a pair only when asked for one
-            query[0, :, : self._queries].transpose(0, 1),
+            query[: self._queries],
             self._gather(key, repeats),
             self._gather(value, repeats),
             self._query_ends,
@@ -52,10 +52,9 @@ class PromptCall:
             scale=scaling,
             window_size=(-1, 0),
         )
-        out[0, : self._queries] = attended_QHD
+        out[: self._queries] = attended_QHD
 
-    def _gather(self, key_1GTD: torch.Tensor, repeats: int) -> torch.Tensor:
-        key_TGD = key_1GTD[0].transpose(0, 1)
+    def _gather(self, key_TGD: torch.Tensor, repeats: int) -> torch.Tensor:
         key_TGD = key_TGD[: self._keys] if self._key_index is None else key_TGD[self._key_index]
         # torch 2.11 knows no grouped queries here; copying two groups costs about 1 % of the forward.
         return key_TGD.repeat_interleave(repeats, dim=1)
@@ -95,17 +94,17 @@ class TreeCall:
         trees, nodes = self._query_index_RN.shape
         heads, groups = query.shape[1], key.shape[1]
         # Query heads of a group become that group's queries: kernels that take a mask know no grouped queries.
-        query_RHND = query[0][:, self._query_index_RN].transpose(0, 1)
+        query_RHND = query[self._query_index_RN].transpose(1, 2)
         mask = self._mask_R11NK.expand(-1, 1, heads // groups, -1, -1).flatten(2, 3)
         attended = scaled_dot_product_attention(
             query_RHND.reshape(trees, groups, heads // groups * nodes, -1),
-            key[0][:, self._key_index_RK].transpose(0, 1),
-            value[0][:, self._key_index_RK].transpose(0, 1),
+            key[self._key_index_RK].transpose(1, 2),
+            value[self._key_index_RK].transpose(1, 2),
             attn_mask=mask,
             scale=scaling,
         )
         attended_RNHD = attended.reshape(trees, heads, nodes, -1).transpose(1, 2)
-        out[0, self._queries] = attended_RNHD.flatten(0, 1)[self._kept]
+        out[self._queries] = attended_RNHD.flatten(0, 1)[self._kept]
 
 
 def _padded(row: Sequence[int], length: int) -> list[int]:

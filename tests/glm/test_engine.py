@@ -109,7 +109,7 @@ def test_a_row_that_fits_only_alone_is_generated_and_costs_the_others_no_slot() 
     requests = [GenerateRequest(99, [5, 6] * 40, 12), *generate_requests()]
     with engine_over(causal_model(), max_slots=8) as engine:
         expected = {result.index: result for result in engine.generate(requests)}
-    model = full_above(causal_model(), tokens=79, refusals=1)
+    model = full_above(causal_model(), tokens=15, refusals=1)
     engine = TorchEngine(model, eos_id=EOS, token_count=TOKENS, max_slots=8, max_batch_tokens=16)
     results = list(engine.generate(requests))
     assert model.model.embed_tokens.refused == 1
@@ -118,15 +118,26 @@ def test_a_row_that_fits_only_alone_is_generated_and_costs_the_others_no_slot() 
     engine.close()
 
 
-def test_a_row_that_never_fits_fails_alone() -> None:
+def test_a_prompt_that_does_not_fit_in_one_forward_is_read_in_chunks() -> None:
+    asked = [5, 6, 7, 8] * 20
     with engine_over(causal_model()) as engine:
-        expected = {result.index: result for result in engine.generate(generate_requests())}
-    engine = TorchEngine(full_above(causal_model(), tokens=50), eos_id=EOS, token_count=TOKENS)
+        (scored,) = engine.classify([ClassifyRequest(0, asked, LABELS)])
+        (written,) = engine.generate([GenerateRequest(0, asked, 12)])
+    engine = TorchEngine(full_above(causal_model(), tokens=25), eos_id=EOS, token_count=TOKENS)
+    (again,) = engine.classify([ClassifyRequest(0, asked, LABELS)])
+    assert again.scores == pytest.approx(scored.scores, abs=1e-5, rel=0)
+    assert list(engine.generate([GenerateRequest(0, asked, 12)])) == [written]
+    engine.close()
+
+
+def test_a_row_that_never_fits_fails_alone() -> None:
+    few = [GenerateRequest(at, row, 12) for at, row in enumerate(prompts(20, longest=9))]
+    with engine_over(causal_model()) as engine:
+        expected = {result.index: result for result in engine.generate(few)}
+    engine = TorchEngine(full_above(causal_model(), tokens=12), eos_id=EOS, token_count=TOKENS)
     (scored,) = engine.classify([ClassifyRequest(0, [5] * 80, LABELS)])
     assert (scored.scores, scored.error) == ((), "no room on cpu for one prompt of 80 tokens")
-    written = {
-        result.index: result for result in engine.generate([GenerateRequest(99, [5] * 80, 4), *generate_requests()])
-    }
+    written = {result.index: result for result in engine.generate([GenerateRequest(99, [5] * 80, 4), *few])}
     failed = written.pop(99)
     assert (failed.ids, failed.error) == ((), "no room on cpu to generate for one row of 80 tokens")
     assert written == expected

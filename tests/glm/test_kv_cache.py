@@ -66,7 +66,7 @@ def test_a_wiped_slot_holds_nothing_of_its_row() -> None:
 
 def test_a_prefix_is_put_at_the_head_of_its_slots_alone() -> None:
     cache = filled()
-    prefix = KvPrefix(torch.full((2, 2, 2, 5, 4), 7.0), next_position=0)
+    prefix = KvPrefix(torch.full((2, 2, 5, 2, 4), 7.0), next_position=0)
     cache.write_prefix([0, 2], prefix)
     for slot in (0, 2):
         assert cache.values_SGLD[0][slot, :, :5].eq(7).all()
