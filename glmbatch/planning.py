@@ -135,12 +135,15 @@ def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
     """
     from glmbatch.glm.device import resolve_device, resolve_dtype
     from glmbatch.glm.hub import locate_checkpoint
+    from glmbatch.glm.linear import choose_form
 
     adapter = None if model.adapter is None else os.path.expanduser(model.adapter)
     if adapter is not None and not os.path.isdir(adapter):  # before anything is downloaded
         raise InputError(f"{adapter}: no such directory. Set model.adapter to the directory of a LoRA adapter.")
     directory = locate_checkpoint(model.path, model.revision)
-    dtype = resolve_dtype(model.dtype, resolve_device(runtime.device))
+    device = resolve_device(runtime.device)
+    dtype = resolve_dtype(model.dtype, device)
+    choose_form(model.quantization, device, dtype)
     found = {"path": str(directory), "revision": None, "adapter": adapter, "dtype": dtype}
     return model.model_copy(update=found)
 
@@ -155,7 +158,7 @@ def prepare_model(located: ModelConfig) -> Model:
     digests = [digest_weights(located.path, located.adapter), digest_tokenizer(located.path)]
     return Model(
         config=located,
-        identity="/".join([*digests, located.dtype, located.rope_scaling or "default"]),
+        identity="/".join([*digests, _numerics(located), located.rope_scaling or "default"]),
         has_head=checkpoint.has_head,
         labels=checkpoint.labels,
         parameters=checkpoint.parameters,
@@ -163,6 +166,10 @@ def prepare_model(located: ModelConfig) -> Model:
         max_positions=checkpoint.max_positions,
         stamp=stamp,
     )
+
+
+def _numerics(located: ModelConfig) -> str:
+    return located.dtype if located.quantization == "none" else f"{located.dtype} {located.quantization}"
 
 
 def stamp_checkpoint(model: ModelConfig) -> str:

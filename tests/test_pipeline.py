@@ -279,7 +279,9 @@ def test_steps_with_different_adapters_over_one_base_each_get_their_own(
         ]
 
 
-def test_one_changed_byte_of_an_adapter_is_another_model(job_settings: Settings, tmp_path: Path) -> None:
+def test_an_adapter_and_one_changed_byte_of_it_and_8_bits_are_other_models(
+    job_settings: Settings, tmp_path: Path
+) -> None:
     job = JobConfig.model_validate(job_settings())
     model = write_adapter(tmp_path, "adapter")
     bare, first = (prepare_model(locate_model(each, job.runtime)) for each in (job.model, model))
@@ -290,6 +292,8 @@ def test_one_changed_byte_of_an_adapter_is_another_model(job_settings: Settings,
     second = prepare_model(locate_model(model, job.runtime))
     assert len({bare.identity, first.identity, second.identity}) == 3
     assert prepare_model(locate_model(job.model, job.runtime)) == bare
+    int8 = job.model.model_copy(update={"quantization": "int8"})
+    assert prepare_model(locate_model(int8, job.runtime)).identity != bare.identity
 
 
 def test_models_that_do_not_fit_together_take_turns_over_all_fragments(job_settings: Settings) -> None:

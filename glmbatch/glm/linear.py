@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 import torch
 from torch.nn.functional import linear, silu
 
+from glmbatch.errors import InputError
+
 Form = Literal["plain", "packed", "int8"]
 
 
@@ -31,9 +33,20 @@ class Product(Protocol):
 Swiglu = Callable[[torch.Tensor], torch.Tensor]
 
 
-def fastest_form(device: torch.device, dtype: torch.dtype) -> Form:
-    """The form for weights as they are. Half precision stays plain: oneDNN's rows would depend on their batch-mates."""
-    return "packed" if device.type == "cpu" and dtype == torch.float32 and _has_packed() else "plain"
+def choose_form(quantization: str, device: str, dtype: str) -> Form:
+    """The fastest form on `device` that keeps weights as they are, unless `quantization` is "int8".
+
+    InputError where there are no products in 8 bits.
+    """
+    on_cpu, packs = device == "cpu", _has_packed()
+    if quantization == "int8":
+        if not on_cpu or not packs:
+            raise InputError(f"{device}: no products in 8 bits here. Set model.quantization to none.")
+        if dtype != "float32":
+            raise InputError(f"int8 stands beside float32, not {dtype}. Set model.dtype to float32 or auto.")
+        return "int8"
+    # Half precision stays plain, where a row is the same bits whatever its batch-mates.
+    return "packed" if on_cpu and dtype == "float32" and packs else "plain"
 
 
 def product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None, form: Form) -> Product:

@@ -17,7 +17,7 @@ import torch
 from glmbatch.glm.attention import Plan, SlotLoop, SlotPlan, Store
 from glmbatch.glm.kv_cache import KvPrefix, KvShape, SlotCache, round_up
 from glmbatch.glm.layer import Layer, Norm, turns
-from glmbatch.glm.linear import Form, fastest_form, product
+from glmbatch.glm.linear import choose_form, product
 from glmbatch.glm.packing import Segment, pack
 from glmbatch.glm.step_graphs import StepGraphs
 
@@ -29,10 +29,11 @@ class Network:
     """A `GlmForCausalLM` or `GlmForSequenceClassification`, taken over: its layers are emptied into ours one by one.
 
     `has_head`: it classifies with a trained head; otherwise it predicts tokens. `token_count`: ids from there on have
-    scores but no token. `form`: how weights are held; empty, the fastest that keeps them as they are.
+    scores but no token. `quantization`: "int8" or "none"; the layers', for the scores of tokens stay as exact as they
+    are.
     """
 
-    def __init__(self, model: Any, token_count: int, form: Form | None = None) -> None:
+    def __init__(self, model: Any, token_count: int, quantization: str = "none") -> None:
         config = model.config
         self.has_head = hasattr(model, "score")
         self.token_count = token_count
@@ -43,14 +44,15 @@ class Network:
         self.kv_shape = KvShape(
             config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.dtype, self.device
         )
-        form = form or fastest_form(self.device, self.dtype)
+        device, dtype = str(self.device), str(self.dtype).removeprefix("torch.")
+        form = choose_form(quantization, device, dtype)
         self._inverse_frequencies_P = model.model.rotary_emb.inv_freq.to(self.device, torch.float32)
         self._layers = [Layer(module, form) for module in model.model.layers]
         self._norm = Norm(model.model.norm)
         if self.has_head:
             self._score: Any = model.score
         else:
-            self._lm_head = product(model.lm_head.weight[:token_count], None, form)
+            self._lm_head = product(model.lm_head.weight[:token_count], None, choose_form("none", device, dtype))
             model.lm_head = None
         trained = getattr(model, "prefix_kv", None)
         if trained is not None:

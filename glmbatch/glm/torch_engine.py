@@ -63,9 +63,10 @@ class TorchEngine:
         max_slots: int | None = None,
         cache_bytes: int | None = None,
         models_at_once: int = 1,
+        quantization: str = "none",
     ) -> None:
         """`token_count`: ids from there on have scores but no token. Empty limits: what suits the model's device."""
-        self._network = Network(model.eval(), token_count)
+        self._network = Network(model.eval(), token_count, quantization)
         on_cuda = self._network.device.type == "cuda"
         if cache_bytes is None:
             # On CUDA the rest is for the forward itself; on CPU other processes live here too.
@@ -99,6 +100,7 @@ class TorchEngine:
             max_batch_tokens=runtime.max_batch_tokens,
             max_slots=runtime.max_slots,
             models_at_once=models_at_once,
+            quantization=model.quantization,
         )
 
     @property

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from glmbatch.errors import InputError
 from glmbatch.glm.engine import ClassifyRequest, ClassifyResult
@@ -175,3 +176,18 @@ def test_probabilities_of_all_tokens_sum_to_one(model: Any) -> None:
     with engine_over(model) as engine:
         (found,) = scores(engine, prompts(1), every)
     assert math.fsum(math.exp(score) for score in found) == pytest.approx(1, abs=1e-5)
+
+
+NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_half_precision_a_row_scores_the_same_bits_alone_and_in_any_pack(dtype: str, device: str) -> None:
+    model = head_model().to(device, getattr(torch, dtype))
+    requests = [ClassifyRequest(at, row) for at, row in enumerate(prompts(40))]
+    with engine_over(model) as engine:
+        alone = {request.index: next(engine.classify([request])).scores for request in requests}
+    for budget in (64, 333, 4096):
+        with engine_over(model, max_batch_tokens=budget) as engine:
+            assert {result.index: result.scores for result in engine.classify(requests)} == alone
