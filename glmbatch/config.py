@@ -48,7 +48,7 @@ class ModelConfig(Settings):
     )
     quantization: Literal["none", "int8"] = Field(
         "none",
-        description="int8 computes the layers' products in 8 bits, on CPU only: several times faster and other answers; "
+        description="int8 computes the layers' products in 8 bits, on CPU only: twice as fast or more, other answers; "
         "compare them on rows of yours before.",
     )
     rope_scaling: Literal["linear", "ntk"] | None = Field(
@@ -209,6 +209,10 @@ class JobConfig(Settings):
         ge=0,
         le=1,
         description="Share of rows that may fail, unreadable files' included; above it nothing is published.",
+    )
+    retry_failed: bool = Field(
+        True,
+        description="Ask again about rows on which the model failed in an earlier run; no: they keep their reason.",
     )
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="Speed only.")
 

@@ -10,45 +10,37 @@ on disk, whole, is found and not done again.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import pyarrow as pa
 
+from glmbatch.asking import answers_to, known_answers, tokenizer_of
 from glmbatch.config import AnyStep, ClassifyStep, GenerateStep, JobConfig
 from glmbatch.data.fragments import read_fragment
 from glmbatch.data.ledger import AnswersReceipt, Ledger, OutputReceipt
 from glmbatch.data.parquet import open_parquet, prompt_values
 from glmbatch.data.rowkeys import row_key
-from glmbatch.errors import BadRow, InputError, TransientError, UnusableFile
-from glmbatch.glm.engine import Engine, load_engine
-from glmbatch.glm.pool import POOL
-from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
+from glmbatch.errors import BadRow, UnusableFile
+from glmbatch.glm.tokenizer import Tokenizer
 from glmbatch.planning import (
     Assignment,
     FragmentWork,
     Model,
     assign,
-    describe_model,
     job_models,
     locate_model,
     open_output,
     plan_run,
     prepare_model,
-    stamp_checkpoint,
 )
 from glmbatch.progress import PROGRESS
 from glmbatch.publishing import Summary, publish
 from glmbatch.steps.answers import Answer, answers_table
-from glmbatch.steps.classify import Choice, ask_choices, encode_labels
-from glmbatch.steps.generate import Writing, ask_writings
+from glmbatch.steps.classify import encode_labels
 from glmbatch.steps.prompt import Prompt, RowFault, RowValues, build_prompts
-
-logger = logging.getLogger(__name__)
 
 
 def run_job(job: JobConfig) -> Summary:
@@ -78,7 +70,7 @@ def answer(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
     InputError. TransientError when the machine failed.
     """
     ledger, step = Ledger(job.data.output), job.steps[assignment.step_index]
-    found = ledger.find_answers(assignment.key, assignment.run)
+    found = ledger.find_answers(assignment.key, assignment.run, retry_failed=job.retry_failed)
     if found is not None:
         PROGRESS.add(assignment.fragment.rows, computed=False)
         return found
@@ -97,21 +89,18 @@ def answer(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
             raise
         PROGRESS.add(assignment.fragment.rows, computed=False)
         return receipt.model_copy(update={"unusable": str(error)})
-    answers, measured = _answer_rows(job, assignment, step, rows)
-    values = [each.value for each in answers]
-    distinct = {each.key: each.value for each in answers if each.key is not None}
-    receipt = receipt.model_copy(
-        update={
-            "computed_rows": len(distinct),
-            "faults": Counter(value.kind for value in values if isinstance(value, RowFault)),
-            "labels": Counter(value.label for value in values if isinstance(value, Choice)),
-            "completion_tokens": sum(
-                value.completion_tokens for value in distinct.values() if isinstance(value, Writing)
-            ),
-            **measured,
-        }
-    )
-    ledger.keep_answers(receipt, answers_table(step, assignment.model.labels, answers))
+    prompts = _prompts(job, assignment, step, rows)
+    _refuse_under_raise(job, assignment, (each.reason if isinstance(each, RowFault) else None for each in prompts))
+    keys = [row_key(assignment.step_key, prompt.text) if isinstance(prompt, Prompt) else None for prompt in prompts]
+    asked = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if isinstance(prompt, Prompt) and key}
+    PROGRESS.add(len(prompts) - len(asked), computed=False)
+    known = known_answers(job, assignment, ledger)
+    with known.hold(asked) as mine:
+        distinct, measured = answers_to(job, assignment, asked, known, mine)
+        table = _in_rows(assignment, step, distinct, prompts, keys)
+        _refuse_under_raise(job, assignment, table.column(f"{step.name}_error").to_pylist())
+        receipt = receipt.model_copy(update=_counts(step, table) | measured)
+        known.add(ledger.keep_answers(receipt, table))
     return receipt
 
 
@@ -139,12 +128,11 @@ def _earlier_answers(table: pa.Table, step: str) -> list[str | RowFault]:
     ]
 
 
-def _answer_rows(
+def _prompts(
     job: JobConfig, assignment: Assignment, step: AnyStep, rows: Sequence[RowValues]
-) -> tuple[list[Answer], dict[str, float]]:
-    """The answer of each row, in the order of `rows`, and what it took; a prompt that repeats is asked once."""
+) -> list[Prompt | RowFault]:
     model = assignment.model
-    tokenizer = _tokenizer(model.config.path, model.identity)
+    tokenizer = tokenizer_of(model.config.path, model.identity)
     prompts = build_prompts(
         step,
         rows,
@@ -153,67 +141,28 @@ def _answer_rows(
         chat=_uses_chat(step, model),
         max_input_tokens=_max_input_tokens(step, model, tokenizer),
     )
-    _refuse_under_raise(job, assignment, prompts)
-    keys = [row_key(assignment.step_key, prompt.text) if isinstance(prompt, Prompt) else b"" for prompt in prompts]
-    asked = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if isinstance(prompt, Prompt)}
-    PROGRESS.add(len(prompts) - len(asked), computed=False)
-    began, values = _ask(job, assignment, step, tokenizer, asked) if asked else (time.time(), {})
-    outcomes = [
-        prompt if isinstance(prompt, RowFault) else values[key] for prompt, key in zip(prompts, keys, strict=True)
-    ]
-    _refuse_under_raise(job, assignment, outcomes)
-    answers = [
-        Answer(outcome) if isinstance(outcome, RowFault) else Answer(outcome, key)
-        for outcome, key in zip(outcomes, keys, strict=True)
-    ]
-    return answers, {
-        "began": began,
-        "seconds": time.time() - began,
-        "prompt_tokens": sum(len(prompt.ids) for prompt in asked.values()),
-    }
+    return prompts
 
 
-def _ask(
-    job: JobConfig, assignment: Assignment, step: AnyStep, tokenizer: Tokenizer, asked: Mapping[bytes, Prompt]
-) -> tuple[float, dict[bytes, Choice | Writing | RowFault]]:
-    """What the model says to each prompt, and when it began (seconds since 1970; loading comes before)."""
-    model, runtime = assignment.model, job.runtime
-
-    def load() -> Engine:
-        logger.info("loading %s (%s)", describe_model(model.config), model.config.dtype)
-        engine = load_engine(model.config, runtime, assignment.models_at_once)
-        if stamp_checkpoint(model.config) != model.stamp:
-            engine.close()
-            raise InputError(f"{describe_model(model.config)}: was changed since this run took its digests. Run again.")
-        return engine
-
-    key = (model.identity, runtime.device, runtime.max_batch_tokens, runtime.max_slots)
-    with POOL.lease(key, load, assignment.models_at_once) as engine:
-        began = time.time()
-        values: dict[bytes, Choice | Writing | RowFault] = {}
-        try:
-            for row, value in _outcomes(step, model, asked, engine, tokenizer):
-                values[row] = value
-                PROGRESS.add(1, computed=True)
-        except TransientError:
-            POOL.check_running()
-            POOL.discard(engine)  # a retry loads it anew
-            raise
-    return began, values
+def _in_rows(
+    assignment: Assignment,
+    step: AnyStep,
+    distinct: pa.Table,
+    prompts: Sequence[Prompt | RowFault],
+    keys: Sequence[bytes | None],
+) -> pa.Table:
+    """The answer of each row, or why it has no prompt, in the order of the rows."""
+    faults = [prompt for prompt in prompts if isinstance(prompt, RowFault)]
+    table = pa.concat_tables([distinct, answers_table(step, assignment.model.labels, [Answer(f) for f in faults])])
+    place = {key: at for at, key in enumerate(distinct.column(f"{assignment.step}_key").to_pylist())}
+    fault_at = count(len(distinct))
+    return table.take(pa.array([next(fault_at) if key is None else place[key] for key in keys], pa.int64()))
 
 
-def _outcomes(
-    step: AnyStep, model: Model, asked: Mapping[bytes, Prompt], engine: Engine, tokenizer: Tokenizer
-) -> Iterator[tuple[bytes, Choice | Writing | RowFault]]:
-    if isinstance(step, ClassifyStep):
-        return ask_choices(step, model.labels if model.has_head else (), asked, engine, tokenizer)
-    return ask_writings(step, asked, engine, tokenizer)
-
-
-@lru_cache(maxsize=8)
-def _tokenizer(path: str, identity: str) -> Tokenizer:
-    """The tokenizer of a checkpoint; `identity` makes a changed file a new entry."""
-    return load_tokenizer(path)
+def _counts(step: AnyStep, table: pa.Table) -> dict[str, Counter[str]]:
+    kinds = table.column(f"{step.name}_error_type").drop_null().to_pylist()
+    labels = table.column(step.name).drop_null().to_pylist() if isinstance(step, ClassifyStep) else []
+    return {"faults": Counter(kinds), "labels": Counter(labels)}
 
 
 def _uses_chat(step: AnyStep, model: Model) -> bool:
@@ -231,13 +180,11 @@ def _max_input_tokens(step: AnyStep, model: Model, tokenizer: Tokenizer) -> int:
     return room if step.max_input_tokens is None else min(room, step.max_input_tokens)
 
 
-def _refuse_under_raise(job: JobConfig, assignment: Assignment, outcomes: Sequence[object]) -> None:
-    if job.on_error != "raise":
-        return
-    for number, outcome in enumerate(outcomes, assignment.fragment.first_row):
-        if isinstance(outcome, RowFault):
+def _refuse_under_raise(job: JobConfig, assignment: Assignment, reasons: Iterable[str | None]) -> None:
+    for number, reason in enumerate(reasons, assignment.fragment.first_row):
+        if reason is not None and job.on_error == "raise":
             raise BadRow(
-                f"{assignment.fragment.path}: row {number}, step {assignment.step!r}: {outcome.reason}. "
+                f"{assignment.fragment.path}: row {number}, step {assignment.step!r}: {reason}. "
                 "Mend the row, or set on_error to quarantine."
             )
 

@@ -59,7 +59,7 @@ def preview(job: JobConfig) -> Preview:
         for assignment in fragment_work.assignments:
             place = (assignment.fragment.source, assignment.step)
             rows, reused, reasons = tallies.get(place, (0, 0, []))
-            found = ledger.find_answers(assignment.key, run.id) is not None
+            found = ledger.find_answers(assignment.key, run.id, retry_failed=job.retry_failed) is not None
             reason = "answered already" if found else _reason(manifest, assignment)
             count = assignment.fragment.rows
             tallies[place] = (rows + count, reused + count * found, [*reasons, *({reason} - set(reasons))])

@@ -32,7 +32,8 @@ QUARANTINE_SCHEMA = pa.schema(
 
 
 class StepSummary(BaseModel, frozen=True, extra="forbid"):
-    """One step over all rows. `computed` answers went through the model in this run; `reused` were found on disk.
+    """One step over all rows. `computed` answers went through the model in this run; `reused` were found on
+    disk, under their fragment's key or their own.
 
     Rates are over the time in which the engine worked for this step, loading left out; None when it did not.
     """
@@ -183,7 +184,7 @@ def _step_summary(name: str, run: Run, receipts: Sequence[AnswersReceipt]) -> St
         name=name,
         answers=sum(receipt.rows for receipt in receipts),
         computed=computed,
-        reused=sum(receipt.rows for receipt in receipts if receipt.run != run.id),
+        reused=sum(receipt.known_rows if receipt.run == run.id else receipt.rows for receipt in receipts),
         faults=_total(receipt.faults for receipt in receipts),
         labels=_total(receipt.labels for receipt in receipts),
         prompt_tokens=sum(receipt.prompt_tokens for receipt in receipts),

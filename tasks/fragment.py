@@ -29,7 +29,9 @@ def submit_fragment(
     What the ledger no longer holds whole runs again, whatever the cache says.
     """
     ledger = Ledger(job.data.output)
-    receipts = [ledger.find_answers(assignment.key, work.run) for assignment in work.assignments]
+    receipts = [
+        ledger.find_answers(assignment.key, work.run, retry_failed=job.retry_failed) for assignment in work.assignments
+    ]
     asked = answers.setdefault(work.fragment.name, {})
     submitted: list[PrefectFuture[Any]] = []
     for index in steps:

@@ -26,6 +26,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
 from glmbatch.data.fragments import FileFault, Fragment, Plan
+from glmbatch.data.known import AnswerFile
 from glmbatch.data.parquet import footer_metadata, open_parquet, write_table
 from glmbatch.data.storage import PARTIAL, commit, committed, digest_file, partial_beside, writable
 from glmbatch.errors import InputError, UnusableFile
@@ -47,8 +48,9 @@ _LOCKS: dict[str, int] = {}
 class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     """What became of one step over one fragment. `run` is the run that computed it; seconds are of wall time.
 
-    `computed_rows` went through the model: fewer than `rows` where rows repeat or have no prompt. `unusable` says why
-    the fragment's rows cannot be read; then there are no answers.
+    `computed_rows` are the prompts that went through the model, `known_rows` those whose answers were found under
+    their row key; together fewer than `rows` where rows repeat or have no prompt. `unusable` says why the fragment's
+    rows cannot be read; then there are no answers.
     """
 
     key: str
@@ -58,6 +60,7 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     step_key: str
     rows: int
     computed_rows: int = 0
+    known_rows: int = 0
     faults: dict[str, int] = {}
     labels: dict[str, int] = {}
     prompt_tokens: int = 0
@@ -149,26 +152,42 @@ class Ledger:
         if handle is not None:
             os.close(handle)
 
-    def find_answers(self, key: str, run: str) -> AnswersReceipt | None:
-        """The answers under `key` that `run` may use: whole, and without rows on which the model failed before.
+    def find_answers(self, key: str, run: str, *, retry_failed: bool) -> AnswersReceipt | None:
+        """The answers under `key` that `run` may use: whole, and with nothing to try again.
 
-        Such rows are tried again by each new run; those of `run` itself stand.
+        With `retry_failed`, rows on which the model failed are tried again by each new run; those of `run` stand.
         """
         found = _whole(self.root / ANSWERS, key, AnswersReceipt)
-        if found is None or ("model_failed" in found[0].faults and found[0].run != run):
+        if found is None or (retry_failed and "model_failed" in found[0].faults and found[0].run != run):
             return None
         return found[0]
 
-    def keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> None:
+    def answer_files(self, step_key: str) -> Iterator[AnswerFile]:
+        """Every committed file with answers under `step_key`: what is published, then what never came to be."""
+        published = self._published()
+        for file in published:
+            for step, key in file.step_keys.items():
+                if key == step_key:
+                    yield AnswerFile(self.root / file.output_name, step, file.digest)
+        kept = {key for file in published for key in file.answers_keys}
+        for path in sorted((self.root / ANSWERS).glob("*.parquet")):
+            key, digest, _ = path.name.split(".")
+            receipt = _receipt(path, AnswersReceipt) if key not in kept else None
+            if receipt is not None and receipt.step_key == step_key:
+                yield AnswerFile(path, receipt.step, digest)
+
+    def keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
         """Commit the answers of one step over one fragment in place of earlier ones; safe to repeat."""
         folder = self.root / ANSWERS
         with partial_beside(folder / receipt.key) as partial:
             _write(partial, table.schema, iter(table.to_batches()), receipt)
-            kept = folder / f"{receipt.key}.{digest_file(partial)[:DIGEST_CHARS]}.parquet"
+            digest = digest_file(partial)[:DIGEST_CHARS]
+            kept = folder / f"{receipt.key}.{digest}.parquet"
             commit(partial, kept)
         for path in folder.glob(f"{receipt.key}.*.parquet"):
             if path != kept:
                 path.unlink(missing_ok=True)
+        return AnswerFile(kept, receipt.step, digest)
 
     def read_answers(self, key: str) -> tuple[AnswersReceipt, pa.Table]:
         """The receipt and the answers under `key`, which the caller knows to be there."""

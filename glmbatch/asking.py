@@ -1,0 +1,128 @@
+"""The answers to one fragment's prompts: those that are known, then the model's. Each row key is asked about once.
+
+Knows no rows and no files of the source.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+import pyarrow as pa
+
+from glmbatch.config import AnyStep, ClassifyStep, JobConfig
+from glmbatch.data.known import KnownAnswers
+from glmbatch.data.ledger import Ledger
+from glmbatch.errors import InputError, TransientError
+from glmbatch.glm.engine import Engine, load_engine
+from glmbatch.glm.pool import POOL
+from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
+from glmbatch.planning import Assignment, Model, describe_model, stamp_checkpoint
+from glmbatch.progress import PROGRESS
+from glmbatch.steps.answers import Answer, answers_schema, answers_table
+from glmbatch.steps.classify import Choice, ask_choices
+from glmbatch.steps.generate import Writing, ask_writings
+from glmbatch.steps.prompt import Prompt, RowFault
+
+logger = logging.getLogger(__name__)
+
+# The answers that need not be asked for again, of the run that is on.
+_KNOWN: dict[tuple[str, str, str, str], KnownAnswers] = {}
+_KNOWN_LOCK = threading.Lock()
+
+
+def answers_to(
+    job: JobConfig, assignment: Assignment, asked: Mapping[bytes, Prompt], known: KnownAnswers, mine: set[bytes]
+) -> tuple[pa.Table, dict[str, float]]:
+    """The answers under the keys `asked`, each once, in any order, and what they took.
+
+    What is known is taken as it is; of the rest, the model is asked about the keys that are `mine`, and about another
+    fragment's only where that one failed to commit them.
+    """
+    step, key_column = job.steps[assignment.step_index], f"{assignment.step}_key"
+    found = known.find(asked)
+    left = {key: asked[key] for key in asked.keys() - set(found.column(key_column).to_pylist())}
+    first = {key: prompt for key, prompt in left.items() if key in mine}
+    began, values = _ask(job, assignment, step, first) if first else (time.time(), {})
+    others = {key: prompt for key, prompt in left.items() if key not in mine}
+    if others:
+        known.wait_for(others)
+        theirs = known.find(others)
+        found = pa.concat_tables([found, theirs])
+        lost = {key: others[key] for key in others.keys() - set(theirs.column(key_column).to_pylist())}
+        if lost:
+            values |= _ask(job, assignment, step, lost)[1]
+    computed = answers_table(step, assignment.model.labels, [Answer(value, key) for key, value in values.items()])
+    PROGRESS.add(len(asked) - len(values), computed=False)
+    return pa.concat_tables([found, computed]), {
+        "computed_rows": len(values),
+        "known_rows": len(asked) - len(values),
+        "began": began,
+        "seconds": time.time() - began,
+        "prompt_tokens": sum(len(asked[key].ids) for key in values),
+        "completion_tokens": sum(value.completion_tokens for value in values.values() if isinstance(value, Writing)),
+    }
+
+
+def known_answers(job: JobConfig, assignment: Assignment, ledger: Ledger) -> KnownAnswers:
+    """One index for each step of a run, which its fragments add to."""
+    key = (str(ledger.root.resolve()), assignment.run, assignment.step, assignment.step_key)
+    with _KNOWN_LOCK:
+        if key not in _KNOWN:
+            for other in [other for other in _KNOWN if other[:2] != key[:2]]:
+                del _KNOWN[other]
+            step = job.steps[assignment.step_index]
+            _KNOWN[key] = KnownAnswers(
+                list(ledger.answer_files(assignment.step_key)),
+                assignment.step,
+                answers_schema(step, assignment.model.labels),
+                retry_failed=job.retry_failed,
+            )
+        return _KNOWN[key]
+
+
+def _ask(
+    job: JobConfig, assignment: Assignment, step: AnyStep, asked: Mapping[bytes, Prompt]
+) -> tuple[float, dict[bytes, Choice | Writing | RowFault]]:
+    """What the model says to each prompt, and when it began (seconds since 1970; loading comes before)."""
+    model, runtime = assignment.model, job.runtime
+    tokenizer = tokenizer_of(model.config.path, model.identity)
+
+    def load() -> Engine:
+        logger.info("loading %s (%s)", describe_model(model.config), model.config.dtype)
+        engine = load_engine(model.config, runtime, assignment.models_at_once)
+        if stamp_checkpoint(model.config) != model.stamp:
+            engine.close()
+            raise InputError(f"{describe_model(model.config)}: was changed since this run took its digests. Run again.")
+        return engine
+
+    key = (model.identity, runtime.device, runtime.max_batch_tokens, runtime.max_slots)
+    with POOL.lease(key, load, assignment.models_at_once) as engine:
+        began = time.time()
+        values: dict[bytes, Choice | Writing | RowFault] = {}
+        try:
+            for row, value in _outcomes(step, model, asked, engine, tokenizer):
+                values[row] = value
+                PROGRESS.add(1, computed=True)
+        except TransientError:
+            POOL.check_running()
+            POOL.discard(engine)  # a retry loads it anew
+            raise
+    return began, values
+
+
+def _outcomes(
+    step: AnyStep, model: Model, asked: Mapping[bytes, Prompt], engine: Engine, tokenizer: Tokenizer
+) -> Iterator[tuple[bytes, Choice | Writing | RowFault]]:
+    if isinstance(step, ClassifyStep):
+        return ask_choices(step, model.labels if model.has_head else (), asked, engine, tokenizer)
+    return ask_writings(step, asked, engine, tokenizer)
+
+
+@lru_cache(maxsize=8)
+def tokenizer_of(path: str, identity: str) -> Tokenizer:
+    """The tokenizer of a checkpoint; `identity` makes a changed file a new entry."""
+    return load_tokenizer(path)
