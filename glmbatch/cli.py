@@ -2,6 +2,7 @@
 
     glmbatch run JOB      answer every row, under Prefect        glmbatch plan JOB      what would run and why
     glmbatch doctor MODEL     what a checkpoint is, and what is wrong with it
+    glmbatch verify OUTPUT    whether every row is there once, with its own values, whole
 
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined rows, 130/143 interrupted (run again to
 go on). Results go to stdout, progress and errors to stderr. Nothing heavy is imported before it is needed.
@@ -135,6 +136,14 @@ def _doctor(parsed: argparse.Namespace) -> int:
     return BAD_INPUT if diagnosis.problems else DONE
 
 
+def _verify(parsed: argparse.Namespace) -> int:
+    from glmbatch.verification import describe, verify
+
+    verification = verify(parsed.output)
+    print(verification.model_dump_json(indent=1) if parsed.json else describe(verification))
+    return DONE if verification.sound else FAILED
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="glmbatch",
@@ -157,6 +166,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--revision", help="commit of the hub repository")
     doctor.add_argument("--adapter", metavar="DIRECTORY", help="LoRA adapter to look at over the checkpoint")
     doctor.set_defaults(command=_doctor)
+    verify = commands.add_parser("verify", help="prove that an output holds every row of its sources once, whole")
+    verify.add_argument("output", metavar="OUTPUT", help="the job's data.output")
+    verify.add_argument("--json", action="store_true", help="print the findings as JSON")
+    verify.set_defaults(command=_verify)
     return parser
 
 
