@@ -123,7 +123,8 @@ def _plan(parsed: argparse.Namespace) -> int:
     job = load_job(parsed.job, _overrides(parsed))
     from glmbatch.preview import describe_plan, preview
 
-    print(describe_plan(preview(job)))
+    plan = preview(job)
+    print(plan.model_dump_json(indent=1) if parsed.json else describe_plan(plan))
     return DONE
 
 
@@ -161,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_plan)
     for command in (run, plan):
         _add_job(command)
+        command.add_argument("--json", action="store_true", help="print the plan as JSON")
     doctor = commands.add_parser("doctor", help="say what a checkpoint is and what is wrong with it")
     doctor.add_argument("model", metavar="MODEL", help="directory of a checkpoint, or a hub id")
     doctor.add_argument("--revision", help="commit of the hub repository")

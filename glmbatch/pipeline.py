@@ -80,6 +80,7 @@ def answer(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
         fragment=assignment.fragment.name,
         step=step.name,
         step_key=assignment.step_key,
+        model=assignment.model.identity,
         rows=assignment.fragment.rows,
     )
     try:
@@ -89,7 +90,7 @@ def answer(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
             raise
         PROGRESS.add(assignment.fragment.rows, computed=False)
         return receipt.model_copy(update={"unusable": str(error)})
-    prompts = _prompts(job, assignment, step, rows)
+    prompts = prompts_of(job, assignment, step, rows)
     _refuse_under_raise(job, assignment, (each.reason if isinstance(each, RowFault) else None for each in prompts))
     keys = [row_key(assignment.step_key, prompt.text) if isinstance(prompt, Prompt) else None for prompt in prompts]
     asked = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if isinstance(prompt, Prompt) and key}
@@ -109,18 +110,24 @@ def read_prompt_rows(job: JobConfig, assignment: Assignment, ledger: Ledger) -> 
 
     Reads only the columns that the prompt names. A row whose earlier step failed carries that in place of the value.
     """
-    columns = job.source_columns(job.steps[assignment.step_index])
-    values: dict[str, Sequence[str | bytes | RowFault | None]] = {name: [] for name in columns}
-    batches = list(read_fragment(assignment.fragment, sorted(set(columns.values())))) if columns else []
-    if batches:
-        table = pa.Table.from_batches(batches)
-        values = {name: prompt_values(table.column(column)) for name, column in columns.items()}
+    values: dict[str, Sequence[str | bytes | RowFault | None]] = dict(source_values(job, assignment))
     for name, key in assignment.earlier.items():
-        values[name] = _earlier_answers(ledger.read_answers(key)[1], name)
+        values[name] = earlier_answers(ledger.read_answers(key)[1], name)
     return [{name: column[row] for name, column in values.items()} for row in range(assignment.fragment.rows)]
 
 
-def _earlier_answers(table: pa.Table, step: str) -> list[str | RowFault]:
+def source_values(job: JobConfig, assignment: Assignment) -> dict[str, list[str | bytes | None]]:
+    """For each placeholder of the step's prompt that is a column of the source, the values of the fragment's rows."""
+    columns = job.source_columns(job.steps[assignment.step_index])
+    batches = list(read_fragment(assignment.fragment, sorted(set(columns.values())))) if columns else []
+    if not batches:
+        return {name: [] for name in columns}
+    table = pa.Table.from_batches(batches)
+    return {name: prompt_values(table.column(column)) for name, column in columns.items()}
+
+
+def earlier_answers(table: pa.Table, step: str) -> list[str | RowFault]:
+    """What a later prompt takes from the answers of `step`, row by row."""
     faults = table.column(f"{step}_error").to_pylist()
     return [
         value if fault is None else RowFault("earlier_step_failed", f"{step} failed: {fault}")
@@ -128,12 +135,13 @@ def _earlier_answers(table: pa.Table, step: str) -> list[str | RowFault]:
     ]
 
 
-def _prompts(
+def prompts_of(
     job: JobConfig, assignment: Assignment, step: AnyStep, rows: Sequence[RowValues]
 ) -> list[Prompt | RowFault]:
+    """The prompt of each row, in the order of `rows`, or why it has none."""
     model = assignment.model
     tokenizer = tokenizer_of(model.config.path, model.identity)
-    prompts = build_prompts(
+    return build_prompts(
         step,
         rows,
         tokenizer,
@@ -141,7 +149,6 @@ def _prompts(
         chat=_uses_chat(step, model),
         max_input_tokens=_max_input_tokens(step, model, tokenizer),
     )
-    return prompts
 
 
 def _in_rows(

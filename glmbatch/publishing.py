@@ -13,7 +13,14 @@ from pydantic import BaseModel
 
 from glmbatch.config import JobConfig
 from glmbatch.data.fragments import FileFault, read_fragment
-from glmbatch.data.ledger import QUARANTINE, AnswersReceipt, Ledger, OutputReceipt, merged_manifest
+from glmbatch.data.ledger import (
+    QUARANTINE,
+    AnswersReceipt,
+    Ledger,
+    OutputReceipt,
+    StepOrigin,
+    merged_manifest,
+)
 from glmbatch.data.parquet import prompt_values
 from glmbatch.errors import AuditError, BadRow
 from glmbatch.planning import Run
@@ -99,7 +106,9 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> Summa
             f"{job.data.output}: nothing published: {first['source']}: row {first.get('row')}, step "
             f"{first.get('step')!r}: {first['error']}. Mend the row, or set on_error to quarantine."
         )
-    manifest = merged_manifest(run.id, run.plan, before, written, unusable)
+    manifest = merged_manifest(run.id, run.plan, before, written, unusable).model_copy(
+        update={"steps": _origins(job, written)}
+    )
     stay = {file.source for file in manifest.files} - {output.fragment.source for output in written}
     lines = [*ledger.quarantine(stay), *faults]
     ledger.publish(manifest, written, pa.Table.from_pylist(lines, QUARANTINE_SCHEMA))
@@ -120,6 +129,12 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> Summa
         samples=tuple(samples),
         seconds=time.time() - run.began,
     )
+
+
+def _origins(job: JobConfig, written: Sequence[OutputReceipt]) -> dict[str, StepOrigin]:
+    models = {receipt.step: receipt.model for output in written[:1] for receipt in output.answers}
+    settings = {step.name: step.model_dump(mode="json", exclude={"name", "model"}) for step in job.steps}
+    return {step: StepOrigin(settings=settings[step], model=model) for step, model in models.items()}
 
 
 def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,9 +40,10 @@ def test_the_plan_says_what_would_run_and_writes_nothing(
     assert cli.main(["plan", job_file]) == 0
     said = capsys.readouterr().out
     assert "20 rows in 3 fragments" in said
-    assert [line.split()[2:] for line in said.splitlines() if line.startswith("day=1")] == [
-        ["20", "20", "0", "new", "rows"]
-    ] * 2
+    assert [line.split()[1:5] for line in said.splitlines() if line.startswith("day=1")] == [
+        ["mood", "20", "1", "19"],
+        ["reply", "20", "20", "0"],
+    ]
     assert not (tmp_path / "out").exists()
 
 
@@ -52,23 +54,53 @@ def test_the_plan_says_why_rows_run_again(
     from glmbatch.config import JobConfig
     from glmbatch.pipeline import run_job
 
-    write_source("a.parquet", {"text": ["x"] * 5})
+    write_source("a.parquet", {"text": [f"text {number}" for number in range(5)]})
     run_job(JobConfig.model_validate(job_settings()))
-    write_source("b.parquet", {"text": ["y"] * 3})
-    cli.main(["plan", job_file, "--set", "steps.0.prompt_template=Mood of {text}"])
-    why = {tuple(line.split()[:2]): line.split(maxsplit=5)[5] for line in table(capsys.readouterr().out)}
-    assert why == {
-        ("a.parquet", "mood"): "changed settings or weights",
-        ("a.parquet", "reply"): "changed earlier answers",
-        ("b.parquet", "mood"): "new rows",
-        ("b.parquet", "reply"): "new rows",
-    }
+    write_source("b.parquet", {"text": ["text 3", "new", "new", None]})
     cli.main(["run", job_file, "--dry-run"])
-    assert {line.split(maxsplit=5)[5] for line in table(capsys.readouterr().out)} == {"answered already", "new rows"}
+    said = capsys.readouterr().out
+    assert table(said, "a.parquet") == ["mood 5 0 5 0 0", "reply 5 0 5 0 0"]
+    tokens = table(said, "b.parquet")[0].split()[5]
+    assert table(said, "b.parquet") == [
+        f"mood 4 1 2 1 {tokens} new text 1, null_value 1",
+        "reply 4 2 1 1 0 new text 2, earlier_step_failed 1",
+    ]
+    assert "s of inference, at the rate of the last run" in said
+    run_job(JobConfig.model_validate(job_settings(max_error_rate=0.5)))
+    assert not any(line["to_run"] for line in capsys_plan(job_file, capsys)["steps"])
+    cli.main(["plan", job_file, "--set", "steps.0.prompt_template=Mood of {text}", "--set", "steps.1.max_tokens=7"])
+    said = capsys.readouterr().out
+    assert {line.split(maxsplit=6)[6] for line in table(said, "a.parquet")} == {
+        "changed prompt_template 5",
+        "changed max_tokens 5",
+    }
 
 
-def table(said: str) -> list[str]:
-    return [line for line in said.splitlines() if line.startswith(("a.parquet", "b.parquet"))]
+def test_the_plan_counts_the_tokens_that_the_model_then_reads(
+    job_file: str, write_source: Write, job_settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from glmbatch.config import JobConfig
+    from glmbatch.pipeline import run_job
+
+    write_source("a.parquet", {"text": [f"text {number % 15}" for number in range(20)]})
+    before = capsys_plan(job_file, capsys)
+    summary = run_job(JobConfig.model_validate(job_settings()))
+    assert before["steps"][0]["prompt_tokens"] == summary.steps[0].prompt_tokens
+    assert before["steps"][0]["to_run"] == summary.steps[0].computed == 15
+    assert (before["steps"][1]["waiting"], before["seconds"]) == (20, None)
+    after = capsys_plan(job_file, capsys)
+    assert [(step["to_run"], step["reused"]) for step in after["steps"]] == [(0, 20), (0, 20)]
+
+
+def capsys_plan(job_file: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    assert cli.main(["plan", job_file, "--json"]) == 0
+    plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return plan
+
+
+def table(said: str, source: str) -> list[str]:
+    return [" ".join(line.split()[1:]) for line in said.splitlines() if line.startswith(source)]
 
 
 @pytest.mark.parametrize("flag", ["--text-column", "--data.text-column"])

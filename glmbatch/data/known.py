@@ -50,6 +50,7 @@ class KnownAnswers:
         self._released = threading.Condition()
         self._held: set[bytes] = set()
         self._files: list[AnswerFile] = []
+        self._unsorted = True
         # The first half of each key, with the file and row where it stands; sorted by it when first asked.
         self._halves: list[np.ndarray] = []
         self._places: list[np.ndarray] = []
@@ -68,6 +69,7 @@ class KnownAnswers:
             self._halves.append(halves)
             self._places.append(np.stack((np.full_like(rows, len(self._files)), rows), axis=1))
             self._files.append(file)
+            self._unsorted = True
 
     @contextmanager
     def hold(self, keys: Collection[bytes]) -> Iterator[set[bytes]]:
@@ -117,11 +119,11 @@ class KnownAnswers:
 
     def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
-            if len(self._halves) != 1:
+            if self._unsorted:
                 halves = np.concatenate([np.empty(0, np.uint64), *self._halves])
                 places = np.concatenate([np.empty((0, 2), np.int64), *self._places])
                 order = np.argsort(halves, kind="stable")
-                self._halves, self._places = [halves[order]], [places[order]]
+                self._halves, self._places, self._unsorted = [halves[order]], [places[order]], False
             return self._halves[0], self._places[0]
 
     def _read(self, number: int) -> pa.Table | None:

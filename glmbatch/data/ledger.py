@@ -58,6 +58,7 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     fragment: str
     step: str
     step_key: str
+    model: str = ""  # identity of the weights, tokenizer and numerics behind `step_key`
     rows: int
     computed_rows: int = 0
     known_rows: int = 0
@@ -98,11 +99,18 @@ class PublishedFile(BaseModel, frozen=True, extra="forbid"):
     answers_keys: tuple[str, ...]
 
 
+class StepOrigin(BaseModel, frozen=True, extra="forbid"):
+    """What a step key was made of, for people: the step's settings, and the identity of its model."""
+
+    settings: dict[str, Any]
+    model: str
+
+
 class Manifest(BaseModel, frozen=True, extra="forbid"):
     """What is published: the last thing a run writes. A reader that wants all or nothing waits for it.
 
     Sources are named from the folder `root`. `replaced` files belong to it no more, and are gone unless a run was
-    killed. `limit` is that of the run: then these are not all rows.
+    killed. `limit` is that of the run: then these are not all rows. `steps` says what its step keys were made of.
     """
 
     run: str
@@ -111,6 +119,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     replaced: tuple[str, ...] = ()
     unusable: tuple[FileFault, ...] = ()
     limit: int | None = None
+    steps: dict[str, StepOrigin] = {}
 
 
 Receipt = TypeVar("Receipt", bound=BaseModel)
@@ -175,6 +184,13 @@ class Ledger:
             receipt = _receipt(path, AnswersReceipt) if key not in kept else None
             if receipt is not None and receipt.step_key == step_key:
                 yield AnswerFile(path, receipt.step, digest)
+
+    def published_receipts(self) -> Iterator[AnswersReceipt]:
+        """The receipts of all published answers, as their files' footers have them."""
+        for file in self._published():
+            receipt = _receipt(self.root / file.output_name, OutputReceipt)
+            if receipt is not None:
+                yield from receipt.answers
 
     def keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
         """Commit the answers of one step over one fragment in place of earlier ones; safe to repeat."""
