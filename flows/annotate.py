@@ -14,7 +14,7 @@ from tasks.fragment import Answers, submit_fragment
 from tasks.ingest import assign, ingest
 from tasks.model import locate_model, prepare_model
 from tasks.policies import configured, in_window
-from tasks.write import publish
+from tasks.write import check_canary, publish
 
 
 @flow(name="annotate", flow_run_name="annotate {job.data.input}")
@@ -29,5 +29,7 @@ def annotate(job: JobConfig) -> Summary:
     for steps in work.passes:
         submit = partial(submit_fragment, job, steps, answers)
         finished = in_window(work.fragments, submit, job.runtime.fragments_in_flight)
-    summary: Summary = configured(publish, job)(job, quote(run), quote([results[-1] for results in finished]))
+    outputs = quote([results[-1] for results in finished])
+    canaries = configured(check_canary, job)(job, quote(work.fragments[0].assignments), run.id, outputs)
+    summary: Summary = configured(publish, job)(job, quote(run), outputs, canaries)
     return summary

@@ -1,6 +1,6 @@
-"""The answers to one fragment's prompts: those that are known, then the model's. Each row key is asked about once.
+"""From rows to prompts to answers: those that are known, then the model's. Each row key is asked about once.
 
-Knows no rows and no files of the source.
+Knows no files of the source.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import pyarrow as pa
 
-from glmbatch.config import AnyStep, ClassifyStep, JobConfig
+from glmbatch.config import AnyStep, ClassifyStep, GenerateStep, JobConfig
 from glmbatch.data.known import KnownAnswers
 from glmbatch.data.ledger import Ledger
 from glmbatch.errors import InputError, TransientError
@@ -23,15 +23,46 @@ from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.planning import Assignment, Model, describe_model, stamp_checkpoint
 from glmbatch.progress import PROGRESS
 from glmbatch.steps.answers import Answer, answers_schema, answers_table
-from glmbatch.steps.classify import Choice, ask_choices
+from glmbatch.steps.classify import Choice, ask_choices, encode_labels
 from glmbatch.steps.generate import Writing, ask_writings
-from glmbatch.steps.prompt import Prompt, RowFault
+from glmbatch.steps.prompt import Prompt, RowFault, RowValues, build_prompts
 
 logger = logging.getLogger(__name__)
 
 # The answers that need not be asked for again, of the run that is on.
 _KNOWN: dict[tuple[str, str, str, str], KnownAnswers] = {}
 _KNOWN_LOCK = threading.Lock()
+
+
+def prompts_of(
+    job: JobConfig, assignment: Assignment, step: AnyStep, rows: Sequence[RowValues]
+) -> list[Prompt | RowFault]:
+    """The prompt of each row, in the order of `rows`, or why it has none."""
+    model = assignment.model
+    tokenizer = tokenizer_of(model.config.path, model.identity)
+    return build_prompts(
+        step,
+        rows,
+        tokenizer,
+        text_column=job.data.text_column,
+        chat=_uses_chat(step, model),
+        max_input_tokens=_max_input_tokens(step, model, tokenizer),
+    )
+
+
+def _uses_chat(step: AnyStep, model: Model) -> bool:
+    return not model.has_head if step.chat is None else step.chat
+
+
+def _max_input_tokens(step: AnyStep, model: Model, tokenizer: Tokenizer) -> int:
+    """Longest prompt: what the setting says, within the positions that the answer leaves."""
+    if isinstance(step, GenerateStep):
+        answer_tokens = step.max_tokens
+    else:
+        labels = [] if model.has_head else step.labels or []
+        answer_tokens = max((len(ids) for ids in encode_labels(labels, tokenizer)), default=0)
+    room = model.max_positions - answer_tokens
+    return room if step.max_input_tokens is None else min(room, step.max_input_tokens)
 
 
 def answers_to(
@@ -46,7 +77,7 @@ def answers_to(
     found = known.find(asked)
     left = {key: asked[key] for key in asked.keys() - set(found.column(key_column).to_pylist())}
     first = {key: prompt for key, prompt in left.items() if key in mine}
-    began, values = _ask(job, assignment, step, first) if first else (time.time(), {})
+    began, values = ask(job, assignment, first) if first else (time.time(), {})
     others = {key: prompt for key, prompt in left.items() if key not in mine}
     if others:
         known.wait_for(others)
@@ -54,7 +85,7 @@ def answers_to(
         found = pa.concat_tables([found, theirs])
         lost = {key: others[key] for key in others.keys() - set(theirs.column(key_column).to_pylist())}
         if lost:
-            values |= _ask(job, assignment, step, lost)[1]
+            values |= ask(job, assignment, lost)[1]
     computed = answers_table(step, assignment.model.labels, [Answer(value, key) for key, value in values.items()])
     PROGRESS.add(len(asked) - len(values), computed=False)
     return pa.concat_tables([found, computed]), {
@@ -84,10 +115,11 @@ def known_answers(job: JobConfig, assignment: Assignment, ledger: Ledger) -> Kno
         return _KNOWN[key]
 
 
-def _ask(
-    job: JobConfig, assignment: Assignment, step: AnyStep, asked: Mapping[bytes, Prompt]
+def ask(
+    job: JobConfig, assignment: Assignment, asked: Mapping[bytes, Prompt], *, counted: bool = True
 ) -> tuple[float, dict[bytes, Choice | Writing | RowFault]]:
     """What the model says to each prompt, and when it began (seconds since 1970; loading comes before)."""
+    step = job.steps[assignment.step_index]
     model, runtime = assignment.model, job.runtime
     tokenizer = tokenizer_of(model.config.path, model.identity)
 
@@ -106,7 +138,7 @@ def _ask(
         try:
             for row, value in _outcomes(step, model, asked, engine, tokenizer):
                 values[row] = value
-                PROGRESS.add(1, computed=True)
+                PROGRESS.add(1 if counted else 0, computed=True)
         except TransientError:
             POOL.check_running()
             POOL.discard(engine)  # a retry loads it anew

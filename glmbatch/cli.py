@@ -3,6 +3,7 @@
     glmbatch run JOB      answer every row, under Prefect        glmbatch plan JOB      what would run and why
     glmbatch doctor MODEL     what a checkpoint is, and what is wrong with it
     glmbatch verify OUTPUT    whether every row is there once, with its own values, whole
+    glmbatch canary OUTPUT FILE    freeze a few published rows, for later runs to be held to
 
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined rows, 130/143 interrupted (run again to
 go on). Results go to stdout, progress and errors to stderr. Nothing heavy is imported before it is needed.
@@ -145,6 +146,16 @@ def _verify(parsed: argparse.Namespace) -> int:
     return DONE if verification.sound else FAILED
 
 
+def _canary(parsed: argparse.Namespace) -> int:
+    from glmbatch.canary import freeze
+
+    rows = freeze(parsed.output, parsed.file, parsed.rows)
+    print(
+        f"{rows} rows of {parsed.output} with their answers are frozen in {parsed.file}. Set canary to it in the job."
+    )
+    return DONE
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="glmbatch",
@@ -172,6 +183,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("output", metavar="OUTPUT", help="the job's data.output")
     verify.add_argument("--json", action="store_true", help="print the findings as JSON")
     verify.set_defaults(command=_verify)
+    canary = commands.add_parser("canary", help="freeze a few published rows with their answers")
+    canary.add_argument("output", metavar="OUTPUT", help="the data.output of a job whose answers are good")
+    canary.add_argument("file", metavar="FILE", help="Parquet file to write")
+    canary.add_argument("--rows", type=int, default=16, help="how many (default 16)")
+    canary.set_defaults(command=_canary)
     return parser
 
 

@@ -120,6 +120,13 @@ class ClassifyStep(Step):
         None, description="Put the prompt in the chat form; empty: yes without a trained head, no with one."
     )
 
+    max_label_drift: float | None = Field(
+        None,
+        gt=0,
+        description="Audit: how far the shares of labels may move from those published (population stability index; "
+        "0.1 is a small shift, 0.25 a large one); beyond it nothing is published. Empty: no audit.",
+    )
+
     @field_validator("labels")
     @classmethod
     def _distinct_labels(cls, labels: list[str] | None) -> list[str] | None:
@@ -152,6 +159,18 @@ class GenerateStep(Step):
     top_k: int = Field(50, ge=0, description="Sample among so many likeliest tokens; 0: no such limit.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of sampling; each row draws from (seed, row key).")
     stop: list[str] = Field(default_factory=list, description="Texts that end an answer; they are not part of it.")
+    max_truncated_rate: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Audit: share of answers that max_tokens may cut off; beyond it nothing is published. Empty: none.",
+    )
+    max_empty_rate: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Audit: share of answers that may be empty; beyond it nothing is published. Empty: no audit.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -167,6 +186,9 @@ class GenerateStep(Step):
             raise ValueError("an empty stop text would end every answer at once")
         return stop
 
+
+# Settings of steps that say what may be published, and change no answer.
+AUDITS = frozenset({"max_label_drift", "max_truncated_rate", "max_empty_rate"})
 
 AnyStep = Annotated[ClassifyStep | GenerateStep, Field(discriminator="kind")]
 
@@ -209,6 +231,15 @@ class JobConfig(Settings):
         ge=0,
         le=1,
         description="Share of rows that may fail, unreadable files' included; above it nothing is published.",
+    )
+    canary: str | None = Field(
+        None,
+        min_length=1,
+        description="Audit: Parquet file of rows with the answers that `glmbatch canary` froze beside them; a run "
+        "that asks the model asks it about them too. Empty: no audit.",
+    )
+    max_canary_change: float = Field(
+        0.0, ge=0, le=1, description="Share of canary rows whose answers may differ; beyond it nothing is published."
     )
     retry_failed: bool = Field(
         True,

@@ -14,21 +14,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
-from glmbatch.asking import answers_to, known_answers, tokenizer_of
-from glmbatch.config import AnyStep, ClassifyStep, GenerateStep, JobConfig
+from glmbatch.asking import answers_to, known_answers, prompts_of
+from glmbatch.canary import check_canary
+from glmbatch.config import AnyStep, ClassifyStep, JobConfig
 from glmbatch.data.fragments import read_fragment
 from glmbatch.data.ledger import AnswersReceipt, Ledger, OutputReceipt
 from glmbatch.data.parquet import open_parquet, prompt_values
 from glmbatch.data.rowkeys import row_key
 from glmbatch.errors import BadRow, UnusableFile
-from glmbatch.glm.tokenizer import Tokenizer
 from glmbatch.planning import (
     Assignment,
     FragmentWork,
-    Model,
     assign,
     job_models,
     locate_model,
@@ -39,8 +39,7 @@ from glmbatch.planning import (
 from glmbatch.progress import PROGRESS
 from glmbatch.publishing import Summary, publish
 from glmbatch.steps.answers import Answer, answers_table
-from glmbatch.steps.classify import encode_labels
-from glmbatch.steps.prompt import Prompt, RowFault, RowValues, build_prompts
+from glmbatch.steps.prompt import Prompt, RowFault, RowValues
 
 
 def run_job(job: JobConfig) -> Summary:
@@ -58,7 +57,7 @@ def run_job(job: JobConfig) -> Summary:
             write_output(job, each, [receipt for _, receipt in sorted(answers[each.fragment.name].items())])
             for each in work.fragments
         ]
-        return publish(job, run, outputs)
+        return publish(job, run, outputs, check_canary(job, work.fragments[0].assignments, run.id, outputs))
     finally:
         Ledger(job.data.output).close()
 
@@ -135,22 +134,6 @@ def earlier_answers(table: pa.Table, step: str) -> list[str | RowFault]:
     ]
 
 
-def prompts_of(
-    job: JobConfig, assignment: Assignment, step: AnyStep, rows: Sequence[RowValues]
-) -> list[Prompt | RowFault]:
-    """The prompt of each row, in the order of `rows`, or why it has none."""
-    model = assignment.model
-    tokenizer = tokenizer_of(model.config.path, model.identity)
-    return build_prompts(
-        step,
-        rows,
-        tokenizer,
-        text_column=job.data.text_column,
-        chat=_uses_chat(step, model),
-        max_input_tokens=_max_input_tokens(step, model, tokenizer),
-    )
-
-
 def _in_rows(
     assignment: Assignment,
     step: AnyStep,
@@ -166,25 +149,16 @@ def _in_rows(
     return table.take(pa.array([next(fault_at) if key is None else place[key] for key in keys], pa.int64()))
 
 
-def _counts(step: AnyStep, table: pa.Table) -> dict[str, Counter[str]]:
-    kinds = table.column(f"{step.name}_error_type").drop_null().to_pylist()
-    labels = table.column(step.name).drop_null().to_pylist() if isinstance(step, ClassifyStep) else []
-    return {"faults": Counter(kinds), "labels": Counter(labels)}
+def _counts(step: AnyStep, table: pa.Table) -> dict[str, Any]:
+    def values(end: str) -> list[str]:
+        found: list[str] = table.column(step.name + end).drop_null().to_pylist()
+        return found
 
-
-def _uses_chat(step: AnyStep, model: Model) -> bool:
-    return not model.has_head if step.chat is None else step.chat
-
-
-def _max_input_tokens(step: AnyStep, model: Model, tokenizer: Tokenizer) -> int:
-    """Longest prompt: what the setting says, within the positions that the answer leaves."""
-    if isinstance(step, GenerateStep):
-        answer_tokens = step.max_tokens
-    else:
-        labels = [] if model.has_head else step.labels or []
-        answer_tokens = max((len(ids) for ids in encode_labels(labels, tokenizer)), default=0)
-    room = model.max_positions - answer_tokens
-    return room if step.max_input_tokens is None else min(room, step.max_input_tokens)
+    faults = Counter(values("_error_type"))
+    if isinstance(step, ClassifyStep):
+        return {"faults": faults, "labels": Counter(values(""))}
+    empty = sum(not text.strip() for text in values(""))
+    return {"faults": faults, "finish_reasons": Counter(values("_finish_reason")), "empty_answers": empty}
 
 
 def _refuse_under_raise(job: JobConfig, assignment: Assignment, reasons: Iterable[str | None]) -> None:

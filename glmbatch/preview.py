@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from glmbatch.asking import known_answers
+from glmbatch.asking import known_answers, prompts_of
 from glmbatch.config import AnyStep, JobConfig
 from glmbatch.data.fragments import FileFault
 from glmbatch.data.ledger import AnswersReceipt, Ledger, Manifest, StepOrigin
-from glmbatch.data.rowkeys import row_key
+from glmbatch.data.rowkeys import answer_settings, row_key
 from glmbatch.errors import UnusableFile
-from glmbatch.pipeline import earlier_answers, prompts_of, source_values
+from glmbatch.pipeline import earlier_answers, source_values
 from glmbatch.planning import (
     Assignment,
     FragmentWork,
@@ -191,7 +191,7 @@ def _what_changed(step: AnyStep, assignment: Assignment, manifest: Manifest | No
 
 
 def _changed_settings(step: AnyStep, origin: StepOrigin) -> list[str]:
-    now = step.model_dump(mode="json", exclude={"name", "model"})
+    now = answer_settings(step)
     return sorted(name for name in now.keys() | origin.settings.keys() if now.get(name) != origin.settings.get(name))
 
 

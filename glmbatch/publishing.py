@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel
 
+from glmbatch.audits import Audit, audit, total
 from glmbatch.config import JobConfig
 from glmbatch.data.fragments import FileFault, read_fragment
 from glmbatch.data.ledger import (
@@ -22,7 +22,8 @@ from glmbatch.data.ledger import (
     merged_manifest,
 )
 from glmbatch.data.parquet import prompt_values
-from glmbatch.errors import AuditError, BadRow
+from glmbatch.data.rowkeys import answer_settings
+from glmbatch.errors import BadRow
 from glmbatch.planning import Run
 
 SAMPLE_ROWS = 3
@@ -73,6 +74,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     kept_sources: int
     steps: tuple[StepSummary, ...]
     samples: tuple[dict[str, Any], ...]
+    audits: tuple[Audit, ...]
     seconds: float
 
     @property
@@ -81,7 +83,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
         return sum(step.computed for step in self.steps)
 
 
-def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> Summary:
+def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries: Sequence[Audit] = ()) -> Summary:
     """Audit the staged outputs, make them public, and say what happened.
 
     AuditError, and nothing is published, when rows are missing or more of them failed than the job allows.
@@ -97,7 +99,7 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> Summa
             if each.unusable is not None
         ),
     ]
-    _audit(job, run, outputs)
+    audits = audit(job, run, outputs, list(ledger.published_receipts()), canaries)
     samples = _samples(job, ledger, written)
     faults = list(_quarantined(job, ledger, written, unusable))
     if faults and job.on_error == "raise":
@@ -127,62 +129,20 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> Summa
             for index, step in enumerate(job.steps)
         ),
         samples=tuple(samples),
+        audits=audits,
         seconds=time.time() - run.began,
     )
 
 
 def _origins(job: JobConfig, written: Sequence[OutputReceipt]) -> dict[str, StepOrigin]:
     models = {receipt.step: receipt.model for output in written[:1] for receipt in output.answers}
-    settings = {step.name: step.model_dump(mode="json", exclude={"name", "model"}) for step in job.steps}
+    settings = {step.name: answer_settings(step) for step in job.steps}
     return {step: StepOrigin(settings=settings[step], model=model) for step, model in models.items()}
 
 
 def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
     """The output with the receipts of the answers as they lie on disk: a cached output may tell of an older run's."""
     return output.model_copy(update={"answers": tuple(ledger.read_answers(each.key)[0] for each in output.answers)})
-
-
-def _audit(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> None:
-    planned = [fragment.name for fragment in run.plan.fragments]
-    seen = [output.fragment.name for output in outputs]
-    if seen != planned:
-        missing = sorted(set(planned) - set(seen))
-        raise AuditError(f"{job.data.output}: nothing published: fragments without output: {missing[:5]}.")
-    lost = sum(output.fragment.rows for output in outputs if output.unusable is not None) + _rows_out_of_reach(run)
-    failed = lost + sum(output.faulty_rows for output in outputs if output.unusable is None)
-    rows = run.plan.rows + _rows_out_of_reach(run)
-    if rows and failed == rows:
-        raise AuditError(
-            f"{job.data.output}: nothing published: all {rows} rows failed: {_most_frequent(run, outputs)}."
-        )
-    if failed > job.max_error_rate * rows:
-        raise AuditError(
-            f"{job.data.output}: nothing published: {failed} of {rows} rows failed ({failed / rows:.1%}), "
-            f"max_error_rate allows {job.max_error_rate:.1%}: {_most_frequent(run, outputs)}. "
-            "Answers are kept: mend the input or raise max_error_rate, and run again."
-        )
-
-
-def _rows_out_of_reach(run: Run) -> int:
-    """Rows of the files that cannot be read, as many as their size suggests: their footers cannot be asked.
-
-    None in a limited run, which may never have come to them.
-    """
-    if run.plan.limit is not None:
-        return 0
-    sizes = {fragment.source: fragment.stamp[0] for fragment in run.plan.fragments}
-    lost_bytes = sum(fault.size_bytes for fault in run.plan.unusable)
-    return round(lost_bytes * run.plan.rows / sum(sizes.values())) if sum(sizes.values()) else 0
-
-
-def _most_frequent(run: Run, outputs: Sequence[OutputReceipt]) -> str:
-    faults: Counter[str] = Counter({"in unreadable files": _rows_out_of_reach(run)})
-    for output in outputs:
-        if output.unusable is not None:
-            faults["in unreadable files"] += output.fragment.rows
-        for answers in output.answers:
-            faults.update({kind: count for kind, count in answers.faults.items() if kind != "earlier_step_failed"})
-    return ", ".join(f"{count} {kind}" for kind, count in faults.most_common(3) if count)
 
 
 def _step_summary(name: str, run: Run, receipts: Sequence[AnswersReceipt]) -> StepSummary:
@@ -200,20 +160,13 @@ def _step_summary(name: str, run: Run, receipts: Sequence[AnswersReceipt]) -> St
         answers=sum(receipt.rows for receipt in receipts),
         computed=computed,
         reused=sum(receipt.known_rows if receipt.run == run.id else receipt.rows for receipt in receipts),
-        faults=_total(receipt.faults for receipt in receipts),
-        labels=_total(receipt.labels for receipt in receipts),
+        faults=total(receipt.faults for receipt in receipts),
+        labels=total(receipt.labels for receipt in receipts),
         prompt_tokens=sum(receipt.prompt_tokens for receipt in receipts),
         completion_tokens=sum(receipt.completion_tokens for receipt in receipts),
         rows_per_second=computed / seconds if seconds else None,
         tokens_per_second=tokens / seconds if seconds else None,
     )
-
-
-def _total(counts: Iterator[dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for each in counts:
-        total.update(each)
-    return dict(total.most_common())
 
 
 def _samples(job: JobConfig, ledger: Ledger, written: Sequence[OutputReceipt]) -> list[dict[str, Any]]:
@@ -275,6 +228,7 @@ def describe(summary: Summary) -> str:
         lines += ["", f"{summary.faulty_rows} rows failed, files left out: {len(summary.unusable)}"]
         lines += [f"  {fault.reason}" for fault in summary.unusable]
         lines.append(f"  each row with its reason: {Path(summary.output) / QUARANTINE}")
+    lines += ["", *(f"audit {each}" for each in summary.audits)] if summary.audits else []
     if summary.kept_sources:
         lines += ["", f"{summary.kept_sources} sources that were not in this run stay published."]
     for sample in summary.samples:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 
-from glmbatch import pipeline, publishing
+from glmbatch import canary, pipeline, publishing
+from glmbatch.audits import Audit
 from glmbatch.config import JobConfig
 from glmbatch.data.ledger import AnswersReceipt, OutputReceipt
-from glmbatch.planning import FragmentWork, Run
+from glmbatch.planning import Assignment, FragmentWork, Run
 from tasks.policies import machine_failed
 
 
@@ -37,6 +39,19 @@ def write(job: JobConfig, work: FragmentWork, answers: list[AnswersReceipt]) -> 
 @task(
     name="publish", task_run_name="publish {job.data.output}", cache_policy=NO_CACHE, retry_condition_fn=machine_failed
 )
-def publish(job: JobConfig, run: Run, outputs: list[OutputReceipt]) -> publishing.Summary:
+def publish(job: JobConfig, run: Run, outputs: list[OutputReceipt], canaries: list[Audit]) -> publishing.Summary:
     """Audit what is staged, make it public, and say what happened."""
-    return publishing.publish(job, run, outputs)
+    return publishing.publish(job, run, outputs, canaries)
+
+
+@task(
+    name="check canary",
+    task_run_name="check canary {job.canary}",
+    cache_policy=NO_CACHE,
+    retry_condition_fn=machine_failed,
+)
+def check_canary(
+    job: JobConfig, assignments: Sequence[Assignment], run: str, outputs: list[OutputReceipt]
+) -> list[Audit]:
+    """Ask the loaded models about the frozen rows, and compare."""
+    return canary.check_canary(job, assignments, run, outputs)

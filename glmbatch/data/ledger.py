@@ -64,6 +64,8 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     known_rows: int = 0
     faults: dict[str, int] = {}
     labels: dict[str, int] = {}
+    finish_reasons: dict[str, int] = {}
+    empty_answers: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     began: float = 0.0

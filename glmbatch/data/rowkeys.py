@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
-from glmbatch.config import GenerateStep, JobConfig, Step
+from glmbatch.config import AUDITS, GenerateStep, JobConfig, Step
 from glmbatch.data.fragments import Fragment
 
 # Raise it by hand when the same settings, weights and prompt give another answer than before.
@@ -24,16 +25,21 @@ def _digest(parts: object) -> str:
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[: 2 * KEY_BYTES]
 
 
+def answer_settings(step: Step) -> dict[str, Any]:
+    """The settings of `step` that change its answers; its name, its audits and its model's place do not."""
+    settings = step.model_dump(mode="json", exclude={"name", "model", *AUDITS})
+    if isinstance(step, GenerateStep) and step.temperature == 0:
+        for unused in ("top_p", "top_k", "seed"):
+            del settings[unused]
+    return settings
+
+
 def step_key(step: Step, model_identity: str) -> str:
     """Key of everything that changes the answers of `step` except the rows; its name and speed settings do not.
 
     `model_identity` stands for weights, tokenizer and numerics.
     """
-    settings = step.model_dump(mode="json", exclude={"name", "model"})
-    if isinstance(step, GenerateStep) and step.temperature == 0:
-        for unused in ("top_p", "top_k", "seed"):
-            del settings[unused]
-    return _digest([ANSWERS_VERSION, settings, model_identity])
+    return _digest([ANSWERS_VERSION, answer_settings(step), model_identity])
 
 
 def row_key(step_key: str, prompt: str) -> bytes:

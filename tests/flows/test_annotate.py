@@ -27,7 +27,7 @@ Write = Callable[..., Path]
 # The flow with an engine whose first use fails, as a lost device would.
 FLAKY = """
 import sys
-from glmbatch import pipeline
+from glmbatch import asking
 from glmbatch.errors import TransientError
 from glmbatch.glm.engine import load_engine
 from glmbatch.jobfile import load_job
@@ -40,7 +40,7 @@ def load_at_second_try(*arguments):
         raise TransientError("the device was lost")
     return load_engine(*arguments)
 
-pipeline.load_engine = load_at_second_try
+asking.load_engine = load_at_second_try
 from flows.annotate import annotate
 summary = annotate(load_job(sys.argv[1]))
 print(summary.computed)

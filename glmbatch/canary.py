@@ -1,0 +1,116 @@
+"""A few rows whose answers are known to be good: a run that asks the model asks it about them too, and is held to them.
+
+A model that was damaged, swapped or set up otherwise answers them differently, whatever its files say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from glmbatch.asking import ask, prompts_of
+from glmbatch.audits import Audit
+from glmbatch.config import AnyStep, ClassifyStep, JobConfig, answer_columns
+from glmbatch.data.ledger import MANIFEST, Ledger, OutputReceipt
+from glmbatch.data.parquet import open_parquet, prompt_values, write_table
+from glmbatch.data.rowkeys import row_key
+from glmbatch.data.storage import committed, writable
+from glmbatch.errors import InputError, UnusableFile
+from glmbatch.planning import Assignment
+from glmbatch.steps.classify import Choice
+from glmbatch.steps.generate import Writing
+from glmbatch.steps.prompt import Prompt, RowFault
+
+# How far a label's score may move by rounding alone: in bfloat16 other batches move it by some thousandths.
+SCORE_TOLERANCE = 0.02
+
+
+def freeze(output: str | Path, file: str | Path, rows: int) -> int:
+    """Write up to `rows` published rows without fault, spread over all files, to `file`; returns how many."""
+    ledger = Ledger(output)
+    manifest = ledger.manifest()
+    if manifest is None or not manifest.files:
+        raise InputError(f"{output}: there is no {MANIFEST} with files, so there are no answers to freeze.")
+    if Path(file).resolve().is_relative_to(Path(output).resolve()):
+        raise InputError(f"{file}: lies in the output, where it would be read as answers. Name another place.")
+    tables = []
+    each = -(-rows // len(manifest.files))
+    for published in manifest.files:
+        with open_parquet(ledger.root / published.output_name) as opened:
+            table = opened.read()
+        fine = pa.array([True] * len(table), pa.bool_())
+        for step in published.step_keys:
+            fine = pc.and_(fine, table.column(f"{step}_error").is_null().combine_chunks())
+        sound = table.filter(fine)
+        apart = max(1, len(sound) // each)
+        tables.append(sound.take(list(range(0, len(sound), apart))[:each]))
+    frozen = pa.concat_tables(tables, promote_options="permissive").slice(0, rows)
+    if not len(frozen):
+        raise InputError(f"{output}: no row is without fault, so there are no answers to freeze.")
+    with committed(Path(file)) as partial, writable(Path(file)):
+        write_table(partial, frozen.schema.remove_metadata(), iter(frozen.to_batches()), {})
+    return len(frozen)
+
+
+def check_canary(
+    job: JobConfig, assignments: Sequence[Assignment], run: str, outputs: Sequence[OutputReceipt]
+) -> list[Audit]:
+    """For each step, the share of the frozen rows that its loaded model answers otherwise than when they were frozen.
+
+    None where the job has no canary, and for steps of which `run` asked the model nothing. A later step's prompts use
+    the frozen answers of earlier ones, so each step is held to its own. InputError when the file does not fit the job.
+    """
+    if job.canary is None:
+        return []
+    asked = {
+        receipt.step
+        for output in outputs
+        for receipt in output.answers
+        if receipt.run == run and receipt.computed_rows and output.unusable is None
+    }
+    table = _frozen(job, job.canary)
+    return [_audit(job, each, table) for each in assignments if each.step in asked]
+
+
+def _frozen(job: JobConfig, file: str) -> pa.Table:
+    needed = {column for step in job.steps for column in job.source_columns(step).values()}
+    needed |= {column for step in job.steps for column in answer_columns(step)[:2]}
+    try:
+        with open_parquet(Path(file)) as opened:
+            table = opened.read()
+    except (UnusableFile, OSError) as error:
+        raise InputError(f"{file}: {error} Set canary.") from error
+    missing = sorted(needed - set(table.column_names))
+    if missing or not len(table):
+        raise InputError(f"{file}: has {len(table)} rows, and no column {missing}. Freeze rows of this job anew.")
+    return table
+
+
+def _audit(job: JobConfig, assignment: Assignment, table: pa.Table) -> Audit:
+    step = job.steps[assignment.step_index]
+    columns = {**job.source_columns(step), **{name: name for name in job.earlier_steps(step)}}
+    values = {name: prompt_values(table.column(column)) for name, column in columns.items()}
+    rows = [{name: values[name][row] for name in values} for row in range(len(table))]
+    prompts = prompts_of(job, assignment, step, rows)
+    keys = [row_key(assignment.step_key, each.text) if isinstance(each, Prompt) else None for each in prompts]
+    asked = {key: each for key, each in zip(keys, prompts, strict=True) if isinstance(each, Prompt) and key}
+    _, answers = ask(job, assignment, asked, counted=False)
+    expected = table.select(answer_columns(step)[:2]).to_pylist()
+    changed = sum(key is None or not _same(step, answers[key], row) for key, row in zip(keys, expected, strict=True))
+    return Audit(
+        step=step.name,
+        what=f"share of {len(table)} canary rows that changed",
+        measured=changed / len(table),
+        allowed=job.max_canary_change,
+    )
+
+
+def _same(step: AnyStep, answer: Choice | Writing | RowFault, expected: dict[str, object]) -> bool:
+    if isinstance(answer, Choice) and isinstance(step, ClassifyStep):
+        score = expected[f"{step.name}_score"]
+        moved = abs(answer.scores[answer.label] - score) if isinstance(score, float) else 1.0
+        return answer.label == expected[step.name] and moved <= SCORE_TOLERANCE
+    return isinstance(answer, Writing) and answer.text == expected[step.name]

@@ -1,0 +1,120 @@
+"""Killed at random moments, run again, the output is that of an undisturbed run, and nothing committed is done twice.
+
+Whole processes, as a user starts them, against a real server: kill -9 of the run (worker and flow are one process), or
+of the server under it. KILLS sets how many (50 for an acceptance), KILLS_SEED which.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.dataset as ds
+import pytest
+import yaml
+
+from flows.server import own_server
+from glmbatch.verification import verify
+from tests.conftest import ROOT
+
+pytestmark = [pytest.mark.prefect, pytest.mark.slow]
+Settings = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+KILLS = int(os.environ.get("KILLS", "3"))
+SEED = int(os.environ.get("KILLS_SEED", "1"))
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> Callable[[str], str]:
+    """The job file of a run that writes to the given folder."""
+    for day in range(3):
+        write_source(f"day={day}/a.parquet", {"text": [f"day {day} row {row}" for row in range(30)] + [None]})
+
+    def write(out: str) -> str:
+        path = tmp_path / f"{out}.yaml"
+        path.write_text(yaml.safe_dump(job_settings(data__output=str(tmp_path / out))))
+        return str(path)
+
+    return write
+
+
+def start(environment: dict[str, str], job: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "glmbatch.cli", "run", job]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, env={**os.environ, **environment}, cwd=ROOT, start_new_session=True, **quiet)  # type: ignore[call-overload,no-any-return]
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    table = ds.dataset(out, partitioning=None).to_table()
+    return sorted(table.to_pylist(), key=lambda row: str(row["text"]))
+
+
+def committed(out: Path) -> dict[str, bytes]:
+    """Answers that lie whole in the output."""
+    return {path.name: path.read_bytes() for path in (out / "_glmbatch" / "answers").glob("[!.]*.parquet")}
+
+
+def test_a_killed_run_goes_on_to_the_same_output(
+    prefect_server: dict[str, str], job_file: Callable[[str], str], tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    assert start(prefect_server, job_file("undisturbed")).wait(300) == 3
+    seconds = time.monotonic() - began
+    expected = rows(tmp_path / "undisturbed")
+    moments = random.Random(SEED)
+    for number in range(KILLS):
+        out, job = tmp_path / f"out-{number}", job_file(f"out-{number}")
+        process = start(prefect_server, job)
+        # Imports take the first third; after them something is always being written.
+        after = seconds * moments.uniform(0.3, 1.0)
+        try:
+            process.wait(after)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        kept = committed(out)
+        assert start(prefect_server, job).wait(300) == 3, f"kill {number} after {after:.2f} s"
+        assert rows(out) == expected, f"kill {number} after {after:.2f} s"
+        found = verify(out)
+        assert found.findings == (), f"kill {number} after {after:.2f} s: {found.findings}"
+        again = committed(out)
+        assert all(again[name] == content for name, content in kept.items() if name in again)
+        assert kept.keys() <= again.keys(), "no committed inference was repeated"
+
+
+def test_a_killed_server_costs_the_run_and_not_the_work(
+    job_file: Callable[[str], str], tmp_path: Path, prefect_server: dict[str, str]
+) -> None:
+    job = job_file("out")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PREFECT_HOME", str(tmp_path / "home"))
+        with own_server() as address:
+            lost = {
+                "PREFECT_API_URL": address,
+                "PREFECT_HOME": str(tmp_path / "home"),
+                "PREFECT_CLIENT_MAX_RETRIES": "0",
+            }
+            process = start(lost, job)
+            until = time.monotonic() + 120
+            while not committed(tmp_path / "out") and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.02)
+            kept = committed(tmp_path / "out")
+            port = address.split(":")[2].split("/")[0]
+            for child in psutil.Process().children():
+                if port in child.cmdline():
+                    os.killpg(child.pid, signal.SIGKILL)
+            code = process.wait(300)
+    assert code in (1, 3), "it says that it failed, or it had no more need of the server"
+    assert start(prefect_server, job).wait(300) == 3
+    assert verify(tmp_path / "out").findings == ()
+    assert kept.keys() <= committed(tmp_path / "out").keys()
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["files"]
