@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import pyarrow as pa
 
 from glmbatch.config import AnyStep, ClassifyStep, GenerateStep, JobConfig
-from glmbatch.data.known import KnownAnswers
+from glmbatch.data.known import Hold, KnownAnswers
 from glmbatch.data.ledger import Ledger
 from glmbatch.errors import InputError, TransientError
 from glmbatch.glm.engine import Engine, load_engine
@@ -32,6 +33,14 @@ logger = logging.getLogger(__name__)
 # The answers that need not be asked for again, of the run that is on.
 _KNOWN: dict[tuple[str, str, str, str], KnownAnswers] = {}
 _KNOWN_LOCK = threading.Lock()
+
+
+def forget_answers(output: str) -> None:
+    """Let go the indexes over `output`."""
+    root = str(Path(output).resolve())
+    with _KNOWN_LOCK:
+        for key in [key for key in _KNOWN if key[0] == root]:
+            del _KNOWN[key]
 
 
 def prompts_of(
@@ -66,21 +75,21 @@ def _max_input_tokens(step: AnyStep, model: Model, tokenizer: Tokenizer) -> int:
 
 
 def answers_to(
-    job: JobConfig, assignment: Assignment, asked: Mapping[bytes, Prompt], known: KnownAnswers, mine: set[bytes]
+    job: JobConfig, assignment: Assignment, asked: Mapping[bytes, Prompt], known: KnownAnswers, hold: Hold
 ) -> tuple[pa.Table, dict[str, float]]:
     """The answers under the keys `asked`, each once, in any order, and what they took.
 
-    What is known is taken as it is; of the rest, the model is asked about the keys that are `mine`, and about another
+    What is known is taken as it is; of the rest, the model is asked about the keys on `hold`, and about another
     fragment's only where that one failed to commit them.
     """
     step, key_column = job.steps[assignment.step_index], f"{assignment.step}_key"
     found = known.find(asked)
     left = {key: asked[key] for key in asked.keys() - set(found.column(key_column).to_pylist())}
-    first = {key: prompt for key, prompt in left.items() if key in mine}
+    first = {key: prompt for key, prompt in left.items() if key in hold.mine}
     began, values = ask(job, assignment, first) if first else (time.time(), {})
-    others = {key: prompt for key, prompt in left.items() if key not in mine}
+    others = {key: prompt for key, prompt in left.items() if key not in hold.mine}
     if others:
-        known.wait_for(others)
+        hold.wait_for_others()
         theirs = known.find(others)
         found = pa.concat_tables([found, theirs])
         lost = {key: others[key] for key in others.keys() - set(theirs.column(key_column).to_pylist())}
@@ -99,11 +108,11 @@ def answers_to(
 
 
 def known_answers(job: JobConfig, assignment: Assignment, ledger: Ledger) -> KnownAnswers:
-    """One index for each step of a run, which its fragments add to."""
+    """One index for each step of a run, which its fragments add to; those of the output's earlier runs are let go."""
     key = (str(ledger.root.resolve()), assignment.run, assignment.step, assignment.step_key)
     with _KNOWN_LOCK:
         if key not in _KNOWN:
-            for other in [other for other in _KNOWN if other[:2] != key[:2]]:
+            for other in [other for other in _KNOWN if other[0] == key[0] and other[1] != key[1]]:
                 del _KNOWN[other]
             step = job.steps[assignment.step_index]
             _KNOWN[key] = KnownAnswers(

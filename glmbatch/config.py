@@ -74,6 +74,11 @@ class DataConfig(Settings):
     rows_per_fragment: int = Field(
         10_000, ge=1, le=10_000_000, description="Rows in one unit of work, retry and commit."
     )
+    missing_sources: Literal["keep", "drop"] = Field(
+        "keep",
+        description="What becomes of published rows whose file is there no more: keep, for a landing folder that is "
+        "emptied; drop, for full snapshots that are split or written under other names.",
+    )
     limit: int | None = Field(None, ge=1, description="Process only the first so many rows; empty: all.")
 
 
@@ -239,7 +244,11 @@ class JobConfig(Settings):
         "that asks the model asks it about them too. Empty: no audit.",
     )
     max_canary_change: float = Field(
-        0.0, ge=0, le=1, description="Share of canary rows whose answers may differ; beyond it nothing is published."
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of canary rows whose answers may differ; beyond it nothing is published. In half precision "
+        "a text counts as the same that begins as it did (a quarter of it); 0.1 leaves room for rounding.",
     )
     retry_failed: bool = Field(
         True,

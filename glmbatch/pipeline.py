@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from glmbatch.asking import answers_to, known_answers, prompts_of
+from glmbatch.asking import answers_to, forget_answers, known_answers, prompts_of
 from glmbatch.canary import check_canary
 from glmbatch.config import AnyStep, ClassifyStep, JobConfig
 from glmbatch.data.fragments import read_fragment
@@ -57,8 +57,9 @@ def run_job(job: JobConfig) -> Summary:
             write_output(job, each, [receipt for _, receipt in sorted(answers[each.fragment.name].items())])
             for each in work.fragments
         ]
-        return publish(job, run, outputs, check_canary(job, work.fragments[0].assignments, run.id, outputs))
+        return publish(job, run, outputs, check_canary(job, work.fragments[0].assignments))
     finally:
+        forget_answers(job.data.output)
         Ledger(job.data.output).close()
 
 
@@ -95,8 +96,8 @@ def answer(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
     asked = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if isinstance(prompt, Prompt) and key}
     PROGRESS.add(len(prompts) - len(asked), computed=False)
     known = known_answers(job, assignment, ledger)
-    with known.hold(asked) as mine:
-        distinct, measured = answers_to(job, assignment, asked, known, mine)
+    with known.hold(asked) as hold:
+        distinct, measured = answers_to(job, assignment, asked, known, hold)
         table = _in_rows(assignment, step, distinct, prompts, keys)
         _refuse_under_raise(job, assignment, table.column(f"{step.name}_error").to_pylist())
         receipt = receipt.model_copy(update=_counts(step, table) | measured)

@@ -252,7 +252,8 @@ def _refuse_mixing(job: JobConfig, plan: Plan, keys: dict[str, str]) -> None:
     manifest = Ledger(job.data.output).manifest()
     replaced = {fragment.source for fragment in plan.fragments}
     for file in manifest.files if manifest and manifest.limit is None else ():
-        if file.source not in replaced and file.step_keys != keys:
+        dropped = job.data.missing_sources == "drop" and not (Path(plan.root) / file.source).exists()
+        if file.source not in replaced and not dropped and file.step_keys != keys:
             raise InputError(
                 f"{job.data.output}: {file.output_name} was answered with other settings or weights, and this run "
                 f"cannot replace it: {file.source} is not in it, or not readable. Set data.output to another folder."

@@ -118,8 +118,8 @@ class _Looker:
         """Count the rows of one step; returns each row's answer where it is known."""
         place = (assignment.fragment.source, assignment.step)
         counts, reasons, rows = self._counts[place], self._reasons[place], assignment.fragment.rows
-        counts["rows"] += rows
         known, outcomes = self._known(assignment, answers)
+        counts["rows"] += rows
         changed = _what_changed(self._job.steps[assignment.step_index], assignment, self._manifest)
         found: list[str | RowFault | None] = []
         for outcome in outcomes:

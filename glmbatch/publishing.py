@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel
 
+from glmbatch.asking import forget_answers
 from glmbatch.audits import Audit, audit, total
 from glmbatch.config import JobConfig
 from glmbatch.data.fragments import FileFault, read_fragment
@@ -99,7 +100,9 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
             if each.unusable is not None
         ),
     ]
-    audits = audit(job, run, outputs, list(ledger.published_receipts()), canaries)
+    reread = iter(written)
+    outputs = [each if each.unusable is not None else next(reread) for each in outputs]
+    audits = audit(job, run, outputs, ledger.published_receipts(), canaries)
     samples = _samples(job, ledger, written)
     faults = list(_quarantined(job, ledger, written, unusable))
     if faults and job.on_error == "raise":
@@ -108,13 +111,14 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
             f"{job.data.output}: nothing published: {first['source']}: row {first.get('row')}, step "
             f"{first.get('step')!r}: {first['error']}. Mend the row, or set on_error to quarantine."
         )
-    manifest = merged_manifest(run.id, run.plan, before, written, unusable).model_copy(
-        update={"steps": _origins(job, written)}
-    )
+    manifest = merged_manifest(
+        run.id, run.plan, before, written, unusable, keep_missing=job.data.missing_sources == "keep"
+    ).model_copy(update={"steps": _origins(job, written)})
     stay = {file.source for file in manifest.files} - {output.fragment.source for output in written}
     lines = [*ledger.quarantine(stay), *faults]
     ledger.publish(manifest, written, pa.Table.from_pylist(lines, QUARANTINE_SCHEMA))
     ledger.close()
+    forget_answers(job.data.output)
     return Summary(
         run=run.id,
         output=job.data.output,

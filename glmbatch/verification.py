@@ -1,4 +1,4 @@
-"""`glmbatch verify`: proof, without a model, that an output is as its manifest says and holds all rows of its sources.
+"""`glmbatch verify`: proof, without a model, that an output is as its manifest says, with all rows of its sources.
 
 Reads; changes nothing. A finding names the file, the row where one is to blame, and what is wrong.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +53,7 @@ def verify(output: str | Path) -> Verification:
     manifest = ledger.manifest()
     if manifest is None:
         raise InputError(f"{output}: there is no {MANIFEST}, so nothing is published here. Give the job's data.output.")
+    _source_digest.cache_clear()
     findings = [*_strangers(ledger, manifest), *_mixed_keys(manifest), *_gaps(manifest)]
     faulty: Counter[str] = Counter()
     for file in manifest.files:
@@ -73,6 +75,12 @@ def describe(verification: Verification) -> str:
         end += f"; not compared with {counts['unchecked']} sources, which are gone or newer"
     head = f"{verification.output}: {verification.files} files, {verification.rows} rows: {end}"
     return "\n".join([*(str(finding) for finding in verification.findings), head])
+
+
+@lru_cache(maxsize=1024)
+def _source_digest(path: Path) -> str:
+    """Taken once: a source has many fragments."""
+    return digest_file(path)
 
 
 def _wrong(file: str, what: str, row: int | None = None) -> Finding:
@@ -116,7 +124,7 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
         total = _rows_of(Path(manifest.root) / source)
         same = all(file.source_digest == files[0].source_digest for file in files)
         if same and total is not None and at < total and manifest.limit is None and source not in damaged:
-            digest = digest_file(Path(manifest.root) / source)
+            digest = _source_digest(Path(manifest.root) / source)
             if digest == files[0].source_digest:
                 yield _wrong(files[-1].output_name, f"rows {at} to {total - 1} of {source} are in no file")
 
@@ -169,6 +177,9 @@ def _answer_findings(
     """Every row has an answer or a reason, for every step; and as many reasons as the receipt counts."""
     names = [f"{step.step}{end}" for step in receipt.answers for end in ("", "_error", "_key")]
     with open_parquet(path) as opened:
+        missing = sorted(set(names) - set(opened.schema_arrow.names))
+        if missing:
+            raise UnusableFile(f"has no column {missing[0]!r}")
         table = opened.read(columns=names)
     if len(table) != file.rows:
         yield _wrong(file.output_name, f"has {len(table)} rows, {MANIFEST} says {file.rows}")
@@ -195,13 +206,16 @@ def _source_findings(source: Path, path: Path, file: PublishedFile, receipt: Out
     if not source.is_file():
         yield Finding(kind="unchecked", file=file.output_name, what=f"{source} is gone")
         return
-    if digest_file(source) != file.source_digest:
+    if _source_digest(source) != file.source_digest:
         yield Finding(kind="unchecked", file=file.output_name, what=f"{source} was changed after it was answered")
         return
     fragment = receipt.fragment
-    with open_parquet(source) as opened:
-        names = opened.schema_arrow.names
+    with open_parquet(source) as opened, open_parquet(path) as published:
+        names, there = opened.schema_arrow.names, set(published.schema_arrow.names)
     for name in names:
+        if name not in there:
+            yield _wrong(file.output_name, f"has no column {name!r}, which {source} has")
+            continue
         theirs = _column(source, fragment.row_groups, fragment.skip_rows, fragment.rows, name)
         ours = _column(path, None, 0, file.rows, name)
         if ours.equals(theirs):

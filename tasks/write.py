@@ -50,8 +50,6 @@ def publish(job: JobConfig, run: Run, outputs: list[OutputReceipt], canaries: li
     cache_policy=NO_CACHE,
     retry_condition_fn=machine_failed,
 )
-def check_canary(
-    job: JobConfig, assignments: Sequence[Assignment], run: str, outputs: list[OutputReceipt]
-) -> list[Audit]:
+def check_canary(job: JobConfig, assignments: Sequence[Assignment]) -> list[Audit]:
     """Ask the loaded models about the frozen rows, and compare."""
-    return canary.check_canary(job, assignments, run, outputs)
+    return canary.check_canary(job, assignments)

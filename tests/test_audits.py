@@ -78,10 +78,16 @@ def test_answers_that_are_cut_off_are_not_published(
 def test_empty_answers_are_counted(write_source: Write, job_settings: Settings, rows: list[str | None]) -> None:
     write_source("a.parquet", {"text": rows})
     settings = job_settings()
-    settings["steps"][1] |= {"max_empty_rate": 1.0}
+    first = run(settings)
+    assert first.audits == ()
+    begin = str(first.samples[0]["reply"])[:1]
+    settings["steps"][1] |= {"stop": [begin], "max_empty_rate": 1.0}
     (audit,) = run(settings).audits
     assert (audit.step, audit.what) == ("reply", "share of empty answers")
-    assert 0 <= audit.measured <= 1
+    settings["steps"][1]["max_empty_rate"] = 0.0
+    assert audit.measured > 0
+    with pytest.raises(AuditError, match=r"share of empty answers 0\.\d+|share of empty answers 1\.000"):
+        run(settings)
 
 
 def test_the_index_of_a_known_shift() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import pytest
 
 from glmbatch import asking
 from glmbatch.config import JobConfig
-from glmbatch.data.known import KnownAnswers
+from glmbatch.data.known import Hold, KnownAnswers
 from glmbatch.glm.engine import ClassifyResult
 from glmbatch.glm.torch_engine import TorchEngine
 from glmbatch.pipeline import run_job
 from glmbatch.publishing import Summary
+from glmbatch.verification import verify
 from tests.conftest import CAUSAL
 
 Settings = Callable[..., dict[str, Any]]
@@ -84,8 +87,22 @@ def test_the_same_rows_in_other_files_cost_nothing(
         settings = job_settings(data__rows_per_fragment=13)
     else:
         write_source("a.parquet", {"text": texts(), "new": list(range(ROWS))})
+    settings["data"]["missing_sources"] = "drop"
     assert computed(settings) == [0, 0]
     assert answers(tmp_path) == published
+    assert len(ds.dataset(tmp_path / "out", partitioning=None).to_table()) == ROWS
+    assert verify(tmp_path / "out").findings == ()
+
+
+def test_rows_of_a_file_that_is_gone_stay_unless_the_job_says_otherwise(
+    published: dict[str, Any], write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "in" / "a.parquet").unlink()
+    write_source("b.parquet", {"text": texts(0, 11)})
+    assert run(job_settings()).kept_sources == 1
+    assert len(ds.dataset(tmp_path / "out", partitioning=None).to_table()) == ROWS + 11
+    assert run(job_settings(data__missing_sources="drop")).kept_sources == 0
+    assert len(ds.dataset(tmp_path / "out", partitioning=None).to_table()) == 11
 
 
 def test_a_step_under_another_name_reuses_its_answers(
@@ -192,15 +209,6 @@ def test_only_rows_that_failed_are_tried_again_and_only_by_choice(
     assert (again.computed, again.faulty_rows) == (FAILED, 0)
 
 
-def test_fragments_at_work_at_once_do_not_ask_about_one_row_twice() -> None:
-    known = KnownAnswers([], "mood", pa.schema([pa.field("mood_key", pa.binary(16))]), retry_failed=True)
-    one, two, three = (bytes([number]) * 16 for number in range(3))
-    with known.hold([one, two]) as mine, known.hold([two, three]) as others:
-        assert (mine, others) == ({one, two}, {three})
-    with known.hold([one, two, three]) as mine:
-        assert mine == {one, two, three}
-
-
 def test_what_another_fragment_failed_to_answer_is_asked_by_who_waited(
     write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,11 +219,9 @@ def test_what_another_fragment_failed_to_answer_is_asked_by_who_waited(
 
 
 def _held_by_another(known: KnownAnswers, keys: Any) -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext(set())
+    return nullcontext(Hold(frozenset(), (), threading.Event()))
 
 
-def test_the_index_of_an_earlier_run_is_let_go(published: dict[str, Any], job_settings: Settings) -> None:
+def test_the_index_is_let_go_with_its_run(published: dict[str, Any], job_settings: Settings) -> None:
     run(job_settings())
-    assert len({run_id for _, run_id, _, _ in asking._KNOWN}) == 1
+    assert not asking._KNOWN

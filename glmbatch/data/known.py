@@ -38,6 +38,44 @@ class AnswerFile:
     digest: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Where keys stand: the first halves of them, sorted, each with its file's number and its row."""
+
+    halves_K: np.ndarray
+    places_K2: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.halves_K)
+
+    def find(self, wanted: np.ndarray) -> np.ndarray:
+        """The places [found, 2] of those halves `wanted` that are here."""
+        at = np.searchsorted(self.halves_K, wanted)
+        inside = at < len(self)
+        at, wanted = at[inside], wanted[inside]
+        found: np.ndarray = self.places_K2[at[self.halves_K[at] == wanted]]
+        return found
+
+
+def _sorted_segment(halves_K: np.ndarray, places_K2: np.ndarray) -> _Segment:
+    order = np.argsort(halves_K, kind="stable")
+    return _Segment(halves_K[order], places_K2[order])
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Keys that one caller answers (`mine`), and the earlier callers that it must wait for to have the others."""
+
+    mine: frozenset[bytes]
+    earlier: tuple[Hold, ...]
+    ended: threading.Event
+
+    def wait_for_others(self) -> None:
+        """Return once the earlier callers have committed their keys, or failed to."""
+        for other in self.earlier:
+            other.ended.wait()
+
+
 class KnownAnswers:
     """The answers under one step key, by row key; `schema` is that of the step's columns. Safe to use from threads.
 
@@ -47,13 +85,11 @@ class KnownAnswers:
     def __init__(self, files: Sequence[AnswerFile], step: str, schema: pa.Schema, *, retry_failed: bool) -> None:
         self._step, self._schema, self._retry_failed = step, schema, retry_failed
         self._lock = threading.Lock()
-        self._released = threading.Condition()
-        self._held: set[bytes] = set()
+        self._holders: dict[bytes, Hold] = {}
         self._files: list[AnswerFile] = []
-        self._unsorted = True
-        # The first half of each key, with the file and row where it stands; sorted by it when first asked.
-        self._halves: list[np.ndarray] = []
-        self._places: list[np.ndarray] = []
+        # Each at least twice as large as the next, so that a row is sorted again a few times in all.
+        self._segments: list[_Segment] = []
+        self._proved: set[int] = set()
         self._table = lru_cache(TABLES_KEPT)(self._read)
         for file in files:
             self.add(file)
@@ -66,31 +102,35 @@ class KnownAnswers:
             logger.warning("%s: its answers are not reused", error)
             return
         with self._lock:
-            self._halves.append(halves)
-            self._places.append(np.stack((np.full_like(rows, len(self._files)), rows), axis=1))
+            number = len(self._files)
             self._files.append(file)
-            self._unsorted = True
+            segment = _sorted_segment(halves, np.stack((np.full_like(rows, number), rows), axis=1))
+            while self._segments and len(self._segments[-1]) < 2 * len(segment):
+                last = self._segments.pop()
+                segment = _sorted_segment(
+                    np.concatenate((last.halves_K, segment.halves_K)),
+                    np.concatenate((last.places_K2, segment.places_K2)),
+                )
+            self._segments.append(segment)
 
     @contextmanager
-    def hold(self, keys: Collection[bytes]) -> Iterator[set[bytes]]:
-        """Those of `keys` that nobody holds, held until the end: they are being answered, and others wait for them.
+    def hold(self, keys: Collection[bytes]) -> Iterator[Hold]:
+        """Take those of `keys` that nobody holds, until the end: they are being answered.
 
-        Taken all at once, so that no two callers wait for each other.
+        All at once, and waits go only to who came before, so that no callers wait for one another in a circle.
         """
-        with self._released:
-            mine = set(keys) - self._held
-            self._held |= mine
+        with self._lock:
+            earlier = {id(hold): hold for key in keys if (hold := self._holders.get(key))}
+            mine = frozenset(key for key in keys if key not in self._holders)
+            hold = Hold(mine, tuple(earlier.values()), threading.Event())
+            self._holders.update(dict.fromkeys(mine, hold))
         try:
-            yield mine
+            yield hold
         finally:
-            with self._released:
-                self._held -= mine
-                self._released.notify_all()
-
-    def wait_for(self, keys: Collection[bytes]) -> None:
-        """Return once nobody holds any of `keys`."""
-        with self._released:
-            self._released.wait_for(lambda: self._held.isdisjoint(keys))
+            with self._lock:
+                for key in mine:
+                    del self._holders[key]
+            hold.ended.set()
 
     def find(self, keys: Collection[bytes]) -> pa.Table:
         """The answers under `keys` that are known, each once, in any order."""
@@ -103,54 +143,54 @@ class KnownAnswers:
             if table is not None:
                 found.append(table.take(pa.array(rows, pa.int64())))
         answers = pa.concat_tables(found).combine_chunks()
-        asked = set(keys)  # half a key may be another's
-        sure = [key in asked for key in answers.column(f"{self._step}_key").to_pylist()]
+        left = set(keys)  # half a key may be another's
+        sure = []
+        for key in answers.column(f"{self._step}_key").to_pylist():
+            sure.append(key in left)
+            left.discard(key)
         return answers.filter(pa.array(sure, pa.bool_()))
 
     def _look_up(self, keys: Sequence[bytes]) -> list[tuple[int, int]]:
         if not keys:
             return []
-        halves, places = self._sorted()
         wanted = np.unique(np.frombuffer(b"".join(keys), np.uint64)[::2])
-        at = np.searchsorted(halves, wanted)
-        at = at[at < len(halves)]
-        wanted = wanted[: len(at)]
-        return [(int(file), int(row)) for file, row in places[at[halves[at] == wanted]]]
-
-    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
-            if self._unsorted:
-                halves = np.concatenate([np.empty(0, np.uint64), *self._halves])
-                places = np.concatenate([np.empty((0, 2), np.int64), *self._places])
-                order = np.argsort(halves, kind="stable")
-                self._halves, self._places, self._unsorted = [halves[order]], [places[order]], False
-            return self._halves[0], self._places[0]
+            segments = list(self._segments)
+        return [(int(file), int(row)) for segment in segments for file, row in segment.find(wanted)]
 
     def _read(self, number: int) -> pa.Table | None:
         """The answers of a file; None when it is no longer what was committed."""
         file = self._files[number]
         try:
-            if not digest_file(file.path).startswith(file.digest):
+            if number not in self._proved and not digest_file(file.path).startswith(file.digest):
                 raise UnusableFile(f"{file.path}: was changed after it was written")
-            with open_parquet(file.path) as opened:
-                names = [file.step + field.name.removeprefix(self._step) for field in self._schema]
-                table = opened.read(columns=names).select(names).rename_columns(self._schema.names)
-                return table.cast(self._schema)
-        except (UnusableFile, OSError, pa.ArrowException, KeyError) as error:
+            self._proved.add(number)
+            names = [file.step + field.name.removeprefix(self._step) for field in self._schema]
+            table = _columns(file.path, names).rename_columns(self._schema.names)
+            return table.cast(self._schema)
+        except (UnusableFile, OSError, pa.ArrowException) as error:
             logger.warning("%s: its answers are not reused", error)
             return None
 
 
+def _columns(path: Path, names: Sequence[str]) -> pa.Table:
+    """The named columns, in that order; UnusableFile when one is not there."""
+    with open_parquet(path) as opened:
+        missing = sorted(set(names) - set(opened.schema_arrow.names))
+        if missing:
+            raise UnusableFile(f"{path}: has no column {missing[0]!r}")
+        return opened.read(columns=list(names)).select(list(names))
+
+
 def _halves_and_rows(file: AnswerFile, retry_failed: bool) -> tuple[np.ndarray, np.ndarray]:
     """The first 8 bytes of the row keys of `file`, and the rows where they stand."""
-    with open_parquet(file.path) as opened:
-        columns = opened.read(columns=[f"{file.step}_key", f"{file.step}_error"])
-    keys = columns.column(f"{file.step}_key").combine_chunks()
+    columns = _columns(file.path, [f"{file.step}_key", f"{file.step}_error"])
+    if columns.column(0).type != pa.binary(KEY_BYTES):
+        raise UnusableFile(f"{file.path}: its keys are {columns.column(0).type}")
+    keys = columns.column(0).combine_chunks()
     kept = keys.is_valid()
     if retry_failed:
-        kept = pc.and_(kept, columns.column(f"{file.step}_error").combine_chunks().is_null())
+        kept = pc.and_(kept, columns.column(1).combine_chunks().is_null())
     rows = np.flatnonzero(kept.to_numpy(zero_copy_only=False)).astype(np.int64)
     # Through a copy, whose buffer begins with its first value.
-    bytes_of_keys = b"".join(keys.filter(kept).to_pylist())
-    assert len(bytes_of_keys) == KEY_BYTES * len(rows)
-    return np.frombuffer(bytes_of_keys, np.uint64)[::2].copy(), rows
+    return np.frombuffer(b"".join(keys.filter(kept).to_pylist()), np.uint64)[::2].copy(), rows

@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +44,7 @@ RESULTS = "_glmbatch/results"
 LOCK = "_glmbatch/lock"
 # The locks that this process holds, by path; the system frees them when it ends, however it ends.
 _LOCKS: dict[str, int] = {}
+_COMMITTING = threading.Lock()
 
 
 class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
@@ -187,6 +189,14 @@ class Ledger:
             if receipt is not None and receipt.step_key == step_key:
                 yield AnswerFile(path, receipt.step, digest)
 
+    def unpublished_receipts(self) -> Iterator[AnswersReceipt]:
+        """The receipts of committed answers that are in no published file: of this run and of earlier ones."""
+        kept = {key for file in self._published() for key in file.answers_keys}
+        for path in sorted((self.root / ANSWERS).glob("*.parquet")):
+            receipt = _receipt(path, AnswersReceipt) if path.name.split(".")[0] not in kept else None
+            if receipt is not None:
+                yield receipt
+
     def published_receipts(self) -> Iterator[AnswersReceipt]:
         """The receipts of all published answers, as their files' footers have them."""
         for file in self._published():
@@ -196,7 +206,14 @@ class Ledger:
 
     def keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
         """Commit the answers of one step over one fragment in place of earlier ones; safe to repeat."""
+        with _COMMITTING:  # fragments with the same rows have the same key
+            return self._keep_answers(receipt, table)
+
+    def _keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
         folder = self.root / ANSWERS
+        found = _whole(folder, receipt.key, AnswersReceipt)
+        if found is not None and found[0].run == receipt.run:
+            return AnswerFile(found[1], receipt.step, found[1].name.split(".")[1])
         with partial_beside(folder / receipt.key) as partial:
             _write(partial, table.schema, iter(table.to_batches()), receipt)
             digest = digest_file(partial)[:DIGEST_CHARS]
@@ -326,14 +343,21 @@ def _whole(folder: Path, key: str, kind: type[Receipt]) -> tuple[Receipt, Path] 
     return None
 
 
-def merged_manifest(
-    run: str, plan: Plan, before: Manifest | None, outputs: Sequence[OutputReceipt], unusable: Sequence[FileFault]
+def merged_manifest(  # noqa: PLR0913 - five facts about the run and one of the job's choice
+    run: str,
+    plan: Plan,
+    before: Manifest | None,
+    outputs: Sequence[OutputReceipt],
+    unusable: Sequence[FileFault],
+    *,
+    keep_missing: bool = True,
 ) -> Manifest:
     """What is published once `outputs` are.
 
     They replace the earlier files of their sources, and of sources with the same bytes that are there no more, which
-    were renamed. Other sources stay. Of a source that could not be read whole tonight, earlier files of the same
-    bytes stay where no new one covers their rows, and all of them where nothing of it could be read.
+    were renamed. Other sources stay, those that are there no more only with `keep_missing`. Of a source that could not
+    be read whole tonight, earlier files of the same bytes stay where no new one covers their rows, and all of them
+    where nothing of it could be read.
     """
     files = [_published_file(output) for output in outputs]
     earlier = before.files if before and before.limit is None else ()
@@ -345,8 +369,8 @@ def merged_manifest(
     def stays(old: PublishedFile) -> bool:
         new = by_source.get(old.source, [])
         if not new:
-            renamed = old.source_digest in digests and not (Path(plan.root) / old.source).exists()
-            return not renamed
+            renamed = old.source_digest in digests or not keep_missing
+            return not renamed or (Path(plan.root) / old.source).exists()
         covered = any(
             file.first_row < old.first_row + old.rows and old.first_row < file.first_row + file.rows for file in new
         )

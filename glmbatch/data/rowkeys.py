@@ -16,7 +16,7 @@ from glmbatch.config import AUDITS, GenerateStep, JobConfig, Step
 from glmbatch.data.fragments import Fragment
 
 # Raise it by hand when the same settings, weights and prompt give another answer than before.
-ANSWERS_VERSION = 1
+ANSWERS_VERSION = 2
 KEY_BYTES = 16
 
 

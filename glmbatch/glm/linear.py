@@ -40,8 +40,8 @@ def choose_form(quantization: str, device: str, dtype: str) -> Form:
     """
     on_cpu, packs = device == "cpu", _has_packed()
     if quantization == "int8":
-        if not on_cpu or not packs:
-            raise InputError(f"{device}: no products in 8 bits here. Set model.quantization to none.")
+        if not on_cpu or not _has_int8():
+            raise InputError(f"{device}: no exact products in 8 bits here. Set model.quantization to none.")
         if dtype != "float32":
             raise InputError(f"int8 stands beside float32, not {dtype}. Set model.dtype to float32 or auto.")
         return "int8"
@@ -176,5 +176,17 @@ def _has_packed() -> bool:
         return bool(
             (packed.times(weight, packed.swish(weight)).diagonal() - silu(torch.tensor(1.0))).abs().max() < 1e-6
         )
+    except (RuntimeError, AttributeError):
+        return False
+
+
+@cache
+def _has_int8() -> bool:
+    """Whether sums of 8-bit products are exact: without VNNI the processor's sums of two products saturate."""
+    if not _has_packed():
+        return False
+    try:
+        full = torch.full((64, 64), 1.0)
+        return bool((Int8Product(full, None)(full) - 64).abs().max() < 1e-3)
     except (RuntimeError, AttributeError):
         return False

@@ -13,7 +13,11 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 # torch has an error class of its own for CUDA only; the CPU allocator and cuBLAS raise a bare RuntimeError.
-_MARKS = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_MARKS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
 
 
 def within_memory(work: Callable[[], Result]) -> Result | None:

@@ -9,6 +9,7 @@ Shapes: S slots, C hidden size. 2: the token of a slot and its position.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,11 @@ import torch
 from glmbatch.glm.kv_cache import BLOCK, SlotCache
 
 logger = logging.getLogger(__name__)
+
+# Graphs kept at most; each holds some megabytes of the device.
+MOST = 96
+# Recordings of two engines would disturb one another.
+_RECORDING = threading.Lock()
 
 Step = Callable[[torch.Tensor, int, SlotCache], torch.Tensor]
 Replay = Callable[[], object]
@@ -32,22 +38,26 @@ class _Recording:
 
 
 class StepGraphs:
-    """`step(inputs_2S, places, cache)`, replayed. `record` runs a function once and says how to run it again."""
+    """`step(inputs_2S, places, cache)`, replayed. A recorder runs a function once and says how to run it again."""
 
-    def __init__(self, step: Step, record: Record | None = None) -> None:
-        self._step, self._record = step, record or CudaRecorder()
+    def __init__(self, step: Step, recorder: Callable[[], Record] | None = None) -> None:
+        self._step, self._recorder = step, recorder or CudaRecorder
         self._version: int | None = None
-        self._recordings: dict[tuple[int, int], _Recording] = {}
+        self._refused: set[tuple[int, int]] = set()
+        self.forget()
 
     def __call__(self, inputs_2S: torch.Tensor, places: int, cache: SlotCache) -> torch.Tensor:
         """What `step` returns for the first S slots; only good until the next call."""
-        if self._version != cache.version:
-            self._recordings, self._version = {}, cache.version
+        if self._version != cache.version or len(self._recordings) > MOST:
+            self.forget()
+            self._version = cache.version
         slots = inputs_2S.shape[1]
         shape = min(slot_bucket(slots), cache.slots), min(place_bucket(places), cache.length)
+        if shape not in self._recordings and shape not in self._refused:
+            self._try(*shape, inputs_2S, cache)
         recording = self._recordings.get(shape)
         if recording is None:
-            recording = self._recordings[shape] = self._recorded(*shape, inputs_2S, cache)
+            return self._step(inputs_2S, places, cache)
         # Slots beyond the live ones are free: what is written into their first place is written over on entry.
         recording.inputs_2S[:, slots:] = 0
         recording.inputs_2S[:, :slots] = inputs_2S
@@ -56,33 +66,42 @@ class StepGraphs:
 
     def forget(self) -> None:
         """Give the graphs' memory back."""
-        self._recordings = {}
+        self._recordings: dict[tuple[int, int], _Recording] = {}
+        self._record = self._recorder()  # a pool of memory whose graphs are all gone cannot be used again
 
-    def _recorded(self, slots: int, places: int, inputs_2S: torch.Tensor, cache: SlotCache) -> _Recording:
+    def _try(self, slots: int, places: int, inputs_2S: torch.Tensor, cache: SlotCache) -> None:
+        """Record a step; one that cannot be recorded, for want of memory say, is run as it is from then on."""
         static_2S = inputs_2S.new_zeros(2, slots)
         static_2S[:, : inputs_2S.shape[1]] = inputs_2S
-        replay, hidden_SC = self._record(lambda: self._step(static_2S, places, cache))
-        logger.debug("recorded a step of %d slots that look at %d places", slots, places)
-        return _Recording(static_2S, replay, hidden_SC)
+        try:
+            replay, hidden_SC = self._record(lambda: self._step(static_2S, places, cache))
+        except RuntimeError as error:
+            logger.warning("a step of %d slots is not recorded: %s", slots, str(error).partition("\n")[0])
+            self._refused.add((slots, places))
+            self.forget()
+        else:
+            self._recordings[slots, places] = _Recording(static_2S, replay, hidden_SC)
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory."""
+    """Records CUDA graphs that share one pool of memory and one stream, on the thread's own device."""
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: Any = None
 
     def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()  # kernels choose their workspaces on the first run, which a recording must not see
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = work()
+        with _RECORDING:
+            if self._stream is None:
+                self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                work()  # kernels take their workspaces on the stream's first run, which no recording may see
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, such as the engine of a second model, may go on allocating meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                out = work()
         return graph.replay, out
 
 

@@ -187,6 +187,8 @@ class TorchEngine:
 
     def _work(self) -> None:
         try:
+            if self._network.device.type == "cuda":
+                torch.cuda.set_device(self._network.device)  # streams and graphs are made on the thread's own device
             with torch.inference_mode():
                 while self._receive():
                     self._turn()

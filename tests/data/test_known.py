@@ -90,29 +90,44 @@ def test_a_file_that_is_gone_changed_or_not_parquet_has_no_answers(tmp_path: Pat
     assert found(KnownAnswers(files, "mood", SCHEMA, retry_failed=True), {ONE, THREE}) == {}
 
 
-def test_a_key_is_held_by_one_caller_and_the_others_wait() -> None:
+def test_who_holds_a_key_answers_it_and_later_callers_wait_for_that_one_alone() -> None:
+    """The third caller holds, again, what the second waits for; neither may wait for the other."""
     known = KnownAnswers([], "mood", SCHEMA, retry_failed=True)
-    waited: list[str] = []
+    ended: list[str] = []
+    with known.hold([ONE]) as first:
+        second = known.hold([ONE, TWO])
+        held = second.__enter__()
+        assert (first.mine, held.mine, held.earlier) == ({ONE}, {TWO}, (first,))
 
-    def other() -> None:
-        with known.hold([TWO, THREE]) as mine:
-            assert mine == {THREE}
-            known.wait_for([TWO])
-            waited.append("done")
+        def wait() -> None:
+            held.wait_for_others()
+            ended.append("second")
 
-    with known.hold([ONE, TWO]) as mine:
-        assert mine == {ONE, TWO}
-        thread = threading.Thread(target=other)
+        thread = threading.Thread(target=wait)
         thread.start()
         thread.join(0.2)
-        assert waited == []
-    thread.join(5)
-    assert waited == ["done"]
+        assert ended == []
+    with known.hold([ONE, TWO]) as third:
+        assert (third.mine, third.earlier) == ({ONE}, (held,))
+        thread.join(5)
+        assert ended == ["second"], "it waits for the first, not for who holds the key now"
+        second.__exit__(None, None, None)
+        third.wait_for_others()
 
 
 def test_a_caller_that_fails_lets_its_keys_go() -> None:
     known = KnownAnswers([], "mood", SCHEMA, retry_failed=True)
     with pytest.raises(LookupError), known.hold([ONE]):
         raise LookupError
-    with known.hold([ONE]) as mine:
-        assert mine == {ONE}
+    with known.hold([ONE]) as hold:
+        assert (hold.mine, hold.earlier) == ({ONE}, ())
+
+
+def test_files_without_keys_or_with_keys_of_another_kind_have_no_answers(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", [ONE])
+    table = pq.read_table(file.path)
+    for number, changed in enumerate((table.drop_columns(["mood_key"]), table.set_column(2, "mood_key", [["x"]]))):
+        path = tmp_path / f"other-{number}.parquet"
+        pq.write_table(changed, path)
+        known = KnownAnswers([AnswerFile(path, "mood", digest_file(path))], "mood", SCHEMA, retry_failed=True)
+        assert found(known, {ONE}) == {}

@@ -58,9 +58,9 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return sorted(table.to_pylist(), key=lambda row: str(row["text"]))
 
 
-def committed(out: Path) -> dict[str, bytes]:
-    """Answers that lie whole in the output."""
-    return {path.name: path.read_bytes() for path in (out / "_glmbatch" / "answers").glob("[!.]*.parquet")}
+def committed(out: Path) -> set[str]:
+    """Names of the answers that lie whole in the output."""
+    return {path.name for path in (out / "_glmbatch" / "answers").glob("[!.]*.parquet")}
 
 
 def test_a_killed_run_goes_on_to_the_same_output(
@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_to_the_same_output(
     assert start(prefect_server, job_file("undisturbed")).wait(300) == 3
     seconds = time.monotonic() - began
     expected = rows(tmp_path / "undisturbed")
-    moments = random.Random(SEED)
+    moments, killed = random.Random(SEED), 0
     for number in range(KILLS):
         out, job = tmp_path / f"out-{number}", job_file(f"out-{number}")
         process = start(prefect_server, job)
@@ -81,14 +81,15 @@ def test_a_killed_run_goes_on_to_the_same_output(
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            killed += 1
         kept = committed(out)
         assert start(prefect_server, job).wait(300) == 3, f"kill {number} after {after:.2f} s"
         assert rows(out) == expected, f"kill {number} after {after:.2f} s"
         found = verify(out)
         assert found.findings == (), f"kill {number} after {after:.2f} s: {found.findings}"
-        again = committed(out)
-        assert all(again[name] == content for name, content in kept.items() if name in again)
-        assert kept.keys() <= again.keys(), "no committed inference was repeated"
+        # Their names hold the digests of their bytes, which name the run that computed them.
+        assert kept <= committed(out), "no committed inference was repeated"
+    assert killed > KILLS // 2
 
 
 def test_a_killed_server_costs_the_run_and_not_the_work(
@@ -109,12 +110,14 @@ def test_a_killed_server_costs_the_run_and_not_the_work(
                 time.sleep(0.02)
             kept = committed(tmp_path / "out")
             port = address.split(":")[2].split("/")[0]
-            for child in psutil.Process().children():
-                if port in child.cmdline():
-                    os.killpg(child.pid, signal.SIGKILL)
+            servers = [child for child in psutil.Process().children() if port in child.cmdline()]
+            for server in servers:
+                os.killpg(server.pid, signal.SIGKILL)
             code = process.wait(300)
+    assert len(servers) == 1
+    assert kept, "it was killed in the midst of the work"
     assert code in (1, 3), "it says that it failed, or it had no more need of the server"
     assert start(prefect_server, job).wait(300) == 3
     assert verify(tmp_path / "out").findings == ()
-    assert kept.keys() <= committed(tmp_path / "out").keys()
+    assert kept <= committed(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["files"]

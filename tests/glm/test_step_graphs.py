@@ -41,7 +41,7 @@ def requests() -> list[GenerateRequest]:
 
 def with_graphs(engine: TorchEngine, recorder: Recorder) -> None:
     network = engine._network
-    network._graphs = StepGraphs(network._padded_step, recorder)
+    network._graphs = StepGraphs(network._padded_step, lambda: recorder)
 
 
 @pytest.mark.parametrize("prefix_places", [0, 5])
@@ -54,6 +54,19 @@ def test_a_recorded_step_writes_what_the_plain_one_does(prefix_places: int) -> N
         recorded = {result.index: result for result in engine.generate(requests())}
     assert recorded == plain
     assert 3 * recorder.recorded < recorder.replayed, "a step is recorded once for many replays"
+
+
+def test_a_step_that_cannot_be_recorded_is_run_as_it_is() -> None:
+    def refuse(work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        raise RuntimeError("CUDA error: out of memory")
+
+    model = causal_model()
+    with engine_over(model, max_slots=11) as engine:
+        plain = {result.index: result for result in engine.generate(requests())}
+    with engine_over(model, max_slots=11) as engine:
+        network = engine._network
+        network._graphs = StepGraphs(network._padded_step, lambda: refuse)
+        assert {result.index: result for result in engine.generate(requests())} == plain
 
 
 def test_slots_are_rounded_up_by_an_eighth_at_most() -> None:
