@@ -1,230 +1,189 @@
-"""The engine beside transformers' own loop: same rows, same answers, interleaved, against the measured ceiling.
+"""Our engine beside its peers: the same rows, interleaved, answers checked, against the measured ceiling.
 
-    python benchmarks/engine.py                        classification, labels and generation on a middle model
-    python benchmarks/engine.py --shape 6b --dtype bfloat16 --device cuda      the full shape, on a GPU
+    python benchmarks/engine.py                              all tasks on one core, with every peer that is installed
+    python benchmarks/engine.py --task generate --peers transformers,vllm
+    python benchmarks/engine.py --shape 6b --dtype bfloat16 --device cuda --build seed --peers transformers
 
-Random weights: only speed is measured. The last line is one JSON object.
+Every contestant, ours too, is a process of its own. Random weights: only speed is measured. The last line is one JSON
+object. benchmarks/README.md says how peers are installed and how to read the numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import transformers
-from transformers import GlmConfig, GlmForCausalLM, GlmForSequenceClassification
+from environments import HERE, SCRIPTS, NotHere, environment, find_checkpoint, find_python
+from report import ceiling_table, decode_limit, judge, table
+from roster import OURS, OURS_INT8, PEERS, REFERENCE, WAYS, Contestant, taking_part
+from worker import Worker
+from workload import SHAPES, TASKS, Lengths, Shape, Work, make_work, part_of
 
-from glmbatch.glm.engine import ClassifyRequest, GenerateRequest
-from glmbatch.glm.torch_engine import TorchEngine
-
-SHAPES = {
-    "mid": {"hidden_size": 512, "intermediate_size": 1712, "num_hidden_layers": 8, "num_attention_heads": 8},
-    "big": {"hidden_size": 1024, "intermediate_size": 3424, "num_hidden_layers": 16, "num_attention_heads": 16},
-    "6b": {"hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 28, "num_attention_heads": 32},
-}
-VOCABULARY = {"mid": 8192, "big": 16384, "6b": 65024}
-HEAD_DIM = {"mid": 64, "big": 64, "6b": 128}
-LABELS = ((11,), (12, 13), (14, 15, 16), (14, 17), (18, 19, 20, 21), (22,), (23, 24), (25, 26, 27, 28, 29, 30))
+# Settings that the report repeats.
+KEPT = ["dtype", "device", "threads", "rows", "slow_rows", "rounds", "slots", "batch", "batch_tokens", "prefix", "seed"]
+CEILING = Contestant("ceiling", "classify")  # takes part in no task, but speaks the same protocol
 
 
 def main() -> None:
     options = _options()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    dtype, device = getattr(torch, options.dtype), options.device
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(31, 8000, length).tolist() for length in _lengths(rng, options.rows, 127, 8, 512)]
-    answers = _lengths(rng, options.rows, 50, 4, 256)
-    config = _config(options.shape)
-    ceiling = measure_gemm(config, dtype, device)
-    results = {
-        "classify": measure_classify(config, dtype, device, prompts, ceiling, options.rounds),
-        "labels": measure_labels(config, dtype, device, prompts, options.rounds),
-        "generate": measure_generate(config, dtype, device, prompts, answers, options.rounds),
-    }
-    facts = {
-        "shape": options.shape,
-        "dtype": options.dtype,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rows": options.rows,
-        "gemm_gflops": round(ceiling / 1e9, 1),
-    }
-    for name, result in results.items():
-        print(name, ", ".join(f"{key} {value}" for key, value in result.items()))
-    print(json.dumps({**facts, **results}))
+    shape = _shape(options)
+    options.cache.mkdir(parents=True, exist_ok=True)
+    ceiling = _start(CEILING, sys.executable, SCRIPTS / "ceiling.py", None, {"config": shape.config()}, options)
+    try:
+        machine = ceiling.wait_until_ready()
+        first = measure_ceiling(ceiling)
+        measured = {task: measure_task(task, shape, options) for task in options.task}
+        last = measure_ceiling(ceiling)
+    finally:
+        ceiling.stop()
+    best = {name: max(first[name], last[name]) for name in first}
+    clock = "wall_seconds" if options.device.startswith("cuda") else "cpu_seconds"
+    limit = decode_limit(shape, options.slots, options.dtype, best)
+    tasks = {task: judge(results, shape, clock, best, limit) for task, results in measured.items()}
+    print(machine)
+    print(ceiling_table(first, last, limit, options.slots))
+    for task, judged in tasks.items():
+        print(table(task, judged))
+    asked = {name: getattr(options, name) for name in KEPT}
+    reached = {"first": first, "last": last, "decode_tokens_per_second": limit}
+    facts = {"machine": machine, "shape": asdict(shape), **asked, "clock": clock}
+    print(json.dumps({**facts, "ceiling": reached, "tasks": tasks}))
+
+
+def measure_ceiling(worker: Worker) -> dict[str, float]:
+    """Operations and bytes a second that the machine reaches."""
+    flops, bandwidth = worker.run()["answers"]
+    return {"gemm_flops": flops, "bytes_per_second": bandwidth}
+
+
+def measure_task(task: str, shape: Shape, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """For each contestant its work and all its runs (the first is the warm-up), or why it is not here."""
+    prefix = options.prefix if options.prefix is not None else 100 if task == "labels" else 0
+    work = make_work(task, shape, options.rows, options.prompts, options.answers, prefix, options.seed)
+    work |= {"slots": options.slots, "batch": options.batch, "batch_tokens": options.batch_tokens}
+    some = part_of(work, options.slow_rows)
+    workers: dict[str, Worker] = {}
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        for each in taking_part(task, options.peers):
+            results[each.name] = {"work": some if each.slow else work, "runs": []}
+            try:
+                workers[each.name] = _enter(each, results[each.name]["work"], shape, options)
+            except NotHere as reason:
+                results[each.name]["not_here"] = str(reason)
+        _try(workers, results, lambda name, worker: results[name].update(version=worker.wait_until_ready()))
+        for number in range(options.rounds + 1):
+            turn = number % max(1, len(workers))
+            names = [*list(workers)[turn:], *list(workers)[:turn]]
+            _try(workers, results, lambda name, worker: results[name]["runs"].append(worker.run()), names)
+            print(f"{task}: {f'round {number}' if number else 'warm-up'} done", file=sys.stderr)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    return results
+
+
+def _enter(each: Contestant, work: Work, shape: Shape, options: argparse.Namespace) -> Worker:
+    if each.cpu_only and options.device != "cpu":
+        raise NotHere("set up for CPU only")
+    python = find_python(each, options.peers_dir)
+    checkpoint = None
+    if options.build == "checkpoint":
+        checkpoint = find_checkpoint(each, shape, options.seed, options.cache, options.peers_dir)
+    elif each.program not in {OURS, "transformers"}:
+        raise NotHere("reads a checkpoint: --build checkpoint")
+    return _start(each, python, SCRIPTS / each.script, checkpoint, work, options)
+
+
+def _start(
+    each: Contestant, python: str, script: Path, checkpoint: Path | None, work: Work, options: argparse.Namespace
+) -> Worker:
+    folder = options.cache / f"run-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    name = f"{each.task}-{each.name.replace('/', '-')}"
+    asked = folder / f"{name}.json"
+    asked.write_text(json.dumps(work))
+    command = [python, str(script), "--work", str(asked), "--task", each.task, "--way", each.way]
+    command += ["--threads", str(options.threads), "--dtype", options.dtype, "--device", options.device]
+    if checkpoint is not None:
+        command += ["--checkpoint", str(checkpoint)]
+    return Worker(command, environment(options.threads, python), folder / f"{name}.log")
+
+
+def _try(
+    workers: dict[str, Worker],
+    results: dict[str, dict[str, Any]],
+    act: Callable[[str, Worker], object],
+    names: Iterable[str] | None = None,
+) -> None:
+    """`act` on each worker; one that fails leaves, with the reason kept."""
+    for name in list(workers if names is None else names):
+        try:
+            act(name, workers[name])
+        except NotHere as reason:
+            if name in {OURS, REFERENCE}:
+                raise SystemExit(f"{name}: {reason}") from reason
+            results[name]["not_here"] = str(reason)
+            workers.pop(name).stop()
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="mid")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rows", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds; the median is reported")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; 0: torch's own choice")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--task", type=_names(TASKS), default=list(TASKS), help=f"of {', '.join(TASKS)}; default: all")
+    add("--peers", type=_names([*PEERS, *WAYS]), default=[*PEERS, OURS_INT8], help=f"of {', '.join(PEERS)}, or one/way")
+    add("--shape", choices=SHAPES, default="mid")
+    for name in asdict(SHAPES["mid"]):
+        add(f"--{name.replace('_', '-')}", type=int, help="instead of the shape's own")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--device", default="cpu")
+    add("--threads", type=int, default=1, help="of each contestant; 0: its own choice")
+    add("--rows", type=int, default=48)
+    add("--slow-rows", type=int, help="rows of those who would take too long with all; default: a quarter, 16 at most")
+    add("--rounds", type=int, default=3, help="interleaved rounds after the warm-up; medians are reported")
+    add("--prompts", type=_lengths, default=Lengths(127, 8, 512), metavar="MEAN,LEAST,MOST", help="tokens")
+    add("--answers", type=_lengths, default=Lengths(50, 4, 256), metavar="MEAN,LEAST,MOST", help="tokens")
+    add("--prefix", type=int, help="tokens that all rows begin with; default: 100 for labels, else 0")
+    add("--slots", type=int, help="rows generated at once; default: 16 on CPU, 512 on a GPU")
+    add("--batch", type=int, default=32, help="rows in a padded batch")
+    add("--batch-tokens", type=int, help="tokens in a packed batch; default: each contestant's own")
+    add("--seed", type=int, default=0)
+    add("--build", choices=("checkpoint", "seed"), help="how workers get the weights; default: seed on a GPU")
+    add("--peers-dir", type=Path, default=HERE / ".peers", help="holds an environment for each peer")
+    add("--cache", type=Path, default=HERE / ".cache", help="keeps checkpoints, and what was asked and logged")
+    options = parser.parse_args()
+    on_cpu = options.device == "cpu"
+    options.slots = options.slots or (16 if on_cpu else 512)
+    options.slow_rows = options.slow_rows or max(1, min(16, options.rows // 4))
+    options.build = options.build or ("checkpoint" if on_cpu else "seed")
+    return options
 
 
-def _lengths(rng: np.random.Generator, rows: int, mean: float, least: int, most: int) -> list[int]:
-    """Log-normal lengths, as texts have them."""
-    lengths = rng.lognormal(np.log(mean) - 0.32, 0.8, rows).clip(least, most)
-    return [int(length) for length in lengths]
+def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        asked = text.split(",")
+        if unknown := set(asked) - set(known):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not one of {', '.join(known)}")
+        return asked
+
+    return names
 
 
-def _config(shape: str) -> GlmConfig:
-    return GlmConfig(
-        **SHAPES[shape],
-        vocab_size=VOCABULARY[shape],
-        num_key_value_heads=2,
-        head_dim=HEAD_DIM[shape],
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-5,
-        attention_bias=True,
-        eos_token_id=2,
-        pad_token_id=0,
-        num_labels=4,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-    )
+def _lengths(text: str) -> Lengths:
+    mean, least, most = map(int, text.split(","))
+    return Lengths(mean, least, most)
 
 
-def measure_gemm(config: GlmConfig, dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of the largest matrix product of a layer over 2,048 tokens: no forward can be faster."""
-    left = torch.randn(2048, config.hidden_size, device=device, dtype=dtype)
-    right = torch.randn(2 * config.intermediate_size, config.hidden_size, device=device, dtype=dtype)
-    seconds = [_timed(lambda: torch.nn.functional.linear(left, right), device)[0] for _ in range(12)]
-    return float(2 * left.numel() * right.shape[0] / statistics.median(seconds))
-
-
-def measure_classify(
-    config: GlmConfig, dtype: torch.dtype, device: str, prompts: list[list[int]], ceiling: float, rounds: int
-) -> dict[str, Any]:
-    model = GlmForSequenceClassification(copy.deepcopy(config)).eval().to(device, dtype)
-    plain = copy.deepcopy(model)
-    body = sum(
-        weight.numel() for name, weight in model.model.named_parameters() if weight.dim() > 1 and "embed" not in name
-    )
-    ideal = 2 * body * sum(map(len, prompts)) / ceiling
-    engine = TorchEngine(model, eos_id=2, token_count=config.vocab_size)
-
-    def ours() -> list[int]:
-        results = engine.classify(ClassifyRequest(at, prompt) for at, prompt in enumerate(prompts))
-        scores = {result.index: result.scores for result in results}
-        return [int(np.argmax(scores[at])) for at in range(len(prompts))]
-
-    def alone() -> list[int]:
-        with torch.inference_mode():
-            return [int(plain(torch.tensor([prompt], device=device)).logits[0].argmax()) for prompt in prompts]
-
-    mine, theirs, same = _interleaved(ours, alone, device, rounds)
-    engine.close()
-    return {
-        "rows_per_second": round(len(prompts) / mine, 2),
-        "of_gemm_ceiling": round(ideal / mine, 2),
-        "times_row_by_row": round(theirs / mine, 2),
-        "same_labels": same,
-    }
-
-
-def measure_labels(
-    config: GlmConfig, dtype: torch.dtype, device: str, prompts: list[list[int]], rounds: int
-) -> dict[str, Any]:
-    """Eight labels of 1 to 6 tokens after a template of 100 tokens that all rows share."""
-    model = GlmForCausalLM(copy.deepcopy(config)).eval().to(device, dtype)
-    plain = copy.deepcopy(model)
-    engine = TorchEngine(model, eos_id=2, token_count=config.vocab_size)
-    template = list(range(100, 200))
-    rows = [template + prompt[:40] for prompt in prompts]
-    few = rows[: max(1, len(rows) // 12)]
-
-    def ours(asked: list[list[int]] = rows) -> list[int]:
-        results = engine.classify(ClassifyRequest(at, row, LABELS, len(template)) for at, row in enumerate(asked))
-        scores = {result.index: result.scores for result in results}
-        return [int(np.argmax(scores[at])) for at in range(len(asked))]
-
-    def naive() -> list[int]:
-        return [int(np.argmax([_likelihood(plain, row, label, device) for label in LABELS])) for row in few]
-
-    mine, theirs, _ = _interleaved(ours, naive, device, rounds)
-    same = ours(few) == naive()
-    engine.close()
-    return {
-        "rows_per_second": round(len(rows) / mine, 2),
-        "times_naive": round((theirs / len(few)) / (mine / len(rows)), 1),
-        "same_labels": same,
-    }
-
-
-def _likelihood(model: Any, row: list[int], label: tuple[int, ...], device: str) -> float:
-    with torch.inference_mode():
-        logits = model(torch.tensor([[*row, *label]], device=device)).logits[0].float().log_softmax(-1)
-    return sum(float(logits[len(row) - 1 + at, token]) for at, token in enumerate(label))
-
-
-def measure_generate(
-    config: GlmConfig, dtype: torch.dtype, device: str, prompts: list[list[int]], answers: list[int], rounds: int
-) -> dict[str, Any]:
-    """Answers of fixed lengths (no end token), 16 slots on CPU; beside `generate`, one row at a time, on a third."""
-    model = GlmForCausalLM(copy.deepcopy(config)).eval().to(device, dtype)
-    plain = copy.deepcopy(model)
-    plain.generation_config.eos_token_id = None
-    engine = TorchEngine(model, eos_id=-1, token_count=config.vocab_size, max_slots=None if device != "cpu" else 16)
-    few = max(1, len(prompts) // 8)
-
-    def ours() -> list[tuple[int, ...]]:
-        requests = (GenerateRequest(at, prompt, answers[at]) for at, prompt in enumerate(prompts))
-        written = {result.index: result.ids for result in engine.generate(requests)}
-        return [written[at] for at in range(few)]
-
-    def alone() -> list[tuple[int, ...]]:
-        return [_generate(plain, prompts[at], answers[at], device) for at in range(few)]
-
-    mine, theirs, same = _interleaved(ours, alone, device, rounds)
-    engine.close()
-    rate = sum(answers) / mine
-    return {
-        "new_tokens_per_second": round(rate, 1),
-        "times_row_by_row": round(rate / (sum(answers[:few]) / theirs), 2),
-        "same_tokens": same,
-    }
-
-
-def _generate(model: Any, prompt: list[int], tokens: int, device: str) -> tuple[int, ...]:
-    ids = torch.tensor([prompt], device=device)
-    with torch.inference_mode():
-        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
-    return tuple(written[0, len(prompt) :].tolist())
-
-
-def _interleaved(
-    ours: Callable[[], Any], theirs: Callable[[], Any], device: str, rounds: int
-) -> tuple[float, float, bool]:
-    """Median seconds of each, in turn after one warm-up round, and whether the answers were the same."""
-    ours(), theirs()
-    pairs = [(_timed(ours, device), _timed(theirs, device)) for _ in range(rounds)]
-    mine, other = (statistics.median(pair[side][0] for pair in pairs) for side in (0, 1))
-    return mine, other, pairs[0][0][1] == pairs[0][1][1]
-
-
-def _timed(work: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Seconds and result: of the processor on CPU, where the machine may be shared, of the wall on a GPU."""
-    clock = time.perf_counter if device.startswith("cuda") else time.process_time
-    began = clock()
-    result = work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return clock() - began, result
+def _shape(options: argparse.Namespace) -> Shape:
+    shape = SHAPES[options.shape]
+    given = {name: getattr(options, name) for name in asdict(shape)}
+    return replace(shape, **{name: number for name, number in given.items() if number is not None})
 
 
 if __name__ == "__main__":

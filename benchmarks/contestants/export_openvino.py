@@ -1,0 +1,28 @@
+"""A causal checkpoint to OpenVINO's format: python export_openvino.py CHECKPOINT NUMBERS PATH.
+
+NUMBERS is f32, or int8 for weights of 8 bits. Runs in OpenVINO's own environment.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig  # type: ignore[import-not-found]
+
+
+def export(checkpoint: Path, numbers: str, path: Path) -> None:
+    quantization = OVWeightQuantizationConfig(bits=8) if numbers == "int8" else None
+    # `load_in_8bit` left out would compress large models unasked.
+    model = OVModelForCausalLM.from_pretrained(
+        checkpoint,
+        export=True,
+        compile=False,
+        load_in_8bit=None if quantization else False,
+        quantization_config=quantization,
+    )
+    model.save_pretrained(path)
+
+
+if __name__ == "__main__":
+    export(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,112 @@
+"""llama.cpp through its C interface, with continuous batching as its server does it.
+
+Every step decodes one batch: a token of each sequence that is being written, and prompts for the free places.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import llama_cpp  # type: ignore[import-not-found]
+import numpy as np
+from protocol import Run, serve
+
+
+@dataclass
+class _Sequence:
+    row: int
+    ids: list[int]  # still to be read
+    position: int = 0  # ids read so far
+    answer: list[int] = field(default_factory=list)
+
+
+def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
+    llama_cpp.llama_backend_init()
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, None)
+    path = str(options.checkpoint / "model.gguf").encode()
+    model = llama_cpp.llama_model_load_from_file(path, llama_cpp.llama_model_default_params())
+    rows, lengths, slots = work["rows"], work["answer_tokens"], work["slots"]
+    longest = max(len(row) + length for row, length in zip(rows, lengths, strict=True))
+    params = llama_cpp.llama_context_default_params()
+    params.n_seq_max = slots
+    params.n_ctx = slots * (-(-longest // 256) * 256)  # in all; padded as llama.cpp wants it
+    params.kv_unified = True  # as the server does; a third faster here than a part for each sequence
+    params.n_batch = work["batch_tokens"] or 2048
+    if options.threads:
+        params.n_threads = params.n_threads_batch = options.threads
+    if options.way == "f32":
+        # 16 bits unless asked: about a tenth faster, and not quite the same tokens.
+        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+    context = llama_cpp.llama_init_from_model(model, params)
+    if not context:
+        raise RuntimeError(f"llama.cpp could not load {options.checkpoint}")
+    engine = _Engine(context, slots, params.n_batch, work["config"]["vocab_size"])
+    kept = (silent, model)  # what Python may not collect while llama.cpp uses it
+
+    def run() -> list[list[int]]:
+        assert kept
+        return engine.generate(rows, lengths)
+
+    return f"llama-cpp-python {llama_cpp.__version__}", run
+
+
+class _Engine:
+    """Sequences by slot, and the batch that is decoded next."""
+
+    def __init__(self, context: Any, slots: int, batch_tokens: int, vocabulary: int) -> None:
+        self._context, self._vocabulary = context, vocabulary
+        self._memory = llama_cpp.llama_get_memory(context)
+        self._batch = llama_cpp.llama_batch_init(batch_tokens, 0, 1)
+        self._batch_tokens, self._slots = batch_tokens, slots
+
+    def generate(self, rows: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        llama_cpp.llama_memory_clear(self._memory, True)
+        waiting = deque(range(len(rows)))
+        live: dict[int, _Sequence] = {}
+        answers: dict[int, list[int]] = {}
+        while waiting or live:
+            for slot in range(self._slots):
+                if waiting and slot not in live:
+                    row = waiting.popleft()
+                    live[slot] = _Sequence(row, list(rows[row]))
+            for slot, token in self._step(live):
+                sequence = live[slot]
+                sequence.answer.append(token)
+                sequence.ids = [token]
+                if len(sequence.answer) == lengths[sequence.row]:
+                    answers[sequence.row] = sequence.answer
+                    llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+                    del live[slot]
+        return [answers[row] for row in range(len(rows))]
+
+    def _step(self, live: dict[int, _Sequence]) -> Iterator[tuple[int, int]]:
+        """Read what fits in a batch, those being written first; the next token of each slot that is read to its end."""
+        batch, asked = self._batch, []
+        batch.n_tokens = 0
+        for slot in sorted(live, key=lambda slot: not live[slot].answer):
+            sequence = live[slot]
+            taken = min(len(sequence.ids), self._batch_tokens - batch.n_tokens)
+            for token in sequence.ids[:taken]:
+                at = batch.n_tokens
+                batch.token[at], batch.pos[at], batch.logits[at] = token, sequence.position, 0
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, slot
+                sequence.position += 1
+                batch.n_tokens += 1
+            sequence.ids = sequence.ids[taken:]
+            if taken and not sequence.ids:
+                batch.logits[batch.n_tokens - 1] = 1
+                asked.append((slot, batch.n_tokens - 1))
+        if code := llama_cpp.llama_decode(self._context, batch):
+            raise RuntimeError(f"llama_decode returned {code}")
+        for slot, at in asked:
+            scores = llama_cpp.llama_get_logits_ith(self._context, at)
+            yield slot, int(np.ctypeslib.as_array(scores, (self._vocabulary,)).argmax())
+
+
+if __name__ == "__main__":
+    serve(load)

@@ -1,0 +1,82 @@
+"""Where each contestant's Python is, and the checkpoint in its format, made once and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from roster import OURS, Contestant
+from workload import Shape
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = HERE / "contestants"
+# Formats other than transformers' own are written by a script in the environment of the program that reads them.
+CONVERTERS = {"gguf": "write_gguf.py", "openvino": "export_openvino.py"}
+
+
+class NotHere(Exception):
+    """A contestant cannot take part; the message says why."""
+
+
+def find_python(contestant: Contestant, peers_dir: Path) -> str:
+    """The Python of the contestant's environment: ours and transformers' is the one that runs this."""
+    if contestant.program in {OURS, "transformers"}:
+        return sys.executable
+    python = peers_dir / contestant.program / "bin" / "python"
+    if not python.exists():
+        raise NotHere(f"no {python}; benchmarks/README.md says how to make it")
+    return str(python)
+
+
+def find_checkpoint(contestant: Contestant, shape: Shape, seed: int, cache: Path, peers_dir: Path) -> Path:
+    """The checkpoint of random weights in the contestant's format, made if it is not in the cache."""
+    folder = cache / f"{shape.name}-seed{seed}"
+    kind = "classifier" if contestant.task == "classify" else "causal"
+    native = folder / kind
+    _make(native, [sys.executable, str(SCRIPTS / "make_checkpoint.py"), kind, json.dumps(shape.config()), str(seed)])
+    if contestant.checkpoint == "transformers":
+        return native
+    form, _, numbers = contestant.checkpoint.partition("-")
+    python = find_python(contestant, peers_dir)
+    converted = folder / contestant.checkpoint
+    _make(converted, [python, str(SCRIPTS / CONVERTERS[form]), str(native), numbers])
+    return converted
+
+
+def environment(threads: int, python: str) -> dict[str, str]:
+    """For a contestant's process: as many threads as asked, and nothing from the network."""
+    settings = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if threads:
+        settings |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    openmp = Path(python).parent.parent / "lib" / "libiomp5.so"
+    if openmp.exists():  # vLLM brings it, and wants it preloaded
+        settings["LD_PRELOAD"] = str(openmp)
+    return {**os.environ, **settings}
+
+
+def _make(path: Path, command: list[str]) -> None:
+    """Run `command` with a folder to write to, which becomes `path` only when it is complete."""
+    if path.exists():
+        return
+    print(f"making {path}", file=sys.stderr)
+    part = path.with_name(f"{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    done = subprocess.run(
+        [*command, str(part)], capture_output=True, text=True, env=environment(0, command[0]), check=False
+    )
+    if done.returncode:
+        raise NotHere(f"{Path(command[1]).name} failed: {last_line(done.stderr)}")
+    part.rename(path)
+
+
+def last_line(log: str) -> str:
+    """What went wrong, for a person to read: the last line that names an error, else the last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"(Error|Exception)\b", line)]
+    return (errors or lines or ["nothing was said"])[-1][:300]

@@ -1,0 +1,69 @@
+"""Who takes part in which task, with which script, environment and checkpoint. To add one, add a line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OURS = "glmbatch"
+OURS_INT8 = "glmbatch/int8"
+REFERENCE = "transformers/row-by-row"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`slow`: gets a part of the rows. `cpu_only`: as it is set up here."""
+
+    name: str
+    task: str
+    checkpoint: str = "transformers"
+    slow: bool = False
+    cpu_only: bool = False
+
+    @property
+    def program(self) -> str:
+        """What it is, and the name of its environment."""
+        return self.name.partition("/")[0]
+
+    @property
+    def way(self) -> str:
+        return self.name.partition("/")[2]
+
+    @property
+    def script(self) -> str:
+        return f"with_{self.program.replace('.', '_')}.py"
+
+
+ROSTER = (
+    Contestant(OURS, "classify"),
+    Contestant(OURS_INT8, "classify", cpu_only=True),
+    Contestant(REFERENCE, "classify"),
+    Contestant("transformers/pipeline", "classify"),
+    Contestant("transformers/pipeline-sorted", "classify"),
+    Contestant("vllm", "classify", cpu_only=True),
+    Contestant(OURS, "labels"),
+    Contestant(REFERENCE, "labels", slow=True),
+    Contestant("transformers/pairs", "labels", slow=True),
+    Contestant("transformers/pairs-sorted", "labels", slow=True),
+    Contestant(OURS, "generate"),
+    Contestant(OURS_INT8, "generate", cpu_only=True),
+    Contestant(REFERENCE, "generate", slow=True),
+    Contestant("transformers/static", "generate"),
+    Contestant("transformers/static-sorted", "generate"),
+    Contestant("transformers/continuous", "generate"),
+    Contestant("vllm", "generate", cpu_only=True),
+    Contestant("llama.cpp/f32", "generate", "gguf-f32", cpu_only=True),
+    Contestant("llama.cpp/q8_0", "generate", "gguf-q8_0", cpu_only=True),
+    Contestant("openvino/f32", "generate", "openvino-f32", cpu_only=True),
+    Contestant("openvino/int8", "generate", "openvino-int8", cpu_only=True),
+)
+WAYS = tuple(sorted({each.name for each in ROSTER if each.way}))
+PEERS = tuple(sorted({each.program for each in ROSTER} - {OURS}))
+
+
+def taking_part(task: str, peers: list[str]) -> list[Contestant]:
+    """Ours first, then the reference, then those of `peers` (programs, or programs with their way) in the task."""
+    return [
+        each
+        for each in ROSTER
+        if each.task == task and (each.name in {OURS, REFERENCE} or each.name in peers or each.program in peers)
+    ]

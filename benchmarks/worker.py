@@ -1,0 +1,52 @@
+"""A contestant's process: started, asked to do its work once at a time, stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from environments import NotHere, last_line
+
+
+class Worker:
+    """Its standard error goes to `log`; NotHere when it ends before it has answered."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self._log = log
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            )
+
+    def wait_until_ready(self) -> str:
+        """What it is, with versions."""
+        return str(self._answer()["version"])
+
+    def run(self) -> dict[str, Any]:
+        """Seconds, memory and answers of doing the whole work once."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("run\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise self._ended() from error
+        return self._answer()
+
+    def stop(self) -> None:
+        """End it, whether or not it listens."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._ended()
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _ended(self) -> NotHere:
+        code = self._process.wait()
+        return NotHere(f"it ended with exit code {code}: {last_line(self._log.read_text(errors='replace'))}")
