@@ -30,6 +30,6 @@ def annotate(job: JobConfig) -> Summary:
         submit = partial(submit_fragment, job, steps, answers)
         finished = in_window(work.fragments, submit, job.runtime.fragments_in_flight)
     outputs = quote([results[-1] for results in finished])
-    canaries = configured(check_canary, job)(job, quote(work.fragments[0].assignments))
+    canaries = configured(check_canary, job)(job, quote(work.fragments[0].assignments)) if job.canary else []
     summary: Summary = configured(publish, job)(job, quote(run), outputs, canaries)
     return summary
