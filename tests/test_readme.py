@@ -21,6 +21,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all commands: a later one may look at what an earlier one wrote."""
+    return tmp_path_factory.mktemp("readme")
+
+
 def commands() -> list[str]:
     lines = [line.split(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     return [line for line in lines if line]
@@ -52,8 +58,8 @@ def test_the_two_commands_come_first_and_ci_runs_the_second() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [line for line in commands() if not line.startswith("make")])
-def test_each_command_of_the_readme_runs(command: str, tmp_path: Path) -> None:
-    done = run(command, tmp_path)
+def test_each_command_of_the_readme_runs(command: str, folder: Path) -> None:
+    done = run(command, folder)
     assert done.returncode in {0, 3}, done.stderr
     assert done.stdout
 
