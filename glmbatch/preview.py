@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from glmbatch.asking import known_answers, prompts_of
+from glmbatch.asking import forget_answers, known_answers, prompts_of
 from glmbatch.config import AnyStep, JobConfig
 from glmbatch.data.fragments import FileFault
 from glmbatch.data.ledger import AnswersReceipt, Ledger, Manifest, StepOrigin
@@ -78,6 +78,7 @@ def preview(job: JobConfig) -> Preview:
     for each in work.fragments:
         looker.look(each)
     steps = looker.steps()
+    forget_answers(job.data.output)
     return Preview(
         output=job.data.output,
         rows=run.plan.rows,
