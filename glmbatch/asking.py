@@ -17,6 +17,7 @@ import pyarrow as pa
 from glmbatch.config import AnyStep, ClassifyStep, GenerateStep, JobConfig
 from glmbatch.data.known import Hold, KnownAnswers
 from glmbatch.data.ledger import Ledger
+from glmbatch.data.rowkeys import row_key
 from glmbatch.errors import InputError, TransientError
 from glmbatch.glm.engine import Engine, load_engine
 from glmbatch.glm.pool import POOL
@@ -74,6 +75,14 @@ def _max_input_tokens(step: AnyStep, model: Model, tokenizer: Tokenizer) -> int:
     return room if step.max_input_tokens is None else min(room, step.max_input_tokens)
 
 
+def keyed(
+    assignment: Assignment, prompts: Sequence[Prompt | RowFault]
+) -> tuple[list[bytes | None], dict[bytes, Prompt]]:
+    """The row key of each prompt, None where there is none, and each distinct prompt under its key."""
+    keys = [row_key(assignment.step_key, each.text) if isinstance(each, Prompt) else None for each in prompts]
+    return keys, {key: each for key, each in zip(keys, prompts, strict=True) if isinstance(each, Prompt) and key}
+
+
 def answers_to(
     job: JobConfig, assignment: Assignment, asked: Mapping[bytes, Prompt], known: KnownAnswers, hold: Hold
 ) -> tuple[pa.Table, dict[str, float]]:
@@ -82,9 +91,9 @@ def answers_to(
     What is known is taken as it is; of the rest, the model is asked about the keys on `hold`, and about another
     fragment's only where that one failed to commit them.
     """
-    step, key_column = job.steps[assignment.step_index], f"{assignment.step}_key"
+    step = job.steps[assignment.step_index]
     found = known.find(asked)
-    left = {key: asked[key] for key in asked.keys() - set(found.column(key_column).to_pylist())}
+    left = _not_in(found, asked, assignment)
     first = {key: prompt for key, prompt in left.items() if key in hold.mine}
     began, values = ask(job, assignment, first) if first else (time.time(), {})
     others = {key: prompt for key, prompt in left.items() if key not in hold.mine}
@@ -92,7 +101,7 @@ def answers_to(
         hold.wait_for_others()
         theirs = known.find(others)
         found = pa.concat_tables([found, theirs])
-        lost = {key: others[key] for key in others.keys() - set(theirs.column(key_column).to_pylist())}
+        lost = _not_in(theirs, others, assignment)
         if lost:
             values |= ask(job, assignment, lost)[1]
     computed = answers_table(step, assignment.model.labels, [Answer(value, key) for key, value in values.items()])
@@ -105,6 +114,10 @@ def answers_to(
         "prompt_tokens": sum(len(asked[key].ids) for key in values),
         "completion_tokens": sum(value.completion_tokens for value in values.values() if isinstance(value, Writing)),
     }
+
+
+def _not_in(answers: pa.Table, asked: Mapping[bytes, Prompt], assignment: Assignment) -> dict[bytes, Prompt]:
+    return {key: asked[key] for key in asked.keys() - set(answers.column(f"{assignment.step}_key").to_pylist())}
 
 
 def known_answers(job: JobConfig, assignment: Assignment, ledger: Ledger) -> KnownAnswers:

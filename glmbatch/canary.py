@@ -11,18 +11,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glmbatch.asking import ask, prompts_of
+from glmbatch.asking import ask, keyed, prompts_of
 from glmbatch.audits import Audit
 from glmbatch.config import AnyStep, ClassifyStep, JobConfig, answer_columns
 from glmbatch.data.ledger import MANIFEST, Ledger
 from glmbatch.data.parquet import open_parquet, prompt_values, write_table
-from glmbatch.data.rowkeys import row_key
 from glmbatch.data.storage import committed, writable
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.planning import Assignment
 from glmbatch.steps.classify import Choice
 from glmbatch.steps.generate import Writing
-from glmbatch.steps.prompt import Prompt, RowFault
+from glmbatch.steps.prompt import RowFault
 
 # How far a label's score may move by rounding alone: in bfloat16 other batches move it by some thousandths.
 SCORE_TOLERANCE = 0.02
@@ -89,8 +88,7 @@ def _audit(job: JobConfig, assignment: Assignment, table: pa.Table) -> Audit:
     values = {name: prompt_values(table.column(column)) for name, column in columns.items()}
     rows = [{name: values[name][row] for name in values} for row in range(len(table))]
     prompts = prompts_of(job, assignment, step, rows)
-    keys = [row_key(assignment.step_key, each.text) if isinstance(each, Prompt) else None for each in prompts]
-    asked = {key: each for key, each in zip(keys, prompts, strict=True) if isinstance(each, Prompt) and key}
+    keys, asked = keyed(assignment, prompts)
     _, answers = ask(job, assignment, asked, counted=False)
     expected = table.select(answer_columns(step)[:2]).to_pylist()
     exact = assignment.model.config.dtype == "float32"

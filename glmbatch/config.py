@@ -13,6 +13,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 
 NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 TEXT = "text"  # the placeholder of data.text_column, whatever that column is called
+Share = Annotated[float, Field(ge=0, le=1)]
 StepName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 
 
@@ -164,16 +165,12 @@ class GenerateStep(Step):
     top_k: int = Field(50, ge=0, description="Sample among so many likeliest tokens; 0: no such limit.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of sampling; each row draws from (seed, row key).")
     stop: list[str] = Field(default_factory=list, description="Texts that end an answer; they are not part of it.")
-    max_truncated_rate: float | None = Field(
+    max_truncated_rate: Share | None = Field(
         None,
-        ge=0,
-        le=1,
         description="Audit: share of answers that max_tokens may cut off; beyond it nothing is published. Empty: none.",
     )
-    max_empty_rate: float | None = Field(
+    max_empty_rate: Share | None = Field(
         None,
-        ge=0,
-        le=1,
         description="Audit: share of answers that may be empty; beyond it nothing is published. Empty: no audit.",
     )
 
@@ -231,10 +228,8 @@ class JobConfig(Settings):
         description="A bad row or file: raise stops the run and publishes nothing; quarantine keeps the row with its "
         "reason, lists it and ends with exit code 3; null keeps the row with its reason and ends as done.",
     )
-    max_error_rate: float = Field(
+    max_error_rate: Share = Field(
         0.1,
-        ge=0,
-        le=1,
         description="Share of rows that may fail, unreadable files' included; above it nothing is published.",
     )
     canary: str | None = Field(
@@ -243,10 +238,8 @@ class JobConfig(Settings):
         description="Audit: Parquet file of rows with the answers that `glmbatch canary` froze beside them; a run "
         "that asks the model asks it about them too. Empty: no audit.",
     )
-    max_canary_change: float = Field(
+    max_canary_change: Share = Field(
         0.0,
-        ge=0,
-        le=1,
         description="Share of canary rows whose answers may differ; beyond it nothing is published. In half precision "
         "a text counts as the same that begins as it did (a quarter of it); 0.1 leaves room for rounding.",
     )

@@ -18,13 +18,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from glmbatch.asking import answers_to, forget_answers, known_answers, prompts_of
+from glmbatch.asking import answers_to, forget_answers, keyed, known_answers, prompts_of
 from glmbatch.canary import check_canary
 from glmbatch.config import AnyStep, ClassifyStep, JobConfig
 from glmbatch.data.fragments import read_fragment
 from glmbatch.data.ledger import AnswersReceipt, Ledger, OutputReceipt
 from glmbatch.data.parquet import open_parquet, prompt_values
-from glmbatch.data.rowkeys import row_key
 from glmbatch.errors import BadRow, UnusableFile
 from glmbatch.planning import (
     Assignment,
@@ -92,8 +91,7 @@ def answer(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
         return receipt.model_copy(update={"unusable": str(error)})
     prompts = prompts_of(job, assignment, step, rows)
     _refuse_under_raise(job, assignment, (each.reason if isinstance(each, RowFault) else None for each in prompts))
-    keys = [row_key(assignment.step_key, prompt.text) if isinstance(prompt, Prompt) else None for prompt in prompts]
-    asked = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if isinstance(prompt, Prompt) and key}
+    keys, asked = keyed(assignment, prompts)
     PROGRESS.add(len(prompts) - len(asked), computed=False)
     known = known_answers(job, assignment, ledger)
     with known.hold(asked) as hold:

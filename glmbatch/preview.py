@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from glmbatch.asking import forget_answers, known_answers, prompts_of
+from glmbatch.asking import forget_answers, keyed, known_answers, prompts_of
 from glmbatch.config import AnyStep, JobConfig
 from glmbatch.data.fragments import FileFault
 from glmbatch.data.ledger import AnswersReceipt, Ledger, Manifest, StepOrigin
-from glmbatch.data.rowkeys import answer_settings, row_key
+from glmbatch.data.rowkeys import answer_settings
 from glmbatch.errors import UnusableFile
 from glmbatch.pipeline import earlier_answers, source_values
 from glmbatch.planning import (
@@ -73,7 +73,7 @@ def preview(job: JobConfig) -> Preview:
     """What a run of `job` would do now. InputError where the run would be refused."""
     run = plan_run(job)
     models = [prepare_model(locate_model(model, job.runtime)) for model in job_models(job)]
-    work = assign(job.model_copy(update={"retry_failed": False}), run, models)
+    work = assign(job, run, models)
     looker = _Looker(job, Ledger(job.data.output))
     for each in work.fragments:
         looker.look(each)
@@ -99,6 +99,7 @@ class _Looker:
         self._job, self.ledger = job.model_copy(update={"retry_failed": False}), ledger
         self._retry_failed = job.retry_failed
         self._manifest = ledger.manifest()
+        self._changes: dict[str, str | None] = {}
         self._asked: dict[str, set[bytes]] = defaultdict(set)
         self._counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         self._reasons: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
@@ -118,15 +119,17 @@ class _Looker:
     ) -> Sequence[str | RowFault | None]:
         """Count the rows of one step; returns each row's answer where it is known."""
         place = (assignment.fragment.source, assignment.step)
-        counts, reasons, rows = self._counts[place], self._reasons[place], assignment.fragment.rows
-        known, outcomes = self._known(assignment, answers)
-        counts["rows"] += rows
-        changed = _what_changed(self._job.steps[assignment.step_index], assignment, self._manifest)
+        counts, reasons = self._counts[place], self._reasons[place]
+        known, keys, outcomes = self._known(assignment, answers)
+        counts["rows"] += assignment.fragment.rows
+        if assignment.step not in self._changes:  # the same for all its fragments
+            step = self._job.steps[assignment.step_index]
+            self._changes[assignment.step] = _what_changed(step, assignment, self._manifest)
+        changed = self._changes[assignment.step]
         found: list[str | RowFault | None] = []
-        for outcome in outcomes:
+        for key, outcome in zip(keys, outcomes, strict=True):
             failed = False
-            if isinstance(outcome, Prompt):
-                key = row_key(assignment.step_key, outcome.text)
+            if key is not None and isinstance(outcome, Prompt):
                 answer = known.get(key)
                 failed = isinstance(answer, RowFault)
                 if answer is not None and not (failed and self._retry_failed):
@@ -151,20 +154,22 @@ class _Looker:
 
     def _known(
         self, assignment: Assignment, answers: Mapping[str, Sequence[str | RowFault | None]]
-    ) -> tuple[dict[bytes, str | RowFault], list[Prompt | RowFault | None]]:
-        """The answers that are there by row key, and each row's prompt; None where it waits for an earlier answer."""
+    ) -> tuple[dict[bytes, str | RowFault], list[bytes | None], list[Prompt | RowFault | None]]:
+        """The answers that are there by row key, and each row's key and prompt; None where it waits for an answer."""
         step = self._job.steps[assignment.step_index]
         values: dict[str, Sequence[str | bytes | RowFault | None]] = dict(source_values(self._job, assignment))
         earlier = {name: answers[name] for name in assignment.earlier}
         waits = [any(column[row] is None for column in earlier.values()) for row in range(assignment.fragment.rows)]
         values |= earlier
         ready = [{name: values[name][row] for name in values} for row, wait in enumerate(waits) if not wait]
-        prompts = iter(prompts_of(self._job, assignment, step, ready))
-        outcomes = [None if wait else next(prompts) for wait in waits]
-        keys = {row_key(assignment.step_key, each.text) for each in outcomes if isinstance(each, Prompt)}
-        table = known_answers(self._job, assignment, self.ledger).find(keys)
+        prompts = prompts_of(self._job, assignment, step, ready)
+        ready_keys, asked = keyed(assignment, prompts)
+        each_key, each_prompt = iter(ready_keys), iter(prompts)
+        keys = [None if wait else next(each_key) for wait in waits]
+        outcomes = [None if wait else next(each_prompt) for wait in waits]
+        table = known_answers(self._job, assignment, self.ledger).find(asked)
         told = earlier_answers(table, assignment.step)
-        return dict(zip(table.column(f"{assignment.step}_key").to_pylist(), told, strict=True)), outcomes
+        return dict(zip(table.column(f"{assignment.step}_key").to_pylist(), told, strict=True)), keys, outcomes
 
     def steps(self) -> tuple[StepPreview, ...]:
         names = ("rows", "to_run", "reused", "skipped", "waiting", "prompt_tokens")
@@ -201,9 +206,9 @@ def _estimate(steps: Sequence[StepPreview], ledger: Ledger) -> float | None:
     to_run = Counter[str]()
     for each in steps:
         to_run[each.step] += each.to_run
-    seconds = 0.0
+    seconds, receipts = 0.0, list(ledger.published_receipts())
     for step, rows in to_run.items():
-        rate = _rows_per_second([receipt for receipt in ledger.published_receipts() if receipt.step == step])
+        rate = _rows_per_second([receipt for receipt in receipts if receipt.step == step])
         if rows and rate is None:
             return None
         seconds += rows / rate if rate else 0.0

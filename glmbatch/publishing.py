@@ -91,7 +91,8 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
     """
     ledger = Ledger(job.data.output)
     before = ledger.manifest()
-    written = [_with_receipts(ledger, output) for output in outputs if output.unusable is None]
+    outputs = [each if each.unusable is not None else _with_receipts(ledger, each) for each in outputs]
+    written = [each for each in outputs if each.unusable is None]
     unusable = [
         *run.plan.unusable,
         *(
@@ -100,8 +101,6 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
             if each.unusable is not None
         ),
     ]
-    reread = iter(written)
-    outputs = [each if each.unusable is not None else next(reread) for each in outputs]
     audits = audit(job, run, outputs, ledger.published_receipts(), canaries)
     samples = _samples(job, ledger, written)
     faults = list(_quarantined(job, ledger, written, unusable))

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
 from glmbatch.data.ledger import MANIFEST, QUARANTINE, RECEIPT, STAGED, Ledger, Manifest, OutputReceipt, PublishedFile
-from glmbatch.data.parquet import footer_metadata, open_parquet, read_rows
+from glmbatch.data.parquet import footer_metadata, open_parquet, read_columns, read_rows
 from glmbatch.data.storage import PARTIAL, digest_file
 from glmbatch.errors import InputError, UnusableFile
 
@@ -121,12 +121,12 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
             elif file.first_row > at and source not in damaged:
                 yield _wrong(file.output_name, f"rows {at} to {file.first_row - 1} of {source} are in no file")
             at = max(at, file.first_row + file.rows)
-        total = _rows_of(Path(manifest.root) / source)
+        path = Path(manifest.root) / source
+        total = _rows_of(path)
         same = all(file.source_digest == files[0].source_digest for file in files)
-        if same and total is not None and at < total and manifest.limit is None and source not in damaged:
-            digest = _source_digest(Path(manifest.root) / source)
-            if digest == files[0].source_digest:
-                yield _wrong(files[-1].output_name, f"rows {at} to {total - 1} of {source} are in no file")
+        whole = manifest.limit is None and source not in damaged and same
+        if whole and total is not None and at < total and _source_digest(path) == files[0].source_digest:
+            yield _wrong(files[-1].output_name, f"rows {at} to {total - 1} of {source} are in no file")
 
 
 def _rows_of(path: Path) -> int | None:
@@ -176,11 +176,7 @@ def _answer_findings(
 ) -> Iterator[Finding]:
     """Every row has an answer or a reason, for every step; and as many reasons as the receipt counts."""
     names = [f"{step.step}{end}" for step in receipt.answers for end in ("", "_error", "_key")]
-    with open_parquet(path) as opened:
-        missing = sorted(set(names) - set(opened.schema_arrow.names))
-        if missing:
-            raise UnusableFile(f"has no column {missing[0]!r}")
-        table = opened.read(columns=names)
+    table = read_columns(path, names)
     if len(table) != file.rows:
         yield _wrong(file.output_name, f"has {len(table)} rows, {MANIFEST} says {file.rows}")
     failed = pa.array([False] * len(table), pa.bool_())
@@ -212,12 +208,13 @@ def _source_findings(source: Path, path: Path, file: PublishedFile, receipt: Out
     fragment = receipt.fragment
     with open_parquet(source) as opened, open_parquet(path) as published:
         names, there = opened.schema_arrow.names, set(published.schema_arrow.names)
+        all_groups = range(published.num_row_groups)
     for name in names:
         if name not in there:
             yield _wrong(file.output_name, f"has no column {name!r}, which {source} has")
             continue
         theirs = _column(source, fragment.row_groups, fragment.skip_rows, fragment.rows, name)
-        ours = _column(path, None, 0, file.rows, name)
+        ours = _column(path, all_groups, 0, file.rows, name)
         if ours.equals(theirs):
             continue
         for row, (one, other) in enumerate(zip(ours.to_pylist(), theirs.to_pylist(), strict=False)):
@@ -228,10 +225,7 @@ def _source_findings(source: Path, path: Path, file: PublishedFile, receipt: Out
                 break
 
 
-def _column(path: Path, row_groups: Sequence[int] | None, skip_rows: int, rows: int, name: str) -> pa.ChunkedArray:
-    if row_groups is None:
-        with open_parquet(path) as opened:
-            row_groups = range(opened.num_row_groups)
+def _column(path: Path, row_groups: Sequence[int], skip_rows: int, rows: int, name: str) -> pa.ChunkedArray:
     batches = list(read_rows(path, row_groups, skip_rows, rows, [name]))
     return pa.Table.from_batches(batches).column(0) if batches else pa.chunked_array([], pa.null())
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glmbatch.data.parquet import open_parquet
+from glmbatch.data.parquet import read_columns
 from glmbatch.data.rowkeys import KEY_BYTES
 from glmbatch.data.storage import digest_file
 from glmbatch.errors import UnusableFile
@@ -166,25 +166,16 @@ class KnownAnswers:
                 raise UnusableFile(f"{file.path}: was changed after it was written")
             self._proved.add(number)
             names = [file.step + field.name.removeprefix(self._step) for field in self._schema]
-            table = _columns(file.path, names).rename_columns(self._schema.names)
+            table = read_columns(file.path, names).rename_columns(self._schema.names)
             return table.cast(self._schema)
         except (UnusableFile, OSError, pa.ArrowException) as error:
             logger.warning("%s: its answers are not reused", error)
             return None
 
 
-def _columns(path: Path, names: Sequence[str]) -> pa.Table:
-    """The named columns, in that order; UnusableFile when one is not there."""
-    with open_parquet(path) as opened:
-        missing = sorted(set(names) - set(opened.schema_arrow.names))
-        if missing:
-            raise UnusableFile(f"{path}: has no column {missing[0]!r}")
-        return opened.read(columns=list(names)).select(list(names))
-
-
 def _halves_and_rows(file: AnswerFile, retry_failed: bool) -> tuple[np.ndarray, np.ndarray]:
     """The first 8 bytes of the row keys of `file`, and the rows where they stand."""
-    columns = _columns(file.path, [f"{file.step}_key", f"{file.step}_error"])
+    columns = read_columns(file.path, [f"{file.step}_key", f"{file.step}_error"])
     if columns.column(0).type != pa.binary(KEY_BYTES):
         raise UnusableFile(f"{file.path}: its keys are {columns.column(0).type}")
     keys = columns.column(0).combine_chunks()

@@ -177,25 +177,24 @@ class Ledger:
 
     def answer_files(self, step_key: str) -> Iterator[AnswerFile]:
         """Every committed file with answers under `step_key`: what is published, then what never came to be."""
-        published = self._published()
-        for file in published:
+        for file in self._published():
             for step, key in file.step_keys.items():
                 if key == step_key:
                     yield AnswerFile(self.root / file.output_name, step, file.digest)
-        kept = {key for file in published for key in file.answers_keys}
-        for path in sorted((self.root / ANSWERS).glob("*.parquet")):
-            key, digest, _ = path.name.split(".")
-            receipt = _receipt(path, AnswersReceipt) if key not in kept else None
-            if receipt is not None and receipt.step_key == step_key:
-                yield AnswerFile(path, receipt.step, digest)
+        for path, receipt in self._unpublished():
+            if receipt.step_key == step_key:
+                yield AnswerFile(path, receipt.step, path.name.split(".")[1])
 
     def unpublished_receipts(self) -> Iterator[AnswersReceipt]:
         """The receipts of committed answers that are in no published file: of this run and of earlier ones."""
+        return (receipt for _, receipt in self._unpublished())
+
+    def _unpublished(self) -> Iterator[tuple[Path, AnswersReceipt]]:
         kept = {key for file in self._published() for key in file.answers_keys}
         for path in sorted((self.root / ANSWERS).glob("*.parquet")):
             receipt = _receipt(path, AnswersReceipt) if path.name.split(".")[0] not in kept else None
             if receipt is not None:
-                yield receipt
+                yield path, receipt
 
     def published_receipts(self) -> Iterator[AnswersReceipt]:
         """The receipts of all published answers, as their files' footers have them."""

@@ -75,6 +75,15 @@ def read_rows(
         raise UnusableFile(f"{path}: {left} rows fewer than its footer says.")
 
 
+def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
+    """The named columns of a whole file, in that order; UnusableFile when one is not there."""
+    with open_parquet(path) as file:
+        missing = sorted(set(names) - set(file.schema_arrow.names))
+        if missing:
+            raise UnusableFile(f"{path}: has no column {missing[0]!r}")
+        return file.read(columns=list(names)).select(list(names))
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Whether values of this type can be read as text; an all-null column, which pandas writes without type, can."""
     if pa.types.is_dictionary(kind):

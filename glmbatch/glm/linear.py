@@ -38,7 +38,7 @@ def choose_form(quantization: str, device: str, dtype: str) -> Form:
 
     InputError where there are no products in 8 bits.
     """
-    on_cpu, packs = device == "cpu", _has_packed()
+    on_cpu = device == "cpu"
     if quantization == "int8":
         if not on_cpu or not _has_int8():
             raise InputError(f"{device}: no exact products in 8 bits here. Set model.quantization to none.")
@@ -46,7 +46,7 @@ def choose_form(quantization: str, device: str, dtype: str) -> Form:
             raise InputError(f"int8 stands beside float32, not {dtype}. Set model.dtype to float32 or auto.")
         return "int8"
     # Half precision stays plain, where a row is the same bits whatever its batch-mates.
-    return "packed" if on_cpu and dtype == "float32" and packs else "plain"
+    return "packed" if on_cpu and dtype == "float32" and _has_packed() else "plain"
 
 
 def product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None, form: Form) -> Product:
