@@ -130,18 +130,25 @@ class SlotLoop:
     def __init__(self, cache: SlotCache, places: Sequence[int]) -> None:
         self._cache = cache
         self._slots_S, self._places_S = torch.arange(len(places)), torch.tensor(places)
-        self._seen = [slice(0, place + 1) for place in places]
+        self._seen = [place + 1 for place in places]
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         self._cache.write(layer, self._slots_S, self._places_S, key, value)
-        keys_SGLD, values_SGLD = self._cache.keys_SGLD[layer], self._cache.values_SGLD[layer]
         slots, heads, head_dim = query.shape
-        query_SGHD = query.view(slots, key.shape[1], -1, head_dim)
-        out_SGHD = torch.empty_like(query_SGHD)
-        for slot, seen in enumerate(self._seen):
-            out_SGHD[slot] = scaled_dot_product_attention(
-                query_SGHD[None, slot], keys_SGLD[None, slot, :, seen], values_SGLD[None, slot, :, seen], scale=scaling
-            )[0]
-        return out_SGHD.view(slots, heads, head_dim)
+        # One split for all slots: a view of one costs as much as some of its attention.
+        each = zip(
+            query.view(slots, key.shape[1], -1, head_dim).split(1),
+            self._cache.keys_SGLD[layer].split(1),
+            self._cache.values_SGLD[layer].split(1),
+            self._seen,
+            strict=False,
+        )
+        out = [
+            scaled_dot_product_attention(
+                query_1GHD, keys_1GLD.narrow(2, 0, seen), values_1GLD.narrow(2, 0, seen), scale=scaling
+            )
+            for query_1GHD, keys_1GLD, values_1GLD, seen in each
+        ]
+        return torch.cat(out).view(slots, heads, head_dim)

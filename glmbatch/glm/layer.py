@@ -26,10 +26,10 @@ class Layer:
         self._head_dim: int = attention.head_dim
         self._scaling: float = attention.scaling
         self._norm = Norm(module.input_layernorm)
-        self._query = product(attention.q_proj.weight, attention.q_proj.bias, form)
-        key, value = attention.k_proj, attention.v_proj
-        bias = None if key.bias is None else torch.cat((key.bias, value.bias))
-        self._key_value = product(torch.cat((key.weight, value.weight)), bias, form)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self._heads: list[int] = [len(each.weight) // self._head_dim for each in projections]
+        bias = None if projections[0].bias is None else torch.cat([each.bias for each in projections])
+        self._query_key_value = product(torch.cat([each.weight for each in projections]), bias, form)
         self._out = product(attention.o_proj.weight, attention.o_proj.bias, form)
         self._mlp_norm = Norm(module.post_attention_layernorm)
         self._swiglu = swiglu(module.mlp.gate_up_proj.weight, form)
@@ -40,19 +40,14 @@ class Layer:
         self, hidden_TC: torch.Tensor, turns_TP: torch.Tensor, plan: Plan, reads_R: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The layer's answer [T, C]; with `reads_R` for those tokens alone, the others only lend keys and values."""
-        normed_TC = self._norm(hidden_TC)
-        key_TGD, value_TGD = self._heads(self._key_value(normed_TC)).chunk(2, dim=1)
-        rotate(key_TGD, turns_TP)
+        projected = self._query_key_value(self._norm(hidden_TC)).view(len(hidden_TC), -1, self._head_dim)
+        rotate(projected[:, : -self._heads[-1]], turns_TP)
+        query_THD, key_TGD, value_TGD = projected.split(self._heads, dim=1)
         if reads_R is not None:
-            hidden_TC, normed_TC, turns_TP = hidden_TC[reads_R], normed_TC[reads_R], turns_TP[reads_R]
-        query_THD = self._heads(self._query(normed_TC))
-        rotate(query_THD, turns_TP)
+            hidden_TC, query_THD = hidden_TC[reads_R], query_THD[reads_R]
         attended_THD = plan.attend(self._index, query_THD, key_TGD, value_TGD, self._scaling)
         hidden_TC = self._out.plus(attended_THD.flatten(1), hidden_TC)
         return self._down.plus(self._swiglu(self._mlp_norm(hidden_TC)), hidden_TC)
-
-    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
-        return projected.view(len(projected), -1, self._head_dim)
 
 
 class Norm:
