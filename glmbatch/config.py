@@ -68,6 +68,11 @@ class DataConfig(Settings):
     output: str = Field(
         min_length=1, description="Folder for the answers; made when absent, mirrors the input's folders."
     )
+    format: Literal["parquet", "delta"] = Field(
+        "parquet",
+        description="parquet: a folder of files; delta: a Delta Lake table over them too, whose readers see each "
+        "publication whole or not at all (needs glmbatch[delta]).",
+    )
     text_column: str = Field("text", min_length=1, description="Column that holds the text; a prompt calls it {text}.")
     id_column: str | None = Field(
         None, description="Column that names a row in error lists; empty: rows are named by their number in the file."

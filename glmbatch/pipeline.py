@@ -21,6 +21,7 @@ import pyarrow as pa
 from glmbatch.asking import answers_to, forget_answers, keyed, known_answers, prompts_of
 from glmbatch.canary import check_canary
 from glmbatch.config import AnyStep, ClassifyStep, JobConfig
+from glmbatch.data.delta import delta_schema
 from glmbatch.data.fragments import read_fragment
 from glmbatch.data.ledger import AnswersReceipt, Ledger, OutputReceipt
 from glmbatch.data.parquet import open_parquet, prompt_values
@@ -195,6 +196,8 @@ def write_output(job: JobConfig, work: FragmentWork, answers: Sequence[AnswersRe
         with open_parquet(Path(work.fragment.path)) as file:
             source = file.schema_arrow
         schema = pa.schema([*source, *(field for table in tables for field in table.schema)], source.metadata)
+        if job.data.format == "delta":
+            schema = delta_schema(work.fragment.path, schema)
         return ledger.stage_output(receipt, schema, _rows_with_answers(work, schema, tables))
     except UnusableFile as error:
         if job.on_error == "raise":
@@ -214,5 +217,15 @@ def _rows_with_answers(work: FragmentWork, schema: pa.Schema, tables: Sequence[p
         parts = [table.slice(at, batch.num_rows).combine_chunks() for table in tables]
         columns = [column for part in parts for column in part.columns]
         answers = [pa.concat_arrays(column.chunks) for column in columns]
-        yield pa.RecordBatch.from_arrays([*batch.columns, *answers], schema=schema)
+        written = [_as(work, column, field) for column, field in zip([*batch.columns, *answers], schema, strict=True)]
+        yield pa.RecordBatch.from_arrays(written, schema=schema)
         at += batch.num_rows
+
+
+def _as(work: FragmentWork, column: pa.Array, field: pa.Field) -> pa.Array:
+    if column.type == field.type:
+        return column
+    try:
+        return column.cast(field.type)
+    except pa.ArrowException as error:  # nothing is rounded in silence
+        raise UnusableFile(f"{work.fragment.path}: column {field.name!r} as {field.type}: {error}") from error

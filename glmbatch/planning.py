@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from glmbatch.config import ClassifyStep, GenerateStep, JobConfig, ModelConfig, RuntimeConfig, Step
+from glmbatch.data.delta import check_sources
 from glmbatch.data.fragments import Fragment, Plan, plan_fragments
 from glmbatch.data.ledger import Ledger
 from glmbatch.data.rowkeys import answers_key, output_key, step_key
@@ -101,6 +102,10 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
             f"{job.data.output}: holds all rows; a run with data.limit would replace them. "
             "Set data.output to another folder."
         )
+    if manifest is not None and manifest.format == "delta" and job.data.format != "delta":
+        raise InputError(f"{job.data.output}: is a Delta table. Set data.format to delta, or data.output.")
+    if job.data.format == "delta":
+        check_sources(Path(plan.root), list(dict.fromkeys(fragment.source for fragment in plan.fragments)))
     if manifest is not None and manifest.root != plan.root:
         raise InputError(
             f"{job.data.output}: holds the answers over {manifest.root}; this input is named from {plan.root}. "
@@ -240,7 +245,10 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
             )
         answers = {name: each.key for name, each in assignments.items()}
         return FragmentWork(
-            run=run.id, fragment=fragment, key=output_key(fragment, answers), assignments=tuple(assignments.values())
+            run=run.id,
+            fragment=fragment,
+            key=output_key(fragment, answers, job.data.format),
+            assignments=tuple(assignments.values()),
         )
 
     return Work(

@@ -13,8 +13,10 @@ from pydantic import BaseModel
 from glmbatch.asking import forget_answers
 from glmbatch.audits import Audit, audit, total
 from glmbatch.config import JobConfig
+from glmbatch.data.delta import LOG
 from glmbatch.data.fragments import FileFault, read_fragment
 from glmbatch.data.ledger import (
+    DIGEST_CHARS,
     QUARANTINE,
     AnswersReceipt,
     Ledger,
@@ -24,7 +26,7 @@ from glmbatch.data.ledger import (
 )
 from glmbatch.data.parquet import prompt_values
 from glmbatch.data.rowkeys import answer_settings
-from glmbatch.errors import BadRow
+from glmbatch.errors import AuditError, BadRow
 from glmbatch.planning import Run
 
 SAMPLE_ROWS = 3
@@ -92,7 +94,7 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
     ledger = Ledger(job.data.output)
     before = ledger.manifest()
     outputs = [each if each.unusable is not None else _with_receipts(ledger, each) for each in outputs]
-    written = [each for each in outputs if each.unusable is None]
+    written = [_named(job, each) for each in outputs if each.unusable is None]
     unusable = [
         *run.plan.unusable,
         *(
@@ -101,9 +103,15 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
             if each.unusable is not None
         ),
     ]
-    audits = audit(job, run, outputs, ledger.published_receipts(), canaries)
-    samples = _samples(job, ledger, written)
     faults = list(_quarantined(job, ledger, written, unusable))
+    try:
+        audits = audit(job, run, outputs, ledger.published_receipts(), canaries)
+    except AuditError as error:
+        if not faults:
+            raise
+        listed = ledger.refuse(pa.Table.from_pylist(faults, QUARANTINE_SCHEMA))
+        raise AuditError(f"{error} Each row that failed: {listed}.") from error
+    samples = _samples(job, ledger, written)
     if faults and job.on_error == "raise":
         first = faults[0]
         raise BadRow(
@@ -111,7 +119,13 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
             f"{first.get('step')!r}: {first['error']}. Mend the row, or set on_error to quarantine."
         )
     manifest = merged_manifest(
-        run.id, run.plan, before, written, unusable, keep_missing=job.data.missing_sources == "keep"
+        run.id,
+        run.plan,
+        before,
+        written,
+        unusable,
+        keep_missing=job.data.missing_sources == "keep",
+        format=job.data.format,
     ).model_copy(update={"steps": _origins(job, written)})
     stay = {file.source for file in manifest.files} - {output.fragment.source for output in written}
     lines = [*ledger.quarantine(stay), *faults]
@@ -146,6 +160,14 @@ def _origins(job: JobConfig, written: Sequence[OutputReceipt]) -> dict[str, Step
 def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
     """The output with the receipts of the answers as they lie on disk: a cached output may tell of an older run's."""
     return output.model_copy(update={"answers": tuple(ledger.read_answers(each.key)[0] for each in output.answers)})
+
+
+def _named(job: JobConfig, output: OutputReceipt) -> OutputReceipt:
+    """The output under the name it is published by: in a Delta table a file never changes, so its digest joins it."""
+    if job.data.format == "parquet":
+        return output
+    name = f"{output.fragment.output_name.removesuffix('.parquet')}.{output.digest[:DIGEST_CHARS]}.parquet"
+    return output.model_copy(update={"output_name": name})
 
 
 def _step_summary(name: str, run: Run, receipts: Sequence[AnswersReceipt]) -> StepSummary:
@@ -236,7 +258,10 @@ def describe(summary: Summary) -> str:
         lines += ["", f"{summary.kept_sources} sources that were not in this run stay published."]
     for sample in summary.samples:
         lines += ["", *(f"  {name}: {_short(value)}" for name, value in sample.items())]
-    lines += ["", f"Read the answers: pandas.read_parquet({summary.output!r})"]
+    reader = (
+        "deltalake.DeltaTable({}).to_pandas()" if (Path(summary.output) / LOG).is_dir() else "pandas.read_parquet({})"
+    )
+    lines += ["", "Read the answers: " + reader.format(repr(summary.output))]
     return "\n".join(lines)
 
 

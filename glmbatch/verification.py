@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
+from glmbatch.data.delta import LOG, table_files
 from glmbatch.data.ledger import MANIFEST, QUARANTINE, RECEIPT, STAGED, Ledger, Manifest, OutputReceipt, PublishedFile
 from glmbatch.data.parquet import footer_metadata, open_parquet, read_columns, read_rows
 from glmbatch.data.storage import PARTIAL, digest_file
@@ -90,14 +91,21 @@ def _wrong(file: str, what: str, row: int | None = None) -> Finding:
 def _strangers(ledger: Ledger, manifest: Manifest) -> Iterator[Finding]:
     """Files that a reader of the folder would take for answers, and what was left half-written."""
     named = {file.output_name for file in manifest.files}
+    if manifest.format == "delta":
+        for name in sorted(named ^ table_files(ledger.root)):
+            yield _wrong(name, f"stands in {LOG if name not in named else MANIFEST} alone; run the job again")
     for path in sorted(ledger.root.rglob("*")):
         name = path.relative_to(ledger.root).as_posix()
         if path.name.endswith(PARTIAL):
             yield _wrong(name, "is half-written; the next run takes it away")
         elif name.startswith(f"{STAGED}/"):
             yield _wrong(name, "waits for a publication that did not come; run the job again")
-        elif path.suffix == ".parquet" and name not in named and not any(p[0] in "._" for p in Path(name).parts):
+        elif manifest.format == "parquet" and name not in named and _is_seen(path.relative_to(ledger.root)):
             yield _wrong(name, f"is not in {MANIFEST}: of a run that did not end, or not of glmbatch")
+
+
+def _is_seen(name: Path) -> bool:
+    return name.suffix == ".parquet" and not any(part[0] in "._" for part in name.parts)
 
 
 def _mixed_keys(manifest: Manifest) -> Iterator[Finding]:
@@ -215,7 +223,7 @@ def _source_findings(source: Path, path: Path, file: PublishedFile, receipt: Out
             continue
         theirs = _column(source, fragment.row_groups, fragment.skip_rows, fragment.rows, name)
         ours = _column(path, all_groups, 0, file.rows, name)
-        if ours.equals(theirs):
+        if ours.equals(theirs.cast(ours.type)):  # a Delta table has fewer types
             continue
         for row, (one, other) in enumerate(zip(ours.to_pylist(), theirs.to_pylist(), strict=False)):
             if one != other and repr(one) != repr(other):  # nan is not equal to itself

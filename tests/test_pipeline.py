@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from glmbatch.config import JobConfig, ModelConfig, answer_columns
-from glmbatch.data.ledger import MANIFEST, QUARANTINE, Ledger
+from glmbatch.data.ledger import MANIFEST, QUARANTINE, REFUSED, Ledger
 from glmbatch.data.storage import digest_file
 from glmbatch.errors import AuditError, BadRow, InputError, UnusableFile
 from glmbatch.pipeline import answer, run_job
@@ -142,9 +143,18 @@ def test_too_many_failed_rows_publish_nothing_and_leave_what_was_there(
     run(job_settings())
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*") if path.is_file()}
     write_source("a.parquet", {"text": ["today"] * (10 - bad) + [None] * bad})
-    with pytest.raises(AuditError, match=f"nothing published: {message}"):
+    with pytest.raises(AuditError, match=f"nothing published: {message}") as refused:
         run(job_settings(max_error_rate=rate))
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").glob("*") if path.is_file()}
+    listed = tmp_path / "out" / REFUSED
+    assert str(listed) in str(refused.value)
+    lines = [(line["row"], line["step"], line["error"]) for line in pq.read_table(listed).to_pylist()]
+    assert sorted(line for line in lines if line[1] == "mood") == [
+        (row, "mood", "text is null") for row in range(10 - bad, 10)
+    ]
+    write_source("a.parquet", {"text": ["today"] * 10})
+    run(job_settings())
+    assert not listed.exists()
 
 
 def test_a_damaged_page_costs_its_fragment_alone(write_source: Write, job_settings: Settings, tmp_path: Path) -> None:
@@ -519,3 +529,29 @@ def test_a_prompt_may_call_the_text_by_its_columns_name(
     settings["steps"] = [{**GENERATE, "prompt_template": "{body}", "on_too_long": "truncate"}]
     run(settings)
     assert [row["reply_error_type"] for row in output(tmp_path)] == [None, "empty_text", None]
+
+
+def test_readers_of_the_folder_find_every_file_whole_while_nights_are_published(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    settings = job_settings(steps=[CLASSIFY])
+    files = [tmp_path / "out" / f"{file}-0000000000.parquet" for file in range(6)]
+    nights = [[f"file {file} night {night} row {row}" for row in range(4)] for night in range(3) for file in range(6)]
+    seen: list[list[str]] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.extend(pq.read_table(path).column("text").to_pylist() for path in files)
+
+    reader = threading.Thread(target=read)
+    for night in range(3):
+        for file in range(6):
+            write_source(f"{file}.parquet", {"text": nights[6 * night + file]})
+        run(settings)
+        if not night:
+            reader.start()
+    stop.set()
+    reader.join()
+    assert all(each in nights for each in seen)
+    assert len(seen) > 6

@@ -5,6 +5,7 @@
     OUTPUT/_quarantine.parquet                                 rows that failed, with file, row and reason
     OUTPUT/_glmbatch/answers/<answers key>.<digest>.parquet    answers of one step over one fragment
     OUTPUT/_glmbatch/staged/<output key>.<digest>.parquet      output files that wait for publication
+    OUTPUT/_glmbatch/refused.parquet                           rows that failed in a run that published nothing
     OUTPUT/_glmbatch/lock                                      held by the run that writes
 
 Each file carries its receipt in its footer and appears by one rename, so a kill at any moment leaves it whole or
@@ -21,11 +22,12 @@ import socket
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
+from glmbatch.data.delta import commit_table
 from glmbatch.data.fragments import FileFault, Fragment, Plan
 from glmbatch.data.known import AnswerFile
 from glmbatch.data.parquet import footer_metadata, open_parquet, write_table
@@ -40,6 +42,7 @@ MANIFEST = "_manifest.json"
 QUARANTINE = "_quarantine.parquet"
 ANSWERS = "_glmbatch/answers"
 STAGED = "_glmbatch/staged"
+REFUSED = "_glmbatch/refused.parquet"
 RESULTS = "_glmbatch/results"
 LOCK = "_glmbatch/lock"
 # The locks that this process holds, by path; the system frees them when it ends, however it ends.
@@ -115,6 +118,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
 
     Sources are named from the folder `root`. `replaced` files belong to it no more, and are gone unless a run was
     killed. `limit` is that of the run: then these are not all rows. `steps` says what its step keys were made of.
+    With the format "delta" the same files are a Delta table, and what was replaced stays for its older versions.
     """
 
     run: str
@@ -124,6 +128,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     unusable: tuple[FileFault, ...] = ()
     limit: int | None = None
     steps: dict[str, StepOrigin] = {}
+    format: Literal["parquet", "delta"] = "parquet"
 
 
 Receipt = TypeVar("Receipt", bound=BaseModel)
@@ -286,6 +291,11 @@ class Ledger:
             logger.warning("%s: it is written anew, without the rows of earlier runs", error)
             return []
 
+    def refuse(self, failed: pa.Table) -> Path:
+        """Keep the list of failed rows of a run that publishes nothing, until one publishes; its path."""
+        _write_list(self.root / REFUSED, failed)
+        return self.root / REFUSED
+
     def publish(self, manifest: Manifest, outputs: Sequence[OutputReceipt], quarantine: pa.Table) -> None:
         """Move what is staged into place, write the manifest, take away what was replaced; safe to repeat.
 
@@ -297,12 +307,14 @@ class Ledger:
                 with writable(public):
                     public.parent.mkdir(parents=True, exist_ok=True)
                 commit(staged, public)
-        with committed(self.root / QUARANTINE) as partial:
-            write_table(partial, quarantine.schema, iter(quarantine.to_batches()), {})
+        if manifest.format == "delta":
+            commit_table(self.root, {file.output_name: file.rows for file in manifest.files})
+        _write_list(self.root / QUARANTINE, quarantine)
         with committed(self.root / MANIFEST) as partial:
             partial.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         for name in manifest.replaced:
             (self.root / name).unlink(missing_ok=True)
+        (self.root / REFUSED).unlink(missing_ok=True)
         shutil.rmtree(self.root / STAGED, ignore_errors=True)
         self._sweep({key for file in manifest.files for key in file.answers_keys})
 
@@ -318,6 +330,11 @@ class Ledger:
 def _write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], receipt: BaseModel) -> None:
     with writable(path):
         write_table(path, schema, batches, {RECEIPT: receipt.model_dump_json()})
+
+
+def _write_list(path: Path, rows: pa.Table) -> None:
+    with committed(path) as partial, writable(path):
+        write_table(partial, rows.schema, iter(rows.to_batches()), {})
 
 
 def _receipt(path: Path, kind: type[Receipt]) -> Receipt | None:
@@ -350,6 +367,7 @@ def merged_manifest(  # noqa: PLR0913 - five facts about the run and one of the 
     unusable: Sequence[FileFault],
     *,
     keep_missing: bool = True,
+    format: Literal["parquet", "delta"] = "parquet",
 ) -> Manifest:
     """What is published once `outputs` are.
 
@@ -378,7 +396,9 @@ def merged_manifest(  # noqa: PLR0913 - five facts about the run and one of the 
 
     stay = [old for old in earlier if stays(old)]
     kept = {file.output_name for file in [*stay, *files]}
-    gone = {file.output_name for file in before.files} | set(before.replaced) if before else set()
+    gone = set(before.replaced) if before else set()
+    if before is not None and before.format == "parquet":  # a Delta table's older versions need their files
+        gone |= {file.output_name for file in before.files}
     return Manifest(
         run=run,
         root=plan.root,
@@ -386,6 +406,7 @@ def merged_manifest(  # noqa: PLR0913 - five facts about the run and one of the 
         replaced=tuple(sorted(gone - kept)),
         unusable=tuple(unusable),
         limit=plan.limit,
+        format=format,
     )
 
 

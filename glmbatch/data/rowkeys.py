@@ -63,6 +63,7 @@ def answers_key(job: JobConfig, fragment: Fragment, step: Step, step_key: str, e
     return _digest([step.name, step_key, rows, job.source_columns(step), dict(earlier)])
 
 
-def output_key(fragment: Fragment, answers: Mapping[str, str]) -> str:
+def output_key(fragment: Fragment, answers: Mapping[str, str], format: str = "parquet") -> str:
     """Key of the output file of `fragment`: its place, its rows, and the answers beside them (step to answers key)."""
-    return _digest([fragment.model_dump(mode="json", exclude={"path", "stamp"}), list(answers.items())])
+    place = fragment.model_dump(mode="json", exclude={"path", "stamp"})
+    return _digest([place, list(answers.items()), *([] if format == "parquet" else [format])])

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from glmbatch.errors import InputError, TransientError
@@ -109,7 +109,8 @@ def partial_beside(path: Path) -> Iterator[Path]:
     try:
         yield partial
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # what stopped the writing is what the caller must hear of
+            partial.unlink(missing_ok=True)
 
 
 def commit(partial: Path, path: Path) -> None:
@@ -146,7 +147,7 @@ def writable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = str(error) if error.errno is None else os.strerror(error.errno)  # Arrow's own text is three lines
         if error.errno in UNWRITABLE or isinstance(error, FileExistsError):
             raise InputError(f"{path}: cannot be written: {reason}. Set data.output.") from error
         raise TransientError(f"{path}: cannot be written: {reason}.") from error

@@ -139,9 +139,9 @@ class SlotLoop:
         slots, heads, head_dim = query.shape
         # One split for all slots: a view of one costs as much as some of its attention.
         each = zip(
-            query.view(slots, key.shape[1], -1, head_dim).split(1),
-            self._cache.keys_SGLD[layer].split(1),
-            self._cache.values_SGLD[layer].split(1),
+            torch.split(query.view(slots, key.shape[1], -1, head_dim), 1),
+            torch.split(self._cache.keys_SGLD[layer], 1),
+            torch.split(self._cache.values_SGLD[layer], 1),
             self._seen,
             strict=False,
         )

@@ -42,7 +42,7 @@ class Layer:
         """The layer's answer [T, C]; with `reads_R` for those tokens alone, the others only lend keys and values."""
         projected = self._query_key_value(self._norm(hidden_TC)).view(len(hidden_TC), -1, self._head_dim)
         rotate(projected[:, : -self._heads[-1]], turns_TP)
-        query_THD, key_TGD, value_TGD = projected.split(self._heads, dim=1)
+        query_THD, key_TGD, value_TGD = torch.split(projected, self._heads, dim=1)
         if reads_R is not None:
             hidden_TC, query_THD = hidden_TC[reads_R], query_THD[reads_R]
         attended_THD = plan.attend(self._index, query_THD, key_TGD, value_TGD, self._scaling)
