@@ -138,6 +138,8 @@ def _refuse_nesting(root: Path, names: list[str], data: DataConfig) -> None:
 
 def _fragments_of(root: Path, name: str, job: JobConfig) -> list[Fragment]:
     path = root / name
+    if path != Path(job.data.input) and not path.resolve().is_relative_to(root.resolve()):
+        raise UnusableFile(f"{path}: is a link that leads out of the input. Copy the file, or set data.input to it.")
     with readable(path):
         stamp = _stamp(path)
     with open_parquet(path) as file:

@@ -7,6 +7,7 @@ import os
 from datetime import date
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from glmbatch.data.parquet import open_parquet, prompt_values, read_rows
 from glmbatch.errors import InputError, UnusableFile
 
+FUZZ = int(os.environ.get("FUZZ", "300"))  # damaged files to read
 # Where Arrow's own tests look for a checkout of apache/parquet-testing.
 CONFORMANCE = Path(os.environ.get("PARQUET_TEST_DATA", "not set"))
 
@@ -94,8 +96,41 @@ def test_what_is_no_parquet_file_is_named(numbered: Path, damage: str) -> None:
         pass
 
 
+@pytest.mark.parametrize("codec", ["uncompressed", "snappy", "gzip", "zstd", "lz4_raw", "brotli"])
+@pytest.mark.parametrize("version", ["V1", "V2"])
+def test_files_of_another_writer_read_as_it_reads_them(tmp_path: Path, codec: str, version: str) -> None:
+    path = tmp_path / "foreign.parquet"
+    rows = duckdb.sql(
+        "select i as n, 'text ' || (i % 7) as text, i / 3.0 as part, [i, null] as list, {'a': i, 'b': 'x'} as struct, "
+        "case when i % 5 = 0 then null else i % 3 end as few, date '2026-01-01' + i::int as day from range(5000) t(i)"
+    )
+    options = f"format parquet, codec {codec}, row_group_size 2048, parquet_version {version}"
+    duckdb.sql(f"copy (from rows) to '{path}' ({options})")
+    with open_parquet(path) as file:
+        groups = list(range(file.metadata.num_row_groups))
+    table = pa.Table.from_batches(list(read_rows(path, groups, 0, 5000)))
+    assert [tuple(row.values()) for row in table.to_pylist()] == rows.fetchall()
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize(
+    "encoding", ["PLAIN", "DELTA_BINARY_PACKED", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "BYTE_STREAM_SPLIT"]
+)
+def test_every_encoding_of_the_format_reads_alike(tmp_path: Path, encoding: str, version: str) -> None:
+    words = pa.array([None if row % 11 == 0 else f"word {row % 97}" for row in range(3000)])
+    numbers = pa.array([row * 37 % 1009 for row in range(3000)])
+    column = words if encoding in ("DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY") else numbers
+    path = tmp_path / "encoded.parquet"
+    pq.write_table(
+        pa.table({"x": column}), path, use_dictionary=False, column_encoding=encoding, data_page_version=version
+    )
+    assert prompt_values(pa.chunked_array([b.column(0) for b in read_rows(path, [0], 0, 3000)])) == prompt_values(
+        pa.chunked_array([column])
+    )
+
+
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 10_000), flip=st.integers(1, 255))
 def test_any_damaged_byte_gives_rows_or_our_error(numbered: Path, at: int, flip: int) -> None:
     whole = numbered.read_bytes()
