@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from glmbatch.config import JobConfig
 from glmbatch.data.fragments import FileFault, Fragment, Plan
@@ -200,3 +202,41 @@ def test_a_renamed_file_is_not_there_twice(tmp_path: Path) -> None:
 def test_a_limited_run_is_replaced_whole() -> None:
     limited = merged(None, output("a", 0, 2), limit=2)
     assert names(merged(limited, output("b", 0, 3))) == ["b@0+3"]
+
+
+SOURCES = st.sampled_from("abc")
+# For each source of a night: which version of the file, its fragments' rows, and which of them cannot be read.
+NIGHTS = st.lists(
+    st.dictionaries(
+        SOURCES,
+        st.tuples(
+            st.sampled_from("12"), st.lists(st.integers(1, 4), min_size=1, max_size=4), st.sets(st.integers(0, 3))
+        ),
+        min_size=1,
+    ),
+    max_size=6,
+)
+
+
+@given(nights=NIGHTS)
+def test_after_any_nights_no_row_is_there_twice_and_none_of_a_whole_file_is_missing(
+    nights: list[dict[str, tuple[str, list[int], set[int]]]],
+) -> None:
+    manifest, on_disk = None, set[str]()
+    for night in nights:
+        outputs, damaged = [], set()
+        for source, (version, sizes, unreadable) in night.items():
+            starts = [sum(sizes[:at]) for at in range(len(sizes))]
+            sound = [at for at in range(len(sizes)) if at not in unreadable]
+            outputs += [output(source, starts[at], sizes[at], source + version) for at in sound]
+            damaged |= {source} if len(sound) < len(sizes) else set()
+        manifest = merged(manifest, *outputs, damaged=damaged)
+        on_disk = (on_disk | {each.output_name for each in outputs}) - set(manifest.replaced)
+        assert {file.output_name for file in manifest.files} == on_disk
+        for source in {file.source for file in manifest.files}:
+            files = [file for file in manifest.files if file.source == source]
+            rows = [row for file in files for row in range(file.first_row, file.first_row + file.rows)]
+            assert len(rows) == len(set(rows))
+            assert len({file.source_digest for file in files}) == 1, "two versions of a file never mix"
+            if source in night and source not in damaged:
+                assert sorted(rows) == list(range(sum(night[source][1])))

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from glmbatch.config import ClassifyStep, GenerateStep, JobConfig
 from glmbatch.data.fragments import Fragment
@@ -87,3 +89,10 @@ def test_the_seed_of_a_row_follows_its_key_and_the_steps_seed() -> None:
     seeds = {row_seed(0, b"a"), row_seed(1, b"a"), row_seed(0, b"b")}
     assert len(seeds) == 3
     assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+@given(asked=st.sets(st.tuples(st.text(max_size=3), st.text(max_size=20)), max_size=30))
+def test_different_questions_have_different_keys_and_seeds(asked: set[tuple[str, str]]) -> None:
+    keys = {row_key(key, prompt) for key, prompt in asked}
+    assert len(keys) == len(asked)
+    assert len({row_seed(7, key) for key in keys}) == len(keys)
