@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,8 @@ import yaml
 
 from glmbatch.config import JobConfig
 from glmbatch.data.fragments import plan_fragments
-from glmbatch.errors import UnusableFile
+from glmbatch.data.parquet import is_plain, open_parquet
+from glmbatch.errors import AuditError, InputError, UnusableFile
 from glmbatch.pipeline import run_job
 from glmbatch.verification import verify
 from tests.conftest import CLASSIFY, ROOT
@@ -24,6 +26,7 @@ from tests.conftest import CLASSIFY, ROOT
 pytestmark = pytest.mark.slow
 Settings = Callable[..., dict[str, Any]]
 Write = Callable[..., Path]
+CONFORMANCE = Path(os.environ.get("PARQUET_TEST_DATA", "not set"))
 
 NAMES = [
     "a b.parquet",
@@ -113,3 +116,33 @@ def test_no_secret_of_the_environment_is_told(write_source: Write, job_settings:
     told += [path.read_bytes() for path in kept]
     assert len(kept) > 5
     assert not any(secret.encode() in each for secret in secrets.values() for each in told)
+
+
+@pytest.mark.skipif(not CONFORMANCE.is_dir(), reason="PARQUET_TEST_DATA names no checkout of apache/parquet-testing")
+@pytest.mark.parametrize("form", ["parquet", "delta"])
+def test_a_job_over_each_public_file_gives_rows_or_one_clear_line(
+    job_settings: Settings, tmp_path: Path, form: str
+) -> None:
+    published = 0
+    for number, path in enumerate(sorted(CONFORMANCE.rglob("*.parquet*"))):
+        here = tmp_path / str(number)
+        here.mkdir()
+        shutil.copy(path, here / "a.parquet")
+        settings = job_settings(
+            data__input=str(here), data__output=str(here / "out"), data__format=form, max_error_rate=1
+        )
+        try:
+            with open_parquet(path) as file:
+                column = next((field.name for field in file.schema_arrow if is_plain(field.type)), "none")
+        except InputError:
+            column = "none"
+        step = {**CLASSIFY, "name": "zz", "prompt_template": f"{{{column}}}", "on_too_long": "truncate"}
+        settings["data"] |= {"input": str(here / "a.parquet"), "limit": 100}
+        try:
+            run_job(JobConfig.model_validate({**settings, "steps": [step]}))
+        except (InputError, AuditError) as error:
+            assert "\n" not in str(error)
+            continue
+        assert verify(here / "out").findings == ()
+        published += 1
+    assert published > 45
