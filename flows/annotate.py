@@ -9,7 +9,7 @@ from prefect.utilities.annotations import quote
 
 from glmbatch.config import JobConfig
 from glmbatch.planning import Work, job_models
-from glmbatch.publishing import Summary
+from glmbatch.publishing import Summary, release
 from tasks.fragment import Answers, submit_fragment
 from tasks.ingest import assign, ingest
 from tasks.model import locate_model, prepare_model
@@ -21,15 +21,18 @@ from tasks.write import check_canary, publish
 def annotate(job: JobConfig) -> Summary:
     """Run the job and return what happened; a run that fails publishes nothing."""
     run = configured(ingest, job)(job)
-    located = [configured(locate_model, job)(model, job.runtime) for model in job_models(job)]
-    models = [configured(prepare_model, job)(model) for model in located]
-    # Quoted: Prefect would walk each fragment of a large object.
-    work: Work = configured(assign, job)(job, quote(run), models)
-    answers: Answers = {}
-    for steps in work.passes:
-        submit = partial(submit_fragment, job, steps, answers)
-        finished = in_window(work.fragments, submit, job.runtime.fragments_in_flight)
-    outputs = quote([results[-1] for results in finished])
-    canaries = configured(check_canary, job)(job, quote(work.fragments[0].assignments)) if job.canary else []
-    summary: Summary = configured(publish, job)(job, quote(run), outputs, canaries)
-    return summary
+    try:
+        located = [configured(locate_model, job)(model, job.runtime) for model in job_models(job)]
+        models = [configured(prepare_model, job)(model) for model in located]
+        # Quoted: Prefect would walk each fragment of a large object.
+        work: Work = configured(assign, job)(job, quote(run), models)
+        answers: Answers = {}
+        for steps in work.passes:
+            submit = partial(submit_fragment, job, steps, answers)
+            finished = in_window(work.fragments, submit, job.runtime.fragments_in_flight)
+        outputs = quote([results[-1] for results in finished])
+        canaries = configured(check_canary, job)(job, quote(work.fragments[0].assignments)) if job.canary else []
+        summary: Summary = configured(publish, job)(job, quote(run), outputs, canaries)
+        return summary
+    finally:
+        release(job, run)

@@ -74,6 +74,10 @@ def _count_errors(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) ->
     lost = sum(output.fragment.rows for output in outputs if output.unusable is not None) + _rows_out_of_reach(run)
     failed = lost + sum(output.faulty_rows for output in outputs if output.unusable is None)
     rows = run.plan.rows + _rows_out_of_reach(run)
+    if run.plan.unusable and not run.plan.rows and run.plan.limit is None:
+        raise AuditError(
+            f"{job.data.output}: nothing published: no row, and {len(run.plan.unusable)} unreadable files."
+        )
     if rows and failed == rows:
         raise AuditError(
             f"{job.data.output}: nothing published: all {rows} rows failed: {_most_frequent(run, outputs)}."

@@ -45,7 +45,7 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
             fine = pc.and_(fine, table.column(f"{step}_error").is_null().combine_chunks())
         sound = table.filter(fine)
         apart = max(1, len(sound) // each)
-        tables.append(sound.take(list(range(0, len(sound), apart))[:each]))
+        tables.append(sound.take(pa.array(range(0, len(sound), apart)[:each], pa.int64())))
     frozen = pa.concat_tables(tables, promote_options="permissive").slice(0, rows)
     if not len(frozen):
         raise InputError(f"{output}: no row is without fault, so there are no answers to freeze.")

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from glmbatch.asking import answers_to, forget_answers, keyed, known_answers, prompts_of
+from glmbatch.asking import answers_to, keyed, known_answers, prompts_of
 from glmbatch.canary import check_canary
 from glmbatch.config import AnyStep, ClassifyStep, JobConfig
 from glmbatch.data.delta import delta_schema
@@ -37,7 +37,7 @@ from glmbatch.planning import (
     prepare_model,
 )
 from glmbatch.progress import PROGRESS
-from glmbatch.publishing import Summary, publish
+from glmbatch.publishing import Summary, publish, release
 from glmbatch.steps.answers import Answer, answers_table
 from glmbatch.steps.prompt import Prompt, RowFault, RowValues
 
@@ -59,8 +59,7 @@ def run_job(job: JobConfig) -> Summary:
         ]
         return publish(job, run, outputs, check_canary(job, work.fragments[0].assignments))
     finally:
-        forget_answers(job.data.output)
-        Ledger(job.data.output).close()
+        release(job, run)
 
 
 def answer(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
@@ -70,7 +69,7 @@ def answer(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
     InputError. TransientError when the machine failed.
     """
     ledger, step = Ledger(job.data.output), job.steps[assignment.step_index]
-    found = ledger.find_answers(assignment.key, assignment.run, retry_failed=job.retry_failed)
+    found = ledger.find_answers(assignment.key, assignment.run, assignment.earlier, retry_failed=job.retry_failed)
     if found is not None:
         PROGRESS.add(assignment.fragment.rows, computed=False)
         return found
@@ -99,7 +98,8 @@ def answer(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
         distinct, measured = answers_to(job, assignment, asked, known, hold)
         table = _in_rows(assignment, step, distinct, prompts, keys)
         _refuse_under_raise(job, assignment, table.column(f"{step.name}_error").to_pylist())
-        receipt = receipt.model_copy(update=_counts(step, table) | measured)
+        earlier = {name: ledger.read_answers(key)[0].run for name, key in assignment.earlier.items()}
+        receipt = receipt.model_copy(update=_counts(step, table) | measured | {"earlier": earlier})
         known.add(ledger.keep_answers(receipt, table))
     return receipt
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from glmbatch.config import ClassifyStep, GenerateStep, JobConfig, ModelConfig, RuntimeConfig, Step
-from glmbatch.data.delta import check_sources
+from glmbatch.data.delta import check_sources, is_table
 from glmbatch.data.fragments import Fragment, Plan, plan_fragments
-from glmbatch.data.ledger import Ledger
+from glmbatch.data.ledger import Ledger, Manifest
 from glmbatch.data.rowkeys import answers_key, output_key, step_key
 from glmbatch.errors import InputError
 from glmbatch.glm.files import ADAPTER_FILES
@@ -82,7 +82,9 @@ def check_job(job: JobConfig) -> None:
     """Tell what is wrong with a job at once: what needs no network, no digests and no server. InputError says what."""
     from glmbatch.glm.checkpoint import read_checkpoint
 
-    open_output(job, plan_run(job, digests=False))
+    run = plan_run(job, digests=False)
+    open_output(job, run)
+    Ledger(job.data.output).close(run.id)
     for model in job_models(job):
         if model.revision is None:  # a hub id may need the network, which is the flow's to try again
             located = locate_model(model, job.runtime)
@@ -102,16 +104,27 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
             f"{job.data.output}: holds all rows; a run with data.limit would replace them. "
             "Set data.output to another folder."
         )
-    if manifest is not None and manifest.format == "delta" and job.data.format != "delta":
-        raise InputError(f"{job.data.output}: is a Delta table. Set data.format to delta, or data.output.")
-    if job.data.format == "delta":
-        check_sources(Path(plan.root), list(dict.fromkeys(fragment.source for fragment in plan.fragments)))
+    _check_format(job, plan, manifest)
     if manifest is not None and manifest.root != plan.root:
         raise InputError(
             f"{job.data.output}: holds the answers over {manifest.root}; this input is named from {plan.root}. "
             "Set data.output to another folder."
         )
     return Run(id=uuid.uuid4().hex, began=began, plan=plan)
+
+
+def _check_format(job: JobConfig, plan: Plan, manifest: Manifest | None) -> None:
+    output = Path(job.data.output)
+    if job.data.format == "parquet":
+        if is_table(output):
+            raise InputError(f"{output}: is a Delta table. Set data.format to delta, or data.output.")
+        return
+    sources = {fragment.source: Path(fragment.path) for fragment in plan.fragments}
+    others = {file.source for file in manifest.files} - sources.keys() if manifest and manifest.limit is None else set()
+    if job.data.missing_sources == "drop":
+        others = {source for source in others if (Path(plan.root) / source).exists()}
+    staying = [file.output_name for file in manifest.files if file.source in others] if manifest else []
+    check_sources(output, sources, staying)
 
 
 class Work(BaseModel, frozen=True, extra="forbid"):
@@ -123,7 +136,7 @@ class Work(BaseModel, frozen=True, extra="forbid"):
 
 def open_output(job: JobConfig, run: Run) -> None:
     """Make the output folder ready for `run` and hold it; InputError when it cannot be written or is held."""
-    Ledger(job.data.output).open()
+    Ledger(job.data.output).open(run.id)
     POOL.resume()
     PROGRESS.start("annotate", run.plan.rows * len(job.steps))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from glmbatch.asking import forget_answers
 from glmbatch.audits import Audit, audit, total
 from glmbatch.config import JobConfig
 from glmbatch.data.delta import LOG
-from glmbatch.data.fragments import FileFault, read_fragment
+from glmbatch.data.fragments import FileFault
 from glmbatch.data.ledger import (
     DIGEST_CHARS,
     QUARANTINE,
@@ -24,12 +25,13 @@ from glmbatch.data.ledger import (
     StepOrigin,
     merged_manifest,
 )
-from glmbatch.data.parquet import prompt_values
+from glmbatch.data.parquet import prompt_values, read_columns
 from glmbatch.data.rowkeys import answer_settings
-from glmbatch.errors import AuditError, BadRow
+from glmbatch.errors import AuditError, BadRow, GlmbatchError
 from glmbatch.planning import Run
 
 SAMPLE_ROWS = 3
+MOST_REFUSED = 100_000  # lines of a list for people, of a run in which perhaps every row failed
 QUARANTINE_SCHEMA = pa.schema(
     [
         pa.field("source", pa.string()),
@@ -103,15 +105,13 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
             if each.unusable is not None
         ),
     ]
-    faults = list(_quarantined(job, ledger, written, unusable))
     try:
         audits = audit(job, run, outputs, ledger.published_receipts(), canaries)
     except AuditError as error:
-        if not faults:
-            raise
-        listed = ledger.refuse(pa.Table.from_pylist(faults, QUARANTINE_SCHEMA))
-        raise AuditError(f"{error} Each row that failed: {listed}.") from error
+        listed = _refused(ledger, _quarantined(job, ledger, written, unusable))
+        raise AuditError(f"{error}{listed}") from error
     samples = _samples(job, ledger, written)
+    faults = list(_quarantined(job, ledger, written, unusable))
     if faults and job.on_error == "raise":
         first = faults[0]
         raise BadRow(
@@ -126,12 +126,12 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
         unusable,
         keep_missing=job.data.missing_sources == "keep",
         format=job.data.format,
-    ).model_copy(update={"steps": _origins(job, written)})
+    )
+    there = tuple(name for name in manifest.replaced if (ledger.root / name).exists())
+    manifest = manifest.model_copy(update={"steps": _origins(job, written), "replaced": there})
     stay = {file.source for file in manifest.files} - {output.fragment.source for output in written}
     lines = [*ledger.quarantine(stay), *faults]
     ledger.publish(manifest, written, pa.Table.from_pylist(lines, QUARANTINE_SCHEMA))
-    ledger.close()
-    forget_answers(job.data.output)
     return Summary(
         run=run.id,
         output=job.data.output,
@@ -151,6 +151,17 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
     )
 
 
+def _refused(ledger: Ledger, faults: Iterator[dict[str, Any]]) -> str:
+    """Keep the first of the failed rows of a run that publishes nothing; where they are listed, as a sentence."""
+    lines = list(islice(faults, MOST_REFUSED))
+    if not lines:
+        return ""
+    try:
+        return f" Each row that failed: {ledger.refuse(pa.Table.from_pylist(lines, QUARANTINE_SCHEMA))}."
+    except GlmbatchError as error:  # what the audit found matters more
+        return f" They are not listed: {error}"
+
+
 def _origins(job: JobConfig, written: Sequence[OutputReceipt]) -> dict[str, StepOrigin]:
     models = {receipt.step: receipt.model for output in written[:1] for receipt in output.answers}
     settings = {step.name: answer_settings(step) for step in job.steps}
@@ -160,6 +171,12 @@ def _origins(job: JobConfig, written: Sequence[OutputReceipt]) -> dict[str, Step
 def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
     """The output with the receipts of the answers as they lie on disk: a cached output may tell of an older run's."""
     return output.model_copy(update={"answers": tuple(ledger.read_answers(each.key)[0] for each in output.answers)})
+
+
+def release(job: JobConfig, run: Run) -> None:
+    """Let go of what `run` held, published or not: its output's lock, and what it remembered of the answers there."""
+    forget_answers(job.data.output)
+    Ledger(job.data.output).close(run.id)
 
 
 def _named(job: JobConfig, output: OutputReceipt) -> OutputReceipt:
@@ -200,12 +217,11 @@ def _samples(job: JobConfig, ledger: Ledger, written: Sequence[OutputReceipt]) -
     for output in written:
         if output.faulty_rows == output.fragment.rows or not columns:
             continue
-        tables = {receipt.step: ledger.read_answers(receipt.key)[1] for receipt in output.answers}
-        faults = [table.column(f"{step}_error").to_pylist() for step, table in tables.items()]
+        steps = [receipt.step for receipt in output.answers]
+        table = read_columns(ledger.output_path(output), [*columns, *steps, *(f"{step}_error" for step in steps)])
+        faults = [table.column(f"{step}_error").to_pylist() for step in steps]
         fine = [row for row, reasons in enumerate(zip(*faults, strict=True)) if not any(reasons)][:SAMPLE_ROWS]
-        source = pa.Table.from_batches(list(read_fragment(output.fragment, columns))).take(fine)
-        values = {name: prompt_values(source.column(name)) for name in columns}
-        values |= {step: table.column(step).take(fine).to_pylist() for step, table in tables.items()}
+        values = {name: prompt_values(table.column(name).take(fine)) for name in (*columns, *steps)}
         return [{name: column[row] for name, column in values.items()} for row in range(len(fine))]
     return []
 
@@ -220,12 +236,13 @@ def _quarantined(
         if not output.faulty_rows:
             continue
         fragment = output.fragment
+        columns = [f"{receipt.step}{end}" for receipt in output.answers for end in ("_error", "_error_type")]
+        columns += [] if job.data.id_column is None else [job.data.id_column]
+        table = read_columns(ledger.output_path(output), columns)
         ids: list[Any] = [None] * fragment.rows
         if job.data.id_column is not None:
-            batches = list(read_fragment(fragment, [job.data.id_column]))
-            ids = prompt_values(pa.Table.from_batches(batches).column(job.data.id_column))
+            ids = prompt_values(table.column(job.data.id_column))
         for receipt in output.answers:
-            _, table = ledger.read_answers(receipt.key)
             reasons, kinds = (table.column(f"{receipt.step}{end}").to_pylist() for end in ("_error", "_error_type"))
             for at, reason in enumerate(reasons):
                 if reason is not None:

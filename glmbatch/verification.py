@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,17 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
 from glmbatch.data.delta import LOG, table_files
-from glmbatch.data.ledger import MANIFEST, QUARANTINE, RECEIPT, STAGED, Ledger, Manifest, OutputReceipt, PublishedFile
+from glmbatch.data.ledger import (
+    MANIFEST,
+    PUBLISHING,
+    QUARANTINE,
+    RECEIPT,
+    STAGED,
+    Ledger,
+    Manifest,
+    OutputReceipt,
+    PublishedFile,
+)
 from glmbatch.data.parquet import footer_metadata, open_parquet, read_columns, read_rows
 from glmbatch.data.storage import PARTIAL, digest_file
 from glmbatch.errors import InputError, UnusableFile
@@ -96,7 +107,9 @@ def _strangers(ledger: Ledger, manifest: Manifest) -> Iterator[Finding]:
             yield _wrong(name, f"stands in {LOG if name not in named else MANIFEST} alone; run the job again")
     for path in sorted(ledger.root.rglob("*")):
         name = path.relative_to(ledger.root).as_posix()
-        if path.name.endswith(PARTIAL):
+        if name == PUBLISHING:
+            yield _wrong(name, "a publication did not come to its end; run the job again")
+        elif path.name.endswith(PARTIAL):
             yield _wrong(name, "is half-written; the next run takes it away")
         elif name.startswith(f"{STAGED}/"):
             yield _wrong(name, "waits for a publication that did not come; run the job again")
@@ -157,7 +170,7 @@ def _file_findings(root: Path, manifest: Manifest, file: PublishedFile, faulty: 
         receipt = OutputReceipt.model_validate_json(text or "")
         yield from _receipt_findings(file, receipt)
         yield from _answer_findings(path, file, receipt, faulty)
-        yield from _source_findings(Path(manifest.root) / file.source, path, file, receipt)
+        yield from _source_findings(root, manifest, file, receipt)
     except UnusableFile as error:
         yield _wrong(name, str(error))
     except ValidationError:
@@ -205,8 +218,9 @@ def _rows_where(condition: pa.ChunkedArray | pa.Array) -> list[int]:
     return [row for row, holds in enumerate(condition.to_pylist()) if holds]
 
 
-def _source_findings(source: Path, path: Path, file: PublishedFile, receipt: OutputReceipt) -> Iterator[Finding]:
+def _source_findings(root: Path, manifest: Manifest, file: PublishedFile, receipt: OutputReceipt) -> Iterator[Finding]:
     """The source's own columns stand in the output as they are, row for row."""
+    source, path = Path(manifest.root) / file.source, root / file.output_name
     if not source.is_file():
         yield Finding(kind="unchecked", file=file.output_name, what=f"{source} is gone")
         return
@@ -223,7 +237,10 @@ def _source_findings(source: Path, path: Path, file: PublishedFile, receipt: Out
             continue
         theirs = _column(source, fragment.row_groups, fragment.skip_rows, fragment.rows, name)
         ours = _column(path, all_groups, 0, file.rows, name)
-        if ours.equals(theirs.cast(ours.type)):  # a Delta table has fewer types
+        if manifest.format == "delta":  # it has fewer types
+            with suppress(pa.ArrowException):
+                theirs = theirs.cast(ours.type)
+        if ours.equals(theirs):
             continue
         for row, (one, other) in enumerate(zip(ours.to_pylist(), theirs.to_pylist(), strict=False)):
             if one != other and repr(one) != repr(other):  # nan is not equal to itself

@@ -30,7 +30,8 @@ def submit_fragment(
     """
     ledger = Ledger(job.data.output)
     receipts = [
-        ledger.find_answers(assignment.key, work.run, retry_failed=job.retry_failed) for assignment in work.assignments
+        ledger.find_answers(each.key, work.run, each.earlier, retry_failed=job.retry_failed)
+        for each in work.assignments
     ]
     asked = answers.setdefault(work.fragment.name, {})
     submitted: list[PrefectFuture[Any]] = []

@@ -16,6 +16,9 @@ from glmbatch.canary import freeze
 from glmbatch.cli import main
 from glmbatch.config import JobConfig
 from glmbatch.errors import AuditError, InputError
+from glmbatch.glm.engine import ClassifyResult
+from glmbatch.glm.network import Network
+from glmbatch.glm.torch_engine import TorchEngine
 from glmbatch.pipeline import run_job
 from glmbatch.publishing import Summary
 from tests.conftest import CAUSAL
@@ -97,3 +100,28 @@ def test_there_must_be_answers_to_freeze_and_another_place_for_them(tmp_path: Pa
         freeze(tmp_path, tmp_path / "c.parquet", 3)
     with pytest.raises(InputError, match="lies in the output"):
         freeze(tmp_path / "out", tmp_path / "out" / "c.parquet", 3)
+
+
+def test_a_night_that_only_tries_failed_rows_again_is_held_to_it_too(
+    frozen: dict[str, Any], write_source: Write, rows: list[str | None]
+) -> None:
+    real = TorchEngine.classify
+
+    def failing(engine: TorchEngine, requests: Any) -> Any:
+        for result in real(engine, requests):
+            yield ClassifyResult(result.index, (), "not finite") if result.index == 0 else result
+
+    write_source("a.parquet", {"text": [*rows, "new"], "id": range(24)})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TorchEngine, "classify", failing)
+        assert run({**frozen, "canary": None, "max_error_rate": 0.9}).faulty_rows == 1
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(AuditError, match="canary rows that changed"):
+        read = Network.read
+        patched.setattr(Network, "read", lambda *arguments: read(*arguments) * -9)
+        run(frozen)
+
+
+def test_files_without_rows_are_no_hindrance(frozen: dict[str, Any], write_source: Write, tmp_path: Path) -> None:
+    write_source("empty.parquet", {"text": pa.array([], pa.string()), "id": pa.array([], pa.int64())})
+    run(frozen)
+    assert freeze(tmp_path / "out", tmp_path / "more.parquet", 5) == 5

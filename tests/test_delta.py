@@ -13,7 +13,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 
 from glmbatch.config import JobConfig
 from glmbatch.data.delta import APPLICATION, commit_table, delta_schema, table_files
@@ -225,4 +225,78 @@ def test_a_time_that_would_lose_nanoseconds_costs_its_file_and_is_told(
     )
     assert "column 'at' as timestamp[us]: Casting" in summary.unusable[0].reason
     assert pq.read_metadata(next((tmp_path / "out").glob("a-*.parquet"))).num_rows == 3
+    assert verify(tmp_path / "out").findings == ()
+
+
+def test_a_full_snapshot_may_change_types_and_keeps_the_folders_it_has(
+    write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
+) -> None:
+    write_source("day=1/a.parquet", {"text": rows[:3], "at": ["soon"] * 3})
+    run_job(delta_job())
+    times = pa.array([datetime.datetime(2026, 1, 2)] * 3, pa.timestamp("us"))
+    write_source("day=1/a.parquet", {"text": rows[:3], "at": times})
+    run_job(delta_job())
+    assert DeltaTable(tmp_path / "out").to_pyarrow_table().column("at").to_pylist() == times.to_pylist()
+    (tmp_path / "in/day=1/a.parquet").unlink()
+    write_source("b.parquet", {"text": rows[:3], "at": times})
+    with pytest.raises(InputError, match=r"partition columns are \['day'\], those of this run \[\]"):
+        run_job(delta_job(data__missing_sources="drop"))
+    assert verify(tmp_path / "out").sound
+
+
+def test_a_type_that_does_not_go_with_files_that_stay_is_refused_before_any_work(
+    write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
+) -> None:
+    write_source("a.parquet", {"text": rows[:3], "n": [1, 2, 3]})
+    run_job(delta_job())
+    (tmp_path / "in/a.parquet").unlink()
+    write_source("b.parquet", {"text": rows[:3], "n": ["1", "2", "3"]})
+    before = {path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="column 'n' holds"):
+        run_job(delta_job())
+    write_source("b.parquet", {"text": rows[:3], "N": [1, 2, 3]})
+    with pytest.raises(InputError, match=r"does not tell column 'n' from 'N'|does not tell column 'N' from 'n'"):
+        run_job(delta_job())
+    assert {path for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_a_table_of_somebody_else_is_left_alone(
+    write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
+) -> None:
+    write_source("a.parquet", {"text": rows[:3]})
+    write_deltalake(tmp_path / "out", pa.table({"mine": [1]}))
+    for form, seen in (("delta", "did not write"), ("parquet", "is a Delta table")):
+        with pytest.raises(InputError, match=seen):
+            run_job(delta_job(data__format=form))
+    assert DeltaTable(tmp_path / "out").to_pyarrow_table().column("mine").to_pylist() == [1]
+
+
+def test_a_log_that_a_kill_left_empty_is_begun_anew(
+    write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
+) -> None:
+    write_source("a.parquet", {"text": rows[:3]})
+    (tmp_path / "out/_delta_log").mkdir(parents=True)
+    run_job(delta_job())
+    assert texts(tmp_path / "out") == sorted(rows[:3])
+
+
+@pytest.mark.parametrize("form", ["parquet", "delta"])
+def test_what_a_killed_publication_moved_is_taken_away_by_another_one(
+    write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str], form: str
+) -> None:
+    write_source("a.parquet", {"text": rows[:20]})
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("glmbatch.data.ledger._write_list", killed)
+        run_job(delta_job(data__format=form))
+    moved = {path.name for path in (tmp_path / "out").glob("a-*.parquet")}
+    assert len(moved) == 3
+    assert run_job(delta_job(data__format=form, data__rows_per_fragment=15)).computed == 0
+    left = {path.name for path in (tmp_path / "out").glob("a-*.parquet")}
+    names = {file.output_name for file in manifest(tmp_path).files}
+    assert names <= left
+    assert left - names == (moved if form == "delta" else set()), "an older version of the table keeps its own"
     assert verify(tmp_path / "out").findings == ()

@@ -21,7 +21,7 @@ from glmbatch.data.storage import digest_file
 from glmbatch.errors import AuditError, BadRow, InputError, UnusableFile
 from glmbatch.pipeline import answer, run_job
 from glmbatch.planning import assign, locate_model, passes, plan_run, prepare_model
-from glmbatch.publishing import Summary, describe
+from glmbatch.publishing import Summary, describe, publish
 from tests.conftest import CAUSAL, CLASSIFIER, CLASSIFY, GENERATE
 from tests.glm.adapters import make_original_adapter
 from tests.glm.checkpoints import read_json
@@ -555,3 +555,35 @@ def test_readers_of_the_folder_find_every_file_whole_while_nights_are_published(
     reader.join()
     assert all(each in nights for each in seen)
     assert len(seen) > 6
+
+
+def test_a_landing_folder_may_be_emptied_once_its_rows_are_written(
+    write_source: Write, job_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source("a.parquet", {"text": ["one", None], "id": ["x", "y"]})
+
+    def emptied(*arguments: Any) -> Summary:
+        source.unlink()
+        return publish(*arguments)
+
+    monkeypatch.setattr("glmbatch.pipeline.publish", emptied)
+    summary = run(job_settings(steps=[CLASSIFY], data__id_column="id", max_error_rate=0.5))
+    assert summary.samples[0]["text"] == "one"
+    assert pq.read_table(tmp_path / "out" / QUARANTINE).column("id").to_pylist() == ["y"]
+
+
+def test_no_row_and_broken_files_are_no_success(write_source: Write, job_settings: Settings, tmp_path: Path) -> None:
+    write_source("empty.parquet", {"text": pa.array([], pa.string())})
+    (tmp_path / "in" / "broken.parquet").write_bytes(b"broken")
+    with pytest.raises(AuditError, match="no row, and 1 unreadable files"):
+        run(job_settings(on_error="null", max_error_rate=1.0))
+
+
+def test_two_runs_of_one_process_do_not_write_to_one_output(write_source: Write, job_settings: Settings) -> None:
+    write_source("a.parquet", {"text": ["one"]})
+    job = JobConfig.model_validate(job_settings(steps=[CLASSIFY]))
+    Ledger(job.data.output).open("another")
+    with pytest.raises(InputError, match="another run of this process"):
+        run_job(job)
+    Ledger(job.data.output).close("another")
+    assert run_job(job).rows == 1

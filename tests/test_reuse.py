@@ -22,7 +22,7 @@ from glmbatch.glm.torch_engine import TorchEngine
 from glmbatch.pipeline import run_job
 from glmbatch.publishing import Summary
 from glmbatch.verification import verify
-from tests.conftest import CAUSAL
+from tests.conftest import CAUSAL, CLASSIFY
 
 Settings = Callable[..., dict[str, Any]]
 Write = Callable[..., Path]
@@ -209,6 +209,20 @@ def test_only_rows_that_failed_are_tried_again_and_only_by_choice(
     assert (again.computed, again.faulty_rows) == (FAILED, 0)
 
 
+def test_a_step_that_had_to_do_without_an_earlier_answer_is_asked_once_that_is_there(
+    write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Failing(monkeypatch)
+    write_source("a.parquet", {"text": [*texts(), None]})
+    first = run(job_settings(max_error_rate=0.5))
+    assert first.steps[1].faults == {"earlier_step_failed": FAILED + 1}
+    engine.fails = False
+    again = run(job_settings(max_error_rate=0.5))
+    assert [step.computed for step in again.steps] == [FAILED, FAILED]
+    assert again.steps[1].faults == {"earlier_step_failed": 1}
+    assert computed(job_settings(max_error_rate=0.5)) == [0, 0]
+
+
 def test_what_another_fragment_failed_to_answer_is_asked_by_who_waited(
     write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,3 +240,21 @@ def test_the_index_is_let_go_with_its_run(published: dict[str, Any], job_setting
     settings = job_settings()
     run(settings)
     assert not [key for key in asking._KNOWN if key[0] == settings["data"]["output"]]
+
+
+def test_a_killed_publication_costs_no_inference_of_the_night_after(
+    write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = job_settings(steps=[CLASSIFY], data__rows_per_fragment=100)
+    write_source("a.parquet", {"text": texts()})
+    run(settings)
+    write_source("a.parquet", {"text": [*texts(), "one more"]})
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("glmbatch.data.ledger._write_list", killed)
+        run(settings)
+    write_source("a.parquet", {"text": [*texts(), "one more", "and one"]})
+    assert computed(settings) == [1]

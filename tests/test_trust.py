@@ -146,3 +146,17 @@ def test_a_job_over_each_public_file_gives_rows_or_one_clear_line(
         assert verify(here / "out").findings == ()
         published += 1
     assert published > 45
+
+
+def test_links_in_a_circle_cost_themselves_and_a_linked_day_may_be_named(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": ["mine"]})
+    circle = tmp_path / "in" / "circle.parquet"
+    circle.symlink_to(circle)
+    summary = run_job(JobConfig.model_validate(job_settings(steps=[CLASSIFY], max_error_rate=1.0)))
+    assert (summary.rows, [fault.source for fault in summary.unusable]) == (1, ["circle.parquet"])
+    (tmp_path / "days").mkdir()
+    (tmp_path / "days" / "day=1").symlink_to(tmp_path / "in")
+    plan = plan_fragments(JobConfig.model_validate(job_settings(data__input=str(tmp_path / "days" / "day=1"))))
+    assert [fragment.source for fragment in plan.fragments] == ["day=1/a.parquet"]

@@ -175,3 +175,12 @@ def test_a_folder_without_a_manifest_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no _manifest"):
         verify(tmp_path)
     assert main(["verify", str(tmp_path)]) == 2
+
+
+def test_a_column_of_another_kind_is_found_and_not_a_traceback(out: Path) -> None:
+    def as_lists(table: pa.Table) -> pa.Table:
+        at = table.schema.get_field_index("odd")
+        return table.set_column(at, "odd", pa.array([[1]] * len(table)))
+
+    rewrite(out, "b-0000000000.parquet", as_lists)
+    assert any("column 'odd' is not what row" in finding for finding in findings(out))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote
@@ -16,8 +18,8 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from glmbatch.data.parquet import is_text, open_parquet
-from glmbatch.data.storage import writable
-from glmbatch.errors import InputError
+from glmbatch.data.storage import sync, writable
+from glmbatch.errors import GlmbatchError, InputError, TransientError
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -30,15 +32,24 @@ SAME = frozenset({pa.bool_(), pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.
 HINT = "Set data.format to parquet, or leave the column out."
 
 
-def check_sources(root: Path, names: list[str]) -> None:
-    """InputError when the Parquet files `names` below `root` cannot stand in one table."""
+def check_sources(output: Path, sources: Mapping[str, Path], staying: Sequence[str]) -> None:
+    """InputError when the Parquet files `sources` (name to path) cannot stand in the table of `output`.
+
+    The files `staying` of the table, by name, stay there beside them.
+    """
     try:
         import deltalake  # noqa: F401
     except ImportError as error:
         raise InputError(
             "data.format is delta, and deltalake is not installed. Run pip install 'glmbatch[delta]'."
         ) from error
-    _partition_columns({name: _schema_of(root / name) for name in names})
+    with _delta_errors(output):
+        table = _open(output)
+        if table is not None and table.transaction_version(APPLICATION) is None:
+            raise InputError(f"{output}: is a Delta table that glmbatch did not write. Set data.output.")
+        files = {**sources, **{name: output / name for name in staying}}
+        schemas = {name: _schema_of(path) for name, path in files.items() if path.exists()}
+        _fit(output, table, schemas, bool(staying))
 
 
 def delta_schema(where: str, schema: pa.Schema) -> pa.Schema:
@@ -84,51 +95,137 @@ def _delta_nested(kind: pa.DataType) -> pa.DataType | None:
     return None
 
 
-def commit_table(root: Path, rows: Mapping[str, int]) -> None:
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The next version of a table: its columns and partition columns, and how they take the place of the last ones."""
+
+    columns: pa.Schema
+    partitions: list[str]
+    mode: Literal["overwrite", "append"]
+    known: frozenset[str]  # files of the last version
+
+
+def plan_commit(root: Path, files: Mapping[str, Path]) -> Commit:
+    """How the table in `root` comes to consist of just `files` (name below `root` to where each lies now).
+
+    InputError when they cannot stand in one table; nothing is written.
+    """
+    with _delta_errors(root):
+        table, known = _open(root), table_files(root)
+        schemas = {name: _schema_of(path) for name, path in files.items()}
+        columns, partitions, grows = _fit(root, table, schemas, bool(known & files.keys()))
+        return Commit(columns, partitions, "append" if grows else "overwrite", frozenset(known))
+
+
+def commit_table(root: Path, rows: Mapping[str, int], commit: Commit) -> None:
     """Make the table in `root` consist of just the files `rows` (name below `root` to number of rows), in one commit.
 
-    Safe to repeat: what is there already is not committed again. InputError when the files cannot stand in one table.
+    Safe to repeat: what is there already is not committed again. The commit reaches the disk before the return.
     """
-    from deltalake import CommitProperties, DeltaTable, Schema, Transaction
+    from deltalake import CommitProperties, Schema, Transaction
     from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
-    table, live = DeltaTable(root) if (root / LOG).is_dir() else None, table_files(root)
-    if table is not None and live == set(rows):
+    if commit.known == set(rows):
         return
-    schemas = {name: _schema_of(root / name) for name in rows}
-    partitions, schema = _partition_columns(schemas), _one_schema(schemas)
-    now, version = int(time.time() * 1000), table.transaction_version(APPLICATION) if table is not None else None
-    once = CommitProperties(app_transactions=[Transaction(APPLICATION, (version or 0) + 1, now)])
-
-    def add(name: str) -> AddAction:
-        stats = json.dumps({"numRecords": rows[name]})
-        return AddAction(name, (root / name).stat().st_size, partition_values(name, partitions), now, True, stats)
-
-    columns = pa.schema([*schema, *(pa.field(name, pa.string()) for name in partitions)])
-    with writable(root / LOG):
-        if table is None:
-            adds = [add(name) for name in rows]
-            create_table_with_add_actions(
-                str(root), Schema.from_arrow(columns), adds, partition_by=partitions, commit_properties=once
+    now, partitions = int(time.time() * 1000), commit.partitions
+    with _delta_errors(root), writable(root / LOG):
+        table = _open(root)
+        version = table.transaction_version(APPLICATION) if table is not None else None
+        once = CommitProperties(app_transactions=[Transaction(APPLICATION, (version or 0) + 1, now)])
+        adds = [
+            AddAction(
+                name,
+                (root / name).stat().st_size,
+                partition_values(name, partitions),
+                now,
+                True,
+                json.dumps({"numRecords": rows[name]}),
             )
-            return
-        actions: list[AddAction | RemoveAction] = [add(name) for name in rows if name not in live]
-        mode: Literal["overwrite", "append"] = "overwrite"
-        if live & set(rows):  # else nothing stays, and columns may change as they like
-            mode, columns = "append", _grow(root, table, columns)
-            for name in sorted(live - set(rows)):
-                actions.append(RemoveAction(name, True, now, None, partition_values(name, partitions)))
-        table.create_write_transaction(actions, mode, Schema.from_arrow(columns), partitions, commit_properties=once)
+            for name in rows
+            if name not in commit.known
+        ]
+        schema = Schema.from_arrow(commit.columns)
+        if table is None:
+            create_table_with_add_actions(str(root), schema, adds, partition_by=partitions, commit_properties=once)
+        else:
+            _grow(table, commit)
+            gone = [
+                RemoveAction(name, True, now, None, partition_values(name, partitions))
+                for name in sorted(commit.known - set(rows))
+            ]
+            actions: list[AddAction | RemoveAction] = [*adds] if commit.mode == "overwrite" else [*gone, *adds]
+            table.create_write_transaction(actions, commit.mode, schema, partitions, commit_properties=once)
+        for path in (*sorted((root / LOG).glob("*.json"))[-2:], root / LOG, root):
+            sync(path)
+
+
+def _grow(table: DeltaTable, commit: Commit) -> None:
+    """Give the table the columns that it lacks, and what its readers must know for its types."""
+    from deltalake import Schema, TableFeatures
+
+    there = pa.schema(table.schema().to_arrow())
+    new = pa.schema([field for field in commit.columns if field.name not in there.names])
+    if commit.mode == "append":
+        if len(new):
+            table.alter.add_columns(Schema.from_arrow(new).fields)
+    elif "timestamp_ntz" in Schema.from_arrow(commit.columns).to_json():
+        table.alter.add_feature(TableFeatures.TimestampWithoutTimezone, allow_protocol_versions_increase=True)
 
 
 def table_files(root: Path) -> set[str]:
     """Names below `root` of the files of the table's latest version; none when there is no table."""
+    with _delta_errors(root):
+        table = _open(root)
+        if table is None:
+            return set()
+        return {unquote(path) for path in pa.table(table.get_add_actions(flatten=True)).column("path").to_pylist()}
+
+
+def is_table(root: Path) -> bool:
+    """Whether a Delta table was ever committed in `root`."""
+    return any((root / LOG).glob("*.json"))
+
+
+def _open(root: Path) -> DeltaTable | None:
     from deltalake import DeltaTable
 
-    if not (root / LOG).is_dir():
-        return set()
-    actions = DeltaTable(root).get_add_actions(flatten=True)
-    return {unquote(path) for path in pa.table(actions).column("path").to_pylist()}
+    return DeltaTable(root) if is_table(root) else None
+
+
+@contextmanager
+def _delta_errors(root: Path) -> Iterator[None]:
+    """Turn the errors of deltalake into ours; a commit of somebody else in between may pass by itself."""
+    try:
+        yield
+    except (GlmbatchError, OSError):
+        raise
+    except Exception as error:  # deltalake raises bare ones too
+        reason = " ".join(str(error).split())[:300]
+        if "conflict" in type(error).__name__.lower() or "conflict" in reason.lower():
+            raise TransientError(f"{root}: another commit came between: {reason}") from error
+        raise InputError(f"{root}: the Delta table cannot be used: {reason} Set data.output.") from error
+
+
+def _fit(
+    root: Path, table: DeltaTable | None, schemas: Mapping[str, pa.Schema], some_stay: bool
+) -> tuple[pa.Schema, list[str], bool]:
+    """The table's columns with these files in it, its partition columns, and whether it only grows for that."""
+    partitions = _partition_columns(schemas)
+    columns = pa.schema([*_one_schema(schemas), *(pa.field(name, pa.string()) for name in partitions)])
+    if table is None:
+        return columns, partitions, True
+    if schemas and table.metadata().partition_columns != partitions:
+        raise InputError(
+            f"{root}: its partition columns are {table.metadata().partition_columns}, those of this run {partitions}. "
+            "Set data.output."
+        )
+    there = delta_schema(str(root), pa.schema(table.schema().to_arrow()))
+    try:
+        return _one_schema({"the table": there, "this run": columns}), partitions, True
+    except InputError as error:
+        if some_stay:
+            raise InputError(f"{root}: {error}") from error
+        return columns, partitions, False  # nothing stays, so columns may change as they like
 
 
 def partition_values(name: str, columns: list[str]) -> dict[str, str | None]:
@@ -150,7 +247,6 @@ def _partition_columns(schemas: Mapping[str, pa.Schema]) -> list[str]:
                 f"{name}: its folders give the columns {columns}, those of {first[0]} give {first[1]}; a Delta table "
                 "has one set. Set data.format to parquet."
             )
-    _one_schema(schemas)
     return first[1] if first else []
 
 
@@ -162,8 +258,11 @@ def _schema_of(path: Path) -> pa.Schema:
 def _one_schema(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
     """The columns of all files; a file without one reads as null there."""
     kinds: dict[str, tuple[str, pa.DataType]] = {}
+    folded: dict[str, str] = {}
     for name, schema in schemas.items():
         for field in schema:
+            if (other := folded.setdefault(field.name.casefold(), field.name)) != field.name:
+                raise InputError(f"{name}: a Delta table does not tell column {field.name!r} from {other!r}. {HINT}")
             first, kind = kinds.setdefault(field.name, (name, field.type))
             if field.type != kind:
                 raise InputError(
@@ -171,15 +270,3 @@ def _one_schema(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
                     "one type. Set data.format to parquet."
                 )
     return pa.schema([(name, kind) for name, (_, kind) in kinds.items()])
-
-
-def _grow(root: Path, table: DeltaTable, columns: pa.Schema) -> pa.Schema:
-    """Give the table those of `columns` that it lacks; all its columns. A column that no file has any more stays."""
-    from deltalake import Schema
-
-    there = pa.schema(table.schema().to_arrow())
-    whole = _one_schema({"the table": delta_schema(str(root), there), "this run": columns})
-    new = pa.schema([field for field in whole if field.name not in there.names])
-    if len(new):
-        table.alter.add_columns(Schema.from_arrow(new).fields)
-    return whole

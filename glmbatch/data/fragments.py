@@ -6,6 +6,7 @@ input and its first row, so new files rename nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -130,7 +131,7 @@ def _refuse_nesting(root: Path, names: list[str], data: DataConfig) -> None:
             f"{data.output}: lies inside the input {root}, so answers would be read as rows. Set data.output."
         )
     for name in names:
-        if output in (root / name).resolve().parents:
+        if output in Path(os.path.realpath(root / name)).parents:
             raise InputError(
                 f"{data.output}: holds the input file {root / name}. Set data.output to a folder of its own."
             )
@@ -138,7 +139,9 @@ def _refuse_nesting(root: Path, names: list[str], data: DataConfig) -> None:
 
 def _fragments_of(root: Path, name: str, job: JobConfig) -> list[Fragment]:
     path = root / name
-    if path != Path(job.data.input) and not path.resolve().is_relative_to(root.resolve()):
+    # realpath, since it does not raise where links go in a circle; then opening does.
+    named = os.path.realpath(job.data.input if Path(job.data.input).exists() else root)
+    if not Path(os.path.realpath(path)).is_relative_to(named):
         raise UnusableFile(f"{path}: is a link that leads out of the input. Copy the file, or set data.input to it.")
     with readable(path):
         stamp = _stamp(path)

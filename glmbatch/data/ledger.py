@@ -5,6 +5,7 @@
     OUTPUT/_quarantine.parquet                                 rows that failed, with file, row and reason
     OUTPUT/_glmbatch/answers/<answers key>.<digest>.parquet    answers of one step over one fragment
     OUTPUT/_glmbatch/staged/<output key>.<digest>.parquet      output files that wait for publication
+    OUTPUT/_glmbatch/publishing.json                           files of publications that have not come to their end
     OUTPUT/_glmbatch/refused.parquet                           rows that failed in a run that published nothing
     OUTPUT/_glmbatch/lock                                      held by the run that writes
 
@@ -15,19 +16,21 @@ absent, and running again finds it.
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import shutil
 import socket
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
-from glmbatch.data.delta import commit_table
+from glmbatch.data.delta import commit_table, plan_commit
 from glmbatch.data.fragments import FileFault, Fragment, Plan
 from glmbatch.data.known import AnswerFile
 from glmbatch.data.parquet import footer_metadata, open_parquet, write_table
@@ -42,11 +45,12 @@ MANIFEST = "_manifest.json"
 QUARANTINE = "_quarantine.parquet"
 ANSWERS = "_glmbatch/answers"
 STAGED = "_glmbatch/staged"
+PUBLISHING = "_glmbatch/publishing.json"
 REFUSED = "_glmbatch/refused.parquet"
 RESULTS = "_glmbatch/results"
 LOCK = "_glmbatch/lock"
-# The locks that this process holds, by path; the system frees them when it ends, however it ends.
-_LOCKS: dict[str, int] = {}
+# The locks that this process holds, by path, and for which run; the system frees them when it ends, however it ends.
+_LOCKS: dict[str, tuple[int, str]] = {}
 _COMMITTING = threading.Lock()
 
 
@@ -54,8 +58,9 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     """What became of one step over one fragment. `run` is the run that computed it; seconds are of wall time.
 
     `computed_rows` are the prompts that went through the model, `known_rows` those whose answers were found under
-    their row key; together fewer than `rows` where rows repeat or have no prompt. `unusable` says why the fragment's
-    rows cannot be read; then there are no answers.
+    their row key; together fewer than `rows` where rows repeat or have no prompt. `earlier` names the runs of the
+    answers that the prompts use, by step. `unusable` says why the fragment's rows cannot be read; then there are no
+    answers.
     """
 
     key: str
@@ -64,6 +69,7 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     step: str
     step_key: str
     model: str = ""  # identity of the weights, tokenizer and numerics behind `step_key`
+    earlier: dict[str, str] = {}
     rows: int
     computed_rows: int = 0
     known_rows: int = 0
@@ -140,8 +146,8 @@ class Ledger:
     def __init__(self, output: str | Path) -> None:
         self.root = Path(output)
 
-    def open(self) -> None:
-        """Make the folder, prove that it can be written, and keep other processes from writing to it until `close`.
+    def open(self, run: str = "") -> None:
+        """Make the folder, prove that it can be written, and keep all but `run` from writing to it until `close`.
 
         InputError when it cannot be written or another run holds it. The lock of a process that died is free.
         """
@@ -149,6 +155,9 @@ class Ledger:
         with committed(path.with_name("writable")) as partial, writable(path):
             partial.write_bytes(b"")
         path.with_name("writable").unlink(missing_ok=True)
+        _, here = _LOCKS.get(str(path.resolve()), (0, run))
+        if here != run:
+            raise InputError(f"{self.root}: another run of this process is writing to it. Set data.output.")
         if str(path.resolve()) in _LOCKS:
             return
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -162,37 +171,55 @@ class Ledger:
             ) from error
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} of {socket.gethostname()}".encode())
-        _LOCKS[str(path.resolve())] = handle
+        _LOCKS[str(path.resolve())] = handle, run
 
-    def close(self) -> None:
-        """Let other processes write to the folder."""
-        handle = _LOCKS.pop(str((self.root / LOCK).resolve()), None)
-        if handle is not None:
-            os.close(handle)
+    def close(self, run: str = "") -> None:
+        """Let others write to the folder, if `run` holds it."""
+        path = str((self.root / LOCK).resolve())
+        if path in _LOCKS and _LOCKS[path][1] == run:
+            os.close(_LOCKS.pop(path)[0])
 
-    def find_answers(self, key: str, run: str, *, retry_failed: bool) -> AnswersReceipt | None:
+    def find_answers(
+        self, key: str, run: str, earlier: Mapping[str, str] | None = None, *, retry_failed: bool
+    ) -> AnswersReceipt | None:
         """The answers under `key` that `run` may use: whole, and with nothing to try again.
 
-        With `retry_failed`, rows on which the model failed are tried again by each new run; those of `run` stand.
+        With `retry_failed`, rows on which the model failed are tried again by each new run; those of `run` stand. So
+        are rows that had no prompt for it: `earlier` maps the steps that the prompts use to their answers keys.
         """
         found = _whole(self.root / ANSWERS, key, AnswersReceipt)
         if found is None or (retry_failed and "model_failed" in found[0].faults and found[0].run != run):
             return None
+        if retry_failed and "earlier_step_failed" in found[0].faults:
+            for step, earlier_key in (earlier or {}).items():
+                before = self.find_answers(earlier_key, run, retry_failed=True)
+                if before is None or before.run != found[0].earlier.get(step):
+                    return None
         return found[0]
 
     def answer_files(self, step_key: str) -> Iterator[AnswerFile]:
-        """Every committed file with answers under `step_key`: what is published, then what never came to be."""
+        """Every committed file with answers under `step_key`: what is in no published file, then what is.
+
+        In this order since a killed publication may have put other bytes in the place of a published file.
+        """
+        for path, receipt in self._unpublished():
+            if receipt.step_key == step_key:
+                yield AnswerFile(path, receipt.step, path.name.split(".")[1])
         for file in self._published():
             for step, key in file.step_keys.items():
                 if key == step_key:
                     yield AnswerFile(self.root / file.output_name, step, file.digest)
-        for path, receipt in self._unpublished():
-            if receipt.step_key == step_key:
-                yield AnswerFile(path, receipt.step, path.name.split(".")[1])
 
     def unpublished_receipts(self) -> Iterator[AnswersReceipt]:
-        """The receipts of committed answers that are in no published file: of this run and of earlier ones."""
-        return (receipt for _, receipt in self._unpublished())
+        """The receipts of committed answers that are in no published file: of this run and of earlier ones.
+
+        Under a published key too, where a later run has asked again about rows that had failed.
+        """
+        published = {(receipt.key, receipt.run) for receipt in self.published_receipts()}
+        for path in sorted((self.root / ANSWERS).glob("*.parquet")):
+            receipt = _receipt(path, AnswersReceipt)
+            if receipt is not None and (receipt.key, receipt.run) not in published:
+                yield receipt
 
     def _unpublished(self) -> Iterator[tuple[Path, AnswersReceipt]]:
         kept = {key for file in self._published() for key in file.answers_keys}
@@ -272,12 +299,8 @@ class Ledger:
         path = self.root / MANIFEST
         if not path.is_file():
             return None
-        try:
-            return Manifest.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise InputError(
-                f"{path}: is not a manifest of glmbatch: {error.errors()[0]['msg']}. Set data.output."
-            ) from error
+        status = path.stat()
+        return _parsed_manifest(path, status.st_mtime_ns, status.st_size, status.st_ino)
 
     def quarantine(self, sources: Collection[str]) -> list[dict[str, Any]]:
         """The published lines of rows that failed, of the given sources alone."""
@@ -301,22 +324,49 @@ class Ledger:
 
         Killed in between, the next publication finds in the manifest what was still to be taken away.
         """
+        names = {file.output_name for file in manifest.files}
+        left = self._begun()
+        version = None
+        if manifest.format == "delta":
+            version = plan_commit(self.root, self._places(manifest, outputs))
+            left -= version.known  # older versions of the table need theirs
+        with committed(self.root / PUBLISHING) as partial:
+            partial.write_text(json.dumps(sorted(left | {output.output_name for output in outputs})), encoding="utf-8")
         for output in outputs:
             public = self.root / output.output_name
             for staged in (self.root / STAGED).glob(f"{output.key}.*.parquet"):
                 with writable(public):
                     public.parent.mkdir(parents=True, exist_ok=True)
                 commit(staged, public)
-        if manifest.format == "delta":
-            commit_table(self.root, {file.output_name: file.rows for file in manifest.files})
+        if version is not None:
+            commit_table(self.root, {file.output_name: file.rows for file in manifest.files}, version)
         _write_list(self.root / QUARANTINE, quarantine)
         with committed(self.root / MANIFEST) as partial:
             partial.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-        for name in manifest.replaced:
+        for name in {*manifest.replaced, *left} - names:
             (self.root / name).unlink(missing_ok=True)
+        (self.root / PUBLISHING).unlink(missing_ok=True)
         (self.root / REFUSED).unlink(missing_ok=True)
         shutil.rmtree(self.root / STAGED, ignore_errors=True)
         self._sweep({key for file in manifest.files for key in file.answers_keys})
+
+    def _begun(self) -> set[str]:
+        """Names of the files that publications were to move into place which were killed before their manifest."""
+        path = self.root / PUBLISHING
+        return set(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
+
+    def _places(self, manifest: Manifest, outputs: Sequence[OutputReceipt]) -> dict[str, Path]:
+        """Where each file of `manifest` lies before the moves."""
+        places = {file.output_name: self.root / file.output_name for file in manifest.files}
+        for output in outputs:
+            for staged in (self.root / STAGED).glob(f"{output.key}.*.parquet"):
+                places[output.output_name] = staged
+        return places
+
+    def output_path(self, output: OutputReceipt) -> Path:
+        """Where the output file lies that `output` tells of: staged, or published already."""
+        staged = self.root / STAGED / f"{output.key}.{output.digest[:DIGEST_CHARS]}.parquet"
+        return staged if staged.exists() else self.root / output.output_name
 
     def _sweep(self, kept_keys: set[str]) -> None:
         """Delete answers that nothing published rests on, and what killed runs left half-written."""
@@ -325,6 +375,17 @@ class Ledger:
                 path.unlink(missing_ok=True)
         for partial in [*self.root.glob(f".*{PARTIAL}"), *(self.root / "_glmbatch").rglob(f".*{PARTIAL}")]:
             partial.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=4)
+def _parsed_manifest(path: Path, *stamp: int) -> Manifest:
+    """Parsed once for each `stamp`, since every fragment asks."""
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(
+            f"{path}: is not a manifest of glmbatch: {error.errors()[0]['msg']}. Set data.output."
+        ) from error
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], receipt: BaseModel) -> None:
@@ -353,7 +414,11 @@ def _whole(folder: Path, key: str, kind: type[Receipt]) -> tuple[Receipt, Path] 
     """
     for path in folder.glob(f"{key}.*.parquet"):
         receipt = _receipt(path, kind)
-        if receipt is not None and digest_file(path)[:DIGEST_CHARS] == path.name.split(".")[1]:
+        try:
+            whole = receipt is not None and digest_file(path)[:DIGEST_CHARS] == path.name.split(".")[1]
+        except FileNotFoundError:  # replaced by a fragment with the same rows; its answers have the same key
+            return _whole(folder, key, kind)
+        if whole and receipt is not None:
             return receipt, path
         path.unlink(missing_ok=True)
     return None

@@ -120,9 +120,9 @@ def commit(partial: Path, path: Path) -> None:
     or what it was before.
     """
     with writable(path):
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
@@ -133,7 +133,8 @@ def committed(path: Path) -> Iterator[Path]:
         commit(partial, path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have what was written to the file or folder `path` reach the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
