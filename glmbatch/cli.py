@@ -4,6 +4,8 @@
     glmbatch doctor MODEL     what a checkpoint is, and what is wrong with it
     glmbatch verify OUTPUT    whether every row is there once, with its own values, whole
     glmbatch canary OUTPUT FILE    freeze a few published rows, for later runs to be held to
+    glmbatch train FILE       fine-tune a classifier on labelled rows, and promote it if it is better
+    glmbatch evaluate MODEL ROWS    how good a checkpoint is on labelled rows
 
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined rows, 130/143 interrupted (run again to
 go on). Results go to stdout, progress and errors to stderr. Nothing heavy is imported before it is needed.
@@ -25,7 +27,7 @@ from pydantic.fields import FieldInfo
 from glmbatch import __version__
 from glmbatch.config import JobConfig
 from glmbatch.errors import GlmbatchError, InputError, TransientError
-from glmbatch.jobfile import load_job
+from glmbatch.jobfile import load_job, load_settings
 
 DONE, FAILED, BAD_INPUT, QUARANTINED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
@@ -106,8 +108,7 @@ def _run(parsed: argparse.Namespace) -> int:
     from glmbatch.planning import check_job
 
     check_job(job)
-    for name, value in PREFECT_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    _set_prefect_defaults()
     # The one place where glmbatch looks up: the command line runs the flow, the flow runs glmbatch.
     from glmbatch.display import showing_progress
     from glmbatch.publishing import describe
@@ -118,6 +119,36 @@ def _run(parsed: argparse.Namespace) -> int:
         summary = annotate(job)
     print(describe(summary))
     return QUARANTINED if summary.quarantined else DONE
+
+
+def _set_prefect_defaults() -> None:
+    for name, value in PREFECT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    from glmbatch.tuning.config import TuneConfig
+    from glmbatch.tuning.finetune import check, describe
+
+    config = load_settings(parsed.file, TuneConfig, _set_values(parsed))
+    check(config)
+    _set_prefect_defaults()
+    with _raising_on_sigterm(), _prefect_server():
+        from flows.finetune import finetune
+
+        report = finetune(config)
+    print(report.model_dump_json(indent=1) if parsed.json else describe(report))
+    return DONE if report.promoted else FAILED
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from glmbatch.tuning.config import LabelledData
+    from glmbatch.tuning.finetune import describe_scores, evaluate_rows
+
+    data = LabelledData(input=parsed.rows, text_column=parsed.text_column, label_column=parsed.label_column)
+    scores = evaluate_rows(parsed.model, data, parsed.prompt_template)
+    print(scores.model_dump_json(indent=1) if parsed.json else describe_scores(parsed.model, scores))
+    return DONE
 
 
 def _plan(parsed: argparse.Namespace) -> int:
@@ -188,12 +219,23 @@ def _parser() -> argparse.ArgumentParser:
     canary.add_argument("file", metavar="FILE", help="Parquet file to write")
     canary.add_argument("--rows", type=int, default=16, help="how many (default 16)")
     canary.set_defaults(command=_canary)
+    train = commands.add_parser("train", help="fine-tune a classifier on labelled rows, and promote it if better")
+    train.add_argument("file", metavar="FILE", help="settings, YAML or JSON: see glmbatch/tuning/config.py")
+    _add_set(train)
+    train.add_argument("--json", action="store_true", help="print the report as JSON")
+    train.set_defaults(command=_train)
+    evaluate = commands.add_parser("evaluate", help="say how good a checkpoint is on labelled rows")
+    evaluate.add_argument("model", metavar="MODEL", help="directory of a checkpoint with a trained head")
+    evaluate.add_argument("rows", metavar="ROWS", help="a Parquet file, a folder of them, or a glob")
+    evaluate.add_argument("--text-column", default="text", help="column of the texts (default text)")
+    evaluate.add_argument("--label-column", default="label", help="column of the labels (default label)")
+    evaluate.add_argument("--prompt-template", default="{text}", help="as in training (default {text})")
+    evaluate.add_argument("--json", action="store_true", help="print the scores as JSON")
+    evaluate.set_defaults(command=_evaluate)
     return parser
 
 
-def _add_job(command: argparse.ArgumentParser) -> None:
-    """The job file, and a flag for each setting of the job outside its steps."""
-    command.add_argument("job", metavar="JOB", help="job file, YAML or JSON")
+def _add_set(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
         action="append",
@@ -201,6 +243,12 @@ def _add_job(command: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="any setting by its place, such as steps.0.max_tokens=32 (VALUE as in YAML)",
     )
+
+
+def _add_job(command: argparse.ArgumentParser) -> None:
+    """The job file, and a flag for each setting of the job outside its steps."""
+    command.add_argument("job", metavar="JOB", help="job file, YAML or JSON")
+    _add_set(command)
     flags = command.add_argument_group("settings", "Each overrides the job file.")
     for name, field in _leaves(JobConfig):
         last = name.rpartition(".")[2]
@@ -225,10 +273,15 @@ def _leaves(settings: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _overrides(parsed: argparse.Namespace) -> dict[str, object]:
+    values = vars(parsed)
+    flags: dict[str, object] = {name: values[name] for name, _ in _leaves(JobConfig) if values[name] is not None}
+    return flags | _set_values(parsed)
+
+
+def _set_values(parsed: argparse.Namespace) -> dict[str, object]:
     import yaml
 
-    values = vars(parsed)
-    overrides: dict[str, object] = {name: values[name] for name, _ in _leaves(JobConfig) if values[name] is not None}
+    overrides: dict[str, object] = {}
     for pair in parsed.set:
         name, equals, value = pair.partition("=")
         if not equals:

@@ -1,20 +1,27 @@
-"""From a job file and flags to a `JobConfig`, with errors that name the file and the setting."""
+"""From a file of settings and flags to a `JobConfig`, or other settings, with errors that name file and setting."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from glmbatch.config import JobConfig
 from glmbatch.errors import InputError
 
+AnySettings = TypeVar("AnySettings", bound=BaseModel)
+
 
 def load_job(path: str, overrides: Mapping[str, object] | None = None) -> JobConfig:
-    """The job of a YAML or JSON file, with `overrides` (dotted setting to value) in place of what it says.
+    """The job of a YAML or JSON file; else as `load_settings`."""
+    return load_settings(path, JobConfig, overrides)
+
+
+def load_settings(path: str, kind: type[AnySettings], overrides: Mapping[str, object] | None = None) -> AnySettings:
+    """The settings of a YAML or JSON file, with `overrides` (dotted setting to value) in place of what it says.
 
     InputError with a line for each thing that is wrong.
     """
@@ -22,7 +29,7 @@ def load_job(path: str, overrides: Mapping[str, object] | None = None) -> JobCon
     for name, value in (overrides or {}).items():
         _set(settings, name, value)
     try:
-        return JobConfig.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
         raise InputError("\n".join(f"{path}: {_setting(each)}: {_seen(each)}" for each in error.errors())) from error
 
@@ -36,7 +43,7 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: is neither YAML nor JSON: {' '.join(str(error).split())}.") from error
     if not isinstance(settings, dict):
-        raise InputError(f"{path}: holds no settings; a job has data, model and steps.")
+        raise InputError(f"{path}: holds no settings.")
     return settings
 
 

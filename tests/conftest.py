@@ -11,6 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from glmbatch.tuning.config import TuneConfig
+from tests.tuning.rows import labelled
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -62,5 +65,32 @@ def job_settings(tmp_path: Path) -> Callable[..., dict[str, Any]]:
                 here = here.setdefault(group, {})
             here[last] = value
         return job
+
+    return settings
+
+
+@pytest.fixture
+def tune(tmp_path: Path, write_source: Callable[..., Path]) -> Callable[..., TuneConfig]:
+    """Settings of a small fine-tuning over 240 rows in two days; dotted names (with __) override them."""
+    rows = labelled(240)
+    for day in range(2):
+        part = {name: values[120 * day : 120 * day + 120] for name, values in rows.items()}
+        write_source(f"day={day}/a.parquet", part)
+
+    def settings(**overrides: Any) -> TuneConfig:
+        config: dict[str, Any] = {
+            "data": {"input": str(tmp_path / "in"), "valid_share": 0.2, "test_share": 0.2},
+            "output": str(tmp_path / "tuned"),
+            "scratch": {"hidden_size": 64, "vocabulary": 400},
+            "training": {"epochs": 3, "batch_rows": 16, "evaluations_per_epoch": 2},
+            "runtime": {"device": "cpu"},
+        }
+        for name, value in overrides.items():
+            *groups, last = name.split("__")
+            here = config
+            for group in groups:
+                here = here.setdefault(group, {})
+            here[last] = value
+        return TuneConfig.model_validate(config)
 
     return settings

@@ -1,0 +1,322 @@
+"""Read this first: a fine-tuning from labelled rows to a promoted checkpoint, in plain calls.
+
+    OUTPUT/runs/<id>/checkpoint/   the new classifier, in the published layout       adapter/   with LoRA
+    OUTPUT/runs/<id>/report.html   what a person reads; report.json and checkpoint/README.md say the same
+    OUTPUT/runs/<id>/trainer/      where a killed training goes on from
+    OUTPUT/current -> runs/<id>    the promoted run; a job's model is OUTPUT/current/checkpoint
+
+A run's id comes from its settings, rows and base, so running it again goes on, or finds it done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from glmbatch.config import ClassifyStep, DataConfig, JobConfig, ModelConfig, RuntimeConfig
+from glmbatch.data.storage import committed, writable
+from glmbatch.errors import InputError
+from glmbatch.planning import locate_model, prepare_model
+from glmbatch.steps.prompt import Prompt, build_prompts
+from glmbatch.tuning.config import LabelledData, TuneConfig
+from glmbatch.tuning.examples import Example, LabelAudit, Labelled, Part, read_labelled, read_rows_of
+from glmbatch.tuning.scores import Scores, score
+
+RUNS, CURRENT, REPORT, PAGE, CARD, BASE = "runs", "current", "report.json", "report.html", "README.md", "base"
+TRAINED = "trained.json"
+CHECKPOINT = "checkpoint"
+STEP = "predicted"
+MISTAKES = 20
+
+
+class Mistake(BaseModel, frozen=True, extra="forbid"):
+    """A held-out row that was answered wrongly, and how sure the model was."""
+
+    place: str
+    text: str
+    label: str
+    predicted: str
+    confidence: float
+
+
+class Report(BaseModel, frozen=True, extra="forbid"):
+    """What a run made, how good it is, and whether it was promoted; `reason` says why or why not.
+
+    `current` are the scores of the checkpoint that was promoted before, the run `compared_with`, over the same rows.
+    """
+
+    run: str
+    checkpoint: str
+    labels: tuple[str, ...]
+    settings: dict[str, Any]
+    base: str
+    audit: LabelAudit
+    training: dict[str, Any]
+    scores: Scores
+    mistakes: tuple[Mistake, ...]
+    baseline_name: str
+    baseline: Scores
+    current: Scores | None
+    compared_with: str | None
+    promoted: bool
+    reason: str
+    versions: dict[str, str]
+
+
+def finetune(config: TuneConfig) -> Report:
+    """Train, evaluate and promote; the report. InputError when the rows or the settings cannot be trained on."""
+    run = begin(config)
+    train_run(config, run)
+    return promote(config, evaluate_run(config, run))
+
+
+def check(config: TuneConfig) -> None:
+    """Tell what is wrong at once, before a server is started: rows, labels and model are looked at. InputError."""
+    read_labelled(config.data)
+    if config.model is not None and config.model.revision is None:
+        locate_model(config.model, config.runtime)
+
+
+def begin(config: TuneConfig) -> str:
+    """The folder of this run, with its base in it or named by the settings; the same one for the same run."""
+    labelled = read_labelled(config.data)
+    base = "scratch" if config.model is None else prepare_model(locate_model(config.model, config.runtime)).identity
+    stated = config.model_dump(mode="json", exclude={"output", "runtime", "min_gain"})
+    facts = [stated, dict(labelled.audit.files), base]
+    run = Path(config.output) / RUNS / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    with writable(run):
+        run.mkdir(parents=True, exist_ok=True)
+    if config.model is None and not (run / BASE / "config.json").exists():
+        from glmbatch.tuning.scratch import make_base
+
+        shutil.rmtree(run / BASE, ignore_errors=True)
+        texts = [each.text for each in labelled.parts["train"]]
+        make_base(run / BASE, texts, config.scratch, config.training.seed)
+    return str(run)
+
+
+def read_report(run: Path) -> Report | None:
+    """The report of a run that came to its end."""
+    path = run / REPORT
+    return Report.model_validate_json(path.read_bytes()) if path.is_file() else None
+
+
+def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
+    """Train, or find trained; what training did."""
+    run = Path(folder)
+    done = run / TRAINED
+    if not done.is_file():
+        from glmbatch.tuning.train import TrainingRow, train
+
+        labelled, base = read_labelled(config.data), _base(config, run)
+        rows: dict[Part, list[TrainingRow]] = {
+            part: [
+                TrainingRow(prompt.ids, labelled.labels.index(each.label), each.place)
+                for each, prompt in zip(labelled.parts[part], _prompts(config, base, labelled.parts[part]), strict=True)
+            ]
+            for part in ("train", "valid")
+        }
+        trained = train(config, base, labelled.labels, rows["train"], rows["valid"], run)
+        with committed(done) as partial:
+            partial.write_text(trained.model_dump_json(indent=1), encoding="utf-8")
+        shutil.rmtree(run / "trainer", ignore_errors=True)
+    found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+    return found
+
+
+def _base(config: TuneConfig, run: Path) -> Path:
+    return run / BASE if config.model is None else Path(locate_model(config.model, config.runtime).path)
+
+
+def _step(config: TuneConfig) -> ClassifyStep:
+    """The step as the job that uses the classifier asks it."""
+    return ClassifyStep(
+        name=STEP,
+        prompt_template=config.prompt_template,
+        system_prompt=config.system_prompt,
+        max_input_tokens=config.training.max_input_tokens,
+        on_too_long="truncate",
+    )
+
+
+def _prompts(config: TuneConfig, base: Path, examples: Sequence[Example]) -> list[Prompt]:
+    from glmbatch.glm.tokenizer import load_tokenizer
+
+    rows = [{"text": each.text} for each in examples]
+    built = build_prompts(
+        _step(config),
+        rows,
+        load_tokenizer(base),
+        chat=False,
+        max_input_tokens=config.training.max_input_tokens,
+    )
+    for each, prompt in zip(examples, built, strict=True):
+        if not isinstance(prompt, Prompt):
+            raise InputError(f"{each.place}: has no prompt: {prompt.reason}. Set training.max_input_tokens.")
+    return [prompt for prompt in built if isinstance(prompt, Prompt)]
+
+
+def evaluate_run(config: TuneConfig, folder: str) -> Report:
+    """Score the run's checkpoint, the one promoted before and the baseline on the test rows, and write the report.
+
+    A run that was promoted, or has been evaluated beside the same current checkpoint, is not evaluated again.
+    """
+    from glmbatch.tuning.baseline import score_baseline
+    from glmbatch.tuning.report import versions
+
+    run, current = Path(folder), _current(config)
+    done = read_report(run)
+    if done is not None and current == run.resolve():
+        return done
+    if done is not None and done.compared_with == (current and current.name):
+        return _decided(config, done, run)
+    labelled = read_labelled(config.data)
+    trained, test = train_run(config, folder), labelled.parts["test"]
+    scores, mistakes = evaluate(ModelConfig(path=str(run / CHECKPOINT)), config, test, labelled.labels, run / "test")
+    baseline_name, baseline = score_baseline(labelled.parts, labelled.labels)
+    report = Report(
+        run=run.name,
+        checkpoint=str(run / CHECKPOINT),
+        labels=labelled.labels,
+        settings=config.model_dump(mode="json"),
+        base="random weights" if config.model is None else config.model.path,
+        audit=labelled.audit,
+        training=trained,
+        scores=scores,
+        mistakes=tuple(mistakes[:MISTAKES]),
+        baseline_name=baseline_name,
+        baseline=baseline,
+        current=_score_current(config, labelled, run),
+        compared_with=current and current.name,
+        promoted=False,
+        reason="",
+        versions=versions(),
+    )
+    return _decided(config, report, run)
+
+
+def evaluate(
+    model: ModelConfig, config: TuneConfig, rows: Sequence[Example], labels: Sequence[str], folder: Path
+) -> tuple[Scores, list[Mistake]]:
+    """Scores of `model` on `rows`, and its mistakes, the surest first: by the very job that will use it."""
+    from glmbatch.pipeline import run_job
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"text": [each.text for each in rows]}), folder / "rows.parquet")
+    job = JobConfig(
+        data=DataConfig(input=str(folder / "rows.parquet"), output=str(folder / "answers")),
+        model=model,
+        steps=[_step(config)],
+        max_error_rate=1.0,
+        runtime=RuntimeConfig(device=config.runtime.device, max_batch_tokens=config.runtime.max_batch_tokens),
+    )
+    run_job(job)
+    files = sorted((folder / "answers").glob("*-*.parquet"))
+    answered = pa.concat_tables([pq.read_table(file, columns=[STEP, f"{STEP}_score"]) for file in files])
+    predicted = [label or "" for label in answered.column(STEP).to_pylist()]
+    confidence = [value or 0.0 for value in answered.column(f"{STEP}_score").to_pylist()]
+    mistakes = [
+        Mistake(place=each.place, text=each.text[:500], label=each.label, predicted=guess, confidence=sure)
+        for each, guess, sure in zip(rows, predicted, confidence, strict=True)
+        if guess != each.label
+    ]
+    scores = score([each.label for each in rows], predicted, labels, confidence)
+    return scores, sorted(mistakes, key=lambda mistake: -mistake.confidence)
+
+
+def _current(config: TuneConfig) -> Path | None:
+    current = Path(config.output) / CURRENT
+    return current.resolve() if current.exists() else None
+
+
+def _score_current(config: TuneConfig, labelled: Labelled, run: Path) -> Scores | None:
+    """Scores of what is promoted now, over this run's test rows; None where nothing comparable is."""
+    current = _current(config)
+    before = read_report(current) if current is not None else None
+    if current is None or before is None or set(before.labels) - set(labelled.labels):
+        return None
+    settings = TuneConfig.model_validate(before.settings).model_copy(update={"runtime": config.runtime})
+    model = ModelConfig(path=str(current / CHECKPOINT))
+    return evaluate(model, settings, labelled.parts["test"], labelled.labels, run / "current")[0]
+
+
+def _decided(config: TuneConfig, report: Report, run: Path) -> Report:
+    """The report with what becomes of its checkpoint, written."""
+    from glmbatch.tuning.report import write_report
+
+    promoted, reason = _decide(config, report)
+    report = report.model_copy(update={"promoted": promoted, "reason": reason})
+    write_report(report, run)
+    return report
+
+
+def _decide(config: TuneConfig, report: Report) -> tuple[bool, str]:
+    if report.current is None:
+        return True, "nothing comparable was promoted before"
+    new, old = getattr(report.scores, config.metric), getattr(report.current, config.metric)
+    better = new > old and new - old >= config.min_gain
+    said = f"{config.metric} {new:.4f}, the current checkpoint has {old:.4f} on the same rows"
+    return better, said if better else f"{said}; it must be better by {config.min_gain:g} at least"
+
+
+def promote(config: TuneConfig, report: Report) -> Report:
+    """Make OUTPUT/current the run of `report` if that is to be promoted; by one rename, so a reader finds either."""
+    current = Path(config.output) / CURRENT
+    if report.promoted:
+        link = current.with_name(f".{CURRENT}.{os.getpid()}")
+        with writable(current):
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path(RUNS) / report.run)
+            os.replace(link, current)
+    return report
+
+
+def evaluate_rows(model: str, data: LabelledData, prompt_template: str = "{text}") -> Scores:
+    """Scores of the checkpoint in directory `model` on all rows of `data`: its head's labels, and those that it lacks.
+
+    Prompts are made as the run did that made it, if its report lies beside it, else from `prompt_template`.
+    """
+    prepared = prepare_model(locate_model(ModelConfig(path=model), RuntimeConfig()))
+    if not prepared.has_head:
+        raise InputError(f"{model}: has no trained head. Give a checkpoint that `glmbatch train` made.")
+    report = read_report(Path(model).resolve().parent)
+    config = TuneConfig(data=data, output=".", model=ModelConfig(path=model), prompt_template=prompt_template)
+    if report is not None:
+        config = TuneConfig.model_validate(report.settings)
+    rows = read_rows_of(data).examples
+    labels = sorted({*prepared.labels, *(each.label for each in rows)})
+    with tempfile.TemporaryDirectory() as folder:
+        return evaluate(ModelConfig(path=model), config, rows, labels, Path(folder))[0]
+
+
+def describe(report: Report) -> str:
+    """The report as text for a person."""
+    lines = [
+        f"{report.audit.rows} rows, {len(report.labels)} labels: {report.audit.parts}",
+        *(f"  look at: {warning}" for warning in report.audit.warnings),
+        f"{report.training['steps']} steps from {report.base}, best at {report.training['best_step']}",
+        describe_scores("this run", report.scores),
+        describe_scores(report.baseline_name, report.baseline),
+        *([describe_scores("the current checkpoint", report.current)] if report.current else []),
+        f"{'promoted' if report.promoted else 'not promoted'}: {report.reason}",
+        f"report: {Path(report.checkpoint).parent / PAGE}",
+        f"checkpoint: {report.checkpoint}",
+    ]
+    return "\n".join(lines)
+
+
+def describe_scores(name: str, scores: Scores) -> str:
+    """One line."""
+    sure = "" if scores.ece is None else f", ECE {scores.ece:.4f}"
+    return f"{name}: accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}{sure} on {scores.rows} rows"

@@ -1,0 +1,384 @@
+"""Training a classifier through transformers' Trainer: from token ids and label numbers to a saved checkpoint.
+
+Killed at any moment and called again, it goes on from the last checkpoint that is whole, to the same weights (float32,
+one device). Knows no texts and no Parquet.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from transformers import (
+    EarlyStoppingCallback,
+    GlmForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from glmbatch.errors import InputError
+from glmbatch.glm.checkpoint import ClassifierHead, load_model, save_checkpoint
+from glmbatch.glm.device import free_memory_bytes, resolve_device
+from glmbatch.glm.tokenizer import TOKENIZER_FILE
+from glmbatch.tuning.config import TuneConfig
+from glmbatch.tuning.scores import fit_temperature
+
+logger = logging.getLogger(__name__)
+
+TRAINER, ADAPTER, CHECKPOINT = "trainer", "adapter", "checkpoint"
+PAD_ID = 0
+# What peft adapts: every matrix of a layer.
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+# Weights, gradients and two moments in float32.
+BYTES_TRAINED = 16
+# Numbers that a layer keeps of each token for the way back, in units of the hidden size; measured, rounded up.
+KEPT_NUMBERS = 40
+
+
+class TrainingRow(NamedTuple):
+    """Token ids of a prompt, the number of its label, and where the row stands."""
+
+    ids: Sequence[int]
+    label: int
+    place: str
+
+
+class Trained(BaseModel, frozen=True, extra="forbid"):
+    """What training did. `history` holds its losses and scores by step; `temperature` is folded into the head."""
+
+    steps: int
+    best_step: int
+    trained_parameters: int
+    parameters: int
+    temperature: float
+    history: tuple[dict[str, float], ...]
+
+
+def train(  # noqa: PLR0913, PLR0917 - what to train, on what, and where
+    config: TuneConfig,
+    base: Path,
+    labels: Sequence[str],
+    rows: Sequence[TrainingRow],
+    valid: Sequence[TrainingRow],
+    run: Path,
+) -> Trained:
+    """Train on `rows`, keep the weights that are best on `valid`, and save them in `run`.
+
+    `run`/checkpoint is in the published layout; with LoRA `run`/adapter holds the adapter that was merged into it.
+    InputError when there is too little memory, or when the loss is not finite; then what was saved before stays.
+    """
+    device = resolve_device(config.runtime.device)
+    torch.manual_seed(config.training.seed)
+    model = _with_method(_classifier(config, base, labels, device), config)
+    _check_memory(config, model, rows, device)
+    trainer = _trainer(config, model, labels, rows, valid, run / TRAINER, device)
+    trainer.train(resume_from_checkpoint=_last_whole(run / TRAINER))
+    logits = trainer.predict(_Rows(valid)).predictions
+    temperature = fit_temperature(np.asarray(logits), np.array([row.label for row in valid]))
+    _save(config, model, base, temperature, run)
+    return Trained(
+        steps=trainer.state.global_step,
+        best_step=trainer.state.best_global_step or trainer.state.global_step,
+        trained_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        temperature=temperature,
+        history=tuple(
+            {key: float(value) for key, value in line.items() if isinstance(value, (int, float))}
+            for line in trainer.state.log_history
+        ),
+    )
+
+
+def _classifier(config: TuneConfig, base: Path, labels: Sequence[str], device: str) -> Any:
+    """The base with a head for `labels`: its own where it is for them, else a new one."""
+    settings = config.model
+    half = device.startswith("cuda") and config.method != "full"  # frozen weights need no more
+    loaded = load_model(
+        base,
+        "bfloat16" if half else "float32",
+        device,
+        settings.rope_scaling if settings else None,
+        settings.adapter if settings else None,
+    )
+    if loaded.prefix_kv is not None:
+        raise InputError(f"{base}: has a trained prefix, which training does not go on from. Set model.")
+    stated = loaded.config
+    keeps_head = hasattr(loaded, "score") and tuple(stated.id2label.values()) == tuple(labels)
+    stated.id2label, stated.label2id = dict(enumerate(labels)), {label: at for at, label in enumerate(labels)}
+    stated.pad_token_id, stated.use_cache = PAD_ID, False
+    with torch.device("meta"):
+        model: Any = GlmForSequenceClassification(stated)  # type: ignore[no-untyped-call]
+    model.model = loaded.model
+    model.score = loaded.score if keeps_head else ClassifierHead(stated.hidden_size, len(labels)).to(device)
+    if not keeps_head:
+        torch.nn.init.normal_(model.score.weight, 0.0, 0.02)
+        torch.nn.init.zeros_(model.score.bias)
+    return model.requires_grad_(True)
+
+
+def _with_method(model: Any, config: TuneConfig) -> Any:
+    """`model` with what the method trains, and nothing else, trainable."""
+    training = config.training
+    if training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if config.method == "full":
+        return model
+    if config.method == "head":
+        model.model.requires_grad_(False)
+        return model
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    adapter = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=training.lora_rank,
+        lora_alpha=training.lora_alpha,
+        lora_dropout=training.lora_dropout,
+        target_modules=TARGETS,
+        modules_to_save=["score"],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name of before
+        return get_peft_model(model, adapter)
+
+
+def _check_memory(config: TuneConfig, model: Any, rows: Sequence[TrainingRow], device: str) -> None:
+    """InputError when the estimate does not fit what is free; it names what would."""
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    longest = max(len(row.ids) for row in rows)
+    stated = model.config
+    kept = 2 if config.training.gradient_checkpointing else KEPT_NUMBERS
+    activations = 4 * config.training.batch_rows * longest * stated.hidden_size * stated.num_hidden_layers * kept
+    needed, free = BYTES_TRAINED * trained + activations, free_memory_bytes(device)
+    if needed <= free:
+        return
+    smaller = max(1, int(config.training.batch_rows * max(0, free - BYTES_TRAINED * trained) / max(1, activations)))
+    if BYTES_TRAINED * trained >= free:
+        mend = "training.method to lora or head"
+    elif not config.training.gradient_checkpointing:
+        mend = f"training.gradient_checkpointing to true, or training.batch_rows to {smaller}"
+    else:
+        mend = f"training.batch_rows to {smaller}"
+    raise InputError(
+        f"{device}: training needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free. Set {mend}."
+    )
+
+
+class _Rows(torch.utils.data.Dataset[dict[str, Any]]):
+    def __init__(self, rows: Sequence[TrainingRow]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        return {"ids": self.rows[at].ids, "label": self.rows[at].label, "at": at}
+
+
+class _AlikeInLength(torch.utils.data.Sampler[int]):
+    """Every row once, in an order that (seed, epoch) alone decides; neighbours are alike in length.
+
+    transformers' own draws from the global generator, so that a resumed epoch would see other batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self._lengths, self._batch, self._seed, self._epoch = lengths, batch, seed, 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        dice = random.Random(f"{self._seed} {self._epoch}")
+        order = dice.sample(range(len(self._lengths)), len(self._lengths))
+        groups = []
+        for first in range(0, len(order), 50 * self._batch):
+            alike = sorted(order[first : first + 50 * self._batch], key=lambda row: self._lengths[row])
+            groups += [alike[at : at + self._batch] for at in range(0, len(alike), self._batch)]
+        last = groups.pop()  # a short batch anywhere else would shift the others
+        dice.shuffle(groups)
+        return (row for group in [*groups, last] for row in group)
+
+
+def _pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """On the right, where no causal position sees it; a mask says where the last token is."""
+    longest = max(len(row["ids"]) for row in batch)
+    ids_BT = torch.full((len(batch), longest), PAD_ID)
+    mask_BT = torch.zeros((len(batch), longest), dtype=torch.long)
+    for at, row in enumerate(batch):
+        ids_BT[at, : len(row["ids"])] = torch.tensor(row["ids"])
+        mask_BT[at, : len(row["ids"])] = 1
+    labels_B = torch.tensor([row["label"] for row in batch])
+    return {
+        "input_ids": ids_BT,
+        "attention_mask": mask_BT,
+        "labels": labels_B,
+        "at": torch.tensor([row["at"] for row in batch]),
+    }
+
+
+class _Trainer(Trainer):
+    """transformers' Trainer with our order of rows, weighed labels, and an end at the first loss that is no number."""
+
+    def __init__(self, *, rows: Sequence[TrainingRow], weights_L: torch.Tensor | None, **options: Any) -> None:
+        super().__init__(train_dataset=_Rows(rows), data_collator=_pad, **options)
+        self._rows, self._weights_L = rows, weights_L
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return _AlikeInLength([len(row.ids) for row in self._rows], batch, self.args.seed)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        at, labels_B = inputs.pop("at"), inputs["labels"]
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        weights_L = None if self._weights_L is None else self._weights_L.to(outputs.logits.device)
+        loss_B = torch.nn.functional.cross_entropy(outputs.logits.float(), labels_B, weights_L, reduction="none")
+        if not torch.isfinite(loss_B).all():
+            loss_B, row = loss_B.detach(), int(at[~torch.isfinite(loss_B)][0])
+            where = self._rows[row].place if model.training else f"validation row {row}"
+            raise InputError(
+                f"step {self.state.global_step + 1}: the loss is {float(loss_B.sum())}, first at {where}. "
+                "Set training.learning_rate lower; the last checkpoint is kept."
+            )
+        loss = loss_B.sum() / (len(loss_B) if num_items_in_batch is None else num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+def _trainer(  # noqa: PLR0913, PLR0917 - everything that training needs
+    config: TuneConfig,
+    model: Any,
+    labels: Sequence[str],
+    rows: Sequence[TrainingRow],
+    valid: Sequence[TrainingRow],
+    folder: Path,
+    device: str,
+) -> _Trainer:
+    training = config.training
+    per_epoch = math.ceil(len(rows) / (training.batch_rows * training.gradient_accumulation))
+    every = max(1, per_epoch // training.evaluations_per_epoch)
+    names = TrainingArguments.__dataclass_fields__  # renamed on the way to transformers 6
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    more: dict[str, Any] = {checkpointing: True} if training.gradient_checkpointing else {}
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=training.batch_rows,
+        per_device_eval_batch_size=training.batch_rows,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        num_train_epochs=training.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(training.warm_up_share * per_epoch * training.epochs)),
+        weight_decay=training.weight_decay,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        bf16=device.startswith("cuda"),
+        use_cpu=device == "cpu",
+        **more,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=config.metric,
+        greater_is_better=True,
+        logging_steps=max(1, every // 10),
+        logging_nan_inf_filter=False,
+        seed=training.seed,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+    def measure(found: Any) -> dict[str, float]:
+        guessed, truth = found.predictions.argmax(-1), found.label_ids
+        f1 = [
+            2 * ((guessed == at) & (truth == at)).sum() / max(1, (guessed == at).sum() + (truth == at).sum())
+            for at in range(len(labels))
+        ]
+        return {"accuracy": float((guessed == truth).mean()), "macro_f1": float(np.mean(f1))}
+
+    counts = Counter(row.label for row in rows)
+    weights = torch.tensor([len(rows) / (len(labels) * counts[at]) for at in range(len(labels))])
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    trainer = _Trainer(
+        rows=rows,
+        weights_L=weights if training.class_weights == "balanced" else None,
+        model=model,
+        args=arguments,
+        eval_dataset=_Rows(valid),
+        compute_metrics=measure,
+        callbacks=[_Told(), *([] if training.patience is None else [EarlyStoppingCallback(training.patience)])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class _Told(TrainerCallback):
+    """Says on the log what the Trainer would print."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        said = ", ".join(f"{key} {value:.4g}" for key, value in (logs or {}).items() if isinstance(value, float))
+        logger.info("step %d of %d: %s", state.global_step, state.max_steps, said)
+
+
+def _last_whole(folder: Path) -> str | None:
+    """The last checkpoint whose saving came to its end; the Trainer writes its state last. Others are deleted."""
+    while folder.is_dir():
+        last: str | None = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
+        if last is None:
+            return None
+        try:
+            json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
+            logger.info("going on from %s", last)
+            return last
+        except (OSError, ValueError):
+            shutil.rmtree(last)
+    return None
+
+
+def _save(config: TuneConfig, model: Any, base: Path, temperature: float, run: Path) -> None:
+    """Write the adapter and the checkpoint; what a killed run left half-written is written anew."""
+    for folder in (run / ADAPTER, run / CHECKPOINT):
+        shutil.rmtree(folder, ignore_errors=True)
+    scores = model.score.modules_to_save["default"] if config.method == "lora" else model.score
+    with torch.no_grad():  # logits over a temperature, without a setting that a reader could forget
+        scores.weight.div_(temperature)
+        scores.bias.div_(temperature)
+    if config.method == "lora":
+        model.save_pretrained(run / ADAPTER)
+        stated = {"id2label": {str(at): label for at, label in model.config.id2label.items()}}
+        (run / ADAPTER / "config.json").write_text(json.dumps(stated, ensure_ascii=False, indent=2), encoding="utf-8")
+        if config.model is not None and config.model.adapter is not None:  # part of the base that is in memory
+            model = model.merge_and_unload()
+        else:
+            scaling = config.model.rope_scaling if config.model else None
+            model = load_model(base, config.stored, rope_scaling=scaling, adapter=run / ADAPTER)
+    model = model.to("cpu")
+    save_checkpoint(
+        model,
+        run / CHECKPOINT,
+        tokenizer_model=base / TOKENIZER_FILE,
+        dtype=config.stored,
+        safetensors=True,
+    )

@@ -1,0 +1,54 @@
+"""The fine-tuning flow through a real Prefect server: its states, its artifact, and bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from glmbatch.tuning.config import TuneConfig
+from tests.flows.test_annotate import last_flow_run, query, run
+from tests.tuning.rows import labelled
+
+pytestmark = [pytest.mark.prefect, pytest.mark.slow]
+Tune = Callable[..., TuneConfig]
+
+
+def test_a_flow_trains_scores_and_promotes_and_shows_its_card(
+    prefect_server: dict[str, str],
+    tune: Tune,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "tune.yaml"
+    file.write_text(yaml.safe_dump(tune(training__epochs=6).model_dump(mode="json")))
+    done = run(prefect_server, "-m", "glmbatch.cli", "train", str(file), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["promoted"] and report["scores"]["accuracy"] > 0.8
+    flow = last_flow_run(prefect_server)
+    assert (flow["name"].split()[0], flow["state_name"]) == ("finetune", "Completed")
+    tasks = query(prefect_server, "task_runs", {"flow_runs": {"id": {"any_": [flow["id"]]}}})
+    assert {task["name"].split("-")[0].split()[0] for task in tasks} == {"begin", "train", "evaluate", "promote"}
+    cards = query(prefect_server, "artifacts", {"artifacts": {"key": {"any_": ["finetune"]}}})
+    assert any(report["run"] in card["data"] for card in cards)
+    again = run(prefect_server, "-m", "glmbatch.cli", "train", str(file), "--json")
+    assert json.loads(again.stdout) == report, "a run that is done is found, not made again"
+
+
+def test_rows_that_cannot_be_trained_on_are_told_in_one_line_and_no_flow_starts(
+    prefect_server: dict[str, str],
+    tune: Tune,
+    tmp_path: Path,
+    write_source: Callable[..., Path],
+) -> None:
+    rows = labelled(30)
+    write_source("day=0/a.parquet", {**rows, "label": ["same"] * 30})
+    write_source("day=1/a.parquet", {**rows, "label": ["same"] * 30})
+    file = tmp_path / "tune.yaml"
+    file.write_text(yaml.safe_dump(tune().model_dump(mode="json")))
+    done = run(prefect_server, "-m", "glmbatch.cli", "train", str(file))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "all rows have the label 'same'" in done.stderr
