@@ -48,3 +48,13 @@ def test_all_of_transformers_ways_give_the_same_answers(tmp_path: Path) -> None:
     for judged in tasks.values():
         for each in judged.values():
             assert_same_answers(each)
+
+
+@pytest.mark.slow
+def test_training_is_measured_beside_a_plain_trainer() -> None:
+    command = [sys.executable, "benchmarks/training.py", "--rows", "40", "--rounds", "1", "--method", "head"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    for way in ("glmbatch", "plain Trainer"):
+        assert all(value > 0 for value in report[way].values())
