@@ -57,7 +57,7 @@ def audit(
     if failed:
         raise AuditError(
             f"{job.data.output}: nothing published: {'; '.join(failed)}. Answers are kept: look at them in "
-            "_glmbatch/answers, mend the cause or change the step's limit, and run again."
+            "_glmbatch/answers, mend the cause or change the limit (a step's max_..., or max_canary_change). Run again."
         )
     return tuple(audits)
 

@@ -68,6 +68,12 @@ def check_canary(job: JobConfig, assignments: Sequence[Assignment]) -> list[Audi
     return [_audit(job, each, table) for each in assignments if each.step_key in new]
 
 
+def check_file(job: JobConfig) -> None:
+    """InputError when the job's canary cannot be used; asked before any work."""
+    if job.canary is not None:
+        _frozen(job, job.canary)
+
+
 def _frozen(job: JobConfig, file: str) -> pa.Table:
     needed = {column for step in job.steps for column in job.source_columns(step).values()}
     needed |= {column for step in job.steps for column in answer_columns(step)[:2]}
@@ -75,7 +81,7 @@ def _frozen(job: JobConfig, file: str) -> pa.Table:
         with open_parquet(Path(file)) as opened:
             table = opened.read()
     except (UnusableFile, OSError) as error:
-        raise InputError(f"{file}: {error} Set canary.") from error
+        raise InputError(f"{error} Set canary.") from error
     missing = sorted(needed - set(table.column_names))
     if missing or not len(table):
         raise InputError(f"{file}: has {len(table)} rows, and no column {missing}. Freeze rows of this job anew.")

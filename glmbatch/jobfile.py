@@ -31,7 +31,9 @@ def load_settings(path: str, kind: type[AnySettings], overrides: Mapping[str, ob
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        raise InputError("\n".join(f"{path}: {_setting(each)}: {_seen(each)}" for each in error.errors())) from error
+        listed = f"{kind.__module__.replace('.', '/')}.py"
+        lines = (f"{path}: {_setting(each)}: {_seen(each, listed)}" for each in error.errors())
+        raise InputError("\n".join(lines)) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -85,12 +87,12 @@ def _setting(error: Any) -> str:
     return name or "job"
 
 
-def _seen(error: Any) -> str:
+def _seen(error: Any, listed: str) -> str:
     kind, message = error["type"], error["msg"].removeprefix("Value error, ")
     if kind == "missing":
         return "is required and not set"
     if kind == "extra_forbidden":
-        return "is no setting; `glmbatch run --help` and glmbatch/config.py list them"
+        return f"is no setting; {listed} lists them"
     if kind == "value_error":
         return str(message)
     return f"{message[0].lower()}{message[1:]}; it is {error['input']!r}"

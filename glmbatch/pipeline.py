@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from glmbatch.asking import answers_to, keyed, known_answers, prompts_of
-from glmbatch.canary import check_canary
+from glmbatch.canary import check_canary, check_file
 from glmbatch.config import AnyStep, ClassifyStep, JobConfig
 from glmbatch.data.delta import delta_schema
 from glmbatch.data.fragments import read_fragment
@@ -44,6 +44,7 @@ from glmbatch.steps.prompt import Prompt, RowFault, RowValues
 
 def run_job(job: JobConfig) -> Summary:
     """The whole job in this thread, fragment after fragment; what the flow does, without its server and retries."""
+    check_file(job)
     run = plan_run(job)
     open_output(job, run)
     try:

@@ -5,6 +5,7 @@ Reads footers and digests; loads no weights, reads no rows.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from glmbatch.config import ClassifyStep, GenerateStep, JobConfig, ModelConfig, RuntimeConfig, Step
+from glmbatch.config import ClassifyStep, GenerateStep, JobConfig, ModelConfig, RuntimeConfig, Step, placeholders
 from glmbatch.data.delta import check_sources, is_table
 from glmbatch.data.fragments import Fragment, Plan, plan_fragments
 from glmbatch.data.ledger import Ledger, Manifest
@@ -23,6 +24,8 @@ from glmbatch.glm.files import ADAPTER_FILES
 from glmbatch.glm.pool import POOL
 from glmbatch.progress import PROGRESS
 
+# In a checkpoint that was fine-tuned here: what its training asked, which a step must ask too.
+PROMPT_FILE = "glmbatch.json"
 # Half as much again as the weights, for caches and activations.
 ROOM = 1.5
 
@@ -216,6 +219,7 @@ def check_step(step: Step, model: Model) -> None:
     elif isinstance(step, ClassifyStep):
         if not model.has_head and step.labels is None:
             raise InputError(f"{where} has no trained head. Set the step's labels.")
+        _check_prompt(where, step, model)
         if model.has_head and len(model.labels) < 2:
             raise InputError(
                 f"{where} has a head of {len(model.labels)} label; a choice needs two. Set the step's model."
@@ -225,6 +229,18 @@ def check_step(step: Step, model: Model) -> None:
             raise InputError(
                 f"{where} was trained for {list(model.labels)}, not {step.labels}. Set the step's labels{named}."
             )
+
+
+def _check_prompt(where: str, step: Step, model: Model) -> None:
+    file = Path(model.config.path) / PROMPT_FILE
+    if not model.has_head or not file.is_file():
+        return
+    trained = json.loads(file.read_text(encoding="utf-8"))
+    names = placeholders(step.prompt_template)
+    asked = step.prompt_template.replace(f"{{{names[0]}}}", "{text}") if len(names) == 1 else step.prompt_template
+    for setting, seen in (("prompt_template", asked), ("system_prompt", step.system_prompt)):
+        if seen != trained[setting]:
+            raise InputError(f"{where} was trained with the {setting} {trained[setting]!r}. Set the step's {setting}.")
 
 
 def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pydantic import BaseModel
 
 from glmbatch.asking import forget_answers, keyed, known_answers, prompts_of
+from glmbatch.canary import check_file
 from glmbatch.config import AnyStep, JobConfig
 from glmbatch.data.fragments import FileFault
 from glmbatch.data.ledger import AnswersReceipt, Ledger, Manifest, StepOrigin
@@ -71,6 +72,7 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
 
 def preview(job: JobConfig) -> Preview:
     """What a run of `job` would do now. InputError where the run would be refused."""
+    check_file(job)
     run = plan_run(job)
     models = [prepare_model(locate_model(model, job.runtime)) for model in job_models(job)]
     work = assign(job, run, models)

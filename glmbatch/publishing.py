@@ -48,7 +48,8 @@ class StepSummary(BaseModel, frozen=True, extra="forbid"):
     """One step over all rows. `computed` answers went through the model in this run; `reused` were found on
     disk, under their fragment's key or their own.
 
-    Rates are over the time in which the engine worked for this step, loading left out; None when it did not.
+    Tokens are those of this run. Rates are over the time in which the engine worked for this step, loading left out;
+    None when it did not.
     """
 
     name: str
@@ -201,11 +202,14 @@ def _step_summary(name: str, run: Run, receipts: Sequence[AnswersReceipt]) -> St
         name=name,
         answers=sum(receipt.rows for receipt in receipts),
         computed=computed,
-        reused=sum(receipt.known_rows if receipt.run == run.id else receipt.rows for receipt in receipts),
+        reused=sum(
+            receipt.known_rows if receipt.run == run.id else receipt.rows - sum(receipt.faults.values())
+            for receipt in receipts
+        ),
         faults=total(receipt.faults for receipt in receipts),
         labels=total(receipt.labels for receipt in receipts),
-        prompt_tokens=sum(receipt.prompt_tokens for receipt in receipts),
-        completion_tokens=sum(receipt.completion_tokens for receipt in receipts),
+        prompt_tokens=sum(receipt.prompt_tokens for receipt in fresh),
+        completion_tokens=sum(receipt.completion_tokens for receipt in fresh),
         rows_per_second=computed / seconds if seconds else None,
         tokens_per_second=tokens / seconds if seconds else None,
     )

@@ -34,9 +34,12 @@ from glmbatch.errors import InputError, UnusableFile
 
 
 class Finding(BaseModel, frozen=True, extra="forbid"):
-    """`wrong`: the output is not what it should be. `unchecked`: its source is gone or was changed since."""
+    """`wrong`: the output is not what it should be. `unchecked`: its source is gone or was changed since.
 
-    kind: Literal["wrong", "unchecked"]
+    `waiting`: not published, of a run that was refused or killed; what is published is not touched by it.
+    """
+
+    kind: Literal["wrong", "unchecked", "waiting"]
     file: str
     what: str
     row: int | None = None
@@ -112,7 +115,9 @@ def _strangers(ledger: Ledger, manifest: Manifest) -> Iterator[Finding]:
         elif path.name.endswith(PARTIAL):
             yield _wrong(name, "is half-written; the next run takes it away")
         elif name.startswith(f"{STAGED}/"):
-            yield _wrong(name, "waits for a publication that did not come; run the job again")
+            yield Finding(
+                kind="waiting", file=name, what="is of a run that was refused or killed; the next one takes it"
+            )
         elif manifest.format == "parquet" and name not in named and _is_seen(path.relative_to(ledger.root)):
             yield _wrong(name, f"is not in {MANIFEST}: of a run that did not end, or not of glmbatch")
 

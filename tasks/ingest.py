@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from glmbatch import planning
+from glmbatch import canary, planning
 from glmbatch.config import JobConfig
 from tasks.policies import machine_failed
 
@@ -13,6 +13,7 @@ from tasks.policies import machine_failed
 @task(name="ingest", task_run_name="ingest {job.data.input}", cache_policy=NO_CACHE, retry_condition_fn=machine_failed)
 def ingest(job: JobConfig) -> planning.Run:
     """Discover and check the files, cut them into fragments, and see that the output can be written."""
+    canary.check_file(job)
     run = planning.plan_run(job)
     planning.open_output(job, run)
     return run

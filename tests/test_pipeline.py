@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -22,7 +23,7 @@ from glmbatch.errors import AuditError, BadRow, InputError, UnusableFile
 from glmbatch.pipeline import answer, run_job
 from glmbatch.planning import assign, locate_model, passes, plan_run, prepare_model
 from glmbatch.publishing import Summary, describe, publish
-from tests.conftest import CAUSAL, CLASSIFIER, CLASSIFY, GENERATE
+from tests.conftest import CAUSAL, CLASSIFIER, CLASSIFY, GENERATE, ROOT
 from tests.glm.adapters import make_original_adapter
 from tests.glm.checkpoints import read_json
 
@@ -587,3 +588,24 @@ def test_two_runs_of_one_process_do_not_write_to_one_output(write_source: Write,
         run_job(job)
     Ledger(job.data.output).close("another")
     assert run_job(job).rows == 1
+
+
+def test_duckdb_finds_every_row_once_by_the_glob_of_the_readme(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("day=1/a.parquet", {"text": [f"row {row}" for row in range(10)] + [None]})
+    write_source("b.parquet", {"text": ["flat"]})
+    run(job_settings(steps=[CLASSIFY], max_error_rate=0.5))
+    glob = "out/**/*-??????????.parquet"
+    assert glob in (ROOT / "README.md").read_text()
+    found = duckdb.sql(f"select count(*) from read_parquet('{tmp_path}/{glob}', union_by_name=true)").fetchall()
+    assert found == [(12,)]
+
+
+def test_a_canary_that_is_not_there_is_told_before_any_work(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": ["one"]})
+    with pytest.raises(InputError, match="Set canary"):
+        run(job_settings(canary=str(tmp_path / "none.parquet")))
+    assert not list((tmp_path / "out").rglob("*.parquet"))

@@ -120,7 +120,7 @@ def test_files_of_nobody_are_found(out: Path) -> None:
     (out / "_glmbatch" / "staged" / "k.d.parquet").write_bytes(b"")
     assert findings(out) == [
         "wrong: .a.partial: is half-written; the next run takes it away",
-        "wrong: _glmbatch/staged/k.d.parquet: waits for a publication that did not come; run the job again",
+        "waiting: _glmbatch/staged/k.d.parquet: is of a run that was refused or killed; the next one takes it",
         "wrong: day=1/extra.parquet: is not in _manifest.json: of a run that did not end, or not of glmbatch",
     ]
 

@@ -138,7 +138,8 @@ class ClassifierHead(nn.Linear):
     """A biased head that keeps and computes its few thousand numbers in float32, whatever the body computes in."""
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden_BTD.float(), self.weight.float(), self.bias.float())
+        with torch.autocast(hidden_BTD.device.type, enabled=False):  # in training too
+            return nn.functional.linear(hidden_BTD.float(), self.weight.float(), self.bias.float())
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -8,6 +8,7 @@ from typing import Any
 from glmbatch.tuning.examples import Example, Part
 from glmbatch.tuning.scores import Scores, score
 
+MOST_ROWS = 100_000  # to train on: a minute and three GiB; more changes such a baseline little
 WAYS: Mapping[str, dict[str, Any]] = {
     "words": {"analyzer": "word", "ngram_range": (1, 2)},
     "characters": {"analyzer": "char", "ngram_range": (1, 3)},  # for texts that are written without spaces
@@ -19,6 +20,7 @@ def score_baseline(parts: Mapping[Part, Sequence[Example]], labels: Sequence[str
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
+    parts = {**parts, "train": parts["train"][:MOST_ROWS]}
     texts = {part: [each.text for each in rows] for part, rows in parts.items()}
     truth = {part: [each.label for each in rows] for part, rows in parts.items()}
     best: tuple[float, str, Scores] | None = None

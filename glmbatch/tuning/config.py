@@ -73,7 +73,9 @@ class TrainingConfig(Settings):
         None, ge=1, description="Stop after so many evaluations without a better one; empty: never early."
     )
     evaluations_per_epoch: int = Field(1, ge=1, le=100, description="Each also saves where training can go on from.")
-    gradient_checkpointing: bool = Field(False, description="Compute activations twice and keep few: less memory.")
+    gradient_checkpointing: bool | None = Field(
+        None, description="Compute activations twice and keep few: less memory. Empty: with a model, not from scratch."
+    )
     max_input_tokens: int = Field(512, ge=8, description="Longer prompts lose the end of their text.")
     lora_rank: int = Field(16, ge=1, le=1024, description="Rank of the adapter's matrices.")
     lora_alpha: int = Field(32, ge=1, description="Scale of the adapter, over its rank.")
@@ -93,7 +95,7 @@ class TuneConfig(Settings):
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How the weights are trained.")
     metric: Literal["accuracy", "macro_f1"] = Field("accuracy", description="What chooses weights and promotes.")
     min_gain: float = Field(
-        0.0, ge=-1, le=1, description="How much better than the current checkpoint a new one must be to be promoted."
+        0.0, ge=0, le=1, description="How much better than the current checkpoint a new one must be to be promoted."
     )
     stored: Literal["float32", "bfloat16", "float16"] = Field(
         "float16", description="Numbers that the checkpoint is saved in; the published one has float16."
@@ -111,9 +113,16 @@ class TuneConfig(Settings):
             raise ValueError(f"prompt_template takes {{text}} and nothing else; it is {self.prompt_template!r}")
         if self.model is None and self.training.method in ("lora", "head"):
             raise ValueError(f"training.method {self.training.method} needs a model to begin from; set model")
+        if self.model is not None and (self.model.dtype != "auto" or self.model.quantization != "none"):
+            raise ValueError("model.dtype and model.quantization are of inference; training has numbers of its own")
         if self.data.valid_share + self.data.test_share > 0.8:
             raise ValueError("valid_share and test_share leave too few rows to train on")
         return self
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        chosen = self.training.gradient_checkpointing
+        return self.model is not None if chosen is None else chosen
 
     @property
     def method(self) -> Literal["lora", "full", "head"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,11 @@ class Example(NamedTuple):
     place: str
     text: str
     label: str
+
+    @property
+    def same(self) -> str:
+        """What texts share that are the same to a reader, whatever the form of letters, their case and the blanks."""
+        return " ".join(unicodedata.normalize("NFKC", self.text).casefold().split())
 
 
 class LabelAudit(BaseModel, frozen=True, extra="forbid"):
@@ -75,17 +81,18 @@ def read_labelled(data: LabelledData) -> Labelled:
     examples, given, skipped, files = read_rows_of(data)
     rows = len(examples) + sum(skipped.values())
     kept, conflicting = _without_conflicts(examples, data)
+    _check_labels(data, kept)
     split = _as_given(kept, given) if data.split_column is not None else _by_text(kept, data)
     leaking = len(kept) - sum(map(len, split.values()))
     counts = Counter(each.label for part in split.values() for each in part)
-    _check(data, split, counts)
+    _check_split(data, split)
     audit = LabelAudit(
         files=files,
         rows=rows,
         used=sum(map(len, split.values())),
         without_text=skipped.get("text", 0),
         without_label=skipped.get("label", 0),
-        repeated=len(kept) - len({(each.text, each.label) for each in kept}),
+        repeated=len(kept) - len({(each.same, each.label) for each in kept}),
         conflicting=conflicting,
         leaking=leaking,
         labels=dict(counts.most_common()),
@@ -111,7 +118,7 @@ def read_rows_of(data: LabelledData) -> Rows:
             elif not isinstance(label, str) or not label.strip():
                 skipped["label"] += 1
             else:
-                examples.append(Example(f"{name} row {row}", text, label))
+                examples.append(Example(f"{name} row {row}", text, label.strip()))
                 if data.split_column is not None:
                     given[examples[-1].place] = _part(f"{name} row {row}", part, data.split_column)
     rows = len(examples) + sum(skipped.values())
@@ -150,11 +157,11 @@ def _part(where: str, value: str | bytes | None, column: str) -> Part:
 def _without_conflicts(examples: Sequence[Example], data: LabelledData) -> tuple[list[Example], int]:
     labels: dict[str, set[str]] = defaultdict(set)
     for each in examples:
-        labels[each.text].add(each.label)
-    conflicting = sum(len(labels[each.text]) > 1 for each in examples)
+        labels[each.same].add(each.label)
+    conflicting = sum(len(labels[each.same]) > 1 for each in examples)
     if data.conflicts == "keep":
         return list(examples), conflicting
-    return [each for each in examples if len(labels[each.text]) == 1], conflicting
+    return [each for each in examples if len(labels[each.same]) == 1], conflicting
 
 
 def _as_given(examples: Sequence[Example], given: Mapping[str, Part]) -> dict[Part, list[Example]]:
@@ -162,12 +169,12 @@ def _as_given(examples: Sequence[Example], given: Mapping[str, Part]) -> dict[Pa
     side: dict[str, Part] = {}
     for each in examples:
         part = given[each.place]
-        if PARTS.index(part) >= PARTS.index(side.get(each.text, "train")):
-            side[each.text] = part
+        if PARTS.index(part) >= PARTS.index(side.get(each.same, "train")):
+            side[each.same] = part
     split: dict[Part, list[Example]] = {part: [] for part in PARTS}
     for each in examples:
-        if given[each.place] == side[each.text]:
-            split[side[each.text]].append(each)
+        if given[each.place] == side[each.same]:
+            split[side[each.same]].append(each)
     return split
 
 
@@ -178,7 +185,7 @@ def _by_text(examples: Sequence[Example], data: LabelledData) -> dict[Part, list
     """
     texts: dict[str, set[str]] = defaultdict(set)
     for each in examples:
-        texts[each.label].add(each.text)
+        texts[each.label].add(each.same)
     side: dict[str, Part] = {}
     seed = data.seed.to_bytes(8, "big")
     for label in sorted(texts):
@@ -190,17 +197,29 @@ def _by_text(examples: Sequence[Example], data: LabelledData) -> dict[Part, list
             side.setdefault(text, "test" if at < test else "valid" if at < test + valid else "train")
     split: dict[Part, list[Example]] = {part: [] for part in PARTS}
     for each in examples:
-        split[side[each.text]].append(each)
+        split[side[each.same]].append(each)
     return split
 
 
-def _check(data: LabelledData, split: Mapping[Part, Sequence[Example]], counts: Mapping[str, int]) -> None:
-    if len(counts) < 2:
-        raise InputError(f"{data.input}: all rows have the label {next(iter(counts), None)!r}; a choice needs two.")
-    if len(counts) > MOST_LABELS:
+def _check_labels(data: LabelledData, examples: Sequence[Example]) -> None:
+    texts: dict[str, set[str]] = defaultdict(set)
+    for each in examples:
+        texts[each.label].add(each.same)
+    if len(texts) < 2:
+        raise InputError(f"{data.input}: all rows have the label {next(iter(texts), None)!r}; a choice needs two.")
+    if len(texts) > MOST_LABELS:
         raise InputError(
-            f"{data.input}: {len(counts)} labels, as if {data.label_column!r} were no label. Set data.label_column."
+            f"{data.input}: {len(texts)} labels, as if {data.label_column!r} were no label. Set data.label_column."
         )
+    for label, found in texts.items():
+        if len(found) < len(PARTS) and data.split_column is None:
+            raise InputError(
+                f"{data.input}: {label!r} has {len(found)} different texts, it needs {len(PARTS)}: one to train on, "
+                "two to hold out. Add rows of it, or leave it out."
+            )
+
+
+def _check_split(data: LabelledData, split: Mapping[Part, Sequence[Example]]) -> None:
     trained = {each.label for each in split["train"]}
     for part in PARTS:
         if not split[part]:

@@ -10,23 +10,27 @@ A run's id comes from its settings, rows and base, so running it again goes on, 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from glmbatch.config import ClassifyStep, DataConfig, JobConfig, ModelConfig, RuntimeConfig
 from glmbatch.data.storage import committed, writable
 from glmbatch.errors import InputError
-from glmbatch.planning import locate_model, prepare_model
+from glmbatch.planning import PROMPT_FILE, locate_model, prepare_model
 from glmbatch.steps.prompt import Prompt, build_prompts
 from glmbatch.tuning.config import LabelledData, TuneConfig
 from glmbatch.tuning.examples import Example, LabelAudit, Labelled, Part, read_labelled, read_rows_of
@@ -82,6 +86,9 @@ def finetune(config: TuneConfig) -> Report:
 
 def check(config: TuneConfig) -> None:
     """Tell what is wrong at once, before a server is started: rows, labels and model are looked at. InputError."""
+    for package in ("accelerate", "peft", "sklearn"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"{package} is not installed, which training needs. Run pip install 'glmbatch[train]'.")
     read_labelled(config.data)
     if config.model is not None and config.model.revision is None:
         locate_model(config.model, config.runtime)
@@ -108,7 +115,10 @@ def begin(config: TuneConfig) -> str:
 def read_report(run: Path) -> Report | None:
     """The report of a run that came to its end."""
     path = run / REPORT
-    return Report.model_validate_json(path.read_bytes()) if path.is_file() else None
+    try:
+        return Report.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except ValidationError as error:
+        raise InputError(f"{path}: is not a report of glmbatch: {error.errors()[0]['msg']}. Remove it.") from error
 
 
 def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
@@ -119,17 +129,21 @@ def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
         from glmbatch.tuning.train import TrainingRow, train
 
         labelled, base = read_labelled(config.data), _base(config, run)
+        number = {label: at for at, label in enumerate(labelled.labels)}
         rows: dict[Part, list[TrainingRow]] = {
             part: [
-                TrainingRow(prompt.ids, labelled.labels.index(each.label), each.place)
+                TrainingRow(np.array(prompt.ids, np.int32), number[each.label], each.place)
                 for each, prompt in zip(labelled.parts[part], _prompts(config, base, labelled.parts[part]), strict=True)
             ]
             for part in ("train", "valid")
         }
         trained = train(config, base, labelled.labels, rows["train"], rows["valid"], run)
+        with committed(run / CHECKPOINT / PROMPT_FILE) as partial:
+            stated = {"prompt_template": config.prompt_template, "system_prompt": config.system_prompt}
+            partial.write_text(json.dumps(stated, ensure_ascii=False, indent=1), encoding="utf-8")
         with committed(done) as partial:
             partial.write_text(trained.model_dump_json(indent=1), encoding="utf-8")
-        shutil.rmtree(run / "trainer", ignore_errors=True)
+    shutil.rmtree(run / "trainer", ignore_errors=True)
     found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
     return found
 
@@ -150,15 +164,16 @@ def _step(config: TuneConfig) -> ClassifyStep:
 
 
 def _prompts(config: TuneConfig, base: Path, examples: Sequence[Example]) -> list[Prompt]:
+    from glmbatch.glm.checkpoint import read_checkpoint
     from glmbatch.glm.tokenizer import load_tokenizer
 
-    rows = [{"text": each.text} for each in examples]
+    room = read_checkpoint(base, config.model.rope_scaling if config.model else None).max_positions
     built = build_prompts(
         _step(config),
-        rows,
+        [{"text": each.text} for each in examples],
         load_tokenizer(base),
         chat=False,
-        max_input_tokens=config.training.max_input_tokens,
+        max_input_tokens=min(room, config.training.max_input_tokens),
     )
     for each, prompt in zip(examples, built, strict=True):
         if not isinstance(prompt, Prompt):
@@ -232,6 +247,7 @@ def evaluate(
         if guess != each.label
     ]
     scores = score([each.label for each in rows], predicted, labels, confidence)
+    shutil.rmtree(folder)  # held-out texts
     return scores, sorted(mistakes, key=lambda mistake: -mistake.confidence)
 
 
@@ -241,14 +257,17 @@ def _current(config: TuneConfig) -> Path | None:
 
 
 def _score_current(config: TuneConfig, labelled: Labelled, run: Path) -> Scores | None:
-    """Scores of what is promoted now, over this run's test rows; None where nothing comparable is."""
+    """Scores of what is promoted now, over this run's test rows; None where nothing is."""
     current = _current(config)
-    before = read_report(current) if current is not None else None
-    if current is None or before is None or set(before.labels) - set(labelled.labels):
+    if current is None:
         return None
+    before = read_report(current)
+    if before is None:
+        raise InputError(f"{current}: has no {REPORT}, so nothing can be compared with it. Set output.")
     settings = TuneConfig.model_validate(before.settings).model_copy(update={"runtime": config.runtime})
+    labels = sorted({*labelled.labels, *before.labels})
     model = ModelConfig(path=str(current / CHECKPOINT))
-    return evaluate(model, settings, labelled.parts["test"], labelled.labels, run / "current")[0]
+    return evaluate(model, settings, labelled.parts["test"], labels, run / "current")[0]
 
 
 def _decided(config: TuneConfig, report: Report, run: Path) -> Report:
@@ -262,38 +281,64 @@ def _decided(config: TuneConfig, report: Report, run: Path) -> Report:
 
 
 def _decide(config: TuneConfig, report: Report) -> tuple[bool, str]:
+    new = getattr(report.scores, config.metric)
     if report.current is None:
-        return True, "nothing comparable was promoted before"
-    new, old = getattr(report.scores, config.metric), getattr(report.current, config.metric)
+        counts = {label: one.rows for label, one in report.scores.labels.items()}
+        always = max(counts, key=lambda label: counts[label])
+        truth = [label for label, count in counts.items() for _ in range(count)]
+        floor = getattr(score(truth, [always] * len(truth), list(counts)), config.metric)
+        said = f"{config.metric} {new:.4f}, always {always!r} would have {floor:.4f}; nothing was promoted before"
+        return new > floor, said
+    lacking = sorted(set(report.current.labels) - set(report.labels))
+    if lacking:
+        return False, f"it lacks the labels {lacking}, which the current checkpoint has. Set output to begin anew"
+    old = getattr(report.current, config.metric)
     better = new > old and new - old >= config.min_gain
     said = f"{config.metric} {new:.4f}, the current checkpoint has {old:.4f} on the same rows"
     return better, said if better else f"{said}; it must be better by {config.min_gain:g} at least"
 
 
 def promote(config: TuneConfig, report: Report) -> Report:
-    """Make OUTPUT/current the run of `report` if that is to be promoted; by one rename, so a reader finds either."""
-    current = Path(config.output) / CURRENT
-    if report.promoted:
-        link = current.with_name(f".{CURRENT}.{os.getpid()}")
-        with writable(current):
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path(RUNS) / report.run)
-            os.replace(link, current)
+    """Make OUTPUT/current the run of `report` if that is to be promoted; by one rename, so a reader finds either.
+
+    What was promoted since the run was evaluated is compared with first.
+    """
+    output = Path(config.output)
+    with _alone(output):
+        current = _current(config)
+        if (current and current.name) not in (report.compared_with, report.run):
+            report = evaluate_run(config, str(output / RUNS / report.run))
+        if report.promoted:
+            link = output / f".{CURRENT}"
+            with writable(output / CURRENT):
+                link.unlink(missing_ok=True)
+                link.symlink_to(Path(RUNS) / report.run)
+                os.replace(link, output / CURRENT)
     return report
 
 
-def evaluate_rows(model: str, data: LabelledData, prompt_template: str = "{text}") -> Scores:
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """One promotion at a time; the system frees the lock of a process that dies."""
+    with (output / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def evaluate_rows(model: str, data: LabelledData, prompt_template: str | None = None) -> Scores:
     """Scores of the checkpoint in directory `model` on all rows of `data`: its head's labels, and those that it lacks.
 
-    Prompts are made as the run did that made it, if its report lies beside it, else from `prompt_template`.
+    Without a `prompt_template` prompts are made as the run did that made it, if its report lies beside it.
     """
     prepared = prepare_model(locate_model(ModelConfig(path=model), RuntimeConfig()))
     if not prepared.has_head:
         raise InputError(f"{model}: has no trained head. Give a checkpoint that `glmbatch train` made.")
     report = read_report(Path(model).resolve().parent)
-    config = TuneConfig(data=data, output=".", model=ModelConfig(path=model), prompt_template=prompt_template)
-    if report is not None:
-        config = TuneConfig.model_validate(report.settings)
+    config = TuneConfig(
+        data=data, output=".", model=ModelConfig(path=model), prompt_template=prompt_template or "{text}"
+    )
+    if report is not None and prompt_template is None:
+        config = TuneConfig.model_validate(report.settings).model_copy(update={"runtime": RuntimeConfig()})
     rows = read_rows_of(data).examples
     labels = sorted({*prepared.labels, *(each.label for each in rows)})
     with tempfile.TemporaryDirectory() as folder:
@@ -309,11 +354,16 @@ def describe(report: Report) -> str:
         describe_scores("this run", report.scores),
         describe_scores(report.baseline_name, report.baseline),
         *([describe_scores("the current checkpoint", report.current)] if report.current else []),
+        *([f"look at: {report.baseline_name} scores higher"] if _loses(report) else []),
         f"{'promoted' if report.promoted else 'not promoted'}: {report.reason}",
         f"report: {Path(report.checkpoint).parent / PAGE}",
         f"checkpoint: {report.checkpoint}",
     ]
     return "\n".join(lines)
+
+
+def _loses(report: Report) -> bool:
+    return report.baseline.accuracy > report.scores.accuracy
 
 
 def describe_scores(name: str, scores: Scores) -> str:

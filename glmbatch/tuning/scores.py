@@ -21,10 +21,11 @@ class LabelScore(BaseModel, frozen=True, extra="forbid"):
 
 
 class Scores(BaseModel, frozen=True, extra="forbid"):
-    """Scores over held-out rows. `confusion[true][predicted]` counts rows; "" is predicted where a row has no answer.
+    """Scores over held-out rows; macro-F1 is over labels that rows have or were given.
 
-    `ece`: expected calibration error over ten bins of the highest probability (Guo et al., 2017); `bins` are (rows,
-    mean probability, accuracy) of each. Both empty for predictions without probabilities.
+    `confusion[true][predicted]` counts rows; "" is predicted where a row has no answer. `ece`: expected calibration
+    error over ten bins of the highest probability (Guo et al., 2017); `bins` are (rows, mean probability, accuracy) of
+    each. Both empty for predictions without probabilities.
     """
 
     rows: int
@@ -44,12 +45,13 @@ def score(
     for true, guess in zip(truth, predicted, strict=True):
         confusion[true][guess] += 1
     each = {label: _label_score(label, confusion) for label in labels}
+    seen = [label for label in labels if each[label].rows or any(row[label] for row in confusion.values())]
     right = sum(confusion[label][label] for label in labels)
     bins = [] if confidence is None else _bins([t == p for t, p in zip(truth, predicted, strict=True)], confidence)
     return Scores(
         rows=len(truth),
         accuracy=right / len(truth),
-        macro_f1=math.fsum(one.f1 for one in each.values()) / len(labels),
+        macro_f1=math.fsum(each[label].f1 for label in seen) / len(seen),
         labels=each,
         confusion=confusion,
         ece=None if confidence is None else math.fsum(n * abs(p - a) for n, p, a in bins) / len(truth),

@@ -21,22 +21,24 @@ import numpy as np
 import torch
 from pydantic import BaseModel
 from transformers import (
-    EarlyStoppingCallback,
     GlmForSequenceClassification,
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
+from glmbatch.data.storage import committed
 from glmbatch.errors import InputError
-from glmbatch.glm.checkpoint import ClassifierHead, load_model, save_checkpoint
+from glmbatch.glm.checkpoint import ClassifierHead, load_model, read_checkpoint, save_checkpoint
 from glmbatch.glm.device import free_memory_bytes, resolve_device
+from glmbatch.glm.memory import is_out_of_memory
 from glmbatch.glm.tokenizer import TOKENIZER_FILE
 from glmbatch.tuning.config import TuneConfig
-from glmbatch.tuning.scores import fit_temperature
+from glmbatch.tuning.scores import fit_temperature, score
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ KEPT_NUMBERS = 40
 class TrainingRow(NamedTuple):
     """Token ids of a prompt, the number of its label, and where the row stands."""
 
-    ids: Sequence[int]
+    ids: Any  # a sequence of whole numbers; as a numpy array it takes a tenth of a list's memory
     label: int
     place: str
 
@@ -83,11 +85,26 @@ def train(  # noqa: PLR0913, PLR0917 - what to train, on what, and where
     InputError when there is too little memory, or when the loss is not finite; then what was saved before stays.
     """
     device = resolve_device(config.runtime.device)
+    if device not in ("cpu", "cuda:0"):
+        raise InputError(f"{device}: training takes the first card that it sees. Set CUDA_VISIBLE_DEVICES.")
+    _check_memory(config, base, rows, device)
     torch.manual_seed(config.training.seed)
     model = _with_method(_classifier(config, base, labels, device), config)
-    _check_memory(config, model, rows, device)
     trainer = _trainer(config, model, labels, rows, valid, run / TRAINER, device)
-    trainer.train(resume_from_checkpoint=_last_whole(run / TRAINER))
+    last = _last_whole(run / TRAINER)
+    state = None if last is None else TrainerState.load_from_json(str(last / "trainer_state.json"))
+    try:
+        if state is not None and _stale(state, config):  # killed after it had stopped early
+            trainer.state = state
+            trainer._load_best_model()
+        else:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{device}: no room to train. Set training.batch_rows lower, or training.gradient_checkpointing to true."
+        ) from error
     logits = trainer.predict(_Rows(valid)).predictions
     temperature = fit_temperature(np.asarray(logits), np.array([row.label for row in valid]))
     _save(config, model, base, temperature, run)
@@ -134,7 +151,7 @@ def _classifier(config: TuneConfig, base: Path, labels: Sequence[str], device: s
 def _with_method(model: Any, config: TuneConfig) -> Any:
     """`model` with what the method trains, and nothing else, trainable."""
     training = config.training
-    if training.gradient_checkpointing:
+    if config.gradient_checkpointing:
         model.enable_input_require_grads()
     if config.method == "full":
         return model
@@ -156,23 +173,26 @@ def _with_method(model: Any, config: TuneConfig) -> Any:
         return get_peft_model(model, adapter)
 
 
-def _check_memory(config: TuneConfig, model: Any, rows: Sequence[TrainingRow], device: str) -> None:
-    """InputError when the estimate does not fit what is free; it names what would."""
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    longest = max(len(row.ids) for row in rows)
-    stated = model.config
-    kept = 2 if config.training.gradient_checkpointing else KEPT_NUMBERS
-    activations = 4 * config.training.batch_rows * longest * stated.hidden_size * stated.num_hidden_layers * kept
-    needed, free = BYTES_TRAINED * trained + activations, free_memory_bytes(device)
+def _check_memory(config: TuneConfig, base: Path, rows: Sequence[TrainingRow], device: str) -> None:
+    """InputError when the estimate does not fit what is free, before anything is loaded; it names what would."""
+    settings = config.model
+    found = read_checkpoint(base, settings.rope_scaling if settings else None, settings.adapter if settings else None)
+    stated, number = found.architecture, 2 if device.startswith("cuda") else 4
+    weights = found.parameters * (BYTES_TRAINED if config.method == "full" else number)
+    if config.method == "lora":
+        shapes = stated.layers * (8 * stated.hidden_size + 3 * stated.ffn_size)
+        weights += BYTES_TRAINED * config.training.lora_rank * shapes
+    kept = stated.layers * KEPT_NUMBERS
+    if config.gradient_checkpointing:  # the input of each layer, and all of the one that is computed again
+        kept = stated.layers + KEPT_NUMBERS
+    row = number * max(len(row.ids) for row in rows) * stated.hidden_size * kept
+    needed, free = weights + config.training.batch_rows * row, free_memory_bytes(device)
     if needed <= free:
         return
-    smaller = max(1, int(config.training.batch_rows * max(0, free - BYTES_TRAINED * trained) / max(1, activations)))
-    if BYTES_TRAINED * trained >= free:
-        mend = "training.method to lora or head"
-    elif not config.training.gradient_checkpointing:
-        mend = f"training.gradient_checkpointing to true, or training.batch_rows to {smaller}"
-    else:
-        mend = f"training.batch_rows to {smaller}"
+    fit = (free - weights) // row
+    mend = f"training.batch_rows to {fit}" if fit > 0 else "training.method to lora or head, or another device"
+    if fit > 0 and not config.gradient_checkpointing:
+        mend += ", or training.gradient_checkpointing to true"
     raise InputError(
         f"{device}: training needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free. Set {mend}."
     )
@@ -217,7 +237,7 @@ class _AlikeInLength(torch.utils.data.Sampler[int]):
 
 
 def _pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """On the right, where no causal position sees it; a mask says where the last token is."""
+    """On the right, where no causal position sees it. GLM reads the last id that is not PAD_ID, which no text has."""
     longest = max(len(row["ids"]) for row in batch)
     ids_BT = torch.full((len(batch), longest), PAD_ID)
     mask_BT = torch.zeros((len(batch), longest), dtype=torch.long)
@@ -276,7 +296,8 @@ def _trainer(  # noqa: PLR0913, PLR0917 - everything that training needs
     every = max(1, per_epoch // training.evaluations_per_epoch)
     names = TrainingArguments.__dataclass_fields__  # renamed on the way to transformers 6
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    more: dict[str, Any] = {checkpointing: True} if training.gradient_checkpointing else {}
+    more: dict[str, Any] = {checkpointing: True} if config.gradient_checkpointing else {}
+    half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=training.batch_rows,
@@ -289,7 +310,7 @@ def _trainer(  # noqa: PLR0913, PLR0917 - everything that training needs
         weight_decay=training.weight_decay,
         adam_beta2=0.98,
         max_grad_norm=1.0,
-        bf16=device.startswith("cuda"),
+        bf16=half,
         use_cpu=device == "cpu",
         **more,
         eval_strategy="steps",
@@ -312,11 +333,9 @@ def _trainer(  # noqa: PLR0913, PLR0917 - everything that training needs
 
     def measure(found: Any) -> dict[str, float]:
         guessed, truth = found.predictions.argmax(-1), found.label_ids
-        f1 = [
-            2 * ((guessed == at) & (truth == at)).sum() / max(1, (guessed == at).sum() + (truth == at).sum())
-            for at in range(len(labels))
-        ]
-        return {"accuracy": float((guessed == truth).mean()), "macro_f1": float(np.mean(f1))}
+        names = [str(at) for at in range(len(labels))]
+        found_scores = score([names[at] for at in truth], [names[at] for at in guessed], names)
+        return {"accuracy": found_scores.accuracy, "macro_f1": found_scores.macro_f1}
 
     counts = Counter(row.label for row in rows)
     weights = torch.tensor([len(rows) / (len(labels) * counts[at]) for at in range(len(labels))])
@@ -328,8 +347,9 @@ def _trainer(  # noqa: PLR0913, PLR0917 - everything that training needs
         args=arguments,
         eval_dataset=_Rows(valid),
         compute_metrics=measure,
-        callbacks=[_Told(), *([] if training.patience is None else [EarlyStoppingCallback(training.patience)])],
+        callbacks=[_Told(), _StopEarly(config)],
     )
+    arguments._n_gpu = 1  # with more, its DataParallel would change batches, steps and the loss
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -342,18 +362,45 @@ class _Told(TrainerCallback):
         logger.info("step %d of %d: %s", state.global_step, state.max_steps, said)
 
 
-def _last_whole(folder: Path) -> str | None:
-    """The last checkpoint whose saving came to its end; the Trainer writes its state last. Others are deleted."""
+class _StopEarly(TrainerCallback):
+    """As transformers' own, but told by what was measured: its counter would begin anew in a run that goes on."""
+
+    def __init__(self, config: TuneConfig) -> None:
+        self._config = config
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = control.should_training_stop or _stale(state, self._config)
+
+
+def _stale(state: TrainerState, config: TuneConfig) -> bool:
+    """Whether the last `patience` evaluations were no better than those before."""
+    key = f"eval_{config.metric}"
+    measured = [line[key] for line in state.log_history if key in line]
+    patience = config.training.patience
+    return patience is not None and bool(measured) and len(measured) - 1 - measured.index(max(measured)) >= patience
+
+
+def _last_whole(folder: Path) -> Path | None:
+    """The last checkpoint whose saving came to its end; the Trainer writes its state last. Others are deleted.
+
+    It names the best one by a path, which is set right here: the folder may have another name by now.
+    """
     while folder.is_dir():
-        last: str | None = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
-        if last is None:
+        found: str | None = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
+        if found is None:
             return None
+        last = Path(found)
         try:
-            json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
-            logger.info("going on from %s", last)
-            return last
+            state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             shutil.rmtree(last)
+            continue
+        if state.get("best_global_step"):
+            state["best_model_checkpoint"] = str(folder / f"checkpoint-{state['best_global_step']}")
+            with committed(last / "trainer_state.json") as partial:
+                partial.write_text(json.dumps(state, indent=2), encoding="utf-8")
+        logger.info("going on from %s", last)
+        return last
     return None
 
 

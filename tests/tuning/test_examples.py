@@ -61,6 +61,8 @@ def test_a_text_stands_on_one_side_wherever_its_rows_stand(rows: list[tuple[str,
     sides = {name: {each.text for each in split[name]} for name in PARTS}
     assert sum(map(len, split.values())) == len(rows)
     assert sum(map(len, sides.values())) == len({text for text, _ in rows})
+    same = [{each.same for each in split[name]} for name in PARTS]
+    assert sum(map(len, same)) == len(set().union(*same)), "nor one that differs in case and blanks alone"
     again = _by_text(examples[::-1], data)
     assert all({each.text for each in again[name]} == sides[name] for name in PARTS)
 
@@ -90,7 +92,7 @@ def test_whole_numbers_are_labels_and_other_kinds_are_not(tmp_path: Path, write_
     [
         ({"text": ["a", "b", "c"], "label": ["x"] * 3}, "all rows have the label 'x'"),
         ({"text": [None, ""], "label": ["x", "y"]}, "none of 2 rows has a text and a label"),
-        ({"text": ["a", "b"], "label": ["x", "y"]}, "no row is left for train"),
+        ({"text": ["a", "b"], "label": ["x", "y"]}, "'x' has 1 different texts, it needs 3"),
         ({"body": ["a"], "label": ["x"]}, "no column 'text'"),
         ({"text": [f"t{n}" for n in range(2000)], "label": [str(n) for n in range(2000)]}, "2000 labels, as if"),
         ({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}, "none of 0 rows"),

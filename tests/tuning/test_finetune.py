@@ -26,7 +26,7 @@ from glmbatch.glm.doctor import examine
 from glmbatch.glm.tokenizer import load_tokenizer
 from glmbatch.pipeline import run_job
 from glmbatch.tuning.config import TuneConfig
-from glmbatch.tuning.finetune import begin, evaluate_run, finetune, train_run
+from glmbatch.tuning.finetune import begin, evaluate_run, finetune, promote, train_run
 from glmbatch.tuning.train import TRAINER
 from tests.conftest import CAUSAL, ROOT
 from tests.tuning.rows import labelled
@@ -83,8 +83,46 @@ def test_run_again_it_is_done_and_only_better_ones_are_promoted(tune: Tune, tmp_
     assert worse.current is not None and worse.current.accuracy == good.scores.accuracy
     assert "must be better" in worse.reason
     assert current.resolve().name == good.run
-    let = finetune(tune(training__epochs=1, training__learning_rate=1e-6, min_gain=-1.0))
-    assert not let.promoted, "better than is better than"
+
+
+def test_what_always_says_one_label_or_lacks_one_is_not_promoted(tune: Tune, write_source: Write) -> None:
+    first = finetune(tune(training__epochs=1, training__learning_rate=1e-7))
+    assert (first.promoted, first.current) == (False, None)
+    assert "always" in first.reason
+    good = finetune(tune(training__epochs=8))
+    assert good.promoted
+    rows = labelled(240)
+    kept = [at for at, label in enumerate(rows["label"]) if label != "bad"]
+    for day in range(2):
+        write_source(f"day={day}/a.parquet", {name: [values[at] for at in kept] for name, values in rows.items()})
+    fewer = finetune(tune(training__epochs=8))
+    assert not fewer.promoted
+    assert "lacks the labels ['bad']" in fewer.reason
+
+
+def test_what_was_promoted_in_between_is_compared_with_too(tune: Tune, tmp_path: Path) -> None:
+    weak = tune(training__epochs=2, training__learning_rate=5e-4)
+    run = begin(weak)
+    train_run(weak, run)
+    report = evaluate_run(weak, run)
+    best = finetune(tune(training__epochs=8))
+    assert best.scores.accuracy > report.scores.accuracy
+    late = promote(weak, report.model_copy(update={"promoted": True}))
+    assert not late.promoted
+    assert (tmp_path / "tuned" / "current").resolve().name == best.run
+
+
+def test_a_step_must_ask_what_training_asked(tune: Tune, tmp_path: Path) -> None:
+    finetune(tune(training__epochs=4, prompt_template="Review: {text}"))
+    settings: dict[str, Any] = {
+        "data": {"input": str(tmp_path / "in"), "output": str(tmp_path / "out")},
+        "model": str(tmp_path / "tuned" / "current" / "checkpoint"),
+        "steps": [{"kind": "classify", "name": "mood"}],
+    }
+    with pytest.raises(InputError, match="was trained with the prompt_template"):
+        run_job(JobConfig.model_validate(settings))
+    settings["steps"][0]["prompt_template"] = "Review: {text}"
+    assert run_job(JobConfig.model_validate(settings)).rows == 240
 
 
 @pytest.mark.parametrize("method", ["lora", "head", "full"])
@@ -138,7 +176,7 @@ train_run(config, begin(config))
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_killed_in_the_midst_training_goes_on_to_the_same_weights(tune: Tune, tmp_path: Path, method: str) -> None:
-    more: dict[str, Any] = {"training__gradient_accumulation": 2, "training__epochs": 4, "training__patience": 50}
+    more: dict[str, Any] = {"training__gradient_accumulation": 2, "training__epochs": 6, "training__patience": 2}
     if method == "lora":
         more |= {"model": BASE, "training__lora_dropout": 0.2}
     undisturbed = tune(output=str(tmp_path / "undisturbed"), **more)
@@ -184,7 +222,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tune: Tune, monke
 def test_too_little_memory_is_told_before_the_start(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("glmbatch.tuning.train.free_memory_bytes", lambda device: 10 * 2**20)
     config = tune(training__batch_rows=10_000)
-    with pytest.raises(InputError, match=r"needs about .* GiB, 0\.0 are free\. Set training\.gradient_checkpointing"):
+    with pytest.raises(InputError, match=r"needs about .* GiB, 0\.0 are free\. Set training\.batch_rows to \d+, or"):
         train_run(config, begin(config))
 
 
