@@ -145,7 +145,8 @@ def _train(parsed: argparse.Namespace) -> int:
 
 def _evaluate(parsed: argparse.Namespace) -> int:
     from glmbatch.tuning.config import LabelledData
-    from glmbatch.tuning.finetune import describe_scores, evaluate_rows
+    from glmbatch.tuning.finetune import evaluate_rows
+    from glmbatch.tuning.report import describe_scores
 
     data = LabelledData(input=parsed.rows, text_column=parsed.text_column, label_column=parsed.label_column)
     scores = evaluate_rows(parsed.model, data, parsed.prompt_template)

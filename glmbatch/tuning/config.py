@@ -19,6 +19,11 @@ class LabelledData(Settings):
     )
     text_column: str = Field("text", min_length=1, description="Column that holds the text; a prompt calls it {text}.")
     label_column: str = Field("label", min_length=1, description="Column that holds the label: text or whole numbers.")
+    response_column: str | None = Field(
+        None,
+        description="Column that holds an answer to be written; set, the model learns to write it, and label_column is "
+        "not read.",
+    )
     split_column: str | None = Field(
         None, description="Column that says train, valid or test; empty: rows are split by their text."
     )
@@ -77,6 +82,7 @@ class TrainingConfig(Settings):
         None, description="Compute activations twice and keep few: less memory. Empty: with a model, not from scratch."
     )
     max_input_tokens: int = Field(512, ge=8, description="Longer prompts lose the end of their text.")
+    max_answer_tokens: int = Field(256, ge=1, description="Longer answers lose their end; for a response_column.")
     lora_rank: int = Field(16, ge=1, le=1024, description="Rank of the adapter's matrices.")
     lora_alpha: int = Field(32, ge=1, description="Scale of the adapter, over its rank.")
     lora_dropout: Share = Field(0.05, description="Share of an adapter's inputs left out in training.")
@@ -93,7 +99,11 @@ class TuneConfig(Settings):
     prompt_template: str = Field("{text}", min_length=1, description="Prompt of a row; {text} is replaced by its text.")
     system_prompt: str | None = Field(None, description="Instruction before the text; empty: none.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How the weights are trained.")
-    metric: Literal["accuracy", "macro_f1"] = Field("accuracy", description="What chooses weights and promotes.")
+    metric: Literal["accuracy", "macro_f1", "exact_match", "rouge_l"] | None = Field(
+        None,
+        description="What promotes, and chooses a classifier's weights; those of a writer are chosen by their loss. "
+        "Empty: accuracy, or rouge_l with a response_column.",
+    )
     min_gain: float = Field(
         0.0, ge=0, le=1, description="How much better than the current checkpoint a new one must be to be promoted."
     )
@@ -113,11 +123,26 @@ class TuneConfig(Settings):
             raise ValueError(f"prompt_template takes {{text}} and nothing else; it is {self.prompt_template!r}")
         if self.model is None and self.training.method in ("lora", "head"):
             raise ValueError(f"training.method {self.training.method} needs a model to begin from; set model")
+        if self.metric is not None and self.writes != (self.metric in ("exact_match", "rouge_l")):
+            raise ValueError(f"metric {self.metric} is not of a model that {'writes' if self.writes else 'classifies'}")
+        if self.writes and (self.training.method == "head" or self.training.class_weights != "none"):
+            raise ValueError(
+                "a model that writes has no head and no class weights; set training.method to lora or full"
+            )
         if self.model is not None and (self.model.dtype != "auto" or self.model.quantization != "none"):
             raise ValueError("model.dtype and model.quantization are of inference; training has numbers of its own")
         if self.data.valid_share + self.data.test_share > 0.8:
             raise ValueError("valid_share and test_share leave too few rows to train on")
         return self
+
+    @property
+    def writes(self) -> bool:
+        """Whether it learns to write answers, and not to classify."""
+        return self.data.response_column is not None
+
+    @property
+    def promoted_by(self) -> str:
+        return self.metric or ("rouge_l" if self.writes else "accuracy")
 
     @property
     def gradient_checkpointing(self) -> bool:

@@ -24,7 +24,7 @@ SHOWN = 5
 
 
 class Example(NamedTuple):
-    """A text and its label, and where they stand: "a.parquet row 7"."""
+    """A text and its label, or the answer to be written to it, and where they stand: "a.parquet row 7"."""
 
     place: str
     text: str
@@ -81,10 +81,11 @@ def read_labelled(data: LabelledData) -> Labelled:
     examples, given, skipped, files = read_rows_of(data)
     rows = len(examples) + sum(skipped.values())
     kept, conflicting = _without_conflicts(examples, data)
-    _check_labels(data, kept)
+    if data.response_column is None:
+        _check_labels(data, kept)
     split = _as_given(kept, given) if data.split_column is not None else _by_text(kept, data)
     leaking = len(kept) - sum(map(len, split.values()))
-    counts = Counter(each.label for part in split.values() for each in part)
+    counts = Counter(each.label for part in split.values() for each in part if data.response_column is None)
     _check_split(data, split)
     audit = LabelAudit(
         files=files,
@@ -118,7 +119,8 @@ def read_rows_of(data: LabelledData) -> Rows:
             elif not isinstance(label, str) or not label.strip():
                 skipped["label"] += 1
             else:
-                examples.append(Example(f"{name} row {row}", text, label.strip()))
+                kept = label.strip() if data.response_column is None else label
+                examples.append(Example(f"{name} row {row}", text, kept))
                 if data.split_column is not None:
                     given[examples[-1].place] = _part(f"{name} row {row}", part, data.split_column)
     rows = len(examples) + sum(skipped.values())
@@ -129,10 +131,15 @@ def read_rows_of(data: LabelledData) -> Rows:
 
 def _columns(where: str, data: LabelledData) -> list[list[str | bytes | None]]:
     """Texts, labels and parts (None without a split column) of one file."""
-    names = [data.text_column, data.label_column, *([data.split_column] if data.split_column else [])]
+    names = [
+        data.text_column,
+        data.response_column or data.label_column,
+        *([data.split_column] if data.split_column else []),
+    ]
     with open_parquet(Path(where)) as file:
         schema, groups, rows = file.schema_arrow, range(file.metadata.num_row_groups), file.metadata.num_rows
-    for setting, name in zip(("text_column", "label_column", "split_column"), names, strict=False):
+    answer = "label_column" if data.response_column is None else "response_column"
+    for setting, name in zip(("text_column", answer, "split_column"), names, strict=False):
         if schema.names.count(name) != 1:
             raise InputError(f"{where}: no column {name!r}; it has {schema.names}. Set data.{setting}.")
         kind = schema.field(name).type
@@ -159,6 +166,8 @@ def _without_conflicts(examples: Sequence[Example], data: LabelledData) -> tuple
     for each in examples:
         labels[each.same].add(each.label)
     conflicting = sum(len(labels[each.same]) > 1 for each in examples)
+    if data.response_column is not None:
+        return list(examples), 0  # there may be many good answers
     if data.conflicts == "keep":
         return list(examples), conflicting
     return [each for each in examples if len(labels[each.same]) == 1], conflicting
@@ -185,7 +194,7 @@ def _by_text(examples: Sequence[Example], data: LabelledData) -> dict[Part, list
     """
     texts: dict[str, set[str]] = defaultdict(set)
     for each in examples:
-        texts[each.label].add(each.same)
+        texts[each.label if data.response_column is None else ""].add(each.same)
     side: dict[str, Part] = {}
     seed = data.seed.to_bytes(8, "big")
     for label in sorted(texts):
@@ -225,7 +234,7 @@ def _check_split(data: LabelledData, split: Mapping[Part, Sequence[Example]]) ->
         if not split[part]:
             raise InputError(f"{data.input}: no row is left for {part}. Add rows, or set data.{part}_share.")
         unseen = sorted({each.label for each in split[part]} - trained)
-        if unseen:
+        if unseen and data.response_column is None:
             raise InputError(
                 f"{data.input}: {part} has the labels {unseen[:SHOWN]}, which no training row has. Add rows of them, "
                 "or leave them out."
@@ -235,8 +244,8 @@ def _check_split(data: LabelledData, split: Mapping[Part, Sequence[Example]]) ->
 def _warnings(
     counts: Mapping[str, int], rows: int, skipped: Mapping[str, int], conflicting: int, leaking: int
 ) -> list[str]:
-    most, fewest = max(counts.values()), min(counts.values())
-    rare = [label for label, count in counts.items() if count == fewest]
+    most, fewest = max(counts.values(), default=1), min(counts.values(), default=20)
+    rare = [label for label, count in counts.items() if count == fewest] or [""]
     said = [
         (most >= 10 * fewest, f"{rare[0]!r} has {fewest} rows, the most frequent label {most}; see class_weights"),
         (fewest < 20, f"{rare[0]!r} has {fewest} rows: its scores say little"),

@@ -27,14 +27,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
-from glmbatch.config import ClassifyStep, DataConfig, JobConfig, ModelConfig, RuntimeConfig
+from glmbatch.config import ClassifyStep, DataConfig, GenerateStep, JobConfig, ModelConfig, RuntimeConfig
 from glmbatch.data.storage import committed, writable
 from glmbatch.errors import InputError
 from glmbatch.planning import PROMPT_FILE, locate_model, prepare_model
 from glmbatch.steps.prompt import Prompt, build_prompts
 from glmbatch.tuning.config import LabelledData, TuneConfig
 from glmbatch.tuning.examples import Example, LabelAudit, Labelled, Part, read_labelled, read_rows_of
-from glmbatch.tuning.scores import Scores, score
+from glmbatch.tuning.scores import Scores, TextScores, score, score_texts
 
 RUNS, CURRENT, REPORT, PAGE, CARD, BASE = "runs", "current", "report.json", "report.html", "README.md", "base"
 TRAINED = "trained.json"
@@ -56,7 +56,8 @@ class Mistake(BaseModel, frozen=True, extra="forbid"):
 class Report(BaseModel, frozen=True, extra="forbid"):
     """What a run made, how good it is, and whether it was promoted; `reason` says why or why not.
 
-    `current` are the scores of the checkpoint that was promoted before, the run `compared_with`, over the same rows.
+    `baseline` is of classifiers alone. `current` are the scores of the checkpoint that was promoted before, the run
+    `compared_with`, over the same rows.
     """
 
     run: str
@@ -66,11 +67,11 @@ class Report(BaseModel, frozen=True, extra="forbid"):
     base: str
     audit: LabelAudit
     training: dict[str, Any]
-    scores: Scores
+    scores: Scores | TextScores
     mistakes: tuple[Mistake, ...]
     baseline_name: str
-    baseline: Scores
-    current: Scores | None
+    baseline: Scores | None
+    current: Scores | TextScores | None
     compared_with: str | None
     promoted: bool
     reason: str
@@ -108,6 +109,7 @@ def begin(config: TuneConfig) -> str:
 
         shutil.rmtree(run / BASE, ignore_errors=True)
         texts = [each.text for each in labelled.parts["train"]]
+        texts += [each.label for each in labelled.parts["train"]] if config.writes else []
         make_base(run / BASE, texts, config.scratch, config.training.seed)
     return str(run)
 
@@ -130,13 +132,14 @@ def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
 
         labelled, base = read_labelled(config.data), _base(config, run)
         number = {label: at for at, label in enumerate(labelled.labels)}
-        rows: dict[Part, list[TrainingRow]] = {
-            part: [
-                TrainingRow(np.array(prompt.ids, np.int32), number[each.label], each.place)
-                for each, prompt in zip(labelled.parts[part], _prompts(config, base, labelled.parts[part]), strict=True)
+        rows: dict[Part, list[TrainingRow]] = {}
+        for part in ("train", "valid"):
+            examples = labelled.parts[part]
+            asked = zip(examples, _prompts(config, base, examples), _answers(config, base, examples), strict=True)
+            rows[part] = [
+                TrainingRow(np.array(prompt.ids, np.int32), number.get(each.label, 0), each.place, answer)
+                for each, prompt, answer in asked
             ]
-            for part in ("train", "valid")
-        }
         trained = train(config, base, labelled.labels, rows["train"], rows["valid"], run)
         with committed(run / CHECKPOINT / PROMPT_FILE) as partial:
             stated = {"prompt_template": config.prompt_template, "system_prompt": config.system_prompt}
@@ -152,15 +155,29 @@ def _base(config: TuneConfig, run: Path) -> Path:
     return run / BASE if config.model is None else Path(locate_model(config.model, config.runtime).path)
 
 
-def _step(config: TuneConfig) -> ClassifyStep:
-    """The step as the job that uses the classifier asks it."""
-    return ClassifyStep(
-        name=STEP,
-        prompt_template=config.prompt_template,
-        system_prompt=config.system_prompt,
-        max_input_tokens=config.training.max_input_tokens,
-        on_too_long="truncate",
-    )
+def _step(config: TuneConfig) -> ClassifyStep | GenerateStep:
+    """The step as the job that uses the model asks it."""
+    asked: dict[str, Any] = {
+        "name": STEP,
+        "prompt_template": config.prompt_template,
+        "system_prompt": config.system_prompt,
+        "max_input_tokens": config.training.max_input_tokens,
+        "on_too_long": "truncate",
+    }
+    if config.writes:
+        return GenerateStep(**asked, max_tokens=config.training.max_answer_tokens)
+    return ClassifyStep(**asked)
+
+
+def _answers(config: TuneConfig, base: Path, examples: Sequence[Example]) -> list[np.ndarray]:
+    """The ids to be written to each example, as the published model's own fine-tuning has them; none for labels."""
+    from glmbatch.glm.tokenizer import load_tokenizer
+
+    if not config.writes:
+        return [np.empty(0, np.int32)] * len(examples)
+    tokenizer, most = load_tokenizer(base), config.training.max_answer_tokens
+    encoded = tokenizer.encode_plain([each.label for each in examples])
+    return [np.array([*ids, tokenizer.eos_id][:most], np.int32) for ids in encoded]
 
 
 def _prompts(config: TuneConfig, base: Path, examples: Sequence[Example]) -> list[Prompt]:
@@ -172,8 +189,10 @@ def _prompts(config: TuneConfig, base: Path, examples: Sequence[Example]) -> lis
         _step(config),
         [{"text": each.text} for each in examples],
         load_tokenizer(base),
-        chat=False,
-        max_input_tokens=min(room, config.training.max_input_tokens),
+        chat=config.writes,
+        max_input_tokens=min(
+            room - (config.training.max_answer_tokens if config.writes else 0), config.training.max_input_tokens
+        ),
     )
     for each, prompt in zip(examples, built, strict=True):
         if not isinstance(prompt, Prompt):
@@ -198,7 +217,9 @@ def evaluate_run(config: TuneConfig, folder: str) -> Report:
     labelled = read_labelled(config.data)
     trained, test = train_run(config, folder), labelled.parts["test"]
     scores, mistakes = evaluate(ModelConfig(path=str(run / CHECKPOINT)), config, test, labelled.labels, run / "test")
-    baseline_name, baseline = score_baseline(labelled.parts, labelled.labels)
+    baseline_name, baseline = "none", None
+    if not config.writes:
+        baseline_name, baseline = score_baseline(labelled.parts, labelled.labels)
     report = Report(
         run=run.name,
         checkpoint=str(run / CHECKPOINT),
@@ -222,7 +243,7 @@ def evaluate_run(config: TuneConfig, folder: str) -> Report:
 
 def evaluate(
     model: ModelConfig, config: TuneConfig, rows: Sequence[Example], labels: Sequence[str], folder: Path
-) -> tuple[Scores, list[Mistake]]:
+) -> tuple[Scores | TextScores, list[Mistake]]:
     """Scores of `model` on `rows`, and its mistakes, the surest first: by the very job that will use it."""
     from glmbatch.pipeline import run_job
 
@@ -238,15 +259,17 @@ def evaluate(
     )
     run_job(job)
     files = sorted((folder / "answers").glob("*-*.parquet"))
-    answered = pa.concat_tables([pq.read_table(file, columns=[STEP, f"{STEP}_score"]) for file in files])
+    columns = [STEP] if config.writes else [STEP, f"{STEP}_score"]
+    answered = pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
     predicted = [label or "" for label in answered.column(STEP).to_pylist()]
-    confidence = [value or 0.0 for value in answered.column(f"{STEP}_score").to_pylist()]
+    confidence = [value or 0.0 for value in answered.column(columns[-1]).to_pylist()] if not config.writes else []
     mistakes = [
         Mistake(place=each.place, text=each.text[:500], label=each.label, predicted=guess, confidence=sure)
-        for each, guess, sure in zip(rows, predicted, confidence, strict=True)
-        if guess != each.label
+        for each, guess, sure in zip(rows, predicted, confidence or [0.0] * len(rows), strict=True)
+        if guess.strip() != each.label.strip()
     ]
-    scores = score([each.label for each in rows], predicted, labels, confidence)
+    truth = [each.label for each in rows]
+    scores = score_texts(truth, predicted) if config.writes else score(truth, predicted, labels, confidence)
     shutil.rmtree(folder)  # held-out texts
     return scores, sorted(mistakes, key=lambda mistake: -mistake.confidence)
 
@@ -256,7 +279,7 @@ def _current(config: TuneConfig) -> Path | None:
     return current.resolve() if current.exists() else None
 
 
-def _score_current(config: TuneConfig, labelled: Labelled, run: Path) -> Scores | None:
+def _score_current(config: TuneConfig, labelled: Labelled, run: Path) -> Scores | TextScores | None:
     """Scores of what is promoted now, over this run's test rows; None where nothing is."""
     current = _current(config)
     if current is None:
@@ -265,6 +288,8 @@ def _score_current(config: TuneConfig, labelled: Labelled, run: Path) -> Scores 
     if before is None:
         raise InputError(f"{current}: has no {REPORT}, so nothing can be compared with it. Set output.")
     settings = TuneConfig.model_validate(before.settings).model_copy(update={"runtime": config.runtime})
+    if settings.writes != config.writes:
+        raise InputError(f"{current}: is a model of another kind, so nothing can be compared with it. Set output.")
     labels = sorted({*labelled.labels, *before.labels})
     model = ModelConfig(path=str(current / CHECKPOINT))
     return evaluate(model, settings, labelled.parts["test"], labels, run / "current")[0]
@@ -281,20 +306,22 @@ def _decided(config: TuneConfig, report: Report, run: Path) -> Report:
 
 
 def _decide(config: TuneConfig, report: Report) -> tuple[bool, str]:
-    new = getattr(report.scores, config.metric)
-    if report.current is None:
+    new = getattr(report.scores, config.promoted_by)
+    if report.current is None and isinstance(report.scores, TextScores):
+        return new > 0, f"{config.promoted_by} {new:.4f}; nothing was promoted before"
+    if report.current is None and isinstance(report.scores, Scores):
         counts = {label: one.rows for label, one in report.scores.labels.items()}
         always = max(counts, key=lambda label: counts[label])
         truth = [label for label, count in counts.items() for _ in range(count)]
-        floor = getattr(score(truth, [always] * len(truth), list(counts)), config.metric)
-        said = f"{config.metric} {new:.4f}, always {always!r} would have {floor:.4f}; nothing was promoted before"
+        floor = getattr(score(truth, [always] * len(truth), list(counts)), config.promoted_by)
+        said = f"{config.promoted_by} {new:.4f}, always {always!r} would have {floor:.4f}; nothing was promoted before"
         return new > floor, said
-    lacking = sorted(set(report.current.labels) - set(report.labels))
+    lacking = sorted(set(report.current.labels) - set(report.labels)) if isinstance(report.current, Scores) else []
     if lacking:
         return False, f"it lacks the labels {lacking}, which the current checkpoint has. Set output to begin anew"
-    old = getattr(report.current, config.metric)
+    old = getattr(report.current, config.promoted_by)
     better = new > old and new - old >= config.min_gain
-    said = f"{config.metric} {new:.4f}, the current checkpoint has {old:.4f} on the same rows"
+    said = f"{config.promoted_by} {new:.4f}, the current checkpoint has {old:.4f} on the same rows"
     return better, said if better else f"{said}; it must be better by {config.min_gain:g} at least"
 
 
@@ -325,7 +352,7 @@ def _alone(output: Path) -> Iterator[None]:
         yield
 
 
-def evaluate_rows(model: str, data: LabelledData, prompt_template: str | None = None) -> Scores:
+def evaluate_rows(model: str, data: LabelledData, prompt_template: str | None = None) -> Scores | TextScores:
     """Scores of the checkpoint in directory `model` on all rows of `data`: its head's labels, and those that it lacks.
 
     Without a `prompt_template` prompts are made as the run did that made it, if its report lies beside it.
@@ -347,13 +374,13 @@ def evaluate_rows(model: str, data: LabelledData, prompt_template: str | None = 
 
 def describe(report: Report) -> str:
     """The report as text for a person."""
+    from glmbatch.tuning.report import compared
+
     lines = [
-        f"{report.audit.rows} rows, {len(report.labels)} labels: {report.audit.parts}",
+        f"{report.audit.rows} rows, {len(report.labels) or 'no'} labels: {report.audit.parts}",
         *(f"  look at: {warning}" for warning in report.audit.warnings),
         f"{report.training['steps']} steps from {report.base}, best at {report.training['best_step']}",
-        describe_scores("this run", report.scores),
-        describe_scores(report.baseline_name, report.baseline),
-        *([describe_scores("the current checkpoint", report.current)] if report.current else []),
+        *compared(report),
         *([f"look at: {report.baseline_name} scores higher"] if _loses(report) else []),
         f"{'promoted' if report.promoted else 'not promoted'}: {report.reason}",
         f"report: {Path(report.checkpoint).parent / PAGE}",
@@ -363,10 +390,5 @@ def describe(report: Report) -> str:
 
 
 def _loses(report: Report) -> bool:
-    return report.baseline.accuracy > report.scores.accuracy
-
-
-def describe_scores(name: str, scores: Scores) -> str:
-    """One line."""
-    sure = "" if scores.ece is None else f", ECE {scores.ece:.4f}"
-    return f"{name}: accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}{sure} on {scores.rows} rows"
+    ours, theirs = report.scores, report.baseline
+    return isinstance(ours, Scores) and theirs is not None and theirs.accuracy > ours.accuracy

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glmbatch.data.storage import committed
+from glmbatch.tuning.scores import Scores, TextScores
 
 if TYPE_CHECKING:
     from glmbatch.tuning.finetune import Report
@@ -49,16 +50,13 @@ def write_report(report: Report, run: Path) -> None:
 
 def card(report: Report) -> str:
     """What stands beside the checkpoint: where it comes from, and how good it is."""
-    scores, training = report.scores, report.training
+    training = report.training
     lines = [
-        f"# {' / '.join(report.labels)}",
+        f"# {_title(report)}",
         "",
-        f"A ChatGLM2 classifier from {report.base}, by glmbatch, run {report.run}.",
+        f"A ChatGLM2 from {report.base}, by glmbatch, run {report.run}.",
         "",
-        f"- test rows: {scores.rows}; accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}, "
-        f"ECE {scores.ece or 0:.4f}",
-        f"- {report.baseline_name}, same rows: accuracy {report.baseline.accuracy:.4f}, "
-        f"macro-F1 {report.baseline.macro_f1:.4f}",
+        *(f"- {line}" for line in compared(report)),
         f"- {report.reason}",
         f"- {training['steps']} steps, best at {training['best_step']}; {training['trained_parameters']:,} of "
         f"{training['parameters']:,} parameters trained; temperature {training['temperature']:.3f}, in the head",
@@ -77,59 +75,77 @@ def card(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _title(report: Report) -> str:
+    return " / ".join(report.labels) or "answers"
+
+
+def compared(report: Report) -> list[str]:
+    """The scores of the run, of the baseline and of what was promoted before, each a line."""
+    each = [("this run", report.scores), (report.baseline_name, report.baseline)]
+    each.append(("the current checkpoint", report.current))
+    return [describe_scores(name, scores) for name, scores in each if scores is not None]
+
+
+def describe_scores(name: str, scores: Scores | TextScores) -> str:
+    """One line."""
+    if isinstance(scores, TextScores):
+        return f"{name}: exact match {scores.exact_match:.4f}, ROUGE-L {scores.rouge_l:.4f} on {scores.rows} rows"
+    sure = "" if scores.ece is None else f", ECE {scores.ece:.4f}"
+    return f"{name}: accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}{sure} on {scores.rows} rows"
+
+
 def page(report: Report) -> str:
     """The HTML; nothing is loaded from elsewhere."""
-    scores = report.scores
-    compared = [("this run", scores), (report.baseline_name, report.baseline)]
-    compared += [("current checkpoint", report.current)] if report.current else []
-    history = report.training["history"]
-    losses = [(line["step"], line["loss"]) for line in history if "loss" in line]
-    valid = [(line["step"], line["eval_loss"]) for line in history if "eval_loss" in line]
-    right = [(line["step"], line["eval_accuracy"]) for line in history if "eval_accuracy" in line]
-    audit = report.audit
-    facts = [(name, getattr(audit, name)) for name in FACTS]
+    history, audit = report.training["history"], report.audit
+    losses, valid, right = (
+        [(line["step"], line[key]) for line in history if key in line] for key in ("loss", "eval_loss", "eval_accuracy")
+    )
     return "\n".join(
         [
             "<!doctype html><html lang=en><meta charset=utf-8>",
             f"<title>{escape(report.run)}</title><style>{STYLE}</style>",
-            f"<h1>{escape(' / '.join(report.labels))}</h1>",
+            f"<h1>{escape(_title(report))}</h1>",
             f"<p>{'Promoted' if report.promoted else 'Not promoted'}: {escape(report.reason)}.",
             f"<p>Run {escape(report.run)} from {escape(report.base)}.",
             "<h2>Scores on the test rows</h2>",
-            _table(
-                ["", "accuracy", "macro-F1", "ECE"],
-                [[name, _n(s.accuracy), _n(s.macro_f1), "" if s.ece is None else _n(s.ece)] for name, s in compared],
-            ),
-            _table(
-                ["label", "precision", "recall", "F1", "rows"],
-                [[k, _n(one.precision), _n(one.recall), _n(one.f1), one.rows] for k, one in scores.labels.items()],
-            ),
-            "<h2>Confusion (rows: true, columns: predicted)</h2>",
-            _table(
-                ["", *report.labels, "none"],
-                [[true, *(scores.confusion[true][guess] for guess in [*report.labels, ""])] for true in report.labels],
-            ),
+            *(f"<p>{escape(line)}" for line in compared(report)),
+            *(_labels_part(report, report.scores) if isinstance(report.scores, Scores) else []),
             "<h2>Learning</h2>",
             _plot("loss by step", [("train", losses), ("valid", valid)]),
             _plot("validation accuracy by step", [("accuracy", right)]),
-            "<h2>Calibration</h2>",
-            f"<p>Temperature {report.training['temperature']:.3f}, folded into the head.",
-            _plot(
-                "accuracy by confidence", [("model", [(p, a) for _, p, a in scores.bins]), ("ideal", [(0, 0), (1, 1)])]
-            ),
             "<h2>Rows</h2>",
-            _table(["", ""], facts),
+            _table(["", ""], [(name, getattr(audit, name)) for name in FACTS]),
             _table(["label", "rows"], list(audit.labels.items())),
             *(f"<p class=warn>{escape(warning)}" for warning in audit.warnings),
             "<h2>Worst mistakes</h2>",
             _table(
-                ["text", "label", "predicted", "sure", "row"],
+                ["text", "expected", "given", "sure", "row"],
                 [[m.text, m.label, m.predicted or "none", _n(m.confidence), m.place] for m in report.mistakes],
             ),
             "<h2>Settings</h2>",
             f"<pre>{escape(report.model_dump_json(include={'settings', 'versions'}, indent=1))}</pre></html>",
         ]
     )
+
+
+def _labels_part(report: Report, scores: Scores) -> list[str]:
+    return [
+        _table(
+            ["label", "precision", "recall", "F1", "rows"],
+            [[k, _n(one.precision), _n(one.recall), _n(one.f1), one.rows] for k, one in scores.labels.items()],
+        ),
+        "<h2>Confusion (rows: true, columns: predicted)</h2>",
+        _table(
+            ["", *report.labels, "none"],
+            [[true, *(scores.confusion[true][guess] for guess in [*report.labels, ""])] for true in report.labels],
+        ),
+        "<h2>Calibration</h2>",
+        f"<p>Temperature {report.training['temperature']:.3f}, folded into the head.",
+        _plot(
+            "accuracy by confidence",
+            [("model", [(p, a) for _, p, a in scores.bins]), ("ideal", [(0, 0), (1, 1)])],
+        ),
+    ]
 
 
 FACTS = ("rows", "used", "without_text", "without_label", "repeated", "conflicting", "leaking", "parts")

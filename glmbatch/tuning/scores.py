@@ -37,6 +37,39 @@ class Scores(BaseModel, frozen=True, extra="forbid"):
     bins: tuple[tuple[int, float, float], ...] = ()
 
 
+class TextScores(BaseModel, frozen=True, extra="forbid"):
+    """Scores of written answers beside those expected: the share that is equal, and the mean ROUGE-L (Lin, 2004).
+
+    ROUGE-L is the F1 of the longest common subsequence, here of characters, which no language needs a tokenizer for.
+    """
+
+    rows: int
+    exact_match: float
+    rouge_l: float
+
+
+def score_texts(truth: Sequence[str], written: Sequence[str]) -> TextScores:
+    """Scores of `written` beside `truth`, blanks at both ends left out."""
+    pairs = [(one.strip(), other.strip()) for one, other in zip(truth, written, strict=True)]
+    return TextScores(
+        rows=len(pairs),
+        exact_match=sum(one == other for one, other in pairs) / len(pairs),
+        rouge_l=math.fsum(_rouge_l(one, other) for one, other in pairs) / len(pairs),
+    )
+
+
+def _rouge_l(one: str, other: str) -> float:
+    if not one or not other:
+        return float(one == other)
+    before = [0] * (len(other) + 1)
+    for character in one:
+        now = [0]
+        for at, each in enumerate(other):
+            now.append(before[at] + 1 if each == character else max(before[at + 1], now[at]))
+        before = now
+    return 2 * before[-1] / (len(one) + len(other))
+
+
 def score(
     truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str], confidence: Sequence[float] | None = None
 ) -> Scores:

@@ -1,4 +1,4 @@
-"""Training a classifier through transformers' Trainer: from token ids and label numbers to a saved checkpoint.
+"""Training through transformers' Trainer: from token ids, and labels or answers, to a saved checkpoint.
 
 Killed at any moment and called again, it goes on from the last checkpoint that is whole, to the same weights (float32,
 one device). Knows no texts and no Parquet.
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 TRAINER, ADAPTER, CHECKPOINT = "trainer", "adapter", "checkpoint"
 PAD_ID = 0
+IGNORED = -100  # a label that counts nothing, as in torch and transformers
 # What peft adapts: every matrix of a layer.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 # Weights, gradients and two moments in float32.
@@ -53,11 +54,16 @@ KEPT_NUMBERS = 40
 
 
 class TrainingRow(NamedTuple):
-    """Token ids of a prompt, the number of its label, and where the row stands."""
+    """Token ids of a prompt, the number of its label or the answer, and where the row stands."""
 
     ids: Any  # a sequence of whole numbers; as a numpy array it takes a tenth of a list's memory
     label: int
     place: str
+    answer: Any = ()  # ids to be written after them, the end token included
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) + len(self.answer)
 
 
 class Trained(BaseModel, frozen=True, extra="forbid"):
@@ -105,8 +111,10 @@ def train(  # noqa: PLR0913, PLR0917 - what to train, on what, and where
         raise InputError(
             f"{device}: no room to train. Set training.batch_rows lower, or training.gradient_checkpointing to true."
         ) from error
-    logits = trainer.predict(_Rows(valid)).predictions
-    temperature = fit_temperature(np.asarray(logits), np.array([row.label for row in valid]))
+    temperature = 1.0
+    if not config.writes:
+        logits = trainer.predict(_Rows(valid)).predictions
+        temperature = fit_temperature(np.asarray(logits), np.array([row.label for row in valid]))
     _save(config, model, base, temperature, run)
     return Trained(
         steps=trainer.state.global_step,
@@ -122,7 +130,7 @@ def train(  # noqa: PLR0913, PLR0917 - what to train, on what, and where
 
 
 def _classifier(config: TuneConfig, base: Path, labels: Sequence[str], device: str) -> Any:
-    """The base with a head for `labels`: its own where it is for them, else a new one."""
+    """The base with a head for `labels`, its own where it is for them, else a new one; for a writer the base itself."""
     settings = config.model
     half = device.startswith("cuda") and config.method != "full"  # frozen weights need no more
     loaded = load_model(
@@ -135,6 +143,11 @@ def _classifier(config: TuneConfig, base: Path, labels: Sequence[str], device: s
     if loaded.prefix_kv is not None:
         raise InputError(f"{base}: has a trained prefix, which training does not go on from. Set model.")
     stated = loaded.config
+    if config.writes:
+        if hasattr(loaded, "score"):
+            raise InputError(f"{base}: has a classification head and cannot learn to write. Set model.")
+        loaded.config.use_cache = False
+        return loaded.requires_grad_(True)
     keeps_head = hasattr(loaded, "score") and tuple(stated.id2label.values()) == tuple(labels)
     stated.id2label, stated.label2id = dict(enumerate(labels)), {label: at for at, label in enumerate(labels)}
     stated.pad_token_id, stated.use_cache = PAD_ID, False
@@ -161,12 +174,12 @@ def _with_method(model: Any, config: TuneConfig) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     adapter = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType.CAUSAL_LM if config.writes else TaskType.SEQ_CLS,
         r=training.lora_rank,
         lora_alpha=training.lora_alpha,
         lora_dropout=training.lora_dropout,
         target_modules=TARGETS,
-        modules_to_save=["score"],
+        modules_to_save=None if config.writes else ["score"],
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name of before
@@ -185,7 +198,8 @@ def _check_memory(config: TuneConfig, base: Path, rows: Sequence[TrainingRow], d
     kept = stated.layers * KEPT_NUMBERS
     if config.gradient_checkpointing:  # the input of each layer, and all of the one that is computed again
         kept = stated.layers + KEPT_NUMBERS
-    row = number * max(len(row.ids) for row in rows) * stated.hidden_size * kept
+    longest = max(row.length for row in rows)
+    row = number * longest * stated.hidden_size * kept + (8 * longest * stated.vocab_size if config.writes else 0)
     needed, free = weights + config.training.batch_rows * row, free_memory_bytes(device)
     if needed <= free:
         return
@@ -206,7 +220,8 @@ class _Rows(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, at: int) -> dict[str, Any]:
-        return {"ids": self.rows[at].ids, "label": self.rows[at].label, "at": at}
+        row = self.rows[at]
+        return {"ids": [*row.ids, *row.answer], "label": row.label, "answer": len(row.answer), "at": at}
 
 
 class _AlikeInLength(torch.utils.data.Sampler[int]):
@@ -244,11 +259,16 @@ def _pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     for at, row in enumerate(batch):
         ids_BT[at, : len(row["ids"])] = torch.tensor(row["ids"])
         mask_BT[at, : len(row["ids"])] = 1
-    labels_B = torch.tensor([row["label"] for row in batch])
+    labels = torch.tensor([row["label"] for row in batch])
+    if batch[0]["answer"]:  # of each token the next one, in the answer alone
+        labels = torch.full((len(batch), longest), IGNORED)
+        for at, row in enumerate(batch):
+            end = len(row["ids"])
+            labels[at, end - row["answer"] - 1 : end - 1] = ids_BT[at, end - row["answer"] : end]
     return {
         "input_ids": ids_BT,
         "attention_mask": mask_BT,
-        "labels": labels_B,
+        "labels": labels,
         "at": torch.tensor([row["at"] for row in batch]),
     }
 
@@ -262,15 +282,18 @@ class _Trainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return _AlikeInLength([len(row.ids) for row in self._rows], batch, self.args.seed)
+        return _AlikeInLength([row.length for row in self._rows], batch, self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        at, labels_B = inputs.pop("at"), inputs["labels"]
+        at, labels = inputs.pop("at"), inputs["labels"]
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         weights_L = None if self._weights_L is None else self._weights_L.to(outputs.logits.device)
-        loss_B = torch.nn.functional.cross_entropy(outputs.logits.float(), labels_B, weights_L, reduction="none")
+        # The classes, or the tokens, go to the second place, where torch looks for them.
+        logits = outputs.logits.float() if labels.dim() == 1 else outputs.logits.float().transpose(1, 2)
+        losses = torch.nn.functional.cross_entropy(logits, labels, weights_L, reduction="none", ignore_index=IGNORED)
+        loss_B = losses if labels.dim() == 1 else losses.sum(dim=1)
         if not torch.isfinite(loss_B).all():
             loss_B, row = loss_B.detach(), int(at[~torch.isfinite(loss_B)][0])
             where = self._rows[row].place if model.training else f"validation row {row}"
@@ -278,7 +301,8 @@ class _Trainer(Trainer):
                 f"step {self.state.global_step + 1}: the loss is {float(loss_B.sum())}, first at {where}. "
                 "Set training.learning_rate lower; the last checkpoint is kept."
             )
-        loss = loss_B.sum() / (len(loss_B) if num_items_in_batch is None else num_items_in_batch)
+        counted = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = loss_B.sum() / counted
         return (loss, outputs) if return_outputs else loss
 
 
@@ -319,8 +343,9 @@ def _trainer(  # noqa: PLR0913, PLR0917 - everything that training needs
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model=config.metric,
-        greater_is_better=True,
+        metric_for_best_model="loss" if config.writes else config.promoted_by,
+        greater_is_better=not config.writes,
+        prediction_loss_only=config.writes,  # logits of all tokens of all rows fit nowhere
         logging_steps=max(1, every // 10),
         logging_nan_inf_filter=False,
         seed=training.seed,
@@ -346,7 +371,7 @@ def _trainer(  # noqa: PLR0913, PLR0917 - everything that training needs
         model=model,
         args=arguments,
         eval_dataset=_Rows(valid),
-        compute_metrics=measure,
+        compute_metrics=None if config.writes else measure,
         callbacks=[_Told(), _StopEarly(config)],
     )
     arguments._n_gpu = 1  # with more, its DataParallel would change batches, steps and the loss
@@ -374,8 +399,8 @@ class _StopEarly(TrainerCallback):
 
 def _stale(state: TrainerState, config: TuneConfig) -> bool:
     """Whether the last `patience` evaluations were no better than those before."""
-    key = f"eval_{config.metric}"
-    measured = [line[key] for line in state.log_history if key in line]
+    key = "eval_loss" if config.writes else f"eval_{config.promoted_by}"
+    measured = [-line[key] if config.writes else line[key] for line in state.log_history if key in line]
     patience = config.training.patience
     return patience is not None and bool(measured) and len(measured) - 1 - measured.index(max(measured)) >= patience
 
@@ -408,14 +433,17 @@ def _save(config: TuneConfig, model: Any, base: Path, temperature: float, run: P
     """Write the adapter and the checkpoint; what a killed run left half-written is written anew."""
     for folder in (run / ADAPTER, run / CHECKPOINT):
         shutil.rmtree(folder, ignore_errors=True)
-    scores = model.score.modules_to_save["default"] if config.method == "lora" else model.score
-    with torch.no_grad():  # logits over a temperature, without a setting that a reader could forget
-        scores.weight.div_(temperature)
-        scores.bias.div_(temperature)
+    if not config.writes:
+        scores = model.score.modules_to_save["default"] if config.method == "lora" else model.score
+        with torch.no_grad():  # logits over a temperature, without a setting that a reader could forget
+            scores.weight.div_(temperature)
+            scores.bias.div_(temperature)
     if config.method == "lora":
         model.save_pretrained(run / ADAPTER)
+    if config.method == "lora" and not config.writes:
         stated = {"id2label": {str(at): label for at, label in model.config.id2label.items()}}
         (run / ADAPTER / "config.json").write_text(json.dumps(stated, ensure_ascii=False, indent=2), encoding="utf-8")
+    if config.method == "lora":
         if config.model is not None and config.model.adapter is not None:  # part of the base that is in memory
             model = model.merge_and_unload()
         else:

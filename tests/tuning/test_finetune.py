@@ -27,7 +27,7 @@ from glmbatch.glm.tokenizer import load_tokenizer
 from glmbatch.pipeline import run_job
 from glmbatch.tuning.config import TuneConfig
 from glmbatch.tuning.finetune import begin, evaluate_run, finetune, promote, train_run
-from glmbatch.tuning.train import TRAINER
+from glmbatch.tuning.train import TRAINER, TrainingRow, _pad, _Rows
 from tests.conftest import CAUSAL, ROOT
 from tests.tuning.rows import labelled
 
@@ -264,9 +264,58 @@ def test_settings_that_cannot_be_trained_are_told(tune: Tune) -> None:
         ({"training__method": "lora"}, "needs a model"),
         ({"prompt_template": "{other}"}, "takes {text}"),
         ({"scratch__hidden_size": 100}, "multiple of 16"),
+        ({"metric": "rouge_l"}, "not of a model that classifies"),
+        ({"data__response_column": "label", "metric": "accuracy"}, "not of a model that writes"),
+        ({"data__response_column": "label", "training__class_weights": "balanced"}, "no class weights"),
         ({"data__valid_share": 0.5, "data__test_share": 0.5}, "too few rows"),
     ):
         with pytest.raises(ValueError, match=message):
             tune(**overrides)
     with pytest.raises(InputError, match="no such"):
         finetune(tune(model=ModelConfig(path="/nowhere").model_dump()))
+
+
+WRITES = {"data__response_column": "label", "training__max_answer_tokens": 8, "training__learning_rate": 5e-3}
+
+
+def test_a_model_learns_to_write_answers_and_a_job_uses_it(tune: Tune, tmp_path: Path) -> None:
+    report = finetune(tune(**WRITES, training__epochs=12, scratch__layers=1))
+    assert report.promoted and report.baseline is None
+    assert report.scores.rouge_l > 0.6
+    page = (Path(report.checkpoint).parent / "report.html").read_text()
+    assert "ROUGE-L" in page and "Confusion" not in page
+    job = JobConfig.model_validate(
+        {
+            "data": {"input": str(tmp_path / "in"), "output": str(tmp_path / "out"), "limit": 20},
+            "model": report.checkpoint,
+            "steps": [{"kind": "generate", "name": "answer", "max_tokens": 8}],
+        }
+    )
+    assert run_job(job).rows == 20
+    assert finetune(tune(**WRITES, training__epochs=12, scratch__layers=1)) == report
+
+
+def test_only_the_answer_counts_and_an_adapter_is_merged_for_writing_too(tune: Tune) -> None:
+    config = tune(**WRITES, model=BASE, training__epochs=1, stored="float32")
+    run = Path(begin(config))
+    trained = train_run(config, str(run))
+    assert trained["temperature"] == 1.0
+    merged = load_model(run / "checkpoint")
+    assert not hasattr(merged, "score")
+    again = load_model(CAUSAL, adapter=run / "adapter")
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in merged.state_dict().items())
+    rows = [TrainingRow([5, 6, 7], 0, "a", [8, 9]), TrainingRow([5], 0, "b", [6, 7, 8])]
+    batch = _pad([_Rows(rows)[0], _Rows(rows)[1]])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 8, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 8, 9, -100], [6, 7, 8, -100, -100]]
+
+
+def test_the_loss_of_answers_is_that_of_transformers(tune: Tune) -> None:
+    rows = [TrainingRow([5, 6, 7], 0, "a", [8, 9]), TrainingRow([11], 0, "b", [6, 7, 8])]
+    batch = _pad([_Rows(rows)[0], _Rows(rows)[1]])
+    model = load_model(CAUSAL)
+    shifted = torch.roll(batch["labels"], 1, dims=1)
+    theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=shifted).loss
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    ours = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="sum") / 5
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)

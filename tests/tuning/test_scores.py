@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, log_loss, precision_recall_fscore_support
 
-from glmbatch.tuning.scores import fit_temperature, score
+from glmbatch.tuning.scores import fit_temperature, score, score_texts
 
 
 def test_scores_are_those_of_scikit_learn() -> None:
@@ -53,3 +53,9 @@ def test_the_temperature_of_sampled_labels_is_found_again(temperature: float) ->
 def _softmax(logits: np.ndarray) -> np.ndarray:
     chances = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(chances / chances.sum(axis=1, keepdims=True))
+
+
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
+    found = score_texts(["abcd", "same ", "", "x"], ["axcy", "same", "", ""])
+    assert found.exact_match == 0.5
+    assert found.rouge_l == pytest.approx((2 * 2 / 8 + 1 + 1 + 0) / 4)
