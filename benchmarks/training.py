@@ -113,7 +113,12 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
                 "data": {"input": "none"},
                 "output": scratch,
                 "model": str(base),
-                "training": {"method": options.method, "epochs": 1, "batch_rows": options.batch},
+                "training": {
+                    "method": options.method,
+                    "epochs": 1,
+                    "batch_rows": options.batch,
+                    "gradient_checkpointing": False,
+                },
                 "runtime": {"device": options.device},
             }
         )
