@@ -48,7 +48,10 @@ def audit(
     _account(job, run, outputs)
     _count_errors(job, run, outputs)
     audits = list(canaries)
-    drifts = any(isinstance(step, ClassifyStep) and step.max_label_drift is not None for step in job.steps)
+    drifts = any(
+        (step.max_label_drift if isinstance(step, ClassifyStep) else step.max_length_drift) is not None
+        for step in job.steps
+    )
     published = list(before) if drifts else []  # from the footers of all files
     for index, step in enumerate(job.steps):
         tonight = [output.answers[index] for output in outputs if output.unusable is None]
@@ -128,6 +131,17 @@ def _step_audits(step: AnyStep, tonight: Sequence[AnswersReceipt], before: Seque
     for what, count, allowed in shares:
         if allowed is not None and written:
             yield Audit(step=step.name, what=what, measured=count / written, allowed=allowed)
+    length, length_before = _mean_length(tonight), _mean_length(before)
+    if step.max_length_drift is not None and length and length_before:
+        moved = abs(length / length_before - 1)
+        yield Audit(step=step.name, what="drift of the mean length", measured=moved, allowed=step.max_length_drift)
+
+
+def _mean_length(receipts: Sequence[AnswersReceipt]) -> float:
+    """Tokens of an answer; 0 where there are none, or where their lengths were not kept."""
+    known = [receipt for receipt in receipts if receipt.answer_tokens]
+    answers = sum(sum(receipt.finish_reasons.values()) for receipt in known)
+    return sum(receipt.answer_tokens for receipt in known) / answers if answers else 0.0
 
 
 def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -178,6 +178,12 @@ class GenerateStep(Step):
         None,
         description="Audit: share of answers that may be empty; beyond it nothing is published. Empty: no audit.",
     )
+    max_length_drift: float | None = Field(
+        None,
+        gt=0,
+        description="Audit: how far the mean length of answers in tokens may move from that of those published, as a "
+        "share of it; beyond it nothing is published. Empty: no audit.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -195,7 +201,7 @@ class GenerateStep(Step):
 
 
 # Settings of steps that say what may be published, and change no answer.
-AUDITS = frozenset({"max_label_drift", "max_truncated_rate", "max_empty_rate"})
+AUDITS = frozenset({"max_label_drift", "max_truncated_rate", "max_empty_rate", "max_length_drift"})
 
 AnyStep = Annotated[ClassifyStep | GenerateStep, Field(discriminator="kind")]
 

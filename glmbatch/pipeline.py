@@ -159,7 +159,9 @@ def _counts(step: AnyStep, table: pa.Table) -> dict[str, Any]:
     if isinstance(step, ClassifyStep):
         return {"faults": faults, "labels": Counter(values(""))}
     empty = sum(not text.strip() for text in values(""))
-    return {"faults": faults, "finish_reasons": Counter(values("_finish_reason")), "empty_answers": empty}
+    tokens = sum(table.column(f"{step.name}_completion_tokens").drop_null().to_pylist())
+    reasons = Counter(values("_finish_reason"))
+    return {"faults": faults, "finish_reasons": reasons, "empty_answers": empty, "answer_tokens": tokens}
 
 
 def _refuse_under_raise(job: JobConfig, assignment: Assignment, reasons: Iterable[str | None]) -> None:

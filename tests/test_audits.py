@@ -90,6 +90,24 @@ def test_empty_answers_are_counted(write_source: Write, job_settings: Settings, 
         run(settings)
 
 
+def test_answers_that_became_much_longer_are_not_published(
+    write_source: Write, job_settings: Settings, tmp_path: Path, rows: list[str | None]
+) -> None:
+    write_source("a.parquet", {"text": rows})
+    settings = job_settings()
+    settings["steps"][1] |= {"max_tokens": 3, "max_length_drift": 0.5}
+    assert run(settings).audits == (), "there is nothing to compare a first night with"
+    (again,) = run(settings).audits
+    assert (again.what, again.measured) == ("drift of the mean length", 0)
+    before = published(tmp_path)
+    settings["steps"][1]["max_tokens"] = 24
+    with pytest.raises(AuditError, match=r"reply: drift of the mean length \d+\.\d+, at most 0\.500 allowed"):
+        run(settings)
+    assert published(tmp_path) == before
+    settings["steps"][1]["max_length_drift"] = 100.0
+    assert run(settings).computed == 0
+
+
 def test_the_index_of_a_known_shift() -> None:
     """Shares 0.8 and 0.2 that become 0.6 and 0.4: 0.2 ln(4/3) + 0.2 ln 2."""
     index = population_stability({"a": 80_000, "b": 20_000}, {"a": 60_000, "b": 40_000})

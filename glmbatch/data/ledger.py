@@ -77,6 +77,7 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     labels: dict[str, int] = {}
     finish_reasons: dict[str, int] = {}
     empty_answers: int = 0
+    answer_tokens: int = 0  # of all answers, whoever computed them
     prompt_tokens: int = 0
     completion_tokens: int = 0
     began: float = 0.0
