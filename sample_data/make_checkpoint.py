@@ -27,6 +27,7 @@ from glmbatch.glm.architecture import native_config, read_architecture
 from glmbatch.glm.save import save_checkpoint
 from glmbatch.glm.tokenizer import Tokenizer
 from glmbatch.steps.prompt import Prompt, build_prompts
+from glmbatch.tuning.scratch import TOKENIZER_SETTINGS, first_scale
 
 SEED = 2
 PIECES = 2800
@@ -123,21 +124,8 @@ def train_tokenizer(rows: Sequence[dict[str, Any]], job: JobConfig) -> bytes:
     SentencePieceTrainer.train(
         sentence_iterator=_lines(rows, job),
         model_writer=model,
-        model_type="bpe",
         vocab_size=PIECES,
-        byte_fallback=True,
-        character_coverage=0.9995,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        add_dummy_prefix=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        num_threads=1,
-        minloglevel=2,
+        **TOKENIZER_SETTINGS,
     )
     return model.getvalue()
 
@@ -224,19 +212,8 @@ def _new_model() -> Any:
     generator = torch.Generator().manual_seed(SEED)
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
-            torch.nn.init.normal_(weight, 0.0, _first_scale(name, weight.shape[1]), generator=generator)
+            torch.nn.init.normal_(weight, 0.0, first_scale(name, weight.shape[1]), generator=generator)
     return model.train()
-
-
-def _first_scale(name: str, inputs: int) -> float:
-    # Small queries and keys begin as an even look at the whole review: the label is learned within 200 steps so, and
-    # not within 800 with the scale of the other matrices.
-    if "embed_tokens" in name:
-        return 0.05
-    if any(part in name for part in ("q_proj", "k_proj", "lm_head")):
-        return 0.02
-    into_residual = "o_proj" in name or "down_proj" in name
-    return (0.35 if into_residual else 1.0) / math.sqrt(inputs)
 
 
 def _batches(pairs: Sequence[Pair], recipe: Recipe) -> list[list[Example]]:

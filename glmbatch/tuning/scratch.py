@@ -45,11 +45,11 @@ def make_base(directory: Path, texts: Sequence[str], scratch: ScratchConfig, see
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
-            torch.nn.init.normal_(weight, 0.0, _first_scale(name, weight.shape[1]), generator=generator)
+            torch.nn.init.normal_(weight, 0.0, first_scale(name, weight.shape[1]), generator=generator)
     save_checkpoint(model, directory, tokenizer_model=tokenizer, dtype="float32")
 
 
-def _first_scale(name: str, inputs: int) -> float:
+def first_scale(name: str, inputs: int) -> float:
     """Small queries and keys begin as an even look at the whole text: so small a model learns many times faster."""
     if "embed_tokens" in name:
         return 0.05
@@ -66,7 +66,9 @@ def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> tuple[bytes, int]
     while True:
         model = io.BytesIO()
         try:
-            SentencePieceTrainer.train(sentence_iterator=_short(lines), model_writer=model, vocab_size=most, **SETTINGS)
+            SentencePieceTrainer.train(
+                sentence_iterator=_short(lines), model_writer=model, vocab_size=most, **TOKENIZER_SETTINGS
+            )
             return model.getvalue(), most
         except RuntimeError as error:  # too few different pieces in so few texts
             most = int(most * 0.8)
@@ -79,7 +81,7 @@ def _short(lines: Sequence[str]) -> Iterator[str]:
         yield from (line[at : at + 1000] for at in range(0, len(line), 1000))
 
 
-SETTINGS: dict[str, Any] = {
+TOKENIZER_SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,
     "character_coverage": 0.9995,
