@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow
 
 from glmbatch.tuning.config import TuneConfig
 from glmbatch.tuning.finetune import Report
 from tasks import finetune as tasks
+from tasks.policies import retried
 
 
 @flow(name="finetune", flow_run_name="finetune {config.data.input}")
 def finetune(config: TuneConfig) -> Report:
     """Train, evaluate, promote; the report, whether it was promoted or not."""
-    retries: dict[str, Any] = {
-        "retries": config.runtime.retries,
-        "retry_delay_seconds": config.runtime.retry_delay_seconds,
-    }
-    folder = tasks.begin.with_options(**retries)(config)
-    tasks.train.with_options(**retries)(config, folder)
-    report = tasks.evaluate.with_options(**retries)(config, folder)
-    return tasks.promote.with_options(**retries)(config, report)
+    runtime = config.runtime
+    folder = retried(tasks.begin, runtime)(config)
+    retried(tasks.train, runtime)(config, folder)
+    scored = retried(tasks.evaluate, runtime)(config, folder)
+    report: Report = retried(tasks.promote, runtime)(config, scored)
+    return report

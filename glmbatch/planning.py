@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from glmbatch.config import ClassifyStep, GenerateStep, JobConfig, ModelConfig, RuntimeConfig, Step, placeholders
 from glmbatch.data.delta import check_sources, is_table
 from glmbatch.data.fragments import Fragment, Plan, plan_fragments
-from glmbatch.data.ledger import Ledger, Manifest
+from glmbatch.data.ledger import Ledger, Manifest, PublishedFile
 from glmbatch.data.rowkeys import answers_key, output_key, step_key
 from glmbatch.errors import InputError
 from glmbatch.glm.files import ADAPTER_FILES
@@ -123,11 +123,17 @@ def _check_format(job: JobConfig, plan: Plan, manifest: Manifest | None) -> None
             raise InputError(f"{output}: is a Delta table. Set data.format to delta, or data.output.")
         return
     sources = {fragment.source: Path(fragment.path) for fragment in plan.fragments}
-    others = {file.source for file in manifest.files} - sources.keys() if manifest and manifest.limit is None else set()
-    if job.data.missing_sources == "drop":
-        others = {source for source in others if (Path(plan.root) / source).exists()}
-    staying = [file.output_name for file in manifest.files if file.source in others] if manifest else []
-    check_sources(output, sources, staying)
+    check_sources(output, sources, [file.output_name for file in _staying(job, plan, manifest)])
+
+
+def _staying(job: JobConfig, plan: Plan, manifest: Manifest | None) -> list[PublishedFile]:
+    """The published files that this run leaves beside its own: of sources that it does not have and does not drop."""
+    replaced, drops = {fragment.source for fragment in plan.fragments}, job.data.missing_sources == "drop"
+    return [
+        file
+        for file in (manifest.files if manifest and manifest.limit is None else ())
+        if file.source not in replaced and not (drops and not (Path(plan.root) / file.source).exists())
+    ]
 
 
 class Work(BaseModel, frozen=True, extra="forbid"):
@@ -286,11 +292,8 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
 
 
 def _refuse_mixing(job: JobConfig, plan: Plan, keys: dict[str, str]) -> None:
-    manifest = Ledger(job.data.output).manifest()
-    replaced = {fragment.source for fragment in plan.fragments}
-    for file in manifest.files if manifest and manifest.limit is None else ():
-        dropped = job.data.missing_sources == "drop" and not (Path(plan.root) / file.source).exists()
-        if file.source not in replaced and not dropped and file.step_keys != keys:
+    for file in _staying(job, plan, Ledger(job.data.output).manifest()):
+        if file.step_keys != keys:
             raise InputError(
                 f"{job.data.output}: {file.output_name} was answered with other settings or weights, and this run "
                 f"cannot replace it: {file.source} is not in it, or not readable. Set data.output to another folder."

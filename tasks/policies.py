@@ -18,7 +18,7 @@ from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.tasks import exponential_backoff
 
-from glmbatch.config import JobConfig
+from glmbatch.config import JobConfig, RuntimeConfig
 from glmbatch.data.ledger import RESULTS
 from glmbatch.errors import TransientError
 from glmbatch.glm.pool import POOL
@@ -37,13 +37,16 @@ def configured(task: Task[..., Any], job: JobConfig, *, refresh: bool = False) -
 
     Typed Any because Prefect takes futures and quoted values where the task itself takes plain ones.
     """
-    runtime = job.runtime
+    storage = Path(job.data.output).resolve() / RESULTS
+    return retried(task, job.runtime).with_options(result_storage=storage, refresh_cache=refresh)
+
+
+def retried(task: Task[..., Any], runtime: RuntimeConfig) -> Any:
+    """`task` with the retries that the settings say."""
     return task.with_options(
         retries=runtime.retries,
         retry_delay_seconds=exponential_backoff(runtime.retry_delay_seconds)(runtime.retries),
         retry_jitter_factor=0.5,
-        result_storage=Path(job.data.output).resolve() / RESULTS,
-        refresh_cache=refresh,
     )
 
 

@@ -111,7 +111,8 @@ def plan_commit(root: Path, files: Mapping[str, Path]) -> Commit:
     InputError when they cannot stand in one table; nothing is written.
     """
     with _delta_errors(root):
-        table, known = _open(root), table_files(root)
+        table = _open(root)
+        known = _live_files(table)
         schemas = {name: _schema_of(path) for name, path in files.items()}
         columns, partitions, grows = _fit(root, table, schemas, bool(known & files.keys()))
         return Commit(columns, partitions, "append" if grows else "overwrite", frozenset(known))
@@ -175,10 +176,13 @@ def _grow(table: DeltaTable, commit: Commit) -> None:
 def table_files(root: Path) -> set[str]:
     """Names below `root` of the files of the table's latest version; none when there is no table."""
     with _delta_errors(root):
-        table = _open(root)
-        if table is None:
-            return set()
-        return {unquote(path) for path in pa.table(table.get_add_actions(flatten=True)).column("path").to_pylist()}
+        return _live_files(_open(root))
+
+
+def _live_files(table: DeltaTable | None) -> set[str]:
+    if table is None:
+        return set()
+    return {unquote(path) for path in pa.table(table.get_add_actions(flatten=True)).column("path").to_pylist()}
 
 
 def is_table(root: Path) -> bool:

@@ -30,6 +30,7 @@ from pydantic import BaseModel, ValidationError
 from glmbatch.config import ClassifyStep, DataConfig, GenerateStep, JobConfig, ModelConfig, RuntimeConfig
 from glmbatch.data.storage import committed, writable
 from glmbatch.errors import InputError
+from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.planning import PROMPT_FILE, locate_model, prepare_model
 from glmbatch.steps.prompt import Prompt, build_prompts
 from glmbatch.tuning.config import LabelledData, TuneConfig
@@ -131,14 +132,15 @@ def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
         from glmbatch.tuning.train import TrainingRow, train
 
         labelled, base = read_labelled(config.data), _base(config, run)
+        tokenizer = load_tokenizer(base)
         number = {label: at for at, label in enumerate(labelled.labels)}
         rows: dict[Part, list[TrainingRow]] = {}
         for part in ("train", "valid"):
             examples = labelled.parts[part]
-            asked = zip(examples, _prompts(config, base, examples), _answers(config, base, examples), strict=True)
+            prompts, answers = _prompts(config, base, tokenizer, examples), _answers(config, tokenizer, examples)
             rows[part] = [
                 TrainingRow(np.array(prompt.ids, np.int32), number.get(each.label, 0), each.place, answer)
-                for each, prompt, answer in asked
+                for each, prompt, answer in zip(examples, prompts, answers, strict=True)
             ]
         trained = train(config, base, labelled.labels, rows["train"], rows["valid"], run)
         with committed(run / CHECKPOINT / PROMPT_FILE) as partial:
@@ -169,26 +171,23 @@ def _step(config: TuneConfig) -> ClassifyStep | GenerateStep:
     return ClassifyStep(**asked)
 
 
-def _answers(config: TuneConfig, base: Path, examples: Sequence[Example]) -> list[np.ndarray]:
+def _answers(config: TuneConfig, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[np.ndarray]:
     """The ids to be written to each example, as the published model's own fine-tuning has them; none for labels."""
-    from glmbatch.glm.tokenizer import load_tokenizer
-
     if not config.writes:
         return [np.empty(0, np.int32)] * len(examples)
-    tokenizer, most = load_tokenizer(base), config.training.max_answer_tokens
+    most = config.training.max_answer_tokens
     encoded = tokenizer.encode_plain([each.label for each in examples])
     return [np.array([*ids, tokenizer.eos_id][:most], np.int32) for ids in encoded]
 
 
-def _prompts(config: TuneConfig, base: Path, examples: Sequence[Example]) -> list[Prompt]:
+def _prompts(config: TuneConfig, base: Path, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Prompt]:
     from glmbatch.glm.checkpoint import read_checkpoint
-    from glmbatch.glm.tokenizer import load_tokenizer
 
     room = read_checkpoint(base, config.model.rope_scaling if config.model else None).max_positions
     built = build_prompts(
         _step(config),
         [{"text": each.text} for each in examples],
-        load_tokenizer(base),
+        tokenizer,
         chat=config.writes,
         max_input_tokens=min(
             room - (config.training.max_answer_tokens if config.writes else 0), config.training.max_input_tokens

@@ -440,10 +440,9 @@ def _save(config: TuneConfig, model: Any, base: Path, temperature: float, run: P
             scores.bias.div_(temperature)
     if config.method == "lora":
         model.save_pretrained(run / ADAPTER)
-    if config.method == "lora" and not config.writes:
-        stated = {"id2label": {str(at): label for at, label in model.config.id2label.items()}}
-        (run / ADAPTER / "config.json").write_text(json.dumps(stated, ensure_ascii=False, indent=2), encoding="utf-8")
-    if config.method == "lora":
+        if not config.writes:
+            stated = json.dumps({"id2label": model.config.id2label}, ensure_ascii=False, indent=2)
+            (run / ADAPTER / "config.json").write_text(stated, encoding="utf-8")
         if config.model is not None and config.model.adapter is not None:  # part of the base that is in memory
             model = model.merge_and_unload()
         else:
