@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,18 +63,33 @@ def first_scale(name: str, inputs: int) -> float:
 def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> tuple[bytes, int]:
     """A sentencepiece model with the published one's settings, and its number of pieces."""
     lines = [line for text in texts[:MOST_SENTENCES] for line in text.splitlines() if line.strip()]
-    most = vocabulary
+    most, coverage = vocabulary, _coverage(lines, vocabulary // 2)
     while True:
         model = io.BytesIO()
         try:
             SentencePieceTrainer.train(
-                sentence_iterator=_short(lines), model_writer=model, vocab_size=most, **TOKENIZER_SETTINGS
+                sentence_iterator=_short(lines),
+                model_writer=model,
+                vocab_size=most,
+                **TOKENIZER_SETTINGS | {"character_coverage": coverage},
             )
             return model.getvalue(), most
         except RuntimeError as error:  # too few different pieces in so few texts
             most = int(most * 0.8)
             if most < 300:
                 raise InputError(f"the texts are too few or too alike for a tokenizer: {error}") from error
+
+
+def _coverage(lines: Sequence[str], most: int) -> float:
+    """Share of the text that has pieces of its own, so that at most `most` characters do; bytes spell the others.
+
+    Chinese texts have thousands of different characters, most of them rare; pieces are better spent on words.
+    """
+    counts = Counter[str]()
+    for line in lines:
+        counts.update(line)
+    common = sum(count for _, count in counts.most_common(most)) / max(1, counts.total())
+    return min(common, float(TOKENIZER_SETTINGS["character_coverage"]))
 
 
 def _short(lines: Sequence[str]) -> Iterator[str]:
