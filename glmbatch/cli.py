@@ -144,12 +144,13 @@ def _train(parsed: argparse.Namespace) -> int:
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
+    from glmbatch.config import RuntimeConfig
     from glmbatch.tuning.config import LabelledData
     from glmbatch.tuning.finetune import evaluate_rows
     from glmbatch.tuning.report import describe_scores
 
     data = LabelledData(input=parsed.rows, text_column=parsed.text_column, label_column=parsed.label_column)
-    scores = evaluate_rows(parsed.model, data, parsed.prompt_template)
+    scores = evaluate_rows(parsed.model, data, parsed.prompt_template, RuntimeConfig(device=parsed.device))
     print(scores.model_dump_json(indent=1) if parsed.json else describe_scores(parsed.model, scores))
     return DONE
 
@@ -233,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--text-column", default="text", help="column of the texts (default text)")
     evaluate.add_argument("--label-column", default="label", help="column of the labels (default label)")
     evaluate.add_argument("--prompt-template", help="default: the template it was trained with, where a report says")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
     evaluate.add_argument("--json", action="store_true", help="print the scores as JSON")
     evaluate.set_defaults(command=_evaluate)
     return parser

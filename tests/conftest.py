@@ -82,7 +82,7 @@ def tune(tmp_path: Path, write_source: Callable[..., Path]) -> Callable[..., Tun
             "data": {"input": str(tmp_path / "in"), "valid_share": 0.2, "test_share": 0.2},
             "output": str(tmp_path / "tuned"),
             "scratch": {"hidden_size": 64, "vocabulary": 400},
-            "training": {"epochs": 3, "batch_rows": 16, "evaluations_per_epoch": 2},
+            "training": {"epochs": 3, "batch_rows": 16, "evaluations_per_epoch": 2, "noise": 0},
             "runtime": {"device": "cpu"},
         }
         for name, value in overrides.items():

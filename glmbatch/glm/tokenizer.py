@@ -48,6 +48,12 @@ class Tokenizer:
             raise InputError(f"cannot be encoded: {_first_fault(texts)}.") from error
         return ids
 
+    def pieces(self) -> dict[str, int]:
+        """The id of each piece that stands for text; bytes and control tokens are none."""
+        sp = self._processor
+        ids = (at for at in range(self._pieces) if not (sp.is_byte(at) or sp.is_control(at) or sp.is_unknown(at)))
+        return {sp.id_to_piece(at): at for at in ids}
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`: special and out-of-range ids give nothing, a byte that is no character gives U+FFFD."""
         kept = [int(i) for i in ids if 0 <= i < self._pieces and i not in self._silent]

@@ -8,7 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
+from urllib.parse import unquote
 
+import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel
 
@@ -129,8 +131,14 @@ def read_rows_of(data: LabelledData) -> Rows:
     return Rows(examples, given, skipped, files)
 
 
+def text_keys(examples: Sequence[Example]) -> np.ndarray:
+    """For each example the first 8 bytes of a digest of what its text has in common with others that are the same."""
+    digests = (hashlib.blake2b(each.same.encode(errors="replace"), digest_size=8).digest() for each in examples)
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
 def _columns(where: str, data: LabelledData) -> list[list[str | bytes | None]]:
-    """Texts, labels and parts (None without a split column) of one file."""
+    """Texts, labels and parts (None without a split column) of one file; a folder `name=value` above it is a column."""
     names = [
         data.text_column,
         data.response_column or data.label_column,
@@ -138,20 +146,27 @@ def _columns(where: str, data: LabelledData) -> list[list[str | bytes | None]]:
     ]
     with open_parquet(Path(where)) as file:
         schema, groups, rows = file.schema_arrow, range(file.metadata.num_row_groups), file.metadata.num_rows
+    parts = [part.partition("=") for part in Path(where).parts[:-1]]
+    folders = {name: unquote(value) for name, mark, value in parts if mark and name not in schema.names}
     answer = "label_column" if data.response_column is None else "response_column"
     for setting, name in zip(("text_column", answer, "split_column"), names, strict=False):
+        if name in folders:
+            continue
         if schema.names.count(name) != 1:
-            raise InputError(f"{where}: no column {name!r}; it has {schema.names}. Set data.{setting}.")
+            raise InputError(f"{where}: no column {name!r}; it has {[*schema.names, *folders]}. Set data.{setting}.")
         kind = schema.field(name).type
         if not is_text(kind) and not (setting == "label_column" and (pa.types.is_integer(kind) or kind == pa.bool_())):
             wanted = "text or whole numbers" if setting == "label_column" else "text"
             raise InputError(f"{where}: column {name!r} holds {kind}, not {wanted}. Set data.{setting}.")
-    batches = list(read_rows(Path(where), list(groups), 0, rows, names))
-    if not batches:
-        return [[], [], []]
-    table = pa.Table.from_batches(batches)
-    columns = [prompt_values(table.column(name)) for name in names]
-    return columns if data.split_column else [*columns, [None] * len(table)]
+    stored = [name for name in names if name not in folders]
+    batches = list(read_rows(Path(where), list(groups), 0, rows, stored)) if stored and rows else []
+    columns: list[list[str | bytes | None]] = []
+    for name in names:
+        values = (
+            [prompt_values(batch.column(name)) for batch in batches] if name in stored else [[folders[name]] * rows]
+        )
+        columns.append([value for part in values for value in part])
+    return columns if data.split_column else [*columns, [None] * rows]
 
 
 def _part(where: str, value: str | bytes | None, column: str) -> Part:

@@ -34,11 +34,12 @@ from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.planning import PROMPT_FILE, locate_model, prepare_model
 from glmbatch.steps.prompt import Prompt, build_prompts
 from glmbatch.tuning.config import LabelledData, TuneConfig
-from glmbatch.tuning.examples import Example, LabelAudit, Labelled, Part, read_labelled, read_rows_of
+from glmbatch.tuning.examples import Example, LabelAudit, Labelled, Part, read_labelled, read_rows_of, text_keys
 from glmbatch.tuning.scores import Scores, TextScores, score, score_texts
 
 RUNS, CURRENT, REPORT, PAGE, CARD, BASE = "runs", "current", "report.json", "report.html", "README.md", "base"
 TRAINED = "trained.json"
+LEARNED = "learned.npy"  # which texts were seen in training, so that no later run tests on them
 CHECKPOINT = "checkpoint"
 STEP = "predicted"
 MISTAKES = 20
@@ -146,6 +147,7 @@ def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
         with committed(run / CHECKPOINT / PROMPT_FILE) as partial:
             stated = {"prompt_template": config.prompt_template, "system_prompt": config.system_prompt}
             partial.write_text(json.dumps(stated, ensure_ascii=False, indent=1), encoding="utf-8")
+        np.save(run / LEARNED, np.unique(text_keys([*labelled.parts["train"], *labelled.parts["valid"]])))
         with committed(done) as partial:
             partial.write_text(trained.model_dump_json(indent=1), encoding="utf-8")
     shutil.rmtree(run / "trainer", ignore_errors=True)
@@ -213,7 +215,7 @@ def evaluate_run(config: TuneConfig, folder: str) -> Report:
         return done
     if done is not None and done.compared_with == (current and current.name):
         return _decided(config, done, run)
-    labelled = read_labelled(config.data)
+    labelled = _not_learned(read_labelled(config.data), current, config)
     trained, test = train_run(config, folder), labelled.parts["test"]
     scores, mistakes = evaluate(ModelConfig(path=str(run / CHECKPOINT)), config, test, labelled.labels, run / "test")
     baseline_name, baseline = "none", None
@@ -276,6 +278,24 @@ def evaluate(
 def _current(config: TuneConfig) -> Path | None:
     current = Path(config.output) / CURRENT
     return current.resolve() if current.exists() else None
+
+
+def _not_learned(labelled: Labelled, current: Path | None, config: TuneConfig) -> Labelled:
+    """`labelled` less the test rows that the current checkpoint was trained on: of another seed, split or input."""
+    if current is None or not (current / LEARNED).is_file():
+        return labelled
+    test = labelled.parts["test"]
+    seen = np.isin(text_keys(test), np.load(current / LEARNED))
+    left = [each for each, known in zip(test, seen, strict=True) if not known]
+    if not left:
+        raise InputError(
+            f"{config.data.input}: {current} was trained on all test rows. Set data.seed as it had, or output."
+        )
+    if len(left) == len(test):
+        return labelled
+    warning = f"{len(test) - len(left)} test rows were left out: the current checkpoint was trained on their texts"
+    audit = labelled.audit.model_copy(update={"warnings": (*labelled.audit.warnings, warning)})
+    return Labelled({**labelled.parts, "test": left}, audit)
 
 
 def _score_current(config: TuneConfig, labelled: Labelled, run: Path) -> Scores | TextScores | None:
@@ -351,20 +371,23 @@ def _alone(output: Path) -> Iterator[None]:
         yield
 
 
-def evaluate_rows(model: str, data: LabelledData, prompt_template: str | None = None) -> Scores | TextScores:
+def evaluate_rows(
+    model: str, data: LabelledData, prompt_template: str | None = None, runtime: RuntimeConfig | None = None
+) -> Scores | TextScores:
     """Scores of the checkpoint in directory `model` on all rows of `data`: its head's labels, and those that it lacks.
 
     Without a `prompt_template` prompts are made as the run did that made it, if its report lies beside it.
     """
-    prepared = prepare_model(locate_model(ModelConfig(path=model), RuntimeConfig()))
+    runtime = runtime or RuntimeConfig()
+    prepared = prepare_model(locate_model(ModelConfig(path=model), runtime))
     if not prepared.has_head:
         raise InputError(f"{model}: has no trained head. Give a checkpoint that `glmbatch train` made.")
     report = read_report(Path(model).resolve().parent)
-    config = TuneConfig(
-        data=data, output=".", model=ModelConfig(path=model), prompt_template=prompt_template or "{text}"
-    )
-    if report is not None and prompt_template is None:
-        config = TuneConfig.model_validate(report.settings).model_copy(update={"runtime": RuntimeConfig()})
+    config = TuneConfig(data=data, output=".", model=ModelConfig(path=model))
+    if report is not None:
+        config = TuneConfig.model_validate(report.settings)
+    changed = {} if prompt_template is None else {"prompt_template": prompt_template}
+    config = TuneConfig.model_validate(config.model_dump() | changed | {"runtime": runtime.model_dump()})
     rows = read_rows_of(data).examples
     labels = sorted({*prepared.labels, *(each.label for each in rows)})
     with tempfile.TemporaryDirectory() as folder:

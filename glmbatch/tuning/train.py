@@ -36,8 +36,10 @@ from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint import ClassifierHead, load_model, read_checkpoint, save_checkpoint
 from glmbatch.glm.device import free_memory_bytes, resolve_device
 from glmbatch.glm.memory import is_out_of_memory
-from glmbatch.glm.tokenizer import TOKENIZER_FILE
+from glmbatch.glm.tokenizer import TOKENIZER_FILE, load_tokenizer
 from glmbatch.tuning.config import TuneConfig
+from glmbatch.tuning.muon import Muon
+from glmbatch.tuning.noise import Splits, disturbed, piece_splits
 from glmbatch.tuning.scores import fit_temperature, score
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ PAD_ID = 0
 IGNORED = -100  # a label that counts nothing, as in torch and transformers
 # What peft adapts: every matrix of a layer.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+BETA2 = 0.98
 # Weights, gradients and two moments in float32.
 BYTES_TRAINED = 16
 # Numbers that a layer keeps of each token for the way back, in units of the hidden size; measured, rounded up.
@@ -96,7 +99,7 @@ def train(  # noqa: PLR0913, PLR0917 - what to train, on what, and where
     _check_memory(config, base, rows, device)
     torch.manual_seed(config.training.seed)
     model = _with_method(_classifier(config, base, labels, device), config)
-    trainer = _trainer(config, model, labels, rows, valid, run / TRAINER, device)
+    trainer = _trainer(config, model, base, labels, rows, valid, run / TRAINER, device)
     last = _last_whole(run / TRAINER)
     state = None if last is None else TrainerState.load_from_json(str(last / "trainer_state.json"))
     try:
@@ -224,8 +227,24 @@ class _Rows(torch.utils.data.Dataset[dict[str, Any]]):
         return {"ids": [*row.ids, *row.answer], "label": row.label, "answer": len(row.answer), "at": at}
 
 
-class _AlikeInLength(torch.utils.data.Sampler[int]):
-    """Every row once, in an order that (seed, epoch) alone decides; neighbours are alike in length.
+class _NoisyRows(_Rows):
+    """Rows by number and epoch, which with the seed decide the noise."""
+
+    def __init__(self, rows: Sequence[TrainingRow], splits: Splits, share: float, seed: int) -> None:
+        super().__init__(rows)
+        self._splits, self._share, self._seed = splits, share, seed
+
+    def __getitem__(self, drawn: Any) -> dict[str, Any]:
+        at, epoch = drawn
+        row = self.rows[at]
+        if self._share:
+            dice = random.Random(f"{self._seed} {epoch} {at}")
+            row = row._replace(ids=disturbed(row.ids, self._splits, self._share, dice))
+        return _Rows([row])[0] | {"at": at}
+
+
+class _AlikeInLength(torch.utils.data.Sampler[tuple[int, int]]):
+    """Every row once, with its epoch, in an order that (seed, epoch) alone decides; neighbours are alike in length.
 
     transformers' own draws from the global generator, so that a resumed epoch would see other batches.
     """
@@ -239,7 +258,7 @@ class _AlikeInLength(torch.utils.data.Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         dice = random.Random(f"{self._seed} {self._epoch}")
         order = dice.sample(range(len(self._lengths)), len(self._lengths))
         groups = []
@@ -248,7 +267,7 @@ class _AlikeInLength(torch.utils.data.Sampler[int]):
             groups += [alike[at : at + self._batch] for at in range(0, len(alike), self._batch)]
         last = groups.pop()  # a short batch anywhere else would shift the others
         dice.shuffle(groups)
-        return (row for group in [*groups, last] for row in group)
+        return ((row, self._epoch) for group in [*groups, last] for row in group)
 
 
 def _pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -276,11 +295,11 @@ def _pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 class _Trainer(Trainer):
     """transformers' Trainer with our order of rows, weighed labels, and an end at the first loss that is no number."""
 
-    def __init__(self, *, rows: Sequence[TrainingRow], weights_L: torch.Tensor | None, **options: Any) -> None:
-        super().__init__(train_dataset=_Rows(rows), data_collator=_pad, **options)
-        self._rows, self._weights_L = rows, weights_L
+    def __init__(self, *, rows: _NoisyRows, weights_L: torch.Tensor | None, **options: Any) -> None:
+        super().__init__(train_dataset=rows, data_collator=_pad, **options)
+        self._rows, self._weights_L = rows.rows, weights_L
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return _AlikeInLength([row.length for row in self._rows], batch, self.args.seed)
 
@@ -309,6 +328,7 @@ class _Trainer(Trainer):
 def _trainer(  # noqa: PLR0913, PLR0917 - everything that training needs
     config: TuneConfig,
     model: Any,
+    base: Path,
     labels: Sequence[str],
     rows: Sequence[TrainingRow],
     valid: Sequence[TrainingRow],
@@ -332,7 +352,7 @@ def _trainer(  # noqa: PLR0913, PLR0917 - everything that training needs
         lr_scheduler_type="cosine",
         warmup_steps=max(1, round(training.warm_up_share * per_epoch * training.epochs)),
         weight_decay=training.weight_decay,
-        adam_beta2=0.98,
+        adam_beta2=BETA2,
         max_grad_norm=1.0,
         bf16=half,
         use_cpu=device == "cpu",
@@ -365,8 +385,11 @@ def _trainer(  # noqa: PLR0913, PLR0917 - everything that training needs
     counts = Counter(row.label for row in rows)
     weights = torch.tensor([len(rows) / (len(labels) * counts[at]) for at in range(len(labels))])
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    splits = piece_splits(load_tokenizer(base)) if config.noise else {}
+    muon = Muon(model, config.learning_rate, training.weight_decay, BETA2) if config.model is None else None
     trainer = _Trainer(
-        rows=rows,
+        rows=_NoisyRows(rows, splits, config.noise, training.seed),
+        optimizers=(muon, None),
         weights_L=weights if training.class_weights == "balanced" else None,
         model=model,
         args=arguments,

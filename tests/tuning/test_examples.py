@@ -49,6 +49,20 @@ def test_a_given_split_loses_the_rows_that_leak(tmp_path: Path, write_source: Wr
         read(tmp_path, split_column="label")
 
 
+def test_a_folder_that_names_a_value_is_a_column(tmp_path: Path, write_source: Write) -> None:
+    rows = labelled(60)
+    for label in ("good", "bad", "so so"):
+        texts = [text for text, each in zip(rows["text"], rows["label"], strict=True) if each == label]
+        write_source(f"part=train/mood={label.replace(' ', '%20')}/a.parquet", {"text": texts})
+        write_source(f"part=valid/mood={label.replace(' ', '%20')}/a.parquet", {"text": [f"{label} {label}"]})
+        write_source(f"part=test/mood={label.replace(' ', '%20')}/a.parquet", {"text": [f"{label}!"]})
+    found = read(tmp_path, label_column="mood", split_column="part")
+    assert found.labels == ("bad", "good", "so so")
+    assert [len(found.parts[name]) for name in PARTS] == [60, 3, 3]
+    with pytest.raises(InputError, match=r"no column 'label'; it has \['text', 'part', 'mood'\]"):
+        read(tmp_path)
+
+
 LABELLED = st.lists(st.tuples(st.text(min_size=1, max_size=2), st.sampled_from("xyz")), min_size=1, max_size=60)
 
 

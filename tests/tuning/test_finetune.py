@@ -85,6 +85,16 @@ def test_run_again_it_is_done_and_only_better_ones_are_promoted(tune: Tune, tmp_
     assert current.resolve().name == good.run
 
 
+def test_no_row_is_tested_on_that_the_current_one_has_learned(tune: Tune) -> None:
+    first = finetune(tune(training__epochs=8))
+    again = finetune(tune(training__epochs=8, data__seed=1, min_gain=1))
+    assert again.current is not None
+    assert again.scores.rows == again.current.rows < first.scores.rows
+    assert any("was trained on their texts" in warning for warning in again.audit.warnings)
+    with pytest.raises(InputError, match="was trained on all test rows"):
+        finetune(tune(training__epochs=8, data__seed=1, data__test_share=0.01))
+
+
 def test_what_always_says_one_label_or_lacks_one_is_not_promoted(tune: Tune, write_source: Write) -> None:
     first = finetune(tune(training__epochs=1, training__learning_rate=1e-7))
     assert (first.promoted, first.current) == (False, None)
@@ -179,6 +189,8 @@ def test_killed_in_the_midst_training_goes_on_to_the_same_weights(tune: Tune, tm
     more: dict[str, Any] = {"training__gradient_accumulation": 2, "training__epochs": 6, "training__patience": 2}
     if method == "lora":
         more |= {"model": BASE, "training__lora_dropout": 0.2}
+    else:
+        more |= {"training__noise": 0.2}
     undisturbed = tune(output=str(tmp_path / "undisturbed"), **more)
     expected = begin(undisturbed)
     steps = train_run(undisturbed, expected)["steps"]

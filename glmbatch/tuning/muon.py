@@ -1,0 +1,62 @@
+"""Muon for the matrices of the layers, AdamW for the rest: what trains a small model from random weights fastest."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+FASTER = 5  # the rate of matrices over that of the rest
+MOMENTUM = 0.95
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but for `matrices` momentum whose update is made nearly orthogonal, at a higher rate.
+
+    From https://kellerjordan.github.io/posts/muon. torch's own Muon works in bfloat16: half a second a step on a CPU
+    held to AVX2, against 0.04 s here.
+    """
+
+    def __init__(self, model: torch.nn.Module, learning_rate: float, weight_decay: float, beta2: float) -> None:
+        matrices: list[torch.nn.Parameter] = []
+        tables: list[torch.nn.Parameter] = []
+        vectors: list[torch.nn.Parameter] = []
+        for name, weight in model.named_parameters():
+            kind = vectors if weight.dim() == 1 else matrices if ".layers." in name else tables
+            kind.append(weight)
+        groups = [
+            {"params": tables, "orthogonal": False},
+            {"params": vectors, "weight_decay": 0.0, "orthogonal": False},
+            {"params": matrices, "lr": FASTER * learning_rate, "orthogonal": True},
+        ]
+        super().__init__(groups, lr=learning_rate, betas=(0.9, beta2), weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for weight in group["params"] if group["orthogonal"] else ():
+                self._turn(weight, group)
+                weight.grad = None  # AdamW passes it over
+        return super().step(closure)
+
+    def _turn(self, weight: torch.nn.Parameter, group: dict[str, Any]) -> None:
+        if weight.grad is None:
+            return
+        kept = self.state[weight]
+        kept.setdefault("step", torch.tensor(0.0))  # AdamW looks for it in every state that is loaded
+        momentum = kept.setdefault("momentum", torch.zeros_like(weight))
+        momentum.lerp_(weight.grad, 1 - MOMENTUM)
+        taller = max(1.0, weight.shape[0] / weight.shape[1])
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(orthogonal(weight.grad.lerp(momentum, MOMENTUM)), alpha=-group["lr"] * math.sqrt(taller))
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix of the same row and column spaces whose singular values are all near 1."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    result: torch.Tensor = wide / (wide.norm() + 1e-7)
+    for _ in range(5):
+        square = result @ result.T
+        result = 3.4445 * result + (-4.7750 * square + 2.0315 * square @ square) @ result
+    return result if wide is matrix else result.T
