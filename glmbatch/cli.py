@@ -6,6 +6,7 @@
     glmbatch canary OUTPUT FILE    freeze a few published rows, for later runs to be held to
     glmbatch train FILE       fine-tune a classifier on labelled rows, and promote it if it is better
     glmbatch evaluate MODEL ROWS    how good a checkpoint is on labelled rows
+    glmbatch settings         every setting of a job and of a fine-tuning
 
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined rows, 130/143 interrupted (run again to
 go on). Results go to stdout, progress and errors to stderr. Nothing heavy is imported before it is needed.
@@ -181,6 +182,14 @@ def _verify(parsed: argparse.Namespace) -> int:
     return DONE if verification.sound else FAILED
 
 
+def _settings(_: argparse.Namespace) -> int:
+    from glmbatch.reference import describe_settings
+    from glmbatch.tuning.config import TuneConfig
+
+    print(describe_settings({"A job": JobConfig, "A fine-tuning": TuneConfig}))
+    return DONE
+
+
 def _canary(parsed: argparse.Namespace) -> int:
     from glmbatch.canary import freeze
 
@@ -223,6 +232,8 @@ def _parser() -> argparse.ArgumentParser:
     canary.add_argument("file", metavar="FILE", help="Parquet file to write")
     canary.add_argument("--rows", type=int, default=16, help="how many (default 16)")
     canary.set_defaults(command=_canary)
+    settings = commands.add_parser("settings", help="print every setting of a job and of a fine-tuning")
+    settings.set_defaults(command=_settings)
     train = commands.add_parser("train", help="fine-tune a classifier on labelled rows, and promote it if better")
     train.add_argument("file", metavar="FILE", help="settings, YAML or JSON: see glmbatch/tuning/config.py")
     _add_set(train)

@@ -123,7 +123,7 @@ class Step(Settings):
 class ClassifyStep(Step):
     """Choose one label for each row."""
 
-    kind: Literal["classify"] = "classify"
+    kind: Literal["classify"] = Field("classify", description="What kind of step this is.")
     labels: list[str] | None = Field(
         None, description="Labels to choose from; empty: the labels of the checkpoint's trained head."
     )
@@ -156,7 +156,7 @@ class ClassifyStep(Step):
 class GenerateStep(Step):
     """Write a text for each row."""
 
-    kind: Literal["generate"] = "generate"
+    kind: Literal["generate"] = Field("generate", description="What kind of step this is.")
     chat: bool = Field(True, description="Put the prompt in the chat form the model was trained on.")
     max_tokens: int = Field(
         256,

@@ -73,8 +73,8 @@ class TrainingConfig(Settings):
     weight_decay: float = Field(0.05, ge=0, le=1, description="Of matrices; vectors have none.")
     noise: Share | None = Field(
         None,
-        description="Share of a prompt's tokens that are spelled by shorter ones, and half that share hidden, anew each "
-        "time it is seen: few texts are not learned by heart. Empty: 0.2 for a classifier from scratch, else 0.",
+        description="Share of a prompt's tokens that are spelled by shorter ones, and half that share hidden, anew "
+        "each time it is seen: few texts are not learned by heart. Empty: 0.2 for a classifier from scratch, else 0.",
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="balanced: a label weighs the more the fewer rows have it."
