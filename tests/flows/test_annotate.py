@@ -186,3 +186,13 @@ def test_an_interrupt_of_the_whole_group_ends_in_order_and_the_next_run_goes_on(
     committed = list(answers.glob("*.parquet"))
     assert 3 <= len(committed) < 40
     assert run_job(JobConfig.model_validate(settings)).computed == 800 - 20 * len(committed)
+
+
+def test_another_flow_runs_the_job_as_a_part_of_it(prefect_server: dict[str, str], tmp_path: Path) -> None:
+    done = run(prefect_server, "sample_data/examples/in_a_flow.py", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("60 rows, ")
+    assert "Rice Cooker" in done.stdout
+    inner, outer = query(prefect_server, "flow_runs", {"sort": "START_TIME_DESC", "limit": 2})
+    assert [inner["state_type"], outer["state_type"]] == ["COMPLETED", "COMPLETED"]
+    assert inner["name"] == "annotate sample_data/reviews" and inner["parent_task_run_id"] is not None
