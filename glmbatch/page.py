@@ -16,7 +16,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.25em .6em;text-align:right;"
-    "overflow-wrap:anywhere}td:first-child,th:first-child{text-align:left}"
+    "max-width:36em;overflow-wrap:break-word}td:first-child,th:first-child,.facts td{text-align:left}"
     "svg{background:#fafafa;margin:.3em;font-size:11px}.warn{color:#a40}"
 )
 
@@ -48,8 +48,16 @@ def preformatted(text: str) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """The rows below a line of names."""
     cells = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(value))}</td>" for value in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{body}</table>"
+    return f"<table><tr>{cells}</tr>{_rows(rows)}</table>"
+
+
+def facts(lines: Iterable[tuple[str, object]]) -> str:
+    """Names with their values, a line for each."""
+    return f"<table class=facts>{_rows(lines)}</table>"
+
+
+def _rows(rows: Iterable[Sequence[object]]) -> str:
+    return "".join("<tr>" + "".join(f"<td>{escape(str(value))}</td>" for value in row) + "</tr>" for row in rows)
 
 
 def lines(title: str, x_name: str, y_name: str, each: Sequence[Line]) -> str:
@@ -97,7 +105,7 @@ def bars(
 def _svg(title: str, x_axis: Axis, y_axis: Axis, drawn: Sequence[str]) -> str:
     middle, bottom = HEIGHT / 2, HEIGHT - EDGE
     texts = [
-        _text(WIDTH / 2, 20, title, "font-size=14"),
+        _text(WIDTH / 2, 20, title, 'font-size="14"'),
         _text(WIDTH / 2, HEIGHT - 10, x_axis[0]),
         _text(EDGE, bottom + 14, x_axis[1]),
         _text(WIDTH - EDGE, bottom + 14, x_axis[2]),

@@ -24,7 +24,7 @@ from glmbatch.errors import InputError
 from glmbatch.jobfile import load_job, parse_settings
 from glmbatch.pipeline import run_job
 from glmbatch.planning import job_models, locate_model, prepare_model, step_keys
-from glmbatch.publishing import Summary
+from glmbatch.summary import Summary
 
 if TYPE_CHECKING:
     import pandas as pd

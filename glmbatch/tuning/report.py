@@ -105,7 +105,7 @@ def page(report: Report) -> str:
             html.lines("loss by step", "step", "loss", [("train", losses), ("valid", valid)]),
             html.lines("validation accuracy by step", "step", "accuracy", [("accuracy", right)]),
             html.heading("Rows"),
-            html.table(["", ""], [(name, getattr(audit, name)) for name in FACTS]),
+            html.facts((name, getattr(audit, name)) for name in FACTS),
             html.table(["label", "rows"], list(audit.labels.items())),
             *(html.paragraph(warning, warning=True) for warning in audit.warnings),
             html.heading("Worst mistakes"),
