@@ -210,6 +210,7 @@ def _labels_parts(report: Report, step: StepSummary) -> list[str]:
     series = [("this run", [each.share for each in shares])]
     told = "Nothing was published before by this step, or its report is gone."
     before = report.labels_before.get(step.name)
+    shown = 5 if before else 3
     if before:
         series.append(("the run before", [each.share_before for each in shares]))
         moved = population_stability(before, step.labels)
@@ -218,7 +219,7 @@ def _labels_parts(report: Report, step: StepSummary) -> list[str]:
     rows = [[e.label, e.rows, f"{e.share:.1%}", e.rows_before, f"{e.share_before:.1%}"] for e in shares]
     names = [each.label for each in shares]
     return [
-        html.table(head, rows),
+        html.table(head[:shown], [row[:shown] for row in rows]),
         html.paragraph(told),
         html.bars(f"{step.name}: shares of labels", "label", "share of rows", names, series),
     ]
@@ -259,7 +260,9 @@ def markdown(report: Report) -> str:
     for step in report.summary.steps:
         if step.labels:
             rows = [(e.label, f"{e.share:.1%}", f"{e.share_before:.1%}") for e in label_shares(report, step)]
-            parts.append(_markdown_table([step.name, "share", f"share in {report.before or 'no run'} before"], rows))
+            shown = 3 if report.before else 2
+            head = [step.name, "share", f"in the run before, {report.before}"]
+            parts.append(_markdown_table(head[:shown], [row[:shown] for row in rows]))
     return "\n\n".join(parts)
 
 

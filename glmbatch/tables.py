@@ -20,7 +20,7 @@ from glmbatch.data.fragments import check_schema
 from glmbatch.data.ledger import DIGEST_CHARS, Ledger
 from glmbatch.data.parquet import READ_BATCH_ROWS, read_columns, write_table
 from glmbatch.data.storage import commit, digest_file, partial_beside, writable
-from glmbatch.errors import InputError
+from glmbatch.errors import AuditError, InputError
 from glmbatch.jobfile import load_job, parse_settings
 from glmbatch.pipeline import run_job
 from glmbatch.planning import job_models, locate_model, prepare_model, step_keys
@@ -55,7 +55,10 @@ def annotate_table(table: AnyTable, job: Job, *, cache: str | os.PathLike[str] |
         answers = _answers(columns, settings, Path(cache))
     else:
         with TemporaryDirectory(prefix="glmbatch-") as folder:
-            answers = _answers(columns, settings, Path(folder))
+            try:
+                answers = _answers(columns, settings, Path(folder))
+            except AuditError as error:
+                raise AuditError(f"{error} That folder is gone with the call: give a cache to keep it.") from error
     if isinstance(table, pa.Table):
         schema = pa.schema([*table.schema, *answers.schema], table.schema.metadata)
         answered: AnyTable = pa.Table.from_arrays([*table.columns, *answers.columns], schema=schema)

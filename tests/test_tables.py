@@ -106,9 +106,13 @@ def test_what_does_not_fit_is_told_in_one_line(table: Any, settings: dict[str, A
     assert "\n" not in str(caught.value)
 
 
-def test_the_audits_of_the_job_hold(texts: list[str | None]) -> None:
-    with pytest.raises(AuditError, match=r"nothing published: 2 of 25 rows failed \(8\.0%\), max_error_rate allows 1"):
-        annotate_table(pa.table({"text": texts}), {**JOB, "max_error_rate": 0.01})
+def test_the_audits_of_the_job_hold(texts: list[str | None], tmp_path: Path) -> None:
+    refused, job = pa.table({"text": texts}), {**JOB, "max_error_rate": 0.01}
+    with pytest.raises(AuditError, match=r"2 of 25 rows failed \(8\.0%\), .*That folder is gone .* give a cache"):
+        annotate_table(refused, job)
+    with pytest.raises(AuditError, match=r"2 of 25 rows failed.*\.html\.$") as caught:
+        annotate_table(refused, job, cache=tmp_path / "cache")
+    assert Path(str(caught.value).split("Read about the run: ")[1].removesuffix(".")).exists()
 
 
 def test_with_a_cache_only_new_rows_are_asked_about_whatever_was_asked_in_between(tmp_path: Path) -> None:
