@@ -9,7 +9,9 @@ from prefect.utilities.annotations import quote
 
 from glmbatch.config import JobConfig
 from glmbatch.planning import Work, job_models
-from glmbatch.publishing import Summary, release
+from glmbatch.publishing import release
+from glmbatch.summary import Summary
+from tasks.artifacts import FragmentProgress
 from tasks.fragment import Answers, submit_fragment
 from tasks.ingest import assign, ingest
 from tasks.model import locate_model, prepare_model
@@ -27,9 +29,10 @@ def annotate(job: JobConfig) -> Summary:
         # Quoted: Prefect would walk each fragment of a large object.
         work: Work = configured(assign, job)(job, quote(run), models)
         answers: Answers = {}
+        progress = FragmentProgress(len(work.passes) * len(work.fragments))
         for steps in work.passes:
             submit = partial(submit_fragment, job, steps, answers)
-            finished = in_window(work.fragments, submit, job.runtime.fragments_in_flight)
+            finished = in_window(work.fragments, submit, job.runtime.fragments_in_flight, progress.add)
         outputs = quote([results[-1] for results in finished])
         canaries = configured(check_canary, job)(job, quote(work.fragments[0].assignments)) if job.canary else []
         summary: Summary = configured(publish, job)(job, quote(run), outputs, canaries)

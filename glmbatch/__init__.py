@@ -1,3 +1,20 @@
-"""Batch classification and generation with ChatGLM2 over Parquet files."""
+"""Batch classification and generation with ChatGLM2 over Parquet files, and over tables in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glmbatch.tables import annotate, annotate_table
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "annotate", "annotate_table"]
+
+
+def __getattr__(name: str) -> Any:
+    """The two functions, whose imports take a second or more, at their first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from glmbatch import tables
+
+    return getattr(tables, name)

@@ -114,7 +114,7 @@ def _run(parsed: argparse.Namespace) -> int:
     _set_prefect_defaults()
     # The one place where glmbatch looks up: the command line runs the flow, the flow runs glmbatch.
     from glmbatch.display import showing_progress
-    from glmbatch.publishing import describe
+    from glmbatch.summary import describe
 
     with _raising_on_sigterm(), showing_progress(), _prefect_server():
         from flows.annotate import annotate

@@ -1,7 +1,7 @@
 """Every setting, declared once: the job file, the command line, the Prefect form and Python share these classes.
 
 Reads no files, no environment. What changes answers stands in `ModelConfig` and the steps; what changes only speed
-stands in `RuntimeConfig`.
+and its price stands in `RuntimeConfig`.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ AnyStep = Annotated[ClassifyStep | GenerateStep, Field(discriminator="kind")]
 
 
 class RuntimeConfig(Settings):
-    """What changes only speed; changing it never starts work over."""
+    """What changes only speed, and what it is said to cost; changing it never starts work over."""
 
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (CUDA when there is one), cpu, cuda or cuda:N."
@@ -225,6 +225,11 @@ class RuntimeConfig(Settings):
     retries: int = Field(3, ge=0, le=20, description="Times a task is tried again after the machine failed.")
     retry_delay_seconds: float = Field(
         2.0, ge=0, le=3600, description="First wait before a retry; it doubles, with jitter."
+    )
+    price_per_hour: float | None = Field(
+        None,
+        ge=0,
+        description="Price of an hour of the machine, in any currency, for the run's report; empty: no cost.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,18 +22,25 @@ def load_job(path: str, overrides: Mapping[str, object] | None = None) -> JobCon
 
 
 def load_settings(path: str, kind: type[AnySettings], overrides: Mapping[str, object] | None = None) -> AnySettings:
-    """The settings of a YAML or JSON file, with `overrides` (dotted setting to value) in place of what it says.
+    """The settings of a YAML or JSON file; else as `parse_settings`."""
+    return parse_settings(path, _read(Path(path)), kind, overrides)
+
+
+def parse_settings(
+    where: str, settings: Mapping[str, Any], kind: type[AnySettings], overrides: Mapping[str, object] | None = None
+) -> AnySettings:
+    """The `settings` that errors name by `where`, with `overrides` (dotted setting to value) in place of what they say.
 
     InputError with a line for each thing that is wrong.
     """
-    settings = _read(Path(path))
+    changed = deepcopy(dict(settings))
     for name, value in (overrides or {}).items():
-        _set(settings, name, value)
+        _set(changed, name, value)
     try:
-        return kind.model_validate(settings)
+        return kind.model_validate(changed)
     except ValidationError as error:
         listed = f"{kind.__module__.replace('.', '/')}.py"
-        lines = (f"{path}: {_setting(each)}: {_seen(each, listed)}" for each in error.errors())
+        lines = (f"{where}: {_setting(each)}: {_seen(each, listed)}" for each in error.errors())
         raise InputError("\n".join(lines)) from error
 
 

@@ -23,7 +23,7 @@ from glmbatch.canary import check_canary, check_file
 from glmbatch.config import AnyStep, ClassifyStep, JobConfig
 from glmbatch.data.delta import delta_schema
 from glmbatch.data.fragments import read_fragment
-from glmbatch.data.ledger import AnswersReceipt, Ledger, OutputReceipt
+from glmbatch.data.ledger import LENGTH_BIN, AnswersReceipt, Ledger, OutputReceipt
 from glmbatch.data.parquet import open_parquet, prompt_values
 from glmbatch.errors import BadRow, UnusableFile
 from glmbatch.planning import (
@@ -37,9 +37,10 @@ from glmbatch.planning import (
     prepare_model,
 )
 from glmbatch.progress import PROGRESS
-from glmbatch.publishing import Summary, publish, release
+from glmbatch.publishing import publish, release
 from glmbatch.steps.answers import Answer, answers_table
 from glmbatch.steps.prompt import Prompt, RowFault, RowValues
+from glmbatch.summary import Summary
 
 
 def run_job(job: JobConfig) -> Summary:
@@ -100,7 +101,8 @@ def answer(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
         table = _in_rows(assignment, step, distinct, prompts, keys)
         _refuse_under_raise(job, assignment, table.column(f"{step.name}_error").to_pylist())
         earlier = {name: ledger.read_answers(key)[0].run for name, key in assignment.earlier.items()}
-        receipt = receipt.model_copy(update=_counts(step, table) | measured | {"earlier": earlier})
+        counts = _counts(step, table) | {"prompt_lengths": _prompt_lengths(prompts)}
+        receipt = receipt.model_copy(update=counts | measured | {"earlier": earlier})
         known.add(ledger.keep_answers(receipt, table))
     return receipt
 
@@ -148,6 +150,11 @@ def _in_rows(
     place = {key: at for at, key in enumerate(distinct.column(f"{assignment.step}_key").to_pylist())}
     fault_at = count(len(distinct))
     return table.take(pa.array([next(fault_at) if key is None else place[key] for key in keys], pa.int64()))
+
+
+def _prompt_lengths(prompts: Sequence[Prompt | RowFault]) -> dict[int, int]:
+    lengths = (len(prompt.ids) for prompt in prompts if isinstance(prompt, Prompt))
+    return Counter(length // LENGTH_BIN * LENGTH_BIN for length in lengths)
 
 
 def _counts(step: AnyStep, table: pa.Table) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -176,11 +177,18 @@ def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
 
 
 def prepare_model(located: ModelConfig) -> Model:
-    """Check a located checkpoint and take its digests; loads no weights. InputError when it is not sound."""
+    """Check a located checkpoint and take its digests; loads no weights. InputError when it is not sound.
+
+    Once in each process, unless its files are written to: a caller in memory asks again and again.
+    """
+    return _prepared(located, stamp_checkpoint(located))
+
+
+@lru_cache(maxsize=16)
+def _prepared(located: ModelConfig, stamp: str) -> Model:
     from glmbatch.glm.checkpoint import digest_tokenizer, digest_weights, read_checkpoint
     from glmbatch.glm.device import DTYPE_BYTES
 
-    stamp = stamp_checkpoint(located)
     checkpoint = read_checkpoint(located.path, located.rope_scaling, located.adapter)
     digests = [digest_weights(located.path, located.adapter), digest_tokenizer(located.path)]
     return Model(
@@ -255,11 +263,10 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
     InputError when a model cannot answer its step, or when the output holds answers of other settings that this run
     would leave beside its own.
     """
-    prepared = dict(zip(job_models(job), models, strict=True))
-    step_models = [prepared[job.model_of(step)] for step in job.steps]
+    step_models = _step_models(job, models)
     for step, model in zip(job.steps, step_models, strict=True):
         check_step(step, model)
-    keys = {step.name: step_key(step, model.identity) for step, model in zip(job.steps, step_models, strict=True)}
+    keys = step_keys(job, models)
     _refuse_mixing(job, run.plan, keys)
     at_once = models_at_once(job, models)
 
@@ -289,6 +296,17 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
     return Work(
         fragments=tuple(fragment_work(fragment) for fragment in run.plan.fragments), passes=passes(job, at_once)
     )
+
+
+def step_keys(job: JobConfig, models: Sequence[Model]) -> dict[str, str]:
+    """The step key of each step, by its name; `models` as `assign` takes them."""
+    step_models = _step_models(job, models)
+    return {step.name: step_key(step, model.identity) for step, model in zip(job.steps, step_models, strict=True)}
+
+
+def _step_models(job: JobConfig, models: Sequence[Model]) -> list[Model]:
+    prepared = dict(zip(job_models(job), models, strict=True))
+    return [prepared[job.model_of(step)] for step in job.steps]
 
 
 def _refuse_mixing(job: JobConfig, plan: Plan, keys: dict[str, str]) -> None:

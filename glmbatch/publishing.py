@@ -1,25 +1,20 @@
-"""The end of a run: audit what is staged, make it public, say what happened."""
+"""The end of a run: audit what is staged, make it public, count what was done."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pydantic import BaseModel
 
 from glmbatch.asking import forget_answers
-from glmbatch.audits import Audit, audit, total
+from glmbatch.audits import Audit, audit
 from glmbatch.config import JobConfig
-from glmbatch.data.delta import LOG
 from glmbatch.data.fragments import FileFault
 from glmbatch.data.ledger import (
     DIGEST_CHARS,
-    QUARANTINE,
-    AnswersReceipt,
     Ledger,
     OutputReceipt,
     StepOrigin,
@@ -29,6 +24,8 @@ from glmbatch.data.parquet import prompt_values, read_columns
 from glmbatch.data.rowkeys import answer_settings
 from glmbatch.errors import AuditError, BadRow, GlmbatchError
 from glmbatch.planning import Run
+from glmbatch.report import write_report
+from glmbatch.summary import Summary, step_summary
 
 SAMPLE_ROWS = 3
 MOST_REFUSED = 100_000  # lines of a list for people, of a run in which perhaps every row failed
@@ -42,51 +39,6 @@ QUARANTINE_SCHEMA = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
-
-
-class StepSummary(BaseModel, frozen=True, extra="forbid"):
-    """One step over all rows. `computed` answers went through the model in this run; `reused` were found on
-    disk, under their fragment's key or their own.
-
-    Tokens are those of this run. Rates are over the time in which the engine worked for this step, loading left out;
-    None when it did not.
-    """
-
-    name: str
-    answers: int
-    computed: int
-    reused: int
-    faults: dict[str, int]
-    labels: dict[str, int]
-    prompt_tokens: int
-    completion_tokens: int
-    rows_per_second: float | None
-    tokens_per_second: float | None
-
-
-class Summary(BaseModel, frozen=True, extra="forbid"):
-    """What a run did. `seconds` from its plan to its publication.
-
-    `quarantined`: rows or files are listed as failed. `kept_sources` are not of this run, and stay published.
-    """
-
-    run: str
-    output: str
-    rows: int
-    faulty_rows: int
-    fragments: int
-    unusable: tuple[FileFault, ...]
-    quarantined: bool
-    kept_sources: int
-    steps: tuple[StepSummary, ...]
-    samples: tuple[dict[str, Any], ...]
-    audits: tuple[Audit, ...]
-    seconds: float
-
-    @property
-    def computed(self) -> int:
-        """Answers that went through a model in this run; 0 means that no model was loaded."""
-        return sum(step.computed for step in self.steps)
 
 
 def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries: Sequence[Audit] = ()) -> Summary:
@@ -106,12 +58,16 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
             if each.unusable is not None
         ),
     ]
+    samples = _samples(job, ledger, written)
+    last = before.run if before else None
+    summary = _summary(job, run, written, unusable, samples)
     try:
         audits = audit(job, run, outputs, ledger.published_receipts(), canaries)
     except AuditError as error:
         listed = _refused(ledger, _quarantined(job, ledger, written, unusable))
-        raise AuditError(f"{error}{listed}") from error
-    samples = _samples(job, ledger, written)
+        report = write_report(job, summary.model_copy(update={"refused": str(error)}), written, last)
+        told = f" Read about the run: {report}." if report else ""
+        raise AuditError(f"{error}{listed}{told}") from error
     faults = list(_quarantined(job, ledger, written, unusable))
     if faults and job.on_error == "raise":
         first = faults[0]
@@ -133,6 +89,24 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
     stay = {file.source for file in manifest.files} - {output.fragment.source for output in written}
     lines = [*ledger.quarantine(stay), *faults]
     ledger.publish(manifest, written, pa.Table.from_pylist(lines, QUARANTINE_SCHEMA))
+    published = {
+        "quarantined": job.on_error == "quarantine" and bool(faults),
+        "kept_sources": len(stay),
+        "audits": audits,
+        "seconds": time.time() - run.began,
+    }
+    summary = summary.model_copy(update=published)
+    return summary.model_copy(update={"report": write_report(job, summary, written, last)})
+
+
+def _summary(
+    job: JobConfig,
+    run: Run,
+    written: Sequence[OutputReceipt],
+    unusable: Sequence[FileFault],
+    samples: Sequence[dict[str, Any]],
+) -> Summary:
+    """What was done, before anything is published."""
     return Summary(
         run=run.id,
         output=job.data.output,
@@ -140,14 +114,14 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
         faulty_rows=sum(output.faulty_rows for output in written),
         fragments=len(written),
         unusable=tuple(unusable),
-        quarantined=job.on_error == "quarantine" and bool(faults),
-        kept_sources=len(stay),
+        quarantined=False,
+        kept_sources=0,
         steps=tuple(
-            _step_summary(step.name, run, [output.answers[index] for output in written])
+            step_summary(step.name, run.id, [output.answers[index] for output in written])
             for index, step in enumerate(job.steps)
         ),
         samples=tuple(samples),
-        audits=audits,
+        audits=(),
         seconds=time.time() - run.began,
     )
 
@@ -188,33 +162,6 @@ def _named(job: JobConfig, output: OutputReceipt) -> OutputReceipt:
     return output.model_copy(update={"output_name": name})
 
 
-def _step_summary(name: str, run: Run, receipts: Sequence[AnswersReceipt]) -> StepSummary:
-    # Files with the same rows share one receipt, which counts once.
-    fresh = {receipt.key: receipt for receipt in receipts if receipt.run == run.id}.values()
-    busy = [receipt for receipt in fresh if receipt.computed_rows]
-    # Fragments overlap, so the time is from the first start to the last end, not the sum.
-    seconds = max((each.began + each.seconds for each in busy), default=0.0) - min(
-        (each.began for each in busy), default=0.0
-    )
-    computed = sum(receipt.computed_rows for receipt in fresh)
-    tokens = sum(receipt.prompt_tokens + receipt.completion_tokens for receipt in fresh)
-    return StepSummary(
-        name=name,
-        answers=sum(receipt.rows for receipt in receipts),
-        computed=computed,
-        reused=sum(
-            receipt.known_rows if receipt.run == run.id else receipt.rows - sum(receipt.faults.values())
-            for receipt in receipts
-        ),
-        faults=total(receipt.faults for receipt in receipts),
-        labels=total(receipt.labels for receipt in receipts),
-        prompt_tokens=sum(receipt.prompt_tokens for receipt in fresh),
-        completion_tokens=sum(receipt.completion_tokens for receipt in fresh),
-        rows_per_second=computed / seconds if seconds else None,
-        tokens_per_second=tokens / seconds if seconds else None,
-    )
-
-
 def _samples(job: JobConfig, ledger: Ledger, written: Sequence[OutputReceipt]) -> list[dict[str, Any]]:
     """A few rows without fault, from the first fragment that has some, with their text and answers."""
     columns = list(dict.fromkeys(column for step in job.steps for column in job.source_columns(step).values()))
@@ -225,8 +172,8 @@ def _samples(job: JobConfig, ledger: Ledger, written: Sequence[OutputReceipt]) -
         table = read_columns(ledger.output_path(output), [*columns, *steps, *(f"{step}_error" for step in steps)])
         faults = [table.column(f"{step}_error").to_pylist() for step in steps]
         fine = [row for row, reasons in enumerate(zip(*faults, strict=True)) if not any(reasons)][:SAMPLE_ROWS]
-        values = {name: prompt_values(table.column(name).take(fine)) for name in (*columns, *steps)}
-        return [{name: column[row] for name, column in values.items()} for row in range(len(fine))]
+        values = {name: prompt_values(table.column(name)) for name in (*columns, *steps)}
+        return [{name: column[row] for name, column in values.items()} for row in fine]
     return []
 
 
@@ -258,52 +205,3 @@ def _quarantined(
                         "error_type": kinds[at],
                         "error": reason,
                     }
-
-
-def describe(summary: Summary) -> str:
-    """The summary as text for a person, with what to do next."""
-    lines = [
-        f"{summary.rows} rows in {summary.fragments} fragments, {summary.seconds:.1f} s -> {summary.output}",
-        f"run {summary.run}",
-    ]
-    for step in summary.steps:
-        lines += ["", *_describe_step(step)]
-    if not summary.computed:
-        lines += ["", "Nothing was new: no inference was executed and no model was loaded."]
-    if summary.faulty_rows or summary.unusable:
-        lines += ["", f"{summary.faulty_rows} rows failed, files left out: {len(summary.unusable)}"]
-        lines += [f"  {fault.reason}" for fault in summary.unusable]
-        lines.append(f"  each row with its reason: {Path(summary.output) / QUARANTINE}")
-    lines += ["", *(f"audit {each}" for each in summary.audits)] if summary.audits else []
-    if summary.kept_sources:
-        lines += ["", f"{summary.kept_sources} sources that were not in this run stay published."]
-    for sample in summary.samples:
-        lines += ["", *(f"  {name}: {_short(value)}" for name, value in sample.items())]
-    reader = (
-        "deltalake.DeltaTable({}).to_pandas()" if (Path(summary.output) / LOG).is_dir() else "pandas.read_parquet({})"
-    )
-    lines += ["", "Read the answers: " + reader.format(repr(summary.output))]
-    return "\n".join(lines)
-
-
-def _describe_step(step: StepSummary) -> list[str]:
-    rates = (
-        ""
-        if step.rows_per_second is None
-        else f", {step.rows_per_second:,.0f} rows/s, {step.tokens_per_second:,.0f} tokens/s"
-    )
-    repeated = step.answers - step.computed - step.reused - sum(step.faults.values())
-    shared = f", {repeated} of repeated texts" if step.computed and repeated > 0 else ""
-    lines = [f"{step.name}: {step.answers} answers, {step.computed} computed, {step.reused} reused{shared}{rates}"]
-    if step.labels:
-        lines.append("  labels: " + ", ".join(f"{label} {count}" for label, count in step.labels.items()))
-    if step.completion_tokens:
-        lines.append(f"  tokens: {step.prompt_tokens} read, {step.completion_tokens} written")
-    if step.faults:
-        lines.append("  errors: " + ", ".join(f"{kind} {count}" for kind, count in step.faults.items()))
-    return lines
-
-
-def _short(value: object) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 100 else text[:99] + "…"

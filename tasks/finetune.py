@@ -29,7 +29,7 @@ def evaluate(config: TuneConfig, folder: str) -> tuning.Report:
     return tuning.evaluate_run(config, folder)
 
 
-@task(name="promote", cache_policy=NO_CACHE, retry_condition_fn=machine_failed)
+@task(name="promote", task_run_name="promote {report.run}", cache_policy=NO_CACHE, retry_condition_fn=machine_failed)
 def promote(config: TuneConfig, report: tuning.Report) -> tuning.Report:
     """Make it the current checkpoint, if it is better, and show the report on the run's page."""
     from glmbatch.tuning.report import card

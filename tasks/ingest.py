@@ -19,7 +19,7 @@ def ingest(job: JobConfig) -> planning.Run:
     return run
 
 
-@task(name="assign", cache_policy=NO_CACHE, retry_condition_fn=machine_failed)
+@task(name="assign", task_run_name="assign {job.data.input}", cache_policy=NO_CACHE, retry_condition_fn=machine_failed)
 def assign(job: JobConfig, run: planning.Run, models: list[planning.Model]) -> planning.Work:
     """Give each step of each fragment its key and its model."""
     return planning.assign(job, run, models)

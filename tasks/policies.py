@@ -51,21 +51,32 @@ def retried(task: Task[..., Any], runtime: RuntimeConfig) -> Any:
 
 
 def in_window(
-    items: Iterable[Item], submit: Callable[[Item], Sequence[PrefectFuture[Any]]], most: int
+    items: Iterable[Item],
+    submit: Callable[[Item], Sequence[PrefectFuture[Any]]],
+    most: int,
+    finished: Callable[[], None],
 ) -> list[list[Any]]:
     """Submit the tasks of each item, those of at most `most` items at once; give the results of each item in order.
+
+    `finished` is called after each item.
 
     The first failure is raised as soon as its item's turn comes, with the error that the task itself raised. Whatever
     ends the wait (a failure, an interrupt, a cancellation) ends the inference under way, which nobody needs any more.
     """
     results: list[list[Any]] = []
     waiting: deque[Sequence[PrefectFuture[Any]]] = deque()
+
+    def finish_first() -> None:
+        results.append([future.result() for future in waiting.popleft()])
+        finished()
+
     try:
         for item in items:
             if len(waiting) == most:
-                results.append([future.result() for future in waiting.popleft()])
+                finish_first()
             waiting.append(submit(item))
-        results += ([future.result() for future in futures] for futures in waiting)
+        while waiting:
+            finish_first()
     except BaseException:
         POOL.stop()
         raise

@@ -14,6 +14,8 @@ from glmbatch.audits import Audit
 from glmbatch.config import JobConfig
 from glmbatch.data.ledger import AnswersReceipt, OutputReceipt
 from glmbatch.planning import Assignment, FragmentWork, Run
+from glmbatch.summary import Summary
+from tasks.artifacts import show_report
 from tasks.policies import machine_failed
 
 
@@ -39,9 +41,12 @@ def write(job: JobConfig, work: FragmentWork, answers: list[AnswersReceipt]) -> 
 @task(
     name="publish", task_run_name="publish {job.data.output}", cache_policy=NO_CACHE, retry_condition_fn=machine_failed
 )
-def publish(job: JobConfig, run: Run, outputs: list[OutputReceipt], canaries: list[Audit]) -> publishing.Summary:
-    """Audit what is staged, make it public, and say what happened."""
-    return publishing.publish(job, run, outputs, canaries)
+def publish(job: JobConfig, run: Run, outputs: list[OutputReceipt], canaries: list[Audit]) -> Summary:
+    """Audit what is staged, make it public, and say what happened, also when it was refused."""
+    try:
+        return publishing.publish(job, run, outputs, canaries)
+    finally:
+        show_report(job, run)
 
 
 @task(

@@ -83,6 +83,10 @@ def test_help_loads_nothing_heavy() -> None:
     assert not {"torch", "transformers", "prefect", "pandas", "pyarrow", "rich"} & loaded
 
 
+def test_importing_the_package_alone_loads_nothing_heavy() -> None:
+    assert not {"torch", "pandas", "pyarrow", "pydantic"} & loaded_by("import glmbatch")
+
+
 def settings_classes() -> list[type[BaseModel]]:
     classes = [value for value in vars(config).values() if isinstance(value, type) and issubclass(value, BaseModel)]
     return [each for each in classes if each.__module__ == config.__name__]

@@ -14,7 +14,7 @@ from glmbatch.audits import population_stability
 from glmbatch.config import JobConfig
 from glmbatch.errors import AuditError
 from glmbatch.pipeline import run_job
-from glmbatch.publishing import Summary, describe
+from glmbatch.summary import Summary, describe
 from tests.conftest import CLASSIFIER
 
 Settings = Callable[..., dict[str, Any]]

@@ -20,7 +20,7 @@ from glmbatch.glm.engine import ClassifyResult
 from glmbatch.glm.network import Network
 from glmbatch.glm.torch_engine import TorchEngine
 from glmbatch.pipeline import run_job
-from glmbatch.publishing import Summary
+from glmbatch.summary import Summary
 from tests.conftest import CAUSAL
 
 Settings = Callable[..., dict[str, Any]]

@@ -22,7 +22,8 @@ from glmbatch.data.storage import digest_file
 from glmbatch.errors import AuditError, BadRow, InputError, UnusableFile
 from glmbatch.pipeline import answer, run_job
 from glmbatch.planning import assign, locate_model, passes, plan_run, prepare_model
-from glmbatch.publishing import Summary, describe, publish
+from glmbatch.publishing import publish
+from glmbatch.summary import Summary, describe
 from tests.conftest import CAUSAL, CLASSIFIER, CLASSIFY, GENERATE, ROOT
 from tests.glm.adapters import make_original_adapter
 from tests.glm.checkpoints import read_json

@@ -20,7 +20,7 @@ from glmbatch.data.known import Hold, KnownAnswers
 from glmbatch.glm.engine import ClassifyResult
 from glmbatch.glm.torch_engine import TorchEngine
 from glmbatch.pipeline import run_job
-from glmbatch.publishing import Summary
+from glmbatch.summary import Summary
 from glmbatch.verification import verify
 from tests.conftest import CAUSAL, CLASSIFY
 

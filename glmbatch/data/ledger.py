@@ -40,6 +40,7 @@ from glmbatch.errors import InputError, UnusableFile
 logger = logging.getLogger(__name__)
 
 DIGEST_CHARS = 32
+LENGTH_BIN = 8
 RECEIPT = "glmbatch.receipt"
 MANIFEST = "_manifest.json"
 QUARANTINE = "_quarantine.parquet"
@@ -78,6 +79,7 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     finish_reasons: dict[str, int] = {}
     empty_answers: int = 0
     answer_tokens: int = 0  # of all answers, whoever computed them
+    prompt_lengths: dict[int, int] = {}  # rows by the tokens of their prompt, rounded down to LENGTH_BIN
     prompt_tokens: int = 0
     completion_tokens: int = 0
     began: float = 0.0

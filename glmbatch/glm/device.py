@@ -25,6 +25,14 @@ def resolve_device(name: str) -> str:
     return f"cuda:{index}"
 
 
+def describe_device(name: str) -> str:
+    """The device behind the setting, for people."""
+    device = resolve_device(name)
+    if device == "cpu":
+        return f"cpu, {torch.get_num_threads()} threads"
+    return f"{device}, {torch.cuda.get_device_name(device)}"
+
+
 def resolve_dtype(dtype: str, device: str) -> Dtype:
     """The numbers behind the setting; bfloat16 runs at 0.6 of float32 on CPUs without matrix units for it."""
     if dtype == "auto":

@@ -50,7 +50,7 @@ def test_settings_of_sampling_count_only_where_it_samples(change: dict[str, Any]
 
 def test_speed_settings_and_paths_are_in_no_key(tmp_path: Path) -> None:
     keys = set()
-    for runtime, folder in [({}, "a"), ({"max_batch_tokens": 99, "max_slots": 2}, "b")]:
+    for runtime, folder in [({}, "a"), ({"max_batch_tokens": 99, "price_per_hour": 2.5}, "b")]:
         step = ClassifyStep(name="mood", labels=["x", "y"])
         job = JobConfig.model_validate(
             {"data": {"input": "in", "output": folder}, "model": "m", "steps": [step.model_dump()], "runtime": runtime}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -91,6 +92,12 @@ def task_runs(environment: dict[str, str], expected: int) -> dict[str, dict[str,
         time.sleep(0.5)
 
 
+def artifacts(environment: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What stands on the page of the last flow run, by key."""
+    flow_run = {"flow_run_id": {"any_": [last_flow_run(environment)["id"]]}}
+    return {row["key"]: row for row in query(environment, "artifacts", {"artifacts": flow_run})}
+
+
 def test_a_run_shows_its_tasks_and_a_second_one_is_cached(
     prefect_server: dict[str, str], job_file: str, tmp_path: Path
 ) -> None:
@@ -107,7 +114,25 @@ def test_a_run_shows_its_tasks_and_a_second_one_is_cached(
         "write day=1/a.parquet@8": "Completed",
         "write day=2/b.parquet@0": "Completed",
     }
+    assert {"assign", "check", "ingest", "locate", "prepare", "publish"} >= {
+        name.split()[0] for name in tasks if not name.startswith(("classify", "generate", "write"))
+    }
+    assert f"assign {tmp_path / 'in'}" in tasks and f"publish {tmp_path / 'out'}" in tasks
     answers = ds.dataset(tmp_path / "out", partitioning=None).to_table()
+
+    shown = artifacts(prefect_server)
+    (page,) = (tmp_path / "out" / "_glmbatch" / "reports").glob("*.html")
+    assert f"Read about the run: {page}" in first.stdout
+    assert f"({page.as_uri()})" in shown["annotate-report"]["data"]
+    assert shown["annotate-progress"]["data"] == 100.0
+    assert shown["annotate-progress"]["description"] == "3 of 3 fragments"
+    assert json.loads(shown["annotate-errors"]["data"]) == [
+        {"step": "mood", "reason": "null_value", "rows": 1},
+        {"step": "reply", "reason": "earlier_step_failed", "rows": 1},
+    ]
+    facts = [line.strip("| ").split(" | ") for line in shown["annotate"]["data"].splitlines() if line]
+    assert facts[0] == [r"Published\."]
+    assert ["run", page.stem] in facts and ["rows", "15 in 3 fragments"] in facts and ["answers", "30"] in facts
 
     second = run(prefect_server, "-m", "glmbatch.cli", "run", job_file)
     assert second.returncode == 3, second.stderr
@@ -153,6 +178,9 @@ def test_too_many_bad_rows_fail_the_run_with_exit_code_1(prefect_server: dict[st
     done = run(prefect_server, "-m", "glmbatch.cli", "run", job_file, "--max-error-rate", "0.01")
     assert done.returncode == 1
     assert "nothing published: 1 of 15 rows failed (6.7%), max_error_rate allows 1.0%" in done.stderr
+    shown = artifacts(prefect_server)
+    assert shown["annotate"]["data"].startswith("Refused")
+    assert shown["annotate-report"]["data"].split("file://")[1].rstrip(")") in done.stderr
 
 
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -186,3 +214,13 @@ def test_an_interrupt_of_the_whole_group_ends_in_order_and_the_next_run_goes_on(
     committed = list(answers.glob("*.parquet"))
     assert 3 <= len(committed) < 40
     assert run_job(JobConfig.model_validate(settings)).computed == 800 - 20 * len(committed)
+
+
+def test_another_flow_runs_the_job_as_a_part_of_it(prefect_server: dict[str, str], tmp_path: Path) -> None:
+    done = run(prefect_server, "sample_data/examples/in_a_flow.py", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("60 rows, ")
+    assert "Rice Cooker" in done.stdout
+    inner, outer = query(prefect_server, "flow_runs", {"sort": "START_TIME_DESC", "limit": 2})
+    assert [inner["state_type"], outer["state_type"]] == ["COMPLETED", "COMPLETED"]
+    assert inner["name"] == "annotate sample_data/reviews" and inner["parent_task_run_id"] is not None

@@ -53,7 +53,7 @@ def test_a_model_from_scratch_learns_is_reported_and_answers_a_job(
     assert report.promoted
     run = Path(report.checkpoint).parent
     page = (run / "report.html").read_text()
-    assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert "<svg" in page and "://" not in page
     assert report.baseline_name in page
     card = (run / "checkpoint" / "README.md").read_text()
     assert all(digest in card for digest in report.audit.files.values())

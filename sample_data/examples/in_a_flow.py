@@ -1,0 +1,33 @@
+"""The main job as one step of another Prefect flow, which goes on with what it published. From the root:
+
+python sample_data/examples/in_a_flow.py OUTPUT
+"""
+
+import sys
+
+import pandas as pd
+from prefect import flow, task
+
+from flows.annotate import annotate
+from glmbatch.jobfile import load_job
+
+
+@task
+def count_by_product(output: str) -> dict[str, int]:
+    """Negative reviews of each product, of those that are published."""
+    answers = pd.read_parquet(output, columns=["product", "sentiment"])
+    negative = answers[answers["sentiment"] == "negative"]
+    return {str(product): int(rows) for product, rows in negative["product"].value_counts().items()}
+
+
+@flow
+def complaints(output: str, limit: int | None = None) -> dict[str, int]:
+    """Answer the reviews, then count the complaints."""
+    job = load_job("sample_data/reviews.yaml", {"data.output": output, "data.limit": limit})
+    summary = annotate(job)  # a flow in a flow: retries, cache and audits are its own
+    print(f"{summary.rows} rows, {summary.faulty_rows} failed")
+    return count_by_product(summary.output)
+
+
+if __name__ == "__main__":
+    print(complaints(sys.argv[1], limit=60))
