@@ -8,11 +8,13 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
+from prefect.events import emit_event
 
 from glmbatch import canary, pipeline, publishing
 from glmbatch.audits import Audit
 from glmbatch.config import JobConfig
 from glmbatch.data.ledger import AnswersReceipt, OutputReceipt
+from glmbatch.errors import AuditError
 from glmbatch.planning import Assignment, FragmentWork, Run
 from tasks.policies import machine_failed
 
@@ -40,8 +42,13 @@ def write(job: JobConfig, work: FragmentWork, answers: list[AnswersReceipt]) -> 
     name="publish", task_run_name="publish {job.data.output}", cache_policy=NO_CACHE, retry_condition_fn=machine_failed
 )
 def publish(job: JobConfig, run: Run, outputs: list[OutputReceipt], canaries: list[Audit]) -> publishing.Summary:
-    """Audit what is staged, make it public, and say what happened."""
-    return publishing.publish(job, run, outputs, canaries)
+    """Audit what is staged, make it public, and say what happened; an audit that fails is an event of the output."""
+    try:
+        return publishing.publish(job, run, outputs, canaries)
+    except AuditError as error:
+        output = {"prefect.resource.id": f"glmbatch.output.{job.data.output}", "prefect.resource.name": job.data.output}
+        emit_event("glmbatch.audit.failed", resource=output, payload={"message": str(error)})
+        raise
 
 
 @task(
