@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
 from uuid import UUID
 
 from prefect import flow
+from pydantic import Field
 
 from tasks import upkeep as tasks
 
@@ -23,7 +25,7 @@ def notify(event: str, run: str, message: str, block: str | None = None) -> str:
 
 
 @flow(name="resume", flow_run_name="resume {run}")
-def resume(run: UUID, most_attempts: int = 3) -> bool:
+def resume(run: UUID, most_attempts: Annotated[int, Field(ge=1, le=20)] = 3) -> bool:
     """Begin a crashed run of a deployment again, with its own parameters; it goes on from what is committed.
 
     Args:
