@@ -1,6 +1,7 @@
 """Prefect on one machine, in the background: a server with its UI, the deployments, and a worker that runs them.
 
     python -m deployments.local up|down|status          (`make up`, `make down`)
+    python -m deployments.local deploy                  the deployments alone, on the server at PREFECT_API_URL
 
 All of it on loopback and in PREFECT_HOME (.prefect), on port PREFECT_SERVER_API_PORT (4200). Each process is known by
 what its environment says of it, which its own processes inherit: a run whose worker was killed is still found.
@@ -12,7 +13,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from glmbatch.errors import GlmbatchError, InputError, TransientError
 
 ROOT = Path(__file__).resolve().parent.parent
 POOL = "glmbatch"
+DEPLOYMENTS = ROOT / "deployments" / "prefect.yaml"
 SILENT_RUNS = ROOT / "deployments" / "silent_runs.yaml"
 WORKER_SECONDS = 30  # to tell the server how its runs ended
 
@@ -62,7 +64,7 @@ class Local:
     def up(self) -> None:
         """Start what does not run yet, and put the deployments on the server as they are in the file now."""
         self._start_server()
-        self._deploy()
+        deploy(self.environment)
         if not self.leader("worker"):
             self._start("worker", "worker", "start", "--pool", POOL, "--type", "process", "--install-policy", "never")
 
@@ -100,32 +102,6 @@ class Local:
         server = self._start("server", "server", "start", "--host", LOOPBACK, "--port", str(self.port))
         wait_until_ready(address, server, f"See {self.log('server')}.")
 
-    def _deploy(self) -> None:
-        from prefect.client.orchestration import get_client
-        from prefect.client.schemas.actions import WorkPoolCreate
-        from prefect.events.schemas.automations import AutomationCore
-        from prefect.exceptions import ObjectAlreadyExists
-        from prefect.settings import PREFECT_API_URL, temporary_settings
-
-        watch = AutomationCore.model_validate(yaml.safe_load(SILENT_RUNS.read_text(encoding="utf-8")))
-        with temporary_settings({PREFECT_API_URL: api_address(self.port)}), get_client(sync_client=True) as client:
-            with suppress(ObjectAlreadyExists):
-                client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-            # Never changed afterwards: it would forget which runs it has heard of, and what a person set in the UI.
-            if not client.read_automations_by_name(watch.name):
-                client.create_automation(watch)
-        command = ["--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"]
-        done = subprocess.run(
-            [sys.executable, "-m", "prefect", *command],
-            env=self.environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise TransientError(f"prefect {' '.join(command)}: {' '.join((done.stdout + done.stderr).split())}")
-
     def _start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         self.home.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("ab") as log:
@@ -137,6 +113,28 @@ class Local:
         except psutil.Error:  # gone, or another user's
             return False
         return said.get("GLMBATCH_PROCESS") == name and said.get("PREFECT_HOME") == str(self.home)
+
+
+def deploy(environment: Mapping[str, str]) -> None:
+    """Put the work pool, the deployments with their triggers, and the watch for silent runs on PREFECT_API_URL."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.events.schemas.automations import AutomationCore
+    from prefect.exceptions import ObjectAlreadyExists
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    watch = AutomationCore.model_validate(yaml.safe_load(SILENT_RUNS.read_text(encoding="utf-8")))
+    server = {PREFECT_API_URL: environment["PREFECT_API_URL"]}
+    with temporary_settings(server), get_client(sync_client=True) as client:
+        with suppress(ObjectAlreadyExists):
+            client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+        # Never changed afterwards: it would forget which runs it has heard of, and what a person set in the UI.
+        if not client.read_automations_by_name(watch.name):
+            client.create_automation(watch)
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise TransientError(f"{DEPLOYMENTS}: not deployed: {' '.join((done.stdout + done.stderr).split())}")
 
 
 def local() -> Local:
@@ -163,18 +161,23 @@ def describe(here: Local) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code."""
     try:
-        here = local()
         match arguments:
+            case ["deploy"]:
+                if "PREFECT_API_URL" not in os.environ:
+                    raise InputError("PREFECT_API_URL: is not set. Set it to the API of the server to deploy to.")
+                deploy(os.environ)
+                return 0
             case ["up"]:
-                here.up()
+                local().up()
             case ["down"]:
-                here.down()
+                local().down()
             case ["status"]:
                 pass
             case _:
-                raise InputError("usage: python -m deployments.local up|down|status")
-        print(describe(here))
+                raise InputError("usage: python -m deployments.local up|down|status|deploy")
+        print(describe(local()))
     except GlmbatchError as error:
         print(f"glmbatch: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
