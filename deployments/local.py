@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 POOL = "glmbatch"
 DEPLOYMENTS = ROOT / "deployments" / "prefect.yaml"
 SILENT_RUNS = ROOT / "deployments" / "silent_runs.yaml"
-WORKER_SECONDS = 30  # to tell the server how its runs ended
+GRACE_SECONDS = 30
 
 # Where the user has set nothing else.
 DEFAULTS = {
@@ -37,6 +37,8 @@ DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # the least that Prefect takes
     "PREFECT_WORKER_QUERY_SECONDS": "5",
+    # Else a server that comes back after more than a minute has forgotten which runs were to give a sign of life.
+    "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P7D",
 }
 
 
@@ -70,8 +72,11 @@ class Local:
 
     def down(self) -> None:
         """Stop the worker with its runs, then the server: they are crashed for it, and may go on at the next `up`."""
-        stop(self.processes("worker"), WORKER_SECONDS)
-        stop(self.processes("server"))
+        for name in ("worker", "server"):
+            leader = self.leader(name)
+            if leader:
+                stop([leader], GRACE_SECONDS)  # it ends its runs, and says of each how it ended
+            stop(self.processes(name))
 
     def leader(self, name: str) -> psutil.Process | None:
         """The process that `up` started as the server or the worker, if it lives."""
@@ -167,7 +172,7 @@ def main(arguments: Sequence[str]) -> int:
             case ["deploy"]:
                 if "PREFECT_API_URL" not in os.environ:
                     raise InputError("PREFECT_API_URL: is not set. Set it to the API of the server to deploy to.")
-                deploy(os.environ)
+                deploy({"GLMBATCH_HOME": str(ROOT), **os.environ})
                 return 0
             case ["up"]:
                 local().up()

@@ -303,6 +303,7 @@ def test_a_person_runs_the_job_from_the_form_in_the_browser(
     page.get_by_role("button", name="Submit").click()
     told = "Validation failed for field 'job.data.rows_per_fragment'. Failure reason: 0 is less than the minimum of 1"
     expect(page.get_by_text(told).first).to_be_visible()
+    page.wait_for_timeout(500)  # it slides in
     picture(page, "2-refused")
     rows_of_a_fragment.fill("10")
     page.get_by_role("button", name="Submit").click()
