@@ -1,5 +1,6 @@
 # make demo    set up and run the main job over the sample           make check    format, lint, types, plain tests (seconds)
 # make test    set up and pass all tests                             make help     this list
+# make up      Prefect with its UI, the deployments and a worker, in the background       make down     stop them
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
@@ -10,7 +11,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 # With it set, every process would compile all packages again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test check lint sample constraints clean
+.PHONY: help setup demo up down test check lint sample constraints clean
 
 help:
 	@grep '^# make' Makefile | sed 's/^# //'
@@ -27,6 +28,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 # Exit code 3 says that rows were quarantined: the sample holds some on purpose.
 demo: setup
 	$(RUN)/glmbatch run sample_data/reviews.yaml || test $$? -eq 3
+
+up down: setup
+	@$(RUN)/python -m deployments.local $@
 
 test: setup
 	$(RUN)/python -m pytest

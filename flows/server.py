@@ -1,55 +1,65 @@
-"""A Prefect server for one run, when the user has none: on loopback, quiet, gone with the run."""
+"""Prefect servers of our own, on loopback: one for a run when the user has none, or one that stays (`make up`)."""
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO
+
+import psutil
 
 from glmbatch.errors import TransientError
 
+LOOPBACK = "127.0.0.1"
 # 7 to 49 s were seen, depending on load.
 START_SECONDS = 180
 
 
 @contextmanager
 def own_server() -> Iterator[str]:
-    """Start a server and give the address of its API. TransientError when it does not come up.
+    """Start a server for one run, quiet and without a UI, and give the address of its API.
 
-    In a session of its own, so that Ctrl-C, which a terminal sends to the whole group, reaches the run and not the
-    server under it; the run then ends in order and stops the server.
+    TransientError when it does not come up.
     """
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((LOOPBACK, 0))
         port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}/api"
-    command = [
-        sys.executable,
-        "-m",
-        "prefect",
-        "server",
-        "start",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--no-ui",
-    ]
-    server = subprocess.Popen(
-        command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    address = api_address(port)
+    server = start("server", "start", "--host", LOOPBACK, "--port", str(port), "--no-ui")
     try:
-        _wait_until_ready(address, server)
+        wait_until_ready(address, server, "Set PREFECT_API_URL to use yours.")
         yield address
     finally:
-        _stop(server)
+        leader = psutil.Process(server.pid)
+        stop([leader, *leader.children(recursive=True)])
+
+
+def api_address(port: int) -> str:
+    return f"http://{LOOPBACK}:{port}/api"
+
+
+def start(
+    *command: str, log: int | IO[bytes] = subprocess.DEVNULL, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a `prefect` command in the background, in a session of its own.
+
+    So Ctrl-C, which a terminal sends to the whole group, reaches a run and not the server under it; the run then ends
+    in order and stops the server.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "prefect", *command],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=environment,
+    )
 
 
 def is_ready(address: str) -> bool:
@@ -61,22 +71,23 @@ def is_ready(address: str) -> bool:
         return False
 
 
-def _wait_until_ready(address: str, server: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(address: str, server: subprocess.Popen[bytes], hint: str) -> None:
+    """Return when the API answers; TransientError, which ends with `hint`, when it does not."""
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until and server.poll() is None:
         if is_ready(address):
             return
         time.sleep(0.2)
-    raise TransientError(f"{address}: the Prefect server of this run did not start. Set PREFECT_API_URL to use yours.")
+    raise TransientError(f"{address}: the Prefect server did not start. {hint}")
 
 
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server and its own processes: asked first, then killed."""
-    for signal_number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
-        try:
-            os.killpg(server.pid, signal_number)
-            server.wait(seconds)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+def stop(processes: Sequence[psutil.Process], seconds: float = 10) -> None:
+    """End the processes: asked first, then killed."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=seconds)

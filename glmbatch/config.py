@@ -63,7 +63,7 @@ class DataConfig(Settings):
     """Where the rows come from and where the answers go."""
 
     input: str = Field(
-        min_length=1, description="A Parquet file, a folder of them, or a glob such as in/day=*/*.parquet."
+        min_length=1, description="A Parquet file, a folder of them, or a glob such as `in/day=*/*.parquet`."
     )
     output: str = Field(
         min_length=1, description="Folder for the answers; made when absent, mirrors the input's folders."

@@ -8,11 +8,13 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
+from prefect.events import emit_event
 
 from glmbatch import canary, pipeline, publishing
 from glmbatch.audits import Audit
 from glmbatch.config import JobConfig
 from glmbatch.data.ledger import AnswersReceipt, OutputReceipt
+from glmbatch.errors import AuditError
 from glmbatch.planning import Assignment, FragmentWork, Run
 from glmbatch.summary import Summary
 from tasks.artifacts import show_report
@@ -42,9 +44,16 @@ def write(job: JobConfig, work: FragmentWork, answers: list[AnswersReceipt]) -> 
     name="publish", task_run_name="publish {job.data.output}", cache_policy=NO_CACHE, retry_condition_fn=machine_failed
 )
 def publish(job: JobConfig, run: Run, outputs: list[OutputReceipt], canaries: list[Audit]) -> Summary:
-    """Audit what is staged, make it public, and say what happened, also when it was refused."""
+    """Audit what is staged, make it public, and say what happened, also when it was refused.
+
+    An audit that fails is an event of the output.
+    """
     try:
         return publishing.publish(job, run, outputs, canaries)
+    except AuditError as error:
+        output = {"prefect.resource.id": f"glmbatch.output.{job.data.output}", "prefect.resource.name": job.data.output}
+        emit_event("glmbatch.audit.failed", resource=output, payload={"message": str(error)})
+        raise
     finally:
         show_report(job, run)
 

@@ -1,35 +1,67 @@
-"""Every deployment's parameters fit its flow."""
+"""Every deployment's parameters fit its flow, and no two runs of one overlap."""
 
 from __future__ import annotations
 
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.events import DeploymentEventTrigger
+from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import validate
 
-from flows.annotate import annotate
 from glmbatch.config import JobConfig
+from glmbatch.jobfile import load_settings
+from glmbatch.tuning.config import TuneConfig
 from tests.conftest import ROOT
 
-DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())["deployments"]
+DEPLOYMENTS: dict[str, dict[str, Any]] = {
+    each["name"]: each for each in yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())["deployments"]
+}
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda each: each["name"])
-def test_the_parameters_fit_the_flow(deployment: dict[str, Any]) -> None:
-    assert deployment["entrypoint"] == "flows/annotate.py:annotate"
-    assert list(deployment["parameters"]) == ["job"]
-    JobConfig.model_validate(deployment["parameters"]["job"])
-    validate(
-        deployment["parameters"], parameter_schema(annotate).model_dump(), raise_on_error=True
-    )  # what a server holds it to
-    assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+def parameter_sets(name: str) -> list[dict[str, Any]]:
+    """The parameters of a run by schedule or by hand, and those of a run by each trigger, its templates filled in."""
+    own = DEPLOYMENTS[name].get("parameters", {})
+    triggers = DEPLOYMENTS[name].get("triggers", [])
+    filled = [dict.fromkeys(trigger.get("parameters", {}), str(uuid4())) for trigger in triggers]
+    return [{**own, **values} for values in filled] or [own]
 
 
-def test_the_nightly_job_asks_what_the_sample_job_asks() -> None:
-    sample = yaml.safe_load((ROOT / "sample_data/reviews.yaml").read_text())
-    nightly = next(each for each in DEPLOYMENTS if each["name"] == "nightly")["parameters"]["job"]
-    steps = [JobConfig.model_validate(job).steps for job in (sample, nightly)]
-    assert steps[0] == steps[1]
-    assert sample["data"]["output"] != nightly["data"]["output"]
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_the_parameters_fit_the_flow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    flow = load_flow_from_entrypoint(DEPLOYMENTS[name]["entrypoint"])
+    schema = parameter_schema(flow).model_dump()
+    for parameters in parameter_sets(name):
+        validate(parameters, schema, raise_on_error=True)  # what a server holds it to
+        flow.validate_parameters(parameters)
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_schedules_and_triggers_are_ones_that_prefect_takes(name: str) -> None:
+    for schedule in DEPLOYMENTS[name].get("schedules", []):
+        CronSchedule.model_validate(schedule)
+        assert schedule["timezone"], "a night is a night somewhere"
+    for trigger in DEPLOYMENTS[name].get("triggers", []):
+        known = DeploymentEventTrigger.model_validate(trigger)
+        assert not trigger.keys() - known.model_dump().keys(), "Prefect ignores keys that it does not know"
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("nightly", "CANCEL_NEW"), ("weekly", "CANCEL_NEW"), ("arrivals", "ENQUEUE")]
+)
+def test_no_two_runs_of_a_deployment_overlap(name: str, strategy: str) -> None:
+    assert DEPLOYMENTS[name]["concurrency_limit"] == {"limit": 1, "collision_strategy": strategy}
+
+
+def test_scheduled_jobs_ask_what_the_sample_jobs_ask_into_outputs_of_their_own() -> None:
+    sample = load_settings(str(ROOT / "sample_data/reviews.yaml"), JobConfig)
+    jobs = [JobConfig.model_validate(DEPLOYMENTS[name]["parameters"]["job"]) for name in ("nightly", "arrivals")]
+    assert [job.steps for job in jobs] == [sample.steps] * 2
+    assert len({job.data.output for job in (sample, *jobs)}) == 3
+    tuned = load_settings(str(ROOT / "sample_data/sentiment.yaml"), TuneConfig)
+    assert TuneConfig.model_validate(DEPLOYMENTS["weekly"]["parameters"]["config"]) == tuned

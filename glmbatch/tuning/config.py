@@ -15,7 +15,7 @@ class LabelledData(Settings):
     """Where the labelled rows come from, and how they are split."""
 
     input: str = Field(
-        min_length=1, description="A Parquet file, a folder of them, or a glob such as in/day=*/*.parquet."
+        min_length=1, description="A Parquet file, a folder of them, or a glob such as `in/day=*/*.parquet`."
     )
     text_column: str = Field("text", min_length=1, description="Column that holds the text; a prompt calls it {text}.")
     label_column: str = Field("label", min_length=1, description="Column that holds the label: text or whole numbers.")

@@ -1,0 +1,322 @@
+"""Run as a data team does: `deployments.local` up, runs by schedule, event and hand, and what becomes of bad ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow.dataset as ds
+import pytest
+import yaml
+from playwright.sync_api import Page, expect, sync_playwright
+
+from deployments.local import DEFAULTS, Local
+from glmbatch.config import JobConfig
+from glmbatch.pipeline import run_job
+from glmbatch.verification import verify
+from tests.conftest import ROOT
+
+pytestmark = [pytest.mark.prefect, pytest.mark.slow]
+SILENT_SECONDS = 35  # a little more than the time between two signs of life
+
+
+class Api:
+    """What a person does in the UI, through the server that the UI talks to."""
+
+    def __init__(self, here: Local) -> None:
+        self._address = here.environment["PREFECT_API_URL"]
+
+    def ask(self, method: str, path: str, body: object = None) -> Any:
+        """The answer. Asked again when the database is busy (503), as Prefect's own client does."""
+
+        def answered() -> httpx.Response | None:
+            answer = httpx.request(method, self._address + path, json=body, timeout=120)
+            return None if answer.status_code == 503 else answer
+
+        answer: httpx.Response = wait(answered, f"{method} {path}").raise_for_status()
+        return answer.json() if answer.content else None
+
+    def deployment(self, name: str) -> str:
+        return str(self.ask("GET", f"/deployments/name/{name}")["id"])
+
+    def set_parameters(self, name: str, **parameters: object) -> None:
+        self.ask("PATCH", f"/deployments/{self.deployment(name)}", {"parameters": parameters})
+
+    def run(self, name: str) -> str:
+        return str(self.ask("POST", f"/deployments/{self.deployment(name)}/create_flow_run", {})["id"])
+
+    def runs(self, name: str) -> list[dict[str, Any]]:
+        """Runs of the deployment that are not to start later, the first one first."""
+        body = {"deployments": {"id": {"any_": [self.deployment(name)]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        now = datetime.now(UTC)
+        runs = self.ask("POST", "/flow_runs/filter", body)
+        return [run for run in runs if datetime.fromisoformat(run["expected_start_time"]) <= now]
+
+    def state(self, run: str) -> str:
+        return str(self.ask("GET", f"/flow_runs/{run}")["state_name"])
+
+
+def wait(until: Callable[[], object], what: str, seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := until():
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    """All of it, up, with a worker that asks often; the watch waits less long for a sign of life."""
+    started = Local(tmp_path_factory.mktemp("operations"), free_port())
+    try:
+        done = command(started, "deployments.local", "up", PREFECT_WORKER_QUERY_SECONDS="1")
+        assert done.returncode == 0, done.stderr
+        api = Api(started)
+        watch = next(each for each in api.ask("POST", "/automations/filter", {}) if each["name"] == "a run fell silent")
+        assert watch["trigger"]["within"] >= 3 * int(DEFAULTS["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+        watch["trigger"]["within"] = SILENT_SECONDS
+        api.ask("PUT", f"/automations/{watch['id']}", {name: watch[name] for name in ("name", "trigger", "actions")})
+        yield started
+    finally:
+        started.down()
+    assert not started.processes("server") + started.processes("worker")
+
+
+@pytest.fixture
+def api(here: Local) -> Api:
+    return Api(here)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """The nightly job over some of the sample reviews, into a folder of this test."""
+    deployments = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())["deployments"]
+    nightly = next(each for each in deployments if each["name"] == "nightly")["parameters"]["job"]
+
+    def made(**data: object) -> dict[str, Any]:
+        inside = {"output": str(tmp_path / "out"), "limit": 40, "rows_per_fragment": 20, **data}
+        return {**nightly, "data": {**nightly["data"], **inside}, "runtime": {"device": "cpu"}}
+
+    return made
+
+
+class Inbox:
+    """A web hook on loopback, as a chat or a mail gateway has one, and what it received."""
+
+    def __init__(self) -> None:
+        self.received: list[str] = []
+        received = self.received
+
+        class Hook(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                received.append(json.loads(body)["text"])
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def block(self, api: Api) -> str:
+        """Name of a notification block that posts to it, made as in the UI."""
+        block_type = api.ask("GET", "/block_types/slug/custom-webhook")["id"]
+        schema = api.ask("POST", "/block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [block_type]}}})
+        url = f"http://127.0.0.1:{self.server.server_port}/"
+        document = {
+            "name": "data-team",
+            "data": {"name": "data team", "url": url, "json_data": {"text": "{{body}}"}},
+            "block_schema_id": schema[0]["id"],
+            "block_type_id": block_type,
+        }
+        api.ask("POST", "/block_documents/", document)
+        return "custom-webhook/data-team"
+
+
+@pytest.fixture
+def inbox() -> Iterator[Inbox]:
+    made = Inbox()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """What a reader of the folder finds, without the digests that differ from run to run."""
+    return sorted(ds.dataset(out, partitioning=None).to_table().to_pylist(), key=str)
+
+
+def command(here: Local, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        env={**here.environment, "PREFECT_SERVER_API_PORT": str(here.port), **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def alerts(here: Local) -> str:
+    log = here.home / "alerts.log"
+    return log.read_text() if log.exists() else ""
+
+
+@pytest.fixture
+def page(here: Local) -> Iterator[Page]:
+    """A page of a real browser, which may speak to this machine alone."""
+    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    if not found:
+        pytest.skip("no Chromium on PATH; Debian has it as the package chromium")
+    spoken_to = set()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found[0], chromium_sandbox=os.geteuid() != 0)
+        page = browser.new_page(viewport={"width": 1300, "height": 1400})
+        page.on("request", lambda request: spoken_to.add(request.url.split("/")[2]))
+        yield page
+        browser.close()
+    assert spoken_to == {f"127.0.0.1:{here.port}"}
+
+
+def test_a_taken_port_is_one_line(here: Local) -> None:
+    other = command(here, "deployments.local", "up", PREFECT_HOME=str(here.home / "other"))
+    assert other.returncode == 2
+    assert other.stderr == (
+        f"glmbatch: 127.0.0.1:{here.port}: cannot be used: Address already in use. "
+        "Set PREFECT_SERVER_API_PORT to a free port.\n"
+    )
+
+
+def test_a_schedule_starts_the_run_and_one_that_overlaps_is_refused(
+    api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    api.set_parameters("annotate/nightly", job=job(limit=200))
+    every_few_seconds = {"schedule": {"interval": 8}, "active": True}
+    schedules = f"/deployments/{api.deployment('annotate/nightly')}/schedules"
+    made = api.ask("POST", schedules, [every_few_seconds])[0]["id"]
+    first = wait(lambda: api.runs("annotate/nightly"), "a run of the schedule")[0]
+    assert first["auto_scheduled"]
+    wait(
+        lambda: "Cancelled" in [run["state_name"] for run in api.runs("annotate/nightly")],
+        "a later one is refused, while the first works",
+    )
+    api.ask("DELETE", f"{schedules}/{made}")
+    wait(lambda: api.state(first["id"]) == "Completed", "the first ends")
+    assert verify(tmp_path / "out").findings == ()
+
+
+def test_a_delivery_starts_a_run_and_its_failed_audit_is_told(
+    here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path, inbox: Inbox
+) -> None:
+    api.set_parameters("notify/alerts", block=inbox.block(api))
+    # One of its 40 rows has no text.
+    bad = job(input="sample_data/reviews/day=2026-11-04/part-0.parquet")
+    api.set_parameters("annotate/arrivals", job={**bad, "max_error_rate": 0})
+    emitted = command(
+        here, "prefect", "event", "emit", "glmbatch.input.arrived", "--resource-id", "glmbatch.input.reviews"
+    )
+    assert emitted.returncode == 0, emitted.stderr
+    run = wait(lambda: api.runs("annotate/arrivals"), "a run of the delivery")[0]
+    wait(lambda: api.state(run["id"]) == "Failed", "it fails")
+    reason = f"{tmp_path / 'out'}: nothing published: "
+    for event in ("prefect.flow-run.Failed", "glmbatch.audit.failed"):
+        wait(lambda event=event: f" {event} " in alerts(here), f"a line of {event}")  # type: ignore[misc]
+    lines = alerts(here).splitlines()
+    assert all(reason in line for line in lines), lines
+    wait(lambda: {*inbox.received} >= {*lines}, "they are handed to the block")
+
+
+def test_a_run_whose_worker_is_killed_goes_on_to_the_same_output(
+    here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    api.set_parameters("annotate/nightly", job=job(limit=400))
+    run = api.run("annotate/nightly")
+    answers = tmp_path / "out" / "_glmbatch" / "answers"
+    wait(lambda: len(list(answers.glob("[!.]*"))) > 4, "it has committed answers")
+    for process in here.processes("worker"):  # and its runs
+        os.kill(process.pid, signal.SIGKILL)
+    assert api.state(run) == "Running", "nobody is left to tell"
+    kept = {path.name for path in answers.glob("[!.]*")}
+    server = here.leader("server")
+    again = command(here, "deployments.local", "up", PREFECT_WORKER_QUERY_SECONDS="1")
+    assert f"UI: {here.ui}" in again.stdout, again.stderr
+    assert here.leader("worker") and here.leader("server") == server, "what ran was left alone"
+    undisturbed = job(limit=400, output=str(tmp_path / "undisturbed"))
+    run_job(JobConfig.model_validate(undisturbed))
+    wait(lambda: api.state(run) == "Completed", "it is begun again and ends")
+    assert api.ask("GET", f"/flow_runs/{run}")["run_count"] == 2
+    assert kept <= {path.name for path in answers.glob("[!.]*")}, "no committed inference was repeated"
+    assert verify(tmp_path / "out").findings == ()
+    assert rows(tmp_path / "out") == rows(tmp_path / "undisturbed")
+    assert "prefect.flow-run.Crashed" in alerts(here).splitlines()[-1]
+
+
+def test_a_flow_of_ones_own_has_the_answers_made(
+    here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    api.set_parameters("annotate/arrivals", job=job())
+    code = "from flows.downstream import downstream; print(downstream('annotate/arrivals'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=here.environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "out")
+    assert len(rows(tmp_path / "out")) == 40
+
+
+def test_a_person_runs_the_job_from_the_form_in_the_browser(
+    here: Local, api: Api, page: Page, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    api.set_parameters("annotate/nightly", job=job())
+    before = {run["id"] for run in api.runs("annotate/nightly")}
+    page.goto(f"{here.ui}/deployments")
+    page.get_by_role("link", name="nightly", exact=True).click()
+    page.wait_for_url("**/deployments/deployment/*")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Custom run").click()
+    rows_of_a_fragment = page.locator(".p-label", has_text="Rows Per Fragment").last.locator("input")
+    rows_of_a_fragment.fill("0")
+    picture(page, "1-form")
+    page.get_by_role("button", name="Submit").click()
+    told = "Validation failed for field 'job.data.rows_per_fragment'. Failure reason: 0 is less than the minimum of 1"
+    expect(page.get_by_text(told).first).to_be_visible()
+    page.wait_for_timeout(500)  # it slides in
+    picture(page, "2-refused")
+    rows_of_a_fragment.fill("10")
+    page.get_by_role("button", name="Submit").click()
+    page.wait_for_url("**tab=Runs")
+    run = wait(lambda: {run["id"] for run in api.runs("annotate/nightly")} - before, "a run of the form").pop()
+    page.goto(f"{here.ui}/runs/flow-run/{run}")
+    expect(page.get_by_text("Completed", exact=True).first).to_be_visible(timeout=120_000)
+    picture(page, "3-completed")
+    assert len(list((tmp_path / "out").rglob("part-*.parquet"))) == 4, (
+        "40 rows by the 10 of the form, not by the 20 set"
+    )
+
+
+def picture(page: Page, name: str) -> None:
+    """Keep what the person saw, for people who read the test's results."""
+    page.screenshot(path=ROOT / "build" / "screenshots" / f"{name}.png", full_page=True)
