@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +13,7 @@ from pydantic import BaseModel
 from glmbatch.asking import forget_answers
 from glmbatch.audits import Audit, audit, total
 from glmbatch.config import JobConfig
-from glmbatch.data.delta import LOG
+from glmbatch.data.delta import is_table
 from glmbatch.data.fragments import FileFault
 from glmbatch.data.ledger import (
     DIGEST_CHARS,
@@ -25,6 +24,7 @@ from glmbatch.data.ledger import (
     StepOrigin,
     merged_manifest,
 )
+from glmbatch.data.objects import location
 from glmbatch.data.parquet import prompt_values, read_columns
 from glmbatch.data.rowkeys import answer_settings
 from glmbatch.errors import AuditError, BadRow, GlmbatchError
@@ -273,15 +273,14 @@ def describe(summary: Summary) -> str:
     if summary.faulty_rows or summary.unusable:
         lines += ["", f"{summary.faulty_rows} rows failed, files left out: {len(summary.unusable)}"]
         lines += [f"  {fault.reason}" for fault in summary.unusable]
-        lines.append(f"  each row with its reason: {Path(summary.output) / QUARANTINE}")
+        lines.append(f"  each row with its reason: {location(summary.output) / QUARANTINE}")
     lines += ["", *(f"audit {each}" for each in summary.audits)] if summary.audits else []
     if summary.kept_sources:
         lines += ["", f"{summary.kept_sources} sources that were not in this run stay published."]
     for sample in summary.samples:
         lines += ["", *(f"  {name}: {_short(value)}" for name, value in sample.items())]
-    reader = (
-        "deltalake.DeltaTable({}).to_pandas()" if (Path(summary.output) / LOG).is_dir() else "pandas.read_parquet({})"
-    )
+    table = is_table(location(summary.output))
+    reader = "deltalake.DeltaTable({}).to_pandas()" if table else "pandas.read_parquet({})"
     lines += ["", "Read the answers: " + reader.format(repr(summary.output))]
     return "\n".join(lines)
 

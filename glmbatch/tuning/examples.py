@@ -6,12 +6,12 @@ import hashlib
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import pyarrow as pa
 from pydantic import BaseModel
 
+from glmbatch.data.objects import location
 from glmbatch.data.parquet import is_text, open_parquet, prompt_values, read_rows
 from glmbatch.data.storage import digest_file, find_files
 from glmbatch.errors import InputError
@@ -136,7 +136,7 @@ def _columns(where: str, data: LabelledData) -> list[list[str | bytes | None]]:
         data.response_column or data.label_column,
         *([data.split_column] if data.split_column else []),
     ]
-    with open_parquet(Path(where)) as file:
+    with open_parquet(location(where)) as file:
         schema, groups, rows = file.schema_arrow, range(file.metadata.num_row_groups), file.metadata.num_rows
     answer = "label_column" if data.response_column is None else "response_column"
     for setting, name in zip(("text_column", answer, "split_column"), names, strict=False):
@@ -146,7 +146,7 @@ def _columns(where: str, data: LabelledData) -> list[list[str | bytes | None]]:
         if not is_text(kind) and not (setting == "label_column" and (pa.types.is_integer(kind) or kind == pa.bool_())):
             wanted = "text or whole numbers" if setting == "label_column" else "text"
             raise InputError(f"{where}: column {name!r} holds {kind}, not {wanted}. Set data.{setting}.")
-    batches = list(read_rows(Path(where), list(groups), 0, rows, names))
+    batches = list(read_rows(location(where), list(groups), 0, rows, names))
     if not batches:
         return [[], [], []]
     table = pa.Table.from_batches(batches)
