@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from glmbatch.data.objects import ObjectPath
+from glmbatch.data.objects import ObjectPath, _filesystem
 
 BUCKET = "shop"
 WRONG_REGION = b"<Error><Code>AuthorizationHeaderMalformed</Code><Message>expecting eu-west-1</Message></Error>"
@@ -61,6 +62,10 @@ class Store:
 
     def path(self, name: str) -> ObjectPath:
         return ObjectPath(self.url(name))
+
+    def mark(self, folder: str) -> None:
+        """Make the empty object by which some tools show a folder."""
+        _filesystem("s3").call_s3("put_object", Bucket=BUCKET, Key=f"{self.folder}/{folder}/", Body=b"")
 
     def put(self, name: str, table: pa.Table, **options: Any) -> None:
         file = io.BytesIO()
@@ -207,10 +212,6 @@ ENVIRONMENT = {
 @contextmanager
 def s3_store(log: Path) -> Iterator[Store]:
     """A server, a proxy before it, an environment that leads there, and an empty bucket."""
-    import fsspec
-
-    from glmbatch.data.objects import _filesystem
-
     with s3_server(log) as port, proxied(port) as store, pytest.MonkeyPatch.context() as patch:
         for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": store.address}.items():
             patch.setenv(name, value)

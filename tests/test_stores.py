@@ -21,8 +21,9 @@ import pytest
 from glmbatch.cli import main
 from glmbatch.config import JobConfig
 from glmbatch.data.ledger import Ledger
+from glmbatch.data.objects import _content
 from glmbatch.data.storage import digest_file
-from glmbatch.errors import InputError, TransientError
+from glmbatch.errors import InputError, Interrupted, TransientError
 from glmbatch.pipeline import run_job
 from glmbatch.planning import plan_run
 from glmbatch.preview import preview
@@ -145,10 +146,15 @@ def changed(store: Store, settings: Settings) -> Callable[[str], dict[str, Any]]
     return job
 
 
-def run_again(store: Store, job: dict[str, Any], output: str) -> pa.Table:
+def free(store: Store, output: str) -> None:
+    """As if minutes had passed since the last run was heard of."""
     store.calm()
     for path in store.path(f"{output}/_glmbatch").glob("lock.*"):
-        path.unlink()  # as if minutes had passed
+        path.unlink()
+
+
+def run_again(store: Store, job: dict[str, Any], output: str) -> pa.Table:
+    free(store, output)
     run(job)
     return published(store, output)
 
@@ -174,6 +180,10 @@ def test_killed_between_two_moves_and_run_again_the_output_is_the_same(
     store: Store, changed: Callable[[str], dict[str, Any]]
 ) -> None:
     job = changed("killed")
+    store.harm = lambda request: 403 if request.key == "killed/_glmbatch/publishing.json" else None
+    with pytest.raises(InputError):  # all is staged, so that the other process needs no model
+        run(job)
+    free(store, "killed")
     command = [sys.executable, "-c", RUN, json.dumps(job)]
 
     def harm(request: Request) -> str | None:
@@ -191,6 +201,29 @@ def test_killed_between_two_moves_and_run_again_the_output_is_the_same(
     rows = run_again(store, job, "killed")
     assert rows.column("text").to_pylist() == [*(f"changed {n}" for n in range(12)), *DAYS[2]]
     assert verify(store.url("killed")).findings == ()
+
+
+def test_what_the_store_refuses_is_never_taken_for_damage(store: Store, settings: Settings) -> None:
+    run(settings())
+    kept = store.names("out")
+    _content.cache_clear()  # as in another process
+    store.harm = lambda request: 403 if request.method == "GET" and request.key.endswith(".parquet") else None
+    with pytest.raises(InputError, match="the store refuses it"):
+        run(settings(data__rows_per_fragment=5))
+    store.calm()
+    assert set(kept) <= {name.replace("lock.00000002", "lock.00000001") for name in store.names("out")}
+
+
+def test_a_run_that_lost_its_lock_makes_nothing_public(store: Store, settings: Settings) -> None:
+    def harm(request: Request) -> None:
+        if "/staged/" in request.key and request.method == "PUT":
+            store.harm = lambda request: None
+            store.path("out/_glmbatch/lock.00000002").write_bytes(b"{}")
+
+    store.harm = harm
+    with pytest.raises(Interrupted, match="another one may have taken over"):
+        run(settings(steps=settings()["steps"][:1]))
+    assert not [name for name in store.names("out") if "/_glmbatch/" not in name]
 
 
 def test_what_a_store_cannot_do_is_refused_before_any_work(store: Store, settings: Settings) -> None:

@@ -102,8 +102,9 @@ def _each_file(
 
     def outcome(name: str) -> list[Fragment] | UnusableFile:
         try:
-            ranges = _fragments_of(root, name, job)
-            digest = _digest(root / name) if digests else ""
+            with naming("data.input"):
+                ranges = _fragments_of(root, name, job)
+                digest = _digest(root / name) if digests else ""
         except UnusableFile as error:
             return error
         return [fragment.model_copy(update={"digest": digest}) for fragment in ranges]

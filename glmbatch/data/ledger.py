@@ -7,7 +7,7 @@
     OUTPUT/_glmbatch/staged/<output key>.<digest>.parquet      output files that wait for publication
     OUTPUT/_glmbatch/publishing.json                           files of publications that have not come to their end
     OUTPUT/_glmbatch/refused.parquet                           rows that failed in a run that published nothing
-    OUTPUT/_glmbatch/lock                                      held by the run that writes
+    OUTPUT/_glmbatch/lock                                      held by the run that writes; in a store: lock.<number>
 
 Each file carries its receipt in its footer and appears by one rename, so a kill at any moment leaves it whole or
 absent, and running again finds it.

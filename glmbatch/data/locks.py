@@ -125,8 +125,8 @@ class StoreLock:
         self._heard = time.monotonic()
         self._path(self._number).create(self._content())
         there = self._numbers()
-        if there[-1] != self._number or self._read(self._number)["token"] != self._token:
-            self._refuse(there[-1], 0)
+        if there[-1:] != [self._number] or self._read(self._number)["token"] != self._token:
+            self._refuse(max(there, default=self._number), 0)
         for number in there[:-1]:
             self._path(number).unlink(missing_ok=True)
         self._thread.start()

@@ -164,13 +164,17 @@ class ObjectPath(PurePosixPath):
             self._call("rm", recursive=True)
 
     def listed(self, prefix: str = "") -> dict[ObjectPath, dict[str, Any]]:
-        """All objects below it whose names from here on begin with `prefix`, in order, with what the store says."""
+        """All objects below it whose names from here on begin with `prefix`, in order, with what the store says.
+
+        Not the empty ones with a slash at the end, by which some tools mark a folder.
+        """
         try:
             found = self._call("find", prefix=prefix, detail=True)
         except FileNotFoundError:  # there is no such bucket
             return {}
         scheme = self.parts[0]
-        return {ObjectPath(f"{scheme}//{name}"): info for name, info in sorted(found.items())}
+        files = sorted((name, info) for name, info in found.items() if not name.endswith("/"))
+        return {ObjectPath(f"{scheme}//{name}"): info for name, info in files}
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
         """Objects that `pattern` names; `**` stands for any folders. Only names with its plain begin are listed."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from glmbatch.data.objects import AnyPath, ObjectPath, store_errors
-from glmbatch.errors import InputError, StoreRefused, TransientError, UnusableFile
+from glmbatch.errors import InputError, TransientError, UnusableFile
 
 READ_BATCH_ROWS = 10_000  # also the rows of a row group that is written
 SMALL_BYTES = 32 << 20  # an object up to this size may be buffered whole: fewer requests
@@ -25,12 +25,13 @@ FAILING_DEVICE = frozenset({errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.ENOM
 
 @contextmanager
 def readable(path: AnyPath) -> Iterator[None]:
-    """Turn whatever reading `path` raises into UnusableFile, or TransientError when the device or store is at fault."""
+    """Turn whatever reading `path` raises into UnusableFile, or TransientError when the device or store is at fault.
+
+    What a store refuses stays StoreRefused: credentials may have ended in the midst of a run, and no file is to blame.
+    """
     try:
         with store_errors(path):
             yield
-    except StoreRefused as error:
-        raise UnusableFile(str(error)) from error
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, ValueError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno in FAILING_DEVICE:
             raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error

@@ -42,6 +42,8 @@ def test_a_folder_a_glob_or_a_name_finds_what_it_finds_among_files(store: Store,
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
         store.path(name).write_bytes(b"")
+    store.mark("in")
+    store.mark("in/day=1")
     for pattern in PATTERNS:
         here, names = find_files(str(tmp_path / pattern))
         root, found = find_files(store.url(pattern))
@@ -125,8 +127,9 @@ def test_denied_or_another_region_is_the_callers_to_mend(store: Store, job_setti
         plan_fragments(job(job_settings, store))
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(refused.value)
     store.harm = lambda request: harm if request.key.endswith(".parquet") else None
-    with pytest.raises(UnusableFile, match=r"a\.parquet: the store refuses it"):
-        plan_fragments(job(job_settings, store))
+    settings = job(job_settings, store).model_copy(update={"on_error": "quarantine"})
+    with pytest.raises(InputError, match=r"a\.parquet: the store refuses it.*Or set data\.input\."):
+        plan_fragments(settings)
 
 
 def test_an_object_that_changes_under_the_run_is_not_mixed(store: Store, job_settings: Settings) -> None:
