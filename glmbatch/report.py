@@ -260,7 +260,7 @@ def markdown(report: Report) -> str:
     for step in report.summary.steps:
         if step.labels:
             rows = [(e.label, f"{e.share:.1%}", f"{e.share_before:.1%}") for e in label_shares(report, step)]
-            shown = 3 if report.before else 2
+            shown = 3 if report.labels_before.get(step.name) else 2
             head = [step.name, "share", f"in the run before, {report.before}"]
             parts.append(_markdown_table(head[:shown], [row[:shown] for row in rows]))
     return "\n\n".join(parts)
