@@ -27,7 +27,7 @@ from glmbatch.errors import InputError, Interrupted, TransientError
 from glmbatch.pipeline import run_job
 from glmbatch.planning import plan_run
 from glmbatch.preview import preview
-from glmbatch.publishing import Summary, describe
+from glmbatch.summary import Summary, describe
 from glmbatch.verification import verify
 from tests.conftest import CAUSAL, ROOT
 from tests.stores import Request, Store
@@ -98,7 +98,9 @@ def test_all_of_a_job_may_lie_in_a_store(
     assert main(["verify", store.url("out")]) == 0
     secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
     assert not [path for path in store.path("out").listed() if secret in path.read_bytes()]
-    names = {name for name in store.names("out") if "/answers/" not in name and "/day=" not in name}
+    reports = [name for name in store.names("out") if "/reports/" in name]
+    assert len(reports) == 4  # two runs, each as a page and as JSON
+    names = {name for name in store.names("out") if "/answers/" not in name and "/day=" not in name} - set(reports)
     assert names == {"out/_manifest.json", "out/_quarantine.parquet", "out/_glmbatch/lock.00000002"}
 
 
