@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import pyarrow as pa
 
 from glmbatch.config import AnyStep, ClassifyStep, GenerateStep, JobConfig
 from glmbatch.data.known import Hold, KnownAnswers
 from glmbatch.data.ledger import Ledger
+from glmbatch.data.objects import location
 from glmbatch.data.rowkeys import row_key
 from glmbatch.errors import InputError, TransientError
 from glmbatch.glm.engine import Engine, load_engine
@@ -38,7 +38,7 @@ _KNOWN_LOCK = threading.Lock()
 
 def forget_answers(output: str) -> None:
     """Let go the indexes over `output`."""
-    root = str(Path(output).resolve())
+    root = str(location(output).resolve())
     with _KNOWN_LOCK:
         for key in [key for key in _KNOWN if key[0] == root]:
             del _KNOWN[key]

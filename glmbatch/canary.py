@@ -15,6 +15,7 @@ from glmbatch.asking import ask, keyed, prompts_of
 from glmbatch.audits import Audit
 from glmbatch.config import AnyStep, ClassifyStep, JobConfig, answer_columns
 from glmbatch.data.ledger import MANIFEST, Ledger
+from glmbatch.data.objects import location
 from glmbatch.data.parquet import open_parquet, prompt_values, write_table
 from glmbatch.data.storage import committed, writable
 from glmbatch.errors import InputError, UnusableFile
@@ -33,7 +34,7 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
     manifest = ledger.manifest()
     if manifest is None or not manifest.files:
         raise InputError(f"{output}: there is no {MANIFEST} with files, so there are no answers to freeze.")
-    if Path(file).resolve().is_relative_to(Path(output).resolve()):
+    if location(file).resolve().is_relative_to(location(output).resolve()):
         raise InputError(f"{file}: lies in the output, where it would be read as answers. Name another place.")
     tables = []
     each = -(-rows // len(manifest.files))
@@ -49,7 +50,7 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
     frozen = pa.concat_tables(tables, promote_options="permissive").slice(0, rows)
     if not len(frozen):
         raise InputError(f"{output}: no row is without fault, so there are no answers to freeze.")
-    with committed(Path(file)) as partial, writable(Path(file)):
+    with committed(location(file)) as partial, writable(location(file)):
         write_table(partial, frozen.schema.remove_metadata(), iter(frozen.to_batches()), {})
     return len(frozen)
 
@@ -78,7 +79,7 @@ def _frozen(job: JobConfig, file: str) -> pa.Table:
     needed = {column for step in job.steps for column in job.source_columns(step).values()}
     needed |= {column for step in job.steps for column in answer_columns(step)[:2]}
     try:
-        with open_parquet(Path(file)) as opened:
+        with open_parquet(location(file)) as opened:
             table = opened.read()
     except (UnusableFile, OSError) as error:
         raise InputError(f"{error} Set canary.") from error

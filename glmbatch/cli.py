@@ -166,10 +166,13 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
+    from glmbatch.config import RuntimeConfig
+    from glmbatch.fetching import local_adapter, local_checkpoint
     from glmbatch.glm.doctor import describe, examine
-    from glmbatch.glm.hub import locate_checkpoint
 
-    diagnosis = examine(locate_checkpoint(parsed.model, parsed.revision), adapter=parsed.adapter)
+    cache = RuntimeConfig().cache
+    adapter = parsed.adapter and local_adapter(parsed.adapter, cache)
+    diagnosis = examine(local_checkpoint(parsed.model, parsed.revision, cache), adapter=adapter)
     print(describe(diagnosis))
     return BAD_INPUT if diagnosis.problems else DONE
 

@@ -9,12 +9,22 @@ from __future__ import annotations
 import string
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 TEXT = "text"  # the placeholder of data.text_column, whatever that column is called
 Share = Annotated[float, Field(ge=0, le=1)]
 StepName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
+
+
+def _without_credentials(address: str) -> str:
+    if "://" in address and "@" in address.partition("://")[2].partition("/")[0]:
+        raise ValueError("an address holds no credentials; the store's package finds them in the environment")
+    return address
+
+
+# A setting is shown in forms, logs and records; the packages of object stores find credentials by their own ways.
+Address = Annotated[str, Field(min_length=1), AfterValidator(_without_credentials)]
 
 
 def _number_fields(schema: dict[str, Any]) -> None:
@@ -24,24 +34,23 @@ def _number_fields(schema: dict[str, Any]) -> None:
 
 
 class Settings(BaseModel):
-    """Frozen, refuses unknown keys, keeps the order of declaration in forms."""
+    """Frozen, refuses unknown keys, keeps the order of declaration in forms, quotes no value that it refuses."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_number_fields)
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_number_fields, hide_input_in_errors=True)
 
 
 class ModelConfig(Settings):
     """Which checkpoint answers, and in which numbers."""
 
-    path: str = Field(
-        min_length=1,
-        description="Directory of a ChatGLM2 checkpoint in its original layout, or a hub id such as THUDM/chatglm2-6b.",
+    path: Address = Field(
+        description="Directory of a ChatGLM2 checkpoint in its original layout, here or in an object store "
+        "(s3://bucket/name), or a hub id such as THUDM/chatglm2-6b.",
     )
     revision: str | None = Field(
         None, description="Commit of the hub repository; required for a hub id, refused for a directory."
     )
-    adapter: str | None = Field(
+    adapter: Address | None = Field(
         None,
-        min_length=1,
         description="Directory of a LoRA adapter as peft saves it, merged into the weights at load; empty: none.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -62,11 +71,13 @@ class ModelConfig(Settings):
 class DataConfig(Settings):
     """Where the rows come from and where the answers go."""
 
-    input: str = Field(
-        min_length=1, description="A Parquet file, a folder of them, or a glob such as `in/day=*/*.parquet`."
+    input: Address = Field(
+        description="A Parquet file, a folder of them, or a glob such as `in/day=*/*.parquet`; s3://bucket/name is one "
+        "in an object store.",
     )
-    output: str = Field(
-        min_length=1, description="Folder for the answers; made when absent, mirrors the input's folders."
+    output: Address = Field(
+        description="Folder for the answers, here or in an object store (s3://bucket/name); made when absent, mirrors "
+        "the input's folders.",
     )
     format: Literal["parquet", "delta"] = Field(
         "parquet",
@@ -222,6 +233,11 @@ class RuntimeConfig(Settings):
         None, ge=1, description="Models loaded at once; empty: all of the job where they fit in memory, else one."
     )
     fragments_in_flight: int = Field(2, ge=1, le=64, description="Fragments worked on at once; they share one engine.")
+    cache: str = Field(
+        "~/.cache/glmbatch",
+        min_length=1,
+        description="Folder of this machine for checkpoints that are fetched from an object store.",
+    )
     retries: int = Field(3, ge=0, le=20, description="Times a task is tried again after the machine failed.")
     retry_delay_seconds: float = Field(
         2.0, ge=0, le=3600, description="First wait before a retry; it doubles, with jitter."

@@ -3,7 +3,8 @@
     GlmbatchError
     ├── InputError          the caller must change something; never retried
     │   ├── UnusableFile    one Parquet file, or a part of it, cannot be read or does not fit the job
-    │   └── BadRow          a row cannot be processed and on_error is "raise"
+    │   ├── BadRow          a row cannot be processed and on_error is "raise"
+    │   └── StoreRefused    an object store does not let us: no credentials, denied, another region
     ├── TransientError      the machine failed; the same call may succeed later; retried
     │   └── OutOfMemory     the device has no room for the weights
     ├── Interrupted         the run was told to stop; run again, it goes on
@@ -29,6 +30,10 @@ class UnusableFile(InputError):
 
 class BadRow(InputError):
     """A row cannot be processed and the job says `on_error: raise`."""
+
+
+class StoreRefused(InputError):
+    """An object store does not let us do this to an address, and would not later."""
 
 
 class TransientError(GlmbatchError):

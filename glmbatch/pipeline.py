@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +23,7 @@ from glmbatch.config import AnyStep, ClassifyStep, JobConfig
 from glmbatch.data.delta import delta_schema
 from glmbatch.data.fragments import read_fragment
 from glmbatch.data.ledger import LENGTH_BIN, AnswersReceipt, Ledger, OutputReceipt
+from glmbatch.data.objects import location
 from glmbatch.data.parquet import open_parquet, prompt_values
 from glmbatch.errors import BadRow, UnusableFile
 from glmbatch.planning import (
@@ -203,7 +203,7 @@ def write_output(job: JobConfig, work: FragmentWork, answers: Sequence[AnswersRe
     faulty = [f"{each.step}_error" for each in answers]
     receipt = receipt.model_copy(update={"faulty_rows": _count_faulty(tables, faulty)})
     try:
-        with open_parquet(Path(work.fragment.path)) as file:
+        with open_parquet(location(work.fragment.path)) as file:
             source = file.schema_arrow
         schema = pa.schema([*source, *(field for table in tables for field in table.schema)], source.metadata)
         if job.data.format == "delta":

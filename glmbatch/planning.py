@@ -19,14 +19,14 @@ from glmbatch.config import ClassifyStep, GenerateStep, JobConfig, ModelConfig, 
 from glmbatch.data.delta import check_sources, is_table
 from glmbatch.data.fragments import Fragment, Plan, plan_fragments
 from glmbatch.data.ledger import Ledger, Manifest, PublishedFile
+from glmbatch.data.objects import is_remote, location
 from glmbatch.data.rowkeys import answers_key, output_key, step_key
 from glmbatch.errors import InputError
+from glmbatch.fetching import PROMPT_FILE, local_adapter, local_checkpoint
 from glmbatch.glm.files import ADAPTER_FILES
 from glmbatch.glm.pool import POOL
 from glmbatch.progress import PROGRESS
 
-# In a checkpoint that was fine-tuned here: what its training asked, which a step must ask too.
-PROMPT_FILE = "glmbatch.json"
 # Half as much again as the weights, for caches and activations.
 ROOM = 1.5
 
@@ -90,7 +90,8 @@ def check_job(job: JobConfig) -> None:
     open_output(job, run)
     Ledger(job.data.output).close(run.id)
     for model in job_models(job):
-        if model.revision is None:  # a hub id may need the network, which is the flow's to try again
+        remote = [each for each in (model.path, model.adapter or "") if is_remote(each)]
+        if model.revision is None and not remote:  # these may need the network, which is the flow's to try again
             located = locate_model(model, job.runtime)
             read_checkpoint(located.path, located.rope_scaling, located.adapter)
 
@@ -118,12 +119,12 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
 
 
 def _check_format(job: JobConfig, plan: Plan, manifest: Manifest | None) -> None:
-    output = Path(job.data.output)
+    output = location(job.data.output)
     if job.data.format == "parquet":
         if is_table(output):
             raise InputError(f"{output}: is a Delta table. Set data.format to delta, or data.output.")
         return
-    sources = {fragment.source: Path(fragment.path) for fragment in plan.fragments}
+    sources = {fragment.source: location(fragment.path) for fragment in plan.fragments}
     check_sources(output, sources, [file.output_name for file in _staying(job, plan, manifest)])
 
 
@@ -133,7 +134,7 @@ def _staying(job: JobConfig, plan: Plan, manifest: Manifest | None) -> list[Publ
     return [
         file
         for file in (manifest.files if manifest and manifest.limit is None else ())
-        if file.source not in replaced and not (drops and not (Path(plan.root) / file.source).exists())
+        if file.source not in replaced and not (drops and not (location(plan.root) / file.source).exists())
     ]
 
 
@@ -157,18 +158,15 @@ def job_models(job: JobConfig) -> list[ModelConfig]:
 
 
 def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
-    """The same model as a directory on this machine (downloaded when `path` is a hub id), its numbers settled.
+    """The same model as a directory on this machine (fetched from the hub or a store), its numbers settled.
 
     InputError when there is no such checkpoint, adapter or device, TransientError when the hub cannot be reached.
     """
     from glmbatch.glm.device import resolve_device, resolve_dtype
-    from glmbatch.glm.hub import locate_checkpoint
     from glmbatch.glm.linear import choose_form
 
-    adapter = None if model.adapter is None else os.path.expanduser(model.adapter)
-    if adapter is not None and not os.path.isdir(adapter):  # before anything is downloaded
-        raise InputError(f"{adapter}: no such directory. Set model.adapter to the directory of a LoRA adapter.")
-    directory = locate_checkpoint(model.path, model.revision)
+    adapter = None if model.adapter is None else local_adapter(model.adapter, runtime.cache)  # small, so first
+    directory = local_checkpoint(model.path, model.revision, runtime.cache)
     device = resolve_device(runtime.device)
     dtype = resolve_dtype(model.dtype, device)
     choose_form(model.quantization, device, dtype)

@@ -172,8 +172,8 @@ def _samples(job: JobConfig, ledger: Ledger, written: Sequence[OutputReceipt]) -
         table = read_columns(ledger.output_path(output), [*columns, *steps, *(f"{step}_error" for step in steps)])
         faults = [table.column(f"{step}_error").to_pylist() for step in steps]
         fine = [row for row, reasons in enumerate(zip(*faults, strict=True)) if not any(reasons)][:SAMPLE_ROWS]
-        values = {name: prompt_values(table.column(name)) for name in (*columns, *steps)}
-        return [{name: column[row] for name, column in values.items()} for row in fine]
+        names = [*columns, *steps]
+        return [{name: prompt_values(table.column(name).slice(row, 1))[0] for name in names} for row in fine]
     return []
 
 

@@ -12,7 +12,6 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
@@ -20,7 +19,8 @@ from glmbatch import page as html
 from glmbatch.audits import population_stability
 from glmbatch.config import JobConfig
 from glmbatch.data.ledger import OutputReceipt
-from glmbatch.data.storage import committed, writable
+from glmbatch.data.objects import AnyPath, location
+from glmbatch.data.storage import committed, modified, writable
 from glmbatch.errors import GlmbatchError
 from glmbatch.measures import SAMPLE_CHARS, Histogram, Measures, measure
 from glmbatch.summary import StepSummary, Summary, short
@@ -63,7 +63,7 @@ def write_report(job: JobConfig, summary: Summary, outputs: Sequence[OutputRecei
 
     `before` is the run that was published last. None, and a warning, when it cannot be written: no run fails by it.
     """
-    folder = Path(job.data.output) / REPORTS
+    folder = location(job.data.output) / REPORTS
     path = folder / f"{summary.run}.html"
     try:
         report = _gathered(job, summary.model_copy(update={"report": str(path)}), outputs, before)
@@ -77,10 +77,10 @@ def write_report(job: JobConfig, summary: Summary, outputs: Sequence[OutputRecei
     return str(path)
 
 
-def read_report(output: str | Path, run: str | None) -> Report | None:
+def read_report(output: str, run: str | None) -> Report | None:
     """The facts of `run`; None when there is no report of it."""
     try:
-        return Report.model_validate_json((Path(output) / REPORTS / f"{run}.json").read_bytes())
+        return Report.model_validate_json((location(output) / REPORTS / f"{run}.json").read_bytes())
     except (OSError, ValidationError):
         return None
 
@@ -104,8 +104,8 @@ def _gathered(job: JobConfig, summary: Summary, outputs: Sequence[OutputReceipt]
     )
 
 
-def _forget_old(folder: Path, keep: set[str | None]) -> None:
-    pages = sorted(folder.glob("*.html"), key=lambda path: path.stat().st_mtime_ns)
+def _forget_old(folder: AnyPath, keep: set[str | None]) -> None:
+    pages = sorted(folder.glob("*.html"), key=modified)
     for path in pages[:-KEPT]:
         if path.stem not in keep:
             path.unlink(missing_ok=True)
@@ -260,7 +260,7 @@ def markdown(report: Report) -> str:
     for step in report.summary.steps:
         if step.labels:
             rows = [(e.label, f"{e.share:.1%}", f"{e.share_before:.1%}") for e in label_shares(report, step)]
-            shown = 3 if report.before else 2
+            shown = 3 if report.labels_before.get(step.name) else 2
             head = [step.name, "share", f"in the run before, {report.before}"]
             parts.append(_markdown_table(head[:shown], [row[:shown] for row in rows]))
     return "\n\n".join(parts)

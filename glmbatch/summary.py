@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from glmbatch.audits import Audit, total
-from glmbatch.data.delta import LOG
+from glmbatch.data.delta import is_table
 from glmbatch.data.fragments import FileFault
 from glmbatch.data.ledger import QUARANTINE, AnswersReceipt
+from glmbatch.data.objects import location
 
 
 class StepSummary(BaseModel, frozen=True, extra="forbid"):
@@ -108,15 +108,14 @@ def describe(summary: Summary) -> str:
     if summary.faulty_rows or summary.unusable:
         lines += ["", f"{summary.faulty_rows} rows failed, files left out: {len(summary.unusable)}"]
         lines += [f"  {fault.reason}" for fault in summary.unusable]
-        lines.append(f"  each row with its reason: {Path(summary.output) / QUARANTINE}")
+        lines.append(f"  each row with its reason: {location(summary.output) / QUARANTINE}")
     lines += ["", *(f"audit {each}" for each in summary.audits)] if summary.audits else []
     if summary.kept_sources:
         lines += ["", f"{summary.kept_sources} sources that were not in this run stay published."]
     for sample in summary.samples:
         lines += ["", *(f"  {name}: {short(value)}" for name, value in sample.items())]
-    reader = (
-        "deltalake.DeltaTable({}).to_pandas()" if (Path(summary.output) / LOG).is_dir() else "pandas.read_parquet({})"
-    )
+    table = is_table(location(summary.output))
+    reader = "deltalake.DeltaTable({}).to_pandas()" if table else "pandas.read_parquet({})"
     lines += ["", "Read the answers: " + reader.format(repr(summary.output))]
     lines += [f"Read about the run: {summary.report}"] if summary.report else []
     return "\n".join(lines)

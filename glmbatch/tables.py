@@ -18,6 +18,7 @@ import pyarrow as pa
 from glmbatch.config import JobConfig, answer_columns
 from glmbatch.data.fragments import check_schema
 from glmbatch.data.ledger import DIGEST_CHARS, Ledger
+from glmbatch.data.objects import AnyPath, location
 from glmbatch.data.parquet import READ_BATCH_ROWS, read_columns, write_table
 from glmbatch.data.storage import commit, digest_file, partial_beside, writable
 from glmbatch.errors import AuditError, InputError
@@ -52,7 +53,7 @@ def annotate_table(table: AnyTable, job: Job, *, cache: str | os.PathLike[str] |
         raise InputError(f"{WHERE}: every row of a table is answered. Take the rows you want, and unset data.limit.")
     columns = _columns(table, settings)
     if cache is not None:
-        answers = _answers(columns, settings, Path(cache))
+        answers = _answers(columns, settings, location(os.fspath(cache)))
     else:
         with TemporaryDirectory(prefix="glmbatch-") as folder:
             try:
@@ -104,7 +105,7 @@ def _as_arrow(name: str, column: Any) -> pa.Array | pa.ChunkedArray:
         raise InputError(f"{WHERE}: column {name!r} has no one type: {reason}. Make it text.") from error
 
 
-def _answers(columns: pa.Table, job: JobConfig, folder: Path) -> pa.Table:
+def _answers(columns: pa.Table, job: JobConfig, folder: AnyPath) -> pa.Table:
     """The answer columns, row for row, by a run whose input and output lie in `folder`."""
     models = [prepare_model(locate_model(model, job.runtime)) for model in job_models(job)]
     # An output holds the answers of one set of steps and weights.
@@ -115,14 +116,14 @@ def _answers(columns: pa.Table, job: JobConfig, folder: Path) -> pa.Table:
     summary = run_job(job.model_copy(update={"data": data}))
     if summary.unusable:
         raise InputError(summary.unusable[0].reason)
-    manifest = Ledger(output).manifest()
+    manifest = Ledger(str(output)).manifest()
     files = [file for file in manifest.files if file.source == source.name] if manifest else []
     names = [name for step in job.steps for name in answer_columns(step)]
     in_order = sorted(files, key=lambda file: file.first_row)
     return pa.concat_tables([read_columns(output / file.output_name, names) for file in in_order])
 
 
-def _write(table: pa.Table, folder: Path) -> Path:
+def _write(table: pa.Table, folder: AnyPath) -> AnyPath:
     """The Parquet file of `table`, named by its bytes: the same rows are the same file."""
     with partial_beside(folder / "table") as partial, writable(folder):
         try:

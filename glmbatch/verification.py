@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 import pyarrow as pa
@@ -28,6 +28,7 @@ from glmbatch.data.ledger import (
     OutputReceipt,
     PublishedFile,
 )
+from glmbatch.data.objects import AnyPath, location
 from glmbatch.data.parquet import footer_metadata, open_parquet, read_columns, read_rows
 from glmbatch.data.storage import PARTIAL, digest_file
 from glmbatch.errors import InputError, UnusableFile
@@ -93,7 +94,7 @@ def describe(verification: Verification) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _source_digest(path: Path) -> str:
+def _source_digest(path: AnyPath) -> str:
     """Taken once: a source has many fragments."""
     return digest_file(path)
 
@@ -122,7 +123,7 @@ def _strangers(ledger: Ledger, manifest: Manifest) -> Iterator[Finding]:
             yield _wrong(name, f"is not in {MANIFEST}: of a run that did not end, or not of glmbatch")
 
 
-def _is_seen(name: Path) -> bool:
+def _is_seen(name: PurePath) -> bool:
     return name.suffix == ".parquet" and not any(part[0] in "._" for part in name.parts)
 
 
@@ -147,7 +148,7 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
             elif file.first_row > at and source not in damaged:
                 yield _wrong(file.output_name, f"rows {at} to {file.first_row - 1} of {source} are in no file")
             at = max(at, file.first_row + file.rows)
-        path = Path(manifest.root) / source
+        path = location(manifest.root) / source
         total = _rows_of(path)
         same = all(file.source_digest == files[0].source_digest for file in files)
         whole = manifest.limit is None and source not in damaged and same
@@ -155,7 +156,7 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
             yield _wrong(files[-1].output_name, f"rows {at} to {total - 1} of {source} are in no file")
 
 
-def _rows_of(path: Path) -> int | None:
+def _rows_of(path: AnyPath) -> int | None:
     try:
         with open_parquet(path) as file:
             return int(file.metadata.num_rows)
@@ -163,7 +164,7 @@ def _rows_of(path: Path) -> int | None:
         return None
 
 
-def _file_findings(root: Path, manifest: Manifest, file: PublishedFile, faulty: Counter[str]) -> Iterator[Finding]:
+def _file_findings(root: AnyPath, manifest: Manifest, file: PublishedFile, faulty: Counter[str]) -> Iterator[Finding]:
     path, name = root / file.output_name, file.output_name
     if not path.is_file():
         yield _wrong(name, "is gone")
@@ -198,7 +199,7 @@ def _receipt_findings(file: PublishedFile, receipt: OutputReceipt) -> Iterator[F
 
 
 def _answer_findings(
-    path: Path, file: PublishedFile, receipt: OutputReceipt, faulty: Counter[str]
+    path: AnyPath, file: PublishedFile, receipt: OutputReceipt, faulty: Counter[str]
 ) -> Iterator[Finding]:
     """Every row has an answer or a reason, for every step; and as many reasons as the receipt counts."""
     names = [f"{step.step}{end}" for step in receipt.answers for end in ("", "_error", "_key")]
@@ -223,9 +224,11 @@ def _rows_where(condition: pa.ChunkedArray | pa.Array) -> list[int]:
     return [row for row, holds in enumerate(condition.to_pylist()) if holds]
 
 
-def _source_findings(root: Path, manifest: Manifest, file: PublishedFile, receipt: OutputReceipt) -> Iterator[Finding]:
+def _source_findings(
+    root: AnyPath, manifest: Manifest, file: PublishedFile, receipt: OutputReceipt
+) -> Iterator[Finding]:
     """The source's own columns stand in the output as they are, row for row."""
-    source, path = Path(manifest.root) / file.source, root / file.output_name
+    source, path = location(manifest.root) / file.source, root / file.output_name
     if not source.is_file():
         yield Finding(kind="unchecked", file=file.output_name, what=f"{source} is gone")
         return
@@ -255,7 +258,7 @@ def _source_findings(root: Path, manifest: Manifest, file: PublishedFile, receip
                 break
 
 
-def _column(path: Path, row_groups: Sequence[int], skip_rows: int, rows: int, name: str) -> pa.ChunkedArray:
+def _column(path: AnyPath, row_groups: Sequence[int], skip_rows: int, rows: int, name: str) -> pa.ChunkedArray:
     batches = list(read_rows(path, row_groups, skip_rows, rows, [name]))
     return pa.Table.from_batches(batches).column(0) if batches else pa.chunked_array([], pa.null())
 

@@ -23,6 +23,7 @@ from prefect.artifacts import (
 from prefect.exceptions import PrefectException
 
 from glmbatch.config import JobConfig
+from glmbatch.data.objects import location
 from glmbatch.planning import Run
 from glmbatch.report import errors_by_reason, markdown, read_report
 
@@ -64,7 +65,8 @@ def show_report(job: JobConfig, run: Run) -> None:
     with _optional():
         create_markdown_artifact(markdown(report), key="annotate", description=f"run {run.id}")
         create_table_artifact(errors, key="annotate-errors", description="errors by reason")
-        address = Path(report.summary.report).resolve().as_uri()
+        page = location(report.summary.report).resolve()
+        address = page.as_uri() if isinstance(page, Path) else str(page)
         create_link_artifact(address, "the report of the run", key="annotate-report", description=report.summary.report)
 
 

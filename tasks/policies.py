@@ -20,6 +20,7 @@ from prefect.tasks import exponential_backoff
 
 from glmbatch.config import JobConfig, RuntimeConfig
 from glmbatch.data.ledger import RESULTS
+from glmbatch.data.objects import is_remote
 from glmbatch.errors import TransientError
 from glmbatch.glm.pool import POOL
 from glmbatch.planning import Assignment
@@ -35,10 +36,13 @@ def machine_failed(task: Task[..., Any], run: TaskRun, state: State[Any]) -> boo
 def configured(task: Task[..., Any], job: JobConfig, *, refresh: bool = False) -> Any:
     """`task` with the job's retries, its results kept in the job's output; `refresh` runs it even when cached.
 
+    Of an output in an object store they are kept where Prefect keeps results: the ledger alone says what is done.
     Typed Any because Prefect takes futures and quoted values where the task itself takes plain ones.
     """
-    storage = Path(job.data.output).resolve() / RESULTS
-    return retried(task, job.runtime).with_options(result_storage=storage, refresh_cache=refresh)
+    task = retried(task, job.runtime).with_options(refresh_cache=refresh)
+    if is_remote(job.data.output):
+        return task
+    return task.with_options(result_storage=Path(job.data.output).resolve() / RESULTS)
 
 
 def retried(task: Task[..., Any], runtime: RuntimeConfig) -> Any:

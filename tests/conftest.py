@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from glmbatch.tuning.config import TuneConfig
+from tests.stores import Store, s3_store
 from tests.tuning.rows import labelled
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,6 +27,22 @@ CLASSIFIER = GOLDENS / "classifier"
 
 CLASSIFY = {"kind": "classify", "name": "mood", "labels": ["good", "bad", "so so"]}
 GENERATE = {"kind": "generate", "name": "reply", "prompt_template": "{mood}: {text}", "max_tokens": 6}
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """An S3 server for all tests."""
+    with s3_store(tmp_path_factory.mktemp("s3") / "log") as store:
+        yield store
+
+
+@pytest.fixture
+def store(s3: Store) -> Iterator[Store]:
+    """An empty folder in an object store, without faults."""
+    s3.folder = uuid.uuid4().hex
+    s3.calm()
+    yield s3
+    s3.calm()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
+from glmbatch.data.objects import AnyPath
 from glmbatch.data.parquet import is_text, open_parquet
 from glmbatch.data.storage import sync, writable
 from glmbatch.errors import GlmbatchError, InputError, TransientError
@@ -32,7 +33,7 @@ SAME = frozenset({pa.bool_(), pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.
 HINT = "Set data.format to parquet, or leave the column out."
 
 
-def check_sources(output: Path, sources: Mapping[str, Path], staying: Sequence[str]) -> None:
+def check_sources(output: AnyPath, sources: Mapping[str, AnyPath], staying: Sequence[str]) -> None:
     """InputError when the Parquet files `sources` (name to path) cannot stand in the table of `output`.
 
     The files `staying` of the table, by name, stay there beside them.
@@ -43,6 +44,7 @@ def check_sources(output: Path, sources: Mapping[str, Path], staying: Sequence[s
         raise InputError(
             "data.format is delta, and deltalake is not installed. Run pip install 'glmbatch[delta]'."
         ) from error
+    output = _local(output)
     with _delta_errors(output):
         table = _open(output)
         if table is not None and table.transaction_version(APPLICATION) is None:
@@ -105,11 +107,20 @@ class Commit:
     known: frozenset[str]  # files of the last version
 
 
-def plan_commit(root: Path, files: Mapping[str, Path]) -> Commit:
+def _local(root: AnyPath) -> Path:
+    if isinstance(root, Path):
+        return root
+    raise InputError(
+        f"{root}: a Delta table is written on this machine only. Set data.format to parquet, or data.output."
+    )
+
+
+def plan_commit(root: AnyPath, files: Mapping[str, AnyPath]) -> Commit:
     """How the table in `root` comes to consist of just `files` (name below `root` to where each lies now).
 
     InputError when they cannot stand in one table; nothing is written.
     """
+    root = _local(root)
     with _delta_errors(root):
         table = _open(root)
         known = _live_files(table)
@@ -118,7 +129,7 @@ def plan_commit(root: Path, files: Mapping[str, Path]) -> Commit:
         return Commit(columns, partitions, "append" if grows else "overwrite", frozenset(known))
 
 
-def commit_table(root: Path, rows: Mapping[str, int], commit: Commit) -> None:
+def commit_table(root: AnyPath, rows: Mapping[str, int], commit: Commit) -> None:
     """Make the table in `root` consist of just the files `rows` (name below `root` to number of rows), in one commit.
 
     Safe to repeat: what is there already is not committed again. The commit reaches the disk before the return.
@@ -128,7 +139,7 @@ def commit_table(root: Path, rows: Mapping[str, int], commit: Commit) -> None:
 
     if commit.known == set(rows):
         return
-    now, partitions = int(time.time() * 1000), commit.partitions
+    now, partitions, root = int(time.time() * 1000), commit.partitions, _local(root)
     with _delta_errors(root), writable(root / LOG):
         table = _open(root)
         version = table.transaction_version(APPLICATION) if table is not None else None
@@ -173,10 +184,10 @@ def _grow(table: DeltaTable, commit: Commit) -> None:
         table.alter.add_feature(TableFeatures.TimestampWithoutTimezone, allow_protocol_versions_increase=True)
 
 
-def table_files(root: Path) -> set[str]:
+def table_files(root: AnyPath) -> set[str]:
     """Names below `root` of the files of the table's latest version; none when there is no table."""
-    with _delta_errors(root):
-        return _live_files(_open(root))
+    with _delta_errors(_local(root)):
+        return _live_files(_open(_local(root)))
 
 
 def _live_files(table: DeltaTable | None) -> set[str]:
@@ -185,7 +196,7 @@ def _live_files(table: DeltaTable | None) -> set[str]:
     return {unquote(path) for path in pa.table(table.get_add_actions(flatten=True)).column("path").to_pylist()}
 
 
-def is_table(root: Path) -> bool:
+def is_table(root: AnyPath) -> bool:
     """Whether a Delta table was ever committed in `root`."""
     return any((root / LOG).glob("*.json"))
 
@@ -254,7 +265,7 @@ def _partition_columns(schemas: Mapping[str, pa.Schema]) -> list[str]:
     return first[1] if first else []
 
 
-def _schema_of(path: Path) -> pa.Schema:
+def _schema_of(path: AnyPath) -> pa.Schema:
     with open_parquet(path) as file:
         return delta_schema(str(path), file.schema_arrow.remove_metadata())
 

@@ -15,8 +15,9 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from glmbatch.config import DataConfig, JobConfig, answer_columns
+from glmbatch.data.objects import AnyPath, location
 from glmbatch.data.parquet import check_column, open_parquet, read_rows, readable
-from glmbatch.data.storage import digest_file, find_files
+from glmbatch.data.storage import digest_file, find_files, naming
 from glmbatch.errors import InputError, UnusableFile
 
 
@@ -24,7 +25,7 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     """Rows `first_row` to `first_row + rows` of one file, and the row groups that hold them.
 
     `skip_rows` of the first row group belong to the fragment before. `digest` is that of the whole file, `stamp` its
-    size in bytes and time of change in nanoseconds when it was planned.
+    size in bytes and time of change in nanoseconds (in a store: the number of its ETag) when it was planned.
     """
 
     source: str
@@ -94,13 +95,16 @@ def plan_fragments(job: JobConfig, *, digests: bool = True) -> Plan:
     return Plan(root=str(root.resolve()), fragments=fragments, unusable=tuple(faults), limit=job.data.limit)
 
 
-def _each_file(root: Path, names: list[str], job: JobConfig, digests: bool) -> Iterator[list[Fragment] | UnusableFile]:
+def _each_file(
+    root: AnyPath, names: list[str], job: JobConfig, digests: bool
+) -> Iterator[list[Fragment] | UnusableFile]:
     """The fragments of each file, or why it cannot be used; digests are taken side by side."""
 
     def outcome(name: str) -> list[Fragment] | UnusableFile:
         try:
-            ranges = _fragments_of(root, name, job)
-            digest = _digest(root / name) if digests else ""
+            with naming("data.input"):
+                ranges = _fragments_of(root, name, job)
+                digest = _digest(root / name) if digests else ""
         except UnusableFile as error:
             return error
         return [fragment.model_copy(update={"digest": digest}) for fragment in ranges]
@@ -120,28 +124,29 @@ def _refuse_same_output(ranges: list[Fragment]) -> None:
             )
 
 
-def _refuse_nesting(root: Path, names: list[str], data: DataConfig) -> None:
+def _refuse_nesting(root: AnyPath, names: list[str], data: DataConfig) -> None:
     """Answers must not lie where the next run, or a reader of the output, would take them for something else."""
-    output = Path(data.output).resolve()
-    if output.exists() and not output.is_dir():
+    output = location(data.output).resolve()
+    with naming("data.output"):
+        is_file = output.exists() and not output.is_dir()
+    if is_file:
         raise InputError(f"{data.output}: is a file where a folder is expected. Set data.output.")
-    recursive = Path(data.input).is_dir() or "**" in data.input
+    recursive = location(data.input).is_dir() or "**" in data.input
     if recursive and (output == root.resolve() or root.resolve() in output.parents):
         raise InputError(
             f"{data.output}: lies inside the input {root}, so answers would be read as rows. Set data.output."
         )
     for name in names:
-        if output in Path(os.path.realpath(root / name)).parents:
+        if output in _real(root / name).parents:
             raise InputError(
                 f"{data.output}: holds the input file {root / name}. Set data.output to a folder of its own."
             )
 
 
-def _fragments_of(root: Path, name: str, job: JobConfig) -> list[Fragment]:
+def _fragments_of(root: AnyPath, name: str, job: JobConfig) -> list[Fragment]:
     path = root / name
-    # realpath, since it does not raise where links go in a circle; then opening does.
-    named = os.path.realpath(job.data.input if Path(job.data.input).exists() else root)
-    if not Path(os.path.realpath(path)).is_relative_to(named):
+    given = location(job.data.input)
+    if isinstance(path, Path) and not _real(path).is_relative_to(_real(given if given.exists() else root)):
         raise UnusableFile(f"{path}: is a link that leads out of the input. Copy the file, or set data.input to it.")
     with readable(path):
         stamp = _stamp(path)
@@ -166,7 +171,7 @@ def _fragments_of(root: Path, name: str, job: JobConfig) -> list[Fragment]:
     ]
 
 
-def check_schema(path: Path, name: str, schema: pa.Schema, job: JobConfig) -> None:
+def check_schema(path: AnyPath, name: str, schema: pa.Schema, job: JobConfig) -> None:
     """Check that the job's prompts and answers fit a file of this schema.
 
     InputError for a name that collides; UnusableFile for a column that is missing or holds no text, because other
@@ -198,14 +203,19 @@ def read_fragment(fragment: Fragment, columns: Sequence[str] | None = None) -> I
 
     UnusableFile when they cannot be read, or the file is no longer the one that was planned.
     """
-    path = Path(fragment.path)
+    path = location(fragment.path)
     yield from read_rows(path, fragment.row_groups, fragment.skip_rows, fragment.rows, columns)
     with readable(path):
         if _stamp(path) != fragment.stamp:
             raise UnusableFile(f"{path}: was changed while the run read it. Run again when it is complete.")
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _real(path: AnyPath) -> AnyPath:
+    # realpath, since it does not raise where links go in a circle; then opening does. A store has no links.
+    return Path(os.path.realpath(path)) if isinstance(path, Path) else path
+
+
+def _stamp(path: AnyPath) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
@@ -234,7 +244,7 @@ def cut(group_rows: list[int], rows_per_fragment: int) -> Iterator[tuple[int, in
         yield first_row, pending_rows, tuple(pending), 0
 
 
-def _digest(path: Path) -> str:
+def _digest(path: AnyPath) -> str:
     with readable(path):
         return digest_file(path)
 

@@ -12,12 +12,12 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from glmbatch.data.objects import AnyPath
 from glmbatch.data.parquet import read_columns
 from glmbatch.data.rowkeys import KEY_BYTES
 from glmbatch.data.storage import digest_file
@@ -33,7 +33,7 @@ TABLES_KEPT = 8
 class AnswerFile:
     """A file with the answers of one step, whose columns begin with `step`; `digest` is that of its bytes."""
 
-    path: Path
+    path: AnyPath
     step: str
     digest: str
 

@@ -7,7 +7,7 @@
     OUTPUT/_glmbatch/staged/<output key>.<digest>.parquet      output files that wait for publication
     OUTPUT/_glmbatch/publishing.json                           files of publications that have not come to their end
     OUTPUT/_glmbatch/refused.parquet                           rows that failed in a run that published nothing
-    OUTPUT/_glmbatch/lock                                      held by the run that writes
+    OUTPUT/_glmbatch/lock                                      held by the run that writes; in a store: lock.<number>
 
 Each file carries its receipt in its footer and appears by one rename, so a kill at any moment leaves it whole or
 absent, and running again finds it.
@@ -15,14 +15,11 @@ absent, and running again finds it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
-import shutil
-import socket
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -33,14 +30,27 @@ from pydantic import BaseModel, ValidationError
 from glmbatch.data.delta import commit_table, plan_commit
 from glmbatch.data.fragments import FileFault, Fragment, Plan
 from glmbatch.data.known import AnswerFile
+from glmbatch.data.locks import check_held, hold, release
+from glmbatch.data.objects import AnyPath, location
 from glmbatch.data.parquet import footer_metadata, open_parquet, write_table
-from glmbatch.data.storage import PARTIAL, commit, committed, digest_file, partial_beside, writable
+from glmbatch.data.storage import (
+    PARTIAL,
+    commit,
+    committed,
+    digest_file,
+    move,
+    naming,
+    partial_beside,
+    remove_tree,
+    writable,
+)
 from glmbatch.errors import InputError, UnusableFile
 
 logger = logging.getLogger(__name__)
 
 DIGEST_CHARS = 32
 LENGTH_BIN = 8
+MOVES_AT_ONCE = 16
 RECEIPT = "glmbatch.receipt"
 MANIFEST = "_manifest.json"
 QUARANTINE = "_quarantine.parquet"
@@ -50,8 +60,6 @@ PUBLISHING = "_glmbatch/publishing.json"
 REFUSED = "_glmbatch/refused.parquet"
 RESULTS = "_glmbatch/results"
 LOCK = "_glmbatch/lock"
-# The locks that this process holds, by path, and for which run; the system frees them when it ends, however it ends.
-_LOCKS: dict[str, tuple[int, str]] = {}
 _COMMITTING = threading.Lock()
 
 
@@ -147,40 +155,19 @@ class Ledger:
     """The output folder of one job."""
 
     def __init__(self, output: str | Path) -> None:
-        self.root = Path(output)
+        self.root = location(output)
 
     def open(self, run: str = "") -> None:
         """Make the folder, prove that it can be written, and keep all but `run` from writing to it until `close`.
 
-        InputError when it cannot be written or another run holds it. The lock of a process that died is free.
+        InputError when it cannot be written or another run holds it. The lock of a process that died is free; in a
+        store, after some minutes.
         """
-        path = self.root / LOCK
-        with committed(path.with_name("writable")) as partial, writable(path):
-            partial.write_bytes(b"")
-        path.with_name("writable").unlink(missing_ok=True)
-        _, here = _LOCKS.get(str(path.resolve()), (0, run))
-        if here != run:
-            raise InputError(f"{self.root}: another run of this process is writing to it. Set data.output.")
-        if str(path.resolve()) in _LOCKS:
-            return
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(handle, 1000).decode(errors="replace") or "another process"
-            os.close(handle)
-            raise InputError(
-                f"{self.root}: {holder} is writing to it. Wait for its end, or set data.output."
-            ) from error
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} of {socket.gethostname()}".encode())
-        _LOCKS[str(path.resolve())] = handle, run
+        hold(self.root / LOCK, run)
 
     def close(self, run: str = "") -> None:
         """Let others write to the folder, if `run` holds it."""
-        path = str((self.root / LOCK).resolve())
-        if path in _LOCKS and _LOCKS[path][1] == run:
-            os.close(_LOCKS.pop(path)[0])
+        release(self.root / LOCK, run)
 
     def find_answers(
         self, key: str, run: str, earlier: Mapping[str, str] | None = None, *, retry_failed: bool
@@ -219,17 +206,21 @@ class Ledger:
         Under a published key too, where a later run has asked again about rows that had failed.
         """
         published = {(receipt.key, receipt.run) for receipt in self.published_receipts()}
-        for path in sorted((self.root / ANSWERS).glob("*.parquet")):
+        for path in self._answers():
             receipt = _receipt(path, AnswersReceipt)
             if receipt is not None and (receipt.key, receipt.run) not in published:
                 yield receipt
 
-    def _unpublished(self) -> Iterator[tuple[Path, AnswersReceipt]]:
+    def _unpublished(self) -> Iterator[tuple[AnyPath, AnswersReceipt]]:
         kept = {key for file in self._published() for key in file.answers_keys}
-        for path in sorted((self.root / ANSWERS).glob("*.parquet")):
+        for path in self._answers():
             receipt = _receipt(path, AnswersReceipt) if path.name.split(".")[0] not in kept else None
             if receipt is not None:
                 yield path, receipt
+
+    def _answers(self) -> list[AnyPath]:
+        paths: list[AnyPath] = [*(self.root / ANSWERS).glob("*.parquet")]
+        return sorted(paths)
 
     def published_receipts(self) -> Iterator[AnswersReceipt]:
         """The receipts of all published answers, as their files' footers have them."""
@@ -300,9 +291,11 @@ class Ledger:
     def manifest(self) -> Manifest | None:
         """What is published; None when nothing is."""
         path = self.root / MANIFEST
-        if not path.is_file():
+        try:
+            with naming("data.output"):
+                status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        status = path.stat()
         return _parsed_manifest(path, status.st_mtime_ns, status.st_size, status.st_ino)
 
     def quarantine(self, sources: Collection[str]) -> list[dict[str, Any]]:
@@ -317,7 +310,7 @@ class Ledger:
             logger.warning("%s: it is written anew, without the rows of earlier runs", error)
             return []
 
-    def refuse(self, failed: pa.Table) -> Path:
+    def refuse(self, failed: pa.Table) -> AnyPath:
         """Keep the list of failed rows of a run that publishes nothing, until one publishes; its path."""
         _write_list(self.root / REFUSED, failed)
         return self.root / REFUSED
@@ -327,6 +320,7 @@ class Ledger:
 
         Killed in between, the next publication finds in the manifest what was still to be taken away.
         """
+        check_held(self.root / LOCK)
         names = {file.output_name for file in manifest.files}
         left = self._begun()
         version = None
@@ -335,30 +329,35 @@ class Ledger:
             left -= version.known  # older versions of the table need theirs
         with committed(self.root / PUBLISHING) as partial:
             partial.write_text(json.dumps(sorted(left | {output.output_name for output in outputs})), encoding="utf-8")
-        for output in outputs:
-            public = self.root / output.output_name
-            for staged in (self.root / STAGED).glob(f"{output.key}.*.parquet"):
-                with writable(public):
-                    public.parent.mkdir(parents=True, exist_ok=True)
-                commit(staged, public)
+        if isinstance(self.root, Path):
+            for output in outputs:
+                self._move_staged(output)
+        else:  # each is some requests: side by side, so that readers see old and new together for less long
+            with ThreadPoolExecutor(MOVES_AT_ONCE) as pool:
+                list(pool.map(self._move_staged, outputs))
         if version is not None:
             commit_table(self.root, {file.output_name: file.rows for file in manifest.files}, version)
         _write_list(self.root / QUARANTINE, quarantine)
+        check_held(self.root / LOCK)
         with committed(self.root / MANIFEST) as partial:
             partial.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         for name in {*manifest.replaced, *left} - names:
             (self.root / name).unlink(missing_ok=True)
         (self.root / PUBLISHING).unlink(missing_ok=True)
         (self.root / REFUSED).unlink(missing_ok=True)
-        shutil.rmtree(self.root / STAGED, ignore_errors=True)
+        remove_tree(self.root / STAGED)
         self._sweep({key for file in manifest.files for key in file.answers_keys})
+
+    def _move_staged(self, output: OutputReceipt) -> None:
+        for staged in (self.root / STAGED).glob(f"{output.key}.*.parquet"):
+            move(staged, self.root / output.output_name)
 
     def _begun(self) -> set[str]:
         """Names of the files that publications were to move into place which were killed before their manifest."""
         path = self.root / PUBLISHING
         return set(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
 
-    def _places(self, manifest: Manifest, outputs: Sequence[OutputReceipt]) -> dict[str, Path]:
+    def _places(self, manifest: Manifest, outputs: Sequence[OutputReceipt]) -> dict[str, AnyPath]:
         """Where each file of `manifest` lies before the moves."""
         places = {file.output_name: self.root / file.output_name for file in manifest.files}
         for output in outputs:
@@ -366,14 +365,14 @@ class Ledger:
                 places[output.output_name] = staged
         return places
 
-    def output_path(self, output: OutputReceipt) -> Path:
+    def output_path(self, output: OutputReceipt) -> AnyPath:
         """Where the output file lies that `output` tells of: staged, or published already."""
         staged = self.root / STAGED / f"{output.key}.{output.digest[:DIGEST_CHARS]}.parquet"
         return staged if staged.exists() else self.root / output.output_name
 
     def _sweep(self, kept_keys: set[str]) -> None:
         """Delete answers that nothing published rests on, and what killed runs left half-written."""
-        for path in (self.root / ANSWERS).glob("*.parquet"):
+        for path in self._answers():
             if path.name.split(".")[0] not in kept_keys:
                 path.unlink(missing_ok=True)
         for partial in [*self.root.glob(f".*{PARTIAL}"), *(self.root / "_glmbatch").rglob(f".*{PARTIAL}")]:
@@ -381,7 +380,7 @@ class Ledger:
 
 
 @lru_cache(maxsize=4)
-def _parsed_manifest(path: Path, *stamp: int) -> Manifest:
+def _parsed_manifest(path: AnyPath, *stamp: int) -> Manifest:
     """Parsed once for each `stamp`, since every fragment asks."""
     try:
         return Manifest.model_validate_json(path.read_bytes())
@@ -396,12 +395,12 @@ def _write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], rec
         write_table(path, schema, batches, {RECEIPT: receipt.model_dump_json()})
 
 
-def _write_list(path: Path, rows: pa.Table) -> None:
+def _write_list(path: AnyPath, rows: pa.Table) -> None:
     with committed(path) as partial, writable(path):
         write_table(partial, rows.schema, iter(rows.to_batches()), {})
 
 
-def _receipt(path: Path, kind: type[Receipt]) -> Receipt | None:
+def _receipt(path: AnyPath, kind: type[Receipt]) -> Receipt | None:
     """The receipt in the footer of `path`; None when there is no sound one."""
     try:
         text = footer_metadata(path, RECEIPT)
@@ -410,7 +409,7 @@ def _receipt(path: Path, kind: type[Receipt]) -> Receipt | None:
         return None
 
 
-def _whole(folder: Path, key: str, kind: type[Receipt]) -> tuple[Receipt, Path] | None:
+def _whole(folder: AnyPath, key: str, kind: type[Receipt]) -> tuple[Receipt, AnyPath] | None:
     """The receipt and path of the file under `key` in `folder` whose bytes match the digest in its name.
 
     One that does not match is deleted: it was damaged after it was committed.
@@ -455,7 +454,7 @@ def merged_manifest(  # noqa: PLR0913 - five facts about the run and one of the 
         new = by_source.get(old.source, [])
         if not new:
             renamed = old.source_digest in digests or not keep_missing
-            return not renamed or (Path(plan.root) / old.source).exists()
+            return not renamed or (location(plan.root) / old.source).exists()
         covered = any(
             file.first_row < old.first_row + old.rows and old.first_row < file.first_row + file.rows for file in new
         )

@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from glmbatch.data.objects import AnyPath, ObjectPath, store_errors
 from glmbatch.errors import InputError, TransientError, UnusableFile
 
 READ_BATCH_ROWS = 10_000  # also the rows of a row group that is written
+SMALL_BYTES = 32 << 20  # an object up to this size may be buffered whole: fewer requests
 # pyarrow raises OSError both for damaged bytes (no errno of the system) and for a failing disk or mount.
 FAILING_DEVICE = frozenset({errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn whatever reading `path` raises into UnusableFile, or TransientError when the device is at fault."""
+def readable(path: AnyPath) -> Iterator[None]:
+    """Turn whatever reading `path` raises into UnusableFile, or TransientError when the device or store is at fault.
+
+    What a store refuses stays StoreRefused: credentials may have ended in the midst of a run, and no file is to blame.
+    """
     try:
-        yield
+        with store_errors(path):
+            yield
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, ValueError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno in FAILING_DEVICE:
             raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error
@@ -38,19 +44,23 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
-    """The opened file; reading it inside the `with` raises only our errors."""
-    if path.is_dir():
+def open_parquet(path: AnyPath) -> Iterator[pq.ParquetFile]:
+    """The opened file; reading it inside the `with` raises only our errors.
+
+    Of an object only the parts that are read are fetched, and the parts of a small one side by side.
+    """
+    if isinstance(path, Path) and path.is_dir():
         raise UnusableFile(f"{path}: is a folder where a Parquet file is expected.")
-    with (
-        readable(path),
-        pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as file,
-    ):
-        yield file
+    with readable(path), ExitStack() as opened:
+        source = opened.enter_context(path.open_ranges()) if isinstance(path, ObjectPath) else path
+        small = isinstance(path, ObjectPath) and getattr(source, "size", 0) <= SMALL_BYTES
+        yield opened.enter_context(
+            pq.ParquetFile(source, pre_buffer=small, buffer_size=1 << 20, page_checksum_verification=True)
+        )
 
 
 def read_rows(
-    path: Path, row_groups: Sequence[int], skip_rows: int, rows: int, columns: Sequence[str] | None = None
+    path: AnyPath, row_groups: Sequence[int], skip_rows: int, rows: int, columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Rows `skip_rows` to `skip_rows + rows` of the given row groups, in order, in batches of some thousand rows.
 
@@ -75,7 +85,7 @@ def read_rows(
         raise UnusableFile(f"{path}: {left} rows fewer than its footer says.")
 
 
-def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
+def read_columns(path: AnyPath, names: Sequence[str]) -> pa.Table:
     """The named columns of a whole file, in that order; UnusableFile when one is not there."""
     with open_parquet(path) as file:
         missing = sorted(set(names) - set(file.schema_arrow.names))
@@ -144,9 +154,12 @@ def write_table(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
     return rows
 
 
-def footer_metadata(path: Path, key: str) -> str | None:
-    """The text under `key` in the footer of `path`; None when the file or the key is not there."""
-    if not path.is_file():
+def footer_metadata(path: AnyPath, key: str) -> str | None:
+    """The text under `key` in the footer of `path`; None when the file or the key is not there.
+
+    UnusableFile where it cannot be read; of an object, to be there is a part of that.
+    """
+    if isinstance(path, Path) and not path.is_file():
         return None
     with open_parquet(path) as file:
         value = (file.metadata.metadata or {}).get(key.encode())

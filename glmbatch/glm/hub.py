@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +13,7 @@ from glmbatch.glm.files import index_names
 from glmbatch.glm.tokenizer import TOKENIZER_FILE
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SMALL_FILES = ["config.json", TOKENIZER_FILE, "tokenizer_config.json", "*.index.json"]
+SMALL_FILES = ["config.json", TOKENIZER_FILE, "tokenizer_config.json", "*.index.json"]
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -34,19 +36,21 @@ def locate_checkpoint(path: str, revision: str | None = None) -> Path:
             f"{path}: no such directory; a hub id needs its revision, so that every run has the same weights. "
             "Set model.revision to a commit of the repository."
         )
-    directory = _download(path, revision, _SMALL_FILES)
+    directory = _download(path, revision, SMALL_FILES)
     commit = directory.name  # a branch may move between two downloads
-    return _download(path, commit, _weight_files(path, commit, directory))
+    return fetch_weights(directory, partial(_download, path, commit), f"{path} at {commit}")
 
 
-def _weight_files(path: str, revision: str, directory: Path) -> list[str]:
+def fetch_weights(directory: Path, fetch: Callable[[list[str]], Path], where: str) -> Path:
+    """The directory that `fetch` fills with the weight files of the checkpoint whose small files `directory` holds."""
     for single in _SINGLE_FILES:
         index = directory / f"{single}.index.json"
         if index.exists():
-            return sorted(set(index_names(index).values()))
-        if (_download(path, revision, [single]) / single).exists():
-            return [single]
-    raise InputError(f"{path} at {revision}: no weights ({' or '.join(_SINGLE_FILES)}). Set model.path.")
+            return fetch(sorted(set(index_names(index).values())))
+        fetched = fetch([single])
+        if (fetched / single).exists():
+            return fetched
+    raise InputError(f"{where}: no weights ({' or '.join(_SINGLE_FILES)}). Set model.path.")
 
 
 def _download(path: str, revision: str, files: list[str]) -> Path:

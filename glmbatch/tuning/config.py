@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from glmbatch.config import ModelConfig, RuntimeConfig, Settings, Share, placeholders
+from glmbatch.config import Address, ModelConfig, RuntimeConfig, Settings, Share, placeholders
 
 SplitShare = Annotated[float, Field(gt=0, le=0.5)]
 
@@ -14,8 +14,9 @@ SplitShare = Annotated[float, Field(gt=0, le=0.5)]
 class LabelledData(Settings):
     """Where the labelled rows come from, and how they are split."""
 
-    input: str = Field(
-        min_length=1, description="A Parquet file, a folder of them, or a glob such as `in/day=*/*.parquet`."
+    input: Address = Field(
+        description="A Parquet file, a folder of them, or a glob such as `in/day=*/*.parquet`; s3://bucket/name is one "
+        "in an object store."
     )
     text_column: str = Field("text", min_length=1, description="Column that holds the text; a prompt calls it {text}.")
     label_column: str = Field("label", min_length=1, description="Column that holds the label: text or whole numbers.")
@@ -98,7 +99,9 @@ class TuneConfig(Settings):
     """One fine-tuning: labelled rows in, a checkpoint that `annotate` uses out, and the proof that it is better."""
 
     data: LabelledData = Field(description="Where the labelled rows come from, and how they are split.")
-    output: str = Field(min_length=1, description="Folder for runs; OUTPUT/current is the promoted one.")
+    output: str = Field(
+        min_length=1, description="Folder of this machine for runs; OUTPUT/current is the promoted one."
+    )
     model: ModelConfig | None = Field(None, description="The checkpoint to begin from; empty: from scratch.")
     scratch: ScratchConfig = Field(default_factory=ScratchConfig, description="Used without a model.")
     prompt_template: str = Field("{text}", min_length=1, description="Prompt of a row; {text} is replaced by its text.")
@@ -116,6 +119,13 @@ class TuneConfig(Settings):
         "float16", description="Numbers that the checkpoint is saved in; the published one has float16."
     )
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="Speed only.")
+
+    @field_validator("output")
+    @classmethod
+    def _on_this_machine(cls, output: str) -> str:
+        if "://" in output:
+            raise ValueError("a training is written on this machine; name a folder of it")
+        return output
 
     @field_validator("model", mode="before")
     @classmethod

@@ -6,7 +6,6 @@ import hashlib
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 from urllib.parse import unquote
 
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel
 
+from glmbatch.data.objects import location
 from glmbatch.data.parquet import is_text, open_parquet, prompt_values, read_rows
 from glmbatch.data.storage import digest_file, find_files
 from glmbatch.errors import InputError
@@ -144,9 +144,9 @@ def _columns(where: str, data: LabelledData) -> list[list[str | bytes | None]]:
         data.response_column or data.label_column,
         *([data.split_column] if data.split_column else []),
     ]
-    with open_parquet(Path(where)) as file:
+    with open_parquet(location(where)) as file:
         schema, groups, rows = file.schema_arrow, range(file.metadata.num_row_groups), file.metadata.num_rows
-    parts = [part.partition("=") for part in Path(where).parts[:-1]]
+    parts = [part.partition("=") for part in location(where).parts[:-1]]
     folders = {name: unquote(value) for name, mark, value in parts if mark and name not in schema.names}
     answer = "label_column" if data.response_column is None else "response_column"
     for setting, name in zip(("text_column", answer, "split_column"), names, strict=False):
@@ -159,7 +159,7 @@ def _columns(where: str, data: LabelledData) -> list[list[str | bytes | None]]:
             wanted = "text or whole numbers" if setting == "label_column" else "text"
             raise InputError(f"{where}: column {name!r} holds {kind}, not {wanted}. Set data.{setting}.")
     stored = [name for name in names if name not in folders]
-    batches = list(read_rows(Path(where), list(groups), 0, rows, stored)) if stored and rows else []
+    batches = list(read_rows(location(where), list(groups), 0, rows, stored)) if stored and rows else []
     columns: list[list[str | bytes | None]] = []
     for name in names:
         values = (

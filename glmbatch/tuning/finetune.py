@@ -30,8 +30,9 @@ from pydantic import BaseModel, ValidationError
 from glmbatch.config import ClassifyStep, DataConfig, GenerateStep, JobConfig, ModelConfig, RuntimeConfig
 from glmbatch.data.storage import committed, writable
 from glmbatch.errors import InputError
+from glmbatch.fetching import PROMPT_FILE
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
-from glmbatch.planning import PROMPT_FILE, locate_model, prepare_model
+from glmbatch.planning import locate_model, prepare_model
 from glmbatch.steps.prompt import Prompt, build_prompts
 from glmbatch.tuning.config import LabelledData, TuneConfig
 from glmbatch.tuning.examples import Example, LabelAudit, Labelled, Part, read_labelled, read_rows_of, text_keys

@@ -1,0 +1,220 @@
+"""A real S3 server in a process of its own, and before it a proxy that counts requests and does harm when told to."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from glmbatch.data.objects import ObjectPath, _filesystem
+
+BUCKET = "shop"
+WRONG_REGION = b"<Error><Code>AuthorizationHeaderMalformed</Code><Message>expecting eu-west-1</Message></Error>"
+
+
+@dataclass
+class Request:
+    """One request as the proxy sees it; `key` is the object's name below the test's folder, empty for a listing."""
+
+    method: str
+    key: str
+    headers: dict[str, str]
+
+    @property
+    def changes(self) -> bool:
+        return self.method in {"PUT", "POST", "DELETE"}
+
+
+@dataclass
+class Store:
+    """Address of the proxy, what went through it, and `harm`: asked about each request before it is passed on.
+
+    `harm` returns None to let it through, an HTTP status to answer with, or "reset" (the connection, before the server
+    hears of it), "lost" (after it), "cut" (half the answer), "slow", "unconditional" (without If-None-Match).
+    """
+
+    address: str
+    folder: str = ""
+    requests: list[Request] = field(default_factory=list)
+    harm: Callable[[Request], str | int | None] = lambda request: None
+
+    def url(self, name: str) -> str:
+        return f"s3://{BUCKET}/{self.folder}/{name}"
+
+    def path(self, name: str) -> ObjectPath:
+        return ObjectPath(self.url(name))
+
+    def mark(self, folder: str) -> None:
+        """Make the empty object by which some tools show a folder."""
+        _filesystem("s3").call_s3("put_object", Bucket=BUCKET, Key=f"{self.folder}/{folder}/", Body=b"")
+
+    def put(self, name: str, table: pa.Table, **options: Any) -> None:
+        file = io.BytesIO()
+        pq.write_table(table, file, **options)
+        self.path(name).write_bytes(file.getvalue())
+
+    def names(self, folder: str = "") -> list[str]:
+        return [str(path.relative_to(self.path(""))) for path in self.path(folder).listed()]
+
+    def calm(self) -> None:
+        self.harm = lambda request: None
+        self.requests.clear()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def s3_server(log: Path) -> Iterator[int]:
+    """The port of a moto server in its own process."""
+    port = free_port()
+    moto = Path(sys.executable).parent / "moto_server"
+    with (
+        log.open("wb") as out,
+        subprocess.Popen([moto, "-H", "127.0.0.1", "-p", str(port)], stdout=out, stderr=out) as server,
+    ):
+        try:
+            for _ in range(300):
+                with socket.socket() as probe:
+                    if not probe.connect_ex(("127.0.0.1", port)):
+                        break
+                time.sleep(0.1)
+            yield port
+        finally:
+            server.terminate()
+
+
+class Proxy(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: ProxyServer
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except ConnectionError:  # the client was killed, or left
+            self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def pass_on(self) -> None:
+        key = (
+            unquote(self.path.split("?")[0])
+            .removeprefix(f"/{BUCKET}")
+            .lstrip("/")
+            .removeprefix(f"{self.server.store.folder}/")
+        )
+        request = Request(self.command, key, dict(self.headers))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.store.requests.append(request)
+        harm = self.server.store.harm(request)
+        if harm == "slow":
+            time.sleep(1.5)
+        if harm == "reset":
+            self.reset()
+        elif isinstance(harm, int):
+            self.answer(harm, {}, WRONG_REGION if harm == 400 else b"")
+        else:
+            self.forward(request, body, harm)
+
+    def forward(self, request: Request, body: bytes, harm: str | int | None) -> None:
+        server = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
+        dropped = {"expect", "if-none-match"} if harm == "unconditional" else {"expect"}
+        headers = {name: value for name, value in request.headers.items() if name.lower() not in dropped}
+        server.request(self.command, self.path, body, headers)
+        answer = server.getresponse()
+        content = answer.read()
+        server.close()
+        if harm == "lost":
+            self.reset()
+            return
+        self.answer(answer.status, dict(answer.getheaders()), content, cut=harm == "cut")
+
+    def reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+    def answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False) -> None:
+        self.send_response_only(status)
+        size = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(content))
+        kept = {k: v for k, v in headers.items() if k.lower() not in {"content-length", "connection"}}
+        for name, value in {**kept, "Content-Length": size}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[: len(content) // 2] if cut else content)
+        self.close_connection |= cut
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
+
+
+class ProxyServer(ThreadingHTTPServer):
+    """Passes requests on to the server at `port`, each in a thread."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), Proxy)
+        self.port = port
+        self.store = Store(f"http://127.0.0.1:{self.server_port}")
+
+
+@contextmanager
+def proxied(port: int) -> Iterator[Store]:
+    """A proxy before the server at `port`."""
+
+    with ProxyServer(port) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        try:
+            yield server.store
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+# What the library takes from the environment. It tries twice, and waits a second for an answer.
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "test-key",
+    "AWS_SECRET_ACCESS_KEY": "test-secret-of-nobody",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_MAX_ATTEMPTS": "2",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "FSSPEC_S3": '{"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}}',
+}
+
+
+@contextmanager
+def s3_store(log: Path) -> Iterator[Store]:
+    """A server, a proxy before it, an environment that leads there, and an empty bucket."""
+    with s3_server(log) as port, proxied(port) as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": store.address}.items():
+            patch.setenv(name, value)
+        patch.setitem(fsspec.config.conf, "s3", json.loads(ENVIRONMENT["FSSPEC_S3"]))
+        _filesystem("s3").mkdir(BUCKET)
+        yield store
