@@ -210,6 +210,14 @@ def test_a_taken_port_is_one_line(here: Local) -> None:
     )
 
 
+def test_it_listens_and_speaks_on_loopback_alone(here: Local) -> None:
+    processes = here.processes("server") + here.processes("worker")
+    connections = [connection for process in processes for connection in process.net_connections("inet")]
+    assert any(connection.laddr.port == here.port for connection in connections)
+    ends = {end.ip for connection in connections for end in (connection.laddr, connection.raddr) if end}
+    assert ends == {"127.0.0.1"}
+
+
 def test_a_schedule_starts_the_run_and_one_that_overlaps_is_refused(
     api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -271,7 +279,7 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_output(
     assert kept <= {path.name for path in answers.glob("[!.]*")}, "no committed inference was repeated"
     assert verify(tmp_path / "out").findings == ()
     assert rows(tmp_path / "out") == rows(tmp_path / "undisturbed")
-    assert "prefect.flow-run.Crashed" in alerts(here).splitlines()[-1]
+    wait(lambda: " prefect.flow-run.Crashed " in alerts(here), "it is told")
 
 
 def test_a_flow_of_ones_own_has_the_answers_made(
