@@ -260,7 +260,7 @@ def test_a_delivery_starts_a_run_and_its_failed_audit_is_told(
 def test_a_run_whose_worker_is_killed_goes_on_to_the_same_output(
     here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    api.set_parameters("annotate/nightly", job=job(limit=400))
+    api.set_parameters("annotate/nightly", job=job(limit=200))
     run = api.run("annotate/nightly")
     answers = tmp_path / "out" / "_glmbatch" / "answers"
     wait(lambda: len(list(answers.glob("[!.]*"))) > 4, "it has committed answers")
@@ -272,7 +272,7 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_output(
     again = command(here, "deployments.local", "up", PREFECT_WORKER_QUERY_SECONDS="1")
     assert f"UI: {here.ui}" in again.stdout, again.stderr
     assert here.leader("worker") and here.leader("server") == server, "what ran was left alone"
-    undisturbed = job(limit=400, output=str(tmp_path / "undisturbed"))
+    undisturbed = job(limit=200, output=str(tmp_path / "undisturbed"))
     run_job(JobConfig.model_validate(undisturbed))
     wait(lambda: api.state(run) == "Completed", "it is begun again and ends")
     assert api.ask("GET", f"/flow_runs/{run}")["run_count"] == 2
