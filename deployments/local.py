@@ -71,11 +71,11 @@ class Local:
             self._start("worker", "worker", "start", "--pool", POOL, "--type", "process", "--install-policy", "never")
 
     def down(self) -> None:
-        """Stop the worker with its runs, then the server: they are crashed for it, and may go on at the next `up`."""
+        """Stop the worker with its runs, then the server. After the next `up` the watch finds the runs."""
         for name in ("worker", "server"):
             leader = self.leader(name)
             if leader:
-                stop([leader], GRACE_SECONDS)  # it ends its runs, and says of each how it ended
+                stop([leader], GRACE_SECONDS)  # which stops what it started
             stop(self.processes(name))
 
     def leader(self, name: str) -> psutil.Process | None:

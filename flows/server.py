@@ -36,8 +36,10 @@ def own_server() -> Iterator[str]:
         wait_until_ready(address, server, "Set PREFECT_API_URL to use yours.")
         yield address
     finally:
-        leader = psutil.Process(server.pid)
-        stop([leader, *leader.children(recursive=True)])
+        if server.poll() is None:
+            leader = psutil.Process(server.pid)
+            stop([leader, *leader.children(recursive=True)])
+            server.wait()
 
 
 def api_address(port: int) -> str:
