@@ -264,9 +264,8 @@ class JobConfig(Settings):
         0.1,
         description="Share of rows that may fail, unreadable files' included; above it nothing is published.",
     )
-    canary: str | None = Field(
+    canary: Address | None = Field(
         None,
-        min_length=1,
         description="Audit: Parquet file of rows with the answers that `glmbatch canary` froze beside them; a run "
         "that asks the model asks it about them too. Empty: no audit.",
     )

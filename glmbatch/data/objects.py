@@ -45,7 +45,7 @@ def location(address: str | Path) -> AnyPath:
     if not mark:
         return Path(address)
     if scheme not in STORES or not rest.strip("/"):
-        raise InputError(f"{address}: is no address of an object store: {', '.join(STORES)}, then ://bucket/name.")
+        raise InputError(f"{address}: is no address of an object store; write s3://bucket/name (or gs://, az://).")
     return ObjectPath(str(address))
 
 
@@ -153,7 +153,7 @@ class ObjectPath(PurePosixPath):
             self._store().get_file(str(self), str(file))
 
     def unlink(self, missing_ok: bool = False) -> None:
-        with suppress(FileNotFoundError) if missing_ok else store_errors(self):
+        with suppress(*([FileNotFoundError] if missing_ok else [])):
             self._call("rm_file")
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
