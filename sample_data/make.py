@@ -2,7 +2,7 @@
 
     python sample_data/make.py               reviews, then checkpoint
     python sample_data/make.py reviews       the Parquet files, byte for byte
-    python sample_data/make.py checkpoint    trains and writes tiny-chatglm2/, about seven minutes on one core
+    python sample_data/make.py checkpoint    trains and writes tiny-chatglm2/, about twenty minutes on one core
     python sample_data/make.py evaluate      the scores of the committed checkpoint on held-out reviews
 
 With --check, reviews and checkpoint are made elsewhere and compared; exit code 1 when a byte differs.

@@ -185,14 +185,12 @@ def test_the_checkpoint_answers_held_out_reviews(job: JobConfig) -> None:
     assert scores.sensible >= 0.9
 
 
-# Reads the training rows and starts transformers; ten seconds.
 @pytest.mark.slow
 def test_training_twice_gives_the_same_bytes(tmp_path: Path, job: JobConfig) -> None:
-    from make_checkpoint import Recipe, build_checkpoint
+    from make_checkpoint import build_checkpoint
 
     for name in ("one", "two"):
-        build_checkpoint(SAMPLE / "labelled" / "train.parquet", job, tmp_path / name, Recipe(most_steps=3))
+        build_checkpoint(SAMPLE / "labelled" / "train.parquet", job, tmp_path / name, most_rows=100)
     one, two = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
-    committed = (CHECKPOINT / "tokenizer.model").read_bytes()
-    assert one["tokenizer.model"] == committed
+    assert {file.name for file in CHECKPOINT.iterdir()} == set(one)
