@@ -14,6 +14,7 @@ from glmbatch.audits import Audit
 from glmbatch.config import JobConfig
 from glmbatch.data.ledger import AnswersReceipt, OutputReceipt
 from glmbatch.planning import Assignment, FragmentWork, Run
+from tasks.cluster import call
 from tasks.policies import machine_failed
 
 
@@ -50,6 +51,6 @@ def publish(job: JobConfig, run: Run, outputs: list[OutputReceipt], canaries: li
     cache_policy=NO_CACHE,
     retry_condition_fn=machine_failed,
 )
-def check_canary(job: JobConfig, assignments: Sequence[Assignment]) -> list[Audit]:
-    """Ask the loaded models about the frozen rows, and compare."""
-    return canary.check_canary(job, assignments)
+def check_canary(job: JobConfig, assignments: Sequence[Assignment], engine: Any) -> list[Audit]:
+    """Ask the models that `engine` has loaded about the frozen rows, and compare."""
+    return call(engine, canary.check_canary, job, assignments)
