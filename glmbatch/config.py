@@ -232,11 +232,28 @@ class RuntimeConfig(Settings):
     max_loaded_models: int | None = Field(
         None, ge=1, description="Models loaded at once; empty: all of the job where they fit in memory, else one."
     )
-    fragments_in_flight: int = Field(2, ge=1, le=64, description="Fragments worked on at once; they share one engine.")
+    fragments_in_flight: int = Field(2, ge=1, le=64, description="Fragments worked on at once by one engine.")
     cache: str = Field(
         "~/.cache/glmbatch",
         min_length=1,
         description="Folder of this machine for checkpoints that are fetched from an object store.",
+    )
+    cluster: Literal["ray"] | None = Field(
+        None,
+        description="ray: fragments are worked on by engine processes on a Ray cluster, each with a GPU of its own "
+        "(needs glmbatch[ray]); empty: by this process.",
+    )
+    cluster_address: str | None = Field(
+        None,
+        min_length=1,
+        description="Address of a Ray cluster that this machine belongs to, such as 10.0.0.1:6379; empty: one of this "
+        "machine alone, for this run.",
+    )
+    cluster_workers: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Engine processes on the cluster; empty: one for each GPU or, without GPUs, for each machine.",
     )
     retries: int = Field(3, ge=0, le=20, description="Times a task is tried again after the machine failed.")
     retry_delay_seconds: float = Field(
@@ -247,6 +264,12 @@ class RuntimeConfig(Settings):
         ge=0,
         description="Price of an hour of the machine, in any currency, for the run's report; empty: no cost.",
     )
+
+    @model_validator(mode="after")
+    def _devices_are_given_by_the_cluster(self) -> RuntimeConfig:
+        if self.cluster and ":" in self.device:
+            raise ValueError(f"device {self.device}: a cluster gives each engine a GPU; set auto, cuda or cpu")
+        return self
 
 
 class JobConfig(Settings):

@@ -8,8 +8,10 @@ from typing import Any
 from prefect.futures import PrefectFuture
 
 from glmbatch.config import JobConfig
-from glmbatch.data.ledger import Ledger
+from glmbatch.data.ledger import AnswersReceipt, Ledger
 from glmbatch.planning import FragmentWork
+from glmbatch.progress import PROGRESS
+from tasks.artifacts import FragmentProgress
 from tasks.classify import classify
 from tasks.generate import generate
 from tasks.policies import configured
@@ -22,7 +24,7 @@ Answers = dict[str, dict[int, PrefectFuture[Any]]]
 
 
 def submit_fragment(
-    job: JobConfig, steps: Sequence[int], answers: Answers, work: FragmentWork
+    job: JobConfig, steps: Sequence[int], answers: Answers, work: FragmentWork, engine: Any
 ) -> list[PrefectFuture[Any]]:
     """Submit the given steps, adding them to `answers`, and the output file once every step is among them.
 
@@ -37,7 +39,7 @@ def submit_fragment(
     submitted: list[PrefectFuture[Any]] = []
     for index in steps:
         ask = configured(ASK[job.steps[index].kind], job, refresh=receipts[index] is None)
-        asked[index] = ask.submit(job, work.assignments[index], wait_for=list(asked.values()))
+        asked[index] = ask.submit(job, work.assignments[index], list(asked.values()), engine)
         submitted.append(asked[index])
     if len(asked) == len(job.steps):
         found = [receipt for receipt in receipts if receipt is not None and receipt.run != work.run]
@@ -45,3 +47,13 @@ def submit_fragment(
         in_order = [asked[index] for index in sorted(asked)]
         submitted.append(configured(write, job, refresh=gone).submit(job, work, in_order))
     return submitted
+
+
+def count_answers(progress: FragmentProgress, work: FragmentWork, engine: Any, results: Sequence[Any]) -> None:
+    """Count a fragment as finished, and in this process what the engine of another has answered."""
+    progress.add()
+    for receipt in results:
+        if engine is not None and isinstance(receipt, AnswersReceipt):
+            computed = receipt.computed_rows if receipt.run == work.run else 0
+            PROGRESS.add(computed, computed=True)
+            PROGRESS.add(receipt.rows - computed, computed=False)

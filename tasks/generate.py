@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from prefect import task
 
 from glmbatch import pipeline
 from glmbatch.config import JobConfig
 from glmbatch.data.ledger import AnswersReceipt
 from glmbatch.planning import Assignment
+from tasks.cluster import call
 from tasks.policies import answers_key, machine_failed
 
 
@@ -19,6 +23,6 @@ from tasks.policies import answers_key, machine_failed
     result_serializer="json",
     retry_condition_fn=machine_failed,
 )
-def generate(job: JobConfig, assignment: Assignment) -> AnswersReceipt:
-    """Write a text for every row of a fragment."""
-    return pipeline.answer(job, assignment)
+def generate(job: JobConfig, assignment: Assignment, earlier: Sequence[AnswersReceipt], engine: Any) -> AnswersReceipt:
+    """Write a text for every row of a fragment, after the `earlier` steps, in the process of `engine`."""
+    return call(engine, pipeline.answer, job, assignment)

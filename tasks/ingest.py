@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from glmbatch import canary, planning
 from glmbatch.config import JobConfig
+from tasks.cluster import call
 from tasks.policies import machine_failed
 
 
@@ -20,6 +23,6 @@ def ingest(job: JobConfig) -> planning.Run:
 
 
 @task(name="assign", task_run_name="assign {job.data.input}", cache_policy=NO_CACHE, retry_condition_fn=machine_failed)
-def assign(job: JobConfig, run: planning.Run, models: list[planning.Model]) -> planning.Work:
-    """Give each step of each fragment its key and its model."""
-    return planning.assign(job, run, models)
+def assign(job: JobConfig, run: planning.Run, models: list[planning.Model], engine: Any) -> planning.Work:
+    """Give each step of each fragment its key and its model; `engine` is where it is seen which models fit."""
+    return call(engine, planning.assign, job, run, models)

@@ -11,6 +11,7 @@ from prefect.utilities.hashing import hash_objects
 
 from glmbatch import planning
 from glmbatch.config import ModelConfig, RuntimeConfig
+from tasks.cluster import call
 from tasks.policies import machine_failed
 
 
@@ -23,9 +24,9 @@ def checkpoint_key(context: TaskRunContext, parameters: dict[str, Any]) -> str |
 @task(
     name="locate model", task_run_name="locate {model.path}", cache_policy=NO_CACHE, retry_condition_fn=machine_failed
 )
-def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
-    """Make the checkpoint a directory on this machine."""
-    return planning.locate_model(model, runtime)
+def locate_model(model: ModelConfig, runtime: RuntimeConfig, engine: Any) -> ModelConfig:
+    """Make the checkpoint a directory, and settle the numbers that the device of `engine` computes in."""
+    return call(engine, planning.locate_model, model, runtime)
 
 
 @task(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from prefect import Task
@@ -26,6 +27,7 @@ from glmbatch.glm.pool import POOL
 from glmbatch.planning import Assignment
 
 Item = TypeVar("Item")
+Seat = TypeVar("Seat")
 
 
 def machine_failed(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -56,35 +58,45 @@ def retried(task: Task[..., Any], runtime: RuntimeConfig) -> Any:
 
 def in_window(
     items: Iterable[Item],
-    submit: Callable[[Item], Sequence[PrefectFuture[Any]]],
-    most: int,
-    finished: Callable[[], None],
+    submit: Callable[[Item, Seat], Sequence[PrefectFuture[Any]]],
+    seats: Iterable[Seat],
+    ended: Callable[[Item, Seat, list[Any]], None],
 ) -> list[list[Any]]:
-    """Submit the tasks of each item, those of at most `most` items at once; give the results of each item in order.
+    """Submit the tasks of each item once one of `seats` is free, which it has until the last of them has ended.
 
-    `finished` is called after each item.
-
-    The first failure is raised as soon as its item's turn comes, with the error that the task itself raised. Whatever
-    ends the wait (a failure, an interrupt, a cancellation) ends the inference under way, which nobody needs any more.
+    Gives the results of each item in order, and to `ended` as they come. The first failure is raised at once, with the
+    error that the task itself raised. Whatever ends the wait (a failure, an interrupt, a cancellation) ends the
+    inference under way in this process, which nobody needs any more.
     """
-    results: list[list[Any]] = []
-    waiting: deque[Sequence[PrefectFuture[Any]]] = deque()
+    results: dict[int, list[Any]] = {}
+    free = deque(seats)
+    under_way: dict[int, tuple[Item, Seat, Sequence[PrefectFuture[Any]]]] = {}
+    ends: SimpleQueue[int] = SimpleQueue()
 
-    def finish_first() -> None:
-        results.append([future.result() for future in waiting.popleft()])
-        finished()
+    def tell_end_of(number: int) -> Callable[[PrefectFuture[Any]], None]:
+        return lambda _: ends.put(number)
+
+    def collect() -> None:
+        number = ends.get()
+        item, seat, futures = under_way.pop(number)
+        results[number] = [future.result() for future in futures]
+        free.append(seat)
+        ended(item, seat, results[number])
 
     try:
-        for item in items:
-            if len(waiting) == most:
-                finish_first()
-            waiting.append(submit(item))
-        while waiting:
-            finish_first()
+        for number, item in enumerate(items):
+            if not free:
+                collect()
+            seat = free.popleft()
+            futures = submit(item, seat)
+            under_way[number] = item, seat, futures
+            futures[-1].add_done_callback(tell_end_of(number))
+        while under_way:
+            collect()
     except BaseException:
         POOL.stop()
         raise
-    return results
+    return [results[number] for number in sorted(results)]
 
 
 def answers_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:

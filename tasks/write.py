@@ -18,6 +18,7 @@ from glmbatch.errors import AuditError
 from glmbatch.planning import Assignment, FragmentWork, Run
 from glmbatch.summary import Summary
 from tasks.artifacts import show_report
+from tasks.cluster import call
 from tasks.policies import machine_failed
 
 
@@ -64,6 +65,6 @@ def publish(job: JobConfig, run: Run, outputs: list[OutputReceipt], canaries: li
     cache_policy=NO_CACHE,
     retry_condition_fn=machine_failed,
 )
-def check_canary(job: JobConfig, assignments: Sequence[Assignment]) -> list[Audit]:
-    """Ask the loaded models about the frozen rows, and compare."""
-    return canary.check_canary(job, assignments)
+def check_canary(job: JobConfig, assignments: Sequence[Assignment], engine: Any) -> list[Audit]:
+    """Ask the models that `engine` has loaded about the frozen rows, and compare."""
+    return call(engine, canary.check_canary, job, assignments)

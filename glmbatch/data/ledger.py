@@ -241,21 +241,26 @@ class Ledger:
             return AnswerFile(found[1], receipt.step, found[1].name.split(".")[1])
         with partial_beside(folder / receipt.key) as partial:
             _write(partial, table.schema, iter(table.to_batches()), receipt)
-            digest = digest_file(partial)[:DIGEST_CHARS]
-            kept = folder / f"{receipt.key}.{digest}.parquet"
-            commit(partial, kept)
-        for path in folder.glob(f"{receipt.key}.*.parquet"):
-            if path != kept:
-                path.unlink(missing_ok=True)
-        return AnswerFile(kept, receipt.step, digest)
+            commit(partial, folder / f"{receipt.key}.{digest_file(partial)[:DIGEST_CHARS]}.parquet")
+        there = {path: _receipt(path, AnswersReceipt) for path in folder.glob(f"{receipt.key}.*.parquet")}
+        # Another process may commit the same at once: both keep the same one, so that neither takes away the last.
+        kept = min(path for path, other in there.items() if other is not None and other.run == receipt.run)
+        for path in there.keys() - {kept}:
+            path.unlink(missing_ok=True)
+        return AnswerFile(kept, receipt.step, kept.name.split(".")[1])
 
     def read_answers(self, key: str) -> tuple[AnswersReceipt, pa.Table]:
         """The receipt and the answers under `key`, which the caller knows to be there."""
         found = _whole(self.root / ANSWERS, key, AnswersReceipt)
         if found is None:
             raise InputError(f"{self.root / ANSWERS}: the answers {key} were taken away. Run the job again.")
-        with open_parquet(found[1]) as file:
-            return found[0], file.read()
+        try:
+            with open_parquet(found[1]) as file:
+                return found[0], file.read()
+        except UnusableFile:
+            if found[1].exists():
+                raise
+            return self.read_answers(key)  # another process had committed the same
 
     def find_output(self, key: str, answers: Sequence[AnswersReceipt]) -> OutputReceipt | None:
         """The output file under `key`, staged or published, whole, and with just these `answers` in it."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +242,20 @@ def test_after_any_nights_no_row_is_there_twice_and_none_of_a_whole_file_is_miss
             assert len({file.source_digest for file in files}) == 1, "two versions of a file never mix"
             if source in night and source not in damaged:
                 assert sorted(rows) == list(range(sum(night[source][1])))
+
+
+def keep_many(folder: str, process: int) -> None:
+    ledger, table = Ledger(folder), pa.table({"mood": ["good"] * 5})
+    for number in range(60):
+        (ledger.root / f"{number}-{process}").touch()
+        while not (ledger.root / f"{number}-{1 - process}").exists():
+            pass
+        ledger.keep_answers(receipt(seconds=float(process)).model_copy(update={"key": f"key-{number}"}), table)
+
+
+def test_processes_that_commit_the_same_answers_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
+        list(processes.map(keep_many, [str(tmp_path)] * 2, range(2)))
+    for number in range(60):
+        assert Ledger(tmp_path).find_answers(f"key-{number}", "r", retry_failed=True), number
+        assert len(list(tmp_path.glob(f"_glmbatch/answers/key-{number}.*"))) == 1

@@ -1,0 +1,187 @@
+"""Where the tasks of a run do their work: in this process, or in engine processes on a Ray cluster.
+
+    flow --submit--> RayTaskRunner: a light process beside the flow --call--> EngineProcess, which has a GPU of its own
+
+An engine process is an actor, which keeps its process and its GPU as long as it lives; from one task of Ray to the next
+a process may be given another GPU, which CUDA cannot follow. Ray starts a lost one anew; its tasks are retried.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prefect.context import FlowRunContext
+
+from glmbatch.config import JobConfig, ModelConfig, RuntimeConfig
+from glmbatch.data.ledger import LOCK
+from glmbatch.data.objects import is_remote
+from glmbatch.errors import InputError, TransientError
+
+Result = TypeVar("Result")
+OBJECT_STORE_BYTES = 100_000_000  # only references travel
+
+
+class EngineProcess:
+    """The actor: works off calls in threads, which share what the process has loaded."""
+
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Call it here."""
+        return function(*arguments)
+
+
+def call(engine: Any, function: Callable[..., Result], *arguments: Any) -> Result:
+    """`function(*arguments)` in the process of `engine`, or in this one where that is None.
+
+    TransientError when that process was lost; the next call waits until Ray has started it anew.
+    """
+    if engine is None:
+        return function(*arguments)
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        result: Result = ray.get(engine.call.options(max_task_retries=0).remote(function, *arguments))
+        return result
+    except RayTaskError as error:
+        raise error.cause from None
+    except RayActorError as error:
+        raise TransientError(f"an engine process of the cluster was lost: {_line(error)}") from error
+
+
+@contextmanager
+def engines_of(job: JobConfig) -> Iterator[list[Any]]:
+    """The engine processes of a run, which end with it; [None] stands for this process.
+
+    Tasks that are submitted meanwhile wait for them in light processes on this machine. InputError when the cluster
+    does not fit the job or does not see its output, TransientError when it fails.
+    """
+    if job.runtime.cluster is None:
+        yield [None]
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if job.runtime.cluster_address is None:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on any system: Ray's servers listen on loopback alone
+    try:
+        import ray
+        from prefect_ray.context import remote_options
+        from ray.exceptions import RayError
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    except ImportError as error:
+        raise InputError("runtime.cluster is ray, and it is not installed. Run pip install 'glmbatch[ray]'.") from error
+    try:
+        with _submitting_to_ray(job.runtime):
+            engines = _start_engines(job.runtime)
+            _refuse_apart(job, engines)
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            with remote_options(num_cpus=0, max_retries=job.runtime.retries, scheduling_strategy=here):
+                yield engines
+    except RayError as error:
+        raise TransientError(f"the Ray cluster failed: {_line(error)}") from error
+
+
+@contextmanager
+def _submitting_to_ray(runtime: RuntimeConfig) -> Iterator[None]:
+    """Connect to the cluster, or start one on loopback, and let the flow submit its tasks to it."""
+    from prefect_ray.task_runners import RayTaskRunner
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if runtime.cluster_address is None:
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    flow = FlowRunContext.get()
+    assert flow is not None
+    with ExitStack() as entered:
+        try:
+            runner = entered.enter_context(RayTaskRunner(runtime.cluster_address or "local", options))
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = runtime.cluster_address or "this machine"
+            raise TransientError(f"{where}: no Ray cluster answers: {_line(error)}") from error
+        entered.enter_context(flow.model_copy(update={"task_runner": runner}))
+        yield
+
+
+def _start_engines(runtime: RuntimeConfig) -> list[Any]:
+    import ray
+
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = 0 if runtime.device == "cpu" else int(sum(machine.get("GPU", 0) for machine in machines))
+    workers = runtime.cluster_workers or gpus or len(machines)
+    cpus = [int(machine.get("CPU", 0)) for machine in machines]
+    # Ray gives the threads of torch the number of CPUs that it gives the process, unless OMP_NUM_THREADS is set.
+    needs = {"num_gpus": 1} if gpus else {"num_cpus": share_of_cpus(cpus, workers)}
+    if workers > (gpus or sum(cpus)):
+        raise InputError(f"the cluster has {gpus} GPUs and {sum(cpus)} CPUs. Set runtime.cluster_workers to fewer.")
+    actor = ray.remote(EngineProcess).options(
+        **needs, max_restarts=-1, max_task_retries=-1, max_concurrency=runtime.fragments_in_flight
+    )
+    return [actor.remote() for _ in range(workers)]
+
+
+def share_of_cpus(cpus: Sequence[int], workers: int) -> int:
+    """The most CPUs that each of `workers` processes can have on machines with so many."""
+    return next((share for share in range(max(cpus), 1, -1) if sum(each // share for each in cpus) >= workers), 1)
+
+
+def _refuse_apart(job: JobConfig, engines: Sequence[Any]) -> None:
+    """InputError when an engine process does not start, or does not see the output that this process has locked."""
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    if is_remote(job.data.output):
+        return
+    lock = Path(job.data.output) / LOCK
+    try:
+        complaints = ray.get([engine.call.remote(_complaint, str(lock), lock.read_text()) for engine in engines])
+    except (RayActorError, RayTaskError) as error:
+        raise InputError(
+            f"an engine process did not start: {_line(error)}. Install the same glmbatch on every machine."
+        ) from error
+    for complaint in filter(None, complaints):
+        raise InputError(complaint)
+
+
+def _complaint(lock: str, text: str) -> str | None:
+    """What keeps this machine from taking part: that it does not see what another has written to `lock`."""
+    try:
+        if Path(lock).read_text() == text:
+            return None
+    except OSError:
+        pass
+    return (
+        f"{socket.gethostname()}: does not see the files that {text} writes to {Path(lock).parent.parent}. "
+        "Input, output and checkpoints must lie on a file system that all machines of the cluster share."
+    )
+
+
+def whole_paths(job: JobConfig) -> JobConfig:
+    """The job as processes in other folders understand it, where it has a cluster."""
+    if job.runtime.cluster is None:
+        return job
+    data = {"input": _whole(job.data.input), "output": _whole(job.data.output)}
+    steps = [step.model_copy(update={"model": step.model and _whole_model(step.model)}) for step in job.steps]
+    return job.model_copy(
+        update={
+            "data": job.data.model_copy(update=data),
+            "model": _whole_model(job.model),
+            "steps": steps,
+            "canary": job.canary and _whole(job.canary),
+        }
+    )
+
+
+def _whole_model(model: ModelConfig) -> ModelConfig:
+    path = os.path.expanduser(model.path)
+    found = {"path": os.path.abspath(path)} if os.path.isdir(path) else {}  # else a hub id, or in a store
+    return model.model_copy(update=found | {"adapter": model.adapter and _whole(os.path.expanduser(model.adapter))})
+
+
+def _whole(address: str) -> str:
+    return address if is_remote(address) else os.path.abspath(address)
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")

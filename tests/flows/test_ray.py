@@ -1,0 +1,134 @@
+"""The flow on a real Ray cluster of two engine processes: one is lost in the midst; the run is told to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from glmbatch.config import JobConfig
+from glmbatch.pipeline import run_job
+from glmbatch.verification import verify
+from tests.flows.test_annotate import last_flow_run
+from tests.flows.test_kills import committed, rows, start
+
+pytest.importorskip("prefect_ray", reason="needs pip install 'glmbatch[ray]'")
+pytestmark = [pytest.mark.prefect, pytest.mark.slow]
+Settings = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+
+# Every process of the run tells in a file of its own what it loads.
+TELLING = """
+import logging, os
+logger = logging.getLogger("glmbatch.asking")
+logger.addHandler(logging.FileHandler(f"{os.environ['LOADS']}/{os.getpid()}", delay=True))
+logger.setLevel(logging.INFO)
+"""
+
+
+@pytest.fixture
+def environment(prefect_server: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "loads").mkdir()
+    (tmp_path / "sitecustomize.py").write_text(TELLING)
+    return {**prefect_server, "PYTHONPATH": str(tmp_path), "LOADS": str(tmp_path / "loads")}
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> Callable[..., str]:
+    """The job file of a run that writes to the given folder, in a quarter of a minute or so."""
+    for day in range(3):
+        write_source(f"day={day}/a.parquet", {"text": [f"day {day} row {row}" for row in range(80)] + [None]})
+
+    def write(out: str, **runtime: Any) -> str:
+        settings = job_settings(data__output=str(tmp_path / out), data__rows_per_fragment=20, runtime__max_slots=2)
+        settings["steps"][1]["max_tokens"] = 40
+        settings["runtime"] |= runtime
+        path = tmp_path / f"{out}.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return str(path)
+
+    return write
+
+
+def busy_engines(run: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The engine processes of `run` that work at something now."""
+    children = psutil.Process(run.pid).children(recursive=True)
+    return [child for child in children if (_title(child)).startswith("ray::EngineProcess.call")]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def wait_for_answers(run: subprocess.Popen[bytes], out: Path, files: int) -> None:
+    until = time.monotonic() + 400
+    while len(committed(out)) < files and run.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    assert files <= len(committed(out)) < 24, "it was caught in the midst of the work"
+
+
+def test_a_lost_engine_process_is_replaced_and_the_output_is_that_of_threads(
+    environment: dict[str, str], job_file: Callable[..., str], tmp_path: Path
+) -> None:
+    assert start(environment, job_file("threads")).wait(300) == 3
+    run = start(environment, job_file("out", cluster="ray", cluster_workers=2))
+    wait_for_answers(run, tmp_path / "out", 5)
+    lost = busy_engines(run)[0]
+    lost.kill()
+    assert run.wait(400) == 3
+    assert last_flow_run(environment)["state_type"] == "COMPLETED"
+    assert rows(tmp_path / "out") == rows(tmp_path / "threads")
+    assert verify(tmp_path / "out").findings == ()
+    loads = {path.name: path.read_text().count("loading") for path in (tmp_path / "loads").iterdir()}
+    assert str(lost.pid) in loads
+    assert sorted(loads.values()) == [1, 1, 1, 1], "threads, two engine processes, and the one in place of the lost"
+
+
+def test_a_run_that_is_told_to_end_leaves_no_process_of_ray_and_the_next_goes_on(
+    environment: dict[str, str], job_file: Callable[..., str], tmp_path: Path
+) -> None:
+    job = job_file("out", cluster="ray", cluster_workers=2)
+    run = start(environment, job)
+    wait_for_answers(run, tmp_path / "out", 3)
+    children = psutil.Process(run.pid).children(recursive=True)
+    assert any("raylet" in _title(child) for child in children)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal sends it
+    assert run.wait(60) == 130
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not [_title(process) for process in alive]
+    kept = committed(tmp_path / "out")
+    settings = yaml.safe_load(Path(job_file("out")).read_text())
+    run_job(JobConfig.model_validate(settings))
+    assert kept <= committed(tmp_path / "out"), "no committed inference was repeated"
+    assert verify(tmp_path / "out").findings == ()
+
+
+def test_a_machine_that_does_not_see_the_output_is_named(tmp_path: Path) -> None:
+    from tasks.cluster import _complaint
+
+    lock = tmp_path / "out" / "_glmbatch" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text("process 1 of another")
+    assert _complaint(str(lock), "process 1 of another") is None
+    assert "does not see the files that process 2 of here writes to" in str(_complaint(str(lock), "process 2 of here"))
+    assert "must lie on a file system" in str(_complaint(str(tmp_path / "none" / "_glmbatch" / "lock"), ""))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "share"), [([8], 2, 4), ([8, 8], 2, 8), ([8, 8], 3, 4), ([16, 4], 3, 5), ([2], 3, 1)]
+)
+def test_engine_processes_share_the_cores_of_their_machines(cpus: list[int], workers: int, share: int) -> None:
+    from tasks.cluster import share_of_cpus
+
+    assert share_of_cpus(cpus, workers) == share
