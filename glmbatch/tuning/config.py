@@ -60,7 +60,13 @@ class TrainingConfig(Settings):
         "Empty: full from scratch, lora otherwise.",
     )  # fmt: skip
     epochs: int = Field(4, ge=1, le=1000, description="Times that every row is seen.")
-    batch_rows: int = Field(32, ge=1, le=65_536, description="Rows in one forward.")
+    batch_rows: int = Field(32, ge=1, le=65_536, description="Rows in one forward of one process.")
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes of this machine that train together, each with a card and batches of its own.",
+    )
     gradient_accumulation: int = Field(1, ge=1, le=65_536, description="Forwards for one step of the optimizer.")
     learning_rate: float | None = Field(
         None,

@@ -36,6 +36,7 @@ from glmbatch.planning import locate_model, prepare_model
 from glmbatch.steps.prompt import Prompt, build_prompts
 from glmbatch.tuning.config import LabelledData, TuneConfig
 from glmbatch.tuning.examples import Example, LabelAudit, Labelled, Part, read_labelled, read_rows_of, text_keys
+from glmbatch.tuning.processes import local_rank, train_together
 from glmbatch.tuning.scores import Scores, TextScores, score, score_texts
 
 RUNS, CURRENT, REPORT, PAGE, CARD, BASE = "runs", "current", "report.json", "report.html", "README.md", "base"
@@ -131,29 +132,39 @@ def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
     run = Path(folder)
     done = run / TRAINED
     if not done.is_file():
-        from glmbatch.tuning.train import TrainingRow, train
-
-        labelled, base = read_labelled(config.data), _base(config, run)
-        tokenizer = load_tokenizer(base)
-        number = {label: at for at, label in enumerate(labelled.labels)}
-        rows: dict[Part, list[TrainingRow]] = {}
-        for part in ("train", "valid"):
-            examples = labelled.parts[part]
-            prompts, answers = _prompts(config, base, tokenizer, examples), _answers(config, tokenizer, examples)
-            rows[part] = [
-                TrainingRow(np.array(prompt.ids, np.int32), number.get(each.label, 0), each.place, answer)
-                for each, prompt, answer in zip(examples, prompts, answers, strict=True)
-            ]
-        trained = train(config, base, labelled.labels, rows["train"], rows["valid"], run)
-        with committed(run / CHECKPOINT / PROMPT_FILE) as partial:
-            stated = {"prompt_template": config.prompt_template, "system_prompt": config.system_prompt}
-            partial.write_text(json.dumps(stated, ensure_ascii=False, indent=1), encoding="utf-8")
-        np.save(run / LEARNED, np.unique(text_keys([*labelled.parts["train"], *labelled.parts["valid"]])))
-        with committed(done) as partial:
-            partial.write_text(trained.model_dump_json(indent=1), encoding="utf-8")
+        if config.training.processes > 1:
+            train_together(config, run)
+        else:
+            train_here(config, run)
     shutil.rmtree(run / "trainer", ignore_errors=True)
     found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
     return found
+
+
+def train_here(config: TuneConfig, run: Path) -> None:
+    """Train in this process, alone or as one of several, of which the first writes the result."""
+    from glmbatch.tuning.train import TrainingRow, train
+
+    labelled, base = read_labelled(config.data), _base(config, run)
+    tokenizer = load_tokenizer(base)
+    number = {label: at for at, label in enumerate(labelled.labels)}
+    rows: dict[Part, list[TrainingRow]] = {}
+    for part in ("train", "valid"):
+        examples = labelled.parts[part]
+        prompts, answers = _prompts(config, base, tokenizer, examples), _answers(config, tokenizer, examples)
+        rows[part] = [
+            TrainingRow(np.array(prompt.ids, np.int32), number.get(each.label, 0), each.place, answer)
+            for each, prompt, answer in zip(examples, prompts, answers, strict=True)
+        ]
+    trained = train(config, base, labelled.labels, rows["train"], rows["valid"], run)
+    if local_rank() > 0:
+        return
+    with committed(run / CHECKPOINT / PROMPT_FILE) as partial:
+        stated = {"prompt_template": config.prompt_template, "system_prompt": config.system_prompt}
+        partial.write_text(json.dumps(stated, ensure_ascii=False, indent=1), encoding="utf-8")
+    np.save(run / LEARNED, np.unique(text_keys([*labelled.parts["train"], *labelled.parts["valid"]])))
+    with committed(run / TRAINED) as partial:
+        partial.write_text(trained.model_dump_json(indent=1), encoding="utf-8")
 
 
 def _base(config: TuneConfig, run: Path) -> Path:

@@ -40,6 +40,7 @@ from glmbatch.glm.tokenizer import TOKENIZER_FILE, load_tokenizer
 from glmbatch.tuning.config import TuneConfig
 from glmbatch.tuning.muon import Muon
 from glmbatch.tuning.noise import Splits, disturbed, piece_splits
+from glmbatch.tuning.processes import local_rank
 from glmbatch.tuning.scores import fit_temperature, score
 
 logger = logging.getLogger(__name__)
@@ -93,14 +94,13 @@ def train(  # noqa: PLR0913, PLR0917 - what to train, on what, and where
     `run`/checkpoint is in the published layout; with LoRA `run`/adapter holds the adapter that was merged into it.
     InputError when there is too little memory, or when the loss is not finite; then what was saved before stays.
     """
-    device = resolve_device(config.runtime.device)
-    if device not in ("cpu", "cuda:0"):
-        raise InputError(f"{device}: training takes the first card that it sees. Set CUDA_VISIBLE_DEVICES.")
+    device = _device(config)
     _check_memory(config, base, rows, device)
     torch.manual_seed(config.training.seed)
     model = _with_method(_classifier(config, base, labels, device), config)
     trainer = _trainer(config, model, base, labels, rows, valid, run / TRAINER, device)
-    last = _last_whole(run / TRAINER)
+    with trainer.args.main_process_first():
+        last = _last_whole(run / TRAINER)
     state = None if last is None else TrainerState.load_from_json(str(last / "trainer_state.json"))
     try:
         if state is not None and _stale(state, config):  # killed after it had stopped early
@@ -118,7 +118,8 @@ def train(  # noqa: PLR0913, PLR0917 - what to train, on what, and where
     if not config.writes:
         logits = trainer.predict(_Rows(valid)).predictions
         temperature = fit_temperature(np.asarray(logits), np.array([row.label for row in valid]))
-    _save(config, model, base, temperature, run)
+    if trainer.is_world_process_zero():
+        _save(config, model, base, temperature, run)
     return Trained(
         steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step or trainer.state.global_step,
@@ -130,6 +131,18 @@ def train(  # noqa: PLR0913, PLR0917 - what to train, on what, and where
             for line in trainer.state.log_history
         ),
     )
+
+
+def _device(config: TuneConfig) -> str:
+    """Where this process trains: of several, each has a card of its own."""
+    device = resolve_device(config.runtime.device)
+    if device not in ("cpu", "cuda:0"):
+        raise InputError(f"{device}: training takes the first cards that it sees. Set CUDA_VISIBLE_DEVICES.")
+    if device == "cpu":
+        return device
+    if config.training.processes > torch.cuda.device_count():
+        raise InputError(f"{torch.cuda.device_count()} CUDA devices are seen. Set training.processes to at most that.")
+    return f"cuda:{local_rank()}"
 
 
 def _classifier(config: TuneConfig, base: Path, labels: Sequence[str], device: str) -> Any:
@@ -203,7 +216,8 @@ def _check_memory(config: TuneConfig, base: Path, rows: Sequence[TrainingRow], d
         kept = stated.layers + KEPT_NUMBERS
     longest = max(row.length for row in rows)
     row = number * longest * stated.hidden_size * kept + (8 * longest * stated.vocab_size if config.writes else 0)
-    needed, free = weights + config.training.batch_rows * row, free_memory_bytes(device)
+    free = free_memory_bytes(device) // (config.training.processes if device == "cpu" else 1)
+    needed = weights + config.training.batch_rows * row
     if needed <= free:
         return
     fit = (free - weights) // row
@@ -300,7 +314,7 @@ class _Trainer(Trainer):
         self._rows, self._weights_L = rows.rows, weights_L
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return _AlikeInLength([row.length for row in self._rows], batch, self.args.seed)
 
     def compute_loss(
@@ -321,7 +335,8 @@ class _Trainer(Trainer):
                 "Set training.learning_rate lower; the last checkpoint is kept."
             )
         counted = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = loss_B.sum() / counted
+        # Of several processes the gradients are averaged, and the count is that of all.
+        loss = loss_B.sum() / counted * (1 if num_items_in_batch is None else self.accelerator.num_processes)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -336,7 +351,8 @@ def _trainer(  # noqa: PLR0913, PLR0917 - everything that training needs
     device: str,
 ) -> _Trainer:
     training = config.training
-    per_epoch = math.ceil(len(rows) / (training.batch_rows * training.gradient_accumulation))
+    per_step = training.batch_rows * training.gradient_accumulation * training.processes
+    per_epoch = math.ceil(len(rows) / per_step)
     every = max(1, per_epoch // training.evaluations_per_epoch)
     names = TrainingArguments.__dataclass_fields__  # renamed on the way to transformers 6
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"

@@ -213,6 +213,26 @@ def test_killed_in_the_midst_training_goes_on_to_the_same_weights(tune: Tune, tm
         assert torch.equal(weight, weights(run)[name]), name
 
 
+@pytest.mark.parametrize("more", [{}, {"model": BASE}], ids=["full", "lora"])
+def test_two_processes_train_what_one_does_with_twice_the_batches(tune: Tune, more: dict[str, Any]) -> None:
+    # Steps of rows that no dropout and no rest of an epoch make different.
+    more = more | {"training__epochs": 1, "training__batch_rows": 6, "training__lora_dropout": 0.0, "stored": "float32"}
+    alone = tune(training__gradient_accumulation=2, **more)
+    expected = begin(alone)
+    steps = train_run(alone, expected)["steps"]
+    together = tune(training__processes=2, **more)
+    run = begin(together)
+    assert train_run(together, run)["steps"] == steps
+    for name, weight in weights(expected).items():
+        torch.testing.assert_close(weights(run)[name], weight, rtol=0, atol=1e-4)
+
+
+def test_what_one_of_two_processes_finds_wrong_is_told_in_one_line(tune: Tune) -> None:
+    config = tune(training__processes=2, training__batch_rows=65_536, scratch__hidden_size=4096, scratch__layers=8)
+    with pytest.raises(InputError, match="training needs about"):
+        train_run(config, begin(config))
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tune(training__epochs=3)
     run = Path(begin(config))
