@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from flows.annotate import annotate  # noqa: E402
 from flows.server import own_server  # noqa: E402
 from glmbatch import asking, pipeline  # noqa: E402
 from glmbatch.config import JobConfig  # noqa: E402
+from glmbatch.data.ledger import Ledger  # noqa: E402
 from glmbatch.glm.engine import ClassifyRequest, Engine, GenerateRequest  # noqa: E402
 from glmbatch.glm.save import save_checkpoint  # noqa: E402
 
@@ -47,6 +49,7 @@ ANSWER_TOKENS = 16
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for engine processes on a cluster
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         os.environ["PREFECT_HOME"] = str(folder / "prefect")
@@ -72,6 +75,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows-per-fragment", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--cluster-workers", type=int, nargs="*", default=[], help="the flow on a Ray cluster too, with so many engines"
+    )
     return parser.parse_args()
 
 
@@ -94,7 +100,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     calls: list[tuple[str, list[Any]]] = []
     runs = 0
 
-    def job() -> JobConfig:
+    def job(**runtime: Any) -> JobConfig:
         nonlocal runs
         runs += 1
         settings = yaml.safe_load((SAMPLE / "reviews.yaml").read_text(encoding="utf-8"))
@@ -105,7 +111,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         }
         settings["model"] = {"path": str(folder / "model"), "dtype": options.dtype}
         settings["steps"][1] |= {"max_tokens": ANSWER_TOKENS, "stop": []}
-        settings["runtime"] = {"device": options.device}
+        settings["runtime"] = {"device": options.device, **runtime}
         return JobConfig.model_validate(settings)
 
     def answers() -> list[Any]:
@@ -121,12 +127,22 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             for _ in getattr(engine, kind)(iter(requests)):
                 pass
 
+    def on_cluster(workers: int) -> object:
+        return annotate(job(cluster="ray", cluster_workers=workers))
+
+    def answering_seconds() -> float:
+        """Of the latest run, from the first question to the last answer: without starts, loading and publication."""
+        receipts = list(Ledger(folder / f"out-{runs}").published_receipts())
+        return max(each.began + each.seconds for each in receipts) - min(each.began for each in receipts)
+
     contestants: dict[str, Callable[[], object]] = {
         "engine": alone,
         "job": lambda: pipeline.run_job(job()),
         "flow": lambda: annotate(job()),
+        **{f"ray_{workers}": partial(on_cluster, workers) for workers in options.cluster_workers},
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    answering: dict[str, list[float]] = {name: [] for name in contestants if name != "engine"}
     same = True
     for turn in range(options.rounds + 1):
         for name, run in contestants.items():
@@ -134,10 +150,13 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             run()
             if turn:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - began)
-            same = same and (name == "engine" or answers() == expected)
+            if name != "engine":
+                answering[name].append(answering_seconds())
+                same = same and answers() == expected
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         **{f"{name}_seconds": round(value, 2) for name, value in medians.items()},
+        **{f"{name}_answering_seconds": round(statistics.median(values), 2) for name, values in answering.items()},
         "job_of_engine_rate": round(medians["engine"] / medians["job"], 3),
         "flow_of_engine_rate": round(medians["engine"] / medians["flow"], 3),
         "same_answers": same,

@@ -99,7 +99,9 @@ def _submitting_to_ray(runtime: RuntimeConfig) -> Iterator[None]:
             runner = entered.enter_context(RayTaskRunner(runtime.cluster_address or "local", options))
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = runtime.cluster_address or "this machine"
-            raise TransientError(f"{where}: no Ray cluster answers: {_line(error)}") from error
+            raise TransientError(
+                f"{where}: no Ray cluster answers: {_line(error)}. Set RAY_AUTH_MODE if it wants a token."
+            ) from error
         entered.enter_context(flow.model_copy(update={"task_runner": runner}))
         yield
 
