@@ -80,7 +80,11 @@ class Local:
 
     def leader(self, name: str) -> psutil.Process | None:
         """The process that `up` started as the server or the worker, if it lives."""
-        return next((process for process in self.processes(name) if name in process.cmdline()), None)
+        for process in self.processes(name):
+            with suppress(psutil.Error):  # it may end at any moment
+                if name in process.cmdline():
+                    return process
+        return None
 
     def processes(self, name: str) -> list[psutil.Process]:
         """The living processes of the server or the worker, its runs among them."""

@@ -32,14 +32,17 @@ def own_server() -> Iterator[str]:
         port = free.getsockname()[1]
     address = api_address(port)
     server = start("server", "start", "--host", LOOPBACK, "--port", str(port), "--no-ui")
+    leader = psutil.Process(server.pid)
+    family = [leader]
     try:
         wait_until_ready(address, server, "Set PREFECT_API_URL to use yours.")
+        family += leader.children(recursive=True)  # which are there even when their leader is not
         yield address
     finally:
-        if server.poll() is None:
-            leader = psutil.Process(server.pid)
-            stop([leader, *leader.children(recursive=True)])
-            server.wait()
+        with suppress(psutil.NoSuchProcess):
+            family += leader.children(recursive=True)
+        stop(family)
+        server.wait()
 
 
 def api_address(port: int) -> str:

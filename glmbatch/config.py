@@ -236,7 +236,8 @@ class RuntimeConfig(Settings):
     cache: str = Field(
         "~/.cache/glmbatch",
         min_length=1,
-        description="Folder of this machine for checkpoints that are fetched from an object store.",
+        description="Folder for checkpoints that are fetched from an object store; with a cluster, one that all its "
+        "machines share.",
     )
     cluster: Literal["ray"] | None = Field(
         None,

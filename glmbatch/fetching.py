@@ -69,8 +69,12 @@ class _Snapshot:
                 if file.exists() or not any(fnmatchcase(name, pattern) for pattern in patterns):
                     continue
                 partial = self.directory / f".{name}{PARTIAL}"
-                path.download(partial)
-                if partial.stat().st_size != size_bytes or version_of(path.info()) != version:
+                try:
+                    path.download(partial)
+                    same = partial.stat().st_size == size_bytes and version_of(path.info()) == version
+                except FileNotFoundError:
+                    same = False
+                if not same:
                     raise TransientError(f"{path}: was changed while it was fetched.")
                 sync(partial)
                 os.replace(partial, file)

@@ -91,7 +91,8 @@ def check_job(job: JobConfig) -> None:
     Ledger(job.data.output).close(run.id)
     for model in job_models(job):
         remote = [each for each in (model.path, model.adapter or "") if is_remote(each)]
-        if model.revision is None and not remote:  # these may need the network, which is the flow's to try again
+        # These may need the network, which is the flow's to try again, or a device that only the cluster has.
+        if model.revision is None and not remote and job.runtime.cluster is None:
             located = locate_model(model, job.runtime)
             read_checkpoint(located.path, located.rope_scaling, located.adapter)
 
@@ -322,8 +323,11 @@ def models_at_once(job: JobConfig, models: Sequence[Model]) -> int:
         return job.runtime.max_loaded_models or 1
     from glmbatch.glm.device import free_memory_bytes, resolve_device
 
-    needed = ROOM * sum(model.size_bytes for model in models)
-    return len(models) if needed <= free_memory_bytes(resolve_device(job.runtime.device)) else 1
+    device = resolve_device(job.runtime.device)
+    # Without GPUs the engine processes of a cluster may all be on this machine.
+    sharing = (job.runtime.cluster_workers or 1) if job.runtime.cluster and device == "cpu" else 1
+    needed = ROOM * sharing * sum(model.size_bytes for model in models)
+    return len(models) if needed <= free_memory_bytes(device) else 1
 
 
 def passes(job: JobConfig, at_once: int) -> tuple[tuple[int, ...], ...]:

@@ -59,7 +59,7 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
         ),
     ]
     samples = _samples(job, ledger, written)
-    last = before.run if before else None
+    last = before.run if before and before.run != run.id else None
     summary = _summary(job, run, written, unusable, samples)
     try:
         audits = audit(job, run, outputs, ledger.published_receipts(), canaries)

@@ -78,16 +78,18 @@ def write_report(job: JobConfig, summary: Summary, outputs: Sequence[OutputRecei
 
 
 def read_report(output: str, run: str | None) -> Report | None:
-    """The facts of `run`; None when there is no report of it."""
+    """The facts of `run`; None when there is no report of it, or none to be read now."""
     try:
         return Report.model_validate_json((location(output) / REPORTS / f"{run}.json").read_bytes())
-    except (OSError, ValidationError):
+    except (OSError, GlmbatchError, ValidationError):
         return None
 
 
 def _gathered(job: JobConfig, summary: Summary, outputs: Sequence[OutputReceipt], before: str | None) -> Report:
     device = None
-    if summary.computed:  # else torch is not even imported
+    if summary.computed and job.runtime.cluster is not None:
+        device = f"a cluster: {job.runtime.cluster}"
+    elif summary.computed:  # else torch is not even imported
         from glmbatch.glm.device import describe_device
 
         device = describe_device(job.runtime.device)

@@ -20,7 +20,7 @@ from glmbatch.data.fragments import check_schema
 from glmbatch.data.ledger import DIGEST_CHARS, Ledger
 from glmbatch.data.objects import AnyPath, location
 from glmbatch.data.parquet import READ_BATCH_ROWS, read_columns, write_table
-from glmbatch.data.storage import commit, digest_file, partial_beside, writable
+from glmbatch.data.storage import commit, digest_file, partial_beside
 from glmbatch.errors import AuditError, InputError
 from glmbatch.jobfile import load_job, parse_settings
 from glmbatch.pipeline import run_job
@@ -125,7 +125,7 @@ def _answers(columns: pa.Table, job: JobConfig, folder: AnyPath) -> pa.Table:
 
 def _write(table: pa.Table, folder: AnyPath) -> AnyPath:
     """The Parquet file of `table`, named by its bytes: the same rows are the same file."""
-    with partial_beside(folder / "table") as partial, writable(folder):
+    with partial_beside(folder / "table") as partial:
         try:
             write_table(partial, table.schema, iter(table.combine_chunks().to_batches(READ_BATCH_ROWS)), {})
         except pa.ArrowException as error:

@@ -133,17 +133,22 @@ def _refuse_apart(job: JobConfig, engines: Sequence[Any]) -> None:
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
-    if is_remote(job.data.output):
-        return
-    lock = Path(job.data.output) / LOCK
+    seen: tuple[Any, ...] = (_nothing_to_see,)
+    if not is_remote(job.data.output):
+        lock = Path(job.data.output) / LOCK
+        seen = (_complaint, str(lock), lock.read_text())
     try:
-        complaints = ray.get([engine.call.remote(_complaint, str(lock), lock.read_text()) for engine in engines])
+        complaints = ray.get([engine.call.remote(*seen) for engine in engines])
     except (RayActorError, RayTaskError) as error:
         raise InputError(
             f"an engine process did not start: {_line(error)}. Install the same glmbatch on every machine."
         ) from error
     for complaint in filter(None, complaints):
         raise InputError(complaint)
+
+
+def _nothing_to_see() -> None:
+    """An output in a store is seen from everywhere."""
 
 
 def _complaint(lock: str, text: str) -> str | None:

@@ -9,6 +9,7 @@ from prefect.futures import PrefectFuture
 
 from glmbatch.config import JobConfig
 from glmbatch.data.ledger import AnswersReceipt, Ledger
+from glmbatch.data.objects import is_remote
 from glmbatch.planning import FragmentWork
 from glmbatch.progress import PROGRESS
 from tasks.artifacts import FragmentProgress
@@ -28,8 +29,10 @@ def submit_fragment(
 ) -> list[PrefectFuture[Any]]:
     """Submit the given steps, adding them to `answers`, and the output file once every step is among them.
 
-    What the ledger no longer holds whole runs again, whatever the cache says.
+    What the ledger no longer holds whole runs again, whatever the cache says. So does all of an output in a store: the
+    results that Prefect keeps in its own home may be of another output, or older than what another machine wrote.
     """
+    anew = is_remote(job.data.output)
     ledger = Ledger(job.data.output)
     receipts = [
         ledger.find_answers(each.key, work.run, each.earlier, retry_failed=job.retry_failed)
@@ -38,14 +41,14 @@ def submit_fragment(
     asked = answers.setdefault(work.fragment.name, {})
     submitted: list[PrefectFuture[Any]] = []
     for index in steps:
-        ask = configured(ASK[job.steps[index].kind], job, refresh=receipts[index] is None)
+        ask = configured(ASK[job.steps[index].kind], job, refresh=anew or receipts[index] is None)
         asked[index] = ask.submit(job, work.assignments[index], list(asked.values()), engine)
         submitted.append(asked[index])
     if len(asked) == len(job.steps):
         found = [receipt for receipt in receipts if receipt is not None and receipt.run != work.run]
         gone = len(found) < len(receipts) or ledger.find_output(work.key, found) is None
         in_order = [asked[index] for index in sorted(asked)]
-        submitted.append(configured(write, job, refresh=gone).submit(job, work, in_order))
+        submitted.append(configured(write, job, refresh=anew or gone).submit(job, work, in_order))
     return submitted
 
 

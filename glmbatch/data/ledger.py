@@ -31,7 +31,7 @@ from glmbatch.data.delta import commit_table, plan_commit
 from glmbatch.data.fragments import FileFault, Fragment, Plan
 from glmbatch.data.known import AnswerFile
 from glmbatch.data.locks import check_held, hold, release
-from glmbatch.data.objects import AnyPath, location
+from glmbatch.data.objects import REQUESTS_AT_ONCE, AnyPath, location
 from glmbatch.data.parquet import footer_metadata, open_parquet, write_table
 from glmbatch.data.storage import (
     PARTIAL,
@@ -44,13 +44,12 @@ from glmbatch.data.storage import (
     remove_tree,
     writable,
 )
-from glmbatch.errors import InputError, UnusableFile
+from glmbatch.errors import InputError, TransientError, UnusableFile
 
 logger = logging.getLogger(__name__)
 
 DIGEST_CHARS = 32
 LENGTH_BIN = 8
-MOVES_AT_ONCE = 16
 RECEIPT = "glmbatch.receipt"
 MANIFEST = "_manifest.json"
 QUARANTINE = "_quarantine.parquet"
@@ -338,7 +337,7 @@ class Ledger:
             for output in outputs:
                 self._move_staged(output)
         else:  # each is some requests: side by side, so that readers see old and new together for less long
-            with ThreadPoolExecutor(MOVES_AT_ONCE) as pool:
+            with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
                 list(pool.map(self._move_staged, outputs))
         if version is not None:
             commit_table(self.root, {file.output_name: file.rows for file in manifest.files}, version)
@@ -354,8 +353,12 @@ class Ledger:
         self._sweep({key for file in manifest.files for key in file.answers_keys})
 
     def _move_staged(self, output: OutputReceipt) -> None:
-        for staged in (self.root / STAGED).glob(f"{output.key}.*.parquet"):
-            move(staged, self.root / output.output_name)
+        path = self.root / output.output_name
+        staged: list[AnyPath] = list((self.root / STAGED).glob(f"{output.key}.*.parquet"))
+        for each in staged:
+            move(each, path)
+        if not staged and not path.is_file():
+            raise TransientError(f"{path}: its staged file was taken away. Run the job again.")
 
     def _begun(self) -> set[str]:
         """Names of the files that publications were to move into place which were killed before their manifest."""

@@ -33,18 +33,21 @@ HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 180.0  # many heartbeats, so that no store that is slow for a while costs a living run its lock
 # The locks that this process holds, by path, and for which run.
 _LOCKS: dict[str, tuple[str, FileLock | StoreLock]] = {}
+_TAKING = threading.Lock()
+_TOKEN = uuid.uuid4().hex  # of this process: what it left in a store when that failed in the midst is its own
 
 
 def hold(path: AnyPath, run: str) -> None:
     """Keep all but `run` from taking the lock `path` until `release`; InputError when another has it."""
     name = str(path.resolve())
-    here = _LOCKS[name][0] if name in _LOCKS else run
-    if here != run:
-        raise InputError(f"{path.parent.parent}: another run of this process is writing to it. Set data.output.")
-    if name not in _LOCKS:
-        lock = StoreLock(path) if isinstance(path, ObjectPath) else FileLock(path)
-        lock.take()
-        _LOCKS[name] = run, lock
+    with _TAKING:
+        here = _LOCKS[name][0] if name in _LOCKS else run
+        if here != run:
+            raise InputError(f"{path.parent.parent}: another run of this process is writing to it. Set data.output.")
+        if name not in _LOCKS:
+            lock = StoreLock(path, token=_TOKEN) if isinstance(path, ObjectPath) else FileLock(path)
+            lock.take()
+            _LOCKS[name] = run, lock
 
 
 def release(path: AnyPath, run: str) -> None:
@@ -105,11 +108,15 @@ class StoreLock:
     """
 
     def __init__(
-        self, path: ObjectPath, heartbeat_seconds: float = HEARTBEAT_SECONDS, stale_seconds: float = STALE_SECONDS
+        self,
+        path: ObjectPath,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        stale_seconds: float = STALE_SECONDS,
+        token: str | None = None,
     ) -> None:
         self._folder, self._name, self._output = path.parent, path.name, path.parent.parent
         self._heartbeat_seconds, self._stale_seconds = heartbeat_seconds, stale_seconds
-        self._token = uuid.uuid4().hex
+        self._token = token or uuid.uuid4().hex
         self._number = 0
         self._heard = 0.0
         self._ended = threading.Event()
@@ -178,10 +185,14 @@ class StoreLock:
         return now
 
     def _age(self, number: int, now: datetime) -> float:
-        """Seconds since the holder of `number` was heard of; infinite where it let go."""
+        """Seconds since the holder of `number` was heard of; infinite where it let go, or was this process."""
         try:
-            free = self._read(number)["free"]
-            return float("inf") if free else (now - self._path(number).modified()).total_seconds()
+            sign = self._read(number)
+            return (
+                float("inf")
+                if sign["free"] or sign["token"] == self._token
+                else (now - self._path(number).modified()).total_seconds()
+            )
         except FileNotFoundError:  # a higher one took its place just now
             return 0
 

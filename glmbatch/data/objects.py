@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,10 +30,12 @@ STORES = {"s3": "'glmbatch[s3]'", "gs": "gcsfs", "az": "adlfs"}
 SCHEMES = tuple(f"{scheme}:/" for scheme in STORES)
 GLOB_MARKS = frozenset("*?[")
 AHEAD_BYTES = 8 << 20
+REQUESTS_AT_ONCE = 16
 KEPT_BYTES, KEPT_OBJECTS = 1 << 20, 64
 # Timeout, conflict of two writers, too many requests: these pass by themselves, as does all from 500 on.
 PASSING_STATUS = frozenset({408, 409, 425, 429})
-EXISTS_STATUS = frozenset({409, 412})  # what a conditional create says when it comes second
+CHANGED_STATUS = 412  # what a read on condition says when other bytes are there now
+EXISTS_STATUS = frozenset({409, CHANGED_STATUS})  # what a conditional create says when it comes second
 NOT_IMPLEMENTED = 501
 
 
@@ -44,6 +47,8 @@ def location(address: str | Path) -> AnyPath:
     scheme, mark, rest = str(address).partition("://")
     if not mark:
         return Path(address)
+    if "@" in rest.partition("/")[0]:
+        raise InputError("an address of an object store holds credentials. Set them in the environment instead.")
     if scheme not in STORES or not rest.strip("/"):
         raise InputError(f"{address}: is no address of an object store; write s3://bucket/name (or gs://, az://).")
     return ObjectPath(str(address))
@@ -129,7 +134,7 @@ class ObjectPath(PurePosixPath):
         except FileExistsError:
             return False
         except (StoreRefused, TransientError) as error:
-            status = _status(error)
+            status = status_of(error)
             if status == NOT_IMPLEMENTED:
                 self.write_bytes(content)
             elif status in EXISTS_STATUS:
@@ -160,8 +165,8 @@ class ObjectPath(PurePosixPath):
         """Nothing: names alone make folders."""
 
     def remove_tree(self) -> None:
-        with suppress(FileNotFoundError):
-            self._call("rm", recursive=True)
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:  # by name: the store's package takes a folder for a pattern
+            list(pool.map(lambda path: path.unlink(missing_ok=True), self.listed()))
 
     def listed(self, prefix: str = "") -> dict[ObjectPath, dict[str, Any]]:
         """All objects below it whose names from here on begin with `prefix`, in order, with what the store says.
@@ -241,7 +246,7 @@ def store_errors(path: AnyPath) -> Iterator[None]:
     except Exception as error:
         if isinstance(path, Path):
             raise
-        status = _status(error)
+        status = status_of(error)
         if isinstance(error, _passing()) or (status is not None and (status >= 500 or status in PASSING_STATUS)):
             raise TransientError(f"{path}: the store cannot be reached now ({_reason(error)}).") from error
         if isinstance(error, (PermissionError, *_refusing())) or status is not None:
@@ -252,7 +257,7 @@ def store_errors(path: AnyPath) -> Iterator[None]:
         raise
 
 
-def _status(error: BaseException | None) -> int | None:
+def status_of(error: BaseException | None) -> int | None:
     """The HTTP status behind an error, if there is one."""
     while error is not None:
         response = getattr(error, "response", None)

@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from glmbatch.data.objects import AnyPath, ObjectPath, store_errors
-from glmbatch.errors import InputError, TransientError, UnusableFile
+from glmbatch.data.objects import CHANGED_STATUS, AnyPath, ObjectPath, status_of, store_errors
+from glmbatch.errors import InputError, StoreRefused, TransientError, UnusableFile
 
 READ_BATCH_ROWS = 10_000  # also the rows of a row group that is written
 SMALL_BYTES = 32 << 20  # an object up to this size may be buffered whole: fewer requests
@@ -32,6 +32,10 @@ def readable(path: AnyPath) -> Iterator[None]:
     try:
         with store_errors(path):
             yield
+    except StoreRefused as error:
+        if status_of(error) != CHANGED_STATUS:
+            raise
+        raise UnusableFile(f"{path}: was changed while the run read it. Run again when it is complete.") from error
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, ValueError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno in FAILING_DEVICE:
             raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error

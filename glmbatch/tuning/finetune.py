@@ -156,6 +156,10 @@ def train_here(config: TuneConfig, run: Path) -> None:
             TrainingRow(np.array(prompt.ids, np.int32), number.get(each.label, 0), each.place, answer)
             for each, prompt, answer in zip(examples, prompts, answers, strict=True)
         ]
+    if config.model is not None:  # an adapter too may lie in a store
+        located = locate_model(config.model, config.runtime)
+        found = config.model.model_copy(update={"path": located.path, "adapter": located.adapter})
+        config = config.model_copy(update={"model": found})
     trained = train(config, base, labelled.labels, rows["train"], rows["valid"], run)
     if local_rank() > 0:
         return

@@ -124,6 +124,19 @@ def test_a_run_whose_answer_was_lost_on_the_way_still_holds(store: Store) -> Non
     held.let_go()
 
 
+def test_a_process_that_failed_while_it_took_the_lock_may_take_it_again(store: Store) -> None:
+    first, again = (StoreLock(store.path(NAME), stale_seconds=60, token="of this process") for _ in range(2))
+    first.take()
+    with pytest.raises(InputError, match="is writing to it"):
+        lock(store).take()
+    again.take()
+    again.check()
+    with pytest.raises(Interrupted, match="another one may have taken over"):
+        first.check()
+    for each in (first, again):
+        each.let_go()
+
+
 def test_a_store_that_ignores_conditions_is_told_of(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     store.harm = lambda request: "unconditional"
     held = lock(store)

@@ -67,6 +67,19 @@ def test_an_address_with_credentials_is_refused_and_not_repeated() -> None:
     assert DataConfig(input="s3://bucket/a@b.parquet", output="out").input == "s3://bucket/a@b.parquet"
 
 
+def test_an_address_that_is_no_setting_holds_no_credentials_either() -> None:
+    with pytest.raises(InputError, match="holds credentials") as raised:
+        location("s3://KEY:SECRET@bucket/name")
+    assert "SECRET" not in str(raised.value)
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_is_removed_alone(store: Store) -> None:
+    for folder in ("o[1]", "o1"):
+        store.path(f"{folder}/a/b").write_bytes(b"x")
+    store.path("o[1]").remove_tree()
+    assert store.names() == ["o1/a/b"]
+
+
 def test_without_the_package_one_line_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['s3fs'] = None\n"

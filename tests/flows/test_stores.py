@@ -18,7 +18,7 @@ from tests.stores import Store
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
 
-def test_a_run_over_a_store_is_cached_and_leaves_nothing_here(
+def test_a_run_over_a_store_asks_its_ledger_and_leaves_nothing_here(
     prefect_server: dict[str, str], store: Store, job_settings: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     store.put("in/day=1/a.parquet", pa.table({"text": [f"row {n}" for n in range(9)]}))
@@ -32,8 +32,12 @@ def test_a_run_over_a_store_is_cached_and_leaves_nothing_here(
     assert "9 rows in 2 fragments" in first.stdout
     second = run(prefect_server, *command)
     assert "no inference was executed and no model was loaded" in second.stdout, second.stderr
-    cached = ("classify", "generate", "write", "prepare")
-    states = {row["state_name"] for name, row in task_runs(prefect_server, 11).items() if name.startswith(cached)}
-    assert states == {"Cached"}
+    prepared = [row for name, row in task_runs(prefect_server, 11).items() if name.startswith("prepare")]
+    assert [row["state_name"] for row in prepared] == ["Cached"]
     assert verify(store.url("out")).sound
+    # Results of another output over the same rows are not taken for this one's.
+    for out in ("other", "out"):
+        again = run(prefect_server, *command, "--output", store.url(out))
+        assert again.returncode == 0, again.stderr
+        assert verify(store.url(out)).sound
     assert {path.name for path in tmp_path.iterdir()} == {"job.yaml", "cache"}
