@@ -282,6 +282,25 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_output(
     wait(lambda: " prefect.flow-run.Crashed " in alerts(here), "it is told")
 
 
+def test_a_cancelled_run_stops_and_the_next_one_does_only_what_is_missing(
+    here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    api.set_parameters("annotate/nightly", job=job(limit=200))
+    run = api.run("annotate/nightly")
+    answers = tmp_path / "out" / "_glmbatch" / "answers"
+    wait(lambda: len(list(answers.glob("[!.]*"))) > 4, "it has committed answers")
+    api.ask("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    wait(lambda: api.state(run) == "Cancelled", "it is cancelled")
+    wait(lambda: here.processes("worker") == [here.leader("worker")], "its process has ended")
+    assert not list((tmp_path / "out").rglob("part-*.parquet")), "nothing is published"
+    kept = {path.name for path in answers.glob("[!.]*")}
+    again = api.run("annotate/nightly")
+    wait(lambda: api.state(again) == "Completed", "the next one ends")
+    assert kept <= {path.name for path in answers.glob("[!.]*")}, "no committed inference was repeated"
+    assert verify(tmp_path / "out").findings == ()
+    assert len(rows(tmp_path / "out")) == 200
+
+
 def test_a_flow_of_ones_own_has_the_answers_made(
     here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
