@@ -252,7 +252,8 @@ class Ledger:
         """The receipt and the answers under `key`, which the caller knows to be there."""
         found = _whole(self.root / ANSWERS, key, AnswersReceipt)
         if found is None:
-            raise InputError(f"{self.root / ANSWERS}: the answers {key} were taken away. Run the job again.")
+            # Or another machine of a cluster has just written them, and a shared folder does not show them yet.
+            raise TransientError(f"{self.root / ANSWERS}: the answers {key} are not there. Run the job again.")
         try:
             with open_parquet(found[1]) as file:
                 return found[0], file.read()
