@@ -17,8 +17,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 StepName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 
 
+def has_credentials(address: str) -> bool:
+    """Whether an address of an object store holds a name or key before its bucket."""
+    return "@" in address.partition("://")[2].partition("/")[0]
+
+
 def _without_credentials(address: str) -> str:
-    if "://" in address and "@" in address.partition("://")[2].partition("/")[0]:
+    if has_credentials(address):
         raise ValueError("an address holds no credentials; the store's package finds them in the environment")
     return address
 

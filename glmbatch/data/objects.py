@@ -23,6 +23,7 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias, cast
 
+from glmbatch.config import has_credentials
 from glmbatch.errors import InputError, StoreRefused, TransientError
 
 # Scheme of an address to what is to be installed for it.
@@ -47,7 +48,7 @@ def location(address: str | Path) -> AnyPath:
     scheme, mark, rest = str(address).partition("://")
     if not mark:
         return Path(address)
-    if "@" in rest.partition("/")[0]:
+    if has_credentials(str(address)):
         raise InputError("an address of an object store holds credentials. Set them in the environment instead.")
     if scheme not in STORES or not rest.strip("/"):
         raise InputError(f"{address}: is no address of an object store; write s3://bucket/name (or gs://, az://).")

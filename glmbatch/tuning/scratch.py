@@ -46,11 +46,11 @@ def make_base(directory: Path, texts: Sequence[str], scratch: ScratchConfig, see
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
-            torch.nn.init.normal_(weight, 0.0, first_scale(name, weight.shape[1]), generator=generator)
+            torch.nn.init.normal_(weight, 0.0, _first_scale(name, weight.shape[1]), generator=generator)
     save_checkpoint(model, directory, tokenizer_model=tokenizer, dtype="float32")
 
 
-def first_scale(name: str, inputs: int) -> float:
+def _first_scale(name: str, inputs: int) -> float:
     """Small queries and keys begin as an even look at the whole text: so small a model learns many times faster."""
     if "embed_tokens" in name:
         return 0.05

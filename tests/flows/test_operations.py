@@ -163,6 +163,14 @@ def inbox() -> Iterator[Inbox]:
     made.server.server_close()
 
 
+def begun(api: Api, job: dict[str, Any], answers: Path) -> str:
+    """A nightly run over `job` that is in its midst: it has committed some answers."""
+    api.set_parameters("annotate/nightly", job=job)
+    run = api.run("annotate/nightly")
+    wait(lambda: len(list(answers.glob("[!.]*"))) > 4, "it has committed answers")
+    return run
+
+
 def rows(out: Path) -> list[dict[str, Any]]:
     """What a reader of the folder finds, without the digests that differ from run to run."""
     return sorted(ds.dataset(out, partitioning=None).to_table().to_pylist(), key=str)
@@ -260,10 +268,8 @@ def test_a_delivery_starts_a_run_and_its_failed_audit_is_told(
 def test_a_run_whose_worker_is_killed_goes_on_to_the_same_output(
     here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    api.set_parameters("annotate/nightly", job=job(limit=200))
-    run = api.run("annotate/nightly")
     answers = tmp_path / "out" / "_glmbatch" / "answers"
-    wait(lambda: len(list(answers.glob("[!.]*"))) > 4, "it has committed answers")
+    run = begun(api, job(limit=200), answers)
     for process in here.processes("worker"):  # and its runs
         os.kill(process.pid, signal.SIGKILL)
     assert api.state(run) == "Running", "nobody is left to tell"
@@ -285,10 +291,8 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_output(
 def test_a_cancelled_run_stops_and_the_next_one_does_only_what_is_missing(
     here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    api.set_parameters("annotate/nightly", job=job(limit=200))
-    run = api.run("annotate/nightly")
     answers = tmp_path / "out" / "_glmbatch" / "answers"
-    wait(lambda: len(list(answers.glob("[!.]*"))) > 4, "it has committed answers")
+    run = begun(api, job(limit=200), answers)
     api.ask("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     wait(lambda: api.state(run) == "Cancelled", "it is cancelled")
     wait(lambda: here.processes("worker") == [here.leader("worker")], "its process has ended")
