@@ -9,7 +9,7 @@ G key/value groups, D head size, N layers.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class Network:
         self._trained_prefix = None if trained is None else KvPrefix(trained, 0)
         self._prefixes: OrderedDict[tuple[int, ...], KvPrefix] = OrderedDict()
         self._graphs = StepGraphs(self._padded_step) if self.device.type == "cuda" else None
+        self._slot_plan = _slot_plan(self.device, self.dtype)
 
     @property
     def trained_places(self) -> int:
@@ -121,7 +122,7 @@ class Network:
         inputs_2S = torch.tensor([ids, positions], device=self.device)
         places = [self.trained_places + position for position in positions]
         if self._graphs is None:
-            return self._step(inputs_2S, SlotLoop(cache, places))
+            return self._step(inputs_2S, self._slot_plan(cache, places))
         return self._graphs(inputs_2S, round_up(max(places) + 1), cache)
 
     def _padded_step(self, inputs_2S: torch.Tensor, seen: int, cache: SlotCache) -> torch.Tensor:
@@ -142,3 +143,14 @@ class Network:
         """Scores of the trained head's classes, in float32."""
         logits: torch.Tensor = self._score(hidden_RC)
         return logits.float()
+
+
+def _slot_plan(device: torch.device, dtype: torch.dtype) -> Callable[[SlotCache, Sequence[int]], Plan]:
+    """How slots attend outside CUDA graphs: compiled where numba is installed and can, otherwise by torch."""
+    if device.type == "cpu" and dtype == torch.float32:
+        try:
+            from glmbatch.glm.slot_kernel import SlotKernel
+        except ImportError:
+            return SlotLoop
+        return SlotKernel
+    return SlotLoop

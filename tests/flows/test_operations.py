@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pyarrow.dataset as ds
 import pytest
 import yaml
@@ -28,6 +29,7 @@ from glmbatch.config import JobConfig
 from glmbatch.pipeline import run_job
 from glmbatch.verification import verify
 from tests.conftest import ROOT
+from tests.postgresql import postgresql_server
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 SILENT_SECONDS = 35  # a little more than the time between two signs of life
@@ -84,22 +86,39 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def watch_closely(api: Api) -> None:
+    """Wait less long for a sign of life of a run."""
+    watch = next(each for each in api.ask("POST", "/automations/filter", {}) if each["name"] == "a run fell silent")
+    assert watch["trigger"]["within"] >= 3 * int(DEFAULTS["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+    watch["trigger"]["within"] = SILENT_SECONDS
+    api.ask("PUT", f"/automations/{watch['id']}", {name: watch[name] for name in ("name", "trigger", "actions")})
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
-    """All of it, up, with a worker that asks often; the watch waits less long for a sign of life."""
+    """All of it, up on PostgreSQL, with a worker that asks often."""
     started = Local(tmp_path_factory.mktemp("operations"), free_port())
-    try:
-        done = command(started, "deployments.local", "up", PREFECT_WORKER_QUERY_SECONDS="1")
-        assert done.returncode == 0, done.stderr
-        api = Api(started)
-        watch = next(each for each in api.ask("POST", "/automations/filter", {}) if each["name"] == "a run fell silent")
-        assert watch["trigger"]["within"] >= 3 * int(DEFAULTS["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
-        watch["trigger"]["within"] = SILENT_SECONDS
-        api.ask("PUT", f"/automations/{watch['id']}", {name: watch[name] for name in ("name", "trigger", "actions")})
-        yield started
-    finally:
-        started.down()
-    assert not started.processes("server") + started.processes("worker")
+    with postgresql_server() as url, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", url)
+        environment.setenv("PREFECT_WORKER_QUERY_SECONDS", "1")
+        try:
+            done = command(started, "deployments.local", "up")
+            assert done.returncode == 0, done.stderr
+            watch_closely(Api(started))
+            yield started
+        finally:
+            started.down()
+        assert not started.processes("server") + started.processes("worker")
+
+
+@pytest.fixture(autouse=True)
+def told(here: Local) -> Iterator[None]:
+    """What server and worker log during a test is shown when it fails."""
+    logs = [here.log("server"), here.log("worker")]
+    before = [log.stat().st_size for log in logs]
+    yield
+    for log, size in zip(logs, before, strict=True):
+        sys.stdout.write(f"--- {log.name}\n{log.read_bytes()[size:].decode(errors='replace')}\n")
 
 
 @pytest.fixture
@@ -275,7 +294,7 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_output(
     assert api.state(run) == "Running", "nobody is left to tell"
     kept = {path.name for path in answers.glob("[!.]*")}
     server = here.leader("server")
-    again = command(here, "deployments.local", "up", PREFECT_WORKER_QUERY_SECONDS="1")
+    again = command(here, "deployments.local", "up")
     assert f"UI: {here.ui}" in again.stdout, again.stderr
     assert here.leader("worker") and here.leader("server") == server, "what ran was left alone"
     undisturbed = job(limit=200, output=str(tmp_path / "undisturbed"))
@@ -316,6 +335,24 @@ def test_a_flow_of_ones_own_has_the_answers_made(
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "out")
     assert len(rows(tmp_path / "out")) == 40
+
+
+def test_a_server_that_is_killed_and_started_again_costs_a_run_nothing(
+    here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    run = begun(api, job(limit=200), tmp_path / "out" / "_glmbatch" / "answers")
+    worker = here.leader("worker")
+    killed = here.processes("server")
+    for process in killed:
+        process.kill()
+    psutil.wait_procs(killed, timeout=60)
+    again = command(here, "deployments.local", "up")
+    assert again.returncode == 0, again.stderr
+    assert here.leader("worker") == worker, "what ran was left alone"
+    wait(lambda: api.state(run) == "Completed", "the run goes on and ends")
+    assert api.ask("GET", f"/flow_runs/{run}")["run_count"] == 1
+    assert verify(tmp_path / "out").findings == ()
+    assert len(rows(tmp_path / "out")) == 200
 
 
 def test_a_person_runs_the_job_from_the_form_in_the_browser(

@@ -228,7 +228,7 @@ def test_two_processes_train_what_one_does_with_twice_the_batches(tune: Tune, mo
 
 
 def test_what_one_of_two_processes_finds_wrong_is_told_in_one_line(tune: Tune) -> None:
-    config = tune(training__processes=2, training__batch_rows=65_536, scratch__hidden_size=4096, scratch__layers=8)
+    config = tune(training__processes=2, training__batch_rows=65_536, scratch__hidden_size=1024, scratch__layers=8)
     with pytest.raises(InputError, match="training needs about"):
         train_run(config, begin(config))
 
