@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from glmbatch.audits import total
 from glmbatch.config import AnyStep, ClassifyStep, JobConfig
 from glmbatch.data.ledger import LENGTH_BIN, AnswersReceipt, Ledger, OutputReceipt
+from glmbatch.data.objects import side_by_side
 from glmbatch.data.parquet import prompt_values, read_columns
 from glmbatch.summary import short
 
@@ -110,12 +111,16 @@ def _prompt_lengths(receipts: Iterable[AnswersReceipt]) -> Histogram:
 
 def _counted(ledger: Ledger, outputs: Sequence[OutputReceipt], column: str, scale: int = 1) -> np.ndarray:
     """How many values of `column`, times `scale`, lie at each whole number."""
-    counts = np.zeros(0, np.int64)
-    for output in outputs:
+
+    def counted(output: OutputReceipt) -> np.ndarray:
         values = read_columns(ledger.output_path(output), [column]).column(0).drop_null().to_numpy()
-        found = np.bincount((values * scale).astype(np.int64), minlength=len(counts))
-        found[: len(counts)] += counts
-        counts = found
+        return np.bincount((values * scale).astype(np.int64))
+
+    counts = np.zeros(0, np.int64)
+    for found in side_by_side(ledger.root, counted, outputs):
+        longer, shorter = (found, counts) if len(found) > len(counts) else (counts, found)
+        longer[: len(shorter)] += shorter
+        counts = longer
     return counts
 
 

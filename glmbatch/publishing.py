@@ -20,6 +20,7 @@ from glmbatch.data.ledger import (
     StepOrigin,
     merged_manifest,
 )
+from glmbatch.data.objects import side_by_side
 from glmbatch.data.parquet import prompt_values, read_columns
 from glmbatch.data.rowkeys import answer_settings
 from glmbatch.errors import AuditError, BadRow, GlmbatchError
@@ -48,7 +49,7 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
     """
     ledger = Ledger(job.data.output)
     before = ledger.manifest()
-    outputs = [each if each.unusable is not None else _with_receipts(ledger, each) for each in outputs]
+    outputs = [*side_by_side(ledger.root, lambda output: _with_receipts(ledger, output), outputs)]
     written = [_named(job, each) for each in outputs if each.unusable is None]
     unusable = [
         *run.plan.unusable,
@@ -145,7 +146,9 @@ def _origins(job: JobConfig, written: Sequence[OutputReceipt]) -> dict[str, Step
 
 def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
     """The output with the receipts of the answers as they lie on disk: a cached output may tell of an older run's."""
-    return output.model_copy(update={"answers": tuple(ledger.read_answers(each.key)[0] for each in output.answers)})
+    if output.unusable is not None:
+        return output
+    return output.model_copy(update={"answers": tuple(ledger.answers_receipt(each.key) for each in output.answers)})
 
 
 def release(job: JobConfig, run: Run) -> None:
@@ -183,25 +186,29 @@ def _quarantined(
     """A line for each file left out and for each step of each row that failed."""
     for fault in unusable:
         yield {"source": fault.source, "row": fault.first_row, "error_type": "unusable_file", "error": fault.reason}
-    for output in written:
-        if not output.faulty_rows:
-            continue
-        fragment = output.fragment
-        columns = [f"{receipt.step}{end}" for receipt in output.answers for end in ("_error", "_error_type")]
-        columns += [] if job.data.id_column is None else [job.data.id_column]
-        table = read_columns(ledger.output_path(output), columns)
-        ids: list[Any] = [None] * fragment.rows
-        if job.data.id_column is not None:
-            ids = prompt_values(table.column(job.data.id_column))
-        for receipt in output.answers:
-            reasons, kinds = (table.column(f"{receipt.step}{end}").to_pylist() for end in ("_error", "_error_type"))
-            for at, reason in enumerate(reasons):
-                if reason is not None:
-                    yield {
-                        "source": fragment.source,
-                        "row": fragment.first_row + at,
-                        "id": None if ids[at] is None else str(ids[at]),
-                        "step": receipt.step,
-                        "error_type": kinds[at],
-                        "error": reason,
-                    }
+    faulty = [output for output in written if output.faulty_rows]
+    for lines in side_by_side(ledger.root, lambda output: list(_failed(job, ledger, output)), faulty):
+        yield from lines
+
+
+def _failed(job: JobConfig, ledger: Ledger, output: OutputReceipt) -> Iterator[dict[str, Any]]:
+    """A line for each step of each row of `output` that failed."""
+    fragment = output.fragment
+    columns = [f"{receipt.step}{end}" for receipt in output.answers for end in ("_error", "_error_type")]
+    columns += [] if job.data.id_column is None else [job.data.id_column]
+    table = read_columns(ledger.output_path(output), columns)
+    ids: list[Any] = [None] * fragment.rows
+    if job.data.id_column is not None:
+        ids = prompt_values(table.column(job.data.id_column))
+    for receipt in output.answers:
+        reasons, kinds = (table.column(f"{receipt.step}{end}").to_pylist() for end in ("_error", "_error_type"))
+        for at, reason in enumerate(reasons):
+            if reason is not None:
+                yield {
+                    "source": fragment.source,
+                    "row": fragment.first_row + at,
+                    "id": None if ids[at] is None else str(ids[at]),
+                    "step": receipt.step,
+                    "error_type": kinds[at],
+                    "error": reason,
+                }

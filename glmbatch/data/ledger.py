@@ -18,8 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,7 +30,7 @@ from glmbatch.data.delta import commit_table, plan_commit
 from glmbatch.data.fragments import FileFault, Fragment, Plan
 from glmbatch.data.known import AnswerFile
 from glmbatch.data.locks import check_held, hold, release
-from glmbatch.data.objects import REQUESTS_AT_ONCE, AnyPath, location
+from glmbatch.data.objects import AnyPath, location, side_by_side, unlink_all
 from glmbatch.data.parquet import footer_metadata, open_parquet, write_table
 from glmbatch.data.storage import (
     PARTIAL,
@@ -205,15 +204,18 @@ class Ledger:
         Under a published key too, where a later run has asked again about rows that had failed.
         """
         published = {(receipt.key, receipt.run) for receipt in self.published_receipts()}
-        for path in self._answers():
-            receipt = _receipt(path, AnswersReceipt)
-            if receipt is not None and (receipt.key, receipt.run) not in published:
+        for _, receipt in self._receipts(self._answers(), AnswersReceipt):
+            if (receipt.key, receipt.run) not in published:
                 yield receipt
 
     def _unpublished(self) -> Iterator[tuple[AnyPath, AnswersReceipt]]:
         kept = {key for file in self._published() for key in file.answers_keys}
-        for path in self._answers():
-            receipt = _receipt(path, AnswersReceipt) if path.name.split(".")[0] not in kept else None
+        paths = [path for path in self._answers() if path.name.split(".")[0] not in kept]
+        yield from self._receipts(paths, AnswersReceipt)
+
+    def _receipts(self, paths: Iterable[AnyPath], kind: type[Receipt]) -> Iterator[tuple[AnyPath, Receipt]]:
+        """Each of `paths` that holds a sound receipt, with it."""
+        for path, receipt in side_by_side(self.root, lambda path: (path, _receipt(path, kind)), paths):
             if receipt is not None:
                 yield path, receipt
 
@@ -223,10 +225,9 @@ class Ledger:
 
     def published_receipts(self) -> Iterator[AnswersReceipt]:
         """The receipts of all published answers, as their files' footers have them."""
-        for file in self._published():
-            receipt = _receipt(self.root / file.output_name, OutputReceipt)
-            if receipt is not None:
-                yield from receipt.answers
+        paths = [self.root / file.output_name for file in self._published()]
+        for _, receipt in self._receipts(paths, OutputReceipt):
+            yield from receipt.answers
 
     def keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
         """Commit the answers of one step over one fragment in place of earlier ones; safe to repeat."""
@@ -248,19 +249,27 @@ class Ledger:
             path.unlink(missing_ok=True)
         return AnswerFile(kept, receipt.step, kept.name.split(".")[1])
 
+    def answers_receipt(self, key: str) -> AnswersReceipt:
+        """The receipt of the answers under `key`, which the caller knows to be there."""
+        return self._kept_answers(key)[0]
+
     def read_answers(self, key: str) -> tuple[AnswersReceipt, pa.Table]:
         """The receipt and the answers under `key`, which the caller knows to be there."""
+        receipt, path = self._kept_answers(key)
+        try:
+            with open_parquet(path) as file:
+                return receipt, file.read()
+        except UnusableFile:
+            if path.exists():
+                raise
+            return self.read_answers(key)  # another process had committed the same
+
+    def _kept_answers(self, key: str) -> tuple[AnswersReceipt, AnyPath]:
         found = _whole(self.root / ANSWERS, key, AnswersReceipt)
         if found is None:
             # Or another machine of a cluster has just written them, and a shared folder does not show them yet.
             raise TransientError(f"{self.root / ANSWERS}: the answers {key} are not there. Run the job again.")
-        try:
-            with open_parquet(found[1]) as file:
-                return found[0], file.read()
-        except UnusableFile:
-            if found[1].exists():
-                raise
-            return self.read_answers(key)  # another process had committed the same
+        return found
 
     def find_output(self, key: str, answers: Sequence[AnswersReceipt]) -> OutputReceipt | None:
         """The output file under `key`, staged or published, whole, and with just these `answers` in it."""
@@ -327,52 +336,44 @@ class Ledger:
         """
         check_held(self.root / LOCK)
         names = {file.output_name for file in manifest.files}
-        left = self._begun()
+        left, staged = self._begun(), self._staged()
         version = None
         if manifest.format == "delta":
-            version = plan_commit(self.root, self._places(manifest, outputs))
+            places = {file.output_name: self.root / file.output_name for file in manifest.files}
+            places |= {output.output_name: staged[output.key] for output in outputs if output.key in staged}
+            version = plan_commit(self.root, places)
             left -= version.known  # older versions of the table need theirs
         with committed(self.root / PUBLISHING) as partial:
             partial.write_text(json.dumps(sorted(left | {output.output_name for output in outputs})), encoding="utf-8")
-        if isinstance(self.root, Path):
-            for output in outputs:
-                self._move_staged(output)
-        else:  # each is some requests: side by side, so that readers see old and new together for less long
-            with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-                list(pool.map(self._move_staged, outputs))
+        for _ in side_by_side(self.root, lambda output: self._move_staged(staged.get(output.key), output), outputs):
+            pass
         if version is not None:
             commit_table(self.root, {file.output_name: file.rows for file in manifest.files}, version)
         _write_list(self.root / QUARANTINE, quarantine)
         check_held(self.root / LOCK)
         with committed(self.root / MANIFEST) as partial:
             partial.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-        for name in {*manifest.replaced, *left} - names:
-            (self.root / name).unlink(missing_ok=True)
+        unlink_all(self.root, [self.root / name for name in {*manifest.replaced, *left} - names])
         (self.root / PUBLISHING).unlink(missing_ok=True)
         (self.root / REFUSED).unlink(missing_ok=True)
         remove_tree(self.root / STAGED)
         self._sweep({key for file in manifest.files for key in file.answers_keys})
 
-    def _move_staged(self, output: OutputReceipt) -> None:
+    def _staged(self) -> dict[str, AnyPath]:
+        """The files that wait for publication, by output key."""
+        return {path.name.split(".")[0]: path for path in (self.root / STAGED).glob("*.parquet")}
+
+    def _move_staged(self, staged: AnyPath | None, output: OutputReceipt) -> None:
         path = self.root / output.output_name
-        staged: list[AnyPath] = list((self.root / STAGED).glob(f"{output.key}.*.parquet"))
-        for each in staged:
-            move(each, path)
-        if not staged and not path.is_file():
+        if staged is not None:
+            move(staged, path)
+        elif not path.is_file():
             raise TransientError(f"{path}: its staged file was taken away. Run the job again.")
 
     def _begun(self) -> set[str]:
         """Names of the files that publications were to move into place which were killed before their manifest."""
         path = self.root / PUBLISHING
         return set(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
-
-    def _places(self, manifest: Manifest, outputs: Sequence[OutputReceipt]) -> dict[str, AnyPath]:
-        """Where each file of `manifest` lies before the moves."""
-        places = {file.output_name: self.root / file.output_name for file in manifest.files}
-        for output in outputs:
-            for staged in (self.root / STAGED).glob(f"{output.key}.*.parquet"):
-                places[output.output_name] = staged
-        return places
 
     def output_path(self, output: OutputReceipt) -> AnyPath:
         """Where the output file lies that `output` tells of: staged, or published already."""
@@ -381,11 +382,9 @@ class Ledger:
 
     def _sweep(self, kept_keys: set[str]) -> None:
         """Delete answers that nothing published rests on, and what killed runs left half-written."""
-        for path in self._answers():
-            if path.name.split(".")[0] not in kept_keys:
-                path.unlink(missing_ok=True)
-        for partial in [*self.root.glob(f".*{PARTIAL}"), *(self.root / "_glmbatch").rglob(f".*{PARTIAL}")]:
-            partial.unlink(missing_ok=True)
+        unlink_all(self.root, [path for path in self._answers() if path.name.split(".")[0] not in kept_keys])
+        partials = [*self.root.glob(f".*{PARTIAL}"), *(self.root / "_glmbatch").rglob(f".*{PARTIAL}")]
+        unlink_all(self.root, partials)
 
 
 @lru_cache(maxsize=4)

@@ -11,7 +11,7 @@ their errors become ours:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from glmbatch.config import has_credentials
 from glmbatch.errors import InputError, StoreRefused, TransientError
@@ -58,6 +59,27 @@ def location(address: str | Path) -> AnyPath:
 def is_remote(address: str) -> bool:
     """Whether `address` leads out of this machine's files."""
     return "://" in address
+
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def side_by_side(root: AnyPath, work: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """What `work` makes of each of `items` below `root`, in order; in a store several at once, since each waits."""
+    if isinstance(root, Path):
+        yield from map(work, items)
+        return
+    left = iter(items)
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        while window := list(islice(left, 4 * REQUESTS_AT_ONCE)):
+            yield from pool.map(work, window)
+
+
+def unlink_all(root: AnyPath, paths: Iterable[AnyPath]) -> None:
+    """Remove the files `paths` below `root`, as far as they are there."""
+    for _ in side_by_side(root, lambda path: path.unlink(missing_ok=True), paths):
+        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +188,7 @@ class ObjectPath(PurePosixPath):
         """Nothing: names alone make folders."""
 
     def remove_tree(self) -> None:
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:  # by name: the store's package takes a folder for a pattern
-            list(pool.map(lambda path: path.unlink(missing_ok=True), self.listed()))
+        unlink_all(self, self.listed())  # by name: the store's package takes a folder for a pattern
 
     def listed(self, prefix: str = "") -> dict[ObjectPath, dict[str, Any]]:
         """All objects below it whose names from here on begin with `prefix`, in order, with what the store says.

@@ -58,3 +58,15 @@ def test_training_is_measured_beside_a_plain_trainer() -> None:
     report = json.loads(done.stdout.splitlines()[-1])
     for way in ("glmbatch", "plain Trainer"):
         assert all(value > 0 for value in report[way].values())
+
+
+@pytest.mark.slow
+@pytest.mark.prefect
+def test_the_growth_of_a_run_is_measured() -> None:
+    command = [sys.executable, "benchmarks/scale.py", "fragments", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])["sizes"]["3"]
+    assert measured.pop("fragments") == 3
+    assert measured.keys() == {"seconds", "flow_mb", "server_mb"}
+    assert all(value > 0 for value in measured.values())
