@@ -1,6 +1,6 @@
 """What can be seen in a run's answers: how sure, how long, how fast, a few of each label.
 
-Reads small columns of the output files, one file at a time, and keeps counts: memory does not grow with the rows.
+Reads small columns of the output files, a few files at a time, and keeps counts: memory does not grow with the rows.
 """
 
 from __future__ import annotations

@@ -85,8 +85,10 @@ def publish(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt], canaries
         keep_missing=job.data.missing_sources == "keep",
         format=job.data.format,
     )
-    there = tuple(name for name in manifest.replaced if (ledger.root / name).exists())
-    manifest = manifest.model_copy(update={"steps": _origins(job, written), "replaced": there})
+    paths = [ledger.root / name for name in manifest.replaced]
+    there = side_by_side(ledger.root, lambda path: path.exists(), paths)
+    replaced = tuple(name for name, is_there in zip(manifest.replaced, there, strict=True) if is_there)
+    manifest = manifest.model_copy(update={"steps": _origins(job, written), "replaced": replaced})
     stay = {file.source for file in manifest.files} - {output.fragment.source for output in written}
     lines = [*ledger.quarantine(stay), *faults]
     ledger.publish(manifest, written, pa.Table.from_pylist(lines, QUARANTINE_SCHEMA))
@@ -187,28 +189,28 @@ def _quarantined(
     for fault in unusable:
         yield {"source": fault.source, "row": fault.first_row, "error_type": "unusable_file", "error": fault.reason}
     faulty = [output for output in written if output.faulty_rows]
-    for lines in side_by_side(ledger.root, lambda output: list(_failed(job, ledger, output)), faulty):
-        yield from lines
+    tables = side_by_side(ledger.root, lambda output: _failures(job, ledger, output), faulty)
+    for output, table in zip(faulty, tables, strict=True):
+        fragment = output.fragment
+        ids: list[Any] = [None] * fragment.rows
+        if job.data.id_column is not None:
+            ids = prompt_values(table.column(job.data.id_column))
+        for receipt in output.answers:
+            reasons, kinds = (table.column(f"{receipt.step}{end}").to_pylist() for end in ("_error", "_error_type"))
+            for at, reason in enumerate(reasons):
+                if reason is not None:
+                    yield {
+                        "source": fragment.source,
+                        "row": fragment.first_row + at,
+                        "id": None if ids[at] is None else str(ids[at]),
+                        "step": receipt.step,
+                        "error_type": kinds[at],
+                        "error": reason,
+                    }
 
 
-def _failed(job: JobConfig, ledger: Ledger, output: OutputReceipt) -> Iterator[dict[str, Any]]:
-    """A line for each step of each row of `output` that failed."""
-    fragment = output.fragment
+def _failures(job: JobConfig, ledger: Ledger, output: OutputReceipt) -> pa.Table:
+    """The columns of an output file that say which rows failed."""
     columns = [f"{receipt.step}{end}" for receipt in output.answers for end in ("_error", "_error_type")]
     columns += [] if job.data.id_column is None else [job.data.id_column]
-    table = read_columns(ledger.output_path(output), columns)
-    ids: list[Any] = [None] * fragment.rows
-    if job.data.id_column is not None:
-        ids = prompt_values(table.column(job.data.id_column))
-    for receipt in output.answers:
-        reasons, kinds = (table.column(f"{receipt.step}{end}").to_pylist() for end in ("_error", "_error_type"))
-        for at, reason in enumerate(reasons):
-            if reason is not None:
-                yield {
-                    "source": fragment.source,
-                    "row": fragment.first_row + at,
-                    "id": None if ids[at] is None else str(ids[at]),
-                    "step": receipt.step,
-                    "error_type": kinds[at],
-                    "error": reason,
-                }
+    return read_columns(ledger.output_path(output), columns)

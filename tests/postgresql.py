@@ -41,8 +41,8 @@ def postgresql_server() -> Iterator[str]:
                 )
 
         run("initdb", "--username=prefect", "--auth=trust", "--no-sync")
-        run("pg_ctl", "start", "-w", "-o", f"-k {folder} -c listen_addresses=''")
         try:
+            run("pg_ctl", "start", "-w", "-o", f"-k {folder} -c listen_addresses=''")
             yield f"postgresql+asyncpg://prefect@/postgres?host={folder}"
         finally:
             run("pg_ctl", "stop", "-m", "immediate")

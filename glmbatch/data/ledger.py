@@ -299,8 +299,9 @@ class Ledger:
             digest = digest_file(partial)
             for path in folder.glob(f"{receipt.key}.*.parquet"):
                 path.unlink(missing_ok=True)
-            commit(partial, folder / f"{receipt.key}.{digest[:DIGEST_CHARS]}.parquet")
-        return receipt.model_copy(update={"digest": digest})
+            receipt = receipt.model_copy(update={"digest": digest})
+            commit(partial, folder / _staged_name(receipt))
+        return receipt
 
     def manifest(self) -> Manifest | None:
         """What is published; None when nothing is."""
@@ -336,16 +337,20 @@ class Ledger:
         """
         check_held(self.root / LOCK)
         names = {file.output_name for file in manifest.files}
-        left, staged = self._begun(), self._staged()
+        left, staged = self._begun(), {path.name for path in (self.root / STAGED).glob("*.parquet")}
         version = None
         if manifest.format == "delta":
             places = {file.output_name: self.root / file.output_name for file in manifest.files}
-            places |= {output.output_name: staged[output.key] for output in outputs if output.key in staged}
+            places |= {
+                output.output_name: self.root / STAGED / _staged_name(output)
+                for output in outputs
+                if _staged_name(output) in staged
+            }
             version = plan_commit(self.root, places)
             left -= version.known  # older versions of the table need theirs
         with committed(self.root / PUBLISHING) as partial:
             partial.write_text(json.dumps(sorted(left | {output.output_name for output in outputs})), encoding="utf-8")
-        for _ in side_by_side(self.root, lambda output: self._move_staged(staged.get(output.key), output), outputs):
+        for _ in side_by_side(self.root, lambda output: self._move_staged(output, staged), outputs):
             pass
         if version is not None:
             commit_table(self.root, {file.output_name: file.rows for file in manifest.files}, version)
@@ -359,15 +364,13 @@ class Ledger:
         remove_tree(self.root / STAGED)
         self._sweep({key for file in manifest.files for key in file.answers_keys})
 
-    def _staged(self) -> dict[str, AnyPath]:
-        """The files that wait for publication, by output key."""
-        return {path.name.split(".")[0]: path for path in (self.root / STAGED).glob("*.parquet")}
-
-    def _move_staged(self, staged: AnyPath | None, output: OutputReceipt) -> None:
+    def _move_staged(self, output: OutputReceipt, staged: Collection[str]) -> None:
         path = self.root / output.output_name
-        if staged is not None:
-            move(staged, path)
-        elif not path.is_file():
+        if _staged_name(output) in staged:
+            move(self.root / STAGED / _staged_name(output), path)
+            return
+        there = _receipt(path, OutputReceipt) if path.is_file() else None  # one of yesterday has the same name
+        if there is None or there.key != output.key:
             raise TransientError(f"{path}: its staged file was taken away. Run the job again.")
 
     def _begun(self) -> set[str]:
@@ -377,7 +380,7 @@ class Ledger:
 
     def output_path(self, output: OutputReceipt) -> AnyPath:
         """Where the output file lies that `output` tells of: staged, or published already."""
-        staged = self.root / STAGED / f"{output.key}.{output.digest[:DIGEST_CHARS]}.parquet"
+        staged = self.root / STAGED / _staged_name(output)
         return staged if staged.exists() else self.root / output.output_name
 
     def _sweep(self, kept_keys: set[str]) -> None:
@@ -396,6 +399,10 @@ def _parsed_manifest(path: AnyPath, *stamp: int) -> Manifest:
         raise InputError(
             f"{path}: is not a manifest of glmbatch: {error.errors()[0]['msg']}. Set data.output."
         ) from error
+
+
+def _staged_name(output: OutputReceipt) -> str:
+    return f"{output.key}.{output.digest[:DIGEST_CHARS]}.parquet"
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], receipt: BaseModel) -> None:

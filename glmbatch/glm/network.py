@@ -8,8 +8,10 @@ G key/value groups, D head size, N layers.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from glmbatch.glm.layer import Layer, Norm, turns
 from glmbatch.glm.linear import choose_form, product
 from glmbatch.glm.packing import Segment, pack
 from glmbatch.glm.step_graphs import StepGraphs
+
+logger = logging.getLogger(__name__)
 
 # Prefixes kept for later batches; a step has one, and few steps run at once.
 PREFIXES = 8
@@ -60,7 +64,6 @@ class Network:
         self._trained_prefix = None if trained is None else KvPrefix(trained, 0)
         self._prefixes: OrderedDict[tuple[int, ...], KvPrefix] = OrderedDict()
         self._graphs = StepGraphs(self._padded_step) if self.device.type == "cuda" else None
-        self._slot_plan = _slot_plan(self.device, self.dtype)
 
     @property
     def trained_places(self) -> int:
@@ -125,6 +128,18 @@ class Network:
             return self._step(inputs_2S, self._slot_plan(cache, places))
         return self._graphs(inputs_2S, round_up(max(places) + 1), cache)
 
+    @cached_property
+    def _slot_plan(self) -> Callable[[SlotCache, Sequence[int]], Plan]:
+        """How slots attend outside CUDA graphs: float32 on CPU compiled, where numba is there, otherwise by torch."""
+        if self.device.type == "cpu" and self.dtype == torch.float32:
+            try:
+                from glmbatch.glm.slot_kernel import SlotKernel
+            except ImportError as error:
+                logger.info("attention is not compiled: %s", error)
+            else:
+                return SlotKernel
+        return SlotLoop
+
     def _padded_step(self, inputs_2S: torch.Tensor, seen: int, cache: SlotCache) -> torch.Tensor:
         return self._step(inputs_2S, SlotPlan(cache, inputs_2S[1] + self.trained_places, seen))
 
@@ -143,14 +158,3 @@ class Network:
         """Scores of the trained head's classes, in float32."""
         logits: torch.Tensor = self._score(hidden_RC)
         return logits.float()
-
-
-def _slot_plan(device: torch.device, dtype: torch.dtype) -> Callable[[SlotCache, Sequence[int]], Plan]:
-    """How slots attend outside CUDA graphs: compiled where numba is installed and can, otherwise by torch."""
-    if device.type == "cpu" and dtype == torch.float32:
-        try:
-            from glmbatch.glm.slot_kernel import SlotKernel
-        except ImportError:
-            return SlotLoop
-        return SlotKernel
-    return SlotLoop

@@ -2,8 +2,9 @@
 
 There torch makes a product of a few rows out of each slot, and reads keys and values at a fifth of the speed of memory.
 Here one call writes the new tokens' keys and values and attends for all slots; head size and heads of a group are
-constants of the compiled code, so that its inner loops are whole vectors. The code is kept on disk for the next
-process, where numba keeps it. Knows no requests and no model.
+constants of the compiled code, so that its inner loops are whole vectors. It is compiled at the first step, in some
+seconds, and kept on disk for the next process where that can be written. One thread: the work of a layer is too small
+for two to be faster. Knows no requests and no model.
 
 Shapes: S live slots, L places, H query heads, G key/value groups, D head size; h heads of a group.
 """
@@ -11,9 +12,7 @@ Shapes: S live slots, L places, H query heads, G key/value groups, D head size; 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -24,6 +23,8 @@ from glmbatch.glm.kv_cache import SlotCache
 
 # Sums may be taken in any order. Nothing is assumed of nan and inf: a row that is not finite must come out so.
 _OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
+# New queries, keys and values are parts of one tensor: any strides. One signature, so that it is compiled once.
+_SIGNATURE = "void(UniTuple(float32[:,:,:], 3), UniTuple(float32[:,:,:,::1], 2), int64[::1], float32, float32[:,:,::1])"
 # Into the caller, where lengths are constants.
 _inlined: Callable[[Callable[..., Any]], Any] = numba.njit(forceinline=True, **_OPTIONS)
 
@@ -32,11 +33,12 @@ _inlined: Callable[[Callable[..., Any]], Any] = numba.njit(forceinline=True, **_
 def _exp(x: Any) -> Any:
     """e to the power of x <= 0, within two units in the last place; by arithmetic alone, so that loops are vectors.
 
-    2**r * e**f with r whole and f within half of log(2); the polynomial and the split of log(2) are those of Cephes'
-    expf.
+    0 where that would be no normal number. 2**r * e**f with r whole and f within half of log(2); the polynomial and the
+    split of log(2) are those of Cephes' expf.
     """
-    least = np.float32(-87)  # smaller is no normal number
-    x = least if x < least else x  # nan stays nan
+    least = np.float32(-87)
+    vanishes = x < least  # not so nan, which stays nan
+    x = least if vanishes else x
     r = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     f = x - r * np.float32(0.693359375) + r * np.float32(2.12194440e-4)
     y = np.float32(1.9875691500e-4)
@@ -46,7 +48,8 @@ def _exp(x: Any) -> Any:
     y = y * f + np.float32(1.6666665459e-1)
     y = y * f + np.float32(5.0000001201e-1)
     y = y * f * f + f + np.float32(1)
-    return y * np.int32((np.int32(r) + np.int32(127)) << np.int32(23)).view(np.float32)
+    y = y * np.int32((np.int32(r) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return np.float32(0) if vanishes else y
 
 
 @_inlined
@@ -115,49 +118,33 @@ def _kernel(of_group: int, head_dim: int) -> Callable[..., None]:
                 for head in range(of_group):
                     out_SHD[slot, first + head] = mixed_hD[head] / total_h[head]
 
-    compiled: Callable[..., None] = numba.njit(nogil=True, cache=True, **_OPTIONS)(attend)
+    try:
+        return _compile(attend, cache=True)
+    except (RuntimeError, OSError):  # no folder to keep it in, or no room there
+        return _compile(attend, cache=False)
+
+
+def _compile(attend: Callable[..., None], cache: bool) -> Callable[..., None]:
+    compiled: Callable[..., None] = numba.njit(_SIGNATURE, nogil=True, cache=cache, **_OPTIONS)(attend)
     return compiled
 
 
 class SlotKernel:
-    """The same as `SlotLoop`, in one call; over as many threads as torch may use."""
+    """The same as `SlotLoop`, in one call."""
 
     def __init__(self, cache: SlotCache, places: Sequence[int]) -> None:
-        self._cached = [
-            (keys_SGLD.numpy(), values_SGLD.numpy())
-            for keys_SGLD, values_SGLD in zip(cache.keys_SGLD, cache.values_SGLD, strict=True)
-        ]
-        self._places_S = np.array(places)
-        self._shares = _shares(places, torch.get_num_threads())
+        assert len(places) <= cache.slots and max(places) < cache.length  # the compiled code does not look
+        self._cache, self._places_S = cache, np.array(places, np.int64)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         out = torch.empty(query.shape, dtype=query.dtype)
-        kernel = _kernel(query.shape[1] // key.shape[1], query.shape[2])
-        new, out_SHD = (query.numpy(), key.numpy(), value.numpy()), out.numpy()
-        keys_SGLD, values_SGLD = self._cached[layer]
-
-        def attend(share: slice) -> None:
-            cached = (keys_SGLD[share], values_SGLD[share])
-            kernel(
-                tuple(each[share] for each in new), cached, self._places_S[share], np.float32(scaling), out_SHD[share]
-            )
-
-        if len(self._shares) == 1:
-            attend(self._shares[0])
-        else:
-            list(_threads(len(self._shares)).map(attend, self._shares))
+        _kernel(query.shape[1] // key.shape[1], query.shape[2])(
+            (query.numpy(), key.numpy(), value.numpy()),
+            (self._cache.keys_SGLD[layer].numpy(), self._cache.values_SGLD[layer].numpy()),
+            self._places_S,
+            np.float32(scaling),
+            out.numpy(),
+        )
         return out
-
-
-def _shares(places: Sequence[int], threads: int) -> list[slice]:
-    """Runs of slots, at most `threads`, of about as many places each."""
-    before = list(itertools.accumulate((place + 1 for place in places), initial=0))
-    cuts = {sum(each < before[-1] * share / threads for each in before) for share in range(threads + 1)}
-    return [slice(first, end) for first, end in itertools.pairwise(sorted(cuts))]
-
-
-@functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="attention")

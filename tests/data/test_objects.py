@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 
 from glmbatch.config import DataConfig, JobConfig
 from glmbatch.data.fragments import plan_fragments, read_fragment
-from glmbatch.data.objects import location
+from glmbatch.data.objects import ObjectPath, location, side_by_side
 from glmbatch.data.storage import committed, digest_file, find_files
 from glmbatch.errors import InputError, TransientError, UnusableFile
 from tests.conftest import ROOT
@@ -189,3 +190,22 @@ def test_of_several_that_create_an_object_one_does(store: Store) -> None:
         made = list(pool.map(lambda n: store.path("one").create(str(n).encode()), range(8)))
     assert made.count(True) == 1
     assert store.path("one").read_bytes() == str(made.index(True)).encode()
+
+
+def test_work_goes_side_by_side_in_a_store_in_order_and_ends_at_a_failure() -> None:
+    root, begun = ObjectPath("s3://shop/out"), []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.01 * (number % 3))
+        if number == 100:
+            raise TransientError("100")
+        return number * 2
+
+    assert [*side_by_side(root, work, range(90))] == [*side_by_side(Path("out"), work, range(90))]
+    begun.clear()
+    found = side_by_side(root, work, range(1000))
+    assert [next(found) for _ in range(100)] == [*range(0, 200, 2)]
+    with pytest.raises(TransientError, match="100"):
+        next(found)
+    assert len(begun) < 200, "nothing later is begun"

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -337,6 +338,22 @@ def test_a_flow_of_ones_own_has_the_answers_made(
     assert len(rows(tmp_path / "out")) == 40
 
 
+def test_it_comes_up_on_its_own_database_too(tmp_path: Path, job: Callable[..., dict[str, Any]]) -> None:
+    plain = Local(tmp_path / "home", free_port())
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("PREFECT_SERVER_DATABASE_CONNECTION_URL")
+        try:
+            assert command(plain, "deployments.local", "up").returncode == 0
+            api = Api(plain)
+            api.set_parameters("annotate/arrivals", job=job())
+            run = api.run("annotate/arrivals")
+            wait(lambda: api.state(run) == "Completed", "a run ends")
+        finally:
+            plain.down()
+    assert (tmp_path / "home" / "prefect.db").exists()
+    assert len(rows(tmp_path / "out")) == 40
+
+
 def test_a_server_that_is_killed_and_started_again_costs_a_run_nothing(
     here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -344,8 +361,10 @@ def test_a_server_that_is_killed_and_started_again_costs_a_run_nothing(
     worker = here.leader("worker")
     killed = here.processes("server")
     for process in killed:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(killed, timeout=60)
+    assert not (tmp_path / "out" / "_manifest.json").exists(), "the run is in its midst"
     again = command(here, "deployments.local", "up")
     assert again.returncode == 0, again.stderr
     assert here.leader("worker") == worker, "what ran was left alone"
