@@ -22,7 +22,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet 'uv>=0.9,<1'
-	$(RUN)/uv pip install --quiet --python $(RUN)/python -c constraints.txt -e '.[test]'
+	# As a path: else a script beside the checkout takes the checkout's folder for the package, which has the same name.
+	$(RUN)/uv pip install --quiet --python $(RUN)/python -c constraints.txt \
+	  -C editable_mode=compat -e '.[test]'
 	@touch $@
 
 # Exit code 3 says that rows were quarantined: the sample holds some on purpose.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -53,7 +54,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         os.environ["PREFECT_HOME"] = str(folder / "prefect")
-        write_checkpoint(folder / "model", options.shape)
+        if options.shape == "sample":
+            shutil.copytree(SAMPLE / "tiny-chatglm2", folder / "model")
+        else:
+            write_checkpoint(folder / "model", options.shape)
         write_input(folder / "in" / "reviews.parquet", options.rows)
         began = time.perf_counter()
         with own_server() as address, temporary_settings({PREFECT_API_URL: address, PREFECT_LOGGING_LEVEL: "ERROR"}):
@@ -68,7 +72,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="mid")
+    parser.add_argument("--shape", choices=(*SHAPES, "sample"), default="mid", help="sample: its trained checkpoint")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--rows", type=int, default=4000)

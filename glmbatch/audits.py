@@ -18,19 +18,21 @@ from glmbatch.planning import Run
 
 
 class Audit(BaseModel, frozen=True, extra="forbid"):
-    """One check that was asked for: what was measured, and the most that the job allows."""
+    """One check that was asked for: what was measured, and the most that the job allows. `seen`: cases, for people."""
 
     step: str
     what: str
     measured: float
     allowed: float
+    seen: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
         return self.measured <= self.allowed
 
     def __str__(self) -> str:
-        return f"{self.step}: {self.what} {self.measured:.3f}, at most {self.allowed:.3f} allowed"
+        seen = f" ({'; '.join(self.seen)})" if self.seen else ""
+        return f"{self.step}: {self.what} {self.measured:.3g}, at most {self.allowed:.3g} allowed{seen}"
 
 
 def audit(

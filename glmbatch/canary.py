@@ -26,6 +26,7 @@ from glmbatch.steps.prompt import RowFault
 
 # How far a label's score may move by rounding alone: in bfloat16 other batches move it by some thousandths.
 SCORE_TOLERANCE = 0.02
+CASES = 5  # of those that changed, told to people
 
 
 def freeze(output: str | Path, file: str | Path, rows: int) -> int:
@@ -99,15 +100,26 @@ def _audit(job: JobConfig, assignment: Assignment, table: pa.Table) -> Audit:
     _, answers = ask(job, assignment, asked, counted=False)
     expected = table.select(answer_columns(step)[:2]).to_pylist()
     exact = assignment.model.config.dtype == "float32"
-    changed = sum(
-        key is None or not _same(step, answers[key], row, exact) for key, row in zip(keys, expected, strict=True)
-    )
+    found = [None if key is None else answers[key] for key in keys]
+    changed = [
+        row
+        for row, (answer, before) in enumerate(zip(found, expected, strict=True))
+        if answer is None or not _same(step, answer, before, exact)
+    ]
     return Audit(
         step=step.name,
         what=f"share of {len(table)} canary rows that changed",
-        measured=changed / len(table),
+        measured=len(changed) / len(table),
         allowed=job.max_canary_change,
+        seen=tuple(_case(step, row, expected[row], found[row]) for row in changed[:CASES]),
     )
+
+
+def _case(step: AnyStep, row: int, before: dict[str, object], answer: Choice | Writing | RowFault | None) -> str:
+    """Labels are told and written texts are not: alerts carry this to wherever the team reads them."""
+    if isinstance(answer, Choice):
+        return f"row {row} was {before[step.name]!r}, is {answer.label!r}"
+    return f"row {row}"
 
 
 def _same(step: AnyStep, answer: Choice | Writing | RowFault, expected: dict[str, object], exact: bool) -> bool:

@@ -120,7 +120,7 @@ def _run(parsed: argparse.Namespace) -> int:
         from flows.annotate import annotate
 
         summary = annotate(job)
-    print(describe(summary))
+    print(summary.model_dump_json(indent=1) if parsed.json else describe(summary))
     return QUARANTINED if summary.quarantined else DONE
 
 
@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_plan)
     for command in (run, plan):
         _add_job(command)
-        command.add_argument("--json", action="store_true", help="print the plan as JSON")
+        command.add_argument("--json", action="store_true", help="print it as JSON")
     doctor = commands.add_parser("doctor", help="say what a checkpoint is and what is wrong with it")
     doctor.add_argument("model", metavar="MODEL", help="directory of a checkpoint, or a hub id")
     doctor.add_argument("--revision", help="commit of the hub repository")
@@ -238,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     settings = commands.add_parser("settings", help="print every setting of a job and of a fine-tuning")
     settings.set_defaults(command=_settings)
     train = commands.add_parser("train", help="fine-tune a classifier on labelled rows, and promote it if better")
-    train.add_argument("file", metavar="FILE", help="settings, YAML or JSON: see glmbatch/tuning/config.py")
+    train.add_argument("file", metavar="FILE", help="settings, YAML or JSON: see `glmbatch settings`")
     _add_set(train)
     train.add_argument("--json", action="store_true", help="print the report as JSON")
     train.set_defaults(command=_train)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,8 +40,7 @@ def parse_settings(
     try:
         return kind.model_validate(changed)
     except ValidationError as error:
-        listed = f"{kind.__module__.replace('.', '/')}.py"
-        lines = (f"{where}: {_setting(each)}: {_seen(each, listed)}" for each in error.errors())
+        lines = (f"{where}: {_setting(each)}: {_seen(each, kind)}" for each in error.errors())
         raise InputError("\n".join(lines)) from error
 
 
@@ -95,12 +95,15 @@ def _setting(error: Any) -> str:
     return name or "job"
 
 
-def _seen(error: Any, listed: str) -> str:
+def _seen(error: Any, settings: type[BaseModel]) -> str:
     kind, message = error["type"], error["msg"].removeprefix("Value error, ")
     if kind == "missing":
         return "is required and not set"
     if kind == "extra_forbidden":
-        return f"is no setting; {listed} lists them"
+        schema = settings.model_json_schema()
+        names = {name for each in (schema, *schema["$defs"].values()) for name in each.get("properties", {})}
+        near = get_close_matches(str(error["loc"][-1]), names, 1)
+        return "is no setting; " + (f"did you mean {near[0]}?" if near else "glmbatch settings lists them")
     if kind == "value_error":
         return str(message)
     return f"{message[0].lower()}{message[1:]}; it is {error['input']!r}"

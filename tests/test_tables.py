@@ -96,7 +96,7 @@ def test_a_table_without_rows_gets_the_columns(empty: Any) -> None:
         (pd.DataFrame({"text": [["a"]]}), {}, "the table: column 'text' holds list.*, not text. Set data.text_column."),
         (["a"], {}, "the table: is a list, not a pandas DataFrame or an Arrow table."),
         (pa.table({"text": ["x"]}), {"data": {"limit": 1}}, "every row of a table is answered.* unset data.limit"),
-        (pa.table({"text": ["x"]}), {"step": []}, "the job: step: is no setting; glmbatch/config.py lists them"),
+        (pa.table({"text": ["x"]}), {"step": []}, r"the job: step: is no setting; did you mean steps\?"),
         (pa.table({"text": ["x", None]}), {"on_error": "raise"}, "row 1, step 'mood': text is null. Mend the row"),
     ],
 )
