@@ -40,6 +40,8 @@ def local_rank() -> int:
 
 def main() -> int:
     """Train in this process as one of several."""
+    import torch.distributed
+
     from glmbatch.tuning.finetune import train_here
 
     run = Path(sys.argv[2])
@@ -49,6 +51,9 @@ def main() -> int:
         told = {"input": isinstance(error, InputError), "message": str(error)}
         (run / FAILED).write_text(json.dumps(told), encoding="utf-8")
         return 1
+    # Else threads of the backend live on while the interpreter ends, and now and then abort a process that is done.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 
