@@ -26,7 +26,19 @@ from worker import Worker
 from workload import SHAPES, TASKS, Lengths, Shape, Work, make_work, part_of
 
 # Settings that the report repeats.
-KEPT = ["dtype", "device", "threads", "rows", "slow_rows", "rounds", "slots", "batch", "batch_tokens", "prefix", "seed"]
+KEPT = [
+    "dtype",
+    "device",
+    "threads",
+    "rows",
+    "slow_rows",
+    "rounds",
+    "slots",
+    "batch",
+    "batch_tokens",
+    "prefix",
+    "seed",
+]
 CEILING = Contestant("ceiling", "classify")  # takes part in no task, but speaks the same protocol
 
 
@@ -34,7 +46,9 @@ def main() -> None:
     options = _options()
     shape = _shape(options)
     options.cache.mkdir(parents=True, exist_ok=True)
-    ceiling = _start(CEILING, sys.executable, SCRIPTS / "ceiling.py", None, {"config": shape.config()}, options)
+    ceiling = _start(
+        CEILING, sys.executable, SCRIPTS / "ceiling.py", None, {"config": shape.config()}, options
+    )
     try:
         machine = ceiling.wait_until_ready()
         first = measure_ceiling(ceiling)
@@ -65,7 +79,9 @@ def measure_ceiling(worker: Worker) -> dict[str, float]:
 def measure_task(task: str, shape: Shape, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """For each contestant its work and all its runs (the first is the warm-up), or why it is not here."""
     prefix = options.prefix if options.prefix is not None else 100 if task == "labels" else 0
-    work = make_work(task, shape, options.rows, options.prompts, options.answers, prefix, options.seed)
+    work = make_work(
+        task, shape, options.rows, options.prompts, options.answers, prefix, options.seed
+    )
     work |= {"slots": options.slots, "batch": options.batch, "batch_tokens": options.batch_tokens}
     some = part_of(work, options.slow_rows)
     workers: dict[str, Worker] = {}
@@ -77,11 +93,20 @@ def measure_task(task: str, shape: Shape, options: argparse.Namespace) -> dict[s
                 workers[each.name] = _enter(each, results[each.name]["work"], shape, options)
             except NotHere as reason:
                 results[each.name]["not_here"] = str(reason)
-        _try(workers, results, lambda name, worker: results[name].update(version=worker.wait_until_ready()))
+        _try(
+            workers,
+            results,
+            lambda name, worker: results[name].update(version=worker.wait_until_ready()),
+        )
         for number in range(options.rounds + 1):
             turn = number % max(1, len(workers))
             names = [*list(workers)[turn:], *list(workers)[:turn]]
-            _try(workers, results, lambda name, worker: results[name]["runs"].append(worker.run()), names)
+            _try(
+                workers,
+                results,
+                lambda name, worker: results[name]["runs"].append(worker.run()),
+                names,
+            )
             print(f"{task}: {f'round {number}' if number else 'warm-up'} done", file=sys.stderr)
     finally:
         for worker in workers.values():
@@ -102,7 +127,12 @@ def _enter(each: Contestant, work: Work, shape: Shape, options: argparse.Namespa
 
 
 def _start(
-    each: Contestant, python: str, script: Path, checkpoint: Path | None, work: Work, options: argparse.Namespace
+    each: Contestant,
+    python: str,
+    script: Path,
+    checkpoint: Path | None,
+    work: Work,
+    options: argparse.Namespace,
 ) -> Worker:
     folder = options.cache / f"run-{os.getpid()}"
     folder.mkdir(exist_ok=True)
@@ -110,7 +140,14 @@ def _start(
     asked = folder / f"{name}.json"
     asked.write_text(json.dumps(work))
     command = [python, str(script), "--work", str(asked), "--task", each.task, "--way", each.way]
-    command += ["--threads", str(options.threads), "--dtype", options.dtype, "--device", options.device]
+    command += [
+        "--threads",
+        str(options.threads),
+        "--dtype",
+        options.dtype,
+        "--device",
+        options.device,
+    ]
     if checkpoint is not None:
         command += ["--checkpoint", str(checkpoint)]
     return Worker(command, environment(options.threads, python), folder / f"{name}.log")
@@ -134,10 +171,22 @@ def _try(
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--task", type=_names(TASKS), default=list(TASKS), help=f"of {', '.join(TASKS)}; default: all")
-    add("--peers", type=_names([*PEERS, *WAYS]), default=[*PEERS, OURS_INT8], help=f"of {', '.join(PEERS)}, or one/way")
+    add(
+        "--task",
+        type=_names(TASKS),
+        default=list(TASKS),
+        help=f"of {', '.join(TASKS)}; default: all",
+    )
+    add(
+        "--peers",
+        type=_names([*PEERS, *WAYS]),
+        default=[*PEERS, OURS_INT8],
+        help=f"of {', '.join(PEERS)}, or one/way",
+    )
     add("--shape", choices=SHAPES, default="mid")
     for name in asdict(SHAPES["mid"]):
         add(f"--{name.replace('_', '-')}", type=int, help="instead of the shape's own")
@@ -145,18 +194,54 @@ def _options() -> argparse.Namespace:
     add("--device", default="cpu")
     add("--threads", type=int, default=1, help="of each contestant; 0: its own choice")
     add("--rows", type=int, default=48)
-    add("--slow-rows", type=int, help="rows of those who would take too long with all; default: a quarter, 16 at most")
-    add("--rounds", type=int, default=3, help="interleaved rounds after the warm-up; medians are reported")
-    add("--prompts", type=_lengths, default=Lengths(127, 8, 512), metavar="MEAN,LEAST,MOST", help="tokens")
-    add("--answers", type=_lengths, default=Lengths(50, 4, 256), metavar="MEAN,LEAST,MOST", help="tokens")
-    add("--prefix", type=int, help="tokens that all rows begin with; default: 100 for labels, else 0")
+    add(
+        "--slow-rows",
+        type=int,
+        help="rows of those who would take too long with all; default: a quarter, 16 at most",
+    )
+    add(
+        "--rounds",
+        type=int,
+        default=3,
+        help="interleaved rounds after the warm-up; medians are reported",
+    )
+    add(
+        "--prompts",
+        type=_lengths,
+        default=Lengths(127, 8, 512),
+        metavar="MEAN,LEAST,MOST",
+        help="tokens",
+    )
+    add(
+        "--answers",
+        type=_lengths,
+        default=Lengths(50, 4, 256),
+        metavar="MEAN,LEAST,MOST",
+        help="tokens",
+    )
+    add(
+        "--prefix",
+        type=int,
+        help="tokens that all rows begin with; default: 100 for labels, else 0",
+    )
     add("--slots", type=int, help="rows generated at once; default: 16 on CPU, 512 on a GPU")
     add("--batch", type=int, default=32, help="rows in a padded batch")
     add("--batch-tokens", type=int, help="tokens in a packed batch; default: each contestant's own")
     add("--seed", type=int, default=0)
-    add("--build", choices=("checkpoint", "seed"), help="how workers get the weights; default: seed on a GPU")
-    add("--peers-dir", type=Path, default=HERE / ".peers", help="holds an environment for each peer")
-    add("--cache", type=Path, default=HERE / ".cache", help="keeps checkpoints, and what was asked and logged")
+    add(
+        "--build",
+        choices=("checkpoint", "seed"),
+        help="how workers get the weights; default: seed on a GPU",
+    )
+    add(
+        "--peers-dir", type=Path, default=HERE / ".peers", help="holds an environment for each peer"
+    )
+    add(
+        "--cache",
+        type=Path,
+        default=HERE / ".cache",
+        help="keeps checkpoints, and what was asked and logged",
+    )
     options = parser.parse_args()
     on_cpu = options.device == "cpu"
     options.slots = options.slots or (16 if on_cpu else 512)
@@ -169,7 +254,9 @@ def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
     def names(text: str) -> list[str]:
         asked = text.split(",")
         if unknown := set(asked) - set(known):
-            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not one of {', '.join(known)}")
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(sorted(unknown))}: not one of {', '.join(known)}"
+            )
         return asked
 
     return names

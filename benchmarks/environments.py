@@ -33,12 +33,23 @@ def find_python(contestant: Contestant, peers_dir: Path) -> str:
     return str(python)
 
 
-def find_checkpoint(contestant: Contestant, shape: Shape, seed: int, cache: Path, peers_dir: Path) -> Path:
+def find_checkpoint(
+    contestant: Contestant, shape: Shape, seed: int, cache: Path, peers_dir: Path
+) -> Path:
     """The checkpoint of random weights in the contestant's format, made if it is not in the cache."""
     folder = cache / f"{shape.name}-seed{seed}"
     kind = "classifier" if contestant.task == "classify" else "causal"
     native = folder / kind
-    _make(native, [sys.executable, str(SCRIPTS / "make_checkpoint.py"), kind, json.dumps(shape.config()), str(seed)])
+    _make(
+        native,
+        [
+            sys.executable,
+            str(SCRIPTS / "make_checkpoint.py"),
+            kind,
+            json.dumps(shape.config()),
+            str(seed),
+        ],
+    )
     if contestant.checkpoint == "transformers":
         return native
     form, _, numbers = contestant.checkpoint.partition("-")
@@ -52,7 +63,9 @@ def environment(threads: int, python: str) -> dict[str, str]:
     """For a contestant's process: as many threads as asked, and nothing from the network."""
     settings = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
     if threads:
-        settings |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+        settings |= dict.fromkeys(
+            ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)
+        )
     openmp = Path(python).parent.parent / "lib" / "libiomp5.so"
     if openmp.exists():  # vLLM brings it, and wants it preloaded
         settings["LD_PRELOAD"] = str(openmp)
@@ -68,7 +81,11 @@ def _make(path: Path, command: list[str]) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     done = subprocess.run(
-        [*command, str(part)], capture_output=True, text=True, env=environment(0, command[0]), check=False
+        [*command, str(part)],
+        capture_output=True,
+        text=True,
+        env=environment(0, command[0]),
+        check=False,
     )
     if done.returncode:
         raise NotHere(f"{Path(command[1]).name} failed: {last_line(done.stderr)}")

@@ -37,11 +37,11 @@ from workload import SHAPES  # noqa: E402
 
 from flows.annotate import annotate  # noqa: E402
 from flows.server import own_server  # noqa: E402
-from glmbatch import asking, pipeline  # noqa: E402
-from glmbatch.config import JobConfig  # noqa: E402
-from glmbatch.data.ledger import Ledger  # noqa: E402
-from glmbatch.glm.engine import ClassifyRequest, Engine, GenerateRequest  # noqa: E402
-from glmbatch.glm.save import save_checkpoint  # noqa: E402
+from glmbatch.glm.checkpoint.save import save_checkpoint  # noqa: E402
+from glmbatch.glm.engine.protocol import ClassifyRequest, Engine, GenerateRequest  # noqa: E402
+from glmbatch.ledger.ledger import Ledger  # noqa: E402
+from glmbatch.run import asking, pipeline  # noqa: E402
+from glmbatch.settings.job import JobConfig  # noqa: E402
 
 SAMPLE = ROOT / "sample_data"
 ANSWER_TOKENS = 16
@@ -60,19 +60,34 @@ def main() -> None:
             write_checkpoint(folder / "model", options.shape)
         write_input(folder / "in" / "reviews.parquet", options.rows)
         began = time.perf_counter()
-        with own_server() as address, temporary_settings({PREFECT_API_URL: address, PREFECT_LOGGING_LEVEL: "ERROR"}):
+        with (
+            own_server() as address,
+            temporary_settings({PREFECT_API_URL: address, PREFECT_LOGGING_LEVEL: "ERROR"}),
+        ):
             server_seconds = time.perf_counter() - began
             result = measure(folder, options)
-    facts = {key: vars(options)[key] for key in ("shape", "device", "dtype", "threads", "rows", "rows_per_fragment")}
-    line = {**facts, "torch": torch.__version__, "server_start_seconds": round(server_seconds, 1), **result}
+    facts = {
+        key: vars(options)[key]
+        for key in ("shape", "device", "dtype", "threads", "rows", "rows_per_fragment")
+    }
+    line = {
+        **facts,
+        "torch": torch.__version__,
+        "server_start_seconds": round(server_seconds, 1),
+        **result,
+    }
     for key, value in line.items():
         print(f"{key:32} {value}")
     print(json.dumps(line))
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=(*SHAPES, "sample"), default="mid", help="sample: its trained checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", choices=(*SHAPES, "sample"), default="mid", help="sample: its trained checkpoint"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--rows", type=int, default=4000)
@@ -80,7 +95,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--cluster-workers", type=int, nargs="*", default=[], help="the flow on a Ray cluster too, with so many engines"
+        "--cluster-workers",
+        type=int,
+        nargs="*",
+        default=[],
+        help="the flow on a Ray cluster too, with so many engines",
     )
     return parser.parse_args()
 
@@ -88,16 +107,26 @@ def _options() -> argparse.Namespace:
 def write_checkpoint(directory: Path, shape: str) -> None:
     torch.manual_seed(0)
     config = GlmConfig(**SHAPES[shape].config() | {"id2label": {0: "LABEL_0"}})
-    save_checkpoint(GlmForCausalLM(config), directory, tokenizer_model=SAMPLE / "tiny-chatglm2" / "tokenizer.model")
+    save_checkpoint(
+        GlmForCausalLM(config),
+        directory,
+        tokenizer_model=SAMPLE / "tiny-chatglm2" / "tokenizer.model",
+    )
 
 
 def write_input(file: Path, rows: int) -> None:
     """The sample's reviews again and again, numbered, so that no prompt repeats."""
-    reviews = ds.dataset(SAMPLE / "labelled", format="parquet").to_table(columns=["text", "product"]).to_pylist()
+    reviews = (
+        ds.dataset(SAMPLE / "labelled", format="parquet")
+        .to_table(columns=["text", "product"])
+        .to_pylist()
+    )
     chosen = [reviews[row % len(reviews)] for row in range(rows)]
     texts = [f"{row}. {review['text']}" for row, review in enumerate(chosen)]
     file.parent.mkdir()
-    pq.write_table(pa.table({"text": texts, "product": [review["product"] for review in chosen]}), file)
+    pq.write_table(
+        pa.table({"text": texts, "product": [review["product"] for review in chosen]}), file
+    )
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -120,7 +149,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     def answers() -> list[Any]:
         """The latest run's, by row."""
-        table = ds.dataset(folder / f"out-{runs}", partitioning=None).to_table(columns=["text", "sentiment", "reply"])
+        table = ds.dataset(folder / f"out-{runs}", partitioning=None).to_table(
+            columns=["text", "sentiment", "reply"]
+        )
         return sorted(table.to_pylist(), key=lambda row: str(row["text"]))
 
     engine = _recording_engine(job(), calls)
@@ -137,7 +168,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     def answering_seconds() -> float:
         """Of the latest run, from the first question to the last answer: without starts, loading and publication."""
         receipts = list(Ledger(folder / f"out-{runs}").published_receipts())
-        return max(each.began + each.seconds for each in receipts) - min(each.began for each in receipts)
+        return max(each.began + each.seconds for each in receipts) - min(
+            each.began for each in receipts
+        )
 
     contestants: dict[str, Callable[[], object]] = {
         "engine": alone,
@@ -160,7 +193,10 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         **{f"{name}_seconds": round(value, 2) for name, value in medians.items()},
-        **{f"{name}_answering_seconds": round(statistics.median(values), 2) for name, values in answering.items()},
+        **{
+            f"{name}_answering_seconds": round(statistics.median(values), 2)
+            for name, values in answering.items()
+        },
         "job_of_engine_rate": round(medians["engine"] / medians["job"], 3),
         "flow_of_engine_rate": round(medians["engine"] / medians["flow"], 3),
         "same_answers": same,
@@ -187,7 +223,9 @@ def _recording_engine(job: JobConfig, calls: list[tuple[str, list[Any]]]) -> Eng
     return engine
 
 
-def _recorded(kind: str, ask: Callable[[Any], Any], calls: list[tuple[str, list[Any]]]) -> Callable[[Any], Any]:
+def _recorded(
+    kind: str, ask: Callable[[Any], Any], calls: list[tuple[str, list[Any]]]
+) -> Callable[[Any], Any]:
     def record(requests: Any) -> Any:
         kept: list[ClassifyRequest | GenerateRequest] = list(requests)
         calls.append((kind, kept))

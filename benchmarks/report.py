@@ -12,7 +12,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 1 << 30
 
 
-def decode_limit(shape: Shape, slots: int, dtype: str, ceiling: dict[str, float]) -> dict[str, float]:
+def decode_limit(
+    shape: Shape, slots: int, dtype: str, ceiling: dict[str, float]
+) -> dict[str, float]:
     """New tokens a second with `slots` rows at once: what arithmetic, and what reading the weights, allow."""
     weights = shape.body_weights + shape.head_weights
     return {
@@ -22,7 +24,11 @@ def decode_limit(shape: Shape, slots: int, dtype: str, ceiling: dict[str, float]
 
 
 def judge(
-    results: dict[str, dict[str, Any]], shape: Shape, clock: str, ceiling: dict[str, float], limit: dict[str, float]
+    results: dict[str, dict[str, Any]],
+    shape: Shape,
+    clock: str,
+    ceiling: dict[str, float],
+    limit: dict[str, float],
 ) -> dict[str, dict[str, Any]]:
     """For each contestant its rates, its share of the limit, how many times faster ours is, and its answers."""
     present = {name: result for name, result in results.items() if "not_here" not in result}
@@ -45,7 +51,9 @@ def judge(
             "new_tokens_per_second": sum(work["answer_tokens"]) / median,
             "gemm_seconds": least_operations(work, shape) / ceiling["gemm_flops"],
             "of_gemm_limit": least_operations(work, shape) / ceiling["gemm_flops"] / median,
-            "times_ours": _times(seconds[name], tokens, seconds[OURS], tokens_of(results[OURS]["work"])),
+            "times_ours": _times(
+                seconds[name], tokens, seconds[OURS], tokens_of(results[OURS]["work"])
+            ),
             "peak_gib": max(run["peak_bytes"] for run in runs) / GIB,
             "peak_gpu_gib": max(run["peak_gpu_bytes"] or 0 for run in runs) / GIB,
             **_compared(result, results[REFERENCE]),
@@ -62,7 +70,9 @@ def _times(theirs: list[float], their_tokens: int, ours: list[float], our_tokens
     )
 
 
-def _least_seconds(work: dict[str, Any], shape: Shape, ceiling: dict[str, float], limit: dict[str, float]) -> float:
+def _least_seconds(
+    work: dict[str, Any], shape: Shape, ceiling: dict[str, float], limit: dict[str, float]
+) -> float:
     """Prompts at the speed of arithmetic, then new tokens at the decode limit. Reading keys and values is left out."""
     prompts = 2 * shape.body_weights * sum(len(row) for row in work["rows"]) / ceiling["gemm_flops"]
     return prompts + int(sum(work["answer_tokens"])) / min(limit.values())
@@ -80,7 +90,10 @@ def _compared(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, An
             compared += 1
             same += answer == right if generated else _first_best(answer) == _first_best(right)
             if not generated:
-                difference = max(difference, *(abs(one - other) for one, other in zip(answer, right, strict=True)))
+                difference = max(
+                    difference,
+                    *(abs(one - other) for one, other in zip(answer, right, strict=True)),
+                )
     scores = {} if generated else {"largest_score_difference": difference}
     return {"compared": compared, "same": same, **scores}
 
@@ -89,7 +102,9 @@ def _first_best(scores: list[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def ceiling_table(first: dict[str, float], last: dict[str, float], limit: dict[str, float], slots: int) -> str:
+def ceiling_table(
+    first: dict[str, float], last: dict[str, float], limit: dict[str, float], slots: int
+) -> str:
     """For people: what the machine reached before and after, and what that allows."""
     readings = [
         f"{when}: {reading['gemm_flops'] / 1e9:.0f} GFLOP/s, {reading['bytes_per_second'] / 1e9:.1f} GB/s"
@@ -103,7 +118,10 @@ def table(task: str, judged: dict[str, dict[str, Any]]) -> str:
     """For people: one line for each contestant."""
     unit = "new tokens/s" if task == "generate" else "rows/s"
     key = "new_tokens_per_second" if task == "generate" else "rows_per_second"
-    lines = ["", f"{task:28}{'rows':>6}{'tokens/s':>10}{unit:>14}{'of limit':>10}{'ours is':>10}  same answers"]
+    lines = [
+        "",
+        f"{task:28}{'rows':>6}{'tokens/s':>10}{unit:>14}{'of limit':>10}{'ours is':>10}  same answers",
+    ]
     for name, result in judged.items():
         if "not_here" in result:
             lines.append(f"{name:28}not here: {result['not_here']}")

@@ -65,5 +65,6 @@ def taking_part(task: str, peers: list[str]) -> list[Contestant]:
     return [
         each
         for each in ROSTER
-        if each.task == task and (each.name in {OURS, REFERENCE} or each.name in peers or each.program in peers)
+        if each.task == task
+        and (each.name in {OURS, REFERENCE} or each.name in peers or each.program in peers)
     ]

@@ -46,18 +46,42 @@ def main() -> None:
         command = [sys.executable, __file__, options.of, str(size), "--one"]
         with tempfile.TemporaryDirectory() as scratch, database(options.postgresql) as url:
             quiet = {"PREFECT_LOGGING_LEVEL": "ERROR", "PREFECT_SERVER_LOGGING_LEVEL": "ERROR"}
-            environment = {**os.environ, **quiet, **url, "TMPDIR": scratch, "PREFECT_HOME": f"{scratch}/prefect"}
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            environment = {
+                **os.environ,
+                **quiet,
+                **url,
+                "TMPDIR": scratch,
+                "PREFECT_HOME": f"{scratch}/prefect",
+            }
+            done = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+            )
         sizes[str(size)] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{size:>6} {options.of}", *(f"{key} {value}" for key, value in sizes[str(size)].items()), sep="  ")
-    print(json.dumps({"of": options.of, "database": "postgresql" if options.postgresql else "sqlite", "sizes": sizes}))
+        print(
+            f"{size:>6} {options.of}",
+            *(f"{key} {value}" for key, value in sizes[str(size)].items()),
+            sep="  ",
+        )
+    print(
+        json.dumps(
+            {
+                "of": options.of,
+                "database": "postgresql" if options.postgresql else "sqlite",
+                "sizes": sizes,
+            }
+        )
+    )
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("of", choices=("fragments", "megabytes"))
     parser.add_argument("sizes", type=int, nargs="+")
-    parser.add_argument("--postgresql", action="store_true", help="one of its own, from the extra test")
+    parser.add_argument(
+        "--postgresql", action="store_true", help="one of its own, from the extra test"
+    )
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -79,10 +103,12 @@ def measure(of: str, size: int) -> dict[str, Any]:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from flows.server import own_server
-    from glmbatch.config import JobConfig
+    from glmbatch.settings.job import JobConfig
 
     folder = Path(tempfile.mkdtemp())
-    rows, padding, rows_per_fragment = (size, 0, 1) if of == "fragments" else (size * 100, ROW_BYTES, 1000)
+    rows, padding, rows_per_fragment = (
+        (size, 0, 1) if of == "fragments" else (size * 100, ROW_BYTES, 1000)
+    )
     write_input(folder / "in", rows, padding)
     job = JobConfig.model_validate(
         {
@@ -92,7 +118,9 @@ def measure(of: str, size: int) -> dict[str, Any]:
                 "rows_per_fragment": rows_per_fragment,
             },
             "model": {"path": str(ROOT / "sample_data" / "tiny-chatglm2")},
-            "steps": [{"kind": "classify", "name": "sentiment", "labels": ["positive", "negative"]}],
+            "steps": [
+                {"kind": "classify", "name": "sentiment", "labels": ["positive", "negative"]}
+            ],
             "runtime": {"device": "cpu"},
         }
     )
@@ -118,7 +146,9 @@ def write_input(folder: Path, rows: int, padding: int) -> None:
             texts = [f"review {row} is good" for row in of_file[first : first + 1000]]
             notes = [numbers.randbytes(padding // 2).hex() for _ in texts]
             table = pa.table({"text": texts, "notes": notes})
-            writer = writer or pq.ParquetWriter(folder / f"{file}.parquet", table.schema, compression="none")
+            writer = writer or pq.ParquetWriter(
+                folder / f"{file}.parquet", table.schema, compression="none"
+            )
             writer.write_table(table)
         if writer is not None:
             writer.close()

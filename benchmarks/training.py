@@ -45,14 +45,18 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for turn in range(options.rounds):
         for way in WAYS if turn % 2 else WAYS[::-1]:
-            done = subprocess.run([*command, way], env=environment, capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [*command, way], env=environment, capture_output=True, text=True, check=True
+            )
             found[way].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {turn + 1}, {way}: {found[way][-1]}", file=sys.stderr)
     result: dict[str, Any] = {
         key: vars(options)[key] for key in ("shape", "method", "rows", "batch", "threads", "rounds")
     }
     for way, runs in found.items():
-        result[way] = {key: round(statistics.median(run[key] for run in runs), 4) for key in runs[0]}
+        result[way] = {
+            key: round(statistics.median(run[key] for run in runs), 4) for key in runs[0]
+        }
     ours, plain = (result[way]["tokens_per_second"] for way in WAYS)
     result["times_plain"] = round(ours / plain, 3)
     for key, value in result.items():
@@ -61,7 +65,9 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--method", choices=("full", "lora", "head"), default="full")
     parser.add_argument("--device", default="cpu")
@@ -80,8 +86,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     from ceiling import _product_flops
     from transformers import GlmConfig, GlmForCausalLM, Trainer
 
-    from glmbatch.glm.save import save_checkpoint
-    from glmbatch.tuning.config import TuneConfig
+    from glmbatch.glm.checkpoint.save import save_checkpoint
+    from glmbatch.settings.tuning import TuneConfig
     from glmbatch.tuning.train import TrainingRow, train
 
     torch.set_num_threads(options.threads)
@@ -89,7 +95,11 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     shape = replace(shape, vocabulary=max(shape.vocabulary, 4096))  # more than the tokenizer has
     lengths = Lengths(options.mean_tokens, 4, 512).draw(rng, options.rows)
     rows = [
-        TrainingRow([rng.randrange(31, shape.vocabulary) for _ in range(length)], rng.randrange(LABELS), f"row {at}")
+        TrainingRow(
+            [rng.randrange(31, shape.vocabulary) for _ in range(length)],
+            rng.randrange(LABELS),
+            f"row {at}",
+        )
         for at, length in enumerate(lengths)
     ]
     seconds: list[float] = []
@@ -124,7 +134,14 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         )
         valid = rows[: options.rows // 10]
         if options.way == "glmbatch":
-            train(tune, base, [f"label {at}" for at in range(LABELS)], rows, valid, Path(scratch) / "run")
+            train(
+                tune,
+                base,
+                [f"label {at}" for at in range(LABELS)],
+                rows,
+                valid,
+                Path(scratch) / "run",
+            )
         else:
             _plain(tune, base, rows, valid, Path(scratch) / "run")
     tokens = sum(lengths)
@@ -154,8 +171,14 @@ def _plain(tune: Any, base: Path, rows: Any, valid: Any, folder: Path) -> None:
     def pad(batch: Any) -> dict[str, Any]:
         ids = [torch.tensor(row.ids) for row in batch]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
-        return {"input_ids": padded, "attention_mask": mask, "labels": torch.tensor([row.label for row in batch])}
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(each) for each in ids], batch_first=True
+        )
+        return {
+            "input_ids": padded,
+            "attention_mask": mask,
+            "labels": torch.tensor([row.label for row in batch]),
+        }
 
     every = math.ceil(len(rows) / tune.training.batch_rows)
     arguments = TrainingArguments(
@@ -179,7 +202,9 @@ def _plain(tune: Any, base: Path, rows: Any, valid: Any, folder: Path) -> None:
     labels = [f"label {at}" for at in range(LABELS)]
     model = _with_method(_classifier(tune, base, labels, tune.runtime.device), tune)
     model.config.problem_type = "single_label_classification"
-    Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=valid, data_collator=pad).train()
+    Trainer(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=valid, data_collator=pad
+    ).train()
 
 
 if __name__ == "__main__":

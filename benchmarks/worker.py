@@ -17,7 +17,12 @@ class Worker:
         self._log = log
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
             )
 
     def wait_until_ready(self) -> str:
@@ -49,4 +54,6 @@ class Worker:
 
     def _ended(self) -> NotHere:
         code = self._process.wait()
-        return NotHere(f"it ended with exit code {code}: {last_line(self._log.read_text(errors='replace'))}")
+        return NotHere(
+            f"it ended with exit code {code}: {last_line(self._log.read_text(errors='replace'))}"
+        )

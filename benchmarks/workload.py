@@ -11,7 +11,16 @@ from math import log
 from typing import Any
 
 TASKS = ("classify", "labels", "generate")
-LABELS = ((11,), (12, 13), (14, 15, 16), (14, 17), (18, 19, 20, 21), (22,), (23, 24), (25, 26, 27, 28, 29, 30))
+LABELS = (
+    (11,),
+    (12, 13),
+    (14, 15, 16),
+    (14, 17),
+    (18, 19, 20, 21),
+    (22,),
+    (23, 24),
+    (25, 26, 27, 28, 29, 30),
+)
 FIRST_ID = 31  # of prompts: behind padding, the end token and the labels
 LABEL_TEMPLATE_TOKENS = 100
 LABEL_TEXT_TOKENS = 40
@@ -64,7 +73,11 @@ class Shape:
             "attention_bias": True,
             "eos_token_id": 2,
             "pad_token_id": 0,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
         }
 
 
@@ -85,11 +98,15 @@ class Lengths:
     most: int
 
     def draw(self, rng: random.Random, count: int) -> list[int]:
-        drawn = (rng.lognormvariate(log(self.mean) - 0.32, 0.8) for _ in range(count))  # 0.32 = 0.8 ** 2 / 2
+        drawn = (
+            rng.lognormvariate(log(self.mean) - 0.32, 0.8) for _ in range(count)
+        )  # 0.32 = 0.8 ** 2 / 2
         return [int(min(max(length, self.least), self.most)) for length in drawn]
 
 
-def make_work(task: str, shape: Shape, rows: int, prompts: Lengths, answers: Lengths, prefix: int, seed: int) -> Work:
+def make_work(
+    task: str, shape: Shape, rows: int, prompts: Lengths, answers: Lengths, prefix: int, seed: int
+) -> Work:
     """What a contestant is asked: rows of token ids that begin with the same `prefix` ids, and what to do with them."""
     rng = random.Random(seed)
 
@@ -114,7 +131,9 @@ def make_work(task: str, shape: Shape, rows: int, prompts: Lengths, answers: Len
 
 def part_of(work: Work, rows: int) -> Work:
     """The work on some of the rows, evenly from short to long, for those who would take too long with all."""
-    by_length = sorted(work["indexes"], key=lambda at: len(work["rows"][at]) + work["answer_tokens"][at])
+    by_length = sorted(
+        work["indexes"], key=lambda at: len(work["rows"][at]) + work["answer_tokens"][at]
+    )
     count = len(by_length)
     kept = sorted(by_length[(2 * at + 1) * count // (2 * rows)] for at in range(min(rows, count)))
     parts = {name: [work[name][at] for at in kept] for name in ("rows", "answer_tokens")}
@@ -123,7 +142,9 @@ def part_of(work: Work, rows: int) -> Work:
 
 def tokens_of(work: Work) -> int:
     """Prompt and generated tokens, without padding."""
-    return sum(len(row) for row in work["rows"]) + sum(int(length) for length in work["answer_tokens"])
+    return sum(len(row) for row in work["rows"]) + sum(
+        int(length) for length in work["answer_tokens"]
+    )
 
 
 def least_operations(work: Work, shape: Shape) -> int:
@@ -135,10 +156,14 @@ def least_operations(work: Work, shape: Shape) -> int:
     read: int = sum(map(len, work["rows"])) - work["prefix_tokens"] * (len(work["rows"]) - 1)
     scored: int = 0
     if work["task"] == "generate":
-        read += sum(work["answer_tokens"]) - len(work["rows"])  # an answer's last token is not read again
+        read += sum(work["answer_tokens"]) - len(
+            work["rows"]
+        )  # an answer's last token is not read again
         scored = sum(work["answer_tokens"])
     if work["task"] == "labels":
-        beginnings = {tuple(label[:end]) for label in work["labels"] for end in range(1, len(label))}
+        beginnings = {
+            tuple(label[:end]) for label in work["labels"] for end in range(1, len(label))
+        }
         read += len(beginnings) * len(work["rows"])
         scored = (len(beginnings) + 1) * len(work["rows"])
     return 2 * (shape.body_weights * read + shape.head_weights * scored)

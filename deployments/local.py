@@ -68,7 +68,17 @@ class Local:
         self._start_server()
         deploy(self.environment)
         if not self.leader("worker"):
-            self._start("worker", "worker", "start", "--pool", POOL, "--type", "process", "--install-policy", "never")
+            self._start(
+                "worker",
+                "worker",
+                "start",
+                "--pool",
+                POOL,
+                "--type",
+                "process",
+                "--install-policy",
+                "never",
+            )
 
     def down(self) -> None:
         """Stop the worker with its runs, then the server. After the next `up` the watch finds the runs."""
@@ -108,13 +118,17 @@ class Local:
             except OSError as error:
                 seen = f"{LOOPBACK}:{self.port}: cannot be used: {error.strerror}"
                 raise InputError(f"{seen}. Set PREFECT_SERVER_API_PORT to a free port.") from error
-        server = self._start("server", "server", "start", "--host", LOOPBACK, "--port", str(self.port))
+        server = self._start(
+            "server", "server", "start", "--host", LOOPBACK, "--port", str(self.port)
+        )
         wait_until_ready(address, server, f"See {self.log('server')}.")
 
     def _start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         self.home.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("ab") as log:
-            return start(*command, log=log, environment={**self.environment, "GLMBATCH_PROCESS": name})
+            return start(
+                *command, log=log, environment={**self.environment, "GLMBATCH_PROCESS": name}
+            )
 
     def _is(self, name: str, process: psutil.Process) -> bool:
         try:
@@ -140,10 +154,23 @@ def deploy(environment: Mapping[str, str]) -> None:
         # Never changed afterwards: it would forget which runs it has heard of, and what a person set in the UI.
         if not client.read_automations_by_name(watch.name):
             client.create_automation(watch)
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "--no-prompt",
+        "deploy",
+        "--all",
+        "--prefect-file",
+        str(DEPLOYMENTS),
+    ]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise TransientError(f"{DEPLOYMENTS}: not deployed: {' '.join((done.stdout + done.stderr).split())}")
+        raise TransientError(
+            f"{DEPLOYMENTS}: not deployed: {' '.join((done.stdout + done.stderr).split())}"
+        )
 
 
 def local() -> Local:
@@ -159,7 +186,9 @@ def describe(here: Local) -> str:
     lines = []
     for name in ("server", "worker"):
         found = here.leader(name)
-        lines.append(f"{name}: {f'runs as process {found.pid}' if found else 'does not run'}; log: {here.log(name)}")
+        lines.append(
+            f"{name}: {f'runs as process {found.pid}' if found else 'does not run'}; log: {here.log(name)}"
+        )
     if is_ready(api_address(here.port)):
         lines += [
             f"UI: {here.ui} (Deployments, a name, Run: with other settings in its form)",
@@ -175,7 +204,9 @@ def main(arguments: Sequence[str]) -> int:
         match arguments:
             case ["deploy"]:
                 if "PREFECT_API_URL" not in os.environ:
-                    raise InputError("PREFECT_API_URL: is not set. Set it to the API of the server to deploy to.")
+                    raise InputError(
+                        "PREFECT_API_URL: is not set. Set it to the API of the server to deploy to."
+                    )
                 deploy({"GLMBATCH_HOME": str(ROOT), **os.environ})
                 return 0
             case ["up"]:

@@ -7,10 +7,10 @@ from functools import partial
 from prefect import flow
 from prefect.utilities.annotations import quote
 
-from glmbatch.config import JobConfig
-from glmbatch.planning import Work, job_models
-from glmbatch.publishing import release
-from glmbatch.summary import Summary
+from glmbatch.report.summary import Summary
+from glmbatch.run.planning import Work, job_models
+from glmbatch.run.publish import release
+from glmbatch.settings.job import JobConfig
 from tasks.artifacts import FragmentProgress
 from tasks.cluster import engines_of, whole_paths
 from tasks.fragment import Answers, count_answers, submit_fragment
@@ -27,7 +27,10 @@ def annotate(job: JobConfig) -> Summary:
     run = configured(ingest, job)(job)
     try:
         with engines_of(job) as engines:
-            located = [configured(locate_model, job)(model, job.runtime, engines[0]) for model in job_models(job)]
+            located = [
+                configured(locate_model, job)(model, job.runtime, engines[0])
+                for model in job_models(job)
+            ]
             models = [configured(prepare_model, job)(model) for model in located]
             # Quoted: Prefect would walk each fragment of a large object.
             work: Work = configured(assign, job)(job, quote(run), models, engines[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from glmbatch.tuning.config import TuneConfig
+from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.finetune import Report
 from tasks import finetune as tasks
 from tasks.policies import retried

@@ -50,7 +50,9 @@ def api_address(port: int) -> str:
 
 
 def start(
-    *command: str, log: int | IO[bytes] = subprocess.DEVNULL, environment: Mapping[str, str] | None = None
+    *command: str,
+    log: int | IO[bytes] = subprocess.DEVNULL,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a `prefect` command in the background, in a session of its own.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from glmbatch.tables import annotate, annotate_table
+    from glmbatch.run.table import annotate, annotate_table
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "annotate", "annotate_table"]
@@ -15,6 +15,6 @@ def __getattr__(name: str) -> Any:
     """The two functions, whose imports take a second or more, at their first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from glmbatch import tables
+    from glmbatch.run import table
 
-    return getattr(tables, name)
+    return getattr(table, name)

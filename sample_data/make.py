@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from glmbatch.config import JobConfig
+from glmbatch.settings.job import JobConfig
 
 FOLDER = Path(__file__).resolve().parent
 CHECKPOINT = FOLDER / "tiny-chatglm2"
@@ -39,15 +39,23 @@ def main() -> int:
     arguments = _parser().parse_args()
     made = {"reviews": _reviews, "checkpoint": _checkpoint, "evaluate": _evaluate}
     wanted = [arguments.what] if arguments.what != "all" else ["reviews", "checkpoint"]
-    if wanted != ["reviews"] and any(os.environ.get(name) != value for name, value in NUMERICS.items()):
+    if wanted != ["reviews"] and any(
+        os.environ.get(name) != value for name, value in NUMERICS.items()
+    ):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **NUMERICS})
     return max(made[what](arguments.check) for what in wanted)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", choices=("all", "reviews", "checkpoint", "evaluate"))
-    parser.add_argument("--check", action="store_true", help="write to a temporary folder and compare bytes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", nargs="?", default="all", choices=("all", "reviews", "checkpoint", "evaluate")
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write to a temporary folder and compare bytes"
+    )
     return parser
 
 
@@ -94,7 +102,9 @@ def _evaluate(_check: bool) -> int:
 
 
 def _job() -> JobConfig:
-    return JobConfig.model_validate(yaml.safe_load((FOLDER / "reviews.yaml").read_text(encoding="utf-8")))
+    return JobConfig.model_validate(
+        yaml.safe_load((FOLDER / "reviews.yaml").read_text(encoding="utf-8"))
+    )
 
 
 def _compare(rebuilt: Path, names: tuple[str, ...]) -> int:

@@ -16,17 +16,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from glmbatch.config import JobConfig
-from glmbatch.glm.checkpoint import load_model
-from glmbatch.glm.save import save_checkpoint
+from glmbatch.glm.checkpoint.load import load_model
+from glmbatch.glm.checkpoint.save import save_checkpoint
 from glmbatch.glm.tokenizer import TOKENIZER_FILE
-from glmbatch.tuning.config import TuneConfig
+from glmbatch.settings.job import JobConfig
+from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.finetune import finetune
 
 MAX_POSITIONS = 1024
 TRAINING: dict[str, Any] = {
-    "data": {"text_column": "prompt", "response_column": "answer", "valid_share": 0.01, "test_share": 0.01},
-    "scratch": {"hidden_size": 128, "layers": 4, "vocabulary": 2800, "max_positions": MAX_POSITIONS},
+    "data": {
+        "text_column": "prompt",
+        "response_column": "answer",
+        "valid_share": 0.01,
+        "test_share": 0.01,
+    },
+    "scratch": {
+        "hidden_size": 128,
+        "layers": 4,
+        "vocabulary": 2800,
+        "max_positions": MAX_POSITIONS,
+    },
     "training": {
         "epochs": 2,
         "batch_rows": 32,
@@ -60,14 +70,18 @@ PUBLISHED_CONFIG = {
 }
 
 
-def build_checkpoint(train_file: Path, job: JobConfig, directory: Path, most_rows: int | None = None) -> None:
+def build_checkpoint(
+    train_file: Path, job: JobConfig, directory: Path, most_rows: int | None = None
+) -> None:
     """Train on the first rows of `train_file` and write the checkpoint into `directory`, which holds none yet."""
     rows = pq.ParquetFile(train_file).read().to_pylist()[:most_rows]
     with tempfile.TemporaryDirectory() as work, _deterministic():
         instructions = Path(work) / "instructions.parquet"
         pq.write_table(pa.Table.from_pylist(list(make_instructions(rows, job))), instructions)
         data = TRAINING["data"] | {"input": str(instructions)}
-        report = finetune(TuneConfig(**TRAINING | {"data": data, "output": str(Path(work) / "tuned")}))
+        report = finetune(
+            TuneConfig(**TRAINING | {"data": data, "output": str(Path(work) / "tuned")})
+        )
         trained = Path(report.checkpoint)
         # Two shards and an index, as published (there, seven).
         save_checkpoint(

@@ -15,9 +15,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from glmbatch.config import ClassifyStep, GenerateStep, JobConfig, ModelConfig, Step
-from glmbatch.glm.engine import Engine, load_engine
+from glmbatch.glm.engine.protocol import Engine, load_engine
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
+from glmbatch.settings.job import ClassifyStep, GenerateStep, JobConfig, ModelConfig, Step
 from glmbatch.steps.classify import Choice, ask_choices
 from glmbatch.steps.generate import Writing, ask_writings
 from glmbatch.steps.prompt import Prompt, build_prompts
@@ -40,7 +40,9 @@ class Scores:
     sensible: float
 
 
-def evaluate(checkpoint: Path, held_out_file: Path, job: JobConfig, most_rows: int | None = None) -> Scores:
+def evaluate(
+    checkpoint: Path, held_out_file: Path, job: JobConfig, most_rows: int | None = None
+) -> Scores:
     """Ask `checkpoint` both questions of `job` about the held-out rows, in float32 on the CPU."""
     rows = pq.ParquetFile(held_out_file).read().to_pylist()[:most_rows]
     label_step, reply_step = job.steps
@@ -58,7 +60,9 @@ def evaluate(checkpoint: Path, held_out_file: Path, job: JobConfig, most_rows: i
     return _scores(rows, labels, replies)
 
 
-def _ask_labels(step: ClassifyStep, rows: Sequence[dict[str, Any]], engine: Engine, tokenizer: Tokenizer) -> list[str]:
+def _ask_labels(
+    step: ClassifyStep, rows: Sequence[dict[str, Any]], engine: Engine, tokenizer: Tokenizer
+) -> list[str]:
     answers = dict(ask_choices(step, (), _prompts(step, rows, tokenizer), engine, tokenizer))
     choices = [answers.get(_key(place)) for place in range(len(rows))]
     return [choice.label if isinstance(choice, Choice) else "" for choice in choices]
@@ -72,9 +76,13 @@ def _ask_replies(
     return [writing if isinstance(writing, Writing) else None for writing in writings]
 
 
-def _prompts(step: Step, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> dict[bytes, Prompt]:
+def _prompts(
+    step: Step, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer
+) -> dict[bytes, Prompt]:
     prompts = build_prompts(step, rows, tokenizer, chat=True, max_input_tokens=960)
-    return {_key(place): prompt for place, prompt in enumerate(prompts) if isinstance(prompt, Prompt)}
+    return {
+        _key(place): prompt for place, prompt in enumerate(prompts) if isinstance(prompt, Prompt)
+    }
 
 
 def _key(place: int) -> bytes:
@@ -94,17 +102,24 @@ def check_reply(row: Mapping[str, Any], reply: str) -> dict[str, bool]:
     }
 
 
-def _scores(rows: Sequence[dict[str, Any]], labels: Sequence[str], replies: Sequence[Writing | None]) -> Scores:
+def _scores(
+    rows: Sequence[dict[str, Any]], labels: Sequence[str], replies: Sequence[Writing | None]
+) -> Scores:
     right = [label == row["label"] for row, label in zip(rows, labels, strict=True)]
     checks = [
-        {**check_reply(row, reply.text if reply else ""), "ends": bool(reply and reply.finish_reason == "stop")}
+        {
+            **check_reply(row, reply.text if reply else ""),
+            "ends": bool(reply and reply.finish_reason == "stop"),
+        }
         for row, reply in zip(rows, replies, strict=True)
     ]
     return Scores(
         rows=len(rows),
         label_accuracy=_share(right),
         recall={
-            label: _share([hit for row, hit in zip(rows, right, strict=True) if row["label"] == label])
+            label: _share(
+                [hit for row, hit in zip(rows, right, strict=True) if row["label"] == label]
+            )
             for label in sorted({row["label"] for row in rows})
         },
         checks={name: _share([check[name] for check in checks]) for name in checks[0]},

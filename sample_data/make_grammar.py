@@ -85,7 +85,9 @@ def write_review(rng: random.Random, *, held_out: bool, clauses: int = 0) -> Rev
     brand = rng.choice(BRANDS)
     product = f"{brand['en']} {kind.en}" if language == "en" else f"{brand['zh']}{kind.zh}"
     draft = _Draft(rng, language, kind, held_out)
-    body = _neutral_body(draft, clauses) if label == "neutral" else _polar_body(draft, label, clauses)
+    body = (
+        _neutral_body(draft, clauses) if label == "neutral" else _polar_body(draft, label, clauses)
+    )
     text = _spoil(draft, _finish(draft, body), label)
     good, bad, middling = (
         tuple(draft.name(aspect) for said, aspect in draft.said if said == polarity)
@@ -132,7 +134,9 @@ def _neutral_body(draft: _Draft, clauses: int) -> str:
     return words.stop.join((body, verdict)) if draft.chance(0.5) else body
 
 
-def _fitting_pair(draft: _Draft, first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, str]:
+def _fitting_pair(
+    draft: _Draft, first: tuple[str, ...], second: tuple[str, ...]
+) -> tuple[str, str]:
     """One of each, whose combination is on the draft's side of the split."""
     while True:
         pair = draft.pick(first), draft.pick(second)
@@ -158,7 +162,11 @@ def _clause(draft: _Draft, polarity: Label) -> str:
         if is_held_out(frame, aspect.key, word) == draft.held_out:
             break
     draft.said.append((polarity, aspect))
-    name = aspect.en.name if draft.words is EN or (draft.language == "mixed" and draft.chance(0.6)) else aspect.zh.name
+    name = (
+        aspect.en.name
+        if draft.words is EN or (draft.language == "mixed" and draft.chance(0.6))
+        else aspect.zh.name
+    )
     return frame.format(a=name, p=word)
 
 

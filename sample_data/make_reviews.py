@@ -61,7 +61,9 @@ DEFAULT_PRAISE = ("此用户没有填写评价。", "系统默认好评！", "Th
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.int64(), nullable=False),
-        pa.field("text", pa.string(), metadata={"description": "what the customer wrote / 评价内容"}),
+        pa.field(
+            "text", pa.string(), metadata={"description": "what the customer wrote / 评价内容"}
+        ),
         pa.field("product", pa.string()),
         pa.field("stars", pa.int8()),
         pa.field("created", pa.timestamp("us", tz="Asia/Shanghai")),
@@ -73,7 +75,10 @@ SCHEMA = pa.schema(
                     pa.field("channel", pa.string()),
                     pa.field("verified", pa.bool_()),
                     pa.field("helpful_votes", pa.int32()),
-                    pa.field("device", pa.struct([pa.field("os", pa.string()), pa.field("version", pa.string())])),
+                    pa.field(
+                        "device",
+                        pa.struct([pa.field("os", pa.string()), pa.field("version", pa.string())]),
+                    ),
                 ]
             ),
         ),
@@ -115,18 +120,24 @@ def write_parquet(folder: Path) -> list[Path]:
     train = _training_rows(random.Random(SEED - 1))
     for name, rows in (("held_out", held_out), ("train", train)):
         files.append(folder / "labelled" / f"{name}.parquet")
-        schema = LABELLED_SCHEMA.insert(0, SCHEMA.field("id")) if name == "held_out" else LABELLED_SCHEMA
+        schema = (
+            LABELLED_SCHEMA.insert(0, SCHEMA.field("id")) if name == "held_out" else LABELLED_SCHEMA
+        )
         _write(files[-1], rows, schema)
     return sorted(files)
 
 
-def _day_rows(rng: random.Random, part: Part, first_id: int) -> tuple[list[dict[str, Any]], dict[str, Review]]:
+def _day_rows(
+    rng: random.Random, part: Part, first_id: int
+) -> tuple[list[dict[str, Any]], dict[str, Review]]:
     """The rows of one file, and what is true of their texts."""
     rows: list[dict[str, Any]] = []
     truth: dict[str, Review] = {}
     start = datetime.fromisoformat(part.path[4:14]).replace(tzinfo=SHANGHAI)
     fault_of = {
-        rng.randrange(1, part.rows): fault for fault, share in FAULTS.items() for _ in range(part.rows * share // 1000)
+        rng.randrange(1, part.rows): fault
+        for fault, share in FAULTS.items()
+        for _ in range(part.rows * share // 1000)
     }
     for index in range(part.rows):
         fault = fault_of.get(index, "")
@@ -136,7 +147,9 @@ def _day_rows(rng: random.Random, part: Part, first_id: int) -> tuple[list[dict[
         clauses = {"too long": rng.randrange(480, 620), "long": rng.randrange(12, 50)}.get(fault, 0)
         review = write_review(rng, held_out=True, clauses=clauses)
         created = start + timedelta(seconds=86_400 * (index + rng.random()) / part.rows)
-        row = _row(rng, review, first_id + index, created.replace(microsecond=rng.randrange(1000) * 1000))
+        row = _row(
+            rng, review, first_id + index, created.replace(microsecond=rng.randrange(1000) * 1000)
+        )
         changed = _changed_column(rng, fault, rows)
         if not changed:
             truth[review.text] = review
@@ -163,17 +176,26 @@ def _changed_column(rng: random.Random, fault: str, rows: list[dict[str, Any]]) 
 
 def _row(rng: random.Random, review: Review, number: int, created: datetime) -> dict[str, Any]:
     """What the shop knows beside the text; the stars go with the opinion, but not always."""
-    usual = {"positive": (4, 5, 5, 5), "neutral": (3, 3, 3, 4), "negative": (1, 1, 2, 2)}[review.label]
+    usual = {"positive": (4, 5, 5, 5), "neutral": (3, 3, 3, 4), "negative": (1, 1, 2, 2)}[
+        review.label
+    ]
     stars = rng.choice(usual) if rng.random() < 0.9 else rng.randint(1, 5)
-    tags = rng.sample((review.category, "新品", "促销", "gift", "repeat-buyer", "with photo"), rng.randrange(4))
-    device = {"os": rng.choice(("iOS", "Android", "HarmonyOS")), "version": f"{rng.randint(9, 18)}.{rng.randrange(6)}"}
+    tags = rng.sample(
+        (review.category, "新品", "促销", "gift", "repeat-buyer", "with photo"), rng.randrange(4)
+    )
+    device = {
+        "os": rng.choice(("iOS", "Android", "HarmonyOS")),
+        "version": f"{rng.randint(9, 18)}.{rng.randrange(6)}",
+    }
     return {
         "id": number,
         "text": review.text,
         "product": review.product,
         "stars": None if rng.random() < 0.08 else stars,
         "created": None if rng.random() < 0.005 else created,
-        "tags": None if rng.random() < 0.05 else [None if rng.random() < 0.01 else tag for tag in tags],
+        "tags": None
+        if rng.random() < 0.05
+        else [None if rng.random() < 0.01 else tag for tag in tags],
         "attributes": None
         if rng.random() < 0.04
         else {
@@ -230,5 +252,10 @@ def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows, schema=schema)
     pq.write_table(
-        table, path, row_group_size=ROW_GROUP_ROWS, compression="zstd", compression_level=9, write_page_checksum=True
+        table,
+        path,
+        row_group_size=ROW_GROUP_ROWS,
+        compression="zstd",
+        compression_level=9,
+        write_page_checksum=True,
     )

@@ -76,7 +76,9 @@ ASPECTS = {
     for key, aspect in _WORDS["aspects"].items()
 }
 COMMON_ASPECTS: tuple[str, ...] = _WORDS["common_aspects"]
-KINDS = tuple(Kind(**kind | {"aspects": kind["aspects"] + COMMON_ASPECTS}) for kind in _WORDS["kinds"])
+KINDS = tuple(
+    Kind(**kind | {"aspects": kind["aspects"] + COMMON_ASPECTS}) for kind in _WORDS["kinds"]
+)
 BRANDS: tuple[dict[str, str], ...] = _WORDS["brands"]
 ZH = Language(**_WORDS["languages"]["zh"])
 EN = Language(**_WORDS["languages"]["en"])

@@ -22,10 +22,10 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import PrefectException
 
-from glmbatch.config import JobConfig
-from glmbatch.data.objects import location
-from glmbatch.planning import Run
-from glmbatch.report import errors_by_reason, markdown, read_report
+from glmbatch.report.report import errors_by_reason, markdown, read_report
+from glmbatch.run.planning import Run
+from glmbatch.settings.job import JobConfig
+from glmbatch.store.paths import location
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +40,23 @@ class FragmentProgress:
         self._updated = time.monotonic()
         self._artifact: Any = None
         with _optional():
-            self._artifact = create_progress_artifact(0.0, key="annotate-progress", description=self._described())
+            self._artifact = create_progress_artifact(
+                0.0, key="annotate-progress", description=self._described()
+            )
 
     def add(self) -> None:
         """Count one fragment as finished."""
         self._done += 1
         now = time.monotonic()
-        if self._artifact is None or (self._done < self._total and now - self._updated < UPDATE_SECONDS):
+        if self._artifact is None or (
+            self._done < self._total and now - self._updated < UPDATE_SECONDS
+        ):
             return
         self._updated = now
         with _optional():
-            update_progress_artifact(self._artifact, 100.0 * self._done / self._total, self._described())
+            update_progress_artifact(
+                self._artifact, 100.0 * self._done / self._total, self._described()
+            )
 
     def _described(self) -> str:
         return f"{self._done} of {self._total} fragments"
@@ -61,13 +67,21 @@ def show_report(job: JobConfig, run: Run) -> None:
     report = read_report(job.data.output, run.id)
     if report is None or report.summary.report is None:
         return
-    errors = [{"step": step, "reason": reason, "rows": rows} for step, reason, rows in errors_by_reason(report)]
+    errors = [
+        {"step": step, "reason": reason, "rows": rows}
+        for step, reason, rows in errors_by_reason(report)
+    ]
     with _optional():
         create_markdown_artifact(markdown(report), key="annotate", description=f"run {run.id}")
         create_table_artifact(errors, key="annotate-errors", description="errors by reason")
         page = location(report.summary.report).resolve()
         address = page.as_uri() if isinstance(page, Path) else str(page)
-        create_link_artifact(address, "the report of the run", key="annotate-report", description=report.summary.report)
+        create_link_artifact(
+            address,
+            "the report of the run",
+            key="annotate-report",
+            description=report.summary.report,
+        )
 
 
 @contextmanager

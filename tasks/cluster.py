@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 from prefect.context import FlowRunContext
 
-from glmbatch.config import JobConfig, ModelConfig, RuntimeConfig
-from glmbatch.data.ledger import LOCK
-from glmbatch.data.objects import is_remote
 from glmbatch.errors import InputError, TransientError
+from glmbatch.ledger.ledger import LOCK
+from glmbatch.settings.job import JobConfig, ModelConfig, RuntimeConfig
+from glmbatch.store.paths import is_remote
 
 Result = TypeVar("Result")
 OBJECT_STORE_BYTES = 100_000_000  # only references travel
@@ -45,12 +45,16 @@ def call(engine: Any, function: Callable[..., Result], *arguments: Any) -> Resul
     from ray.exceptions import RayActorError, RayTaskError
 
     try:
-        result: Result = ray.get(engine.call.options(max_task_retries=0).remote(function, *arguments))
+        result: Result = ray.get(
+            engine.call.options(max_task_retries=0).remote(function, *arguments)
+        )
         return result
     except RayTaskError as error:
         raise error.cause from None
     except RayActorError as error:
-        raise TransientError(f"an engine process of the cluster was lost: {_line(error)}") from error
+        raise TransientError(
+            f"an engine process of the cluster was lost: {_line(error)}"
+        ) from error
 
 
 @contextmanager
@@ -65,20 +69,28 @@ def engines_of(job: JobConfig) -> Iterator[list[Any]]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if job.runtime.cluster_address is None:
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on any system: Ray's servers listen on loopback alone
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
+            "0"  # on any system: Ray's servers listen on loopback alone
+        )
     try:
         import ray
         from prefect_ray.context import remote_options
         from ray.exceptions import RayError
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     except ImportError as error:
-        raise InputError("runtime.cluster is ray, and it is not installed. Run pip install 'glmbatch[ray]'.") from error
+        raise InputError(
+            "runtime.cluster is ray, and it is not installed. Run pip install 'glmbatch[ray]'."
+        ) from error
     try:
         with _submitting_to_ray(job.runtime):
             engines = _start_engines(job.runtime)
             _refuse_apart(job, engines)
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            with remote_options(num_cpus=0, max_retries=job.runtime.retries, scheduling_strategy=here):
+            here = NodeAffinitySchedulingStrategy(
+                ray.get_runtime_context().get_node_id(), soft=False
+            )
+            with remote_options(
+                num_cpus=0, max_retries=job.runtime.retries, scheduling_strategy=here
+            ):
                 yield engines
     except RayError as error:
         raise TransientError(f"the Ray cluster failed: {_line(error)}") from error
@@ -96,7 +108,9 @@ def _submitting_to_ray(runtime: RuntimeConfig) -> Iterator[None]:
     assert flow is not None
     with ExitStack() as entered:
         try:
-            runner = entered.enter_context(RayTaskRunner(runtime.cluster_address or "local", options))
+            runner = entered.enter_context(
+                RayTaskRunner(runtime.cluster_address or "local", options)
+            )
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = runtime.cluster_address or "this machine"
             raise TransientError(
@@ -116,7 +130,9 @@ def _start_engines(runtime: RuntimeConfig) -> list[Any]:
     # Ray gives the threads of torch the number of CPUs that it gives the process, unless OMP_NUM_THREADS is set.
     needs = {"num_gpus": 1} if gpus else {"num_cpus": share_of_cpus(cpus, workers)}
     if workers > (gpus or sum(cpus)):
-        raise InputError(f"the cluster has {gpus} GPUs and {sum(cpus)} CPUs. Set runtime.cluster_workers to fewer.")
+        raise InputError(
+            f"the cluster has {gpus} GPUs and {sum(cpus)} CPUs. Set runtime.cluster_workers to fewer."
+        )
     actor = ray.remote(EngineProcess).options(
         **needs, max_restarts=-1, max_task_retries=-1, max_concurrency=runtime.fragments_in_flight
     )
@@ -125,7 +141,14 @@ def _start_engines(runtime: RuntimeConfig) -> list[Any]:
 
 def share_of_cpus(cpus: Sequence[int], workers: int) -> int:
     """The most CPUs that each of `workers` processes can have on machines with so many."""
-    return next((share for share in range(max(cpus), 1, -1) if sum(each // share for each in cpus) >= workers), 1)
+    return next(
+        (
+            share
+            for share in range(max(cpus), 1, -1)
+            if sum(each // share for each in cpus) >= workers
+        ),
+        1,
+    )
 
 
 def _refuse_apart(job: JobConfig, engines: Sequence[Any]) -> None:
@@ -169,7 +192,10 @@ def whole_paths(job: JobConfig) -> JobConfig:
     if job.runtime.cluster is None:
         return job
     data = {"input": _whole(job.data.input), "output": _whole(job.data.output)}
-    steps = [step.model_copy(update={"model": step.model and _whole_model(step.model)}) for step in job.steps]
+    steps = [
+        step.model_copy(update={"model": step.model and _whole_model(step.model)})
+        for step in job.steps
+    ]
     return job.model_copy(
         update={
             "data": job.data.model_copy(update=data),
@@ -182,8 +208,12 @@ def whole_paths(job: JobConfig) -> JobConfig:
 
 def _whole_model(model: ModelConfig) -> ModelConfig:
     path = os.path.expanduser(model.path)
-    found = {"path": os.path.abspath(path)} if os.path.isdir(path) else {}  # else a hub id, or in a store
-    return model.model_copy(update=found | {"adapter": model.adapter and _whole(os.path.expanduser(model.adapter))})
+    found = (
+        {"path": os.path.abspath(path)} if os.path.isdir(path) else {}
+    )  # else a hub id, or in a store
+    return model.model_copy(
+        update=found | {"adapter": model.adapter and _whole(os.path.expanduser(model.adapter))}
+    )
 
 
 def _whole(address: str) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 
 from prefect.futures import PrefectFuture
 
-from glmbatch.config import JobConfig
-from glmbatch.data.ledger import AnswersReceipt, Ledger
-from glmbatch.data.objects import is_remote
-from glmbatch.planning import FragmentWork
-from glmbatch.progress import PROGRESS
+from glmbatch.ledger.ledger import AnswersReceipt, Ledger
+from glmbatch.report.progress import PROGRESS
+from glmbatch.run.planning import FragmentWork
+from glmbatch.settings.job import JobConfig
+from glmbatch.store.paths import is_remote
 from tasks.artifacts import FragmentProgress
 from tasks.classify import classify
 from tasks.generate import generate
@@ -52,7 +52,9 @@ def submit_fragment(
     return submitted
 
 
-def count_answers(progress: FragmentProgress, work: FragmentWork, engine: Any, results: Sequence[Any]) -> None:
+def count_answers(
+    progress: FragmentProgress, work: FragmentWork, engine: Any, results: Sequence[Any]
+) -> None:
     """Count a fragment as finished, and in this process what the engine of another has answered."""
     progress.add()
     for receipt in results:

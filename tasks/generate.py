@@ -7,10 +7,10 @@ from typing import Any
 
 from prefect import task
 
-from glmbatch import pipeline
-from glmbatch.config import JobConfig
-from glmbatch.data.ledger import AnswersReceipt
-from glmbatch.planning import Assignment
+from glmbatch.ledger.ledger import AnswersReceipt
+from glmbatch.run import pipeline
+from glmbatch.run.planning import Assignment
+from glmbatch.settings.job import JobConfig
 from tasks.cluster import call
 from tasks.policies import answers_key, machine_failed
 
@@ -23,6 +23,8 @@ from tasks.policies import answers_key, machine_failed
     result_serializer="json",
     retry_condition_fn=machine_failed,
 )
-def generate(job: JobConfig, assignment: Assignment, earlier: Sequence[AnswersReceipt], engine: Any) -> AnswersReceipt:
+def generate(
+    job: JobConfig, assignment: Assignment, earlier: Sequence[AnswersReceipt], engine: Any
+) -> AnswersReceipt:
     """Write a text for every row of a fragment, after the `earlier` steps, in the process of `engine`."""
     return call(engine, pipeline.answer, job, assignment)

@@ -9,8 +9,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 from prefect.utilities.hashing import hash_objects
 
-from glmbatch import planning
-from glmbatch.config import ModelConfig, RuntimeConfig
+from glmbatch.run import planning
+from glmbatch.settings.job import ModelConfig, RuntimeConfig
 from tasks.cluster import call
 from tasks.policies import machine_failed
 
@@ -22,7 +22,10 @@ def checkpoint_key(context: TaskRunContext, parameters: dict[str, Any]) -> str |
 
 
 @task(
-    name="locate model", task_run_name="locate {model.path}", cache_policy=NO_CACHE, retry_condition_fn=machine_failed
+    name="locate model",
+    task_run_name="locate {model.path}",
+    cache_policy=NO_CACHE,
+    retry_condition_fn=machine_failed,
 )
 def locate_model(model: ModelConfig, runtime: RuntimeConfig, engine: Any) -> ModelConfig:
     """Make the checkpoint a directory, and settle the numbers that the device of `engine` computes in."""

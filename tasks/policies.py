@@ -19,12 +19,12 @@ from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.tasks import exponential_backoff
 
-from glmbatch.config import JobConfig, RuntimeConfig
-from glmbatch.data.ledger import RESULTS
-from glmbatch.data.objects import is_remote
 from glmbatch.errors import TransientError
-from glmbatch.glm.pool import POOL
-from glmbatch.planning import Assignment
+from glmbatch.glm.engine.pool import POOL
+from glmbatch.ledger.ledger import RESULTS
+from glmbatch.run.planning import Assignment
+from glmbatch.settings.job import JobConfig, RuntimeConfig
+from glmbatch.store.paths import is_remote
 
 Item = TypeVar("Item")
 Seat = TypeVar("Seat")

@@ -15,9 +15,9 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_HOME
 from prefect.states import Scheduled
 
-from glmbatch.data.locks import STALE_SECONDS
-from glmbatch.data.objects import is_remote
 from glmbatch.errors import InputError
+from glmbatch.store.locks import STALE_SECONDS
+from glmbatch.store.paths import is_remote
 from tasks.policies import machine_failed
 
 ALERTS = "alerts.log"  # in PREFECT_HOME
@@ -44,15 +44,27 @@ def begin_again(run: UUID, most_attempts: int) -> bool:
     """Schedule a crashed run for now, unless it has been begun `most_attempts` times; whether it was."""
     with get_client(sync_client=True) as client:
         found = client.read_flow_run(run)
-        again = found.state is not None and found.state.is_crashed() and found.run_count < most_attempts
+        again = (
+            found.state is not None and found.state.is_crashed() and found.run_count < most_attempts
+        )
         if again:
             # In a store the lock of a process that died holds until it is stale.
-            wait = timedelta(seconds=STALE_SECONDS + 10 if is_remote(_output(found.parameters)) else 0)
+            wait = timedelta(
+                seconds=STALE_SECONDS + 10 if is_remote(_output(found.parameters)) else 0
+            )
             told = f"Attempt {found.run_count + 1} of {most_attempts}."
-            client.set_flow_run_state(run, Scheduled(scheduled_time=datetime.now(UTC) + wait, message=told))
-    get_run_logger().info("%s was begun %s of %s times; again: %s", found.name, found.run_count, most_attempts, again)
+            client.set_flow_run_state(
+                run, Scheduled(scheduled_time=datetime.now(UTC) + wait, message=told)
+            )
+    get_run_logger().info(
+        "%s was begun %s of %s times; again: %s", found.name, found.run_count, most_attempts, again
+    )
     return again
 
 
 def _output(parameters: dict[str, Any]) -> str:
-    return str(parameters["job"]["data"]["output"] if "job" in parameters else parameters["config"]["output"])
+    return str(
+        parameters["job"]["data"]["output"]
+        if "job" in parameters
+        else parameters["config"]["output"]
+    )

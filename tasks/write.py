@@ -10,13 +10,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 from prefect.events import emit_event
 
-from glmbatch import canary, pipeline, publishing
-from glmbatch.audits import Audit
-from glmbatch.config import JobConfig
-from glmbatch.data.ledger import AnswersReceipt, OutputReceipt
 from glmbatch.errors import AuditError
-from glmbatch.planning import Assignment, FragmentWork, Run
-from glmbatch.summary import Summary
+from glmbatch.ledger.ledger import AnswersReceipt, OutputReceipt
+from glmbatch.report.summary import Summary
+from glmbatch.run import canary, pipeline
+from glmbatch.run import publish as publishing
+from glmbatch.run.audits import Audit
+from glmbatch.run.planning import Assignment, FragmentWork, Run
+from glmbatch.settings.job import JobConfig
 from tasks.artifacts import show_report
 from tasks.cluster import call
 from tasks.policies import machine_failed
@@ -42,9 +43,14 @@ def write(job: JobConfig, work: FragmentWork, answers: list[AnswersReceipt]) -> 
 
 
 @task(
-    name="publish", task_run_name="publish {job.data.output}", cache_policy=NO_CACHE, retry_condition_fn=machine_failed
+    name="publish",
+    task_run_name="publish {job.data.output}",
+    cache_policy=NO_CACHE,
+    retry_condition_fn=machine_failed,
 )
-def publish(job: JobConfig, run: Run, outputs: list[OutputReceipt], canaries: list[Audit]) -> Summary:
+def publish(
+    job: JobConfig, run: Run, outputs: list[OutputReceipt], canaries: list[Audit]
+) -> Summary:
     """Audit what is staged, make it public, and say what happened, also when it was refused.
 
     An audit that fails is an event of the output.
@@ -52,7 +58,10 @@ def publish(job: JobConfig, run: Run, outputs: list[OutputReceipt], canaries: li
     try:
         return publishing.publish(job, run, outputs, canaries)
     except AuditError as error:
-        output = {"prefect.resource.id": f"glmbatch.output.{job.data.output}", "prefect.resource.name": job.data.output}
+        output = {
+            "prefect.resource.id": f"glmbatch.output.{job.data.output}",
+            "prefect.resource.name": job.data.output,
+        }
         emit_event("glmbatch.audit.failed", resource=output, payload={"message": str(error)})
         raise
     finally:

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from glmbatch.tuning.config import TuneConfig
+from glmbatch.settings.tuning import TuneConfig
 from tests.stores import Store, s3_store
-from tests.tuning.rows import labelled
+from tests.unit.tuning.rows import labelled
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -26,7 +26,12 @@ CAUSAL = GOLDENS / "base-sharded"
 CLASSIFIER = GOLDENS / "classifier"
 
 CLASSIFY = {"kind": "classify", "name": "mood", "labels": ["good", "bad", "so so"]}
-GENERATE = {"kind": "generate", "name": "reply", "prompt_template": "{mood}: {text}", "max_tokens": 6}
+GENERATE = {
+    "kind": "generate",
+    "name": "reply",
+    "prompt_template": "{mood}: {text}",
+    "max_tokens": 6,
+}
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +53,9 @@ def store(s3: Store) -> Iterator[Store]:
 @pytest.fixture
 def rows() -> list[str | None]:
     """Texts of many kinds; all of them can be answered."""
-    return [f"第{number}条 review number {number}: {'很好 ' * (number % 5)}end" for number in range(23)]
+    return [
+        f"第{number}条 review number {number}: {'很好 ' * (number % 5)}end" for number in range(23)
+    ]
 
 
 @pytest.fixture
@@ -71,7 +78,11 @@ def job_settings(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def settings(**overrides: Any) -> dict[str, Any]:
         job: dict[str, Any] = {
-            "data": {"input": str(tmp_path / "in"), "output": str(tmp_path / "out"), "rows_per_fragment": 8},
+            "data": {
+                "input": str(tmp_path / "in"),
+                "output": str(tmp_path / "out"),
+                "rows_per_fragment": 8,
+            },
             "model": {"path": str(CAUSAL)},
             "steps": [dict(CLASSIFY), dict(GENERATE)],
             "runtime": {"device": "cpu", "retry_delay_seconds": 0.01},

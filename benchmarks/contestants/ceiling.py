@@ -29,7 +29,10 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
     hidden, inner = config["hidden_size"], config["intermediate_size"]
 
     def run() -> list[float]:
-        flops = max(_product_flops(*sizes, dtype, device) for sizes in ((hidden, 2 * inner), (inner, hidden)))
+        flops = max(
+            _product_flops(*sizes, dtype, device)
+            for sizes in ((hidden, 2 * inner), (inner, hidden))
+        )
         return [flops, _bandwidth(device)]
 
     return f"{_name(device)}, torch {torch.__version__}", run
@@ -39,7 +42,10 @@ def _name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(": ")[2] for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _product_flops(width: int, out: int, dtype: torch.dtype, device: str) -> float:

@@ -23,7 +23,9 @@ def load_model(options: argparse.Namespace, work: dict[str, Any]) -> Any:
     return CLASSES[kind].from_pretrained(options.checkpoint, dtype=dtype).to(options.device).eval()
 
 
-def make_model(kind: str, config: dict[str, Any], seed: int, dtype: torch.dtype, device: str) -> Any:
+def make_model(
+    kind: str, config: dict[str, Any], seed: int, dtype: torch.dtype, device: str
+) -> Any:
     """Random weights, the same for the same seed, device and version of torch."""
     torch.manual_seed(seed)
     usual = torch.get_default_dtype()

@@ -59,10 +59,16 @@ def _peak_gpu_bytes() -> int | None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint", type=Path, help="in the contestant's format; left out: random weights, seeded")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="in the contestant's format; left out: random weights, seeded",
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--task", choices=("classify", "labels", "generate"), required=True)
-    parser.add_argument("--way", default="", help="which of a contestant's ways to go about the task")
+    parser.add_argument(
+        "--way", default="", help="which of a contestant's ways to go about the task"
+    )
     parser.add_argument("--threads", type=int, default=1, help="0: the library's own choice")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")

@@ -14,8 +14,8 @@ import transformers
 from models import load_model
 from protocol import Run, serve
 
-from glmbatch.glm.engine import ClassifyRequest, GenerateRequest
-from glmbatch.glm.torch_engine import TorchEngine
+from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest
+from glmbatch.glm.engine.worker import TorchEngine
 
 
 def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
@@ -32,12 +32,19 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
 
     def classify() -> list[tuple[float, ...]]:
         requests = (ClassifyRequest(at, row, labels, shared) for at, row in enumerate(rows))
-        return _in_order((result.index, result.scores, result.error) for result in engine.classify(requests))
+        return _in_order(
+            (result.index, result.scores, result.error) for result in engine.classify(requests)
+        )
 
     def generate() -> list[tuple[int, ...]]:
         lengths = work["answer_tokens"]
-        requests = (GenerateRequest(at, row, lengths[at], shared_tokens=shared) for at, row in enumerate(rows))
-        return _in_order((result.index, result.ids, result.error) for result in engine.generate(requests))
+        requests = (
+            GenerateRequest(at, row, lengths[at], shared_tokens=shared)
+            for at, row in enumerate(rows)
+        )
+        return _in_order(
+            (result.index, result.ids, result.error) for result in engine.generate(requests)
+        )
 
     version = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return version, generate if options.task == "generate" else classify

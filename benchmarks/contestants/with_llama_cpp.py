@@ -35,7 +35,9 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
     params = llama_cpp.llama_context_default_params()
     params.n_seq_max = slots
     params.n_ctx = slots * (-(-longest // 256) * 256)  # in all; padded as llama.cpp wants it
-    params.kv_unified = True  # as the server does; a third faster here than a part for each sequence
+    params.kv_unified = (
+        True  # as the server does; a third faster here than a part for each sequence
+    )
     params.n_batch = work["batch_tokens"] or 2048
     if options.threads:
         params.n_threads = params.n_threads_batch = options.threads

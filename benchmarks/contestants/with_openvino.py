@@ -24,7 +24,9 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
         properties["KV_CACHE_PRECISION"] = "f32"  # 8 bits unless asked
     if options.threads:
         properties |= {"INFERENCE_NUM_THREADS": options.threads, "ENABLE_CPU_PINNING": False}
-    pipeline = openvino_genai.ContinuousBatchingPipeline(str(options.checkpoint), scheduler, "CPU", properties)
+    pipeline = openvino_genai.ContinuousBatchingPipeline(
+        str(options.checkpoint), scheduler, "CPU", properties
+    )
     prompts = [openvino.Tensor(np.array([row], dtype=np.int64)) for row in work["rows"]]
     configs = [_config(length) for length in work["answer_tokens"]]
 

@@ -31,12 +31,16 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
         "generate continuous": _continuous,
     }
     run = ways[f"{options.task} {options.way}"](load_model(options, work), work, options)
-    return f"transformers {transformers.__version__}, torch {torch.__version__}", torch.inference_mode()(run)
+    return (
+        f"transformers {transformers.__version__}, torch {torch.__version__}",
+        torch.inference_mode()(run),
+    )
 
 
 def _classify_row_by_row(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run:
     return lambda: [
-        model(torch.tensor([row], device=model.device), use_cache=False).logits[0].tolist() for row in work["rows"]
+        model(torch.tensor([row], device=model.device), use_cache=False).logits[0].tolist()
+        for row in work["rows"]
     ]
 
 
@@ -53,7 +57,9 @@ class _Ids:
 
 def _pipeline(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run:
     """`pipeline("text-classification")` itself: batches in the order given, each padded to its longest row."""
-    pipe: Any = pipelines.TextClassificationPipeline(model=model, tokenizer=_Ids(), device=options.device)
+    pipe: Any = pipelines.TextClassificationPipeline(
+        model=model, tokenizer=_Ids(), device=options.device
+    )
     rows = work["rows"]
     order = _order(list(map(len, rows)), options.way)
 
@@ -88,7 +94,9 @@ def _pairs(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run
         ]
 
     def run() -> list[list[float]]:
-        scores = [each for some in _batches(order, batch) for each in score([pairs[at] for at in some])]
+        scores = [
+            each for some in _batches(order, batch) for each in score([pairs[at] for at in some])
+        ]
         flat = _back(scores, order)
         return [flat[at : at + len(labels)] for at in range(0, len(flat), len(labels))]
 
@@ -105,17 +113,23 @@ def _static(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Ru
     def generate(some: Sequence[int]) -> list[list[int]]:
         ids, mask = _padded([rows[at] for at in some], "left", model.device)
         longest = max(lengths[at] for at in some)
-        written = model.generate(ids, attention_mask=mask, max_new_tokens=longest)[:, ids.shape[1] :].tolist()
+        written = model.generate(ids, attention_mask=mask, max_new_tokens=longest)[
+            :, ids.shape[1] :
+        ].tolist()
         return [answer[: lengths[at]] for at, answer in zip(some, written, strict=True)]
 
-    return lambda: _back([answer for some in _batches(order, batch) for answer in generate(some)], order)
+    return lambda: _back(
+        [answer for some in _batches(order, batch) for answer in generate(some)], order
+    )
 
 
 def _continuous(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run:
     """transformers' own continuous batching, which stays up from one run to the next."""
     rows, lengths, slots = work["rows"], work["answer_tokens"], work["slots"]
     model.set_attn_implementation("sdpa")
-    blocks = max(-(-(len(row) + length) // BLOCK_TOKENS) for row, length in zip(rows, lengths, strict=True))
+    blocks = max(
+        -(-(len(row) + length) // BLOCK_TOKENS) for row, length in zip(rows, lengths, strict=True)
+    )
     manager = model.init_continuous_batching(
         generation.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=PAD),
         generation.ContinuousBatchingConfig(
@@ -133,7 +147,9 @@ def _continuous(model: Any, work: dict[str, Any], options: argparse.Namespace) -
     def run() -> list[list[int]]:
         this = next(rounds)
         for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            manager.add_request(row, request_id=f"{this} {at}", max_new_tokens=length, eos_token_id=-1)
+            manager.add_request(
+                row, request_id=f"{this} {at}", max_new_tokens=length, eos_token_id=-1
+            )
         answers: dict[str, list[int]] = {}
         while len(answers) < len(rows):
             result = manager.get_result(timeout=1)
@@ -163,9 +179,14 @@ def _batches(order: list[int], size: int) -> list[list[int]]:
     return [order[at : at + size] for at in range(0, len(order), size)]
 
 
-def _padded(rows: list[list[int]], side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(
+    rows: list[list[int]], side: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, rows))
-    ids, mask = torch.full((len(rows), longest), PAD), torch.zeros(len(rows), longest, dtype=torch.long)
+    ids, mask = (
+        torch.full((len(rows), longest), PAD),
+        torch.zeros(len(rows), longest, dtype=torch.long),
+    )
     for at, row in enumerate(rows):
         place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
         ids[at, place], mask[at, place] = torch.tensor(row), 1

@@ -40,7 +40,10 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
     def classify() -> list[list[float]]:
         model.reset_prefix_cache()
         raw = vllm.PoolingParams(use_activation=False)
-        return [list(result.outputs.probs) for result in model.classify(prompts, pooling_params=raw, use_tqdm=False)]
+        return [
+            list(result.outputs.probs)
+            for result in model.classify(prompts, pooling_params=raw, use_tqdm=False)
+        ]
 
     def generate() -> list[list[int]]:
         model.reset_prefix_cache()
@@ -48,9 +51,15 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
             vllm.SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
             for length in work["answer_tokens"]
         ]
-        return [list(result.outputs[0].token_ids) for result in model.generate(prompts, greedy, use_tqdm=False)]
+        return [
+            list(result.outputs[0].token_ids)
+            for result in model.generate(prompts, greedy, use_tqdm=False)
+        ]
 
-    return f"vllm {vllm.__version__}, torch {torch.__version__}", classify if asks_class else generate
+    return (
+        f"vllm {vllm.__version__}, torch {torch.__version__}",
+        classify if asks_class else generate,
+    )
 
 
 if __name__ == "__main__":

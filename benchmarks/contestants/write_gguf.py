@@ -73,7 +73,9 @@ def _names(layers: int) -> dict[str, list[str]]:
         ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
         names |= {theirs + after: [ours + before] for before, after in LAYER.items()}
         for part in ("weight", "bias"):
-            names[f"{theirs}attn_qkv.{part}"] = [f"{ours}self_attn.{each}_proj.{part}" for each in "qkv"]
+            names[f"{theirs}attn_qkv.{part}"] = [
+                f"{ours}self_attn.{each}_proj.{part}" for each in "qkv"
+            ]
     return names
 
 

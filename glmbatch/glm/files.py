@@ -16,7 +16,15 @@ ADAPTER_FILES = ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_LABELS = (
     "adapter_config.json", "adapter_model.safetensors", "config.json",
 )  # fmt: skip
 # What a disk or a network file system says when the same read may succeed later.
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM, errno.ECONNRESET, errno.ENOTCONN}
+_PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.ENOMEM,
+    errno.ECONNRESET,
+    errno.ENOTCONN,
+}
 
 
 def file_error(file: Path, error: OSError) -> GlmbatchError:

@@ -29,7 +29,9 @@ class Tokenizer:
     def __init__(self, processor: SentencePieceProcessor) -> None:
         self._processor = processor
         self._pieces = processor.vocab_size()
-        self.special_ids = {token: self._pieces + place for place, token in enumerate(_SPECIAL_TOKENS)}
+        self.special_ids = {
+            token: self._pieces + place for place, token in enumerate(_SPECIAL_TOKENS)
+        }
         self._prefix = [self.special_ids["[gMASK]"], self.special_ids["sop"]]
         self.vocab_size = self._pieces + len(_SPECIAL_TOKENS)
         self.eos_id = processor.eos_id()
@@ -51,7 +53,11 @@ class Tokenizer:
     def pieces(self) -> dict[str, int]:
         """The id of each piece that stands for text; bytes and control tokens are none."""
         sp = self._processor
-        ids = (at for at in range(self._pieces) if not (sp.is_byte(at) or sp.is_control(at) or sp.is_unknown(at)))
+        ids = (
+            at
+            for at in range(self._pieces)
+            if not (sp.is_byte(at) or sp.is_control(at) or sp.is_unknown(at))
+        )
         return {sp.id_to_piece(at): at for at in ids}
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -68,7 +74,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(proto)
-        processor.id_to_piece(list(range(processor.vocab_size())))  # a damaged piece is no Unicode: met here, not later
+        processor.id_to_piece(
+            list(range(processor.vocab_size()))
+        )  # a damaged piece is no Unicode: met here, not later
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{file}: damaged or not a sentencepiece model. Copy it again.") from error
     if processor.eos_id() < 0:
@@ -87,7 +95,9 @@ def _first_fault(texts: Sequence[str]) -> str:
     raise AssertionError("every text is Unicode")
 
 
-def chat_prompt(query: str, history: Iterable[tuple[str, str]] = (), system_prompt: str | None = None) -> str:
+def chat_prompt(
+    query: str, history: Iterable[tuple[str, str]] = (), system_prompt: str | None = None
+) -> str:
     """The form the model was trained on: numbered rounds, the last one open.
 
     ChatGLM2 has no role for a system prompt; it stands before the first round.

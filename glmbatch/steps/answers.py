@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from glmbatch.config import AnyStep, ClassifyStep
-from glmbatch.data.rowkeys import KEY_BYTES
+from glmbatch.ledger.rowkeys import KEY_BYTES
+from glmbatch.settings.job import AnyStep, ClassifyStep
 from glmbatch.steps.classify import Choice, choice_columns, choice_fields
 from glmbatch.steps.generate import Writing, writing_columns, writing_fields
 from glmbatch.steps.prompt import RowFault
@@ -45,7 +45,9 @@ def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[A
         choices = [answer.value if isinstance(answer.value, Choice) else None for answer in answers]
         columns = choice_columns(choices)
     else:
-        columns = writing_columns([answer.value if isinstance(answer.value, Writing) else None for answer in answers])
+        columns = writing_columns(
+            [answer.value if isinstance(answer.value, Writing) else None for answer in answers]
+        )
     columns += [
         [fault and fault.reason for fault in faults],
         [fault and fault.kind for fault in faults],
@@ -53,5 +55,6 @@ def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[A
     ]
     schema = answers_schema(step, head_labels)
     return pa.Table.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)],
+        schema=schema,
     )

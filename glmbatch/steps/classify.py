@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from glmbatch.config import ClassifyStep
 from glmbatch.errors import InputError
-from glmbatch.glm.engine import ClassifyRequest, Engine
+from glmbatch.glm.engine.protocol import ClassifyRequest, Engine
 from glmbatch.glm.tokenizer import Tokenizer
+from glmbatch.settings.job import ClassifyStep
 from glmbatch.steps.prompt import Prompt, RowFault
 
 
@@ -88,7 +88,9 @@ def encode_labels(labels: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[in
         if not ids:
             raise InputError(f"label {label!r} has no token in this tokenizer. Set labels.")
         if ids in seen:
-            raise InputError(f"labels {seen[ids]!r} and {label!r} are the same tokens {list(ids)}. Set labels.")
+            raise InputError(
+                f"labels {seen[ids]!r} and {label!r} are the same tokens {list(ids)}. Set labels."
+            )
         seen[ids] = label
     return encoded
 
@@ -103,7 +105,10 @@ def choose_by_likelihood(
     longer label, so that the labels exclude one another and the longer can win.
     """
     exclusive = [
-        _without(log_likelihoods[index], [log_likelihoods[longer] for longer in _next_longer(label_ids, index)])
+        _without(
+            log_likelihoods[index],
+            [log_likelihoods[longer] for longer in _next_longer(label_ids, index)],
+        )
         for index in range(len(label_ids))
     ]
     return choose(labels, exclusive)
@@ -112,8 +117,14 @@ def choose_by_likelihood(
 def _next_longer(label_ids: Sequence[tuple[int, ...]], index: int) -> list[int]:
     """Labels that continue label `index`, less those that continue one of these."""
     start = label_ids[index]
-    longer = [i for i, ids in enumerate(label_ids) if len(ids) > len(start) and ids[: len(start)] == start]
-    return [i for i in longer if not any(j != i and label_ids[i][: len(label_ids[j])] == label_ids[j] for j in longer)]
+    longer = [
+        i for i, ids in enumerate(label_ids) if len(ids) > len(start) and ids[: len(start)] == start
+    ]
+    return [
+        i
+        for i in longer
+        if not any(j != i and label_ids[i][: len(label_ids[j])] == label_ids[j] for j in longer)
+    ]
 
 
 def _without(whole: float, parts: Sequence[float]) -> float:

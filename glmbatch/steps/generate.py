@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from glmbatch.config import GenerateStep
-from glmbatch.data.rowkeys import row_seed
-from glmbatch.glm.engine import Engine, GenerateRequest
+from glmbatch.glm.engine.protocol import Engine, GenerateRequest
 from glmbatch.glm.tokenizer import Tokenizer, clean_answer
+from glmbatch.ledger.rowkeys import row_seed
+from glmbatch.settings.job import GenerateStep
 from glmbatch.steps.prompt import Prompt, RowFault
 
 
@@ -69,11 +69,18 @@ def ask_writings(
         if result.error is not None:
             yield key, RowFault("model_failed", result.error)
         else:
-            yield key, write_up(step, result.ids, result.finish_reason, len(prompts[key].ids), tokenizer)
+            yield (
+                key,
+                write_up(step, result.ids, result.finish_reason, len(prompts[key].ids), tokenizer),
+            )
 
 
 def write_up(
-    step: GenerateStep, ids: Sequence[int], finish_reason: str, prompt_tokens: int, tokenizer: Tokenizer
+    step: GenerateStep,
+    ids: Sequence[int],
+    finish_reason: str,
+    prompt_tokens: int,
+    tokenizer: Tokenizer,
 ) -> Writing:
     """The answer as text, ended before the first stop text. Its tokens count all that the model wrote."""
     text = tokenizer.decode(ids)

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
 
-from glmbatch.config import TEXT, Step, placeholders
 from glmbatch.glm.tokenizer import Tokenizer, chat_prompt, escape_turns
+from glmbatch.settings.job import TEXT, Step, placeholders
 
 # Stands for a value where only the template counts; a private-use character that no template holds.
 VALUE = "\ue000"
 
-FaultKind = Literal["null_value", "empty_text", "not_utf8", "earlier_step_failed", "too_long", "model_failed"]
+FaultKind = Literal[
+    "null_value", "empty_text", "not_utf8", "earlier_step_failed", "too_long", "model_failed"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,9 @@ def build_prompts(  # noqa: PLR0913 - two facts about the model and one about th
     for row, text, ids in zip(checked, texts, encoded, strict=True):
         if isinstance(row, RowFault) or len(ids) <= max_input_tokens:
             prompts.append(
-                row if isinstance(row, RowFault) else Prompt(text, ids, len(head) if ids[: len(head)] == head else 0)
+                row
+                if isinstance(row, RowFault)
+                else Prompt(text, ids, len(head) if ids[: len(head)] == head else 0)
             )
             continue
         seen = f"the prompt has {len(ids)} tokens, {max_input_tokens} are allowed"
@@ -81,7 +85,9 @@ def build_prompts(  # noqa: PLR0913 - two facts about the model and one about th
             prompts.append(RowFault("too_long", seen))
             continue
         shorter = _longest(row, texts_of, max_input_tokens, render, tokenizer)
-        prompts.append(shorter or RowFault("too_long", f"{seen}, and the template alone fills them"))
+        prompts.append(
+            shorter or RowFault("too_long", f"{seen}, and the template alone fills them")
+        )
     return prompts
 
 
@@ -91,7 +97,9 @@ def _head_ids(head: str, tokenizer: Tokenizer) -> list[int]:
     return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*tried, strict=False))]
 
 
-def _checked(row: RowValues, needed: Sequence[str], texts_of: Sequence[str]) -> Mapping[str, str] | RowFault:
+def _checked(
+    row: RowValues, needed: Sequence[str], texts_of: Sequence[str]
+) -> Mapping[str, str] | RowFault:
     """The row with text alone in it, or the first reason why it cannot be asked."""
     values: dict[str, str] = {}
     for name in needed:

@@ -11,11 +11,16 @@ from glmbatch.tuning.scores import Scores, score
 MOST_ROWS = 100_000  # to train on: a minute and three GiB; more changes such a baseline little
 WAYS: Mapping[str, dict[str, Any]] = {
     "words": {"analyzer": "word", "ngram_range": (1, 2)},
-    "characters": {"analyzer": "char", "ngram_range": (1, 3)},  # for texts that are written without spaces
+    "characters": {
+        "analyzer": "char",
+        "ngram_range": (1, 3),
+    },  # for texts that are written without spaces
 }
 
 
-def score_baseline(parts: Mapping[Part, Sequence[Example]], labels: Sequence[str]) -> tuple[str, Scores]:
+def score_baseline(
+    parts: Mapping[Part, Sequence[Example]], labels: Sequence[str]
+) -> tuple[str, Scores]:
     """Which of the two ways was better on the validation rows, and its scores on the test rows."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -25,7 +30,9 @@ def score_baseline(parts: Mapping[Part, Sequence[Example]], labels: Sequence[str
     truth = {part: [each.label for each in rows] for part, rows in parts.items()}
     best: tuple[float, str, Scores] | None = None
     for name, way in WAYS.items():
-        vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=1 if name == "words" else 2, max_features=200_000, **way)
+        vectorizer = TfidfVectorizer(
+            sublinear_tf=True, min_df=1 if name == "words" else 2, max_features=200_000, **way
+        )
         classifier = LogisticRegression(C=10.0, max_iter=1000)
         try:
             classifier.fit(vectorizer.fit_transform(texts["train"]), truth["train"])

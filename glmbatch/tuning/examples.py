@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel
 
-from glmbatch.data.objects import location
-from glmbatch.data.parquet import is_text, open_parquet, prompt_values, read_rows
-from glmbatch.data.storage import digest_file, find_files
 from glmbatch.errors import InputError
-from glmbatch.tuning.config import LabelledData
+from glmbatch.settings.tuning import LabelledData
+from glmbatch.store.files import digest_file, find_files
+from glmbatch.store.parquet import is_text, open_parquet, prompt_values, read_rows
+from glmbatch.store.paths import location
 
 Part = Literal["train", "valid", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -87,7 +87,9 @@ def read_labelled(data: LabelledData) -> Labelled:
         _check_labels(data, kept)
     split = _as_given(kept, given) if data.split_column is not None else _by_text(kept, data)
     leaking = len(kept) - sum(map(len, split.values()))
-    counts = Counter(each.label for part in split.values() for each in part if data.response_column is None)
+    counts = Counter(
+        each.label for part in split.values() for each in part if data.response_column is None
+    )
     _check_split(data, split)
     audit = LabelAudit(
         files=files,
@@ -127,13 +129,18 @@ def read_rows_of(data: LabelledData) -> Rows:
                     given[examples[-1].place] = _part(f"{name} row {row}", part, data.split_column)
     rows = len(examples) + sum(skipped.values())
     if not examples:
-        raise InputError(f"{data.input}: none of {rows} rows has a text and a label. Set data.text_column.")
+        raise InputError(
+            f"{data.input}: none of {rows} rows has a text and a label. Set data.text_column."
+        )
     return Rows(examples, given, skipped, files)
 
 
 def text_keys(examples: Sequence[Example]) -> np.ndarray:
     """For each example the first 8 bytes of a digest of what its text has in common with others that are the same."""
-    digests = (hashlib.blake2b(each.same.encode(errors="replace"), digest_size=8).digest() for each in examples)
+    digests = (
+        hashlib.blake2b(each.same.encode(errors="replace"), digest_size=8).digest()
+        for each in examples
+    )
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
@@ -145,25 +152,41 @@ def _columns(where: str, data: LabelledData) -> list[list[str | bytes | None]]:
         *([data.split_column] if data.split_column else []),
     ]
     with open_parquet(location(where)) as file:
-        schema, groups, rows = file.schema_arrow, range(file.metadata.num_row_groups), file.metadata.num_rows
+        schema, groups, rows = (
+            file.schema_arrow,
+            range(file.metadata.num_row_groups),
+            file.metadata.num_rows,
+        )
     parts = [part.partition("=") for part in location(where).parts[:-1]]
-    folders = {name: unquote(value) for name, mark, value in parts if mark and name not in schema.names}
+    folders = {
+        name: unquote(value) for name, mark, value in parts if mark and name not in schema.names
+    }
     answer = "label_column" if data.response_column is None else "response_column"
     for setting, name in zip(("text_column", answer, "split_column"), names, strict=False):
         if name in folders:
             continue
         if schema.names.count(name) != 1:
-            raise InputError(f"{where}: no column {name!r}; it has {[*schema.names, *folders]}. Set data.{setting}.")
+            raise InputError(
+                f"{where}: no column {name!r}; it has {[*schema.names, *folders]}. Set data.{setting}."
+            )
         kind = schema.field(name).type
-        if not is_text(kind) and not (setting == "label_column" and (pa.types.is_integer(kind) or kind == pa.bool_())):
+        if not is_text(kind) and not (
+            setting == "label_column" and (pa.types.is_integer(kind) or kind == pa.bool_())
+        ):
             wanted = "text or whole numbers" if setting == "label_column" else "text"
-            raise InputError(f"{where}: column {name!r} holds {kind}, not {wanted}. Set data.{setting}.")
+            raise InputError(
+                f"{where}: column {name!r} holds {kind}, not {wanted}. Set data.{setting}."
+            )
     stored = [name for name in names if name not in folders]
-    batches = list(read_rows(location(where), list(groups), 0, rows, stored)) if stored and rows else []
+    batches = (
+        list(read_rows(location(where), list(groups), 0, rows, stored)) if stored and rows else []
+    )
     columns: list[list[str | bytes | None]] = []
     for name in names:
         values = (
-            [prompt_values(batch.column(name)) for batch in batches] if name in stored else [[folders[name]] * rows]
+            [prompt_values(batch.column(name)) for batch in batches]
+            if name in stored
+            else [[folders[name]] * rows]
         )
         columns.append([value for part in values for value in part])
     return columns if data.split_column else [*columns, [None] * rows]
@@ -173,10 +196,14 @@ def _part(where: str, value: str | bytes | None, column: str) -> Part:
     for part in PARTS:
         if value == part:
             return part
-    raise InputError(f"{where}: {column!r} is {value!r}, not one of {', '.join(PARTS)}. Set data.split_column.")
+    raise InputError(
+        f"{where}: {column!r} is {value!r}, not one of {', '.join(PARTS)}. Set data.split_column."
+    )
 
 
-def _without_conflicts(examples: Sequence[Example], data: LabelledData) -> tuple[list[Example], int]:
+def _without_conflicts(
+    examples: Sequence[Example], data: LabelledData
+) -> tuple[list[Example], int]:
     labels: dict[str, set[str]] = defaultdict(set)
     for each in examples:
         labels[each.same].add(each.label)
@@ -214,11 +241,16 @@ def _by_text(examples: Sequence[Example], data: LabelledData) -> dict[Part, list
     seed = data.seed.to_bytes(8, "big")
     for label in sorted(texts):
         ordered = sorted(
-            texts[label], key=lambda text: hashlib.blake2b(text.encode(errors="replace"), key=seed).digest()
+            texts[label],
+            key=lambda text: hashlib.blake2b(text.encode(errors="replace"), key=seed).digest(),
         )
-        test, valid = (max(1, round(len(ordered) * share)) for share in (data.test_share, data.valid_share))
+        test, valid = (
+            max(1, round(len(ordered) * share)) for share in (data.test_share, data.valid_share)
+        )
         for at, text in enumerate(ordered):
-            side.setdefault(text, "test" if at < test else "valid" if at < test + valid else "train")
+            side.setdefault(
+                text, "test" if at < test else "valid" if at < test + valid else "train"
+            )
     split: dict[Part, list[Example]] = {part: [] for part in PARTS}
     for each in examples:
         split[side[each.same]].append(each)
@@ -230,7 +262,9 @@ def _check_labels(data: LabelledData, examples: Sequence[Example]) -> None:
     for each in examples:
         texts[each.label].add(each.same)
     if len(texts) < 2:
-        raise InputError(f"{data.input}: all rows have the label {next(iter(texts), None)!r}; a choice needs two.")
+        raise InputError(
+            f"{data.input}: all rows have the label {next(iter(texts), None)!r}; a choice needs two."
+        )
     if len(texts) > MOST_LABELS:
         raise InputError(
             f"{data.input}: {len(texts)} labels, as if {data.label_column!r} were no label. Set data.label_column."
@@ -247,7 +281,9 @@ def _check_split(data: LabelledData, split: Mapping[Part, Sequence[Example]]) ->
     trained = {each.label for each in split["train"]}
     for part in PARTS:
         if not split[part]:
-            raise InputError(f"{data.input}: no row is left for {part}. Add rows, or set data.{part}_share.")
+            raise InputError(
+                f"{data.input}: no row is left for {part}. Add rows, or set data.{part}_share."
+            )
         unseen = sorted({each.label for each in split[part]} - trained)
         if unseen and data.response_column is None:
             raise InputError(
@@ -262,9 +298,15 @@ def _warnings(
     most, fewest = max(counts.values(), default=1), min(counts.values(), default=20)
     rare = [label for label, count in counts.items() if count == fewest] or [""]
     said = [
-        (most >= 10 * fewest, f"{rare[0]!r} has {fewest} rows, the most frequent label {most}; see class_weights"),
+        (
+            most >= 10 * fewest,
+            f"{rare[0]!r} has {fewest} rows, the most frequent label {most}; see class_weights",
+        ),
         (fewest < 20, f"{rare[0]!r} has {fewest} rows: its scores say little"),
-        (conflicting, f"{conflicting} of {rows} rows have a text that stands there with two labels"),
+        (
+            conflicting,
+            f"{conflicting} of {rows} rows have a text that stands there with two labels",
+        ),
         (leaking, f"{leaking} rows were left out: their text stands on a held-out side too"),
         (sum(skipped.values()), f"{sum(skipped.values())} of {rows} rows have no text or no label"),
     ]

@@ -27,19 +27,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
-from glmbatch.config import ClassifyStep, DataConfig, GenerateStep, JobConfig, ModelConfig, RuntimeConfig
-from glmbatch.data.storage import committed, writable
 from glmbatch.errors import InputError
-from glmbatch.fetching import PROMPT_FILE
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
-from glmbatch.planning import locate_model, prepare_model
+from glmbatch.run.fetching import PROMPT_FILE
+from glmbatch.run.planning import locate_model, prepare_model
+from glmbatch.settings.job import (
+    ClassifyStep,
+    DataConfig,
+    GenerateStep,
+    JobConfig,
+    ModelConfig,
+    RuntimeConfig,
+)
+from glmbatch.settings.tuning import LabelledData, TuneConfig
 from glmbatch.steps.prompt import Prompt, build_prompts
-from glmbatch.tuning.config import LabelledData, TuneConfig
-from glmbatch.tuning.examples import Example, LabelAudit, Labelled, Part, read_labelled, read_rows_of, text_keys
+from glmbatch.store.files import committed, writable
+from glmbatch.tuning.examples import (
+    Example,
+    LabelAudit,
+    Labelled,
+    Part,
+    read_labelled,
+    read_rows_of,
+    text_keys,
+)
 from glmbatch.tuning.processes import local_rank, train_together
 from glmbatch.tuning.scores import Scores, TextScores, score, score_texts
 
-RUNS, CURRENT, REPORT, PAGE, CARD, BASE = "runs", "current", "report.json", "report.html", "README.md", "base"
+RUNS, CURRENT, REPORT, PAGE, CARD, BASE = (
+    "runs",
+    "current",
+    "report.json",
+    "report.html",
+    "README.md",
+    "base",
+)
 TRAINED = "trained.json"
 LEARNED = "learned.npy"  # which texts were seen in training, so that no later run tests on them
 CHECKPOINT = "checkpoint"
@@ -93,7 +115,9 @@ def check(config: TuneConfig) -> None:
     """Tell what is wrong at once, before a server is started: rows, labels and model are looked at. InputError."""
     for package in ("accelerate", "peft", "sklearn"):
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"{package} is not installed, which training needs. Run pip install 'glmbatch[train]'.")
+            raise InputError(
+                f"{package} is not installed, which training needs. Run pip install 'glmbatch[train]'."
+            )
     read_labelled(config.data)
     if config.model is not None and config.model.revision is None:
         locate_model(config.model, config.runtime)
@@ -102,10 +126,18 @@ def check(config: TuneConfig) -> None:
 def begin(config: TuneConfig) -> str:
     """The folder of this run, with its base in it or named by the settings; the same one for the same run."""
     labelled = read_labelled(config.data)
-    base = "scratch" if config.model is None else prepare_model(locate_model(config.model, config.runtime)).identity
+    base = (
+        "scratch"
+        if config.model is None
+        else prepare_model(locate_model(config.model, config.runtime)).identity
+    )
     stated = config.model_dump(mode="json", exclude={"output", "runtime", "min_gain"})
     facts = [stated, dict(labelled.audit.files), base]
-    run = Path(config.output) / RUNS / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    run = (
+        Path(config.output)
+        / RUNS
+        / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    )
     with writable(run):
         run.mkdir(parents=True, exist_ok=True)
     if config.model is None and not (run / BASE / "config.json").exists():
@@ -124,7 +156,9 @@ def read_report(run: Path) -> Report | None:
     try:
         return Report.model_validate_json(path.read_bytes()) if path.is_file() else None
     except ValidationError as error:
-        raise InputError(f"{path}: is not a report of glmbatch: {error.errors()[0]['msg']}. Remove it.") from error
+        raise InputError(
+            f"{path}: is not a report of glmbatch: {error.errors()[0]['msg']}. Remove it."
+        ) from error
 
 
 def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
@@ -151,9 +185,14 @@ def train_here(config: TuneConfig, run: Path) -> None:
     rows: dict[Part, list[TrainingRow]] = {}
     for part in ("train", "valid"):
         examples = labelled.parts[part]
-        prompts, answers = _prompts(config, base, tokenizer, examples), _answers(config, tokenizer, examples)
+        prompts, answers = (
+            _prompts(config, base, tokenizer, examples),
+            _answers(config, tokenizer, examples),
+        )
         rows[part] = [
-            TrainingRow(np.array(prompt.ids, np.int32), number.get(each.label, 0), each.place, answer)
+            TrainingRow(
+                np.array(prompt.ids, np.int32), number.get(each.label, 0), each.place, answer
+            )
             for each, prompt, answer in zip(examples, prompts, answers, strict=True)
         ]
     if config.model is not None:  # an adapter too may lie in a store
@@ -166,13 +205,19 @@ def train_here(config: TuneConfig, run: Path) -> None:
     with committed(run / CHECKPOINT / PROMPT_FILE) as partial:
         stated = {"prompt_template": config.prompt_template, "system_prompt": config.system_prompt}
         partial.write_text(json.dumps(stated, ensure_ascii=False, indent=1), encoding="utf-8")
-    np.save(run / LEARNED, np.unique(text_keys([*labelled.parts["train"], *labelled.parts["valid"]])))
+    np.save(
+        run / LEARNED, np.unique(text_keys([*labelled.parts["train"], *labelled.parts["valid"]]))
+    )
     with committed(run / TRAINED) as partial:
         partial.write_text(trained.model_dump_json(indent=1), encoding="utf-8")
 
 
 def _base(config: TuneConfig, run: Path) -> Path:
-    return run / BASE if config.model is None else Path(locate_model(config.model, config.runtime).path)
+    return (
+        run / BASE
+        if config.model is None
+        else Path(locate_model(config.model, config.runtime).path)
+    )
 
 
 def _step(config: TuneConfig) -> ClassifyStep | GenerateStep:
@@ -189,7 +234,9 @@ def _step(config: TuneConfig) -> ClassifyStep | GenerateStep:
     return ClassifyStep(**asked)
 
 
-def _answers(config: TuneConfig, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[np.ndarray]:
+def _answers(
+    config: TuneConfig, tokenizer: Tokenizer, examples: Sequence[Example]
+) -> list[np.ndarray]:
     """The ids to be written to each example, as the published model's own fine-tuning has them; none for labels."""
     if not config.writes:
         return [np.empty(0, np.int32)] * len(examples)
@@ -198,8 +245,10 @@ def _answers(config: TuneConfig, tokenizer: Tokenizer, examples: Sequence[Exampl
     return [np.array([*ids, tokenizer.eos_id][:most], np.int32) for ids in encoded]
 
 
-def _prompts(config: TuneConfig, base: Path, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Prompt]:
-    from glmbatch.glm.checkpoint import read_checkpoint
+def _prompts(
+    config: TuneConfig, base: Path, tokenizer: Tokenizer, examples: Sequence[Example]
+) -> list[Prompt]:
+    from glmbatch.glm.checkpoint.load import read_checkpoint
 
     room = read_checkpoint(base, config.model.rope_scaling if config.model else None).max_positions
     built = build_prompts(
@@ -208,12 +257,15 @@ def _prompts(config: TuneConfig, base: Path, tokenizer: Tokenizer, examples: Seq
         tokenizer,
         chat=config.writes,
         max_input_tokens=min(
-            room - (config.training.max_answer_tokens if config.writes else 0), config.training.max_input_tokens
+            room - (config.training.max_answer_tokens if config.writes else 0),
+            config.training.max_input_tokens,
         ),
     )
     for each, prompt in zip(examples, built, strict=True):
         if not isinstance(prompt, Prompt):
-            raise InputError(f"{each.place}: has no prompt: {prompt.reason}. Set training.max_input_tokens.")
+            raise InputError(
+                f"{each.place}: has no prompt: {prompt.reason}. Set training.max_input_tokens."
+            )
     return [prompt for prompt in built if isinstance(prompt, Prompt)]
 
 
@@ -233,7 +285,9 @@ def evaluate_run(config: TuneConfig, folder: str) -> Report:
         return _decided(config, done, run)
     labelled = _not_learned(read_labelled(config.data), current, config)
     trained, test = train_run(config, folder), labelled.parts["test"]
-    scores, mistakes = evaluate(ModelConfig(path=str(run / CHECKPOINT)), config, test, labelled.labels, run / "test")
+    scores, mistakes = evaluate(
+        ModelConfig(path=str(run / CHECKPOINT)), config, test, labelled.labels, run / "test"
+    )
     baseline_name, baseline = "none", None
     if not config.writes:
         baseline_name, baseline = score_baseline(labelled.parts, labelled.labels)
@@ -259,10 +313,14 @@ def evaluate_run(config: TuneConfig, folder: str) -> Report:
 
 
 def evaluate(
-    model: ModelConfig, config: TuneConfig, rows: Sequence[Example], labels: Sequence[str], folder: Path
+    model: ModelConfig,
+    config: TuneConfig,
+    rows: Sequence[Example],
+    labels: Sequence[str],
+    folder: Path,
 ) -> tuple[Scores | TextScores, list[Mistake]]:
     """Scores of `model` on `rows`, and its mistakes, the surest first: by the very job that will use it."""
-    from glmbatch.pipeline import run_job
+    from glmbatch.run.pipeline import run_job
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -272,21 +330,37 @@ def evaluate(
         model=model,
         steps=[_step(config)],
         max_error_rate=1.0,
-        runtime=RuntimeConfig(device=config.runtime.device, max_batch_tokens=config.runtime.max_batch_tokens),
+        runtime=RuntimeConfig(
+            device=config.runtime.device, max_batch_tokens=config.runtime.max_batch_tokens
+        ),
     )
     run_job(job)
     files = sorted((folder / "answers").glob("*-*.parquet"))
     columns = [STEP] if config.writes else [STEP, f"{STEP}_score"]
     answered = pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
     predicted = [label or "" for label in answered.column(STEP).to_pylist()]
-    confidence = [value or 0.0 for value in answered.column(columns[-1]).to_pylist()] if not config.writes else []
+    confidence = (
+        [value or 0.0 for value in answered.column(columns[-1]).to_pylist()]
+        if not config.writes
+        else []
+    )
     mistakes = [
-        Mistake(place=each.place, text=each.text[:500], label=each.label, predicted=guess, confidence=sure)
+        Mistake(
+            place=each.place,
+            text=each.text[:500],
+            label=each.label,
+            predicted=guess,
+            confidence=sure,
+        )
         for each, guess, sure in zip(rows, predicted, confidence or [0.0] * len(rows), strict=True)
         if guess.strip() != each.label.strip()
     ]
     truth = [each.label for each in rows]
-    scores = score_texts(truth, predicted) if config.writes else score(truth, predicted, labels, confidence)
+    scores = (
+        score_texts(truth, predicted)
+        if config.writes
+        else score(truth, predicted, labels, confidence)
+    )
     shutil.rmtree(folder)  # held-out texts
     return scores, sorted(mistakes, key=lambda mistake: -mistake.confidence)
 
@@ -321,10 +395,16 @@ def _score_current(config: TuneConfig, labelled: Labelled, run: Path) -> Scores 
         return None
     before = read_report(current)
     if before is None:
-        raise InputError(f"{current}: has no {REPORT}, so nothing can be compared with it. Set output.")
-    settings = TuneConfig.model_validate(before.settings).model_copy(update={"runtime": config.runtime})
+        raise InputError(
+            f"{current}: has no {REPORT}, so nothing can be compared with it. Set output."
+        )
+    settings = TuneConfig.model_validate(before.settings).model_copy(
+        update={"runtime": config.runtime}
+    )
     if settings.writes != config.writes:
-        raise InputError(f"{current}: is a model of another kind, so nothing can be compared with it. Set output.")
+        raise InputError(
+            f"{current}: is a model of another kind, so nothing can be compared with it. Set output."
+        )
     labels = sorted({*labelled.labels, *before.labels})
     model = ModelConfig(path=str(current / CHECKPOINT))
     return evaluate(model, settings, labelled.parts["test"], labels, run / "current")[0]
@@ -351,9 +431,16 @@ def _decide(config: TuneConfig, report: Report) -> tuple[bool, str]:
         floor = getattr(score(truth, [always] * len(truth), list(counts)), config.promoted_by)
         said = f"{config.promoted_by} {new:.4f}, always {always!r} would have {floor:.4f}; nothing was promoted before"
         return new > floor, said
-    lacking = sorted(set(report.current.labels) - set(report.labels)) if isinstance(report.current, Scores) else []
+    lacking = (
+        sorted(set(report.current.labels) - set(report.labels))
+        if isinstance(report.current, Scores)
+        else []
+    )
     if lacking:
-        return False, f"it lacks the labels {lacking}, which the current checkpoint has. Set output to begin anew"
+        return (
+            False,
+            f"it lacks the labels {lacking}, which the current checkpoint has. Set output to begin anew",
+        )
     old = getattr(report.current, config.promoted_by)
     better = new > old and new - old >= config.min_gain
     said = f"{config.promoted_by} {new:.4f}, the current checkpoint has {old:.4f} on the same rows"
@@ -388,7 +475,10 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 def evaluate_rows(
-    model: str, data: LabelledData, prompt_template: str | None = None, runtime: RuntimeConfig | None = None
+    model: str,
+    data: LabelledData,
+    prompt_template: str | None = None,
+    runtime: RuntimeConfig | None = None,
 ) -> Scores | TextScores:
     """Scores of the checkpoint in directory `model` on all rows of `data`: its head's labels, and those that it lacks.
 
@@ -397,13 +487,17 @@ def evaluate_rows(
     runtime = runtime or RuntimeConfig()
     prepared = prepare_model(locate_model(ModelConfig(path=model), runtime))
     if not prepared.has_head:
-        raise InputError(f"{model}: has no trained head. Give a checkpoint that `glmbatch train` made.")
+        raise InputError(
+            f"{model}: has no trained head. Give a checkpoint that `glmbatch train` made."
+        )
     report = read_report(Path(model).resolve().parent)
     config = TuneConfig(data=data, output=".", model=ModelConfig(path=model))
     if report is not None:
         config = TuneConfig.model_validate(report.settings)
     changed = {} if prompt_template is None else {"prompt_template": prompt_template}
-    config = TuneConfig.model_validate(config.model_dump() | changed | {"runtime": runtime.model_dump()})
+    config = TuneConfig.model_validate(
+        config.model_dump() | changed | {"runtime": runtime.model_dump()}
+    )
     rows = read_rows_of(data).examples
     labels = sorted({*prepared.labels, *(each.label for each in rows)})
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,9 @@ class Muon(torch.optim.AdamW):
     held to AVX2, against 0.04 s here.
     """
 
-    def __init__(self, model: torch.nn.Module, learning_rate: float, weight_decay: float, beta2: float) -> None:
+    def __init__(
+        self, model: torch.nn.Module, learning_rate: float, weight_decay: float, beta2: float
+    ) -> None:
         matrices: list[torch.nn.Parameter] = []
         tables: list[torch.nn.Parameter] = []
         vectors: list[torch.nn.Parameter] = []
@@ -44,12 +46,16 @@ class Muon(torch.optim.AdamW):
         if weight.grad is None:
             return
         kept = self.state[weight]
-        kept.setdefault("step", torch.tensor(0.0))  # AdamW looks for it in every state that is loaded
+        kept.setdefault(
+            "step", torch.tensor(0.0)
+        )  # AdamW looks for it in every state that is loaded
         momentum = kept.setdefault("momentum", torch.zeros_like(weight))
         momentum.lerp_(weight.grad, 1 - MOMENTUM)
         taller = max(1.0, weight.shape[0] / weight.shape[1])
         weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(orthogonal(weight.grad.lerp(momentum, MOMENTUM)), alpha=-group["lr"] * math.sqrt(taller))
+        weight.add_(
+            orthogonal(weight.grad.lerp(momentum, MOMENTUM)), alpha=-group["lr"] * math.sqrt(taller)
+        )
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,9 @@ def piece_splits(tokenizer: Tokenizer) -> Splits:
     found = {}
     for piece, at in pieces.items():
         pairs = ((pieces.get(piece[:cut]), pieces.get(piece[cut:])) for cut in range(1, len(piece)))
-        if known := [(left, right) for left, right in pairs if left is not None and right is not None]:
+        if known := [
+            (left, right) for left, right in pairs if left is not None and right is not None
+        ]:
             found[at] = known
     return found
 
@@ -32,4 +34,7 @@ def disturbed(ids: Sequence[int], splits: Splits, share: float, dice: random.Ran
         pairs = splits.get(at)
         result += dice.choice(pairs) if pairs and dice.random() < share else (at,)
     last = len(result) - 1
-    return [HIDDEN_ID if at < last and dice.random() < share / 2 else each for at, each in enumerate(result)]
+    return [
+        HIDDEN_ID if at < last and dice.random() < share / 2 else each
+        for at, each in enumerate(result)
+    ]

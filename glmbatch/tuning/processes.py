@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from glmbatch.errors import GlmbatchError, InputError, TransientError
-from glmbatch.tuning.config import TuneConfig
+from glmbatch.settings.tuning import TuneConfig
 
 FAILED = "failed.json"
 
@@ -21,16 +21,26 @@ def train_together(config: TuneConfig, run: Path) -> None:
     """Train in `config.training.processes` processes; the error of the first that failed is raised here."""
     failed = run / FAILED
     failed.unlink(missing_ok=True)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.training.processes)]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(config.training.processes),
+    ]
     worker = ["-m", __name__, config.model_dump_json(), str(run)]
     log = run / "processes.log"
     with log.open("wb") as output:
-        done = subprocess.run([sys.executable, *launch, *worker], stdout=output, stderr=output, check=False)
+        done = subprocess.run(
+            [sys.executable, *launch, *worker], stdout=output, stderr=output, check=False
+        )
     if failed.is_file():
         told = json.loads(failed.read_text(encoding="utf-8"))
         raise (InputError if told["input"] else TransientError)(told["message"])
     if done.returncode:
-        raise TransientError(f"{log}: one of {config.training.processes} processes ended with {done.returncode}.")
+        raise TransientError(
+            f"{log}: one of {config.training.processes} processes ended with {done.returncode}."
+        )
 
 
 def local_rank() -> int:

@@ -6,14 +6,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmbatch import page as html
-from glmbatch.data.storage import committed
+from glmbatch.report import page as html
+from glmbatch.store.files import committed
 from glmbatch.tuning.scores import Scores, TextScores
 
 if TYPE_CHECKING:
     from glmbatch.tuning.finetune import Report
 
-PACKAGES = ("glmbatch", "torch", "transformers", "peft", "accelerate", "scikit-learn", "sentencepiece", "pyarrow")
+PACKAGES = (
+    "glmbatch",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "scikit-learn",
+    "sentencepiece",
+    "pyarrow",
+)
 
 
 def versions() -> dict[str, str]:
@@ -91,12 +100,15 @@ def page(report: Report) -> str:
     """The HTML; nothing is loaded from elsewhere."""
     history, audit = report.training["history"], report.audit
     losses, valid, right = (
-        [(line["step"], line[key]) for line in history if key in line] for key in ("loss", "eval_loss", "eval_accuracy")
+        [(line["step"], line[key]) for line in history if key in line]
+        for key in ("loss", "eval_loss", "eval_accuracy")
     )
     return html.page(
         _title(report),
         [
-            html.paragraph(f"{'Promoted' if report.promoted else 'Not promoted'}: {report.reason}."),
+            html.paragraph(
+                f"{'Promoted' if report.promoted else 'Not promoted'}: {report.reason}."
+            ),
             html.paragraph(f"Run {report.run} from {report.base}."),
             html.heading("Scores on the test rows"),
             *(html.paragraph(line) for line in compared(report)),
@@ -111,7 +123,10 @@ def page(report: Report) -> str:
             html.heading("Worst mistakes"),
             html.table(
                 ["text", "expected", "given", "sure", "row"],
-                [[m.text, m.label, m.predicted or "none", _n(m.confidence), m.place] for m in report.mistakes],
+                [
+                    [m.text, m.label, m.predicted or "none", _n(m.confidence), m.place]
+                    for m in report.mistakes
+                ],
             ),
             html.heading("Settings"),
             html.preformatted(report.model_dump_json(include={"settings", "versions"}, indent=1)),
@@ -123,12 +138,18 @@ def _labels_part(report: Report, scores: Scores) -> list[str]:
     return [
         html.table(
             ["label", "precision", "recall", "F1", "rows"],
-            [[k, _n(one.precision), _n(one.recall), _n(one.f1), one.rows] for k, one in scores.labels.items()],
+            [
+                [k, _n(one.precision), _n(one.recall), _n(one.f1), one.rows]
+                for k, one in scores.labels.items()
+            ],
         ),
         html.heading("Confusion (rows: true, columns: predicted)"),
         html.table(
             ["", *report.labels, "none"],
-            [[true, *(scores.confusion[true][guess] for guess in [*report.labels, ""])] for true in report.labels],
+            [
+                [true, *(scores.confusion[true][guess] for guess in [*report.labels, ""])]
+                for true in report.labels
+            ],
         ),
         html.heading("Calibration"),
         html.paragraph(f"Temperature {report.training['temperature']:.3f}, folded into the head."),
@@ -141,7 +162,16 @@ def _labels_part(report: Report, scores: Scores) -> list[str]:
     ]
 
 
-FACTS = ("rows", "used", "without_text", "without_label", "repeated", "conflicting", "leaking", "parts")
+FACTS = (
+    "rows",
+    "used",
+    "without_text",
+    "without_label",
+    "repeated",
+    "conflicting",
+    "leaking",
+    "parts",
+)
 
 
 def _n(value: float) -> str:

@@ -71,23 +71,36 @@ def _rouge_l(one: str, other: str) -> float:
 
 
 def score(
-    truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str], confidence: Sequence[float] | None = None
+    truth: Sequence[str],
+    predicted: Sequence[str],
+    labels: Sequence[str],
+    confidence: Sequence[float] | None = None,
 ) -> Scores:
     """Scores of `predicted` beside `truth`; `confidence` is the probability of each prediction."""
     confusion = {label: dict.fromkeys([*labels, ""], 0) for label in labels}
     for true, guess in zip(truth, predicted, strict=True):
         confusion[true][guess] += 1
     each = {label: _label_score(label, confusion) for label in labels}
-    seen = [label for label in labels if each[label].rows or any(row[label] for row in confusion.values())]
+    seen = [
+        label
+        for label in labels
+        if each[label].rows or any(row[label] for row in confusion.values())
+    ]
     right = sum(confusion[label][label] for label in labels)
-    bins = [] if confidence is None else _bins([t == p for t, p in zip(truth, predicted, strict=True)], confidence)
+    bins = (
+        []
+        if confidence is None
+        else _bins([t == p for t, p in zip(truth, predicted, strict=True)], confidence)
+    )
     return Scores(
         rows=len(truth),
         accuracy=right / len(truth),
         macro_f1=math.fsum(each[label].f1 for label in seen) / len(seen),
         labels=each,
         confusion=confusion,
-        ece=None if confidence is None else math.fsum(n * abs(p - a) for n, p, a in bins) / len(truth),
+        ece=None
+        if confidence is None
+        else math.fsum(n * abs(p - a) for n, p, a in bins) / len(truth),
         bins=tuple(bins),
     )
 
@@ -110,7 +123,11 @@ def _bins(right: Sequence[bool], confidence: Sequence[float]) -> list[tuple[int,
         here = place == at
         if here.any():
             found.append(
-                (int(here.sum()), float(np.asarray(confidence)[here].mean()), float(np.asarray(right)[here].mean()))
+                (
+                    int(here.sum()),
+                    float(np.asarray(confidence)[here].mean()),
+                    float(np.asarray(right)[here].mean()),
+                )
             )
     return found
 

@@ -13,9 +13,9 @@ import torch
 from sentencepiece import SentencePieceTrainer
 
 from glmbatch.errors import InputError
-from glmbatch.glm.architecture import native_config, read_architecture
-from glmbatch.glm.save import save_checkpoint
-from glmbatch.tuning.config import ScratchConfig
+from glmbatch.glm.checkpoint.architecture import native_config, read_architecture
+from glmbatch.glm.checkpoint.save import save_checkpoint
+from glmbatch.settings.tuning import ScratchConfig
 
 HEADS, GROUPS, SPECIAL = 4, 2, 8
 MOST_SENTENCES = 200_000
@@ -46,7 +46,9 @@ def make_base(directory: Path, texts: Sequence[str], scratch: ScratchConfig, see
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
-            torch.nn.init.normal_(weight, 0.0, _first_scale(name, weight.shape[1]), generator=generator)
+            torch.nn.init.normal_(
+                weight, 0.0, _first_scale(name, weight.shape[1]), generator=generator
+            )
     save_checkpoint(model, directory, tokenizer_model=tokenizer, dtype="float32")
 
 
@@ -77,7 +79,9 @@ def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> tuple[bytes, int]
         except RuntimeError as error:  # too few different pieces in so few texts
             most = int(most * 0.8)
             if most < 300:
-                raise InputError(f"the texts are too few or too alike for a tokenizer: {error}") from error
+                raise InputError(
+                    f"the texts are too few or too alike for a tokenizer: {error}"
+                ) from error
 
 
 def _coverage(lines: Sequence[str], most: int) -> float:

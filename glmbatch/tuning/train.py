@@ -31,13 +31,18 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
-from glmbatch.data.storage import committed
 from glmbatch.errors import InputError
-from glmbatch.glm.checkpoint import ClassifierHead, load_model, read_checkpoint, save_checkpoint
+from glmbatch.glm.checkpoint.load import (
+    ClassifierHead,
+    load_model,
+    read_checkpoint,
+    save_checkpoint,
+)
 from glmbatch.glm.device import free_memory_bytes, resolve_device
-from glmbatch.glm.memory import is_out_of_memory
+from glmbatch.glm.engine.oom import is_out_of_memory
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, load_tokenizer
-from glmbatch.tuning.config import TuneConfig
+from glmbatch.settings.tuning import TuneConfig
+from glmbatch.store.files import committed
 from glmbatch.tuning.muon import Muon
 from glmbatch.tuning.noise import Splits, disturbed, piece_splits
 from glmbatch.tuning.processes import local_rank
@@ -123,7 +128,9 @@ def train(  # noqa: PLR0913, PLR0917 - what to train, on what, and where
     return Trained(
         steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step or trainer.state.global_step,
-        trained_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        trained_parameters=sum(
+            weight.numel() for weight in model.parameters() if weight.requires_grad
+        ),
         parameters=sum(weight.numel() for weight in model.parameters()),
         temperature=temperature,
         history=tuple(
@@ -137,11 +144,15 @@ def _device(config: TuneConfig) -> str:
     """Where this process trains: of several, each has a card of its own."""
     device = resolve_device(config.runtime.device)
     if device not in ("cpu", "cuda:0"):
-        raise InputError(f"{device}: training takes the first cards that it sees. Set CUDA_VISIBLE_DEVICES.")
+        raise InputError(
+            f"{device}: training takes the first cards that it sees. Set CUDA_VISIBLE_DEVICES."
+        )
     if device == "cpu":
         return device
     if config.training.processes > torch.cuda.device_count():
-        raise InputError(f"{torch.cuda.device_count()} CUDA devices are seen. Set training.processes to at most that.")
+        raise InputError(
+            f"{torch.cuda.device_count()} CUDA devices are seen. Set training.processes to at most that."
+        )
     return f"cuda:{local_rank()}"
 
 
@@ -157,20 +168,29 @@ def _classifier(config: TuneConfig, base: Path, labels: Sequence[str], device: s
         settings.adapter if settings else None,
     )
     if loaded.prefix_kv is not None:
-        raise InputError(f"{base}: has a trained prefix, which training does not go on from. Set model.")
+        raise InputError(
+            f"{base}: has a trained prefix, which training does not go on from. Set model."
+        )
     stated = loaded.config
     if config.writes:
         if hasattr(loaded, "score"):
-            raise InputError(f"{base}: has a classification head and cannot learn to write. Set model.")
+            raise InputError(
+                f"{base}: has a classification head and cannot learn to write. Set model."
+            )
         loaded.config.use_cache = False
         return loaded.requires_grad_(True)
     keeps_head = hasattr(loaded, "score") and tuple(stated.id2label.values()) == tuple(labels)
-    stated.id2label, stated.label2id = dict(enumerate(labels)), {label: at for at, label in enumerate(labels)}
+    stated.id2label, stated.label2id = (
+        dict(enumerate(labels)),
+        {label: at for at, label in enumerate(labels)},
+    )
     stated.pad_token_id, stated.use_cache = PAD_ID, False
     with torch.device("meta"):
         model: Any = GlmForSequenceClassification(stated)  # type: ignore[no-untyped-call]
     model.model = loaded.model
-    model.score = loaded.score if keeps_head else ClassifierHead(stated.hidden_size, len(labels)).to(device)
+    model.score = (
+        loaded.score if keeps_head else ClassifierHead(stated.hidden_size, len(labels)).to(device)
+    )
     if not keeps_head:
         torch.nn.init.normal_(model.score.weight, 0.0, 0.02)
         torch.nn.init.zeros_(model.score.bias)
@@ -205,23 +225,33 @@ def _with_method(model: Any, config: TuneConfig) -> Any:
 def _check_memory(config: TuneConfig, base: Path, rows: Sequence[TrainingRow], device: str) -> None:
     """InputError when the estimate does not fit what is free, before anything is loaded; it names what would."""
     settings = config.model
-    found = read_checkpoint(base, settings.rope_scaling if settings else None, settings.adapter if settings else None)
+    found = read_checkpoint(
+        base, settings.rope_scaling if settings else None, settings.adapter if settings else None
+    )
     stated, number = found.architecture, 2 if device.startswith("cuda") else 4
     weights = found.parameters * (BYTES_TRAINED if config.method == "full" else number)
     if config.method == "lora":
         shapes = stated.layers * (8 * stated.hidden_size + 3 * stated.ffn_size)
         weights += BYTES_TRAINED * config.training.lora_rank * shapes
     kept = stated.layers * KEPT_NUMBERS
-    if config.gradient_checkpointing:  # the input of each layer, and all of the one that is computed again
+    if (
+        config.gradient_checkpointing
+    ):  # the input of each layer, and all of the one that is computed again
         kept = stated.layers + KEPT_NUMBERS
     longest = max(row.length for row in rows)
-    row = number * longest * stated.hidden_size * kept + (8 * longest * stated.vocab_size if config.writes else 0)
+    row = number * longest * stated.hidden_size * kept + (
+        8 * longest * stated.vocab_size if config.writes else 0
+    )
     free = free_memory_bytes(device) // (config.training.processes if device == "cpu" else 1)
     needed = weights + config.training.batch_rows * row
     if needed <= free:
         return
     fit = (free - weights) // row
-    mend = f"training.batch_rows to {fit}" if fit > 0 else "training.method to lora or head, or another device"
+    mend = (
+        f"training.batch_rows to {fit}"
+        if fit > 0
+        else "training.method to lora or head, or another device"
+    )
     if fit > 0 and not config.gradient_checkpointing:
         mend += ", or training.gradient_checkpointing to true"
     raise InputError(
@@ -238,13 +268,20 @@ class _Rows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, at: int) -> dict[str, Any]:
         row = self.rows[at]
-        return {"ids": [*row.ids, *row.answer], "label": row.label, "answer": len(row.answer), "at": at}
+        return {
+            "ids": [*row.ids, *row.answer],
+            "label": row.label,
+            "answer": len(row.answer),
+            "at": at,
+        }
 
 
 class _NoisyRows(_Rows):
     """Rows by number and epoch, which with the seed decide the noise."""
 
-    def __init__(self, rows: Sequence[TrainingRow], splits: Splits, share: float, seed: int) -> None:
+    def __init__(
+        self, rows: Sequence[TrainingRow], splits: Splits, share: float, seed: int
+    ) -> None:
         super().__init__(rows)
         self._splits, self._share, self._seed = splits, share, seed
 
@@ -277,7 +314,9 @@ class _AlikeInLength(torch.utils.data.Sampler[tuple[int, int]]):
         order = dice.sample(range(len(self._lengths)), len(self._lengths))
         groups = []
         for first in range(0, len(order), 50 * self._batch):
-            alike = sorted(order[first : first + 50 * self._batch], key=lambda row: self._lengths[row])
+            alike = sorted(
+                order[first : first + 50 * self._batch], key=lambda row: self._lengths[row]
+            )
             groups += [alike[at : at + self._batch] for at in range(0, len(alike), self._batch)]
         last = groups.pop()  # a short batch anywhere else would shift the others
         dice.shuffle(groups)
@@ -314,7 +353,11 @@ class _Trainer(Trainer):
         self._rows, self._weights_L = rows.rows, weights_L
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch = (
+            self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size
+        )
         return _AlikeInLength([row.length for row in self._rows], batch, self.args.seed)
 
     def compute_loss(
@@ -324,8 +367,12 @@ class _Trainer(Trainer):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         weights_L = None if self._weights_L is None else self._weights_L.to(outputs.logits.device)
         # The classes, or the tokens, go to the second place, where torch looks for them.
-        logits = outputs.logits.float() if labels.dim() == 1 else outputs.logits.float().transpose(1, 2)
-        losses = torch.nn.functional.cross_entropy(logits, labels, weights_L, reduction="none", ignore_index=IGNORED)
+        logits = (
+            outputs.logits.float() if labels.dim() == 1 else outputs.logits.float().transpose(1, 2)
+        )
+        losses = torch.nn.functional.cross_entropy(
+            logits, labels, weights_L, reduction="none", ignore_index=IGNORED
+        )
         loss_B = losses if labels.dim() == 1 else losses.sum(dim=1)
         if not torch.isfinite(loss_B).all():
             loss_B, row = loss_B.detach(), int(at[~torch.isfinite(loss_B)][0])
@@ -336,7 +383,11 @@ class _Trainer(Trainer):
             )
         counted = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         # Of several processes the gradients are averaged, and the count is that of all.
-        loss = loss_B.sum() / counted * (1 if num_items_in_batch is None else self.accelerator.num_processes)
+        loss = (
+            loss_B.sum()
+            / counted
+            * (1 if num_items_in_batch is None else self.accelerator.num_processes)
+        )
         return (loss, outputs) if return_outputs else loss
 
 
@@ -355,7 +406,11 @@ def _trainer(  # noqa: PLR0913, PLR0917 - everything that training needs
     per_epoch = math.ceil(len(rows) / per_step)
     every = max(1, per_epoch // training.evaluations_per_epoch)
     names = TrainingArguments.__dataclass_fields__  # renamed on the way to transformers 6
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    checkpointing = (
+        "activation_checkpointing"
+        if "activation_checkpointing" in names
+        else "gradient_checkpointing"
+    )
     more: dict[str, Any] = {checkpointing: True} if config.gradient_checkpointing else {}
     half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     arguments = TrainingArguments(
@@ -402,7 +457,11 @@ def _trainer(  # noqa: PLR0913, PLR0917 - everything that training needs
     weights = torch.tensor([len(rows) / (len(labels) * counts[at]) for at in range(len(labels))])
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     splits = piece_splits(load_tokenizer(base)) if config.noise else {}
-    muon = Muon(model, config.learning_rate, training.weight_decay, BETA2) if config.model is None else None
+    muon = (
+        Muon(model, config.learning_rate, training.weight_decay, BETA2)
+        if config.model is None
+        else None
+    )
     trainer = _Trainer(
         rows=_NoisyRows(rows, splits, config.noise, training.seed),
         optimizers=(muon, None),
@@ -422,7 +481,9 @@ class _Told(TrainerCallback):
     """Says on the log what the Trainer would print."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        said = ", ".join(f"{key} {value:.4g}" for key, value in (logs or {}).items() if isinstance(value, float))
+        said = ", ".join(
+            f"{key} {value:.4g}" for key, value in (logs or {}).items() if isinstance(value, float)
+        )
         logger.info("step %d of %d: %s", state.global_step, state.max_steps, said)
 
 
@@ -439,9 +500,15 @@ class _StopEarly(TrainerCallback):
 def _stale(state: TrainerState, config: TuneConfig) -> bool:
     """Whether the last `patience` evaluations were no better than those before."""
     key = "eval_loss" if config.writes else f"eval_{config.promoted_by}"
-    measured = [-line[key] if config.writes else line[key] for line in state.log_history if key in line]
+    measured = [
+        -line[key] if config.writes else line[key] for line in state.log_history if key in line
+    ]
     patience = config.training.patience
-    return patience is not None and bool(measured) and len(measured) - 1 - measured.index(max(measured)) >= patience
+    return (
+        patience is not None
+        and bool(measured)
+        and len(measured) - 1 - measured.index(max(measured)) >= patience
+    )
 
 
 def _last_whole(folder: Path) -> Path | None:
@@ -474,7 +541,9 @@ def _save(config: TuneConfig, model: Any, base: Path, temperature: float, run: P
         shutil.rmtree(folder, ignore_errors=True)
     if not config.writes:
         scores = model.score.modules_to_save["default"] if config.method == "lora" else model.score
-        with torch.no_grad():  # logits over a temperature, without a setting that a reader could forget
+        with (
+            torch.no_grad()
+        ):  # logits over a temperature, without a setting that a reader could forget
             scores.weight.div_(temperature)
             scores.bias.div_(temperature)
     if config.method == "lora":
@@ -482,7 +551,9 @@ def _save(config: TuneConfig, model: Any, base: Path, temperature: float, run: P
         if not config.writes:
             stated = json.dumps({"id2label": model.config.id2label}, ensure_ascii=False, indent=2)
             (run / ADAPTER / "config.json").write_text(stated, encoding="utf-8")
-        if config.model is not None and config.model.adapter is not None:  # part of the base that is in memory
+        if (
+            config.model is not None and config.model.adapter is not None
+        ):  # part of the base that is in memory
             model = model.merge_and_unload()
         else:
             scaling = config.model.rope_scaling if config.model else None

@@ -9,7 +9,7 @@ import pandas as pd
 from prefect import flow, task
 
 from flows.annotate import annotate
-from glmbatch.jobfile import load_job
+from glmbatch.settings.jobfile import load_job
 
 
 @task

@@ -6,7 +6,7 @@ python sample_data/examples/in_memory.py
 import pandas as pd
 
 from glmbatch import annotate_table
-from glmbatch.config import ClassifyStep
+from glmbatch.settings.job import ClassifyStep
 
 reviews = pd.read_parquet("sample_data/reviews/day=2026-11-02/part-0.parquet").head(40)
 

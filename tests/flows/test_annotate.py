@@ -17,8 +17,8 @@ import pyarrow.dataset as ds
 import pytest
 import yaml
 
-from glmbatch.config import JobConfig
-from glmbatch.pipeline import run_job
+from glmbatch.run.pipeline import run_job
+from glmbatch.settings.job import JobConfig
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
@@ -28,10 +28,10 @@ Write = Callable[..., Path]
 # The flow with an engine whose first use fails, as a lost device would.
 FLAKY = """
 import sys
-from glmbatch import asking
+from glmbatch.run import asking
 from glmbatch.errors import TransientError
-from glmbatch.glm.engine import load_engine
-from glmbatch.jobfile import load_job
+from glmbatch.glm.engine.protocol import load_engine
+from glmbatch.settings.jobfile import load_job
 
 tries = []
 
@@ -86,7 +86,9 @@ def task_runs(environment: dict[str, str], expected: int) -> dict[str, dict[str,
     while True:
         rows = {row["name"]: row for row in query(environment, "task_runs", body)}
         # What waits for a task that failed stays pending for good.
-        complete = len(rows) >= expected and not any(row["state_type"] == "RUNNING" for row in rows.values())
+        complete = len(rows) >= expected and not any(
+            row["state_type"] == "RUNNING" for row in rows.values()
+        )
         if complete or time.monotonic() > until:
             return rows
         time.sleep(0.5)
@@ -101,12 +103,16 @@ def artifacts(environment: dict[str, str]) -> dict[str, dict[str, Any]]:
 def test_a_run_shows_its_tasks_and_a_second_one_is_cached(
     prefect_server: dict[str, str], job_file: str, tmp_path: Path
 ) -> None:
-    first = run(prefect_server, "-m", "glmbatch.cli", "run", job_file)
+    first = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
     assert first.returncode == 3, first.stderr
     assert "15 rows in 3 fragments" in first.stdout
     assert last_flow_run(prefect_server)["state_type"] == "COMPLETED"
     tasks = task_runs(prefect_server, 14)
-    assert {name: row["state_name"] for name, row in tasks.items() if name.startswith(("classify", "write"))} == {
+    assert {
+        name: row["state_name"]
+        for name, row in tasks.items()
+        if name.startswith(("classify", "write"))
+    } == {
         "classify mood day=1/a.parquet@0": "Completed",
         "classify mood day=1/a.parquet@8": "Completed",
         "classify mood day=2/b.parquet@0": "Completed",
@@ -130,42 +136,64 @@ def test_a_run_shows_its_tasks_and_a_second_one_is_cached(
         {"step": "mood", "reason": "null_value", "rows": 1},
         {"step": "reply", "reason": "earlier_step_failed", "rows": 1},
     ]
-    facts = [line.strip("| ").split(" | ") for line in shown["annotate"]["data"].splitlines() if line]
+    facts = [
+        line.strip("| ").split(" | ") for line in shown["annotate"]["data"].splitlines() if line
+    ]
     assert facts[0] == [r"Published\."]
-    assert ["run", page.stem] in facts and ["rows", "15 in 3 fragments"] in facts and ["answers", "30"] in facts
+    assert (
+        ["run", page.stem] in facts
+        and ["rows", "15 in 3 fragments"] in facts
+        and ["answers", "30"] in facts
+    )
 
-    second = run(prefect_server, "-m", "glmbatch.cli", "run", job_file)
+    second = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
     assert second.returncode == 3, second.stderr
     assert "no inference was executed and no model was loaded" in second.stdout
     cached = ("classify", "generate", "write", "prepare")
-    states = {row["state_name"] for name, row in task_runs(prefect_server, 14).items() if name.startswith(cached)}
+    states = {
+        row["state_name"]
+        for name, row in task_runs(prefect_server, 14).items()
+        if name.startswith(cached)
+    }
     assert states == {"Cached"}
     assert ds.dataset(tmp_path / "out", partitioning=None).to_table().equals(answers)
 
     for path in (tmp_path / "out").glob("_glmbatch/answers/*"):
         path.unlink()
-    third = run(prefect_server, "-m", "glmbatch.cli", "run", job_file)
+    third = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
     assert "no inference was executed" in third.stdout, "the published rows hold the answers too"
-    states = {row["state_name"] for name, row in task_runs(prefect_server, 14).items() if name.startswith("classify")}
+    states = {
+        row["state_name"]
+        for name, row in task_runs(prefect_server, 14).items()
+        if name.startswith("classify")
+    }
     assert states == {"Completed"}, "what the cache tells of is gone"
     assert ds.dataset(tmp_path / "out", partitioning=None).to_table().equals(answers)
 
 
-def test_a_transient_fault_is_retried_and_costs_nothing(prefect_server: dict[str, str], job_file: str) -> None:
+def test_a_transient_fault_is_retried_and_costs_nothing(
+    prefect_server: dict[str, str], job_file: str
+) -> None:
     done = run(prefect_server, "-c", FLAKY, job_file)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "28"
-    counts = [row["run_count"] for name, row in task_runs(prefect_server, 14).items() if name.startswith("classify")]
+    counts = [
+        row["run_count"]
+        for name, row in task_runs(prefect_server, 14).items()
+        if name.startswith("classify")
+    ]
     assert sorted(counts) == [1, 1, 2]
 
 
 def test_bad_input_fails_at_once_without_retry_or_traceback(
     prefect_server: dict[str, str], job_file: str, tmp_path: Path
 ) -> None:
-    done = run(prefect_server, "-m", "glmbatch.cli", "run", job_file, "--on-error", "raise")
+    done = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file, "--on-error", "raise")
     assert done.returncode == 2
     told = "in/day=1/a.parquet: row 12, step 'mood': text is null. Mend the row, or set on_error to quarantine."
-    ours = [line for line in done.stderr.splitlines() if line.startswith("glmbatch: ")]  # Prefect may say more
+    ours = [
+        line for line in done.stderr.splitlines() if line.startswith("glmbatch: ")
+    ]  # Prefect may say more
     assert [line.endswith(told) for line in ours] == [True]
     assert "Traceback" not in done.stderr
     assert last_flow_run(prefect_server)["state_type"] == "FAILED"
@@ -174,10 +202,16 @@ def test_bad_input_fails_at_once_without_retry_or_traceback(
     assert {row["run_count"] for row in failed} == {1}
 
 
-def test_too_many_bad_rows_fail_the_run_with_exit_code_1(prefect_server: dict[str, str], job_file: str) -> None:
-    done = run(prefect_server, "-m", "glmbatch.cli", "run", job_file, "--max-error-rate", "0.01")
+def test_too_many_bad_rows_fail_the_run_with_exit_code_1(
+    prefect_server: dict[str, str], job_file: str
+) -> None:
+    done = run(
+        prefect_server, "-m", "glmbatch.cli.main", "run", job_file, "--max-error-rate", "0.01"
+    )
     assert done.returncode == 1
-    assert "nothing published: 1 of 15 rows failed (6.7%), max_error_rate allows 1.0%" in done.stderr
+    assert (
+        "nothing published: 1 of 15 rows failed (6.7%), max_error_rate allows 1.0%" in done.stderr
+    )
     shown = artifacts(prefect_server)
     assert shown["annotate"]["data"].startswith("Refused")
     assert shown["annotate-report"]["data"].split("file://")[1].rstrip(")") in done.stderr
@@ -193,7 +227,7 @@ def test_an_interrupt_of_the_whole_group_ends_in_order_and_the_next_run_goes_on(
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(settings))
     environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
-    command = [sys.executable, "-m", "glmbatch.cli", "run", str(path)]
+    command = [sys.executable, "-m", "glmbatch.cli.main", "run", str(path)]
     with subprocess.Popen(
         command,
         cwd=ROOT,
@@ -216,11 +250,15 @@ def test_an_interrupt_of_the_whole_group_ends_in_order_and_the_next_run_goes_on(
     assert run_job(JobConfig.model_validate(settings)).computed == 800 - 20 * len(committed)
 
 
-def test_another_flow_runs_the_job_as_a_part_of_it(prefect_server: dict[str, str], tmp_path: Path) -> None:
+def test_another_flow_runs_the_job_as_a_part_of_it(
+    prefect_server: dict[str, str], tmp_path: Path
+) -> None:
     done = run(prefect_server, "sample_data/examples/in_a_flow.py", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("60 rows, ")
     assert "Rice Cooker" in done.stdout
     inner, outer = query(prefect_server, "flow_runs", {"sort": "START_TIME_DESC", "limit": 2})
     assert [inner["state_type"], outer["state_type"]] == ["COMPLETED", "COMPLETED"]
-    assert inner["name"] == "annotate sample_data/reviews" and inner["parent_task_run_id"] is not None
+    assert (
+        inner["name"] == "annotate sample_data/reviews" and inner["parent_task_run_id"] is not None
+    )

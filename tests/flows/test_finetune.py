@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from glmbatch.tuning.config import TuneConfig
+from glmbatch.settings.tuning import TuneConfig
 from tests.flows.test_annotate import last_flow_run, query, run
-from tests.tuning.rows import labelled
+from tests.unit.tuning.rows import labelled
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 Tune = Callable[..., TuneConfig]
@@ -24,17 +24,22 @@ def test_a_flow_trains_scores_and_promotes_and_shows_its_card(
 ) -> None:
     file = tmp_path / "tune.yaml"
     file.write_text(yaml.safe_dump(tune(training__epochs=6).model_dump(mode="json")))
-    done = run(prefect_server, "-m", "glmbatch.cli", "train", str(file), "--json")
+    done = run(prefect_server, "-m", "glmbatch.cli.main", "train", str(file), "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["promoted"] and report["scores"]["accuracy"] > 0.8
     flow = last_flow_run(prefect_server)
     assert (flow["name"].split()[0], flow["state_name"]) == ("finetune", "Completed")
     tasks = query(prefect_server, "task_runs", {"flow_runs": {"id": {"any_": [flow["id"]]}}})
-    assert {task["name"].split("-")[0].split()[0] for task in tasks} == {"begin", "train", "evaluate", "promote"}
+    assert {task["name"].split("-")[0].split()[0] for task in tasks} == {
+        "begin",
+        "train",
+        "evaluate",
+        "promote",
+    }
     cards = query(prefect_server, "artifacts", {"artifacts": {"key": {"any_": ["finetune"]}}})
     assert any(report["run"] in card["data"] for card in cards)
-    again = run(prefect_server, "-m", "glmbatch.cli", "train", str(file), "--json")
+    again = run(prefect_server, "-m", "glmbatch.cli.main", "train", str(file), "--json")
     assert json.loads(again.stdout) == report, "a run that is done is found, not made again"
 
 
@@ -49,6 +54,6 @@ def test_rows_that_cannot_be_trained_on_are_told_in_one_line_and_no_flow_starts(
     write_source("day=1/a.parquet", {**rows, "label": ["same"] * 30})
     file = tmp_path / "tune.yaml"
     file.write_text(yaml.safe_dump(tune().model_dump(mode="json")))
-    done = run(prefect_server, "-m", "glmbatch.cli", "train", str(file))
+    done = run(prefect_server, "-m", "glmbatch.cli.main", "train", str(file))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "all rows have the label 'same'" in done.stderr

@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from flows.server import own_server
-from glmbatch.verification import verify
+from glmbatch.ledger.verification import verify
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
@@ -37,7 +37,9 @@ SEED = int(os.environ.get("KILLS_SEED", "1"))
 def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> Callable[[str], str]:
     """The job file of a run that writes to the given folder."""
     for day in range(3):
-        write_source(f"day={day}/a.parquet", {"text": [f"day {day} row {row}" for row in range(30)] + [None]})
+        write_source(
+            f"day={day}/a.parquet", {"text": [f"day {day} row {row}" for row in range(30)] + [None]}
+        )
 
     def write(out: str) -> str:
         path = tmp_path / f"{out}.yaml"
@@ -48,9 +50,11 @@ def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> Cal
 
 
 def start(environment: dict[str, str], job: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "glmbatch.cli", "run", job]
+    command = [sys.executable, "-m", "glmbatch.cli.main", "run", job]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, env={**os.environ, **environment}, cwd=ROOT, start_new_session=True, **quiet)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(
+        command, env={**os.environ, **environment}, cwd=ROOT, start_new_session=True, **quiet
+    )  # type: ignore[call-overload,no-any-return]
 
 
 def beginning(process: subprocess.Popen[bytes], out: Path) -> float:
@@ -112,9 +116,15 @@ def test_a_killed_server_costs_the_run_and_not_the_work(
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PREFECT_HOME", str(tmp_path / "home"))
         with own_server() as address:
-            process = start({"PREFECT_API_URL": address, "PREFECT_HOME": str(tmp_path / "home")}, job)
+            process = start(
+                {"PREFECT_API_URL": address, "PREFECT_HOME": str(tmp_path / "home")}, job
+            )
             until = time.monotonic() + 120
-            while not committed(tmp_path / "out") and process.poll() is None and time.monotonic() < until:
+            while (
+                not committed(tmp_path / "out")
+                and process.poll() is None
+                and time.monotonic() < until
+            ):
                 time.sleep(0.02)
             kept = committed(tmp_path / "out")
             port = address.split(":")[2].split("/")[0]
@@ -123,7 +133,9 @@ def test_a_killed_server_costs_the_run_and_not_the_work(
                 os.killpg(server.pid, signal.SIGKILL)
             try:
                 process.wait(20)
-            except subprocess.TimeoutExpired:  # the client goes on asking for its server for minutes
+            except (
+                subprocess.TimeoutExpired
+            ):  # the client goes on asking for its server for minutes
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     assert len(servers) == 1

@@ -26,9 +26,9 @@ import yaml
 from playwright.sync_api import Page, expect, sync_playwright
 
 from deployments.local import DEFAULTS, Local
-from glmbatch.config import JobConfig
-from glmbatch.pipeline import run_job
-from glmbatch.verification import verify
+from glmbatch.ledger.verification import verify
+from glmbatch.run.pipeline import run_job
+from glmbatch.settings.job import JobConfig
 from tests.conftest import ROOT
 from tests.postgresql import postgresql_server
 
@@ -59,11 +59,16 @@ class Api:
         self.ask("PATCH", f"/deployments/{self.deployment(name)}", {"parameters": parameters})
 
     def run(self, name: str) -> str:
-        return str(self.ask("POST", f"/deployments/{self.deployment(name)}/create_flow_run", {})["id"])
+        return str(
+            self.ask("POST", f"/deployments/{self.deployment(name)}/create_flow_run", {})["id"]
+        )
 
     def runs(self, name: str) -> list[dict[str, Any]]:
         """Runs of the deployment that are not to start later, the first one first."""
-        body = {"deployments": {"id": {"any_": [self.deployment(name)]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        body = {
+            "deployments": {"id": {"any_": [self.deployment(name)]}},
+            "sort": "EXPECTED_START_TIME_ASC",
+        }
         now = datetime.now(UTC)
         runs = self.ask("POST", "/flow_runs/filter", body)
         return [run for run in runs if datetime.fromisoformat(run["expected_start_time"]) <= now]
@@ -89,10 +94,18 @@ def free_port() -> int:
 
 def watch_closely(api: Api) -> None:
     """Wait less long for a sign of life of a run."""
-    watch = next(each for each in api.ask("POST", "/automations/filter", {}) if each["name"] == "a run fell silent")
+    watch = next(
+        each
+        for each in api.ask("POST", "/automations/filter", {})
+        if each["name"] == "a run fell silent"
+    )
     assert watch["trigger"]["within"] >= 3 * int(DEFAULTS["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
     watch["trigger"]["within"] = SILENT_SECONDS
-    api.ask("PUT", f"/automations/{watch['id']}", {name: watch[name] for name in ("name", "trigger", "actions")})
+    api.ask(
+        "PUT",
+        f"/automations/{watch['id']}",
+        {name: watch[name] for name in ("name", "trigger", "actions")},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +176,11 @@ class Inbox:
     def block(self, api: Api) -> str:
         """Name of a notification block that posts to it, made as in the UI."""
         block_type = api.ask("GET", "/block_types/slug/custom-webhook")["id"]
-        schema = api.ask("POST", "/block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [block_type]}}})
+        schema = api.ask(
+            "POST",
+            "/block_schemas/filter",
+            {"block_schemas": {"block_type_id": {"any_": [block_type]}}},
+        )
         url = f"http://127.0.0.1:{self.server.server_port}/"
         document = {
             "name": "data-team",
@@ -216,12 +233,18 @@ def alerts(here: Local) -> str:
 @pytest.fixture
 def page(here: Local) -> Iterator[Page]:
     """A page of a real browser, which may speak to this machine alone."""
-    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    found = [
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ]
     if not found:
         pytest.skip("no Chromium on PATH; Debian has it as the package chromium")
     spoken_to = set()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found[0], chromium_sandbox=os.geteuid() != 0)
+        browser = playwright.chromium.launch(
+            executable_path=found[0], chromium_sandbox=os.geteuid() != 0
+        )
         page = browser.new_page(viewport={"width": 1300, "height": 1400})
         page.on("request", lambda request: spoken_to.add(request.url.split("/")[2]))
         yield page
@@ -240,9 +263,13 @@ def test_a_taken_port_is_one_line(here: Local) -> None:
 
 def test_it_listens_and_speaks_on_loopback_alone(here: Local) -> None:
     processes = here.processes("server") + here.processes("worker")
-    connections = [connection for process in processes for connection in process.net_connections("inet")]
+    connections = [
+        connection for process in processes for connection in process.net_connections("inet")
+    ]
     assert any(connection.laddr.port == here.port for connection in connections)
-    ends = {end.ip for connection in connections for end in (connection.laddr, connection.raddr) if end}
+    ends = {
+        end.ip for connection in connections for end in (connection.laddr, connection.raddr) if end
+    }
     assert ends == {"127.0.0.1"}
 
 
@@ -272,7 +299,13 @@ def test_a_delivery_starts_a_run_and_its_failed_audit_is_told(
     bad = job(input="sample_data/reviews/day=2026-11-04/part-0.parquet")
     api.set_parameters("annotate/arrivals", job={**bad, "max_error_rate": 0})
     emitted = command(
-        here, "prefect", "event", "emit", "glmbatch.input.arrived", "--resource-id", "glmbatch.input.reviews"
+        here,
+        "prefect",
+        "event",
+        "emit",
+        "glmbatch.input.arrived",
+        "--resource-id",
+        "glmbatch.input.reviews",
     )
     assert emitted.returncode == 0, emitted.stderr
     run = wait(lambda: api.runs("annotate/arrivals"), "a run of the delivery")[0]
@@ -302,7 +335,9 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_output(
     run_job(JobConfig.model_validate(undisturbed))
     wait(lambda: api.state(run) == "Completed", "it is begun again and ends")
     assert api.ask("GET", f"/flow_runs/{run}")["run_count"] == 2
-    assert kept <= {path.name for path in answers.glob("[!.]*")}, "no committed inference was repeated"
+    assert kept <= {path.name for path in answers.glob("[!.]*")}, (
+        "no committed inference was repeated"
+    )
     assert verify(tmp_path / "out").findings == ()
     assert rows(tmp_path / "out") == rows(tmp_path / "undisturbed")
     wait(lambda: " prefect.flow-run.Crashed " in alerts(here), "it is told")
@@ -320,7 +355,9 @@ def test_a_cancelled_run_stops_and_the_next_one_does_only_what_is_missing(
     kept = {path.name for path in answers.glob("[!.]*")}
     again = api.run("annotate/nightly")
     wait(lambda: api.state(again) == "Completed", "the next one ends")
-    assert kept <= {path.name for path in answers.glob("[!.]*")}, "no committed inference was repeated"
+    assert kept <= {path.name for path in answers.glob("[!.]*")}, (
+        "no committed inference was repeated"
+    )
     assert verify(tmp_path / "out").findings == ()
     assert len(rows(tmp_path / "out")) == 200
 
@@ -331,14 +368,21 @@ def test_a_flow_of_ones_own_has_the_answers_made(
     api.set_parameters("annotate/arrivals", job=job())
     code = "from flows.downstream import downstream; print(downstream('annotate/arrivals'))"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=here.environment, cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=here.environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "out")
     assert len(rows(tmp_path / "out")) == 40
 
 
-def test_it_comes_up_on_its_own_database_too(tmp_path: Path, job: Callable[..., dict[str, Any]]) -> None:
+def test_it_comes_up_on_its_own_database_too(
+    tmp_path: Path, job: Callable[..., dict[str, Any]]
+) -> None:
     plain = Local(tmp_path / "home", free_port())
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("PREFECT_SERVER_DATABASE_CONNECTION_URL")
@@ -384,7 +428,9 @@ def test_a_person_runs_the_job_from_the_form_in_the_browser(
     page.wait_for_url("**/deployments/deployment/*")
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run").click()
-    rows_of_a_fragment = page.locator(".p-label", has_text="Rows Per Fragment").last.locator("input")
+    rows_of_a_fragment = page.locator(".p-label", has_text="Rows Per Fragment").last.locator(
+        "input"
+    )
     rows_of_a_fragment.fill("0")
     picture(page, "1-form")
     page.get_by_role("button", name="Submit").click()
@@ -395,7 +441,9 @@ def test_a_person_runs_the_job_from_the_form_in_the_browser(
     rows_of_a_fragment.fill("10")
     page.get_by_role("button", name="Submit").click()
     page.wait_for_url("**tab=Runs")
-    run = wait(lambda: {run["id"] for run in api.runs("annotate/nightly")} - before, "a run of the form").pop()
+    run = wait(
+        lambda: {run["id"] for run in api.runs("annotate/nightly")} - before, "a run of the form"
+    ).pop()
     page.goto(f"{here.ui}/runs/flow-run/{run}")
     expect(page.get_by_text("Completed", exact=True).first).to_be_visible(timeout=120_000)
     picture(page, "3-completed")

@@ -14,9 +14,9 @@ import psutil
 import pytest
 import yaml
 
-from glmbatch.config import JobConfig
-from glmbatch.pipeline import run_job
-from glmbatch.verification import verify
+from glmbatch.ledger.verification import verify
+from glmbatch.run.pipeline import run_job
+from glmbatch.settings.job import JobConfig
 from tests.flows.test_annotate import last_flow_run
 from tests.flows.test_kills import committed, rows, start
 
@@ -28,7 +28,7 @@ Write = Callable[..., Path]
 # Every process of the run tells in a file of its own what it loads.
 TELLING = """
 import logging, os
-logger = logging.getLogger("glmbatch.asking")
+logger = logging.getLogger("glmbatch.run.asking")
 logger.addHandler(logging.FileHandler(f"{os.environ['LOADS']}/{os.getpid()}", delay=True))
 logger.setLevel(logging.INFO)
 """
@@ -45,10 +45,14 @@ def environment(prefect_server: dict[str, str], tmp_path: Path) -> dict[str, str
 def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> Callable[..., str]:
     """The job file of a run that writes to the given folder, in a quarter of a minute or so."""
     for day in range(3):
-        write_source(f"day={day}/a.parquet", {"text": [f"day {day} row {row}" for row in range(80)] + [None]})
+        write_source(
+            f"day={day}/a.parquet", {"text": [f"day {day} row {row}" for row in range(80)] + [None]}
+        )
 
     def write(out: str, **runtime: Any) -> str:
-        settings = job_settings(data__output=str(tmp_path / out), data__rows_per_fragment=20, runtime__max_slots=2)
+        settings = job_settings(
+            data__output=str(tmp_path / out), data__rows_per_fragment=20, runtime__max_slots=2
+        )
         settings["steps"][1]["max_tokens"] = 40
         settings["runtime"] |= runtime
         path = tmp_path / f"{out}.yaml"
@@ -90,9 +94,13 @@ def test_a_lost_engine_process_is_replaced_and_the_output_is_that_of_threads(
     assert last_flow_run(environment)["state_type"] == "COMPLETED"
     assert rows(tmp_path / "out") == rows(tmp_path / "threads")
     assert verify(tmp_path / "out").findings == ()
-    loads = {path.name: path.read_text().count("loading") for path in (tmp_path / "loads").iterdir()}
+    loads = {
+        path.name: path.read_text().count("loading") for path in (tmp_path / "loads").iterdir()
+    }
     assert str(lost.pid) in loads
-    assert sorted(loads.values()) == [1, 1, 1, 1], "threads, two engine processes, and the one in place of the lost"
+    assert sorted(loads.values()) == [1, 1, 1, 1], (
+        "threads, two engine processes, and the one in place of the lost"
+    )
 
 
 def test_a_run_that_is_told_to_end_leaves_no_process_of_ray_and_the_next_goes_on(
@@ -121,14 +129,21 @@ def test_a_machine_that_does_not_see_the_output_is_named(tmp_path: Path) -> None
     lock.parent.mkdir(parents=True)
     lock.write_text("process 1 of another")
     assert _complaint(str(lock), "process 1 of another") is None
-    assert "does not see the files that process 2 of here writes to" in str(_complaint(str(lock), "process 2 of here"))
-    assert "must lie on a file system" in str(_complaint(str(tmp_path / "none" / "_glmbatch" / "lock"), ""))
+    assert "does not see the files that process 2 of here writes to" in str(
+        _complaint(str(lock), "process 2 of here")
+    )
+    assert "must lie on a file system" in str(
+        _complaint(str(tmp_path / "none" / "_glmbatch" / "lock"), "")
+    )
 
 
 @pytest.mark.parametrize(
-    ("cpus", "workers", "share"), [([8], 2, 4), ([8, 8], 2, 8), ([8, 8], 3, 4), ([16, 4], 3, 5), ([2], 3, 1)]
+    ("cpus", "workers", "share"),
+    [([8], 2, 4), ([8, 8], 2, 8), ([8, 8], 3, 4), ([16, 4], 3, 5), ([2], 3, 1)],
 )
-def test_engine_processes_share_the_cores_of_their_machines(cpus: list[int], workers: int, share: int) -> None:
+def test_engine_processes_share_the_cores_of_their_machines(
+    cpus: list[int], workers: int, share: int
+) -> None:
     from tasks.cluster import share_of_cpus
 
     assert share_of_cpus(cpus, workers) == share

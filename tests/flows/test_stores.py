@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from glmbatch.verification import verify
+from glmbatch.ledger.verification import verify
 from tests.conftest import CAUSAL
 from tests.flows.test_annotate import run, task_runs
 from tests.stores import Store
@@ -19,20 +19,31 @@ pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
 
 def test_a_run_over_a_store_asks_its_ledger_and_leaves_nothing_here(
-    prefect_server: dict[str, str], store: Store, job_settings: Callable[..., dict[str, Any]], tmp_path: Path
+    prefect_server: dict[str, str],
+    store: Store,
+    job_settings: Callable[..., dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
     store.put("in/day=1/a.parquet", pa.table({"text": [f"row {n}" for n in range(9)]}))
     for path in CAUSAL.iterdir():
         store.path(f"base/{path.name}").upload(path)
-    places = {"data__input": store.url("in"), "data__output": store.url("out"), "model__path": store.url("base")}
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_settings(**places, runtime__cache=str(tmp_path / "cache"))))
-    command = ("-m", "glmbatch.cli", "run", str(tmp_path / "job.yaml"))
+    places = {
+        "data__input": store.url("in"),
+        "data__output": store.url("out"),
+        "model__path": store.url("base"),
+    }
+    (tmp_path / "job.yaml").write_text(
+        yaml.safe_dump(job_settings(**places, runtime__cache=str(tmp_path / "cache")))
+    )
+    command = ("-m", "glmbatch.cli.main", "run", str(tmp_path / "job.yaml"))
     first = run(prefect_server, *command)
     assert first.returncode == 0, first.stderr
     assert "9 rows in 2 fragments" in first.stdout
     second = run(prefect_server, *command)
     assert "no inference was executed and no model was loaded" in second.stdout, second.stderr
-    prepared = [row for name, row in task_runs(prefect_server, 11).items() if name.startswith("prepare")]
+    prepared = [
+        row for name, row in task_runs(prefect_server, 11).items() if name.startswith("prepare")
+    ]
     assert [row["state_name"] for row in prepared] == ["Cached"]
     assert verify(store.url("out")).sound
     # Results of another output over the same rows are not taken for this one's.

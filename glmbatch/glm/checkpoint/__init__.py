@@ -1,0 +1,19 @@
+"""Checkpoints: what is in one, whether it is sound, and how it is loaded and saved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glmbatch.glm.checkpoint.load import load_model
+
+__all__ = ["load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load_model`, whose import takes torch, at its first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from glmbatch.glm.checkpoint import load
+
+    return getattr(load, name)

@@ -1,0 +1,174 @@
+"""What an adapter_config.json, as peft writes it, says of a LoRA adapter, checked. No tensors, no files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, TypeVar
+
+from glmbatch.errors import InputError
+from glmbatch.glm.checkpoint.config_check import ConfigCheck
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """How a LoRA adapter was made. A module is named as in the model it was made on.
+
+    `targets` is None where a regular expression chose the modules; then only the weights tell which they are.
+    `layers` is None for all layers. `saved` names the modules that were trained and saved whole.
+    """
+
+    rank: int
+    alpha: float
+    rank_stabilized: bool
+    ranks: tuple[tuple[re.Pattern[str], int], ...]
+    alphas: tuple[tuple[re.Pattern[str], float], ...]
+    targets: tuple[str, ...] | None
+    excluded: tuple[str, ...]
+    layers: frozenset[int] | None
+    saved: tuple[str, ...]
+    classifies: bool
+    unknown: tuple[str, ...]
+
+    def rank_of(self, module: str) -> int:
+        """Rank of the two matrices of `module`."""
+        return next((rank for pattern, rank in self.ranks if pattern.match(module)), self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """What the product of the two matrices of `module` is multiplied with."""
+        alpha = next((alpha for pattern, alpha in self.alphas if pattern.match(module)), self.alpha)
+        rank = self.rank_of(module)
+        return alpha / (sqrt(rank) if self.rank_stabilized else rank)
+
+    def adapts(self, module: str) -> bool:
+        """Whether the adapter must hold two matrices for the linear `module`; False where the config cannot tell."""
+        if (
+            self.targets is None
+            or not _named(module, self.targets)
+            or _named(module, (*self.excluded, *self.saved))
+        ):
+            return False
+        layer = re.search(r"\.(\d+)\.", module)
+        return self.layers is None or (layer is not None and int(layer[1]) in self.layers)
+
+    def saves(self, module: str) -> bool:
+        """Whether `module` was trained and saved whole."""
+        return module.endswith(self.saved)
+
+
+def _named(module: str, names: tuple[str, ...]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+# Each of these changes what the two matrices mean, or the base they belong to.
+_UNSUPPORTED = (
+    "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
+    "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+    "megatron_config",
+)  # fmt: skip
+# The other ways to begin (pissa, olora, corda, loftq, ...) take something off the base weights, so that the adapter
+# alone does not belong to the published ones; peft's `path_initial_model_for_weight_conversion` undoes that.
+_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
+_READ = frozenset({
+    "peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type",
+})  # fmt: skip
+# Bookkeeping and settings of training.
+_HARMLESS = frozenset({
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
+    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "velora_config",
+})  # fmt: skip
+_MOST_RANK, _MOST_ALPHA = 2**14, 2.0**24
+_MOST_PATTERN, _MOST_REPEATS = 256, 3
+
+
+def read_adapter_config(config: Mapping[str, Any], where: str) -> AdapterConfig:
+    """What `config` states; InputError that names `where` and the key when such an adapter cannot be merged."""
+    check = ConfigCheck(config, where)
+    if config.get("peft_type") != "LORA":
+        check.refuse("peft_type", "'LORA', the only kind that can be merged into the weights")
+    check.choice("bias", ("none",), default="none")
+    check.choice("init_lora_weights", _BEGINNINGS, default=True)
+    for key in _UNSUPPORTED:
+        if config.get(key):
+            check.refuse(key, "empty or false: no such adapter can be merged into the weights")
+    targets, excluded = _names(check, "target_modules"), _names(check, "exclude_modules")
+    stated = AdapterConfig(
+        rank=check.integer("r", 1, _MOST_RANK),
+        alpha=check.real("lora_alpha", _MOST_ALPHA),
+        rank_stabilized=check.flag("use_rslora", default=False),
+        ranks=_by_pattern(
+            check, "rank_pattern", lambda inner, name: inner.integer(name, 1, _MOST_RANK)
+        ),
+        alphas=_by_pattern(
+            check, "alpha_pattern", lambda inner, name: inner.real(name, _MOST_ALPHA)
+        ),
+        targets=None if excluded is None else targets,
+        excluded=excluded or (),
+        layers=_layers(check),
+        saved=_names(check, "modules_to_save") or (),
+        classifies=config.get("task_type") == "SEQ_CLS",
+        unknown=tuple(
+            sorted(
+                key for key in config.keys() - _READ - _HARMLESS - set(_UNSUPPORTED) if config[key]
+            )
+        ),
+    )
+    if check.problems:
+        raise InputError(f"{check.problems[0]} Set model.adapter to another adapter.")
+    return stated
+
+
+def _names(check: ConfigCheck, key: str) -> tuple[str, ...] | None:
+    """The module names under `key`; None where a regular expression stands there."""
+    names = check.config.get(key) or []
+    if isinstance(names, str):
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        check.refuse(key, "a list of module names")
+        return ()
+    return tuple(names)
+
+
+def _layers(check: ConfigCheck) -> frozenset[int] | None:
+    stated = check.config.get("layers_to_transform")
+    layers = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if any(not isinstance(layer, int) or isinstance(layer, bool) for layer in layers):
+        check.refuse("layers_to_transform", "a list of layer numbers")
+        return None
+    return frozenset(layers) or None
+
+
+def _by_pattern(
+    check: ConfigCheck, key: str, read: Callable[[ConfigCheck, str], Number]
+) -> tuple[tuple[re.Pattern[str], Number], ...]:
+    """The numbers that `key` gives for modules, by what their names must match, in the order in which that is tried."""
+    stated = check.config.get(key) or {}
+    if not isinstance(stated, dict):
+        check.refuse(key, "an object with a number for each module")
+        return ()
+    inner = ConfigCheck(stated, f"{check.where}: {key}", check.problems)
+    return tuple((_pattern(inner, name), read(inner, name)) for name in stated)
+
+
+def _pattern(check: ConfigCheck, name: str) -> re.Pattern[str]:
+    """What peft makes of a module name, which may be a regular expression; never one that takes ages to match."""
+    repeats = re.findall(r"(?<!\()[*+?{]", name)  # those of (?:...) repeat nothing
+    if (
+        len(name) <= _MOST_PATTERN
+        and len(repeats) <= _MOST_REPEATS
+        and not re.search(r"\)[*+?{]", name)
+    ):
+        try:
+            return re.compile(rf"(.*\.)?({name})$")
+        except (re.error, RecursionError, OverflowError, Warning):
+            pass
+    check.problems.append(
+        f"{check.where}: {name[:60]!r} is neither a module's name nor a simple regular expression."
+    )
+    return re.compile("")

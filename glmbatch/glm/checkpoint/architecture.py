@@ -1,0 +1,269 @@
+"""What a config.json says of the model, checked, in the published layout and in transformers' native GLM one.
+
+Reads both into one `Architecture` and writes either back from it. No tensors, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from glmbatch.errors import InputError
+from glmbatch.glm.checkpoint.config_check import ConfigCheck
+
+Layout = Literal["original", "native"]
+RopeScaling = Literal["linear", "ntk"]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Everything in a config that changes an answer. `labels` name the rows of a trained head, if there is one."""
+
+    vocab_size: int
+    hidden_size: int
+    ffn_size: int
+    layers: int
+    heads: int
+    groups: int
+    kv_channels: int
+    max_positions: int
+    epsilon: float
+    qkv_bias: bool
+    qkv_per_head: bool
+    eos_id: int
+    pad_id: int
+    rope_ratio: float
+    rope_scaling: RopeScaling | None
+    fp32_residual: bool
+    quantization_bit: int
+    pre_seq_len: int
+    prefix_projection: bool
+    labels: tuple[str, ...]
+
+    @property
+    def kv_numbers_per_token(self) -> int:
+        """Numbers of keys and values that one token keeps: 14,336 for ChatGLM2-6B."""
+        return 2 * self.layers * self.groups * self.kv_channels
+
+
+@dataclass(frozen=True, slots=True)
+class _Number:
+    attribute: str
+    original: str
+    native: str
+    most: int = 2**24
+
+
+# 1,000 layers and 2**24 of anything else are far above any such model, and keep a mistyped number from being listed.
+_NUMBERS = (
+    _Number("layers", "num_layers", "num_hidden_layers", 1_000),
+    _Number("vocab_size", "padded_vocab_size", "vocab_size"),
+    _Number("hidden_size", "hidden_size", "hidden_size"),
+    _Number("ffn_size", "ffn_hidden_size", "intermediate_size"),
+    _Number("heads", "num_attention_heads", "num_attention_heads"),
+    _Number("kv_channels", "kv_channels", "head_dim"),
+    _Number("max_positions", "seq_length", "max_position_embeddings"),
+)
+
+# The value each of these must have: the GLM classes have no counterpart to the other.
+_FIXED: dict[Layout, dict[str, object]] = {
+    "original": {
+        "rmsnorm": True,
+        "post_layer_norm": True,
+        "apply_residual_connection_post_layernorm": False,
+        "add_bias_linear": False,
+    },
+    "native": {"hidden_act": "silu", "tie_word_embeddings": False, "partial_rotary_factor": 0.5},
+}
+
+# fmt: off
+_READ: dict[Layout, frozenset[str]] = {
+    "original": frozenset({
+        "layernorm_epsilon", "multi_query_attention", "multi_query_group_num", "add_qkv_bias", "eos_token_id",
+        "pad_token_id", "rope_ratio", "rope_scaling", "fp32_residual_connection", "quantization_bit", "pre_seq_len",
+        "prefix_projection", "id2label", "num_labels",
+    }),
+    "native": frozenset({
+        "rms_norm_eps", "num_key_value_heads", "attention_bias", "eos_token_id", "pad_token_id", "rope_parameters",
+        "pre_seq_len", "id2label", "num_labels",
+    }),
+}
+# Bookkeeping, training settings, and switches between ways to compute the same numbers.
+_HARMLESS = frozenset({
+    "_name_or_path", "apply_query_key_layer_scaling", "architectures", "attention_dropout", "attention_softmax_in_fp32",
+    "auto_map", "bias_dropout_fusion", "bos_token_id", "classifier_dropout", "dtype", "hidden_dropout",
+    "initializer_range", "label2id", "model_type", "original_rope", "problem_type", "tie_word_embeddings",
+    "torch_dtype", "transformers_version", "use_cache",
+})
+# fmt: on
+
+_ROPE_THETA = 10_000.0
+_MOST_STRETCH = 1_000.0  # published: 16
+_ROTARY_SHARE = (
+    0.5  # ChatGLM2 rotates only the first half of each head; the other half carries no position
+)
+
+
+def detect_layout(config: Mapping[str, Any], where: str) -> Layout:
+    """Which of the two layouts `config` is written in; InputError when neither."""
+    # The first published revision has no model_type, so its own key names tell.
+    if {"num_layers", "padded_vocab_size"} <= config.keys() and any(
+        key.startswith("multi_query_") for key in config
+    ):
+        return "original"
+    if config.get("model_type") == "glm":
+        return "native"
+    raise InputError(
+        f"{where}: not a ChatGLM2 config: model_type is {config.get('model_type')!r}, and 'num_layers', "
+        "'padded_vocab_size' and 'multi_query_*' are not all there. Set model.path to a ChatGLM2 checkpoint."
+    )
+
+
+def read_architecture(
+    config: Mapping[str, Any], where: str, rope_scaling: RopeScaling | None = None
+) -> Architecture:
+    """The architecture that `config` states; InputError that names `where` and the key when it cannot be run."""
+    architecture, problems = examine_config(config, where, rope_scaling)
+    if architecture is None:
+        raise InputError(problems[0])
+    return architecture
+
+
+def examine_config(
+    config: Mapping[str, Any], where: str, rope_scaling: RopeScaling | None = None
+) -> tuple[Architecture | None, list[str]]:
+    """The architecture that `config` states, or None and everything that is wrong with it."""
+    layout = detect_layout(config, where)
+    check = ConfigCheck(config, where)
+    for key, value in _FIXED[layout].items():
+        check.fixed(key, value)
+    values: dict[str, Any] = {
+        row.attribute: check.integer(getattr(row, layout), 1, row.most) for row in _NUMBERS
+    }
+    values["eos_id"] = check.integer("eos_token_id", 0, values["vocab_size"] - 1, default=2)
+    values["pad_id"] = check.integer("pad_token_id", 0, values["vocab_size"] - 1, default=0)
+    values |= (
+        _read_original(check, values, rope_scaling)
+        if layout == "original"
+        else _read_native(check, values)
+    )
+    values["labels"] = check.labels()
+    if not check.problems and values["heads"] % values["groups"]:
+        check.problems.append(
+            f"{where}: {values['heads']} heads cannot be shared among {values['groups']} groups."
+        )
+    if values["kv_channels"] % 4 and not check.problems:
+        check.refuse(
+            "kv_channels" if layout == "original" else "head_dim",
+            "a multiple of 4: half of it turns in pairs",
+        )
+    return (None if check.problems else Architecture(**values)), check.problems
+
+
+def _read_original(
+    check: ConfigCheck, values: Mapping[str, Any], option: RopeScaling | None
+) -> dict[str, Any]:
+    multi_query = check.flag("multi_query_attention")
+    ratio = check.real("rope_ratio", _MOST_STRETCH, default=1.0)
+    return {
+        "groups": check.integer("multi_query_group_num", 1, values["heads"])
+        if multi_query
+        else values["heads"],
+        "epsilon": check.real("layernorm_epsilon", 1.0),
+        "qkv_bias": check.flag("add_qkv_bias"),
+        "qkv_per_head": not multi_query,
+        "rope_ratio": ratio,
+        "rope_scaling": None if ratio == 1 else option or _stated_scaling(check, ratio),
+        "fp32_residual": check.flag("fp32_residual_connection", default=False),
+        "quantization_bit": check.choice("quantization_bit", (0, 4, 8), default=0),
+        "pre_seq_len": check.integer("pre_seq_len", 0, 2**20, default=0),
+        "prefix_projection": check.flag("prefix_projection", default=False),
+    }
+
+
+def _stated_scaling(check: ConfigCheck, ratio: float) -> str:
+    stated = check.choice("rope_scaling", ("linear", "ntk"), default="")
+    # chatglm3-6b-32k writes the same rope_ratio and means the other thing: taken for this one, logits are 10 off.
+    if not stated and "chatglm3" in str(check.config.get("_name_or_path", "")).lower():
+        check.problems.append(
+            f"{check.where}: 'rope_ratio' is {ratio:g} and '_name_or_path' names chatglm3, which stretches positions "
+            "in another way than chatglm2. Set model.rope_scaling to ntk (chatglm3) or linear (chatglm2)."
+        )
+    return stated or "linear"
+
+
+def _read_native(check: ConfigCheck, values: Mapping[str, Any]) -> dict[str, Any]:
+    rope = check.config.get("rope_parameters")
+    inner = ConfigCheck(
+        rope if isinstance(rope, dict) else {}, f"{check.where}: rope_parameters", check.problems
+    )
+    kind = inner.choice("rope_type", ("default", "linear"))
+    inner.fixed("partial_rotary_factor", _ROTARY_SHARE)
+    theta = inner.real("rope_theta", _ROPE_THETA * _MOST_STRETCH)
+    if kind == "linear":
+        inner.fixed("rope_theta", _ROPE_THETA)
+    ratio = inner.real("factor", _MOST_STRETCH) if kind == "linear" else theta / _ROPE_THETA
+    return {
+        "groups": check.integer("num_key_value_heads", 1, values["heads"]),
+        "epsilon": check.real("rms_norm_eps", 1.0),
+        "qkv_bias": check.flag("attention_bias"),
+        "qkv_per_head": False,
+        "rope_ratio": ratio,
+        "rope_scaling": None if ratio == 1 else "linear" if kind == "linear" else "ntk",
+        "fp32_residual": False,
+        "quantization_bit": 0,
+        "pre_seq_len": check.integer("pre_seq_len", 0, 2**20, default=0),
+        "prefix_projection": False,
+    }
+
+
+def unknown_keys(config: Mapping[str, Any], layout: Layout) -> list[str]:
+    """Keys of `config` that are neither read here nor known to change no answer."""
+    numbers = {getattr(row, layout) for row in _NUMBERS}
+    return sorted(config.keys() - _HARMLESS - _READ[layout] - _FIXED[layout].keys() - numbers)
+
+
+def native_config(architecture: Architecture) -> dict[str, Any]:
+    """Arguments of `GlmConfig`; every one whose default is another model's is among them."""
+    ratio, scaling = architecture.rope_ratio, architecture.rope_scaling
+    rope: dict[str, Any] = {
+        "rope_type": "linear" if scaling == "linear" else "default",
+        "rope_theta": _ROPE_THETA * ratio if scaling == "ntk" else _ROPE_THETA,
+        "partial_rotary_factor": _ROTARY_SHARE,
+    }
+    config = {row.native: getattr(architecture, row.attribute) for row in _NUMBERS} | {
+        "num_key_value_heads": architecture.groups,
+        "rms_norm_eps": architecture.epsilon,
+        "attention_bias": architecture.qkv_bias,
+        "rope_parameters": rope | ({"factor": ratio} if scaling == "linear" else {}),
+        "eos_token_id": architecture.eos_id,
+        "pad_token_id": architecture.pad_id,
+        "tie_word_embeddings": False,  # the reference never ties, whatever its config says
+        "id2label": dict(enumerate(architecture.labels)),
+        "label2id": {label: row for row, label in enumerate(architecture.labels)},
+    }
+    return config | ({"pre_seq_len": architecture.pre_seq_len} if architecture.pre_seq_len else {})
+
+
+def original_config(architecture: Architecture) -> dict[str, Any]:
+    """The published config.json of `architecture`, without quantization."""
+    config = {row.original: getattr(architecture, row.attribute) for row in _NUMBERS} | _FIXED[
+        "original"
+    ]
+    config |= {
+        "model_type": "chatglm",
+        "add_qkv_bias": architecture.qkv_bias,
+        "layernorm_epsilon": architecture.epsilon,
+        "multi_query_attention": True,  # as many groups as heads is the other form, without its interleaved rows
+        "multi_query_group_num": architecture.groups,
+        "eos_token_id": architecture.eos_id,
+        "pad_token_id": architecture.pad_id,
+        "tie_word_embeddings": False,
+    }
+    if architecture.rope_scaling:
+        # `rope_scaling` is ours: the published key alone cannot say which of the two ways is meant.
+        config |= {"rope_ratio": architecture.rope_ratio, "rope_scaling": architecture.rope_scaling}
+    if architecture.pre_seq_len:
+        config |= {"pre_seq_len": architecture.pre_seq_len, "prefix_projection": False}
+    return config

@@ -1,0 +1,282 @@
+"""What a checkpoint directory holds, compared with what its config needs, before one weight is read.
+
+Believes nothing: config, index, and the key, shape and dtype of every tensor are checked. Loads and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from glmbatch.errors import InputError
+from glmbatch.glm.checkpoint.adapter import Adapter, read_adapter
+from glmbatch.glm.checkpoint.architecture import (
+    Architecture,
+    Layout,
+    RopeScaling,
+    detect_layout,
+    examine_config,
+    unknown_keys,
+)
+from glmbatch.glm.checkpoint.layout import (
+    HEAD_KEYS,
+    PREFIX_KEYS,
+    TensorSpec,
+    dropped_keys,
+    list_tensors,
+)
+from glmbatch.glm.checkpoint.shards import Header, Shard, find_shards, read_headers
+from glmbatch.glm.files import read_json
+from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A sound checkpoint, without its weights.
+
+    `tensors` says what to load from each weight file. `tokenizer_size` is None where there is no tokenizer.model.
+    A head that an `adapter` brings counts as the checkpoint's own.
+    """
+
+    path: Path
+    layout: Layout
+    architecture: Architecture
+    has_head: bool
+    tensors: Mapping[Path, Mapping[str, Header]]
+    tokenizer_size: int | None
+    warnings: tuple[str, ...]
+    adapter: Adapter | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of the trained head in the order of its rows; empty without one."""
+        return self.architecture.labels if self.has_head else ()
+
+    @property
+    def max_positions(self) -> int:
+        """Most tokens of prompt and answer together; past it the native model would go on silently."""
+        return self.architecture.max_positions
+
+    @property
+    def vocab_size(self) -> int:
+        """Padded vocabulary: ids from `tokenizer_size` on have logits but no token."""
+        return self.architecture.vocab_size
+
+    @property
+    def quantization_bit(self) -> int:
+        """4 or 8 for a quantized checkpoint, else 0."""
+        return self.architecture.quantization_bit
+
+    @property
+    def pre_seq_len(self) -> int:
+        """Length of the P-Tuning v2 prefix, 0 without one."""
+        return self.architecture.pre_seq_len
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """What each tensor to load must be and becomes."""
+        return list_tensors(self.architecture, self.layout, self.has_head)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the loaded model, a prefix not counted."""
+        return sum(prod(shape) for spec in self.specs.values() for _, shape in spec.parts)
+
+
+def read_checkpoint(
+    path: str | Path, rope_scaling: RopeScaling | None = None, adapter: str | Path | None = None
+) -> Checkpoint:
+    """What directory `path` holds; InputError that names the first thing wrong. Keeps no weights in memory."""
+    checkpoint, problems = inspect_checkpoint(path, rope_scaling, adapter)
+    if checkpoint is None:
+        raise InputError(problems[0])
+    return checkpoint
+
+
+def inspect_checkpoint(
+    path: str | Path, rope_scaling: RopeScaling | None = None, adapter: str | Path | None = None
+) -> tuple[Checkpoint | None, list[str]]:
+    """What directory `path` holds, with the LoRA `adapter` over it, or None and everything that is wrong with it."""
+    directory = Path(path)
+    if not directory.is_dir():
+        return None, [
+            f"{directory}: not a directory. Set model.path to the checkpoint's directory."
+        ]
+    problems: list[str] = []
+    shards: list[Shard] = []
+    headers: dict[Path, dict[str, Header]] = {}
+    architecture: Architecture | None = None
+    tokenizer: Tokenizer | None = None
+    with _noting(problems):
+        where = str(directory / "config.json")
+        config = read_json(directory / "config.json")
+        layout = detect_layout(config, where)
+        architecture, wrong = examine_config(config, where, rope_scaling)
+        problems += wrong
+    with _noting(problems):
+        shards, warnings = find_shards(directory)
+    for shard in shards:
+        with _noting(problems):
+            headers[shard.file] = _assigned(shard)
+    with _noting(problems):
+        tokenizer = _fitting_tokenizer(directory, architecture)
+    if architecture is None or not headers:
+        return None, problems
+
+    has_head = any(HEAD_KEYS[layout] in held for held in headers.values()) or _says_classifier(
+        config
+    )
+    specs, complete = list_tensors(architecture, layout, has_head), len(headers) == len(shards)
+    tensors, wrong = _match(directory, specs, headers, dropped_keys(has_head), complete)
+    problems += wrong
+    if problems:
+        return None, problems
+    warnings += _doubts(config, layout, architecture, has_head, tokenizer)
+    size = tokenizer.vocab_size if tokenizer else None
+    checkpoint = Checkpoint(
+        directory, layout, architecture, has_head, tensors, size, tuple(warnings)
+    )
+    if adapter is None:
+        return checkpoint, []
+    with _noting(problems):
+        return _adapted(checkpoint, read_adapter(adapter, architecture, layout, has_head)), []
+    return None, problems
+
+
+def _adapted(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """`checkpoint` with `adapter` over it; the tensors of a head that the adapter replaces are not loaded."""
+    adapted = replace(
+        checkpoint, adapter=adapter, warnings=(*checkpoint.warnings, *adapter.warnings)
+    )
+    if not adapter.labels:
+        return adapted
+    with_head = replace(
+        adapted, has_head=True, architecture=replace(checkpoint.architecture, labels=adapter.labels)
+    )
+    own = {
+        key
+        for key, spec in with_head.specs.items()
+        if not any(name.startswith("score.") for name, _ in spec.parts)
+    }
+    tensors = {
+        file: {key: header for key, header in held.items() if key in own}
+        for file, held in checkpoint.tensors.items()
+    }
+    return replace(with_head, tensors=tensors)
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    """Note an InputError among `problems` and go on."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(str(error))
+
+
+def _fitting_tokenizer(directory: Path, architecture: Architecture | None) -> Tokenizer | None:
+    file = directory / TOKENIZER_FILE
+    if not file.exists():
+        return None
+    tokenizer = load_tokenizer(directory)
+    if architecture is not None and tokenizer.vocab_size > architecture.vocab_size:
+        raise InputError(
+            f"{file}: {tokenizer.vocab_size} ids, more than the {architecture.vocab_size} that config.json states. "
+            "It belongs to another checkpoint."
+        )
+    return tokenizer
+
+
+def _says_classifier(config: Mapping[str, Any]) -> bool:
+    named = config.get("architectures")
+    return isinstance(named, list) and any(
+        str(name).endswith("ForSequenceClassification") for name in named
+    )
+
+
+def _assigned(shard: Shard) -> dict[str, Header]:
+    """Headers of `shard`; InputError unless they are the keys that its index assigns to it."""
+    headers = read_headers(shard.file)
+    if shard.keys is None:
+        return headers
+    if absent := sorted(shard.keys - headers.keys()):
+        raise InputError(
+            f"{shard.file}: lacks {absent[0]!r}, which the index assigns to it. Copy both again."
+        )
+    if extra := sorted(headers.keys() - shard.keys):
+        raise InputError(
+            f"{shard.file}: holds {extra[0]!r}, which the index does not assign to it. Copy both again."
+        )
+    return headers
+
+
+def _match(
+    directory: Path,
+    specs: Mapping[str, TensorSpec],
+    found: Mapping[Path, Mapping[str, Header]],
+    dropped: frozenset[str],
+    complete: bool,
+) -> tuple[dict[Path, dict[str, Header]], list[str]]:
+    """The tensors of `found` to load from each file, and everything in which they differ from `specs`."""
+    problems: list[str] = []
+    place: dict[str, Path] = {}
+    tensors: dict[Path, dict[str, Header]] = {file: {} for file in found}
+    for file, headers in found.items():
+        for key, header in headers.items():
+            if key in place:
+                problems.append(
+                    f"{file}: {key!r} is also in {place[key].name}. Keep one of the two."
+                )
+            elif key in specs:
+                problems += _differences(file, specs[key], header)
+                tensors[file][key] = header
+            elif key not in dropped:
+                problems.append(
+                    f"{file}: {key!r} is no tensor of the model that config.json describes."
+                )
+            place[key] = file
+    missing = [key for key in specs if key not in place]
+    if missing and place and all(key.startswith(PREFIX_KEYS) for key in place):
+        problems.append(
+            f"{directory}: holds only the trained prefix of P-Tuning v2, and the base model's weights are missing. "
+            "Copy the base checkpoint's weight files and index beside it."
+        )
+    elif missing and complete:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        problems.append(
+            f"{directory}: no {missing[0]!r}{more} in its weight files. The checkpoint is incomplete."
+        )
+    return tensors, problems
+
+
+def _differences(file: Path, spec: TensorSpec, header: Header) -> Iterator[str]:
+    allowed = ("int8",) if spec.stored == "int8" else WEIGHT_DTYPES
+    if header.dtype not in allowed:
+        yield f"{file}: {spec.key!r} is stored as {header.dtype}; it must be {' or '.join(allowed)}."
+    elif header.shape != spec.shape:
+        yield f"{file}: {spec.key!r} has shape {list(header.shape)}; config.json makes it {list(spec.shape)}."
+
+
+def _doubts(
+    config: Mapping[str, Any],
+    layout: Layout,
+    architecture: Architecture,
+    has_head: bool,
+    tokenizer: Tokenizer | None,
+) -> Iterator[str]:
+    for key in unknown_keys(config, layout):
+        yield f"config.json: {key!r} is not known here and has no effect"
+    if architecture.fp32_residual:
+        yield "config.json: 'fp32_residual_connection' is true, so it runs in float32 only"
+    if has_head and config.get("problem_type") not in (None, "single_label_classification"):
+        yield f"config.json: 'problem_type' is {config['problem_type']!r}, but one label is chosen for each row"
+    if tokenizer is None:
+        yield f"no {TOKENIZER_FILE}"
+    elif tokenizer.eos_id != architecture.eos_id:
+        yield f"{TOKENIZER_FILE} ends a text with id {tokenizer.eos_id}, config.json with {architecture.eos_id}"

@@ -1,0 +1,199 @@
+"""A ChatGLM2 checkpoint directory to transformers' own GLM model, and its identity. Strict, safe, one copy in memory.
+
+Reading, locating and saving stand in modules of their own and are offered here too. Knows no prompts and no batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from glmbatch.errors import InputError, OutOfMemory
+from glmbatch.glm.checkpoint.adapter import LowRank, load_adapter
+from glmbatch.glm.checkpoint.architecture import RopeScaling, native_config, read_architecture
+from glmbatch.glm.checkpoint.hub import locate_checkpoint
+from glmbatch.glm.checkpoint.inspection import (
+    WEIGHT_DTYPES,
+    Checkpoint,
+    inspect_checkpoint,
+    read_checkpoint,
+)
+from glmbatch.glm.checkpoint.layout import TensorSpec, split_rows
+from glmbatch.glm.checkpoint.prefix import native_prefix, set_prefix
+from glmbatch.glm.checkpoint.save import save_checkpoint
+from glmbatch.glm.checkpoint.shards import find_shards, read_tensors
+from glmbatch.glm.files import digest_file, read_json
+from glmbatch.glm.tokenizer import TOKENIZER_FILE
+
+__all__ = [
+    "Checkpoint",
+    "ClassifierHead",
+    "digest_tokenizer",
+    "digest_weights",
+    "inspect_checkpoint",
+    "load_model",
+    "locate_checkpoint",
+    "read_checkpoint",
+    "save_checkpoint",
+]
+
+
+def digest_weights(path: str | Path, adapter: str | Path | None = None) -> str:
+    """Hex sha256 of what changes the model's answers: its config, and its weight files' bytes whatever their names.
+
+    With an adapter also how much of it is added to which weight, its labels, and its weights' bytes.
+    """
+    directory = Path(path)
+    config = read_json(directory / "config.json")
+    # The option of how to stretch positions is the caller's to count in; what the config says of it is counted here.
+    architecture = read_architecture(config, str(directory / "config.json"), rope_scaling="linear")
+    stated = json.dumps([asdict(architecture), config.get("rope_scaling")], sort_keys=True)
+    shards, _ = find_shards(directory)
+    with ThreadPoolExecutor(max_workers=min(16, len(shards))) as pool:
+        contents = sorted(pool.map(digest_file, [shard.file for shard in shards]))
+    digest = hashlib.sha256("\n".join([stated, *contents]).encode()).hexdigest()
+    tuned = read_checkpoint(directory, "linear", adapter).adapter if adapter is not None else None
+    if tuned is None:
+        return digest
+    stated = json.dumps([dict(tuned.scales), tuned.labels], sort_keys=True)
+    return hashlib.sha256("\n".join([digest, stated, digest_file(tuned.file)]).encode()).hexdigest()
+
+
+def digest_tokenizer(path: str | Path) -> str:
+    """Hex sha256 of the tokenizer's bytes."""
+    return digest_file(Path(path) / TOKENIZER_FILE)
+
+
+def load_model(
+    path: str | Path,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    rope_scaling: RopeScaling | None = None,
+    adapter: str | Path | None = None,
+) -> Any:
+    """The `GlmForSequenceClassification` of a checkpoint with a trained head, the `GlmForCausalLM` of any other.
+
+    The weights of a LoRA `adapter` (a directory as peft writes it) are merged into them; its head, if it has one,
+    counts as the checkpoint's.
+
+    In eval mode and without gradients. `model.prefix_kv` holds the keys and values of a P-Tuning v2 prefix, or None.
+    Memory peaks near one copy of the loaded weights.
+    """
+    checkpoint = read_checkpoint(path, rope_scaling, adapter)
+    name = str(dtype).removeprefix("torch.")
+    if name not in WEIGHT_DTYPES:
+        raise InputError(
+            f"{path}: cannot compute in {name}. Set model.dtype to one of {', '.join(WEIGHT_DTYPES)}."
+        )
+    if checkpoint.architecture.fp32_residual and name != "float32":
+        raise InputError(
+            f"{checkpoint.path / 'config.json'}: 'fp32_residual_connection' is true, and GLM has no counterpart to it "
+            f"in {name}. Set model.dtype to float32."
+        )
+    try:
+        return _load(checkpoint, getattr(torch, name), torch.device(device))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutOfMemory(f"{path}: no room for its weights on {device} in {name}.") from error
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    model = _empty_model(checkpoint, dtype)
+    state: dict[str, torch.Tensor] = {}
+    prefix: dict[str, torch.Tensor] = {}
+    added, whole = _adapter_weights(checkpoint)
+    for spec, stored in _stored_tensors(checkpoint, dtype, added):
+        if not spec.parts:
+            prefix[spec.key] = stored.to(torch.float32, copy=True)
+        for name, rows in split_rows(checkpoint.architecture, spec, stored):
+            merged = added[name].added_to(rows) if name in added else rows
+            # A copy of its own for each: nothing may stay backed by the file.
+            state[name] = merged.to(
+                device, _dtype_of(name, dtype), copy=True, memory_format=torch.contiguous_format
+            )
+    state |= {name: tensor.to(device, _dtype_of(name, dtype)) for name, tensor in whole.items()}
+    for name in (*added, *whole):
+        if not state[name].isfinite().all():
+            raise InputError(
+                f"{checkpoint.path}: with the adapter, {name!r} does not fit {dtype}. Set model.dtype."
+            )
+    model.load_state_dict(state, strict=True, assign=True)
+    # The rotary tables are computed, not stored: those made on the meta device hold nothing.
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=rotary.config).to(device)
+    set_prefix(
+        model, native_prefix(checkpoint.architecture, prefix).to(device, dtype) if prefix else None
+    )
+    return model.requires_grad_(False).eval()
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    from transformers import GlmConfig, GlmForCausalLM, GlmForSequenceClassification
+
+    config = GlmConfig(**native_config(checkpoint.architecture), dtype=dtype)
+    with torch.device("meta"):
+        if not checkpoint.has_head:
+            return GlmForCausalLM(config)
+        model: Any = GlmForSequenceClassification(config)  # type: ignore[no-untyped-call]
+        # The reference's head has a bias, which the stock class would drop with only a log line (logits 3.2 off).
+        model.score = ClassifierHead(config.hidden_size, len(checkpoint.labels))
+    return model
+
+
+class ClassifierHead(nn.Linear):
+    """A biased head that keeps and computes its few thousand numbers in float32, whatever the body computes in."""
+
+    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden_BTD.device.type, enabled=False):  # in training too
+            return nn.functional.linear(hidden_BTD.float(), self.weight.float(), self.bias.float())
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if name.startswith("score.") else dtype
+
+
+def _adapter_weights(checkpoint: Checkpoint) -> tuple[dict[str, LowRank], dict[str, torch.Tensor]]:
+    if checkpoint.adapter is None:
+        return {}, {}
+    return load_adapter(checkpoint.adapter, checkpoint.architecture, checkpoint.has_head)
+
+
+def _stored_tensors(
+    checkpoint: Checkpoint, dtype: torch.dtype, added: Collection[str]
+) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+    """Each tensor to load, dequantized in the dtype computed in: through float16, logits would be 8.9e-3 off.
+
+    In float32 where something is to be `added`, by native name.
+    """
+    specs = checkpoint.specs
+    scales: dict[str, torch.Tensor] = {}  # a weight and its scale may lie in different files
+    for file, headers in checkpoint.tensors.items():
+        scale_headers = {key: header for key, header in headers.items() if key.endswith("_scale")}
+        scales |= {key: scale.clone() for key, scale in read_tensors(file, scale_headers)}
+    for file, headers in checkpoint.tensors.items():
+        rest = {key: header for key, header in headers.items() if key not in scales}
+        for key, stored in read_tensors(file, rest):
+            if specs[key].stored == "int8":
+                bits = checkpoint.quantization_bit
+                merged = any(name in added for name, _ in specs[key].parts)
+                numbers = torch.float32 if merged else dtype
+                yield specs[key], _dequantized(stored, scales[f"{key}_scale"], bits, numbers)
+            else:
+                yield specs[key], stored
+
+
+def _dequantized(
+    stored: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """[out, in] of an int8 [out, in] or an int4 [out, in / 2], with one scale for each row."""
+    if bits == 4:
+        # The high four bits are the even input column, the low four the odd one, both signed.
+        stored = torch.stack((stored >> 4, (stored << 4) >> 4), dim=-1).flatten(1)
+    return stored.to(dtype) * scale.to(dtype)[:, None]

@@ -1,0 +1,193 @@
+"""A GLM model to a checkpoint directory in ChatGLM2's published layout: the same table as loading, read the other way.
+
+The same model gives the same bytes. Holds one shard's copy at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from glmbatch.errors import InputError
+from glmbatch.glm.checkpoint.architecture import Architecture, original_config, read_architecture
+from glmbatch.glm.checkpoint.inspection import WEIGHT_DTYPES
+from glmbatch.glm.checkpoint.layout import TensorSpec, list_tensors
+from glmbatch.glm.checkpoint.prefix import original_prefix
+from glmbatch.glm.checkpoint.shards import list_weight_files
+from glmbatch.glm.files import file_error, read_bytes
+from glmbatch.glm.tokenizer import TOKENIZER_FILE, load_tokenizer
+
+StoredDtype = Literal["float32", "bfloat16", "float16"]
+_TOKENIZER_CONFIG = {
+    "name_or_path": "THUDM/chatglm2-6b",
+    "remove_space": False,
+    "do_lower_case": False,
+    "tokenizer_class": "ChatGLMTokenizer",
+}
+
+
+def save_checkpoint(  # noqa: PLR0913 - each is a choice of the caller and none belongs to another
+    model: Any,
+    directory: str | Path,
+    *,
+    tokenizer_model: bytes | Path,
+    extra_config: Mapping[str, Any] | None = None,
+    dtype: StoredDtype = "float16",
+    shard_size_bytes: int = 2 * 10**9,
+    safetensors: bool = False,
+) -> None:
+    """Write `model` so that `load_model` gives the same weights back, rounded to `dtype`.
+
+    `extra_config` adds keys to config.json and may not change one. config.json is moved into place last: a directory
+    without it is an unfinished save. InputError when there is a checkpoint, or part of one, already.
+    """
+    target, has_head = Path(directory), hasattr(model, "score")
+    if dtype not in WEIGHT_DTYPES:
+        raise InputError(
+            f"{target}: cannot save as {dtype}. Set dtype to one of {', '.join(WEIGHT_DTYPES)}."
+        )
+    architecture = _architecture_of(model)
+    config = _config(architecture, has_head, dtype, extra_config or {})
+    tokenizer = (
+        tokenizer_model if isinstance(tokenizer_model, bytes) else read_bytes(Path(tokenizer_model))
+    )
+    try:
+        with _staged(target) as folder:
+            (folder / TOKENIZER_FILE).write_bytes(tokenizer)
+            if (size := load_tokenizer(folder).vocab_size) > architecture.vocab_size:
+                raise InputError(
+                    f"{target}: the tokenizer has {size} ids, the model only {architecture.vocab_size}."
+                )
+            _write_json(folder / "tokenizer_config.json", _TOKENIZER_CONFIG)
+            _write_shards(
+                folder,
+                _tensors(model, architecture, has_head, dtype),
+                shard_size_bytes,
+                safetensors,
+            )
+            _write_json(folder / "config.json", config)
+    except OSError as error:
+        raise file_error(target, error) from error
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A folder to write into; what it holds is moved into `target` at the end, or removed after an error."""
+    if (target / "config.json").exists() or list_weight_files(target):
+        raise InputError(
+            f"{target}: already holds a checkpoint. Choose another directory or remove it."
+        )
+    folder = target / ".partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, target / file.name)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _architecture_of(model: Any) -> Architecture:
+    stated = model.config.to_dict()
+    stated["id2label"] = {str(row): label for row, label in stated.get("id2label", {}).items()}
+    prefix = getattr(model, "prefix_kv", None)
+    stated["pre_seq_len"] = 0 if prefix is None else prefix.shape[3]
+    return read_architecture(stated, "model.config")
+
+
+def _config(
+    architecture: Architecture, has_head: bool, dtype: str, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    named = "ChatGLMForSequenceClassification" if has_head else "ChatGLMModel"
+    config = original_config(architecture) | {"architectures": [named], "torch_dtype": dtype}
+    if has_head:
+        config["id2label"] = {str(row): label for row, label in enumerate(architecture.labels)}
+        config["label2id"] = {label: row for row, label in enumerate(architecture.labels)}
+    for key, value in extra.items():
+        if config.setdefault(key, value) != value:
+            raise InputError(
+                f"extra_config: {key!r} is {value!r}, but the model's is {config[key]!r}."
+            )
+    return config
+
+
+# A tensor of the published layout: its key, its size in bytes, and what makes it when its shard is written.
+_Tensor = tuple[str, int, Callable[[], torch.Tensor]]
+
+
+def _tensors(model: Any, architecture: Architecture, has_head: bool, dtype: str) -> list[_Tensor]:
+    numbers: torch.dtype = getattr(torch, dtype)
+    state = model.state_dict()
+    if has_head:  # a stock head has no bias; the published one always does
+        state.setdefault("score.bias", torch.zeros(len(architecture.labels)))
+    specs = list_tensors(architecture, "original", has_head).values()
+    return [
+        (
+            spec.key,
+            prod(spec.shape) * numbers.itemsize,
+            partial(_original_tensor, state, spec, numbers),
+        )
+        for spec in specs
+    ]
+
+
+def _original_tensor(
+    state: Mapping[str, torch.Tensor], spec: TensorSpec, dtype: torch.dtype
+) -> torch.Tensor:
+    parts = [state[name] for name, _ in spec.parts] or [original_prefix(state["prefix_kv"])]
+    whole = torch.cat(parts).detach() if len(parts) > 1 else parts[0].detach()
+    stored = whole.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+    if not stored.isfinite().all() and whole.isfinite().all():
+        raise InputError(
+            f"{spec.key!r}: its values do not fit {dtype}. Save it as float32 or bfloat16."
+        )
+    return stored
+
+
+def _write_shards(
+    directory: Path, tensors: list[_Tensor], shard_size_bytes: int, safetensors: bool
+) -> None:
+    groups = list(_groups(tensors, shard_size_bytes))
+    stem, suffix = ("model", "safetensors") if safetensors else ("pytorch_model", "bin")
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        name = (
+            f"{stem}-{number:05}-of-{len(groups):05}.{suffix}"
+            if len(groups) > 1
+            else f"{stem}.{suffix}"
+        )
+        shard = {key: make() for key, _, make in group}
+        if safetensors:
+            save_file(shard, directory / name, metadata={"format": "pt"})
+        else:
+            torch.save(shard, directory / name)
+        weight_map |= dict.fromkeys(shard, name)
+    if len(groups) > 1:
+        total = sum(size for _, size, _ in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(directory / f"{stem}.{suffix}.index.json", index)
+
+
+def _groups(tensors: list[_Tensor], shard_size_bytes: int) -> Iterator[list[_Tensor]]:
+    group: list[_Tensor] = []
+    for tensor in tensors:
+        if group and sum(size for _, size, _ in group) + tensor[1] > shard_size_bytes:
+            yield group
+            group = []
+        group.append(tensor)
+    yield group
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

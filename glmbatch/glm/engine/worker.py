@@ -1,0 +1,274 @@
+"""The engine on one device: callers hand requests in from any thread, one worker thread runs the model for all.
+
+Knows no tensors: the model is behind `Classification` and `Generation`, of which the worker gives each its share.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import count
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from glmbatch.errors import GlmbatchError, TransientError
+from glmbatch.glm.checkpoint.load import load_model, read_checkpoint
+from glmbatch.glm.device import free_memory_bytes, resolve_device, resolve_dtype
+from glmbatch.glm.engine.classify import Classification
+from glmbatch.glm.engine.generate import Generation
+from glmbatch.glm.engine.protocol import (
+    ClassifyRequest,
+    ClassifyResult,
+    GenerateRequest,
+    GenerateResult,
+)
+from glmbatch.glm.engine.queue import Call, Job, Limits, Tally
+from glmbatch.glm.engine.validate import refuse_classify, refuse_generate
+from glmbatch.glm.model.network import Network
+
+if TYPE_CHECKING:
+    from glmbatch.settings.job import ModelConfig, RuntimeConfig
+
+logger = logging.getLogger(__name__)
+
+# Requests of one call that may be under way at once: enough to pack well, little enough to hold.
+LOOK_AHEAD = 4096
+# Requests taken from the caller between two results at least, so that taking results slowly starves nobody.
+STRIDE = 16
+
+Request = TypeVar("Request", ClassifyRequest, GenerateRequest)
+Result = TypeVar("Result", ClassifyResult, GenerateResult)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine has done since it was loaded. Tokens per busy second is its throughput."""
+
+    rows: int
+    prompt_tokens: int
+    generated_tokens: int
+    busy_seconds: float
+
+
+class TorchEngine:
+    """An `Engine` over a loaded GLM model, which it takes over."""
+
+    def __init__(  # noqa: PLR0913 - three limits and two facts about the tokenizer
+        self,
+        model: Any,
+        *,
+        eos_id: int,
+        token_count: int,
+        max_batch_tokens: int | None = None,
+        max_slots: int | None = None,
+        cache_bytes: int | None = None,
+        models_at_once: int = 1,
+        quantization: str = "none",
+    ) -> None:
+        """`token_count`: ids from there on have scores but no token. Empty limits: what suits the model's device."""
+        self._network = Network(model.eval(), token_count, quantization)
+        on_cuda = self._network.device.type == "cuda"
+        if cache_bytes is None:
+            # On CUDA the rest is for the forward itself; on CPU other processes live here too.
+            share = (0.8 if on_cuda else 0.25) / models_at_once
+            cache_bytes = int(free_memory_bytes(str(self._network.device)) * share)
+        limits = Limits(
+            batch_tokens=max_batch_tokens or (16_384 if on_cuda else 2_048),
+            slots=max_slots or (512 if on_cuda else 32),
+        )
+        self._tally = Tally()
+        self._generation = Generation(self._network, limits, self._tally, eos_id, cache_bytes)
+        self._classification = Classification(
+            self._network, limits, self._tally, self._generation.give_way
+        )
+        self._seconds: dict[Classification | Generation, float] = {
+            self._classification: 0.0,
+            self._generation: 0.0,
+        }
+        self._changed = threading.Condition()
+        self._calls: set[Call[Any]] = set()
+        self._inbox: list[tuple[Callable[[Any], None], Job[Any]]] = []
+        self._arrivals = count()
+        self._stopped: GlmbatchError | None = None
+        self._worker = threading.Thread(target=self._work, name="glmbatch-engine", daemon=True)
+        self._worker.start()
+
+    @classmethod
+    def load(
+        cls, model: ModelConfig, runtime: RuntimeConfig, models_at_once: int = 1
+    ) -> TorchEngine:
+        """The engine over the checkpoint `model.path`; see `load_engine`."""
+        device = resolve_device(runtime.device)
+        checkpoint = read_checkpoint(model.path, model.rope_scaling)
+        loaded = load_model(
+            model.path,
+            resolve_dtype(model.dtype, device),
+            device,
+            model.rope_scaling,
+            model.adapter,
+        )
+        return cls(
+            loaded,
+            eos_id=loaded.config.eos_token_id,
+            token_count=checkpoint.tokenizer_size or checkpoint.vocab_size,
+            max_batch_tokens=runtime.max_batch_tokens,
+            max_slots=runtime.max_slots,
+            models_at_once=models_at_once,
+            quantization=model.quantization,
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes calls; once stopped, by `close` or by a failure, it never does again."""
+        return self._stopped is None
+
+    def stats(self) -> EngineStats:
+        """What was done so far, over all callers."""
+        return EngineStats(**asdict(self._tally))
+
+    def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
+        """Scores of each request, as they are ready. Closing the iterator early cancels what is left."""
+        self._check_running()
+        return self._serve(
+            requests,
+            self._classification.push,
+            lambda request: refuse_classify(request, self._network),
+        )
+
+    def generate(self, requests: Iterable[GenerateRequest]) -> Iterator[GenerateResult]:
+        """What is written for each request, as they end. Closing the iterator early cancels what is left."""
+        self._check_running()
+        return self._serve(
+            requests, self._generation.push, lambda request: refuse_generate(request, self._network)
+        )
+
+    def close(self) -> None:
+        """Stop the worker, after the forward it is in. Whoever still waits for a result gets a TransientError."""
+        with self._changed:
+            self._stopped = self._stopped or TransientError("the engine was closed; load it again")
+            self._changed.notify_all()
+        self._worker.join()
+
+    # The caller's side: runs in the thread that asks.
+
+    def _serve(
+        self,
+        requests: Iterable[Request],
+        push: Callable[[Job[Request]], None],
+        refuse: Callable[[Request], Result | None],
+    ) -> Iterator[Result]:
+        call: Call[Result] = Call()
+        with self._changed:
+            self._calls.add(call)
+        source = iter(requests)
+        under_way, more = 0, True
+        try:
+            while True:
+                taken = 0
+                while more and under_way < LOOK_AHEAD and (taken < STRIDE or call.results.empty()):
+                    request = next(source, None)
+                    more = request is not None
+                    if request is not None:
+                        self._submit(call, request, push, refuse)
+                        under_way, taken = under_way + 1, taken + 1
+                if not under_way:
+                    return
+                result = call.results.get()
+                if isinstance(result, Exception):
+                    raise result
+                under_way -= 1
+                yield result
+        finally:
+            call.cancelled = True
+            with self._changed:
+                self._calls.discard(call)
+
+    def _submit(
+        self,
+        call: Call[Result],
+        request: Request,
+        push: Callable[[Job[Request]], None],
+        refuse: Callable[[Request], Result | None],
+    ) -> None:
+        refusal = refuse(request)
+        if refusal is not None:
+            call.deliver(refusal)
+            return
+        with self._changed:
+            self._check_running()
+            self._inbox.append((push, Job(call, request, next(self._arrivals))))
+            self._changed.notify()
+
+    def _check_running(self) -> None:
+        if self._stopped is not None:
+            raise _fresh(self._stopped)
+
+    # The worker's side: runs in the engine's own thread.
+
+    def _work(self) -> None:
+        try:
+            if self._network.device.type == "cuda":
+                torch.cuda.set_device(
+                    self._network.device
+                )  # streams and graphs are made on the thread's own device
+            with torch.inference_mode():
+                while self._receive():
+                    self._turn()
+        except BaseException as error:
+            logger.exception("the engine stopped")
+            self._stop(error)
+        finally:
+            with self._changed:
+                assert self._stopped is not None
+                for call in self._calls:
+                    call.fail(_fresh(self._stopped))
+
+    def _receive(self) -> bool:
+        """Take in new requests, waiting for some when there is nothing to do; false when the engine is closed."""
+        with self._changed:
+            while not (
+                self._stopped or self._inbox or self._classification.busy or self._generation.busy
+            ):
+                self._changed.wait()
+            if self._stopped:
+                return False
+            inbox, self._inbox = self._inbox, []
+        for push, job in inbox:
+            push(job)
+        return True
+
+    def _turn(self) -> None:
+        """One forward of whoever has had less of the device's time."""
+        busy = [duty for duty in self._seconds if duty.busy]
+        duty = min(busy, key=self._seconds.__getitem__)
+        began = perf_counter()
+        duty.turn()
+        seconds = perf_counter() - began
+        self._tally.busy_seconds += seconds
+        self._seconds[duty] += seconds
+        if len(busy) == 1:  # who was idle has no claim to the time it did not use
+            self._seconds = dict.fromkeys(self._seconds, self._seconds[duty])
+
+    def _stop(self, error: BaseException) -> None:
+        # The frames of the failed forward would keep its tensors on the device for as long as anyone keeps the error.
+        traceback.clear_frames(error.__traceback__)
+        with self._changed:
+            if isinstance(error, GlmbatchError):
+                self._stopped = error
+            else:
+                self._stopped = TransientError(
+                    f"the engine stopped: {type(error).__name__}: {error}; load it again"
+                )
+                self._stopped.__cause__ = error
+
+
+def _fresh(error: GlmbatchError) -> GlmbatchError:
+    """`error` anew: each thread that raises it writes its own traceback."""
+    fresh = type(error)(*error.args)
+    fresh.__cause__ = error.__cause__
+    return fresh

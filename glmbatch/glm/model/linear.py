@@ -1,0 +1,203 @@
+"""Matrix products in the form that the device runs fastest. Knows no layers, no attention and no requests.
+
+`plain`: torch's own, for CUDA and any machine. `packed`: weights laid out once for oneDNN, which also takes in the
+elementwise work around a product; on CPU, where few rows run at twice the plain speed. `int8`: weights and activations
+in 8 bits, also oneDNN, at a quarter of the memory; it changes answers, so it is asked for and never chosen here.
+
+Shapes: T tokens, I features in, O features out, F size of the feed-forward layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Literal, Protocol
+
+import torch
+from torch.nn.functional import linear, silu
+
+from glmbatch.errors import InputError
+
+Form = Literal["plain", "packed", "int8"]
+
+
+class Product(Protocol):
+    """x_TI -> x_TI @ weight_OI.T + bias_O."""
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor: ...
+
+    def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
+        """The product added to `residual_TO`, which keeps its value."""
+
+
+Swiglu = Callable[[torch.Tensor], torch.Tensor]
+
+
+def choose_form(quantization: str, device: str, dtype: str) -> Form:
+    """The fastest form on `device` that keeps weights as they are, unless `quantization` is "int8".
+
+    InputError where there are no products in 8 bits.
+    """
+    on_cpu = device == "cpu"
+    if quantization == "int8":
+        if not on_cpu or not _has_int8():
+            raise InputError(
+                f"{device}: no exact products in 8 bits here. Set model.quantization to none."
+            )
+        if dtype != "float32":
+            raise InputError(
+                f"int8 stands beside float32, not {dtype}. Set model.dtype to float32 or auto."
+            )
+        return "int8"
+    # Half precision stays plain, where a row is the same bits whatever its batch-mates.
+    return "packed" if on_cpu and dtype == "float32" and _has_packed() else "plain"
+
+
+def product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None, form: Form) -> Product:
+    """The product with a weight, which may be freed afterwards where the form keeps a copy of its own."""
+    return _FORMS[form](weight_OI, bias_O)
+
+
+def swiglu(gate_up_2FI: torch.Tensor, form: Form) -> Swiglu:
+    """x_TI -> silu(x @ gate.T) * (x @ up.T), [T, F]; `gate_up_2FI` holds the gate's rows, then the other's."""
+    if form != "packed":
+        gate_up = product(gate_up_2FI, None, form)
+        return lambda x_TI: _gated(gate_up(x_TI))
+    gate, up = (PackedProduct(half, None) for half in gate_up_2FI.chunk(2))
+    return lambda x_TI: up.times(x_TI, gate.swish(x_TI))
+
+
+def _gated(gate_up_T2F: torch.Tensor) -> torch.Tensor:
+    gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+    return silu(gate_TF).mul_(up_TF)
+
+
+class PlainProduct:
+    """torch's own product; keeps the weight it is given."""
+
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        self._weight_OI, self._bias_O = weight_OI, bias_O
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return linear(x_TI, self._weight_OI, self._bias_O)
+
+    def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
+        out_TO = torch.addmm(residual_TO, x_TI, self._weight_OI.T)
+        return out_TO if self._bias_O is None else out_TO.add_(self._bias_O)
+
+
+class PackedProduct:
+    """oneDNN's product over a weight in its own blocked layout; elementwise steps run while results are in cache."""
+
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), None)
+        self._bias_O = bias_O
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return self._unary(x_TI, "none")
+
+    def swish(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """silu of the product."""
+        return self._unary(x_TI, "swish")
+
+    def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
+        return self._binary(x_TI, residual_TO, "add")
+
+    def times(self, x_TI: torch.Tensor, other_TO: torch.Tensor) -> torch.Tensor:
+        """The product times `other_TO`, elementwise."""
+        return self._binary(x_TI, other_TO, "mul")
+
+    def _unary(self, x_TI: torch.Tensor, step: str) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            x_TI, self._weight, self._bias_O, step, [], ""
+        )
+        return out
+
+    def _binary(self, x_TI: torch.Tensor, other_TO: torch.Tensor, step: str) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x_TI, other_TO, self._weight, self._bias_O, step
+        )
+        return out
+
+
+class Int8Product:
+    """Weights in 8 bits with a scale for each of their rows, activations in 8 bits with a scale for each token.
+
+    A token's scale is its own, and sums of 8-bit products are exact: a row's result cannot depend on its batch-mates.
+    """
+
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        weight_OI = weight_OI.float()
+        self._scale_O = _largest(weight_OI).squeeze(-1).div_(127)
+        rounded_OI = (weight_OI / self._scale_O[:, None]).round_().to(torch.int8)
+        self._weight = torch.ops.onednn.qlinear_prepack(rounded_OI, None)
+        self._zeros_O = torch.zeros(len(weight_OI), dtype=torch.int64)
+        self._bias_O = bias_O
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        scale_T1 = _largest(x_TI).div_(127)
+        # Unsigned with its zero at 128: kernels for signed activations are hundreds of times slower.
+        shifted_TI = (x_TI / scale_T1).add_(128.5).to(torch.uint8)
+        out_TO: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            shifted_TI,
+            1.0,
+            128,
+            self._weight,
+            self._scale_O,
+            self._zeros_O,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        out_TO *= scale_T1
+        return out_TO if self._bias_O is None else out_TO.add_(self._bias_O)
+
+    def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
+        return self(x_TI).add_(residual_TO)
+
+
+def _largest(rows: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each row, kept above 0."""
+    lowest, highest = rows.aminmax(dim=-1, keepdim=True)
+    return torch.maximum(highest, lowest.neg()).clamp_(min=1e-30)
+
+
+_FORMS: dict[Form, type[PlainProduct | PackedProduct | Int8Product]] = {
+    "plain": PlainProduct,
+    "packed": PackedProduct,
+    "int8": Int8Product,
+}
+
+
+@cache
+def _has_packed() -> bool:
+    """Whether this build of torch has the products of `PackedProduct`; they are the ones its own compiler emits."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    weight = torch.eye(4)
+    try:
+        packed = PackedProduct(weight, None)
+        return bool(
+            (packed.times(weight, packed.swish(weight)).diagonal() - silu(torch.tensor(1.0)))
+            .abs()
+            .max()
+            < 1e-6
+        )
+    except (RuntimeError, AttributeError):
+        return False
+
+
+@cache
+def _has_int8() -> bool:
+    """Whether sums of 8-bit products are exact: without VNNI the processor's sums of two products saturate."""
+    if not _has_packed():
+        return False
+    try:
+        full = torch.full((64, 64), 1.0)
+        return bool((Int8Product(full, None)(full) - 64).abs().max() < 1e-3)
+    except (RuntimeError, AttributeError):
+        return False

@@ -1,0 +1,164 @@
+"""Attention of one new token for each slot of the cache, compiled by numba: float32 on CPU.
+
+There torch makes a product of a few rows out of each slot, and reads keys and values at a fifth of the speed of memory.
+Here one call writes the new tokens' keys and values and attends for all slots; head size and heads of a group are
+constants of the compiled code, so that its inner loops are whole vectors. It is compiled at the first step, in some
+seconds, and kept on disk for the next process where that can be written. One thread: the work of a layer is too small
+for two to be faster. Knows no requests and no model.
+
+Shapes: S live slots, L places, H query heads, G key/value groups, D head size; h heads of a group.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from glmbatch.glm.model.kv_cache import SlotCache
+
+# Sums may be taken in any order. Nothing is assumed of nan and inf: a row that is not finite must come out so.
+_OPTIONS: dict[str, Any] = {
+    "fastmath": {"reassoc", "contract", "arcp", "nsz"},
+    "error_model": "numpy",
+}
+# New queries, keys and values are parts of one tensor: any strides. One signature, so that it is compiled once.
+_SIGNATURE = "void(UniTuple(float32[:,:,:], 3), UniTuple(float32[:,:,:,::1], 2), int64[::1], float32, float32[:,:,::1])"
+# Into the caller, where lengths are constants.
+_inlined: Callable[[Callable[..., Any]], Any] = numba.njit(forceinline=True, **_OPTIONS)
+
+
+@_inlined
+def _exp(x: Any) -> Any:
+    """e to the power of x <= 0, within two units in the last place; by arithmetic alone, so that loops are vectors.
+
+    0 where that would be no normal number. 2**r * e**f with r whole and f within half of log(2); the polynomial and the
+    split of log(2) are those of Cephes' expf.
+    """
+    least = np.float32(-87)
+    vanishes = x < least  # not so nan, which stays nan
+    x = least if vanishes else x
+    r = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    f = x - r * np.float32(0.693359375) + r * np.float32(2.12194440e-4)
+    y = np.float32(1.9875691500e-4)
+    y = y * f + np.float32(1.3981999507e-3)
+    y = y * f + np.float32(8.3334519073e-3)
+    y = y * f + np.float32(4.1665795894e-2)
+    y = y * f + np.float32(1.6666665459e-1)
+    y = y * f + np.float32(5.0000001201e-1)
+    y = y * f * f + f + np.float32(1)
+    y = y * np.int32((np.int32(r) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return np.float32(0) if vanishes else y
+
+
+@_inlined
+def _score(query_hD: Any, keys_LD: Any, seen: Any, scores_hL: Any) -> None:
+    for place in range(seen):
+        for head in range(query_hD.shape[0]):
+            score = np.float32(0)
+            for d in range(query_hD.shape[1]):
+                score += query_hD[head, d] * keys_LD[place, d]
+            scores_hL[head, place] = score
+
+
+@_inlined
+def _weigh(scores_L: Any, seen: Any) -> Any:
+    """Scores become weights; returns their sum."""
+    top, total = scores_L[0], np.float32(0)
+    for place in range(seen):
+        top = scores_L[place] if scores_L[place] > top else top
+    for place in range(seen):
+        scores_L[place] = _exp(scores_L[place] - top)
+        total += scores_L[place]
+    return total
+
+
+@_inlined
+def _mix(weights_hL: Any, values_LD: Any, seen: Any, out_hD: Any) -> None:
+    """The weighted sums of the values; four places at once, so that a sum is loaded and stored a quarter as often."""
+    out_hD[:] = 0
+    fours = seen // 4 * 4
+    for place in range(0, fours, 4):
+        for head in range(out_hD.shape[0]):
+            w0, w1 = weights_hL[head, place], weights_hL[head, place + 1]
+            w2, w3 = weights_hL[head, place + 2], weights_hL[head, place + 3]
+            for d in range(out_hD.shape[1]):
+                first_two = w0 * values_LD[place, d] + w1 * values_LD[place + 1, d]
+                out_hD[head, d] += (
+                    first_two + w2 * values_LD[place + 2, d] + w3 * values_LD[place + 3, d]
+                )
+    for place in range(fours, seen):
+        for head in range(out_hD.shape[0]):
+            for d in range(out_hD.shape[1]):
+                out_hD[head, d] += weights_hL[head, place] * values_LD[place, d]
+
+
+@functools.cache
+def _kernel(of_group: int, head_dim: int) -> Callable[..., None]:
+    """The compiled call for `of_group` query heads to each group of keys and values."""
+
+    def attend(new: Any, cached: Any, places_S: Any, scaling: Any, out_SHD: Any) -> None:
+        (q_SHD, k_SGD, v_SGD), (keys_SGLD, values_SGLD) = new, cached
+        query_hD = np.empty((of_group, head_dim), np.float32)
+        mixed_hD = np.empty((of_group, head_dim), np.float32)
+        total_h = np.empty(of_group, np.float32)
+        weights_hL = np.empty((of_group, keys_SGLD.shape[2]), np.float32)
+        for slot in range(len(places_S)):
+            place = places_S[slot]
+            for group in range(keys_SGLD.shape[1]):
+                keys_LD, values_LD = keys_SGLD[slot, group], values_SGLD[slot, group]
+                keys_LD[place], values_LD[place] = k_SGD[slot, group], v_SGD[slot, group]
+                first = group * of_group
+                for head in range(of_group):
+                    for d in range(head_dim):
+                        query_hD[head, d] = q_SHD[slot, first + head, d] * scaling
+                _score(query_hD, keys_LD, place + 1, weights_hL)
+                for head in range(of_group):
+                    total_h[head] = _weigh(weights_hL[head], place + 1)
+                _mix(weights_hL, values_LD, place + 1, mixed_hD)
+                for head in range(of_group):
+                    out_SHD[slot, first + head] = mixed_hD[head] / total_h[head]
+
+    try:
+        return _compile(attend, cache=True)
+    except (RuntimeError, OSError):  # no folder to keep it in, or no room there
+        return _compile(attend, cache=False)
+
+
+def _compile(attend: Callable[..., None], cache: bool) -> Callable[..., None]:
+    compiled: Callable[..., None] = numba.njit(_SIGNATURE, nogil=True, cache=cache, **_OPTIONS)(
+        attend
+    )
+    return compiled
+
+
+class SlotKernel:
+    """The same as `SlotLoop`, in one call."""
+
+    def __init__(self, cache: SlotCache, places: Sequence[int]) -> None:
+        assert (
+            len(places) <= cache.slots and max(places) < cache.length
+        )  # the compiled code does not look
+        self._cache, self._places_S = cache, np.array(places, np.int64)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        out = torch.empty(query.shape, dtype=query.dtype)
+        _kernel(query.shape[1] // key.shape[1], query.shape[2])(
+            (query.numpy(), key.numpy(), value.numpy()),
+            (self._cache.keys_SGLD[layer].numpy(), self._cache.values_SGLD[layer].numpy()),
+            self._places_S,
+            np.float32(scaling),
+            out.numpy(),
+        )
+        return out

@@ -1,0 +1,334 @@
+"""A Delta Lake table over published files: its readers see each publication whole, or the one before. Knows no jobs.
+
+The table is a log, OUTPUT/_delta_log, that names the Parquet files of each version. Files of earlier versions stay for
+those who still read them; Delta's own `vacuum` takes them away.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+from glmbatch.errors import GlmbatchError, InputError, TransientError
+from glmbatch.store.files import sync, writable
+from glmbatch.store.parquet import is_text, open_parquet
+from glmbatch.store.paths import AnyPath
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+LOG = "_delta_log"
+APPLICATION = "glmbatch"  # the name under which the log counts our publications
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+WIDER = {
+    pa.uint8(): pa.int16(),
+    pa.uint16(): pa.int32(),
+    pa.uint32(): pa.int64(),
+    pa.date64(): pa.date32(),
+}
+SAME = frozenset(
+    {
+        pa.bool_(),
+        pa.int8(),
+        pa.int16(),
+        pa.int32(),
+        pa.int64(),
+        pa.float32(),
+        pa.float64(),
+        pa.date32(),
+    }
+)
+HINT = "Set data.format to parquet, or leave the column out."
+
+
+def check_sources(output: AnyPath, sources: Mapping[str, AnyPath], staying: Sequence[str]) -> None:
+    """InputError when the Parquet files `sources` (name to path) cannot stand in the table of `output`.
+
+    The files `staying` of the table, by name, stay there beside them.
+    """
+    try:
+        import deltalake  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "data.format is delta, and deltalake is not installed. Run pip install 'glmbatch[delta]'."
+        ) from error
+    output = _local(output)
+    with _delta_errors(output):
+        table = _open(output)
+        if table is not None and table.transaction_version(APPLICATION) is None:
+            raise InputError(
+                f"{output}: is a Delta table that glmbatch did not write. Set data.output."
+            )
+        files = {**sources, **{name: output / name for name in staying}}
+        schemas = {name: _schema_of(path) for name, path in files.items() if path.exists()}
+        _fit(output, table, schemas, bool(staying))
+
+
+def delta_schema(where: str, schema: pa.Schema) -> pa.Schema:
+    """`schema` in types that Delta Lake has; InputError, beginning with `where`, for a column that has none.
+
+    Unsigned integers become the next wider ones, times are cut to microseconds, text without a type becomes text.
+    """
+    return pa.schema([_delta_field(where, field) for field in schema], schema.metadata)
+
+
+def _delta_field(where: str, field: pa.Field) -> pa.Field:
+    kind = _delta_type(field.type)
+    if kind is None:
+        raise InputError(
+            f"{where}: column {field.name!r} holds {field.type}, for which Delta Lake has no type. {HINT}"
+        )
+    return pa.field(field.name, kind, nullable=True)
+
+
+def _delta_type(kind: pa.DataType) -> pa.DataType | None:
+    """The Arrow type that Delta Lake's type for `kind` reads as; None where there is none."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if is_text(kind):
+        holds_bytes = (
+            pa.types.is_binary(kind)
+            or pa.types.is_large_binary(kind)
+            or pa.types.is_binary_view(kind)
+        )
+        return pa.binary() if holds_bytes else pa.string()
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("us", "UTC" if kind.tz else None)
+    if pa.types.is_fixed_size_binary(kind):
+        return pa.binary()
+    return (
+        kind
+        if kind in SAME or pa.types.is_decimal128(kind)
+        else WIDER.get(kind, _delta_nested(kind))
+    )
+
+
+def _delta_nested(kind: pa.DataType) -> pa.DataType | None:
+    parts = [kind.field(at).type for at in range(kind.num_fields)]
+    inner = [_delta_type(part) for part in parts]
+    if not inner or None in inner:
+        return None
+    if pa.types.is_struct(kind):
+        names = [kind.field(at).name for at in range(kind.num_fields)]
+        return pa.struct(list(zip(names, inner, strict=True)))
+    if pa.types.is_map(kind):
+        return pa.map_(_delta_type(kind.key_type), _delta_type(kind.item_type))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(inner[0])
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The next version of a table: its columns and partition columns, and how they take the place of the last ones."""
+
+    columns: pa.Schema
+    partitions: list[str]
+    mode: Literal["overwrite", "append"]
+    known: frozenset[str]  # files of the last version
+
+
+def _local(root: AnyPath) -> Path:
+    if isinstance(root, Path):
+        return root
+    raise InputError(
+        f"{root}: a Delta table is written on this machine only. Set data.format to parquet, or data.output."
+    )
+
+
+def plan_commit(root: AnyPath, files: Mapping[str, AnyPath]) -> Commit:
+    """How the table in `root` comes to consist of just `files` (name below `root` to where each lies now).
+
+    InputError when they cannot stand in one table; nothing is written.
+    """
+    root = _local(root)
+    with _delta_errors(root):
+        table = _open(root)
+        known = _live_files(table)
+        schemas = {name: _schema_of(path) for name, path in files.items()}
+        columns, partitions, grows = _fit(root, table, schemas, bool(known & files.keys()))
+        return Commit(columns, partitions, "append" if grows else "overwrite", frozenset(known))
+
+
+def commit_table(root: AnyPath, rows: Mapping[str, int], commit: Commit) -> None:
+    """Make the table in `root` consist of just the files `rows` (name below `root` to number of rows), in one commit.
+
+    Safe to repeat: what is there already is not committed again. The commit reaches the disk before the return.
+    """
+    from deltalake import CommitProperties, Schema, Transaction
+    from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
+
+    if commit.known == set(rows):
+        return
+    now, partitions, root = int(time.time() * 1000), commit.partitions, _local(root)
+    with _delta_errors(root), writable(root / LOG):
+        table = _open(root)
+        version = table.transaction_version(APPLICATION) if table is not None else None
+        once = CommitProperties(
+            app_transactions=[Transaction(APPLICATION, (version or 0) + 1, now)]
+        )
+        adds = [
+            AddAction(
+                name,
+                (root / name).stat().st_size,
+                partition_values(name, partitions),
+                now,
+                True,
+                json.dumps({"numRecords": rows[name]}),
+            )
+            for name in rows
+            if name not in commit.known
+        ]
+        schema = Schema.from_arrow(commit.columns)
+        if table is None:
+            create_table_with_add_actions(
+                str(root), schema, adds, partition_by=partitions, commit_properties=once
+            )
+        else:
+            _grow(table, commit)
+            gone = [
+                RemoveAction(name, True, now, None, partition_values(name, partitions))
+                for name in sorted(commit.known - set(rows))
+            ]
+            actions: list[AddAction | RemoveAction] = (
+                [*adds] if commit.mode == "overwrite" else [*gone, *adds]
+            )
+            table.create_write_transaction(
+                actions, commit.mode, schema, partitions, commit_properties=once
+            )
+        for path in (*sorted((root / LOG).glob("*.json"))[-2:], root / LOG, root):
+            sync(path)
+
+
+def _grow(table: DeltaTable, commit: Commit) -> None:
+    """Give the table the columns that it lacks, and what its readers must know for its types."""
+    from deltalake import Schema, TableFeatures
+
+    there = pa.schema(table.schema().to_arrow())
+    new = pa.schema([field for field in commit.columns if field.name not in there.names])
+    if commit.mode == "append":
+        if len(new):
+            table.alter.add_columns(Schema.from_arrow(new).fields)
+    elif "timestamp_ntz" in Schema.from_arrow(commit.columns).to_json():
+        table.alter.add_feature(
+            TableFeatures.TimestampWithoutTimezone, allow_protocol_versions_increase=True
+        )
+
+
+def table_files(root: AnyPath) -> set[str]:
+    """Names below `root` of the files of the table's latest version; none when there is no table."""
+    with _delta_errors(_local(root)):
+        return _live_files(_open(_local(root)))
+
+
+def _live_files(table: DeltaTable | None) -> set[str]:
+    if table is None:
+        return set()
+    return {
+        unquote(path)
+        for path in pa.table(table.get_add_actions(flatten=True)).column("path").to_pylist()
+    }
+
+
+def is_table(root: AnyPath) -> bool:
+    """Whether a Delta table was ever committed in `root`."""
+    return any((root / LOG).glob("*.json"))
+
+
+def _open(root: Path) -> DeltaTable | None:
+    from deltalake import DeltaTable
+
+    return DeltaTable(root) if is_table(root) else None
+
+
+@contextmanager
+def _delta_errors(root: Path) -> Iterator[None]:
+    """Turn the errors of deltalake into ours; a commit of somebody else in between may pass by itself."""
+    try:
+        yield
+    except (GlmbatchError, OSError):
+        raise
+    except Exception as error:  # deltalake raises bare ones too
+        reason = " ".join(str(error).split())[:300]
+        if "conflict" in type(error).__name__.lower() or "conflict" in reason.lower():
+            raise TransientError(f"{root}: another commit came between: {reason}") from error
+        raise InputError(
+            f"{root}: the Delta table cannot be used: {reason} Set data.output."
+        ) from error
+
+
+def _fit(
+    root: Path, table: DeltaTable | None, schemas: Mapping[str, pa.Schema], some_stay: bool
+) -> tuple[pa.Schema, list[str], bool]:
+    """The table's columns with these files in it, its partition columns, and whether it only grows for that."""
+    partitions = _partition_columns(schemas)
+    columns = pa.schema(
+        [*_one_schema(schemas), *(pa.field(name, pa.string()) for name in partitions)]
+    )
+    if table is None:
+        return columns, partitions, True
+    if schemas and table.metadata().partition_columns != partitions:
+        raise InputError(
+            f"{root}: its partition columns are {table.metadata().partition_columns}, those of this run {partitions}. "
+            "Set data.output."
+        )
+    there = delta_schema(str(root), pa.schema(table.schema().to_arrow()))
+    try:
+        return _one_schema({"the table": there, "this run": columns}), partitions, True
+    except InputError as error:
+        if some_stay:
+            raise InputError(f"{root}: {error}") from error
+        return columns, partitions, False  # nothing stays, so columns may change as they like
+
+
+def partition_values(name: str, columns: list[str]) -> dict[str, str | None]:
+    """What the folders of the file `name` say of the partition `columns`."""
+    folders = dict(part.split("=", 1) for part in PurePosixPath(name).parts[:-1] if "=" in part)
+    values = {column: unquote(folders[column]) for column in columns}
+    return {column: None if value == NULL_PARTITION else value for column, value in values.items()}
+
+
+def _partition_columns(schemas: Mapping[str, pa.Schema]) -> list[str]:
+    """The columns that folders such as day=1 give to every file, without those that the files hold themselves."""
+    first: tuple[str, list[str]] | None = None
+    for name, schema in schemas.items():
+        folders = [part.split("=", 1)[0] for part in PurePosixPath(name).parts[:-1] if "=" in part]
+        columns = [column for column in dict.fromkeys(folders) if column not in schema.names]
+        first = first or (name, columns)
+        if columns != first[1]:
+            raise InputError(
+                f"{name}: its folders give the columns {columns}, those of {first[0]} give {first[1]}; a Delta table "
+                "has one set. Set data.format to parquet."
+            )
+    return first[1] if first else []
+
+
+def _schema_of(path: AnyPath) -> pa.Schema:
+    with open_parquet(path) as file:
+        return delta_schema(str(path), file.schema_arrow.remove_metadata())
+
+
+def _one_schema(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
+    """The columns of all files; a file without one reads as null there."""
+    kinds: dict[str, tuple[str, pa.DataType]] = {}
+    folded: dict[str, str] = {}
+    for name, schema in schemas.items():
+        for field in schema:
+            if (other := folded.setdefault(field.name.casefold(), field.name)) != field.name:
+                raise InputError(
+                    f"{name}: a Delta table does not tell column {field.name!r} from {other!r}. {HINT}"
+                )
+            first, kind = kinds.setdefault(field.name, (name, field.type))
+            if field.type != kind:
+                raise InputError(
+                    f"{name}: column {field.name!r} holds {field.type}, in {first} it holds {kind}; a Delta table has "
+                    "one type. Set data.format to parquet."
+                )
+    return pa.schema([(name, kind) for name, (_, kind) in kinds.items()])

@@ -1,0 +1,278 @@
+"""Which files there are, whether the job fits them, and how they are cut into fragments. Reads footers, no rows.
+
+A fragment is a row range of one file: the unit of work, of retry and of commit. Its name is the file's path below the
+input and its first row, so new files rename nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+from pydantic import BaseModel
+
+from glmbatch.errors import InputError, UnusableFile
+from glmbatch.settings.job import DataConfig, JobConfig, answer_columns
+from glmbatch.store.files import digest_file, find_files, naming
+from glmbatch.store.parquet import check_column, open_parquet, read_rows, readable
+from glmbatch.store.paths import AnyPath, location
+
+
+class Fragment(BaseModel, frozen=True, extra="forbid"):
+    """Rows `first_row` to `first_row + rows` of one file, and the row groups that hold them.
+
+    `skip_rows` of the first row group belong to the fragment before. `digest` is that of the whole file, `stamp` its
+    size in bytes and time of change in nanoseconds (in a store: the number of its ETag) when it was planned.
+    """
+
+    source: str
+    path: str
+    digest: str
+    stamp: tuple[int, int]
+    first_row: int
+    rows: int
+    row_groups: tuple[int, ...]
+    skip_rows: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}@{self.first_row}"
+
+    @property
+    def output_name(self) -> str:
+        """Path of the fragment's file below the output."""
+        source = PurePosixPath(self.source)
+        return str(
+            source.parent / f"{source.name.removesuffix('.parquet')}-{self.first_row:010d}.parquet"
+        )
+
+
+class FileFault(BaseModel, frozen=True, extra="forbid"):
+    """A file that this run leaves out, or the fragment of it from `first_row` on, and why."""
+
+    source: str
+    reason: str
+    first_row: int | None = None
+    size_bytes: int = 0
+
+
+class Plan(BaseModel, frozen=True, extra="forbid"):
+    """All fragments of a run, file by file, and the files that cannot be used. Sources are named from `root`."""
+
+    root: str
+    fragments: tuple[Fragment, ...]
+    unusable: tuple[FileFault, ...]
+    limit: int | None = None
+
+    @property
+    def rows(self) -> int:
+        return sum(fragment.rows for fragment in self.fragments)
+
+
+def plan_fragments(job: JobConfig, *, digests: bool = True) -> Plan:
+    """Check every file of the job's input against the job and cut it into fragments.
+
+    InputError when the job fits no file or an answer's name collides, or, under `on_error: raise`, when any file
+    cannot be used; else such files are listed in the plan. Without `digests` nothing but footers is read.
+    """
+    root, names = find_files(job.data.input)
+    _refuse_nesting(root, names, job.data)
+    ranges: list[Fragment] = []
+    faults: list[FileFault] = []
+    for name, outcome in zip(names, _each_file(root, names, job, digests), strict=True):
+        if isinstance(outcome, list):
+            ranges += outcome
+        elif job.on_error == "raise":
+            raise outcome
+        else:
+            size_bytes = (root / name).stat().st_size if (root / name).exists() else 0
+            faults.append(FileFault(source=name, reason=str(outcome), size_bytes=size_bytes))
+    if not ranges:
+        raise InputError(
+            f"{job.data.input}: none of {len(names)} files can be used; the first: {faults[0].reason}"
+        )
+    _refuse_same_output(ranges)
+    fragments = tuple(_limited(ranges, job.data.limit))
+    return Plan(
+        root=str(root.resolve()), fragments=fragments, unusable=tuple(faults), limit=job.data.limit
+    )
+
+
+def _each_file(
+    root: AnyPath, names: list[str], job: JobConfig, digests: bool
+) -> Iterator[list[Fragment] | UnusableFile]:
+    """The fragments of each file, or why it cannot be used; digests are taken side by side."""
+
+    def outcome(name: str) -> list[Fragment] | UnusableFile:
+        try:
+            with naming("data.input"):
+                ranges = _fragments_of(root, name, job)
+                digest = _digest(root / name) if digests else ""
+        except UnusableFile as error:
+            return error
+        return [fragment.model_copy(update={"digest": digest}) for fragment in ranges]
+
+    with ThreadPoolExecutor(4) as pool:
+        yield from pool.map(outcome, names)
+
+
+def _refuse_same_output(ranges: list[Fragment]) -> None:
+    sources: dict[str, str] = {}
+    for fragment in ranges:
+        first = sources.setdefault(fragment.output_name, fragment.source)
+        if first != fragment.source:
+            raise InputError(
+                f"{first} and {fragment.source} would both be written to {fragment.output_name}. Rename one, or set "
+                "data.input to leave it out."
+            )
+
+
+def _refuse_nesting(root: AnyPath, names: list[str], data: DataConfig) -> None:
+    """Answers must not lie where the next run, or a reader of the output, would take them for something else."""
+    output = location(data.output).resolve()
+    with naming("data.output"):
+        is_file = output.exists() and not output.is_dir()
+    if is_file:
+        raise InputError(f"{data.output}: is a file where a folder is expected. Set data.output.")
+    recursive = location(data.input).is_dir() or "**" in data.input
+    if recursive and (output == root.resolve() or root.resolve() in output.parents):
+        raise InputError(
+            f"{data.output}: lies inside the input {root}, so answers would be read as rows. Set data.output."
+        )
+    for name in names:
+        if output in _real(root / name).parents:
+            raise InputError(
+                f"{data.output}: holds the input file {root / name}. Set data.output to a folder of its own."
+            )
+
+
+def _fragments_of(root: AnyPath, name: str, job: JobConfig) -> list[Fragment]:
+    path = root / name
+    given = location(job.data.input)
+    if isinstance(path, Path) and not _real(path).is_relative_to(
+        _real(given if given.exists() else root)
+    ):
+        raise UnusableFile(
+            f"{path}: is a link that leads out of the input. Copy the file, or set data.input to it."
+        )
+    with readable(path):
+        stamp = _stamp(path)
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+        group_rows = [
+            file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)
+        ]
+        if sum(group_rows) != file.metadata.num_rows:
+            raise UnusableFile(
+                f"{path}: its row groups hold {sum(group_rows)} rows, its footer says otherwise."
+            )
+    check_schema(path, name, schema, job)
+    return [
+        Fragment(
+            source=name,
+            path=str(path),
+            digest="",
+            stamp=stamp,
+            first_row=first_row,
+            rows=rows,
+            row_groups=row_groups,
+            skip_rows=skip_rows,
+        )
+        for first_row, rows, row_groups, skip_rows in cut(group_rows, job.data.rows_per_fragment)
+    ]
+
+
+def check_schema(path: AnyPath, name: str, schema: pa.Schema, job: JobConfig) -> None:
+    """Check that the job's prompts and answers fit a file of this schema.
+
+    InputError for a name that collides; UnusableFile for a column that is missing or holds no text, because other
+    files may have it.
+    """
+    folders = [part.split("=", 1)[0] for part in PurePosixPath(name).parts[:-1] if "=" in part]
+    taken = {column.casefold(): column for column in [*folders, *schema.names]}
+    for step in job.steps:
+        for column in answer_columns(step):
+            if column.casefold() in taken:
+                seen = taken[column.casefold()]
+                raise InputError(
+                    f"{path}: already has a column {seen!r}, which step {step.name!r} would write. Rename the step."
+                )
+    try:
+        for index, step in enumerate(job.steps):
+            for column in job.source_columns(step).values():
+                text = column == job.data.text_column
+                setting = "data.text_column" if text else f"steps[{index}].prompt_template"
+                check_column(str(path), schema, column, setting, text=text)
+        if job.data.id_column is not None:
+            check_column(str(path), schema, job.data.id_column, "data.id_column", text=False)
+    except InputError as error:
+        raise UnusableFile(str(error)) from error
+
+
+def read_fragment(
+    fragment: Fragment, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The rows of `fragment`, in order; of all columns when `columns` is None.
+
+    UnusableFile when they cannot be read, or the file is no longer the one that was planned.
+    """
+    path = location(fragment.path)
+    yield from read_rows(path, fragment.row_groups, fragment.skip_rows, fragment.rows, columns)
+    with readable(path):
+        if _stamp(path) != fragment.stamp:
+            raise UnusableFile(
+                f"{path}: was changed while the run read it. Run again when it is complete."
+            )
+
+
+def _real(path: AnyPath) -> AnyPath:
+    # realpath, since it does not raise where links go in a circle; then opening does. A store has no links.
+    return Path(os.path.realpath(path)) if isinstance(path, Path) else path
+
+
+def _stamp(path: AnyPath) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def cut(
+    group_rows: list[int], rows_per_fragment: int
+) -> Iterator[tuple[int, int, tuple[int, ...], int]]:
+    """Cut row groups of the given sizes into ranges: (first row, rows, row groups, rows to skip in the first group).
+
+    Whole row groups are put together up to `rows_per_fragment`, so that none is read twice; only a larger one is
+    cut itself. A file without rows is one range of none, so that it has its place in the output.
+    """
+    first_row = 0
+    pending: list[int] = []
+    pending_rows = 0
+    for group, size in enumerate(group_rows):
+        if pending and pending_rows + size > rows_per_fragment:
+            yield first_row, pending_rows, tuple(pending), 0
+            first_row, pending, pending_rows = first_row + pending_rows, [], 0
+        if size > rows_per_fragment:
+            for skip in range(0, size, rows_per_fragment):
+                yield first_row + skip, min(rows_per_fragment, size - skip), (group,), skip
+            first_row += size
+        elif size:
+            pending.append(group)
+            pending_rows += size
+    if pending or not first_row:
+        yield first_row, pending_rows, tuple(pending), 0
+
+
+def _digest(path: AnyPath) -> str:
+    with readable(path):
+        return digest_file(path)
+
+
+def _limited(ranges: list[Fragment], limit: int | None) -> Iterator[Fragment]:
+    left = sum(fragment.rows for fragment in ranges) if limit is None else limit
+    for fragment in ranges:
+        if limit is not None and not left:
+            return
+        yield fragment if fragment.rows <= left else fragment.model_copy(update={"rows": left})
+        left -= min(left, fragment.rows)

@@ -1,0 +1,192 @@
+"""Answers that need not be asked for again, found by row key wherever they lie. Knows no prompts and no models.
+
+The keys stand beside the answers in the published files and in what killed runs left committed. The index over them is
+held in memory and made from those files alone: losing it costs the time to read their key columns.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from glmbatch.errors import UnusableFile
+from glmbatch.ledger.rowkeys import KEY_BYTES
+from glmbatch.store.files import digest_file
+from glmbatch.store.parquet import read_columns
+from glmbatch.store.paths import AnyPath
+
+logger = logging.getLogger(__name__)
+
+# Tables of answers kept decoded: rows of one new file often come from the same old ones.
+TABLES_KEPT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFile:
+    """A file with the answers of one step, whose columns begin with `step`; `digest` is that of its bytes."""
+
+    path: AnyPath
+    step: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Where keys stand: the first halves of them, sorted, each with its file's number and its row."""
+
+    halves_K: np.ndarray
+    places_K2: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.halves_K)
+
+    def find(self, wanted: np.ndarray) -> np.ndarray:
+        """The places [found, 2] of those halves `wanted` that are here."""
+        at = np.searchsorted(self.halves_K, wanted)
+        inside = at < len(self)
+        at, wanted = at[inside], wanted[inside]
+        found: np.ndarray = self.places_K2[at[self.halves_K[at] == wanted]]
+        return found
+
+
+def _sorted_segment(halves_K: np.ndarray, places_K2: np.ndarray) -> _Segment:
+    order = np.argsort(halves_K, kind="stable")
+    return _Segment(halves_K[order], places_K2[order])
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Keys that one caller answers (`mine`), and the earlier callers that it must wait for to have the others."""
+
+    mine: frozenset[bytes]
+    earlier: tuple[Hold, ...]
+    ended: threading.Event
+
+    def wait_for_others(self) -> None:
+        """Return once the earlier callers have committed their keys, or failed to."""
+        for other in self.earlier:
+            other.ended.wait()
+
+
+class KnownAnswers:
+    """The answers under one step key, by row key; `schema` is that of the step's columns. Safe to use from threads.
+
+    With `retry_failed`, rows on which the model failed are not among them.
+    """
+
+    def __init__(
+        self, files: Sequence[AnswerFile], step: str, schema: pa.Schema, *, retry_failed: bool
+    ) -> None:
+        self._step, self._schema, self._retry_failed = step, schema, retry_failed
+        self._lock = threading.Lock()
+        self._holders: dict[bytes, Hold] = {}
+        self._files: list[AnswerFile] = []
+        # Each at least twice as large as the next, so that a row is sorted again a few times in all.
+        self._segments: list[_Segment] = []
+        self._proved: set[int] = set()
+        self._table = lru_cache(TABLES_KEPT)(self._read)
+        for file in files:
+            self.add(file)
+
+    def add(self, file: AnswerFile) -> None:
+        """Take in the answers of one more file; one that cannot be read has none."""
+        try:
+            halves, rows = _halves_and_rows(file, self._retry_failed)
+        except UnusableFile as error:
+            logger.warning("%s: its answers are not reused", error)
+            return
+        with self._lock:
+            number = len(self._files)
+            self._files.append(file)
+            segment = _sorted_segment(halves, np.stack((np.full_like(rows, number), rows), axis=1))
+            while self._segments and len(self._segments[-1]) < 2 * len(segment):
+                last = self._segments.pop()
+                segment = _sorted_segment(
+                    np.concatenate((last.halves_K, segment.halves_K)),
+                    np.concatenate((last.places_K2, segment.places_K2)),
+                )
+            self._segments.append(segment)
+
+    @contextmanager
+    def hold(self, keys: Collection[bytes]) -> Iterator[Hold]:
+        """Take those of `keys` that nobody holds, until the end: they are being answered.
+
+        All at once, and waits go only to who came before, so that no callers wait for one another in a circle.
+        """
+        with self._lock:
+            earlier = {id(hold): hold for key in keys if (hold := self._holders.get(key))}
+            mine = frozenset(key for key in keys if key not in self._holders)
+            hold = Hold(mine, tuple(earlier.values()), threading.Event())
+            self._holders.update(dict.fromkeys(mine, hold))
+        try:
+            yield hold
+        finally:
+            with self._lock:
+                for key in mine:
+                    del self._holders[key]
+            hold.ended.set()
+
+    def find(self, keys: Collection[bytes]) -> pa.Table:
+        """The answers under `keys` that are known, each once, in any order."""
+        wanted: dict[int, list[int]] = {}
+        for file, row in self._look_up(list(keys)):
+            wanted.setdefault(file, []).append(row)
+        found = [self._schema.empty_table()]
+        for file, rows in sorted(wanted.items()):
+            table = self._table(file)
+            if table is not None:
+                found.append(table.take(pa.array(rows, pa.int64())))
+        answers = pa.concat_tables(found).combine_chunks()
+        left = set(keys)  # half a key may be another's
+        sure = []
+        for key in answers.column(f"{self._step}_key").to_pylist():
+            sure.append(key in left)
+            left.discard(key)
+        return answers.filter(pa.array(sure, pa.bool_()))
+
+    def _look_up(self, keys: Sequence[bytes]) -> list[tuple[int, int]]:
+        if not keys:
+            return []
+        wanted = np.unique(np.frombuffer(b"".join(keys), np.uint64)[::2])
+        with self._lock:
+            segments = list(self._segments)
+        return [(int(file), int(row)) for segment in segments for file, row in segment.find(wanted)]
+
+    def _read(self, number: int) -> pa.Table | None:
+        """The answers of a file; None when it is no longer what was committed."""
+        file = self._files[number]
+        try:
+            if number not in self._proved and not digest_file(file.path).startswith(file.digest):
+                raise UnusableFile(f"{file.path}: was changed after it was written")
+            self._proved.add(number)
+            names = [file.step + field.name.removeprefix(self._step) for field in self._schema]
+            table = read_columns(file.path, names).rename_columns(self._schema.names)
+            return table.cast(self._schema)
+        except (UnusableFile, OSError, pa.ArrowException) as error:
+            logger.warning("%s: its answers are not reused", error)
+            return None
+
+
+def _halves_and_rows(file: AnswerFile, retry_failed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The first 8 bytes of the row keys of `file`, and the rows where they stand."""
+    columns = read_columns(file.path, [f"{file.step}_key", f"{file.step}_error"])
+    try:
+        keys = (
+            columns.column(0).cast(pa.binary(KEY_BYTES)).combine_chunks()
+        )  # in a Delta table they have no length
+    except pa.ArrowException as error:
+        raise UnusableFile(f"{file.path}: its keys are no keys: {error}") from error
+    kept = keys.is_valid()
+    if retry_failed:
+        kept = pc.and_(kept, columns.column(1).combine_chunks().is_null())
+    rows = np.flatnonzero(kept.to_numpy(zero_copy_only=False)).astype(np.int64)
+    # Through a copy, whose buffer begins with its first value.
+    return np.frombuffer(b"".join(keys.filter(kept).to_pylist()), np.uint64)[::2].copy(), rows

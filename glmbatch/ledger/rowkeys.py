@@ -1,0 +1,71 @@
+"""Identity: when are two answers the same answer. Pure hashing; reads no files.
+
+step key      everything that changes a step's answers: its settings, weights, tokenizer, numerics, code version
+row key       step key + the row's rendered prompt; the same key is the same answer, wherever the row stands
+answers key   step key + the rows of one fragment (by the digest of their file) + the answers its prompts use
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from glmbatch.ledger.fragments import Fragment
+from glmbatch.settings.job import AUDITS, GenerateStep, JobConfig, Step
+
+# Raise it by hand when the same settings, weights and prompt give another answer than before.
+ANSWERS_VERSION = 2
+KEY_BYTES = 16
+
+
+def _digest(parts: object) -> str:
+    canonical = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[: 2 * KEY_BYTES]
+
+
+def answer_settings(step: Step) -> dict[str, Any]:
+    """The settings of `step` that change its answers; its name, its audits and its model's place do not."""
+    settings = step.model_dump(mode="json", exclude={"name", "model", *AUDITS})
+    if isinstance(step, GenerateStep) and step.temperature == 0:
+        for unused in ("top_p", "top_k", "seed"):
+            del settings[unused]
+    return settings
+
+
+def step_key(step: Step, model_identity: str) -> str:
+    """Key of everything that changes the answers of `step` except the rows; its name and speed settings do not.
+
+    `model_identity` stands for weights, tokenizer and numerics.
+    """
+    return _digest([ANSWERS_VERSION, answer_settings(step), model_identity])
+
+
+def row_key(step_key: str, prompt: str) -> bytes:
+    """Key of one row's answer, 16 bytes."""
+    return hashlib.blake2b(prompt.encode(), key=step_key.encode(), digest_size=KEY_BYTES).digest()
+
+
+def row_seed(seed: int, key: bytes) -> int:
+    """Seed of one row's draws, 64 bits: the same for the same row wherever and whenever it is answered."""
+    mixed = hashlib.blake2b(key, key=seed.to_bytes(8, "big"), digest_size=8).digest()
+    return int.from_bytes(mixed, "big")
+
+
+def answers_key(
+    job: JobConfig, fragment: Fragment, step: Step, step_key: str, earlier: Mapping[str, str]
+) -> str:
+    """Key of the answers of `step` over the rows of `fragment`.
+
+    `earlier` maps the steps that its prompt uses to their answers keys. The file's name is no part of it: a renamed
+    file has the same answers. The step's name is: it names the columns.
+    """
+    rows = [fragment.digest, fragment.first_row, fragment.rows]
+    return _digest([step.name, step_key, rows, job.source_columns(step), dict(earlier)])
+
+
+def output_key(fragment: Fragment, answers: Mapping[str, str], format: str = "parquet") -> str:
+    """Key of the output file of `fragment`: its place, its rows, and the answers beside them (step to answers key)."""
+    place = fragment.model_dump(mode="json", exclude={"path", "stamp"})
+    return _digest([place, list(answers.items()), *([] if format == "parquet" else [format])])

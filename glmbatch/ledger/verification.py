@@ -1,0 +1,329 @@
+"""`glmbatch verify`: proof, without a model, that an output is as its manifest says, with all rows of its sources.
+
+Reads; changes nothing. A finding names the file, the row where one is to blame, and what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path, PurePath
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ValidationError
+
+from glmbatch.errors import InputError, UnusableFile
+from glmbatch.ledger.delta import LOG, table_files
+from glmbatch.ledger.ledger import (
+    MANIFEST,
+    PUBLISHING,
+    QUARANTINE,
+    RECEIPT,
+    STAGED,
+    Ledger,
+    Manifest,
+    OutputReceipt,
+    PublishedFile,
+)
+from glmbatch.store.files import PARTIAL, digest_file
+from glmbatch.store.parquet import footer_metadata, open_parquet, read_columns, read_rows
+from glmbatch.store.paths import AnyPath, location
+
+
+class Finding(BaseModel, frozen=True, extra="forbid"):
+    """`wrong`: the output is not what it should be. `unchecked`: its source is gone or was changed since.
+
+    `waiting`: not published, of a run that was refused or killed; what is published is not touched by it.
+    """
+
+    kind: Literal["wrong", "unchecked", "waiting"]
+    file: str
+    what: str
+    row: int | None = None
+
+    def __str__(self) -> str:
+        row = "" if self.row is None else f" row {self.row}:"
+        return f"{self.kind}: {self.file}:{row} {self.what}"
+
+
+class Verification(BaseModel, frozen=True, extra="forbid"):
+    """What was looked at, and what was found; sound without findings of kind "wrong"."""
+
+    output: str
+    files: int
+    rows: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def sound(self) -> bool:
+        return all(finding.kind != "wrong" for finding in self.findings)
+
+
+def verify(output: str | Path) -> Verification:
+    """Look at everything that is published in `output`. InputError when nothing is."""
+    ledger = Ledger(output)
+    manifest = ledger.manifest()
+    if manifest is None:
+        raise InputError(
+            f"{output}: there is no {MANIFEST}, so nothing is published here. Give the job's data.output."
+        )
+    _source_digest.cache_clear()
+    findings = [*_strangers(ledger, manifest), *_mixed_keys(manifest), *_gaps(manifest)]
+    faulty: Counter[str] = Counter()
+    for file in manifest.files:
+        findings += _file_findings(ledger.root, manifest, file, faulty)
+    findings += _quarantine_findings(ledger, manifest, faulty)
+    return Verification(
+        output=str(output),
+        files=len(manifest.files),
+        rows=sum(file.rows for file in manifest.files),
+        findings=tuple(findings),
+    )
+
+
+def describe(verification: Verification) -> str:
+    """The findings as text for a person."""
+    counts = Counter(finding.kind for finding in verification.findings)
+    end = "sound" if verification.sound else f"{counts['wrong']} things are wrong"
+    if counts["unchecked"]:
+        end += f"; not compared with {counts['unchecked']} sources, which are gone or newer"
+    head = f"{verification.output}: {verification.files} files, {verification.rows} rows: {end}"
+    return "\n".join([*(str(finding) for finding in verification.findings), head])
+
+
+@lru_cache(maxsize=1024)
+def _source_digest(path: AnyPath) -> str:
+    """Taken once: a source has many fragments."""
+    return digest_file(path)
+
+
+def _wrong(file: str, what: str, row: int | None = None) -> Finding:
+    return Finding(kind="wrong", file=file, what=what, row=row)
+
+
+def _strangers(ledger: Ledger, manifest: Manifest) -> Iterator[Finding]:
+    """Files that a reader of the folder would take for answers, and what was left half-written."""
+    named = {file.output_name for file in manifest.files}
+    if manifest.format == "delta":
+        for name in sorted(named ^ table_files(ledger.root)):
+            yield _wrong(
+                name, f"stands in {LOG if name not in named else MANIFEST} alone; run the job again"
+            )
+    for path in sorted(ledger.root.rglob("*")):
+        name = path.relative_to(ledger.root).as_posix()
+        if name == PUBLISHING:
+            yield _wrong(name, "a publication did not come to its end; run the job again")
+        elif path.name.endswith(PARTIAL):
+            yield _wrong(name, "is half-written; the next run takes it away")
+        elif name.startswith(f"{STAGED}/"):
+            yield Finding(
+                kind="waiting",
+                file=name,
+                what="is of a run that was refused or killed; the next one takes it",
+            )
+        elif (
+            manifest.format == "parquet"
+            and name not in named
+            and _is_seen(path.relative_to(ledger.root))
+        ):
+            yield _wrong(
+                name, f"is not in {MANIFEST}: of a run that did not end, or not of glmbatch"
+            )
+
+
+def _is_seen(name: PurePath) -> bool:
+    return name.suffix == ".parquet" and not any(part[0] in "._" for part in name.parts)
+
+
+def _mixed_keys(manifest: Manifest) -> Iterator[Finding]:
+    first = manifest.files[0] if manifest.files else None
+    for file in manifest.files:
+        if first is not None and file.step_keys != first.step_keys:
+            yield _wrong(
+                file.output_name,
+                f"was answered with other settings or weights than {first.output_name}",
+            )
+
+
+def _gaps(manifest: Manifest) -> Iterator[Finding]:
+    """Rows of a source that no file has, or two files have."""
+    ranges: dict[str, list[PublishedFile]] = defaultdict(list)
+    for file in manifest.files:
+        ranges[file.source].append(file)
+    damaged = {fault.source for fault in manifest.unusable}
+    for source, files in ranges.items():
+        at = 0
+        for file in sorted(files, key=lambda file: file.first_row):
+            if file.first_row < at:
+                yield _wrong(
+                    file.output_name,
+                    f"has rows of {source} that another file has too",
+                    file.first_row,
+                )
+            elif file.first_row > at and source not in damaged:
+                yield _wrong(
+                    file.output_name,
+                    f"rows {at} to {file.first_row - 1} of {source} are in no file",
+                )
+            at = max(at, file.first_row + file.rows)
+        path = location(manifest.root) / source
+        total = _rows_of(path)
+        same = all(file.source_digest == files[0].source_digest for file in files)
+        whole = manifest.limit is None and source not in damaged and same
+        if (
+            whole
+            and total is not None
+            and at < total
+            and _source_digest(path) == files[0].source_digest
+        ):
+            yield _wrong(
+                files[-1].output_name, f"rows {at} to {total - 1} of {source} are in no file"
+            )
+
+
+def _rows_of(path: AnyPath) -> int | None:
+    try:
+        with open_parquet(path) as file:
+            return int(file.metadata.num_rows)
+    except (UnusableFile, OSError):
+        return None
+
+
+def _file_findings(
+    root: AnyPath, manifest: Manifest, file: PublishedFile, faulty: Counter[str]
+) -> Iterator[Finding]:
+    path, name = root / file.output_name, file.output_name
+    if not path.is_file():
+        yield _wrong(name, "is gone")
+        return
+    if digest_file(path) != file.digest:
+        yield _wrong(
+            name, f"was changed after it was published: its digest is not that of {MANIFEST}"
+        )
+    try:
+        text = footer_metadata(path, RECEIPT)
+        receipt = OutputReceipt.model_validate_json(text or "")
+        yield from _receipt_findings(file, receipt)
+        yield from _answer_findings(path, file, receipt, faulty)
+        yield from _source_findings(root, manifest, file, receipt)
+    except UnusableFile as error:
+        yield _wrong(name, str(error))
+    except ValidationError:
+        yield _wrong(name, "has no receipt in its footer")
+
+
+def _receipt_findings(file: PublishedFile, receipt: OutputReceipt) -> Iterator[Finding]:
+    fragment = receipt.fragment
+    said = {
+        "key": (receipt.key, file.output_key),
+        "digest of the source": (fragment.digest, file.source_digest),
+        "first row": (fragment.first_row, file.first_row),
+        "number of rows": (fragment.rows, file.rows),
+        "number of failed rows": (receipt.faulty_rows, file.faulty_rows),
+        "step keys": ({each.step: each.step_key for each in receipt.answers}, file.step_keys),
+    }
+    for what, (inside, outside) in said.items():
+        if inside != outside:
+            yield _wrong(
+                file.output_name,
+                f"its receipt and {MANIFEST} differ in the {what}: {inside}, {outside}",
+            )
+
+
+def _answer_findings(
+    path: AnyPath, file: PublishedFile, receipt: OutputReceipt, faulty: Counter[str]
+) -> Iterator[Finding]:
+    """Every row has an answer or a reason, for every step; and as many reasons as the receipt counts."""
+    names = [f"{step.step}{end}" for step in receipt.answers for end in ("", "_error", "_key")]
+    table = read_columns(path, names)
+    if len(table) != file.rows:
+        yield _wrong(file.output_name, f"has {len(table)} rows, {MANIFEST} says {file.rows}")
+    failed = pa.array([False] * len(table), pa.bool_())
+    for step in (each.step for each in receipt.answers):
+        answered, reason, key = (
+            table.column(f"{step}{end}").is_valid() for end in ("", "_error", "_key")
+        )
+        for row in _rows_where(pc.equal(answered, reason))[:1]:
+            yield _wrong(
+                file.output_name, f"step {step!r} has neither an answer nor a reason, or both", row
+            )
+        for row in _rows_where(pc.and_(answered, pc.invert(key)))[:1]:
+            yield _wrong(file.output_name, f"step {step!r} has an answer without its key", row)
+        failed = pc.or_(failed, reason.combine_chunks())
+        faulty[file.source] += int(pc.sum(reason).as_py() or 0)
+    count = int(pc.sum(failed).as_py() or 0)
+    if count != file.faulty_rows:
+        yield _wrong(
+            file.output_name, f"{count} of its rows failed, {MANIFEST} says {file.faulty_rows}"
+        )
+
+
+def _rows_where(condition: pa.ChunkedArray | pa.Array) -> list[int]:
+    return [row for row, holds in enumerate(condition.to_pylist()) if holds]
+
+
+def _source_findings(
+    root: AnyPath, manifest: Manifest, file: PublishedFile, receipt: OutputReceipt
+) -> Iterator[Finding]:
+    """The source's own columns stand in the output as they are, row for row."""
+    source, path = location(manifest.root) / file.source, root / file.output_name
+    if not source.is_file():
+        yield Finding(kind="unchecked", file=file.output_name, what=f"{source} is gone")
+        return
+    if _source_digest(source) != file.source_digest:
+        yield Finding(
+            kind="unchecked",
+            file=file.output_name,
+            what=f"{source} was changed after it was answered",
+        )
+        return
+    fragment = receipt.fragment
+    with open_parquet(source) as opened, open_parquet(path) as published:
+        names, there = opened.schema_arrow.names, set(published.schema_arrow.names)
+        all_groups = range(published.num_row_groups)
+    for name in names:
+        if name not in there:
+            yield _wrong(file.output_name, f"has no column {name!r}, which {source} has")
+            continue
+        theirs = _column(source, fragment.row_groups, fragment.skip_rows, fragment.rows, name)
+        ours = _column(path, all_groups, 0, file.rows, name)
+        if manifest.format == "delta":  # it has fewer types
+            with suppress(pa.ArrowException):
+                theirs = theirs.cast(ours.type)
+        if ours.equals(theirs):
+            continue
+        for row, (one, other) in enumerate(zip(ours.to_pylist(), theirs.to_pylist(), strict=False)):
+            if one != other and repr(one) != repr(other):  # nan is not equal to itself
+                yield _wrong(
+                    file.output_name,
+                    f"column {name!r} is not what row {file.first_row + row} of {source} has",
+                    row,
+                )
+                break
+
+
+def _column(
+    path: AnyPath, row_groups: Sequence[int], skip_rows: int, rows: int, name: str
+) -> pa.ChunkedArray:
+    batches = list(read_rows(path, row_groups, skip_rows, rows, [name]))
+    return pa.Table.from_batches(batches).column(0) if batches else pa.chunked_array([], pa.null())
+
+
+def _quarantine_findings(
+    ledger: Ledger, manifest: Manifest, faulty: Counter[str]
+) -> Iterator[Finding]:
+    listed = Counter(
+        line["source"]
+        for line in ledger.quarantine({file.source for file in manifest.files})
+        if line["step"]
+    )
+    for source in sorted(listed.keys() | faulty.keys()):
+        if listed[source] != faulty[source]:
+            yield _wrong(
+                QUARANTINE,
+                f"lists {listed[source]} failures of {source}; its files hold {faulty[source]}",
+            )

@@ -1,0 +1,232 @@
+"""Files by name: finding inputs, committing outputs, digests. On this machine or in an object store, by the same calls.
+
+Knows nothing of what is in a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
+
+from glmbatch.errors import InputError, StoreRefused, TransientError
+from glmbatch.store.paths import GLOB_MARKS, AnyPath, ObjectPath, location, store_errors
+
+PARTIAL = ".partial"
+# The output is at fault, and only the caller can mend it; anything else of the system may pass by itself.
+UNWRITABLE = frozenset(
+    {
+        errno.ENOENT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+    }
+)
+
+
+def find_files(pattern: str) -> tuple[AnyPath, list[str]]:
+    """The folder that the matching files are named from, and their sorted POSIX paths below it.
+
+    A folder stands for every `.parquet` file below it. Names that start with a dot or an underscore are skipped, as
+    Arrow, Spark and DuckDB skip them, and links to folders are not followed. Files are named from above the partition
+    folders (`day=1`), so a run over one day names them as a run over all days does. InputError when nothing matches.
+    """
+    with naming("data.input"):
+        root, names = _find(location(pattern), pattern)
+    while "=" in root.name:
+        root, names = root.parent, [f"{root.name}/{name}" for name in names]
+    return root, sorted(set(names))
+
+
+@contextmanager
+def naming(setting: str) -> Iterator[None]:
+    """Add to what a store refuses which `setting` led there."""
+    try:
+        yield
+    except StoreRefused as error:
+        raise StoreRefused(f"{error} Or set {setting}.") from error
+
+
+def _find(whole: AnyPath, pattern: str) -> tuple[AnyPath, list[str]]:
+    root: AnyPath
+    if whole.is_file():
+        return whole.parent, [whole.name]
+    if whole.is_dir():
+        root, names = whole, _parquet_below(whole, whole)
+    elif GLOB_MARKS & set(pattern):
+        root, names = _matches(whole)
+    else:
+        seen = f" (from {Path.cwd()})" if isinstance(whole, Path) else ""
+        raise InputError(f"{pattern}: no such file or folder{seen}. Set data.input.")
+    if not names:
+        raise InputError(
+            f"{pattern}: no Parquet file matches (hidden and _underscore names are skipped). Set data.input."
+        )
+    return root, names
+
+
+def _matches(pattern: AnyPath) -> tuple[AnyPath, list[str]]:
+    fixed = len(_leading_plain_parts(pattern))
+    root = type(pattern)(*pattern.parts[:fixed]) if fixed else Path()
+    if not root.is_dir():
+        raise InputError(f"{pattern}: there is no folder {root}. Set data.input.")
+    rest = "/".join(pattern.parts[fixed:])
+    if isinstance(root, ObjectPath):
+        return root, _objects_matching(root, rest)
+    names: list[str] = []
+    try:
+        matches = list(root.glob(rest))
+    except ValueError as error:
+        raise InputError(f"{pattern}: {error}. Set data.input.") from error
+    for match in matches:
+        if match.is_dir():
+            names += _parquet_below(root, match)
+        elif not _is_hidden(match.relative_to(root)):
+            names.append(match.relative_to(root).as_posix())
+    return root, names
+
+
+def _objects_matching(root: ObjectPath, pattern: str) -> list[str]:
+    """Objects that `pattern` names, and those with a Parquet name below a folder that it names."""
+    found = [] if pattern.endswith("**") else list(root.glob(pattern))
+    found += root.glob(f"{pattern}/**/*.parquet")
+    names = [path.relative_to(root) for path in found]
+    return [str(name) for name in names if not _is_hidden(name)]
+
+
+def _leading_plain_parts(pattern: PurePath) -> list[str]:
+    plain: list[str] = []
+    for part in pattern.parts:
+        if GLOB_MARKS & set(part):
+            break
+        plain.append(part)
+    return plain
+
+
+def _parquet_below(root: AnyPath, folder: AnyPath) -> list[str]:
+    names: list[str] = []
+    if isinstance(folder, ObjectPath):
+        names += [str(path.relative_to(root)) for path in folder.rglob("*.parquet")]
+    else:
+        for here, folders, files in os.walk(folder, onerror=_refuse_folder):
+            folders[:] = [name for name in folders if name[0] not in "._"]
+            names += [
+                (Path(here) / name).relative_to(root).as_posix()
+                for name in files
+                if name.endswith(".parquet")
+            ]
+    return [name for name in names if not _is_hidden(Path(name))]
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise InputError(
+        f"{error.filename}: the folder cannot be read: {error.strerror}. Set data.input."
+    ) from error
+
+
+def _is_hidden(path: PurePath) -> bool:
+    return any(part[0] in "._" for part in path.parts)
+
+
+def digest_file(path: AnyPath) -> str:
+    """SHA-256 of the bytes of `path`, in hexadecimal."""
+    with store_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def partial_beside(path: AnyPath) -> Iterator[Path]:
+    """Give a name beside `path` to write to; whatever is left there at the end is removed.
+
+    The name starts with a dot, so no reader takes it for data. What is for a store is written on this machine before.
+    """
+    if isinstance(path, ObjectPath):
+        with TemporaryDirectory(prefix="glmbatch-") as folder:
+            yield Path(folder) / path.name
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}{PARTIAL}")
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+    finally:
+        with suppress(OSError):  # what stopped the writing is what the caller must hear of
+            partial.unlink(missing_ok=True)
+
+
+def commit(partial: Path, path: AnyPath) -> None:
+    """Make the finished file `partial` be `path`.
+
+    The bytes reach the disk before the rename, and the rename before the return: after a power loss `path` is whole
+    or what it was before. In a store, where a name shows no bytes before it has all, it is written by one upload.
+    """
+    with writable(path):
+        if isinstance(path, ObjectPath):
+            path.upload(partial)
+            return
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+
+
+def move(there: AnyPath, path: AnyPath) -> None:
+    """Make the committed file `there` be `path`, on the same disk or in the same store, where the first name stays."""
+    if isinstance(path, ObjectPath) and isinstance(there, ObjectPath):
+        path.copy_from(there)
+    elif isinstance(there, Path):
+        with writable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        commit(there, path)
+
+
+def modified(path: AnyPath) -> float:
+    """When `path` was written last, in seconds."""
+    return path.modified().timestamp() if isinstance(path, ObjectPath) else path.stat().st_mtime
+
+
+def remove_tree(folder: AnyPath) -> None:
+    """Remove all below `folder`, as far as that can be done."""
+    if isinstance(folder, ObjectPath):
+        folder.remove_tree()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def committed(path: AnyPath) -> Iterator[Path]:
+    """Give a name to write to; at the end, and only if nothing failed, it becomes `path`."""
+    with partial_beside(path) as partial:
+        yield partial
+        commit(partial, path)
+
+
+def sync(path: Path) -> None:
+    """Have what was written to the file or folder `path` reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def writable(path: AnyPath) -> Iterator[None]:
+    """Turn the system's errors of writing `path` into ours."""
+    try:
+        with naming("data.output"):
+            yield
+    except OSError as error:
+        reason = (
+            str(error) if error.errno is None else os.strerror(error.errno)
+        )  # Arrow's own text is three lines
+        if error.errno in UNWRITABLE or isinstance(error, FileExistsError | FileNotFoundError):
+            raise InputError(f"{path}: cannot be written: {reason}. Set data.output.") from error
+        raise TransientError(f"{path}: cannot be written: {reason}.") from error

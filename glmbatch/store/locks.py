@@ -1,0 +1,232 @@
+"""One run at a time writes to an output. Knows no receipts and no files of it but its own.
+
+On this machine the system holds the lock (`flock`) and frees it when the process ends, however it ends. A store has no
+such thing. There a lock is an object of its own number, OUTPUT/_glmbatch/lock.00000001, and the highest number holds:
+
+    take      create the next number, on the condition that it is not there; only one of several can
+    keep      write it again every half minute
+    lose      a higher number is there: another run took over, since this one was not heard of for minutes
+    let go    write that it is free; it stays, so that no number ever comes twice
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from glmbatch.errors import GlmbatchError, InputError, Interrupted
+from glmbatch.store.files import committed, writable
+from glmbatch.store.paths import AnyPath, ObjectPath
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 20.0
+STALE_SECONDS = (
+    180.0  # many heartbeats, so that no store that is slow for a while costs a living run its lock
+)
+# The locks that this process holds, by path, and for which run.
+_LOCKS: dict[str, tuple[str, FileLock | StoreLock]] = {}
+_TAKING = threading.Lock()
+_TOKEN = (
+    uuid.uuid4().hex
+)  # of this process: what it left in a store when that failed in the midst is its own
+
+
+def hold(path: AnyPath, run: str) -> None:
+    """Keep all but `run` from taking the lock `path` until `release`; InputError when another has it."""
+    name = str(path.resolve())
+    with _TAKING:
+        here = _LOCKS[name][0] if name in _LOCKS else run
+        if here != run:
+            raise InputError(
+                f"{path.parent.parent}: another run of this process is writing to it. Set data.output."
+            )
+        if name not in _LOCKS:
+            lock = StoreLock(path, token=_TOKEN) if isinstance(path, ObjectPath) else FileLock(path)
+            lock.take()
+            _LOCKS[name] = run, lock
+
+
+def release(path: AnyPath, run: str) -> None:
+    """Let others take the lock `path`, if `run` holds it."""
+    name = str(path.resolve())
+    if name in _LOCKS and _LOCKS[name][0] == run:
+        _LOCKS.pop(name)[1].let_go()
+
+
+def check_held(path: AnyPath) -> None:
+    """Interrupted when the lock that this process took at `path` is another's by now."""
+    held = _LOCKS.get(str(path.resolve()))
+    if held is not None:
+        held[1].check()
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} of {socket.gethostname()}"
+
+
+class FileLock:
+    """A lock on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle = -1
+
+    def take(self) -> None:
+        """InputError when the folder cannot be written, or another process holds the lock."""
+        with committed(self._path.with_name("writable")) as partial, writable(self._path):
+            partial.write_bytes(b"")
+        self._path.with_name("writable").unlink(missing_ok=True)
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(self._handle, 1000).decode(errors="replace") or "another process"
+            os.close(self._handle)
+            raise InputError(
+                f"{self._path.parent.parent}: {holder} is writing to it. Wait for its end, or set data.output."
+            ) from error
+        os.ftruncate(self._handle, 0)
+        os.write(self._handle, _this_process().encode())
+
+    def check(self) -> None:
+        """Nothing: the system takes it from no living process."""
+
+    def let_go(self) -> None:
+        """Free it; so does the end of the process."""
+        os.close(self._handle)
+
+
+class StoreLock:
+    """A lock in a store, kept by a thread from `take` to `let_go`.
+
+    How old another's sign is, is told by the store's clock alone. A process that stood still for too long finds out by
+    `check`, which it asks before it makes anything public.
+    """
+
+    def __init__(
+        self,
+        path: ObjectPath,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        stale_seconds: float = STALE_SECONDS,
+        token: str | None = None,
+    ) -> None:
+        self._folder, self._name, self._output = path.parent, path.name, path.parent.parent
+        self._heartbeat_seconds, self._stale_seconds = heartbeat_seconds, stale_seconds
+        self._token = token or uuid.uuid4().hex
+        self._number = 0
+        self._heard = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="store lock", daemon=True)
+
+    def take(self) -> None:
+        """InputError when the store cannot be written, another run holds the lock, or takes it at the same moment."""
+        now, numbers = self._probe(), self._numbers()
+        if numbers and (age := self._age(numbers[-1], now)) <= self._stale_seconds:
+            self._refuse(numbers[-1], age)
+        self._number = numbers[-1] + 1 if numbers else 1
+        # It may be there by our own first try, whose answer was lost; so what it holds decides, not what `create` says.
+        self._heard = time.monotonic()
+        self._path(self._number).create(self._content())
+        there = self._numbers()
+        if there[-1:] != [self._number] or self._read(self._number)["token"] != self._token:
+            self._refuse(max(there, default=self._number), 0)
+        for number in there[:-1]:
+            self._path(number).unlink(missing_ok=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Interrupted when another run took over, or may do so at any moment."""
+        silent = time.monotonic() - self._heard > self._stale_seconds
+        if silent or self._numbers()[-1:] != [self._number]:
+            raise Interrupted(
+                f"{self._output}: nothing more is written: nothing was heard of this run for "
+                f"{self._stale_seconds:.0f} s, and another one may have taken over. Run again when that has ended."
+            )
+
+    def let_go(self) -> None:
+        """Free it for the next run; where that fails now, it is free when it is stale."""
+        self._ended.set()
+        self._thread.join()
+        try:
+            self._write_sign(free=True)
+        except GlmbatchError as error:
+            logger.warning(
+                "%s: stays locked for %.0f s: %s", self._output, self._stale_seconds, error
+            )
+
+    def _keep(self) -> None:
+        while not self._ended.wait(self._heartbeat_seconds):
+            try:
+                self._write_sign()
+            except (
+                GlmbatchError
+            ) as error:  # the next one may come through; `check` knows for how long none did
+                logger.warning("%s: the lock was not renewed: %s", self._output, error)
+
+    def _write_sign(self, *, free: bool = False) -> None:
+        began = time.monotonic()
+        if self._numbers()[-1:] == [self._number]:
+            self._path(self._number).write_bytes(self._content(free=free))
+            self._heard = began
+
+    def _probe(self) -> datetime:
+        """What time it is in the store; proves that it can be written, and says where it ignores conditions."""
+        path = self._folder / f"writable.{self._token}"
+        with writable(self._output):
+            path.create(b"")
+            if path.create(b""):
+                logger.warning(
+                    "%s: the store ignores If-None-Match, so it cannot be told which of two runs that start at the "
+                    "same moment is first. Start one at a time.",
+                    self._output,
+                )
+            now = path.modified()
+            path.unlink(missing_ok=True)
+        return now
+
+    def _age(self, number: int, now: datetime) -> float:
+        """Seconds since the holder of `number` was heard of; infinite where it let go, or was this process."""
+        try:
+            sign = self._read(number)
+            return (
+                float("inf")
+                if sign["free"] or sign["token"] == self._token
+                else (now - self._path(number).modified()).total_seconds()
+            )
+        except FileNotFoundError:  # a higher one took its place just now
+            return 0
+
+    def _refuse(self, number: int, age: float) -> None:
+        try:
+            holder = self._read(number)["holder"]
+        except FileNotFoundError:
+            holder = "another process"
+        raise InputError(
+            f"{self._output}: {holder} is writing to it, last heard of {max(age, 0):.0f} s ago. Wait for its end, or "
+            f"set data.output. If it was killed, it holds nothing {self._stale_seconds:.0f} s after that."
+        )
+
+    def _numbers(self) -> list[int]:
+        return sorted(
+            int(path.name.rpartition(".")[2]) for path in self._folder.glob(f"{self._name}.*")
+        )
+
+    def _path(self, number: int) -> ObjectPath:
+        return self._folder / f"{self._name}.{number:08d}"
+
+    def _read(self, number: int) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(self._path(number).read_bytes())
+        return content
+
+    def _content(self, *, free: bool = False) -> bytes:
+        return json.dumps({"holder": _this_process(), "token": self._token, "free": free}).encode()

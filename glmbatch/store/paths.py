@@ -1,0 +1,350 @@
+"""Names in an object store, with the part of pathlib's interface that this code uses. Knows nothing of what is stored.
+
+fsspec and the store's own package (s3fs, gcsfs, adlfs) do the work, find the credentials and try again what fails. Here
+their errors become ours:
+
+    FileNotFoundError, FileExistsError    as pathlib raises them
+    StoreRefused                          denied, no credentials, another region
+    TransientError                        5xx, too many requests, timeouts, broken connections
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from hashlib import sha256
+from io import BytesIO
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeAlias, TypeVar, cast
+
+from glmbatch.errors import InputError, StoreRefused, TransientError
+from glmbatch.settings.job import has_credentials
+
+# Scheme of an address to what is to be installed for it.
+STORES = {"s3": "'glmbatch[s3]'", "gs": "gcsfs", "az": "adlfs"}
+SCHEMES = tuple(f"{scheme}:/" for scheme in STORES)
+GLOB_MARKS = frozenset("*?[")
+AHEAD_BYTES = 8 << 20
+REQUESTS_AT_ONCE = 16
+KEPT_BYTES, KEPT_OBJECTS = 1 << 20, 64
+# Timeout, conflict of two writers, too many requests: these pass by themselves, as does all from 500 on.
+PASSING_STATUS = frozenset({408, 409, 425, 429})
+CHANGED_STATUS = 412  # what a read on condition says when other bytes are there now
+EXISTS_STATUS = frozenset(
+    {409, CHANGED_STATUS}
+)  # what a conditional create says when it comes second
+NOT_IMPLEMENTED = 501
+
+
+def location(address: str | Path) -> AnyPath:
+    """Where a setting's `address` leads: `s3://bucket/name` into a store, everything else into this machine's files.
+
+    InputError for a scheme that is not known.
+    """
+    scheme, mark, rest = str(address).partition("://")
+    if not mark:
+        return Path(address)
+    if has_credentials(str(address)):
+        raise InputError(
+            "an address of an object store holds credentials. Set them in the environment instead."
+        )
+    if scheme not in STORES or not rest.strip("/"):
+        raise InputError(
+            f"{address}: is no address of an object store; write s3://bucket/name (or gs://, az://)."
+        )
+    return ObjectPath(str(address))
+
+
+def is_remote(address: str) -> bool:
+    """Whether `address` leads out of this machine's files."""
+    return "://" in address
+
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def side_by_side(
+    root: AnyPath, work: Callable[[Item], Made], items: Iterable[Item]
+) -> Iterator[Made]:
+    """What `work` makes of each of `items` below `root`, in order; in a store several at once, since each waits."""
+    if isinstance(root, Path):
+        yield from map(work, items)
+        return
+    left = iter(items)
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        while window := list(islice(left, 4 * REQUESTS_AT_ONCE)):
+            yield from pool.map(work, window)
+
+
+def unlink_all(root: AnyPath, paths: Iterable[AnyPath]) -> None:
+    """Remove the files `paths` below `root`, as far as they are there."""
+    for _ in side_by_side(root, lambda path: path.unlink(missing_ok=True), paths):
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStatus:
+    """What `stat` says of an object. `st_mtime_ns` is no time, since a store's times have whole seconds: it is a number
+    made of the object's ETag, another one whenever other bytes were written."""
+
+    st_size: int
+    st_mtime_ns: int
+    st_ino: int = 0
+
+
+class ObjectPath(PurePosixPath):
+    """An object in a store, or the folder that objects' names make. Holds nothing but its name."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text.replace(":/", "://", 1) if text.startswith(SCHEMES) else text
+
+    def __fspath__(self) -> str:
+        raise TypeError(f"{self} has no place among the files of this machine")
+
+    def resolve(self) -> ObjectPath:
+        return self
+
+    def exists(self) -> bool:
+        return self._kind() is not None
+
+    def is_file(self) -> bool:
+        return self._kind() == "file"
+
+    def is_dir(self) -> bool:
+        return self._kind() == "directory"
+
+    def stat(self) -> ObjectStatus:
+        info = self.info()
+        return ObjectStatus(
+            int(info["size"] or 0), int(sha256(version_of(info).encode()).hexdigest()[:15], 16)
+        )
+
+    def info(self) -> dict[str, Any]:
+        return cast(dict[str, Any], self._call("info"))
+
+    def modified(self) -> datetime:
+        """When it was written last, by the clock of the store."""
+        return cast(datetime, self._call("modified"))
+
+    def open(self, mode: str = "rb") -> Any:
+        """For reading from its begin to its end, some megabytes with each request."""
+        return self._opened(cache_type="readahead", block_size=AHEAD_BYTES)
+
+    def open_ranges(self) -> Any:
+        """For reading here and there: each read is one request for just its bytes."""
+        return self._opened(cache_type="none")
+
+    def _opened(self, **options: object) -> Any:
+        info = self.info()
+        if info["type"] == "file" and info["size"] <= KEPT_BYTES:
+            return BytesIO(_content(self, version_of(info)))
+        return self._call("open", "rb", **options)
+
+    def read_bytes(self) -> bytes:
+        return cast(bytes, self._call("cat_file"))
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, content: bytes) -> None:
+        self._call("pipe_file", content)
+
+    def create(self, content: bytes) -> bool:
+        """Write it unless it is there; whether it was written. A store may ignore the condition (`locks.py` asks)."""
+        try:
+            self._call("pipe_file", content, mode="create")
+        except FileExistsError:
+            return False
+        except (StoreRefused, TransientError) as error:
+            status = status_of(error)
+            if status == NOT_IMPLEMENTED:
+                self.write_bytes(content)
+            elif status in EXISTS_STATUS:
+                return False
+            else:
+                raise
+        return True
+
+    def upload(self, file: Path) -> None:
+        """Make it the bytes of `file`, in one request or by an upload in parts: not to be seen before it is whole."""
+        with store_errors(self):
+            self._store().put_file(str(file), str(self))
+
+    def copy_from(self, other: ObjectPath) -> None:
+        """Make it the bytes of `other`, inside the store."""
+        with store_errors(self):
+            self._store().cp_file(str(other), str(self))
+
+    def download(self, file: Path) -> None:
+        with store_errors(self):
+            self._store().get_file(str(self), str(file))
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        with suppress(*([FileNotFoundError] if missing_ok else [])):
+            self._call("rm_file")
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: names alone make folders."""
+
+    def remove_tree(self) -> None:
+        unlink_all(self, self.listed())  # by name: the store's package takes a folder for a pattern
+
+    def listed(self, prefix: str = "") -> dict[ObjectPath, dict[str, Any]]:
+        """All objects below it whose names from here on begin with `prefix`, in order, with what the store says.
+
+        Not the empty ones with a slash at the end, by which some tools mark a folder.
+        """
+        try:
+            found = self._call("find", prefix=prefix, detail=True)
+        except FileNotFoundError:  # there is no such bucket
+            return {}
+        scheme = self.parts[0]
+        files = sorted((name, info) for name, info in found.items() if not name.endswith("/"))
+        return {ObjectPath(f"{scheme}//{name}"): info for name, info in files}
+
+    def glob(self, pattern: str) -> Iterator[ObjectPath]:
+        """Objects that `pattern` names; `**` stands for any folders. Only names with its plain begin are listed."""
+        from fsspec.utils import glob_translate
+
+        matches = re.compile(glob_translate(pattern)).fullmatch
+        plain = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+        for path in self.listed(plain):
+            if matches(str(path.relative_to(self))):
+                yield path
+
+    def rglob(self, pattern: str) -> Iterator[ObjectPath]:
+        """Objects at any depth whose last name `pattern` fits."""
+        return (path for path in self.listed() if fnmatchcase(path.name, pattern))
+
+    def _kind(self) -> str | None:
+        try:
+            return str(self.info()["type"])
+        except FileNotFoundError:
+            return None
+
+    def _store(self) -> Any:
+        return _filesystem(self.parts[0].removesuffix(":"))
+
+    def _call(self, method: str, *arguments: object, **options: object) -> Any:
+        with store_errors(self):
+            return getattr(self._store(), method)(str(self), *arguments, **options)
+
+
+AnyPath: TypeAlias = Path | ObjectPath
+
+
+def version_of(info: dict[str, Any]) -> str:
+    """What tells one version of an object from another: its ETag, by whichever name the store's package has for it."""
+    return str(info.get("ETag") or info.get("etag") or info)
+
+
+@lru_cache(KEPT_OBJECTS)
+def _content(path: ObjectPath, version: str) -> bytes:
+    """The bytes of a small object: the ledger reads what it wrote several times, and each part is a request."""
+    return path.read_bytes()
+
+
+@lru_cache
+def _filesystem(scheme: str) -> Any:
+    """One for the process, whatever the thread, so that all share its connections. What it lists is asked anew."""
+    try:
+        import fsspec
+
+        return fsspec.filesystem(scheme, use_listings_cache=False)
+    except ImportError as error:
+        raise InputError(
+            f"{scheme}://: the package for this store is not installed. Run pip install {STORES[scheme]}."
+        ) from error
+
+
+@contextmanager
+def store_errors(path: AnyPath) -> Iterator[None]:
+    """Turn what a store's package raises into ours, except that something is not there, or there already."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, StoreRefused, TransientError):
+        raise
+    except Exception as error:
+        if isinstance(path, Path):
+            raise
+        status = status_of(error)
+        if isinstance(error, _passing()) or (
+            status is not None and (status >= 500 or status in PASSING_STATUS)
+        ):
+            raise TransientError(
+                f"{path}: the store cannot be reached now ({_reason(error)})."
+            ) from error
+        if isinstance(error, (PermissionError, *_refusing())) or status is not None:
+            raise StoreRefused(
+                f"{path}: the store refuses it ({_reason(error)}). Check the address, and credentials and region in "
+                "the environment."
+            ) from error
+        raise
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error, if there is one."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
+        for name in ("status_code", "code", "status"):
+            if isinstance(status := getattr(error, name, None), int):
+                return status
+        error = error.__cause__
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """What happened in a word or two: the package's own text may tell more than a log should have."""
+    cause = error.__cause__ or error
+    response = getattr(cause, "response", None)
+    return (
+        str(response["Error"].get("Code")) if isinstance(response, dict) else type(cause).__name__
+    )
+
+
+@lru_cache
+def _passing() -> tuple[type[Exception], ...]:
+    """What the packages that are here raise when a connection fails."""
+    kinds: list[type[Exception]] = [ConnectionError, TimeoutError]
+    with suppress(ImportError):
+        from aiohttp import ClientError
+
+        kinds.append(ClientError)
+    with suppress(ImportError):
+        from botocore.exceptions import ConnectionError as Unconnected
+        from botocore.exceptions import HTTPClientError
+
+        kinds += [Unconnected, HTTPClientError]
+    with suppress(ImportError):
+        from azure.core.exceptions import ServiceRequestError, ServiceResponseError
+
+        kinds += [ServiceRequestError, ServiceResponseError]
+    return tuple(kinds)
+
+
+@lru_cache
+def _refusing() -> tuple[type[Exception], ...]:
+    """What they raise without credentials, or with settings of their own that cannot be used."""
+    kinds: list[type[Exception]] = []
+    with suppress(ImportError):
+        from botocore.exceptions import BotoCoreError
+
+        kinds.append(BotoCoreError)
+    with suppress(ImportError):
+        from google.auth.exceptions import GoogleAuthError
+
+        kinds.append(GoogleAuthError)
+    return tuple(kinds)

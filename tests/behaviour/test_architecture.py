@@ -1,0 +1,131 @@
+"""Who may import whom, what is loaded when, and that settings and tasks keep the rules of the house."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from glmbatch.settings import job as config
+from tests.conftest import ROOT
+
+# Imports that each package must not hold; "glmbatch.cli.main" runs the flow, and does so inside one function.
+FORBIDDEN = {
+    "glmbatch": {"prefect", "tasks", "flows"},
+    "glmbatch/store": {"torch", "transformers", "glmbatch.glm", "glmbatch.steps"},
+    "glmbatch/ledger": {"torch", "transformers", "glmbatch.glm", "glmbatch.steps"},
+    "glmbatch/glm": {"pyarrow", "pandas", "glmbatch.ledger", "glmbatch.store", "glmbatch.steps"},
+    "glmbatch/steps": {"torch", "transformers", "pandas"},
+    "tasks": {"flows", "torch", "transformers"},
+    "flows": {"torch", "transformers"},
+}
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_go_one_way(package: str) -> None:
+    broken = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (ROOT / package).rglob("*.py")
+        if path.relative_to(ROOT) != Path("glmbatch/cli/main.py")
+        for name in imports_of(path)
+        if any(name == other or name.startswith(f"{other}.") for other in FORBIDDEN[package])
+    ]
+    assert not broken
+
+
+def test_the_command_line_imports_the_flow_in_one_function_only() -> None:
+    tree = ast.parse((ROOT / "glmbatch/cli/main.py").read_text())
+    outside = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [
+        node for node in outside if getattr(node, "module", "") in {"prefect", "flows", "tasks"}
+    ]
+
+
+@pytest.mark.parametrize("module", ["glmbatch.settings.job", "glmbatch.errors"])
+def test_settings_and_errors_import_nothing_of_ours(module: str) -> None:
+    names = list(imports_of(ROOT / f"{module.replace('.', '/')}.py"))
+    assert not [name for name in names if name.startswith(("glmbatch", "tasks", "flows"))]
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(' '.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.slow
+def test_importing_the_flows_loads_no_torch() -> None:
+    assert not {"torch", "transformers"} & loaded_by("import flows.annotate")
+
+
+def test_importing_glmbatch_loads_no_prefect() -> None:
+    assert "prefect" not in loaded_by(
+        "import glmbatch.run.pipeline, glmbatch.run.preview, glmbatch.cli.main"
+    )
+
+
+def test_the_model_runs_where_neither_prefect_nor_pydantic_is_installed() -> None:
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('prefect', 'pydantic')))"
+    loaded_by(
+        f"{blocked}\nimport glmbatch.glm.engine.worker, glmbatch.glm.tokenizer, glmbatch.glm.checkpoint.doctor"
+    )
+
+
+def test_help_loads_nothing_heavy() -> None:
+    loaded = loaded_by(
+        "import glmbatch.cli.main\ntry: glmbatch.cli.main.main(['--help'])\nexcept SystemExit: pass"
+    )
+    assert not {"torch", "transformers", "prefect", "pandas", "pyarrow", "rich"} & loaded
+
+
+def test_importing_the_package_alone_loads_nothing_heavy() -> None:
+    assert not {"torch", "pandas", "pyarrow", "pydantic"} & loaded_by("import glmbatch")
+
+
+def settings_classes() -> list[type[BaseModel]]:
+    classes = [
+        value
+        for value in vars(config).values()
+        if isinstance(value, type) and issubclass(value, BaseModel)
+    ]
+    return [each for each in classes if each.__module__ == config.__name__]
+
+
+@pytest.mark.parametrize("settings", settings_classes(), ids=lambda each: each.__name__)
+def test_every_setting_is_described_and_unknown_ones_are_refused(settings: type[BaseModel]) -> None:
+    undescribed = [
+        name
+        for name, field in settings.model_fields.items()
+        if not field.description and name != "kind"
+    ]
+    assert not undescribed
+    assert settings.model_config["extra"] == "forbid"
+    assert settings.model_config["frozen"]
+
+
+def test_every_task_says_how_it_is_cached_and_retries_only_what_the_machine_did() -> None:
+    for path in sorted((ROOT / "tasks").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            for decorator in node.decorator_list:
+                if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "task":
+                    said = {keyword.arg for keyword in decorator.keywords}
+                    assert said & {"cache_key_fn", "cache_policy"}, f"{path.name}: {node.name}"
+                    assert "retry_condition_fn" in said, f"{path.name}: {node.name}"

@@ -1,0 +1,124 @@
+"""One bad row in a batch of eight costs itself alone, at each place in the batch: the other seven are as without it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+import torch
+
+from glmbatch.glm.model.kv_cache import KvPrefix
+from glmbatch.glm.model.network import Network
+from glmbatch.glm.model.packing import Segment
+from glmbatch.glm.tokenizer import load_tokenizer
+from glmbatch.run.pipeline import run_job
+from glmbatch.settings.job import JobConfig
+from tests.conftest import CAUSAL, CLASSIFY
+from tests.unit.glm.checkpoints import read_state, write_weights
+
+pytestmark = pytest.mark.slow
+Settings = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+
+BATCH = 8
+GENERATE = {"kind": "generate", "name": "reply", "prompt_template": "{text}", "max_tokens": 5}
+POISON = "漏"
+TOKENS_WITH_ROOM = 200
+FAULTS: dict[str, tuple[bytes | None, str]] = {
+    "null": (None, "null_value"),
+    "empty": (b"", "empty_text"),
+    "a megabyte": ("很好 good ".encode() * 80_000, "too_long"),
+    "a lone surrogate": ("good \ud800 bad".encode("utf-8", "surrogatepass"), "not_utf8"),
+    "no finite scores": (f"good {POISON}".encode(), "model_failed"),
+    "no memory": (b"good " * 150, "model_failed"),
+}
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path) -> Path:
+    """A checkpoint that gives no finite scores after POISON."""
+    directory = tmp_path / "model"
+    shutil.copytree(CAUSAL, directory)
+    state = read_state(directory)
+    poison, harmless = load_tokenizer(directory).encode(
+        [f"good {POISON}", "good 很好 batch row 0123456789"]
+    )
+    name = next(name for name in state if name.endswith("word_embeddings.weight"))
+    state[name][sorted(set(poison) - set(harmless))] = torch.nan
+    for path in [
+        *directory.glob("*.bin"),
+        *directory.glob("*.safetensors"),
+        *directory.glob("*.index.json"),
+    ]:
+        path.unlink()
+    write_weights(directory, state)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that has no room for more than so many tokens in one forward and behind it."""
+    read = Network.read
+
+    def within_room(
+        self: Network, segments: Sequence[Segment], prefix: KvPrefix | None, *store: Any
+    ) -> torch.Tensor:
+        if (
+            sum(len(each.ids) for each in segments) + (prefix.places if prefix else 0)
+            > TOKENS_WITH_ROOM
+        ):
+            raise torch.OutOfMemoryError("out of memory")
+        return read(self, segments, prefix, *store)
+
+    monkeypatch.setattr(Network, "read", within_room)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_bad_row_of_eight_costs_itself_alone(
+    write_source: Write, job_settings: Settings, tmp_path: Path, poisoned: Path, fault: str
+) -> None:
+    bad, kind = FAULTS[fault]
+    good = [
+        [f"batch {batch} row {row} 很好".encode() for row in range(BATCH)] for batch in range(BATCH)
+    ]
+    with_bad = [[*rows[:place], bad, *rows[place + 1 :]] for place, rows in enumerate(good)]
+
+    def answers(output: str, batches: Sequence[Sequence[bytes | None]]) -> list[dict[str, Any]]:
+        write_source(
+            "a.parquet",
+            {"text": pa.array([row for batch in batches for row in batch], pa.binary())},
+        )
+        settings = job_settings(
+            data__output=str(tmp_path / output), model__path=str(poisoned), max_error_rate=0.5
+        )
+        settings["steps"] = [CLASSIFY, GENERATE]
+        settings["runtime"]["fragments_in_flight"] = 1
+        run_job(JobConfig.model_validate(settings))
+        rows: list[dict[str, Any]] = ds.dataset(tmp_path / output).to_table().to_pylist()
+        return rows
+
+    clean, found = answers("clean", good), answers("out", with_bad)
+    for number, (row, expected) in enumerate(zip(found, clean, strict=True)):
+        batch, place = divmod(number, BATCH)
+        if batch == place:
+            assert (row["mood"], row["reply"]) == (None, None)
+            assert (row["mood_error_type"], row["reply_error_type"]) == (kind, kind), row[
+                "mood_error"
+            ]
+            continue
+        assert row["mood_scores"] == pytest.approx(expected["mood_scores"], abs=1e-5)
+        for column in (
+            "text",
+            "mood",
+            "mood_error",
+            "reply",
+            "reply_finish_reason",
+            "reply_error",
+            "reply_key",
+        ):
+            assert row[column] == expected[column], (batch, place, column)

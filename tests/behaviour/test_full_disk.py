@@ -1,0 +1,107 @@
+"""An output on a disk that fills up, or turns read-only in the midst: one clear error, and the next run goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+import pytest
+
+from glmbatch.errors import InputError, TransientError
+from glmbatch.ledger.verification import verify
+from glmbatch.run.pipeline import run_job
+from glmbatch.settings.job import JobConfig
+
+pytestmark = pytest.mark.slow
+Settings = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+
+
+def mount(*arguments: str) -> bool:
+    return not subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own in memory; only root may make one."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if os.geteuid() or not mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)):
+        pytest.skip("only root can mount a disk")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.fixture
+def job(write_source: Write, job_settings: Settings, tmp_path: Path) -> Callable[[Path], JobConfig]:
+    for day in range(2):
+        write_source(
+            f"day={day}/a.parquet", {"text": [f"day {day} row {row}" for row in range(20)]}
+        )
+    return lambda output: JobConfig.model_validate(job_settings(data__output=str(output)))
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = ds.dataset(output).to_table().sort_by("text").to_pylist()
+    return found
+
+
+def test_a_disk_that_is_full_at_any_moment_costs_a_run_and_nothing_else(
+    disk: Path, job: Callable[[Path], JobConfig], tmp_path: Path
+) -> None:
+    run_job(job(tmp_path / "clean"))
+    expected, refused = rows(tmp_path / "clean"), 0
+    for kilobytes in range(4, 140, 12):
+        output = disk / f"out-{kilobytes}"
+        output.mkdir()
+        status = os.statvfs(disk)
+        used = status.f_frsize * (status.f_blocks - status.f_bfree)
+        assert mount("-o", f"remount,size={used + 1024 * kilobytes}", str(disk))
+        try:
+            run_job(job(output))
+        except (TransientError, InputError) as error:
+            assert "No space left" in str(error)
+            refused += 1
+        assert mount("-o", "remount,size=16m", str(disk))
+        run_job(job(output))
+        assert rows(output) == expected
+        assert verify(output).findings == ()
+    assert refused > 5
+
+
+def test_an_output_that_turns_read_only_costs_a_run_and_nothing_else(
+    disk: Path, job: Callable[[Path], JobConfig], tmp_path: Path
+) -> None:
+    run_job(job(tmp_path / "clean"))
+    output = disk / "out"
+
+    def protect() -> None:
+        until = time.monotonic() + 60
+        while not list(output.glob("_glmbatch/answers/[!.]*")) and time.monotonic() < until:
+            time.sleep(0.001)
+        assert mount(
+            "--bind", str(output), str(output)
+        )  # over itself: the run holds its lock open below
+        assert mount("-o", "remount,bind,ro", str(output))
+
+    protection = threading.Thread(target=protect)
+    protection.start()
+    with pytest.raises(
+        (InputError, TransientError), match="cannot be written: Read-only file system"
+    ):
+        run_job(job(output))
+    protection.join()
+    kept = {path.name for path in output.glob("_glmbatch/answers/[!.]*")}
+    subprocess.run(["umount", str(output)], check=True)
+    run_job(job(output))
+    assert rows(output) == rows(tmp_path / "clean")
+    assert verify(output).findings == ()
+    assert kept <= {path.name for path in output.glob("_glmbatch/answers/[!.]*")}, (
+        "no committed inference was repeated"
+    )

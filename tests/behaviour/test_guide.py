@@ -1,0 +1,33 @@
+"""The guide's messages are messages of the code, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+
+from tests.conftest import ROOT
+
+GUIDE = (ROOT / "GUIDE.md").read_text()
+
+
+def messages() -> list[str]:
+    table = GUIDE.split("## Messages", 1)[1].split("## Security", 1)[0]
+    return re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
+
+
+def test_each_message_stands_in_the_code() -> None:
+    code = "\n".join(
+        path.read_text()
+        for top in ("glmbatch", "tasks")
+        for path in sorted((ROOT / top).rglob("*.py"))
+    )
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # strings over several lines
+    assert len(messages()) > 10
+    for message in messages():
+        for part in message.split("…"):
+            assert part.strip() in code, part
+
+
+def test_each_link_leads_to_a_file() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", GUIDE)
+    assert links
+    assert all((ROOT / link).exists() for link in links)

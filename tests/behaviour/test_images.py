@@ -1,0 +1,112 @@
+"""The image, the containers and the cluster's job name what is there, and listen to nobody outside the machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deployments.local import DEFAULTS, POOL
+from tests.conftest import ROOT
+
+HERE = ROOT / "deployments"
+DOCKERFILE = (HERE / "Dockerfile").read_text()
+COMPOSE: dict[str, Any] = yaml.safe_load((HERE / "compose.yaml").read_text())
+OVER: dict[str, Any] = yaml.safe_load((HERE / "compose.gpu.yaml").read_text())
+CLUSTER: dict[str, Any] = json.loads((HERE / "kubernetes.json").read_text())
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def commands() -> dict[str, list[str]]:
+    """What each container runs."""
+    own = re.search(r"^CMD (.*)$", DOCKERFILE, flags=re.MULTILINE)
+    assert own is not None
+    asked = {
+        name: service.get("command")
+        for name, service in COMPOSE["services"].items()
+        if name != "database"
+    }
+    return {name: command or json.loads(own[1]) for name, command in asked.items()}
+
+
+def test_the_image_copies_what_is_there_and_is_let_through() -> None:
+    copied = [
+        word
+        for line in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, flags=re.MULTILINE)
+        for word in line.split()
+    ]
+    let_through = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), flags=re.MULTILINE)
+    assert sorted(copied) == sorted(let_through)
+    assert all((ROOT / name).exists() for name in copied)
+    assert {"flows", "tasks", "glmbatch", "deployments"} <= set(copied)
+
+
+def test_the_image_installs_what_is_pinned_for_its_python() -> None:
+    python = re.search(r"^FROM python:(3\.\d+)-slim", DOCKERFILE, flags=re.MULTILINE)
+    assert python is not None and PROJECT["requires-python"] == f">={python[1]}"
+    assert f"--python-version {python[1]}" in (ROOT / "Makefile").read_text(), (
+        "constraints are made for it"
+    )
+    assert "-c constraints.txt" in DOCKERFILE
+    assert set(re.findall(r"--extra (\w+)", DOCKERFILE)) <= PROJECT["optional-dependencies"].keys()
+    for file in (DOCKERFILE, (ROOT / "Makefile").read_text()):
+        assert "'uv>=0.9,<1'" in file
+
+
+def test_each_container_runs_a_command_of_ours_or_of_prefect() -> None:
+    for name, command in commands().items():
+        if command[0] == "python":
+            assert importlib.util.find_spec(command[2]) is not None, name
+        else:
+            assert command[0] == "prefect", name
+    assert commands()["deploy"][-2:] == ["deployments.local", "deploy"]
+    assert commands()["worker"][:5] == ["prefect", "worker", "start", "--pool", POOL]
+
+
+def test_only_loopback_of_the_host_is_listened_on_and_no_password_is_written_down() -> None:
+    ports = {name: service.get("ports", []) for name, service in COMPOSE["services"].items()}
+    assert ports.pop("server") == ["127.0.0.1:4200:4200"]
+    assert not any(ports.values())
+    assert COMPOSE["services"]["database"]["environment"]["POSTGRES_PASSWORD"].startswith(
+        "${POSTGRES_PASSWORD:?"
+    )
+
+
+def test_containers_wait_for_those_they_need_and_keep_what_must_stay() -> None:
+    services = COMPOSE["services"]
+    order = [name for name in services for _ in services[name].get("depends_on", {})]
+    assert order == ["server", "deploy", "worker"]
+    for service in services.values():
+        for needed, how in service.get("depends_on", {}).items():
+            assert (
+                "healthcheck" in services[needed]
+                or how["condition"] == "service_completed_successfully"
+            )
+    named = [
+        volume.split(":")[0]
+        for service in services.values()
+        for volume in service.get("volumes", [])
+    ]
+    assert {name for name in named if not name.startswith("..")} == COMPOSE["volumes"].keys()
+    frequency = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
+    assert services["worker"]["environment"][frequency] == DEFAULTS[frequency], (
+        "silent_runs.yaml waits for it"
+    )
+    assert OVER["services"].keys() <= services.keys()
+
+
+def test_the_job_of_a_cluster_asks_for_a_gpu_and_declares_what_it_fills_in() -> None:
+    job = CLUSTER["job_configuration"]
+    named = set(re.findall(r"{{ (\w+) }}", json.dumps(job)))
+    assert named == CLUSTER["variables"]["properties"].keys()
+    pod = job["job_manifest"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "{{ gpus }}"
+    assert CLUSTER["variables"]["properties"]["gpus"]["default"] == 1
+    assert f"WORKDIR {container['workingDir']}\n" in DOCKERFILE
+    assert Path(container["volumeMounts"][0]["mountPath"]).is_relative_to(container["workingDir"])

@@ -1,0 +1,61 @@
+"""Peak memory of a run follows its fragments, not its files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import CLASSIFIER, ROOT
+
+MEASURED_RUN = """
+import json, resource, sys
+from glmbatch.settings.job import JobConfig
+from glmbatch.run.pipeline import run_job
+
+rows = run_job(JobConfig.model_validate(json.loads(sys.argv[1]))).rows
+print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def write_wide_rows(path: Path, rows: int) -> None:
+    """A text and 2 kB that no prompt asks for, in one row group."""
+    blob = np.random.default_rng(0).bytes(rows * 2000)
+    columns = {
+        "text": [f"text number {number % 100} is fine" for number in range(rows)],
+        "blob": pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(2000), rows, [None, pa.py_buffer(blob)]
+        ),
+    }
+    path.parent.mkdir()
+    pq.write_table(
+        pa.table(columns), path, row_group_size=rows, compression="none", use_dictionary=False
+    )
+
+
+@pytest.mark.slow
+def test_a_file_ten_times_as_large_takes_hardly_more_memory(
+    tmp_path: Path, job_settings: Callable[..., dict[str, Any]]
+) -> None:
+    peaks = {}
+    for rows in (10_000, 100_000):
+        folder = tmp_path / str(rows)
+        write_wide_rows(folder / "a.parquet", rows)
+        settings = job_settings(data__input=str(folder), data__output=str(tmp_path / f"out-{rows}"))
+        settings["data"]["rows_per_fragment"] = 10_000
+        settings["steps"] = [{"kind": "classify", "name": "mood", "model": str(CLASSIFIER)}]
+        command = [sys.executable, "-c", MEASURED_RUN, json.dumps(settings)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        answered, megabytes = map(int, done.stdout.split())
+        assert answered == rows
+        peaks[rows] = megabytes
+    # The file grew by 180 MB.
+    assert peaks[100_000] - peaks[10_000] < 80

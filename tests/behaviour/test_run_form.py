@@ -1,0 +1,103 @@
+"""The form of a run in Prefect's UI is our settings classes: in their order, described, bounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from prefect.flows import Flow
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools import ValidationError, validate
+
+from flows.annotate import annotate
+from flows.finetune import finetune
+from flows.upkeep import resume
+from glmbatch.settings.job import (
+    ClassifyStep,
+    DataConfig,
+    GenerateStep,
+    JobConfig,
+    ModelConfig,
+    RuntimeConfig,
+)
+from glmbatch.settings.tuning import LabelledData, ScratchConfig, TrainingConfig, TuneConfig
+
+FLOWS: dict[str, Flow[..., Any]] = {flow.name: flow for flow in (annotate, finetune, resume)}
+OF_JOBS = {ClassifyStep, DataConfig, GenerateStep, JobConfig, ModelConfig, RuntimeConfig}
+OF_TRAINING = {LabelledData, ScratchConfig, TrainingConfig, TuneConfig}
+LOWER, UPPER = {"minimum", "exclusiveMinimum"}, {"maximum", "exclusiveMaximum"}
+
+
+def groups(name: str) -> dict[str, dict[str, Any]]:
+    """The fields of each box of the form."""
+    schema = parameter_schema(FLOWS[name]).model_dump()
+    boxes = {box: definition["properties"] for box, definition in schema["definitions"].items()}
+    return {**boxes, "parameters": schema["properties"]}
+
+
+def kinds(field: dict[str, Any]) -> list[dict[str, Any]]:
+    """The schemas of the values that a field takes; an optional one takes null too."""
+    return [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
+
+
+def test_every_box_shows_its_fields_in_the_order_of_declaration() -> None:
+    shown = groups("annotate") | groups("finetune")
+    classes = OF_JOBS | OF_TRAINING
+    assert {each.__name__ for each in classes} | {"parameters"} == shown.keys()
+    for each in classes:
+        fields = shown[each.__name__]
+        assert sorted(fields, key=lambda field: fields[field]["position"]) == list(
+            each.model_fields
+        )  # as the form does
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_every_field_says_what_it_is_for(name: str) -> None:
+    definitions = parameter_schema(FLOWS[name]).model_dump()["definitions"]
+    for box, fields in groups(name).items():
+        for field, shown in fields.items():
+            group = definitions.get(shown.get("$ref", "").rpartition("/")[2], {})
+            assert shown.get("description") or group.get("description") or "const" in shown, (
+                f"{box}.{field}"
+            )
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_every_number_has_a_least_value_and_every_share_a_largest(name: str) -> None:
+    for box, fields in groups(name).items():
+        for field, shown in fields.items():
+            for kind in kinds(shown):
+                if kind.get("type") in ("integer", "number"):
+                    assert LOWER & kind.keys(), f"{box}.{field}"
+                    if field.endswith(("_share", "_rate", "_gain", "_dropout", "_change")):
+                        assert UPPER & kind.keys(), f"{box}.{field}"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        (("data", "rows_per_fragment"), 0, "0 is less than the minimum of 1"),
+        (("max_error_rate",), 2, "2 is greater than the maximum of 1"),
+        (
+            ("data", "inputs"),
+            "in",
+            "Additional properties are not allowed ('inputs' was unexpected)",
+        ),
+        (("on_error",), "ignore", "'ignore' is not one of ['raise', 'quarantine', 'null']"),
+    ],
+)
+def test_a_server_refuses_what_the_settings_refuse(
+    place: tuple[str, ...], value: object, told: str
+) -> None:
+    job: dict[str, Any] = {
+        "data": {"input": "in", "output": "out"},
+        "model": {"path": "model"},
+        "steps": [{"kind": "generate", "name": "reply"}],
+    }
+    schema = parameter_schema(annotate).model_dump()
+    validate({"job": job}, schema, raise_on_error=True)
+    box = job if len(place) == 1 else job[place[0]]
+    box[place[-1]] = value
+    with pytest.raises(ValidationError) as refused:
+        validate({"job": job}, schema, raise_on_error=True)
+    assert told in str(refused.value)

@@ -1,0 +1,267 @@
+"""A job whose input, checkpoint and output lie in an object store: as one over files, whatever the store does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from glmbatch.cli.main import main
+from glmbatch.errors import InputError, Interrupted, TransientError
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.verification import verify
+from glmbatch.report.summary import Summary, describe
+from glmbatch.run.pipeline import run_job
+from glmbatch.run.planning import plan_run
+from glmbatch.run.preview import preview
+from glmbatch.settings.job import JobConfig
+from glmbatch.store.files import digest_file
+from glmbatch.store.paths import _content
+from tests.conftest import CAUSAL, ROOT
+from tests.stores import Request, Store
+
+pytestmark = pytest.mark.slow
+Settings = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+DAYS = {1: [f"row {n}" for n in range(12)], 2: ["one", None, "three"]}
+
+RUN = """
+import json, sys
+from glmbatch.settings.job import JobConfig
+from glmbatch.run.pipeline import run_job
+run_job(JobConfig.model_validate(json.loads(sys.argv[1])))
+"""
+
+
+@pytest.fixture
+def settings(store: Store, job_settings: Settings, tmp_path: Path) -> Settings:
+    """Settings of a job over two days that lie in the store, with its output there."""
+    for day, texts in DAYS.items():
+        store.put(f"in/day={day}/a.parquet", pa.table({"text": texts}))
+
+    def there(**overrides: Any) -> dict[str, Any]:
+        places = {"data__input": store.url("in"), "data__output": store.url("out")}
+        cache = {"runtime__cache": str(tmp_path / "cache")}
+        return job_settings(**{"max_error_rate": 0.5, **places, **cache, **overrides})
+
+    return there
+
+
+def run(settings: dict[str, Any]) -> Summary:
+    return run_job(JobConfig.model_validate(settings))
+
+
+def published(store: Store, output: str = "out") -> pa.Table:
+    """The rows of all files that are there, which are those that the manifest names, whole."""
+    manifest = Ledger(store.url(output)).manifest()
+    assert manifest is not None
+    paths = [store.path(f"{output}/{file.output_name}") for file in manifest.files]
+    assert [
+        path for path in store.path(output).glob("**/[!_]*.parquet") if "/_" not in str(path)
+    ] == paths
+    assert [digest_file(path) for path in paths] == [file.digest for file in manifest.files]
+    return pa.concat_tables([pq.read_table(pa.BufferReader(path.read_bytes())) for path in paths])
+
+
+def rows_over_files(write_source: Write, job_settings: Settings, tmp_path: Path) -> pa.Table:
+    for day, texts in DAYS.items():
+        write_source(f"day={day}/a.parquet", {"text": texts})
+    run(job_settings(max_error_rate=0.5))
+    return ds.dataset(tmp_path / "out", partitioning=None).to_table()
+
+
+def test_all_of_a_job_may_lie_in_a_store(
+    store: Store, settings: Settings, job_settings: Settings, write_source: Write, tmp_path: Path
+) -> None:
+    for path in CAUSAL.iterdir():
+        store.path(f"models/base/{path.name}").upload(path)
+    job = settings(model__path=store.url("models/base"))
+    assert run(job).computed == 28
+    assert published(store).equals(rows_over_files(write_source, job_settings, tmp_path))
+    read = pd.read_parquet(store.url("out/day=1"), storage_options={"endpoint_url": store.address})
+    assert read["text"].tolist() == DAYS[1]
+    again = run(job)
+    assert again.computed == 0
+    assert f"pandas.read_parquet('{store.url('out')}')" in describe(again)
+    assert sum(step.to_run for step in preview(JobConfig.model_validate(job)).steps) == 0
+    assert verify(store.url("out")).findings == ()
+    assert main(["verify", store.url("out")]) == 0
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
+    assert not [path for path in store.path("out").listed() if secret in path.read_bytes()]
+    reports = [name for name in store.names("out") if "/reports/" in name]
+    assert len(reports) == 4  # two runs, each as a page and as JSON
+    names = {
+        name for name in store.names("out") if "/answers/" not in name and "/day=" not in name
+    } - set(reports)
+    assert names == {"out/_manifest.json", "out/_quarantine.parquet", "out/_glmbatch/lock.00000002"}
+
+
+def test_faults_of_the_store_change_nothing(
+    store: Store, settings: Settings, job_settings: Settings, write_source: Write, tmp_path: Path
+) -> None:
+    harms = ["reset", 500, "cut", "lost", 503]
+
+    def harm(request: Request) -> str | int | None:
+        at = len(store.requests)
+        return harms[at // 7 % len(harms)] if at % 7 == 0 else None
+
+    store.harm = harm
+    run(settings())
+    store.calm()
+    assert published(store).equals(rows_over_files(write_source, job_settings, tmp_path))
+
+
+def test_a_store_that_fails_while_answers_are_written_is_tried_again_later(
+    store: Store, settings: Settings
+) -> None:
+    store.harm = lambda request: (
+        500 if "/answers/" in request.key and request.method == "PUT" else None
+    )
+    with pytest.raises(
+        TransientError, match=r"out/_glmbatch/answers/.*: the store cannot be reached now"
+    ):
+        run(settings())
+    store.calm()
+    assert not [name for name in store.names("out") if name.endswith((".parquet", ".json"))]
+    assert run(settings()).computed == 28
+
+
+@pytest.fixture
+def changed(store: Store, settings: Settings) -> Callable[[str], dict[str, Any]]:
+    """A job over changed rows, of which one source is gone, and an output of its own with the rows before."""
+    one_step = settings()["steps"][:1]
+    store.put("in/day=3/b.parquet", pa.table({"text": ["of an earlier day"]}))
+    run(settings(steps=one_step, data__output=store.url("before")))
+    store.put("in/day=1/a.parquet", pa.table({"text": [f"changed {n}" for n in range(12)]}))
+    store.path("in/day=3/b.parquet").unlink()
+    before = store.path("before")
+    objects = list(before.listed())
+
+    def job(output: str) -> dict[str, Any]:
+        for path in objects:
+            store.path(f"{output}/{path.relative_to(before)}").copy_from(path)
+        store.calm()
+        return settings(
+            steps=one_step, data__output=store.url(output), data__missing_sources="drop"
+        )
+
+    return job
+
+
+def free(store: Store, output: str) -> None:
+    """As if minutes had passed since the last run was heard of."""
+    store.calm()
+    for path in store.path(f"{output}/_glmbatch").glob("lock.*"):
+        path.unlink()
+
+
+def run_again(store: Store, job: dict[str, Any], output: str) -> pa.Table:
+    free(store, output)
+    run(job)
+    return published(store, output)
+
+
+def test_cut_off_after_any_change_of_a_publication_and_run_again_the_output_is_the_same(
+    store: Store, changed: Callable[[str], dict[str, Any]]
+) -> None:
+    run(changed("undisturbed"))
+    expected = published(store, "undisturbed")
+    assert expected.column("text").to_pylist() == [*(f"changed {n}" for n in range(12)), *DAYS[2]]
+    changes = [request.key for request in store.requests if request.changes]
+    intent = changes.index("undisturbed/_glmbatch/publishing.json")
+    assert 8 < len(changes) - intent < 20
+    for last in (6, *range(intent, len(changes))):  # and once while answers are written
+        output = f"cut-{last}"
+        job = changed(output)
+        store.harm = lambda request, last=last: (
+            403 if sum(each.changes for each in store.requests) > last else None
+        )
+        with (
+            pytest.raises(InputError, match="the store refuses it")
+            if last < len(changes) - 3
+            else suppress(InputError)
+        ):
+            run(job)
+        assert run_again(store, job, output).equals(expected)
+
+
+def test_killed_between_two_moves_and_run_again_the_output_is_the_same(
+    store: Store, changed: Callable[[str], dict[str, Any]]
+) -> None:
+    job = changed("killed")
+    store.harm = lambda request: 403 if request.key == "killed/_glmbatch/publishing.json" else None
+    with pytest.raises(InputError):  # all is staged, so that the other process needs no model
+        run(job)
+    free(store, "killed")
+    command = [sys.executable, "-c", RUN, json.dumps(job)]
+
+    def harm(request: Request) -> str | None:
+        if request.method == "PUT" and request.key.startswith("killed/day="):
+            process.kill()
+            return "lost"
+        return None
+
+    store.harm = harm
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        assert process.wait() == -signal.SIGKILL
+    store.calm()
+    with pytest.raises(InputError, match=rf"process {process.pid} of .* is writing to it"):
+        run(job)
+    rows = run_again(store, job, "killed")
+    assert rows.column("text").to_pylist() == [*(f"changed {n}" for n in range(12)), *DAYS[2]]
+    assert verify(store.url("killed")).findings == ()
+
+
+def test_what_the_store_refuses_is_never_taken_for_damage(store: Store, settings: Settings) -> None:
+    run(settings())
+    kept = store.names("out")
+    _content.cache_clear()  # as in another process
+    store.harm = lambda request: (
+        403 if request.method == "GET" and "/answers/" in request.key else None
+    )
+    with pytest.raises(InputError, match=r"/answers/.*the store refuses it"):
+        run(settings())
+    store.calm()
+    assert set(kept) <= {
+        name.replace("lock.00000002", "lock.00000001") for name in store.names("out")
+    }
+
+
+def test_a_run_that_lost_its_lock_makes_nothing_public(store: Store, settings: Settings) -> None:
+    def harm(request: Request) -> None:
+        if "/staged/" in request.key and request.method == "PUT":
+            store.harm = lambda request: None
+            store.path("out/_glmbatch/lock.00000002").write_bytes(b"{}")
+
+    store.harm = harm
+    with pytest.raises(Interrupted, match="another one may have taken over"):
+        run(settings(steps=settings()["steps"][:1]))
+    assert not [name for name in store.names("out") if "/_glmbatch/" not in name]
+
+
+def test_what_a_store_cannot_do_is_refused_before_any_work(
+    store: Store, settings: Settings
+) -> None:
+    refused = {
+        "a Delta table is written on this machine only": {"data__format": "delta"},
+        "lies inside the input": {"data__output": store.url("in/out")},
+        r"cannot be written.*Set data\.output\.": {"data__output": "s3://no-such-bucket/out"},
+    }
+    for message, overrides in refused.items():
+        with pytest.raises(InputError, match=message):
+            run(settings(**overrides))
+    store.harm = lambda request: 403 if request.key.startswith("out") else None
+    with pytest.raises(InputError, match=r"refuses it.*Or set data\.output\."):
+        plan_run(JobConfig.model_validate(settings()))

@@ -1,0 +1,202 @@
+"""The command line as a user meets it: outputs, exit codes, one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from glmbatch.cli import main as cli
+from tests.conftest import CAUSAL, CLASSIFIER, ROOT
+from tests.unit.glm.adapters import make_original_adapter
+from tests.unit.glm.checkpoints import read_json
+
+Settings = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, job_settings: Settings) -> str:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job_settings()))
+    return str(path)
+
+
+def glmbatch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "glmbatch.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_the_plan_says_what_would_run_and_writes_nothing(
+    job_file: str, write_source: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_source("day=1/a.parquet", {"text": ["x"] * 20})
+    assert cli.main(["plan", job_file]) == 0
+    said = capsys.readouterr().out
+    assert "20 rows in 3 fragments" in said
+    assert [line.split()[1:5] for line in said.splitlines() if line.startswith("day=1")] == [
+        ["mood", "20", "1", "19"],
+        ["reply", "20", "20", "0"],
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_plan_says_why_rows_run_again(
+    job_file: str, write_source: Write, job_settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from glmbatch.run.pipeline import run_job
+    from glmbatch.settings.job import JobConfig
+
+    write_source("a.parquet", {"text": [f"text {number}" for number in range(5)]})
+    run_job(JobConfig.model_validate(job_settings()))
+    write_source("b.parquet", {"text": ["text 3", "new", "new", None]})
+    cli.main(["run", job_file, "--dry-run"])
+    said = capsys.readouterr().out
+    assert table(said, "a.parquet") == ["mood 5 0 5 0 0", "reply 5 0 5 0 0"]
+    tokens = table(said, "b.parquet")[0].split()[5]
+    assert table(said, "b.parquet") == [
+        f"mood 4 1 2 1 {tokens} new text 1, null_value 1",
+        "reply 4 2 1 1 0 new text 2, earlier_step_failed 1",
+    ]
+    assert "s of inference, at the rate of the last run" in said
+    run_job(JobConfig.model_validate(job_settings(max_error_rate=0.5)))
+    assert not any(line["to_run"] for line in capsys_plan(job_file, capsys)["steps"])
+    cli.main(
+        [
+            "plan",
+            job_file,
+            "--set",
+            "steps.0.prompt_template=Mood of {text}",
+            "--set",
+            "steps.1.max_tokens=7",
+        ]
+    )
+    said = capsys.readouterr().out
+    assert {line.split(maxsplit=6)[6] for line in table(said, "a.parquet")} == {
+        "changed prompt_template 5",
+        "changed max_tokens 5",
+    }
+
+
+def test_the_plan_counts_the_tokens_that_the_model_then_reads(
+    job_file: str, write_source: Write, job_settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from glmbatch.run.pipeline import run_job
+    from glmbatch.settings.job import JobConfig
+
+    write_source("a.parquet", {"text": [f"text {number % 15}" for number in range(20)]})
+    before = capsys_plan(job_file, capsys)
+    summary = run_job(JobConfig.model_validate(job_settings()))
+    assert before["steps"][0]["prompt_tokens"] == summary.steps[0].prompt_tokens
+    assert before["steps"][0]["to_run"] == summary.steps[0].computed == 15
+    assert (before["steps"][1]["waiting"], before["seconds"]) == (20, None)
+    after = capsys_plan(job_file, capsys)
+    assert [(step["to_run"], step["reused"]) for step in after["steps"]] == [(0, 20), (0, 20)]
+
+
+def capsys_plan(job_file: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    assert cli.main(["plan", job_file, "--json"]) == 0
+    plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return plan
+
+
+def table(said: str, source: str) -> list[str]:
+    return [" ".join(line.split()[1:]) for line in said.splitlines() if line.startswith(source)]
+
+
+@pytest.mark.parametrize("flag", ["--text-column", "--data.text-column"])
+def test_what_is_wrong_is_one_line_and_exit_code_2(
+    job_file: str, write_source: Write, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    source = write_source("a.parquet", {"text": ["x"]})
+    assert cli.main(["run", job_file, flag, "body"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    expected = f"{source}: no column 'body'; it has ['text']. Set data.text_column."
+    assert told.err.splitlines() == [
+        f"glmbatch: {source.parent}: none of 1 files can be used; the first: {expected}"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["run", "no/such/job.yaml"],
+        ["plan", str(ROOT)],
+        ["doctor", "no/such/model"],
+        ["run", "JOB", "--limit", "some"],
+        ["run", "JOB", "--set", "nonsense"],
+        ["run", "JOB", "--set", "x=["],
+        ["run", "JOB", "--set", "steps.0.labels.first.second=1"],
+        ["run", "JOB", "--input", "in/**x"],
+        ["run", "JOB", "--input", "/no/such/input"],
+        ["run", "JOB", "--model", "/no/such/model"],
+        ["plan", "JOB", "--device", "cuda:99"],
+    ],
+)
+def test_bad_usage_and_bad_input_exit_with_2_and_no_traceback(
+    job_file: str, write_source: Write, arguments: list[str]
+) -> None:
+    write_source("a.parquet", {"text": ["x"]})
+    done = glmbatch(*(job_file if part == "JOB" else part for part in arguments))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip()
+
+
+@pytest.mark.parametrize(("model", "said"), [(CAUSAL, "4"), (CLASSIFIER, "正面")])
+def test_the_doctor_knows_a_sound_checkpoint(
+    model: Path, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["doctor", str(model)]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_the_doctor_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for source in CAUSAL.iterdir():
+        if source.name not in {"pytorch_model-00002-of-00003.bin", "tokenizer.model"}:
+            (tmp_path / source.name).write_bytes(source.read_bytes())
+    assert cli.main(["doctor", str(tmp_path)]) == 2
+    said = capsys.readouterr().out
+    assert "pytorch_model-00002-of-00003.bin" in said
+    assert "tokenizer.model" in said
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "doctor"])
+def test_a_bad_adapter_is_told_before_anything_is_loaded(
+    job_file: str,
+    write_source: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    write_source("a.parquet", {"text": ["x"]})
+    model = str(CAUSAL) if command == "doctor" else job_file
+    adapter = tmp_path / "adapter"
+    assert cli.main([command, model, "--adapter", str(adapter)]) == 2
+    assert f"{adapter}: no" in "".join(capsys.readouterr())
+    make_original_adapter(adapter, read_json(CAUSAL / "config.json"), r=8)
+    assert cli.main([command, model, "--adapter", str(adapter)]) == 2
+    assert f"{adapter / 'adapter_model.safetensors'}: " in "".join(capsys.readouterr())
+    make_original_adapter(adapter, read_json(CAUSAL / "config.json"))
+    if command != "run":
+        assert cli.main([command, model, "--adapter", str(adapter)]) == 0
+        assert str(adapter) in capsys.readouterr().out
+
+
+def test_help_names_every_command_and_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    said = capsys.readouterr().out
+    for flag in ("--output", "--limit", "--model", "--device", "--on-error", "--dry-run", "--set"):
+        assert flag in said

@@ -1,0 +1,350 @@
+"""A loaded checkpoint answers as ChatGLM2 does: recorded logits, and every variant against a reference of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from glmbatch.errors import InputError
+from glmbatch.glm.checkpoint.load import (
+    digest_tokenizer,
+    digest_weights,
+    load_model,
+    read_checkpoint,
+)
+from tests.unit.glm.checkpoints import (
+    GOLDENS,
+    VARIANTS,
+    edit_config,
+    make_checkpoint,
+    make_variant,
+    read_json,
+    read_state,
+    write_weights,
+)
+from tests.unit.glm.reference import reference_logits
+
+CAUSAL = ("base-sharded", "int4")
+IDS = [1001, 1003, 623, 94, 85, 627, 645, 7, 9, 333, 13, 13, 809]
+TOLERANCE = 1e-4  # absolute, in float32; a relative part would hide a wrong epsilon
+
+
+def golden(name: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
+    directory = GOLDENS / name
+    arrays = {
+        key: torch.from_numpy(value) for key, value in np.load(directory / "golden.npz").items()
+    }
+    arrays = {
+        key: value.long() if value.dtype == torch.int32 else value for key, value in arrays.items()
+    }
+    return (
+        load_model(directory),
+        arrays,
+        json.loads((directory / "golden.json").read_text(encoding="utf-8")),
+    )
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
+    return model(input_ids=torch.tensor([ids])).logits[0]
+
+
+def assert_close(seen: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    torch.testing.assert_close(seen, expected, atol=tolerance, rtol=0)
+
+
+def stored_state(directory: Path) -> dict[str, torch.Tensor]:
+    state = read_state(directory)
+    for file in directory.glob("*.safetensors"):
+        state |= load_file(file)
+    return state
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_logits_of_a_padded_batch_equal_the_recorded_ones(name: str) -> None:
+    model, arrays, _ = golden(name)
+    logits = model(
+        input_ids=arrays["batch_input_ids"],
+        attention_mask=arrays["batch_attention_mask"],
+        position_ids=arrays["batch_position_ids"],
+    ).logits
+    assert_close(logits[:, -1], arrays["batch_last_logits"])
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_logits_of_every_position_and_of_a_long_text_equal_the_recorded_ones(name: str) -> None:
+    model, arrays, recorded = golden(name)
+    for row in (0, 8):
+        assert_close(
+            logits_of(model, recorded["rows"][row]["input_ids"]), arrays[f"full_logits_{row}"]
+        )
+    long = logits_of(model, arrays["long_input_ids"].tolist())
+    assert_close(long[arrays["long_positions"]], arrays["long_logits"])
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_greedy_ids_equal_the_recorded_ones(name: str) -> None:
+    model, _, recorded = golden(name)
+    for row in recorded["rows"]:
+        ids = list(row["input_ids"])
+        while len(ids) < len(row["input_ids"]) + len(row["greedy_ids"]):
+            ids.append(int(logits_of(model, ids)[-1].argmax()))
+        assert ids[len(row["input_ids"]) :] == row["greedy_ids"]
+
+
+@torch.no_grad()
+def test_a_trained_head_gives_the_recorded_scores_alone_and_in_a_batch() -> None:
+    model, arrays, recorded = golden("classifier")
+    batch = model(
+        input_ids=arrays["batch_input_ids"],
+        attention_mask=arrays["batch_attention_mask"],
+        position_ids=arrays["batch_position_ids"],
+    ).logits
+    assert_close(batch, arrays["batch_class_logits"])
+    alone = torch.stack([logits_of(model, row["input_ids"]) for row in recorded["rows"]])
+    assert_close(alone, arrays["alone_class_logits"])
+    labels = read_checkpoint(GOLDENS / "classifier").labels
+    assert [labels[int(scores.argmax())] for scores in alone] == [
+        row["label"] for row in recorded["rows"]
+    ]
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_reference_of_these_tests_equals_the_recorded_logits(name: str) -> None:
+    _, arrays, recorded = golden(name)
+    state, config = read_state(GOLDENS / name), read_json(GOLDENS / name / "config.json")
+    assert_close(
+        reference_logits(state, config, recorded["rows"][0]["input_ids"]), arrays["full_logits_0"]
+    )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_gives_the_logits_of_the_reference(tmp_path: Path, name: str) -> None:
+    directory = make_variant(tmp_path, name)
+    expected = reference_logits(stored_state(directory), read_json(directory / "config.json"), IDS)
+    assert_close(logits_of(load_model(directory), IDS), expected)
+
+
+@pytest.mark.parametrize("name", ["plain", "multi-head", "prefix", "prefix-projection"])
+@torch.no_grad()
+def test_generate_writes_the_tokens_of_the_reference_from_a_padded_batch(
+    tmp_path: Path, name: str
+) -> None:
+    directory = make_variant(tmp_path, name)
+    state, config = read_state(directory), read_json(directory / "config.json")
+    batch = torch.tensor([IDS, [0] * 5 + IDS[:8]])
+    written = load_model(directory).generate(
+        input_ids=batch, attention_mask=(batch != 0).long(), max_new_tokens=6, do_sample=False
+    )
+    for row, prompt in zip(written[:, len(IDS) :].tolist(), (IDS, IDS[:8]), strict=True):
+        ids = list(prompt)
+        for token in row:
+            ids.append(int(reference_logits(state, config, ids)[-1].argmax()))
+            assert token == ids[-1]
+            if token == config["eos_token_id"]:
+                break
+
+
+@pytest.mark.parametrize("name", ["prefix", "prefix-classifier"])
+@torch.no_grad()
+def test_a_prefix_reaches_padded_rows_and_calls_without_mask_or_positions(
+    tmp_path: Path, name: str
+) -> None:
+    directory = make_variant(tmp_path, name)
+    model = load_model(directory)
+    expected = reference_logits(
+        read_state(directory), read_json(directory / "config.json"), IDS[:8]
+    )
+    expected = expected if "classifier" in name else expected[-1]
+    batch = torch.tensor([IDS, [0] * 5 + IDS[:8]])
+    mask = (batch != 0).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for call in ((batch, mask, positions), (batch, mask)):
+        logits = model(*call).logits
+        assert_close(logits[1] if "classifier" in name else logits[1, -1], expected)
+    alone = logits_of(model, IDS[:8])
+    assert_close(alone if "classifier" in name else alone[-1], expected)
+
+
+@torch.no_grad()
+def test_the_prefix_is_at_hand_for_an_engine_that_calls_the_inner_model(tmp_path: Path) -> None:
+    directory = make_variant(tmp_path / "prefix", "prefix")
+    model = load_model(directory)
+    config = read_json(directory / "config.json")
+    assert model.prefix_kv.shape == (
+        config["num_layers"],
+        2,
+        2,
+        config["pre_seq_len"],
+        config["kv_channels"],
+    )
+    bare = {
+        key: value for key, value in read_state(directory).items() if "prefix_encoder" not in key
+    }
+    del config["pre_seq_len"]
+    inner = model.lm_head(model.model(input_ids=torch.tensor([IDS])).last_hidden_state)[0]
+    assert_close(inner, reference_logits(bare, config, IDS))
+    assert load_model(make_variant(tmp_path / "plain", "plain")).prefix_kv is None
+
+
+def test_a_prefix_saved_alone_loads_beside_the_base_files(tmp_path: Path) -> None:
+    """The official P-Tuning saves its prefix as a pytorch_model.bin of its own."""
+    state = read_state(make_variant(tmp_path / "whole", "prefix"))
+    trained = {key: value for key, value in state.items() if "prefix_encoder" in key}
+    base = {key: value for key, value in state.items() if key not in trained}
+    for files in ("sharded", "safetensors"):
+        directory = make_variant(tmp_path / files, "prefix")
+        (directory / "pytorch_model.bin").unlink()
+        write_weights(directory, base, files)
+        write_weights(directory, trained)
+        expected = logits_of(load_model(tmp_path / "whole"), IDS)
+        assert torch.equal(logits_of(load_model(directory), IDS), expected)
+
+
+def test_the_option_stretches_positions_in_the_other_way(tmp_path: Path) -> None:
+    directory = make_checkpoint(
+        tmp_path, config={"rope_ratio": 16, "_name_or_path": "THUDM/chatglm3-6b-32k"}
+    )
+    config = read_json(directory / "config.json")
+    with pytest.raises(InputError, match=r"config\.json: 'rope_ratio' is 16 .*model\.rope_scaling"):
+        load_model(directory)
+    for option, ntk in (("ntk", True), ("linear", False)):
+        expected = reference_logits(read_state(directory), config, IDS, ntk=ntk)
+        assert_close(logits_of(load_model(directory, rope_scaling=option), IDS), expected)
+
+
+def test_a_model_is_ready_to_answer() -> None:
+    model = load_model(GOLDENS / "base-sharded")
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    assert all(tensor.device.type == "cpu" for _, tensor in tensors)
+    assert model.generation_config.eos_token_id == 2
+    assert model.generation_config.pad_token_id == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", torch.bfloat16])
+@pytest.mark.parametrize("name", ["base-sharded", "classifier", "int4"])
+def test_half_precision_stays_near_float32(name: str, dtype: str | torch.dtype) -> None:
+    model, _, recorded = golden(name)
+    half = load_model(GOLDENS / name, dtype=dtype)
+    assert half.dtype == getattr(torch, str(dtype).removeprefix("torch."))
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+    ids = recorded["rows"][0]["input_ids"]
+    expected = logits_of(model, ids)
+    assert (logits_of(half, ids).float() - expected).std() < 0.03 * expected.std()
+
+
+def test_a_head_keeps_its_float32_numbers_in_half_precision() -> None:
+    head = load_model(GOLDENS / "classifier", dtype="bfloat16").score
+    stored = read_state(GOLDENS / "classifier")
+    assert torch.equal(head.weight, stored["classifier_head.weight"])
+    assert torch.equal(head.bias, stored["classifier_head.bias"])
+    assert head(torch.ones(1, 1, head.in_features, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_numbers_the_model_cannot_compute_in_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"float64.*model\.dtype"):
+        load_model(GOLDENS / "classifier", dtype="float64")
+    directory = make_checkpoint(tmp_path, config={"fp32_residual_connection": True})
+    load_model(directory)
+    with pytest.raises(InputError, match=r"config\.json: 'fp32_residual_connection'.*model\.dtype"):
+        load_model(directory, dtype="bfloat16")
+
+
+def test_digests_follow_what_changes_answers_and_nothing_else(tmp_path: Path) -> None:
+    directory = make_variant(tmp_path / "a", "sharded")
+    first = digest_weights(directory)
+    edit_config(
+        directory, _name_or_path="elsewhere", use_cache=False, transformers_version="4.30.2"
+    )
+    assert (
+        digest_weights(directory)
+        == first
+        == digest_weights(make_variant(tmp_path / "b", "sharded"))
+    )
+    assert digest_weights(make_variant(tmp_path / "c", "sharded", seed=1)) != first
+    for key, value in {"layernorm_epsilon": 0.003, "rope_ratio": 16, "eos_token_id": 3}.items():
+        directory = make_variant(tmp_path / key, "sharded")
+        edit_config(directory, **{key: value})
+        assert digest_weights(directory) != first
+    tokenizer = digest_tokenizer(directory)
+    assert tokenizer == digest_tokenizer(tmp_path / "a")
+    (directory / "tokenizer.model").write_bytes(
+        (GOLDENS / "classifier" / "tokenizer.model").read_bytes()
+    )
+    assert digest_tokenizer(directory) != tokenizer
+
+
+def test_a_description_says_what_the_checkpoint_is(tmp_path: Path) -> None:
+    base = read_checkpoint(GOLDENS / "base-sharded")
+    assert (base.layout, base.has_head, base.labels, base.max_positions) == (
+        "original",
+        False,
+        (),
+        2048,
+    )
+    assert (base.vocab_size, base.tokenizer_size, base.parameters, base.warnings) == (
+        1024,
+        1005,
+        224_064,
+        (),
+    )
+    classifier = read_checkpoint(GOLDENS / "classifier")
+    assert classifier.labels == ("负面", "中性", "正面")
+    tuned = read_checkpoint(make_variant(tmp_path, "prefix-int4"))
+    assert (tuned.quantization_bit, tuned.pre_seq_len) == (4, 7)
+    for directory in (GOLDENS / "base-sharded", GOLDENS / "classifier", GOLDENS / "int4"):
+        model = load_model(directory)
+        assert read_checkpoint(directory).parameters == sum(
+            parameter.numel() for parameter in model.parameters()
+        )
+
+
+PEAK = """
+import pathlib, sys
+from glmbatch.glm.checkpoint.load import load_model
+def status(key):
+    text = pathlib.Path("/proc/self/status").read_text()
+    return int(text.split(key + ":")[1].split()[0]) * 1024
+load_model(sys.argv[1])
+before = status("VmRSS")
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+model = load_model(sys.argv[2], dtype=sys.argv[3])
+copy = sum(p.numel() * p.element_size() for p in model.parameters())
+print((status("VmHWM") - before) / copy, (status("VmRSS") - before) / copy)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="reads Linux's own peak of resident memory"
+)
+@pytest.mark.parametrize(
+    ("files", "dtype"), [("bin", "float16"), ("safetensors", "float32"), ("sharded", "float32")]
+)
+def test_loading_peaks_near_one_copy_of_the_weights(tmp_path: Path, files: str, dtype: str) -> None:
+    wide = {
+        "hidden_size": 1024,
+        "ffn_hidden_size": 3424,
+        "kv_channels": 64,
+        "num_attention_heads": 16,
+        "num_layers": 8,
+    }
+    directory = make_checkpoint(tmp_path, config=wide | {"padded_vocab_size": 4096}, files=files)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(GOLDENS / "base-sharded"), str(directory), dtype],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    peak, kept = map(float, done.stdout.split())
+    assert peak < 1.4
+    assert kept < 1.15, "the file's pages are still held"

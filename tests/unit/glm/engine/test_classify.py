@@ -1,0 +1,223 @@
+"""Scores by the trained head and by whole labels: the same as one row at a time through the ordinary forward."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from glmbatch.errors import InputError
+from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult
+from glmbatch.glm.engine.worker import TorchEngine
+from tests.unit.glm.tiny_glm import (
+    NOT_A_NUMBER,
+    POSITIONS,
+    TOKENS,
+    Labels,
+    causal_model,
+    engine_over,
+    head_model,
+    plain_class_logits,
+    plain_label_score,
+    prompts,
+)
+
+# A label that begins another, shared beginnings of one and two tokens, labels of one token, and one that repeats.
+LABELS: Labels = ((5,), (5, 6), (7, 8, 9), (7, 8, 10), (11,), (5, 6, 7, 8), (11,))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return causal_model()
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Any:
+    return head_model()
+
+
+def classify(engine: TorchEngine, requests: list[ClassifyRequest]) -> dict[int, ClassifyResult]:
+    results = {result.index: result for result in engine.classify(requests)}
+    assert len(results) == len(requests)
+    return results
+
+
+def scores(
+    engine: TorchEngine, rows: list[list[int]], labels: Labels | None = None, shared: int = 0
+) -> Any:
+    results = classify(
+        engine, [ClassifyRequest(at, row, labels, shared) for at, row in enumerate(rows)]
+    )
+    assert all(result.error is None for result in results.values())
+    return [results[at].scores for at in range(len(rows))]
+
+
+@pytest.mark.parametrize("budget", [16, 100, 2048])
+@pytest.mark.parametrize("prefix_places", [0, 5])
+def test_head_scores_equal_the_ordinary_forward(budget: int, prefix_places: int) -> None:
+    model, rows = head_model(prefix_places), prompts(30)
+    with engine_over(model, max_batch_tokens=budget) as engine:
+        for row, found in zip(rows, scores(engine, rows), strict=True):
+            assert found == pytest.approx(plain_class_logits(model, row), abs=1e-5, rel=0)
+
+
+@pytest.mark.parametrize("budget", [16, 100, 2048])
+@pytest.mark.parametrize("prefix_places", [0, 5])
+def test_label_scores_equal_one_forward_for_each_label(budget: int, prefix_places: int) -> None:
+    model, rows = causal_model(prefix_places), prompts(8)
+    with engine_over(model, max_batch_tokens=budget) as engine:
+        for row, found in zip(rows, scores(engine, rows, LABELS), strict=True):
+            assert found == pytest.approx(
+                [plain_label_score(model, row, label) for label in LABELS], abs=2e-5, rel=0
+            )
+
+
+@pytest.mark.parametrize("prefix_places", [0, 5])
+def test_a_shared_template_changes_no_score(prefix_places: int) -> None:
+    model = causal_model(prefix_places)
+    template = prompts(1, seed=5)[0] * 20
+    rows = [[*template[:40], *row] for row in prompts(12, longest=20)]
+    with engine_over(model, max_batch_tokens=150) as engine:
+        shared, whole = scores(engine, rows, LABELS, shared=40), scores(engine, rows, LABELS)
+    for one, other in zip(shared, whole, strict=True):
+        assert one == pytest.approx(other, abs=2e-5, rel=0)
+
+
+def test_shared_tokens_may_be_the_whole_prompt_or_more() -> None:
+    model, row = causal_model(), prompts(1, longest=60, seed=3)[0] * 3
+    expected = [plain_label_score(model, row, label) for label in LABELS]
+    with engine_over(model) as engine:
+        for shared in (len(row), len(row) + 9):
+            assert scores(engine, [row], LABELS, shared)[0] == pytest.approx(
+                expected, abs=2e-5, rel=0
+            )
+
+
+def test_a_long_prompt_behind_a_shared_template_is_scored_in_blocks() -> None:
+    model = causal_model()
+    model.config.max_position_embeddings = 2000
+    row = (prompts(1, longest=60, seed=3)[0] * 60)[:1300]
+    with engine_over(model) as engine:
+        (shared,), (whole,) = (
+            scores(engine, [row], ((5,), (6, 7)), 30),
+            scores(engine, [row], ((5,), (6, 7))),
+        )
+    assert shared == pytest.approx(whole, abs=2e-5, rel=0)
+
+
+@pytest.mark.parametrize("labels", [None, LABELS])
+def test_a_row_alone_equals_the_row_in_any_batch(
+    model: Any, classifier: Any, labels: Labels | None
+) -> None:
+    rows = prompts(25)
+    with engine_over(classifier if labels is None else model) as engine:
+        together = scores(engine, rows, labels)
+        backwards = scores(engine, rows[::-1], labels)[::-1]
+        alone = [scores(engine, [row], labels)[0] for row in rows]
+    for one, other, third in zip(together, backwards, alone, strict=True):
+        assert one == pytest.approx(third, abs=1e-5, rel=0)
+        assert other == pytest.approx(third, abs=1e-5, rel=0)
+
+
+def test_the_order_of_labels_changes_no_bit(model: Any) -> None:
+    rows = prompts(10)
+    with engine_over(model) as engine:
+        one, other = scores(engine, rows, LABELS), scores(engine, rows, LABELS[::-1])
+    assert one == [row[::-1] for row in other]
+
+
+def test_rows_of_one_batch_may_have_labels_of_their_own(model: Any) -> None:
+    rows = prompts(9)
+    labels = [LABELS, ((20, 21),), ((30,), (31, 32, 33))] * 3
+    with engine_over(model) as engine:
+        results = classify(
+            engine, [ClassifyRequest(at, row, labels[at]) for at, row in enumerate(rows)]
+        )
+    for at, row in enumerate(rows):
+        expected = [plain_label_score(model, row, label) for label in labels[at]]
+        assert results[at].scores == pytest.approx(expected, abs=2e-5, rel=0)
+
+
+@pytest.mark.parametrize("labels", [None, LABELS])
+def test_a_row_with_non_finite_scores_fails_alone(
+    model: Any, classifier: Any, labels: Labels | None
+) -> None:
+    rows = prompts(12)
+    with engine_over(classifier if labels is None else model) as engine:
+        expected = scores(engine, rows, labels)
+        spoiled = [[*row, NOT_A_NUMBER] if at == 5 else row for at, row in enumerate(rows)]
+        results = classify(
+            engine, [ClassifyRequest(at, row, labels) for at, row in enumerate(spoiled)]
+        )
+    assert results[5].scores == ()
+    assert "not finite" in (results[5].error or "")
+    for at in set(results) - {5}:
+        assert results[at].scores == pytest.approx(expected[at], abs=1e-5, rel=0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (ClassifyRequest(0, [], LABELS), "no tokens"),
+        (ClassifyRequest(0, [5] * (POSITIONS - 2), LABELS), f"{POSITIONS} positions"),
+        (ClassifyRequest(0, [5, -1], LABELS), "none of the model's"),
+        (ClassifyRequest(0, [5, 160], LABELS), "none of the model's"),
+        (ClassifyRequest(0, [5], ()), "no label"),
+        (ClassifyRequest(0, [5], ((5,), ())), "without tokens"),
+        (ClassifyRequest(0, [5], ((TOKENS,),)), "none of the model's"),
+    ],
+)
+def test_a_request_that_cannot_run_fails_alone(
+    model: Any, request_: ClassifyRequest, reason: str
+) -> None:
+    with engine_over(model) as engine:
+        results = classify(engine, [request_, ClassifyRequest(1, [5, 6], LABELS)])
+    assert reason in (results[0].error or "")
+    assert results[1].error is None
+
+
+def test_the_longest_prompt_that_fits_is_scored(model: Any) -> None:
+    row = ([7, 8, 9, 10] * POSITIONS)[: POSITIONS - 3]
+    with engine_over(model) as engine:
+        (found,) = scores(engine, [row], LABELS)
+    assert found == pytest.approx(
+        [plain_label_score(model, row, label) for label in LABELS], abs=2e-5, rel=0
+    )
+
+
+def test_asking_for_what_the_checkpoint_cannot_do_is_an_input_error(
+    model: Any, classifier: Any
+) -> None:
+    with engine_over(model) as engine, pytest.raises(InputError, match="no trained head"):
+        list(engine.classify([ClassifyRequest(0, [5])]))
+    with engine_over(classifier) as engine, pytest.raises(InputError, match="labels of its own"):
+        list(engine.classify([ClassifyRequest(0, [5], LABELS)]))
+
+
+def test_probabilities_of_all_tokens_sum_to_one(model: Any) -> None:
+    every = tuple((token,) for token in range(TOKENS))
+    with engine_over(model) as engine:
+        (found,) = scores(engine, prompts(1), every)
+    assert math.fsum(math.exp(score) for score in found) == pytest.approx(1, abs=1e-5)
+
+
+NEEDS_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_half_precision_a_row_scores_the_same_bits_alone_and_in_any_pack(
+    dtype: str, device: str
+) -> None:
+    model = head_model().to(device, getattr(torch, dtype))
+    requests = [ClassifyRequest(at, row) for at, row in enumerate(prompts(40))]
+    with engine_over(model) as engine:
+        alone = {request.index: next(engine.classify([request])).scores for request in requests}
+    for budget in (64, 333, 4096):
+        with engine_over(model, max_batch_tokens=budget) as engine:
+            assert {result.index: result.scores for result in engine.classify(requests)} == alone

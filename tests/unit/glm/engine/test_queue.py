@@ -1,0 +1,137 @@
+"""The waiting line and the label tree, for any requests and any labels."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest
+from glmbatch.glm.engine.queue import MIN_SHARED_TOKENS, Limits, WaitingLine, shared_prefix
+from glmbatch.glm.model.label_tree import label_tree
+
+Item = tuple[int, int, int]  # arrival, tokens, group
+
+items = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 3)), max_size=60).map(
+    lambda pairs: [(at, *pair) for at, pair in enumerate(pairs)]
+)
+labels = st.lists(
+    st.lists(st.integers(0, 4), min_size=1, max_size=5).map(tuple), min_size=1, max_size=8
+).map(tuple)
+
+
+def line_of(items: list[Item], gone: set[int] | None = None) -> WaitingLine[Item]:
+    line: WaitingLine[Item] = WaitingLine(
+        rank=lambda item: (item[0],),
+        tokens=lambda item: item[1],
+        group=lambda item: item[2],
+        gone=lambda item: item[0] in (gone or set()),
+    )
+    for item in items:
+        line.push(item)
+    return line
+
+
+def drain(line: WaitingLine[Item], budget: int, most: int) -> list[list[Item]]:
+    batches = []
+    while batch := line.take(budget, most):
+        batches.append(batch)
+    assert not line
+    return batches
+
+
+@given(items=items, budget=st.integers(1, 120), most=st.integers(1, 9))
+def test_every_item_is_taken_once_within_budget_and_group(
+    items: list[Item], budget: int, most: int
+) -> None:
+    batches = drain(line_of(items), budget, most)
+    assert sorted(item for batch in batches for item in batch) == items
+    for batch in batches:
+        assert len(batch) <= most
+        assert len({group for _, _, group in batch}) == 1
+        assert len(batch) == 1 or sum(tokens for _, tokens, _ in batch) <= budget
+
+
+@given(items=items, budget=st.integers(1, 120))
+def test_the_first_in_line_is_in_the_next_batch(items: list[Item], budget: int) -> None:
+    waiting = set(items)
+    for batch in drain(line_of(items), budget, 99):
+        assert min(waiting) == batch[0]
+        assert batch == sorted(batch)
+        waiting -= set(batch)
+
+
+@given(items=items, gone=st.sets(st.integers(0, 60)))
+def test_cancelled_items_are_never_taken(items: list[Item], gone: set[int]) -> None:
+    batches = drain(line_of(items, gone), 40, 99)
+    assert sorted(item for batch in batches for item in batch) == [
+        item for item in items if item[0] not in gone
+    ]
+
+
+@given(items=items, budget=st.integers(1, 120))
+def test_items_put_back_are_taken_again_in_their_old_place(items: list[Item], budget: int) -> None:
+    line = line_of(items)
+    first = line.take(budget)
+    for item in first:
+        line.push(item)
+    assert drain(line, budget, 99) == drain(line_of(items), budget, 99)
+
+
+@given(labels=labels)
+def test_each_path_of_the_tree_spells_its_label(labels: tuple[tuple[int, ...], ...]) -> None:
+    tree = label_tree(labels)
+    for label, path in zip(labels, tree.paths, strict=True):
+        assert tuple(tree.children[row][child] for row, child in path) == label
+        spelled = (
+            [tree.tokens[node] for node in tree.lineage[path[-1][0] - 1]] if len(path) > 1 else []
+        )
+        assert tuple(spelled) == label[:-1]
+
+
+@given(labels=labels)
+def test_the_tree_holds_each_shared_beginning_once(labels: tuple[tuple[int, ...], ...]) -> None:
+    tree = label_tree(labels)
+    beginnings = {label[:end] for label in labels for end in range(1, len(label))}
+    assert len(tree) == len(beginnings)
+    assert {tuple(tree.tokens[node] for node in nodes) for nodes in tree.lineage} == beginnings
+    assert list(tree.depths) == [len(nodes) for nodes in tree.lineage]
+
+
+@given(labels=labels)
+def test_the_tree_does_not_depend_on_the_order_of_labels(
+    labels: tuple[tuple[int, ...], ...],
+) -> None:
+    one, other = label_tree(labels), label_tree(labels[::-1])
+    assert (one.tokens, one.lineage, one.children) == (other.tokens, other.lineage, other.children)
+    assert one.paths == other.paths[::-1]
+
+
+def test_labels_of_one_token_need_no_node() -> None:
+    assert len(label_tree(((5,), (6,), (7,)))) == 0
+
+
+@given(prompt=st.lists(st.integers(0, 9), min_size=1, max_size=40), shared=st.integers(0, 60))
+def test_a_shared_prefix_leaves_the_last_token_and_is_worth_its_forward(
+    prompt: list[int], shared: int
+) -> None:
+    for request in (
+        ClassifyRequest(0, prompt, shared_tokens=shared),
+        GenerateRequest(0, prompt, 1, shared_tokens=shared),
+    ):
+        prefix = shared_prefix(request)
+        assert list(prefix) == prompt[: len(prefix)]
+        assert len(prefix) == 0 or MIN_SHARED_TOKENS <= len(prefix) < len(prompt)
+
+
+def test_limits_are_lowered_step_by_step_to_one_and_never_raised() -> None:
+    limits = Limits(batch_tokens=100, slots=8)
+    limits.halve_batch(900)
+    assert limits.batch_tokens == 50
+    limits.halve_batch(7)
+    assert limits.batch_tokens == 3
+    limits.halve_slots(8)
+    assert limits.slots == 4
+    for _ in range(9):
+        limits.halve_batch(limits.batch_tokens)
+        limits.halve_slots(limits.slots)
+    assert (limits.batch_tokens, limits.slots) == (1, 1)

@@ -1,0 +1,331 @@
+"""The engine as its callers see it: many threads, early ends, failures, full devices, recorded golden answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from glmbatch.errors import InputError, TransientError
+from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest, load_engine
+from glmbatch.glm.engine.worker import LOOK_AHEAD, TorchEngine
+from glmbatch.settings.job import ModelConfig, RuntimeConfig
+from tests.unit.glm.tiny_glm import EOS, TOKENS, causal_model, engine_over, head_model, prompts
+
+GOLDENS = Path(__file__).parents[3] / "goldens"
+LABELS = ((5,), (6, 7), (6, 8))
+
+
+class FullAbove(torch.nn.Module):
+    """An embedding on a device that has room for forwards of `tokens` tokens in `rows` rows and no more.
+
+    After `refusals` there is room for anything.
+    """
+
+    def __init__(self, embedding: torch.nn.Module, tokens: int, rows: int, refusals: int) -> None:
+        super().__init__()
+        self.embedding, self.weight = embedding, embedding.weight
+        self.tokens, self.rows, self.refusals = tokens, rows, refusals
+        self.refused = 0
+        self.error: Exception = torch.OutOfMemoryError("out of memory")
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if (ids.numel() > self.tokens or len(ids) > self.rows) and self.refused < self.refusals:
+            self.refused += 1
+            raise self.error
+        embedded: torch.Tensor = self.embedding(ids)
+        return embedded
+
+
+def full_above(model: Any, tokens: int, rows: int = 10**6, refusals: int = 10**6) -> Any:
+    model.model.embed_tokens = FullAbove(model.model.embed_tokens, tokens, rows, refusals)
+    return model
+
+
+def generate_requests(count: int = 20) -> list[GenerateRequest]:
+    return [
+        GenerateRequest(at, row, 12, temperature=at % 2 * 1.2, seed=at)
+        for at, row in enumerate(prompts(count, longest=30))
+    ]
+
+
+def test_importing_the_seam_loads_no_torch() -> None:
+    code = "import glmbatch.glm.engine.protocol, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        MemoryError(),
+    ],
+)
+def test_classify_goes_on_with_smaller_batches_when_the_device_is_full(error: Exception) -> None:
+    rows = prompts(30)
+    requests = [ClassifyRequest(at, row, LABELS) for at, row in enumerate(rows)]
+    with engine_over(causal_model()) as engine:
+        expected = {result.index: result.scores for result in engine.classify(requests)}
+    model = full_above(causal_model(), tokens=100)
+    model.model.embed_tokens.error = error
+    engine = TorchEngine(model, eos_id=EOS, token_count=TOKENS)
+    results = list(engine.classify(requests))
+    assert sorted(result.index for result in results) == list(range(30))
+    for result in results:
+        assert result.scores == pytest.approx(expected[result.index], abs=1e-5, rel=0)
+    refused = model.model.embed_tokens.refused
+    assert 0 < refused < 8
+    list(engine.classify(requests))
+    assert model.model.embed_tokens.refused == refused, "the smaller batch is remembered"
+    engine.close()
+
+
+def test_generate_loses_and_repeats_nothing_when_the_device_is_full() -> None:
+    requests = generate_requests()
+    with engine_over(causal_model(), max_slots=8) as engine:
+        expected = {result.index: result for result in engine.generate(requests)}
+    model = full_above(causal_model(), tokens=60, rows=3)
+    engine = TorchEngine(model, eos_id=EOS, token_count=TOKENS, max_slots=8)
+    results = list(engine.generate(requests))
+    assert len(results) == len(requests)
+    assert {result.index: result for result in results} == expected
+    refused = model.model.embed_tokens.refused
+    list(engine.generate(requests))
+    assert model.model.embed_tokens.refused == refused > 0
+    engine.close()
+
+
+def test_a_row_that_fits_only_alone_is_generated_and_costs_the_others_no_slot() -> None:
+    requests = [GenerateRequest(99, [5, 6] * 40, 12), *generate_requests()]
+    with engine_over(causal_model(), max_slots=8) as engine:
+        expected = {result.index: result for result in engine.generate(requests)}
+    model = full_above(causal_model(), tokens=15, refusals=1)
+    engine = TorchEngine(model, eos_id=EOS, token_count=TOKENS, max_slots=8, max_batch_tokens=16)
+    results = list(engine.generate(requests))
+    assert model.model.embed_tokens.refused == 1
+    assert len(results) == len(requests)
+    assert {result.index: result for result in results} == expected
+    engine.close()
+
+
+def test_a_prompt_that_does_not_fit_in_one_forward_is_read_in_chunks() -> None:
+    asked = [5, 6, 7, 8] * 20
+    with engine_over(causal_model()) as engine:
+        (scored,) = engine.classify([ClassifyRequest(0, asked, LABELS)])
+        (written,) = engine.generate([GenerateRequest(0, asked, 12)])
+    engine = TorchEngine(full_above(causal_model(), tokens=25), eos_id=EOS, token_count=TOKENS)
+    (again,) = engine.classify([ClassifyRequest(0, asked, LABELS)])
+    assert again.scores == pytest.approx(scored.scores, abs=1e-5, rel=0)
+    assert list(engine.generate([GenerateRequest(0, asked, 12)])) == [written]
+    engine.close()
+
+
+def test_a_row_that_never_fits_fails_alone() -> None:
+    few = [GenerateRequest(at, row, 12) for at, row in enumerate(prompts(20, longest=9))]
+    with engine_over(causal_model()) as engine:
+        expected = {result.index: result for result in engine.generate(few)}
+    engine = TorchEngine(full_above(causal_model(), tokens=12), eos_id=EOS, token_count=TOKENS)
+    (scored,) = engine.classify([ClassifyRequest(0, [5] * 80, LABELS)])
+    assert (scored.scores, scored.error) == ((), "no room on cpu for one prompt of 80 tokens")
+    written = {
+        result.index: result for result in engine.generate([GenerateRequest(99, [5] * 80, 4), *few])
+    }
+    failed = written.pop(99)
+    assert (failed.ids, failed.error) == ((), "no room on cpu to generate for one row of 80 tokens")
+    assert written == expected
+    engine.close()
+
+
+def test_callers_of_several_threads_each_get_their_own_results() -> None:
+    rows = prompts(40)
+    with engine_over(causal_model(), max_slots=6, max_batch_tokens=200) as engine:
+
+        def ask(caller: int) -> list[Any]:
+            mine = rows[caller * 8 : caller * 8 + 8]
+            answers: Iterator[Any]
+            if caller % 2:
+                answers = engine.classify(
+                    ClassifyRequest(at, row, LABELS) for at, row in enumerate(mine)
+                )
+            else:
+                answers = engine.generate(
+                    GenerateRequest(at, row, 9) for at, row in enumerate(mine)
+                )
+            return sorted(answers, key=lambda answer: answer.index)
+
+        alone = [ask(caller) for caller in range(5)]
+        with ThreadPoolExecutor(5) as pool:
+            together = list(pool.map(ask, range(5)))
+    for one, other in zip(alone, together, strict=True):
+        if hasattr(one[0], "ids"):
+            assert one == other
+        else:
+            assert [row.index for row in one] == [row.index for row in other]
+            for left, right in zip(one, other, strict=True):
+                assert left.scores == pytest.approx(right.scores, abs=1e-5, rel=0)
+
+
+def test_classify_and_generate_share_the_device_fairly() -> None:
+    with engine_over(causal_model(), max_slots=2, max_batch_tokens=64) as engine:
+        slow = engine.generate(GenerateRequest(at, [5, 6], 100) for at in range(8))
+        ended: list[str] = []
+
+        def drain() -> None:
+            for _ in slow:
+                ended.append("generate")
+
+        thread = threading.Thread(target=drain)
+        thread.start()
+        for _ in engine.classify(ClassifyRequest(at, [5, 6, 7], LABELS) for at in range(10)):
+            ended.append("classify")
+        thread.join()
+    assert ended.index("classify") < len(ended) - 11, (
+        "rows that came second do not wait for the first to be done"
+    )
+    assert ended.count("generate") == 8
+
+
+def test_requests_are_taken_from_the_caller_as_they_are_needed() -> None:
+    taken = 0
+
+    def requests() -> Iterator[ClassifyRequest]:
+        nonlocal taken
+        while True:
+            yield ClassifyRequest(taken, [5, 6], LABELS)
+            taken += 1
+
+    with engine_over(causal_model()) as engine:
+        results = engine.classify(requests())
+        for _ in range(50):
+            next(results)
+        results.close()  # type: ignore[attr-defined]
+        assert taken <= LOOK_AHEAD + 50
+        assert len(list(engine.generate([GenerateRequest(0, [5], 3)]))) == 1
+
+
+def test_a_caller_that_stops_early_cancels_what_it_asked_for() -> None:
+    with engine_over(causal_model(), max_slots=2) as engine:
+        results = engine.generate(
+            GenerateRequest(at, [5, 6], 200 if at else 1) for at in range(500)
+        )
+        next(results)
+        results.close()  # type: ignore[attr-defined]
+        list(engine.generate([GenerateRequest(0, [5], 2)]))
+        assert engine.stats().rows < 100
+
+
+def test_an_error_of_the_callers_own_iterable_is_raised_to_it() -> None:
+    def requests() -> Iterator[GenerateRequest]:
+        yield GenerateRequest(0, [5], 200)
+        raise LookupError("mine")
+
+    with engine_over(causal_model()) as engine:
+        with pytest.raises(LookupError, match="mine"):
+            list(engine.generate(requests()))
+        assert engine.alive
+
+
+def test_no_requests_give_no_results() -> None:
+    with engine_over(head_model()) as engine:
+        assert list(engine.classify([])) == []
+
+
+def test_a_failure_reaches_every_waiting_caller_and_the_engine_refuses_the_next() -> None:
+    model = full_above(causal_model(), tokens=10**6)
+    engine = TorchEngine(model, eos_id=EOS, token_count=TOKENS, max_slots=2)
+
+    def ask(caller: int) -> None:
+        for result in engine.generate(GenerateRequest(at, [5, 6], 200) for at in range(50)):
+            if result.index > 2:
+                model.model.embed_tokens.error = ValueError("broken")
+                model.model.embed_tokens.tokens = 0
+
+    with ThreadPoolExecutor(3) as pool:
+        failures = [pool.submit(ask, caller).exception() for caller in range(3)]
+    for failure in failures:
+        assert isinstance(failure, TransientError)
+        assert "ValueError: broken" in str(failure)
+        assert isinstance(failure.__cause__, ValueError)
+    assert not engine.alive
+    with pytest.raises(TransientError, match="broken"):
+        engine.classify([])
+    engine.close()
+
+
+def test_closing_ends_the_worker_and_tells_who_still_waits() -> None:
+    before = set(threading.enumerate())
+    with engine_over(causal_model(), max_slots=1) as engine:
+        results = engine.generate(
+            GenerateRequest(at, [5, 6], 200 if at else 1) for at in range(500)
+        )
+        next(results)
+        engine.close()
+        with pytest.raises(TransientError, match="closed"):
+            list(results)
+        with pytest.raises(TransientError, match="closed"):
+            engine.generate([])
+        assert set(threading.enumerate()) <= before
+
+
+def test_stats_count_what_was_done() -> None:
+    with engine_over(causal_model()) as engine:
+        written = list(engine.generate([GenerateRequest(0, [5, 6], 4), GenerateRequest(1, [7], 4)]))
+        list(engine.classify([ClassifyRequest(0, [5, 6, 7], LABELS)]))
+        stats = engine.stats()
+    assert (stats.rows, stats.prompt_tokens) == (3, 6)
+    assert stats.generated_tokens == sum(len(result.ids) for result in written)
+    assert stats.busy_seconds > 0
+
+
+def load_golden(name: str, **runtime: Any) -> tuple[Any, Any, Any]:
+    folder = GOLDENS / name
+    engine = load_engine(
+        ModelConfig(path=str(folder), dtype="float32"), RuntimeConfig(device="cpu", **runtime)
+    )
+    return engine, json.loads((folder / "golden.json").read_text()), np.load(folder / "golden.npz")
+
+
+def test_golden_class_logits_alone_and_together() -> None:
+    engine, golden, arrays = load_golden("classifier")
+    requests = [ClassifyRequest(at, row["input_ids"]) for at, row in enumerate(golden["rows"])]
+    together = {result.index: result.scores for result in engine.classify(requests)}
+    for at, request in enumerate(requests):
+        (alone,) = engine.classify([request])
+        assert alone.scores == pytest.approx(arrays["alone_class_logits"][at], abs=1e-4, rel=0)
+        assert together[at] == pytest.approx(arrays["batch_class_logits"][at], abs=1e-4, rel=0)
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["base-sharded", "int4"])
+@pytest.mark.parametrize("slots", [1, 32])
+def test_golden_greedy_ids(name: str, slots: int) -> None:
+    engine, golden, _ = load_golden(name, max_slots=slots)
+    rows = golden["rows"]
+    results = engine.generate(
+        GenerateRequest(at, row["input_ids"], 24) for at, row in enumerate(rows)
+    )
+    for result in results:
+        expected = rows[result.index]["greedy_ids"]
+        ended = EOS in expected
+        assert list(result.ids) == (expected[: expected.index(EOS)] if ended else expected)
+        assert result.finish_reason == ("stop" if ended else "length")
+    engine.close()
+
+
+def test_loading_on_a_device_that_is_not_there_is_an_input_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(InputError, match="device"):
+        load_engine(ModelConfig(path=str(GOLDENS / "int4")), RuntimeConfig(device="cuda"))

@@ -1,0 +1,95 @@
+"""Products of every form beside torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import linear, silu
+
+from glmbatch.errors import InputError
+from glmbatch.glm.engine.protocol import ClassifyRequest
+from glmbatch.glm.model.linear import Form, choose_form, product, swiglu
+from tests.unit.glm.tiny_glm import engine_over, head_model, prompts
+
+# The largest share of a result's scale by which rounding may move it.
+TOLERANCE: dict[Form, float] = {"plain": 1e-6, "packed": 1e-6, "int8": 0.03}
+FORMS: tuple[Form, ...] = ("plain", "packed", "int8")
+
+
+def filled(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_near(one: torch.Tensor, other: torch.Tensor, form: Form) -> None:
+    assert (one - other).abs().max() <= TOLERANCE[form] * other.abs().max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tokens", [1, 3, 64, 300])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_each_form_multiplies(form: Form, tokens: int, has_bias: bool) -> None:
+    weight, bias = filled(48, 96), filled(48, seed=1) if has_bias else None
+    x, residual = filled(tokens, 96, seed=2), filled(tokens, 48, seed=3)
+    kept = residual.clone()
+    with torch.inference_mode():
+        asked = product(weight, bias, form)
+        assert_near(asked(x), linear(x, weight, bias), form)
+        assert_near(asked.plus(x, residual), residual + linear(x, weight, bias), form)
+    assert residual.equal(kept)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_gates(form: Form) -> None:
+    weight, x = filled(64, 96) * 0.2, filled(7, 96, seed=2)
+    gate, up = linear(x, weight).chunk(2, dim=-1)
+    with torch.inference_mode():
+        assert_near(swiglu(weight, form)(x), silu(gate) * up, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_that_is_not_finite_stays_so_and_touches_no_other(form: Form) -> None:
+    weight, x = filled(48, 96), filled(9, 96, seed=2)
+    spoilt = x.clone()
+    spoilt[3, 5], spoilt[6, 0] = torch.nan, torch.inf
+    with torch.inference_mode():
+        asked = product(weight, None, form)
+        clean, dirty = asked(x), asked(spoilt)
+    assert dirty[[0, 1, 2, 4, 5, 7, 8]].equal(clean[[0, 1, 2, 4, 5, 7, 8]])
+    assert not dirty[3].isfinite().any()
+    assert not dirty[6].isfinite().any()
+
+
+def test_a_row_in_8_bits_is_the_same_bits_in_any_batch() -> None:
+    weight, x = filled(200, 96), filled(300, 96, seed=2)
+    with torch.inference_mode():
+        asked = product(weight, None, "int8")
+        together = asked(x)
+        for rows in (1, 5, 16, 77):
+            assert asked(x[:rows]).equal(together[:rows])
+
+
+def test_rows_of_zeros_stay_zero() -> None:
+    with torch.inference_mode():
+        assert not product(torch.zeros(8, 96), None, "int8")(filled(4, 96)).any()
+        assert not product(filled(8, 96), None, "int8")(torch.zeros(4, 96)).any()
+
+
+def test_8_bits_are_refused_where_they_cannot_be_had() -> None:
+    with pytest.raises(InputError, match="cuda:0: no exact products in 8 bits here"):
+        choose_form("int8", "cuda:0", "float32")
+    with pytest.raises(InputError, match="int8 stands beside float32, not bfloat16"):
+        choose_form("int8", "cpu", "bfloat16")
+
+
+def test_an_engine_in_8_bits_scores_close_to_one_in_float32() -> None:
+    rows = prompts(20)
+    scores = []
+    for quantization in ("none", "int8"):
+        with engine_over(head_model(), quantization=quantization) as engine:
+            results = engine.classify(ClassifyRequest(at, row) for at, row in enumerate(rows))
+            scores.append(
+                torch.tensor(
+                    [result.scores for result in sorted(results, key=lambda result: result.index)]
+                )
+            )
+    assert 0 < (scores[0] - scores[1]).abs().max() < 0.1 * scores[0].abs().max()

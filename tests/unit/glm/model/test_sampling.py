@@ -1,0 +1,135 @@
+"""Sampling: which tokens can be drawn, how often, and what a row's draw may depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from glmbatch.glm.model.sampling import NOT_FINITE, Draw, Uniforms, next_tokens
+
+VOCAB = 40
+
+
+def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def kept_by_transformers(logits_V: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """Probabilities after transformers' own warpers, in its order."""
+    scores = TemperatureLogitsWarper(draw.temperature)(None, logits_V[None])
+    if draw.top_k:
+        scores = TopKLogitsWarper(draw.top_k)(None, scores)
+    if draw.top_p < 1:
+        scores = TopPLogitsWarper(draw.top_p)(None, scores)
+    probs: torch.Tensor = scores.softmax(-1)[0]
+    return probs
+
+
+def draw_many(logits_V: torch.Tensor, draw: Draw, count: int) -> torch.Tensor:
+    """How often each token comes out of `count` evenly spaced uniform numbers."""
+    draws = [dataclasses.replace(draw, row=at, uniform=(at + 0.5) / count) for at in range(count)]
+    tokens = next_tokens(logits_V.expand(count, -1), draws)
+    return torch.bincount(torch.tensor(tokens), minlength=VOCAB) / count
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    temperature=st.floats(0.1, 3),
+    top_k=st.sampled_from([0, 1, 2, 10, VOCAB, 500]),
+    top_p=st.sampled_from([0.01, 0.3, 0.8, 0.95, 1.0]),
+)
+def test_draws_follow_the_distribution_that_transformers_cuts(
+    seed: int, temperature: float, top_k: int, top_p: float
+) -> None:
+    logits_V, draw = random_logits(1, seed)[0], Draw(0, temperature, top_k, top_p, 0.0)
+    expected = kept_by_transformers(logits_V, draw)
+    found = draw_many(logits_V, draw, 2000)
+    assert not found[expected == 0].any()
+    assert torch.allclose(found, expected, atol=2 / 2000)
+
+
+def test_no_number_draws_a_token_that_was_cut() -> None:
+    logits_V = random_logits(1)[0]
+    likeliest = int(logits_V.argmax())
+    for uniform in (0.0, 0.5, 1 - 2.0**-32):
+        for draw in (
+            Draw(0, 1.0, 1, 1.0, uniform),
+            Draw(0, 1.0, 0, 1e-9, uniform),
+            Draw(0, 1e-40, 0, 1.0, uniform),
+        ):
+            assert next_tokens(logits_V[None], [draw]) == [likeliest]
+
+
+def test_equal_scores_at_a_cut_are_kept_together() -> None:
+    logits_V = torch.zeros(VOCAB)
+    logits_V[[3, 7, 9]] = 5.0
+    assert set(
+        draw_many(logits_V, Draw(0, 1.0, 2, 1.0, 0.0), 300).nonzero().flatten().tolist()
+    ) == {3, 7, 9}
+    assert set(
+        draw_many(logits_V, Draw(0, 1.0, 3, 0.3, 0.0), 300).nonzero().flatten().tolist()
+    ) == {3, 7, 9}
+
+
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 8), data=st.data())
+@settings(deadline=None)
+def test_a_row_is_drawn_the_same_in_any_batch(seed: int, rows: int, data: st.DataObject) -> None:
+    logits_RV = random_logits(rows, seed)
+    draws = [
+        Draw(
+            row,
+            data.draw(st.sampled_from([0.5, 1.0, 2.0])),
+            data.draw(st.sampled_from([0, 3, 20])),
+            data.draw(st.sampled_from([0.7, 1.0])),
+            data.draw(st.floats(0, 1, exclude_max=True)),
+        )
+        for row in range(rows)
+        if data.draw(st.booleans())
+    ]
+    together = next_tokens(logits_RV, draws)
+    by_row = {draw.row: draw for draw in draws}
+    for row in range(rows):
+        alone = [dataclasses.replace(by_row[row], row=0)] if row in by_row else []
+        assert next_tokens(logits_RV[row : row + 1], alone) == [together[row]]
+
+
+def test_rows_without_a_draw_take_the_likeliest_token() -> None:
+    logits_RV = random_logits(3)
+    tokens = next_tokens(logits_RV, [Draw(1, 5.0, 0, 1.0, 0.999)])
+    assert [tokens[0], tokens[2]] == logits_RV.argmax(-1)[[0, 2]].tolist()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_row_that_is_not_finite_is_told_apart_and_changes_no_other(
+    bad: float, sampled: bool
+) -> None:
+    logits_RV = random_logits(3)
+    draws = [Draw(row, 1.0, 5, 0.9, 0.4) for row in range(3)] if sampled else []
+    expected = next_tokens(logits_RV, draws)
+    logits_RV[1, 6] = bad
+    assert next_tokens(logits_RV, draws) == [expected[0], NOT_FINITE, expected[2]]
+
+
+@given(seed=st.integers(0, 2**64 - 1))
+def test_uniform_numbers_depend_on_seed_and_place_alone(seed: int) -> None:
+    forward, backward = Uniforms(seed), Uniforms(seed)
+    numbers = [forward.number(n) for n in range(130)]
+    assert [backward.number(n) for n in reversed(range(130))] == numbers[::-1]
+    assert all(0 <= number < 1 for number in numbers)
+    assert len(set(numbers)) == 130
+    assert Uniforms(seed ^ 1).number(0) != numbers[0]
+
+
+def test_uniform_numbers_never_change_between_releases() -> None:
+    assert [Uniforms(7).number(n) * 2**32 for n in (0, 1, 64)] == [
+        3745526968,
+        1268584653,
+        1130523808,
+    ]

@@ -1,0 +1,137 @@
+"""Small GLM models with random weights, an engine over them, and the plain loop that every answer is compared with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GlmConfig, GlmForCausalLM, GlmForSequenceClassification
+
+from glmbatch.glm.engine.worker import TorchEngine
+
+EOS = 2
+VOCAB = 160
+TOKENS = 150  # the ids above have scores but no token
+NOT_A_NUMBER = 155  # its embedding is nan: a prompt that holds it has no finite score, and no answer ever holds it
+POSITIONS = 256
+
+Labels = tuple[tuple[int, ...], ...]
+
+
+def config(**changes: Any) -> GlmConfig:
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": POSITIONS,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": True,
+        "eos_token_id": EOS,
+        "pad_token_id": 0,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    }
+    return GlmConfig(**settings | changes)
+
+
+def causal_model(prefix_places: int = 0) -> Any:
+    """A language model; its weights are large enough that its answers differ from prompt to prompt."""
+    return _filled(GlmForCausalLM(config()), prefix_places)
+
+
+def head_model(prefix_places: int = 0, labels: int = 3) -> Any:
+    """A classifier with a biased head."""
+    model: Any = GlmForSequenceClassification(config(num_labels=labels))  # type: ignore[no-untyped-call]
+    model.score = torch.nn.Linear(64, labels)
+    return _filled(model, prefix_places)
+
+
+def _filled(model: Any, prefix_places: int) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.09)
+            elif (parameter != 1).any():  # norms are ones
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        model.model.embed_tokens.weight[NOT_A_NUMBER] = torch.nan
+    model.prefix_kv = (
+        torch.randn(3, 2, 2, prefix_places, 16, generator=generator) if prefix_places else None
+    )
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def engine_over(model: Any, **limits: Any) -> Iterator[TorchEngine]:
+    """An engine over a copy of `model`, closed at the end."""
+    engine = TorchEngine(copy.deepcopy(model), eos_id=EOS, token_count=TOKENS, **limits)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def prompts(count: int, longest: int = 60, seed: int = 0) -> list[list[int]]:
+    """Random prompts of 1 to `longest` ids, none of them EOS."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(3, TOKENS, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.inference_mode()
+def plain_states(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """Final states of one sequence through the model's ordinary forward, in one piece."""
+    settings: dict[str, Any] = {"use_cache": False}
+    if model.prefix_kv is not None:
+        # The published way to run a trained prefix: a filled cache, positions of the text from 0.
+        cache = DynamicCache(config=model.config)
+        for layer, (key, value) in enumerate(model.prefix_kv):
+            cache.update(key[None], value[None], layer)
+        seen = model.prefix_kv.shape[3] + len(ids)
+        settings = {
+            "past_key_values": cache,
+            "attention_mask": torch.ones(1, seen, dtype=torch.long),
+        }
+    positions = torch.arange(len(ids))[None]
+    output = model.model(input_ids=torch.tensor([list(ids)]), position_ids=positions, **settings)
+    states: torch.Tensor = output.last_hidden_state[0]
+    return states
+
+
+@torch.inference_mode()
+def plain_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    logits: torch.Tensor = model.lm_head(plain_states(model, ids))
+    return logits[:, :TOKENS]
+
+
+def plain_greedy(model: Any, ids: Sequence[int], max_tokens: int) -> tuple[tuple[int, ...], str]:
+    """Likeliest tokens one at a time, the whole sequence through the model for each."""
+    written: list[int] = []
+    while len(written) < max_tokens and len(ids) + len(written) < POSITIONS:
+        token = int(plain_logits(model, [*ids, *written])[-1].argmax())
+        if token == EOS:
+            return tuple(written), "stop"
+        written.append(token)
+    return tuple(written), "length"
+
+
+def plain_label_score(model: Any, ids: Sequence[int], label: Sequence[int]) -> float:
+    """Log-likelihood of one label, prompt and label through the model together."""
+    log_probs = plain_logits(model, [*ids, *label]).log_softmax(-1)
+    return sum(float(log_probs[len(ids) - 1 + at, token]) for at, token in enumerate(label))
+
+
+@torch.inference_mode()
+def plain_class_logits(model: Any, ids: Sequence[int]) -> list[float]:
+    scores: list[float] = model.score(plain_states(model, ids)[-1]).tolist()
+    return scores

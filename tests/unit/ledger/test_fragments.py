@@ -1,0 +1,211 @@
+"""How files are checked against a job and cut; what is left out and what stops the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glmbatch.errors import InputError, UnusableFile
+from glmbatch.ledger.fragments import Plan, cut, plan_fragments, read_fragment
+from glmbatch.settings.job import JobConfig
+
+Settings = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+
+
+def planned(settings: dict[str, Any]) -> Plan:
+    return plan_fragments(JobConfig.model_validate(settings))
+
+
+@given(group_rows=st.lists(st.integers(0, 50), max_size=12), size=st.integers(1, 40))
+def test_every_row_is_in_one_fragment_in_order_and_none_is_too_large(
+    group_rows: list[int], size: int
+) -> None:
+    starts = [sum(group_rows[:index]) for index in range(len(group_rows))]
+    expected = 0
+    for first_row, rows, groups, skip in cut(group_rows, size):
+        assert first_row == expected
+        assert rows <= size
+        assert not groups or starts[groups[0]] + skip == first_row
+        assert sum(group_rows[group] for group in groups) - skip >= rows
+        expected += rows
+    assert expected == sum(group_rows)
+
+
+def test_whole_row_groups_are_put_together_and_only_larger_ones_are_cut() -> None:
+    assert list(cut([3, 3, 10, 2], 6)) == [
+        (0, 6, (0, 1), 0),
+        (6, 6, (2,), 0),
+        (12, 4, (2,), 6),
+        (16, 2, (3,), 0),
+    ]
+
+
+def test_a_file_without_rows_keeps_its_place(write_source: Write, job_settings: Settings) -> None:
+    write_source("empty.parquet", {"text": pa.array([], pa.string())})
+    plan = planned(job_settings())
+    assert [(each.name, each.rows) for each in plan.fragments] == [("empty.parquet@0", 0)]
+
+
+def test_fragments_read_back_the_rows_of_the_file(
+    write_source: Write, job_settings: Settings
+) -> None:
+    write_source("a.parquet", {"text": [f"t{number}" for number in range(30)]}, row_group_size=13)
+    plan = planned(job_settings())
+    read = [
+        value
+        for each in plan.fragments
+        for batch in read_fragment(each)
+        for value in batch["text"].to_pylist()
+    ]
+    assert read == [f"t{number}" for number in range(30)]
+    assert [each.output_name for each in plan.fragments][:2] == [
+        "a-0000000000.parquet",
+        "a-0000000008.parquet",
+    ]
+
+
+def test_the_limit_takes_the_first_rows(write_source: Write, job_settings: Settings) -> None:
+    write_source("a.parquet", {"text": ["x"] * 10})
+    write_source("b.parquet", {"text": ["x"] * 10})
+    assert [each.rows for each in planned(job_settings(data__limit=11)).fragments] == [8, 2, 1]
+
+
+def test_a_new_file_renames_no_fragment(write_source: Write, job_settings: Settings) -> None:
+    write_source("b.parquet", {"text": ["x"] * 10})
+    before = planned(job_settings()).fragments
+    write_source("a.parquet", {"text": ["y"] * 10})
+    assert set(before) < set(planned(job_settings()).fragments)
+
+
+def test_a_file_changed_while_it_is_read_is_refused(
+    write_source: Write, job_settings: Settings
+) -> None:
+    write_source("a.parquet", {"text": ["x"] * 10})
+    fragment = planned(job_settings()).fragments[0]
+    write_source("a.parquet", {"text": ["y"] * 10})
+    with pytest.raises(UnusableFile, match="was changed while the run read it"):
+        list(read_fragment(fragment))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"body": ["x"]},
+            r"a\.parquet: no column 'text'; it has \['body'\]\. Set data\.text_column\.",
+        ),
+        (
+            {"text": [1]},
+            r"a\.parquet: column 'text' holds int64, not text\. Set data\.text_column\.",
+        ),
+        (
+            {"text": [["x"]]},
+            r"a\.parquet: column 'text' holds list<.*>, not text\. Set data\.text_column\.",
+        ),
+    ],
+)
+def test_a_column_that_no_file_has_stops_the_run(
+    write_source: Write, job_settings: Settings, columns: dict[str, Any], message: str
+) -> None:
+    write_source("a.parquet", columns)
+    with pytest.raises(InputError, match=message):
+        planned(job_settings())
+
+
+def test_a_prompt_that_names_an_unknown_column_says_which_step(
+    write_source: Write, job_settings: Settings
+) -> None:
+    write_source("a.parquet", {"text": ["x"]})
+    settings = job_settings()
+    settings["steps"][1]["prompt_template"] = "{text} {colour}"
+    with pytest.raises(InputError, match=r"no column 'colour'.*Set steps\[1\]\.prompt_template\."):
+        planned(settings)
+
+
+@pytest.mark.parametrize("name", ["mood", "MOOD", "reply_error", "mood_scores"])
+def test_a_name_that_collides_is_refused_before_any_work(
+    write_source: Write, job_settings: Settings, name: str
+) -> None:
+    write_source("a.parquet", {"text": ["x"], name: ["y"]})
+    with pytest.raises(InputError, match=f"already has a column '{name}'.*Rename the step"):
+        planned(job_settings())
+
+
+def test_a_name_that_collides_with_a_partition_folder_is_refused(
+    write_source: Write, job_settings: Settings
+) -> None:
+    write_source("mood=1/a.parquet", {"text": ["x"]})
+    with pytest.raises(InputError, match="already has a column 'mood'"):
+        planned(job_settings())
+
+
+@pytest.mark.parametrize("on_error", ["quarantine", "null"])
+def test_a_damaged_file_costs_only_itself(
+    write_source: Write, job_settings: Settings, on_error: str
+) -> None:
+    write_source("good.parquet", {"text": ["x"]})
+    damaged = write_source("bad.parquet", {"text": ["x"]})
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    plan = planned(job_settings(on_error=on_error))
+    assert [each.source for each in plan.fragments] == ["good.parquet"]
+    assert [fault.source for fault in plan.unusable] == ["bad.parquet"]
+    with pytest.raises(UnusableFile, match=r"bad\.parquet"):
+        planned(job_settings(on_error="raise"))
+
+
+def test_an_output_inside_the_input_is_refused(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": ["x"]})
+    with pytest.raises(InputError, match="lies inside the input"):
+        planned(job_settings(data__output=str(tmp_path / "in" / "out")))
+    with pytest.raises(InputError, match="holds the input file"):
+        planned(job_settings(data__output=str(tmp_path)))
+    file = str(tmp_path / "in" / "a.parquet")
+    assert (
+        planned(job_settings(data__input=file, data__output=str(tmp_path / "in" / "out"))).rows == 1
+    )
+
+
+def test_files_are_named_from_above_their_partitions(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("year=1/day=2/a.parquet", {"text": ["x"]})
+    for pattern in (
+        "in",
+        "in/year=1",
+        "in/year=1/day=2",
+        "in/year=1/day=2/a.parquet",
+        "in/*/*/*.parquet",
+    ):
+        plan = planned(job_settings(data__input=str(tmp_path / pattern)))
+        assert [each.source for each in plan.fragments] == ["year=1/day=2/a.parquet"]
+
+
+def test_two_files_that_would_be_written_to_one_are_refused(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": ["x"]})
+    write_source("a", {"text": ["y"]})
+    with pytest.raises(
+        InputError, match=r"a and a\.parquet would both be written to a-0000000000\.parquet"
+    ):
+        planned(job_settings(data__input=str(tmp_path / "in" / "*")))
+
+
+def test_an_output_that_is_a_file_is_refused(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": ["x"]})
+    (tmp_path / "out").write_text("")
+    with pytest.raises(
+        InputError, match=r"is a file where a folder is expected\. Set data\.output\."
+    ):
+        planned(job_settings())

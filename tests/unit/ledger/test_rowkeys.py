@@ -1,0 +1,110 @@
+"""What changes a key and what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glmbatch.ledger.fragments import Fragment
+from glmbatch.ledger.rowkeys import answers_key, output_key, row_key, row_seed, step_key
+from glmbatch.settings.job import ClassifyStep, GenerateStep, JobConfig
+
+GREEDY = GenerateStep(name="reply")
+SAMPLED = GenerateStep(name="reply", temperature=0.7)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_template": "{text}!"},
+        {"system_prompt": "Be kind."},
+        {"max_tokens": 9},
+        {"stop": ["x"]},
+        {"temperature": 0.5},
+        {"chat": False},
+        {"on_too_long": "truncate"},
+        {"max_input_tokens": 100},
+    ],
+)
+def test_whatever_changes_an_answer_changes_the_step_key(change: dict[str, Any]) -> None:
+    assert step_key(GREEDY.model_copy(update=change), "weights") != step_key(GREEDY, "weights")
+
+
+def test_other_weights_are_another_step_key() -> None:
+    assert step_key(GREEDY, "weights") != step_key(GREEDY, "other weights")
+
+
+def test_a_renamed_step_keeps_its_key() -> None:
+    assert step_key(GREEDY.model_copy(update={"name": "answer"}), "w") == step_key(GREEDY, "w")
+
+
+@pytest.mark.parametrize("change", [{"seed": 5}, {"top_p": 0.1}, {"top_k": 2}])
+def test_settings_of_sampling_count_only_where_it_samples(change: dict[str, Any]) -> None:
+    assert step_key(GREEDY.model_copy(update=change), "w") == step_key(GREEDY, "w")
+    assert step_key(SAMPLED.model_copy(update=change), "w") != step_key(SAMPLED, "w")
+
+
+def test_speed_settings_and_paths_are_in_no_key(tmp_path: Path) -> None:
+    keys = set()
+    for runtime, folder in [({}, "a"), ({"max_batch_tokens": 99, "price_per_hour": 2.5}, "b")]:
+        step = ClassifyStep(name="mood", labels=["x", "y"])
+        job = JobConfig.model_validate(
+            {
+                "data": {"input": "in", "output": folder},
+                "model": "m",
+                "steps": [step.model_dump()],
+                "runtime": runtime,
+            }
+        )
+        fragment = Fragment(
+            source=f"{folder}.parquet",
+            path=str(tmp_path / folder),
+            digest="d",
+            stamp=(1, len(runtime)),
+            first_row=0,
+            rows=5,
+            row_groups=(0,),
+            skip_rows=0,
+        )
+        keys.add(answers_key(job, fragment, job.steps[0], step_key(job.steps[0], "w"), {}))
+    assert len(keys) == 1
+
+
+def test_the_output_key_follows_the_place_of_the_rows_and_the_order_of_the_steps() -> None:
+    fragment = Fragment(
+        source="a.parquet",
+        path="",
+        digest="d",
+        stamp=(0, 0),
+        first_row=0,
+        rows=5,
+        row_groups=(0,),
+        skip_rows=0,
+    )
+    renamed = fragment.model_copy(update={"source": "b.parquet"})
+    keys = {output_key(fragment, {"x": "1", "y": "2"}), output_key(fragment, {"y": "2", "x": "1"})}
+    assert len(keys | {output_key(renamed, {"x": "1", "y": "2"})}) == 3
+
+
+def test_a_row_key_is_of_the_step_and_the_prompt() -> None:
+    keys = {row_key("a", "prompt"), row_key("b", "prompt"), row_key("a", "prompt ")}
+    assert len(keys) == 3
+    assert row_key("a", "prompt") in keys
+    assert {len(key) for key in keys} == {16}
+
+
+def test_the_seed_of_a_row_follows_its_key_and_the_steps_seed() -> None:
+    seeds = {row_seed(0, b"a"), row_seed(1, b"a"), row_seed(0, b"b")}
+    assert len(seeds) == 3
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+@given(asked=st.sets(st.tuples(st.text(max_size=3), st.text(max_size=20)), max_size=30))
+def test_different_questions_have_different_keys_and_seeds(asked: set[tuple[str, str]]) -> None:
+    keys = {row_key(key, prompt) for key, prompt in asked}
+    assert len(keys) == len(asked)
+    assert len({row_seed(7, key) for key in keys}) == len(keys)

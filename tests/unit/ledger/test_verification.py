@@ -1,0 +1,217 @@
+"""Each way in which an output can be wrong is found, with the file and the row."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from glmbatch.cli.main import main
+from glmbatch.errors import InputError
+from glmbatch.ledger.ledger import MANIFEST
+from glmbatch.ledger.verification import verify
+from glmbatch.run.pipeline import run_job
+from glmbatch.settings.job import JobConfig
+from glmbatch.store.files import digest_file
+
+Settings = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+Rows = Callable[[pa.Table], pa.Table]
+
+
+@pytest.fixture
+def out(
+    write_source: Write, job_settings: Settings, rows: list[str | None], tmp_path: Path
+) -> Path:
+    """An output over two files: nested, null and nan values, a row without text, a file without rows."""
+    values = [None if number % 4 == 0 else number / 3 for number in range(23)]
+    odd = [float("nan") if number % 5 == 0 else float(number) for number in range(23)]
+    nested = [{"a": [number, None], "b": odd[number]} for number in range(23)]
+    columns = {
+        "text": [None, *rows[1:]],
+        "id": ["same"] * 23,
+        "value": values,
+        "odd": odd,
+        "nested": nested,
+    }
+    write_source("day=1/a.parquet", columns)
+    write_source("b.parquet", pa.table(columns).slice(3, 5))
+    write_source("c.parquet", pa.table(columns).slice(0, 0))
+    run_job(JobConfig.model_validate(job_settings()))
+    return tmp_path / "out"
+
+
+def findings(out: Path) -> list[str]:
+    return [str(finding) for finding in verify(out).findings]
+
+
+def rewrite(out: Path, name: str, change: Rows, *, in_manifest: bool = True) -> None:
+    """Change the rows of a published file and, as one who hides it would, the digest in the manifest."""
+    path = out / name
+    table = pq.read_table(path, partitioning=None)
+    changed = change(table)
+    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
+    if in_manifest:
+        manifest = json.loads((out / MANIFEST).read_text())
+        for file in manifest["files"]:
+            if file["output_name"] == name:
+                file["digest"] = digest_file(path)
+        (out / MANIFEST).write_text(json.dumps(manifest))
+
+
+def replaced(table: pa.Table, row: int, column: str, value: object) -> pa.Table:
+    values = table.column(column).to_pylist()
+    values[row] = value
+    at = table.schema.get_field_index(column)
+    return table.set_column(
+        at, table.schema.field(at), pa.array(values, table.schema.field(at).type)
+    )
+
+
+def test_an_output_as_it_was_published_is_sound(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert findings(out) == []
+    assert main(["verify", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: 5 files, 28 rows: sound\n"
+
+
+def test_a_changed_byte_is_found(out: Path) -> None:
+    path = out / "b-0000000000.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    assert any(
+        "b-0000000000.parquet: was changed after it was published" in each for each in findings(out)
+    )
+
+
+@pytest.mark.parametrize("column", ["id", "value", "odd", "nested"])
+def test_a_value_that_is_not_the_sources_is_found_with_its_row(out: Path, column: str) -> None:
+    name = "day=1/a-0000000008.parquet"
+    other = {"id": "other", "value": 7.5, "odd": 7.5, "nested": {"a": [1, None], "b": 2.0}}[column]
+    rewrite(out, name, lambda table: replaced(table, 3, column, other))
+    (found,) = findings(out)
+    assert found.startswith(f"wrong: {name}: row 3: column {column!r} is not what row 11 of ")
+
+
+def test_rows_in_another_order_are_found(out: Path) -> None:
+    name = "day=1/a-0000000000.parquet"
+    rewrite(out, name, lambda table: table.take([1, 0, *range(2, 8)]))
+    assert any(f"wrong: {name}: row 0: column 'text'" in each for each in findings(out))
+
+
+def test_a_missing_row_is_found(out: Path) -> None:
+    name = "day=1/a-0000000016.parquet"
+    rewrite(out, name, lambda table: table.slice(0, 6))
+    assert any(f"{name}: has 6 rows, _manifest.json says 7" in each for each in findings(out))
+
+
+def test_an_answer_that_is_gone_is_found(out: Path) -> None:
+    name = "day=1/a-0000000008.parquet"
+    rewrite(out, name, lambda table: replaced(table, 2, "mood", None))
+    assert (
+        f"wrong: {name}: row 2: step 'mood' has neither an answer nor a reason, or both"
+        in findings(out)
+    )
+
+
+def test_a_reason_that_nothing_counts_is_found(out: Path) -> None:
+    name = "b-0000000000.parquet"
+    rewrite(
+        out,
+        name,
+        lambda table: replaced(replaced(table, 1, "mood", None), 1, "mood_error", "made up"),
+    )
+    found = findings(out)
+    assert f"wrong: {name}: 1 of its rows failed, _manifest.json says 0" in found
+    assert "wrong: _quarantine.parquet: lists 0 failures of b.parquet; its files hold 1" in found
+
+
+def test_files_of_nobody_are_found(out: Path) -> None:
+    (out / "day=1" / "extra.parquet").write_bytes((out / "b-0000000000.parquet").read_bytes())
+    (out / ".a.partial").write_bytes(b"half")
+    (out / "_glmbatch" / "staged").mkdir(exist_ok=True)
+    (out / "_glmbatch" / "staged" / "k.d.parquet").write_bytes(b"")
+    assert findings(out) == [
+        "wrong: .a.partial: is half-written; the next run takes it away",
+        "waiting: _glmbatch/staged/k.d.parquet: is of a run that was refused or killed; the next one takes it",
+        "wrong: day=1/extra.parquet: is not in _manifest.json: of a run that did not end, or not of glmbatch",
+    ]
+
+
+def test_a_file_that_is_gone_is_found(out: Path) -> None:
+    os.unlink(out / "day=1" / "a-0000000008.parquet")
+    assert "wrong: day=1/a-0000000008.parquet: is gone" in findings(out)
+
+
+def edited(out: Path, change: Callable[[dict[str, Any]], None]) -> list[str]:
+    manifest = json.loads((out / MANIFEST).read_text())
+    change(manifest)
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    return findings(out)
+
+
+def test_a_fragment_that_is_missing_from_the_manifest_is_found(out: Path) -> None:
+    found = edited(out, lambda manifest: manifest["files"].pop(3))
+    assert any("rows 8 to 15 of day=1/a.parquet are in no file" in each for each in found)
+
+
+def test_the_last_fragment_missing_is_found(out: Path) -> None:
+    found = edited(out, lambda manifest: manifest["files"].pop())
+    assert any("rows 16 to 22 of day=1/a.parquet are in no file" in each for each in found)
+
+
+def test_other_keys_in_one_file_are_found(out: Path) -> None:
+    found = edited(out, lambda manifest: manifest["files"][1]["step_keys"].update(mood="other"))
+    assert any(
+        "was answered with other settings or weights than b-0000000000.parquet" in each
+        for each in found
+    )
+    assert any("differ in the step keys" in each for each in found)
+
+
+def test_sources_that_are_gone_or_newer_are_said_and_not_held_against_it(
+    out: Path, write_source: Write
+) -> None:
+    source = write_source("b.parquet", {"text": ["a new night"]})
+    (source.parent / "day=1" / "a.parquet").unlink()
+    verification = verify(out)
+    assert verification.sound
+    assert {finding.kind for finding in verification.findings} == {"unchecked"}
+    assert len(verification.findings) == 4
+
+
+def test_the_command_ends_with_1_and_json_when_something_is_wrong(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.unlink(out / "b-0000000000.parquet")
+    assert main(["verify", str(out), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert {
+        "kind": "wrong",
+        "file": "b-0000000000.parquet",
+        "what": "is gone",
+        "row": None,
+    } in told["findings"]
+
+
+def test_a_folder_without_a_manifest_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no _manifest"):
+        verify(tmp_path)
+    assert main(["verify", str(tmp_path)]) == 2
+
+
+def test_a_column_of_another_kind_is_found_and_not_a_traceback(out: Path) -> None:
+    def as_lists(table: pa.Table) -> pa.Table:
+        at = table.schema.get_field_index("odd")
+        return table.set_column(at, "odd", pa.array([[1]] * len(table)))
+
+    rewrite(out, "b-0000000000.parquet", as_lists)
+    assert any("column 'odd' is not what row" in finding for finding in findings(out))

@@ -1,0 +1,252 @@
+"""The page after a run says what the summary says, loads nothing, and takes no text of the data for markup."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from glmbatch.errors import AuditError
+from glmbatch.ledger.verification import verify
+from glmbatch.report import report
+from glmbatch.report.report import markdown, read_report
+from glmbatch.report.summary import Summary, describe
+from glmbatch.run.audits import population_stability
+from glmbatch.run.pipeline import run_job
+from glmbatch.settings.job import JobConfig
+from tests.conftest import CLASSIFIER, CLASSIFY, GENERATE
+
+pytestmark = pytest.mark.slow
+Settings = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+
+
+HEAD = {"kind": "classify", "name": "mood", "model": str(CLASSIFIER)}
+
+
+class Page(HTMLParser):
+    """What a browser sees: the elements, the rows of tables, and the other texts."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.open = ""
+        self.rows: list[list[str]] = []
+        self.texts: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.source = Path(path).read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.open = tag
+        self.attributes += attrs
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in {"td", "th"}:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.open = ""
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+        if self.open in {"td", "th"}:
+            self.rows[-1][-1] += data
+
+
+def run(settings: dict[str, Any]) -> Summary:
+    return run_job(JobConfig.model_validate(settings))
+
+
+def seen(summary: Summary) -> Page:
+    assert summary.report is not None
+    return Page(summary.report)
+
+
+def test_the_page_says_what_the_summary_says(
+    rows: list[str | None], write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": [rows[0], *rows, None, " "]})
+    summary = run(job_settings(max_error_rate=0.5, runtime__price_per_hour=7200.0))
+    page = seen(summary)
+    facts = {row[0]: row[1] for row in page.rows if len(row) == 2}
+    assert facts["run"] == summary.run
+    assert facts["rows"] == "26 in 4 fragments"
+    assert (facts["failed rows"], facts["answers"]) == ("2", "52")
+    assert facts["computed, reused, of repeated texts"] == "46, 0, 2"
+    tokens = [
+        sum(getattr(step, name) for step in summary.steps)
+        for name in ("prompt_tokens", "completion_tokens")
+    ]
+    assert facts["tokens"] == f"{tokens[0]:,} read, {tokens[1]:,} written"
+    assert facts["device"].startswith("cpu, ")
+    assert float(facts["cost"].split()[0]) == pytest.approx(2 * summary.seconds, rel=1e-3)
+    for step in summary.steps:
+        for reason, count in step.faults.items():
+            assert [step.name, reason, str(count)] in page.rows
+    for label, count in summary.steps[0].labels.items():
+        assert [label, str(count), f"{count / 24:.1%}"] in page.rows
+    assert describe(summary).endswith(f"Read about the run: {summary.report}")
+    assert verify(tmp_path / "out").findings == ()
+
+
+def test_plots_are_counts_of_the_published_columns(
+    rows: list[str | None], write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": rows})
+    summary = run(job_settings(steps=[HEAD, GENERATE]))
+    found = read_report(tmp_path / "out", summary.run)
+    assert found is not None
+    mood, reply = found.measures
+    published = pd.read_parquet(tmp_path / "out")
+    counts, _ = np.histogram(published["mood_score"], bins=20, range=(0, 1))
+    assert mood.histograms["score"].counts == tuple(counts)
+    lengths = reply.histograms["completion_tokens"]
+    expected = np.bincount((published["reply_completion_tokens"] // lengths.width).astype(int))
+    assert lengths.counts == tuple(expected)
+    prompts = reply.histograms["prompt_tokens"]
+    assert prompts.counts == tuple(
+        np.bincount((published["reply_prompt_tokens"] // prompts.width).astype(int))
+    )
+    assert sum(mood.histograms["prompt_tokens"].counts) == len(rows)
+    for measures in (mood, reply):
+        apart = measures.rates[1][0] - measures.rates[0][0]
+        assert sum(rate for _, rate in measures.rates) * apart == pytest.approx(
+            len(rows), rel=0.01
+        ), "all rows, spread over time"
+        assert {slow.fragment for slow in measures.slowest} == {
+            f"a.parquet@{first}" for first in (0, 8, 16)
+        }
+    told = {(row.text, row.mood, row.mood_score) for row in published.itertuples()}
+    assert {(each.text, each.label, each.score) for each in mood.samples} <= told
+    assert {each.label for each in mood.samples} == set(published["mood"])
+    plots = re.findall(r"<svg.*?</svg>", seen(summary).source)
+    assert len(plots) == 6  # throughput; shares, lengths and confidence; lengths twice
+    for plot in map(ET.fromstring, plots):
+        texts = [text.text for text in plot.iter("text")]
+        assert plot.attrib["role"] == "img"
+        assert sum(str(text) in plot.attrib["aria-label"] for text in texts) >= 3, (
+            "title and both axes"
+        )
+
+
+def test_the_labels_of_the_run_before_stand_beside(
+    rows: list[str | None], write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": rows})
+    first = run(job_settings(steps=[HEAD]))
+    then = first.steps[0].labels
+    assert len(then) > 1
+    rarest = pd.read_parquet(tmp_path / "out").set_index("mood")["text"][[list(then)[-1]]]
+    write_source("a.parquet", {"text": [*rarest, *rows[:5]]})
+    with pytest.raises(AuditError, match="label drift"):
+        run(job_settings(steps=[{**HEAD, "max_label_drift": 1e-9}]))
+    second = run(job_settings(steps=[HEAD]))
+    now, page = second.steps[0].labels, seen(second)
+    for label in now | then:
+        new, old = now.get(label, 0), then.get(label, 0)
+        line = [
+            label,
+            str(new),
+            f"{new / sum(now.values()):.1%}",
+            str(old),
+            f"{old / sum(then.values()):.1%}",
+        ]
+        assert line in page.rows
+    moved = population_stability(then, now)
+    assert moved > 0.01
+    assert any(
+        text.startswith(f"Moved by {moved:.4f} from the run before, {first.run} ")
+        for text in page.texts
+    )
+    third = seen(run(job_settings(steps=[HEAD])))
+    assert ["device", "none: no model was asked"] in third.rows
+    assert any(
+        text.startswith(f"Moved by 0.0000 from the run before, {second.run} ")
+        for text in third.texts
+    )
+
+
+def test_a_refused_run_has_its_page(
+    rows: list[str | None], write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": [*rows, None]})
+    with pytest.raises(
+        AuditError, match=r"nothing published.*Read about the run: .*\.html\."
+    ) as caught:
+        run(job_settings(max_error_rate=0.01))
+    page = Page(str(caught.value).split("Read about the run: ")[1].removesuffix("."))
+    assert any(
+        text.startswith("Refused: ") and "1 of 24 rows failed" in text for text in page.texts
+    )
+    assert ["mood", "null_value", "1"] in page.rows
+    assert not (tmp_path / "out" / "_manifest.json").exists()
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>\"'|[a](http://evil) `b` & </td></table><script>alert(2)</script>"
+)
+
+
+def test_text_of_the_data_is_never_markup(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    name = "day=<b>1/<i>|a.parquet"
+    write_source(name, {"text": [f"{HOSTILE} {number}" for number in range(9)] + [None]})
+    step = {**CLASSIFY, "labels": [HOSTILE, f"{HOSTILE}!"]}
+    settings = job_settings(steps=[step], max_error_rate=0.5)
+    (tmp_path / "in" / "<script>.parquet").write_bytes(b"broken")
+    summary = run(settings)
+    page = seen(summary)
+    plain = {"html", "meta", "title", "style", "h1", "h2", "p", "table", "tr", "td", "th"}
+    assert set(page.tags) == plain | {"svg", "path", "text", "rect", "polyline", "circle"}
+    assert not [
+        each for each in page.attributes if each[0].startswith("on") or each[0] in {"src", "href"}
+    ]
+    cells = {cell for row in page.rows for cell in row}
+    assert f"{HOSTILE} 0" in cells and cells & {HOSTILE, f"{HOSTILE}!"}, (
+        "text and label are there, as text"
+    )
+    assert any("<script>.parquet" in text for text in page.texts)
+    assert any("default-src 'none'" in str(value) for _, value in page.attributes)
+    found = read_report(tmp_path / "out", summary.run)
+    assert found is not None
+    line = next(line for line in markdown(found).splitlines() if "onerror" in line)
+    assert not re.search(r"(?<!\\)[<>`\[\]()&\"']", line)
+    assert len(re.findall(r"(?<!\\)\|", line)) == 3, "two cells"
+
+
+def test_a_report_that_cannot_be_written_fails_no_run(
+    write_source: Write, job_settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_source("a.parquet", {"text": ["one", "two"]})
+    (tmp_path / "out" / "_glmbatch").mkdir(parents=True)
+    (tmp_path / "out" / "_glmbatch" / "reports").write_text("in the way")
+    summary = run(job_settings())
+    assert (summary.rows, summary.report) == (2, None)
+    assert "the report of the run is not written" in caplog.text
+    assert verify(tmp_path / "out").sound
+
+
+def test_only_the_last_reports_are_kept_and_the_published_run_s_among_them(
+    write_source: Write, job_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "KEPT", 2)
+    write_source("a.parquet", {"text": ["one", "two"]})
+    published = run(job_settings(steps=[CLASSIFY]))
+    write_source("a.parquet", {"text": ["one", None]})
+    for _ in range(3):
+        with pytest.raises(AuditError):
+            run(job_settings(steps=[CLASSIFY], max_error_rate=0.1))
+    left = sorted((tmp_path / "out" / "_glmbatch" / "reports").iterdir())
+    assert Counter(path.suffix for path in left) == {".html": 3, ".json": 3}
+    assert published.run in {path.stem for path in left}

@@ -1,0 +1,223 @@
+"""The committed sample: rebuilt from its seeds, as messy as real data, and answered well by its own checkpoint."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from glmbatch.glm.checkpoint.load import load_model
+from glmbatch.glm.tokenizer import load_tokenizer
+from glmbatch.settings.job import ClassifyStep, GenerateStep, JobConfig
+from glmbatch.settings.jobfile import load_job
+from glmbatch.steps.prompt import Prompt, build_prompts
+
+SAMPLE = Path(__file__).resolve().parents[3] / "sample_data"
+sys.path.insert(0, str(SAMPLE))
+
+from make_grammar import write_review  # noqa: E402
+from make_reviews import PARTS, write_parquet  # noqa: E402
+
+CHECKPOINT = SAMPLE / "tiny-chatglm2"
+READABLE = [SAMPLE / "reviews" / part.path for part in PARTS if not part.truncated]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """Every row that a job can read, in order."""
+    return [row for path in READABLE for row in pq.ParquetFile(path).read().to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def texts(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["text"] for row in rows if row["text"] is not None]
+
+
+@pytest.fixture(scope="module")
+def job() -> JobConfig:
+    return load_job(str(SAMPLE / "reviews.yaml"))
+
+
+def test_rebuilding_gives_the_committed_files(tmp_path: Path) -> None:
+    rebuilt = write_parquet(tmp_path)
+    committed = sorted(
+        path for name in ("reviews", "labelled") for path in (SAMPLE / name).rglob("*.parquet")
+    )
+    assert [path.relative_to(tmp_path) for path in rebuilt] == [
+        path.relative_to(SAMPLE) for path in committed
+    ]
+    same_writer = (
+        pq.ParquetFile(READABLE[0]).metadata.created_by
+        == f"parquet-cpp-arrow version {pa.__version__}"
+    )
+    for new, old in zip(rebuilt, committed, strict=True):
+        if same_writer:
+            assert new.read_bytes() == old.read_bytes(), old
+        elif old in READABLE:  # another pyarrow writes the same rows in other bytes
+            assert (
+                pq.ParquetFile(new).read().equals(pq.ParquetFile(old).read(), check_metadata=True)
+            ), old
+
+
+def test_holds_thousands_of_distinct_reviews_in_both_languages(texts: list[str]) -> None:
+    assert len(set(texts)) > 3500
+    chinese = sum(any("\u4e00" <= character <= "\u9fff" for character in text) for text in texts)
+    assert 0.4 < chinese / len(texts) < 0.7
+
+
+def test_true_answers_are_not_among_the_columns() -> None:
+    for path in READABLE:
+        schema = pq.ParquetFile(path).schema_arrow
+        assert schema.names == ["id", "text", "product", "stars", "created", "tags", "attributes"]
+        assert schema.field("created").type == pa.timestamp("us", tz="Asia/Shanghai")
+        assert schema.metadata[b"exporter"] == b"shop-reviews 2.4"
+
+
+def test_files_are_laid_out_as_a_real_export_is() -> None:
+    files = [pq.ParquetFile(path) for path in READABLE]
+    assert sum(file.metadata.num_rows for file in files) == 4000
+    assert max(file.metadata.num_row_groups for file in files) > 2
+    assert min(file.metadata.num_rows for file in files) == 0
+    (broken,) = [SAMPLE / "reviews" / part.path for part in PARTS if part.truncated]
+    with pytest.raises(pa.ArrowInvalid):
+        pq.ParquetFile(broken)
+
+
+def test_some_rows_cannot_be_answered_but_few(rows: list[dict[str, Any]], job: JobConfig) -> None:
+    tokenizer = load_tokenizer(CHECKPOINT)
+    positions = json.loads((CHECKPOINT / "config.json").read_text())["seq_length"]
+    no_text = sum(row["text"] is None for row in rows)
+    blank = sum(row["text"] is not None and not row["text"].strip() for row in rows)
+    no_product = sum(row["product"] is None for row in rows)
+    lengths = [len(ids) for ids in tokenizer.encode([row["text"] or "" for row in rows])]
+    too_long = sum(length > positions for length in lengths)
+    assert min(no_text, blank, no_product, too_long) > 0
+    assert 3 <= sum(len(row["text"] or "") > 4000 for row in rows) <= too_long
+    assert (no_text + blank + no_product + too_long) / len(rows) < 0.03 < job.max_error_rate
+    assert any(250 < length < positions - 250 for length in lengths)
+
+
+def test_ids_and_rows_repeat(rows: list[dict[str, Any]]) -> None:
+    ids = Counter(row["id"] for row in rows)
+    whole = Counter(repr(row) for row in rows)
+    repeated_rows = sum(count - 1 for count in whole.values())
+    repeated_ids = sum(count - 1 for count in ids.values())
+    assert 0 < repeated_rows < repeated_ids
+
+
+@pytest.mark.parametrize("column", ["stars", "created", "tags", "attributes"])
+def test_every_other_column_has_nulls(rows: list[dict[str, Any]], column: str) -> None:
+    assert 0 < sum(row[column] is None for row in rows) < len(rows) / 5
+
+
+AWKWARD = (
+    *("[gMASK]", "sop", "eop", "</s>", "<unk>", "<0x0A>", "\n\n[Round 2]\n\n问：", "{text}"),
+    *("&amp;", "<br>", "ＯＫ", "還", "😡", "👏🏻", "！！！", "THE ", "\n", "\t", "  "),
+)
+
+
+@pytest.mark.parametrize("piece", AWKWARD)
+def test_texts_hold_what_breaks_naive_code(texts: list[str], piece: str) -> None:
+    assert any(piece in text for text in texts)
+
+
+def test_held_out_reviews_are_in_the_job_and_not_in_training(rows: list[dict[str, Any]]) -> None:
+    held_out = pq.ParquetFile(SAMPLE / "labelled" / "held_out.parquet").read().to_pylist()
+    train = {
+        row["text"]
+        for row in pq.ParquetFile(SAMPLE / "labelled" / "train.parquet").read().to_pylist()
+    }
+    by_id = {row["id"]: row["text"] for row in rows}
+    assert len(held_out) == 1000
+    assert all(by_id[row["id"]] == row["text"] for row in held_out)
+    assert not train & {row["text"] for row in rows}
+
+
+def test_both_sides_of_the_split_use_the_same_words() -> None:
+    sides = [
+        [write_review(random.Random(seed), held_out=side) for seed in range(3000)]
+        for side in (False, True)
+    ]
+    words = [{word for review in side for word in review.text.split()} for side in sides]
+    shares = [Counter(review.label for review in side)["positive"] / 3000 for side in sides]
+    assert shares[0] == pytest.approx(shares[1], abs=0.03)
+    common = {
+        word
+        for word, count in Counter(w for r in sides[1] for w in r.text.split()).items()
+        if count > 20
+    }
+    assert common <= words[0]
+
+
+def test_the_job_file_asks_a_label_and_then_a_reply(job: JobConfig) -> None:
+    label, reply = job.steps
+    assert isinstance(label, ClassifyStep)
+    assert isinstance(reply, GenerateStep)
+    assert label.labels == ["positive", "neutral", "negative"]
+    assert f"{{{label.name}}}" in reply.prompt_template
+    assert (job.data.input, job.data.output) == ("sample_data/reviews", "sample_data/out")
+
+
+def test_the_checkpoint_has_the_published_layout() -> None:
+    files = {path.name for path in CHECKPOINT.iterdir()}
+    assert files > {
+        "config.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "pytorch_model.bin.index.json",
+    }
+    assert "pytorch_model-00001-of-00002.bin" in files
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 6_000_000
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    assert config["torch_dtype"] == "float16"
+    # As in the published model, the padded vocabulary has ids that no token owns.
+    assert load_tokenizer(CHECKPOINT).vocab_size < config["padded_vocab_size"]
+
+
+def test_the_checkpoint_finds_the_label_of_held_out_reviews(job: JobConfig) -> None:
+    label_step, held_out = (
+        job.steps[0],
+        pq.ParquetFile(SAMPLE / "labelled" / "held_out.parquet").read().to_pylist()[:100],
+    )
+    tokenizer, model = load_tokenizer(CHECKPOINT), load_model(CHECKPOINT)
+    assert isinstance(label_step, ClassifyStep)
+    assert label_step.labels is not None
+    prompts = build_prompts(label_step, held_out, tokenizer, chat=True, max_input_tokens=1024)
+    label_ids = [ids[0] for ids in tokenizer.encode_plain(label_step.labels)]
+    right = 0
+    for row, prompt in zip(held_out, prompts, strict=True):
+        assert isinstance(prompt, Prompt)
+        scores = model(torch.tensor([prompt.ids])).logits[0, -1, label_ids]
+        right += label_step.labels[int(scores.argmax())] == row["label"]
+    assert right / len(held_out) >= 0.9
+
+
+@pytest.mark.slow
+def test_the_checkpoint_answers_held_out_reviews(job: JobConfig) -> None:
+    from make_evaluation import evaluate
+
+    scores = evaluate(CHECKPOINT, SAMPLE / "labelled" / "held_out.parquet", job, most_rows=300)
+    assert scores.label_accuracy >= 0.9
+    assert scores.sensible >= 0.9
+
+
+@pytest.mark.slow
+def test_training_twice_gives_the_same_bytes(tmp_path: Path, job: JobConfig) -> None:
+    from make_checkpoint import build_checkpoint
+
+    for name in ("one", "two"):
+        build_checkpoint(SAMPLE / "labelled" / "train.parquet", job, tmp_path / name, most_rows=100)
+    one, two = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+        for name in ("one", "two")
+    )
+    assert one == two
+    assert {file.name for file in CHECKPOINT.iterdir()} == set(one)

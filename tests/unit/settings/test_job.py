@@ -1,0 +1,155 @@
+"""Settings refuse what cannot be meant, and say what to change; a file and flags give the same job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from glmbatch.errors import InputError
+from glmbatch.settings.job import JobConfig, placeholders
+from glmbatch.settings.jobfile import load_job
+
+Settings = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, job_settings: Settings) -> Callable[..., str]:
+    def write(**overrides: Any) -> str:
+        path = tmp_path / "job.yaml"
+        path.write_text(yaml.safe_dump(job_settings(**overrides), allow_unicode=True))
+        return str(path)
+
+    return write
+
+
+def test_yaml_json_flags_and_python_give_the_same_job(
+    job_file: Any, job_settings: Settings, tmp_path: Path
+) -> None:
+    expected = JobConfig.model_validate(job_settings(data__limit=5))
+    as_json = tmp_path / "job.json"
+    as_json.write_text(json.dumps(job_settings(data__limit=5)))
+    assert load_job(job_file(data__limit=5)) == load_job(str(as_json)) == expected
+    assert load_job(job_file(), {"data.limit": "5"}) == expected
+    assert JobConfig.model_validate_json(expected.model_dump_json()) == expected
+
+
+def test_a_path_alone_stands_for_a_model(job_settings: Settings) -> None:
+    assert JobConfig.model_validate(job_settings(model="some/model")).model.path == "some/model"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ({"data__inputs": "x"}, "data.inputs: is no setting"),
+        ({"data__limit": 0}, "data.limit: input should be greater than or equal to 1; it is 0"),
+        ({"model": {}}, "model.path: is required and not set"),
+        (
+            {"on_error": "ignore"},
+            "on_error: input should be 'raise', 'quarantine' or 'null'; it is 'ignore'",
+        ),
+        ({"steps": []}, "steps: list should have at least 1 item"),
+        ({"steps": [{"kind": "translate", "name": "x"}]}, "steps[0]: input tag 'translate'"),
+        (
+            {"steps": [{"kind": "classify", "name": "a b", "labels": ["x", "y"]}]},
+            "steps[0].name: string should match",
+        ),
+        (
+            {"steps": [{"kind": "classify", "name": "a", "labels": ["x", "y", "x"]}]},
+            "labels repeat: ['x']",
+        ),
+        (
+            {"steps": [{"kind": "classify", "name": "a", "labels": ["x"]}]},
+            "a choice needs at least two labels",
+        ),
+        ({"steps": [{"kind": "generate", "name": "a", "max_length": 9}]}, "set max_tokens"),
+        (
+            {"steps": [{"kind": "generate", "name": "a", "prompt_template": "{text"}]},
+            "expected '}'",
+        ),
+        ({"steps": [{"kind": "generate", "name": "text"}]}, "a step cannot be named 'text'"),
+        ({"steps": [{"kind": "generate", "name": "a"}] * 2}, "both write a column 'a'"),
+        (
+            {"steps": [{"kind": "generate", "name": name} for name in "aA"]},
+            "both write a column 'A'",
+        ),
+        ({"runtime__device": "tpu"}, "runtime.device: string should match"),
+    ],
+)
+def test_each_wrong_setting_is_one_line_that_names_it(
+    job_file: Any, overrides: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        load_job(job_file(**overrides))
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(job_file(**overrides))
+
+
+def test_all_wrong_settings_are_told_at_once(job_file: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        load_job(job_file(data__limit=0, max_error_rate=2))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("- a", "holds no settings"),
+        ("a: [", "neither YAML nor JSON"),
+        ("", "holds no settings"),
+    ],
+)
+def test_a_job_file_that_is_none_is_one_line(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
+    path = tmp_path / "job.yaml"
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        load_job(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["steps.9.max_tokens", "steps.first.max_tokens", "model.path.x"])
+def test_a_flag_for_a_place_that_is_not_there_is_refused(job_file: Any, name: str) -> None:
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        load_job(job_file(), {name: "1"})
+
+
+def test_a_flag_reaches_into_steps(job_file: Any) -> None:
+    job = load_job(job_file(), {"steps.1.max_tokens": 3})
+    assert job.steps[1].model_dump()["max_tokens"] == 3
+
+
+def test_settings_cannot_be_changed(job_settings: Settings) -> None:
+    job = JobConfig.model_validate(job_settings())
+    with pytest.raises(ValidationError, match="frozen"):
+        job.data.limit = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "template", ["{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{0}", "{a", "a}"]
+)
+def test_a_template_takes_plain_columns_alone(template: str) -> None:
+    with pytest.raises(ValueError, match=r"placeholder|expected|Single"):
+        placeholders(template)
+
+
+def test_placeholders_are_named_once_in_order() -> None:
+    assert placeholders("{b} {a} {{x}} {b} {列}") == ["b", "a", "列"]
+
+
+def test_the_form_keeps_the_order_of_declaration() -> None:
+    schema = JobConfig.model_json_schema()
+    data = schema["$defs"]["DataConfig"]["properties"]
+    assert [field["position"] for field in data.values()] == list(range(len(data)))
+    assert next(iter(data)) == "input"

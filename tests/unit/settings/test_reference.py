@@ -1,0 +1,17 @@
+"""The page of settings says what the settings classes say."""
+
+from __future__ import annotations
+
+import pytest
+
+from glmbatch.cli.main import main
+from glmbatch.settings.job import JobConfig
+from tests.conftest import ROOT
+
+
+def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["settings"]) == 0
+    printed = capsys.readouterr().out
+    assert (ROOT / "SETTINGS.md").read_text() == printed, "run: glmbatch settings > SETTINGS.md"
+    for group in JobConfig.model_fields:
+        assert f"| `{group}` |" in printed

@@ -1,0 +1,207 @@
+"""Reading columns as text, damaged files, and a bound on memory."""
+
+from __future__ import annotations
+
+import decimal
+import os
+from datetime import date
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from glmbatch.errors import InputError, UnusableFile
+from glmbatch.store.parquet import open_parquet, prompt_values, read_rows
+
+FUZZ = int(os.environ.get("FUZZ", "300"))  # damaged files to read
+# Where Arrow's own tests look for a checkout of apache/parquet-testing.
+CONFORMANCE = Path(os.environ.get("PARQUET_TEST_DATA", "not set"))
+
+TEXT_TYPES = [
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.dictionary(pa.int32(), pa.string()),
+]
+
+
+@pytest.mark.parametrize("kind", TEXT_TYPES, ids=str)
+def test_every_kind_of_text_column_reads_as_text(kind: pa.DataType) -> None:
+    values = ["好", None, "", "emoji 🎉"]
+    array = (
+        pa.array(values, pa.string())
+        .cast(pa.binary() if pa.types.is_binary(kind) else pa.string())
+        .cast(kind)
+    )
+    assert prompt_values(pa.chunked_array([array, array])) == values * 2
+
+
+def test_bytes_that_are_no_text_stay_bytes_of_their_row_alone() -> None:
+    column = pa.chunked_array([pa.array([b"fine", b"\xff\xfe", b"\xed\xa0\x80"])])
+    assert prompt_values(column) == ["fine", b"\xff\xfe", b"\xed\xa0\x80"]
+
+
+def test_numbers_and_dates_read_as_a_person_writes_them() -> None:
+    values = [5, 2.5, True, date(2026, 11, 1), decimal.Decimal("1.50")]
+    read = [prompt_values(pa.chunked_array([pa.array([value, None])])) for value in values]
+    assert read == [
+        ["5", None],
+        ["2.5", None],
+        ["True", None],
+        ["2026-11-01", None],
+        ["1.50", None],
+    ]
+    far = pa.array([2**62], pa.timestamp("us"))  # the year 148108, which Python has no date for
+    assert prompt_values(pa.chunked_array([far]))[0]
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> Path:
+    path = tmp_path / "numbered.parquet"
+    pq.write_table(
+        pa.table({"n": range(100), "other": range(100)}),
+        path,
+        row_group_size=30,
+        write_page_checksum=True,
+    )
+    return path
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(start=st.integers(0, 99), rows=st.integers(1, 100))
+def test_any_range_of_rows_is_read_from_its_own_row_groups(
+    numbered: Path, start: int, rows: int
+) -> None:
+    rows = min(rows, 100 - start)
+    groups = list(range(start // 30, (start + rows - 1) // 30 + 1))
+    batches = list(read_rows(numbered, groups, start - groups[0] * 30, rows, ["n"]))
+    assert [value for batch in batches for value in batch.column("n").to_pylist()] == list(
+        range(start, start + rows)
+    )
+    assert all(batch.schema.names == ["n"] for batch in batches)
+
+
+def test_rows_that_the_footer_promises_and_the_file_lacks_are_an_error(numbered: Path) -> None:
+    with pytest.raises(UnusableFile, match="5 rows fewer"):
+        list(read_rows(numbered, [3], 0, 15))
+
+
+def test_one_damaged_byte_of_a_page_is_never_read_as_data(numbered: Path) -> None:
+    whole = numbered.read_bytes()
+    with pq.ParquetFile(numbered) as file:
+        column = file.metadata.row_group(1).column(0)
+    at = (
+        column.dictionary_page_offset or column.data_page_offset
+    ) + column.total_compressed_size // 2
+    numbered.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(UnusableFile, match=r"numbered\.parquet: not readable as Parquet"):
+        list(read_rows(numbered, [0, 1, 2, 3], 0, 100))
+    assert sum(batch.num_rows for batch in read_rows(numbered, [0], 0, 30)) == 30
+
+
+@pytest.mark.parametrize("damage", ["empty", "no magic", "cut", "folder"])
+def test_what_is_no_parquet_file_is_named(numbered: Path, damage: str) -> None:
+    path = numbered.with_name(f"{damage}.parquet")
+    if damage == "folder":
+        path.mkdir()
+    else:
+        whole = numbered.read_bytes()
+        path.write_bytes(
+            {"empty": b"", "no magic": b"plain text " * 9, "cut": whole[: len(whole) // 2]}[damage]
+        )
+    with pytest.raises(UnusableFile, match=path.name), open_parquet(path):
+        pass
+
+
+@pytest.mark.parametrize("codec", ["uncompressed", "snappy", "gzip", "zstd", "lz4_raw", "brotli"])
+@pytest.mark.parametrize("version", ["V1", "V2"])
+def test_files_of_another_writer_read_as_it_reads_them(
+    tmp_path: Path, codec: str, version: str
+) -> None:
+    path = tmp_path / "foreign.parquet"
+    rows = duckdb.sql(
+        "select i as n, 'text ' || (i % 7) as text, i / 3.0 as part, [i, null] as list, {'a': i, 'b': 'x'} as struct, "
+        "case when i % 5 = 0 then null else i % 3 end as few, date '2026-01-01' + i::int as day from range(5000) t(i)"
+    )
+    options = f"format parquet, codec {codec}, row_group_size 2048, parquet_version {version}"
+    duckdb.sql(f"copy (from rows) to '{path}' ({options})")
+    with open_parquet(path) as file:
+        groups = list(range(file.metadata.num_row_groups))
+    table = pa.Table.from_batches(list(read_rows(path, groups, 0, 5000)))
+    assert [tuple(row.values()) for row in table.to_pylist()] == rows.fetchall()
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        "PLAIN",
+        "DELTA_BINARY_PACKED",
+        "DELTA_BYTE_ARRAY",
+        "DELTA_LENGTH_BYTE_ARRAY",
+        "BYTE_STREAM_SPLIT",
+    ],
+)
+def test_every_encoding_of_the_format_reads_alike(
+    tmp_path: Path, encoding: str, version: str
+) -> None:
+    words = pa.array([None if row % 11 == 0 else f"word {row % 97}" for row in range(3000)])
+    numbers = pa.array([row * 37 % 1009 for row in range(3000)])
+    column = words if encoding in ("DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY") else numbers
+    path = tmp_path / "encoded.parquet"
+    pq.write_table(
+        pa.table({"x": column}),
+        path,
+        use_dictionary=False,
+        column_encoding=encoding,
+        data_page_version=version,
+    )
+    assert prompt_values(
+        pa.chunked_array([b.column(0) for b in read_rows(path, [0], 0, 3000)])
+    ) == prompt_values(pa.chunked_array([column]))
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(at=st.integers(0, 10_000), flip=st.integers(1, 255))
+def test_any_damaged_byte_gives_rows_or_our_error(numbered: Path, at: int, flip: int) -> None:
+    whole = numbered.read_bytes()
+    at %= len(whole)
+    damaged = numbered.with_name("damaged.parquet")
+    damaged.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
+    try:
+        with open_parquet(damaged) as file:
+            groups = range(file.metadata.num_row_groups)
+            rows = sum(file.metadata.row_group(index).num_rows for index in groups)
+        list(read_rows(damaged, list(groups), 0, max(rows, 1)))
+    except InputError:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not CONFORMANCE.is_dir(), reason="PARQUET_TEST_DATA names no checkout of apache/parquet-testing"
+)
+def test_public_files_good_and_bad_give_rows_or_our_error() -> None:
+    outcomes = {}
+    for path in sorted(CONFORMANCE.rglob("*.parquet")):
+        try:
+            with open_parquet(path) as file:
+                groups = list(range(file.metadata.num_row_groups))
+                rows = file.metadata.num_rows
+            outcomes[path] = (
+                sum(batch.num_rows for batch in read_rows(path, groups, 0, rows)) if rows else 0
+            )
+        except InputError:
+            outcomes[path] = -1
+    bad = [rows for path, rows in outcomes.items() if path.parent.name == "bad_data"]
+    assert sum(rows < 0 for rows in bad) >= len(bad) - 1
+    assert sum(rows >= 0 for rows in outcomes.values()) > 60
