@@ -15,7 +15,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from glmbatch.glm.engine.protocol import Engine, load_engine
+from glmbatch.glm.engine.loading import load_engine
+from glmbatch.glm.engine.protocol import Engine
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.settings.job import ClassifyStep, GenerateStep, JobConfig, ModelConfig, Step
 from glmbatch.steps.classify import Choice, ask_choices

@@ -14,8 +14,9 @@ from functools import lru_cache
 import pyarrow as pa
 
 from glmbatch.errors import InputError, TransientError
+from glmbatch.glm.engine.loading import load_engine
 from glmbatch.glm.engine.pool import POOL
-from glmbatch.glm.engine.protocol import Engine, load_engine
+from glmbatch.glm.engine.protocol import Engine
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.ledger.known import Hold, KnownAnswers
 from glmbatch.ledger.ledger import Ledger

@@ -30,7 +30,7 @@ FLAKY = """
 import sys
 from glmbatch.run import asking
 from glmbatch.errors import TransientError
-from glmbatch.glm.engine.protocol import load_engine
+from glmbatch.glm.engine.loading import load_engine
 from glmbatch.settings.jobfile import load_job
 
 tries = []

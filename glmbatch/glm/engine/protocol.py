@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:  # the model runs without pydantic too
-    from glmbatch.settings.job import ModelConfig, RuntimeConfig
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +83,3 @@ class Engine(Protocol):
     def generate(self, requests: Iterable[GenerateRequest]) -> Iterator[GenerateResult]: ...
 
     def close(self) -> None: ...
-
-
-def load_engine(model: ModelConfig, runtime: RuntimeConfig, models_at_once: int = 1) -> Engine:
-    """Load the checkpoint `model.path` (a directory) onto the device and return the engine over it.
-
-    It leaves room for the caches of as many engines as stay loaded together.
-
-    InputError when the checkpoint is not sound, TransientError when the machine failed.
-    """
-    from glmbatch.glm.engine.worker import TorchEngine
-
-    return TorchEngine.load(model, runtime, models_at_once)

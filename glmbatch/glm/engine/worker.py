@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from glmbatch.errors import GlmbatchError, TransientError
-from glmbatch.glm.checkpoint.load import load_model, read_checkpoint
-from glmbatch.glm.device import free_memory_bytes, resolve_device, resolve_dtype
+from glmbatch.glm.device import free_memory_bytes
 from glmbatch.glm.engine.classify import Classification
 from glmbatch.glm.engine.generate import Generation
 from glmbatch.glm.engine.protocol import (
@@ -30,9 +29,6 @@ from glmbatch.glm.engine.protocol import (
 from glmbatch.glm.engine.queue import Call, Job, Limits, Tally
 from glmbatch.glm.engine.validate import refuse_classify, refuse_generate
 from glmbatch.glm.model.network import Network
-
-if TYPE_CHECKING:
-    from glmbatch.settings.job import ModelConfig, RuntimeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -97,30 +93,6 @@ class TorchEngine:
         self._stopped: GlmbatchError | None = None
         self._worker = threading.Thread(target=self._work, name="glmbatch-engine", daemon=True)
         self._worker.start()
-
-    @classmethod
-    def load(
-        cls, model: ModelConfig, runtime: RuntimeConfig, models_at_once: int = 1
-    ) -> TorchEngine:
-        """The engine over the checkpoint `model.path`; see `load_engine`."""
-        device = resolve_device(runtime.device)
-        checkpoint = read_checkpoint(model.path, model.rope_scaling)
-        loaded = load_model(
-            model.path,
-            resolve_dtype(model.dtype, device),
-            device,
-            model.rope_scaling,
-            model.adapter,
-        )
-        return cls(
-            loaded,
-            eos_id=loaded.config.eos_token_id,
-            token_count=checkpoint.tokenizer_size or checkpoint.vocab_size,
-            max_batch_tokens=runtime.max_batch_tokens,
-            max_slots=runtime.max_slots,
-            models_at_once=models_at_once,
-            quantization=model.quantization,
-        )
 
     @property
     def alive(self) -> bool:

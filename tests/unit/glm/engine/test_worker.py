@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from glmbatch.errors import InputError, TransientError
-from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest, load_engine
+from glmbatch.glm.engine.loading import load_engine
+from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest
 from glmbatch.glm.engine.worker import LOOK_AHEAD, TorchEngine
 from glmbatch.settings.job import ModelConfig, RuntimeConfig
 from tests.unit.glm.tiny_glm import EOS, TOKENS, causal_model, engine_over, head_model, prompts
@@ -59,7 +60,8 @@ def generate_requests(count: int = 20) -> list[GenerateRequest]:
 
 
 def test_importing_the_seam_loads_no_torch() -> None:
-    code = "import glmbatch.glm.engine.protocol, sys; sys.exit('torch' in sys.modules)"
+    modules = "glmbatch.glm.engine.loading, glmbatch.glm.engine.pool"
+    code = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -1,0 +1,36 @@
+"""The model settings of a job become an engine on this machine. Importing this module loads no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from glmbatch.glm.engine.protocol import Engine
+
+if TYPE_CHECKING:  # the model also runs without pydantic
+    from glmbatch.settings.job import ModelConfig, RuntimeConfig
+
+
+def load_engine(model: ModelConfig, runtime: RuntimeConfig, models_at_once: int = 1) -> Engine:
+    """Load the checkpoint in directory `model.path` onto the device and return an engine over it.
+
+    The engine's cache leaves room for the caches of `models_at_once` engines on the same device.
+
+    InputError when the checkpoint is not sound, TransientError when the machine fails.
+    """
+    from glmbatch.glm.checkpoint.load import load_model, read_checkpoint
+    from glmbatch.glm.device import resolve_device, resolve_dtype
+    from glmbatch.glm.engine.worker import TorchEngine
+
+    device = resolve_device(runtime.device)
+    dtype = resolve_dtype(model.dtype, device)
+    checkpoint = read_checkpoint(model.path, model.rope_scaling)
+    loaded = load_model(model.path, dtype, device, model.rope_scaling, model.adapter)
+    return TorchEngine(
+        loaded,
+        eos_id=loaded.config.eos_token_id,
+        token_count=checkpoint.tokenizer_size or checkpoint.vocab_size,
+        max_batch_tokens=runtime.max_batch_tokens,
+        max_slots=runtime.max_slots,
+        models_at_once=models_at_once,
+        quantization=model.quantization,
+    )
