@@ -36,7 +36,7 @@ from transformers import GlmConfig, GlmForCausalLM  # noqa: E402
 from workload import SHAPES  # noqa: E402
 
 from flows.annotate import annotate  # noqa: E402
-from flows.server import own_server  # noqa: E402
+from glmbatch.cli.server import own_server  # noqa: E402
 from glmbatch.glm.checkpoint.save import save_checkpoint  # noqa: E402
 from glmbatch.glm.engine.protocol import ClassifyRequest, Engine, GenerateRequest  # noqa: E402
 from glmbatch.ledger.ledger import Ledger  # noqa: E402

@@ -102,7 +102,7 @@ def measure(of: str, size: int) -> dict[str, Any]:
     """Run the flow over an input of that size; seconds, and the most memory in MB."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.server import own_server
+    from glmbatch.cli.server import own_server
     from glmbatch.settings.job import JobConfig
 
     folder = Path(tempfile.mkdtemp())

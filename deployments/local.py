@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from flows.server import LOOPBACK, api_address, is_ready, start, stop, wait_until_ready
+from glmbatch.cli.server import LOOPBACK, api_address, is_ready, start, stop, wait_until_ready
 from glmbatch.errors import GlmbatchError, InputError, TransientError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -66,7 +66,7 @@ def _prefect_server() -> Iterator[None]:
     """See that the server answers that the user has set; without one, start one for this run."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.server import is_ready, own_server
+    from glmbatch.cli.server import is_ready, own_server
 
     address = PREFECT_API_URL.value()
     if address is None:

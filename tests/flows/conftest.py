@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flows.server import own_server
+from glmbatch.cli.server import own_server
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ import pyarrow.dataset as ds
 import pytest
 import yaml
 
-from flows.server import own_server
+from glmbatch.cli.server import own_server
 from glmbatch.ledger.verification import verify
 from tests.conftest import ROOT
 

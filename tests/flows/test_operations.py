@@ -366,9 +366,9 @@ def test_a_flow_of_ones_own_has_the_answers_made(
     here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     api.set_parameters("annotate/arrivals", job=job())
-    code = "from flows.downstream import downstream; print(downstream('annotate/arrivals'))"
+    example = "sample_data/examples/after_a_deployment.py"
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, example, "annotate/arrivals"],
         env=here.environment,
         cwd=ROOT,
         capture_output=True,
@@ -376,7 +376,7 @@ def test_a_flow_of_ones_own_has_the_answers_made(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(tmp_path / "out")
+    assert done.stdout.strip() == "40 rows"
     assert len(rows(tmp_path / "out")) == 40
 
 

@@ -1,4 +1,7 @@
-"""Prefect servers of our own, on loopback: one for a run when the user has none, or one that stays (`make up`)."""
+"""Prefect servers on loopback: one for a single run, or one that stays up (`make up`).
+
+No Prefect is imported here: `python -m prefect` runs in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,24 @@ import psutil
 from glmbatch.errors import TransientError
 
 LOOPBACK = "127.0.0.1"
-# 7 to 49 s were seen, depending on load.
+# A start took 7 to 49 s where it was measured, depending on load.
 START_SECONDS = 180
 
 
 @contextmanager
 def own_server() -> Iterator[str]:
-    """Start a server for one run, quiet and without a UI, and give the address of its API.
+    """Run a server without a UI or logs for the time of the block; yield the address of its API.
 
-    TransientError when it does not come up.
+    Raises TransientError if it does not start.
     """
-    with socket.socket() as free:
-        free.bind((LOOPBACK, 0))
-        port = free.getsockname()[1]
-    address = api_address(port)
+    address, port = free_address()
     server = start("server", "start", "--host", LOOPBACK, "--port", str(port), "--no-ui")
     leader = psutil.Process(server.pid)
     family = [leader]
     try:
         wait_until_ready(address, server, "Set PREFECT_API_URL to use yours.")
-        family += leader.children(recursive=True)  # which are there even when their leader is not
+        # Noted while the leader lives: if it is killed, its children can no longer be found.
+        family += leader.children(recursive=True)
         yield address
     finally:
         with suppress(psutil.NoSuchProcess):
@@ -45,7 +46,16 @@ def own_server() -> Iterator[str]:
         server.wait()
 
 
+def free_address() -> tuple[str, int]:
+    """The API address of a server on a free port, and that port."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+    return api_address(port), port
+
+
 def api_address(port: int) -> str:
+    """The URL of the Prefect API on `port` of this machine."""
     return f"http://{LOOPBACK}:{port}/api"
 
 
@@ -54,13 +64,11 @@ def start(
     log: int | IO[bytes] = subprocess.DEVNULL,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a `prefect` command in the background, in a session of its own.
-
-    So Ctrl-C, which a terminal sends to the whole group, reaches a run and not the server under it; the run then ends
-    in order and stops the server.
-    """
+    """Start a `prefect` command in the background and return its process."""
     return subprocess.Popen(
         [sys.executable, "-m", "prefect", *command],
+        # A terminal sends Ctrl-C to its whole process group. In a session of its own the server
+        # outlives it, so that the run can end in order and then stop the server.
         start_new_session=True,
         stdin=subprocess.DEVNULL,
         stdout=log,
@@ -79,7 +87,7 @@ def is_ready(address: str) -> bool:
 
 
 def wait_until_ready(address: str, server: subprocess.Popen[bytes], hint: str) -> None:
-    """Return when the API answers; TransientError, which ends with `hint`, when it does not."""
+    """Return once the API answers; raise TransientError, which ends with `hint`, if it does not."""
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until and server.poll() is None:
         if is_ready(address):
@@ -89,7 +97,7 @@ def wait_until_ready(address: str, server: subprocess.Popen[bytes], hint: str) -
 
 
 def stop(processes: Sequence[psutil.Process], seconds: float = 10) -> None:
-    """End the processes: asked first, then killed."""
+    """Terminate the processes, and kill those still alive after `seconds`."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
