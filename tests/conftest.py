@@ -1,10 +1,13 @@
-"""What all tests share: one thread for torch, no telemetry, and a job over small files with a real checkpoint."""
+"""What all tests share: one thread for torch, no telemetry, a job over small files.
+
+Its checkpoint is a real one, of a few layers.
+"""
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +17,26 @@ import pytest
 
 from glmbatch.settings.tuning import TuneConfig
 from tests.stores import Store, s3_store
+from tests.support import (
+    CAUSAL,
+    CLASSIFIER,
+    CLASSIFY,
+    GENERATE,
+    GOLDENS,
+    ROOT,
+    Settings,
+    Tune,
+    Write,
+    overridden,
+)
 from tests.unit.tuning.rows import labelled
+
+# Modules that still import them from here.
+__all__ = ["CAUSAL", "CLASSIFIER", "CLASSIFY", "GENERATE", "GOLDENS", "ROOT"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-
-ROOT = Path(__file__).resolve().parent.parent
-GOLDENS = ROOT / "tests" / "goldens"
-CAUSAL = GOLDENS / "base-sharded"
-CLASSIFIER = GOLDENS / "classifier"
-
-CLASSIFY = {"kind": "classify", "name": "mood", "labels": ["good", "bad", "so so"]}
-GENERATE = {
-    "kind": "generate",
-    "name": "reply",
-    "prompt_template": "{mood}: {text}",
-    "max_tokens": 6,
-}
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +64,7 @@ def rows() -> list[str | None]:
 
 
 @pytest.fixture
-def write_source(tmp_path: Path) -> Callable[..., Path]:
+def write_source(tmp_path: Path) -> Write:
     """Write a Parquet file below `in/` from columns; returns its path."""
 
     def write(name: str, columns: dict[str, Any], **options: Any) -> Path:
@@ -73,8 +78,11 @@ def write_source(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def job_settings(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Settings of a job over `in/` with a classify and a generate step; dotted names override them."""
+def job_settings(tmp_path: Path) -> Settings:
+    """Make settings of a job over `in/` that classifies and generates.
+
+    Keywords override them, with __ between the groups: `data__limit=3`.
+    """
 
     def settings(**overrides: Any) -> dict[str, Any]:
         job: dict[str, Any] = {
@@ -87,20 +95,17 @@ def job_settings(tmp_path: Path) -> Callable[..., dict[str, Any]]:
             "steps": [dict(CLASSIFY), dict(GENERATE)],
             "runtime": {"device": "cpu", "retry_delay_seconds": 0.01},
         }
-        for name, value in overrides.items():
-            *groups, last = name.split("__")
-            here = job
-            for group in groups:
-                here = here.setdefault(group, {})
-            here[last] = value
-        return job
+        return overridden(job, overrides)
 
     return settings
 
 
 @pytest.fixture
-def tune(tmp_path: Path, write_source: Callable[..., Path]) -> Callable[..., TuneConfig]:
-    """Settings of a small fine-tuning over 240 rows in two days; dotted names (with __) override them."""
+def tune(tmp_path: Path, write_source: Write) -> Tune:
+    """Make settings of a small fine-tuning over 240 rows in two days.
+
+    Keywords override them, with __ between the groups: `training__epochs=6`.
+    """
     rows = labelled(240)
     for day in range(2):
         part = {name: values[120 * day : 120 * day + 120] for name, values in rows.items()}
@@ -114,12 +119,6 @@ def tune(tmp_path: Path, write_source: Callable[..., Path]) -> Callable[..., Tun
             "training": {"epochs": 3, "batch_rows": 16, "evaluations_per_epoch": 2, "noise": 0},
             "runtime": {"device": "cpu"},
         }
-        for name, value in overrides.items():
-            *groups, last = name.split("__")
-            here = config
-            for group in groups:
-                here = here.setdefault(group, {})
-            here[last] = value
-        return TuneConfig.model_validate(config)
+        return TuneConfig.model_validate(overridden(config, overrides))
 
     return settings

@@ -1,0 +1,71 @@
+"""What test modules name: checkpoints and steps, the types of the shared fixtures, small readers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.dataset as ds
+
+from glmbatch.settings.job import JobConfig
+from glmbatch.settings.tuning import TuneConfig
+
+if TYPE_CHECKING:
+    from glmbatch.report.summary import Summary
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDENS = ROOT / "tests" / "goldens"
+CAUSAL = GOLDENS / "base-sharded"
+CLASSIFIER = GOLDENS / "classifier"
+EARLIER = ROOT / "tests" / "fixtures" / "earlier"
+
+# The types of the fixtures `job_settings`, `write_source` and `tune`.
+Settings = Callable[..., dict[str, Any]]
+Write = Callable[..., Path]
+Tune = Callable[..., TuneConfig]
+
+CLASSIFY = {"kind": "classify", "name": "mood", "labels": ["good", "bad", "so so"]}
+GENERATE = {
+    "kind": "generate",
+    "name": "reply",
+    "prompt_template": "{mood}: {text}",
+    "max_tokens": 6,
+}
+
+
+def overridden(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings`, changed in place: `data__limit` names the key `limit` of the group `data`."""
+    for name, value in overrides.items():
+        *groups, last = name.split("__")
+        group = settings
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[last] = value
+    return settings
+
+
+def run(settings: dict[str, Any]) -> Summary:
+    """Run the job of these settings in this process."""
+    # conftest.py imports this module and only then sets the threads that torch reads at its import.
+    from glmbatch.run.pipeline import run_job
+
+    return run_job(JobConfig.model_validate(settings))
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    """The rows that a reader of the output folder finds."""
+    rows: list[dict[str, Any]] = ds.dataset(output, partitioning=None).to_table().to_pylist()
+    return rows
+
+
+def copy_earlier(folder: Path) -> Path:
+    """A copy of the earlier input and outputs below `folder`, whose manifests name the new place."""
+    copy = folder / "earlier"
+    shutil.copytree(EARLIER, copy)
+    for manifest in copy.glob("*/_manifest.json"):
+        text = manifest.read_text()
+        assert '"/tmp/earlier/in"' in text
+        manifest.write_text(text.replace("/tmp/earlier/in", str(copy / "in")))
+    return copy
