@@ -1,6 +1,6 @@
-"""What stands on the page of a flow run beside its tasks: how far it is, and what it did.
+"""What the page of a flow run shows beside its tasks: the progress, and the facts of the report.
 
-What cannot be shown is a warning: no run fails by it.
+An artifact that cannot be written is a warning in the log. No run fails by it.
 """
 
 from __future__ import annotations
@@ -29,28 +29,30 @@ from glmbatch.store.paths import location
 
 logger = logging.getLogger(__name__)
 
+# Each update is a request to the server, and a night may have thousands of fragments.
 UPDATE_SECONDS = 5.0
 
 
 class FragmentProgress:
-    """A progress artifact of the flow run, in percent of `total` fragments; it moves at most every few seconds."""
+    """A progress artifact of the flow run, in percent of `total` fragments."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
+        self._total = total
+        self._done = 0
         self._updated = time.monotonic()
-        self._artifact: Any = None
+        self._artifact: Any = None  # stays None where the server did not take it
         with _optional():
             self._artifact = create_progress_artifact(
                 0.0, key="annotate-progress", description=self._described()
             )
 
     def add(self) -> None:
-        """Count one fragment as finished."""
+        """Count a fragment as finished; the page follows after UPDATE_SECONDS, or at the end."""
         self._done += 1
+        if self._artifact is None:
+            return
         now = time.monotonic()
-        if self._artifact is None or (
-            self._done < self._total and now - self._updated < UPDATE_SECONDS
-        ):
+        if self._done < self._total and now - self._updated < UPDATE_SECONDS:
             return
         self._updated = now
         with _optional():
@@ -63,25 +65,29 @@ class FragmentProgress:
 
 
 def show_report(job: JobConfig, run: Run) -> None:
-    """The facts of `run`, its errors, and the place of its page; nothing where it has no report."""
+    """Show the facts of `run`, its errors, and a link to its page; nothing without a report."""
     report = read_report(job.data.output, run.id)
     if report is None or report.summary.report is None:
         return
-    errors = [
-        {"step": step, "reason": reason, "rows": rows}
-        for step, reason, rows in errors_by_reason(report)
-    ]
+    errors = []
+    for step, reason, rows in errors_by_reason(report):
+        errors.append({"step": step, "reason": reason, "rows": rows})
     with _optional():
+        # Keys are fixed: the artifacts of all runs under one key are a history in the UI.
         create_markdown_artifact(markdown(report), key="annotate", description=f"run {run.id}")
         create_table_artifact(errors, key="annotate-errors", description="errors by reason")
-        page = location(report.summary.report).resolve()
-        address = page.as_uri() if isinstance(page, Path) else str(page)
         create_link_artifact(
-            address,
+            _address(report.summary.report),
             "the report of the run",
             key="annotate-report",
             description=report.summary.report,
         )
+
+
+def _address(page: str) -> str:
+    """A URL for a report: one of a file needs its whole path."""
+    place = location(page).resolve()
+    return place.as_uri() if isinstance(place, Path) else str(place)
 
 
 @contextmanager

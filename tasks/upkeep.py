@@ -1,4 +1,4 @@
-"""What is done about runs that did not end well: tell somebody, and begin them again."""
+"""What is done about runs that ended badly: report them, and restart them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.core import Block
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_HOME
 from prefect.states import Scheduled
 
@@ -23,9 +24,13 @@ from tasks.policies import machine_failed
 ALERTS = "alerts.log"  # in PREFECT_HOME
 
 
-@task(name="tell", cache_policy=NO_CACHE, retry_condition_fn=machine_failed)
-def tell(event: str, run: str, message: str, block: str | None) -> str:
-    """Add a line to the log of alerts, and hand it to the notification block, if there is one; the line."""
+@task(name="send alert", cache_policy=NO_CACHE, retry_condition_fn=machine_failed)
+def send_alert(event: str, run: str, message: str, block: str | None) -> str:
+    """Append a line to the alerts log, send it through `block` if there is one, and return it.
+
+    Raises InputError for a block that sends no notifications.
+    """
+    # One line for each alert, whatever the message holds, so that the log can be searched.
     line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {event} {run}: {' '.join(message.split())}"
     with (Path(PREFECT_HOME.value()) / ALERTS).open("a", encoding="utf-8") as log:
         log.write(line + "\n")
@@ -33,38 +38,47 @@ def tell(event: str, run: str, message: str, block: str | None) -> str:
         notification = Block.load(block)
         if not isinstance(notification, NotificationBlock):
             raise InputError(
-                f"{block}: sends no notifications. Set block to a block that does, such as slack-webhook/NAME."
+                f"{block}: sends no notifications. "
+                "Set block to one that does, such as slack-webhook/NAME."
             )
         notification.notify(line, subject=f"glmbatch: {event}")  # type: ignore[unused-coroutine]
     return line
 
 
-@task(name="begin again", cache_policy=NO_CACHE, retry_condition_fn=machine_failed)
-def begin_again(run: UUID, most_attempts: int) -> bool:
-    """Schedule a crashed run for now, unless it has been begun `most_attempts` times; whether it was."""
+@task(name="restart", cache_policy=NO_CACHE, retry_condition_fn=machine_failed)
+def restart(run: UUID, most_attempts: int) -> bool:
+    """Reschedule a crashed run for now, up to `most_attempts` starts in all; whether it was."""
     with get_client(sync_client=True) as client:
-        found = client.read_flow_run(run)
-        again = (
-            found.state is not None and found.state.is_crashed() and found.run_count < most_attempts
-        )
+        flow_run = client.read_flow_run(run)
+        # An automation may fire twice for one event: the second time, the run is not crashed.
+        crashed = flow_run.state is not None and flow_run.state.is_crashed()
+        again = crashed and flow_run.run_count < most_attempts
         if again:
-            # In a store the lock of a process that died holds until it is stale.
-            wait = timedelta(
-                seconds=STALE_SECONDS + 10 if is_remote(_output(found.parameters)) else 0
-            )
-            told = f"Attempt {found.run_count + 1} of {most_attempts}."
-            client.set_flow_run_state(
-                run, Scheduled(scheduled_time=datetime.now(UTC) + wait, message=told)
-            )
+            message = f"Attempt {flow_run.run_count + 1} of {most_attempts}."
+            start = datetime.now(UTC) + _wait_for_lock(flow_run)
+            client.set_flow_run_state(run, Scheduled(scheduled_time=start, message=message))
     get_run_logger().info(
-        "%s was begun %s of %s times; again: %s", found.name, found.run_count, most_attempts, again
+        "%s: started %s of at most %s times; again: %s",
+        flow_run.name,
+        flow_run.run_count,
+        most_attempts,
+        again,
     )
     return again
 
 
+def _wait_for_lock(flow_run: FlowRun) -> timedelta:
+    """How long the dead process may still hold its output's lock.
+
+    On a disk the system frees the lock with the process; in a store the lock has to expire.
+    """
+    if is_remote(_output(flow_run.parameters)):
+        return timedelta(seconds=STALE_SECONDS + 10)
+    return timedelta()
+
+
 def _output(parameters: dict[str, Any]) -> str:
-    return str(
-        parameters["job"]["data"]["output"]
-        if "job" in parameters
-        else parameters["config"]["output"]
-    )
+    """The output of a run of `annotate` or of `finetune`, the two flows that are restarted."""
+    if "job" in parameters:
+        return str(parameters["job"]["data"]["output"])
+    return str(parameters["config"]["output"])
