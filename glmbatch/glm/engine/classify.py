@@ -13,7 +13,7 @@ import torch
 
 from glmbatch.glm.engine.oom import within_memory
 from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult
-from glmbatch.glm.engine.queue import Job, Limits, Tally, WaitingLine, shared_prefix
+from glmbatch.glm.engine.queue import Job, Limits, WaitingLine, shared_prefix
 from glmbatch.glm.model.label_tree import LabelTree, label_tree
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import Segment
@@ -36,10 +36,8 @@ class Classification:
     `make_room` is asked when not even one row fits; it says whether it freed anything.
     """
 
-    def __init__(
-        self, network: Network, limits: Limits, tally: Tally, make_room: Callable[[], bool]
-    ) -> None:
-        self._network, self._limits, self._tally = network, limits, tally
+    def __init__(self, network: Network, limits: Limits, make_room: Callable[[], bool]) -> None:
+        self._network, self._limits = network, limits
         self._make_room = make_room
         self._line: WaitingLine[_Question] = WaitingLine(
             # Without padding the order costs nothing: first come, first served.
@@ -79,8 +77,6 @@ class Classification:
             question.job.call.deliver(
                 ClassifyResult(request.index, () if error else tuple(row), error)
             )
-            self._tally.rows += 1
-            self._tally.prompt_tokens += len(request.prompt_ids)
 
     def _back_off(self, batch: Sequence[_Question]) -> None:
         self._network.give_back()

@@ -15,7 +15,7 @@ import torch
 
 from glmbatch.glm.engine.oom import within_memory
 from glmbatch.glm.engine.protocol import GenerateRequest, GenerateResult
-from glmbatch.glm.engine.queue import Job, Limits, Tally, WaitingLine, shared_prefix
+from glmbatch.glm.engine.queue import Job, Limits, WaitingLine, shared_prefix
 from glmbatch.glm.model.kv_cache import SlotCache
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import Segment
@@ -53,10 +53,8 @@ class _Row:
 class Generation:
     """Generate requests that wait for the model, and those it is writing for, each in a slot of the cache."""
 
-    def __init__(
-        self, network: Network, limits: Limits, tally: Tally, eos_id: int, cache_bytes: int
-    ) -> None:
-        self._network, self._limits, self._tally = network, limits, tally
+    def __init__(self, network: Network, limits: Limits, eos_id: int, cache_bytes: int) -> None:
+        self._network, self._limits = network, limits
         self._eos_id = eos_id
         self._cache = SlotCache(
             network.kv_shape, network.trained_places + network.max_positions, cache_bytes
@@ -202,9 +200,6 @@ class Generation:
             row.job.call.deliver(
                 GenerateResult(index, () if error else tuple(row.ids), reason, error)
             )
-            self._tally.rows += 1
-            self._tally.prompt_tokens += len(row.job.request.prompt_ids)
-            self._tally.generated_tokens += len(row.ids)
 
     def _accept(self, row: _Row, token: int) -> str | None:
         """Add `token` to `row`; why the row is finished, if it is."""

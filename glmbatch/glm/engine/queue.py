@@ -79,16 +79,6 @@ class Limits:
         logger.warning("at most %d rows are now generated at once", self.slots)
 
 
-@dataclass(slots=True)
-class Tally:
-    """What was done so far; written by the worker alone."""
-
-    rows: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    busy_seconds: float = 0.0
-
-
 def shared_prefix(request: ClassifyRequest | GenerateRequest) -> tuple[int, ...]:
     """The leading ids whose keys and values are computed once for all requests that begin with them.
 

@@ -9,7 +9,6 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
 from itertools import count
 from time import perf_counter
 from typing import Any, TypeVar
@@ -26,7 +25,7 @@ from glmbatch.glm.engine.protocol import (
     GenerateRequest,
     GenerateResult,
 )
-from glmbatch.glm.engine.queue import Call, Job, Limits, Tally
+from glmbatch.glm.engine.queue import Call, Job, Limits
 from glmbatch.glm.engine.validate import refuse_classify, refuse_generate
 from glmbatch.glm.model.network import Network
 
@@ -39,16 +38,6 @@ STRIDE = 16
 
 Request = TypeVar("Request", ClassifyRequest, GenerateRequest)
 Result = TypeVar("Result", ClassifyResult, GenerateResult)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """What an engine has done since it was loaded. Tokens per busy second is its throughput."""
-
-    rows: int
-    prompt_tokens: int
-    generated_tokens: int
-    busy_seconds: float
 
 
 class TorchEngine:
@@ -77,11 +66,8 @@ class TorchEngine:
             batch_tokens=max_batch_tokens or (16_384 if on_cuda else 2_048),
             slots=max_slots or (512 if on_cuda else 32),
         )
-        self._tally = Tally()
-        self._generation = Generation(self._network, limits, self._tally, eos_id, cache_bytes)
-        self._classification = Classification(
-            self._network, limits, self._tally, self._generation.give_way
-        )
+        self._generation = Generation(self._network, limits, eos_id, cache_bytes)
+        self._classification = Classification(self._network, limits, self._generation.give_way)
         self._seconds: dict[Classification | Generation, float] = {
             self._classification: 0.0,
             self._generation: 0.0,
@@ -98,10 +84,6 @@ class TorchEngine:
     def alive(self) -> bool:
         """Whether it takes calls; once stopped, by `close` or by a failure, it never does again."""
         return self._stopped is None
-
-    def stats(self) -> EngineStats:
-        """What was done so far, over all callers."""
-        return EngineStats(**asdict(self._tally))
 
     def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
         """Scores of each request, as they are ready. Closing the iterator early cancels what is left."""
@@ -221,7 +203,6 @@ class TorchEngine:
         began = perf_counter()
         duty.turn()
         seconds = perf_counter() - began
-        self._tally.busy_seconds += seconds
         self._seconds[duty] += seconds
         if len(busy) == 1:  # who was idle has no claim to the time it did not use
             self._seconds = dict.fromkeys(self._seconds, self._seconds[duty])
