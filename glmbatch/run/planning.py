@@ -102,7 +102,7 @@ def check_job(job: JobConfig) -> None:
         # These may need the network, which is the flow's to try again, or a device that only the cluster has.
         if model.revision is None and not remote and job.runtime.cluster is None:
             located = locate_model(model, job.runtime)
-            read_checkpoint(located.path, located.rope_scaling, located.adapter)
+            read_checkpoint(located.path, located.adapter)
 
 
 def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
@@ -204,16 +204,16 @@ def _prepared(located: ModelConfig, stamp: str) -> Model:
     from glmbatch.glm.checkpoint.load import digest_tokenizer, digest_weights, read_checkpoint
     from glmbatch.glm.device import DTYPE_BYTES
 
-    checkpoint = read_checkpoint(located.path, located.rope_scaling, located.adapter)
+    checkpoint = read_checkpoint(located.path, located.adapter)
     digests = [digest_weights(located.path, located.adapter), digest_tokenizer(located.path)]
     return Model(
         config=located,
-        identity="/".join([*digests, _numerics(located), located.rope_scaling or "default"]),
+        identity="/".join([*digests, _numerics(located), "default"]),
         has_head=checkpoint.has_head,
         labels=checkpoint.labels,
         parameters=checkpoint.parameters,
         size_bytes=checkpoint.parameters * DTYPE_BYTES[located.dtype],
-        max_positions=checkpoint.max_positions,
+        max_positions=checkpoint.architecture.max_positions,
         stamp=stamp,
     )
 

@@ -79,11 +79,6 @@ class ModelConfig(Settings):
         description="int8 computes the layers' products in 8 bits, on CPU only: twice as fast or more, other answers; "
         "compare them on rows of yours before.",
     )
-    rope_scaling: Literal["linear", "ntk"] | None = Field(
-        None,
-        description="How a rope_ratio other than 1 stretches positions: linear (chatglm2-6b-32k, taken when empty) "
-        "divides positions; ntk multiplies the rotary base (chatglm3-6b-32k).",
-    )
 
 
 class DataConfig(Settings):

@@ -250,7 +250,7 @@ def _prompts(
 ) -> list[Prompt]:
     from glmbatch.glm.checkpoint.load import read_checkpoint
 
-    room = read_checkpoint(base, config.model.rope_scaling if config.model else None).max_positions
+    room = read_checkpoint(base).architecture.max_positions
     built = build_prompts(
         _step(config),
         [{"text": each.text} for each in examples],

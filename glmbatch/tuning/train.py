@@ -164,7 +164,6 @@ def _classifier(config: TuneConfig, base: Path, labels: Sequence[str], device: s
         base,
         "bfloat16" if half else "float32",
         device,
-        settings.rope_scaling if settings else None,
         settings.adapter if settings else None,
     )
     if loaded.prefix_kv is not None:
@@ -225,9 +224,7 @@ def _with_method(model: Any, config: TuneConfig) -> Any:
 def _check_memory(config: TuneConfig, base: Path, rows: Sequence[TrainingRow], device: str) -> None:
     """InputError when the estimate does not fit what is free, before anything is loaded; it names what would."""
     settings = config.model
-    found = read_checkpoint(
-        base, settings.rope_scaling if settings else None, settings.adapter if settings else None
-    )
+    found = read_checkpoint(base, settings.adapter if settings else None)
     stated, number = found.architecture, 2 if device.startswith("cuda") else 4
     weights = found.parameters * (BYTES_TRAINED if config.method == "full" else number)
     if config.method == "lora":
@@ -556,8 +553,7 @@ def _save(config: TuneConfig, model: Any, base: Path, temperature: float, run: P
         ):  # part of the base that is in memory
             model = model.merge_and_unload()
         else:
-            scaling = config.model.rope_scaling if config.model else None
-            model = load_model(base, config.stored, rope_scaling=scaling, adapter=run / ADAPTER)
+            model = load_model(base, config.stored, adapter=run / ADAPTER)
     model = model.to("cpu")
     save_checkpoint(
         model,

@@ -13,7 +13,6 @@ from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.config_check import ConfigCheck
 
 Layout = Literal["original", "native"]
-RopeScaling = Literal["linear", "ntk"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,6 @@ class Architecture:
     eos_id: int
     pad_id: int
     rope_ratio: float
-    rope_scaling: RopeScaling | None
     fp32_residual: bool
     quantization_bit: int
     pre_seq_len: int
@@ -99,7 +97,7 @@ _HARMLESS = frozenset({
 # fmt: on
 
 _ROPE_THETA = 10_000.0
-_MOST_STRETCH = 1_000.0  # published: 16
+_MOST_THETA, _MOST_STRETCH = 1e9, 1_000.0  # published: 10,000 and 16
 _ROTARY_SHARE = (
     0.5  # ChatGLM2 rotates only the first half of each head; the other half carries no position
 )
@@ -120,19 +118,15 @@ def detect_layout(config: Mapping[str, Any], where: str) -> Layout:
     )
 
 
-def read_architecture(
-    config: Mapping[str, Any], where: str, rope_scaling: RopeScaling | None = None
-) -> Architecture:
+def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     """The architecture that `config` states; InputError that names `where` and the key when it cannot be run."""
-    architecture, problems = examine_config(config, where, rope_scaling)
+    architecture, problems = examine_config(config, where)
     if architecture is None:
         raise InputError(problems[0])
     return architecture
 
 
-def examine_config(
-    config: Mapping[str, Any], where: str, rope_scaling: RopeScaling | None = None
-) -> tuple[Architecture | None, list[str]]:
+def examine_config(config: Mapping[str, Any], where: str) -> tuple[Architecture | None, list[str]]:
     """The architecture that `config` states, or None and everything that is wrong with it."""
     layout = detect_layout(config, where)
     check = ConfigCheck(config, where)
@@ -143,11 +137,7 @@ def examine_config(
     }
     values["eos_id"] = check.integer("eos_token_id", 0, values["vocab_size"] - 1, default=2)
     values["pad_id"] = check.integer("pad_token_id", 0, values["vocab_size"] - 1, default=0)
-    values |= (
-        _read_original(check, values, rope_scaling)
-        if layout == "original"
-        else _read_native(check, values)
-    )
+    values |= _read_original(check, values) if layout == "original" else _read_native(check, values)
     values["labels"] = check.labels()
     if not check.problems and values["heads"] % values["groups"]:
         check.problems.append(
@@ -161,11 +151,8 @@ def examine_config(
     return (None if check.problems else Architecture(**values)), check.problems
 
 
-def _read_original(
-    check: ConfigCheck, values: Mapping[str, Any], option: RopeScaling | None
-) -> dict[str, Any]:
+def _read_original(check: ConfigCheck, values: Mapping[str, Any]) -> dict[str, Any]:
     multi_query = check.flag("multi_query_attention")
-    ratio = check.real("rope_ratio", _MOST_STRETCH, default=1.0)
     return {
         "groups": check.integer("multi_query_group_num", 1, values["heads"])
         if multi_query
@@ -173,8 +160,7 @@ def _read_original(
         "epsilon": check.real("layernorm_epsilon", 1.0),
         "qkv_bias": check.flag("add_qkv_bias"),
         "qkv_per_head": not multi_query,
-        "rope_ratio": ratio,
-        "rope_scaling": None if ratio == 1 else option or _stated_scaling(check, ratio),
+        "rope_ratio": _rope_ratio(check),
         "fp32_residual": check.flag("fp32_residual_connection", default=False),
         "quantization_bit": check.choice("quantization_bit", (0, 4, 8), default=0),
         "pre_seq_len": check.integer("pre_seq_len", 0, 2**20, default=0),
@@ -182,15 +168,21 @@ def _read_original(
     }
 
 
-def _stated_scaling(check: ConfigCheck, ratio: float) -> str:
-    stated = check.choice("rope_scaling", ("linear", "ntk"), default="")
-    # chatglm3-6b-32k writes the same rope_ratio and means the other thing: taken for this one, logits are 10 off.
-    if not stated and "chatglm3" in str(check.config.get("_name_or_path", "")).lower():
+def _rope_ratio(check: ConfigCheck) -> float:
+    """How many times positions are stretched: each is divided by it, as in chatglm2-6b-32k."""
+    ratio = check.real("rope_ratio", _MOST_STRETCH, default=1.0)
+    if ratio == 1:
+        return ratio
+    # chatglm3-6b-32k writes the same key and multiplies the rotary base: read as ChatGLM2's, logits are 10 off.
+    if "chatglm3" in str(check.config.get("_name_or_path", "")).lower():
         check.problems.append(
             f"{check.where}: 'rope_ratio' is {ratio:g} and '_name_or_path' names chatglm3, which stretches positions "
-            "in another way than chatglm2. Set model.rope_scaling to ntk (chatglm3) or linear (chatglm2)."
+            "in another way than ChatGLM2. Set model.path to a ChatGLM2 checkpoint."
         )
-    return stated or "linear"
+    # The key is of our own earlier saves; their other value, "ntk", was for chatglm3.
+    if check.config.get("rope_scaling", "linear") != "linear":
+        check.refuse("rope_scaling", "'linear', the only way in which ChatGLM2 stretches positions")
+    return ratio
 
 
 def _read_native(check: ConfigCheck, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,17 +192,16 @@ def _read_native(check: ConfigCheck, values: Mapping[str, Any]) -> dict[str, Any
     )
     kind = inner.choice("rope_type", ("default", "linear"))
     inner.fixed("partial_rotary_factor", _ROTARY_SHARE)
-    theta = inner.real("rope_theta", _ROPE_THETA * _MOST_STRETCH)
-    if kind == "linear":
-        inner.fixed("rope_theta", _ROPE_THETA)
-    ratio = inner.real("factor", _MOST_STRETCH) if kind == "linear" else theta / _ROPE_THETA
+    if inner.real("rope_theta", _MOST_THETA) != _ROPE_THETA:
+        inner.refuse(
+            "rope_theta", f"{_ROPE_THETA:g}: another base of the rotation is another model's"
+        )
     return {
         "groups": check.integer("num_key_value_heads", 1, values["heads"]),
         "epsilon": check.real("rms_norm_eps", 1.0),
         "qkv_bias": check.flag("attention_bias"),
         "qkv_per_head": False,
-        "rope_ratio": ratio,
-        "rope_scaling": None if ratio == 1 else "linear" if kind == "linear" else "ntk",
+        "rope_ratio": inner.real("factor", _MOST_STRETCH) if kind == "linear" else 1.0,
         "fp32_residual": False,
         "quantization_bit": 0,
         "pre_seq_len": check.integer("pre_seq_len", 0, 2**20, default=0),
@@ -226,17 +217,18 @@ def unknown_keys(config: Mapping[str, Any], layout: Layout) -> list[str]:
 
 def native_config(architecture: Architecture) -> dict[str, Any]:
     """Arguments of `GlmConfig`; every one whose default is another model's is among them."""
-    ratio, scaling = architecture.rope_ratio, architecture.rope_scaling
-    rope: dict[str, Any] = {
-        "rope_type": "linear" if scaling == "linear" else "default",
-        "rope_theta": _ROPE_THETA * ratio if scaling == "ntk" else _ROPE_THETA,
+    rope = {
+        "rope_type": "default",
+        "rope_theta": _ROPE_THETA,
         "partial_rotary_factor": _ROTARY_SHARE,
     }
+    if architecture.rope_ratio != 1:
+        rope |= {"rope_type": "linear", "factor": architecture.rope_ratio}
     config = {row.native: getattr(architecture, row.attribute) for row in _NUMBERS} | {
         "num_key_value_heads": architecture.groups,
         "rms_norm_eps": architecture.epsilon,
         "attention_bias": architecture.qkv_bias,
-        "rope_parameters": rope | ({"factor": ratio} if scaling == "linear" else {}),
+        "rope_parameters": rope,
         "eos_token_id": architecture.eos_id,
         "pad_token_id": architecture.pad_id,
         "tie_word_embeddings": False,  # the reference never ties, whatever its config says
@@ -261,9 +253,8 @@ def original_config(architecture: Architecture) -> dict[str, Any]:
         "pad_token_id": architecture.pad_id,
         "tie_word_embeddings": False,
     }
-    if architecture.rope_scaling:
-        # `rope_scaling` is ours: the published key alone cannot say which of the two ways is meant.
-        config |= {"rope_ratio": architecture.rope_ratio, "rope_scaling": architecture.rope_scaling}
+    if architecture.rope_ratio != 1:
+        config["rope_ratio"] = architecture.rope_ratio
     if architecture.pre_seq_len:
         config |= {"pre_seq_len": architecture.pre_seq_len, "prefix_projection": False}
     return config

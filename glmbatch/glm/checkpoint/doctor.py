@@ -8,7 +8,6 @@ from pathlib import Path
 
 from glmbatch.errors import GlmbatchError
 from glmbatch.glm.checkpoint.adapter import Adapter
-from glmbatch.glm.checkpoint.architecture import RopeScaling
 from glmbatch.glm.checkpoint.load import (
     Checkpoint,
     digest_tokenizer,
@@ -58,7 +57,6 @@ def examine(
     path: str | Path,
     *,
     digests: bool = True,
-    rope_scaling: RopeScaling | None = None,
     adapter: str | Path | None = None,
 ) -> Diagnosis:
     """Look over the checkpoint in directory `path`; whatever is wrong stands in the answer, nothing is raised.
@@ -73,7 +71,7 @@ def examine(
     tokenizer: Tokenizer | None = None
     weights_digest = tokenizer_digest = None
     try:
-        checkpoint, problems = inspect_checkpoint(directory, rope_scaling, adapter)
+        checkpoint, problems = inspect_checkpoint(directory, adapter)
         if (directory / TOKENIZER_FILE).is_file():
             tokenizer = load_tokenizer(directory)
             tokenizer_digest = digest_tokenizer(directory) if digests else None
@@ -173,5 +171,5 @@ def _kind(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"int{model.quantization_bit}"
     if model.pre_seq_len:
         yield f"P-Tuning v2 prefix of {model.pre_seq_len}"
-    if model.rope_scaling:
-        yield f"positions stretched {model.rope_ratio:g} times ({model.rope_scaling})"
+    if model.rope_ratio != 1:
+        yield f"positions stretched {model.rope_ratio:g} times"

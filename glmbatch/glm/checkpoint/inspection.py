@@ -17,7 +17,6 @@ from glmbatch.glm.checkpoint.adapter import Adapter, read_adapter
 from glmbatch.glm.checkpoint.architecture import (
     Architecture,
     Layout,
-    RopeScaling,
     detect_layout,
     examine_config,
     unknown_keys,
@@ -59,26 +58,6 @@ class Checkpoint:
         return self.architecture.labels if self.has_head else ()
 
     @property
-    def max_positions(self) -> int:
-        """Most tokens of prompt and answer together; past it the native model would go on silently."""
-        return self.architecture.max_positions
-
-    @property
-    def vocab_size(self) -> int:
-        """Padded vocabulary: ids from `tokenizer_size` on have logits but no token."""
-        return self.architecture.vocab_size
-
-    @property
-    def quantization_bit(self) -> int:
-        """4 or 8 for a quantized checkpoint, else 0."""
-        return self.architecture.quantization_bit
-
-    @property
-    def pre_seq_len(self) -> int:
-        """Length of the P-Tuning v2 prefix, 0 without one."""
-        return self.architecture.pre_seq_len
-
-    @property
     def specs(self) -> dict[str, TensorSpec]:
         """What each tensor to load must be and becomes."""
         return list_tensors(self.architecture, self.layout, self.has_head)
@@ -89,18 +68,16 @@ class Checkpoint:
         return sum(prod(shape) for spec in self.specs.values() for _, shape in spec.parts)
 
 
-def read_checkpoint(
-    path: str | Path, rope_scaling: RopeScaling | None = None, adapter: str | Path | None = None
-) -> Checkpoint:
+def read_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Checkpoint:
     """What directory `path` holds; InputError that names the first thing wrong. Keeps no weights in memory."""
-    checkpoint, problems = inspect_checkpoint(path, rope_scaling, adapter)
+    checkpoint, problems = inspect_checkpoint(path, adapter)
     if checkpoint is None:
         raise InputError(problems[0])
     return checkpoint
 
 
 def inspect_checkpoint(
-    path: str | Path, rope_scaling: RopeScaling | None = None, adapter: str | Path | None = None
+    path: str | Path, adapter: str | Path | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
     """What directory `path` holds, with the LoRA `adapter` over it, or None and everything that is wrong with it."""
     directory = Path(path)
@@ -117,7 +94,7 @@ def inspect_checkpoint(
         where = str(directory / "config.json")
         config = read_json(directory / "config.json")
         layout = detect_layout(config, where)
-        architecture, wrong = examine_config(config, where, rope_scaling)
+        architecture, wrong = examine_config(config, where)
         problems += wrong
     with _noting(problems):
         shards, warnings = find_shards(directory)

@@ -18,7 +18,7 @@ from torch import nn
 
 from glmbatch.errors import InputError, OutOfMemory
 from glmbatch.glm.checkpoint.adapter import LowRank, load_adapter
-from glmbatch.glm.checkpoint.architecture import RopeScaling, native_config, read_architecture
+from glmbatch.glm.checkpoint.architecture import native_config, read_architecture
 from glmbatch.glm.checkpoint.hub import locate_checkpoint
 from glmbatch.glm.checkpoint.inspection import (
     WEIGHT_DTYPES,
@@ -26,8 +26,8 @@ from glmbatch.glm.checkpoint.inspection import (
     inspect_checkpoint,
     read_checkpoint,
 )
-from glmbatch.glm.checkpoint.layout import TensorSpec, split_rows
-from glmbatch.glm.checkpoint.prefix import native_prefix, set_prefix
+from glmbatch.glm.checkpoint.layout import PREFIX_KEY, TensorSpec, split_rows
+from glmbatch.glm.checkpoint.prefix import native_prefix
 from glmbatch.glm.checkpoint.save import save_checkpoint
 from glmbatch.glm.checkpoint.shards import find_shards, read_tensors
 from glmbatch.glm.files import digest_file, read_json
@@ -53,14 +53,16 @@ def digest_weights(path: str | Path, adapter: str | Path | None = None) -> str:
     """
     directory = Path(path)
     config = read_json(directory / "config.json")
-    # The option of how to stretch positions is the caller's to count in; what the config says of it is counted here.
-    architecture = read_architecture(config, str(directory / "config.json"), rope_scaling="linear")
-    stated = json.dumps([asdict(architecture), config.get("rope_scaling")], sort_keys=True)
+    architecture = read_architecture(config, str(directory / "config.json"))
+    # The key is no longer read, but stays in the digest: without it every published answer would be asked again.
+    scaling = "linear" if architecture.rope_ratio != 1 else None
+    facts = asdict(architecture) | {"rope_scaling": scaling}
+    stated = json.dumps([facts, config.get("rope_scaling")], sort_keys=True)
     shards, _ = find_shards(directory)
     with ThreadPoolExecutor(max_workers=min(16, len(shards))) as pool:
         contents = sorted(pool.map(digest_file, [shard.file for shard in shards]))
     digest = hashlib.sha256("\n".join([stated, *contents]).encode()).hexdigest()
-    tuned = read_checkpoint(directory, "linear", adapter).adapter if adapter is not None else None
+    tuned = read_checkpoint(directory, adapter).adapter if adapter is not None else None
     if tuned is None:
         return digest
     stated = json.dumps([dict(tuned.scales), tuned.labels], sort_keys=True)
@@ -76,18 +78,19 @@ def load_model(
     path: str | Path,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
-    rope_scaling: RopeScaling | None = None,
     adapter: str | Path | None = None,
 ) -> Any:
-    """The `GlmForSequenceClassification` of a checkpoint with a trained head, the `GlmForCausalLM` of any other.
+    """The `GlmForSequenceClassification` of a checkpoint with a trained head, else its `GlmForCausalLM`.
 
-    The weights of a LoRA `adapter` (a directory as peft writes it) are merged into them; its head, if it has one,
-    counts as the checkpoint's.
+    In eval mode and without gradients. Memory peaks near one copy of the loaded weights.
 
-    In eval mode and without gradients. `model.prefix_kv` holds the keys and values of a P-Tuning v2 prefix, or None.
-    Memory peaks near one copy of the loaded weights.
+    The weights of a LoRA `adapter` (a directory as peft writes it) are merged in; a head that it
+    brings counts as the checkpoint's own. `model.prefix_kv` holds the keys and values of a P-Tuning
+    v2 prefix, or None: `Network` puts them before every prompt, the model's own forward does not.
+
+    InputError when the checkpoint or the adapter is not sound, OutOfMemory when it does not fit.
     """
-    checkpoint = read_checkpoint(path, rope_scaling, adapter)
+    checkpoint = read_checkpoint(path, adapter)
     name = str(dtype).removeprefix("torch.")
     if name not in WEIGHT_DTYPES:
         raise InputError(
@@ -128,9 +131,10 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> A
     # The rotary tables are computed, not stored: those made on the meta device hold nothing.
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=rotary.config).to(device)
-    set_prefix(
-        model, native_prefix(checkpoint.architecture, prefix).to(device, dtype) if prefix else None
-    )
+    prefix_kv = None
+    if prefix:
+        prefix_kv = native_prefix(checkpoint.architecture, prefix).to(device, dtype)
+    model.register_buffer(PREFIX_KEY, prefix_kv)
     return model.requires_grad_(False).eval()
 
 
@@ -181,7 +185,7 @@ def _stored_tensors(
         rest = {key: header for key, header in headers.items() if key not in scales}
         for key, stored in read_tensors(file, rest):
             if specs[key].stored == "int8":
-                bits = checkpoint.quantization_bit
+                bits = checkpoint.architecture.quantization_bit
                 merged = any(name in added for name, _ in specs[key].parts)
                 numbers = torch.float32 if merged else dtype
                 yield specs[key], _dequantized(stored, scales[f"{key}_scale"], bits, numbers)

@@ -23,12 +23,12 @@ def load_engine(model: ModelConfig, runtime: RuntimeConfig, models_at_once: int 
 
     device = resolve_device(runtime.device)
     dtype = resolve_dtype(model.dtype, device)
-    checkpoint = read_checkpoint(model.path, model.rope_scaling)
-    loaded = load_model(model.path, dtype, device, model.rope_scaling, model.adapter)
+    checkpoint = read_checkpoint(model.path)
+    loaded = load_model(model.path, dtype, device, model.adapter)
     return TorchEngine(
         loaded,
         eos_id=loaded.config.eos_token_id,
-        token_count=checkpoint.tokenizer_size or checkpoint.vocab_size,
+        token_count=checkpoint.tokenizer_size or checkpoint.architecture.vocab_size,
         max_batch_tokens=runtime.max_batch_tokens,
         max_slots=runtime.max_slots,
         models_at_once=models_at_once,

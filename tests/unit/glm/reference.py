@@ -16,8 +16,6 @@ def reference_logits(
     state: Mapping[str, torch.Tensor],
     config: Mapping[str, Any],
     ids: Sequence[int],
-    *,
-    ntk: bool = False,
 ) -> torch.Tensor:
     """Logits in float32: [T, V] of a language model, [L] of a classifier."""
     heads, channels, layers = (
@@ -41,7 +39,7 @@ def reference_logits(
         else:
             q, k, v = qkv.view(len(ids), heads, 3 * channels).chunk(3, dim=-1)
         q, k, v = (part.reshape(len(ids), -1, channels) for part in (q, k, v))
-        q, k = _rotate(q, config, ntk), _rotate(k, config, ntk)
+        q, k = _rotate(q, config), _rotate(k, config)
         k, v = (
             torch.cat((prefix_PNGC[:, 2 * layer], k)),
             torch.cat((prefix_PNGC[:, 2 * layer + 1], v)),
@@ -69,12 +67,11 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, config: Mapping[str, Any]) -> t
     return x / (x.pow(2).mean(-1, keepdim=True) + config["layernorm_epsilon"]).sqrt() * weight
 
 
-def _rotate(x_TGC: torch.Tensor, config: Mapping[str, Any], ntk: bool) -> torch.Tensor:
+def _rotate(x_TGC: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     """Turn neighbouring pairs of the first half of each head's channels; the other half stays."""
     ratio, half = config.get("rope_ratio", 1), config["kv_channels"] // 2
-    base, stretch = (10000.0 * ratio, 1) if ntk else (10000.0, ratio)
     angles = torch.tensor(
-        [[t / stretch / base ** (i / half) for i in range(0, half, 2)] for t in range(len(x_TGC))],
+        [[t / ratio / 10000.0 ** (i / half) for i in range(0, half, 2)] for t in range(len(x_TGC))],
         dtype=torch.float64,
     )
     turns = torch.polar(torch.ones_like(angles), angles)[:, None]

@@ -88,22 +88,29 @@ def prompts(count: int, longest: int = 60, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, TOKENS, (length,), generator=generator).tolist() for length in lengths]
 
 
+def behind_prefix(model: Any, length: int) -> dict[str, Any]:
+    """Arguments of a forward over `length` tokens of one sequence behind the model's prefix.
+
+    The published way to run a prefix: a filled cache, and positions of the text from 0.
+    """
+    cache = DynamicCache(config=model.config)
+    for layer, (key, value) in enumerate(model.prefix_kv):
+        cache.update(key[None], value[None], layer)
+    places = model.prefix_kv.shape[3] + length
+    return {
+        "past_key_values": cache,
+        "attention_mask": torch.ones(1, places, dtype=torch.long),
+        "position_ids": torch.arange(length)[None],
+    }
+
+
 @torch.inference_mode()
 def plain_states(model: Any, ids: Sequence[int]) -> torch.Tensor:
     """Final states of one sequence through the model's ordinary forward, in one piece."""
     settings: dict[str, Any] = {"use_cache": False}
     if model.prefix_kv is not None:
-        # The published way to run a trained prefix: a filled cache, positions of the text from 0.
-        cache = DynamicCache(config=model.config)
-        for layer, (key, value) in enumerate(model.prefix_kv):
-            cache.update(key[None], value[None], layer)
-        seen = model.prefix_kv.shape[3] + len(ids)
-        settings = {
-            "past_key_values": cache,
-            "attention_mask": torch.ones(1, seen, dtype=torch.long),
-        }
-    positions = torch.arange(len(ids))[None]
-    output = model.model(input_ids=torch.tensor([list(ids)]), position_ids=positions, **settings)
+        settings = behind_prefix(model, len(ids))
+    output = model.model(input_ids=torch.tensor([list(ids)]), **settings)
     states: torch.Tensor = output.last_hidden_state[0]
     return states
 

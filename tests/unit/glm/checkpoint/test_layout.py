@@ -21,6 +21,8 @@ CHATGLM2_6B = CONFIG | {
     "num_attention_heads": 32, "num_layers": 28, "padded_vocab_size": 65024, "seq_length": 32768,
 }  # fmt: skip
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+
 
 def read(**changes: Any) -> Any:
     config = {key: value for key, value in (CHATGLM2_6B | changes).items() if value != "absent"}
@@ -35,7 +37,7 @@ def test_the_published_config_becomes_the_native_one() -> None:
         "rms_norm_eps": 1e-5, "attention_bias": True, "eos_token_id": 2, "pad_token_id": 0,
         "tie_word_embeddings": False, "id2label": {0: "LABEL_0", 1: "LABEL_1"},
         "label2id": {"LABEL_0": 0, "LABEL_1": 1},
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "rope_parameters": ROPE,
     }  # fmt: skip
 
 
@@ -54,7 +56,6 @@ def test_the_published_model_has_its_published_tensors_and_size() -> None:
     [
         {},
         {"rope_ratio": 16},
-        {"rope_ratio": 50, "rope_scaling": "ntk"},
         {"add_qkv_bias": False},
         {"pre_seq_len": 128},
         CLASSIFIER,
@@ -102,12 +103,19 @@ def test_a_value_that_makes_no_sense_is_refused_by_key(key: str, value: object) 
         read(**{key: value})
 
 
-def test_stretched_positions_that_cannot_be_told_apart_are_refused() -> None:
-    with pytest.raises(InputError, match="'rope_scaling'"):
-        read(rope_ratio=16, rope_scaling={"type": "linear"})
+def test_heads_that_do_not_divide_into_groups_are_refused() -> None:
     with pytest.raises(InputError, match="heads cannot be shared"):
         read(multi_query_group_num=3)
-    assert read(rope_ratio=1, _name_or_path="THUDM/chatglm3-6b").rope_scaling is None
+
+
+def test_positions_stretched_in_another_way_are_refused() -> None:
+    for scaling in ("ntk", {"type": "linear"}):
+        with pytest.raises(InputError, match=r"'rope_scaling' is .*; it must be 'linear'"):
+            read(rope_ratio=16, rope_scaling=scaling)
+    with pytest.raises(InputError, match=r"'rope_ratio' is 50 .*chatglm3.*Set model\.path"):
+        read(rope_ratio=50, _name_or_path="THUDM/chatglm3-6b-32k")
+    assert read(rope_ratio=16, rope_scaling="linear").rope_ratio == 16
+    assert read(_name_or_path="THUDM/chatglm3-6b") == read()
 
 
 @pytest.mark.parametrize(
@@ -127,11 +135,16 @@ def test_a_config_of_another_model_is_refused(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("hidden_act", "gelu"), ("tie_word_embeddings", True), ("head_dim", 6), ("rms_norm_eps", None),
-        ("rope_parameters", None), ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0}),
-        ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}),
+        ("hidden_act", "gelu"),
+        ("tie_word_embeddings", True),
+        ("head_dim", 6),
+        ("rms_norm_eps", None),
+        ("rope_parameters", None),
+        ("rope_parameters", {**ROPE, "rope_type": "yarn"}),
+        ("rope_parameters", {**ROPE, "rope_theta": 5e5}),
+        ("rope_parameters", {**ROPE, "partial_rotary_factor": 1.0}),
     ],
-)  # fmt: skip
+)
 def test_a_native_config_that_is_not_chatglm2_is_refused(key: str, value: object) -> None:
     native = native_config(read()) | {"model_type": "glm", "id2label": None, key: value}
     with pytest.raises(InputError, match=r"^config\.json: .*; it must be"):

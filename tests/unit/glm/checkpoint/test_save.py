@@ -130,16 +130,6 @@ def test_a_native_head_without_its_bias_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "to")
 
 
-def test_the_way_positions_are_stretched_is_saved(tmp_path: Path) -> None:
-    directory = make_variant(tmp_path / "from", "32k")
-    model = load_model(directory, rope_scaling="ntk")
-    save_checkpoint(model, tmp_path / "to", tokenizer_model=TOKENIZER, dtype="float32")
-    assert_same_model(model, load_model(tmp_path / "to"))
-    assert model.config.rope_parameters != load_model(directory).config.rope_parameters
-    model.save_pretrained(tmp_path / "native")
-    assert_same_model(model, load_model(tmp_path / "native"))
-
-
 def test_values_that_a_dtype_cannot_hold_are_not_saved(tmp_path: Path) -> None:
     model = load_model(make_variant(tmp_path / "from", "plain"))
     model.lm_head.weight[0, 0] = 1e5
