@@ -78,6 +78,12 @@ def write_source(tmp_path: Path) -> Write:
 
 
 @pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """The output of the job of `job_settings`."""
+    return tmp_path / "out"
+
+
+@pytest.fixture
 def job_settings(tmp_path: Path) -> Settings:
     """Make settings of a job over `in/` that classifies and generates.
 

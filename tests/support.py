@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
+from glmbatch.ledger.ledger import QUARANTINE, Ledger
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.tuning import TuneConfig
+from glmbatch.store.files import digest_file
 
 if TYPE_CHECKING:
     from glmbatch.report.summary import Summary
@@ -58,6 +61,30 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
     """The rows that a reader of the output folder finds."""
     rows: list[dict[str, Any]] = ds.dataset(output, partitioning=None).to_table().to_pylist()
     return rows
+
+
+def column_of(output: Path, name: str) -> list[Any]:
+    """The values of one column that a reader of the output folder finds."""
+    return [row[name] for row in rows_of(output)]
+
+
+def read_quarantine(output: Path, step: str | None = None) -> list[dict[str, Any]]:
+    """The lines of the quarantine list; those of one step, if it is named."""
+    lines: list[dict[str, Any]] = pq.read_table(output / QUARANTINE).to_pylist()
+    return [line for line in lines if step in (None, line["step"])]
+
+
+def assert_manifest_lists_what_is_there(output: Path) -> None:
+    """Every visible file of the output is in its manifest with its digest, and no other is."""
+    manifest = Ledger(output).manifest()
+    assert manifest is not None
+    listed = {file.output_name: file.digest for file in manifest.files}
+    visible = {}
+    for path in output.rglob("*.parquet"):
+        name = path.relative_to(output).as_posix()
+        if not name.startswith("_"):
+            visible[name] = digest_file(path)
+    assert listed == visible
 
 
 def copy_earlier(folder: Path) -> Path:

@@ -1,0 +1,205 @@
+"""When a run publishes and when it refuses, and that what is published is whole and listed."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from glmbatch.errors import AuditError, BadRow, InputError
+from glmbatch.ledger.ledger import MANIFEST, REFUSED, Ledger
+from glmbatch.report.summary import Summary
+from glmbatch.run.pipeline import run_job
+from glmbatch.run.publish import publish
+from glmbatch.settings.job import JobConfig
+from tests.support import (
+    CLASSIFY,
+    Settings,
+    Write,
+    assert_manifest_lists_what_is_there,
+    read_quarantine,
+    rows_of,
+    run,
+)
+
+pytestmark = pytest.mark.slow
+
+
+def visible_files(out: Path) -> dict[str, bytes]:
+    """The content of each file at the top of the output."""
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def test_the_manifest_lists_what_is_published_with_its_digests(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": ["x"] * 20})
+    run(job_settings())
+    assert_manifest_lists_what_is_there(out)
+    assert not (out / "_glmbatch" / "staged").exists()
+
+
+def test_under_raise_a_bad_row_stops_the_run_unpublished(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": ["fine"] * 9 + [None]})
+    with pytest.raises(BadRow, match=r"a\.parquet: row 9, step 'mood': text is null\..*on_error"):
+        run(job_settings(on_error="raise"))
+    assert not (out / MANIFEST).exists()
+    assert not list(out.glob("*.parquet"))
+
+
+def test_under_raise_answers_of_an_earlier_run_are_refused_too(
+    write_source: Write, job_settings: Settings
+) -> None:
+    write_source("a.parquet", {"text": ["x", None]})
+    run(job_settings(max_error_rate=0.5))
+    with pytest.raises(BadRow, match=r"a\.parquet: row 1, step 'mood': text is null"):
+        run(job_settings(on_error="raise", max_error_rate=0.5))
+
+
+def test_under_null_a_bad_row_only_keeps_its_reason(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": ["fine", "fine too", None]})
+    summary = run(job_settings(on_error=None, max_error_rate=0.5))
+    assert (summary.faulty_rows, summary.quarantined) == (1, False)
+    assert rows_of(out)[2]["mood_error"] == "text is null"
+
+
+@pytest.mark.parametrize(
+    ("bad", "rate", "message"), [(3, 0.2, r"3 of 10 rows failed \(30\.0%\)"), (10, 1.0, "all 10")]
+)
+def test_too_many_failed_rows_leave_the_output_as_it_was(
+    write_source: Write, job_settings: Settings, bad: int, rate: float, message: str, out: Path
+) -> None:
+    write_source("a.parquet", {"text": ["yesterday"] * 10})
+    run(job_settings())
+    before = visible_files(out)
+    write_source("a.parquet", {"text": ["today"] * (10 - bad) + [None] * bad})
+    with pytest.raises(AuditError, match=f"nothing published: {message}"):
+        run(job_settings(max_error_rate=rate))
+    assert visible_files(out) == before
+
+
+def test_the_rows_that_refused_a_run_are_listed(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": ["today"] * 7 + [None] * 3})
+    with pytest.raises(AuditError) as refused:
+        run(job_settings(max_error_rate=0.2))
+    listed = out / REFUSED
+    assert str(listed) in str(refused.value)
+    table = pq.read_table(listed).filter(pc.field("step") == "mood")
+    assert sorted(table.column("row").to_pylist()) == [7, 8, 9]
+    assert set(table.column("error").to_pylist()) == {"text is null"}
+    write_source("a.parquet", {"text": ["today"] * 10})
+    run(job_settings())
+    assert not listed.exists()
+
+
+def test_files_that_cannot_be_read_count_towards_the_error_rate(
+    write_source: Write, job_settings: Settings
+) -> None:
+    for number in range(4):
+        source = write_source(f"{number}.parquet", {"text": [f"text {number}"] * 5})
+        if number:
+            source.write_bytes(source.read_bytes()[:-5])
+    with pytest.raises(AuditError, match=r"15 of 20 rows failed.* in unreadable files"):
+        run(job_settings(max_error_rate=0.5))
+    assert run(job_settings(max_error_rate=0.8)).rows == 5
+
+
+def test_no_row_and_broken_files_are_no_success(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("empty.parquet", {"text": pa.array([], pa.string())})
+    (tmp_path / "in" / "broken.parquet").write_bytes(b"broken")
+    with pytest.raises(AuditError, match="no row, and 1 unreadable files"):
+        run(job_settings(on_error="null", max_error_rate=1.0))
+
+
+def test_refused_answers_are_never_published_later(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": ["x"] * 9 + [None]})
+    fine = job_settings(max_error_rate=0.2)
+    run(fine)
+    before = rows_of(out)
+    other = job_settings(max_error_rate=0.0)
+    other["steps"][1]["max_tokens"] = 2
+    with pytest.raises(AuditError):
+        run(other)
+    run(fine)
+    assert rows_of(out) == before
+    assert_manifest_lists_what_is_there(out)
+
+
+def test_a_missing_canary_is_refused_before_any_work(
+    write_source: Write, job_settings: Settings, tmp_path: Path, out: Path
+) -> None:
+    write_source("a.parquet", {"text": ["one"]})
+    with pytest.raises(InputError, match="Set canary"):
+        run(job_settings(canary=str(tmp_path / "none.parquet")))
+    assert not list(out.rglob("*.parquet"))
+
+
+def test_readers_find_every_file_whole_during_publications(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    settings = job_settings(steps=[CLASSIFY])
+    written: list[list[str]] = []
+    read: list[list[str]] = []
+    stop = threading.Event()
+
+    def read_all() -> None:
+        while not stop.is_set():
+            for file in range(6):
+                table = pq.read_table(out / f"{file}-0000000000.parquet")
+                read.append(table.column("text").to_pylist())
+
+    reader = threading.Thread(target=read_all)
+    for night in range(3):
+        for file in range(6):
+            texts = [f"file {file} night {night} row {row}" for row in range(4)]
+            write_source(f"{file}.parquet", {"text": texts})
+            written.append(texts)
+        run(settings)
+        if night == 0:
+            reader.start()
+    stop.set()
+    reader.join()
+    assert all(texts in written for texts in read)
+    assert len(read) > 6
+
+
+def test_a_landing_folder_may_be_emptied_before_publication(
+    write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch, out: Path
+) -> None:
+    source = write_source("a.parquet", {"text": ["one", None], "id": ["x", "y"]})
+
+    def emptied(*arguments: Any) -> Summary:
+        source.unlink()
+        return publish(*arguments)
+
+    monkeypatch.setattr("glmbatch.run.pipeline.publish", emptied)
+    summary = run(job_settings(steps=[CLASSIFY], data__id_column="id", max_error_rate=0.5))
+    assert summary.samples[0]["text"] == "one"
+    assert [line["id"] for line in read_quarantine(out)] == ["y"]
+
+
+def test_two_runs_of_one_process_do_not_write_to_one_output(
+    write_source: Write, job_settings: Settings
+) -> None:
+    write_source("a.parquet", {"text": ["one"]})
+    job = JobConfig.model_validate(job_settings(steps=[CLASSIFY]))
+    Ledger(job.data.output).open("another")
+    with pytest.raises(InputError, match="another run of this process"):
+        run_job(job)
+    Ledger(job.data.output).close("another")
+    assert run_job(job).rows == 1

@@ -1,0 +1,208 @@
+"""Rows in, rows out: each in its place, with its answers or the reason why it has none."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from glmbatch.errors import UnusableFile
+from glmbatch.report.summary import describe
+from glmbatch.settings.job import JobConfig, answer_columns
+from tests.support import (
+    CLASSIFY,
+    GENERATE,
+    ROOT,
+    Settings,
+    Write,
+    column_of,
+    read_quarantine,
+    rows_of,
+    run,
+)
+
+pytestmark = pytest.mark.slow
+
+
+def test_each_row_comes_out_in_place_with_its_answers(
+    rows: list[str], write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("day=1/a.parquet", {"id": range(23), "text": rows})
+    summary = run(job_settings())
+    answered = rows_of(out)
+    assert [row["text"] for row in answered] == rows
+    for row in answered:
+        assert row["mood"] in {"good", "bad", "so so"}
+        scores = row["mood_scores"]
+        assert math.isclose(sum(scores.values()), 1, abs_tol=1e-9)
+        assert row["mood_score"] == max(scores.values()) == scores[row["mood"]]
+        assert row["reply_finish_reason"] in {"stop", "length"}
+        assert 0 <= row["reply_completion_tokens"] <= 6
+        assert row["mood_error"] is row["reply_error_type"] is None
+        assert len(row["reply_key"]) == 16
+    assert (summary.rows, summary.faulty_rows, summary.fragments) == (23, 0, 3)
+    assert sorted(os.listdir(out / "day=1")) == [
+        "a-0000000000.parquet",
+        "a-0000000008.parquet",
+        "a-0000000016.parquet",
+    ]
+
+
+def test_columns_types_and_metadata_come_out_as_they_went_in(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    table = pa.table(
+        {
+            "text": pa.array(["一", "two", "三"], pa.large_string()),
+            "kind": pa.array(["a", "b", "a"]).dictionary_encode(),
+            "when": pa.array([0, 1, None], pa.timestamp("ms", "Asia/Shanghai")),
+            "price": pa.array(["1.50", None, "2.25"]).cast(pa.decimal128(9, 2)),
+            "tags": pa.array([["x"], [], None], pa.list_(pa.string())),
+            "nested": pa.array([{"a": [{"b": 1}]}, None, {"a": []}]),
+            "pairs": pa.array([[("k", 1)], [], None], pa.map_(pa.string(), pa.int8())),
+            "blank": pa.nulls(3),
+        }
+    )
+    noted = table.schema.field("text").with_metadata({b"note": b"kept"})
+    schema = table.schema.set(table.schema.get_field_index("text"), noted)
+    table = table.cast(schema.with_metadata({b"team": "数据".encode()}))
+    write_source("a.parquet", table)
+    run(job_settings())
+    written = pq.read_table(out / "a-0000000000.parquet", partitioning=None)
+    assert written.select(table.schema.names).equals(table)
+    assert written.schema.metadata[b"team"] == "数据".encode()
+    assert written.schema.field("text").metadata[b"note"] == b"kept"
+    steps = JobConfig.model_validate(job_settings()).steps
+    assert written.schema.names == [
+        *table.schema.names,
+        *answer_columns(steps[0]),
+        *answer_columns(steps[1]),
+    ]
+
+
+def test_a_table_without_rows_gives_a_table_without_rows(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": pa.array([], pa.string())})
+    summary = run(job_settings())
+    written = pq.read_table(out / "a-0000000000.parquet")
+    assert (summary.rows, written.num_rows) == (0, 0)
+    assert "mood_scores" in written.schema.names
+
+
+def test_a_bad_row_keeps_its_place_and_says_why(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    texts = ["fine", None, "", " \n", b"\xff\xfe".decode("latin-1"), "long " * 3000, "also fine"]
+    write_source("a.parquet", {"id": [f"row-{n}" for n in range(7)], "text": texts})
+    summary = run(job_settings(max_error_rate=0.9, data__id_column="id"))
+    assert column_of(out, "text") == texts
+    kinds = [None, "null_value", "empty_text", "empty_text", None, "too_long", None]
+    assert column_of(out, "mood_error_type") == kinds
+    later = "earlier_step_failed"
+    assert column_of(out, "reply_error_type") == [None, later, later, later, None, later, None]
+    for row in rows_of(out):
+        assert (row["mood"] is None) == (row["mood_error"] is not None)
+    lines = read_quarantine(out, step="mood")
+    assert {line["source"] for line in lines} == {"a.parquet"}
+    assert [line["row"] for line in lines] == [1, 2, 3, 5]
+    assert [line["id"] for line in lines] == ["row-1", "row-2", "row-3", "row-5"]
+    assert (summary.faulty_rows, summary.quarantined) == (4, True)
+    assert "4 rows failed" in describe(summary)
+
+
+def test_bytes_that_are_no_text_cost_their_row_alone(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": pa.array([b"fine", b"\xff", "好".encode()])})
+    run(job_settings(max_error_rate=0.5))
+    assert column_of(out, "mood_error_type") == [None, "not_utf8", None]
+
+
+def test_text_that_is_not_utf8_never_stops_the_run(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    broken = pa.array([b"fine", b"\xff", b"also fine"]).view(pa.string())
+    write_source("a.parquet", {"text": broken, "id": broken})
+    run(job_settings(max_error_rate=0.5, data__id_column="id"))
+    (line,) = read_quarantine(out, step="mood")
+    assert (line["row"], line["error_type"]) == (1, "not_utf8")
+
+
+def test_a_damaged_page_costs_its_fragment_alone(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    source = write_source(
+        "a.parquet",
+        {"text": [f"row {n}" for n in range(24)]},
+        row_group_size=8,
+        write_page_checksum=True,
+    )
+    with pq.ParquetFile(source) as file:
+        page = file.metadata.row_group(1).column(0).data_page_offset
+    whole = source.read_bytes()
+    source.write_bytes(whole[: page + 40] + bytes([whole[page + 40] ^ 1]) + whole[page + 41 :])
+    with pytest.raises(UnusableFile, match=r"a\.parquet"):
+        run(job_settings(on_error="raise"))
+    summary = run(job_settings(max_error_rate=0.5))
+    assert [fault.source for fault in summary.unusable] == ["a.parquet"]
+    assert column_of(out, "text") == [f"row {n}" for n in [*range(8), *range(16, 24)]]
+    assert read_quarantine(out)[0]["error_type"] == "unusable_file"
+
+
+def test_repeated_texts_are_asked_once(write_source: Write, job_settings: Settings) -> None:
+    write_source("a.parquet", {"text": ["same", "other", "same", "same"]})
+    settings = job_settings()
+    settings["steps"] = [CLASSIFY]
+    assert [step.computed for step in run(settings).steps] == [2]
+
+
+def test_a_prompt_may_call_the_text_by_its_columns_name(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"body": ["fine", " ", "long " * 3000]})
+    settings = job_settings(data__text_column="body", max_error_rate=0.9)
+    settings["steps"] = [{**GENERATE, "prompt_template": "{body}", "on_too_long": "truncate"}]
+    run(settings)
+    assert column_of(out, "reply_error_type") == [
+        None,
+        "empty_text",
+        None,
+    ]
+
+
+def test_sampled_answers_do_not_depend_on_their_neighbours(
+    rows: list[str], write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": rows})
+    step = {"kind": "generate", "name": "reply", "max_tokens": 12, "temperature": 1.0, "top_p": 1.0}
+    answers = []
+    for size, slots in [(100, 1), (100, 16), (7, 3)]:
+        out = tmp_path / f"out-{size}-{slots}"
+        settings = job_settings(
+            steps=[step],
+            data__output=str(out),
+            data__rows_per_fragment=size,
+            runtime__max_slots=slots,
+        )
+        run(settings)
+        answers.append(column_of(out, "reply"))
+    assert answers[0] == answers[1] == answers[2]
+    assert len(set(answers[0])) > 15
+
+
+def test_duckdb_finds_every_row_once_by_the_glob_of_the_readme(
+    write_source: Write, job_settings: Settings, tmp_path: Path, out: Path
+) -> None:
+    write_source("day=1/a.parquet", {"text": [f"row {row}" for row in range(10)] + [None]})
+    write_source("b.parquet", {"text": ["flat"]})
+    run(job_settings(steps=[CLASSIFY], max_error_rate=0.5))
+    glob = "out/**/*-??????????.parquet"
+    assert glob in (ROOT / "README.md").read_text()
+    table = f"read_parquet('{tmp_path}/{glob}', union_by_name=true)"
+    assert duckdb.sql(f"select count(*) from {table}").fetchall() == [(12,)]
