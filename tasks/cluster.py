@@ -196,12 +196,13 @@ def whole_paths(job: JobConfig) -> JobConfig:
         step.model_copy(update={"model": step.model and _whole_model(step.model)})
         for step in job.steps
     ]
+    canary = job.canary and job.canary.model_copy(update={"file": _whole(job.canary.file)})
     return job.model_copy(
         update={
             "data": job.data.model_copy(update=data),
             "model": _whole_model(job.model),
             "steps": steps,
-            "canary": job.canary and _whole(job.canary),
+            "canary": canary,
         }
     )
 

@@ -70,7 +70,7 @@ def publish(
 
 @task(
     name="check canary",
-    task_run_name="check canary {job.canary}",
+    task_run_name="check canary {job.canary.file}",
     cache_policy=NO_CACHE,
     retry_condition_fn=machine_failed,
 )

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glmbatch.ledger.fragments import Fragment
-from glmbatch.settings.job import AUDITS, GenerateStep, JobConfig, Step
+from glmbatch.settings.job import GenerateStep, JobConfig, Step
 
 # Raise it by hand when the same settings, weights and prompt give another answer than before.
 ANSWERS_VERSION = 2
@@ -27,10 +27,13 @@ def _digest(parts: object) -> str:
 
 def answer_settings(step: Step) -> dict[str, Any]:
     """The settings of `step` that change its answers; its name, its audits and its model's place do not."""
-    settings = step.model_dump(mode="json", exclude={"name", "model", *AUDITS})
-    if isinstance(step, GenerateStep) and step.temperature == 0:
-        for unused in ("top_p", "top_k", "seed"):
-            del settings[unused]
+    settings = step.model_dump(mode="json", exclude={"name", "model", "audits"})
+    if isinstance(step, GenerateStep):
+        # Keys of existing outputs hold what an empty `chat` of a generate step means.
+        settings["chat"] = step.chat is not False
+        if step.temperature == 0:
+            for unused in ("top_p", "top_k", "seed"):
+                del settings[unused]
     return settings
 
 

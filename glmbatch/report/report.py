@@ -111,7 +111,7 @@ def _gathered(
         measures=measure(job, summary.run, outputs),
         models={step.name: job.model_of(step).path for step in job.steps},
         device=device,
-        price_per_hour=job.runtime.price_per_hour,
+        price_per_hour=job.report.price_per_hour,
         before=last and last.summary.run,
         labels_before={step.name: step.labels for step in last.summary.steps} if last else {},
     )

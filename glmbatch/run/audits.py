@@ -50,11 +50,7 @@ def audit(
     _account(job, run, outputs)
     _count_errors(job, run, outputs)
     audits = list(canaries)
-    drifts = any(
-        (step.max_label_drift if isinstance(step, ClassifyStep) else step.max_length_drift)
-        is not None
-        for step in job.steps
-    )
+    drifts = any(_compares(step) for step in job.steps)
     published = list(before) if drifts else []  # from the footers of all files
     for index, step in enumerate(job.steps):
         tonight = [output.answers[index] for output in outputs if output.unusable is None]
@@ -65,9 +61,16 @@ def audit(
     if failed:
         raise AuditError(
             f"{job.data.output}: nothing published: {'; '.join(failed)}. Answers are kept: look at them in "
-            "_glmbatch/answers, mend the cause or change the limit (a step's max_..., or max_canary_change). Run again."
+            "_glmbatch/answers, mend the cause or change the limit (a step's audits, or canary.max_change). Run again."
         )
     return tuple(audits)
+
+
+def _compares(step: AnyStep) -> bool:
+    """Whether an audit of `step` compares its answers with those published."""
+    if isinstance(step, ClassifyStep):
+        return step.audits.max_label_drift is not None
+    return step.audits.max_length_drift is not None
 
 
 def _account(job: JobConfig, run: Run, outputs: Sequence[OutputReceipt]) -> None:
@@ -137,33 +140,36 @@ def _step_audits(
         now, then = (
             total(receipt.labels for receipt in receipts) for receipts in (tonight, before)
         )
-        if step.max_label_drift is not None and now and then:
+        if step.audits.max_label_drift is not None and now and then:
             drift = population_stability(then, now)
             yield Audit(
-                step=step.name, what="label drift", measured=drift, allowed=step.max_label_drift
+                step=step.name,
+                what="label drift",
+                measured=drift,
+                allowed=step.audits.max_label_drift,
             )
         return
     reasons = total(receipt.finish_reasons for receipt in tonight)
     written = sum(reasons.values())
     shares = (
-        ("share of truncated answers", reasons.get("length", 0), step.max_truncated_rate),
+        ("share of truncated answers", reasons.get("length", 0), step.audits.max_truncated_rate),
         (
             "share of empty answers",
             sum(receipt.empty_answers for receipt in tonight),
-            step.max_empty_rate,
+            step.audits.max_empty_rate,
         ),
     )
     for what, count, allowed in shares:
         if allowed is not None and written:
             yield Audit(step=step.name, what=what, measured=count / written, allowed=allowed)
     length, length_before = _mean_length(tonight), _mean_length(before)
-    if step.max_length_drift is not None and length and length_before:
+    if step.audits.max_length_drift is not None and length and length_before:
         moved = abs(length / length_before - 1)
         yield Audit(
             step=step.name,
             what="drift of the mean length",
             measured=moved,
-            allowed=step.max_length_drift,
+            allowed=step.audits.max_length_drift,
         )
 
 

@@ -74,14 +74,18 @@ def check_canary(job: JobConfig, assignments: Sequence[Assignment]) -> list[Audi
         for receipt in Ledger(job.data.output).unpublished_receipts()
         if receipt.computed_rows
     }
-    table = _frozen(job, job.canary)
-    return [_audit(job, each, table) for each in assignments if each.step_key in new]
+    table = _frozen(job, job.canary.file)
+    return [
+        _audit(job, each, table, job.canary.max_change)
+        for each in assignments
+        if each.step_key in new
+    ]
 
 
 def check_file(job: JobConfig) -> None:
     """InputError when the job's canary cannot be used; asked before any work."""
     if job.canary is not None:
-        _frozen(job, job.canary)
+        _frozen(job, job.canary.file)
 
 
 def _frozen(job: JobConfig, file: str) -> pa.Table:
@@ -91,7 +95,7 @@ def _frozen(job: JobConfig, file: str) -> pa.Table:
         with open_parquet(location(file)) as opened:
             table = opened.read()
     except (UnusableFile, OSError) as error:
-        raise InputError(f"{error} Set canary.") from error
+        raise InputError(f"{error} Set canary.file.") from error
     missing = sorted(needed - set(table.column_names))
     if missing or not len(table):
         raise InputError(
@@ -100,7 +104,7 @@ def _frozen(job: JobConfig, file: str) -> pa.Table:
     return table
 
 
-def _audit(job: JobConfig, assignment: Assignment, table: pa.Table) -> Audit:
+def _audit(job: JobConfig, assignment: Assignment, table: pa.Table, max_change: float) -> Audit:
     step = job.steps[assignment.step_index]
     columns = {**job.source_columns(step), **{name: name for name in job.earlier_steps(step)}}
     values = {name: prompt_values(table.column(column)) for name, column in columns.items()}
@@ -120,7 +124,7 @@ def _audit(job: JobConfig, assignment: Assignment, table: pa.Table) -> Audit:
         step=step.name,
         what=f"share of {len(table)} canary rows that changed",
         measured=len(changed) / len(table),
-        allowed=job.max_canary_change,
+        allowed=max_change,
         seen=tuple(_case(step, row, expected[row], found[row]) for row in changed[:CASES]),
     )
 

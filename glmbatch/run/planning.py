@@ -365,8 +365,8 @@ def _refuse_mixing(job: JobConfig, plan: Plan, keys: dict[str, str]) -> None:
 
 def models_at_once(job: JobConfig, models: Sequence[Model]) -> int:
     """How many of the job's models stay loaded together: all where they fit in the memory that is free, else one."""
-    if job.runtime.max_loaded_models is not None or len(models) == 1:
-        return job.runtime.max_loaded_models or 1
+    if len(models) == 1:
+        return 1
     from glmbatch.glm.device import free_memory_bytes, resolve_device
 
     device = resolve_device(job.runtime.device)

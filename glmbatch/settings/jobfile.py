@@ -14,6 +14,9 @@ from pydantic import BaseModel, ValidationError
 from glmbatch.errors import InputError
 from glmbatch.settings.job import JobConfig
 
+# Groups that a text alone may stand for, and the setting that it is.
+TEXT_ALONE = {"model": "path", "canary": "file"}
+
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
 
@@ -74,8 +77,8 @@ def _set(settings: dict[str, Any], name: str, value: object) -> None:
             continue
         if not isinstance(here, dict):
             raise InputError(f"{name}: {'.'.join(parents[:depth])} is not a group of settings.")
-        if part == "model" and isinstance(here.get(part), str):
-            here[part] = {"path": here[part]}
+        if part in TEXT_ALONE and isinstance(here.get(part), str):
+            here[part] = {TEXT_ALONE[part]: here[part]}
         here = here.setdefault(part, {})
     if isinstance(here, list):
         here[_place(here, last, name)] = value

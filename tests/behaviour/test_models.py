@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from glmbatch.errors import InputError
+from glmbatch.glm import device
 from glmbatch.run.pipeline import answer
 from glmbatch.run.planning import assign, locate_model, passes, plan_run, prepare_model
 from glmbatch.settings.job import JobConfig, ModelConfig
@@ -36,7 +37,12 @@ def write_adapter(tmp_path: Path, name: str, seed: int = 0) -> ModelConfig:
 
 
 def test_a_trained_head_answers_with_its_own_labels(
-    rows: list[str], write_source: Write, job_settings: Settings, tmp_path: Path, out: Path
+    rows: list[str],
+    write_source: Write,
+    job_settings: Settings,
+    tmp_path: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_source("a.parquet", {"text": rows})
     settings = job_settings()
@@ -47,7 +53,7 @@ def test_a_trained_head_answers_with_its_own_labels(
     assert {row["mood"] for row in together} <= set(labels)
     assert list(together[0]["mood_scores"]) == labels
     settings["data"]["output"] = str(tmp_path / "one-by-one")
-    settings["runtime"]["max_loaded_models"] = 1
+    monkeypatch.setattr(device, "free_memory_bytes", lambda name: 0)  # so one model at a time
     run(settings)
     assert rows_of(tmp_path / "one-by-one") == together
 

@@ -13,17 +13,31 @@ from flows.annotate import annotate
 from flows.finetune import finetune
 from flows.upkeep import resume
 from glmbatch.settings.job import (
+    CanaryConfig,
     ClassifyStep,
     DataConfig,
     GenerateStep,
     JobConfig,
     ModelConfig,
+    ReportConfig,
     RuntimeConfig,
 )
+from glmbatch.settings.steps import ClassifyAudits, GenerateAudits
 from glmbatch.settings.tuning import LabelledData, ScratchConfig, TrainingConfig, TuneConfig
 
 FLOWS: dict[str, Flow[..., Any]] = {flow.name: flow for flow in (annotate, finetune, resume)}
-OF_JOBS = {ClassifyStep, DataConfig, GenerateStep, JobConfig, ModelConfig, RuntimeConfig}
+OF_JOBS = {
+    CanaryConfig,
+    ClassifyAudits,
+    ClassifyStep,
+    DataConfig,
+    GenerateAudits,
+    GenerateStep,
+    JobConfig,
+    ModelConfig,
+    ReportConfig,
+    RuntimeConfig,
+}
 OF_TRAINING = {LabelledData, ScratchConfig, TrainingConfig, TuneConfig}
 LOWER, UPPER = {"minimum", "exclusiveMinimum"}, {"maximum", "exclusiveMaximum"}
 

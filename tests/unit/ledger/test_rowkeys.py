@@ -10,8 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmbatch.ledger.fragments import Fragment
-from glmbatch.ledger.rowkeys import answers_key, output_key, row_key, row_seed, step_key
+from glmbatch.ledger.rowkeys import (
+    answer_settings,
+    answers_key,
+    output_key,
+    row_key,
+    row_seed,
+    step_key,
+)
 from glmbatch.settings.job import ClassifyStep, GenerateStep, JobConfig
+from glmbatch.settings.steps import GenerateAudits
 
 GREEDY = GenerateStep(name="reply")
 SAMPLED = GenerateStep(name="reply", temperature=0.7)
@@ -34,6 +42,14 @@ def test_whatever_changes_an_answer_changes_the_step_key(change: dict[str, Any])
     assert step_key(GREEDY.model_copy(update=change), "weights") != step_key(GREEDY, "weights")
 
 
+def test_audits_and_an_empty_chat_form_are_in_no_key() -> None:
+    audits = GenerateAudits(max_empty_rate=0.5)
+    assert step_key(GREEDY.model_copy(update={"audits": audits}), "w") == step_key(GREEDY, "w")
+    assert step_key(GREEDY.model_copy(update={"chat": True}), "w") == step_key(GREEDY, "w")
+    assert answer_settings(GREEDY)["chat"] is True
+    assert answer_settings(ClassifyStep(name="mood"))["chat"] is None
+
+
 def test_other_weights_are_another_step_key() -> None:
     assert step_key(GREEDY, "weights") != step_key(GREEDY, "other weights")
 
@@ -50,7 +66,7 @@ def test_settings_of_sampling_count_only_where_it_samples(change: dict[str, Any]
 
 def test_speed_settings_and_paths_are_in_no_key(tmp_path: Path) -> None:
     keys = set()
-    for runtime, folder in [({}, "a"), ({"max_batch_tokens": 99, "price_per_hour": 2.5}, "b")]:
+    for runtime, folder in [({}, "a"), ({"max_batch_tokens": 99, "retries": 0}, "b")]:
         step = ClassifyStep(name="mood", labels=["x", "y"])
         job = JobConfig.model_validate(
             {

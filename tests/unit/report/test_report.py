@@ -76,7 +76,7 @@ def test_the_page_says_what_the_summary_says(
     rows: list[str | None], write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     write_source("a.parquet", {"text": [rows[0], *rows, None, " "]})
-    summary = run(job_settings(max_error_rate=0.5, runtime__price_per_hour=7200.0))
+    summary = run(job_settings(max_error_rate=0.5, report__price_per_hour=7200.0))
     page = seen(summary)
     facts = {row[0]: row[1] for row in page.rows if len(row) == 2}
     assert facts["run"] == summary.run
@@ -149,7 +149,7 @@ def test_the_labels_of_the_run_before_stand_beside(
     rarest = pd.read_parquet(tmp_path / "out").set_index("mood")["text"][[list(then)[-1]]]
     write_source("a.parquet", {"text": [*rarest, *rows[:5]]})
     with pytest.raises(AuditError, match="label drift"):
-        run(job_settings(steps=[{**HEAD, "max_label_drift": 1e-9}]))
+        run(job_settings(steps=[{**HEAD, "audits": {"max_label_drift": 1e-9}}]))
     second = run(job_settings(steps=[HEAD]))
     now, page = second.steps[0].labels, seen(second)
     for label in now | then:

@@ -38,7 +38,12 @@ def test_labels_whose_shares_moved_are_not_published(
     write_source: Write, job_settings: Settings, tmp_path: Path, rows: list[str | None]
 ) -> None:
     settings = job_settings()
-    head = {"kind": "classify", "name": "mood", "model": str(CLASSIFIER), "max_label_drift": 0.2}
+    head = {
+        "kind": "classify",
+        "name": "mood",
+        "model": str(CLASSIFIER),
+        "audits": {"max_label_drift": 0.2},
+    }
     settings["steps"] = [head]
     write_source("a.parquet", {"text": rows})
     first = run(settings)
@@ -55,7 +60,7 @@ def test_labels_whose_shares_moved_are_not_published(
     ):
         run(settings)
     assert published(tmp_path) == before
-    settings["steps"][0]["max_label_drift"] = 100.0
+    settings["steps"][0]["audits"]["max_label_drift"] = 100.0
     passed = run(settings)
     assert passed.computed == 0, "a limit is no part of what makes an answer"
     assert f"audit {passed.audits[0]}" in describe(passed)
@@ -75,13 +80,13 @@ def test_answers_that_are_cut_off_are_not_published(
 ) -> None:
     write_source("a.parquet", {"text": rows})
     settings = job_settings()
-    settings["steps"][1] |= {"max_tokens": 1, "max_truncated_rate": 0.5}
+    settings["steps"][1] |= {"max_tokens": 1, "audits": {"max_truncated_rate": 0.5}}
     with pytest.raises(
         AuditError, match=r"reply: share of truncated answers 1, at most 0\.5 allowed"
     ):
         run(settings)
     assert published(tmp_path) == {}
-    settings["steps"][1]["max_truncated_rate"] = 1.0
+    settings["steps"][1]["audits"]["max_truncated_rate"] = 1.0
     assert run(settings).computed == 0
 
 
@@ -93,10 +98,10 @@ def test_empty_answers_are_counted(
     first = run(settings)
     assert first.audits == ()
     begin = str(first.samples[0]["reply"])[:1]
-    settings["steps"][1] |= {"stop": [begin], "max_empty_rate": 1.0}
+    settings["steps"][1] |= {"stop": [begin], "audits": {"max_empty_rate": 1.0}}
     (audit,) = run(settings).audits
     assert (audit.step, audit.what) == ("reply", "share of empty answers")
-    settings["steps"][1]["max_empty_rate"] = 0.0
+    settings["steps"][1]["audits"]["max_empty_rate"] = 0.0
     assert audit.measured > 0
     with pytest.raises(
         AuditError, match=r"share of empty answers 0\.\d+|share of empty answers 1\.000"
@@ -109,7 +114,7 @@ def test_answers_that_became_much_longer_are_not_published(
 ) -> None:
     write_source("a.parquet", {"text": rows})
     settings = job_settings()
-    settings["steps"][1] |= {"max_tokens": 3, "max_length_drift": 0.5}
+    settings["steps"][1] |= {"max_tokens": 3, "audits": {"max_length_drift": 0.5}}
     assert run(settings).audits == (), "there is nothing to compare a first night with"
     (again,) = run(settings).audits
     assert (again.what, again.measured) == ("drift of the mean length", 0)
@@ -120,7 +125,7 @@ def test_answers_that_became_much_longer_are_not_published(
     ):
         run(settings)
     assert published(tmp_path) == before
-    settings["steps"][1]["max_length_drift"] = 100.0
+    settings["steps"][1]["audits"]["max_length_drift"] = 100.0
     assert run(settings).computed == 0
 
 

@@ -42,7 +42,7 @@ def frozen(
         main(["canary", str(tmp_path / "out"), str(tmp_path / "canary.parquet"), "--rows", "6"])
         == 0
     )
-    return job_settings(canary=str(tmp_path / "canary.parquet"))
+    return job_settings(canary__file=str(tmp_path / "canary.parquet"))
 
 
 def published(tmp_path: Path) -> dict[Path, bytes]:
@@ -54,7 +54,7 @@ def published(tmp_path: Path) -> dict[Path, bytes]:
 
 
 def test_rows_without_fault_of_all_files_are_frozen(frozen: dict[str, Any]) -> None:
-    table = pq.read_table(frozen["canary"])
+    table = pq.read_table(frozen["canary"]["file"])
     assert len(table) == 6
     assert {row // 8 for row in table.column("id").to_pylist()} == {0, 1, 2}
     assert table.column("mood_error").null_count == table.column("reply_error").null_count == 6
@@ -92,9 +92,8 @@ def test_a_layer_of_zeros_publishes_nothing(frozen: dict[str, Any], tmp_path: Pa
     assert {path: content for path, content in after.items() if "_glmbatch" not in path.parts} == {
         path: content for path, content in before.items() if "_glmbatch" not in path.parts
     }
-    assert run({**broken, "max_canary_change": 1.0}).computed == 0, (
-        "the answers were kept, and are now allowed"
-    )
+    broken["canary"]["max_change"] = 1.0
+    assert run(broken).computed == 0, "the answers were kept, and are now allowed"
 
 
 @pytest.mark.parametrize(
@@ -108,9 +107,9 @@ def test_a_layer_of_zeros_publishes_nothing(frozen: dict[str, Any], tmp_path: Pa
 def test_a_canary_that_does_not_fit_is_told(
     content: pa.Table | None, message: str, frozen: dict[str, Any], write_source: Write
 ) -> None:
-    Path(frozen["canary"]).unlink()
+    Path(frozen["canary"]["file"]).unlink()
     if content is not None:
-        pq.write_table(content, frozen["canary"])
+        pq.write_table(content, frozen["canary"]["file"])
     write_source("a.parquet", {"text": ["new"], "id": [1]})
     with pytest.raises(InputError, match=message):
         run(frozen)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from glmbatch.errors import InputError
-from glmbatch.settings.job import JobConfig, placeholders
+from glmbatch.settings.job import (
+    CanaryConfig,
+    ClassifyStep,
+    GenerateStep,
+    JobConfig,
+    placeholders,
+)
 from glmbatch.settings.jobfile import load_job
+from glmbatch.settings.kinds import MOVED
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -41,6 +48,13 @@ def test_yaml_json_flags_and_python_give_the_same_job(
 
 def test_a_path_alone_stands_for_a_model(job_settings: Settings) -> None:
     assert JobConfig.model_validate(job_settings(model="some/model")).model.path == "some/model"
+
+
+def test_a_file_alone_stands_for_a_canary(job_file: Any, job_settings: Settings) -> None:
+    job = JobConfig.model_validate(job_settings(canary="c.parquet"))
+    assert job.canary == CanaryConfig(file="c.parquet", max_change=0)
+    changed = load_job(job_file(canary="c.parquet"), {"canary.max_change": 0.5})
+    assert changed.canary == CanaryConfig(file="c.parquet", max_change=0.5)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +103,44 @@ def test_each_wrong_setting_is_one_line_that_names_it(
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(job_file(**overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ({"max_canary_change": 0.1}, "job: max_canary_change moved to canary.max_change"),
+        (
+            {"runtime__price_per_hour": 2},
+            "runtime: price_per_hour moved to report.price_per_hour",
+        ),
+        (
+            {"steps": [{"kind": "classify", "name": "a", "max_label_drift": 0.2}]},
+            "steps[0]: max_label_drift moved to audits.max_label_drift",
+        ),
+        (
+            {"steps": [{"kind": "generate", "name": "a", "max_empty_rate": 0.2}]},
+            "steps[0]: max_empty_rate moved to audits.max_empty_rate",
+        ),
+        ({"runtime__max_loaded_models": 1}, "runtime: max_loaded_models was removed: the run"),
+    ],
+)
+def test_a_moved_setting_says_where_it_is_now(
+    job_file: Any, overrides: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        load_job(job_file(**overrides))
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_moved_setting_is_where_it_is_said_to_be() -> None:
+    places = {place.split()[-1] for place in MOVED.values() if place.startswith("moved to ")}
+    fields = set()
+    for kind in (JobConfig, ClassifyStep, GenerateStep):
+        for group, field in kind.model_fields.items():
+            for part in (field.annotation, *get_args(field.annotation)):
+                fields |= {f"{group}.{name}" for name in getattr(part, "model_fields", {})}
+    assert places <= fields
 
 
 def test_all_wrong_settings_are_told_at_once(job_file: Any) -> None:

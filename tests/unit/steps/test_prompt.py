@@ -21,7 +21,9 @@ def built(
     tokenizer: Tokenizer, row: dict[str, Any], *, limit: int = 500, **settings: Any
 ) -> Prompt | RowFault:
     step = GenerateStep.model_validate({"name": "reply", **settings})
-    return build_prompts(step, [row], tokenizer, chat=step.chat, max_input_tokens=limit)[0]
+    return build_prompts(
+        step, [row], tokenizer, chat=step.chat is not False, max_input_tokens=limit
+    )[0]
 
 
 def text_of(prompt: Prompt | RowFault) -> str:
