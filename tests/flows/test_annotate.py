@@ -206,7 +206,7 @@ def test_too_many_bad_rows_fail_the_run_with_exit_code_1(
     prefect_server: dict[str, str], job_file: str
 ) -> None:
     done = run(
-        prefect_server, "-m", "glmbatch.cli.main", "run", job_file, "--max-error-rate", "0.01"
+        prefect_server, "-m", "glmbatch.cli.main", "run", job_file, "--set", "max_error_rate=0.01"
     )
     assert done.returncode == 1
     assert (

@@ -112,12 +112,12 @@ def table(said: str, source: str) -> list[str]:
     return [" ".join(line.split()[1:]) for line in said.splitlines() if line.startswith(source)]
 
 
-@pytest.mark.parametrize("flag", ["--text-column", "--data.text-column"])
+@pytest.mark.parametrize("flag", [["--text-column", "body"], ["--set", "data.text_column=body"]])
 def test_what_is_wrong_is_one_line_and_exit_code_2(
-    job_file: str, write_source: Write, capsys: pytest.CaptureFixture[str], flag: str
+    job_file: str, write_source: Write, capsys: pytest.CaptureFixture[str], flag: list[str]
 ) -> None:
     source = write_source("a.parquet", {"text": ["x"]})
-    assert cli.main(["run", job_file, flag, "body"]) == 2
+    assert cli.main(["run", job_file, *flag]) == 2
     told = capsys.readouterr()
     assert told.out == ""
     expected = f"{source}: no column 'body'; it has ['text']. Set data.text_column."
@@ -181,22 +181,55 @@ def test_a_bad_adapter_is_told_before_anything_is_loaded(
     command: str,
 ) -> None:
     write_source("a.parquet", {"text": ["x"]})
-    model = str(CAUSAL) if command == "doctor" else job_file
     adapter = tmp_path / "adapter"
-    assert cli.main([command, model, "--adapter", str(adapter)]) == 2
+    arguments = [command, job_file, "--set", f"model.adapter={adapter}"]
+    if command == "doctor":
+        arguments = ["doctor", str(CAUSAL), "--adapter", str(adapter)]
+    assert cli.main(arguments) == 2
     assert f"{adapter}: no" in "".join(capsys.readouterr())
     make_original_adapter(adapter, read_json(CAUSAL / "config.json"), r=8)
-    assert cli.main([command, model, "--adapter", str(adapter)]) == 2
+    assert cli.main(arguments) == 2
     assert f"{adapter / 'adapter_model.safetensors'}: " in "".join(capsys.readouterr())
     make_original_adapter(adapter, read_json(CAUSAL / "config.json"))
     if command != "run":
-        assert cli.main([command, model, "--adapter", str(adapter)]) == 0
+        assert cli.main(arguments) == 0
         assert str(adapter) in capsys.readouterr().out
 
 
-def test_help_names_every_command_and_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_the_help_of_a_job_fits_one_screen(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = help_of(command, capsys).splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_help_shows_kinds_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    words = " ".join(help_of("run", capsys).split())
+    for shown in (
+        "--input PATH",
+        "--output PATH",
+        "--limit ROWS",
+        "--on-error {raise,quarantine,null}",
+        "Default: quarantine.",
+        "Default: text.",
+        "--set NAME=VALUE",
+        "--dry-run",
+    ):
+        assert shown in words
+
+
+def test_a_flag_has_one_name(job_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for other in ("--data.limit", "--lim", "--max-error-rate"):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["plan", job_file, other, "1"])
+        assert caught.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit):
-        cli.main(["run", "--help"])
-    said = capsys.readouterr().out
-    for flag in ("--output", "--limit", "--model", "--device", "--on-error", "--dry-run", "--set"):
-        assert flag in said
+        cli.main([command, "--help"])
+    return capsys.readouterr().out

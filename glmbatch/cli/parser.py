@@ -1,0 +1,194 @@
+"""The commands with their arguments, and the settings that a command line overrides. Runs nothing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import get_args
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from glmbatch import __version__
+from glmbatch.errors import InputError
+from glmbatch.settings.job import JobConfig
+
+# Flags of `run` and `plan`: what a first job needs, with the word for its value (None: its choices).
+# All other settings go by `--set`, so that the help fits on one screen.
+EVERYDAY: dict[str, str | None] = {
+    "data.input": "PATH",
+    "data.output": "PATH",
+    "model.path": "MODEL",
+    "data.text_column": "NAME",
+    "data.id_column": "NAME",
+    "data.limit": "ROWS",
+    "runtime.device": "DEVICE",
+    "on_error": None,
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; it leaves the name of the command in `command`."""
+    parser = argparse.ArgumentParser(
+        prog="glmbatch",
+        description="Classify and generate over Parquet with ChatGLM2-6B.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined "
+        "rows, 130/143 interrupted (run again to go on).",
+    )
+    parser.add_argument("--version", action="version", version=f"glmbatch {__version__}")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="say on stderr what is being done"
+    )
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="COMMAND", dest="command"
+    )
+
+    def command(name: str, summary: str) -> argparse.ArgumentParser:
+        # Without abbreviations each flag has one name, also in scripts that outlive this version.
+        sentence = f"{summary[0].upper()}{summary[1:]}."
+        return commands.add_parser(name, help=summary, description=sentence, allow_abbrev=False)
+
+    run = command("run", "answer every row and publish the answers")
+    run.add_argument(
+        "--dry-run", action="store_true", help="only say what would run, as `glmbatch plan` does"
+    )
+    _add_job(run)
+    _add_job(command("plan", "say what would run and why; loads no model, writes nothing"))
+    _add_doctor(command("doctor", "say what a checkpoint is and what is wrong with it"))
+    _add_verify(command("verify", "prove that an output holds every row of its sources once"))
+    _add_canary(command("canary", "freeze a few published rows with their answers"))
+    _add_train(command("train", "fine-tune on labelled rows, and promote the result if better"))
+    _add_evaluate(command("evaluate", "say how good a checkpoint is on labelled rows"))
+    command("settings", "print every setting of a job and of a fine-tuning")
+    return parser
+
+
+def _add_job(command: argparse.ArgumentParser) -> None:
+    command.add_argument("job", metavar="JOB", help="job file, YAML or JSON")
+    _add_json(command)
+    settings = command.add_argument_group(
+        "settings",
+        "Each overrides the job file; the default is what a job has without it. "
+        "`glmbatch settings` prints all settings.",
+    )
+    for name, value in EVERYDAY.items():
+        field = _field(JobConfig, name)
+        flag = "model" if name == "model.path" else name.rpartition(".")[2]
+        settings.add_argument(
+            f"--{flag.replace('_', '-')}",
+            dest=name,
+            metavar=value or f"{{{','.join(get_args(field.annotation))}}}",
+            help=_help(field),
+        )
+    _add_set(settings)
+
+
+def _help(field: FieldInfo) -> str:
+    """The description of a setting, with its default if it has one."""
+    text = (field.description or "").replace("%", "%%")
+    if isinstance(field.default, str):
+        text += f" Default: {field.default}."
+    return text
+
+
+def _field(settings: type[BaseModel], name: str) -> FieldInfo:
+    """The field with the dotted `name`."""
+    group, dot, rest = name.partition(".")
+    field = settings.model_fields[group]
+    if not dot:
+        return field
+    kind = field.annotation
+    assert isinstance(kind, type) and issubclass(kind, BaseModel), name
+    return _field(kind, rest)
+
+
+def _add_doctor(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="directory of a checkpoint, or a hub id")
+    command.add_argument("--revision", help="commit of the hub repository")
+    command.add_argument(
+        "--adapter", metavar="DIRECTORY", help="LoRA adapter to look at over the checkpoint"
+    )
+
+
+def _add_verify(command: argparse.ArgumentParser) -> None:
+    command.add_argument("output", metavar="OUTPUT", help="the job's data.output")
+    _add_json(command)
+
+
+def _add_canary(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "output", metavar="OUTPUT", help="the data.output of a job whose answers are good"
+    )
+    command.add_argument("file", metavar="FILE", help="Parquet file to write")
+    command.add_argument("--rows", type=int, default=16, help="how many (default 16)")
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "file", metavar="FILE", help="settings, YAML or JSON: see `glmbatch settings`"
+    )
+    _add_set(command)
+    _add_json(command)
+
+
+def _add_evaluate(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "model", metavar="MODEL", help="directory of a checkpoint with a trained head"
+    )
+    command.add_argument("rows", metavar="ROWS", help="a Parquet file, a folder of them, or a glob")
+    command.add_argument(
+        "--text-column", default="text", metavar="NAME", help="column of the texts (default text)"
+    )
+    command.add_argument(
+        "--label-column", default="label", metavar="NAME", help="of the labels (default label)"
+    )
+    command.add_argument(
+        "--prompt-template",
+        metavar="TEMPLATE",
+        help="default: the template it was trained with, if its report says",
+    )
+    command.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)"
+    )
+    _add_json(command)
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_set(command: argparse._ActionsContainer) -> None:
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="Any setting by its dotted name, such as steps.0.max_tokens=32; VALUE as in YAML. "
+        "Can be repeated.",
+    )
+
+
+def job_overrides(parsed: argparse.Namespace) -> dict[str, object]:
+    """Dotted settings of a job to their values: the flags, then `--set`, which wins."""
+    overrides: dict[str, object] = {}
+    for name in EVERYDAY:
+        value = getattr(parsed, name)
+        if value is not None:
+            overrides[name] = value
+    return overrides | set_values(parsed.set)
+
+
+def set_values(pairs: Sequence[str]) -> dict[str, object]:
+    """The NAME=VALUE pairs of `--set`. InputError when one is no pair or its value is not YAML."""
+    values: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"--set {pair}: is not NAME=VALUE.")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"--set {pair}: the value is not YAML: {reason}.") from error
+    return values
