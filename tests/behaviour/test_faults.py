@@ -14,7 +14,7 @@ import torch
 
 from glmbatch.glm.model.kv_cache import KvPrefix
 from glmbatch.glm.model.network import Network
-from glmbatch.glm.model.packing import Segment
+from glmbatch.glm.model.packing import PackedPrompt
 from glmbatch.glm.tokenizer import load_tokenizer
 from glmbatch.run.pipeline import run_job
 from glmbatch.settings.job import JobConfig
@@ -63,19 +63,19 @@ def poisoned(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that has no room for more than so many tokens in one forward and behind it."""
-    read = Network.read
+    prefill = Network.prefill
 
     def within_room(
-        self: Network, segments: Sequence[Segment], prefix: KvPrefix | None, *store: Any
+        self: Network, prompts: Sequence[PackedPrompt], prefix: KvPrefix | None, *store: Any
     ) -> torch.Tensor:
         if (
-            sum(len(each.ids) for each in segments) + (prefix.places if prefix else 0)
+            sum(len(each.ids) for each in prompts) + (prefix.places if prefix else 0)
             > TOKENS_WITH_ROOM
         ):
             raise torch.OutOfMemoryError("out of memory")
-        return read(self, segments, prefix, *store)
+        return prefill(self, prompts, prefix, *store)
 
-    monkeypatch.setattr(Network, "read", within_room)
+    monkeypatch.setattr(Network, "prefill", within_room)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

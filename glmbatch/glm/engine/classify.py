@@ -1,6 +1,6 @@
-"""Scores for one packed batch of classify requests after another: the trained head's, or those of whole labels.
+"""Answers classify requests batch by batch: scores of the trained head, or of whole labels.
 
-Shapes: R tokens read, C hidden size, V tokens, M most continuations of any of them.
+Shapes: R tokens read, C hidden size, V tokens, M the largest number of continuations of any of them.
 """
 
 from __future__ import annotations
@@ -11,136 +11,149 @@ from dataclasses import dataclass
 
 import torch
 
-from glmbatch.glm.engine.oom import within_memory
+from glmbatch.glm.engine.oom import catch_oom
 from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult
-from glmbatch.glm.engine.queue import Job, Limits, WaitingLine, shared_prefix
+from glmbatch.glm.engine.queue import Limits, PendingRequest, WaitingQueue, shared_prefix
 from glmbatch.glm.model.label_tree import LabelTree, label_tree
 from glmbatch.glm.model.network import Network
-from glmbatch.glm.model.packing import Segment
+from glmbatch.glm.model.packing import PackedPrompt
 
-# Rows of 65,024 float32 scores looked at together: 67 MB.
+# Rows of 65,024 float32 scores computed at once: 67 MB.
 HEAD_ROWS = 256
 
 
 @dataclass(slots=True, eq=False)
-class _Question:
-    job: Job[ClassifyRequest]
+class _Waiting:
+    """One request as it waits: its shared prefix, and what of it goes into a packed batch."""
+
+    pending: PendingRequest[ClassifyRequest]
     prefix: tuple[int, ...]
-    segment: Segment
-    budget: int | None = None  # what a batch could hold before this prompt alone was too much
+    prompt: PackedPrompt
+    budget: int | None = None  # the token budget before this prompt alone proved too much
 
 
 class Classification:
-    """Classify requests that wait for the model, and the forward that answers a batch of them.
+    """The classify requests that wait for the model, and the forward that answers a batch of them.
 
-    `make_room` is asked when not even one row fits; it says whether it freed anything.
+    `preempt_generation` is called when there is no memory for even one prompt; it returns whether it
+    freed any.
     """
 
-    def __init__(self, network: Network, limits: Limits, make_room: Callable[[], bool]) -> None:
-        self._network, self._limits = network, limits
-        self._make_room = make_room
-        self._line: WaitingLine[_Question] = WaitingLine(
+    def __init__(
+        self, network: Network, limits: Limits, preempt_generation: Callable[[], bool]
+    ) -> None:
+        self._network = network
+        self._limits = limits
+        self._preempt_generation = preempt_generation
+        self._waiting: WaitingQueue[_Waiting] = WaitingQueue(
             # Without padding the order costs nothing: first come, first served.
-            rank=lambda question: (question.job.arrival,),
-            tokens=lambda question: len(question.segment),
-            group=lambda question: question.prefix,
-            gone=lambda question: question.job.call.cancelled,
+            rank=lambda item: (item.pending.arrival,),
+            tokens=lambda item: len(item.prompt),
+            group=lambda item: item.prefix,
+            cancelled=lambda item: item.pending.call.cancelled,
         )
 
     @property
     def busy(self) -> bool:
-        return bool(self._line)
+        """Whether any request waits."""
+        return bool(self._waiting)
 
-    def push(self, job: Job[ClassifyRequest]) -> None:
-        prefix = shared_prefix(job.request)
-        tree = None if job.request.label_ids is None else label_tree(job.request.label_ids)
-        self._line.push(
-            _Question(job, prefix, Segment(job.request.prompt_ids[len(prefix) :], tree))
-        )
+    def push(self, pending: PendingRequest[ClassifyRequest]) -> None:
+        """Add a request to the waiting queue."""
+        request = pending.request
+        prefix = shared_prefix(request)
+        tree = None if request.label_ids is None else label_tree(request.label_ids)
+        prompt = PackedPrompt(request.prompt_ids[len(prefix) :], tree)
+        self._waiting.push(_Waiting(pending, prefix, prompt))
 
-    def turn(self) -> None:
-        """Answer one batch; on a full device, leave it for a smaller one."""
-        batch = self._line.take(self._limits.batch_tokens)
+    def run_batch(self) -> None:
+        """Answer one batch. When it does not fit into memory, put it back and lower the limits."""
+        batch = self._waiting.take(self._limits.batch_tokens)
         if not batch:
             return
-        scores = within_memory(lambda: self._score(batch, self._limits.batch_tokens))
+        scores = catch_oom(lambda: self._score(batch, self._limits.batch_tokens))
         if scores is None:
-            self._back_off(batch)
+            self._handle_out_of_memory(batch)
             return
-        for question, row in zip(batch, scores, strict=True):
-            request = question.job.request
-            error = (
-                None
-                if all(map(math.isfinite, row))
-                else "the model's scores of this prompt are not finite"
-            )
-            question.job.call.deliver(
-                ClassifyResult(request.index, () if error else tuple(row), error)
-            )
+        for item, row in zip(batch, scores, strict=True):
+            index = item.pending.request.index
+            if all(map(math.isfinite, row)):
+                result = ClassifyResult(index, tuple(row))
+            else:
+                fault = "the model's scores of this prompt are not finite"
+                result = ClassifyResult(index, (), fault)
+            item.pending.call.deliver(result)
 
-    def _back_off(self, batch: Sequence[_Question]) -> None:
-        self._network.give_back()
-        first, tokens = batch[0], sum(len(question.segment) for question in batch)
+    def _handle_out_of_memory(self, batch: Sequence[_Waiting]) -> None:
+        """Try smaller batches; then without generation; then in chunks; then fail the one prompt."""
+        self._network.release_memory()
+        first = batch[0]
+        tokens = sum(len(item.prompt) for item in batch)
         if len(batch) > 1:
             self._limits.halve_batch(tokens)
-        elif not self._make_room():
+        elif not self._preempt_generation():
             first.budget = first.budget or self._limits.batch_tokens
-            if not self._limits.chunk_smaller(tokens):
-                self._limits.batch_tokens = (
-                    first.budget
-                )  # the prompt's fault: the others need not pay for it
-                request, device = first.job.request, self._network.device
-                fault = f"no room on {device} for one prompt of {len(request.prompt_ids)} tokens"
-                first.job.call.deliver(ClassifyResult(request.index, (), fault))
+            if not self._limits.halve_chunk(tokens):
+                # This prompt alone is at fault: later ones get their token budget back.
+                self._limits.batch_tokens = first.budget
+                request = first.pending.request
+                length, device = len(request.prompt_ids), self._network.device
+                fault = f"no room on {device} for one prompt of {length} tokens"
+                first.pending.call.deliver(ClassifyResult(request.index, (), fault))
                 return
-        for question in batch:
-            self._line.push(question)
+        for item in batch:
+            self._waiting.push(item)
 
-    def _score(self, batch: Sequence[_Question], chunk_tokens: int) -> list[list[float]]:
-        """Scores of each question; all are of one prefix. A prompt over the budget comes alone, and goes in chunks."""
-        prefix = self._network.prefix(batch[0].prefix, chunk_tokens)
-        segments = [question.segment for question in batch]
+    def _score(self, batch: Sequence[_Waiting], chunk_tokens: int) -> list[list[float]]:
+        """Scores of each item of `batch`, all of one prefix.
+
+        A prompt over the token budget comes alone and is prefilled in chunks.
+        """
+        prefix = self._network.cached_prefix(batch[0].prefix, chunk_tokens)
+        prompts = [item.prompt for item in batch]
         if len(batch) == 1:
-            segments[0], prefix = self._network.shorten(segments[0], prefix, chunk_tokens)
-        hidden_RC = self._network.read(segments, prefix)
+            prompts[0], prefix = self._network.prefill_ahead(prompts[0], prefix, chunk_tokens)
+        hidden_RC = self._network.prefill(prompts, prefix)
         if self._network.has_head:
             scores: list[list[float]] = self._network.class_logits(hidden_RC).tolist()
             return scores
-        return _label_scores(
-            self._network, [question.segment.tree for question in batch], hidden_RC
-        )
+        return _label_scores(self._network, [item.prompt.tree for item in batch], hidden_RC)
 
 
 def _label_scores(
     network: Network, trees: Sequence[LabelTree | None], hidden_RC: torch.Tensor
 ) -> list[list[float]]:
-    """For each tree, the log-likelihood of each of its labels as asked; R as `Network.read` orders it."""
-    known = [tree for tree in trees if tree is not None]
-    children = [tree.children[0] for tree in known] + [
-        after for tree in known for after in tree.children[1:]
-    ]
-    log_probs_RM = _log_probs(network, hidden_RC, children)
+    """For each tree the log-likelihood of each label, in the order asked; R as `prefill` orders it."""
+    asked = [tree for tree in trees if tree is not None]
+    continuations = [tree.children[0] for tree in asked]
+    for tree in asked:
+        continuations += tree.children[1:]
+    log_probs_RM = _log_probs(network, hidden_RC, continuations)
     scores = []
-    first_node = len(known)
-    for at, tree in enumerate(known):
-        rows = [log_probs_RM[at], *log_probs_RM[first_node : first_node + len(tree)]]
-        scores.append([math.fsum(rows[row][child] for row, child in path) for path in tree.paths])
+    first_node = len(asked)
+    for prompt_row, tree in enumerate(asked):
+        rows = [log_probs_RM[prompt_row], *log_probs_RM[first_node : first_node + len(tree)]]
+        scores.append([_path_score(path, rows) for path in tree.paths])
         first_node += len(tree)
     return scores
 
 
+def _path_score(path: Sequence[tuple[int, int]], rows: Sequence[Sequence[float]]) -> float:
+    # fsum does not depend on the order, so neither do the scores on the order of labels.
+    return math.fsum(rows[row][child] for row, child in path)
+
+
 def _log_probs(
-    network: Network, hidden_RC: torch.Tensor, children: Sequence[Sequence[int]]
+    network: Network, hidden_RC: torch.Tensor, continuations: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """For each row the log-probability of each token of `children`; what follows those means nothing."""
-    most = max(map(len, children))
-    tokens_RM = torch.tensor(
-        [[*tokens, *[0] * (most - len(tokens))] for tokens in children], device=network.device
-    )
-    picked = []
+    """For each row the log-probability of each of its `continuations`; what follows is padding."""
+    most = max(map(len, continuations))
+    padded = [[*tokens, *[0] * (most - len(tokens))] for tokens in continuations]
+    tokens_RM = torch.tensor(padded, device=network.device)
+    parts = []
     for first in range(0, len(hidden_RC), HEAD_ROWS):
         rows = slice(first, first + HEAD_ROWS)
         logits_RV = network.token_logits(hidden_RC[rows])
-        picked.append(logits_RV.gather(1, tokens_RM[rows]) - logits_RV.logsumexp(-1, keepdim=True))
-    log_probs_RM: list[list[float]] = torch.cat(picked).tolist()
+        parts.append(logits_RV.gather(1, tokens_RM[rows]) - logits_RV.logsumexp(-1, keepdim=True))
+    log_probs_RM: list[list[float]] = torch.cat(parts).tolist()
     return log_probs_RM

@@ -1,9 +1,10 @@
-"""Continuous batching: prompts enter free slots, every live slot gets one token a step, a finished slot is refilled.
+"""Continuous batching: waiting prompts are admitted into free slots, every live slot gets one token in
+each decode step, and a finished slot is filled again.
 
-A row that has to leave its slot keeps the ids written so far and enters again behind them, so nothing is lost and no
-token is drawn twice.
+A preempted sequence keeps the ids generated so far and is prefilled again behind them, so that nothing
+is lost and no token is drawn twice.
 
-Shapes: R rows read, T tokens, C hidden size.
+Shapes: R rows read, T tokens, G key/value groups, D head size, C hidden size.
 """
 
 from __future__ import annotations
@@ -13,273 +14,309 @@ from dataclasses import dataclass, field
 
 import torch
 
-from glmbatch.glm.engine.oom import within_memory
+from glmbatch.glm.engine.oom import catch_oom
 from glmbatch.glm.engine.protocol import GenerateRequest, GenerateResult
-from glmbatch.glm.engine.queue import Job, Limits, WaitingLine, shared_prefix
+from glmbatch.glm.engine.queue import Limits, PendingRequest, WaitingQueue, shared_prefix
 from glmbatch.glm.model.kv_cache import SlotCache
 from glmbatch.glm.model.network import Network
-from glmbatch.glm.model.packing import Segment
+from glmbatch.glm.model.packing import PackedPrompt
 from glmbatch.glm.model.sampling import NOT_FINITE, Draw, Uniforms, next_tokens
 
-# Rows that arrive within so many requests of one another may overtake: the longest go first, so that the last to
-# finish began early; one that keeps being overtaken waits for this many at most.
+# Among so many consecutive requests the longest go first, so that the last to finish began early. It
+# also bounds how often a short one can be overtaken.
 WINDOW = 4096
 
 
 @dataclass(slots=True, eq=False)
-class _Row:
-    """One request and what is written for it so far."""
+class _Sequence:
+    """One request and the ids generated for it so far."""
 
-    job: Job[GenerateRequest]
+    pending: PendingRequest[GenerateRequest]
     prefix: tuple[int, ...]
     uniforms: Uniforms | None
     ids: list[int] = field(default_factory=list)
-    given_up: bool = False
-    budget: int | None = None  # what a batch could hold before this row alone was too much
+    failed: bool = False
+    budget: int | None = None  # the token budget before this sequence alone proved too much
+
+    @property
+    def request(self) -> GenerateRequest:
+        return self.pending.request
 
     @property
     def length(self) -> int:
-        return len(self.job.request.prompt_ids) + len(self.ids)
+        """Tokens of the prompt and of what is generated so far."""
+        return len(self.request.prompt_ids) + len(self.ids)
 
     @property
-    def longest(self) -> int:
-        """Tokens of the row if nothing ends it early."""
-        return len(self.job.request.prompt_ids) + self.job.request.max_tokens
+    def max_length(self) -> int:
+        """Its length if nothing ends it early."""
+        return len(self.request.prompt_ids) + self.request.max_tokens
 
-    def segment(self) -> Segment:
-        return Segment([*self.job.request.prompt_ids[len(self.prefix) :], *self.ids])
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens to prefill behind the shared prefix."""
+        return self.length - len(self.prefix)
+
+    def prompt(self) -> PackedPrompt:
+        """What is prefilled: the prompt behind the shared prefix, and the ids generated so far."""
+        return PackedPrompt([*self.request.prompt_ids[len(self.prefix) :], *self.ids])
+
+    def draw(self, row: int) -> Draw | None:
+        """How to sample its next token at `row` of a batch; None when it is greedy."""
+        if self.uniforms is None:
+            return None
+        request = self.request
+        uniform = self.uniforms.number(len(self.ids))
+        return Draw(row, request.temperature, request.top_k, request.top_p, uniform)
 
 
 class Generation:
-    """Generate requests that wait for the model, and those it is writing for, each in a slot of the cache."""
+    """The generate requests that wait for the model, and those in the slots of the cache."""
 
     def __init__(self, network: Network, limits: Limits, eos_id: int, cache_bytes: int) -> None:
-        self._network, self._limits = network, limits
+        self._network = network
+        self._limits = limits
         self._eos_id = eos_id
-        self._cache = SlotCache(
-            network.kv_shape, network.trained_places + network.max_positions, cache_bytes
-        )
-        self._rows: list[_Row | None] = []  # by slot; None is a hole to fill
-        self._alone: _Row | None = (
-            None  # found no room in one of many slots; has a cache of one slot to try
-        )
-        self._line: WaitingLine[_Row] = WaitingLine(
-            rank=lambda row: (row.job.arrival // WINDOW, -row.longest, row.job.arrival),
-            tokens=lambda row: row.length - len(row.prefix),
-            group=lambda row: row.prefix,
-            gone=lambda row: row.given_up or row.job.call.cancelled,
+        max_places = network.trained_places + network.max_positions
+        self._cache = SlotCache(network.kv_shape, max_places, cache_bytes)
+        self._sequences: list[_Sequence | None] = []  # by slot; None is a free slot among live ones
+        # Found no memory in one of many slots, and is tried in a cache of one slot.
+        self._alone: _Sequence | None = None
+        self._waiting: WaitingQueue[_Sequence] = WaitingQueue(
+            rank=lambda seq: (seq.pending.arrival // WINDOW, -seq.max_length, seq.pending.arrival),
+            tokens=lambda seq: seq.prefill_tokens,
+            group=lambda seq: seq.prefix,
+            cancelled=lambda seq: seq.failed or seq.pending.call.cancelled,
         )
 
     @property
     def busy(self) -> bool:
-        return bool(self._line) or bool(self._rows)
+        """Whether any request waits or is in a slot."""
+        return bool(self._waiting) or bool(self._sequences)
 
-    def push(self, job: Job[GenerateRequest]) -> None:
-        uniforms = Uniforms(job.request.seed) if job.request.temperature > 0 else None
-        self._line.push(_Row(job, shared_prefix(job.request), uniforms))
+    def push(self, pending: PendingRequest[GenerateRequest]) -> None:
+        """Add a request to the waiting queue."""
+        request = pending.request
+        uniforms = Uniforms(request.seed) if request.temperature > 0 else None
+        self._waiting.push(_Sequence(pending, shared_prefix(request), uniforms))
 
-    def turn(self) -> None:
-        """Bring waiting prompts into free slots, or write one token into every slot that is taken."""
-        self._rows = [row if row and not row.job.call.cancelled else None for row in self._rows]
-        if self._alone is not None and self._alone.job.call.cancelled:
-            self._alone = None
-        slots = min(self._most_slots, self._cache.slots or self._most_slots)
-        free = slots - sum(row is not None for row in self._rows)
-        batch = self._line.take(self._limits.batch_tokens, free) if free > 0 else []
+    def run_batch(self) -> None:
+        """Admit waiting requests into free slots, or else run one decode step over all live slots."""
+        self._drop_cancelled()
+        slots = min(self._max_slots, self._cache.slots or self._max_slots)
+        free = slots - len(self._live())
+        batch = self._waiting.take(self._limits.batch_tokens, free) if free > 0 else []
         if batch:
-            self._enter(batch)
-        elif rows := self._close_holes():
-            self._write(rows)
+            self._admit(batch)
+        elif sequences := self._compact_slots():
+            self._decode_step(sequences)
 
-    def give_way(self) -> bool:
-        """Free the cache for others; its rows wait again, half as many at once. False when there was none to free."""
+    def preempt(self) -> bool:
+        """Free the cache for others and halve the slots; False when there was none to free."""
         if not self._cache.slots:
             return False
-        if self._rows:
+        if self._sequences:
             self._limits.halve_slots(self._cache.slots)
-        self._leave()
+        self._preempt_all()
         return True
 
     @property
-    def _most_slots(self) -> int:
+    def _max_slots(self) -> int:
         return self._limits.slots if self._alone is None else 1
 
-    def _enter(self, batch: Sequence[_Row]) -> None:
-        """Give each of `batch` a free slot, read its ids into it and choose its next token."""
-        if not any(self._rows) and self._cache.slots != self._most_slots:
-            self._cache.drop()  # one long row had cost the others their slots; start over
-        if not within_memory(lambda: self._lengthen(max(row.length for row in batch))):
-            self._back_off(batch)
-            return
-        slots = [
-            slot
-            for slot in range(self._cache.slots)
-            if slot >= len(self._rows) or self._rows[slot] is None
-        ]
-        for row in batch[len(slots) :]:
-            self._line.push(row)
-        batch = batch[: len(slots)]
-        slots = slots[: len(batch)]
-        tokens = within_memory(lambda: self._read(batch, slots)) if batch else []
-        if tokens is None:
-            self._cache.wipe(slots)  # half written, perhaps with what is not finite
-            self._back_off(batch, entering=True)
-            return
-        self._rows += [None] * (max(slots, default=-1) + 1 - len(self._rows))
-        for slot, row in zip(slots, batch, strict=True):
-            self._rows[slot] = row
-        self._advance(slots, tokens)
+    def _live(self) -> list[_Sequence]:
+        """The sequences that are in a slot, by slot."""
+        return [seq for seq in self._sequences if seq is not None]
 
-    def _read(self, batch: Sequence[_Row], slots: Sequence[int]) -> list[int]:
+    def _drop_cancelled(self) -> None:
+        for slot, seq in enumerate(self._sequences):
+            if seq is not None and seq.pending.call.cancelled:
+                self._sequences[slot] = None
+        if self._alone is not None and self._alone.pending.call.cancelled:
+            self._alone = None
+
+    def _admit(self, batch: Sequence[_Sequence]) -> None:
+        """Prefill each of `batch` into a free slot and choose its next token."""
+        if not any(self._sequences) and self._cache.slots != self._max_slots:
+            self._cache.drop()  # one long sequence had cost the others their slots: start over
+        if not catch_oom(lambda: self._grow_cache(max(seq.length for seq in batch))):
+            self._handle_out_of_memory(batch)
+            return
+        slots = self._free_slots()[: len(batch)]
+        for seq in batch[len(slots) :]:  # a longer cache may have fewer slots
+            self._waiting.push(seq)
+        admitted = batch[: len(slots)]
+        tokens = catch_oom(lambda: self._prefill(admitted, slots)) if admitted else []
+        if tokens is None:
+            self._cache.wipe(slots)  # half written, perhaps with values that are not finite
+            self._handle_out_of_memory(admitted, in_prefill=True)
+            return
+        self._sequences += [None] * (max(slots, default=-1) + 1 - len(self._sequences))
+        for slot, seq in zip(slots, admitted, strict=True):
+            self._sequences[slot] = seq
+        self._append_tokens(slots, tokens)
+
+    def _free_slots(self) -> list[int]:
+        beyond = range(len(self._sequences), self._cache.slots)
+        return [slot for slot, seq in enumerate(self._sequences) if seq is None] + list(beyond)
+
+    def _prefill(self, batch: Sequence[_Sequence], slots: Sequence[int]) -> list[int]:
+        """Read `batch` into `slots` of the cache; returns the next token of each."""
         chunk_tokens = self._limits.batch_tokens
-        prefix = self._network.prefix(batch[0].prefix, chunk_tokens)
-        segments = [row.segment() for row in batch]
-        if len(batch) == 1:  # a row over the budget comes alone, and goes in chunks
-            segments[0], prefix = self._network.shorten(segments[0], prefix, chunk_tokens)
+        prefix = self._network.cached_prefix(batch[0].prefix, chunk_tokens)
+        prompts = [seq.prompt() for seq in batch]
+        if len(batch) == 1:  # a prompt over the token budget comes alone, and goes in chunks
+            prompts[0], prefix = self._network.prefill_ahead(prompts[0], prefix, chunk_tokens)
+        first = 0
         if prefix is not None:
             self._cache.write_prefix(slots, prefix)
-        first = 0 if prefix is None else prefix.places
-        owners = [slot for slot, segment in zip(slots, segments, strict=True) for _ in segment.ids]
-        places = [first + place for segment in segments for place in range(len(segment.ids))]
-        owners_T, places_T = torch.tensor([owners, places], device=self._network.device)
+            first = prefix.places
+        slot_of_token: list[int] = []
+        place_of_token: list[int] = []
+        for slot, prompt in zip(slots, prompts, strict=True):
+            slot_of_token += [slot] * len(prompt.ids)
+            place_of_token += range(first, first + len(prompt.ids))
+        indexes_2T = torch.tensor([slot_of_token, place_of_token], device=self._network.device)
+        slots_T, places_T = indexes_2T
 
         def store(layer: int, key_TGD: torch.Tensor, value_TGD: torch.Tensor) -> None:
-            self._cache.write(layer, owners_T, places_T, key_TGD, value_TGD)
+            self._cache.write(layer, slots_T, places_T, key_TGD, value_TGD)
 
-        return self._choose(self._network.read(segments, prefix, store), batch)
+        return self._choose(self._network.prefill(prompts, prefix, store), batch)
 
-    def _write(self, rows: Sequence[_Row]) -> None:
-        """One more token for each of `rows`, which fill the first slots."""
-        if not within_memory(lambda: self._lengthen(max(row.length for row in rows))):
-            self._back_off()
+    def _decode_step(self, sequences: Sequence[_Sequence]) -> None:
+        """Generate one more token for each of `sequences`, which fill the first slots."""
+        if not catch_oom(lambda: self._grow_cache(max(seq.length for seq in sequences))):
+            self._handle_out_of_memory()
             return
-        rows = rows[: len(self._rows)]  # a longer cache may have fewer slots
-        tokens = within_memory(
-            lambda: self._choose(
-                self._network.step(
-                    [row.ids[-1] for row in rows], [row.length - 1 for row in rows], self._cache
-                ),
-                rows,
-            )
-        )
+        live = sequences[: len(self._sequences)]  # a longer cache may have fewer slots
+        tokens = catch_oom(lambda: self._decode(live))
         if tokens is None:
-            self._back_off()
+            self._handle_out_of_memory()
             return
-        self._advance(range(len(rows)), tokens)
+        self._append_tokens(range(len(live)), tokens)
 
-    def _choose(self, hidden_RC: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
-        draws = [
-            Draw(
-                at,
-                request.temperature,
-                request.top_k,
-                request.top_p,
-                row.uniforms.number(len(row.ids)),
-            )
-            for at, row in enumerate(rows)
-            if row.uniforms is not None and (request := row.job.request)
-        ]
+    def _decode(self, live: Sequence[_Sequence]) -> list[int]:
+        last_ids = [seq.ids[-1] for seq in live]
+        positions = [seq.length - 1 for seq in live]
+        return self._choose(self._network.decode(last_ids, positions, self._cache), live)
+
+    def _choose(self, hidden_RC: torch.Tensor, batch: Sequence[_Sequence]) -> list[int]:
+        """The next token of each sequence from its final state."""
+        draws = [draw for row, seq in enumerate(batch) if (draw := seq.draw(row)) is not None]
         return next_tokens(self._network.token_logits(hidden_RC), draws)
 
-    def _advance(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """Give each slot's row its token; rows that are finished leave a hole."""
+    def _append_tokens(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """Give each slot's sequence its token; a sequence that is finished leaves its slot."""
         for slot, token in zip(slots, tokens, strict=True):
-            row = self._rows[slot]
-            assert row is not None
-            reason = self._accept(row, token)
+            seq = self._sequences[slot]
+            assert seq is not None
+            reason = self._append(seq, token)
             if reason is None:
                 continue
-            self._rows[slot] = None
-            if row is self._alone:
+            self._sequences[slot] = None
+            if seq is self._alone:
                 self._alone = None
-            error = None
+            index = seq.request.index
             if token == NOT_FINITE:
                 self._cache.wipe([slot])
-                error = f"the model's scores are not finite after {len(row.ids)} tokens"
-            index = row.job.request.index
-            row.job.call.deliver(
-                GenerateResult(index, () if error else tuple(row.ids), reason, error)
-            )
+                fault = f"the model's scores are not finite after {len(seq.ids)} tokens"
+                seq.pending.call.deliver(GenerateResult(index, (), reason, fault))
+            else:
+                seq.pending.call.deliver(GenerateResult(index, tuple(seq.ids), reason))
 
-    def _accept(self, row: _Row, token: int) -> str | None:
-        """Add `token` to `row`; why the row is finished, if it is."""
+    def _append(self, seq: _Sequence, token: int) -> str | None:
+        """Add `token` to `seq`; returns why the sequence is finished, or None."""
         if token == NOT_FINITE:
             return "error"
         if token == self._eos_id:
             return "stop"
-        row.ids.append(token)
-        request = row.job.request
-        if request.should_stop is not None and self._asks_to_stop(row):
+        seq.ids.append(token)
+        if self._asks_to_stop(seq):
             return "stop"
-        if len(row.ids) >= request.max_tokens or row.length >= self._network.max_positions:
+        max_tokens, max_positions = seq.request.max_tokens, self._network.max_positions
+        if len(seq.ids) >= max_tokens or seq.length >= max_positions:
             return "length"
         return None
 
-    def _asks_to_stop(self, row: _Row) -> bool:
-        assert row.job.request.should_stop is not None
+    def _asks_to_stop(self, seq: _Sequence) -> bool:
+        should_stop = seq.request.should_stop
+        if should_stop is None:
+            return False
         try:
-            return row.job.request.should_stop(row.ids)
-        except Exception as error:  # noqa: BLE001 - the caller's own code: raised to the caller, not to its batch-mates
-            row.job.call.fail(error)
+            return should_stop(seq.ids)
+        except Exception as error:  # noqa: BLE001 - the caller's code: raised to that caller alone
+            seq.pending.call.fail(error)
             return False
 
-    def _close_holes(self) -> list[_Row]:
-        """Move the last rows into holes, so that live slots are the first ones; the rows, by slot."""
-        live = sum(row is not None for row in self._rows)
-        sources = [slot for slot in range(live, len(self._rows)) if self._rows[slot] is not None]
-        targets = [slot for slot in range(live) if self._rows[slot] is None]
+    def _compact_slots(self) -> list[_Sequence]:
+        """Move the last sequences into free slots, so that live slots come first; returns them."""
+        live = len(self._live())
+        beyond = self._sequences[live:]
+        sources = [live + at for at, seq in enumerate(beyond) if seq is not None]
+        targets = [slot for slot in range(live) if self._sequences[slot] is None]
         if sources:
-            places = max(row.length for row in self._rows[live:] if row is not None)
-            self._cache.move(sources, targets, self._network.trained_places + places)
+            length = max(seq.length for seq in beyond if seq is not None)
+            self._cache.move(sources, targets, self._network.trained_places + length)
         for source, target in zip(sources, targets, strict=True):
-            self._rows[target] = self._rows[source]
-        del self._rows[live:]
-        return [row for row in self._rows if row is not None]
+            self._sequences[target] = self._sequences[source]
+        del self._sequences[live:]
+        return self._live()
 
-    def _lengthen(self, length: int) -> bool:
-        """Make every slot hold `length` tokens; rows for which that leaves no slot wait again. Always true."""
+    def _grow_cache(self, length: int) -> bool:
+        """Grow the cache to `length` tokens for each slot, preempting sequences that no longer fit.
+
+        Always True, so that `catch_oom` gives None only when it fails.
+        """
         places = self._network.trained_places + length
         if places > self._cache.length:
-            self._close_holes()
+            self._compact_slots()
             longer = self._cache.next_length(places)
-            slots = min(self._most_slots, self._cache.slots_within(longer))
-            for row in self._rows[slots:]:
-                assert row is not None
-                self._line.push(row)
-            del self._rows[slots:]
+            slots = min(self._max_slots, self._cache.slots_within(longer))
+            for seq in self._live()[slots:]:
+                self._waiting.push(seq)
+            del self._sequences[slots:]
             self._cache.resize(slots, longer)
         return True
 
-    def _back_off(self, batch: Sequence[_Row] = (), entering: bool = False) -> None:
-        """After a full device: fewer tokens in a forward where that helps, else half the slots, else one row alone."""
-        self._network.give_back()
-        for row in batch:
-            self._line.push(row)
-        tokens = sum(row.length - len(row.prefix) for row in batch)
-        if entering and len(batch) > 1:
+    def _handle_out_of_memory(
+        self, batch: Sequence[_Sequence] = (), in_prefill: bool = False
+    ) -> None:
+        """Preempt and try with less: a smaller prefill, then half the slots, then one sequence alone.
+
+        A sequence that finds no room even alone fails.
+        """
+        self._network.release_memory()
+        for seq in batch:
+            self._waiting.push(seq)
+        tokens = sum(seq.prefill_tokens for seq in batch)
+        if in_prefill and len(batch) > 1:
             self._limits.halve_batch(tokens)
             return
-        if entering:
+        if in_prefill:
             batch[0].budget = batch[0].budget or self._limits.batch_tokens
-            if self._limits.chunk_smaller(tokens):
+            if self._limits.halve_chunk(tokens):
                 return
-        rows = [*batch, *(row for row in self._rows if row is not None)]
-        if len(rows) > 1:
+        active = [*batch, *self._live()]
+        if len(active) > 1:
             self._limits.halve_slots(self._cache.slots or self._limits.slots)
-        elif self._alone is not rows[0]:
-            self._alone = rows[0]
+        elif self._alone is not active[0]:
+            self._alone = active[0]
         else:
-            device, length = self._network.device, rows[0].length
-            fault = f"no room on {device} to generate for one row of {length} tokens"
-            rows[0].job.call.deliver(GenerateResult(rows[0].job.request.index, (), "error", fault))
-            rows[0].given_up, self._alone = True, None
-            self._limits.batch_tokens = rows[0].budget or self._limits.batch_tokens
-        self._leave()
+            self._fail_without_room(active[0])
+        self._preempt_all()
 
-    def _leave(self) -> None:
-        """Every row leaves its slot and waits again; the cache's memory is given back."""
-        for row in self._rows:
-            if row is not None:
-                self._line.push(row)
-        self._rows = []
+    def _fail_without_room(self, seq: _Sequence) -> None:
+        fault = f"no room on {self._network.device} to generate for one row of {seq.length} tokens"
+        seq.pending.call.deliver(GenerateResult(seq.request.index, (), "error", fault))
+        seq.failed = True  # it is in the waiting queue, which then skips it
+        self._alone = None
+        # This sequence alone is at fault: later ones get their token budget back.
+        self._limits.batch_tokens = seq.budget or self._limits.batch_tokens
+
+    def _preempt_all(self) -> None:
+        """Move every sequence back to the waiting queue and free the cache's memory."""
+        for seq in self._live():
+            self._waiting.push(seq)
+        self._sequences = []
         self._cache.drop()

@@ -1,4 +1,4 @@
-"""The engines loaded in this process: each once, shared by all threads, given up when room is needed."""
+"""The engines of this process: each is loaded once, shared by all threads, and closed to make room."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ logger = logging.getLogger(__name__)
 
 
 class EnginePool:
-    """Loads an engine at its first use and keeps it for the next; safe to use from several threads."""
+    """Loads an engine on first use and keeps it for the next. Safe to call from several threads."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._engines: OrderedDict[Hashable, Engine] = OrderedDict()
+        self._engines: OrderedDict[Hashable, Engine] = OrderedDict()  # least recently used first
         self._users: dict[Hashable, int] = {}
         self._stopped = False
 
     @contextmanager
     def lease(self, key: Hashable, load: Callable[[], Engine], most: int) -> Iterator[Engine]:
-        """The engine under `key`, loaded by `load` when it is not there yet.
+        """The engine under `key`, which `load` makes if it is not in the pool yet.
 
-        At most `most` engines stay loaded: the one unused for longest is closed first, and while all are in use the
-        caller waits.
+        At most `most` engines stay loaded. The least recently used idle one is closed to make room;
+        while all are in use, the caller waits. Interrupted when the pool is stopped.
         """
         engine = self._take(key, load, most)
         try:
@@ -44,7 +44,7 @@ class EnginePool:
                 self.check_running()
                 idle = [other for other in self._engines if not self._users.get(other)]
                 if len(self._engines) < most:
-                    # Under the lock, so that a second thread that wants the same engine waits instead of loading it.
+                    # Loaded under the lock, so that a second thread waits instead of loading it too.
                     self._engines[key] = load()
                     self.check_running()
                 elif idle:
@@ -57,30 +57,32 @@ class EnginePool:
             return self._engines[key]
 
     def check_running(self) -> None:
-        """Raise Interrupted once the pool was told to stop."""
+        """Raise Interrupted if the pool was stopped."""
         if self._stopped:
             raise Interrupted("the run was told to stop")
 
     def resume(self) -> None:
-        """Let engines be used again."""
+        """Allow engines to be used again."""
         self._stopped = False
 
     def stop(self) -> None:
-        """Let nobody begin, and end what is under way; returns at once."""
+        """Refuse new leases and end the running ones. Returns at once."""
         self._stopped = True
+        # Closing waits for the current forward, and for an engine that is being loaded.
         threading.Thread(target=self.close, name="stop-engines", daemon=True).start()
 
     def discard(self, engine: Engine) -> None:
-        """Close `engine`, so that its next use loads it anew; nothing when it is no longer here."""
+        """Close `engine` and remove it, so that its next user loads it again."""
         with self._changed:
-            for key in [key for key, other in self._engines.items() if other is engine]:
+            keys = [key for key, other in self._engines.items() if other is engine]
+            for key in keys:
                 del self._engines[key]
             self._changed.notify_all()
         engine.close()
 
     def close(self) -> None:
-        """Close every engine; whoever waits for an answer gets a TransientError."""
-        with self._changed:  # waits for one that is being loaded
+        """Close every engine. Callers that wait for a result get a TransientError."""
+        with self._changed:  # an engine that is being loaded holds the lock until it is here
             engines = list(self._engines.values())
         for engine in engines:
             self.discard(engine)

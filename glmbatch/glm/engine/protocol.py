@@ -1,7 +1,7 @@
-"""The seam between steps and the model: token ids in, scores or token ids out. Importing this loads no torch.
+"""The seam between steps and the model: token ids in, scores or token ids out. Loads no torch.
 
-The engine never sees text, rows or files. Requests may be handed over from several threads at once; the engine
-batches across them and hands each result back, as it is finished, to the caller that asked.
+The engine never sees text, rows or files. Several threads may hand over requests at once; the engine
+batches across them and returns each result, as soon as it is ready, to the caller that asked.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Protocol
 class ClassifyRequest:
     """One prompt to score.
 
-    `label_ids` holds the token ids of each label for zero-shot scoring; None asks the checkpoint's trained head.
-    `shared_tokens` says how many leading ids many requests have in common (the template before the text); their keys
-    and values are then computed once. It changes speed, and scores by rounding only.
+    `label_ids` holds the token ids of each label, for zero-shot scoring; None asks the checkpoint's
+    trained head. `shared_tokens` is the number of leading ids that many requests have in common (the
+    template before the text); their keys and values are then computed once. It changes only speed,
+    and scores by no more than rounding.
     """
 
     index: int
@@ -28,9 +29,11 @@ class ClassifyRequest:
 
 @dataclass(frozen=True, slots=True)
 class ClassifyResult:
-    """`scores`: logits of the trained head, or the log-likelihood of each whole label (natural log, sum over tokens).
+    """Scores of one prompt, or the `error` for which there are none.
 
-    `error` says why there are none, in which case `scores` is empty; batch-mates are not touched by it.
+    `scores` are logits of the trained head, or the log-likelihood of each whole label (natural
+    logarithm, summed over its tokens). With an `error` they are empty; the rest of the batch is not
+    affected.
     """
 
     index: int
@@ -42,9 +45,9 @@ class ClassifyResult:
 class GenerateRequest:
     """One prompt to continue.
 
-    `temperature` 0 is greedy. `seed` (64 bits) fixes the draws of this request whatever its batch-mates.
-    `should_stop` is asked after each token with all ids so far; it must not keep the sequence. `shared_tokens` as in
-    `ClassifyRequest`.
+    `temperature` 0 is greedy. `seed` (64 bits) fixes the draws of this request in any batch.
+    `should_stop` is called after each token with all ids so far; it must not keep the sequence.
+    `shared_tokens` is as in `ClassifyRequest`.
     """
 
     index: int
@@ -60,9 +63,10 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """`ids` without the end token; `finish_reason` is "stop" (end token or should_stop) or "length".
+    """The generated `ids`, without the end token, and why they end.
 
-    "length" also when the model's positions ended first. With an `error`, there are no ids and it is "error".
+    `finish_reason` is "stop" (end token or `should_stop`), "length" (`max_tokens`, or the model's
+    last position) or "error"; then there is an `error` and there are no ids.
     """
 
     index: int
@@ -74,12 +78,16 @@ class GenerateResult:
 class Engine(Protocol):
     """The whole surface between steps and a model. Safe to call from several threads.
 
-    Results come as they finish, each once, matched by `index` (unique within one call). TransientError when the
-    machine failed. A request that alone is at fault (non-finite scores) comes back with its `error`.
+    Results come as they are ready, one for each request, matched by `index` (unique within a call).
+    TransientError when the machine fails. A request that alone is at fault (non-finite scores, say)
+    comes back with its own `error`.
     """
 
-    def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]: ...
+    def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
+        """Score each request; closing the iterator early cancels the rest."""
 
-    def generate(self, requests: Iterable[GenerateRequest]) -> Iterator[GenerateResult]: ...
+    def generate(self, requests: Iterable[GenerateRequest]) -> Iterator[GenerateResult]:
+        """Continue each request; closing the iterator early cancels the rest."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop and free the device; callers that wait for a result get a TransientError."""

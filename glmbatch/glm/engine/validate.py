@@ -1,6 +1,6 @@
-"""What can be answered without the model: requests that cannot run, or that leave nothing to write. No tensors.
+"""Answers requests that need no model: those that cannot run, and those that leave nothing to generate.
 
-Such a request gets its error alone; in a forward it would take its batch-mates down with it.
+Such a request gets its own error here; in a forward it would fail the whole batch. No tensors.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from glmbatch.glm.engine.protocol import (
 )
 
 
-class Model(Protocol):
-    """What a model can take in."""
+class ModelLimits(Protocol):
+    """What a model can take in. Ids from `token_count` on have scores but no token."""
 
     has_head: bool
     max_positions: int
@@ -27,8 +27,11 @@ class Model(Protocol):
     token_count: int
 
 
-def refuse_classify(request: ClassifyRequest, model: Model) -> ClassifyResult | None:
-    """The result of a request that cannot run; InputError when none of its kind can."""
+def refuse_classify(request: ClassifyRequest, model: ModelLimits) -> ClassifyResult | None:
+    """The result of a request that cannot run, else None.
+
+    InputError when the model can run no such request at all.
+    """
     if model.has_head and request.label_ids is not None:
         raise InputError(
             "the checkpoint has a trained head, which has labels of its own; ask without label_ids"
@@ -36,15 +39,19 @@ def refuse_classify(request: ClassifyRequest, model: Model) -> ClassifyResult | 
     if not model.has_head and request.label_ids is None:
         raise InputError("the checkpoint has no trained head; ask with label_ids")
     labels = request.label_ids or ()
-    # A label's last token is only scored; the others take positions.
-    fault = _prompt_fault(request.prompt_ids, max(map(len, labels), default=1) - 1, model)
+    # The last token of a label is only scored; those before it take positions.
+    positions = max(map(len, labels), default=1) - 1
+    fault = _prompt_fault(request.prompt_ids, positions, model)
     if fault is None and request.label_ids is not None:
         fault = _label_fault(labels, model)
     return None if fault is None else ClassifyResult(request.index, (), fault)
 
 
-def refuse_generate(request: GenerateRequest, model: Model) -> GenerateResult | None:
-    """The result of a request that cannot run, or for which nothing can be written."""
+def refuse_generate(request: GenerateRequest, model: ModelLimits) -> GenerateResult | None:
+    """The result of a request that cannot run or has no room for an answer, else None.
+
+    InputError when the model can run no such request at all.
+    """
     if model.has_head:
         raise InputError(
             "the checkpoint has a trained head and cannot generate; name another model for this step"
@@ -57,18 +64,23 @@ def refuse_generate(request: GenerateRequest, model: Model) -> GenerateResult | 
     return None
 
 
-def _prompt_fault(prompt_ids: Sequence[int], more: int, model: Model) -> str | None:
-    if not len(prompt_ids):
+def _prompt_fault(
+    prompt_ids: Sequence[int], label_positions: int, model: ModelLimits
+) -> str | None:
+    tokens = len(prompt_ids)
+    if not tokens:
         return "the prompt has no tokens"
-    if len(prompt_ids) + more > model.max_positions:
-        and_label = f" and its longest label {more} more" if more else ""
-        return f"the prompt has {len(prompt_ids)} tokens{and_label}; the model has {model.max_positions} positions"
+    if tokens + label_positions > model.max_positions:
+        label = f" and its longest label {label_positions} more" if label_positions else ""
+        return (
+            f"the prompt has {tokens} tokens{label}; the model has {model.max_positions} positions"
+        )
     if not _all_within(prompt_ids, model.vocab_size):
         return f"the prompt has an id that is none of the model's {model.vocab_size}"
     return None
 
 
-def _label_fault(labels: Sequence[Sequence[int]], model: Model) -> str | None:
+def _label_fault(labels: Sequence[Sequence[int]], model: ModelLimits) -> str | None:
     if not labels or not all(labels):
         return "there is no label, or one without tokens"
     if not _all_within(chain.from_iterable(labels), model.token_count):
@@ -77,5 +89,5 @@ def _label_fault(labels: Sequence[Sequence[int]], model: Model) -> str | None:
 
 
 def _all_within(ids: Iterable[int], end: int) -> bool:
-    distinct = set(ids)
+    distinct = set(ids)  # in C: this runs over every token of every prompt
     return min(distinct) >= 0 and max(distinct) < end

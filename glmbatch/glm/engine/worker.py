@@ -1,6 +1,6 @@
-"""The engine on one device: callers hand requests in from any thread, one worker thread runs the model for all.
+"""The engine on one device: any thread hands in requests, one worker thread runs the model for all.
 
-Knows no tensors: the model is behind `Classification` and `Generation`, of which the worker gives each its share.
+Knows no tensors: the model is behind `Classification` and `Generation`, which take turns.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from glmbatch.glm.engine.protocol import (
     GenerateRequest,
     GenerateResult,
 )
-from glmbatch.glm.engine.queue import Call, Job, Limits
+from glmbatch.glm.engine.queue import Call, Limits, PendingRequest
 from glmbatch.glm.engine.validate import refuse_classify, refuse_generate
 from glmbatch.glm.model.network import Network
 
 logger = logging.getLogger(__name__)
 
-# Requests of one call that may be under way at once: enough to pack well, little enough to hold.
+# Requests of one call in the engine at once: enough to pack batches well, few enough to hold.
 LOOK_AHEAD = 4096
-# Requests taken from the caller between two results at least, so that taking results slowly starves nobody.
+# At least so many requests are taken in between two results, so that a slow reader starves nobody.
 STRIDE = 16
 
 Request = TypeVar("Request", ClassifyRequest, GenerateRequest)
@@ -41,7 +41,7 @@ Result = TypeVar("Result", ClassifyResult, GenerateResult)
 
 
 class TorchEngine:
-    """An `Engine` over a loaded GLM model, which it takes over."""
+    """An `Engine` over a loaded GLM model, whose weights it takes over."""
 
     def __init__(  # noqa: PLR0913 - three limits and two facts about the tokenizer
         self,
@@ -55,11 +55,14 @@ class TorchEngine:
         models_at_once: int = 1,
         quantization: str = "none",
     ) -> None:
-        """`token_count`: ids from there on have scores but no token. Empty limits: what suits the model's device."""
+        """Start the worker thread. A limit of None is chosen for the model's device.
+
+        Ids from `token_count` on have scores but no token, and are never generated.
+        """
         self._network = Network(model.eval(), token_count, quantization)
         on_cuda = self._network.device.type == "cuda"
         if cache_bytes is None:
-            # On CUDA the rest is for the forward itself; on CPU other processes live here too.
+            # On CUDA the rest is for forwards; on CPU other processes need memory too.
             share = (0.8 if on_cuda else 0.25) / models_at_once
             cache_bytes = int(free_memory_bytes(str(self._network.device)) * share)
         limits = Limits(
@@ -67,14 +70,15 @@ class TorchEngine:
             slots=max_slots or (512 if on_cuda else 32),
         )
         self._generation = Generation(self._network, limits, eos_id, cache_bytes)
-        self._classification = Classification(self._network, limits, self._generation.give_way)
+        self._classification = Classification(self._network, limits, self._generation.preempt)
+        # Seconds of the device that each kind of request has used.
         self._seconds: dict[Classification | Generation, float] = {
             self._classification: 0.0,
             self._generation: 0.0,
         }
         self._changed = threading.Condition()
         self._calls: set[Call[Any]] = set()
-        self._inbox: list[tuple[Callable[[Any], None], Job[Any]]] = []
+        self._inbox: list[tuple[Callable[[Any], None], PendingRequest[Any]]] = []
         self._arrivals = count()
         self._stopped: GlmbatchError | None = None
         self._worker = threading.Thread(target=self._work, name="glmbatch-engine", daemon=True)
@@ -82,11 +86,11 @@ class TorchEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes calls; once stopped, by `close` or by a failure, it never does again."""
+        """Whether it takes calls. Once it stops, by `close` or a failure, it never does again."""
         return self._stopped is None
 
     def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
-        """Scores of each request, as they are ready. Closing the iterator early cancels what is left."""
+        """Scores of each request, as they are ready. Closing the iterator early cancels the rest."""
         self._check_running()
         return self._serve(
             requests,
@@ -95,14 +99,19 @@ class TorchEngine:
         )
 
     def generate(self, requests: Iterable[GenerateRequest]) -> Iterator[GenerateResult]:
-        """What is written for each request, as they end. Closing the iterator early cancels what is left."""
+        """Generated ids of each request, as they end. Closing the iterator early cancels the rest."""
         self._check_running()
         return self._serve(
-            requests, self._generation.push, lambda request: refuse_generate(request, self._network)
+            requests,
+            self._generation.push,
+            lambda request: refuse_generate(request, self._network),
         )
 
     def close(self) -> None:
-        """Stop the worker, after the forward it is in. Whoever still waits for a result gets a TransientError."""
+        """Stop the worker after its current forward.
+
+        Callers that still wait for a result get a TransientError.
+        """
         with self._changed:
             self._stopped = self._stopped or TransientError("the engine was closed; load it again")
             self._changed.notify_all()
@@ -113,29 +122,31 @@ class TorchEngine:
     def _serve(
         self,
         requests: Iterable[Request],
-        push: Callable[[Job[Request]], None],
+        push: Callable[[PendingRequest[Request]], None],
         refuse: Callable[[Request], Result | None],
     ) -> Iterator[Result]:
         call: Call[Result] = Call()
         with self._changed:
             self._calls.add(call)
         source = iter(requests)
-        under_way, more = 0, True
+        in_engine = 0
+        more = True
         try:
             while True:
                 taken = 0
-                while more and under_way < LOOK_AHEAD and (taken < STRIDE or call.results.empty()):
+                while more and in_engine < LOOK_AHEAD and (taken < STRIDE or call.results.empty()):
                     request = next(source, None)
                     more = request is not None
                     if request is not None:
                         self._submit(call, request, push, refuse)
-                        under_way, taken = under_way + 1, taken + 1
-                if not under_way:
+                        in_engine += 1
+                        taken += 1
+                if not in_engine:
                     return
                 result = call.results.get()
                 if isinstance(result, Exception):
                     raise result
-                under_way -= 1
+                in_engine -= 1
                 yield result
         finally:
             call.cancelled = True
@@ -146,7 +157,7 @@ class TorchEngine:
         self,
         call: Call[Result],
         request: Request,
-        push: Callable[[Job[Request]], None],
+        push: Callable[[PendingRequest[Request]], None],
         refuse: Callable[[Request], Result | None],
     ) -> None:
         refusal = refuse(request)
@@ -155,24 +166,23 @@ class TorchEngine:
             return
         with self._changed:
             self._check_running()
-            self._inbox.append((push, Job(call, request, next(self._arrivals))))
+            self._inbox.append((push, PendingRequest(call, request, next(self._arrivals))))
             self._changed.notify()
 
     def _check_running(self) -> None:
         if self._stopped is not None:
-            raise _fresh(self._stopped)
+            raise _copy_of(self._stopped)
 
     # The worker's side: runs in the engine's own thread.
 
     def _work(self) -> None:
         try:
             if self._network.device.type == "cuda":
-                torch.cuda.set_device(
-                    self._network.device
-                )  # streams and graphs are made on the thread's own device
+                # Streams and graphs are made on the thread's current device.
+                torch.cuda.set_device(self._network.device)
             with torch.inference_mode():
                 while self._receive():
-                    self._turn()
+                    self._run_batch()
         except BaseException as error:
             logger.exception("the engine stopped")
             self._stop(error)
@@ -180,48 +190,49 @@ class TorchEngine:
             with self._changed:
                 assert self._stopped is not None
                 for call in self._calls:
-                    call.fail(_fresh(self._stopped))
+                    call.fail(_copy_of(self._stopped))
 
     def _receive(self) -> bool:
-        """Take in new requests, waiting for some when there is nothing to do; false when the engine is closed."""
+        """Take in new requests, waiting while there is nothing to do; False once the engine is closed."""
         with self._changed:
-            while not (
-                self._stopped or self._inbox or self._classification.busy or self._generation.busy
-            ):
+            while not (self._stopped or self._inbox or self._busy_kinds()):
                 self._changed.wait()
             if self._stopped:
                 return False
-            inbox, self._inbox = self._inbox, []
-        for push, job in inbox:
-            push(job)
+            inbox = self._inbox
+            self._inbox = []
+        for push, pending in inbox:
+            push(pending)
         return True
 
-    def _turn(self) -> None:
-        """One forward of whoever has had less of the device's time."""
-        busy = [duty for duty in self._seconds if duty.busy]
-        duty = min(busy, key=self._seconds.__getitem__)
+    def _busy_kinds(self) -> list[Classification | Generation]:
+        return [kind for kind in self._seconds if kind.busy]
+
+    def _run_batch(self) -> None:
+        """Run one batch of the kind of request that has used less of the device's time so far."""
+        busy = self._busy_kinds()
+        kind = min(busy, key=self._seconds.__getitem__)
         began = perf_counter()
-        duty.turn()
-        seconds = perf_counter() - began
-        self._seconds[duty] += seconds
-        if len(busy) == 1:  # who was idle has no claim to the time it did not use
-            self._seconds = dict.fromkeys(self._seconds, self._seconds[duty])
+        kind.run_batch()
+        self._seconds[kind] += perf_counter() - began
+        if len(busy) == 1:
+            # An idle kind saves up no time: it would stall the other for as long as it was idle.
+            self._seconds = dict.fromkeys(self._seconds, self._seconds[kind])
 
     def _stop(self, error: BaseException) -> None:
-        # The frames of the failed forward would keep its tensors on the device for as long as anyone keeps the error.
+        # The failed forward's frames would keep its tensors on the device while the error is kept.
         traceback.clear_frames(error.__traceback__)
         with self._changed:
             if isinstance(error, GlmbatchError):
                 self._stopped = error
             else:
-                self._stopped = TransientError(
-                    f"the engine stopped: {type(error).__name__}: {error}; load it again"
-                )
+                reason = f"{type(error).__name__}: {error}"
+                self._stopped = TransientError(f"the engine stopped: {reason}; load it again")
                 self._stopped.__cause__ = error
 
 
-def _fresh(error: GlmbatchError) -> GlmbatchError:
-    """`error` anew: each thread that raises it writes its own traceback."""
-    fresh = type(error)(*error.args)
-    fresh.__cause__ = error.__cause__
-    return fresh
+def _copy_of(error: GlmbatchError) -> GlmbatchError:
+    """A copy of `error`, since each thread that raises it writes its own traceback."""
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy

@@ -1,10 +1,10 @@
-"""How tokens see one another. Knows no requests and no model.
+"""How tokens attend to one another. Knows no requests and no model.
 
-A plan is made once for a forward and asked by every layer. `PackedPlan`: several prompts in one row, each seeing
-itself alone. `SlotPlan`: one new token for each slot of the cache.
+A plan is made once for a forward and used by every layer. `PackedPlan`: several prompts in one batch,
+each seeing only itself. `SlotPlan` and `SlotLoop`: one new token for each slot of the cache.
 
-Shapes: T tokens of a packed row, S live slots, L places, H query heads, G key/value groups, D head size; Q queries and
-K keys of one span.
+Shapes: T tokens of a packed batch, S live slots, L places, H query heads, G key/value groups, D head
+size; Q queries and K keys of one call.
 """
 
 from __future__ import annotations
@@ -18,46 +18,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from glmbatch.glm.model.kv_cache import KvPrefix, SlotCache
 
+# Called with a layer's number and its new keys and values [T, G, D].
 Store = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
-class Plan(Protocol):
-    """Who sees whom in one forward: query [T, H, D], key and value [T, G, D], the answer [T, H, D]."""
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor: ...
-
-
-class Piece(Protocol):
-    """Some queries of a packed row and the keys they see; writes their part of the answer [T, H, D]."""
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        out: torch.Tensor,
-    ) -> None: ...
-
-
-class PackedPlan:
-    """Several prompts in one row, without padding and without a mask over the row: each piece sees what it may alone.
-
-    The prefix is put before the row's keys, so the pieces count keys from its start. `store` is handed the row's own
-    keys and values of every layer.
-    """
-
-    def __init__(
-        self, pieces: Sequence[Piece], prefix: KvPrefix | None, store: Store | None
-    ) -> None:
-        self._pieces, self._prefix, self._store = pieces, prefix, store
+class AttentionPlan(Protocol):
+    """Which tokens of one forward see which."""
 
     def attend(
         self,
@@ -67,22 +33,63 @@ class PackedPlan:
         value: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
+        """Attention of one layer, [T, H, D], from query [T, H, D] and key and value [T, G, D]."""
+
+
+class AttentionCall(Protocol):
+    """Some queries of a packed batch, and the keys that they see."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Write the attention of these queries into their part of `out` [T, H, D]."""
+
+
+class PackedPlan:
+    """Several prompts in one batch, without padding and without a mask over the whole batch.
+
+    The prefix comes before the batch's keys, so `calls` count keys from its start. `store` gets the
+    batch's own keys and values of every layer.
+    """
+
+    def __init__(
+        self, calls: Sequence[AttentionCall], prefix: KvPrefix | None, store: Store | None
+    ) -> None:
+        self._calls = calls
+        self._prefix = prefix
+        self._store = store
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Attention of one layer, [T, H, D]; see `AttentionPlan`."""
         if self._store is not None:
             self._store(layer, key, value)
         if self._prefix is not None:
             key = torch.cat((self._prefix.kv_N2FGD[layer, 0], key))
             value = torch.cat((self._prefix.kv_N2FGD[layer, 1], value))
         out_THD = torch.empty_like(query)
-        for piece in self._pieces:
-            piece.attend(query, key, value, scaling, out_THD)
+        for call in self._calls:
+            call.attend(query, key, value, scaling, out_THD)
         return out_THD
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """A run of queries and the stretches of keys that they see.
+class SpanCall:
+    """A run of queries and the ranges of keys that they see.
 
-    `causal`: queries and keys are the same tokens. `mask_QK` is added to the scores. Neither: every query sees all.
+    `causal`: queries and keys are the same tokens. `mask_QK` is added to the scores. With neither,
+    every query sees all keys.
     """
 
     queries: slice
@@ -98,10 +105,11 @@ class Span:
         scaling: float,
         out: torch.Tensor,
     ) -> None:
+        """Write the attention of these queries into `out`; see `AttentionCall`."""
         attended_1HQD = scaled_dot_product_attention(
             query[self.queries].transpose(0, 1)[None],
-            _stretches(key, self.keys),
-            _stretches(value, self.keys),
+            _select(key, self.keys),
+            _select(value, self.keys),
             attn_mask=self.mask_QK,
             is_causal=self.causal,
             scale=scaling,
@@ -110,24 +118,29 @@ class Span:
         out[self.queries] = attended_1HQD[0].transpose(0, 1)
 
 
-def _stretches(row_TGD: torch.Tensor, places: tuple[slice, ...]) -> torch.Tensor:
-    """[1, G, K, D] of the tokens at `places`."""
-    found = [row_TGD[place] for place in places]
-    return (found[0] if len(found) == 1 else torch.cat(found)).transpose(0, 1)[None]
+def _select(tokens_TGD: torch.Tensor, ranges: tuple[slice, ...]) -> torch.Tensor:
+    """[1, G, K, D] of the tokens in `ranges`."""
+    parts = [tokens_TGD[part] for part in ranges]
+    selected_KGD = parts[0] if len(parts) == 1 else torch.cat(parts)  # a view where one will do
+    return selected_KGD.transpose(0, 1)[None]
 
 
 class SlotPlan:
-    """One new token for each of the first S slots; its keys and values are written before it attends.
+    """One new token for each of the first S slots; its keys and values are stored before it attends.
 
-    One call for all slots, of one shape whatever their lengths: `seen` are the places that any of them may look at.
-    Query heads of a group become that group's queries, so keys and values are never repeated.
+    One call for all slots, of one shape whatever their lengths, as CUDA graphs need: every slot looks
+    at `places` places, and those beyond its own are masked. The query heads of a group become that
+    group's queries, so that keys and values are never repeated.
     """
 
-    def __init__(self, cache: SlotCache, places_S: torch.Tensor, seen: int) -> None:
-        self._cache, self._places_S, self._seen = cache, places_S, seen
+    def __init__(self, cache: SlotCache, places_S: torch.Tensor, places: int) -> None:
+        self._cache = cache
+        self._places_S = places_S
+        self._places = places
         self._slots_S = torch.arange(len(places_S), device=places_S.device)
-        beyond_S11L = torch.arange(seen, device=places_S.device) > places_S[:, None, None, None]
-        # Scores, not booleans: attention would turn those into scores again in every layer.
+        places_L = torch.arange(places, device=places_S.device)
+        beyond_S11L = places_L > places_S[:, None, None, None]
+        # Scores, not booleans: attention would convert those again in every layer.
         mask_S11L = torch.zeros_like(beyond_S11L, dtype=cache.dtype)
         self._mask_S11L = mask_S11L.masked_fill_(beyond_S11L, -torch.inf)
 
@@ -139,12 +152,13 @@ class SlotPlan:
         value: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
+        """Attention of one layer, [S, H, D]; see `AttentionPlan`."""
         slots, heads, head_dim = query.shape
         self._cache.write(layer, self._slots_S, self._places_S, key, value)
         out = scaled_dot_product_attention(
             query.view(slots, key.shape[1], -1, head_dim),
-            self._cache.keys_SGLD[layer][:slots, :, : self._seen],
-            self._cache.values_SGLD[layer][:slots, :, : self._seen],
+            self._cache.keys_SGLD[layer][:slots, :, : self._places],
+            self._cache.values_SGLD[layer][:slots, :, : self._places],
             attn_mask=self._mask_S11L,
             scale=scaling,
         )
@@ -152,12 +166,13 @@ class SlotPlan:
 
 
 class SlotLoop:
-    """As `SlotPlan`, slot by slot over its own places alone: on CPU, where a call costs less than padding does."""
+    """As `SlotPlan`, but slot by slot over its own places: on CPU a call costs less than padding."""
 
     def __init__(self, cache: SlotCache, places: Sequence[int]) -> None:
         self._cache = cache
-        self._slots_S, self._places_S = torch.arange(len(places)), torch.tensor(places)
-        self._seen = [place + 1 for place in places]
+        self._slots_S = torch.arange(len(places))
+        self._places_S = torch.tensor(places)
+        self._lengths = [place + 1 for place in places]
 
     def attend(
         self,
@@ -167,23 +182,24 @@ class SlotLoop:
         value: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
+        """Attention of one layer, [S, H, D]; see `AttentionPlan`."""
         self._cache.write(layer, self._slots_S, self._places_S, key, value)
         slots, heads, head_dim = query.shape
-        # One split for all slots: a view of one costs as much as some of its attention.
-        each = zip(
+        # Split once for all slots: making a view of one costs as much as part of its attention.
+        inputs = zip(
             torch.split(query.view(slots, key.shape[1], -1, head_dim), 1),
             torch.split(self._cache.keys_SGLD[layer], 1),
             torch.split(self._cache.values_SGLD[layer], 1),
-            self._seen,
-            strict=False,
+            self._lengths,
+            strict=False,  # the cache may have more slots than are live
         )
         out = [
             scaled_dot_product_attention(
                 query_1GHD,
-                keys_1GLD.narrow(2, 0, seen),
-                values_1GLD.narrow(2, 0, seen),
+                keys_1GLD.narrow(2, 0, length),
+                values_1GLD.narrow(2, 0, length),
                 scale=scaling,
             )
-            for query_1GHD, keys_1GLD, values_1GLD, seen in each
+            for query_1GHD, keys_1GLD, values_1GLD, length in inputs
         ]
         return torch.cat(out).view(slots, heads, head_dim)

@@ -1,7 +1,7 @@
-"""Steps recorded once as CUDA graphs and replayed: a step of small kernels then costs the host one launch, not 500.
+"""Decode steps recorded once as CUDA graphs and replayed: one launch instead of some 500 small kernels.
 
-A graph holds its shapes and addresses, so there is one for each number of slots and of places looked at, both rounded
-up; a cache that was laid out anew takes its graphs with it. Knows no requests.
+A graph holds its shapes and addresses. So there is one for each number of slots and of places, both
+rounded up, and a cache whose tensors are replaced takes its graphs with it. Knows no requests.
 
 Shapes: S slots, C hidden size. 2: the token of a slot and its position.
 """
@@ -20,9 +20,9 @@ from glmbatch.glm.model.kv_cache import BLOCK, SlotCache
 
 logger = logging.getLogger(__name__)
 
-# Graphs kept at most; each holds some megabytes of the device.
-MOST = 96
-# Recordings of two engines would disturb one another.
+# Each graph holds some megabytes of the device.
+MAX_GRAPHS = 96
+# Two engines that record at once would disturb each other.
 _RECORDING = threading.Lock()
 
 Step = Callable[[torch.Tensor, int, SlotCache], torch.Tensor]
@@ -38,72 +38,82 @@ class _Recording:
 
 
 class StepGraphs:
-    """`step(inputs_2S, places, cache)`, replayed. A recorder runs a function once and says how to run it again."""
+    """`step(inputs_2S, places, cache)`, replayed from recordings.
+
+    `recorder` makes a recorder, which runs a function once and returns how to run it again.
+    """
 
     def __init__(self, step: Step, recorder: Callable[[], Record] | None = None) -> None:
-        self._step, self._recorder = step, recorder or CudaRecorder
+        self._step = step
+        self._recorder = recorder or CudaRecorder
         self._version: int | None = None
         self._refused: set[tuple[int, int]] = set()
-        self.forget()
+        self.clear()
 
     def __call__(self, inputs_2S: torch.Tensor, places: int, cache: SlotCache) -> torch.Tensor:
-        """What `step` returns for the first S slots; only good until the next call."""
-        if self._version != cache.version or len(self._recordings) > MOST:
-            self.forget()
+        """What `step` returns for the first S slots, [S, C]; valid only until the next call."""
+        if self._version != cache.version or len(self._recordings) > MAX_GRAPHS:
+            self.clear()
             self._version = cache.version
         slots = inputs_2S.shape[1]
-        shape = min(slot_bucket(slots), cache.slots), min(place_bucket(places), cache.length)
+        shape = (
+            min(slot_bucket(slots), cache.slots),
+            min(place_bucket(places), cache.length),
+        )
         if shape not in self._recordings and shape not in self._refused:
-            self._try(*shape, inputs_2S, cache)
+            self._record_step(*shape, inputs_2S, cache)
         recording = self._recordings.get(shape)
         if recording is None:
             return self._step(inputs_2S, places, cache)
-        # Slots beyond the live ones are free: what is written into their first place is written over on entry.
+        # Slots beyond the live ones are free: prefill overwrites what is written to their first place.
         recording.inputs_2S[:, slots:] = 0
         recording.inputs_2S[:, :slots] = inputs_2S
         recording.replay()
         return recording.hidden_SC[:slots]
 
-    def forget(self) -> None:
-        """Give the graphs' memory back."""
+    def clear(self) -> None:
+        """Drop all graphs and free their memory."""
         self._recordings: dict[tuple[int, int], _Recording] = {}
-        self._record = (
-            self._recorder()
-        )  # a pool of memory whose graphs are all gone cannot be used again
+        # A new recorder too: a memory pool whose graphs are all gone cannot be used again.
+        self._record = self._recorder()
 
-    def _try(self, slots: int, places: int, inputs_2S: torch.Tensor, cache: SlotCache) -> None:
-        """Record a step; one that cannot be recorded, for want of memory say, is run as it is from then on."""
+    def _record_step(
+        self, slots: int, places: int, inputs_2S: torch.Tensor, cache: SlotCache
+    ) -> None:
+        """Record a step of this shape; if that fails, out of memory say, it is never tried again."""
         static_2S = inputs_2S.new_zeros(2, slots)
         static_2S[:, : inputs_2S.shape[1]] = inputs_2S
         try:
             replay, hidden_SC = self._record(lambda: self._step(static_2S, places, cache))
         except RuntimeError as error:
-            logger.warning(
-                "a step of %d slots is not recorded: %s", slots, str(error).partition("\n")[0]
-            )
+            reason = str(error).partition("\n")[0]
+            logger.warning("a step of %d slots is not recorded: %s", slots, reason)
             self._refused.add((slots, places))
-            self.forget()
+            self.clear()
         else:
             self._recordings[slots, places] = _Recording(static_2S, replay, hidden_SC)
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory and one stream, on the thread's own device."""
+    """Records CUDA graphs that share one memory pool and one stream, on the thread's current device."""
 
     def __init__(self) -> None:
         self._pool: Any = None
         self._stream: Any = None
 
     def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
+        """Run `work` and record it; returns how to replay it, and the tensor that then holds its result."""
         with _RECORDING:
             if self._stream is None:
-                self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                self._pool = torch.cuda.graph_pool_handle()
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                work()  # kernels take their workspaces on the stream's first run, which no recording may see
+                # Kernels allocate workspaces on a stream's first run, which no recording may include.
+                work()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads, such as the engine of a second model, may go on allocating meanwhile.
+            # "thread_local": the engine of a second model may go on allocating in its own thread.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
@@ -112,13 +122,16 @@ class CudaRecorder:
 
 
 def slot_bucket(slots: int) -> int:
-    """`slots` rounded up: to a power of two, above 16 by at most an eighth."""
-    coarse = max(1, 1 << max(0, (slots - 1).bit_length() - (4 if slots > 16 else 0)))
-    return -(-slots // coarse) * coarse if slots > 16 else coarse
+    """`slots` rounded up: to a power of two up to 16, above that by at most an eighth."""
+    bits = (slots - 1).bit_length()
+    if slots <= 16:
+        return 1 << bits
+    coarse = 1 << (bits - 4)
+    return -(-slots // coarse) * coarse
 
 
 def place_bucket(places: int) -> int:
-    """`places` rounded up to whole blocks, above 4 of them by at most a quarter."""
+    """`places` rounded up to whole blocks, above four blocks by at most a quarter."""
     blocks = -(-places // BLOCK)
     coarse = 1 << max(0, (blocks - 1).bit_length() - 3)
     return -(-blocks // coarse) * coarse * BLOCK

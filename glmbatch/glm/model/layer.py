@@ -1,9 +1,11 @@
-"""One GLM layer over rows of tokens, its weights taken out of transformers' module. Knows no requests and no cache.
+"""One GLM layer over tokens, with the weights of transformers' module. Knows no requests and no cache.
 
-transformers' own forward states what is computed; a test holds this one to it. Here each product is one call that takes
-in what stands around it, rotation is done in place, and the last layer leaves out what nobody reads.
+transformers' own forward defines what is computed, and a test compares the two. Here each product also
+takes in the elementwise work around it, rotation is in place, and the last layer computes only the
+tokens that are read.
 
-Shapes: T tokens, R of them read, C hidden size, H query heads, G key/value groups, D head size, P rotated pairs.
+Shapes: T tokens, R of them read, C hidden size, H query heads, G key/value groups, D head size,
+P rotated pairs.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ from typing import Any
 import torch
 from torch.nn.functional import rms_norm
 
-from glmbatch.glm.model.attention import Plan
+from glmbatch.glm.model.attention import AttentionPlan
 from glmbatch.glm.model.linear import Form, product, swiglu
 
 
 class Layer:
-    """Takes `module`'s weights over and leaves it empty, so that two copies exist of one layer's weights at most."""
+    """Attention and feed-forward of one layer.
+
+    It takes the weights over and empties `module`, so that at most one layer exists twice.
+    """
 
     def __init__(self, module: Any, form: Form) -> None:
         attention = module.self_attn
@@ -26,35 +31,40 @@ class Layer:
         self._head_dim: int = attention.head_dim
         self._scaling: float = attention.scaling
         self._norm = Norm(module.input_layernorm)
+        # One product for query, key and value: three smaller ones read the input three times.
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self._heads: list[int] = [len(each.weight) // self._head_dim for each in projections]
-        bias = (
-            None if projections[0].bias is None else torch.cat([each.bias for each in projections])
-        )
-        self._query_key_value = product(
-            torch.cat([each.weight for each in projections]), bias, form
-        )
+        weights = [projection.weight for projection in projections]
+        self._heads: list[int] = [len(weight) // self._head_dim for weight in weights]
+        bias = None
+        if attention.q_proj.bias is not None:
+            bias = torch.cat([projection.bias for projection in projections])
+        self._query_key_value = product(torch.cat(weights), bias, form)
         self._out = product(attention.o_proj.weight, attention.o_proj.bias, form)
         self._mlp_norm = Norm(module.post_attention_layernorm)
         self._swiglu = swiglu(module.mlp.gate_up_proj.weight, form)
         self._down = product(module.mlp.down_proj.weight, None, form)
-        module.self_attn = module.mlp = None
+        module.self_attn = None
+        module.mlp = None
 
     def __call__(
         self,
         hidden_TC: torch.Tensor,
-        turns_TP: torch.Tensor,
-        plan: Plan,
+        rotary_TP: torch.Tensor,
+        plan: AttentionPlan,
         reads_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The layer's answer [T, C]; with `reads_R` for those tokens alone, the others only lend keys and values."""
-        projected = self._query_key_value(self._norm(hidden_TC)).view(
-            len(hidden_TC), -1, self._head_dim
-        )
-        rotate(projected[:, : -self._heads[-1]], turns_TP)
-        query_THD, key_TGD, value_TGD = torch.split(projected, self._heads, dim=1)
+        """The layer's output [T, C].
+
+        With `reads_R` it is [R, C] for those tokens; the others only provide keys and values.
+        """
+        projected = self._query_key_value(self._norm(hidden_TC))
+        heads_THD = projected.view(len(hidden_TC), -1, self._head_dim)
+        values = self._heads[-1]  # the last heads, which carry no position
+        rotate(heads_THD[:, :-values], rotary_TP)
+        query_THD, key_TGD, value_TGD = torch.split(heads_THD, self._heads, dim=1)
         if reads_R is not None:
-            hidden_TC, query_THD = hidden_TC[reads_R], query_THD[reads_R]
+            hidden_TC = hidden_TC[reads_R]
+            query_THD = query_THD[reads_R]
         attended_THD = plan.attend(self._index, query_THD, key_TGD, value_TGD, self._scaling)
         hidden_TC = self._out.plus(attended_THD.flatten(1), hidden_TC)
         return self._down.plus(self._swiglu(self._mlp_norm(hidden_TC)), hidden_TC)
@@ -64,24 +74,28 @@ class Norm:
     """RMSNorm with the weight and epsilon of transformers' module."""
 
     def __init__(self, module: Any) -> None:
-        self._weight_C, self._epsilon = module.weight, module.variance_epsilon
+        self._weight_C = module.weight
+        self._epsilon = module.variance_epsilon
 
     def __call__(self, hidden_TC: torch.Tensor) -> torch.Tensor:
+        """`hidden_TC` normalised, [T, C]."""
         return rms_norm(hidden_TC, self._weight_C.shape, self._weight_C, self._epsilon)
 
 
-def turns(positions_T: torch.Tensor, inverse_frequencies_P: torch.Tensor) -> torch.Tensor:
-    """The rotation [T, P] of each pair of a head at each position, as complex numbers of length 1."""
+def rotary_factors(positions_T: torch.Tensor, inverse_frequencies_P: torch.Tensor) -> torch.Tensor:
+    """The rotation [T, P] of each pair of channels at each position, as complex numbers of length 1."""
     angles_TP = positions_T[:, None] * inverse_frequencies_P
     return torch.polar(torch.ones_like(angles_TP), angles_TP)
 
 
-def rotate(heads_THD: torch.Tensor, turns_TP: torch.Tensor) -> None:
-    """Rotate neighbouring pairs of the first 2 P channels of each head, in place; the others carry no position."""
+def rotate(heads_THD: torch.Tensor, rotary_TP: torch.Tensor) -> None:
+    """Rotate neighbouring pairs of the first 2P channels of each head, in place."""
     tokens, heads, _ = heads_THD.shape
-    pairs_THP2 = heads_THD[..., : 2 * turns_TP.shape[-1]].view(tokens, heads, -1, 2)
+    # ChatGLM2 rotates only the first half of each head; the other half carries no position.
+    pairs_THP2 = heads_THD[..., : 2 * rotary_TP.shape[-1]].view(tokens, heads, -1, 2)
     if pairs_THP2.dtype == torch.float32:
-        torch.view_as_complex(pairs_THP2).mul_(turns_TP[:, None])
+        torch.view_as_complex(pairs_THP2).mul_(rotary_TP[:, None])
     else:
-        turned = torch.view_as_complex(pairs_THP2.float()).mul_(turns_TP[:, None])
-        pairs_THP2.copy_(torch.view_as_real(turned))
+        # There are no complex numbers of half precision that can be multiplied.
+        rotated = torch.view_as_complex(pairs_THP2.float()).mul_(rotary_TP[:, None])
+        pairs_THP2.copy_(torch.view_as_real(rotated))

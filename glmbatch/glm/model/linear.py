@@ -1,8 +1,9 @@
 """Matrix products in the form that the device runs fastest. Knows no layers, no attention and no requests.
 
-`plain`: torch's own, for CUDA and any machine. `packed`: weights laid out once for oneDNN, which also takes in the
-elementwise work around a product; on CPU, where few rows run at twice the plain speed. `int8`: weights and activations
-in 8 bits, also oneDNN, at a quarter of the memory; it changes answers, so it is asked for and never chosen here.
+`plain`: torch's own, for CUDA and any machine. `packed`: weights laid out once for oneDNN, which also
+computes the elementwise work around a product; on CPU, where few rows run at twice the plain speed.
+`int8`: weights and activations in 8 bits, also oneDNN, with a quarter of the memory; it changes answers,
+so it is used only on request.
 
 Shapes: T tokens, I features in, O features out, F size of the feed-forward layer.
 """
@@ -22,21 +23,22 @@ Form = Literal["plain", "packed", "int8"]
 
 
 class Product(Protocol):
-    """x_TI -> x_TI @ weight_OI.T + bias_O."""
+    """A product with one weight and its bias."""
 
-    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """x_TI @ weight_OI.T + bias_O, [T, O]."""
 
     def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
-        """The product added to `residual_TO`, which keeps its value."""
+        """The product plus `residual_TO`, which is not changed, [T, O]."""
 
 
 Swiglu = Callable[[torch.Tensor], torch.Tensor]
 
 
 def choose_form(quantization: str, device: str, dtype: str) -> Form:
-    """The fastest form on `device` that keeps weights as they are, unless `quantization` is "int8".
+    """The fastest form on `device` that keeps weights exact, unless `quantization` is "int8".
 
-    InputError where there are no products in 8 bits.
+    InputError where products in 8 bits are not available.
     """
     on_cpu = device == "cpu"
     if quantization == "int8":
@@ -46,20 +48,23 @@ def choose_form(quantization: str, device: str, dtype: str) -> Form:
             )
         if dtype != "float32":
             raise InputError(
-                f"int8 stands beside float32, not {dtype}. Set model.dtype to float32 or auto."
+                f"int8 needs float32, not {dtype}. Set model.dtype to float32 or auto."
             )
         return "int8"
-    # Half precision stays plain, where a row is the same bits whatever its batch-mates.
+    # Half precision stays plain: there a row gives the same bits in every batch.
     return "packed" if on_cpu and dtype == "float32" and _has_packed() else "plain"
 
 
 def product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None, form: Form) -> Product:
-    """The product with a weight, which may be freed afterwards where the form keeps a copy of its own."""
+    """The product with a weight; only the plain form keeps the weight that it is given."""
     return _FORMS[form](weight_OI, bias_O)
 
 
 def swiglu(gate_up_2FI: torch.Tensor, form: Form) -> Swiglu:
-    """x_TI -> silu(x @ gate.T) * (x @ up.T), [T, F]; `gate_up_2FI` holds the gate's rows, then the other's."""
+    """The function x_TI -> silu(x @ gate.T) * (x @ up.T), [T, F].
+
+    `gate_up_2FI` holds the rows of gate, then those of up.
+    """
     if form != "packed":
         gate_up = product(gate_up_2FI, None, form)
         return lambda x_TI: _gated(gate_up(x_TI))
@@ -73,38 +78,46 @@ def _gated(gate_up_T2F: torch.Tensor) -> torch.Tensor:
 
 
 class PlainProduct:
-    """torch's own product; keeps the weight it is given."""
+    """torch's own product. Keeps the weight that it is given."""
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
-        self._weight_OI, self._bias_O = weight_OI, bias_O
+        self._weight_OI = weight_OI
+        self._bias_O = bias_O
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """x_TI @ weight_OI.T + bias_O, [T, O]."""
         return linear(x_TI, self._weight_OI, self._bias_O)
 
     def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
+        """The product plus `residual_TO`, [T, O]."""
         out_TO = torch.addmm(residual_TO, x_TI, self._weight_OI.T)
         return out_TO if self._bias_O is None else out_TO.add_(self._bias_O)
 
 
 class PackedProduct:
-    """oneDNN's product over a weight in its own blocked layout; elementwise steps run while results are in cache."""
+    """oneDNN's product over a weight in its own blocked layout.
+
+    Elementwise steps run while the results are still in the processor's cache.
+    """
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), None)
         self._bias_O = bias_O
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """x_TI @ weight_OI.T + bias_O, [T, O]."""
         return self._unary(x_TI, "none")
 
     def swish(self, x_TI: torch.Tensor) -> torch.Tensor:
-        """silu of the product."""
+        """silu of the product, [T, O]."""
         return self._unary(x_TI, "swish")
 
     def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
+        """The product plus `residual_TO`, [T, O]."""
         return self._binary(x_TI, residual_TO, "add")
 
     def times(self, x_TI: torch.Tensor, other_TO: torch.Tensor) -> torch.Tensor:
-        """The product times `other_TO`, elementwise."""
+        """The product times `other_TO`, elementwise, [T, O]."""
         return self._binary(x_TI, other_TO, "mul")
 
     def _unary(self, x_TI: torch.Tensor, step: str) -> torch.Tensor:
@@ -121,9 +134,10 @@ class PackedProduct:
 
 
 class Int8Product:
-    """Weights in 8 bits with a scale for each of their rows, activations in 8 bits with a scale for each token.
+    """Weights in 8 bits with a scale for each row, activations in 8 bits with a scale for each token.
 
-    A token's scale is its own, and sums of 8-bit products are exact: a row's result cannot depend on its batch-mates.
+    Each token has its own scale, and sums of 8-bit products are exact, so that a row's result does not
+    depend on its batch.
     """
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
@@ -135,8 +149,9 @@ class Int8Product:
         self._bias_O = bias_O
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """x_TI @ weight_OI.T + bias_O, each in 8 bits, [T, O] in float32."""
         scale_T1 = _largest(x_TI).div_(127)
-        # Unsigned with its zero at 128: kernels for signed activations are hundreds of times slower.
+        # Unsigned with zero at 128: kernels for signed activations are hundreds of times slower.
         shifted_TI = (x_TI / scale_T1).add_(128.5).to(torch.uint8)
         out_TO: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
             shifted_TI,
@@ -157,11 +172,12 @@ class Int8Product:
         return out_TO if self._bias_O is None else out_TO.add_(self._bias_O)
 
     def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
+        """The product plus `residual_TO`, [T, O]."""
         return self(x_TI).add_(residual_TO)
 
 
 def _largest(rows: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of each row, kept above 0."""
+    """The largest magnitude of each row, at least 1e-30, so that it can divide."""
     lowest, highest = rows.aminmax(dim=-1, keepdim=True)
     return torch.maximum(highest, lowest.neg()).clamp_(min=1e-30)
 
@@ -175,25 +191,24 @@ _FORMS: dict[Form, type[PlainProduct | PackedProduct | Int8Product]] = {
 
 @cache
 def _has_packed() -> bool:
-    """Whether this build of torch has the products of `PackedProduct`; they are the ones its own compiler emits."""
+    """Whether this build of torch has the products of `PackedProduct`, which its compiler emits too."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     weight = torch.eye(4)
     try:
         packed = PackedProduct(weight, None)
-        return bool(
-            (packed.times(weight, packed.swish(weight)).diagonal() - silu(torch.tensor(1.0)))
-            .abs()
-            .max()
-            < 1e-6
-        )
+        gated = packed.times(weight, packed.swish(weight)).diagonal()
+        return bool((gated - silu(torch.tensor(1.0))).abs().max() < 1e-6)
     except (RuntimeError, AttributeError):
         return False
 
 
 @cache
 def _has_int8() -> bool:
-    """Whether sums of 8-bit products are exact: without VNNI the processor's sums of two products saturate."""
+    """Whether sums of 8-bit products are exact.
+
+    On processors without VNNI, sums of two products saturate.
+    """
     if not _has_packed():
         return False
     try:

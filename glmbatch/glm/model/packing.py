@@ -1,8 +1,8 @@
-"""Several prompts, and the label trees after them, as one row of tokens: ids, positions, and who sees whom.
+"""Packs several prompts, and the label trees behind them, into one batch without padding.
 
-Row order: all prompts, then all trees. Read order: the last token of each prompt, then all nodes.
+Token order: all prompts, then all trees. Read order: the last token of each prompt, then all nodes.
 
-Shapes: T tokens of the row, R of them read, Q queries and K keys of one span.
+Shapes: T tokens of the batch, R of them read, Q queries and K keys of one attention call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 
 from glmbatch.glm.model import varlen
-from glmbatch.glm.model.attention import PackedPlan, Piece, Span, Store
+from glmbatch.glm.model.attention import AttentionCall, PackedPlan, SpanCall, Store
 from glmbatch.glm.model.kv_cache import KvPrefix
 from glmbatch.glm.model.label_tree import LabelTree
 from glmbatch.glm.model.varlen import PromptCall, TreeCall
@@ -24,8 +24,8 @@ QUERY_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """One prompt of a packed row: its own ids, those after the shared prefix, and the labels that may follow it."""
+class PackedPrompt:
+    """One prompt of a packed batch: its ids behind the shared prefix, and the labels that may follow."""
 
     ids: Sequence[int]
     tree: LabelTree | None = None
@@ -35,8 +35,8 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """One forward. `last_plan` is for the last layer, where only the tokens that are read ask."""
+class PackedBatch:
+    """The input of one forward. In the last layer, `last_plan` lets only the tokens that are read ask."""
 
     ids_T: torch.Tensor
     positions_T: torch.Tensor
@@ -46,131 +46,154 @@ class Packed:
 
 
 def pack(
-    segments: Sequence[Segment],
+    prompts: Sequence[PackedPrompt],
     prefix: KvPrefix | None,
     store: Store | None,
     device: torch.device,
     dtype: torch.dtype,
-) -> Packed:
-    """One row of all `segments`, each after `prefix`; `store` is handed every layer's keys and values."""
+) -> PackedBatch:
+    """One batch of all `prompts`, each behind `prefix`; `store` gets the keys and values of each layer."""
     start = 0 if prefix is None else prefix.next_position
-    lengths = [len(segment.ids) for segment in segments]
+    lengths = [len(prompt.ids) for prompt in prompts]
+    ids: list[int] = []
+    positions: list[int] = []
+    for prompt in prompts:
+        ids += prompt.ids
+        positions += range(start, start + len(prompt.ids))
+    prompt_tokens = len(ids)
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if prompt.tree:
+            ids += prompt.tree.tokens
+            last_position = start + length - 1
+            positions += [last_position + depth for depth in prompt.tree.depths]
     ends = list(accumulate(lengths))
-    ids = [token for segment in segments for token in segment.ids]
-    positions = [place for length in lengths for place in range(start, start + length)]
-    for segment, length in zip(segments, lengths, strict=True):
-        if segment.tree:
-            ids += segment.tree.tokens
-            positions += [start + length - 1 + depth for depth in segment.tree.depths]
-    reads = [end - 1 for end in ends] + list(range(ends[-1], len(ids)))
-    row = _Row(segments, lengths, ends, 0 if prefix is None else prefix.places, device, dtype)
-    pieces, last_pieces = row.all_pieces()
-    return Packed(
+    reads = [end - 1 for end in ends] + list(range(prompt_tokens, len(ids)))
+    prefix_places = 0 if prefix is None else prefix.places
+    visibility = _Visibility(prompts, lengths, ends, prefix_places, device, dtype)
+    calls, last_calls = visibility.calls()
+    return PackedBatch(
         ids_T=torch.tensor(ids, device=device),
         positions_T=torch.tensor(positions, device=device),
         reads_R=torch.tensor(reads, device=device),
-        plan=PackedPlan(pieces, prefix, store),
-        last_plan=PackedPlan(last_pieces, prefix, store),
+        plan=PackedPlan(calls, prefix, store),
+        last_plan=PackedPlan(last_calls, prefix, store),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """Who sees whom in one packed row whose keys come after `places` of the prefix."""
+class _Visibility:
+    """Which tokens of a packed batch see which; its keys come behind `prefix_places` of the prefix.
 
-    segments: Sequence[Segment]
+    `ends[n]` is the index in the batch just behind prompt n.
+    """
+
+    prompts: Sequence[PackedPrompt]
     lengths: Sequence[int]
     ends: Sequence[int]
-    places: int
+    prefix_places: int
     device: torch.device
     dtype: torch.dtype
 
-    def all_pieces(self) -> tuple[list[Piece], list[Piece]]:
-        """For all layers but the last, where every token asks; for the last, where those do that are read."""
-        masks = [self._tree_mask(at, segment.tree) for at, segment in enumerate(self.segments)]
-        trees, last_trees = (
-            self._tree_spans(masks, self.ends[-1]),
-            self._tree_spans(masks, len(self.segments)),
-        )
+    def calls(self) -> tuple[list[AttentionCall], list[AttentionCall]]:
+        """The attention calls of all layers but the last, then those of the last.
+
+        In the last layer only the tokens that are read have queries.
+        """
+        masks = [self._tree_mask(number, prompt.tree) for number, prompt in enumerate(self.prompts)]
+        trees = self._tree_calls(masks, first_query=self.ends[-1])
+        last_trees = self._tree_calls(masks, first_query=len(self.prompts))
+        calls: list[AttentionCall]
+        last_calls: list[AttentionCall]
         if varlen.serves(self.device, self.dtype):
-            pieces, last_pieces = (
-                [self._prompt_call(self.lengths)],
-                [self._prompt_call([1] * len(self.lengths))],
-            )
+            calls = [self._varlen_call(self.lengths)]
+            last_calls = [self._varlen_call([1] * len(self.lengths))]
             if trees:
-                return [*pieces, TreeCall(trees, self.device)], [
-                    *last_pieces,
-                    TreeCall(last_trees, self.device),
-                ]
-            return [*pieces], [*last_pieces]
-        return [*self._prompt_spans(), *trees], [*self._last_spans(), *last_trees]
+                calls.append(TreeCall(trees, self.device))
+                last_calls.append(TreeCall(last_trees, self.device))
+        else:
+            calls = [*self._prompt_calls(), *trees]
+            last_calls = [*self._last_token_calls(), *last_trees]
+        return calls, last_calls
 
-    def _prompt_spans(self) -> list[Span]:
+    def _prompt_calls(self) -> list[SpanCall]:
         """Every token of each prompt sees the prefix and its prompt up to itself."""
-        if self.places:
-            return self._masked_spans()
-        prompts = [
-            slice(end - length, end) for length, end in zip(self.lengths, self.ends, strict=True)
-        ]
-        return [Span(prompt, (prompt,), causal=True) for prompt in prompts]
+        if self.prefix_places:
+            return self._masked_calls()
+        calls = []
+        for length, end in zip(self.lengths, self.ends, strict=True):
+            prompt = slice(end - length, end)
+            calls.append(SpanCall(prompt, (prompt,), causal=True))
+        return calls
 
-    def _last_spans(self) -> list[Span]:
-        """The last token of each prompt, alone, sees the prefix and its whole prompt."""
-        return [
-            Span(slice(at, at + 1), self._keys_before(at, end)) for at, end in enumerate(self.ends)
-        ]
+    def _last_token_calls(self) -> list[SpanCall]:
+        """The last token of each prompt sees the prefix and its whole prompt."""
+        calls = []
+        for number, end in enumerate(self.ends):
+            query = slice(number, number + 1)
+            calls.append(SpanCall(query, self._keys_before(number, end)))
+        return calls
 
-    def _masked_spans(self) -> list[Span]:
-        """Causal attention knows no keys ahead of the queries' own: behind a prefix the end of the keys is masked."""
-        most = self.places + max(self.lengths)
+    def _masked_calls(self) -> list[SpanCall]:
+        """Causal attention behind a prefix.
+
+        torch's own knows no keys ahead of the queries' own, so the end of the keys is masked. One
+        mask serves all blocks: each takes the window of it that fits its keys.
+        """
+        most = self.prefix_places + max(self.lengths)
         corner_QK = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=self.dtype).triu(1)
-        mask_QK = torch.cat(
-            (torch.zeros(QUERY_BLOCK, most, dtype=self.dtype), corner_QK), dim=1
-        ).to(self.device)
-        spans = []
-        for at, (length, end) in enumerate(zip(self.lengths, self.ends, strict=True)):
+        visible_QK = torch.zeros(QUERY_BLOCK, most, dtype=self.dtype)
+        mask_QK = torch.cat((visible_QK, corner_QK), dim=1).to(self.device)
+        calls = []
+        for number, (length, end) in enumerate(zip(self.lengths, self.ends, strict=True)):
             for first in range(end - length, end, QUERY_BLOCK):
                 last = min(first + QUERY_BLOCK, end)
-                ahead = self.places + first - (end - length)
+                ahead = self.prefix_places + first - (end - length)
                 mask = mask_QK[: last - first, most - ahead : most + last - first]
-                spans.append(Span(slice(first, last), self._keys_before(at, last), mask_QK=mask))
-        return spans
+                keys = self._keys_before(number, last)
+                calls.append(SpanCall(slice(first, last), keys, mask_QK=mask))
+        return calls
 
-    def _tree_spans(self, masks: Sequence[torch.Tensor | None], first_query: int) -> list[Span]:
-        """The nodes of each tree see the prefix, their prompt, and those nodes that they continue."""
-        spans = []
-        first_key = self.places + self.ends[-1]
-        for at, mask_QK in enumerate(masks):
+    def _tree_calls(self, masks: Sequence[torch.Tensor | None], first_query: int) -> list[SpanCall]:
+        """The nodes of each tree see the prefix, their prompt, and the nodes that they continue."""
+        calls = []
+        first_key = self.prefix_places + self.ends[-1]
+        for number, mask_QK in enumerate(masks):
             if mask_QK is None:
                 continue
             nodes = len(mask_QK)
-            keys = (*self._keys_before(at, self.ends[at]), slice(first_key, first_key + nodes))
-            spans.append(Span(slice(first_query, first_query + nodes), keys, mask_QK=mask_QK))
-            first_query, first_key = first_query + nodes, first_key + nodes
-        return spans
+            own = slice(first_key, first_key + nodes)
+            keys = (*self._keys_before(number, self.ends[number]), own)
+            calls.append(SpanCall(slice(first_query, first_query + nodes), keys, mask_QK=mask_QK))
+            first_query += nodes
+            first_key += nodes
+        return calls
 
-    def _tree_mask(self, at: int, tree: LabelTree | None) -> torch.Tensor | None:
-        """What is added to the scores of a tree's nodes: 0 where a node sees, -inf where it does not."""
+    def _tree_mask(self, number: int, tree: LabelTree | None) -> torch.Tensor | None:
+        """What is added to the scores of a tree's nodes: 0 where a node sees a key, else -inf."""
         if not tree:
             return None
-        before = self.places + self.lengths[at]
+        before = self.prefix_places + self.lengths[number]
         mask_QK = torch.zeros(len(tree), before + len(tree), dtype=self.dtype)
         mask_QK[:, before:] = -torch.inf
-        for node, seen in enumerate(tree.lineage):
-            mask_QK[node, [before + other for other in seen]] = 0
+        for node, lineage in enumerate(tree.lineage):
+            mask_QK[node, [before + ancestor for ancestor in lineage]] = 0
+        # `TreeCall` pads the masks on the host and moves them to the device at once.
         return mask_QK if varlen.serves(self.device, self.dtype) else mask_QK.to(self.device)
 
-    def _keys_before(self, at: int, end: int) -> tuple[slice, ...]:
-        """The prefix and prompt `at` up to place `end` of the row."""
-        own = slice(self.places + self.ends[at] - self.lengths[at], self.places + end)
-        return (slice(0, self.places), own) if self.places else (own,)
+    def _keys_before(self, number: int, end: int) -> tuple[slice, ...]:
+        """The prefix, and prompt `number` up to index `end` of the batch."""
+        start = self.ends[number] - self.lengths[number]
+        own = slice(self.prefix_places + start, self.prefix_places + end)
+        return (slice(0, self.prefix_places), own) if self.prefix_places else (own,)
 
-    def _prompt_call(self, queries: Sequence[int]) -> PromptCall:
-        key_index = None
-        if self.places:
-            seen = [self._keys_before(at, end) for at, end in enumerate(self.ends)]
-            key_index = [
-                key for pieces in seen for piece in pieces for key in range(piece.start, piece.stop)
-            ]
-        keys = [self.places + length for length in self.lengths]
-        return PromptCall(list(zip(queries, keys, strict=True)), key_index, self.device)
+    def _varlen_call(self, queries: Sequence[int]) -> PromptCall:
+        """All prompts in one call, the last `queries[n]` tokens of prompt n asking."""
+        key_index: list[int] | None = None
+        if self.prefix_places:  # without a prefix the keys already lie prompt by prompt
+            key_index = []
+            for number, end in enumerate(self.ends):
+                for keys in self._keys_before(number, end):
+                    key_index += range(keys.start, keys.stop)
+        keys_per_prompt = [self.prefix_places + length for length in self.lengths]
+        lengths = list(zip(queries, keys_per_prompt, strict=True))
+        return PromptCall(lengths, key_index, self.device)

@@ -1,10 +1,12 @@
 """Attention of one new token for each slot of the cache, compiled by numba: float32 on CPU.
 
-There torch makes a product of a few rows out of each slot, and reads keys and values at a fifth of the speed of memory.
-Here one call writes the new tokens' keys and values and attends for all slots; head size and heads of a group are
-constants of the compiled code, so that its inner loops are whole vectors. It is compiled at the first step, in some
-seconds, and kept on disk for the next process where that can be written. One thread: the work of a layer is too small
-for two to be faster. Knows no requests and no model.
+There, torch computes a small product for each slot and reads keys and values at a fifth of the speed of
+memory. Here one call stores the new keys and values and attends for all slots. Head size and heads of a
+group are constants of the compiled code, so that its inner loops are whole vectors.
+
+Compiling takes some seconds at the first step; the code is cached on disk for the next process where
+that is possible. One thread: the work of a layer is too small for two to be faster. Knows no requests
+and no model.
 
 Shapes: S live slots, L places, H query heads, G key/value groups, D head size; h heads of a group.
 """
@@ -21,26 +23,30 @@ import torch
 
 from glmbatch.glm.model.kv_cache import SlotCache
 
-# Sums may be taken in any order. Nothing is assumed of nan and inf: a row that is not finite must come out so.
+# Sums may be taken in any order, but nan and inf must survive: a row that is not finite must show.
 _OPTIONS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "arcp", "nsz"},
     "error_model": "numpy",
 }
-# New queries, keys and values are parts of one tensor: any strides. One signature, so that it is compiled once.
-_SIGNATURE = "void(UniTuple(float32[:,:,:], 3), UniTuple(float32[:,:,:,::1], 2), int64[::1], float32, float32[:,:,::1])"
-# Into the caller, where lengths are constants.
+# New queries, keys and values are parts of one tensor, so of any strides. With one signature, the code
+# is compiled only once.
+_SIGNATURE = (
+    "void(UniTuple(float32[:,:,:], 3), UniTuple(float32[:,:,:,::1], 2), "
+    "int64[::1], float32, float32[:,:,::1])"
+)
+# Inlined into the caller, where lengths are constants.
 _inlined: Callable[[Callable[..., Any]], Any] = numba.njit(forceinline=True, **_OPTIONS)
 
 
 @_inlined
 def _exp(x: Any) -> Any:
-    """e to the power of x <= 0, within two units in the last place; by arithmetic alone, so that loops are vectors.
+    """e**x for x <= 0, within two units in the last place; 0 where that is not a normal number.
 
-    0 where that would be no normal number. 2**r * e**f with r whole and f within half of log(2); the polynomial and the
-    split of log(2) are those of Cephes' expf.
+    By arithmetic alone, so that loops over it become vectors. e**x is 2**r * e**f with r whole and f
+    within half of log(2); the polynomial and the split of log(2) are those of Cephes' expf.
     """
     least = np.float32(-87)
-    vanishes = x < least  # not so nan, which stays nan
+    vanishes = x < least  # False for nan, which stays nan
     x = least if vanishes else x
     r = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     f = x - r * np.float32(0.693359375) + r * np.float32(2.12194440e-4)
@@ -67,8 +73,9 @@ def _score(query_hD: Any, keys_LD: Any, seen: Any, scores_hL: Any) -> None:
 
 @_inlined
 def _weigh(scores_L: Any, seen: Any) -> Any:
-    """Scores become weights; returns their sum."""
-    top, total = scores_L[0], np.float32(0)
+    """Turn scores into weights in place; returns their sum."""
+    top = scores_L[0]
+    total = np.float32(0)
     for place in range(seen):
         top = scores_L[place] if scores_L[place] > top else top
     for place in range(seen):
@@ -79,7 +86,10 @@ def _weigh(scores_L: Any, seen: Any) -> Any:
 
 @_inlined
 def _mix(weights_hL: Any, values_LD: Any, seen: Any, out_hD: Any) -> None:
-    """The weighted sums of the values; four places at once, so that a sum is loaded and stored a quarter as often."""
+    """Weighted sums of the values.
+
+    Four places at once, so that a sum is loaded and stored a quarter as often.
+    """
     out_hD[:] = 0
     fours = seen // 4 * 4
     for place in range(0, fours, 4):
@@ -99,7 +109,7 @@ def _mix(weights_hL: Any, values_LD: Any, seen: Any, out_hD: Any) -> None:
 
 @functools.cache
 def _kernel(of_group: int, head_dim: int) -> Callable[..., None]:
-    """The compiled call for `of_group` query heads to each group of keys and values."""
+    """The compiled function for `of_group` query heads in each group of keys and values."""
 
     def attend(new: Any, cached: Any, places_S: Any, scaling: Any, out_SHD: Any) -> None:
         (q_SHD, k_SGD, v_SGD), (keys_SGLD, values_SGLD) = new, cached
@@ -125,7 +135,7 @@ def _kernel(of_group: int, head_dim: int) -> Callable[..., None]:
 
     try:
         return _compile(attend, cache=True)
-    except (RuntimeError, OSError):  # no folder to keep it in, or no room there
+    except (RuntimeError, OSError):  # no folder to cache it in, or no space there
         return _compile(attend, cache=False)
 
 
@@ -137,13 +147,13 @@ def _compile(attend: Callable[..., None], cache: bool) -> Callable[..., None]:
 
 
 class SlotKernel:
-    """The same as `SlotLoop`, in one call."""
+    """As `SlotLoop`, in one compiled call for all slots."""
 
     def __init__(self, cache: SlotCache, places: Sequence[int]) -> None:
-        assert (
-            len(places) <= cache.slots and max(places) < cache.length
-        )  # the compiled code does not look
-        self._cache, self._places_S = cache, np.array(places, np.int64)
+        # The compiled code does not check bounds.
+        assert len(places) <= cache.slots and max(places) < cache.length
+        self._cache = cache
+        self._places_S = np.array(places, np.int64)
 
     def attend(
         self,
@@ -153,6 +163,7 @@ class SlotKernel:
         value: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
+        """Attention of one layer, [S, H, D]; see `AttentionPlan`."""
         out = torch.empty(query.shape, dtype=query.dtype)
         _kernel(query.shape[1] // key.shape[1], query.shape[2])(
             (query.numpy(), key.numpy(), value.numpy()),

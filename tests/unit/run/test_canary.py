@@ -141,8 +141,8 @@ def test_a_night_that_only_tries_failed_rows_again_is_held_to_it_too(
         pytest.MonkeyPatch.context() as patched,
         pytest.raises(AuditError, match="canary rows that changed"),
     ):
-        read = Network.read
-        patched.setattr(Network, "read", lambda *arguments: read(*arguments) * -9)
+        prefill = Network.prefill
+        patched.setattr(Network, "prefill", lambda *arguments: prefill(*arguments) * -9)
         run(frozen)
 
 

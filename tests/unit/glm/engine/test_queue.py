@@ -1,4 +1,4 @@
-"""The waiting line and the label tree, for any requests and any labels."""
+"""The waiting queue and the label tree, for any requests and any labels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest
-from glmbatch.glm.engine.queue import MIN_SHARED_TOKENS, Limits, WaitingLine, shared_prefix
+from glmbatch.glm.engine.queue import MIN_SHARED_TOKENS, Limits, WaitingQueue, shared_prefix
 from glmbatch.glm.model.label_tree import label_tree
 
 Item = tuple[int, int, int]  # arrival, tokens, group
@@ -19,19 +19,19 @@ labels = st.lists(
 ).map(tuple)
 
 
-def line_of(items: list[Item], gone: set[int] | None = None) -> WaitingLine[Item]:
-    line: WaitingLine[Item] = WaitingLine(
+def line_of(items: list[Item], gone: set[int] | None = None) -> WaitingQueue[Item]:
+    line: WaitingQueue[Item] = WaitingQueue(
         rank=lambda item: (item[0],),
         tokens=lambda item: item[1],
         group=lambda item: item[2],
-        gone=lambda item: item[0] in (gone or set()),
+        cancelled=lambda item: item[0] in (gone or set()),
     )
     for item in items:
         line.push(item)
     return line
 
 
-def drain(line: WaitingLine[Item], budget: int, most: int) -> list[list[Item]]:
+def drain(line: WaitingQueue[Item], budget: int, most: int) -> list[list[Item]]:
     batches = []
     while batch := line.take(budget, most):
         batches.append(batch)
