@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import task
 
-from glmbatch.ledger.ledger import AnswersReceipt
+from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.run import pipeline
 from glmbatch.run.planning import Assignment
 from glmbatch.settings.job import JobConfig

@@ -7,7 +7,8 @@ from typing import Any
 
 from prefect.futures import PrefectFuture
 
-from glmbatch.ledger.ledger import AnswersReceipt, Ledger
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.report.progress import PROGRESS
 from glmbatch.run.planning import FragmentWork
 from glmbatch.settings.job import JobConfig

@@ -11,7 +11,7 @@ from prefect.context import TaskRunContext
 from prefect.events import emit_event
 
 from glmbatch.errors import AuditError
-from glmbatch.ledger.ledger import AnswersReceipt, OutputReceipt
+from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.report.summary import Summary
 from glmbatch.run import canary, pipeline
 from glmbatch.run import publish as publishing

@@ -18,17 +18,10 @@ from pydantic import BaseModel, ValidationError
 
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.delta import LOG, table_files
-from glmbatch.ledger.ledger import (
-    MANIFEST,
-    PUBLISHING,
-    QUARANTINE,
-    RECEIPT,
-    STAGED,
-    Ledger,
-    Manifest,
-    OutputReceipt,
-    PublishedFile,
-)
+from glmbatch.ledger.ledger import STAGED, Ledger
+from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile
+from glmbatch.ledger.publication import PUBLISHING, QUARANTINE, read_quarantine
+from glmbatch.ledger.receipts import RECEIPT, OutputReceipt
 from glmbatch.store.files import PARTIAL, digest_file
 from glmbatch.store.parquet import footer_metadata, open_parquet, read_columns, read_rows
 from glmbatch.store.paths import AnyPath, location
@@ -318,7 +311,7 @@ def _quarantine_findings(
 ) -> Iterator[Finding]:
     listed = Counter(
         line["source"]
-        for line in ledger.quarantine({file.source for file in manifest.files})
+        for line in read_quarantine(ledger.root, {file.source for file in manifest.files})
         if line["step"]
     )
     for source in sorted(listed.keys() | faulty.keys()):

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel
 
-from glmbatch.ledger.ledger import LENGTH_BIN, AnswersReceipt, Ledger, OutputReceipt
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt, OutputReceipt
 from glmbatch.report.summary import short
 from glmbatch.run.audits import total
 from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig

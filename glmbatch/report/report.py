@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ValidationError
 
 from glmbatch.errors import GlmbatchError
-from glmbatch.ledger.ledger import OutputReceipt
+from glmbatch.ledger.receipts import OutputReceipt
 from glmbatch.report import page as html
 from glmbatch.report.measures import SAMPLE_CHARS, Histogram, Measures, measure
 from glmbatch.report.summary import StepSummary, Summary, short

@@ -9,7 +9,8 @@ from pydantic import BaseModel
 
 from glmbatch.ledger.delta import is_table
 from glmbatch.ledger.fragments import FileFault
-from glmbatch.ledger.ledger import QUARANTINE, AnswersReceipt
+from glmbatch.ledger.publication import QUARANTINE
+from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.run.audits import Audit, total
 from glmbatch.store.paths import location
 

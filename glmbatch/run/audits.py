@@ -12,7 +12,7 @@ from math import log
 from pydantic import BaseModel
 
 from glmbatch.errors import AuditError
-from glmbatch.ledger.ledger import AnswersReceipt, OutputReceipt
+from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.run.planning import Run
 from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
 

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glmbatch.errors import InputError, UnusableFile
-from glmbatch.ledger.ledger import MANIFEST, Ledger
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.run.asking import ask, keyed, prompts_of
 from glmbatch.run.audits import Audit
 from glmbatch.run.planning import Assignment

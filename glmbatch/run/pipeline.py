@@ -20,7 +20,8 @@ import pyarrow as pa
 from glmbatch.errors import BadRow, UnusableFile
 from glmbatch.ledger.delta import delta_schema
 from glmbatch.ledger.fragments import read_fragment
-from glmbatch.ledger.ledger import LENGTH_BIN, AnswersReceipt, Ledger, OutputReceipt
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt, OutputReceipt
 from glmbatch.report.progress import PROGRESS
 from glmbatch.report.summary import Summary
 from glmbatch.run.asking import answers_to, keyed, known_answers, prompts_of

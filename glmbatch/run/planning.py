@@ -20,7 +20,8 @@ from glmbatch.glm.engine.pool import POOL
 from glmbatch.glm.files import ADAPTER_FILES
 from glmbatch.ledger.delta import check_sources, is_table
 from glmbatch.ledger.fragments import Fragment, Plan, plan_fragments
-from glmbatch.ledger.ledger import Ledger, Manifest, PublishedFile
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import Manifest, PublishedFile
 from glmbatch.ledger.rowkeys import answers_key, output_key, step_key
 from glmbatch.report.progress import PROGRESS
 from glmbatch.run.fetching import PROMPT_FILE, local_adapter, local_checkpoint

@@ -13,7 +13,9 @@ from pydantic import BaseModel
 
 from glmbatch.errors import UnusableFile
 from glmbatch.ledger.fragments import FileFault
-from glmbatch.ledger.ledger import AnswersReceipt, Ledger, Manifest, StepOrigin
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import Manifest, StepOrigin
+from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.ledger.rowkeys import answer_settings
 from glmbatch.run.asking import forget_answers, keyed, known_answers, prompts_of
 from glmbatch.run.canary import check_file

@@ -11,13 +11,11 @@ import pyarrow as pa
 
 from glmbatch.errors import AuditError, BadRow, GlmbatchError
 from glmbatch.ledger.fragments import FileFault
-from glmbatch.ledger.ledger import (
-    DIGEST_CHARS,
-    Ledger,
-    OutputReceipt,
-    StepOrigin,
-    merged_manifest,
-)
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import StepOrigin, merged_manifest
+from glmbatch.ledger.publication import publish as make_public
+from glmbatch.ledger.publication import read_quarantine, write_refused
+from glmbatch.ledger.receipts import DIGEST_CHARS, OutputReceipt
 from glmbatch.ledger.rowkeys import answer_settings
 from glmbatch.report.report import write_report
 from glmbatch.report.summary import Summary, step_summary
@@ -100,8 +98,8 @@ def publish(
     )
     manifest = manifest.model_copy(update={"steps": _origins(job, written), "replaced": replaced})
     stay = {file.source for file in manifest.files} - {output.fragment.source for output in written}
-    lines = [*ledger.quarantine(stay), *faults]
-    ledger.publish(manifest, written, pa.Table.from_pylist(lines, QUARANTINE_SCHEMA))
+    lines = [*read_quarantine(ledger.root, stay), *faults]
+    make_public(ledger, manifest, written, pa.Table.from_pylist(lines, QUARANTINE_SCHEMA))
     published = {
         "quarantined": job.on_error == "quarantine" and bool(faults),
         "kept_sources": len(stay),
@@ -145,7 +143,8 @@ def _refused(ledger: Ledger, faults: Iterator[dict[str, Any]]) -> str:
     if not lines:
         return ""
     try:
-        return f" Each row that failed: {ledger.refuse(pa.Table.from_pylist(lines, QUARANTINE_SCHEMA))}."
+        path = write_refused(ledger.root, pa.Table.from_pylist(lines, QUARANTINE_SCHEMA))
+        return f" Each row that failed: {path}."
     except GlmbatchError as error:  # what the audit found matters more
         return f" They are not listed: {error}"
 

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from glmbatch.errors import AuditError, InputError
 from glmbatch.ledger.fragments import check_schema
-from glmbatch.ledger.ledger import DIGEST_CHARS, Ledger
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.receipts import DIGEST_CHARS
 from glmbatch.report.summary import Summary
 from glmbatch.run.pipeline import run_job
 from glmbatch.run.planning import job_models, locate_model, prepare_model, step_keys

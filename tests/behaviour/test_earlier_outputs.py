@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from glmbatch.cli.main import main
-from glmbatch.ledger.ledger import MANIFEST, Ledger
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.report.summary import Summary
 from glmbatch.run.pipeline import run_job
 from glmbatch.settings.jobfile import load_job

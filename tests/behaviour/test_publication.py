@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from glmbatch.errors import AuditError, BadRow, InputError
-from glmbatch.ledger.ledger import MANIFEST, REFUSED, Ledger
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import MANIFEST
+from glmbatch.ledger.publication import REFUSED
 from glmbatch.report.summary import Summary
 from glmbatch.run.pipeline import run_job
 from glmbatch.run.publish import publish

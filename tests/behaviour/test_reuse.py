@@ -269,7 +269,7 @@ def test_a_killed_publication_costs_no_inference_of_the_night_after(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("glmbatch.ledger.ledger._write_list", killed)
+        patched.setattr("glmbatch.ledger.publication._write_list", killed)
         run(settings)
     write_source("a.parquet", {"text": [*texts(), "one more", "and one"]})
     assert computed(settings) == [1]

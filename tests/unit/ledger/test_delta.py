@@ -117,7 +117,7 @@ def test_killed_after_the_commit_the_next_run_ends_what_it_began(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("glmbatch.ledger.ledger.commit_table", killed)
+        patched.setattr("glmbatch.ledger.publication.commit_table", killed)
         run_job(delta_job())
     assert texts(tmp_path / "out") == sorted(rows[3:11])
     assert [
@@ -321,7 +321,7 @@ def test_what_a_killed_publication_moved_is_taken_away_by_another_one(
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("glmbatch.ledger.ledger._write_list", killed)
+        patched.setattr("glmbatch.ledger.publication._write_list", killed)
         run_job(delta_job(data__format=form))
     moved = {path.name for path in (tmp_path / "out").glob("a-*.parquet")}
     assert len(moved) == 3

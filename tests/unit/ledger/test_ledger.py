@@ -20,14 +20,9 @@ from hypothesis import strategies as st
 
 from glmbatch.errors import InputError
 from glmbatch.ledger.fragments import FileFault, Fragment, Plan
-from glmbatch.ledger.ledger import (
-    MANIFEST,
-    AnswersReceipt,
-    Ledger,
-    Manifest,
-    OutputReceipt,
-    merged_manifest,
-)
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import MANIFEST, Manifest, merged_manifest
+from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.run.pipeline import run_job
 from glmbatch.settings.job import JobConfig
 from tests.conftest import ROOT

@@ -14,7 +14,7 @@ import pytest
 
 from glmbatch.cli.main import main
 from glmbatch.errors import InputError
-from glmbatch.ledger.ledger import MANIFEST
+from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.ledger.verification import verify
 from glmbatch.run.pipeline import run_job
 from glmbatch.settings.job import JobConfig
