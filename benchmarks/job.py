@@ -40,7 +40,8 @@ from glmbatch.cli.server import own_server  # noqa: E402
 from glmbatch.glm.checkpoint.save import save_checkpoint  # noqa: E402
 from glmbatch.glm.engine.protocol import ClassifyRequest, Engine, GenerateRequest  # noqa: E402
 from glmbatch.ledger.ledger import Ledger  # noqa: E402
-from glmbatch.run import asking, pipeline  # noqa: E402
+from glmbatch.run import session  # noqa: E402
+from glmbatch.run.job import run_job  # noqa: E402
 from glmbatch.settings.job import JobConfig  # noqa: E402
 
 SAMPLE = ROOT / "sample_data"
@@ -174,7 +175,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     contestants: dict[str, Callable[[], object]] = {
         "engine": alone,
-        "job": lambda: pipeline.run_job(job()),
+        "job": lambda: run_job(job()),
         "flow": lambda: annotate(job()),
         **{f"ray_{workers}": partial(on_cluster, workers) for workers in options.cluster_workers},
     }
@@ -206,7 +207,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def _recording_engine(job: JobConfig, calls: list[tuple[str, list[Any]]]) -> Engine:
     """Run the job once and keep what it asks of its engine, which is returned."""
     engines: list[Engine] = []
-    load = asking.load_engine
+    load = session.load_engine
 
     def recording(*arguments: Any) -> Engine:
         engine = load(*arguments)
@@ -215,9 +216,9 @@ def _recording_engine(job: JobConfig, calls: list[tuple[str, list[Any]]]) -> Eng
             setattr(engine, kind, _recorded(kind, getattr(engine, kind), calls))
         return engine
 
-    asking.load_engine = recording  # type: ignore[assignment]
-    pipeline.run_job(job)
-    asking.load_engine = load
+    session.load_engine = recording  # type: ignore[assignment]
+    run_job(job)
+    session.load_engine = load
     (engine,) = engines
     del engine.classify, engine.generate  # type: ignore[method-assign]
     return engine

@@ -1,5 +1,5 @@
 """A whole job in one call, under its public name; `run/` holds it."""
 
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 
 __all__ = ["run_job"]

@@ -23,8 +23,6 @@ from prefect.artifacts import (
 from prefect.exceptions import PrefectException
 
 from glmbatch.report.report import errors_by_reason, markdown, read_report
-from glmbatch.run.planning import Run
-from glmbatch.settings.job import JobConfig
 from glmbatch.store.paths import location
 
 logger = logging.getLogger(__name__)
@@ -64,9 +62,9 @@ class FragmentProgress:
         return f"{self._done} of {self._total} fragments"
 
 
-def show_report(job: JobConfig, run: Run) -> None:
+def show_report(output: str, run: str) -> None:
     """Show the facts of `run`, its errors, and a link to its page; nothing without a report."""
-    report = read_report(job.data.output, run.id)
+    report = read_report(output, run)
     if report is None or report.summary.report is None:
         return
     errors = []
@@ -74,7 +72,7 @@ def show_report(job: JobConfig, run: Run) -> None:
         errors.append({"step": step, "reason": reason, "rows": rows})
     with _optional():
         # Keys are fixed: the artifacts of all runs under one key are a history in the UI.
-        create_markdown_artifact(markdown(report), key="annotate", description=f"run {run.id}")
+        create_markdown_artifact(markdown(report), key="annotate", description=f"run {run}")
         create_table_artifact(errors, key="annotate-errors", description="errors by reason")
         create_link_artifact(
             _address(report.summary.report),

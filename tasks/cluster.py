@@ -13,12 +13,14 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from prefect.context import FlowRunContext
 
 from glmbatch.errors import InputError, TransientError
 from glmbatch.ledger.ledger import LOCK
+from glmbatch.run.session import join
+from glmbatch.run.work import RunContext
 from glmbatch.settings.job import JobConfig, ModelConfig, RuntimeConfig
 from glmbatch.store.paths import is_remote
 
@@ -26,52 +28,76 @@ Result = TypeVar("Result")
 OBJECT_STORE_BYTES = 100_000_000  # only references travel
 
 
-class EngineProcess:
-    """The actor: works off calls in threads, which share what the process has loaded."""
+class Place(Protocol):
+    """Where a call does its work: this process, or an engine process of a cluster."""
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Call it here."""
+        """`function(*arguments)` there. TransientError when that process was lost."""
+
+
+class ThisProcess:
+    """The process of the flow."""
+
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """`function(*arguments)` here."""
         return function(*arguments)
 
 
-def call(engine: Any, function: Callable[..., Result], *arguments: Any) -> Result:
-    """`function(*arguments)` in the process of `engine`, or in this one where that is None.
+HERE = ThisProcess()
 
-    TransientError when that process was lost; the next call waits until Ray has started it anew.
-    """
-    if engine is None:
+
+class EngineProcess:
+    """The actor: works off the calls of one run in threads, which share what the process has loaded."""
+
+    def __init__(self, run: RunContext) -> None:
+        join(run)
+
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """`function(*arguments)` here."""
         return function(*arguments)
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
 
-    try:
-        result: Result = ray.get(
-            engine.call.options(max_task_retries=0).remote(function, *arguments)
-        )
-        return result
-    except RayTaskError as error:
-        raise error.cause from None
-    except RayActorError as error:
-        raise TransientError(
-            f"an engine process of the cluster was lost: {_line(error)}"
-        ) from error
+
+class EngineHandle:
+    """An engine process, seen from another process."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """`function(*arguments)` in the engine process.
+
+        TransientError when that process was lost; the next call waits until Ray has started it again.
+        """
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        call = self.actor.call.options(max_task_retries=0)
+        try:
+            result: Result = ray.get(call.remote(function, *arguments))
+            return result
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError as error:
+            raise TransientError(
+                f"an engine process of the cluster was lost: {_line(error)}"
+            ) from error
 
 
 @contextmanager
-def engines_of(job: JobConfig) -> Iterator[list[Any]]:
-    """The engine processes of a run, which end with it; [None] stands for this process.
+def places_of(run: RunContext) -> Iterator[list[Place]]:
+    """The engine processes of a run, which end with it; without a cluster, this process.
 
     Tasks that are submitted meanwhile wait for them in light processes on this machine. InputError when the cluster
     does not fit the job or does not see its output, TransientError when it fails.
     """
-    if job.runtime.cluster is None:
-        yield [None]
+    runtime = run.runtime
+    if runtime.cluster is None:
+        yield [HERE]
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if job.runtime.cluster_address is None:
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
-            "0"  # on any system: Ray's servers listen on loopback alone
-        )
+    if runtime.cluster_address is None:
+        # On any system: Ray's servers listen on loopback alone.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray
         from prefect_ray.context import remote_options
@@ -82,16 +108,15 @@ def engines_of(job: JobConfig) -> Iterator[list[Any]]:
             "runtime.cluster is ray, and it is not installed. Run pip install 'glmbatch[ray]'."
         ) from error
     try:
-        with _submitting_to_ray(job.runtime):
-            engines = _start_engines(job.runtime)
-            _refuse_apart(job, engines)
-            here = NodeAffinitySchedulingStrategy(
-                ray.get_runtime_context().get_node_id(), soft=False
-            )
+        with _submitting_to_ray(runtime):
+            actors = _start_engines(run)
+            _refuse_apart(run.output, actors)
+            node = ray.get_runtime_context().get_node_id()
+            on_this_machine = NodeAffinitySchedulingStrategy(node, soft=False)
             with remote_options(
-                num_cpus=0, max_retries=job.runtime.retries, scheduling_strategy=here
+                num_cpus=0, max_retries=runtime.retries, scheduling_strategy=on_this_machine
             ):
-                yield engines
+                yield [EngineHandle(actor) for actor in actors]
     except RayError as error:
         raise TransientError(f"the Ray cluster failed: {_line(error)}") from error
 
@@ -120,9 +145,10 @@ def _submitting_to_ray(runtime: RuntimeConfig) -> Iterator[None]:
         yield
 
 
-def _start_engines(runtime: RuntimeConfig) -> list[Any]:
+def _start_engines(run: RunContext) -> list[Any]:
     import ray
 
+    runtime = run.runtime
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = 0 if runtime.device == "cpu" else int(sum(machine.get("GPU", 0) for machine in machines))
     workers = runtime.cluster_workers or gpus or len(machines)
@@ -136,7 +162,7 @@ def _start_engines(runtime: RuntimeConfig) -> list[Any]:
     actor = ray.remote(EngineProcess).options(
         **needs, max_restarts=-1, max_task_retries=-1, max_concurrency=runtime.fragments_in_flight
     )
-    return [actor.remote() for _ in range(workers)]
+    return [actor.remote(run) for _ in range(workers)]
 
 
 def share_of_cpus(cpus: Sequence[int], workers: int) -> int:
@@ -151,14 +177,14 @@ def share_of_cpus(cpus: Sequence[int], workers: int) -> int:
     )
 
 
-def _refuse_apart(job: JobConfig, engines: Sequence[Any]) -> None:
+def _refuse_apart(output: str, engines: Sequence[Any]) -> None:
     """InputError when an engine process does not start, or does not see the output that this process has locked."""
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
     seen: tuple[Any, ...] = (_nothing_to_see,)
-    if not is_remote(job.data.output):
-        lock = Path(job.data.output) / LOCK
+    if not is_remote(output):
+        lock = Path(output) / LOCK
         seen = (_complaint, str(lock), lock.read_text())
     try:
         complaints = ray.get([engine.call.remote(*seen) for engine in engines])

@@ -53,7 +53,7 @@ def overridden(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[s
 def run(settings: dict[str, Any]) -> Summary:
     """Run the job of these settings in this process."""
     # conftest.py imports this module and only then sets the threads that torch reads at its import.
-    from glmbatch.run.pipeline import run_job
+    from glmbatch.run.job import run_job
 
     return run_job(JobConfig.model_validate(settings))
 

@@ -8,7 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from glmbatch.report.progress import PROGRESS, Snapshot
+from glmbatch.report.progress import Snapshot
+from glmbatch.run.session import newest_progress
 
 LINE_SECONDS = 30.0
 BAR_SECONDS = 0.2
@@ -32,7 +33,7 @@ def showing_progress() -> Iterator[None]:
 
 def _lines(ended: threading.Event) -> None:
     while not ended.wait(LINE_SECONDS):
-        print(describe_progress(PROGRESS.snapshot()), file=sys.stderr, flush=True)
+        print(describe_progress(newest_progress()), file=sys.stderr, flush=True)
 
 
 def describe_progress(now: Snapshot) -> str:
@@ -65,7 +66,7 @@ def _bar(ended: threading.Event) -> None:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None, rate=0.0)
         while not ended.wait(BAR_SECONDS):
-            now = PROGRESS.snapshot()
+            now = newest_progress()
             rate = now.computed / now.seconds if now.seconds else 0.0
             bar.update(
                 task, description=now.stage, total=now.total or None, completed=now.done, rate=rate

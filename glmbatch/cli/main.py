@@ -85,11 +85,11 @@ def _run(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         return _plan(parsed)
     job = load_job(parsed.job, job_overrides(parsed))
-    from glmbatch.run.canary import check_file
-    from glmbatch.run.planning import check_job
+    from glmbatch.run.canary import check_canary_file
+    from glmbatch.run.plan import check_job
 
     # What is wrong with the settings is said before a server is started for ten seconds.
-    check_file(job)
+    check_canary_file(job)
     check_job(job)
     from glmbatch.cli.display import showing_progress
     from glmbatch.report.summary import describe

@@ -7,15 +7,16 @@ input and its first row, so new files rename nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 from pydantic import BaseModel
 
 from glmbatch.errors import InputError, UnusableFile
-from glmbatch.settings.job import DataConfig, JobConfig, answer_columns
+from glmbatch.settings.job import DataConfig
 from glmbatch.store.files import digest_file, find_files, naming
 from glmbatch.store.parquet import check_column, open_parquet, read_rows, readable
 from glmbatch.store.paths import AnyPath, location
@@ -72,44 +73,63 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         return sum(fragment.rows for fragment in self.fragments)
 
 
-def plan_fragments(job: JobConfig, *, digests: bool = True) -> Plan:
-    """Check every file of the job's input against the job and cut it into fragments.
+@dataclass(frozen=True, slots=True)
+class NeededColumn:
+    """A column that prompts or error lists read, and the setting that names it; `is_text` when it must hold text."""
 
-    InputError when the job fits no file or an answer's name collides, or, under `on_error: raise`, when any file
-    cannot be used; else such files are listed in the plan. Without `digests` nothing but footers is read.
+    name: str
+    setting: str
+    is_text: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaNeeds:
+    """What a job asks of each file's schema: the columns it reads, and the steps by the columns that they write."""
+
+    read: tuple[NeededColumn, ...]
+    written: Mapping[str, str]
+
+
+def plan_fragments(
+    data: DataConfig, needs: SchemaNeeds, *, raise_faults: bool = False, digests: bool = True
+) -> Plan:
+    """Check every file of the input against the job's `needs` and cut it into fragments.
+
+    InputError when the job fits no file or an answer's name collides, or, with `raise_faults`, when any file cannot
+    be used; else such files are listed in the plan. Without `digests` nothing but footers is read.
     """
-    root, names = find_files(job.data.input)
-    _refuse_nesting(root, names, job.data)
+    root, names = find_files(data.input)
+    _refuse_nesting(root, names, data)
     ranges: list[Fragment] = []
     faults: list[FileFault] = []
-    for name, outcome in zip(names, _each_file(root, names, job, digests), strict=True):
+    for name, outcome in zip(names, _each_file(root, names, data, needs, digests), strict=True):
         if isinstance(outcome, list):
             ranges += outcome
-        elif job.on_error == "raise":
+        elif raise_faults:
             raise outcome
         else:
             size_bytes = (root / name).stat().st_size if (root / name).exists() else 0
             faults.append(FileFault(source=name, reason=str(outcome), size_bytes=size_bytes))
     if not ranges:
         raise InputError(
-            f"{job.data.input}: none of {len(names)} files can be used; the first: {faults[0].reason}"
+            f"{data.input}: none of {len(names)} files can be used; the first: {faults[0].reason}"
         )
     _refuse_same_output(ranges)
-    fragments = tuple(_limited(ranges, job.data.limit))
+    fragments = tuple(_limited(ranges, data.limit))
     return Plan(
-        root=str(root.resolve()), fragments=fragments, unusable=tuple(faults), limit=job.data.limit
+        root=str(root.resolve()), fragments=fragments, unusable=tuple(faults), limit=data.limit
     )
 
 
 def _each_file(
-    root: AnyPath, names: list[str], job: JobConfig, digests: bool
+    root: AnyPath, names: list[str], data: DataConfig, needs: SchemaNeeds, digests: bool
 ) -> Iterator[list[Fragment] | UnusableFile]:
     """The fragments of each file, or why it cannot be used; digests are taken side by side."""
 
     def outcome(name: str) -> list[Fragment] | UnusableFile:
         try:
             with naming("data.input"):
-                ranges = _fragments_of(root, name, job)
+                ranges = _fragments_of(root, name, data, needs)
                 digest = _digest(root / name) if digests else ""
         except UnusableFile as error:
             return error
@@ -149,9 +169,9 @@ def _refuse_nesting(root: AnyPath, names: list[str], data: DataConfig) -> None:
             )
 
 
-def _fragments_of(root: AnyPath, name: str, job: JobConfig) -> list[Fragment]:
+def _fragments_of(root: AnyPath, name: str, data: DataConfig, needs: SchemaNeeds) -> list[Fragment]:
     path = root / name
-    given = location(job.data.input)
+    given = location(data.input)
     if isinstance(path, Path) and not _real(path).is_relative_to(
         _real(given if given.exists() else root)
     ):
@@ -169,7 +189,7 @@ def _fragments_of(root: AnyPath, name: str, job: JobConfig) -> list[Fragment]:
             raise UnusableFile(
                 f"{path}: its row groups hold {sum(group_rows)} rows, its footer says otherwise."
             )
-    check_schema(path, name, schema, job)
+    check_schema(path, name, schema, needs)
     return [
         Fragment(
             source=name,
@@ -181,11 +201,11 @@ def _fragments_of(root: AnyPath, name: str, job: JobConfig) -> list[Fragment]:
             row_groups=row_groups,
             skip_rows=skip_rows,
         )
-        for first_row, rows, row_groups, skip_rows in cut(group_rows, job.data.rows_per_fragment)
+        for first_row, rows, row_groups, skip_rows in cut(group_rows, data.rows_per_fragment)
     ]
 
 
-def check_schema(path: AnyPath, name: str, schema: pa.Schema, job: JobConfig) -> None:
+def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds) -> None:
     """Check that the job's prompts and answers fit a file of this schema.
 
     InputError for a name that collides; UnusableFile for a column that is missing or holds no text, because other
@@ -193,21 +213,15 @@ def check_schema(path: AnyPath, name: str, schema: pa.Schema, job: JobConfig) ->
     """
     folders = [part.split("=", 1)[0] for part in PurePosixPath(name).parts[:-1] if "=" in part]
     taken = {column.casefold(): column for column in [*folders, *schema.names]}
-    for step in job.steps:
-        for column in answer_columns(step):
-            if column.casefold() in taken:
-                seen = taken[column.casefold()]
-                raise InputError(
-                    f"{path}: already has a column {seen!r}, which step {step.name!r} would write. Rename the step."
-                )
+    for column, step in needs.written.items():
+        if column.casefold() in taken:
+            raise InputError(
+                f"{path}: already has a column {taken[column.casefold()]!r}, which step {step!r} "
+                "would write. Rename the step."
+            )
     try:
-        for index, step in enumerate(job.steps):
-            for column in job.source_columns(step).values():
-                text = column == job.data.text_column
-                setting = "data.text_column" if text else f"steps[{index}].prompt_template"
-                check_column(str(path), schema, column, setting, text=text)
-        if job.data.id_column is not None:
-            check_column(str(path), schema, job.data.id_column, "data.id_column", text=False)
+        for needed in needs.read:
+            check_column(str(path), schema, needed.name, needed.setting, text=needed.is_text)
     except InputError as error:
         raise UnusableFile(str(error)) from error
 

@@ -79,13 +79,15 @@ class Hold:
 class KnownAnswers:
     """The answers under one step key, by row key; `schema` is that of the step's columns. Safe to use from threads.
 
-    With `retry_failed`, rows on which the model failed are not among them.
+    Rows on which the model failed are among them only with `include_failed`.
     """
 
     def __init__(
-        self, files: Sequence[AnswerFile], step: str, schema: pa.Schema, *, retry_failed: bool
+        self, files: Sequence[AnswerFile], step: str, schema: pa.Schema, *, include_failed: bool
     ) -> None:
-        self._step, self._schema, self._retry_failed = step, schema, retry_failed
+        self._step = step
+        self._schema = schema
+        self._include_failed = include_failed
         self._lock = threading.Lock()
         self._holders: dict[bytes, Hold] = {}
         self._files: list[AnswerFile] = []
@@ -99,7 +101,7 @@ class KnownAnswers:
     def add(self, file: AnswerFile) -> None:
         """Take in the answers of one more file; one that cannot be read has none."""
         try:
-            halves, rows = _halves_and_rows(file, self._retry_failed)
+            halves, rows = _halves_and_rows(file, self._include_failed)
         except UnusableFile as error:
             logger.warning("%s: its answers are not reused", error)
             return
@@ -175,7 +177,7 @@ class KnownAnswers:
             return None
 
 
-def _halves_and_rows(file: AnswerFile, retry_failed: bool) -> tuple[np.ndarray, np.ndarray]:
+def _halves_and_rows(file: AnswerFile, include_failed: bool) -> tuple[np.ndarray, np.ndarray]:
     """The first 8 bytes of the row keys of `file`, and the rows where they stand."""
     columns = read_columns(file.path, [f"{file.step}_key", f"{file.step}_error"])
     try:
@@ -185,7 +187,7 @@ def _halves_and_rows(file: AnswerFile, retry_failed: bool) -> tuple[np.ndarray, 
     except pa.ArrowException as error:
         raise UnusableFile(f"{file.path}: its keys are no keys: {error}") from error
     kept = keys.is_valid()
-    if retry_failed:
+    if not include_failed:
         kept = pc.and_(kept, columns.column(1).combine_chunks().is_null())
     rows = np.flatnonzero(kept.to_numpy(zero_copy_only=False)).astype(np.int64)
     # Through a copy, whose buffer begins with its first value.

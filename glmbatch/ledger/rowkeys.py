@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glmbatch.ledger.fragments import Fragment
-from glmbatch.settings.job import GenerateStep, JobConfig, Step
+from glmbatch.settings.job import GenerateStep, Step
 
 # Raise it by hand when the same settings, weights and prompt give another answer than before.
 ANSWERS_VERSION = 2
@@ -57,15 +57,20 @@ def row_seed(seed: int, key: bytes) -> int:
 
 
 def answers_key(
-    job: JobConfig, fragment: Fragment, step: Step, step_key: str, earlier: Mapping[str, str]
+    fragment: Fragment,
+    step: str,
+    step_key: str,
+    columns: Mapping[str, str],
+    earlier: Mapping[str, str],
 ) -> str:
-    """Key of the answers of `step` over the rows of `fragment`.
+    """Key of the answers of the step named `step` over the rows of `fragment`.
 
+    `columns` maps the placeholders of its prompt to source columns.
     `earlier` maps the steps that its prompt uses to their answers keys. The file's name is no part of it: a renamed
     file has the same answers. The step's name is: it names the columns.
     """
     rows = [fragment.digest, fragment.first_row, fragment.rows]
-    return _digest([step.name, step_key, rows, job.source_columns(step), dict(earlier)])
+    return _digest([step, step_key, rows, dict(columns), dict(earlier)])
 
 
 def output_key(fragment: Fragment, answers: Mapping[str, str], format: str = "parquet") -> str:

@@ -43,6 +43,3 @@ class Progress:
             return Snapshot(
                 self._stage, self._total, self._done, self._computed, time.monotonic() - self._began
             )
-
-
-PROGRESS = Progress()

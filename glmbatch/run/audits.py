@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from glmbatch.errors import AuditError
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
-from glmbatch.run.planning import Run
+from glmbatch.run.work import Run
 from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
 
 

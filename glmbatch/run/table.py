@@ -20,8 +20,9 @@ from glmbatch.ledger.fragments import check_schema
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import DIGEST_CHARS
 from glmbatch.report.summary import Summary
-from glmbatch.run.pipeline import run_job
-from glmbatch.run.planning import job_models, locate_model, prepare_model, step_keys
+from glmbatch.run.job import run_job
+from glmbatch.run.models import prepare_models
+from glmbatch.run.plan import prompt_inputs, resolve_questions, schema_needs
 from glmbatch.settings.job import JobConfig, answer_columns
 from glmbatch.settings.jobfile import load_job, parse_settings
 from glmbatch.store.files import commit, digest_file, partial_beside
@@ -96,15 +97,15 @@ def _columns(table: Any, job: JobConfig) -> pa.Table:
                 f"{WHERE}: is a {type(table).__name__}, not a pandas DataFrame or an Arrow table."
             )
         names = list(table.columns)
-    read = {column for step in job.steps for column in job.source_columns(step).values()}
-    read |= set() if job.data.id_column is None else {job.data.id_column}
+    needs = schema_needs(job, prompt_inputs(job))
+    read = {column.name for column in needs.read}
     columns = {
         name: _as_arrow(name, table[name])
         for name in names
         if name in read and names.count(name) == 1
     }
     fields = [(str(name), columns[name].type if name in columns else pa.null()) for name in names]
-    check_schema(WHERE, "", pa.schema(fields), job)
+    check_schema(WHERE, "", pa.schema(fields), needs)
     return pa.table(columns or {"no column is read": pa.nulls(len(table))})
 
 
@@ -124,11 +125,10 @@ def _as_arrow(name: str, column: Any) -> pa.Array | pa.ChunkedArray:
 
 def _answers(columns: pa.Table, job: JobConfig, folder: AnyPath) -> pa.Table:
     """The answer columns, row for row, by a run whose input and output lie in `folder`."""
-    models = [prepare_model(locate_model(model, job.runtime)) for model in job_models(job)]
     # An output holds the answers of one set of steps and weights.
-    settings = blake2b(
-        repr(step_keys(job, models)).encode(), digest_size=DIGEST_CHARS // 2
-    ).hexdigest()
+    questions = resolve_questions(job, prompt_inputs(job), prepare_models(job))
+    step_keys = {question.name: question.key for question in questions}
+    settings = blake2b(repr(step_keys).encode(), digest_size=DIGEST_CHARS // 2).hexdigest()
     source = _write(columns, folder / settings)
     output = folder / settings / "answers"
     data = job.data.model_copy(update={"input": str(source), "output": str(output)})

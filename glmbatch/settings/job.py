@@ -207,11 +207,6 @@ class JobConfig(Settings):
         description="Audit against rows with known-good answers; a text alone is its file. "
         "Empty: no audit.",
     )
-    retry_failed: bool = Field(
-        True,
-        description="Ask again about rows on which the model failed in an earlier run; no: they "
-        "keep their reason.",
-    )
     report: ReportConfig = Field(
         default_factory=ReportConfig, description="What the page of a run shows."
     )

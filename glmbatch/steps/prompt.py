@@ -41,6 +41,17 @@ class Prompt:
 RowValues = Mapping[str, str | bytes | RowFault | None]
 
 
+def uses_chat(step: Step, *, has_head: bool) -> bool:
+    """Whether prompts of `step` are put in the chat form: a trained head reads the prompt bare."""
+    return not has_head if step.chat is None else step.chat
+
+
+def longest_prompt(step: Step, max_positions: int, answer_tokens: int) -> int:
+    """Most tokens of a prompt: what the setting says, within the positions that the answer leaves."""
+    room = max_positions - answer_tokens
+    return room if step.max_input_tokens is None else min(room, step.max_input_tokens)
+
+
 def build_prompts(  # noqa: PLR0913 - two facts about the model and one about the data beside the rows
     step: Step,
     rows: Sequence[RowValues],
@@ -48,15 +59,14 @@ def build_prompts(  # noqa: PLR0913 - two facts about the model and one about th
     *,
     chat: bool,
     max_input_tokens: int,
-    text_column: str = TEXT,
+    texts: Sequence[str] = (TEXT,),
 ) -> list[Prompt | RowFault]:
     """The prompt of each row, in the order of `rows`, or why it has none.
 
     A row maps each placeholder of the template to its value. A value is never taken for a turn of the chat form, a
-    placeholder or a special token. `on_too_long: truncate` cuts the text at its end until the prompt fits. A prompt
-    may call the text by its column's name too.
+    placeholder or a special token. `texts` are the placeholders that hold the text: `on_too_long: truncate` cuts it at
+    its end until the prompt fits.
     """
-    texts_of = [name for name in placeholders(step.prompt_template) if name in (TEXT, text_column)]
 
     def render(row: Mapping[str, str]) -> str:
         filled = step.prompt_template.format_map(
@@ -67,12 +77,12 @@ def build_prompts(  # noqa: PLR0913 - two facts about the model and one about th
         return filled if step.system_prompt is None else f"{step.system_prompt}\n\n{filled}"
 
     needed = placeholders(step.prompt_template)
-    checked = [_checked(row, needed, texts_of) for row in rows]
-    texts = ["" if isinstance(row, RowFault) else render(row) for row in checked]
-    encoded = tokenizer.encode(texts)
+    checked = [_checked(row, needed, texts) for row in rows]
+    rendered = ["" if isinstance(row, RowFault) else render(row) for row in checked]
+    encoded = tokenizer.encode(rendered)
     head = _head_ids(render(dict.fromkeys(needed, VALUE)).partition(VALUE)[0], tokenizer)
     prompts: list[Prompt | RowFault] = []
-    for row, text, ids in zip(checked, texts, encoded, strict=True):
+    for row, text, ids in zip(checked, rendered, encoded, strict=True):
         if isinstance(row, RowFault) or len(ids) <= max_input_tokens:
             prompts.append(
                 row
@@ -81,10 +91,10 @@ def build_prompts(  # noqa: PLR0913 - two facts about the model and one about th
             )
             continue
         seen = f"the prompt has {len(ids)} tokens, {max_input_tokens} are allowed"
-        if step.on_too_long == "error" or not texts_of:
+        if step.on_too_long == "error" or not texts:
             prompts.append(RowFault("too_long", seen))
             continue
-        shorter = _longest(row, texts_of, max_input_tokens, render, tokenizer)
+        shorter = _longest(row, texts, max_input_tokens, render, tokenizer)
         prompts.append(
             shorter or RowFault("too_long", f"{seen}, and the template alone fills them")
         )
@@ -98,7 +108,7 @@ def _head_ids(head: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _checked(
-    row: RowValues, needed: Sequence[str], texts_of: Sequence[str]
+    row: RowValues, needed: Sequence[str], texts: Sequence[str]
 ) -> Mapping[str, str] | RowFault:
     """The row with text alone in it, or the first reason why it cannot be asked."""
     values: dict[str, str] = {}
@@ -110,7 +120,7 @@ def _checked(
             return RowFault("null_value", f"{name} is null")
         if isinstance(value, bytes):
             return RowFault("not_utf8", f"{name} is not UTF-8")
-        if name in texts_of and not value.strip():
+        if name in texts and not value.strip():
             return RowFault("empty_text", f"{name} is empty")
         values[name] = value
     return values
@@ -118,19 +128,19 @@ def _checked(
 
 def _longest(
     row: Mapping[str, str],
-    texts_of: Sequence[str],
+    texts: Sequence[str],
     limit: int,
     render: Callable[[Mapping[str, str]], str],
     tokenizer: Tokenizer,
 ) -> Prompt | None:
     """The prompt with as much of the text as fits `limit` tokens; None when none of it does."""
     # Tokens are no fixed number of characters: the longest text that fits lies between two lengths that close in.
-    whole = row[texts_of[0]]
+    whole = row[texts[0]]
     fits, over = 0, len(whole)
     best: Prompt | None = None
     while over - fits > 1:
         length = (fits + over) // 2
-        text = render({**row, **dict.fromkeys(texts_of, whole[:length])})
+        text = render({**row, **dict.fromkeys(texts, whole[:length])})
         ids = tokenizer.encode([text])[0]
         if len(ids) > limit:
             over = length

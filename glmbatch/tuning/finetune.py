@@ -30,7 +30,7 @@ from pydantic import BaseModel, ValidationError
 from glmbatch.errors import InputError
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.run.fetching import PROMPT_FILE
-from glmbatch.run.planning import locate_model, prepare_model
+from glmbatch.run.models import locate_model, prepare_model
 from glmbatch.settings.job import (
     ClassifyStep,
     DataConfig,
@@ -320,7 +320,7 @@ def evaluate(
     folder: Path,
 ) -> tuple[Scores | TextScores, list[Mistake]]:
     """Scores of `model` on `rows`, and its mistakes, the surest first: by the very job that will use it."""
-    from glmbatch.run.pipeline import run_job
+    from glmbatch.run.job import run_job
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -79,7 +79,7 @@ def test_importing_the_flows_loads_no_torch() -> None:
 
 def test_importing_glmbatch_loads_no_prefect() -> None:
     assert "prefect" not in loaded_by(
-        "import glmbatch.run.pipeline, glmbatch.run.preview, glmbatch.cli.main"
+        "import glmbatch.run.job, glmbatch.run.preview, glmbatch.cli.main"
     )
 
 

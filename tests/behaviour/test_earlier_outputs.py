@@ -16,7 +16,7 @@ from glmbatch.cli.main import main
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.report.summary import Summary
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.jobfile import load_job
 from tests.support import CAUSAL, EARLIER, copy_earlier
 

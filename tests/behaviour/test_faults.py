@@ -16,7 +16,7 @@ from glmbatch.glm.model.kv_cache import KvPrefix
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
 from glmbatch.glm.tokenizer import load_tokenizer
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.conftest import CAUSAL, CLASSIFY
 from tests.unit.glm.checkpoints import read_state, write_weights

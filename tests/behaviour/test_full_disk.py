@@ -15,7 +15,7 @@ import pytest
 
 from glmbatch.errors import InputError, TransientError
 from glmbatch.ledger.verification import verify
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,7 @@ from tests.conftest import CLASSIFIER, ROOT
 MEASURED_RUN = """
 import json, resource, sys
 from glmbatch.settings.job import JobConfig
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 
 rows = run_job(JobConfig.model_validate(json.loads(sys.argv[1]))).rows
 print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

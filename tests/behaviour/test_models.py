@@ -11,8 +11,10 @@ import pytest
 
 from glmbatch.errors import InputError
 from glmbatch.glm import device
-from glmbatch.run.pipeline import answer
-from glmbatch.run.planning import assign, locate_model, passes, plan_run, prepare_model
+from glmbatch.run.answer import answer
+from glmbatch.run.models import locate_model, prepare_model, prepare_models
+from glmbatch.run.plan import assign, plan_passes, plan_run, prompt_inputs, resolve_questions
+from glmbatch.run.session import session
 from glmbatch.settings.job import JobConfig, ModelConfig
 from tests.support import (
     CAUSAL,
@@ -114,8 +116,9 @@ def test_models_that_do_not_fit_together_take_turns(job_settings: Settings) -> N
         {**GENERATE, "name": "d", "prompt_template": "{b} {text}"},
     ]
     job = JobConfig.model_validate(settings)
-    assert passes(job, 2) == ((0, 1, 2, 3),)
-    assert passes(job, 1) == ((0, 2), (1,), (3,))
+    questions = resolve_questions(job, prompt_inputs(job), prepare_models(job))
+    assert plan_passes(questions, together=True) == ((0, 1, 2, 3),)
+    assert plan_passes(questions, together=False) == ((0, 2), (1,), (3,))
 
 
 @pytest.mark.parametrize(
@@ -154,11 +157,12 @@ def test_weights_changed_between_plan_and_load_are_refused(
     shutil.copytree(CAUSAL, model)
     write_source("a.parquet", {"text": ["x"]})
     job = JobConfig.model_validate(job_settings(model={"path": str(model), "dtype": "bfloat16"}))
-    plan = plan_run(job)
-    work = assign(job, plan, [prepare_model(locate_model(job.model, job.runtime))])
+    run = plan_run(job)
+    work = assign(job, run, prepare_models(job))
     os.utime(model / "pytorch_model-00001-of-00003.bin")
-    with pytest.raises(InputError, match="was changed since this run took its digests"):
-        answer(job, work.fragments[0].assignments[0])
+    changed = pytest.raises(InputError, match="was changed since this run took its digests")
+    with changed, session(run):
+        answer(work.fragments[0].assignments[0])
 
 
 @pytest.mark.parametrize(
@@ -170,9 +174,10 @@ def test_an_adapter_changed_between_plan_and_load_is_refused(
     write_source("a.parquet", {"text": ["x"]})
     model = write_adapter(tmp_path, "adapter").model_dump()
     job = JobConfig.model_validate(job_settings(model=model))
-    work = assign(job, plan_run(job), [prepare_model(locate_model(job.model, job.runtime))])
+    run = plan_run(job)
+    work = assign(job, run, prepare_models(job))
     (tmp_path / "adapter" / "README.md").touch()
     (tmp_path / "adapter" / name).touch()
     message = r"with the adapter .* was changed since this run took its digests"
-    with pytest.raises(InputError, match=message):
-        answer(job, work.fragments[0].assignments[0])
+    with pytest.raises(InputError, match=message), session(run):
+        answer(work.fragments[0].assignments[0])

@@ -16,7 +16,7 @@ from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.ledger.publication import REFUSED
 from glmbatch.report.summary import Summary
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.run.publish import publish
 from glmbatch.settings.job import JobConfig
 from tests.support import (
@@ -189,7 +189,7 @@ def test_a_landing_folder_may_be_emptied_before_publication(
         source.unlink()
         return publish(*arguments)
 
-    monkeypatch.setattr("glmbatch.run.pipeline.publish", emptied)
+    monkeypatch.setattr("glmbatch.run.job.publish", emptied)
     summary = run(job_settings(steps=[CLASSIFY], data__id_column="id", max_error_rate=0.5))
     assert summary.samples[0]["text"] == "one"
     assert [line["id"] for line in read_quarantine(out)] == ["y"]

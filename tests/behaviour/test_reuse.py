@@ -19,8 +19,7 @@ from glmbatch.glm.engine.worker import TorchEngine
 from glmbatch.ledger.known import Hold, KnownAnswers
 from glmbatch.ledger.verification import verify
 from glmbatch.report.summary import Summary
-from glmbatch.run import asking
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.conftest import CAUSAL, CLASSIFY
 
@@ -204,22 +203,20 @@ class Failing:
         monkeypatch.setattr(TorchEngine, "classify", classify)
 
 
-def test_only_rows_that_failed_are_tried_again_and_only_by_choice(
+def test_only_rows_that_failed_are_tried_again(
     write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Failing(monkeypatch)
     write_source("a.parquet", {"text": texts()})
-    settings = job_settings(max_error_rate=0.5, retry_failed=False)
+    settings = job_settings(max_error_rate=0.5)
     settings["steps"] = settings["steps"][:1]
     first = run(settings)
     assert first.faulty_rows == FAILED
     engine.fails = False
-    assert computed(settings) == [0]
-    write_source("a.parquet", {"text": texts()[::-1]})
-    kept = run(settings)
-    assert (kept.computed, kept.faulty_rows) == (0, FAILED)
-    again = run({**settings, "retry_failed": True})
+    again = run(settings)
     assert (again.computed, again.faulty_rows) == (FAILED, 0)
+    write_source("a.parquet", {"text": texts()[::-1]})
+    assert computed(settings) == [0]
 
 
 def test_a_step_that_had_to_do_without_an_earlier_answer_is_asked_once_that_is_there(
@@ -247,14 +244,6 @@ def test_what_another_fragment_failed_to_answer_is_asked_by_who_waited(
 
 def _held_by_another(known: KnownAnswers, keys: Any) -> Any:
     return nullcontext(Hold(frozenset(), (), threading.Event()))
-
-
-def test_the_index_is_let_go_with_its_run(
-    published: dict[str, Any], job_settings: Settings
-) -> None:
-    settings = job_settings()
-    run(settings)
-    assert not [key for key in asking._KNOWN if key[0] == settings["data"]["output"]]
 
 
 def test_a_killed_publication_costs_no_inference_of_the_night_after(

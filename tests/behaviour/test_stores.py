@@ -23,8 +23,8 @@ from glmbatch.errors import InputError, Interrupted, TransientError
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.verification import verify
 from glmbatch.report.summary import Summary, describe
-from glmbatch.run.pipeline import run_job
-from glmbatch.run.planning import plan_run
+from glmbatch.run.job import run_job
+from glmbatch.run.plan import plan_run
 from glmbatch.run.preview import preview
 from glmbatch.settings.job import JobConfig
 from glmbatch.store.files import digest_file
@@ -40,7 +40,7 @@ DAYS = {1: [f"row {n}" for n in range(12)], 2: ["one", None, "three"]}
 RUN = """
 import json, sys
 from glmbatch.settings.job import JobConfig
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 run_job(JobConfig.model_validate(json.loads(sys.argv[1])))
 """
 

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from glmbatch.errors import AuditError, InputError, UnusableFile
-from glmbatch.ledger.fragments import plan_fragments
 from glmbatch.ledger.verification import verify
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
+from glmbatch.run.plan import plan_run
 from glmbatch.settings.job import JobConfig
 from glmbatch.store.parquet import is_plain, open_parquet
 from tests.conftest import CLASSIFY, ROOT
@@ -102,7 +102,7 @@ def test_a_link_out_of_the_input_is_not_followed(
         if link == "file"
         else pytest.MonkeyPatch.context()
     ):
-        plan_fragments(JobConfig.model_validate({**settings, "on_error": "raise"}))
+        plan_run(JobConfig.model_validate({**settings, "on_error": "raise"}))
 
 
 def test_a_link_that_the_user_names_is_read(
@@ -115,7 +115,7 @@ def test_a_link_that_the_user_names_is_read(
     (tmp_path / "in" / "b.parquet").symlink_to(tmp_path / "in" / "a.parquet")
     for named, rows in (("folder", 4), ("links/file.parquet", 2)):
         job = JobConfig.model_validate(job_settings(data__input=str(tmp_path / named)))
-        assert plan_fragments(job).rows == rows
+        assert plan_run(job).plan.rows == rows
 
 
 def test_no_secret_of_the_environment_is_told(
@@ -204,7 +204,7 @@ def test_links_in_a_circle_cost_themselves_and_a_linked_day_may_be_named(
     assert (summary.rows, [fault.source for fault in summary.unusable]) == (1, ["circle.parquet"])
     (tmp_path / "days").mkdir()
     (tmp_path / "days" / "day=1").symlink_to(tmp_path / "in")
-    plan = plan_fragments(
+    plan = plan_run(
         JobConfig.model_validate(job_settings(data__input=str(tmp_path / "days" / "day=1")))
-    )
+    ).plan
     assert [fragment.source for fragment in plan.fragments] == ["day=1/a.parquet"]

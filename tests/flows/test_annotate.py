@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 import pytest
 import yaml
 
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.conftest import ROOT
 
@@ -28,7 +28,7 @@ Write = Callable[..., Path]
 # The flow with an engine whose first use fails, as a lost device would.
 FLAKY = """
 import sys
-from glmbatch.run import asking
+from glmbatch.run import session
 from glmbatch.errors import TransientError
 from glmbatch.glm.engine.loading import load_engine
 from glmbatch.settings.jobfile import load_job
@@ -41,7 +41,7 @@ def load_at_second_try(*arguments):
         raise TransientError("the device was lost")
     return load_engine(*arguments)
 
-asking.load_engine = load_at_second_try
+session.load_engine = load_at_second_try
 from flows.annotate import annotate
 summary = annotate(load_job(sys.argv[1]))
 print(summary.computed)

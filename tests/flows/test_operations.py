@@ -27,7 +27,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from deployments.local import DEFAULTS, Local
 from glmbatch.ledger.verification import verify
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.conftest import ROOT
 from tests.postgresql import postgresql_server

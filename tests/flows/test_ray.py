@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from glmbatch.ledger.verification import verify
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.flows.test_annotate import last_flow_run
 from tests.flows.test_kills import committed, rows, start
@@ -28,7 +28,7 @@ Write = Callable[..., Path]
 # Every process of the run tells in a file of its own what it loads.
 TELLING = """
 import logging, os
-logger = logging.getLogger("glmbatch.run.asking")
+logger = logging.getLogger("glmbatch.run.session")
 logger.addHandler(logging.FileHandler(f"{os.environ['LOADS']}/{os.getpid()}", delay=True))
 logger.setLevel(logging.INFO)
 """

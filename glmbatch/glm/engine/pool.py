@@ -1,91 +1,97 @@
-"""The engines of this process: each is loaded once, shared by all threads, and closed to make room."""
+"""The engines loaded in one process: each once, shared by threads and runs, closed when room is needed."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-from glmbatch.errors import Interrupted
 from glmbatch.glm.engine.protocol import Engine
 
 logger = logging.getLogger(__name__)
 
 
+class Owner(Protocol):
+    """Who leases an engine: a run, which may be told to stop while others go on."""
+
+    def check_running(self) -> None:
+        """Raise when the owner was told to stop."""
+
+
 class EnginePool:
-    """Loads an engine on first use and keeps it for the next. Safe to call from several threads."""
+    """Loads an engine at its first use and keeps it for the next. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._engines: OrderedDict[Hashable, Engine] = OrderedDict()  # least recently used first
-        self._users: dict[Hashable, int] = {}
-        self._stopped = False
+        self._engines: OrderedDict[Hashable, Engine] = OrderedDict()
+        # Leases of each engine by owner; an engine may be closed while it is leased.
+        self._leases: dict[Hashable, Counter[Owner]] = {}
 
     @contextmanager
-    def lease(self, key: Hashable, load: Callable[[], Engine], most: int) -> Iterator[Engine]:
-        """The engine under `key`, which `load` makes if it is not in the pool yet.
+    def lease(
+        self, key: Hashable, load: Callable[[], Engine], most: int, owner: Owner
+    ) -> Iterator[Engine]:
+        """The engine under `key` for `owner`, loaded by `load` when it is not there yet.
 
-        At most `most` engines stay loaded. The least recently used idle one is closed to make room;
-        while all are in use, the caller waits. Interrupted when the pool is stopped.
+        At most `most` engines stay loaded: the one unused for longest is closed first, and while all are in use the
+        caller waits. Raises what `owner.check_running` raises.
         """
-        engine = self._take(key, load, most)
+        engine = self._take(key, load, most, owner)
         try:
             yield engine
         finally:
             with self._changed:
-                self._users[key] -= 1
+                self._leases[key][owner] -= 1
                 self._changed.notify_all()
 
-    def _take(self, key: Hashable, load: Callable[[], Engine], most: int) -> Engine:
+    def _take(self, key: Hashable, load: Callable[[], Engine], most: int, owner: Owner) -> Engine:
         with self._changed:
+            owner.check_running()
             while key not in self._engines:
-                self.check_running()
-                idle = [other for other in self._engines if not self._users.get(other)]
                 if len(self._engines) < most:
-                    # Loaded under the lock, so that a second thread waits instead of loading it too.
+                    # Loaded under the lock: a second thread that wants it waits instead of loading it too.
                     self._engines[key] = load()
-                    self.check_running()
-                elif idle:
-                    logger.info("closing an engine to make room for another")
-                    self._engines.pop(idle[0]).close()
-                else:
+                elif not self._close_idle():
                     self._changed.wait()
+                owner.check_running()
             self._engines.move_to_end(key)
-            self._users[key] = self._users.get(key, 0) + 1
+            self._leases.setdefault(key, Counter())[owner] += 1
             return self._engines[key]
 
-    def check_running(self) -> None:
-        """Raise Interrupted if the pool was stopped."""
-        if self._stopped:
-            raise Interrupted("the run was told to stop")
+    def _close_idle(self) -> bool:
+        """Close the engine that has been unused for longest; false when all are in use."""
+        for key in self._engines:
+            if not self._owners(key):
+                logger.info("closing an engine to make room for another")
+                self._engines.pop(key).close()
+                return True
+        return False
 
-    def resume(self) -> None:
-        """Allow engines to be used again."""
-        self._stopped = False
-
-    def stop(self) -> None:
-        """Refuse new leases and end the running ones. Returns at once."""
-        self._stopped = True
-        # Closing waits for the current forward, and for an engine that is being loaded.
-        threading.Thread(target=self.close, name="stop-engines", daemon=True).start()
+    def _owners(self, key: Hashable) -> list[Owner]:
+        leases = self._leases.get(key, Counter())
+        return [owner for owner, count in leases.items() if count > 0]
 
     def discard(self, engine: Engine) -> None:
-        """Close `engine` and remove it, so that its next user loads it again."""
+        """Close `engine`, so that its next use loads it again; nothing when it is no longer here."""
         with self._changed:
-            keys = [key for key, other in self._engines.items() if other is engine]
-            for key in keys:
-                del self._engines[key]
+            for key in list(self._engines):
+                if self._engines[key] is engine:
+                    del self._engines[key]
             self._changed.notify_all()
         engine.close()
 
-    def close(self) -> None:
-        """Close every engine. Callers that wait for a result get a TransientError."""
-        with self._changed:  # an engine that is being loaded holds the lock until it is here
-            engines = list(self._engines.values())
+    def close_unshared(self, owner: Owner) -> None:
+        """Close the engines that `owner` alone is using, which ends its calls with a TransientError.
+
+        An engine that others use too goes on; there `owner` ends its calls itself, at its next answer.
+        """
+        with self._changed:  # waits for an engine that is being loaded
+            engines = [
+                engine for key, engine in self._engines.items() if self._owners(key) == [owner]
+            ]
+            self._changed.notify_all()  # the owner may also wait for room
         for engine in engines:
             self.discard(engine)
-
-
-POOL = EnginePool()

@@ -51,7 +51,7 @@ def test_the_plan_says_what_would_run_and_writes_nothing(
 def test_the_plan_says_why_rows_run_again(
     job_file: str, write_source: Write, job_settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from glmbatch.run.pipeline import run_job
+    from glmbatch.run.job import run_job
     from glmbatch.settings.job import JobConfig
 
     write_source("a.parquet", {"text": [f"text {number}" for number in range(5)]})
@@ -88,7 +88,7 @@ def test_the_plan_says_why_rows_run_again(
 def test_the_plan_counts_the_tokens_that_the_model_then_reads(
     job_file: str, write_source: Write, job_settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from glmbatch.run.pipeline import run_job
+    from glmbatch.run.job import run_job
     from glmbatch.settings.job import JobConfig
 
     write_source("a.parquet", {"text": [f"text {number % 15}" for number in range(20)]})

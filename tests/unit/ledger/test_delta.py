@@ -19,7 +19,7 @@ from glmbatch.errors import InputError
 from glmbatch.ledger.delta import APPLICATION, commit_table, delta_schema, table_files
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.verification import verify
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 
 Settings = Callable[..., dict[str, Any]]

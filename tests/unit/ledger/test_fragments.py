@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmbatch.errors import InputError, UnusableFile
-from glmbatch.ledger.fragments import Plan, cut, plan_fragments, read_fragment
+from glmbatch.ledger.fragments import Plan, cut, read_fragment
+from glmbatch.run.plan import plan_run
 from glmbatch.settings.job import JobConfig
 
 Settings = Callable[..., dict[str, Any]]
@@ -20,7 +21,7 @@ Write = Callable[..., Path]
 
 
 def planned(settings: dict[str, Any]) -> Plan:
-    return plan_fragments(JobConfig.model_validate(settings))
+    return plan_run(JobConfig.model_validate(settings)).plan
 
 
 @given(group_rows=st.lists(st.integers(0, 50), max_size=12), size=st.integers(1, 40))

@@ -60,7 +60,7 @@ KEYS = st.builds(
 def test_all_keys_of_all_files_are_found_and_no_others(
     files: list[list[bytes | None]], tmp_path: Path
 ) -> None:
-    known = KnownAnswers([], "mood", SCHEMA, retry_failed=True)
+    known = KnownAnswers([], "mood", SCHEMA, include_failed=False)
     there: set[bytes] = set()
     for number, keys in enumerate(files):
         known.add(write(tmp_path / f"{number}.parquet", keys))
@@ -78,7 +78,7 @@ def test_a_key_is_never_taken_for_another_with_the_same_first_half(
     keys: list[bytes], asked: set[bytes], tmp_path: Path
 ) -> None:
     known = KnownAnswers(
-        [write(tmp_path / "a.parquet", list(keys))], "mood", SCHEMA, retry_failed=True
+        [write(tmp_path / "a.parquet", list(keys))], "mood", SCHEMA, include_failed=False
     )
     for key, answer in found(known, asked).items():
         assert key in asked
@@ -87,10 +87,10 @@ def test_a_key_is_never_taken_for_another_with_the_same_first_half(
 
 def test_failed_rows_are_known_only_where_they_are_not_tried_again(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", [ONE, TWO, None], [None, "not finite", "empty"])
-    assert found(KnownAnswers([file], "mood", SCHEMA, retry_failed=True), {ONE, TWO}) == {
+    assert found(KnownAnswers([file], "mood", SCHEMA, include_failed=False), {ONE, TWO}) == {
         ONE: ONE.hex()
     }
-    assert found(KnownAnswers([file], "mood", SCHEMA, retry_failed=False), {ONE, TWO}) == {
+    assert found(KnownAnswers([file], "mood", SCHEMA, include_failed=True), {ONE, TWO}) == {
         ONE: ONE.hex(),
         TWO: None,
     }
@@ -98,24 +98,26 @@ def test_failed_rows_are_known_only_where_they_are_not_tried_again(tmp_path: Pat
 
 def test_columns_of_another_name_are_read_as_this_steps(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", [ONE], step="tone")
-    assert found(KnownAnswers([file], "mood", SCHEMA, retry_failed=True), {ONE}) == {ONE: ONE.hex()}
+    assert found(KnownAnswers([file], "mood", SCHEMA, include_failed=False), {ONE}) == {
+        ONE: ONE.hex()
+    }
 
 
 def test_a_file_that_is_gone_changed_or_not_parquet_has_no_answers(tmp_path: Path) -> None:
     files = [
         write(tmp_path / f"{number}.parquet", [key]) for number, key in enumerate((ONE, TWO, THREE))
     ]
-    known = KnownAnswers(files, "mood", SCHEMA, retry_failed=True)
+    known = KnownAnswers(files, "mood", SCHEMA, include_failed=False)
     files[0].path.unlink()
     write(files[1].path, [TWO, THREE])
     assert found(known, {ONE, TWO, THREE}) == {THREE: THREE.hex()}
     files[2].path.write_bytes(b"not parquet")
-    assert found(KnownAnswers(files, "mood", SCHEMA, retry_failed=True), {ONE, THREE}) == {}
+    assert found(KnownAnswers(files, "mood", SCHEMA, include_failed=False), {ONE, THREE}) == {}
 
 
 def test_who_holds_a_key_answers_it_and_later_callers_wait_for_that_one_alone() -> None:
     """The third caller holds, again, what the second waits for; neither may wait for the other."""
-    known = KnownAnswers([], "mood", SCHEMA, retry_failed=True)
+    known = KnownAnswers([], "mood", SCHEMA, include_failed=False)
     ended: list[str] = []
     with known.hold([ONE]) as first:
         second = known.hold([ONE, TWO])
@@ -139,7 +141,7 @@ def test_who_holds_a_key_answers_it_and_later_callers_wait_for_that_one_alone() 
 
 
 def test_a_caller_that_fails_lets_its_keys_go() -> None:
-    known = KnownAnswers([], "mood", SCHEMA, retry_failed=True)
+    known = KnownAnswers([], "mood", SCHEMA, include_failed=False)
     with pytest.raises(LookupError), known.hold([ONE]):
         raise LookupError
     with known.hold([ONE]) as hold:
@@ -155,6 +157,6 @@ def test_files_without_keys_or_with_keys_of_another_kind_have_no_answers(tmp_pat
         path = tmp_path / f"other-{number}.parquet"
         pq.write_table(changed, path)
         known = KnownAnswers(
-            [AnswerFile(path, "mood", digest_file(path))], "mood", SCHEMA, retry_failed=True
+            [AnswerFile(path, "mood", digest_file(path))], "mood", SCHEMA, include_failed=False
         )
         assert found(known, {ONE}) == {}

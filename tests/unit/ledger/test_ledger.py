@@ -23,7 +23,7 @@ from glmbatch.ledger.fragments import FileFault, Fragment, Plan
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import MANIFEST, Manifest, merged_manifest
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.conftest import ROOT
 
@@ -34,7 +34,7 @@ Write = Callable[..., Path]
 DYING_RUNS = """
 import json, os, sys
 from glmbatch.settings.job import JobConfig
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 # Once, before the processes part: all that a run would import.
 from glmbatch.glm.checkpoint import load
 from glmbatch.glm import tokenizer

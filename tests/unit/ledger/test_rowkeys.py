@@ -86,7 +86,7 @@ def test_speed_settings_and_paths_are_in_no_key(tmp_path: Path) -> None:
             row_groups=(0,),
             skip_rows=0,
         )
-        keys.add(answers_key(job, fragment, job.steps[0], step_key(job.steps[0], "w"), {}))
+        keys.add(answers_key(fragment, "mood", step_key(job.steps[0], "w"), {"text": "text"}, {}))
     assert len(keys) == 1
 
 

@@ -16,7 +16,7 @@ from glmbatch.cli.main import main
 from glmbatch.errors import InputError
 from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.ledger.verification import verify
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from glmbatch.store.files import digest_file
 

@@ -20,7 +20,7 @@ from glmbatch.report import report
 from glmbatch.report.report import markdown, read_report
 from glmbatch.report.summary import Summary, describe
 from glmbatch.run.audits import population_stability
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.conftest import CLASSIFIER, CLASSIFY, GENERATE
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from glmbatch.errors import AuditError
 from glmbatch.report.summary import Summary, describe
 from glmbatch.run.audits import population_stability
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.conftest import CLASSIFIER
 

@@ -19,7 +19,7 @@ from glmbatch.glm.engine.worker import TorchEngine
 from glmbatch.glm.model.network import Network
 from glmbatch.report.summary import Summary
 from glmbatch.run.canary import freeze
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.conftest import CAUSAL
 

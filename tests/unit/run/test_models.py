@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glmbatch.errors import InputError, TransientError
-from glmbatch.run.planning import locate_model, prepare_model
+from glmbatch.run.models import locate_model, prepare_model
 from glmbatch.settings.job import ModelConfig, RuntimeConfig
 from tests.conftest import CAUSAL
 from tests.stores import Store

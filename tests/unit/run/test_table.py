@@ -14,7 +14,8 @@ import yaml
 
 from glmbatch import annotate, annotate_table
 from glmbatch.errors import AuditError, InputError
-from glmbatch.report.progress import PROGRESS
+from glmbatch.report.summary import Summary
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import ClassifyStep, JobConfig, answer_columns
 from tests.conftest import CAUSAL, CLASSIFY, GENERATE
 
@@ -151,12 +152,25 @@ def test_the_audits_of_the_job_hold(texts: list[str | None], tmp_path: Path) -> 
     assert Path(str(caught.value).split("Read about the run: ")[1].removesuffix(".")).exists()
 
 
+@pytest.fixture
+def summaries(monkeypatch: pytest.MonkeyPatch) -> list[Summary]:
+    """What the runs behind the calls said of themselves, in order."""
+    summaries: list[Summary] = []
+
+    def kept(job: JobConfig) -> Summary:
+        summaries.append(run_job(job))
+        return summaries[-1]
+
+    monkeypatch.setattr("glmbatch.run.table.run_job", kept)
+    return summaries
+
+
 def test_with_a_cache_only_new_rows_are_asked_about_whatever_was_asked_in_between(
-    tmp_path: Path,
+    tmp_path: Path, summaries: list[Summary]
 ) -> None:
     def computed(texts: list[str], **settings: Any) -> int:
         annotate_table(pd.DataFrame({"text": texts}), {**JOB, **settings}, cache=tmp_path / "cache")
-        return PROGRESS.snapshot().computed
+        return summaries[-1].computed
 
     texts = [f"text {number}" for number in range(12)]
     other = {**CLASSIFY, "labels": ["loud", "quiet"]}
@@ -168,11 +182,13 @@ def test_with_a_cache_only_new_rows_are_asked_about_whatever_was_asked_in_betwee
     assert computed(texts, steps=[other]) == 0
 
 
-def test_the_model_stays_loaded_between_calls(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_model_stays_loaded_between_calls(
+    caplog: pytest.LogCaptureFixture, summaries: list[Summary]
+) -> None:
     annotate_table(pa.table({"text": ["first"]}), JOB)
     with caplog.at_level(logging.INFO, "glmbatch"):
         annotate_table(pa.table({"text": ["second"]}), JOB)
-        assert PROGRESS.snapshot().computed == 1
+        assert summaries[-1].computed == 1
         assert not [record for record in caplog.records if "loading" in record.message]
         annotate_table(
             pa.table({"text": ["third"]}),

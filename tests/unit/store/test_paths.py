@@ -17,7 +17,8 @@ import pytest
 from pydantic import ValidationError
 
 from glmbatch.errors import InputError, TransientError, UnusableFile
-from glmbatch.ledger.fragments import plan_fragments, read_fragment
+from glmbatch.ledger.fragments import read_fragment
+from glmbatch.run.plan import plan_run
 from glmbatch.settings.job import DataConfig, JobConfig
 from glmbatch.store.files import committed, digest_file, find_files
 from glmbatch.store.paths import ObjectPath, location, side_by_side
@@ -122,7 +123,7 @@ def test_a_fault_that_passes_changes_no_row(
 ) -> None:
     table = pa.table({"text": [f"row {n}" for n in range(20)]})
     store.put("in/a.parquet", table)
-    (one, *_) = plan_fragments(job(job_settings, store)).fragments
+    (one, *_) = plan_run(job(job_settings, store)).plan.fragments
     store.harm = once(harm)
     assert digest_file(store.path("in/a.parquet")) == one.digest
     store.harm = once(harm)
@@ -134,7 +135,7 @@ def test_a_store_that_stays_out_of_reach_is_tried_again_later(
     store: Store, job_settings: Settings, harm: str | int
 ) -> None:
     store.put("in/a.parquet", pa.table({"text": ["a"]}))
-    plan = plan_fragments(job(job_settings, store))
+    plan = plan_run(job(job_settings, store)).plan
     store.harm = lambda request: harm
     for call in (
         lambda: find_files(store.url("in")),
@@ -155,19 +156,19 @@ def test_denied_or_another_region_is_the_callers_to_mend(
     with pytest.raises(
         InputError, match=r"refuses it.*credentials and region.*Or set data\.input\."
     ) as refused:
-        plan_fragments(job(job_settings, store))
+        plan_run(job(job_settings, store))
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(refused.value)
     store.harm = lambda request: harm if request.key.endswith(".parquet") else None
     settings = job(job_settings, store).model_copy(update={"on_error": "quarantine"})
     with pytest.raises(InputError, match=r"a\.parquet: the store refuses it.*Or set data\.input\."):
-        plan_fragments(settings)
+        plan_run(settings)
 
 
 def test_an_object_that_changes_under_the_run_is_not_mixed(
     store: Store, job_settings: Settings
 ) -> None:
     store.put("in/a.parquet", pa.table({"text": ["first"] * 4}))
-    (one,) = plan_fragments(job(job_settings, store)).fragments
+    (one,) = plan_run(job(job_settings, store)).plan.fragments
     store.put("in/a.parquet", pa.table({"text": ["other"] * 4}))
     with pytest.raises(UnusableFile, match="was changed while the run read it"):
         list(read_fragment(one))
@@ -180,7 +181,7 @@ def test_of_a_large_object_only_what_is_needed_is_fetched(
     ballast = pa.array([os.urandom(1 << 20) for _ in range(rows)])
     table = pa.table({"text": [f"row {n}" for n in range(rows)], "ballast": ballast})
     store.put("in/a.parquet", table, row_group_size=6, use_dictionary=False, compression="none")
-    plan = plan_fragments(job(job_settings, store), digests=False)
+    plan = plan_run(job(job_settings, store), digests=False).plan
     store.requests.clear()
     read = pa.Table.from_batches(read_fragment(plan.fragments[1], ["text"]))
     assert read.column(0).to_pylist() == [f"row {n}" for n in range(30, 36)]

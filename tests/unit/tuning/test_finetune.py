@@ -23,7 +23,7 @@ from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.doctor import examine
 from glmbatch.glm.checkpoint.load import load_model
 from glmbatch.glm.tokenizer import load_tokenizer
-from glmbatch.run.pipeline import run_job
+from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig, ModelConfig
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.finetune import begin, evaluate_run, finetune, promote, train_run

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from glmbatch.glm.engine.pool import POOL
-from tasks.policies import in_window
+from tasks.window import in_window
 
 
 def window(
@@ -46,4 +45,3 @@ def test_the_first_failure_is_raised_at_once() -> None:
 
     with pytest.raises(ValueError, match="item 1"):
         window(submit, ["first", "second"])
-    POOL.resume()

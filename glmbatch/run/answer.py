@@ -1,0 +1,252 @@
+"""One question over one fragment: rows, prompts, known or asked answers, committed. Forward only.
+
+Rows, tables and models stay inside these calls, which take and give small references. Each is safe to repeat: what is
+committed is found and not done again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import pyarrow as pa
+
+from glmbatch.errors import BadRow, UnusableFile
+from glmbatch.ledger.fragments import read_fragment
+from glmbatch.ledger.known import Hold, KnownAnswers
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt
+from glmbatch.run.ask import Asked, ask
+from glmbatch.run.session import Session, session_of
+from glmbatch.run.triage import build_question_prompts, key_prompts, triage
+from glmbatch.run.work import Assignment, Question
+from glmbatch.settings.job import ClassifyStep
+from glmbatch.steps.answers import Answer, answers_table
+from glmbatch.steps.generate import Writing
+from glmbatch.steps.prompt import Prompt, RowFault, RowValues
+from glmbatch.store.parquet import prompt_values
+
+
+def answer(assignment: Assignment) -> AnswersReceipt:
+    """Answer one question for every row of one fragment and commit the answers, unless they are there already.
+
+    A fragment that cannot be read gives a receipt that says so; under `on_error: raise` it, or a bad row, is an
+    InputError. TransientError when the machine failed.
+    """
+    run, rows = assignment.run, assignment.fragment.rows
+    session = session_of(run)
+    ledger = Ledger(run.output)
+    committed = ledger.find_answers(assignment.key, run.id, assignment.earlier, retry_failed=True)
+    if committed is not None:
+        session.progress.add(rows, computed=False)
+        return committed
+    try:
+        values, earlier_runs = read_prompt_rows(assignment, ledger)
+    except UnusableFile as error:
+        if run.raises:
+            raise
+        session.progress.add(rows, computed=False)
+        return _receipt(assignment, unusable=str(error))
+    prompts = build_question_prompts(assignment.question, values)
+    _refuse_faults(assignment, (_reason(prompt) for prompt in prompts))
+    return _answer_prompts(assignment, prompts, earlier_runs, session, ledger)
+
+
+def _answer_prompts(
+    assignment: Assignment,
+    prompts: Sequence[Prompt | RowFault],
+    earlier_runs: dict[str, str],
+    session: Session,
+    ledger: Ledger,
+) -> AnswersReceipt:
+    question = assignment.question
+    keys, distinct = key_prompts(question, prompts)
+    session.progress.add(len(prompts) - len(distinct), computed=False)
+    known = session.known_answers(question)
+    # Held first, looked up then: what another fragment commits in between is found.
+    with known.hold(distinct) as hold:
+        answers, measured = _answers(question, distinct, known, hold, session)
+        table = _in_row_order(question, answers, prompts, keys)
+        _refuse_faults(assignment, table.column(f"{question.name}_error").to_pylist())
+        receipt = _receipt(
+            assignment,
+            earlier=earlier_runs,
+            prompt_lengths=_prompt_lengths(prompts),
+            **_counts(question, table),
+            **measured,
+        )
+        known.add(ledger.keep_answers(receipt, table))
+    return receipt
+
+
+def _answers(
+    question: Question,
+    distinct: dict[bytes, Prompt],
+    known: KnownAnswers,
+    hold: Hold,
+    session: Session,
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The answers to `distinct` prompts, each once, in any order, and what they took.
+
+    Known answers are used as they are. The model is asked about the keys that this fragment holds, and about keys of
+    another fragment only where that one failed to commit them.
+    """
+    sorted_prompts = triage(question, distinct, known)
+    mine: dict[bytes, Prompt] = {}
+    others: dict[bytes, Prompt] = {}
+    for key, prompt in sorted_prompts.to_ask.items():
+        if key in hold.mine:
+            mine[key] = prompt
+        else:
+            others[key] = prompt
+    asked = ask(question, mine, session) if mine else Asked(time.time(), {})
+    parts = [sorted_prompts.known]
+    if others:
+        hold.wait_for_others()
+        late = triage(question, others, known)
+        parts.append(late.known)
+        if late.to_ask:
+            asked.outcomes.update(ask(question, late.to_ask, session).outcomes)
+    outcomes = [Answer(outcome, key) for key, outcome in asked.outcomes.items()]
+    parts.append(answers_table(question.step, question.model.labels, outcomes))
+    session.progress.add(len(distinct) - len(outcomes), computed=False)
+    return pa.concat_tables(parts), _measured(distinct, asked)
+
+
+def _measured(distinct: dict[bytes, Prompt], asked: Asked) -> dict[str, Any]:
+    """The fields of a receipt that say what the answers took."""
+    completion_tokens = 0
+    for outcome in asked.outcomes.values():
+        if isinstance(outcome, Writing):
+            completion_tokens += outcome.completion_tokens
+    return {
+        "computed_rows": len(asked.outcomes),
+        "known_rows": len(distinct) - len(asked.outcomes),
+        "began": asked.began,
+        "seconds": time.time() - asked.began,
+        "prompt_tokens": sum(len(distinct[key].ids) for key in asked.outcomes),
+        "completion_tokens": completion_tokens,
+    }
+
+
+def read_prompt_rows(
+    assignment: Assignment, ledger: Ledger
+) -> tuple[list[RowValues], dict[str, str]]:
+    """For each row of the fragment, the value of each placeholder; and the run of each earlier step's answers.
+
+    Reads only the columns that the prompt names. A row whose earlier step failed carries that in place of the value.
+    """
+    values: dict[str, Sequence[str | bytes | RowFault | None]] = dict(source_values(assignment))
+    runs: dict[str, str] = {}
+    for name, key in assignment.earlier.items():
+        receipt, table = ledger.read_answers(key)
+        values[name] = earlier_values(table, name)
+        runs[name] = receipt.run
+    return rows_of(values, assignment.fragment.rows), runs
+
+
+def rows_of(
+    values: Mapping[str, Sequence[str | bytes | RowFault | None]], count: int
+) -> list[RowValues]:
+    """Columns of `count` values, turned into rows."""
+    rows: list[RowValues] = []
+    for row in range(count):
+        rows.append({name: column[row] for name, column in values.items()})
+    return rows
+
+
+def source_values(assignment: Assignment) -> dict[str, list[str | bytes | None]]:
+    """For each placeholder that is a column of the source, the values of the fragment's rows."""
+    columns = assignment.question.inputs.columns
+    if not columns:
+        return {}
+    batches = list(read_fragment(assignment.fragment, sorted(set(columns.values()))))
+    if not batches:
+        return {name: [] for name in columns}
+    table = pa.Table.from_batches(batches)
+    return {name: prompt_values(table.column(column)) for name, column in columns.items()}
+
+
+def earlier_values(table: pa.Table, step: str) -> list[str | RowFault]:
+    """What a later prompt takes from the answers of `step`, row by row."""
+    values: list[str | RowFault] = []
+    faults = table.column(f"{step}_error").to_pylist()
+    for value, fault in zip(table.column(step).to_pylist(), faults, strict=True):
+        if fault is None:
+            values.append(value)
+        else:
+            values.append(RowFault("earlier_step_failed", f"{step} failed: {fault}"))
+    return values
+
+
+def _in_row_order(
+    question: Question,
+    answers: pa.Table,
+    prompts: Sequence[Prompt | RowFault],
+    keys: Sequence[bytes | None],
+) -> pa.Table:
+    """The answer of each row, or why it has no prompt, in the order of the rows."""
+    faults = [Answer(prompt) for prompt in prompts if isinstance(prompt, RowFault)]
+    table = pa.concat_tables([answers, answers_table(question.step, question.model.labels, faults)])
+    place = {key: at for at, key in enumerate(answers.column(f"{question.name}_key").to_pylist())}
+    fault_places = count(len(answers))
+    places = [next(fault_places) if key is None else place[key] for key in keys]
+    return table.take(pa.array(places, pa.int64()))
+
+
+def _receipt(assignment: Assignment, **facts: Any) -> AnswersReceipt:
+    return AnswersReceipt(
+        key=assignment.key,
+        run=assignment.run.id,
+        fragment=assignment.fragment.name,
+        step=assignment.question.name,
+        step_key=assignment.question.key,
+        model=assignment.question.model.identity,
+        rows=assignment.fragment.rows,
+        **facts,
+    )
+
+
+def _prompt_lengths(prompts: Sequence[Prompt | RowFault]) -> dict[int, int]:
+    lengths: Counter[int] = Counter()
+    for prompt in prompts:
+        if isinstance(prompt, Prompt):
+            lengths[len(prompt.ids) // LENGTH_BIN * LENGTH_BIN] += 1
+    return lengths
+
+
+def _counts(question: Question, table: pa.Table) -> dict[str, Any]:
+    """The fields of a receipt that count answers by kind."""
+
+    def values(end: str) -> list[Any]:
+        column: list[Any] = table.column(question.name + end).drop_null().to_pylist()
+        return column
+
+    faults = Counter(values("_error_type"))
+    if isinstance(question.step, ClassifyStep):
+        return {"faults": faults, "labels": Counter(values(""))}
+    return {
+        "faults": faults,
+        "finish_reasons": Counter(values("_finish_reason")),
+        "empty_answers": sum(not text.strip() for text in values("")),
+        "answer_tokens": sum(values("_completion_tokens")),
+    }
+
+
+def _reason(prompt: Prompt | RowFault) -> str | None:
+    return prompt.reason if isinstance(prompt, RowFault) else None
+
+
+def _refuse_faults(assignment: Assignment, reasons: Iterable[str | None]) -> None:
+    """BadRow at the first reason, under `on_error: raise`."""
+    if not assignment.run.raises:
+        return
+    for number, reason in enumerate(reasons, assignment.fragment.first_row):
+        if reason is not None:
+            raise BadRow(
+                f"{assignment.fragment.path}: row {number}, step {assignment.question.name!r}: "
+                f"{reason}. Mend the row, or set on_error to quarantine."
+            )

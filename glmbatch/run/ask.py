@@ -1,0 +1,59 @@
+"""Ask the model: prompts in, answers out, through the engine that the run's session holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from glmbatch.errors import TransientError
+from glmbatch.glm.engine.protocol import Engine
+from glmbatch.run.models import tokenizer_of
+from glmbatch.run.session import Session
+from glmbatch.run.work import Question
+from glmbatch.settings.job import ClassifyStep
+from glmbatch.steps.classify import Choice, ask_choices
+from glmbatch.steps.generate import Writing, ask_writings
+from glmbatch.steps.prompt import Prompt, RowFault
+
+Outcome = Choice | Writing | RowFault
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the model said, by row key. `began` is in seconds since 1970, after loading."""
+
+    began: float
+    outcomes: dict[bytes, Outcome]
+
+
+def ask(
+    question: Question, prompts: Mapping[bytes, Prompt], session: Session, *, counted: bool = True
+) -> Asked:
+    """Ask the model about every prompt; `counted` answers move the progress of the run.
+
+    TransientError when the machine failed, Interrupted when the run was told to stop.
+    """
+    with session.engine(question) as engine:
+        began = time.time()
+        outcomes: dict[bytes, Outcome] = {}
+        try:
+            for key, outcome in _outcomes(question, prompts, engine):
+                outcomes[key] = outcome
+                session.progress.add(1 if counted else 0, computed=True)
+                session.check_running()
+        except TransientError:
+            session.check_running()  # the engine failed because the run was stopped
+            session.discard(engine)
+            raise
+    return Asked(began, outcomes)
+
+
+def _outcomes(
+    question: Question, prompts: Mapping[bytes, Prompt], engine: Engine
+) -> Iterator[tuple[bytes, Outcome]]:
+    tokenizer = tokenizer_of(question.model)
+    step = question.step
+    if isinstance(step, ClassifyStep):
+        return ask_choices(step, question.model.labels, prompts, engine, tokenizer)
+    return ask_writings(step, prompts, engine, tokenizer)

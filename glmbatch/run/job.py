@@ -1,0 +1,35 @@
+"""Read this first: a whole run in plain calls. The flow makes the same calls as tasks, with retries.
+
+rows -> prompts -> token ids -> [ engine ] -> answers, committed -> staged file -> audit -> published file
+"""
+
+from __future__ import annotations
+
+from glmbatch.report.summary import Summary
+from glmbatch.run.answer import answer
+from glmbatch.run.canary import check_canary, check_canary_file
+from glmbatch.run.models import prepare_models
+from glmbatch.run.plan import assign, plan_run
+from glmbatch.run.publish import publish
+from glmbatch.run.session import session
+from glmbatch.run.write import write_output
+from glmbatch.settings.job import JobConfig
+
+
+def run_job(job: JobConfig) -> Summary:
+    """Answer every row of the input and publish the answers, in this thread."""
+    check_canary_file(job)
+    run = plan_run(job)  # which rows, in which fragments
+    with session(run):  # the output's lock, engines, known answers, progress
+        work = assign(
+            job, run, prepare_models(job)
+        )  # a question and a key for each step and fragment
+        receipts = {}
+        for assignment in work.in_passes():
+            receipts[assignment.key] = answer(assignment)
+        outputs = []
+        for fragment in work.fragments:
+            answers = [receipts[assignment.key] for assignment in fragment.assignments]
+            outputs.append(write_output(fragment, answers))
+        canaries = check_canary(job, work.questions, run.context)
+        return publish(job, run, work.questions, outputs, canaries)

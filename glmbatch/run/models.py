@@ -1,0 +1,197 @@
+"""From the settings of a model to a checked checkpoint on this machine. Loads no weights and reads no rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from glmbatch.errors import InputError
+from glmbatch.glm.files import ADAPTER_FILES
+from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
+from glmbatch.run.fetching import PROMPT_FILE, local_adapter, local_checkpoint
+from glmbatch.run.work import Model
+from glmbatch.settings.job import (
+    ClassifyStep,
+    GenerateStep,
+    JobConfig,
+    ModelConfig,
+    RuntimeConfig,
+    Step,
+    placeholders,
+)
+
+# Half as much again as the weights, for caches and activations.
+ROOM = 1.5
+
+
+def job_models(job: JobConfig) -> list[ModelConfig]:
+    """The distinct models of the job's steps, in the order of their first use."""
+    return list(dict.fromkeys(job.model_of(step) for step in job.steps))
+
+
+def prepare_models(job: JobConfig) -> list[Model]:
+    """Every model of the job, located and checked, in the order of `job_models`."""
+    return [prepare_model(locate_model(model, job.runtime)) for model in job_models(job)]
+
+
+def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
+    """The same model as a directory on this machine, fetched from hub or store, with its dtype settled.
+
+    InputError when there is no such checkpoint, adapter or device; TransientError when the hub cannot be reached.
+    """
+    from glmbatch.glm.device import resolve_device, resolve_dtype
+    from glmbatch.glm.model.linear import choose_form
+
+    # The adapter is small, so a wrong address of it is found before a checkpoint is fetched.
+    adapter = None if model.adapter is None else local_adapter(model.adapter, runtime.cache)
+    directory = local_checkpoint(model.path, model.revision, runtime.cache)
+    device = resolve_device(runtime.device)
+    dtype = resolve_dtype(model.dtype, device)
+    choose_form(model.quantization, device, dtype)
+    located = {"path": str(directory), "revision": None, "adapter": adapter, "dtype": dtype}
+    return model.model_copy(update=located)
+
+
+def prepare_model(located: ModelConfig) -> Model:
+    """Check a located checkpoint and digest it. InputError when it is not sound.
+
+    The result is cached per process until one of its files changes, because `annotate_table` asks every time.
+    """
+    return _prepared(located, stamp_checkpoint(located))
+
+
+@lru_cache(maxsize=16)
+def _prepared(located: ModelConfig, stamp: str) -> Model:
+    from glmbatch.glm.checkpoint.load import digest_tokenizer, digest_weights, read_checkpoint
+    from glmbatch.glm.device import DTYPE_BYTES
+
+    checkpoint = read_checkpoint(located.path, located.adapter)
+    weights = digest_weights(located.path, located.adapter)
+    tokenizer = digest_tokenizer(located.path)
+    return Model(
+        config=located,
+        identity="/".join([weights, tokenizer, _numerics(located), "default"]),
+        has_head=checkpoint.has_head,
+        labels=checkpoint.labels,
+        parameters=checkpoint.parameters,
+        size_bytes=checkpoint.parameters * DTYPE_BYTES[located.dtype],
+        max_positions=checkpoint.architecture.max_positions,
+        stamp=stamp,
+    )
+
+
+def _numerics(located: ModelConfig) -> str:
+    if located.quantization == "none":
+        return located.dtype
+    return f"{located.dtype} {located.quantization}"
+
+
+def stamp_checkpoint(model: ModelConfig) -> str:
+    """Names, sizes and times of a located model's files; it changes whenever one of them is written to."""
+    directory = Path(model.path)
+    files = sorted(directory.iterdir()) if directory.is_dir() else []
+    if model.adapter is not None:
+        # By name: a training leaves much beside its adapter that is never read.
+        for name in ADAPTER_FILES:
+            if os.path.isfile(f"{model.adapter}/{name}"):
+                files.append(Path(model.adapter) / name)
+    stamps = []
+    for file in files:
+        status = file.stat()
+        stamps.append((file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return str(stamps)
+
+
+def describe_model(model: ModelConfig) -> str:
+    """Where the weights of `model` are, for messages."""
+    if model.adapter is None:
+        return model.path
+    return f"{model.path} with the adapter {model.adapter}"
+
+
+def tokenizer_of(model: Model) -> Tokenizer:
+    """The tokenizer of a checked model, read once per process."""
+    return _tokenizer(model.config.path, model.identity)
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(path: str, identity: str) -> Tokenizer:
+    # `identity` makes a changed checkpoint under the same path a new entry.
+    return load_tokenizer(path)
+
+
+def fitting_models(models: Sequence[Model], runtime: RuntimeConfig) -> int:
+    """How many of the models stay loaded together: all where they fit in free memory, else one."""
+    if len(models) == 1:
+        return 1
+    from glmbatch.glm.device import free_memory_bytes, resolve_device
+
+    device = resolve_device(runtime.device)
+    processes = 1
+    if runtime.cluster and device == "cpu":
+        # Without GPUs the engine processes of a cluster may all be on this machine.
+        processes = runtime.cluster_workers or 1
+    needed = ROOM * processes * sum(model.size_bytes for model in models)
+    return len(models) if needed <= free_memory_bytes(device) else 1
+
+
+def check_step(step: Step, model: Model) -> None:
+    """InputError when `model` cannot answer `step`."""
+    where = f"step {step.name!r}: the checkpoint {describe_model(model.config)}"
+    if isinstance(step, GenerateStep):
+        _check_writer(where, step, model)
+    elif isinstance(step, ClassifyStep):
+        _check_classifier(where, step, model)
+
+
+def _check_writer(where: str, step: GenerateStep, model: Model) -> None:
+    if model.has_head:
+        raise InputError(
+            f"{where} has a classification head and cannot generate. Set the step's model."
+        )
+    if step.max_tokens >= model.max_positions:
+        raise InputError(
+            f"{where} has {model.max_positions} positions, none left for a prompt. Set max_tokens."
+        )
+
+
+def _check_classifier(where: str, step: ClassifyStep, model: Model) -> None:
+    if not model.has_head:
+        if step.labels is None:
+            raise InputError(f"{where} has no trained head. Set the step's labels.")
+        return
+    _check_trained_prompt(where, step, model)
+    if len(model.labels) < 2:
+        raise InputError(
+            f"{where} has a head of {len(model.labels)} label; a choice needs two. "
+            "Set the step's model."
+        )
+    if step.labels is not None and sorted(step.labels) != sorted(model.labels):
+        advice = "Set the step's labels"
+        if model.config.adapter:
+            advice += f", or name them by id2label in {model.config.adapter}/config.json"
+        raise InputError(
+            f"{where} was trained for {list(model.labels)}, not {step.labels}. {advice}."
+        )
+
+
+def _check_trained_prompt(where: str, step: ClassifyStep, model: Model) -> None:
+    """A head that was fine-tuned here is asked with the prompt it was trained with, or not at all."""
+    file = Path(model.config.path) / PROMPT_FILE
+    if not file.is_file():
+        return
+    trained = json.loads(file.read_text(encoding="utf-8"))
+    template = step.prompt_template
+    names = placeholders(template)
+    if len(names) == 1:  # training called its only placeholder {text}
+        template = template.replace(f"{{{names[0]}}}", "{text}")
+    asked = {"prompt_template": template, "system_prompt": step.system_prompt}
+    for setting, value in asked.items():
+        if value != trained[setting]:
+            raise InputError(
+                f"{where} was trained with the {setting} {trained[setting]!r}. "
+                f"Set the step's {setting}."
+            )

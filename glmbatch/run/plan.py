@@ -1,0 +1,254 @@
+"""What a run is to do, before anything is done: fragments, then a question and a key for each step and fragment.
+
+Reads footers and digests; loads no weights, reads no rows, writes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+
+from glmbatch.errors import InputError
+from glmbatch.ledger.delta import check_sources, is_table
+from glmbatch.ledger.fragments import Fragment, NeededColumn, Plan, SchemaNeeds, plan_fragments
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import Manifest, PublishedFile
+from glmbatch.ledger.rowkeys import answers_key, output_key, step_key
+from glmbatch.run.models import (
+    check_step,
+    fitting_models,
+    job_models,
+    locate_model,
+    tokenizer_of,
+)
+from glmbatch.run.session import session
+from glmbatch.run.work import (
+    Assignment,
+    FragmentWork,
+    Model,
+    PromptInputs,
+    Question,
+    Run,
+    RunContext,
+    Work,
+)
+from glmbatch.settings.job import AnyStep, GenerateStep, JobConfig, answer_columns
+from glmbatch.steps.classify import encode_labels
+from glmbatch.steps.prompt import longest_prompt, uses_chat
+from glmbatch.store.paths import is_remote, location
+
+
+def check_job(job: JobConfig) -> None:
+    """Find at once what needs no network, no digests and no server to be found. InputError says what."""
+    from glmbatch.glm.checkpoint.load import read_checkpoint
+
+    with session(plan_run(job, digests=False)):
+        pass  # the output can be written, and no other run holds it
+    for model in job_models(job):
+        # The flow retries what needs the network, and a device may be the cluster's alone.
+        addresses = [model.path, model.adapter or ""]
+        elsewhere = model.revision is not None or any(map(is_remote, addresses))
+        if not elsewhere and job.runtime.cluster is None:
+            located = locate_model(model, job.runtime)
+            read_checkpoint(located.path, located.adapter)
+
+
+def prompt_inputs(job: JobConfig) -> dict[str, PromptInputs]:
+    """Where each step's placeholders get their values, by the step's name.
+
+    The one place that knows the text column's rule: {text} stands for it, and so does its own name.
+    """
+    inputs = {}
+    for step in job.steps:
+        columns = job.source_columns(step)
+        texts = [name for name, column in columns.items() if column == job.data.text_column]
+        inputs[step.name] = PromptInputs(
+            columns=columns, earlier=tuple(job.earlier_steps(step)), texts=tuple(texts)
+        )
+    return inputs
+
+
+def schema_needs(job: JobConfig, inputs: dict[str, PromptInputs]) -> SchemaNeeds:
+    """What the job asks of each file's schema."""
+    read: list[NeededColumn] = []
+    written: dict[str, str] = {}
+    for index, step in enumerate(job.steps):
+        written.update(dict.fromkeys(answer_columns(step), step.name))
+        for name, column in inputs[step.name].columns.items():
+            is_text = name in inputs[step.name].texts
+            setting = "data.text_column" if is_text else f"steps[{index}].prompt_template"
+            read.append(NeededColumn(column, setting, is_text))
+    if job.data.id_column is not None:
+        read.append(NeededColumn(job.data.id_column, "data.id_column", False))
+    return SchemaNeeds(tuple(read), written)
+
+
+def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
+    """Check the input against the job and what the output holds, and cut it into fragments.
+
+    InputError when nothing can be run. Without `digests` only footers are read, and the plan can only be looked at.
+    """
+    context = RunContext(
+        id=uuid.uuid4().hex,
+        began=time.time(),
+        output=job.data.output,
+        format=job.data.format,
+        on_error=job.on_error,
+        runtime=job.runtime,
+    )
+    inputs = prompt_inputs(job)
+    plan = plan_fragments(
+        job.data, schema_needs(job, inputs), raise_faults=context.raises, digests=digests
+    )
+    manifest = Ledger(job.data.output).manifest()
+    if manifest is not None:
+        _check_published(job, plan, manifest)
+    _check_format(job, plan, manifest)
+    return Run(context=context, plan=plan, inputs=inputs)
+
+
+def _check_published(job: JobConfig, plan: Plan, manifest: Manifest) -> None:
+    if manifest.limit is None and job.data.limit is not None:
+        raise InputError(
+            f"{job.data.output}: holds all rows; a run with data.limit would replace them. "
+            "Set data.output to another folder."
+        )
+    if manifest.root != plan.root:
+        raise InputError(
+            f"{job.data.output}: holds the answers over {manifest.root}; this input is named from "
+            f"{plan.root}. Set data.output to another folder."
+        )
+
+
+def _check_format(job: JobConfig, plan: Plan, manifest: Manifest | None) -> None:
+    output = location(job.data.output)
+    if job.data.format == "parquet":
+        if is_table(output):
+            raise InputError(
+                f"{output}: is a Delta table. Set data.format to delta, or data.output."
+            )
+        return
+    sources = {fragment.source: location(fragment.path) for fragment in plan.fragments}
+    check_sources(output, sources, [file.output_name for file in _staying(job, plan, manifest)])
+
+
+def _staying(job: JobConfig, plan: Plan, manifest: Manifest | None) -> list[PublishedFile]:
+    """The published files that this run leaves beside its own: of sources that it does not have and does not drop."""
+    replaced, drops = (
+        {fragment.source for fragment in plan.fragments},
+        job.data.missing_sources == "drop",
+    )
+    return [
+        file
+        for file in (manifest.files if manifest and manifest.limit is None else ())
+        if file.source not in replaced
+        and not (drops and not (location(plan.root) / file.source).exists())
+    ]
+
+
+def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
+    """A question for each step, and an assignment for each question and fragment.
+
+    `models` are those of `job_models`, prepared, in that order. InputError when a model cannot answer its step, or
+    when the output holds answers of other settings that this run would leave beside its own.
+    """
+    questions = resolve_questions(job, run.inputs, models)
+    _refuse_mixing(job, run.plan, {question.name: question.key for question in questions})
+    fragments = []
+    for fragment in run.plan.fragments:
+        fragments.append(_fragment_work(run.context, fragment, questions))
+    return Work(
+        questions=questions,
+        fragments=tuple(fragments),
+        passes=plan_passes(questions, together=questions[0].models_at_once >= len(models)),
+    )
+
+
+def resolve_questions(
+    job: JobConfig, inputs: dict[str, PromptInputs], models: Sequence[Model]
+) -> tuple[Question, ...]:
+    """The question of each step, in order; `models` as `assign` takes them."""
+    prepared = dict(zip(job_models(job), models, strict=True))
+    at_once = fitting_models(models, job.runtime)
+    questions = []
+    for step in job.steps:
+        model = prepared[job.model_of(step)]
+        check_step(step, model)
+        questions.append(
+            Question(
+                step=step,
+                key=step_key(step, model.identity),
+                inputs=inputs[step.name],
+                chat=uses_chat(step, has_head=model.has_head),
+                max_prompt_tokens=longest_prompt(
+                    step, model.max_positions, _answer_tokens(step, model)
+                ),
+                model=model,
+                models_at_once=at_once,
+            )
+        )
+    return tuple(questions)
+
+
+def _answer_tokens(step: AnyStep, model: Model) -> int:
+    """Positions that an answer takes behind its prompt."""
+    if isinstance(step, GenerateStep):
+        return step.max_tokens
+    if model.has_head:
+        return 0
+    return max(len(ids) for ids in encode_labels(step.labels or [], tokenizer_of(model)))
+
+
+def _fragment_work(
+    context: RunContext, fragment: Fragment, questions: Sequence[Question]
+) -> FragmentWork:
+    answers: dict[str, str] = {}
+    assignments = []
+    for question in questions:
+        earlier = {name: answers[name] for name in question.inputs.earlier}
+        key = answers_key(fragment, question.name, question.key, question.inputs.columns, earlier)
+        answers[question.name] = key
+        assignments.append(
+            Assignment(run=context, fragment=fragment, question=question, key=key, earlier=earlier)
+        )
+    return FragmentWork(
+        run=context,
+        fragment=fragment,
+        key=output_key(fragment, answers, context.format),
+        assignments=tuple(assignments),
+    )
+
+
+def _refuse_mixing(job: JobConfig, plan: Plan, keys: dict[str, str]) -> None:
+    for file in _staying(job, plan, Ledger(job.data.output).manifest()):
+        if file.step_keys != keys:
+            raise InputError(
+                f"{job.data.output}: {file.output_name} was answered with other settings or "
+                f"weights, and this run cannot replace it: {file.source} is not in it, or not "
+                "readable. Set data.output to another folder."
+            )
+
+
+def plan_passes(questions: Sequence[Question], *, together: bool) -> tuple[tuple[int, ...], ...]:
+    """Indexes of the steps that run together over all fragments, pass after pass.
+
+    One pass where all models stay loaded `together`. Otherwise one pass for each model, so that none is loaded
+    twice, except where a step needs an answer of another model in between.
+    """
+    waiting = list(range(len(questions)))
+    if together:
+        return (tuple(waiting),)
+    passes: list[tuple[int, ...]] = []
+    answered: set[str] = set()
+    while waiting:
+        model = questions[waiting[0]].model
+        current: list[int] = []
+        for index in waiting:
+            question = questions[index]
+            if question.model == model and answered.issuperset(question.inputs.earlier):
+                current.append(index)
+                answered.add(question.name)
+        passes.append(tuple(current))
+        waiting = [index for index in waiting if index not in current]
+    return tuple(passes)

@@ -1,0 +1,145 @@
+"""What a run holds while it is on: its output's lock, its engines, its known answers, its progress.
+
+A session begins and ends with one `with`; nothing else of a run outlives a call. The tasks of a run, which Prefect
+puts on threads of their own, find it by the run's id. Loaded engines alone stay behind in the process, so that the
+next run over the same weights need not load them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from glmbatch.errors import InputError, Interrupted
+from glmbatch.glm.engine.loading import load_engine
+from glmbatch.glm.engine.pool import EnginePool
+from glmbatch.glm.engine.protocol import Engine
+from glmbatch.ledger.known import KnownAnswers
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.report.progress import Progress, Snapshot
+from glmbatch.run.models import describe_model, stamp_checkpoint
+from glmbatch.run.work import Question, Run, RunContext
+from glmbatch.steps.answers import answers_schema
+
+logger = logging.getLogger(__name__)
+
+# The engines loaded in this process, whichever run uses them.
+_ENGINES = EnginePool()
+# The sessions that are open in this process, by run id.
+_SESSIONS: dict[str, Session] = {}
+_CHANGING = threading.Lock()
+
+
+class Session:
+    """What the tasks of one run share in one process. Safe to use from several threads."""
+
+    def __init__(self, run: RunContext) -> None:
+        self.run = run
+        self.progress = Progress()
+        self._stopped = False
+        self._known: dict[str, KnownAnswers] = {}
+        self._lock = threading.Lock()
+
+    def known_answers(self, question: Question) -> KnownAnswers:
+        """The index of answers to `question`, over all that is committed; the run's fragments add to it."""
+        with self._lock:
+            if question.key not in self._known:
+                self._known[question.key] = index_answers(Ledger(self.run.output), question)
+            return self._known[question.key]
+
+    @contextmanager
+    def engine(self, question: Question) -> Iterator[Engine]:
+        """The engine that answers `question`, loaded when it is not there yet.
+
+        InputError when the checkpoint was changed since it was digested, Interrupted when the run was told to stop.
+        """
+        model, runtime = question.model, self.run.runtime
+
+        def load() -> Engine:
+            logger.info("loading %s (%s)", describe_model(model.config), model.config.dtype)
+            engine = load_engine(model.config, runtime, question.models_at_once)
+            if stamp_checkpoint(model.config) != model.stamp:
+                engine.close()
+                raise InputError(
+                    f"{describe_model(model.config)}: was changed since this run took its digests. "
+                    "Run again."
+                )
+            return engine
+
+        key = (model.identity, runtime.device, runtime.max_batch_tokens, runtime.max_slots)
+        with _ENGINES.lease(key, load, question.models_at_once, self) as engine:
+            yield engine
+
+    def discard(self, engine: Engine) -> None:
+        """Close an engine that failed, so that a retry loads it again."""
+        _ENGINES.discard(engine)
+
+    def check_running(self) -> None:
+        """Interrupted once the run was told to stop."""
+        if self._stopped:
+            raise Interrupted("the run was told to stop")
+
+    def stop(self) -> None:
+        """End the inference of this run, and let none begin; returns at once. Other runs go on."""
+        self._stopped = True
+        threading.Thread(
+            target=_ENGINES.close_unshared, args=(self,), name="stop-engines", daemon=True
+        ).start()
+
+
+@contextmanager
+def session(run: Run) -> Iterator[Session]:
+    """Hold the output of `run`, and keep what its tasks share, until the block ends.
+
+    A block that fails, or is interrupted, ends the inference under way in this process, which nobody needs any more.
+    InputError when the output cannot be written or another run holds it.
+    """
+    ledger = Ledger(run.context.output)
+    ledger.open(run.context.id)
+    opened = join(run.context)
+    opened.progress.start("annotate", run.plan.rows * len(run.inputs))
+    try:
+        yield opened
+    except BaseException:
+        opened.stop()
+        raise
+    finally:
+        with _CHANGING:
+            del _SESSIONS[run.context.id]
+        ledger.close(run.context.id)
+
+
+def join(run: RunContext) -> Session:
+    """Open the session of `run` in this process without its lock: the part of an engine process of a cluster."""
+    with _CHANGING:
+        return _SESSIONS.setdefault(run.id, Session(run))
+
+
+def session_of(run: RunContext) -> Session:
+    """The open session of `run`; Interrupted when it has ended, as for a task that outlived its flow."""
+    opened = _SESSIONS.get(run.id)
+    if opened is None:
+        raise Interrupted(f"{run.output}: the run {run.id} has ended")
+    return opened
+
+
+def newest_progress() -> Snapshot:
+    """How far the run is that began last in this process; empty counts when none is on."""
+    with _CHANGING:
+        opened = list(_SESSIONS.values())
+    progress = opened[-1].progress if opened else Progress()
+    return progress.snapshot()
+
+
+def index_answers(
+    ledger: Ledger, question: Question, *, include_failed: bool = False
+) -> KnownAnswers:
+    """An index over all committed answers to `question`; with `include_failed`, over its failures too."""
+    return KnownAnswers(
+        list(ledger.answer_files(question.key)),
+        question.name,
+        answers_schema(question.step, question.model.labels),
+        include_failed=include_failed,
+    )

@@ -1,0 +1,131 @@
+"""What a run passes from one call to the next: small frozen values, never rows, tables or weights.
+
+Run         which rows, in which fragments          made by plan_run
+Question    one step, resolved: all that is needed to ask it of any rows
+Assignment  one question over one fragment
+Work        all assignments of a run, and the order of its passes       made by assign
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import BaseModel
+
+from glmbatch.ledger.fragments import Fragment, Plan
+from glmbatch.settings.job import AnyStep, ModelConfig, RuntimeConfig
+
+
+class Model(BaseModel, frozen=True, extra="forbid"):
+    """A checkpoint that was checked and digested.
+
+    `identity` changes whenever its answers may. `config` names its directory on this machine and the dtype it
+    computes in; `labels` are those of its trained head; `stamp` is the state of its files when they were digested.
+    """
+
+    config: ModelConfig
+    identity: str
+    has_head: bool
+    labels: tuple[str, ...]
+    parameters: int
+    size_bytes: int
+    max_positions: int
+    stamp: str
+
+
+class RunContext(BaseModel, frozen=True, extra="forbid"):
+    """What every task of a run knows of it. `began` is in seconds since 1970; `output` is the folder's address."""
+
+    id: str
+    began: float
+    output: str
+    format: Literal["parquet", "delta"]
+    on_error: Literal["raise", "quarantine", "null"]
+    runtime: RuntimeConfig
+
+    @property
+    def raises(self) -> bool:
+        """Whether the first bad row or file stops the run."""
+        return self.on_error == "raise"
+
+
+class PromptInputs(BaseModel, frozen=True, extra="forbid"):
+    """Where the placeholders of one prompt template get their values.
+
+    `columns` maps placeholders to source columns, `earlier` names the steps whose answers are used, and `texts` are
+    the placeholders that stand for the text: the ones that may not be blank and that are cut when a prompt is long.
+    """
+
+    columns: dict[str, str]
+    earlier: tuple[str, ...]
+    texts: tuple[str, ...]
+
+
+class Run(BaseModel, frozen=True, extra="forbid"):
+    """One run of a job: its context, its fragments, and each step's inputs by the step's name."""
+
+    context: RunContext
+    plan: Plan
+    inputs: dict[str, PromptInputs]
+
+
+class Question(BaseModel, frozen=True, extra="forbid"):
+    """One step, resolved against the job and its checked model. Nothing after planning reads the job for it.
+
+    `key` is the step key. `max_prompt_tokens` is the longest prompt that leaves room for an answer.
+    `models_at_once` models of the run stay loaded together.
+    """
+
+    step: AnyStep
+    key: str
+    inputs: PromptInputs
+    chat: bool
+    max_prompt_tokens: int
+    model: Model
+    models_at_once: int
+
+    @property
+    def name(self) -> str:
+        """The step's name, which is also its answer column."""
+        return self.step.name
+
+
+class Assignment(BaseModel, frozen=True, extra="forbid"):
+    """One question over one fragment.
+
+    `key` is the answers key; `earlier` maps the steps whose answers the prompts use to their answers keys.
+    """
+
+    run: RunContext
+    fragment: Fragment
+    question: Question
+    key: str
+    earlier: dict[str, str]
+
+
+class FragmentWork(BaseModel, frozen=True, extra="forbid"):
+    """All there is to do for one fragment: its assignments in step order, then its output file under `key`."""
+
+    run: RunContext
+    fragment: Fragment
+    key: str
+    assignments: tuple[Assignment, ...]
+
+
+class Work(BaseModel, frozen=True, extra="forbid"):
+    """All there is to do.
+
+    `passes` holds indexes of steps: those of one pass run together over all fragments before the next pass begins.
+    """
+
+    questions: tuple[Question, ...]
+    fragments: tuple[FragmentWork, ...]
+    passes: tuple[tuple[int, ...], ...]
+
+    def in_passes(self) -> Iterator[Assignment]:
+        """Every assignment, pass after pass, each after those whose answers it uses."""
+        for steps in self.passes:
+            for fragment in self.fragments:
+                for index in steps:
+                    yield fragment.assignments[index]

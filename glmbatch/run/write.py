@@ -1,0 +1,96 @@
+"""A fragment's rows, untouched, with all answers beside them: the file that is published later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from glmbatch.errors import UnusableFile
+from glmbatch.ledger.delta import delta_schema
+from glmbatch.ledger.fragments import read_fragment
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
+from glmbatch.run.work import FragmentWork
+from glmbatch.store.parquet import open_parquet
+from glmbatch.store.paths import location
+
+
+def write_output(work: FragmentWork, answers: Sequence[AnswersReceipt]) -> OutputReceipt:
+    """Write the fragment's rows with all `answers` beside them; staged, not yet public.
+
+    A fragment that cannot be read gives a receipt that says so; under `on_error: raise` it is an InputError.
+    """
+    ledger = Ledger(work.run.output)
+    receipt = OutputReceipt(
+        key=work.key,
+        run=work.run.id,
+        fragment=work.fragment,
+        output_name=work.fragment.output_name,
+        answers=tuple(answers),
+    )
+    for answered in answers:
+        if answered.unusable is not None:
+            return receipt.model_copy(update={"unusable": answered.unusable})
+    staged = ledger.find_output(work.key, answers)
+    if staged is not None:
+        return staged
+    tables = [ledger.read_answers(answered.key)[1] for answered in answers]
+    faulty_rows = _count_faulty(tables, [answered.step for answered in answers])
+    receipt = receipt.model_copy(update={"faulty_rows": faulty_rows})
+    try:
+        schema = _output_schema(work, tables)
+        return ledger.stage_output(receipt, schema, _rows_with_answers(work, schema, tables))
+    except UnusableFile as error:
+        if work.run.raises:
+            raise
+        return receipt.model_copy(update={"unusable": str(error)})
+
+
+def _output_schema(work: FragmentWork, tables: Sequence[pa.Table]) -> pa.Schema:
+    """The fields of the source, then those of each step's answers."""
+    with open_parquet(location(work.fragment.path)) as file:
+        source = file.schema_arrow
+    fields = list(source)
+    for table in tables:
+        fields += list(table.schema)
+    schema = pa.schema(fields, source.metadata)
+    if work.run.format == "delta":
+        schema = delta_schema(work.fragment.path, schema)
+    return schema
+
+
+def _count_faulty(tables: Sequence[pa.Table], steps: Sequence[str]) -> int:
+    """Rows in which any step failed."""
+    errors = []
+    for table, step in zip(tables, steps, strict=True):
+        errors.append(table.column(f"{step}_error").to_pylist())
+    return sum(any(error is not None for error in row) for row in zip(*errors, strict=True))
+
+
+def _rows_with_answers(
+    work: FragmentWork, schema: pa.Schema, tables: Sequence[pa.Table]
+) -> Iterator[pa.RecordBatch]:
+    """The source's batches, each with its part of the answers beside it."""
+    first_row = 0
+    for batch in read_fragment(work.fragment):
+        columns = list(batch.columns)
+        for table in tables:
+            part = table.slice(first_row, batch.num_rows).combine_chunks()
+            columns += [pa.concat_arrays(column.chunks) for column in part.columns]
+        fitting = []
+        for column, field in zip(columns, schema, strict=True):
+            fitting.append(_cast(work, column, field))
+        yield pa.RecordBatch.from_arrays(fitting, schema=schema)
+        first_row += batch.num_rows
+
+
+def _cast(work: FragmentWork, column: pa.Array, field: pa.Field) -> pa.Array:
+    if column.type == field.type:
+        return column
+    try:
+        return column.cast(field.type)
+    except pa.ArrowException as error:  # nothing is rounded in silence
+        raise UnusableFile(
+            f"{work.fragment.path}: column {field.name!r} as {field.type}: {error}"
+        ) from error

@@ -1,0 +1,139 @@
+"""The tasks of one job, each with the job's retries and its results kept in the job's output."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from prefect.futures import PrefectFuture
+from prefect.utilities.annotations import quote
+
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
+from glmbatch.report.summary import Summary
+from glmbatch.run.audits import Audit
+from glmbatch.run.models import job_models
+from glmbatch.run.session import session_of
+from glmbatch.run.work import FragmentWork, Model, Run, Work
+from glmbatch.settings.job import JobConfig
+from glmbatch.store.paths import is_remote
+from tasks import answer, prepare, publish
+from tasks.artifacts import FragmentProgress
+from tasks.cluster import HERE, Place
+from tasks.policies import configured
+from tasks.window import in_window
+
+
+class JobTasks:
+    """Calls that are task runs of the flow under way.
+
+    Large values go to Prefect quoted: it would walk each of their fragments.
+    """
+
+    def __init__(self, job: JobConfig) -> None:
+        self._job = job
+
+    def ingest(self) -> Run:
+        """Which rows there are, in which fragments."""
+        run: Run = self._configured(prepare.ingest)(self._job)
+        return run
+
+    def prepare_models(self, place: Place) -> list[Model]:
+        """The job's checkpoints, found and checked."""
+        models = []
+        for model in job_models(self._job):
+            located = self._configured(prepare.locate_model)(model, self._job.runtime, place)
+            models.append(self._configured(prepare.prepare_model)(located))
+        return models
+
+    def assign(self, run: Run, models: Sequence[Model], place: Place) -> Work:
+        """What there is to do for each fragment."""
+        work: Work = self._configured(prepare.assign)(self._job, quote(run), models, place)
+        return work
+
+    def answer_fragments(self, work: Work, places: Sequence[Place]) -> list[OutputReceipt]:
+        """Answer and write every fragment, several at once at each of `places`, pass after pass."""
+        progress = FragmentProgress(len(work.passes) * len(work.fragments))
+        seats = [*places] * self._job.runtime.fragments_in_flight
+        # The answer tasks of each fragment so far, in step order: later steps wait for them.
+        answers: dict[str, dict[int, PrefectFuture[Any]]] = defaultdict(dict)
+        results: list[list[Any]] = []
+        for steps in work.passes:
+
+            def submit(fragment: FragmentWork, place: Place) -> list[PrefectFuture[Any]]:
+                return self._submit(fragment, steps, answers[fragment.fragment.name], place)  # noqa: B023 - called in this pass
+
+            def ended(fragment: FragmentWork, place: Place, receipts: list[Any]) -> None:
+                progress.add()
+                if place is not HERE:
+                    _count_answers(fragment, receipts)
+
+            results = in_window(work.fragments, submit, seats, ended)
+        return [receipts[-1] for receipts in results]
+
+    def check_canary(self, run: Run, work: Work, place: Place) -> list[Audit]:
+        """How the loaded models answer the job's canary rows; nothing without a canary."""
+        if self._job.canary is None:
+            return []
+        audits: list[Audit] = self._configured(publish.check_canary)(
+            self._job, quote(work.questions), run.context, place
+        )
+        return audits
+
+    def publish(
+        self, run: Run, work: Work, outputs: list[OutputReceipt], canaries: list[Audit]
+    ) -> Summary:
+        """Audit what is staged, then make it public or refuse it."""
+        summary: Summary = self._configured(publish.publish)(
+            self._job, quote(run), quote(work.questions), quote(outputs), canaries
+        )
+        return summary
+
+    def _submit(
+        self,
+        work: FragmentWork,
+        steps: Sequence[int],
+        answers: dict[int, PrefectFuture[Any]],
+        place: Place,
+    ) -> list[PrefectFuture[Any]]:
+        """Submit the given steps of a fragment, and its output file once every step is submitted.
+
+        Bypass Prefect's cache if a file is missing or damaged, and always for outputs in object stores: the results
+        that Prefect keeps in its own home may be of another output, or older than what another machine wrote.
+        """
+        ledger = Ledger(work.run.output)
+        receipts = []
+        for assignment in work.assignments:
+            receipts.append(
+                ledger.find_answers(
+                    assignment.key, work.run.id, assignment.earlier, retry_failed=True
+                )
+            )
+        submitted: list[PrefectFuture[Any]] = []
+        for index in steps:
+            answering = self._configured(answer.answer, refresh=receipts[index] is None)
+            earlier = [answers[before] for before in sorted(answers)]
+            answers[index] = answering.submit(work.assignments[index], earlier, place)
+            submitted.append(answers[index])
+        if len(answers) == len(work.assignments):
+            old = [receipt for receipt in receipts if receipt and receipt.run != work.run.id]
+            missing = len(old) < len(receipts) or ledger.find_output(work.key, old) is None
+            writing = self._configured(publish.write, refresh=missing)
+            submitted.append(writing.submit(work, [answers[index] for index in sorted(answers)]))
+        return submitted
+
+    def _configured(self, task: Any, *, refresh: bool = False) -> Any:
+        output = self._job.data.output
+        refresh = refresh or is_remote(output)
+        return configured(task, self._job.runtime, output, refresh=refresh)
+
+
+def _count_answers(work: FragmentWork, receipts: Sequence[Any]) -> None:
+    """Count what an engine process answered; in this process answers are counted as they come."""
+    progress = session_of(work.run).progress
+    for receipt in receipts:
+        if isinstance(receipt, AnswersReceipt):
+            computed = receipt.computed_rows if receipt.run == work.run.id else 0
+            progress.add(computed, computed=True)
+            progress.add(receipt.rows - computed, computed=False)

@@ -1,0 +1,36 @@
+"""Answer one step for every row of a fragment: one task, shown under the name of the step's kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefect import task
+from prefect.context import TaskRunContext
+
+from glmbatch.ledger.receipts import AnswersReceipt
+from glmbatch.run import answer as run
+from glmbatch.run.work import Assignment
+from tasks.cluster import Place
+from tasks.policies import RESULTS_VERSION, machine_failed
+
+
+def answers_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Key of the answers of one step over one fragment."""
+    assignment: Assignment = parameters["assignment"]
+    return f"answers-{RESULTS_VERSION}-{assignment.key}"
+
+
+@task(
+    name="answer",
+    task_run_name="{assignment.question.step.kind} {assignment.question.name} {assignment.fragment.name}",
+    cache_key_fn=answers_key,
+    persist_result=True,
+    result_serializer="json",
+    retry_condition_fn=machine_failed,
+)
+def answer(
+    assignment: Assignment, earlier: Sequence[AnswersReceipt], place: Place
+) -> AnswersReceipt:
+    """Answer a step for every row of a fragment at `place`, after the `earlier` steps."""
+    return place.call(run.answer, assignment)

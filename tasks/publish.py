@@ -1,0 +1,87 @@
+"""Write a fragment's rows with their answers, hold the run to its canary, and publish it whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.context import TaskRunContext
+from prefect.events import emit_event
+
+from glmbatch.errors import AuditError
+from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
+from glmbatch.report.summary import Summary
+from glmbatch.run import canary
+from glmbatch.run import publish as run_publish
+from glmbatch.run import write as run_write
+from glmbatch.run.audits import Audit
+from glmbatch.run.work import FragmentWork, Question, Run, RunContext
+from glmbatch.settings.job import JobConfig
+from tasks.artifacts import show_report
+from tasks.cluster import Place
+from tasks.policies import RESULTS_VERSION, machine_failed
+
+
+def output_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Key of a fragment's output file."""
+    work: FragmentWork = parameters["work"]
+    return f"output-{RESULTS_VERSION}-{work.key}"
+
+
+@task(
+    name="write",
+    task_run_name="write {work.fragment.name}",
+    cache_key_fn=output_key,
+    persist_result=True,
+    result_serializer="json",
+    retry_condition_fn=machine_failed,
+)
+def write(work: FragmentWork, answers: list[AnswersReceipt]) -> OutputReceipt:
+    """Stage the output file of a fragment."""
+    return run_write.write_output(work, answers)
+
+
+@task(
+    name="check canary",
+    task_run_name="check canary {job.canary.file}",
+    cache_policy=NO_CACHE,
+    retry_condition_fn=machine_failed,
+)
+def check_canary(
+    job: JobConfig, questions: Sequence[Question], run: RunContext, place: Place
+) -> list[Audit]:
+    """Ask the models that are loaded at `place` about the frozen rows, and compare."""
+    return place.call(canary.check_canary, job, questions, run)
+
+
+@task(
+    name="publish",
+    task_run_name="publish {job.data.output}",
+    cache_policy=NO_CACHE,
+    retry_condition_fn=machine_failed,
+)
+def publish(
+    job: JobConfig,
+    run: Run,
+    questions: Sequence[Question],
+    outputs: list[OutputReceipt],
+    canaries: list[Audit],
+) -> Summary:
+    """Audit what is staged, make it public, and say what happened, also when it was refused.
+
+    An audit that fails is an event of the output.
+    """
+    output = job.data.output
+    try:
+        return run_publish.publish(job, run, questions, outputs, canaries)
+    except AuditError as error:
+        resource = {
+            "prefect.resource.id": f"glmbatch.output.{output}",
+            "prefect.resource.name": output,
+        }
+        emit_event("glmbatch.audit.failed", resource=resource, payload={"message": str(error)})
+        raise
+    finally:
+        show_report(output, run.context.id)
