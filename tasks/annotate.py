@@ -77,7 +77,7 @@ class JobTasks:
         if self._job.canary is None:
             return []
         audits: list[Audit] = self._configured(publish.check_canary)(
-            self._job, quote(work.questions), run.context, place
+            self._job.canary, quote(work.questions), run.context, place
         )
         return audits
 

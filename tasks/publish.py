@@ -13,12 +13,12 @@ from prefect.events import emit_event
 from glmbatch.errors import AuditError
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.report.summary import Summary
-from glmbatch.run import canary
 from glmbatch.run import publish as run_publish
 from glmbatch.run import write as run_write
 from glmbatch.run.audits import Audit
+from glmbatch.run.canary import check_canary as check
 from glmbatch.run.work import FragmentWork, Question, Run, RunContext
-from glmbatch.settings.job import JobConfig
+from glmbatch.settings.job import CanaryConfig, JobConfig
 from tasks.artifacts import show_report
 from tasks.cluster import Place
 from tasks.policies import RESULTS_VERSION, machine_failed
@@ -45,15 +45,15 @@ def write(work: FragmentWork, answers: list[AnswersReceipt]) -> OutputReceipt:
 
 @task(
     name="check canary",
-    task_run_name="check canary {job.canary.file}",
+    task_run_name="check canary {canary.file}",
     cache_policy=NO_CACHE,
     retry_condition_fn=machine_failed,
 )
 def check_canary(
-    job: JobConfig, questions: Sequence[Question], run: RunContext, place: Place
+    canary: CanaryConfig, questions: Sequence[Question], run: RunContext, place: Place
 ) -> list[Audit]:
     """Ask the models that are loaded at `place` about the frozen rows, and compare."""
-    return place.call(canary.check_canary, job, questions, run)
+    return place.call(check, canary, questions, run)
 
 
 @task(

@@ -5,7 +5,7 @@ A model that was damaged, swapped or set up otherwise answers them differently, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from glmbatch.run.audits import Audit
 from glmbatch.run.session import session_of
 from glmbatch.run.triage import build_question_prompts, key_prompts
 from glmbatch.run.work import Question, RunContext
-from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig, answer_columns
+from glmbatch.settings.job import AnyStep, CanaryConfig, ClassifyStep, JobConfig, answer_columns
 from glmbatch.steps.classify import Choice
 from glmbatch.steps.generate import Writing
 from glmbatch.store.files import committed, writable
@@ -75,25 +75,27 @@ def _spread(table: pa.Table, rows: int) -> pa.Table:
     return table.take(pa.array(range(0, len(table), stride)[:rows], pa.int64()))
 
 
-def check_canary(job: JobConfig, questions: Sequence[Question], run: RunContext) -> list[Audit]:
+def check_canary(
+    canary: CanaryConfig | None, questions: Sequence[Question], run: RunContext
+) -> list[Audit]:
     """For each step, the share of the frozen rows that its loaded model no longer answers as it did.
 
     Returns [] without a canary. Skips steps that asked nothing since the last publication; answers of a killed or
     refused run count as new. A later step's prompts use the frozen answers of earlier ones, so each step is judged
     alone. InputError when the file does not fit the job.
     """
-    if job.canary is None:
+    if canary is None:
         return []
     new = set()
-    for receipt in Ledger(job.data.output).unpublished_receipts():
+    for receipt in Ledger(run.output).unpublished_receipts():
         if receipt.computed_rows:
             new.add(receipt.step_key)
     asked = [question for question in questions if question.key in new]
     columns: set[str] = set()
     for question in questions:
         columns.update(question.inputs.columns.values())
-    table = _frozen(job.canary.file, columns | _answered(job))
-    return [_audit(question, table, run, job.canary.max_change) for question in asked]
+    table = _frozen(canary.file, columns | _answered(question.step for question in questions))
+    return [_audit(question, table, run, canary.max_change) for question in asked]
 
 
 def check_canary_file(job: JobConfig) -> None:
@@ -103,13 +105,13 @@ def check_canary_file(job: JobConfig) -> None:
     columns: set[str] = set()
     for step in job.steps:
         columns.update(job.source_columns(step).values())
-    _frozen(job.canary.file, columns | _answered(job))
+    _frozen(job.canary.file, columns | _answered(job.steps))
 
 
-def _answered(job: JobConfig) -> set[str]:
+def _answered(steps: Iterable[AnyStep]) -> set[str]:
     """The answer columns that a canary row is compared by."""
     columns: set[str] = set()
-    for step in job.steps:
+    for step in steps:
         columns.update(answer_columns(step)[:2])
     return columns
 

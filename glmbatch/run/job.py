@@ -31,5 +31,5 @@ def run_job(job: JobConfig) -> Summary:
         for fragment in work.fragments:
             answers = [receipts[assignment.key] for assignment in fragment.assignments]
             outputs.append(write_output(fragment, answers))
-        canaries = check_canary(job, work.questions, run.context)
+        canaries = check_canary(job.canary, work.questions, run.context)
         return publish(job, run, work.questions, outputs, canaries)

@@ -33,7 +33,13 @@ from glmbatch.run.work import (
     RunContext,
     Work,
 )
-from glmbatch.settings.job import AnyStep, GenerateStep, JobConfig, answer_columns
+from glmbatch.settings.job import (
+    AnyStep,
+    DataConfig,
+    GenerateStep,
+    JobConfig,
+    answer_columns,
+)
 from glmbatch.steps.classify import encode_labels
 from glmbatch.steps.prompt import longest_prompt, uses_chat
 from glmbatch.store.paths import is_remote, location
@@ -103,41 +109,41 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
     )
     manifest = Ledger(job.data.output).manifest()
     if manifest is not None:
-        _check_published(job, plan, manifest)
-    _check_format(job, plan, manifest)
+        _check_published(job.data, plan, manifest)
+    _check_format(job.data, plan, manifest)
     return Run(context=context, plan=plan, inputs=inputs)
 
 
-def _check_published(job: JobConfig, plan: Plan, manifest: Manifest) -> None:
-    if manifest.limit is None and job.data.limit is not None:
+def _check_published(data: DataConfig, plan: Plan, manifest: Manifest) -> None:
+    if manifest.limit is None and data.limit is not None:
         raise InputError(
-            f"{job.data.output}: holds all rows; a run with data.limit would replace them. "
+            f"{data.output}: holds all rows; a run with data.limit would replace them. "
             "Set data.output to another folder."
         )
     if manifest.root != plan.root:
         raise InputError(
-            f"{job.data.output}: holds the answers over {manifest.root}; this input is named from "
+            f"{data.output}: holds the answers over {manifest.root}; this input is named from "
             f"{plan.root}. Set data.output to another folder."
         )
 
 
-def _check_format(job: JobConfig, plan: Plan, manifest: Manifest | None) -> None:
-    output = location(job.data.output)
-    if job.data.format == "parquet":
+def _check_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> None:
+    output = location(data.output)
+    if data.format == "parquet":
         if is_table(output):
             raise InputError(
                 f"{output}: is a Delta table. Set data.format to delta, or data.output."
             )
         return
     sources = {fragment.source: location(fragment.path) for fragment in plan.fragments}
-    check_sources(output, sources, [file.output_name for file in _staying(job, plan, manifest)])
+    check_sources(output, sources, [file.output_name for file in _staying(data, plan, manifest)])
 
 
-def _staying(job: JobConfig, plan: Plan, manifest: Manifest | None) -> list[PublishedFile]:
+def _staying(data: DataConfig, plan: Plan, manifest: Manifest | None) -> list[PublishedFile]:
     """The published files that this run leaves beside its own: of sources that it does not have and does not drop."""
     replaced, drops = (
         {fragment.source for fragment in plan.fragments},
-        job.data.missing_sources == "drop",
+        data.missing_sources == "drop",
     )
     return [
         file
@@ -154,7 +160,7 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
     when the output holds answers of other settings that this run would leave beside its own.
     """
     questions = resolve_questions(job, run.inputs, models)
-    _refuse_mixing(job, run.plan, {question.name: question.key for question in questions})
+    _refuse_mixing(job.data, run.plan, {question.name: question.key for question in questions})
     fragments = []
     for fragment in run.plan.fragments:
         fragments.append(_fragment_work(run.context, fragment, questions))
@@ -220,11 +226,11 @@ def _fragment_work(
     )
 
 
-def _refuse_mixing(job: JobConfig, plan: Plan, keys: dict[str, str]) -> None:
-    for file in _staying(job, plan, Ledger(job.data.output).manifest()):
+def _refuse_mixing(data: DataConfig, plan: Plan, keys: dict[str, str]) -> None:
+    for file in _staying(data, plan, Ledger(data.output).manifest()):
         if file.step_keys != keys:
             raise InputError(
-                f"{job.data.output}: {file.output_name} was answered with other settings or "
+                f"{data.output}: {file.output_name} was answered with other settings or "
                 f"weights, and this run cannot replace it: {file.source} is not in it, or not "
                 "readable. Set data.output to another folder."
             )

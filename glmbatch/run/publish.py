@@ -15,7 +15,7 @@ from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, StepOrigin, merged_manifest
 from glmbatch.ledger.publication import publish as make_public
-from glmbatch.ledger.publication import read_quarantine
+from glmbatch.ledger.publication import read_quarantine, write_refused
 from glmbatch.ledger.receipts import DIGEST_CHARS, OutputReceipt
 from glmbatch.ledger.rowkeys import answer_settings
 from glmbatch.report.report import write_report
@@ -43,21 +43,18 @@ QUARANTINE_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What a run has made: `outputs` of all fragments, of them those `written`, and the files and fragments left out.
+    """What a run has made.
 
-    `before` is what is published now.
+    `outputs` of all fragments, of them those `written`, and the files and fragments that are left out. `before` is
+    what is published now, by `last_run` if that is another run.
     """
 
     ledger: Ledger
     before: Manifest | None
+    last_run: str | None
     outputs: list[OutputReceipt]
     written: list[OutputReceipt]
     unusable: list[FileFault]
-
-    @property
-    def last_run(self) -> str | None:
-        """The run that was published last."""
-        return self.before.run if self.before else None
 
 
 def publish(
@@ -76,11 +73,16 @@ def publish(
     try:
         audits = audit(job, run, collected.outputs, collected.ledger.published_receipts(), canaries)
     except AuditError as error:
-        raise _refuse(job, collected, summary, error) from error
+        listed = _list_refused(collected, job.data.id_column)
+        summary = summary.model_copy(update={"refused": str(error)})
+        report = write_report(job, summary, collected.written, collected.last_run)
+        about = f" Read about the run: {report}." if report else ""
+        raise AuditError(f"{error}{listed}{about}") from error
     faults = list(_failed_rows(collected, job.data.id_column))
     if faults and run.context.raises:
         raise _bad_row(run, faults[0])
-    kept_sources = _release(job, run, questions, collected, faults)
+    keep_missing = job.data.missing_sources == "keep"
+    kept_sources = _release(run, questions, collected, faults, keep_missing=keep_missing)
     summary = summary.model_copy(
         update={
             "quarantined": job.on_error == "quarantine" and bool(faults),
@@ -89,13 +91,8 @@ def publish(
             "seconds": time.time() - run.context.began,
         }
     )
-    report = write_report(job, summary, collected.written, _other(run, collected.last_run))
+    report = write_report(job, summary, collected.written, collected.last_run)
     return summary.model_copy(update={"report": report})
-
-
-def _other(run: Run, last: str | None) -> str | None:
-    # Published already by an earlier try of this very run: there is nothing to compare with.
-    return None if last == run.context.id else last
 
 
 def _collect(run: Run, outputs: Sequence[OutputReceipt]) -> Collected:
@@ -113,7 +110,10 @@ def _collect(run: Run, outputs: Sequence[OutputReceipt]) -> Collected:
         unusable.append(
             FileFault(source=fragment.source, first_row=fragment.first_row, reason=output.unusable)
         )
-    return Collected(ledger, ledger.manifest(), current, written, unusable)
+    before = ledger.manifest()
+    # A killed publication of this very run, tried again, has itself before it.
+    last_run = before.run if before and before.run != run.context.id else None
+    return Collected(ledger, before, last_run, current, written, unusable)
 
 
 def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
@@ -156,25 +156,14 @@ def _summarize(run: Run, questions: Sequence[Question], collected: Collected) ->
     )
 
 
-def _refuse(
-    job: JobConfig, collected: Collected, summary: Summary, error: AuditError
-) -> AuditError:
-    """Keep the list of failed rows and the report of a run that publishes nothing; the error that names them."""
-    listed = _list_refused(collected.ledger, _failed_rows(collected, job.data.id_column))
-    refused = summary.model_copy(update={"refused": str(error)})
-    last = None if collected.last_run == summary.run else collected.last_run
-    report = write_report(job, refused, collected.written, last)
-    about = f" Read about the run: {report}." if report else ""
-    return AuditError(f"{error}{listed}{about}")
-
-
-def _list_refused(ledger: Ledger, faults: Iterator[dict[str, Any]]) -> str:
-    """Where the failed rows are listed, as a sentence."""
-    lines = list(islice(faults, MOST_REFUSED))
+def _list_refused(collected: Collected, id_column: str | None) -> str:
+    """Keep the list of failed rows of a run that publishes nothing; where it is, as a sentence."""
+    lines = list(islice(_failed_rows(collected, id_column), MOST_REFUSED))
     if not lines:
         return ""
     try:
-        path = XX
+        failed = pa.Table.from_pylist(lines, QUARANTINE_SCHEMA)
+        path = write_refused(collected.ledger.root, failed)
     except GlmbatchError as error:  # what the audit found matters more
         return f" They are not listed: {error}"
     return f" Each row that failed: {path}."
@@ -188,11 +177,12 @@ def _bad_row(run: Run, fault: dict[str, Any]) -> BadRow:
 
 
 def _release(
-    job: JobConfig,
     run: Run,
     questions: Sequence[Question],
     collected: Collected,
     faults: Sequence[dict[str, Any]],
+    *,
+    keep_missing: bool,
 ) -> int:
     """Publish what was written; returns how many sources of earlier runs stay published."""
     ledger = collected.ledger
@@ -202,7 +192,7 @@ def _release(
         collected.before,
         collected.written,
         collected.unusable,
-        keep_missing=job.data.missing_sources == "keep",
+        keep_missing=keep_missing,
         format=run.context.format,
     )
     origins = {}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyarrow as pa
 
 from glmbatch.errors import AuditError, InputError
-from glmbatch.ledger.fragments import check_schema
+from glmbatch.ledger.fragments import SchemaNeeds, check_schema
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import DIGEST_CHARS
 from glmbatch.report.summary import Summary
@@ -57,7 +57,8 @@ def annotate_table(
         raise InputError(
             f"{WHERE}: every row of a table is answered. Take the rows you want, and unset data.limit."
         )
-    columns = _columns(table, settings)
+    inputs = prompt_inputs(settings)
+    columns = _columns(table, schema_needs(settings, inputs))
     if cache is not None:
         answers = _answers(columns, settings, location(os.fspath(cache)))
     else:
@@ -85,7 +86,7 @@ def _settings(job: Job, overrides: Mapping[str, object]) -> JobConfig:
     return parse_settings("the job", settings, JobConfig, overrides)
 
 
-def _columns(table: Any, job: JobConfig) -> pa.Table:
+def _columns(table: Any, needs: SchemaNeeds) -> pa.Table:
     """The columns of `table` that `job` reads; InputError when they, or the names of the answers, do not fit it."""
     if isinstance(table, pa.Table):
         names = table.schema.names
@@ -97,7 +98,6 @@ def _columns(table: Any, job: JobConfig) -> pa.Table:
                 f"{WHERE}: is a {type(table).__name__}, not a pandas DataFrame or an Arrow table."
             )
         names = list(table.columns)
-    needs = schema_needs(job, prompt_inputs(job))
     read = {column.name for column in needs.read}
     columns = {
         name: _as_arrow(name, table[name])
