@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
 from glmbatch.errors import InputError
-from glmbatch.ledger.fragments import FileFault, Plan
+from glmbatch.ledger.fragments import FileFault, Fragment, Plan
 from glmbatch.ledger.receipts import OutputReceipt
 from glmbatch.store.files import naming
 from glmbatch.store.paths import AnyPath, location
@@ -79,6 +79,98 @@ def _parsed(path: AnyPath, *stamp: int) -> Manifest:
         ) from error
 
 
+def staying(  # noqa: PLR0913 - what is published, what is planned, what came of it, and two choices
+    before: Manifest | None,
+    plan: Plan,
+    *,
+    written: Sequence[Fragment] | None = None,
+    damaged: Collection[str] = (),
+    step_keys: Mapping[str, str] | None = None,
+    drop_missing: bool = False,
+) -> list[PublishedFile]:
+    """The published files that a run of `plan` leaves beside its own.
+
+    `written` are the fragments that it could write, all that are planned if None; `damaged` are the sources of which
+    it could not write all. With `step_keys`, those of the run, files of other settings never stay beside new ones.
+
+    - replaced: the source is in the plan. Its files go.
+    - renamed: the source is gone, and the plan has its bytes under a name that is new for them. Its files go. One new
+      name replaces one old name, so that the rows of a second copy do not go with it.
+    - missing: the source is gone, and nothing took its place. Its files stay, unless `drop_missing`.
+    - damaged: the source that replaces the files could not be written whole. If nothing of it was written, they stay.
+      Else those stay that come from the same bytes and whose rows no new file has.
+
+    All other files stay: their source is there, but this run does not read it. A run with a limit leaves nothing.
+    """
+    if before is None or before.limit is not None:
+        return []
+    successors = _successors(before, plan, drop_missing=drop_missing)
+    new: dict[str, list[Fragment]] = {}
+    for fragment in plan.fragments if written is None else written:
+        new.setdefault(fragment.source, []).append(fragment)
+
+    def stays(file: PublishedFile) -> bool:
+        if file.source not in successors:
+            return True
+        source = successors[file.source]
+        if source is None or source not in damaged:
+            return False
+        if step_keys is not None and file.step_keys != step_keys:
+            return False
+        fragments = new.get(source, [])
+        if not fragments:
+            return True
+        same_bytes = file.source_digest == fragments[0].digest
+        return same_bytes and not any(_overlap(file, fragment) for fragment in fragments)
+
+    return [file for file in before.files if stays(file)]
+
+
+def _successors(before: Manifest, plan: Plan, *, drop_missing: bool) -> dict[str, str | None]:
+    """Each published source whose files a run of `plan` replaces, with the source that replaces it (None: nothing)."""
+    published: dict[str, list[PublishedFile]] = {}
+    for file in before.files:
+        published.setdefault(file.source, []).append(file)
+    digests = {fragment.source: fragment.digest for fragment in plan.fragments}
+    heirs: dict[str, list[str]] = {}
+    for source, digest in sorted(digests.items()):
+        heirs.setdefault(digest, []).append(source)
+    successors: dict[str, str | None] = {}
+    for source, files in sorted(published.items()):
+        if source in digests:
+            successors[source] = source
+            continue
+        same_bytes = heirs.get(files[0].source_digest, [])
+        heir = next((name for name in same_bytes if _is_new(published.get(name, []), files)), None)
+        # Whether the file is there may cost a request, so it is asked last.
+        if (drop_missing or heir) and not (location(plan.root) / source).exists():
+            successors[source] = None if drop_missing else heir
+            if heir is not None:
+                same_bytes.remove(heir)
+    return successors
+
+
+def _is_new(published: Sequence[PublishedFile], files: Sequence[PublishedFile]) -> bool:
+    """Whether a source of which `published` is public may be the new name of that of `files`, which has its bytes.
+
+    A copy that was published too is not: when its original is deleted, the original's rows must not go in silence.
+    A source whose new name could be read only in part last night has some rows public under either name.
+    """
+    return not any(
+        _overlap(file, other)
+        for file in files
+        for other in published
+        if other.source_digest == file.source_digest
+    )
+
+
+def _overlap(one: PublishedFile, other: PublishedFile | Fragment) -> bool:
+    """Whether two row ranges of files with the same bytes share a row."""
+    return (
+        one.first_row < other.first_row + other.rows and other.first_row < one.first_row + one.rows
+    )
+
+
 def merged_manifest(  # noqa: PLR0913 - five facts about the run and one of the job's choice
     run: str,
     plan: Plan,
@@ -89,33 +181,16 @@ def merged_manifest(  # noqa: PLR0913 - five facts about the run and one of the 
     keep_missing: bool = True,
     format: Literal["parquet", "delta"] = "parquet",
 ) -> Manifest:
-    """What is published once `outputs` are.
-
-    They replace the earlier files of their sources, and of sources with the same bytes that are there no more, which
-    were renamed. Other sources stay, those that are there no more only with `keep_missing`. Of a source that could not
-    be read whole tonight, earlier files of the same bytes stay where no new one covers their rows, and all of them
-    where nothing of it could be read.
-    """
+    """What is published once `outputs` are: they, and what stays beside them."""
     files = [_published_file(output) for output in outputs]
-    earlier = before.files if before and before.limit is None else ()
-    by_source: dict[str, list[PublishedFile]] = {}
-    for file in files:
-        by_source.setdefault(file.source, []).append(file)
-    damaged, digests = {fault.source for fault in unusable}, {file.source_digest for file in files}
-
-    def stays(old: PublishedFile) -> bool:
-        new = by_source.get(old.source, [])
-        if not new:
-            renamed = old.source_digest in digests or not keep_missing
-            return not renamed or (location(plan.root) / old.source).exists()
-        covered = any(
-            file.first_row < old.first_row + old.rows and old.first_row < file.first_row + file.rows
-            for file in new
-        )
-        same = old.source_digest == new[0].source_digest and old.step_keys == new[0].step_keys
-        return old.source in damaged and same and not covered
-
-    stay = [old for old in earlier if stays(old)]
+    stay = staying(
+        before,
+        plan,
+        written=[output.fragment for output in outputs],
+        damaged={fault.source for fault in unusable},
+        step_keys=files[0].step_keys if files else None,
+        drop_missing=not keep_missing,
+    )
     kept = {file.output_name for file in [*stay, *files]}
     gone = set(before.replaced) if before else set()
     if (

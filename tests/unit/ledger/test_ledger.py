@@ -15,14 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from glmbatch.errors import InputError
-from glmbatch.ledger.fragments import FileFault, Fragment, Plan
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import MANIFEST, Manifest, merged_manifest
-from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
+from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.conftest import ROOT
@@ -161,14 +157,6 @@ def test_rows_on_which_the_model_failed_are_tried_again_by_the_next_run(tmp_path
     assert ledger.find_answers(receipt().key, "third", retry_failed=True) == receipt("second")
 
 
-def test_a_manifest_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / MANIFEST).write_text('{"rows": 1}')
-    with pytest.raises(
-        InputError, match=r"_manifest\.json: is not a manifest of glmbatch.*Set data\.output\."
-    ):
-        Ledger(tmp_path).manifest()
-
-
 def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
     hold = (
         "from glmbatch.ledger.ledger import Ledger; "
@@ -185,113 +173,6 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path
         other.kill()
     Ledger(tmp_path).open()
     Ledger(tmp_path).close()
-
-
-def output(source: str, first_row: int, rows: int, digest: str = "d") -> OutputReceipt:
-    fragment = Fragment(
-        source=source,
-        path="",
-        digest=digest,
-        stamp=(0, 0),
-        first_row=first_row,
-        rows=rows,
-        row_groups=(),
-        skip_rows=0,
-    )
-    return OutputReceipt(
-        key="k", run="r", fragment=fragment, output_name=fragment.output_name, answers=()
-    )
-
-
-def merged(
-    before: Manifest | None, *outputs: OutputReceipt, root: Path = Path("/none"), **fields: Any
-) -> Manifest:
-    unusable = [FileFault(source=source, reason="x") for source in fields.pop("damaged", ())]
-    plan = Plan(root=str(root), fragments=(), unusable=(), **fields)
-    return merged_manifest("run", plan, before, outputs, unusable)
-
-
-def names(manifest: Manifest) -> list[str]:
-    return [f"{file.source}@{file.first_row}+{file.rows}" for file in manifest.files]
-
-
-BEFORE = merged(None, output("a", 0, 5), output("a", 5, 5), output("b", 0, 3, "e"))
-
-
-def test_new_files_replace_those_of_their_source_and_leave_others() -> None:
-    after = merged(BEFORE, output("a", 0, 9))
-    assert names(after) == ["a@0+9", "b@0+3"]
-    assert after.replaced == ("a-0000000005.parquet",)
-    assert "a-0000000005.parquet" in merged(after, output("b", 0, 3)).replaced
-
-
-def test_a_damaged_source_keeps_the_rows_that_nothing_new_covers() -> None:
-    assert names(merged(BEFORE, output("a", 0, 5), damaged="ab")) == ["a@0+5", "a@5+5", "b@0+3"]
-    assert names(merged(BEFORE, output("a", 4, 3), damaged="ab")) == ["a@4+3", "b@0+3"]
-
-
-def test_rows_of_another_version_of_a_file_never_stay_beside_new_ones() -> None:
-    assert names(merged(BEFORE, output("a", 0, 5, "changed"), damaged="a")) == ["a@0+5", "b@0+3"]
-
-
-def test_a_renamed_file_is_not_there_twice(tmp_path: Path) -> None:
-    assert names(merged(BEFORE, output("c", 0, 3, "e"))) == ["a@0+5", "a@5+5", "c@0+3"]
-    (tmp_path / "b").touch()  # still there: a copy, not a new name
-    assert names(merged(BEFORE, output("c", 0, 3, "e"), root=tmp_path)) == [
-        "a@0+5",
-        "a@5+5",
-        "b@0+3",
-        "c@0+3",
-    ]
-
-
-def test_a_limited_run_is_replaced_whole() -> None:
-    limited = merged(None, output("a", 0, 2), limit=2)
-    assert names(merged(limited, output("b", 0, 3))) == ["b@0+3"]
-
-
-SOURCES = st.sampled_from("abc")
-# For each source of a night: which version of the file, its fragments' rows, and which of them cannot be read.
-NIGHTS = st.lists(
-    st.dictionaries(
-        SOURCES,
-        st.tuples(
-            st.sampled_from("12"),
-            st.lists(st.integers(1, 4), min_size=1, max_size=4),
-            st.sets(st.integers(0, 3)),
-        ),
-        min_size=1,
-    ),
-    max_size=6,
-)
-
-
-@given(nights=NIGHTS)
-def test_after_any_nights_no_row_is_there_twice_and_none_of_a_whole_file_is_missing(
-    nights: list[dict[str, tuple[str, list[int], set[int]]]],
-) -> None:
-    manifest, on_disk = None, set[str]()
-    for night in nights:
-        outputs, damaged = [], set()
-        for source, (version, sizes, unreadable) in night.items():
-            starts = [sum(sizes[:at]) for at in range(len(sizes))]
-            sound = [at for at in range(len(sizes)) if at not in unreadable]
-            outputs += [output(source, starts[at], sizes[at], source + version) for at in sound]
-            damaged |= {source} if len(sound) < len(sizes) else set()
-        manifest = merged(manifest, *outputs, damaged=damaged)
-        on_disk = (on_disk | {each.output_name for each in outputs}) - set(manifest.replaced)
-        assert {file.output_name for file in manifest.files} == on_disk
-        for source in {file.source for file in manifest.files}:
-            files = [file for file in manifest.files if file.source == source]
-            rows = [
-                row for file in files for row in range(file.first_row, file.first_row + file.rows)
-            ]
-            assert len(rows) == len(set(rows))
-            assert len({file.source_digest for file in files}) == 1, (
-                "two versions of a file never mix"
-            )
-            if source in night and source not in damaged:
-                assert sorted(rows) == list(range(sum(night[source][1])))
 
 
 def keep_many(folder: str, process: int) -> None:
