@@ -171,39 +171,31 @@ def _overlap(one: PublishedFile, other: PublishedFile | Fragment) -> bool:
     )
 
 
-def merged_manifest(  # noqa: PLR0913 - five facts about the run and one of the job's choice
+def next_manifest(  # noqa: PLR0913 - the run, and what is published before and after it
     run: str,
     plan: Plan,
     before: Manifest | None,
-    outputs: Sequence[OutputReceipt],
-    unusable: Sequence[FileFault],
     *,
-    keep_missing: bool = True,
+    written: Sequence[OutputReceipt],
+    stay: Sequence[PublishedFile],
+    unusable: Sequence[FileFault],
+    steps: Mapping[str, StepOrigin],
     format: Literal["parquet", "delta"] = "parquet",
 ) -> Manifest:
-    """What is published once `outputs` are: they, and what stays beside them."""
-    files = [_published_file(output) for output in outputs]
-    stay = staying(
-        before,
-        plan,
-        written=[output.fragment for output in outputs],
-        damaged={fault.source for fault in unusable},
-        step_keys=files[0].step_keys if files else None,
-        drop_missing=not keep_missing,
-    )
-    kept = {file.output_name for file in [*stay, *files]}
-    gone = set(before.replaced) if before else set()
-    if (
-        before is not None and before.format == "parquet"
-    ):  # a Delta table's older versions need their files
-        gone |= {file.output_name for file in before.files}
+    """What is published once the files of `written` are, beside those of `before` that `stay`."""
+    files = [*stay, *(_published_file(output) for output in written)]
+    replaced = set(before.replaced) if before else set()
+    # The files of an older version of a Delta table are not replaced: its readers need them.
+    if before is not None and before.format == "parquet":
+        replaced |= {file.output_name for file in before.files}
     return Manifest(
         run=run,
         root=plan.root,
-        files=tuple(sorted([*stay, *files], key=lambda file: file.output_name)),
-        replaced=tuple(sorted(gone - kept)),
+        files=tuple(sorted(files, key=lambda file: file.output_name)),
+        replaced=tuple(sorted(replaced - {file.output_name for file in files})),
         unusable=tuple(unusable),
         limit=plan.limit,
+        steps=dict(steps),
         format=format,
     )
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from glmbatch.errors import TransientError, UnusableFile
 from glmbatch.ledger.delta import Commit, commit_table, plan_commit
 from glmbatch.ledger.ledger import ANSWERS, LOCK, STAGED, Ledger, staged_name
-from glmbatch.ledger.manifest import MANIFEST, Manifest
+from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile
 from glmbatch.ledger.receipts import OutputReceipt, key_in_name, read_receipt
 from glmbatch.store.files import PARTIAL, committed, move, remove_tree, writable
 from glmbatch.store.locks import check_held
@@ -43,6 +43,7 @@ def publish(
     """
     root = ledger.root
     check_held(root / LOCK)
+    manifest = manifest.model_copy(update={"replaced": _existing(root, manifest.replaced)})
     stale = _announced(root)
     version = None
     if manifest.format == "delta":
@@ -61,8 +62,8 @@ def publish(
     _sweep(root, manifest)
 
 
-def read_quarantine(output: AnyPath, sources: Collection[str]) -> list[dict[str, Any]]:
-    """The published lines of rows that failed, of the given sources alone."""
+def read_quarantine(output: AnyPath, files: Sequence[PublishedFile]) -> list[dict[str, Any]]:
+    """The published lines of rows that failed, of the rows of these published files alone."""
     path = output / QUARANTINE
     if not path.is_file():
         return []
@@ -72,7 +73,17 @@ def read_quarantine(output: AnyPath, sources: Collection[str]) -> list[dict[str,
     except UnusableFile as error:  # a list for people; the rows themselves carry their reasons
         logger.warning("%s: it is written anew, without the rows of earlier runs", error)
         return []
-    return [line for line in lines if line["source"] in sources]
+    ranges: dict[str, list[range]] = {}
+    for file in files:
+        rows = range(file.first_row, file.first_row + file.rows)
+        ranges.setdefault(file.source, []).append(rows)
+
+    def is_of_files(line: dict[str, Any]) -> bool:
+        # A line without a step says why a run could not read something; the next run says so itself.
+        of_source = ranges.get(line["source"], ()) if line["step"] else ()
+        return any(line["row"] in rows for rows in of_source)
+
+    return [line for line in lines if is_of_files(line)]
 
 
 def write_refused(output: AnyPath, failed: pa.Table) -> AnyPath:
@@ -84,6 +95,15 @@ def write_refused(output: AnyPath, failed: pa.Table) -> AnyPath:
 def _write_list(path: AnyPath, rows: pa.Table) -> None:
     with committed(path) as partial, writable(path):
         write_table(partial, rows.schema, iter(rows.to_batches()), {})
+
+
+def _existing(root: AnyPath, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that are still there, so that the list of what is replaced does not grow from run to run."""
+
+    def find(name: str) -> str | None:
+        return name if (root / name).exists() else None
+
+    return tuple(name for name in side_by_side(root, find, names) if name is not None)
 
 
 def _announced(root: AnyPath) -> set[str]:

@@ -310,9 +310,7 @@ def _quarantine_findings(
     ledger: Ledger, manifest: Manifest, faulty: Counter[str]
 ) -> Iterator[Finding]:
     listed = Counter(
-        line["source"]
-        for line in read_quarantine(ledger.root, {file.source for file in manifest.files})
-        if line["step"]
+        line["source"] for line in read_quarantine(ledger.root, manifest.files) if line["step"]
     )
     for source in sorted(listed.keys() | faulty.keys()):
         if listed[source] != faulty[source]:

@@ -13,7 +13,7 @@ from glmbatch.errors import InputError
 from glmbatch.ledger.delta import check_sources, is_table
 from glmbatch.ledger.fragments import Fragment, NeededColumn, Plan, SchemaNeeds, plan_fragments
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import Manifest, PublishedFile
+from glmbatch.ledger.manifest import Manifest, staying
 from glmbatch.ledger.rowkeys import answers_key, output_key, step_key
 from glmbatch.run.models import (
     check_step,
@@ -136,21 +136,8 @@ def _check_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> No
             )
         return
     sources = {fragment.source: location(fragment.path) for fragment in plan.fragments}
-    check_sources(output, sources, [file.output_name for file in _staying(data, plan, manifest)])
-
-
-def _staying(data: DataConfig, plan: Plan, manifest: Manifest | None) -> list[PublishedFile]:
-    """The published files that this run leaves beside its own: of sources that it does not have and does not drop."""
-    replaced, drops = (
-        {fragment.source for fragment in plan.fragments},
-        data.missing_sources == "drop",
-    )
-    return [
-        file
-        for file in (manifest.files if manifest and manifest.limit is None else ())
-        if file.source not in replaced
-        and not (drops and not (location(plan.root) / file.source).exists())
-    ]
+    stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop")
+    check_sources(output, sources, [file.output_name for file in stay])
 
 
 def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
@@ -227,7 +214,8 @@ def _fragment_work(
 
 
 def _refuse_mixing(data: DataConfig, plan: Plan, keys: dict[str, str]) -> None:
-    for file in _staying(data, plan, Ledger(data.output).manifest()):
+    manifest = Ledger(data.output).manifest()
+    for file in staying(manifest, plan, drop_missing=data.missing_sources == "drop"):
         if file.step_keys != keys:
             raise InputError(
                 f"{data.output}: {file.output_name} was answered with other settings or "

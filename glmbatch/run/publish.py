@@ -13,7 +13,7 @@ import pyarrow as pa
 from glmbatch.errors import AuditError, BadRow, GlmbatchError
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import Manifest, StepOrigin, merged_manifest
+from glmbatch.ledger.manifest import Manifest, StepOrigin, next_manifest, staying
 from glmbatch.ledger.publication import publish as make_public
 from glmbatch.ledger.publication import read_quarantine, write_refused
 from glmbatch.ledger.receipts import DIGEST_CHARS, OutputReceipt
@@ -81,8 +81,8 @@ def publish(
     faults = list(_failed_rows(collected, job.data.id_column))
     if faults and run.context.raises:
         raise _bad_row(run, faults[0])
-    keep_missing = job.data.missing_sources == "keep"
-    kept_sources = _release(run, questions, collected, faults, keep_missing=keep_missing)
+    drop_missing = job.data.missing_sources == "drop"
+    kept_sources = _release(run, questions, collected, faults, drop_missing=drop_missing)
     summary = summary.model_copy(
         update={
             "quarantined": job.on_error == "quarantine" and bool(faults),
@@ -182,37 +182,37 @@ def _release(
     collected: Collected,
     faults: Sequence[dict[str, Any]],
     *,
-    keep_missing: bool,
+    drop_missing: bool,
 ) -> int:
     """Publish what was written; returns how many sources of earlier runs stay published."""
-    ledger = collected.ledger
-    manifest = merged_manifest(
+    stay = staying(
+        collected.before,
+        run.plan,
+        written=[output.fragment for output in collected.written],
+        damaged={fault.source for fault in collected.unusable},
+        step_keys={question.name: question.key for question in questions},
+        drop_missing=drop_missing,
+    )
+    origins = {}
+    for question in questions if collected.written else ():
+        settings = answer_settings(question.step)
+        origins[question.name] = StepOrigin(settings=settings, model=question.model.identity)
+    manifest = next_manifest(
         run.context.id,
         run.plan,
         collected.before,
-        collected.written,
-        collected.unusable,
-        keep_missing=keep_missing,
+        written=collected.written,
+        stay=stay,
+        unusable=collected.unusable,
+        steps=origins,
         format=run.context.format,
     )
-    origins = {}
-    for question in questions:
-        settings = answer_settings(question.step)
-        origins[question.name] = StepOrigin(settings=settings, model=question.model.identity)
-    paths = [ledger.root / name for name in manifest.replaced]
-    present = side_by_side(ledger.root, lambda path: path.exists(), paths)
-    replaced = [
-        name for name, is_present in zip(manifest.replaced, present, strict=True) if is_present
-    ]
-    manifest = manifest.model_copy(
-        update={"steps": origins if collected.written else {}, "replaced": tuple(replaced)}
-    )
-    tonight = {output.fragment.source for output in collected.written}
-    kept = {file.source for file in manifest.files} - tonight
-    lines = [*read_quarantine(ledger.root, kept), *faults]
+    ledger = collected.ledger
+    lines = [*read_quarantine(ledger.root, stay), *faults]
     failed = pa.Table.from_pylist(lines, QUARANTINE_SCHEMA)
     make_public(ledger, manifest, collected.written, failed)
-    return len(kept)
+    tonight = {output.fragment.source for output in collected.written}
+    return len({file.source for file in stay} - tonight)
 
 
 def _samples(questions: Sequence[Question], collected: Collected) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from glmbatch.errors import InputError
 from glmbatch.ledger.fragments import FileFault, Fragment, Plan
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import MANIFEST, Manifest, merged_manifest
+from glmbatch.ledger.manifest import MANIFEST, Manifest, next_manifest, staying
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
+from tests.support import CLASSIFY, Settings, Write, rows_of, run
 
 
 def output(
@@ -51,7 +52,17 @@ def merged(
     unusable = [FileFault(source=source, reason="x") for source in damaged]
     fragments = tuple(output.fragment for output in [*outputs, *planned])
     plan = Plan(root=str(root), fragments=fragments, unusable=(), limit=limit)
-    return merged_manifest("run", plan, before, outputs, unusable, keep_missing=not drop_missing)
+    stay = staying(
+        before,
+        plan,
+        written=[output.fragment for output in outputs],
+        damaged={*damaged},
+        step_keys={"mood": outputs[0].answers[0].step_key} if outputs else None,
+        drop_missing=drop_missing,
+    )
+    return next_manifest(
+        "run", plan, before, written=outputs, stay=stay, unusable=unusable, steps={}
+    )
 
 
 def names(manifest: Manifest) -> list[str]:
@@ -227,3 +238,33 @@ def test_a_manifest_of_something_else_is_refused(tmp_path: Path) -> None:
         InputError, match=r"_manifest\.json: is not a manifest of glmbatch.*Set data\.output\."
     ):
         Ledger(tmp_path).manifest()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_file_renamed_as_the_prompt_changes_is_answered_anew(
+    kept: bool, write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    source = write_source("a.parquet", {"text": ["one", "two"]})
+    write_source("b.parquet", {"text": ["three"]})
+    run(job_settings(steps=[CLASSIFY]))
+    source.rename(source.with_name("c.parquet"))
+    asked = {**CLASSIFY, "prompt_template": "How does this sound? {text}"}
+    missing = "keep" if kept else "drop"
+    summary = run(job_settings(steps=[asked], data__missing_sources=missing))
+    assert (summary.computed, summary.kept_sources) == (3, 0)
+    assert sorted(row["text"] for row in rows_of(tmp_path / "out")) == ["one", "three", "two"]
+    manifest = Ledger(tmp_path / "out").manifest()
+    assert manifest is not None
+    assert {file.source for file in manifest.files} == {"b.parquet", "c.parquet"}
+
+
+def test_a_deleted_copy_of_other_settings_is_refused(
+    write_source: Write, job_settings: Settings
+) -> None:
+    source = write_source("a.parquet", {"text": ["one", "two"]})
+    write_source("copy.parquet", {"text": ["one", "two"]})
+    run(job_settings(steps=[CLASSIFY]))
+    source.unlink()
+    asked = {**CLASSIFY, "prompt_template": "How does this sound? {text}"}
+    with pytest.raises(InputError, match=r"a-0000000000\.parquet was answered with other settings"):
+        run(job_settings(steps=[asked]))
