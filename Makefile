@@ -6,6 +6,8 @@ VENV := .venv
 RUN := $(VENV)/bin
 # uv does not read pip's settings; a folder of wheels given to pip is given to uv too.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# Each in one thread; tests of a group, such as those over one server, stay together.
+IN_TWO := -n 2 --dist loadgroup
 # Prefect's database and settings for this checkout alone.
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 # With it set, every process would compile all packages again.
@@ -34,11 +36,12 @@ demo: setup
 up down: setup
 	@$(RUN)/python -m deployments.local $@
 
+# Two processes: the suite waits for servers and schedules about as long as it computes.
 test: setup
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest $(IN_TWO)
 
 check: lint
-	$(RUN)/python -m pytest -m "not slow and not prefect and not gpu"
+	$(RUN)/python -m pytest $(IN_TWO) -m "not slow and not prefect and not gpu"
 
 lint: setup
 	$(RUN)/ruff format --check .

@@ -32,7 +32,7 @@ from glmbatch.settings.job import JobConfig
 from tests.conftest import ROOT
 from tests.postgresql import postgresql_server
 
-pytestmark = [pytest.mark.prefect, pytest.mark.slow]
+pytestmark = [pytest.mark.prefect, pytest.mark.slow, pytest.mark.xdist_group("operations")]
 SILENT_SECONDS = 35  # a little more than the time between two signs of life
 
 

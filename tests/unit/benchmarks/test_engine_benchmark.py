@@ -40,6 +40,7 @@ def assert_same_answers(judged: dict[str, Any]) -> None:
     assert judged["times_ours"] > 0
 
 
+@pytest.mark.slow
 def test_ours_is_measured_against_the_ceiling_and_a_peer_that_is_not_installed_is_left_out(
     tmp_path: Path,
 ) -> None:

@@ -186,6 +186,7 @@ def keep_many(folder: str, process: int) -> None:
         )
 
 
+@pytest.mark.slow
 def test_processes_that_commit_the_same_answers_at_once_leave_one_whole_file(
     tmp_path: Path,
 ) -> None:

@@ -64,6 +64,7 @@ def test_of_many_that_start_at_once_one_holds(store: Store) -> None:
     assert len(store.names("out")) == 1
 
 
+@pytest.mark.slow
 def test_a_living_run_keeps_its_lock_and_one_that_stands_still_loses_it_and_knows(
     store: Store,
 ) -> None:
@@ -102,6 +103,7 @@ def test_a_living_run_keeps_its_lock_and_one_that_stands_still_loses_it_and_know
             other.kill()
 
 
+@pytest.mark.slow
 def test_a_run_whose_signs_do_not_reach_the_store_stops_before_another_may_begin(
     store: Store,
 ) -> None:

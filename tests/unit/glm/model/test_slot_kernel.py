@@ -105,6 +105,7 @@ def test_without_numba_torch_attends_and_writes_the_same(
         assert written == {result.index: result.ids for result in engine.generate(requests)}
 
 
+@pytest.mark.slow
 def test_it_works_where_no_compiled_code_can_be_kept() -> None:
     code = (
         "from glmbatch.glm.model.slot_kernel import _kernel; print(_kernel(2, 4).stats.cache_path)"
