@@ -64,6 +64,14 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def committed(output: Path) -> set[str]:
+    """Names of the answers that lie whole in the output; each holds the digest of its bytes.
+
+    A run that finds them all again has repeated no inference that was committed.
+    """
+    return {path.name for path in output.glob("_glmbatch/answers/[!.]*.parquet")}
+
+
 def column_of(output: Path, name: str) -> list[Any]:
     """The values of one column that a reader of the output folder finds."""
     return [row[name] for row in rows_of(output)]

@@ -1,14 +1,13 @@
-"""One bad row in a batch of eight costs itself alone, at each place in the batch: the other seven are as without it."""
+"""One bad row in a batch of eight, at each place, costs itself alone: the other seven stay the same."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pytest
 import torch
 
@@ -16,19 +15,24 @@ from glmbatch.glm.model.kv_cache import KvPrefix
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
 from glmbatch.glm.tokenizer import load_tokenizer
-from glmbatch.run.job import run_job
-from glmbatch.settings.job import JobConfig
-from tests.conftest import CAUSAL, CLASSIFY
+from tests.support import CAUSAL, CLASSIFY, Settings, Write, rows_of, run
 from tests.unit.glm.checkpoints import read_state, write_weights
 
 pytestmark = pytest.mark.slow
-Settings = Callable[..., dict[str, Any]]
-Write = Callable[..., Path]
 
 BATCH = 8
 GENERATE = {"kind": "generate", "name": "reply", "prompt_template": "{text}", "max_tokens": 5}
 POISON = "漏"
 TOKENS_WITH_ROOM = 200
+SAME_COLUMNS = (
+    "text",
+    "mood",
+    "mood_error",
+    "reply",
+    "reply_finish_reason",
+    "reply_error",
+    "reply_key",
+)
 FAULTS: dict[str, tuple[bytes | None, str]] = {
     "null": (None, "null_value"),
     "empty": (b"", "empty_text"),
@@ -50,28 +54,25 @@ def poisoned(tmp_path: Path) -> Path:
     )
     name = next(name for name in state if name.endswith("word_embeddings.weight"))
     state[name][sorted(set(poison) - set(harmless))] = torch.nan
-    for path in [
-        *directory.glob("*.bin"),
-        *directory.glob("*.safetensors"),
-        *directory.glob("*.index.json"),
-    ]:
-        path.unlink()
+    for pattern in ("*.bin", "*.safetensors", "*.index.json"):
+        for path in directory.glob(pattern):
+            path.unlink()
     write_weights(directory, state)
     return directory
 
 
 @pytest.fixture(autouse=True)
 def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that has no room for more than so many tokens in one forward and behind it."""
+    """A device without memory for more than so many tokens, those of the forward and its prefix."""
     prefill = Network.prefill
 
     def within_room(
         self: Network, prompts: Sequence[PackedPrompt], prefix: KvPrefix | None, *store: Any
     ) -> torch.Tensor:
-        if (
-            sum(len(each.ids) for each in prompts) + (prefix.places if prefix else 0)
-            > TOKENS_WITH_ROOM
-        ):
+        tokens = sum(len(prompt.ids) for prompt in prompts)
+        if prefix is not None:
+            tokens += prefix.places
+        if tokens > TOKENS_WITH_ROOM:
             raise torch.OutOfMemoryError("out of memory")
         return prefill(self, prompts, prefix, *store)
 
@@ -83,42 +84,32 @@ def test_one_bad_row_of_eight_costs_itself_alone(
     write_source: Write, job_settings: Settings, tmp_path: Path, poisoned: Path, fault: str
 ) -> None:
     bad, kind = FAULTS[fault]
-    good = [
-        [f"batch {batch} row {row} 很好".encode() for row in range(BATCH)] for batch in range(BATCH)
-    ]
-    with_bad = [[*rows[:place], bad, *rows[place + 1 :]] for place, rows in enumerate(good)]
+    good: list[bytes | None] = []
+    for number in range(BATCH * BATCH):
+        good.append(f"batch {number // BATCH} row {number % BATCH} 很好".encode())
+    with_bad = list(good)
+    for batch in range(BATCH):
+        with_bad[batch * BATCH + batch] = bad
 
-    def answers(output: str, batches: Sequence[Sequence[bytes | None]]) -> list[dict[str, Any]]:
-        write_source(
-            "a.parquet",
-            {"text": pa.array([row for batch in batches for row in batch], pa.binary())},
-        )
+    def answers(output: str, texts: Sequence[bytes | None]) -> list[dict[str, Any]]:
+        write_source("a.parquet", {"text": pa.array(texts, pa.binary())})
         settings = job_settings(
             data__output=str(tmp_path / output), model__path=str(poisoned), max_error_rate=0.5
         )
         settings["steps"] = [CLASSIFY, GENERATE]
         settings["runtime"]["fragments_in_flight"] = 1
-        run_job(JobConfig.model_validate(settings))
-        rows: list[dict[str, Any]] = ds.dataset(tmp_path / output).to_table().to_pylist()
-        return rows
+        run(settings)
+        return rows_of(tmp_path / output)
 
-    clean, found = answers("clean", good), answers("out", with_bad)
-    for number, (row, expected) in enumerate(zip(found, clean, strict=True)):
+    clean = answers("clean", good)
+    disturbed = answers("out", with_bad)
+    for number, (row, expected) in enumerate(zip(disturbed, clean, strict=True)):
         batch, place = divmod(number, BATCH)
         if batch == place:
             assert (row["mood"], row["reply"]) == (None, None)
-            assert (row["mood_error_type"], row["reply_error_type"]) == (kind, kind), row[
-                "mood_error"
-            ]
+            assert row["mood_error_type"] == kind, row["mood_error"]
+            assert row["reply_error_type"] == kind, row["reply_error"]
             continue
         assert row["mood_scores"] == pytest.approx(expected["mood_scores"], abs=1e-5)
-        for column in (
-            "text",
-            "mood",
-            "mood_error",
-            "reply",
-            "reply_finish_reason",
-            "reply_error",
-            "reply_key",
-        ):
+        for column in SAME_COLUMNS:
             assert row[column] == expected[column], (batch, place, column)

@@ -1,4 +1,4 @@
-"""An output on a disk that fills up, or turns read-only in the midst: one clear error, and the next run goes on."""
+"""An output on a disk that fills up, or turns read-only: one clear error, and the next run goes on."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.dataset as ds
 import pytest
 
 from glmbatch.errors import InputError, TransientError
 from glmbatch.ledger.verification import verify
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
+from tests.support import Settings, Write, committed, rows_of
 
 pytestmark = pytest.mark.slow
-Settings = Callable[..., dict[str, Any]]
-Write = Callable[..., Path]
 
 
 def mount(*arguments: str) -> bool:
@@ -48,15 +46,15 @@ def job(write_source: Write, job_settings: Settings, tmp_path: Path) -> Callable
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = ds.dataset(output).to_table().sort_by("text").to_pylist()
-    return found
+    return sorted(rows_of(output), key=lambda row: str(row["text"]))
 
 
-def test_a_disk_that_is_full_at_any_moment_costs_a_run_and_nothing_else(
+def test_a_disk_full_at_any_moment_costs_the_run_alone(
     disk: Path, job: Callable[[Path], JobConfig], tmp_path: Path
 ) -> None:
     run_job(job(tmp_path / "clean"))
-    expected, refused = rows(tmp_path / "clean"), 0
+    expected = rows(tmp_path / "clean")
+    refused = 0
     for kilobytes in range(4, 140, 12):
         output = disk / f"out-{kilobytes}"
         output.mkdir()
@@ -75,7 +73,7 @@ def test_a_disk_that_is_full_at_any_moment_costs_a_run_and_nothing_else(
     assert refused > 5
 
 
-def test_an_output_that_turns_read_only_costs_a_run_and_nothing_else(
+def test_an_output_turned_read_only_costs_the_run_alone(
     disk: Path, job: Callable[[Path], JobConfig], tmp_path: Path
 ) -> None:
     run_job(job(tmp_path / "clean"))
@@ -85,9 +83,8 @@ def test_an_output_that_turns_read_only_costs_a_run_and_nothing_else(
         until = time.monotonic() + 60
         while not list(output.glob("_glmbatch/answers/[!.]*")) and time.monotonic() < until:
             time.sleep(0.001)
-        assert mount(
-            "--bind", str(output), str(output)
-        )  # over itself: the run holds its lock open below
+        # Over itself: the run holds its lock open below.
+        assert mount("--bind", str(output), str(output))
         assert mount("-o", "remount,bind,ro", str(output))
 
     protection = threading.Thread(target=protect)
@@ -97,11 +94,9 @@ def test_an_output_that_turns_read_only_costs_a_run_and_nothing_else(
     ):
         run_job(job(output))
     protection.join()
-    kept = {path.name for path in output.glob("_glmbatch/answers/[!.]*")}
+    kept = committed(output)
     subprocess.run(["umount", str(output)], check=True)
     run_job(job(output))
     assert rows(output) == rows(tmp_path / "clean")
     assert verify(output).findings == ()
-    assert kept <= {path.name for path in output.glob("_glmbatch/answers/[!.]*")}, (
-        "no committed inference was repeated"
-    )
+    assert kept <= committed(output), "no committed inference was repeated"

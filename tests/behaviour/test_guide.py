@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 GUIDE = (ROOT / "GUIDE.md").read_text()
 

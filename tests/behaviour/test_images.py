@@ -1,4 +1,7 @@
-"""The image, the containers and the cluster's job name what is there, and listen to nobody outside the machine."""
+"""The image, the containers and the cluster's job name what exists.
+
+They listen to nobody outside the machine.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 import yaml
 
 from deployments.local import DEFAULTS, POOL
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 HERE = ROOT / "deployments"
 DOCKERFILE = (HERE / "Dockerfile").read_text()
@@ -68,42 +71,55 @@ def test_each_container_runs_a_command_of_ours_or_of_prefect() -> None:
     assert commands()["worker"][:5] == ["prefect", "worker", "start", "--pool", POOL]
 
 
-def test_only_loopback_of_the_host_is_listened_on_and_no_password_is_written_down() -> None:
+def test_only_loopback_of_the_host_is_listened_on() -> None:
     ports = {name: service.get("ports", []) for name, service in COMPOSE["services"].items()}
     assert ports.pop("server") == ["127.0.0.1:4200:4200"]
     assert not any(ports.values())
-    assert COMPOSE["services"]["database"]["environment"]["POSTGRES_PASSWORD"].startswith(
-        "${POSTGRES_PASSWORD:?"
-    )
 
 
-def test_containers_wait_for_those_they_need_and_keep_what_must_stay() -> None:
+def test_no_password_is_written_down() -> None:
+    password = COMPOSE["services"]["database"]["environment"]["POSTGRES_PASSWORD"]
+    assert password.startswith("${POSTGRES_PASSWORD:?")
+
+
+def test_containers_wait_for_those_they_need() -> None:
     services = COMPOSE["services"]
-    order = [name for name in services for _ in services[name].get("depends_on", {})]
-    assert order == ["server", "deploy", "worker"]
-    for service in services.values():
+    waiting = []
+    for name, service in services.items():
         for needed, how in service.get("depends_on", {}).items():
-            assert (
-                "healthcheck" in services[needed]
-                or how["condition"] == "service_completed_successfully"
-            )
-    named = [
-        volume.split(":")[0]
-        for service in services.values()
-        for volume in service.get("volumes", [])
-    ]
-    assert {name for name in named if not name.startswith("..")} == COMPOSE["volumes"].keys()
+            waiting.append(name)
+            ends = how["condition"] == "service_completed_successfully"
+            assert ends or "healthcheck" in services[needed]
+    assert waiting == ["server", "deploy", "worker"]
+
+
+def test_containers_keep_what_must_stay() -> None:
+    named = set()
+    for service in COMPOSE["services"].values():
+        for volume in service.get("volumes", []):
+            if not volume.startswith(".."):
+                named.add(volume.split(":")[0])
+    assert named == COMPOSE["volumes"].keys()
+
+
+def test_the_worker_gives_signs_of_life_as_often_as_awaited() -> None:
+    # deployments/silent_runs.yaml waits for them.
     frequency = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
-    assert services["worker"]["environment"][frequency] == DEFAULTS[frequency], (
-        "silent_runs.yaml waits for it"
-    )
-    assert OVER["services"].keys() <= services.keys()
+    worker = COMPOSE["services"]["worker"]
+    assert worker["environment"][frequency] == DEFAULTS[frequency]
 
 
-def test_the_job_of_a_cluster_asks_for_a_gpu_and_declares_what_it_fills_in() -> None:
-    job = CLUSTER["job_configuration"]
-    named = set(re.findall(r"{{ (\w+) }}", json.dumps(job)))
+def test_the_gpu_is_added_to_containers_that_exist() -> None:
+    assert OVER["services"].keys() <= COMPOSE["services"].keys()
+
+
+def test_the_job_of_a_cluster_declares_what_it_fills_in() -> None:
+    named = set(re.findall(r"{{ (\w+) }}", json.dumps(CLUSTER["job_configuration"])))
     assert named == CLUSTER["variables"]["properties"].keys()
+
+
+def test_the_job_of_a_cluster_asks_for_a_gpu() -> None:
+    job = CLUSTER["job_configuration"]
     pod = job["job_manifest"]["spec"]["template"]["spec"]
     container = pod["containers"][0]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "{{ gpus }}"

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from glmbatch.settings.job import JobConfig
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 README = (ROOT / "README.md").read_text()
 

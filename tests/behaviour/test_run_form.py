@@ -77,7 +77,7 @@ def test_every_field_says_what_it_is_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_every_number_has_a_least_value_and_every_share_a_largest(name: str) -> None:
+def test_every_number_has_a_least_value_and_a_share_a_largest(name: str) -> None:
     for box, fields in groups(name).items():
         for field, shown in fields.items():
             for kind in kinds(shown):

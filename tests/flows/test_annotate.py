@@ -8,22 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pyarrow.dataset as ds
 import pytest
 import yaml
 
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
-from tests.conftest import ROOT
+from tests.flows.commands import artifacts, last_flow_run, query, run, task_runs
+from tests.support import ROOT, Settings, Write, committed
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
-Settings = Callable[..., dict[str, Any]]
-Write = Callable[..., Path]
 
 # The flow with an engine whose first use fails, as a lost device would.
 FLAKY = """
@@ -57,78 +54,51 @@ def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> str
     return str(path)
 
 
-def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        timeout=400,
-    )
-
-
-def query(environment: dict[str, str], kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    answer = httpx.post(f"{environment['PREFECT_API_URL']}/{kind}/filter", json=body, timeout=30)
-    rows: list[dict[str, Any]] = answer.raise_for_status().json()
-    return rows
-
-
-def last_flow_run(environment: dict[str, str]) -> dict[str, Any]:
-    return query(environment, "flow_runs", {"sort": "START_TIME_DESC", "limit": 1})[0]
-
-
-def task_runs(environment: dict[str, str], expected: int) -> dict[str, dict[str, Any]]:
-    """Task runs of the last flow run by name; their rows reach the database some time after the flow has ended."""
-    body = {"flow_runs": {"id": {"any_": [last_flow_run(environment)["id"]]}}, "limit": 100}
-    until = time.monotonic() + 90
-    while True:
-        rows = {row["name"]: row for row in query(environment, "task_runs", body)}
-        # What waits for a task that failed stays pending for good.
-        complete = len(rows) >= expected and not any(
-            row["state_type"] == "RUNNING" for row in rows.values()
-        )
-        if complete or time.monotonic() > until:
-            return rows
-        time.sleep(0.5)
-
-
-def artifacts(environment: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """What stands on the page of the last flow run, by key."""
-    flow_run = {"flow_run_id": {"any_": [last_flow_run(environment)["id"]]}}
-    return {row["key"]: row for row in query(environment, "artifacts", {"artifacts": flow_run})}
-
-
 def test_a_run_shows_its_tasks_and_a_second_one_is_cached(
-    prefect_server: dict[str, str], job_file: str, tmp_path: Path
+    prefect_server: dict[str, str], job_file: str, tmp_path: Path, out: Path
 ) -> None:
     first = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
     assert first.returncode == 3, first.stderr
     assert "15 rows in 3 fragments" in first.stdout
     assert last_flow_run(prefect_server)["state_type"] == "COMPLETED"
     tasks = task_runs(prefect_server, 14)
-    assert {
-        name: row["state_name"]
-        for name, row in tasks.items()
-        if name.startswith(("classify", "write"))
-    } == {
-        "classify mood day=1/a.parquet@0": "Completed",
-        "classify mood day=1/a.parquet@8": "Completed",
-        "classify mood day=2/b.parquet@0": "Completed",
-        "write day=1/a.parquet@0": "Completed",
-        "write day=1/a.parquet@8": "Completed",
-        "write day=2/b.parquet@0": "Completed",
-    }
-    assert {"assign", "check", "ingest", "locate", "prepare", "publish"} >= {
-        name.split()[0] for name in tasks if not name.startswith(("classify", "generate", "write"))
-    }
-    assert f"assign {tmp_path / 'in'}" in tasks and f"publish {tmp_path / 'out'}" in tasks
-    answers = ds.dataset(tmp_path / "out", partitioning=None).to_table()
+    for fragment in ("day=1/a.parquet@0", "day=1/a.parquet@8", "day=2/b.parquet@0"):
+        assert tasks.pop(f"classify mood {fragment}")["state_name"] == "Completed"
+        assert tasks.pop(f"generate reply {fragment}")["state_name"] == "Completed"
+        assert tasks.pop(f"write {fragment}")["state_name"] == "Completed"
+    others = {"assign", "check", "ingest", "locate", "prepare", "publish"}
+    assert {name.split()[0] for name in tasks} <= others
+    assert f"assign {tmp_path / 'in'}" in tasks
+    assert f"publish {out}" in tasks
+    assert_page_shows_the_run(prefect_server, out, first.stdout)
+    answers = ds.dataset(out, partitioning=None).to_table()
 
-    shown = artifacts(prefect_server)
-    (page,) = (tmp_path / "out" / "_glmbatch" / "reports").glob("*.html")
-    assert f"Read about the run: {page}" in first.stdout
+    second = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
+    assert second.returncode == 3, second.stderr
+    assert "no inference was executed and no model was loaded" in second.stdout
+    tasks = task_runs(prefect_server, 14)
+    assert states(tasks, "classify", "generate", "write", "prepare") == {"Cached"}
+    assert ds.dataset(out, partitioning=None).to_table().equals(answers)
+
+    for path in out.glob("_glmbatch/answers/*"):
+        path.unlink()
+    third = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
+    assert "no inference was executed" in third.stdout, "the published rows hold the answers too"
+    tasks = task_runs(prefect_server, 14)
+    assert states(tasks, "classify") == {"Completed"}, "the cached results' files are missing"
+    assert ds.dataset(out, partitioning=None).to_table().equals(answers)
+
+
+def states(tasks: dict[str, dict[str, Any]], *kinds: str) -> set[str]:
+    """The states of the tasks of these kinds."""
+    return {row["state_name"] for name, row in tasks.items() if name.startswith(kinds)}
+
+
+def assert_page_shows_the_run(environment: dict[str, str], out: Path, printed: str) -> None:
+    """The page of the last flow run has progress, errors, facts and the address of the report."""
+    shown = artifacts(environment)
+    (page,) = out.glob("_glmbatch/reports/*.html")
+    assert f"Read about the run: {page}" in printed
     assert f"({page.as_uri()})" in shown["annotate-report"]["data"]
     assert shown["annotate-progress"]["data"] == 100.0
     assert shown["annotate-progress"]["description"] == "3 of 3 fragments"
@@ -136,39 +106,12 @@ def test_a_run_shows_its_tasks_and_a_second_one_is_cached(
         {"step": "mood", "reason": "null_value", "rows": 1},
         {"step": "reply", "reason": "earlier_step_failed", "rows": 1},
     ]
-    facts = [
-        line.strip("| ").split(" | ") for line in shown["annotate"]["data"].splitlines() if line
-    ]
+    lines = shown["annotate"]["data"].splitlines()
+    facts = [line.strip("| ").split(" | ") for line in lines if line]
     assert facts[0] == [r"Published\."]
-    assert (
-        ["run", page.stem] in facts
-        and ["rows", "15 in 3 fragments"] in facts
-        and ["answers", "30"] in facts
-    )
-
-    second = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
-    assert second.returncode == 3, second.stderr
-    assert "no inference was executed and no model was loaded" in second.stdout
-    cached = ("classify", "generate", "write", "prepare")
-    states = {
-        row["state_name"]
-        for name, row in task_runs(prefect_server, 14).items()
-        if name.startswith(cached)
-    }
-    assert states == {"Cached"}
-    assert ds.dataset(tmp_path / "out", partitioning=None).to_table().equals(answers)
-
-    for path in (tmp_path / "out").glob("_glmbatch/answers/*"):
-        path.unlink()
-    third = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
-    assert "no inference was executed" in third.stdout, "the published rows hold the answers too"
-    states = {
-        row["state_name"]
-        for name, row in task_runs(prefect_server, 14).items()
-        if name.startswith("classify")
-    }
-    assert states == {"Completed"}, "what the cache tells of is gone"
-    assert ds.dataset(tmp_path / "out", partitioning=None).to_table().equals(answers)
+    assert ["run", page.stem] in facts
+    assert ["rows", "15 in 3 fragments"] in facts
+    assert ["answers", "30"] in facts
 
 
 def test_a_transient_fault_is_retried_and_costs_nothing(
@@ -190,11 +133,11 @@ def test_bad_input_fails_at_once_without_retry_or_traceback(
 ) -> None:
     done = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file, "--on-error", "raise")
     assert done.returncode == 2
-    told = "in/day=1/a.parquet: row 12, step 'mood': text is null. Mend the row, or set on_error to quarantine."
-    ours = [
-        line for line in done.stderr.splitlines() if line.startswith("glmbatch: ")
-    ]  # Prefect may say more
-    assert [line.endswith(told) for line in ours] == [True]
+    # Prefect may say more.
+    lines = [line for line in done.stderr.splitlines() if line.startswith("glmbatch: ")]
+    (line,) = lines
+    assert "in/day=1/a.parquet: row 12, step 'mood': text is null." in line
+    assert line.endswith("Mend the row, or set on_error to quarantine.")
     assert "Traceback" not in done.stderr
     assert last_flow_run(prefect_server)["state_type"] == "FAILED"
     assert not (tmp_path / "out" / "_manifest.json").exists()
@@ -218,11 +161,16 @@ def test_too_many_bad_rows_fail_the_run_with_exit_code_1(
 
 
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_of_the_whole_group_ends_in_order_and_the_next_run_goes_on(
-    write_source: Write, job_settings: Settings, tmp_path: Path, signal_number: int, code: int
+def test_an_interrupted_run_ends_in_order_and_the_next_goes_on(
+    write_source: Write,
+    job_settings: Settings,
+    tmp_path: Path,
+    out: Path,
+    signal_number: int,
+    code: int,
 ) -> None:
-    write_source("a.parquet", {"text": [f"row {n}" for n in range(400)]})
-    settings = job_settings(data__rows_per_fragment=20, runtime__max_slots=1)
+    write_source("a.parquet", {"text": [f"row {n}" for n in range(200)]})
+    settings = job_settings(data__rows_per_fragment=10, runtime__max_slots=1)
     settings["steps"][1]["max_tokens"] = 60
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -237,17 +185,18 @@ def test_an_interrupt_of_the_whole_group_ends_in_order_and_the_next_run_goes_on(
         stdout=subprocess.DEVNULL,
         text=True,
     ) as started:
-        answers, until = tmp_path / "out" / "_glmbatch" / "answers", time.monotonic() + 240
-        while len(list(answers.glob("*"))) < 3 and time.monotonic() < until:
+        until = time.monotonic() + 240
+        while len(committed(out)) < 3 and time.monotonic() < until:
             time.sleep(0.05)
         os.killpg(started.pid, signal_number)
-        _, told = started.communicate(timeout=60)
-    assert started.returncode == code, told
-    assert told.splitlines()[-1] == "glmbatch: interrupted; run the same command again to go on."
-    assert "Traceback" not in told
-    committed = list(answers.glob("*.parquet"))
-    assert 3 <= len(committed) < 40
-    assert run_job(JobConfig.model_validate(settings)).computed == 800 - 20 * len(committed)
+        _, printed = started.communicate(timeout=60)
+    assert started.returncode == code, printed
+    last_line = printed.splitlines()[-1]
+    assert last_line == "glmbatch: interrupted; run the same command again to go on."
+    assert "Traceback" not in printed
+    answered = len(committed(out))
+    assert 3 <= answered < 40
+    assert run_job(JobConfig.model_validate(settings)).computed == 400 - 10 * answered
 
 
 def test_another_flow_runs_the_job_as_a_part_of_it(
@@ -259,6 +208,5 @@ def test_another_flow_runs_the_job_as_a_part_of_it(
     assert "Rice Cooker" in done.stdout
     inner, outer = query(prefect_server, "flow_runs", {"sort": "START_TIME_DESC", "limit": 2})
     assert [inner["state_type"], outer["state_type"]] == ["COMPLETED", "COMPLETED"]
-    assert (
-        inner["name"] == "annotate sample_data/reviews" and inner["parent_task_run_id"] is not None
-    )
+    assert inner["name"] == "annotate sample_data/reviews"
+    assert inner["parent_task_run_id"] is not None

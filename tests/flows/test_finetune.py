@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from glmbatch.settings.tuning import TuneConfig
-from tests.flows.test_annotate import last_flow_run, query, run
+from tests.flows.commands import last_flow_run, query, run
+from tests.support import Tune, Write
 from tests.unit.tuning.rows import labelled
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
-Tune = Callable[..., TuneConfig]
 
 
 def test_a_flow_trains_scores_and_promotes_and_shows_its_card(
@@ -31,23 +29,19 @@ def test_a_flow_trains_scores_and_promotes_and_shows_its_card(
     flow = last_flow_run(prefect_server)
     assert (flow["name"].split()[0], flow["state_name"]) == ("finetune", "Completed")
     tasks = query(prefect_server, "task_runs", {"flow_runs": {"id": {"any_": [flow["id"]]}}})
-    assert {task["name"].split("-")[0].split()[0] for task in tasks} == {
-        "begin",
-        "train",
-        "evaluate",
-        "promote",
-    }
+    kinds = {task["name"].split("-")[0].split()[0] for task in tasks}
+    assert kinds == {"begin", "train", "evaluate", "promote"}
     cards = query(prefect_server, "artifacts", {"artifacts": {"key": {"any_": ["finetune"]}}})
     assert any(report["run"] in card["data"] for card in cards)
     again = run(prefect_server, "-m", "glmbatch.cli.main", "train", str(file), "--json")
     assert json.loads(again.stdout) == report, "a run that is done is found, not made again"
 
 
-def test_rows_that_cannot_be_trained_on_are_told_in_one_line_and_no_flow_starts(
+def test_rows_unfit_for_training_are_one_line_and_no_flow(
     prefect_server: dict[str, str],
     tune: Tune,
     tmp_path: Path,
-    write_source: Callable[..., Path],
+    write_source: Write,
 ) -> None:
     rows = labelled(30)
     write_source("day=0/a.parquet", {**rows, "label": ["same"] * 30})

@@ -1,7 +1,10 @@
-"""Killed at random moments, run again, the output is that of an undisturbed run, and nothing committed is done twice.
+"""Killed at random moments and run again, the output is that of an undisturbed run.
 
-Whole processes, as a user starts them, against a real server: kill -9 of the run (worker and flow are one process), or
-of the server under it. KILLS sets how many (50 for an acceptance), KILLS_SEED which.
+Nothing that was committed is done twice.
+
+Whole processes, as a user starts them, against a real server: kill -9 of the run (worker and flow
+are one process), or of the server under it. KILLS sets how many (50 for an acceptance), KILLS_SEED
+which.
 """
 
 from __future__ import annotations
@@ -11,24 +14,20 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
-import pyarrow.dataset as ds
 import pytest
 import yaml
 
 from glmbatch.cli.server import own_server
 from glmbatch.ledger.verification import verify
-from tests.conftest import ROOT
+from tests.flows.commands import rows, start
+from tests.support import Settings, Write, committed
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
-Settings = Callable[..., dict[str, Any]]
-Write = Callable[..., Path]
 KILLS = int(os.environ.get("KILLS", "3"))
 SEED = int(os.environ.get("KILLS_SEED", "1"))
 
@@ -49,16 +48,8 @@ def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> Cal
     return write
 
 
-def start(environment: dict[str, str], job: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "glmbatch.cli.main", "run", job]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(
-        command, env={**os.environ, **environment}, cwd=ROOT, start_new_session=True, **quiet
-    )  # type: ignore[call-overload,no-any-return]
-
-
 def beginning(process: subprocess.Popen[bytes], out: Path) -> float:
-    """The time when the run takes hold of its output: from then on something is always being written."""
+    """The time when the run locks its output; from then on something is always being written."""
     while not (out / "_glmbatch" / "lock").exists() and process.poll() is None:
         time.sleep(0.01)
     return time.monotonic()
@@ -66,16 +57,6 @@ def beginning(process: subprocess.Popen[bytes], out: Path) -> float:
 
 def _listens(process: psutil.Process, port: str) -> bool:
     return process.status() != psutil.STATUS_ZOMBIE and port in process.cmdline()
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    table = ds.dataset(out, partitioning=None).to_table()
-    return sorted(table.to_pylist(), key=lambda row: str(row["text"]))
-
-
-def committed(out: Path) -> set[str]:
-    """Names of the answers that lie whole in the output."""
-    return {path.name for path in (out / "_glmbatch" / "answers").glob("[!.]*.parquet")}
 
 
 @pytest.mark.timeout(300 + 60 * KILLS)
@@ -87,9 +68,11 @@ def test_a_killed_run_goes_on_to_the_same_output(
     assert process.wait(300) == 3
     seconds = time.monotonic() - began
     expected = rows(tmp_path / "undisturbed")
-    moments, killed = random.Random(SEED), 0
+    moments = random.Random(SEED)
+    killed = 0
     for number in range(KILLS):
-        out, job = tmp_path / f"out-{number}", job_file(f"out-{number}")
+        out = tmp_path / f"out-{number}"
+        job = job_file(f"out-{number}")
         process = start(prefect_server, job)
         after = seconds * moments.uniform(0, 0.9)
         beginning(process, out)
@@ -102,15 +85,14 @@ def test_a_killed_run_goes_on_to_the_same_output(
         kept = committed(out)
         assert start(prefect_server, job).wait(300) == 3, f"kill {number} after {after:.2f} s"
         assert rows(out) == expected, f"kill {number} after {after:.2f} s"
-        found = verify(out)
-        assert found.findings == (), f"kill {number} after {after:.2f} s: {found.findings}"
-        # Their names hold the digests of their bytes, which name the run that computed them.
+        findings = verify(out).findings
+        assert findings == (), f"kill {number} after {after:.2f} s: {findings}"
         assert kept <= committed(out), "no committed inference was repeated"
     assert killed, "every run was over before its kill"
 
 
 def test_a_killed_server_costs_the_run_and_not_the_work(
-    job_file: Callable[[str], str], tmp_path: Path, prefect_server: dict[str, str]
+    job_file: Callable[[str], str], tmp_path: Path, out: Path, prefect_server: dict[str, str]
 ) -> None:
     job = job_file("out")
     with pytest.MonkeyPatch.context() as environment:
@@ -120,27 +102,22 @@ def test_a_killed_server_costs_the_run_and_not_the_work(
                 {"PREFECT_API_URL": address, "PREFECT_HOME": str(tmp_path / "home")}, job
             )
             until = time.monotonic() + 120
-            while (
-                not committed(tmp_path / "out")
-                and process.poll() is None
-                and time.monotonic() < until
-            ):
+            while not committed(out) and process.poll() is None and time.monotonic() < until:
                 time.sleep(0.02)
-            kept = committed(tmp_path / "out")
+            kept = committed(out)
             port = address.split(":")[2].split("/")[0]
             servers = [child for child in psutil.Process().children() if _listens(child, port)]
             for server in servers:
                 os.killpg(server.pid, signal.SIGKILL)
             try:
-                process.wait(20)
-            except (
-                subprocess.TimeoutExpired
-            ):  # the client goes on asking for its server for minutes
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                # The client goes on asking for its server for minutes.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     assert len(servers) == 1
     assert kept, "it was killed in the midst of the work"
     assert start(prefect_server, job).wait(300) == 3
-    assert verify(tmp_path / "out").findings == ()
-    assert kept <= committed(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["files"]
+    assert verify(out).findings == ()
+    assert kept <= committed(out)
+    assert json.loads((out / "_manifest.json").read_text())["files"]

@@ -1,4 +1,4 @@
-"""Run as a data team does: `deployments.local` up, runs by schedule, event and hand, and what becomes of bad ones."""
+"""Run as a data team does: up with `deployments.local`, runs by schedule, event and hand, alerts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +19,6 @@ from typing import Any
 
 import httpx
 import psutil
-import pyarrow.dataset as ds
 import pytest
 import yaml
 from playwright.sync_api import Page, expect, sync_playwright
@@ -29,8 +27,9 @@ from deployments.local import DEFAULTS, Local
 from glmbatch.ledger.verification import verify
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
-from tests.conftest import ROOT
 from tests.postgresql import postgresql_server
+from tests.stores import free_port
+from tests.support import ROOT, committed, rows_of
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow, pytest.mark.xdist_group("operations")]
 SILENT_SECONDS = 35  # a little more than the time between two signs of life
@@ -80,16 +79,10 @@ class Api:
 def wait(until: Callable[[], object], what: str, seconds: float = 120) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if found := until():
-            return found
+        if result := until():
+            return result
         time.sleep(0.2)
     raise AssertionError(f"not within {seconds} s: {what}")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def watch_closely(api: Api) -> None:
@@ -141,13 +134,13 @@ def api(here: Local) -> Api:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def job(out: Path) -> Callable[..., dict[str, Any]]:
     """The nightly job over some of the sample reviews, into a folder of this test."""
     deployments = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())["deployments"]
     nightly = next(each for each in deployments if each["name"] == "nightly")["parameters"]["job"]
 
     def made(**data: object) -> dict[str, Any]:
-        inside = {"output": str(tmp_path / "out"), "limit": 40, "rows_per_fragment": 20, **data}
+        inside = {"output": str(out), "limit": 40, "rows_per_fragment": 20, **data}
         return {**nightly, "data": {**nightly["data"], **inside}, "runtime": {"device": "cpu"}}
 
     return made
@@ -200,17 +193,12 @@ def inbox() -> Iterator[Inbox]:
     made.server.server_close()
 
 
-def begun(api: Api, job: dict[str, Any], answers: Path) -> str:
-    """A nightly run over `job` that is in its midst: it has committed some answers."""
+def begun(api: Api, job: dict[str, Any], out: Path) -> str:
+    """A nightly run of `job` that has committed some answers and is not done."""
     api.set_parameters("annotate/nightly", job=job)
     run = api.run("annotate/nightly")
-    wait(lambda: len(list(answers.glob("[!.]*"))) > 4, "it has committed answers")
+    wait(lambda: len(committed(out)) > 4, "it has committed answers")
     return run
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    """What a reader of the folder finds, without the digests that differ from run to run."""
-    return sorted(ds.dataset(out, partitioning=None).to_table().to_pylist(), key=str)
 
 
 def command(here: Local, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -233,17 +221,14 @@ def alerts(here: Local) -> str:
 @pytest.fixture
 def page(here: Local) -> Iterator[Page]:
     """A page of a real browser, which may speak to this machine alone."""
-    found = [
-        path
-        for name in ("chromium", "chromium-browser", "google-chrome")
-        if (path := shutil.which(name))
-    ]
-    if not found:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    programs = list(filter(None, map(shutil.which, names)))
+    if not programs:
         pytest.skip("no Chromium on PATH; Debian has it as the package chromium")
     spoken_to = set()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=found[0], chromium_sandbox=os.geteuid() != 0
+            executable_path=programs[0], chromium_sandbox=os.geteuid() != 0
         )
         page = browser.new_page(viewport={"width": 1300, "height": 1400})
         page.on("request", lambda request: spoken_to.add(request.url.split("/")[2]))
@@ -263,18 +248,19 @@ def test_a_taken_port_is_one_line(here: Local) -> None:
 
 def test_it_listens_and_speaks_on_loopback_alone(here: Local) -> None:
     processes = here.processes("server") + here.processes("worker")
-    connections = [
-        connection for process in processes for connection in process.net_connections("inet")
-    ]
-    assert any(connection.laddr.port == here.port for connection in connections)
-    ends = {
-        end.ip for connection in connections for end in (connection.laddr, connection.raddr) if end
-    }
-    assert ends == {"127.0.0.1"}
+    ports = set()
+    addresses = set()
+    for process in processes:
+        for connection in process.net_connections("inet"):
+            ports.add(connection.laddr.port)
+            # The remote end of a socket that only listens is empty.
+            addresses |= {end.ip for end in (connection.laddr, connection.raddr) if end}
+    assert here.port in ports
+    assert addresses == {"127.0.0.1"}
 
 
-def test_a_schedule_starts_the_run_and_one_that_overlaps_is_refused(
-    api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
+def test_a_schedule_starts_a_run_and_an_overlap_is_refused(
+    api: Api, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
     api.set_parameters("annotate/nightly", job=job(limit=200))
     every_few_seconds = {"schedule": {"interval": 8}, "active": True}
@@ -288,11 +274,11 @@ def test_a_schedule_starts_the_run_and_one_that_overlaps_is_refused(
     )
     api.ask("DELETE", f"{schedules}/{made}")
     wait(lambda: api.state(first["id"]) == "Completed", "the first ends")
-    assert verify(tmp_path / "out").findings == ()
+    assert verify(out).findings == ()
 
 
 def test_a_delivery_starts_a_run_and_its_failed_audit_is_told(
-    here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path, inbox: Inbox
+    here: Local, api: Api, job: Callable[..., dict[str, Any]], inbox: Inbox, out: Path
 ) -> None:
     api.set_parameters("notify/alerts", block=inbox.block(api))
     # One of its 40 rows has no text.
@@ -310,7 +296,7 @@ def test_a_delivery_starts_a_run_and_its_failed_audit_is_told(
     assert emitted.returncode == 0, emitted.stderr
     run = wait(lambda: api.runs("annotate/arrivals"), "a run of the delivery")[0]
     wait(lambda: api.state(run["id"]) == "Failed", "it fails")
-    reason = f"{tmp_path / 'out'}: nothing published: "
+    reason = f"{out}: nothing published: "
     for event in ("prefect.flow-run.Failed", "glmbatch.audit.failed"):
         wait(lambda event=event: f" {event} " in alerts(here), f"a line of {event}")  # type: ignore[misc]
     lines = alerts(here).splitlines()
@@ -318,15 +304,14 @@ def test_a_delivery_starts_a_run_and_its_failed_audit_is_told(
     wait(lambda: {*inbox.received} >= {*lines}, "they are handed to the block")
 
 
-def test_a_run_whose_worker_is_killed_goes_on_to_the_same_output(
-    here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
+def test_a_run_whose_worker_is_killed_goes_on_to_its_end(
+    here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path, out: Path
 ) -> None:
-    answers = tmp_path / "out" / "_glmbatch" / "answers"
-    run = begun(api, job(limit=200), answers)
+    run = begun(api, job(limit=200), out)
     for process in here.processes("worker"):  # and its runs
         os.kill(process.pid, signal.SIGKILL)
     assert api.state(run) == "Running", "nobody is left to tell"
-    kept = {path.name for path in answers.glob("[!.]*")}
+    kept = committed(out)
     server = here.leader("server")
     again = command(here, "deployments.local", "up")
     assert f"UI: {here.ui}" in again.stdout, again.stderr
@@ -335,35 +320,30 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_output(
     run_job(JobConfig.model_validate(undisturbed))
     wait(lambda: api.state(run) == "Completed", "it is begun again and ends")
     assert api.ask("GET", f"/flow_runs/{run}")["run_count"] == 2
-    assert kept <= {path.name for path in answers.glob("[!.]*")}, (
-        "no committed inference was repeated"
-    )
-    assert verify(tmp_path / "out").findings == ()
-    assert rows(tmp_path / "out") == rows(tmp_path / "undisturbed")
+    assert kept <= committed(out), "no committed inference was repeated"
+    assert verify(out).findings == ()
+    assert sorted(rows_of(out), key=str) == sorted(rows_of(tmp_path / "undisturbed"), key=str)
     wait(lambda: " prefect.flow-run.Crashed " in alerts(here), "it is told")
 
 
-def test_a_cancelled_run_stops_and_the_next_one_does_only_what_is_missing(
-    here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
+def test_a_cancelled_run_stops_and_the_next_does_the_rest(
+    here: Local, api: Api, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
-    answers = tmp_path / "out" / "_glmbatch" / "answers"
-    run = begun(api, job(limit=200), answers)
+    run = begun(api, job(limit=200), out)
     api.ask("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     wait(lambda: api.state(run) == "Cancelled", "it is cancelled")
     wait(lambda: here.processes("worker") == [here.leader("worker")], "its process has ended")
-    assert not list((tmp_path / "out").rglob("part-*.parquet")), "nothing is published"
-    kept = {path.name for path in answers.glob("[!.]*")}
+    assert not list(out.rglob("part-*.parquet")), "nothing is published"
+    kept = committed(out)
     again = api.run("annotate/nightly")
     wait(lambda: api.state(again) == "Completed", "the next one ends")
-    assert kept <= {path.name for path in answers.glob("[!.]*")}, (
-        "no committed inference was repeated"
-    )
-    assert verify(tmp_path / "out").findings == ()
-    assert len(rows(tmp_path / "out")) == 200
+    assert kept <= committed(out), "no committed inference was repeated"
+    assert verify(out).findings == ()
+    assert len(rows_of(out)) == 200
 
 
 def test_a_flow_of_ones_own_has_the_answers_made(
-    here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
+    here: Local, api: Api, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
     api.set_parameters("annotate/arrivals", job=job())
     example = "sample_data/examples/after_a_deployment.py"
@@ -377,11 +357,11 @@ def test_a_flow_of_ones_own_has_the_answers_made(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "40 rows"
-    assert len(rows(tmp_path / "out")) == 40
+    assert len(rows_of(out)) == 40
 
 
 def test_it_comes_up_on_its_own_database_too(
-    tmp_path: Path, job: Callable[..., dict[str, Any]]
+    tmp_path: Path, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
     plain = Local(tmp_path / "home", free_port())
     with pytest.MonkeyPatch.context() as environment:
@@ -395,31 +375,31 @@ def test_it_comes_up_on_its_own_database_too(
         finally:
             plain.down()
     assert (tmp_path / "home" / "prefect.db").exists()
-    assert len(rows(tmp_path / "out")) == 40
+    assert len(rows_of(out)) == 40
 
 
-def test_a_server_that_is_killed_and_started_again_costs_a_run_nothing(
-    here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path
+def test_a_server_killed_and_started_again_costs_a_run_nothing(
+    here: Local, api: Api, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
-    run = begun(api, job(limit=200), tmp_path / "out" / "_glmbatch" / "answers")
+    run = begun(api, job(limit=200), out)
     worker = here.leader("worker")
     killed = here.processes("server")
     for process in killed:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(killed, timeout=60)
-    assert not (tmp_path / "out" / "_manifest.json").exists(), "the run is in its midst"
+    assert not (out / "_manifest.json").exists(), "the run is not done"
     again = command(here, "deployments.local", "up")
     assert again.returncode == 0, again.stderr
     assert here.leader("worker") == worker, "what ran was left alone"
     wait(lambda: api.state(run) == "Completed", "the run goes on and ends")
     assert api.ask("GET", f"/flow_runs/{run}")["run_count"] == 1
-    assert verify(tmp_path / "out").findings == ()
-    assert len(rows(tmp_path / "out")) == 200
+    assert verify(out).findings == ()
+    assert len(rows_of(out)) == 200
 
 
 def test_a_person_runs_the_job_from_the_form_in_the_browser(
-    here: Local, api: Api, page: Page, job: Callable[..., dict[str, Any]], tmp_path: Path
+    here: Local, api: Api, page: Page, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
     api.set_parameters("annotate/nightly", job=job())
     before = {run["id"] for run in api.runs("annotate/nightly")}
@@ -434,8 +414,11 @@ def test_a_person_runs_the_job_from_the_form_in_the_browser(
     rows_of_a_fragment.fill("0")
     picture(page, "1-form")
     page.get_by_role("button", name="Submit").click()
-    told = "Validation failed for field 'job.data.rows_per_fragment'. Failure reason: 0 is less than the minimum of 1"
-    expect(page.get_by_text(told).first).to_be_visible()
+    refusal = (
+        "Validation failed for field 'job.data.rows_per_fragment'. "
+        "Failure reason: 0 is less than the minimum of 1"
+    )
+    expect(page.get_by_text(refusal).first).to_be_visible()
     page.wait_for_timeout(500)  # it slides in
     picture(page, "2-refused")
     rows_of_a_fragment.fill("10")
@@ -447,9 +430,8 @@ def test_a_person_runs_the_job_from_the_form_in_the_browser(
     page.goto(f"{here.ui}/runs/flow-run/{run}")
     expect(page.get_by_text("Completed", exact=True).first).to_be_visible(timeout=120_000)
     picture(page, "3-completed")
-    assert len(list((tmp_path / "out").rglob("part-*.parquet"))) == 4, (
-        "40 rows by the 10 of the form, not by the 20 set"
-    )
+    files = list(out.rglob("part-*.parquet"))
+    assert len(files) == 4, "40 rows by the 10 of the form, not by the 20 set"
 
 
 def picture(page: Page, name: str) -> None:

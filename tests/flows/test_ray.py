@@ -1,4 +1,4 @@
-"""The flow on a real Ray cluster of two engine processes: one is lost in the midst; the run is told to end."""
+"""The flow on a real Ray cluster of two engine processes: one is lost; the run is told to end."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ import yaml
 from glmbatch.ledger.verification import verify
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
-from tests.flows.test_annotate import last_flow_run
-from tests.flows.test_kills import committed, rows, start
+from tests.flows.commands import last_flow_run, rows, start
+from tests.support import Settings, Write, committed
 
 pytest.importorskip("prefect_ray", reason="needs pip install 'glmbatch[ray]'")
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
-Settings = Callable[..., dict[str, Any]]
-Write = Callable[..., Path]
 
 # Every process of the run tells in a file of its own what it loads.
 TELLING = """
@@ -82,7 +80,7 @@ def wait_for_answers(run: subprocess.Popen[bytes], out: Path, files: int) -> Non
     assert files <= len(committed(out)) < 24, "it was caught in the midst of the work"
 
 
-def test_a_lost_engine_process_is_replaced_and_the_output_is_that_of_threads(
+def test_a_lost_engine_process_is_replaced(
     environment: dict[str, str], job_file: Callable[..., str], tmp_path: Path
 ) -> None:
     assert start(environment, job_file("threads")).wait(300) == 3
@@ -94,16 +92,15 @@ def test_a_lost_engine_process_is_replaced_and_the_output_is_that_of_threads(
     assert last_flow_run(environment)["state_type"] == "COMPLETED"
     assert rows(tmp_path / "out") == rows(tmp_path / "threads")
     assert verify(tmp_path / "out").findings == ()
-    loads = {
-        path.name: path.read_text().count("loading") for path in (tmp_path / "loads").iterdir()
-    }
+    loads = {}
+    for path in (tmp_path / "loads").iterdir():
+        loads[path.name] = path.read_text().count("loading")
     assert str(lost.pid) in loads
-    assert sorted(loads.values()) == [1, 1, 1, 1], (
-        "threads, two engine processes, and the one in place of the lost"
-    )
+    # In threads, in two engine processes, and in the one that replaced the lost.
+    assert sorted(loads.values()) == [1, 1, 1, 1]
 
 
-def test_a_run_that_is_told_to_end_leaves_no_process_of_ray_and_the_next_goes_on(
+def test_an_interrupted_run_leaves_no_process_of_ray(
     environment: dict[str, str], job_file: Callable[..., str], tmp_path: Path
 ) -> None:
     job = job_file("out", cluster="ray", cluster_workers=2)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 import yaml
 
 from glmbatch.ledger.verification import verify
-from tests.conftest import CAUSAL
-from tests.flows.test_annotate import run, task_runs
+from tests.flows.commands import run, task_runs
 from tests.stores import Store
+from tests.support import CAUSAL, Settings
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
 
-def test_a_run_over_a_store_asks_its_ledger_and_leaves_nothing_here(
+def test_a_run_over_a_store_leaves_nothing_on_this_machine(
     prefect_server: dict[str, str],
     store: Store,
-    job_settings: Callable[..., dict[str, Any]],
+    job_settings: Settings,
     tmp_path: Path,
 ) -> None:
     store.put("in/day=1/a.parquet", pa.table({"text": [f"row {n}" for n in range(9)]}))
@@ -41,10 +39,9 @@ def test_a_run_over_a_store_asks_its_ledger_and_leaves_nothing_here(
     assert "9 rows in 2 fragments" in first.stdout
     second = run(prefect_server, *command)
     assert "no inference was executed and no model was loaded" in second.stdout, second.stderr
-    prepared = [
-        row for name, row in task_runs(prefect_server, 11).items() if name.startswith("prepare")
-    ]
-    assert [row["state_name"] for row in prepared] == ["Cached"]
+    tasks = task_runs(prefect_server, 11)
+    prepared = [row["state_name"] for name, row in tasks.items() if name.startswith("prepare")]
+    assert prepared == ["Cached"]
     assert verify(store.url("out")).sound
     # Results of another output over the same rows are not taken for this one's.
     for out in ("other", "out"):

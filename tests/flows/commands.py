@@ -1,0 +1,71 @@
+"""Runs of the command line under the test's Prefect server, and what the server knows of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.support import ROOT, rows_of
+
+
+def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=400,
+    )
+
+
+def query(environment: dict[str, str], kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    answer = httpx.post(f"{environment['PREFECT_API_URL']}/{kind}/filter", json=body, timeout=30)
+    rows: list[dict[str, Any]] = answer.raise_for_status().json()
+    return rows
+
+
+def last_flow_run(environment: dict[str, str]) -> dict[str, Any]:
+    return query(environment, "flow_runs", {"sort": "START_TIME_DESC", "limit": 1})[0]
+
+
+def task_runs(environment: dict[str, str], expected: int) -> dict[str, dict[str, Any]]:
+    """Task runs of the last flow run by name, once there are as many as expected.
+
+    Their rows reach the database some time after the flow has ended.
+    """
+    body = {"flow_runs": {"id": {"any_": [last_flow_run(environment)["id"]]}}, "limit": 100}
+    until = time.monotonic() + 90
+    while True:
+        rows = {row["name"]: row for row in query(environment, "task_runs", body)}
+        # What waits for a task that failed stays pending for good.
+        running = [name for name, row in rows.items() if row["state_type"] == "RUNNING"]
+        if (len(rows) >= expected and not running) or time.monotonic() > until:
+            return rows
+        time.sleep(0.5)
+
+
+def artifacts(environment: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What stands on the page of the last flow run, by key."""
+    flow_run = {"flow_run_id": {"any_": [last_flow_run(environment)["id"]]}}
+    return {row["key"]: row for row in query(environment, "artifacts", {"artifacts": flow_run})}
+
+
+def start(environment: dict[str, str], job: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "glmbatch.cli.main", "run", job]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(
+        command, env={**os.environ, **environment}, cwd=ROOT, start_new_session=True, **quiet
+    )  # type: ignore[call-overload,no-any-return]
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of the output in the order of their texts."""
+    return sorted(rows_of(out), key=lambda row: str(row["text"]))
