@@ -1,4 +1,4 @@
-"""The main job: every row of the input, answered by every step, beside its own columns in the output."""
+"""The main job: every row answered by every step, beside its own columns in the output."""
 
 from __future__ import annotations
 

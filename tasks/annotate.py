@@ -99,8 +99,9 @@ class JobTasks:
     ) -> list[PrefectFuture[Any]]:
         """Submit the given steps of a fragment, and its output file once every step is submitted.
 
-        Bypass Prefect's cache if a file is missing or damaged, and always for outputs in object stores: the results
-        that Prefect keeps in its own home may be of another output, or older than what another machine wrote.
+        Bypass Prefect's cache if a file is missing or damaged, and always for outputs in object
+        stores: the results that Prefect keeps in its own home may be of another output, or older
+        than what another machine wrote.
         """
         ledger = Ledger(work.run.output)
         receipts = []

@@ -1,4 +1,4 @@
-"""Answer one step for every row of a fragment: one task, shown under the name of the step's kind."""
+"""Answer one step for every row of a fragment, shown under the name of the step's kind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def answers_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
 
 @task(
     name="answer",
-    task_run_name="{assignment.question.step.kind} {assignment.question.name} {assignment.fragment.name}",
+    task_run_name=(
+        "{assignment.question.step.kind} {assignment.question.name} {assignment.fragment.name}"
+    ),
     cache_key_fn=answers_key,
     persist_result=True,
     result_serializer="json",

@@ -1,9 +1,10 @@
 """Where the tasks of a run do their work: in this process, or in engine processes on a Ray cluster.
 
-    flow --submit--> RayTaskRunner: a light process beside the flow --call--> EngineProcess, which has a GPU of its own
+    flow --submit--> RayTaskRunner, a light process --call--> EngineProcess, with its own GPU
 
-An engine process is an actor, which keeps its process and its GPU as long as it lives; from one task of Ray to the next
-a process may be given another GPU, which CUDA cannot follow. Ray starts a lost one anew; its tasks are retried.
+An engine process is an actor, which keeps its process and its GPU as long as it lives; from one
+task of Ray to the next a process may be given another GPU, which CUDA cannot follow. Ray starts a
+lost one anew; its tasks are retried.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ HERE = ThisProcess()
 
 
 class EngineProcess:
-    """The actor: works off the calls of one run in threads, which share what the process has loaded."""
+    """The actor: works off the calls of one run in threads that share the loaded engine."""
 
     def __init__(self, run: RunContext) -> None:
         join(run)
@@ -66,7 +67,8 @@ class EngineHandle:
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """`function(*arguments)` in the engine process.
 
-        TransientError when that process was lost; the next call waits until Ray has started it again.
+        TransientError when that process was lost; the next call waits until Ray has started it
+        again.
         """
         import ray
         from ray.exceptions import RayActorError, RayTaskError
@@ -87,8 +89,8 @@ class EngineHandle:
 def places_of(run: RunContext) -> Iterator[list[Place]]:
     """The engine processes of a run, which end with it; without a cluster, this process.
 
-    Tasks that are submitted meanwhile wait for them in light processes on this machine. InputError when the cluster
-    does not fit the job or does not see its output, TransientError when it fails.
+    Tasks that are submitted meanwhile wait for them in light processes on this machine. InputError
+    when the cluster does not fit the job or does not see its output, TransientError when it fails.
     """
     runtime = run.runtime
     if runtime.cluster is None:
@@ -139,7 +141,8 @@ def _submitting_to_ray(runtime: RuntimeConfig) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = runtime.cluster_address or "this machine"
             raise TransientError(
-                f"{where}: no Ray cluster answers: {_line(error)}. Set RAY_AUTH_MODE if it wants a token."
+                f"{where}: no Ray cluster answers: {_line(error)}. "
+                "Set RAY_AUTH_MODE if it wants a token."
             ) from error
         entered.enter_context(flow.model_copy(update={"task_runner": runner}))
         yield
@@ -153,11 +156,13 @@ def _start_engines(run: RunContext) -> list[Any]:
     gpus = 0 if runtime.device == "cpu" else int(sum(machine.get("GPU", 0) for machine in machines))
     workers = runtime.cluster_workers or gpus or len(machines)
     cpus = [int(machine.get("CPU", 0)) for machine in machines]
-    # Ray gives the threads of torch the number of CPUs that it gives the process, unless OMP_NUM_THREADS is set.
+    # Ray gives the threads of torch the number of CPUs that it gives the process, unless
+    # OMP_NUM_THREADS is set.
     needs = {"num_gpus": 1} if gpus else {"num_cpus": share_of_cpus(cpus, workers)}
     if workers > (gpus or sum(cpus)):
         raise InputError(
-            f"the cluster has {gpus} GPUs and {sum(cpus)} CPUs. Set runtime.cluster_workers to fewer."
+            f"the cluster has {gpus} GPUs and {sum(cpus)} CPUs. "
+            "Set runtime.cluster_workers to fewer."
         )
     actor = ray.remote(EngineProcess).options(
         **needs, max_restarts=-1, max_task_retries=-1, max_concurrency=runtime.fragments_in_flight
@@ -178,7 +183,7 @@ def share_of_cpus(cpus: Sequence[int], workers: int) -> int:
 
 
 def _refuse_apart(output: str, engines: Sequence[Any]) -> None:
-    """InputError when an engine process does not start, or does not see the output that this process has locked."""
+    """InputError when an engine process does not start, or does not see this one's output."""
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
@@ -190,7 +195,8 @@ def _refuse_apart(output: str, engines: Sequence[Any]) -> None:
         complaints = ray.get([engine.call.remote(*seen) for engine in engines])
     except (RayActorError, RayTaskError) as error:
         raise InputError(
-            f"an engine process did not start: {_line(error)}. Install the same glmbatch on every machine."
+            f"an engine process did not start: {_line(error)}. "
+            "Install the same glmbatch on every machine."
         ) from error
     for complaint in filter(None, complaints):
         raise InputError(complaint)
@@ -201,15 +207,16 @@ def _nothing_to_see() -> None:
 
 
 def _complaint(lock: str, text: str) -> str | None:
-    """What keeps this machine from taking part: that it does not see what another has written to `lock`."""
+    """Why this machine cannot take part: it does not see what another wrote to `lock`."""
     try:
         if Path(lock).read_text() == text:
             return None
     except OSError:
         pass
     return (
-        f"{socket.gethostname()}: does not see the files that {text} writes to {Path(lock).parent.parent}. "
-        "Input, output and checkpoints must lie on a file system that all machines of the cluster share."
+        f"{socket.gethostname()}: does not see the files that {text} writes to "
+        f"{Path(lock).parent.parent}. Input, output and checkpoints must lie on a file system "
+        "that all machines of the cluster share."
     )
 
 

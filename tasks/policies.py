@@ -1,8 +1,9 @@
 """How tasks are retried and cached; the work itself is in `glmbatch`.
 
-Retried: TransientError alone, with exponential delay and jitter. Cached: under keys made of identities (step, weights,
-rows), never by hashing data, with the small receipt as the result and the data in files of the output. A task whose
-file is gone or damaged runs again, whatever the cache says.
+Retried: TransientError alone, with exponential delay and jitter. Cached: under keys made of
+identities (step, weights, rows), never by hashing data, with the small receipt as the result and
+the data in files of the output. A task whose file is gone or damaged runs again, whatever the cache
+says.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from glmbatch.ledger.ledger import RESULTS
 from glmbatch.settings.job import RuntimeConfig
 from glmbatch.store.paths import is_remote
 
-# Part of every cache key. Raise it when the class of a cached result moves or changes: Prefect finds
-# the class by the module's name that it stored.
+# Part of every cache key. Raise it when the class of a cached result moves or changes: Prefect
+# finds the class by the module's name that it stored.
 RESULTS_VERSION = 2
 
 
@@ -32,10 +33,11 @@ def machine_failed(task: Task[..., Any], run: TaskRun, state: State[Any]) -> boo
 def configured(
     task: Task[..., Any], runtime: RuntimeConfig, output: str, *, refresh: bool = False
 ) -> Any:
-    """`task` with the retries of `runtime` and its results kept in `output`; `refresh` ignores the cache.
+    """`task` with its retries, its results in `output`; `refresh` ignores cached ones.
 
-    For an output in an object store, results stay where Prefect keeps them: the ledger alone says what is done. Typed
-    Any because Prefect takes futures and quoted values where the task itself takes plain ones.
+    For an output in an object store, results stay where Prefect keeps them: the ledger alone says
+    what is done. Typed Any because Prefect takes futures and quoted values where the task itself
+    takes plain ones.
     """
     task = retried(task, runtime).with_options(refresh_cache=refresh)
     if is_remote(output):

@@ -32,7 +32,7 @@ def ingest(job: JobConfig) -> Run:
 
 
 def checkpoint_key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
-    """Key of a located checkpoint: its files and its adapter's with size and times; a changed file is a miss."""
+    """Key of a located checkpoint: its files and its adapter's with size and time of change."""
     model: ModelConfig = parameters["model"]
     stamp = models.stamp_checkpoint(model)
     return hash_objects("checkpoint", RESULTS_VERSION, model.model_dump_json(), stamp)
@@ -45,7 +45,7 @@ def checkpoint_key(context: TaskRunContext, parameters: dict[str, Any]) -> str |
     retry_condition_fn=machine_failed,
 )
 def locate_model(model: ModelConfig, runtime: RuntimeConfig, place: Place) -> ModelConfig:
-    """Make the checkpoint a directory, and settle the dtype that the device at `place` computes in."""
+    """Make the checkpoint a directory, and settle the dtype for the device at `place`."""
     return place.call(models.locate_model, model, runtime)
 
 
@@ -69,5 +69,5 @@ def prepare_model(model: ModelConfig) -> Model:
     retry_condition_fn=machine_failed,
 )
 def assign(job: JobConfig, run: Run, models: list[Model], place: Place) -> Work:
-    """Give each step of each fragment its question and key; which models fit is measured at `place`."""
+    """Give each step of each fragment its question and key; memory is measured at `place`."""
     return place.call(plan.assign, job, run, models)

@@ -1,4 +1,4 @@
-"""A window over the fragments of a run: as many in flight as there are seats, the next as soon as one ends."""
+"""A window over the fragments: as many in flight as seats, the next as soon as one ends."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def in_window(
     seats: Iterable[Seat],
     ended: Callable[[Item, Seat, list[Any]], None],
 ) -> list[list[Any]]:
-    """Submit the tasks of each item once one of `seats` is free; the item keeps its seat until its last task ends.
+    """Submit the tasks of each item once a seat is free; it is kept until the last one ends.
 
-    Returns the results of each item in order, and calls `ended` as they come. Raises the first failure at once, with
-    the error that the task itself raised.
+    Returns the results of each item in order, and calls `ended` as they come. Raises the first
+    failure at once, with the error that the task itself raised.
     """
     results: dict[int, list[Any]] = {}
     free = deque(seats)

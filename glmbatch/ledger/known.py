@@ -1,7 +1,8 @@
-"""Answers that need not be asked for again, found by row key wherever they lie. Knows no prompts and no models.
+"""Answers that need not be asked for again, by row key. Knows no prompts and no models.
 
-The keys stand beside the answers in the published files and in what killed runs left committed. The index over them is
-held in memory and made from those files alone: losing it costs the time to read their key columns.
+Keys lie beside the answers, in published files and in files that killed runs committed. The index
+over them is in memory and is made from those files alone: losing it costs the time to read their
+key columns.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TABLES_KEPT = 8
 
 @dataclass(frozen=True, slots=True)
 class AnswerFile:
-    """A file with the answers of one step, whose columns begin with `step`; `digest` is that of its bytes."""
+    """A file with the answers of `step`. `digest` begins the SHA-256 of its bytes."""
 
     path: AnyPath
     step: str
@@ -40,7 +41,7 @@ class AnswerFile:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Where keys stand: the first halves of them, sorted, each with its file's number and its row."""
+    """Where keys lie: their first halves, sorted, each with its file's number and its row."""
 
     halves_K: np.ndarray
     places_K2: np.ndarray
@@ -64,7 +65,7 @@ def _sorted_segment(halves_K: np.ndarray, places_K2: np.ndarray) -> _Segment:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Keys that one caller answers (`mine`), and the earlier callers that it must wait for to have the others."""
+    """Keys that one caller answers (`mine`), and the `earlier` callers that answer the others."""
 
     mine: frozenset[bytes]
     earlier: tuple[Hold, ...]
@@ -77,9 +78,10 @@ class Hold:
 
 
 class KnownAnswers:
-    """The answers under one step key, by row key; `schema` is that of the step's columns. Safe to use from threads.
+    """The answers under one step key, by row key. Safe to use from several threads.
 
-    Rows on which the model failed are among them only with `include_failed`.
+    `schema` is that of the step's answer columns. Rows on which the model failed are among the
+    answers only with `include_failed`.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class KnownAnswers:
         self._lock = threading.Lock()
         self._holders: dict[bytes, Hold] = {}
         self._files: list[AnswerFile] = []
-        # Each at least twice as large as the next, so that a row is sorted again a few times in all.
+        # Each at least twice as large as the next: a row is sorted again only log(rows) times.
         self._segments: list[_Segment] = []
         self._proved: set[int] = set()
         self._table = lru_cache(TABLES_KEPT)(self._read)
@@ -121,7 +123,8 @@ class KnownAnswers:
     def hold(self, keys: Collection[bytes]) -> Iterator[Hold]:
         """Take those of `keys` that nobody holds, until the end: they are being answered.
 
-        All at once, and waits go only to who came before, so that no callers wait for one another in a circle.
+        All at once, and waits go only to who came before, so that no callers wait for one another
+        in a circle.
         """
         with self._lock:
             earlier = {id(hold): hold for key in keys if (hold := self._holders.get(key))}

@@ -1,7 +1,7 @@
 """One question over one fragment: rows, prompts, known or asked answers, committed. Forward only.
 
-Rows, tables and models stay inside these calls, which take and give small references. Each is safe to repeat: what is
-committed is found and not done again.
+Rows, tables and models stay inside these calls, which take and give small references. Each is safe
+to repeat: what is committed is found and not done again.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from glmbatch.store.parquet import prompt_values
 
 
 def answer(assignment: Assignment) -> AnswersReceipt:
-    """Answer one question for every row of one fragment and commit the answers, unless they are there already.
+    """Answer one question for every row of one fragment, and commit the answers.
 
-    A fragment that cannot be read gives a receipt that says so; under `on_error: raise` it, or a bad row, is an
-    InputError. TransientError when the machine failed.
+    Answers that are committed already are found and returned.
+
+    A fragment that cannot be read gives a receipt that says so; under `on_error: raise` it, or a
+    bad row, is an InputError. TransientError when the machine failed.
     """
     run, rows = assignment.run, assignment.fragment.rows
     session = session_of(run)
@@ -91,8 +93,8 @@ def _answers(
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The answers to `distinct` prompts, each once, in any order, and what they took.
 
-    Known answers are used as they are. The model is asked about the keys that this fragment holds, and about keys of
-    another fragment only where that one failed to commit them.
+    Known answers are used as they are. The model is asked about the keys that this fragment holds,
+    and about keys of another fragment only where that one failed to commit them.
     """
     sorted_prompts = triage(question, distinct, known)
     mine: dict[bytes, Prompt] = {}
@@ -135,9 +137,10 @@ def _measured(distinct: dict[bytes, Prompt], asked: Asked) -> dict[str, Any]:
 def read_prompt_rows(
     assignment: Assignment, ledger: Ledger
 ) -> tuple[list[RowValues], dict[str, str]]:
-    """For each row of the fragment, the value of each placeholder; and the run of each earlier step's answers.
+    """The value of each placeholder for each row; and the run of each earlier step's answers.
 
-    Reads only the columns that the prompt names. A row whose earlier step failed carries that in place of the value.
+    Reads only the columns that the prompt names. A row whose earlier step failed carries that in
+    place of the value.
     """
     values: dict[str, Sequence[str | bytes | RowFault | None]] = dict(source_values(assignment))
     runs: dict[str, str] = {}

@@ -1,6 +1,7 @@
 """A few rows whose answers are known to be good: a run that asks the model must reproduce them.
 
-A model that was damaged, swapped or set up otherwise answers them differently, whatever its files say.
+A model that was damaged, swapped or set up otherwise answers them differently, whatever its files
+say.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from glmbatch.store.files import committed, writable
 from glmbatch.store.parquet import open_parquet, prompt_values, write_table
 from glmbatch.store.paths import location
 
-# How far a label's score may move by rounding alone: in bfloat16 other batches move it by thousandths.
+# How far a label's score may move by rounding alone: in bfloat16 other batches move it by
+# thousandths.
 SCORE_TOLERANCE = 0.02
 # Changed rows that a message lists.
 CASES = 5
@@ -36,7 +38,8 @@ CASES = 5
 def freeze(output: str | Path, file: str | Path, rows: int) -> int:
     """Write up to `rows` published rows without fault, spread over all files, to `file`.
 
-    Returns how many were written. InputError when there are none, or `file` would be read as answers.
+    Returns how many were written. InputError when there are none, or `file` would be read as
+    answers.
     """
     ledger = Ledger(output)
     manifest = ledger.manifest()
@@ -78,11 +81,11 @@ def _spread(table: pa.Table, rows: int) -> pa.Table:
 def check_canary(
     canary: CanaryConfig | None, questions: Sequence[Question], run: RunContext
 ) -> list[Audit]:
-    """For each step, the share of the frozen rows that its loaded model no longer answers as it did.
+    """The share of frozen rows that each step's loaded model no longer answers as it did.
 
-    Returns [] without a canary. Skips steps that asked nothing since the last publication; answers of a killed or
-    refused run count as new. A later step's prompts use the frozen answers of earlier ones, so each step is judged
-    alone. InputError when the file does not fit the job.
+    Returns [] without a canary. Skips steps that asked nothing since the last publication; answers
+    of a killed or refused run count as new. A later step's prompts use the frozen answers of
+    earlier ones, so each step is judged alone. InputError when the file does not fit the job.
     """
     if canary is None:
         return []
@@ -167,8 +170,8 @@ def _case(step: AnyStep, row: int, before: dict[str, object], outcome: Outcome |
 def _same(step: AnyStep, outcome: Outcome | None, before: dict[str, object], exact: bool) -> bool:
     """Whether the answer is what it was.
 
-    In half precision rounding decides between two tokens of nearly the same likelihood, so texts part: the first
-    quarter must be the same.
+    In half precision rounding decides between two tokens of nearly the same likelihood, so texts
+    part: the first quarter must be the same.
     """
     if isinstance(outcome, Choice) and isinstance(step, ClassifyStep):
         score = before[f"{step.name}_score"]

@@ -1,6 +1,7 @@
-"""Read this first: a whole run in plain calls. The flow makes the same calls as tasks, with retries.
+"""Read this first: a whole run in plain calls. The flow makes the same calls as tasks.
 
-rows -> prompts -> token ids -> [ engine ] -> answers, committed -> staged file -> audit -> published file
+rows -> prompts -> token ids -> [ engine ] -> answers, committed -> staged file -> audit ->
+published file
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From the settings of a model to a checked checkpoint on this machine. Loads no weights and reads no rows."""
+"""From a model's settings to a checked checkpoint on this machine. Loads no weights."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ def prepare_models(job: JobConfig) -> list[Model]:
 
 
 def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
-    """The same model as a directory on this machine, fetched from hub or store, with its dtype settled.
+    """`model` as a directory on this machine, fetched from hub or store, with its dtype settled.
 
-    InputError when there is no such checkpoint, adapter or device; TransientError when the hub cannot be reached.
+    InputError when there is no such checkpoint, adapter or device; TransientError when the hub
+    cannot be reached.
     """
     from glmbatch.glm.device import resolve_device, resolve_dtype
     from glmbatch.glm.model.linear import choose_form
@@ -58,7 +59,8 @@ def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
 def prepare_model(located: ModelConfig) -> Model:
     """Check a located checkpoint and digest it. InputError when it is not sound.
 
-    The result is cached per process until one of its files changes, because `annotate_table` asks every time.
+    The result is cached per process until one of its files changes, because `annotate_table` asks
+    every time.
     """
     return _prepared(located, stamp_checkpoint(located))
 
@@ -90,7 +92,7 @@ def _numerics(located: ModelConfig) -> str:
 
 
 def stamp_checkpoint(model: ModelConfig) -> str:
-    """Names, sizes and times of a located model's files; it changes whenever one of them is written to."""
+    """Names, sizes and times of a located model's files; any write to them changes it."""
     directory = Path(model.path)
     files = sorted(directory.iterdir()) if directory.is_dir() else []
     if model.adapter is not None:
@@ -179,7 +181,7 @@ def _check_classifier(where: str, step: ClassifyStep, model: Model) -> None:
 
 
 def _check_trained_prompt(where: str, step: ClassifyStep, model: Model) -> None:
-    """A head that was fine-tuned here is asked with the prompt it was trained with, or not at all."""
+    """InputError when a head that was fine-tuned here is asked another prompt than its own."""
     file = Path(model.config.path) / PROMPT_FILE
     if not file.is_file():
         return

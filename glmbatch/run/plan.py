@@ -1,4 +1,4 @@
-"""What a run is to do, before anything is done: fragments, then a question and a key for each step and fragment.
+"""What a run will do: fragments, then a question and a key for each step and fragment.
 
 Reads footers and digests; loads no weights, reads no rows, writes nothing.
 """
@@ -46,7 +46,7 @@ from glmbatch.store.paths import is_remote, location
 
 
 def check_job(job: JobConfig) -> None:
-    """Find at once what needs no network, no digests and no server to be found. InputError says what."""
+    """InputError for what can be found without network, digests and server."""
     from glmbatch.glm.checkpoint.load import read_checkpoint
 
     with session(plan_run(job, digests=False)):
@@ -93,7 +93,8 @@ def schema_needs(job: JobConfig, inputs: dict[str, PromptInputs]) -> SchemaNeeds
 def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
     """Check the input against the job and what the output holds, and cut it into fragments.
 
-    InputError when nothing can be run. Without `digests` only footers are read, and the plan can only be looked at.
+    InputError when nothing can be run. Without `digests` only footers are read, and the plan can
+    only be looked at.
     """
     context = RunContext(
         id=uuid.uuid4().hex,
@@ -143,8 +144,9 @@ def _check_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> No
 def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
     """A question for each step, and an assignment for each question and fragment.
 
-    `models` are those of `job_models`, prepared, in that order. InputError when a model cannot answer its step, or
-    when the output holds answers of other settings that this run would leave beside its own.
+    `models` are those of `job_models`, prepared, in that order. InputError when a model cannot
+    answer its step, or when the output holds answers of other settings that this run would leave
+    beside its own.
     """
     questions = resolve_questions(job, run.inputs, models)
     _refuse_mixing(job.data, run.plan, {question.name: question.key for question in questions})
@@ -227,8 +229,8 @@ def _refuse_mixing(data: DataConfig, plan: Plan, keys: dict[str, str]) -> None:
 def plan_passes(questions: Sequence[Question], *, together: bool) -> tuple[tuple[int, ...], ...]:
     """Indexes of the steps that run together over all fragments, pass after pass.
 
-    One pass where all models stay loaded `together`. Otherwise one pass for each model, so that none is loaded
-    twice, except where a step needs an answer of another model in between.
+    One pass where all models stay loaded `together`. Otherwise one pass for each model, so that
+    none is loaded twice, except where a step needs an answer of another model in between.
     """
     waiting = list(range(len(questions)))
     if together:

@@ -1,7 +1,7 @@
 """What a run would do and why, row by row, without doing it: loads no model, writes nothing.
 
-It reads the prompts' columns and tokenizes what would be asked, so the counts are exact. Where a prompt uses an answer
-that does not exist yet, its row is counted and its tokens are not.
+It reads the prompts' columns and tokenizes what would be asked, so the counts are exact. Where a
+prompt uses an answer that does not exist yet, its row is counted and its tokens are not.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ NEW = "new text"
 FAILED = "failed before"
 COUNTS = ("rows", "to_run", "reused", "skipped", "waiting", "prompt_tokens")
 
-# The answers of one step as far as they are known, row by row; None for one that a run would ask for.
+# The answers of one step as far as they are known, row by row; None for one that a run would ask
+# for.
 Known = Sequence[str | RowFault | None]
 
 
 class StepPreview(BaseModel, frozen=True, extra="forbid"):
     """One step over one source file. `rows` = `to_run` + `reused` + `skipped`.
 
-    `reused` rows have their answer from a row that was, or will be, answered; `skipped` have no prompt. `reasons`
-    counts the rows to run and to skip by why. `prompt_tokens` are those of the rows to run, less the `waiting` ones,
-    whose prompts use answers that do not exist yet.
+    `reused` rows have their answer from a row that was, or will be, answered; `skipped` have no
+    prompt. `reasons` counts the rows to run and to skip by why. `prompt_tokens` are those of the
+    rows to run, less the `waiting` ones, whose prompts use answers that do not exist yet.
     """
 
     source: str
@@ -59,7 +60,8 @@ class StepPreview(BaseModel, frozen=True, extra="forbid"):
 class Preview(BaseModel, frozen=True, extra="forbid"):
     """What a run would do. `passes` > 1 means that the models do not fit in memory together.
 
-    `seconds` of inference are estimated from what the published answers took; None when there are none of that step.
+    `seconds` of inference are estimated from what the published answers took; None when there are
+    none of that step.
     """
 
     output: str
@@ -171,7 +173,7 @@ class _Counted:
 def _prompts(
     assignment: Assignment, answers: Mapping[str, Known]
 ) -> list[Prompt | RowFault | None]:
-    """The prompt of each row, or why it has none; None where it waits for an earlier step's answer."""
+    """The prompt of each row, or why it has none; None while it waits for an earlier answer."""
     values: dict[str, Sequence[str | bytes | RowFault | None]] = dict(source_values(assignment))
     for name in assignment.earlier:
         values[name] = answers[name]
@@ -190,7 +192,7 @@ def _values_by_key(question: Question, answers: pa.Table) -> dict[bytes | None, 
 
 
 def _what_changed(question: Question, manifest: Manifest | None) -> str | None:
-    """What made the published answers of this step and is different now; None when nothing is, or there are none."""
+    """What differs from what made this step's published answers; None when nothing does."""
     if manifest is None or question.name not in manifest.steps:
         return None
     if any(file.step_keys.get(question.name) == question.key for file in manifest.files):
@@ -213,7 +215,7 @@ def _changed_settings(step: AnyStep, origin: StepOrigin) -> list[str]:
 
 
 def _estimate(steps: Sequence[StepPreview], ledger: Ledger) -> float | None:
-    """Seconds that the model will take at the rate of the published rows; None when that is not known."""
+    """Seconds of inference at the rate of the published rows; None when that is not known."""
     to_run: Counter[str] = Counter()
     for step in steps:
         to_run[step.step] += step.to_run
@@ -230,7 +232,7 @@ def _estimate(steps: Sequence[StepPreview], ledger: Ledger) -> float | None:
 
 
 def _rows_per_second(receipts: Sequence[AnswersReceipt]) -> float | None:
-    """The rate of the latest run that computed any; fragments overlap, so from the first start to the last end."""
+    """The rate of the latest run that computed any; None when none did."""
     busy = [receipt for receipt in receipts if receipt.computed_rows]
     if not busy:
         return None

@@ -1,4 +1,4 @@
-"""The end of a run: collect what is staged, audit it, then make it public or refuse it, and report either way."""
+"""The end of a run: collect, audit, then publish or refuse, and report either way."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ QUARANTINE_SCHEMA = pa.schema(
 class Collected:
     """What a run has made.
 
-    `outputs` of all fragments, of them those `written`, and the files and fragments that are left out. `before` is
-    what is published now, by `last_run` if that is another run.
+    `outputs` of all fragments, of them those `written`, and the files and fragments that are left
+    out. `before` is what is published now, by `last_run` if that is another run.
     """
 
     ledger: Ledger
@@ -66,7 +66,8 @@ def publish(
 ) -> Summary:
     """Audit the staged outputs, make them public, and say what happened.
 
-    AuditError, and nothing is published, when rows are missing or more of them failed than the job allows.
+    AuditError, and nothing is published, when rows are missing or more of them failed than the job
+    allows.
     """
     collected = _collect(run, outputs)
     summary = _summarize(run, questions, collected)
@@ -117,7 +118,7 @@ def _collect(run: Run, outputs: Sequence[OutputReceipt]) -> Collected:
 
 
 def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
-    """The output with the receipts on disk: a task's cached output may hold those of an older run."""
+    """The output with the receipts on disk; a task's cached output may hold older ones."""
     if output.unusable is not None:
         return output
     receipts = tuple(ledger.answers_receipt(receipt.key) for receipt in output.answers)
@@ -125,7 +126,7 @@ def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
 
 
 def _named(run: Run, output: OutputReceipt) -> OutputReceipt:
-    """The output under its published name: a Delta table's files never change, so there the digest joins it."""
+    """The output under its published name: in a Delta table the digest is part of it."""
     if run.context.format == "parquet":
         return output
     stem = output.fragment.output_name.removesuffix(".parquet")

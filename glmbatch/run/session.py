@@ -1,8 +1,8 @@
 """What a run holds while it is on: its output's lock, its engines, its known answers, its progress.
 
-A session begins and ends with one `with`; nothing else of a run outlives a call. The tasks of a run, which Prefect
-puts on threads of their own, find it by the run's id. Loaded engines alone stay behind in the process, so that the
-next run over the same weights need not load them.
+A session begins and ends with one `with`; nothing else of a run outlives a call. The tasks of a
+run, which Prefect puts on threads of their own, find it by the run's id. Loaded engines alone stay
+behind in the process, so that the next run over the same weights need not load them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Session:
         self._lock = threading.Lock()
 
     def known_answers(self, question: Question) -> KnownAnswers:
-        """The index of answers to `question`, over all that is committed; the run's fragments add to it."""
+        """The index of all committed answers to `question`; the run's fragments add to it."""
         with self._lock:
             if question.key not in self._known:
                 self._known[question.key] = index_answers(Ledger(self.run.output), question)
@@ -53,7 +53,8 @@ class Session:
     def engine(self, question: Question) -> Iterator[Engine]:
         """The engine that answers `question`, loaded when it is not there yet.
 
-        InputError when the checkpoint was changed since it was digested, Interrupted when the run was told to stop.
+        InputError when the checkpoint was changed since it was digested, Interrupted when the run
+        was told to stop.
         """
         model, runtime = question.model, self.run.runtime
 
@@ -93,8 +94,8 @@ class Session:
 def session(run: Run) -> Iterator[Session]:
     """Hold the output of `run`, and keep what its tasks share, until the block ends.
 
-    A block that fails, or is interrupted, ends the inference under way in this process, which nobody needs any more.
-    InputError when the output cannot be written or another run holds it.
+    A block that fails, or is interrupted, ends the inference under way in this process, which
+    nobody needs any more. InputError when the output cannot be written or another run holds it.
     """
     ledger = Ledger(run.context.output)
     ledger.open(run.context.id)
@@ -112,13 +113,13 @@ def session(run: Run) -> Iterator[Session]:
 
 
 def join(run: RunContext) -> Session:
-    """Open the session of `run` in this process without its lock: the part of an engine process of a cluster."""
+    """Open the session of `run` without its lock, as an engine process of a cluster does."""
     with _CHANGING:
         return _SESSIONS.setdefault(run.id, Session(run))
 
 
 def session_of(run: RunContext) -> Session:
-    """The open session of `run`; Interrupted when it has ended, as for a task that outlived its flow."""
+    """The open session of `run`; Interrupted when the run has ended."""
     opened = _SESSIONS.get(run.id)
     if opened is None:
         raise Interrupted(f"{run.output}: the run {run.id} has ended")
@@ -136,7 +137,7 @@ def newest_progress() -> Snapshot:
 def index_answers(
     ledger: Ledger, question: Question, *, include_failed: bool = False
 ) -> KnownAnswers:
-    """An index over all committed answers to `question`; with `include_failed`, over its failures too."""
+    """An index of all committed answers to `question`, failures only if `include_failed`."""
     return KnownAnswers(
         list(ledger.answer_files(question.key)),
         question.name,

@@ -1,7 +1,8 @@
 """A job over a table in memory: what a file run writes, set beside the caller's own columns.
 
-The columns that the prompts name are written to a folder, the very job of a file run answers them there, and its
-answers are read back. All other columns never leave memory. Knows no prompts and no models.
+The columns that the prompts name are written to a folder, the very job of a file run answers them
+there, and its answers are read back. All other columns never leave memory. Knows no prompts and no
+models.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ def annotate(job: Job) -> Summary:
 def annotate_table(
     table: AnyTable, job: Job, *, cache: str | os.PathLike[str] | None = None
 ) -> AnyTable:
-    """`table` (a pandas DataFrame or an Arrow table) with the answers of `job` in columns after its own.
+    """`table`, a DataFrame or Arrow table, with the answers of `job` in columns after its own.
 
-    Rows, their order and an index stay; a row that failed says why in `<step>_error`. The job is that of a file run,
-    its audits too, but for `data.input`, `output` and `format`, which it may leave out. In the folder `cache` answers
-    are kept, and later calls ask only about rows that are new there; it may be deleted at any time.
+    Rows, their order and an index stay; a row that failed says why in `<step>_error`. The job is
+    that of a file run, its audits too, but for `data.input`, `output` and `format`, which it may
+    leave out. In the folder `cache` answers are kept, and later calls ask only about rows that are
+    new there; it may be deleted at any time.
     """
     there = {"data.input": str(WHERE), "data.output": str(WHERE), "data.format": "parquet"}
     settings = _settings(job, {**there, "data.missing_sources": "keep"})
@@ -87,7 +89,7 @@ def _settings(job: Job, overrides: Mapping[str, object]) -> JobConfig:
 
 
 def _columns(table: Any, needs: SchemaNeeds) -> pa.Table:
-    """The columns of `table` that `job` reads; InputError when they, or the names of the answers, do not fit it."""
+    """The columns of `table` that the job reads. InputError when they do not fit it."""
     if isinstance(table, pa.Table):
         names = table.schema.names
     else:

@@ -1,4 +1,4 @@
-"""Which rows of a fragment must be asked, and which need not be: shared by the run and by `glmbatch plan`.
+"""Which rows must be asked and which need not be: for a run and for `glmbatch plan`.
 
 Knows no engine and no files of the source.
 """
@@ -35,7 +35,7 @@ def build_question_prompts(
 def key_prompts(
     question: Question, prompts: Sequence[Prompt | RowFault | None]
 ) -> tuple[list[bytes | None], dict[bytes, Prompt]]:
-    """The row key of each prompt, None for a row without one, and each distinct prompt by its key."""
+    """The row key of each prompt (None for a row without one), and the prompts by row key."""
     keys: list[bytes | None] = []
     distinct: dict[bytes, Prompt] = {}
     for prompt in prompts:
@@ -51,8 +51,8 @@ def key_prompts(
 class Triage:
     """Distinct prompts of one question, sorted by what is to be done about them.
 
-    `known` holds answers found by row key, one row each, in any order. `to_ask` maps the other row keys to their
-    prompts; `failed` are those of them on which the model failed before.
+    `known` holds answers found by row key, one row each, in any order. `to_ask` maps the other row
+    keys to their prompts; `failed` are those of them on which the model failed before.
     """
 
     known: pa.Table

@@ -20,8 +20,9 @@ from glmbatch.settings.job import AnyStep, ModelConfig, RuntimeConfig
 class Model(BaseModel, frozen=True, extra="forbid"):
     """A checkpoint that was checked and digested.
 
-    `identity` changes whenever its answers may. `config` names its directory on this machine and the dtype it
-    computes in; `labels` are those of its trained head; `stamp` is the state of its files when they were digested.
+    `identity` changes whenever its answers may. `config` names its directory on this machine and
+    the dtype it computes in; `labels` are those of its trained head; `stamp` is the state of its
+    files when they were digested.
     """
 
     config: ModelConfig
@@ -35,7 +36,7 @@ class Model(BaseModel, frozen=True, extra="forbid"):
 
 
 class RunContext(BaseModel, frozen=True, extra="forbid"):
-    """What every task of a run knows of it. `began` is in seconds since 1970; `output` is the folder's address."""
+    """What every task of a run knows of it. `began` is in seconds since 1970."""
 
     id: str
     began: float
@@ -53,8 +54,9 @@ class RunContext(BaseModel, frozen=True, extra="forbid"):
 class PromptInputs(BaseModel, frozen=True, extra="forbid"):
     """Where the placeholders of one prompt template get their values.
 
-    `columns` maps placeholders to source columns, `earlier` names the steps whose answers are used, and `texts` are
-    the placeholders that stand for the text: the ones that may not be blank and that are cut when a prompt is long.
+    `columns` maps placeholders to source columns, `earlier` names the steps whose answers are used,
+    and `texts` are the placeholders that stand for the text: the ones that may not be blank and
+    that are cut when a prompt is long.
     """
 
     columns: dict[str, str]
@@ -71,7 +73,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 
 
 class Question(BaseModel, frozen=True, extra="forbid"):
-    """One step, resolved against the job and its checked model. Nothing after planning reads the job for it.
+    """One step, resolved against job and model: nothing after planning reads the job for it.
 
     `key` is the step key. `max_prompt_tokens` is the longest prompt that leaves room for an answer.
     `models_at_once` models of the run stay loaded together.
@@ -94,7 +96,8 @@ class Question(BaseModel, frozen=True, extra="forbid"):
 class Assignment(BaseModel, frozen=True, extra="forbid"):
     """One question over one fragment.
 
-    `key` is the answers key; `earlier` maps the steps whose answers the prompts use to their answers keys.
+    `key` is the answers key; `earlier` maps the steps whose answers the prompts use to their
+    answers keys.
     """
 
     run: RunContext
@@ -105,7 +108,7 @@ class Assignment(BaseModel, frozen=True, extra="forbid"):
 
 
 class FragmentWork(BaseModel, frozen=True, extra="forbid"):
-    """All there is to do for one fragment: its assignments in step order, then its output file under `key`."""
+    """The work on one fragment: its assignments in step order, then its output under `key`."""
 
     run: RunContext
     fragment: Fragment
@@ -116,7 +119,8 @@ class FragmentWork(BaseModel, frozen=True, extra="forbid"):
 class Work(BaseModel, frozen=True, extra="forbid"):
     """All there is to do.
 
-    `passes` holds indexes of steps: those of one pass run together over all fragments before the next pass begins.
+    `passes` holds indexes of steps: those of one pass run together over all fragments before the
+    next pass begins.
     """
 
     questions: tuple[Question, ...]

@@ -19,7 +19,8 @@ from glmbatch.store.paths import location
 def write_output(work: FragmentWork, answers: Sequence[AnswersReceipt]) -> OutputReceipt:
     """Write the fragment's rows with all `answers` beside them; staged, not yet public.
 
-    A fragment that cannot be read gives a receipt that says so; under `on_error: raise` it is an InputError.
+    A fragment that cannot be read gives a receipt that says so; under `on_error: raise` it is an
+    InputError.
     """
     ledger = Ledger(work.run.output)
     receipt = OutputReceipt(

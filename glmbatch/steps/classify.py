@@ -1,4 +1,4 @@
-"""The columns of a classify step: which label, how sure. Scores in, columns out; no tensors, no files."""
+"""A classify step: which label, how sure. Scores in, columns out; no tensors, no files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 from glmbatch.errors import InputError
 from glmbatch.glm.engine.protocol import ClassifyRequest, Engine
 from glmbatch.glm.tokenizer import Tokenizer
+from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import ClassifyStep
 from glmbatch.steps.prompt import Prompt, RowFault
 
@@ -31,23 +32,26 @@ class Choice:
 
 def choice_fields(step: ClassifyStep, labels: Sequence[str]) -> list[pa.Field]:
     """Fields of the answer; fixed by the settings, never by the answers."""
+    columns = Columns(step.name)
     scores = pa.struct([pa.field(label, pa.float64()) for label in labels])
     return [
-        pa.field(step.name, pa.string()),
-        pa.field(f"{step.name}_score", pa.float64()),
-        pa.field(f"{step.name}_scores", scores),
-        pa.field(f"{step.name}_margin", pa.float64()),
+        pa.field(columns.answer, pa.string()),
+        pa.field(columns.score, pa.float64()),
+        pa.field(columns.scores, scores),
+        pa.field(columns.margin, pa.float64()),
     ]
 
 
 def choice_columns(choices: Sequence[Choice | None]) -> list[list[object]]:
     """Values of `choice_fields`, null where there is no choice."""
-    return [
-        [choice and choice.label for choice in choices],
-        [choice and choice.scores[choice.label] for choice in choices],
-        [choice and choice.scores for choice in choices],
-        [choice and choice.margin for choice in choices],
-    ]
+    columns: list[list[object]] = [[], [], [], []]
+    for choice in choices:
+        values: tuple[object, ...] = (None, None, None, None)
+        if choice is not None:
+            values = (choice.label, choice.scores[choice.label], choice.scores, choice.margin)
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+    return columns
 
 
 def ask_choices(
@@ -59,7 +63,8 @@ def ask_choices(
 ) -> Iterator[tuple[bytes, Choice | RowFault]]:
     """Ask the engine about each prompt; give each key with its choice as it is ready, in any order.
 
-    A checkpoint with `head_labels` answers by its trained head, any other by the likelihood of the step's labels.
+    A checkpoint with `head_labels` answers by its trained head, any other by the likelihood of the
+    step's labels.
     """
     labels = head_labels or step.labels or ()
     label_ids = None if head_labels else encode_labels(labels, tokenizer)
@@ -83,15 +88,15 @@ def encode_labels(labels: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[in
     InputError when two labels have the same ids: the model could not tell them apart.
     """
     encoded = tuple(tuple(ids) for ids in tokenizer.encode_plain(list(labels)))
-    seen: dict[tuple[int, ...], str] = {}
+    by_ids: dict[tuple[int, ...], str] = {}
     for label, ids in zip(labels, encoded, strict=True):
         if not ids:
             raise InputError(f"label {label!r} has no token in this tokenizer. Set labels.")
-        if ids in seen:
+        first = by_ids.setdefault(ids, label)
+        if first != label:
             raise InputError(
-                f"labels {seen[ids]!r} and {label!r} are the same tokens {list(ids)}. Set labels."
+                f"labels {first!r} and {label!r} are the same tokens {list(ids)}. Set labels."
             )
-        seen[ids] = label
     return encoded
 
 
@@ -100,31 +105,34 @@ def choose_by_likelihood(
 ) -> Choice:
     """The choice among whole labels, from the log-likelihood of each label's tokens.
 
-    A label that begins another one ("good", "good enough") would always be the likelier of the two, since every
-    answer with the longer begins with it. Its score is the likelihood that the answer begins with it and with no
-    longer label, so that the labels exclude one another and the longer can win.
+    A label that begins another one ("good", "good enough") would always be the likelier of the two,
+    since every answer with the longer begins with it. Its score is the likelihood that the answer
+    begins with it and with no longer label, so that the labels exclude one another and the longer
+    can win.
     """
-    exclusive = [
-        _without(
-            log_likelihoods[index],
-            [log_likelihoods[longer] for longer in _next_longer(label_ids, index)],
-        )
-        for index in range(len(label_ids))
-    ]
+    exclusive = []
+    for index in range(len(label_ids)):
+        longer = [log_likelihoods[other] for other in _next_longer(label_ids, index)]
+        exclusive.append(_without(log_likelihoods[index], longer))
     return choose(labels, exclusive)
 
 
 def _next_longer(label_ids: Sequence[tuple[int, ...]], index: int) -> list[int]:
     """Labels that continue label `index`, less those that continue one of these."""
+    longer = [other for other in range(len(label_ids)) if _begins(label_ids, index, other)]
+    nearest = []
+    for other in longer:
+        # "good" is continued by "good enough", and that by "good enough indeed". Only the first
+        # counts, since its likelihood includes that of the second.
+        if not any(_begins(label_ids, between, other) for between in longer):
+            nearest.append(other)
+    return nearest
+
+
+def _begins(label_ids: Sequence[tuple[int, ...]], index: int, other: int) -> bool:
+    """Whether label `other` is longer than label `index` and begins with it."""
     start = label_ids[index]
-    longer = [
-        i for i, ids in enumerate(label_ids) if len(ids) > len(start) and ids[: len(start)] == start
-    ]
-    return [
-        i
-        for i in longer
-        if not any(j != i and label_ids[i][: len(label_ids[j])] == label_ids[j] for j in longer)
-    ]
+    return len(label_ids[other]) > len(start) and label_ids[other][: len(start)] == start
 
 
 def _without(whole: float, parts: Sequence[float]) -> float:
@@ -134,8 +142,11 @@ def _without(whole: float, parts: Sequence[float]) -> float:
 
 
 def choose(labels: Sequence[str], log_weights: Sequence[float]) -> Choice:
-    """The likeliest label; `log_weights` are logits or log-likelihoods. The same for any order of the labels."""
-    top = max(log_weights)
+    """The likeliest label, whatever the order of the labels.
+
+    `log_weights` are logits or log-likelihoods, one for each label.
+    """
+    top = max(log_weights)  # taken off first, so that no exponent overflows
     weights = [math.exp(weight - top) for weight in log_weights]
     total = math.fsum(weights)  # exact, so no order of the labels changes the last bit of a score
     scores = {label: weight / total for label, weight in zip(labels, weights, strict=True)}

@@ -1,15 +1,16 @@
-"""The columns of a generate step: the text, why it ended, what it cost. Token ids in, columns out; no tensors."""
+"""A generate step: the text, why it ended, what it cost. Token ids in, columns out; no tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import pyarrow as pa
 
 from glmbatch.glm.engine.protocol import Engine, GenerateRequest
 from glmbatch.glm.tokenizer import Tokenizer, clean_answer
 from glmbatch.ledger.rowkeys import row_seed
+from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import GenerateStep
 from glmbatch.steps.prompt import Prompt, RowFault
 
@@ -26,28 +27,29 @@ class Writing:
 
 def writing_fields(step: GenerateStep) -> list[pa.Field]:
     """Fields of the answer; fixed by the settings, never by the answers."""
+    columns = Columns(step.name)
     return [
-        pa.field(step.name, pa.string()),
-        pa.field(f"{step.name}_finish_reason", pa.string()),
-        pa.field(f"{step.name}_prompt_tokens", pa.int32()),
-        pa.field(f"{step.name}_completion_tokens", pa.int32()),
+        pa.field(columns.answer, pa.string()),
+        pa.field(columns.finish_reason, pa.string()),
+        pa.field(columns.prompt_tokens, pa.int32()),
+        pa.field(columns.completion_tokens, pa.int32()),
     ]
 
 
 def writing_columns(writings: Sequence[Writing | None]) -> list[list[object]]:
     """Values of `writing_fields`, null where nothing was written."""
-    return [
-        [writing and writing.text for writing in writings],
-        [writing and writing.finish_reason for writing in writings],
-        [writing and writing.prompt_tokens for writing in writings],
-        [writing and writing.completion_tokens for writing in writings],
-    ]
+    columns: list[list[object]] = [[], [], [], []]
+    for writing in writings:
+        values = (None, None, None, None) if writing is None else astuple(writing)
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+    return columns
 
 
 def ask_writings(
     step: GenerateStep, prompts: Mapping[bytes, Prompt], engine: Engine, tokenizer: Tokenizer
 ) -> Iterator[tuple[bytes, Writing | RowFault]]:
-    """Ask the engine to continue each prompt; give each key with its answer as it is ready, in any order."""
+    """Ask the engine to continue each prompt; yield keys and answers as they end, in any order."""
     keys = list(prompts)
     should_stop = stop_check(step, tokenizer)
     requests = (
@@ -82,7 +84,7 @@ def write_up(
     prompt_tokens: int,
     tokenizer: Tokenizer,
 ) -> Writing:
-    """The answer as text, ended before the first stop text. Its tokens count all that the model wrote."""
+    """The answer as text, cut before the first stop text. Its tokens count all that was written."""
     text = tokenizer.decode(ids)
     ends = [text.find(stop) for stop in step.stop if stop in text]
     if ends:
@@ -93,8 +95,8 @@ def write_up(
 def stop_check(step: GenerateStep, tokenizer: Tokenizer) -> Callable[[Sequence[int]], bool] | None:
     """Whether the ids so far end in a stop text; None when the step has none.
 
-    Each token stands for at least one byte, so the tokens that could hold the newest stop text are as many as its
-    bytes; four more cover a character whose bytes began before them.
+    Each token stands for at least one byte, so the tokens that could hold the newest stop text are
+    as many as its bytes; four more cover a character whose bytes began before them.
     """
     if not step.stop:
         return None

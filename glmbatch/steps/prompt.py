@@ -1,9 +1,10 @@
-"""From the values of a row to its prompt, and the reasons why a row has none. Text only: no tensors, no files."""
+"""From a row's values to its prompt, and why a row has none. Text only: no tensors, no files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Literal
 
@@ -30,7 +31,8 @@ class RowFault:
 class Prompt:
     """What is asked of one row: the text, and its token ids with the model's prefix.
 
-    The first `shared_tokens` ids come from the template alone, so all rows of the step begin with them.
+    The first `shared_tokens` ids come from the template alone, so all rows of the step begin with
+    them.
     """
 
     text: str
@@ -47,12 +49,12 @@ def uses_chat(step: Step, *, has_head: bool) -> bool:
 
 
 def longest_prompt(step: Step, max_positions: int, answer_tokens: int) -> int:
-    """Most tokens of a prompt: what the setting says, within the positions that the answer leaves."""
+    """Most tokens of a prompt: the setting, within the positions that the answer leaves."""
     room = max_positions - answer_tokens
     return room if step.max_input_tokens is None else min(room, step.max_input_tokens)
 
 
-def build_prompts(  # noqa: PLR0913 - two facts about the model and one about the data beside the rows
+def build_prompts(  # noqa: PLR0913 - facts about model and data beside the rows
     step: Step,
     rows: Sequence[RowValues],
     tokenizer: Tokenizer,
@@ -63,51 +65,52 @@ def build_prompts(  # noqa: PLR0913 - two facts about the model and one about th
 ) -> list[Prompt | RowFault]:
     """The prompt of each row, in the order of `rows`, or why it has none.
 
-    A row maps each placeholder of the template to its value. A value is never taken for a turn of the chat form, a
-    placeholder or a special token. `texts` are the placeholders that hold the text: `on_too_long: truncate` cuts it at
-    its end until the prompt fits.
+    A row maps each placeholder of the template to its value. A value is never taken for a turn of
+    the chat form, a placeholder or a special token. `texts` are the placeholders that hold the
+    text: `on_too_long: truncate` cuts it at its end until the prompt fits.
     """
 
-    def render(row: Mapping[str, str]) -> str:
-        filled = step.prompt_template.format_map(
-            {name: escape_turns(value) for name, value in row.items()} if chat else row
-        )
-        if chat:
-            return chat_prompt(filled, system_prompt=step.system_prompt)
-        return filled if step.system_prompt is None else f"{step.system_prompt}\n\n{filled}"
-
     needed = placeholders(step.prompt_template)
-    checked = [_checked(row, needed, texts) for row in rows]
+    render = partial(_render, step, chat)
+    head = _head_ids(render(dict.fromkeys(needed, VALUE)).partition(VALUE)[0], tokenizer)
+    checked = [_check_row(row, needed, texts) for row in rows]
+    # Encoded all at once, with an empty text where a row has none: one call for each fragment.
     rendered = ["" if isinstance(row, RowFault) else render(row) for row in checked]
     encoded = tokenizer.encode(rendered)
-    head = _head_ids(render(dict.fromkeys(needed, VALUE)).partition(VALUE)[0], tokenizer)
     prompts: list[Prompt | RowFault] = []
     for row, text, ids in zip(checked, rendered, encoded, strict=True):
-        if isinstance(row, RowFault) or len(ids) <= max_input_tokens:
-            prompts.append(
-                row
-                if isinstance(row, RowFault)
-                else Prompt(text, ids, len(head) if ids[: len(head)] == head else 0)
-            )
-            continue
-        seen = f"the prompt has {len(ids)} tokens, {max_input_tokens} are allowed"
-        if step.on_too_long == "error" or not texts:
-            prompts.append(RowFault("too_long", seen))
-            continue
-        shorter = _longest(row, texts, max_input_tokens, render, tokenizer)
-        prompts.append(
-            shorter or RowFault("too_long", f"{seen}, and the template alone fills them")
-        )
+        if isinstance(row, RowFault):
+            prompts.append(row)
+        elif len(ids) <= max_input_tokens:
+            shared = len(head) if ids[: len(head)] == head else 0
+            prompts.append(Prompt(text, ids, shared))
+        else:
+            reason = f"the prompt has {len(ids)} tokens, {max_input_tokens} are allowed"
+            shorter = None
+            if step.on_too_long == "truncate" and texts:
+                shorter = _longest(row, texts, max_input_tokens, render, tokenizer)
+                reason += ", and the template alone fills them"
+            prompts.append(shorter or RowFault("too_long", reason))
     return prompts
 
 
+def _render(step: Step, chat: bool, row: Mapping[str, str]) -> str:
+    """The template of `step` with the values of `row`, in the form that the model reads."""
+    if not chat:
+        filled = step.prompt_template.format_map(row)
+        return filled if step.system_prompt is None else f"{step.system_prompt}\n\n{filled}"
+    escaped = {name: escape_turns(value) for name, value in row.items()}
+    filled = step.prompt_template.format_map(escaped)
+    return chat_prompt(filled, system_prompt=step.system_prompt)
+
+
 def _head_ids(head: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of the template's text before the first value, less those that may join with what a value begins with."""
+    """Ids of the template's text before the first value that no value can join or change."""
     tried = tokenizer.encode([head + value for value in ("a", "B", "1", "好", "。", " ", "\n")])
     return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*tried, strict=False))]
 
 
-def _checked(
+def _check_row(
     row: RowValues, needed: Sequence[str], texts: Sequence[str]
 ) -> Mapping[str, str] | RowFault:
     """The row with text alone in it, or the first reason why it cannot be asked."""
@@ -134,7 +137,8 @@ def _longest(
     tokenizer: Tokenizer,
 ) -> Prompt | None:
     """The prompt with as much of the text as fits `limit` tokens; None when none of it does."""
-    # Tokens are no fixed number of characters: the longest text that fits lies between two lengths that close in.
+    # Tokens are no fixed number of characters: the longest text that fits lies between two lengths
+    # that close in.
     whole = row[texts[0]]
     fits, over = 0, len(whole)
     best: Prompt | None = None

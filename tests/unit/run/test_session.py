@@ -1,4 +1,6 @@
-"""One owner for each run: what begins and ends with it, and that runs in one process leave one another alone."""
+"""One owner for each run: what begins and ends with it, and that runs in one process leave one
+another alone.
+"""
 
 from __future__ import annotations
 

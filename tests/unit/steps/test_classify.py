@@ -1,4 +1,6 @@
-"""Scores of whole labels: sum to one, follow no order, and are right where one label begins another."""
+"""Scores of whole labels: sum to one, follow no order, and are right where one label begins
+another.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def test_no_order_of_the_labels_changes_a_bit(log_weights: list[float], random: 
 
 def test_a_longer_label_can_win_over_the_one_that_begins_it() -> None:
     labels, ids = ["good", "good enough", "good enough yet", "bad"], [(1,), (1, 2), (1, 2, 3), (4,)]
-    # Of all answers that begin with "good" (0.6), 5 in 6 go on to "good enough", and 1 in 5 of these to "yet".
+    # Of all answers that begin with "good" (0.6), 5 in 6 go on to "good enough", and 1 in 5 of
+    # these to "yet".
     choice = choose_by_likelihood(labels, ids, [math.log(p) for p in (0.6, 0.5, 0.1, 0.2)])
     assert choice.label == "good enough"
     expected = dict(zip(labels, (0.1, 0.4, 0.1, 0.2), strict=True))

@@ -1,4 +1,6 @@
-"""From a row to its prompt: what fills a template, what a row cannot smuggle in, and why a row has none."""
+"""From a row to its prompt: what fills a template, what a row cannot smuggle in, and why a row has
+none.
+"""
 
 from __future__ import annotations
 
