@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from glmbatch.errors import UnusableFile
 from glmbatch.ledger.rowkeys import KEY_BYTES
+from glmbatch.settings.columns import Columns
 from glmbatch.store.files import digest_file
 from glmbatch.store.parquet import read_columns
 from glmbatch.store.paths import AnyPath
@@ -152,7 +153,7 @@ class KnownAnswers:
         answers = pa.concat_tables(found).combine_chunks()
         left = set(keys)  # half a key may be another's
         sure = []
-        for key in answers.column(f"{self._step}_key").to_pylist():
+        for key in answers.column(Columns(self._step).key).to_pylist():
             sure.append(key in left)
             left.discard(key)
         return answers.filter(pa.array(sure, pa.bool_()))
@@ -182,7 +183,7 @@ class KnownAnswers:
 
 def _halves_and_rows(file: AnswerFile, include_failed: bool) -> tuple[np.ndarray, np.ndarray]:
     """The first 8 bytes of the row keys of `file`, and the rows where they stand."""
-    columns = read_columns(file.path, [f"{file.step}_key", f"{file.step}_error"])
+    columns = read_columns(file.path, [Columns(file.step).key, Columns(file.step).error])
     try:
         keys = (
             columns.column(0).cast(pa.binary(KEY_BYTES)).combine_chunks()

@@ -23,6 +23,7 @@ from glmbatch.run.ask import Asked, ask
 from glmbatch.run.session import Session, session_of
 from glmbatch.run.triage import build_question_prompts, key_prompts, triage
 from glmbatch.run.work import Assignment, Question
+from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import ClassifyStep
 from glmbatch.steps.answers import Answer, answers_table
 from glmbatch.steps.generate import Writing
@@ -38,7 +39,8 @@ def answer(assignment: Assignment) -> AnswersReceipt:
     A fragment that cannot be read gives a receipt that says so; under `on_error: raise` it, or a
     bad row, is an InputError. TransientError when the machine failed.
     """
-    run, rows = assignment.run, assignment.fragment.rows
+    run = assignment.run
+    rows = assignment.fragment.rows
     session = session_of(run)
     ledger = Ledger(run.output)
     committed = ledger.find_answers(assignment.key, run.id, assignment.earlier, retry_failed=True)
@@ -53,7 +55,8 @@ def answer(assignment: Assignment) -> AnswersReceipt:
         session.progress.add(rows, computed=False)
         return _receipt(assignment, unusable=str(error))
     prompts = build_question_prompts(assignment.question, values)
-    _refuse_faults(assignment, (_reason(prompt) for prompt in prompts))
+    # Before the model is asked: under `on_error: raise` a bad row costs no inference.
+    _refuse_faults(assignment, map(_reason, prompts))
     return _answer_prompts(assignment, prompts, earlier_runs, session, ledger)
 
 
@@ -68,11 +71,11 @@ def _answer_prompts(
     keys, distinct = key_prompts(question, prompts)
     session.progress.add(len(prompts) - len(distinct), computed=False)
     known = session.known_answers(question)
-    # Held first, looked up then: what another fragment commits in between is found.
+    # Held before it is looked up, so that what another fragment commits in between is found.
     with known.hold(distinct) as hold:
         answers, measured = _answers(question, distinct, known, hold, session)
         table = _in_row_order(question, answers, prompts, keys)
-        _refuse_faults(assignment, table.column(f"{question.name}_error").to_pylist())
+        _refuse_faults(assignment, table.column(Columns(question.name).error).to_pylist())
         receipt = _receipt(
             assignment,
             earlier=earlier_runs,
@@ -107,6 +110,7 @@ def _answers(
     asked = ask(question, mine, session) if mine else Asked(time.time(), {})
     parts = [sorted_prompts.known]
     if others:
+        # Fragments in flight may have texts in common; each text is asked by one of them.
         hold.wait_for_others()
         late = triage(question, others, known)
         parts.append(late.known)
@@ -176,7 +180,7 @@ def source_values(assignment: Assignment) -> dict[str, list[str | bytes | None]]
 def earlier_values(table: pa.Table, step: str) -> list[str | RowFault]:
     """What a later prompt takes from the answers of `step`, row by row."""
     values: list[str | RowFault] = []
-    faults = table.column(f"{step}_error").to_pylist()
+    faults = table.column(Columns(step).error).to_pylist()
     for value, fault in zip(table.column(step).to_pylist(), faults, strict=True):
         if fault is None:
             values.append(value)
@@ -194,9 +198,13 @@ def _in_row_order(
     """The answer of each row, or why it has no prompt, in the order of the rows."""
     faults = [Answer(prompt) for prompt in prompts if isinstance(prompt, RowFault)]
     table = pa.concat_tables([answers, answers_table(question.step, question.model.labels, faults)])
-    place = {key: at for at, key in enumerate(answers.column(f"{question.name}_key").to_pylist())}
+    answer_keys = answers.column(Columns(question.name).key).to_pylist()
+    place_of = {key: place for place, key in enumerate(answer_keys)}
+    # Faults stand behind the answers, in the order of their rows.
     fault_places = count(len(answers))
-    places = [next(fault_places) if key is None else place[key] for key in keys]
+    places = []
+    for key in keys:
+        places.append(next(fault_places) if key is None else place_of[key])
     return table.take(pa.array(places, pa.int64()))
 
 
@@ -224,18 +232,21 @@ def _prompt_lengths(prompts: Sequence[Prompt | RowFault]) -> dict[int, int]:
 def _counts(question: Question, table: pa.Table) -> dict[str, Any]:
     """The fields of a receipt that count answers by kind."""
 
-    def values(end: str) -> list[Any]:
-        column: list[Any] = table.column(question.name + end).drop_null().to_pylist()
-        return column
+    columns = Columns(question.name)
 
-    faults = Counter(values("_error_type"))
+    def values(column: str) -> list[Any]:
+        present: list[Any] = table.column(column).drop_null().to_pylist()
+        return present
+
+    faults = Counter(values(columns.error_type))
     if isinstance(question.step, ClassifyStep):
-        return {"faults": faults, "labels": Counter(values(""))}
+        return {"faults": faults, "labels": Counter(values(columns.answer))}
+    empty = [text for text in values(columns.answer) if not text.strip()]
     return {
         "faults": faults,
-        "finish_reasons": Counter(values("_finish_reason")),
-        "empty_answers": sum(not text.strip() for text in values("")),
-        "answer_tokens": sum(values("_completion_tokens")),
+        "finish_reasons": Counter(values(columns.finish_reason)),
+        "empty_answers": len(empty),
+        "answer_tokens": sum(values(columns.completion_tokens)),
     }
 
 

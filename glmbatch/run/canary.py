@@ -21,6 +21,7 @@ from glmbatch.run.audits import Audit
 from glmbatch.run.session import session_of
 from glmbatch.run.triage import build_question_prompts, key_prompts
 from glmbatch.run.work import Question, RunContext
+from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, CanaryConfig, ClassifyStep, JobConfig, answer_columns
 from glmbatch.steps.classify import Choice
 from glmbatch.steps.generate import Writing
@@ -60,15 +61,17 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
     frozen = pa.concat_tables(tables, promote_options="permissive").slice(0, rows)
     if not len(frozen):
         raise InputError(f"{output}: no row is without fault, so there are no answers to freeze.")
+    # Without the metadata of an output file, whose receipt would be wrong here.
+    schema = frozen.schema.remove_metadata()
     with committed(location(file)) as partial, writable(location(file)):
-        write_table(partial, frozen.schema.remove_metadata(), iter(frozen.to_batches()), {})
+        write_table(partial, schema, iter(frozen.to_batches()), {})
     return len(frozen)
 
 
 def _without_faults(table: pa.Table, steps: Mapping[str, str]) -> pa.Table:
     sound = pa.array([True] * len(table), pa.bool_())
     for step in steps:
-        sound = pc.and_(sound, table.column(f"{step}_error").is_null().combine_chunks())
+        sound = pc.and_(sound, table.column(Columns(step).error).is_null().combine_chunks())
     return table.filter(sound)
 
 
@@ -89,6 +92,7 @@ def check_canary(
     """
     if canary is None:
         return []
+    # A run that reuses everything loads no model, and so has none to check.
     new = set()
     for receipt in Ledger(run.output).unpublished_receipts():
         if receipt.computed_rows:
@@ -115,7 +119,7 @@ def _answered(steps: Iterable[AnyStep]) -> set[str]:
     """The answer columns that a canary row is compared by."""
     columns: set[str] = set()
     for step in steps:
-        columns.update(answer_columns(step)[:2])
+        columns.update(answer_columns(step)[:2])  # the answer, and a label's score or a text's end
     return columns
 
 
@@ -128,7 +132,8 @@ def _frozen(file: str, columns: set[str]) -> pa.Table:
     missing = sorted(columns - set(table.column_names))
     if missing or not len(table):
         raise InputError(
-            f"{file}: has {len(table)} rows, and no column {missing}. Freeze rows of this job again."
+            f"{file}: has {len(table)} rows, and no column {missing}. "
+            "Freeze rows of this job again."
         )
     return table
 
@@ -174,7 +179,7 @@ def _same(step: AnyStep, outcome: Outcome | None, before: dict[str, object], exa
     part: the first quarter must be the same.
     """
     if isinstance(outcome, Choice) and isinstance(step, ClassifyStep):
-        score = before[f"{step.name}_score"]
+        score = before[Columns(step.name).score]
         if not isinstance(score, float) or outcome.label != before[step.name]:
             return False
         return abs(outcome.scores[outcome.label] - score) <= SCORE_TOLERANCE

@@ -26,6 +26,7 @@ from glmbatch.run.plan import assign, plan_run
 from glmbatch.run.session import index_answers
 from glmbatch.run.triage import build_question_prompts, key_prompts, triage
 from glmbatch.run.work import Assignment, FragmentWork, Model, Question
+from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, JobConfig
 from glmbatch.steps.prompt import Prompt, RowFault
 
@@ -187,7 +188,7 @@ def _prompts(
 
 
 def _values_by_key(question: Question, answers: pa.Table) -> dict[bytes | None, str | RowFault]:
-    keys = answers.column(f"{question.name}_key").to_pylist()
+    keys = answers.column(Columns(question.name).key).to_pylist()
     return dict(zip(keys, earlier_values(answers, question.name), strict=True))
 
 

@@ -22,6 +22,7 @@ from glmbatch.report.report import write_report
 from glmbatch.report.summary import Summary, step_summary
 from glmbatch.run.audits import Audit, audit
 from glmbatch.run.work import Question, Run
+from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import JobConfig
 from glmbatch.store.parquet import prompt_values, read_columns
 from glmbatch.store.paths import side_by_side
@@ -217,7 +218,7 @@ def _release(
 
 
 def _samples(questions: Sequence[Question], collected: Collected) -> list[dict[str, Any]]:
-    """A few rows without fault, from the first fragment that has some, with their text and answers."""
+    """A few rows without fault, with text and answers, from the first fragment that has some."""
     columns: list[str] = []
     for question in questions:
         columns += question.inputs.columns.values()
@@ -226,7 +227,7 @@ def _samples(questions: Sequence[Question], collected: Collected) -> list[dict[s
         if output.faulty_rows == output.fragment.rows or not columns:
             continue
         steps = [receipt.step for receipt in output.answers]
-        errors = [f"{step}_error" for step in steps]
+        errors = [Columns(step).error for step in steps]
         path = collected.ledger.output_path(output)
         table = read_columns(path, [*columns, *steps, *errors])
         faults = [table.column(error).to_pylist() for error in errors]
@@ -264,7 +265,8 @@ def _read_failures(ledger: Ledger, output: OutputReceipt, id_column: str | None)
     """The columns of an output file that say which rows failed."""
     columns = [] if id_column is None else [id_column]
     for receipt in output.answers:
-        columns += [f"{receipt.step}_error", f"{receipt.step}_error_type"]
+        answers = Columns(receipt.step)
+        columns += [answers.error, answers.error_type]
     return read_columns(ledger.output_path(output), columns)
 
 
@@ -276,8 +278,9 @@ def _failures_of(
     if id_column is not None:
         ids = prompt_values(table.column(id_column))
     for receipt in output.answers:
-        reasons = table.column(f"{receipt.step}_error").to_pylist()
-        kinds = table.column(f"{receipt.step}_error_type").to_pylist()
+        columns = Columns(receipt.step)
+        reasons = table.column(columns.error).to_pylist()
+        kinds = table.column(columns.error_type).to_pylist()
         for row, reason in enumerate(reasons):
             if reason is not None:
                 yield {

@@ -57,7 +57,8 @@ def annotate_table(
     settings = _settings(job, {**there, "data.missing_sources": "keep"})
     if settings.data.limit is not None:
         raise InputError(
-            f"{WHERE}: every row of a table is answered. Take the rows you want, and unset data.limit."
+            f"{WHERE}: every row of a table is answered. "
+            "Take the rows you want, and unset data.limit."
         )
     inputs = prompt_inputs(settings)
     columns = _columns(table, schema_needs(settings, inputs))

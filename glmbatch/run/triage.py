@@ -15,6 +15,7 @@ from glmbatch.ledger.known import KnownAnswers
 from glmbatch.ledger.rowkeys import row_key
 from glmbatch.run.models import tokenizer_of
 from glmbatch.run.work import Question
+from glmbatch.settings.columns import Columns
 from glmbatch.steps.prompt import Prompt, RowFault, RowValues, build_prompts
 
 
@@ -62,10 +63,11 @@ class Triage:
 
 def triage(question: Question, distinct: Mapping[bytes, Prompt], known: KnownAnswers) -> Triage:
     """Sort `distinct` prompts by what the index `known` holds for them."""
+    columns = Columns(question.name)
     answers = known.find(distinct)
-    failures = answers.column(f"{question.name}_error").is_valid()
-    failed = answers.filter(failures).column(f"{question.name}_key").to_pylist()
+    failures = answers.column(columns.error).is_valid()
+    failed = answers.filter(failures).column(columns.key).to_pylist()
     answers = answers.filter(pc.invert(failures))
-    answered = set(answers.column(f"{question.name}_key").to_pylist())
+    answered = set(answers.column(columns.key).to_pylist())
     to_ask = {key: prompt for key, prompt in distinct.items() if key not in answered}
     return Triage(answers, to_ask, frozenset(failed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from glmbatch.errors import UnusableFile
 from glmbatch.ledger.delta import delta_schema
@@ -12,6 +13,7 @@ from glmbatch.ledger.fragments import read_fragment
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.run.work import FragmentWork
+from glmbatch.settings.columns import Columns
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import location
 
@@ -63,10 +65,12 @@ def _output_schema(work: FragmentWork, tables: Sequence[pa.Table]) -> pa.Schema:
 
 def _count_faulty(tables: Sequence[pa.Table], steps: Sequence[str]) -> int:
     """Rows in which any step failed."""
-    errors = []
+    if not tables:
+        return 0
+    faulty = pa.array([False] * len(tables[0]), pa.bool_())
     for table, step in zip(tables, steps, strict=True):
-        errors.append(table.column(f"{step}_error").to_pylist())
-    return sum(any(error is not None for error in row) for row in zip(*errors, strict=True))
+        faulty = pc.or_(faulty, table.column(Columns(step).error).combine_chunks().is_valid())
+    return int(pc.sum(faulty).as_py() or 0)
 
 
 def _rows_with_answers(
