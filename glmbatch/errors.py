@@ -15,6 +15,23 @@ A message is one line and says where, what was seen, and which setting to change
 
 from __future__ import annotations
 
+import errno
+
+# What a disk or a network file system reports when the same call may succeed later.
+MACHINE_ERRNOS = frozenset(
+    {
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EAGAIN,
+        errno.ENOMEM,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ECONNRESET,
+        errno.ENOTCONN,
+    }
+)
+
 
 class GlmbatchError(Exception):
     """Any error that glmbatch raises on purpose."""

@@ -1,4 +1,4 @@
-"""Which device computes, and in which numbers. Imports torch, loads no model."""
+"""Which device computes, and in which numbers. Imports torch, but loads no model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def resolve_device(name: str) -> str:
-    """The device behind the setting: "cpu" or "cuda:N". InputError when there is no such device."""
+    """The device that the setting names, "cpu" or "cuda:N"; InputError when there is none."""
     if name == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -26,7 +26,7 @@ def resolve_device(name: str) -> str:
 
 
 def describe_device(name: str) -> str:
-    """The device behind the setting, for people."""
+    """The device that the setting names, in words for a report."""
     device = resolve_device(name)
     if device == "cpu":
         return f"cpu, {torch.get_num_threads()} threads"
@@ -34,14 +34,15 @@ def describe_device(name: str) -> str:
 
 
 def resolve_dtype(dtype: str, device: str) -> Dtype:
-    """The numbers behind the setting; bfloat16 runs at 0.6 of float32 on CPUs without matrix units for it."""
+    """The numbers that the setting names; "auto" depends on the device."""
+    # On CPUs without matrix units for it, bfloat16 runs at 0.6 of the speed of float32.
     if dtype == "auto":
         return "bfloat16" if device.startswith("cuda") else "float32"
     return dtype  # type: ignore[return-value]
 
 
 def free_memory_bytes(device: str) -> int:
-    """Memory that models can still take on `device`, in bytes."""
+    """Memory in bytes that is free on `device`."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil

@@ -1,42 +1,38 @@
-"""The small files of a checkpoint read and any file hashed, with the machine's errors turned into ours. No tensors."""
+"""Reads the small files of a checkpoint and hashes any of them; OS errors become ours.
+
+No tensors.
+"""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from glmbatch.errors import GlmbatchError, InputError, TransientError
+from glmbatch.errors import MACHINE_ERRNOS, GlmbatchError, InputError, TransientError
 
-# A LoRA adapter as peft saves it; the last is what names the labels of its head, if anything does.
-ADAPTER_FILES = ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_LABELS = (
-    "adapter_config.json", "adapter_model.safetensors", "config.json",
-)  # fmt: skip
-# What a disk or a network file system says when the same read may succeed later.
-_PASSING = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EAGAIN,
-    errno.ENOMEM,
-    errno.ECONNRESET,
-    errno.ENOTCONN,
-}
+# A LoRA adapter as peft saves it. The last file names the labels of its head, if it is there.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_LABELS = "config.json"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_LABELS)
 
 
 def file_error(file: Path, error: OSError) -> GlmbatchError:
-    """`error` met at `file`, as ours: TransientError when the machine failed, InputError when the file is at fault."""
+    """The error of ours for an `error` at `file`.
+
+    TransientError when the machine failed, InputError when the file is at fault.
+    """
     if isinstance(error, FileNotFoundError):
         return InputError(f"{file}: no such file. Set model.path to a directory that holds it.")
-    kind = TransientError if error.errno in _PASSING else InputError
+    kind = TransientError if error.errno in MACHINE_ERRNOS else InputError
     return kind(f"{file}: cannot be read or written ({error.strerror or type(error).__name__}).")
 
 
 def read_bytes(file: Path) -> bytes:
-    """All of `file`."""
+    """All of `file`; InputError or TransientError when it cannot be read."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -60,16 +56,18 @@ def index_names(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: no 'weight_map' object in it.")
     suffix = index.name.removesuffix(".index.json").rpartition(".")[2]
+    plain_name = re.compile(rf"[\w-][\w.-]*\.{suffix}")  # no folder, so it cannot lead elsewhere
     for key, name in weight_map.items():
-        if not isinstance(name, str) or not re.fullmatch(rf"[\w-][\w.-]*\.{suffix}", name):
+        if not isinstance(name, str) or not plain_name.fullmatch(name):
             raise InputError(
-                f"{index}: {key!r} is assigned to {name!r}, which is not a plain name of a .{suffix} file."
+                f"{index}: {key!r} is assigned to {name!r}, which is not a plain name of a "
+                f".{suffix} file."
             )
     return weight_map
 
 
 def digest_file(file: Path) -> str:
-    """Hex sha256 of the bytes of `file`, which is also what the hub shows for it."""
+    """Hex sha256 of the bytes of `file`, as the hub shows it too."""
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,7 @@
-"""Text to token ids and back for ChatGLM2: the only file that knows [gMASK], sop and the chat form. No tensors."""
+"""Text to token ids and back for ChatGLM2. No tensors.
+
+The only file that knows [gMASK], sop and the chat form.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,24 @@ from glmbatch.errors import InputError
 from glmbatch.glm.files import read_bytes
 
 TOKENIZER_FILE = "tokenizer.model"
-# Numbered in this order right after the sentencepiece vocabulary.
+# Their ids follow the sentencepiece vocabulary in this order.
 _SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
 _LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
-# White space, controls and zero-width marks: what a reader sees as nothing between two lines.
+# White space, controls and zero-width marks: nothing that a reader would see between two lines.
 _INVISIBLE = r"[\s\x00-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]"
 _TURN = r"(?:\[Round *\d+\]|[问答] *[：:])"
-# Possessive, and only from the start of a run: a text of a million newlines stays linear.
+# Possessive, and only from the start of a run: a million newlines take linear time.
 _BEFORE_TURN = re.compile(rf"(?<!{_INVISIBLE}){_INVISIBLE}*+(?={_TURN})")
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. Keeps no state between calls: safe to share between threads."""
+    """A checkpoint's tokenizer. It keeps no state between calls, so threads may share it."""
 
     def __init__(self, processor: SentencePieceProcessor) -> None:
         self._processor = processor
         self._pieces = processor.vocab_size()
-        self.special_ids = {
-            token: self._pieces + place for place, token in enumerate(_SPECIAL_TOKENS)
-        }
+        self.special_ids = {token: self._pieces + at for at, token in enumerate(_SPECIAL_TOKENS)}
         self._prefix = [self.special_ids["[gMASK]"], self.special_ids["sop"]]
         self.vocab_size = self._pieces + len(_SPECIAL_TOKENS)
         self.eos_id = processor.eos_id()
@@ -39,7 +40,10 @@ class Tokenizer:
         self._silent = {self.eos_id, self.pad_id, processor.bos_id()}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Prompt ids of each text: [gMASK] sop, then its own. A look-alike of a special token in a text stays text."""
+        """Prompt ids of each text: [gMASK] sop, then its own.
+
+        A special token written in a text stays text.
+        """
         return [self._prefix + ids for ids in self.encode_plain(texts)]
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
@@ -51,32 +55,37 @@ class Tokenizer:
         return ids
 
     def pieces(self) -> dict[str, int]:
-        """The id of each piece that stands for text; bytes and control tokens are none."""
+        """The id of each piece of text, without single bytes and control tokens."""
         sp = self._processor
-        ids = (
-            at
-            for at in range(self._pieces)
-            if not (sp.is_byte(at) or sp.is_control(at) or sp.is_unknown(at))
-        )
-        return {sp.id_to_piece(at): at for at in ids}
+        ids: dict[str, int] = {}
+        for piece_id in range(self._pieces):
+            if sp.is_byte(piece_id) or sp.is_control(piece_id) or sp.is_unknown(piece_id):
+                continue
+            ids[sp.id_to_piece(piece_id)] = piece_id
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`: special and out-of-range ids give nothing, a byte that is no character gives U+FFFD."""
+        """The text of `ids`.
+
+        Special and out-of-range ids give nothing, bytes that are not a character give U+FFFD.
+        """
         kept = [int(i) for i in ids if 0 <= i < self._pieces and i not in self._silent]
         text: str = self._processor.decode(kept)
         return text
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of the checkpoint in directory `path`; InputError when its file is missing or damaged."""
+    """The tokenizer of the checkpoint in directory `path`.
+
+    InputError when its file is missing or damaged.
+    """
     file = Path(path) / TOKENIZER_FILE
     proto = read_bytes(file)
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(proto)
-        processor.id_to_piece(
-            list(range(processor.vocab_size()))
-        )  # a damaged piece is no Unicode: met here, not later
+        # Reads every piece, so that a damaged one (not Unicode) is found here and not later.
+        processor.id_to_piece(list(range(processor.vocab_size())))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{file}: damaged or not a sentencepiece model. Copy it again.") from error
     if processor.eos_id() < 0:
@@ -98,13 +107,15 @@ def _first_fault(texts: Sequence[str]) -> str:
 def chat_prompt(
     query: str, history: Iterable[tuple[str, str]] = (), system_prompt: str | None = None
 ) -> str:
-    """The form the model was trained on: numbered rounds, the last one open.
+    """The form that the model was trained on: numbered rounds, the last one open.
 
-    ChatGLM2 has no role for a system prompt; it stands before the first round.
+    ChatGLM2 has no role for a system prompt, so it comes before the first round.
     """
-    opening = [f"{system_prompt}\n\n"] if system_prompt else []
-    rounds = [_round(number, *past) + "\n\n" for number, past in enumerate(history, 1)]
-    return "".join([*opening, *rounds, _round(len(rounds) + 1, query, "")])
+    rounds = [_round(number, *past) for number, past in enumerate(history, 1)]
+    rounds.append(_round(len(rounds) + 1, query, ""))
+    if system_prompt:
+        rounds.insert(0, system_prompt)
+    return "\n\n".join(rounds)
 
 
 def _round(number: int, query: str, answer: str) -> str:
@@ -112,10 +123,11 @@ def _round(number: int, query: str, answer: str) -> str:
 
 
 def escape_turns(value: str) -> str:
-    """`value` without the means to look like a turn of the chat form; every visible character is kept.
+    """`value` so that nothing in it looks like a turn of the chat form.
 
-    A turn begins after a blank line: before `[Round N]`, `问：` or `答：` that becomes one line break. At the start of
-    `value`, where the blank line may stand in the template, a space moves the mark off the beginning of its line.
+    Every visible character is kept. A turn begins after a blank line: before `[Round N]`, `问：` or
+    `答：` a blank line becomes one line break. At the start of `value`, where the template may end in
+    a blank line, a space moves the mark off the beginning of its line.
     """
     return _BEFORE_TURN.sub(_close_gap, value)
 
@@ -127,5 +139,5 @@ def _close_gap(gap: re.Match[str]) -> str:
 
 
 def clean_answer(text: str) -> str:
-    """An answer as the model's own chat shows it."""
+    """An answer as the model's own chat shows it: stripped, with its date filled in."""
     return text.strip().replace("[[训练时间]]", "2023年")

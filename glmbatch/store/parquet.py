@@ -5,7 +5,6 @@ Readers verify page checksums and do not pre-buffer: of a 2 GB file that keeps 0
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,15 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from glmbatch.errors import InputError, StoreRefused, TransientError, UnusableFile
+from glmbatch.errors import MACHINE_ERRNOS, InputError, StoreRefused, TransientError, UnusableFile
 from glmbatch.store.paths import CHANGED_STATUS, AnyPath, ObjectPath, status_of, store_errors
 
 READ_BATCH_ROWS = 10_000  # also the rows of a row group that is written
 SMALL_BYTES = 32 << 20  # an object up to this size may be buffered whole: fewer requests
-# pyarrow raises OSError both for damaged bytes (no errno of the system) and for a failing disk or mount.
-FAILING_DEVICE = frozenset(
-    {errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
-)
 
 
 @contextmanager
@@ -48,7 +43,8 @@ def readable(path: AnyPath) -> Iterator[None]:
         ValueError,
         OverflowError,
     ) as error:
-        if isinstance(error, OSError) and error.errno in FAILING_DEVICE:
+        # pyarrow raises OSError for damaged bytes too, but then without an errno of the system.
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
             raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error
         raise UnusableFile(f"{path}: not readable as Parquet: {_one_line(error)}.") from error
 

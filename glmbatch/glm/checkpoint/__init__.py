@@ -11,7 +11,7 @@ __all__ = ["load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load_model`, whose import takes torch, at its first use."""
+    """Import `load_model` on first use, because it loads torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from glmbatch.glm.checkpoint import load

@@ -1,7 +1,7 @@
-"""A LoRA adapter's directory, as peft writes it, compared with the checkpoint it is to change; and what it changes.
+"""A LoRA adapter's directory, as peft writes it, compared with the checkpoint that it is to change.
 
-Believes nothing, as with a checkpoint. An adapter names its modules as either layout does, whichever layout the
-checkpoint is in. Changes no weights itself.
+Trusts nothing, as with a checkpoint. An adapter names its modules as either layout does, whichever
+layout the checkpoint has. Changes no weights itself.
 
     R rank   I numbers in   O numbers out
 """
@@ -18,23 +18,24 @@ import torch
 from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.adapter_config import AdapterConfig, read_adapter_config
 from glmbatch.glm.checkpoint.architecture import Architecture, Layout
-from glmbatch.glm.checkpoint.config_check import ConfigCheck
+from glmbatch.glm.checkpoint.config_check import ConfigCheck, default_labels
 from glmbatch.glm.checkpoint.layout import HEAD_KEYS, TensorSpec, list_tensors, split_rows
 from glmbatch.glm.checkpoint.shards import Header, read_headers, read_tensors
 from glmbatch.glm.device import DTYPE_BYTES
 from glmbatch.glm.files import ADAPTER_CONFIG, ADAPTER_LABELS, ADAPTER_WEIGHTS, read_json
 
 _PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-_OTHER = "Set model.adapter to one that was made on this model."
+_A = ".lora_A.weight"
+_B = ".lora_B.weight"
+_ANOTHER = "Set model.adapter to one that was made on this model."
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A sound adapter, without its weights; tensors and modules have their names in `layout`.
+    """A sound adapter, without its weights. Tensors and modules have their names in `layout`.
 
-    `scales` has each linear module that it adds to, `whole` each tensor whose place it takes. `labels` are those of
-    the head that it brings; empty when it brings none.
+    `scales` has each linear module that it adds to, `whole` each tensor that it replaces. `labels`
+    are those of the head that it brings; empty when it brings none.
     """
 
     path: Path
@@ -65,64 +66,59 @@ class LowRank:
     scale: float
 
     def added_to(self, weight_OI: torch.Tensor) -> torch.Tensor:
-        """The sum, in float32 whatever `weight_OI` is stored in."""
+        """The sum [O, I], in float32 whatever `weight_OI` is stored in."""
         return torch.addmm(weight_OI.float(), self.b_OR, self.a_RI, alpha=self.scale)
 
 
 def read_adapter(
     path: str | Path, architecture: Architecture, layout: Layout, has_head: bool
 ) -> Adapter:
-    """The adapter in directory `path` for a checkpoint of this kind; InputError that names the first thing wrong."""
+    """The adapter in directory `path` for a checkpoint of this kind.
+
+    InputError that names the first thing wrong.
+    """
     directory = Path(path)
     _require_files(directory)
-    where, file = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
+    where = directory / ADAPTER_CONFIG
+    file = directory / ADAPTER_WEIGHTS
     config = read_adapter_config(read_json(where), str(where))
     tensors = _tensors(file)
-    made_on: Layout = "native"
-    if any(name.startswith(("transformer.", HEAD_KEYS["original"])) for name in tensors):
-        made_on = "original"
-    if (layout, made_on) == ("native", "original") and architecture.groups == architecture.heads:
-        raise InputError(
-            f"{file}: made on the original classes, and the checkpoint no longer says in which order their rows of "
-            "heads were fused. Set model.path to the checkpoint in its original layout."
-        )
+    made_on = _layout_of(tensors)
+    _refuse_lost_order(file, layout, made_on, architecture)
     head = HEAD_KEYS[made_on]
-    labels, doubts = (
-        _labels(directory, architecture, tensors[head]) if head in tensors else ((), [])
-    )
+    labels: tuple[str, ...] = ()
+    warnings: list[str] = []
+    if head in tensors:
+        labels, warnings = _labels(directory, architecture, tensors[head])
     has_head = has_head or head in tensors or config.saves(_module(head))
     if config.classifies and not has_head:
         raise InputError(
-            f"{where}: 'task_type' is 'SEQ_CLS', but neither the adapter nor the checkpoint has a head. "
-            "Set model.path to a checkpoint with one, or model.adapter to one that was saved with its head."
+            f"{where}: 'task_type' is 'SEQ_CLS', but neither the adapter nor the checkpoint has a "
+            "head. Set model.path to a checkpoint with one, or model.adapter to one that was saved "
+            "with its head."
         )
     specs = _specs(replace(architecture, labels=labels or architecture.labels), made_on, has_head)
     _refuse_unfit(file, specs, tensors, config)
     _refuse_incomplete(file, specs, tensors, config)
     _refuse_non_finite(file, tensors)
+    for key in config.unknown:
+        warnings.append(f"{ADAPTER_CONFIG}: {key!r} is not known here and has no effect")
+    modules = [_module(name) for name in tensors if name.endswith(_A)]
     return Adapter(
         path=directory,
         layout=made_on,
         tensors=tensors,
-        scales={
-            _module(name): config.scale_of(_module(name)) for name in tensors if name.endswith(_A)
-        },
+        scales={module: config.scale_of(module) for module in modules},
         whole=tuple(name for name in tensors if not name.endswith((_A, _B))),
         labels=labels,
-        warnings=(
-            *doubts,
-            *(
-                f"{ADAPTER_CONFIG}: {key!r} is not known here and has no effect"
-                for key in config.unknown
-            ),
-        ),
+        warnings=tuple(warnings),
     )
 
 
 def load_adapter(
     adapter: Adapter, architecture: Architecture, has_head: bool
 ) -> tuple[dict[str, LowRank], dict[str, torch.Tensor]]:
-    """What is added to which native weight, and the native tensors that take the place of the checkpoint's.
+    """What is added to which native weight, and the native tensors that replace the checkpoint's.
 
     `architecture` and `has_head` are those of the checkpoint with the adapter.
     """
@@ -130,29 +126,32 @@ def load_adapter(
     held = {name: tensor.clone() for name, tensor in _read(adapter.file, adapter.tensors)}
     added: dict[str, LowRank] = {}
     for module, scale in adapter.scales.items():
-        a_RI, b_OR = held[module + _A].float(), held[module + _B].float()
+        a_RI = held[module + _A].float()
+        b_OR = held[module + _B].float()
+        # Only the second matrix has the rows of the fused weight: it is split as they are.
         for name, rows in split_rows(architecture, specs[f"{module}.weight"], b_OR):
             added[name] = LowRank(a_RI, rows, scale)
-    whole = {
-        part: rows
-        for name in adapter.whole
-        for part, rows in split_rows(architecture, specs[name], held[name])
-    }
-    if "score.weight" in whole:  # the head of transformers' own class has no bias
-        whole.setdefault("score.bias", torch.zeros(len(architecture.labels)))
-    return added, whole
+    replaced: dict[str, torch.Tensor] = {}
+    for name in adapter.whole:
+        replaced |= split_rows(architecture, specs[name], held[name])
+    if "score.weight" in replaced:  # the head of transformers' own class has no bias
+        replaced.setdefault("score.bias", torch.zeros(len(architecture.labels)))
+    return added, replaced
 
 
 def _require_files(directory: Path) -> None:
-    if not os.path.isdir(directory):  # these take whatever cannot be looked at for missing
+    # os.path, not pathlib: it takes a path that may not be looked at for a missing one.
+    if not os.path.isdir(directory):
         raise InputError(
             f"{directory}: not a directory. Set model.adapter to the adapter's directory."
         )
-    weights, pickled = directory / ADAPTER_WEIGHTS, directory / "adapter_model.bin"
+    weights = directory / ADAPTER_WEIGHTS
+    pickled = directory / "adapter_model.bin"
     if os.path.isfile(pickled) and not os.path.isfile(weights):
         raise InputError(
-            f"{pickled}: pickled weights are not read. Convert them with `safetensors.torch.save_file(torch.load("
-            f"'{pickled.name}', weights_only=True), '{weights.name}')`, or set model.adapter."
+            f"{pickled}: pickled weights are not read. Convert them with "
+            f"`safetensors.torch.save_file(torch.load('{pickled.name}', weights_only=True), "
+            f"'{weights.name}')`, or set model.adapter."
         )
     for file in (directory / ADAPTER_CONFIG, weights):
         if not os.path.isfile(file):
@@ -162,55 +161,81 @@ def _require_files(directory: Path) -> None:
 
 
 def _tensors(file: Path) -> dict[str, Header]:
-    """What `file` holds, by its name in the model the adapter was made on."""
+    """What `file` holds, by its name in the model that the adapter was made on."""
     headers = read_headers(file)
     for key, header in headers.items():
         if not key.startswith(_PREFIX):
             raise InputError(
-                f"{file}: {key!r} does not begin with {_PREFIX!r}, as peft writes it. Set model.adapter."
+                f"{file}: {key!r} does not begin with {_PREFIX!r}, as peft writes it. "
+                "Set model.adapter."
             )
         if header.dtype not in DTYPE_BYTES:
             allowed = " or ".join(DTYPE_BYTES)
             raise InputError(
-                f"{file}: {key!r} is stored as {header.dtype}; it must be {allowed}. Set model.adapter."
+                f"{file}: {key!r} is stored as {header.dtype}; it must be {allowed}. "
+                "Set model.adapter."
             )
     if not headers:
         raise InputError(f"{file}: holds no weights. Set model.adapter.")
     return {key.removeprefix(_PREFIX): header for key, header in headers.items()}
 
 
+def _layout_of(tensors: Mapping[str, Header]) -> Layout:
+    """The layout of the model that the adapter was made on, by the names of its tensors."""
+    original = ("transformer.", HEAD_KEYS["original"])
+    return "original" if any(name.startswith(original) for name in tensors) else "native"
+
+
+def _refuse_lost_order(
+    file: Path, layout: Layout, made_on: Layout, architecture: Architecture
+) -> None:
+    """InputError when the rows of fused heads cannot be matched with the adapter's.
+
+    The original classes fuse them head by head without multi-query, which the native layout does
+    not record.
+    """
+    every_head_a_group = architecture.groups == architecture.heads
+    if (layout, made_on) == ("native", "original") and every_head_a_group:
+        raise InputError(
+            f"{file}: made on the original classes, and the checkpoint no longer says in which "
+            "order their rows of heads were fused. Set model.path to the checkpoint in its original "
+            "layout."
+        )
+
+
 def _read(file: Path, tensors: Mapping[str, Header]) -> Iterator[tuple[str, torch.Tensor]]:
-    for key, tensor in read_tensors(
-        file, {_PREFIX + name: header for name, header in tensors.items()}
-    ):
+    headers = {_PREFIX + name: header for name, header in tensors.items()}
+    for key, tensor in read_tensors(file, headers):
         yield key.removeprefix(_PREFIX), tensor
 
 
 def _labels(
     directory: Path, architecture: Architecture, head: Header
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Names of the rows of the adapter's head, and doubts: peft saves none; a config.json beside it may have them."""
-    rows, file = (
-        head.shape[0] if head.shape[1:] == (architecture.hidden_size,) else 0,
-        directory / ADAPTER_LABELS,
-    )
+    """Names of the rows of the adapter's head, and warnings.
+
+    peft saves none; a config.json beside the adapter may have them.
+    """
+    rows = 0
+    if head.shape[1:] == (architecture.hidden_size,):  # else its shape is refused later
+        rows = head.shape[0]
+    file = directory / ADAPTER_LABELS
     config = read_json(file) if os.path.isfile(file) else {}
     if config.get("id2label") is not None:
         check = ConfigCheck(config, str(file))
-        named = check.labels()
-        if not check.problems and len(named) != rows:
-            check.refuse(
-                "id2label", f"an object of {rows} labels, one for each row of the adapter's head"
-            )
+        labels = check.labels()
+        if not check.problems and len(labels) != rows:
+            wanted = f"an object of {rows} labels, one for each row of the adapter's head"
+            check.refuse("id2label", wanted)
         if check.problems:
             raise InputError(f"{check.problems[0]} Correct it, or set model.adapter.")
-        return named, []
+        return labels, []
     if rows == len(architecture.labels):
         return architecture.labels, []
-    unnamed = tuple(f"LABEL_{row}" for row in range(rows))
-    return unnamed, [
+    warning = (
         f"the adapter does not name its labels; 'id2label' of a {ADAPTER_LABELS} beside it would"
-    ]
+    )
+    return default_labels(rows), [warning]
 
 
 def _specs(architecture: Architecture, layout: Layout, has_head: bool) -> dict[str, TensorSpec]:
@@ -232,25 +257,27 @@ def _refuse_unfit(
         wanted = _shape(name, specs, config)
         if wanted is None:
             raise InputError(
-                f"{file}: {_PREFIX + name!r} belongs to nothing that can be changed here. {_OTHER}"
+                f"{file}: {_PREFIX + name!r} belongs to nothing that can be changed here. "
+                f"{_ANOTHER}"
             )
         if header.shape != wanted:
             raise InputError(
-                f"{file}: {_PREFIX + name!r} has shape {list(header.shape)}; the checkpoint and {ADAPTER_CONFIG} make "
-                f"it {list(wanted)}. {_OTHER}"
+                f"{file}: {_PREFIX + name!r} has shape {list(header.shape)}; the checkpoint and "
+                f"{ADAPTER_CONFIG} make it {list(wanted)}. {_ANOTHER}"
             )
 
 
 def _shape(
     name: str, specs: Mapping[str, TensorSpec], config: AdapterConfig
 ) -> tuple[int, ...] | None:
-    """Shape that the tensor `name` of an adapter must have; None when there is no place for it."""
+    """The shape that tensor `name` of an adapter must have; None when nothing can take it."""
     module = _module(name)
     if not name.endswith((_A, _B)):
         return specs[name].shape if name in specs and config.saves(module) else None
-    spec, rank = specs.get(f"{module}.weight"), config.rank_of(module)
+    spec = specs.get(f"{module}.weight")
     if spec is None or len(spec.shape) != 2:
         return None
+    rank = config.rank_of(module)
     return (rank, spec.shape[1]) if name.endswith(_A) else (spec.shape[0], rank)
 
 
@@ -260,23 +287,22 @@ def _refuse_incomplete(
     tensors: Mapping[str, Header],
     config: AdapterConfig,
 ) -> None:
-    """InputError when a matrix lacks its other, or the adapter lacks something that its config says it changes."""
-    needed = {
-        module + each
-        for name in tensors
-        if name.endswith((_A, _B))
-        for module in [_module(name)]
-        for each in (_A, _B)
-    }
+    """InputError when a matrix lacks its other, or something that the config says is there."""
+    needed: set[str] = set()
+    for name in tensors:
+        if name.endswith((_A, _B)):
+            needed |= {_module(name) + _A, _module(name) + _B}
     for name in specs:
         if config.saves(_module(name)) and name not in ("score.bias", "classifier_head.bias"):
             needed.add(name)
         elif name.endswith(".weight") and config.adapts(_module(name)):
             needed |= {_module(name) + _A, _module(name) + _B}
-    if absent := sorted(needed - tensors.keys()):
+    absent = sorted(needed - tensors.keys())
+    if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise InputError(
-            f"{file}: no {_PREFIX + absent[0]!r}{more}: it is incomplete, or made on fewer layers. {_OTHER}"
+            f"{file}: no {_PREFIX + absent[0]!r}{more}: it is incomplete, or made on fewer layers. "
+            f"{_ANOTHER}"
         )
 
 
@@ -284,5 +310,5 @@ def _refuse_non_finite(file: Path, tensors: Mapping[str, Header]) -> None:
     for name, tensor in _read(file, tensors):
         if not tensor.isfinite().all():
             raise InputError(
-                f"{file}: {_PREFIX + name!r} holds values that are no finite numbers. Set model.adapter."
+                f"{file}: {_PREFIX + name!r} holds values that are not finite. Set model.adapter."
             )

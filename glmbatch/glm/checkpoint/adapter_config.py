@@ -1,4 +1,7 @@
-"""What an adapter_config.json, as peft writes it, says of a LoRA adapter, checked. No tensors, no files."""
+"""What an adapter_config.json, as peft writes it, says of a LoRA adapter, checked.
+
+No tensors, no files.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """How a LoRA adapter was made. A module is named as in the model it was made on.
+    """How a LoRA adapter was made. A module is named as in the model that it was made on.
 
-    `targets` is None where a regular expression chose the modules; then only the weights tell which they are.
-    `layers` is None for all layers. `saved` names the modules that were trained and saved whole.
+    `targets` is None when a regular expression chose the modules; then only the weights show which
+    they are. `layers` is None for all layers. `saved` names the modules that were trained and saved
+    whole. `unknown` are keys that are not read here.
     """
 
     rank: int
@@ -36,21 +40,30 @@ class AdapterConfig:
 
     def rank_of(self, module: str) -> int:
         """Rank of the two matrices of `module`."""
-        return next((rank for pattern, rank in self.ranks if pattern.match(module)), self.rank)
+        for pattern, rank in self.ranks:
+            if pattern.match(module):
+                return rank
+        return self.rank
 
     def scale_of(self, module: str) -> float:
-        """What the product of the two matrices of `module` is multiplied with."""
-        alpha = next((alpha for pattern, alpha in self.alphas if pattern.match(module)), self.alpha)
+        """The factor of the product of the two matrices of `module`."""
         rank = self.rank_of(module)
-        return alpha / (sqrt(rank) if self.rank_stabilized else rank)
+        return self._alpha_of(module) / (sqrt(rank) if self.rank_stabilized else rank)
+
+    def _alpha_of(self, module: str) -> float:
+        for pattern, alpha in self.alphas:
+            if pattern.match(module):
+                return alpha
+        return self.alpha
 
     def adapts(self, module: str) -> bool:
-        """Whether the adapter must hold two matrices for the linear `module`; False where the config cannot tell."""
-        if (
-            self.targets is None
-            or not _named(module, self.targets)
-            or _named(module, (*self.excluded, *self.saved))
-        ):
+        """Whether the adapter must hold two matrices for the linear `module`.
+
+        False when the config alone does not say.
+        """
+        if self.targets is None or not _is_named(module, self.targets):
+            return False
+        if _is_named(module, (*self.excluded, *self.saved)):
             return False
         layer = re.search(r"\.(\d+)\.", module)
         return self.layers is None or (layer is not None and int(layer[1]) in self.layers)
@@ -60,72 +73,84 @@ class AdapterConfig:
         return module.endswith(self.saved)
 
 
-def _named(module: str, names: tuple[str, ...]) -> bool:
+def _is_named(module: str, names: tuple[str, ...]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-# Each of these changes what the two matrices mean, or the base they belong to.
+# fmt: off
+# Each of these changes what the two matrices mean, or the base that they belong to.
 _UNSUPPORTED = (
-    "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
-    "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
-    "megatron_config",
-)  # fmt: skip
-# The other ways to begin (pissa, olora, corda, loftq, ...) take something off the base weights, so that the adapter
-# alone does not belong to the published ones; peft's `path_initial_model_for_weight_conversion` undoes that.
-_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
+    "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "layer_replication",
+    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
+    "kasa_config", "monteclora_config", "megatron_config",
+)
 _READ = frozenset({
-    "peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type",
-})  # fmt: skip
-# Bookkeeping and settings of training.
+    "peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "use_rslora", "rank_pattern",
+    "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "modules_to_save", "task_type",
+})
+# Bookkeeping and training settings.
 _HARMLESS = frozenset({
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
-    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "velora_config",
-})  # fmt: skip
-_MOST_RANK, _MOST_ALPHA = 2**14, 2.0**24
-_MOST_PATTERN, _MOST_REPEATS = 256, 3
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "velora_config",
+})
+# fmt: on
+# The other ways to start (pissa, olora, corda, loftq, ...) subtract something from the base
+# weights, so that the adapter alone does not belong to the published ones; peft's
+# `path_initial_model_for_weight_conversion` undoes that.
+_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
+_MAX_RANK = 2**14
+_MAX_ALPHA = 2.0**24
+# A pattern is a regular expression of somebody else's: of this size it cannot take ages to match.
+_MAX_PATTERN_LENGTH = 256
+_MAX_REPEATS = 3
 
 
 def read_adapter_config(config: Mapping[str, Any], where: str) -> AdapterConfig:
-    """What `config` states; InputError that names `where` and the key when such an adapter cannot be merged."""
+    """What `config` states.
+
+    InputError that names `where` and the key when such an adapter cannot be merged.
+    """
     check = ConfigCheck(config, where)
     if config.get("peft_type") != "LORA":
         check.refuse("peft_type", "'LORA', the only kind that can be merged into the weights")
     check.choice("bias", ("none",), default="none")
-    check.choice("init_lora_weights", _BEGINNINGS, default=True)
+    check.choice("init_lora_weights", _INITIALIZATIONS, default=True)
     for key in _UNSUPPORTED:
         if config.get(key):
             check.refuse(key, "empty or false: no such adapter can be merged into the weights")
-    targets, excluded = _names(check, "target_modules"), _names(check, "exclude_modules")
+    targets = _module_names(check, "target_modules")
+    excluded = _module_names(check, "exclude_modules")
+    unknown = config.keys() - _READ - _HARMLESS - set(_UNSUPPORTED)
     stated = AdapterConfig(
-        rank=check.integer("r", 1, _MOST_RANK),
-        alpha=check.real("lora_alpha", _MOST_ALPHA),
+        rank=check.integer("r", 1, _MAX_RANK),
+        alpha=check.real("lora_alpha", _MAX_ALPHA),
         rank_stabilized=check.flag("use_rslora", default=False),
-        ranks=_by_pattern(
-            check, "rank_pattern", lambda inner, name: inner.integer(name, 1, _MOST_RANK)
-        ),
-        alphas=_by_pattern(
-            check, "alpha_pattern", lambda inner, name: inner.real(name, _MOST_ALPHA)
-        ),
+        ranks=_by_pattern(check, "rank_pattern", _read_rank),
+        alphas=_by_pattern(check, "alpha_pattern", _read_alpha),
         targets=None if excluded is None else targets,
         excluded=excluded or (),
         layers=_layers(check),
-        saved=_names(check, "modules_to_save") or (),
+        saved=_module_names(check, "modules_to_save") or (),
         classifies=config.get("task_type") == "SEQ_CLS",
-        unknown=tuple(
-            sorted(
-                key for key in config.keys() - _READ - _HARMLESS - set(_UNSUPPORTED) if config[key]
-            )
-        ),
+        unknown=tuple(sorted(key for key in unknown if config[key])),
     )
     if check.problems:
         raise InputError(f"{check.problems[0]} Set model.adapter to another adapter.")
     return stated
 
 
-def _names(check: ConfigCheck, key: str) -> tuple[str, ...] | None:
-    """The module names under `key`; None where a regular expression stands there."""
+def _read_rank(check: ConfigCheck, key: str) -> int:
+    return check.integer(key, 1, _MAX_RANK)
+
+
+def _read_alpha(check: ConfigCheck, key: str) -> float:
+    return check.real(key, _MAX_ALPHA)
+
+
+def _module_names(check: ConfigCheck, key: str) -> tuple[str, ...] | None:
+    """The module names under `key`; None when it is a regular expression."""
     names = check.config.get(key) or []
     if isinstance(names, str):
         return None
@@ -137,7 +162,9 @@ def _names(check: ConfigCheck, key: str) -> tuple[str, ...] | None:
 
 def _layers(check: ConfigCheck) -> frozenset[int] | None:
     stated = check.config.get("layers_to_transform")
-    layers = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if stated is None:
+        return None
+    layers = stated if isinstance(stated, list) else [stated]
     if any(not isinstance(layer, int) or isinstance(layer, bool) for layer in layers):
         check.refuse("layers_to_transform", "a list of layer numbers")
         return None
@@ -147,7 +174,10 @@ def _layers(check: ConfigCheck) -> frozenset[int] | None:
 def _by_pattern(
     check: ConfigCheck, key: str, read: Callable[[ConfigCheck, str], Number]
 ) -> tuple[tuple[re.Pattern[str], Number], ...]:
-    """The numbers that `key` gives for modules, by what their names must match, in the order in which that is tried."""
+    """The numbers that `key` gives for modules, each with what a module's name must match.
+
+    In the order in which the patterns are tried.
+    """
     stated = check.config.get(key) or {}
     if not isinstance(stated, dict):
         check.refuse(key, "an object with a number for each module")
@@ -157,13 +187,13 @@ def _by_pattern(
 
 
 def _pattern(check: ConfigCheck, name: str) -> re.Pattern[str]:
-    """What peft makes of a module name, which may be a regular expression; never one that takes ages to match."""
+    """What peft makes of a module's name, which may be a regular expression.
+
+    One that could take ages to match is refused.
+    """
     repeats = re.findall(r"(?<!\()[*+?{]", name)  # those of (?:...) repeat nothing
-    if (
-        len(name) <= _MOST_PATTERN
-        and len(repeats) <= _MOST_REPEATS
-        and not re.search(r"\)[*+?{]", name)
-    ):
+    simple = len(name) <= _MAX_PATTERN_LENGTH and len(repeats) <= _MAX_REPEATS
+    if simple and not re.search(r"\)[*+?{]", name):
         try:
             return re.compile(rf"(.*\.)?({name})$")
         except (re.error, RecursionError, OverflowError, Warning):

@@ -1,6 +1,6 @@
-"""What a config.json says of the model, checked, in the published layout and in transformers' native GLM one.
+"""What a config.json says of the model, checked: the published layout or transformers' native one.
 
-Reads both into one `Architecture` and writes either back from it. No tensors, no files.
+Both are read into one `Architecture`, and either is written back from it. No tensors, no files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ Layout = Literal["original", "native"]
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Everything in a config that changes an answer. `labels` name the rows of a trained head, if there is one."""
+    """Everything in a config that changes an answer.
+
+    `labels` name the rows of a trained head, if there is one. `max_positions` counts the tokens of
+    prompt and answer together; past it the native model would go on silently.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -41,19 +45,22 @@ class Architecture:
 
     @property
     def kv_numbers_per_token(self) -> int:
-        """Numbers of keys and values that one token keeps: 14,336 for ChatGLM2-6B."""
+        """Numbers in the keys and values of one token: 14,336 for ChatGLM2-6B."""
         return 2 * self.layers * self.groups * self.kv_channels
 
 
 @dataclass(frozen=True, slots=True)
 class _Number:
+    """An integer of the config: its attribute here, its key in either layout, its largest value."""
+
     attribute: str
     original: str
     native: str
     most: int = 2**24
 
 
-# 1,000 layers and 2**24 of anything else are far above any such model, and keep a mistyped number from being listed.
+# 1,000 layers and 2**24 of anything else are far above any such model. They keep a mistyped number
+# from filling memory with a list of tensors.
 _NUMBERS = (
     _Number("layers", "num_layers", "num_hidden_layers", 1_000),
     _Number("vocab_size", "padded_vocab_size", "vocab_size"),
@@ -64,7 +71,7 @@ _NUMBERS = (
     _Number("max_positions", "seq_length", "max_position_embeddings"),
 )
 
-# The value each of these must have: the GLM classes have no counterpart to the other.
+# The value that each key must have: transformers' GLM classes have no counterpart to the other.
 _FIXED: dict[Layout, dict[str, object]] = {
     "original": {
         "rmsnorm": True,
@@ -75,51 +82,55 @@ _FIXED: dict[Layout, dict[str, object]] = {
     "native": {"hidden_act": "silu", "tie_word_embeddings": False, "partial_rotary_factor": 0.5},
 }
 
+# Keys that are read below, beside _NUMBERS and _FIXED.
 # fmt: off
 _READ: dict[Layout, frozenset[str]] = {
     "original": frozenset({
-        "layernorm_epsilon", "multi_query_attention", "multi_query_group_num", "add_qkv_bias", "eos_token_id",
-        "pad_token_id", "rope_ratio", "rope_scaling", "fp32_residual_connection", "quantization_bit", "pre_seq_len",
-        "prefix_projection", "id2label", "num_labels",
+        "layernorm_epsilon", "multi_query_attention", "multi_query_group_num", "add_qkv_bias",
+        "eos_token_id", "pad_token_id", "rope_ratio", "rope_scaling", "fp32_residual_connection",
+        "quantization_bit", "pre_seq_len", "prefix_projection", "id2label", "num_labels",
     }),
     "native": frozenset({
-        "rms_norm_eps", "num_key_value_heads", "attention_bias", "eos_token_id", "pad_token_id", "rope_parameters",
-        "pre_seq_len", "id2label", "num_labels",
+        "rms_norm_eps", "num_key_value_heads", "attention_bias", "eos_token_id", "pad_token_id",
+        "rope_parameters", "pre_seq_len", "id2label", "num_labels",
     }),
 }
 # Bookkeeping, training settings, and switches between ways to compute the same numbers.
 _HARMLESS = frozenset({
-    "_name_or_path", "apply_query_key_layer_scaling", "architectures", "attention_dropout", "attention_softmax_in_fp32",
-    "auto_map", "bias_dropout_fusion", "bos_token_id", "classifier_dropout", "dtype", "hidden_dropout",
-    "initializer_range", "label2id", "model_type", "original_rope", "problem_type", "tie_word_embeddings",
-    "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "apply_query_key_layer_scaling", "architectures", "attention_dropout",
+    "attention_softmax_in_fp32", "auto_map", "bias_dropout_fusion", "bos_token_id",
+    "classifier_dropout", "dtype", "hidden_dropout", "initializer_range", "label2id", "model_type",
+    "original_rope", "problem_type", "tie_word_embeddings", "torch_dtype", "transformers_version",
+    "use_cache",
 })
 # fmt: on
 
 _ROPE_THETA = 10_000.0
-_MOST_THETA, _MOST_STRETCH = 1e9, 1_000.0  # published: 10,000 and 16
-_ROTARY_SHARE = (
-    0.5  # ChatGLM2 rotates only the first half of each head; the other half carries no position
-)
+_MAX_STRETCH = 1_000.0  # chatglm2-6b-32k has 16
+# ChatGLM2 rotates only the first half of each head; the other half carries no position.
+_ROTARY_SHARE = 0.5
 
 
 def detect_layout(config: Mapping[str, Any], where: str) -> Layout:
-    """Which of the two layouts `config` is written in; InputError when neither."""
-    # The first published revision has no model_type, so its own key names tell.
-    if {"num_layers", "padded_vocab_size"} <= config.keys() and any(
-        key.startswith("multi_query_") for key in config
-    ):
+    """The layout that `config` is written in; InputError when it is neither."""
+    # The first published revision has no model_type: its own key names identify it.
+    multi_query = any(key.startswith("multi_query_") for key in config)
+    if multi_query and {"num_layers", "padded_vocab_size"} <= config.keys():
         return "original"
     if config.get("model_type") == "glm":
         return "native"
     raise InputError(
-        f"{where}: not a ChatGLM2 config: model_type is {config.get('model_type')!r}, and 'num_layers', "
-        "'padded_vocab_size' and 'multi_query_*' are not all there. Set model.path to a ChatGLM2 checkpoint."
+        f"{where}: not a ChatGLM2 config: model_type is {config.get('model_type')!r}, and "
+        "'num_layers', 'padded_vocab_size' and 'multi_query_*' are not all there. "
+        "Set model.path to a ChatGLM2 checkpoint."
     )
 
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
-    """The architecture that `config` states; InputError that names `where` and the key when it cannot be run."""
+    """The architecture that `config` states.
+
+    InputError that names `where` and the key when it cannot be run.
+    """
     architecture, problems = examine_config(config, where)
     if architecture is None:
         raise InputError(problems[0])
@@ -127,36 +138,41 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
 
 
 def examine_config(config: Mapping[str, Any], where: str) -> tuple[Architecture | None, list[str]]:
-    """The architecture that `config` states, or None and everything that is wrong with it."""
+    """The architecture that `config` states, or None and everything that is wrong with it.
+
+    InputError when `config` is in neither layout.
+    """
     layout = detect_layout(config, where)
     check = ConfigCheck(config, where)
     for key, value in _FIXED[layout].items():
         check.fixed(key, value)
-    values: dict[str, Any] = {
-        row.attribute: check.integer(getattr(row, layout), 1, row.most) for row in _NUMBERS
-    }
+    values: dict[str, Any] = {}
+    for number in _NUMBERS:
+        values[number.attribute] = check.integer(getattr(number, layout), 1, number.most)
     values["eos_id"] = check.integer("eos_token_id", 0, values["vocab_size"] - 1, default=2)
     values["pad_id"] = check.integer("pad_token_id", 0, values["vocab_size"] - 1, default=0)
-    values |= _read_original(check, values) if layout == "original" else _read_native(check, values)
+    if layout == "original":
+        values |= _read_original(check, heads=values["heads"])
+    else:
+        values |= _read_native(check, heads=values["heads"])
     values["labels"] = check.labels()
+    # A refused value has a stand-in, about which nothing more can be said.
     if not check.problems and values["heads"] % values["groups"]:
-        check.problems.append(
-            f"{where}: {values['heads']} heads cannot be shared among {values['groups']} groups."
-        )
-    if values["kv_channels"] % 4 and not check.problems:
-        check.refuse(
-            "kv_channels" if layout == "original" else "head_dim",
-            "a multiple of 4: half of it turns in pairs",
-        )
+        heads, groups = values["heads"], values["groups"]
+        check.problems.append(f"{where}: {heads} heads cannot be shared among {groups} groups.")
+    if not check.problems and values["kv_channels"] % 4:
+        key = "kv_channels" if layout == "original" else "head_dim"
+        check.refuse(key, "a multiple of 4: half of it is rotated in pairs")
     return (None if check.problems else Architecture(**values)), check.problems
 
 
-def _read_original(check: ConfigCheck, values: Mapping[str, Any]) -> dict[str, Any]:
+def _read_original(check: ConfigCheck, heads: int) -> dict[str, Any]:
     multi_query = check.flag("multi_query_attention")
+    groups = heads
+    if multi_query:
+        groups = check.integer("multi_query_group_num", 1, heads)
     return {
-        "groups": check.integer("multi_query_group_num", 1, values["heads"])
-        if multi_query
-        else values["heads"],
+        "groups": groups,
         "epsilon": check.real("layernorm_epsilon", 1.0),
         "qkv_bias": check.flag("add_qkv_bias"),
         "qkv_per_head": not multi_query,
@@ -170,38 +186,43 @@ def _read_original(check: ConfigCheck, values: Mapping[str, Any]) -> dict[str, A
 
 def _rope_ratio(check: ConfigCheck) -> float:
     """How many times positions are stretched: each is divided by it, as in chatglm2-6b-32k."""
-    ratio = check.real("rope_ratio", _MOST_STRETCH, default=1.0)
+    ratio = check.real("rope_ratio", _MAX_STRETCH, default=1.0)
     if ratio == 1:
         return ratio
-    # chatglm3-6b-32k writes the same key and multiplies the rotary base: read as ChatGLM2's, logits are 10 off.
+    # chatglm3-6b-32k has the same key but multiplies the rotary base: read as ChatGLM2's, its
+    # logits are 10 off.
     if "chatglm3" in str(check.config.get("_name_or_path", "")).lower():
         check.problems.append(
-            f"{check.where}: 'rope_ratio' is {ratio:g} and '_name_or_path' names chatglm3, which stretches positions "
-            "in another way than ChatGLM2. Set model.path to a ChatGLM2 checkpoint."
+            f"{check.where}: 'rope_ratio' is {ratio:g} and '_name_or_path' names chatglm3, which "
+            "stretches positions in another way than ChatGLM2. Set model.path to a ChatGLM2 "
+            "checkpoint."
         )
-    # The key is of our own earlier saves; their other value, "ntk", was for chatglm3.
+    # We wrote this key in earlier versions, with "ntk" for chatglm3's way.
     if check.config.get("rope_scaling", "linear") != "linear":
         check.refuse("rope_scaling", "'linear', the only way in which ChatGLM2 stretches positions")
     return ratio
 
 
-def _read_native(check: ConfigCheck, values: Mapping[str, Any]) -> dict[str, Any]:
-    rope = check.config.get("rope_parameters")
-    inner = ConfigCheck(
-        rope if isinstance(rope, dict) else {}, f"{check.where}: rope_parameters", check.problems
+def _read_native(check: ConfigCheck, heads: int) -> dict[str, Any]:
+    stated = check.config.get("rope_parameters")
+    rope = ConfigCheck(
+        stated if isinstance(stated, dict) else {},
+        f"{check.where}: rope_parameters",
+        check.problems,
     )
-    kind = inner.choice("rope_type", ("default", "linear"))
-    inner.fixed("partial_rotary_factor", _ROTARY_SHARE)
-    if inner.real("rope_theta", _MOST_THETA) != _ROPE_THETA:
-        inner.refuse(
-            "rope_theta", f"{_ROPE_THETA:g}: another base of the rotation is another model's"
-        )
+    kind = rope.choice("rope_type", ("default", "linear"))
+    rope.fixed("partial_rotary_factor", _ROTARY_SHARE)
+    if rope.config.get("rope_theta") != _ROPE_THETA:
+        rope.refuse("rope_theta", f"{_ROPE_THETA:g}: another base belongs to another model")
+    ratio = 1.0
+    if kind == "linear":
+        ratio = rope.real("factor", _MAX_STRETCH)
     return {
-        "groups": check.integer("num_key_value_heads", 1, values["heads"]),
+        "groups": check.integer("num_key_value_heads", 1, heads),
         "epsilon": check.real("rms_norm_eps", 1.0),
         "qkv_bias": check.flag("attention_bias"),
         "qkv_per_head": False,
-        "rope_ratio": inner.real("factor", _MOST_STRETCH) if kind == "linear" else 1.0,
+        "rope_ratio": ratio,
         "fp32_residual": False,
         "quantization_bit": 0,
         "pre_seq_len": check.integer("pre_seq_len", 0, 2**20, default=0),
@@ -210,21 +231,22 @@ def _read_native(check: ConfigCheck, values: Mapping[str, Any]) -> dict[str, Any
 
 
 def unknown_keys(config: Mapping[str, Any], layout: Layout) -> list[str]:
-    """Keys of `config` that are neither read here nor known to change no answer."""
-    numbers = {getattr(row, layout) for row in _NUMBERS}
+    """Keys of `config`, sorted, that are neither read here nor known to be harmless."""
+    numbers = {getattr(number, layout) for number in _NUMBERS}
     return sorted(config.keys() - _HARMLESS - _READ[layout] - _FIXED[layout].keys() - numbers)
 
 
 def native_config(architecture: Architecture) -> dict[str, Any]:
-    """Arguments of `GlmConfig`; every one whose default is another model's is among them."""
-    rope = {
+    """Arguments of transformers' `GlmConfig`, including all whose defaults are another model's."""
+    rope: dict[str, Any] = {
         "rope_type": "default",
         "rope_theta": _ROPE_THETA,
         "partial_rotary_factor": _ROTARY_SHARE,
     }
     if architecture.rope_ratio != 1:
         rope |= {"rope_type": "linear", "factor": architecture.rope_ratio}
-    config = {row.native: getattr(architecture, row.attribute) for row in _NUMBERS} | {
+    config = {number.native: getattr(architecture, number.attribute) for number in _NUMBERS}
+    config |= {
         "num_key_value_heads": architecture.groups,
         "rms_norm_eps": architecture.epsilon,
         "attention_bias": architecture.qkv_bias,
@@ -235,19 +257,21 @@ def native_config(architecture: Architecture) -> dict[str, Any]:
         "id2label": dict(enumerate(architecture.labels)),
         "label2id": {label: row for row, label in enumerate(architecture.labels)},
     }
-    return config | ({"pre_seq_len": architecture.pre_seq_len} if architecture.pre_seq_len else {})
+    if architecture.pre_seq_len:
+        config["pre_seq_len"] = architecture.pre_seq_len
+    return config
 
 
 def original_config(architecture: Architecture) -> dict[str, Any]:
     """The published config.json of `architecture`, without quantization."""
-    config = {row.original: getattr(architecture, row.attribute) for row in _NUMBERS} | _FIXED[
-        "original"
-    ]
+    config = {number.original: getattr(architecture, number.attribute) for number in _NUMBERS}
+    config |= _FIXED["original"]
     config |= {
         "model_type": "chatglm",
         "add_qkv_bias": architecture.qkv_bias,
         "layernorm_epsilon": architecture.epsilon,
-        "multi_query_attention": True,  # as many groups as heads is the other form, without its interleaved rows
+        # With as many groups as heads this is plain attention, without its interleaved rows.
+        "multi_query_attention": True,
         "multi_query_group_num": architecture.groups,
         "eos_token_id": architecture.eos_id,
         "pad_token_id": architecture.pad_id,

@@ -1,4 +1,7 @@
-"""Reading the keys of a config.json that is not believed: each value has its kind and bounds. No tensors, no files."""
+"""Reads the keys of a config that is not trusted: each value has its type and bounds.
+
+No tensors, no files.
+"""
 
 from __future__ import annotations
 
@@ -6,74 +9,91 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+_MAX_LABELS = 2**16
+
 
 @dataclass(frozen=True, slots=True)
 class ConfigCheck:
-    """Reads keys of one config; what it refuses it notes, naming file and key, and goes on with a stand-in."""
+    """Reads keys of one config and collects what is wrong in `problems`.
+
+    A refused value is replaced by a stand-in, so that one pass finds all problems. `where` names
+    the config in them.
+    """
 
     config: Mapping[str, Any]
     where: str
     problems: list[str] = field(default_factory=list)
 
     def refuse(self, key: str, wanted: str) -> None:
-        seen = f"is {repr(self.config[key])[:60]}" if key in self.config else "is missing"
-        self.problems.append(f"{self.where}: {key!r} {seen}; it must be {wanted}.")
+        """Note that the value of `key` must be `wanted`."""
+        stated = f"is {repr(self.config[key])[:60]}" if key in self.config else "is missing"
+        self.problems.append(f"{self.where}: {key!r} {stated}; it must be {wanted}.")
 
     def integer(self, key: str, least: int, most: int, default: int | None = None) -> int:
-        value = _given(self.config.get(key), default)
+        """The integer under `key`, from `least` to `most`."""
+        value = self._value(key, default)
         if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
             return value
         self.refuse(key, f"an integer from {least} to {most}")
         return most
 
     def real(self, key: str, most: float, default: float | None = None) -> float:
-        value = _given(self.config.get(key), default)
+        """The number under `key`, above 0 and at most `most`."""
+        value = self._value(key, default)
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most:
             return float(value)
         self.refuse(key, f"a number above 0 and at most {most:g}")
         return most
 
     def flag(self, key: str, default: bool | None = None) -> bool:
-        value = _given(self.config.get(key), default)
+        """The true or false under `key`."""
+        value = self._value(key, default)
         if not isinstance(value, bool):
             self.refuse(key, "true or false")
         return bool(value)
 
     def choice(self, key: str, allowed: tuple[Any, ...], default: Any = None) -> Any:
-        """The value of `key`, which may be absent if there is a default."""
-        value = _given(self.config.get(key), default)
+        """The value of `key`, one of `allowed`. It may be absent if there is a default."""
+        value = self._value(key, default)
         if value in allowed:
-            return allowed[allowed.index(value)]
+            return allowed[allowed.index(value)]  # 4.0 becomes 4
         if value is None or value != default:
             self.refuse(key, f"one of {', '.join(map(str, allowed))}")
         return default
 
     def fixed(self, key: str, wanted: object) -> None:
+        """Refuse any value of `key` but `wanted`; it may be absent."""
         if self.config.get(key, wanted) != wanted:
             self.refuse(key, f"{wanted}: the GLM classes have no counterpart to anything else")
 
     def labels(self) -> tuple[str, ...]:
-        """Names of the head's rows in order; transformers' own default names when the config has none."""
-        named = self.config.get("id2label")
-        if named is None:
-            return tuple(
-                f"LABEL_{row}" for row in range(self.integer("num_labels", 1, 2**16, default=2))
-            )
-        rows = [str(row) for row in range(len(named))] if isinstance(named, dict) else []
-        if (
-            not rows
-            or named.keys() != set(rows)
-            or not all(isinstance(name, str) for name in named.values())
-        ):
+        """Names of the head's rows in order.
+
+        transformers' own default names when the config has none.
+        """
+        stated = self.config.get("id2label")
+        if stated is None:
+            return default_labels(self.integer("num_labels", 1, _MAX_LABELS, default=2))
+        rows = [str(row) for row in range(len(stated))] if isinstance(stated, dict) else []
+        if not rows or stated.keys() != set(rows) or not _all_strings(stated.values()):
             self.refuse("id2label", 'an object {"0": label, "1": label, ...} without a gap')
             return ()
-        labels = tuple(named[row] for row in rows)
+        labels = tuple(stated[row] for row in rows)
         if len(set(labels)) != len(labels):
             self.refuse("id2label", "free of repeated labels")
         if self.config.get("num_labels", len(labels)) != len(labels):
             self.refuse("num_labels", f"{len(labels)}, the number of labels in 'id2label'")
         return labels
 
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.config.get(key)
+        return default if value is None else value
 
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
+
+def default_labels(count: int) -> tuple[str, ...]:
+    """transformers' own names for the rows of a head that has none: LABEL_0, LABEL_1, ..."""
+    return tuple(f"LABEL_{row}" for row in range(count))
+
+
+def _all_strings(values: Any) -> bool:
+    return all(isinstance(value, str) for value in values)

@@ -1,4 +1,7 @@
-"""What a checkpoint directory is, what it needs to run, and everything that is wrong with it. Loads no weights."""
+"""What a checkpoint directory is, what it needs to run, and everything that is wrong with it.
+
+Loads no weights.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,14 @@ from glmbatch.glm.device import DTYPE_BYTES
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 _SAMPLES = ("你好", "Hello, world!", "[gMASK]")
-# What the published tokenizer, known by its size, must give.
-_PUBLISHED_SIZE, _PUBLISHED_IDS = 64_794, {"你好": (64_790, 64_792, 36_474, 54_591)}
+# The published tokenizer, recognised by its size, must give these ids.
+_PUBLISHED_SIZE = 64_794
+_PUBLISHED_IDS = {"你好": (64_790, 64_792, 36_474, 54_591)}
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes that a model takes in one dtype: its weights, and each token's keys and values."""
+    """Bytes that a model takes in one dtype: all weights, and the keys and values of one token."""
 
     weights: int
     per_token: int
@@ -32,7 +36,11 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """`checkpoint` is None, and `problems` says why, when the directory cannot be run. A digest not taken is None."""
+    """What was found in a directory.
+
+    When it cannot be run, `checkpoint` is None and `problems` say why. A digest that was not taken
+    is None.
+    """
 
     path: Path
     checkpoint: Checkpoint | None
@@ -46,30 +54,28 @@ class Diagnosis:
         """What the model takes, by dtype; empty when it cannot be run."""
         if self.checkpoint is None:
             return {}
-        numbers, kept = (
-            self.checkpoint.parameters,
-            self.checkpoint.architecture.kv_numbers_per_token,
-        )
-        return {dtype: Memory(numbers * size, kept * size) for dtype, size in DTYPE_BYTES.items()}
+        parameters = self.checkpoint.parameters
+        per_token = self.checkpoint.architecture.kv_numbers_per_token
+        memory = {}
+        for dtype, size in DTYPE_BYTES.items():
+            memory[dtype] = Memory(parameters * size, per_token * size)
+        return memory
 
 
 def examine(
-    path: str | Path,
-    *,
-    digests: bool = True,
-    adapter: str | Path | None = None,
+    path: str | Path, *, digests: bool = True, adapter: str | Path | None = None
 ) -> Diagnosis:
-    """Look over the checkpoint in directory `path`; whatever is wrong stands in the answer, nothing is raised.
+    """Look over the checkpoint in directory `path`, with `adapter` merged into it.
 
-    With an `adapter` it is the checkpoint with that merged into it, and what is wrong with either.
-
-    Takes seconds for a model of any size; `digests` reads every byte, about a second for each gigabyte.
+    Everything that is wrong with either is in the result; nothing is raised. Takes seconds for a
+    model of any size; `digests` read every byte, about a second for each gigabyte.
     """
     directory = Path(path)
     problems: list[str] = []
     checkpoint: Checkpoint | None = None
     tokenizer: Tokenizer | None = None
-    weights_digest = tokenizer_digest = None
+    weights_digest: str | None = None
+    tokenizer_digest: str | None = None
     try:
         checkpoint, problems = inspect_checkpoint(directory, adapter)
         if (directory / TOKENIZER_FILE).is_file():
@@ -82,78 +88,89 @@ def examine(
         if checkpoint and digests:
             weights_digest = digest_weights(directory, adapter)
     except GlmbatchError as error:
-        problems += [str(error)] if str(error) not in problems else []
-    samples = _sample(tokenizer) if tokenizer else ()
-    problems += _unlike_published(tokenizer, directory) if tokenizer else ()
+        if str(error) not in problems:
+            problems.append(str(error))
+    samples: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    if tokenizer:
+        samples = _sample(tokenizer)
+        problems += _unlike_published(tokenizer, directory)
     return Diagnosis(
         directory, checkpoint, weights_digest, tokenizer_digest, samples, tuple(problems)
     )
 
 
 def _sample(tokenizer: Tokenizer) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple(
-        (text, tuple(ids)) for text, ids in zip(_SAMPLES, tokenizer.encode(_SAMPLES), strict=True)
-    )
+    encoded = tokenizer.encode(_SAMPLES)
+    return tuple((text, tuple(ids)) for text, ids in zip(_SAMPLES, encoded, strict=True))
 
 
 def _unlike_published(tokenizer: Tokenizer, directory: Path) -> Iterator[str]:
     if tokenizer.vocab_size != _PUBLISHED_SIZE:
         return
-    for text, known in _PUBLISHED_IDS.items():
-        if (ids := tuple(tokenizer.encode([text])[0])) != known:
+    for text, published in _PUBLISHED_IDS.items():
+        ids = tuple(tokenizer.encode([text])[0])
+        if ids != published:
             yield (
-                f"{directory / TOKENIZER_FILE}: has the size of the published tokenizer, but {text} gives {ids} and "
-                f"not {known}. Copy it again from THUDM/chatglm2-6b."
+                f"{directory / TOKENIZER_FILE}: has the size of the published tokenizer, but "
+                f"{text} gives {ids} and not {published}. Copy it again from THUDM/chatglm2-6b."
             )
 
 
 def describe(diagnosis: Diagnosis) -> str:
-    """`diagnosis` as lines to read."""
+    """`diagnosis` as lines of text."""
     return "\n".join(_lines(diagnosis))
 
 
+def _line(name: str, fact: str) -> str:
+    return f"  {name:<10} {fact}"
+
+
 def _lines(diagnosis: Diagnosis) -> Iterator[str]:
-    verdict = f"{len(diagnosis.problems)} problems" if len(diagnosis.problems) != 1 else "1 problem"
-    yield f"{diagnosis.path}: {verdict if diagnosis.problems else 'sound'}"
-    yield from (f"  problem    {problem}" for problem in diagnosis.problems)
+    count = len(diagnosis.problems)
+    verdict = "sound" if not count else "1 problem" if count == 1 else f"{count} problems"
+    yield f"{diagnosis.path}: {verdict}"
+    for problem in diagnosis.problems:
+        yield _line("problem", problem)
     if diagnosis.checkpoint:
         yield from _facts(diagnosis.checkpoint)
     for dtype, memory in diagnosis.memory.items():
-        weights, per_token = memory.weights / 2**30, memory.per_token / 2**10
-        yield f"  {dtype:<10} {weights:.2f} GiB of weights, {per_token:g} KiB of keys and values for each token"
-    for name, digest in (
-        ("weights", diagnosis.weights_digest),
-        ("tokenizer", diagnosis.tokenizer_digest),
-    ):
-        if digest:
-            yield f"  {name:<10} sha256 {digest}"
+        weights = f"{memory.weights / 2**30:.2f} GiB of weights"
+        per_token = f"{memory.per_token / 2**10:g} KiB of keys and values for each token"
+        yield _line(dtype, f"{weights}, {per_token}")
+    if diagnosis.weights_digest:
+        yield _line("weights", f"sha256 {diagnosis.weights_digest}")
+    if diagnosis.tokenizer_digest:
+        yield _line("tokenizer", f"sha256 {diagnosis.tokenizer_digest}")
     for text, ids in diagnosis.sample_ids:
-        yield f"  {'ids':<10} {text} -> {', '.join(map(str, ids))}"
+        yield _line("ids", f"{text} -> {', '.join(map(str, ids))}")
 
 
 def _facts(checkpoint: Checkpoint) -> Iterator[str]:
     model = checkpoint.architecture
-    stored = sorted(
-        {header.dtype for held in checkpoint.tensors.values() for header in held.values()}
-    )
-    yield f"  {'kind':<10} {', '.join(_kind(checkpoint))}"
+    yield _line("kind", ", ".join(_kind(checkpoint)))
     if checkpoint.has_head:
-        yield f"  {'labels':<10} {', '.join(checkpoint.labels)}"
-    yield (
-        f"  {'model':<10} {checkpoint.parameters:,} parameters: {model.layers} layers, hidden {model.hidden_size}, "
-        f"{model.heads} heads in {model.groups} groups, {model.max_positions:,} positions"
-    )
-    yield f"  {'ids':<10} {checkpoint.tokenizer_size} of the tokenizer, padded to {model.vocab_size}"
-    yield f"  {'files':<10} {', '.join(file.name for file in checkpoint.tensors)} ({', '.join(stored)})"
+        yield _line("labels", ", ".join(checkpoint.labels))
+    sizes = f"{model.layers} layers, hidden {model.hidden_size}"
+    heads = f"{model.heads} heads in {model.groups} groups, {model.max_positions:,} positions"
+    yield _line("model", f"{checkpoint.parameters:,} parameters: {sizes}, {heads}")
+    ids = f"{checkpoint.tokenizer_size} of the tokenizer, padded to {model.vocab_size}"
+    yield _line("ids", ids)
+    dtypes: set[str] = set()
+    for headers in checkpoint.tensors.values():
+        dtypes |= {header.dtype for header in headers.values()}
+    names = ", ".join(file.name for file in checkpoint.tensors)
+    yield _line("files", f"{names} ({', '.join(sorted(dtypes))})")
     if checkpoint.adapter:
-        yield f"  {'adapter':<10} {', '.join(_changes(checkpoint.adapter))}"
-    yield from (f"  {'note':<10} {warning}" for warning in checkpoint.warnings)
+        yield _line("adapter", ", ".join(_changes(checkpoint.adapter)))
+    for warning in checkpoint.warnings:
+        yield _line("note", warning)
 
 
 def _changes(adapter: Adapter) -> Iterator[str]:
-    ranks = " and ".join(map(str, adapter.ranks))
-    yield f"{adapter.path}: made on the {'original' if adapter.layout == 'original' else 'transformers'} classes"
+    classes = "original" if adapter.layout == "original" else "transformers"
+    yield f"{adapter.path}: made on the {classes} classes"
     if adapter.scales:
+        ranks = " and ".join(map(str, adapter.ranks))
         yield f"rank {ranks} in {len(adapter.scales)} linear modules"
     if adapter.whole:
         yield f"whole {' and '.join(adapter.whole)}"
@@ -162,11 +179,10 @@ def _changes(adapter: Adapter) -> Iterator[str]:
 def _kind(checkpoint: Checkpoint) -> Iterator[str]:
     model = checkpoint.architecture
     yield f"{checkpoint.layout} layout"
-    yield (
-        f"classifier of {len(checkpoint.labels)} labels"
-        if checkpoint.has_head
-        else "language model"
-    )
+    if checkpoint.has_head:
+        yield f"classifier of {len(checkpoint.labels)} labels"
+    else:
+        yield "language model"
     if model.quantization_bit:
         yield f"int{model.quantization_bit}"
     if model.pre_seq_len:

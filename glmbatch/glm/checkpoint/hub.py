@@ -1,4 +1,4 @@
-"""A model setting to a local checkpoint directory: a directory as it is, or a pinned download of the files needed."""
+"""A model setting becomes a checkpoint directory: a local one, or a pinned download."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def locate_checkpoint(path: str, revision: str | None = None) -> Path:
-    """The directory of checkpoint `path`; a hub id is downloaded at `revision`, weights and tokenizer only, never code.
+    """The directory of checkpoint `path`.
 
-    InputError when there is no such checkpoint, TransientError when the network failed.
+    A hub id is downloaded at `revision`: weights and tokenizer only, never code. InputError when
+    there is no such checkpoint, TransientError when the network fails.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -31,7 +32,8 @@ def locate_checkpoint(path: str, revision: str | None = None) -> Path:
         return local
     if local.exists():
         raise InputError(
-            f"{path}: a file, not a directory. Set model.path to the directory that holds the checkpoint."
+            f"{path}: a file, not a directory. Set model.path to the directory that holds the "
+            "checkpoint."
         )
     if not _HUB_ID.fullmatch(path):
         raise InputError(
@@ -39,8 +41,8 @@ def locate_checkpoint(path: str, revision: str | None = None) -> Path:
         )
     if revision is None:
         raise InputError(
-            f"{path}: no such directory; a hub id needs its revision, so that every run has the same weights. "
-            "Set model.revision to a commit of the repository."
+            f"{path}: no such directory; a hub id needs its revision, so that every run has the "
+            "same weights. Set model.revision to a commit of the repository."
         )
     directory = _download(path, revision, SMALL_FILES)
     commit = directory.name  # a branch may move between two downloads
@@ -48,7 +50,11 @@ def locate_checkpoint(path: str, revision: str | None = None) -> Path:
 
 
 def fetch_weights(directory: Path, fetch: Callable[[list[str]], Path], where: str) -> Path:
-    """The directory that `fetch` fills with the weight files of the checkpoint whose small files `directory` holds."""
+    """The directory that `fetch` fills with the weight files of a checkpoint.
+
+    `directory` holds the checkpoint's small files, `where` names it in the InputError when there
+    are no weights.
+    """
     for single in _SINGLE_FILES:
         index = directory / f"{single}.index.json"
         if index.exists():
@@ -60,7 +66,7 @@ def fetch_weights(directory: Path, fetch: Callable[[list[str]], Path], where: st
 
 
 def _download(path: str, revision: str, files: list[str]) -> Path:
-    """The snapshot of `revision` with `files` in it; whatever of them the cache already holds is not fetched again."""
+    """The snapshot of `revision` with `files` in it, from the hub's cache where it has them."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -69,20 +75,20 @@ def _download(path: str, revision: str, files: list[str]) -> Path:
         RevisionNotFoundError,
     )
 
-    # The hub's own error derives from OSError and from the base error of whichever HTTP library it uses.
+    # The hub's error derives from OSError and from the base error of whichever HTTP library it
+    # uses.
     network_errors = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
+    where = f"{path} at {revision}"
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=files))
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise InputError(
-            f"{path} at {revision}: the hub has no such repository or revision, or you may not read it. "
+            f"{where}: the hub has no such repository or revision, or you may not read it. "
             "Set model.path and model.revision."
         ) from error
     except network_errors as error:
         if constants.HF_HUB_OFFLINE:
             raise InputError(
-                f"{path} at {revision}: not in the hub's cache, and HF_HUB_OFFLINE is set."
+                f"{where}: not in the hub's cache, and HF_HUB_OFFLINE is set."
             ) from error
-        raise TransientError(
-            f"{path} at {revision}: the download failed ({type(error).__name__})."
-        ) from error
+        raise TransientError(f"{where}: the download failed ({type(error).__name__}).") from error

@@ -1,6 +1,7 @@
-"""What a checkpoint directory holds, compared with what its config needs, before one weight is read.
+"""What a checkpoint directory holds, compared with what its config needs, before a weight is read.
 
-Believes nothing: config, index, and the key, shape and dtype of every tensor are checked. Loads and writes nothing.
+Trusts nothing: config, index, and the key, shape and dtype of every tensor are checked. Loads and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -34,20 +35,23 @@ from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
+Headers = Mapping[Path, Mapping[str, Header]]
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A sound checkpoint, without its weights.
 
-    `tensors` says what to load from each weight file. `tokenizer_size` is None where there is no tokenizer.model.
-    A head that an `adapter` brings counts as the checkpoint's own.
+    `tensors` says what to load from each weight file. `tokenizer_size` is None when there is no
+    tokenizer.model; ids from there on have scores but no token. A head that an `adapter` brings
+    counts as the checkpoint's own.
     """
 
     path: Path
     layout: Layout
     architecture: Architecture
     has_head: bool
-    tensors: Mapping[Path, Mapping[str, Header]]
+    tensors: Headers
     tokenizer_size: int | None
     warnings: tuple[str, ...]
     adapter: Adapter | None = None
@@ -59,17 +63,23 @@ class Checkpoint:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """What each tensor to load must be and becomes."""
+        """What each tensor to load must be, and what it becomes."""
         return list_tensors(self.architecture, self.layout, self.has_head)
 
     @property
     def parameters(self) -> int:
-        """Numbers in the loaded model, a prefix not counted."""
-        return sum(prod(shape) for spec in self.specs.values() for _, shape in spec.parts)
+        """Numbers in the loaded model, without a prefix."""
+        total = 0
+        for spec in self.specs.values():
+            total += sum(prod(shape) for _, shape in spec.parts)
+        return total
 
 
 def read_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Checkpoint:
-    """What directory `path` holds; InputError that names the first thing wrong. Keeps no weights in memory."""
+    """What directory `path` holds, with the LoRA `adapter` over it. Keeps no weights in memory.
+
+    InputError that names the first thing wrong.
+    """
     checkpoint, problems = inspect_checkpoint(path, adapter)
     if checkpoint is None:
         raise InputError(problems[0])
@@ -79,78 +89,87 @@ def read_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Chec
 def inspect_checkpoint(
     path: str | Path, adapter: str | Path | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """What directory `path` holds, with the LoRA `adapter` over it, or None and everything that is wrong with it."""
+    """What directory `path` holds, with `adapter` over it, or None and all that is wrong."""
     directory = Path(path)
     if not directory.is_dir():
         return None, [
             f"{directory}: not a directory. Set model.path to the checkpoint's directory."
         ]
+    checkpoint, problems = _inspect_base(directory)
+    if checkpoint is None or problems or adapter is None:
+        return checkpoint, problems
+    with _noting(problems):
+        added = read_adapter(
+            adapter, checkpoint.architecture, checkpoint.layout, checkpoint.has_head
+        )
+        return _adapted(checkpoint, added), []
+    return None, problems
+
+
+def _inspect_base(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     problems: list[str] = []
-    shards: list[Shard] = []
-    headers: dict[Path, dict[str, Header]] = {}
     architecture: Architecture | None = None
-    tokenizer: Tokenizer | None = None
     with _noting(problems):
         where = str(directory / "config.json")
         config = read_json(directory / "config.json")
         layout = detect_layout(config, where)
         architecture, wrong = examine_config(config, where)
         problems += wrong
+    shards: list[Shard] = []
+    warnings: list[str] = []
     with _noting(problems):
         shards, warnings = find_shards(directory)
+    headers: dict[Path, dict[str, Header]] = {}
     for shard in shards:
         with _noting(problems):
-            headers[shard.file] = _assigned(shard)
+            headers[shard.file] = _assigned_headers(shard)
+    tokenizer: Tokenizer | None = None
     with _noting(problems):
         tokenizer = _fitting_tokenizer(directory, architecture)
     if architecture is None or not headers:
         return None, problems
 
-    has_head = any(HEAD_KEYS[layout] in held for held in headers.values()) or _says_classifier(
-        config
-    )
-    specs, complete = list_tensors(architecture, layout, has_head), len(headers) == len(shards)
+    has_head = _says_classifier(config) or _has_key(headers, HEAD_KEYS[layout])
+    specs = list_tensors(architecture, layout, has_head)
+    complete = len(headers) == len(shards)  # else what is missing may be in an unreadable file
     tensors, wrong = _match(directory, specs, headers, dropped_keys(has_head), complete)
     problems += wrong
     if problems:
         return None, problems
-    warnings += _doubts(config, layout, architecture, has_head, tokenizer)
-    size = tokenizer.vocab_size if tokenizer else None
     checkpoint = Checkpoint(
-        directory, layout, architecture, has_head, tensors, size, tuple(warnings)
+        path=directory,
+        layout=layout,
+        architecture=architecture,
+        has_head=has_head,
+        tensors=tensors,
+        tokenizer_size=tokenizer.vocab_size if tokenizer else None,
+        warnings=(*warnings, *_doubts(config, layout, architecture, has_head, tokenizer)),
     )
-    if adapter is None:
-        return checkpoint, []
-    with _noting(problems):
-        return _adapted(checkpoint, read_adapter(adapter, architecture, layout, has_head)), []
-    return None, problems
+    return checkpoint, []
 
 
 def _adapted(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """`checkpoint` with `adapter` over it; the tensors of a head that the adapter replaces are not loaded."""
-    adapted = replace(
-        checkpoint, adapter=adapter, warnings=(*checkpoint.warnings, *adapter.warnings)
-    )
+    """`checkpoint` with `adapter` over it, without the tensors of a head that it replaces."""
+    warnings = (*checkpoint.warnings, *adapter.warnings)
+    adapted = replace(checkpoint, adapter=adapter, warnings=warnings)
     if not adapter.labels:
         return adapted
-    with_head = replace(
-        adapted, has_head=True, architecture=replace(checkpoint.architecture, labels=adapter.labels)
-    )
-    own = {
-        key
-        for key, spec in with_head.specs.items()
-        if not any(name.startswith("score.") for name, _ in spec.parts)
-    }
-    tensors = {
-        file: {key: header for key, header in held.items() if key in own}
-        for file, held in checkpoint.tensors.items()
-    }
+    architecture = replace(checkpoint.architecture, labels=adapter.labels)
+    with_head = replace(adapted, has_head=True, architecture=architecture)
+    own = {key for key, spec in with_head.specs.items() if not _is_of_head(spec)}
+    tensors: dict[Path, dict[str, Header]] = {}
+    for file, headers in checkpoint.tensors.items():
+        tensors[file] = {key: header for key, header in headers.items() if key in own}
     return replace(with_head, tensors=tensors)
+
+
+def _is_of_head(spec: TensorSpec) -> bool:
+    return any(name.startswith("score.") for name, _ in spec.parts)
 
 
 @contextmanager
 def _noting(problems: list[str]) -> Iterator[None]:
-    """Note an InputError among `problems` and go on."""
+    """Add an InputError to `problems` and go on."""
     try:
         yield
     except InputError as error:
@@ -164,20 +183,24 @@ def _fitting_tokenizer(directory: Path, architecture: Architecture | None) -> To
     tokenizer = load_tokenizer(directory)
     if architecture is not None and tokenizer.vocab_size > architecture.vocab_size:
         raise InputError(
-            f"{file}: {tokenizer.vocab_size} ids, more than the {architecture.vocab_size} that config.json states. "
-            "It belongs to another checkpoint."
+            f"{file}: {tokenizer.vocab_size} ids, more than the {architecture.vocab_size} that "
+            "config.json states. It belongs to another checkpoint."
         )
     return tokenizer
 
 
 def _says_classifier(config: Mapping[str, Any]) -> bool:
-    named = config.get("architectures")
-    return isinstance(named, list) and any(
-        str(name).endswith("ForSequenceClassification") for name in named
-    )
+    names = config.get("architectures")
+    if not isinstance(names, list):
+        return False
+    return any(str(name).endswith("ForSequenceClassification") for name in names)
 
 
-def _assigned(shard: Shard) -> dict[str, Header]:
+def _has_key(headers: Headers, key: str) -> bool:
+    return any(key in held for held in headers.values())
+
+
+def _assigned_headers(shard: Shard) -> dict[str, Header]:
     """Headers of `shard`; InputError unless they are the keys that its index assigns to it."""
     headers = read_headers(shard.file)
     if shard.keys is None:
@@ -188,7 +211,8 @@ def _assigned(shard: Shard) -> dict[str, Header]:
         )
     if extra := sorted(headers.keys() - shard.keys):
         raise InputError(
-            f"{shard.file}: holds {extra[0]!r}, which the index does not assign to it. Copy both again."
+            f"{shard.file}: holds {extra[0]!r}, which the index does not assign to it. "
+            "Copy both again."
         )
     return headers
 
@@ -196,38 +220,39 @@ def _assigned(shard: Shard) -> dict[str, Header]:
 def _match(
     directory: Path,
     specs: Mapping[str, TensorSpec],
-    found: Mapping[Path, Mapping[str, Header]],
+    headers: Headers,
     dropped: frozenset[str],
     complete: bool,
 ) -> tuple[dict[Path, dict[str, Header]], list[str]]:
-    """The tensors of `found` to load from each file, and everything in which they differ from `specs`."""
+    """The tensors to load from each file, and everything in which `headers` differ from `specs`."""
     problems: list[str] = []
-    place: dict[str, Path] = {}
-    tensors: dict[Path, dict[str, Header]] = {file: {} for file in found}
-    for file, headers in found.items():
-        for key, header in headers.items():
-            if key in place:
-                problems.append(
-                    f"{file}: {key!r} is also in {place[key].name}. Keep one of the two."
-                )
+    file_of: dict[str, Path] = {}
+    tensors: dict[Path, dict[str, Header]] = {}
+    for file, held in headers.items():
+        tensors[file] = {}
+        for key, header in held.items():
+            if key in file_of:
+                other = file_of[key].name
+                problems.append(f"{file}: {key!r} is also in {other}. Keep one of the two.")
             elif key in specs:
                 problems += _differences(file, specs[key], header)
                 tensors[file][key] = header
             elif key not in dropped:
                 problems.append(
-                    f"{file}: {key!r} is no tensor of the model that config.json describes."
+                    f"{file}: {key!r} is not a tensor of the model that config.json describes."
                 )
-            place[key] = file
-    missing = [key for key in specs if key not in place]
-    if missing and place and all(key.startswith(PREFIX_KEYS) for key in place):
+            file_of[key] = file
+    missing = [key for key in specs if key not in file_of]
+    if missing and file_of and all(key.startswith(PREFIX_KEYS) for key in file_of):
         problems.append(
-            f"{directory}: holds only the trained prefix of P-Tuning v2, and the base model's weights are missing. "
-            "Copy the base checkpoint's weight files and index beside it."
+            f"{directory}: holds only the trained prefix of P-Tuning v2, and the base model's "
+            "weights are missing. Copy the base checkpoint's weight files and index beside it."
         )
     elif missing and complete:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         problems.append(
-            f"{directory}: no {missing[0]!r}{more} in its weight files. The checkpoint is incomplete."
+            f"{directory}: no {missing[0]!r}{more} in its weight files. "
+            "The checkpoint is incomplete."
         )
     return tensors, problems
 
@@ -235,9 +260,13 @@ def _match(
 def _differences(file: Path, spec: TensorSpec, header: Header) -> Iterator[str]:
     allowed = ("int8",) if spec.stored == "int8" else WEIGHT_DTYPES
     if header.dtype not in allowed:
-        yield f"{file}: {spec.key!r} is stored as {header.dtype}; it must be {' or '.join(allowed)}."
+        wanted = " or ".join(allowed)
+        yield f"{file}: {spec.key!r} is stored as {header.dtype}; it must be {wanted}."
     elif header.shape != spec.shape:
-        yield f"{file}: {spec.key!r} has shape {list(header.shape)}; config.json makes it {list(spec.shape)}."
+        yield (
+            f"{file}: {spec.key!r} has shape {list(header.shape)}; "
+            f"config.json makes it {list(spec.shape)}."
+        )
 
 
 def _doubts(
@@ -251,9 +280,15 @@ def _doubts(
         yield f"config.json: {key!r} is not known here and has no effect"
     if architecture.fp32_residual:
         yield "config.json: 'fp32_residual_connection' is true, so it runs in float32 only"
-    if has_head and config.get("problem_type") not in (None, "single_label_classification"):
-        yield f"config.json: 'problem_type' is {config['problem_type']!r}, but one label is chosen for each row"
+    problem_type = config.get("problem_type")
+    if has_head and problem_type not in (None, "single_label_classification"):
+        yield (
+            f"config.json: 'problem_type' is {problem_type!r}, but one label is chosen for each row"
+        )
     if tokenizer is None:
         yield f"no {TOKENIZER_FILE}"
     elif tokenizer.eos_id != architecture.eos_id:
-        yield f"{TOKENIZER_FILE} ends a text with id {tokenizer.eos_id}, config.json with {architecture.eos_id}"
+        yield (
+            f"{TOKENIZER_FILE} ends a text with id {tokenizer.eos_id}, "
+            f"config.json with {architecture.eos_id}"
+        )

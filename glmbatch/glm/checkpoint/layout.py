@@ -1,9 +1,10 @@
-"""Every tensor a checkpoint must hold and what it becomes in transformers' GLM classes: one table, read both ways.
+"""Every tensor of a checkpoint, and what it becomes in transformers' GLM classes.
 
-Holds no tensors, reads no files. Letters of a shape:
+One table, read both ways. Holds no tensors, reads no files. Letters of a shape:
 
     V padded vocabulary   D hidden size   F feed-forward size   U = 2F   L labels
-    A = heads x kv channels   G = groups x kv channels   Q = A + 2G   P prefix length   W = layers x 2 x G
+    A = heads x kv channels   G = groups x kv channels   Q = A + 2G
+    P prefix length   W = layers x 2 x G
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a checkpoint: its key, its stored shape, and the native tensors its rows become, in order."""
+    """One tensor of a checkpoint: its key and its stored shape.
+
+    `parts` are the names and shapes of the native tensors that its rows become, in order.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -30,6 +34,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
+    """One row of the table; {n} in a name is the number of the layer."""
+
     original: str
     shape: str
     parts: tuple[tuple[str, str], ...]
@@ -37,17 +43,24 @@ class _Row:
     quantizable: bool = False
 
 
-_LAYER, _NATIVE_LAYER = "transformer.encoder.layers.{n}", "model.layers.{n}"
-_QKV, _ATTENTION = f"{_LAYER}.self_attention.query_key_value", f"{_NATIVE_LAYER}.self_attn"
-PREFIX_KEYS, PREFIX_KEY = "transformer.prefix_encoder.", "prefix_kv"
+_LAYER = "transformer.encoder.layers.{n}"
+_QKV = f"{_LAYER}.self_attention.query_key_value"
+_NATIVE_LAYER = "model.layers.{n}"
+_ATTENTION = f"{_NATIVE_LAYER}.self_attn"
+PREFIX_KEYS = "transformer.prefix_encoder."
+PREFIX_KEY = "prefix_kv"
 HEAD_KEYS: dict[Layout, str] = {"original": "classifier_head.weight", "native": "score.weight"}
 
 _ROWS = (
     _Row(
-        "transformer.embedding.word_embeddings.weight", "VD", (("model.embed_tokens.weight", "VD"),)
+        "transformer.embedding.word_embeddings.weight",
+        "VD",
+        (("model.embed_tokens.weight", "VD"),),
     ),
     _Row(
-        f"{_LAYER}.input_layernorm.weight", "D", ((f"{_NATIVE_LAYER}.input_layernorm.weight", "D"),)
+        f"{_LAYER}.input_layernorm.weight",
+        "D",
+        ((f"{_NATIVE_LAYER}.input_layernorm.weight", "D"),),
     ),
     _Row(
         f"{_QKV}.weight",
@@ -96,7 +109,7 @@ _ROWS = (
     _Row("transformer.output_layer.weight", "VD", (("lm_head.weight", "VD"),), when="causal"),
     _Row(HEAD_KEYS["original"], "LD", (("score.weight", "LD"),), when="head"),
     _Row("classifier_head.bias", "L", (("score.bias", "L"),), when="head"),
-    # P-Tuning v2: these together, not one by one, make the native prefix_kv.
+    # P-Tuning v2: these make the native prefix_kv together, not one by one.
     _Row(f"{PREFIX_KEYS}embedding.weight", "PW", (), when="prefix"),
     _Row(f"{PREFIX_KEYS}trans.0.weight", "DW", (), when="projection"),
     _Row(f"{PREFIX_KEYS}trans.0.bias", "D", (), when="projection"),
@@ -104,7 +117,7 @@ _ROWS = (
     _Row(f"{PREFIX_KEYS}trans.2.bias", "W", (), when="projection"),
 )
 
-# May be there and are not used: a buffer of early revisions, and the language head beside a classifier's own.
+# Allowed and not used: a buffer of early revisions, and the language head of a classifier.
 _DROPPED = ("transformer.rotary_pos_emb.inv_freq",)
 _DROPPED_BESIDE_HEAD = ("transformer.output_layer.weight",)
 
@@ -112,29 +125,31 @@ _DROPPED_BESIDE_HEAD = ("transformer.output_layer.weight",)
 def list_tensors(
     architecture: Architecture, layout: Layout, has_head: bool
 ) -> dict[str, TensorSpec]:
-    """Every tensor that a checkpoint of this kind must hold, by its key there, in the order of the layers."""
+    """Every tensor that a checkpoint of this kind must hold, by its key there, layer by layer."""
     specs = (_original_specs if layout == "original" else _native_specs)(architecture, has_head)
     return {spec.key: spec for spec in specs}
 
 
 def dropped_keys(has_head: bool) -> frozenset[str]:
-    """Keys of the published layout that may be there and are not used."""
+    """Keys of the published layout that are allowed and not used."""
     return frozenset(_DROPPED + (_DROPPED_BESIDE_HEAD if has_head else ()))
 
 
 def split_rows(
     architecture: Architecture, spec: TensorSpec, stored: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The native tensors that the rows of `stored` become."""
-    names, shapes = [name for name, _ in spec.parts], [shape for _, shape in spec.parts]
+    """The names and values of the native tensors that the rows of `stored` become; views of it."""
+    names = [name for name, _ in spec.parts]
     if len(names) > 1 and architecture.qkv_per_head:
-        # Without multi-query the rows are query, key, value of one head, then those of the next.
+        # Without multi-query, rows are query, key and value of one head, then those of the next.
         heads = stored.view(
             architecture.heads, len(names), architecture.kv_channels, *stored.shape[1:]
         )
-        yield from zip(names, (rows.flatten(0, 1) for rows in heads.unbind(1)), strict=True)
+        for name, rows in zip(names, heads.unbind(1), strict=True):
+            yield name, rows.flatten(0, 1)
     elif names:
-        yield from zip(names, stored.split_with_sizes([shape[0] for shape in shapes]), strict=True)
+        sizes = [shape[0] for _, shape in spec.parts]
+        yield from zip(names, stored.split_with_sizes(sizes), strict=True)
 
 
 def _original_specs(architecture: Architecture, has_head: bool) -> Iterator[TensorSpec]:
@@ -156,14 +171,15 @@ def _original_specs(architecture: Architecture, has_head: bool) -> Iterator[Tens
 def _native_specs(architecture: Architecture, has_head: bool) -> Iterator[TensorSpec]:
     for row, layer in _rows(architecture, has_head):
         for name, letters in row.parts:
-            key, shape = name.format(n=layer), _sizes(architecture, letters)
+            key = name.format(n=layer)
+            shape = _sizes(architecture, letters)
             yield TensorSpec(key, shape, ((key, shape),))
     if architecture.pre_seq_len:
         yield TensorSpec(PREFIX_KEY, prefix_shape(architecture), ())
 
 
 def prefix_shape(architecture: Architecture) -> tuple[int, ...]:
-    """[layers, key and value, groups, prefix length, kv channels]."""
+    """Shape of the native prefix: [layers, key and value, groups, prefix length, kv channels]."""
     return (
         architecture.layers,
         2,
@@ -174,6 +190,7 @@ def prefix_shape(architecture: Architecture) -> tuple[int, ...]:
 
 
 def _rows(architecture: Architecture, has_head: bool) -> Iterator[tuple[_Row, int]]:
+    """The rows that apply, each with its layer: before the layers, layer by layer, behind them."""
     applies = {
         "always": True,
         "bias": architecture.qkv_bias,
@@ -185,15 +202,18 @@ def _rows(architecture: Architecture, has_head: bool) -> Iterator[tuple[_Row, in
     rows = [row for row in _ROWS if applies[row.when]]
     layered = [row for row in rows if "{n}" in row.original]
     first = rows.index(layered[0])
-    yield from ((row, 0) for row in rows[:first])
-    yield from ((row, layer) for layer in range(architecture.layers) for row in layered)
-    yield from ((row, 0) for row in rows[first + len(layered) :])
+    for row in rows[:first]:
+        yield row, 0
+    for layer in range(architecture.layers):
+        for row in layered:
+            yield row, layer
+    for row in rows[first + len(layered) :]:
+        yield row, 0
 
 
 def _sizes(architecture: Architecture, letters: str) -> tuple[int, ...]:
-    attended, grouped = (
-        n * architecture.kv_channels for n in (architecture.heads, architecture.groups)
-    )
+    attended = architecture.heads * architecture.kv_channels
+    grouped = architecture.groups * architecture.kv_channels
     size = {
         "V": architecture.vocab_size,
         "D": architecture.hidden_size,

@@ -1,6 +1,7 @@
-"""A ChatGLM2 checkpoint directory to transformers' own GLM model, and its identity. Strict, safe, one copy in memory.
+"""A ChatGLM2 checkpoint directory to transformers' GLM model, and its identity.
 
-Reading, locating and saving stand in modules of their own and are offered here too. Knows no prompts and no batches.
+Strict, safe, one copy in memory. Reading, locating and saving have their own modules and are
+offered here too. Knows no prompts and no batches.
 """
 
 from __future__ import annotations
@@ -47,26 +48,33 @@ __all__ = [
 
 
 def digest_weights(path: str | Path, adapter: str | Path | None = None) -> str:
-    """Hex sha256 of what changes the model's answers: its config, and its weight files' bytes whatever their names.
+    """Hex sha256 of everything in a checkpoint that changes the model's answers.
 
-    With an adapter also how much of it is added to which weight, its labels, and its weights' bytes.
+    That is its config, and the bytes of its weight files whatever their names. With an adapter it
+    includes how much of it is added to which weight, its labels, and the bytes of its weights.
     """
     directory = Path(path)
     config = read_json(directory / "config.json")
     architecture = read_architecture(config, str(directory / "config.json"))
-    # The key is no longer read, but stays in the digest: without it every published answer would be asked again.
+    # The key is no longer read, but stays in the digest: without it every published answer would be
+    # asked again.
     scaling = "linear" if architecture.rope_ratio != 1 else None
-    facts = asdict(architecture) | {"rope_scaling": scaling}
-    stated = json.dumps([facts, config.get("rope_scaling")], sort_keys=True)
+    facts = [asdict(architecture) | {"rope_scaling": scaling}, config.get("rope_scaling")]
     shards, _ = find_shards(directory)
-    with ThreadPoolExecutor(max_workers=min(16, len(shards))) as pool:
-        contents = sorted(pool.map(digest_file, [shard.file for shard in shards]))
-    digest = hashlib.sha256("\n".join([stated, *contents]).encode()).hexdigest()
-    tuned = read_checkpoint(directory, adapter).adapter if adapter is not None else None
-    if tuned is None:
+    files = [shard.file for shard in shards]
+    with ThreadPoolExecutor(max_workers=min(16, len(files))) as pool:
+        contents = sorted(pool.map(digest_file, files))
+    digest = _digest([json.dumps(facts, sort_keys=True), *contents])
+    if adapter is None:
         return digest
-    stated = json.dumps([dict(tuned.scales), tuned.labels], sort_keys=True)
-    return hashlib.sha256("\n".join([digest, stated, digest_file(tuned.file)]).encode()).hexdigest()
+    adapted = read_checkpoint(directory, adapter).adapter
+    assert adapted is not None
+    facts = [dict(adapted.scales), adapted.labels]
+    return _digest([digest, json.dumps(facts, sort_keys=True), digest_file(adapted.file)])
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def digest_tokenizer(path: str | Path) -> str:
@@ -80,7 +88,7 @@ def load_model(
     device: str | torch.device = "cpu",
     adapter: str | Path | None = None,
 ) -> Any:
-    """The `GlmForSequenceClassification` of a checkpoint with a trained head, else its `GlmForCausalLM`.
+    """A checkpoint's `GlmForSequenceClassification` if it has a head, else its `GlmForCausalLM`.
 
     In eval mode and without gradients. Memory peaks near one copy of the loaded weights.
 
@@ -93,13 +101,12 @@ def load_model(
     checkpoint = read_checkpoint(path, adapter)
     name = str(dtype).removeprefix("torch.")
     if name not in WEIGHT_DTYPES:
-        raise InputError(
-            f"{path}: cannot compute in {name}. Set model.dtype to one of {', '.join(WEIGHT_DTYPES)}."
-        )
+        allowed = ", ".join(WEIGHT_DTYPES)
+        raise InputError(f"{path}: cannot compute in {name}. Set model.dtype to one of {allowed}.")
     if checkpoint.architecture.fp32_residual and name != "float32":
         raise InputError(
-            f"{checkpoint.path / 'config.json'}: 'fp32_residual_connection' is true, and GLM has no counterpart to it "
-            f"in {name}. Set model.dtype to float32."
+            f"{checkpoint.path / 'config.json'}: 'fp32_residual_connection' is true, and GLM has "
+            f"no counterpart to it in {name}. Set model.dtype to float32."
         )
     try:
         return _load(checkpoint, getattr(torch, name), torch.device(device))
@@ -108,32 +115,35 @@ def load_model(
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    architecture = checkpoint.architecture
     model = _empty_model(checkpoint, dtype)
     state: dict[str, torch.Tensor] = {}
     prefix: dict[str, torch.Tensor] = {}
-    added, whole = _adapter_weights(checkpoint)
+    added, replaced = _adapter_weights(checkpoint)
     for spec, stored in _stored_tensors(checkpoint, dtype, added):
         if not spec.parts:
             prefix[spec.key] = stored.to(torch.float32, copy=True)
-        for name, rows in split_rows(checkpoint.architecture, spec, stored):
+        for name, rows in split_rows(architecture, spec, stored):
             merged = added[name].added_to(rows) if name in added else rows
-            # A copy of its own for each: nothing may stay backed by the file.
+            # Each is copied: nothing may stay backed by the file.
             state[name] = merged.to(
                 device, _dtype_of(name, dtype), copy=True, memory_format=torch.contiguous_format
             )
-    state |= {name: tensor.to(device, _dtype_of(name, dtype)) for name, tensor in whole.items()}
-    for name in (*added, *whole):
+    for name, tensor in replaced.items():
+        state[name] = tensor.to(device, _dtype_of(name, dtype))
+    for name in (*added, *replaced):
         if not state[name].isfinite().all():
             raise InputError(
-                f"{checkpoint.path}: with the adapter, {name!r} does not fit {dtype}. Set model.dtype."
+                f"{checkpoint.path}: with the adapter, {name!r} does not fit {dtype}. "
+                "Set model.dtype."
             )
     model.load_state_dict(state, strict=True, assign=True)
-    # The rotary tables are computed, not stored: those made on the meta device hold nothing.
+    # The rotary tables are computed, not stored: those made on the meta device are empty.
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=rotary.config).to(device)
     prefix_kv = None
     if prefix:
-        prefix_kv = native_prefix(checkpoint.architecture, prefix).to(device, dtype)
+        prefix_kv = native_prefix(architecture, prefix).to(device, dtype)
     model.register_buffer(PREFIX_KEY, prefix_kv)
     return model.requires_grad_(False).eval()
 
@@ -146,15 +156,20 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         if not checkpoint.has_head:
             return GlmForCausalLM(config)
         model: Any = GlmForSequenceClassification(config)  # type: ignore[no-untyped-call]
-        # The reference's head has a bias, which the stock class would drop with only a log line (logits 3.2 off).
+        # The reference's head has a bias. transformers' class would drop it with only a log line,
+        # and logits would be 3.2 off.
         model.score = ClassifierHead(config.hidden_size, len(checkpoint.labels))
     return model
 
 
 class ClassifierHead(nn.Linear):
-    """A biased head that keeps and computes its few thousand numbers in float32, whatever the body computes in."""
+    """A head with a bias, kept and computed in float32 whatever the body computes in.
+
+    It has only a few thousand numbers.
+    """
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Scores [B, T, labels] in float32."""
         with torch.autocast(hidden_BTD.device.type, enabled=False):  # in training too
             return nn.functional.linear(hidden_BTD.float(), self.weight.float(), self.bias.float())
 
@@ -172,25 +187,34 @@ def _adapter_weights(checkpoint: Checkpoint) -> tuple[dict[str, LowRank], dict[s
 def _stored_tensors(
     checkpoint: Checkpoint, dtype: torch.dtype, added: Collection[str]
 ) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-    """Each tensor to load, dequantized in the dtype computed in: through float16, logits would be 8.9e-3 off.
+    """Each tensor to load. Quantized ones are dequantized in the dtype that is computed in.
 
-    In float32 where something is to be `added`, by native name.
+    Dequantized through float16, logits would be 8.9e-3 off. Weights to which something is `added`
+    (native names) come in float32.
     """
     specs = checkpoint.specs
-    scales: dict[str, torch.Tensor] = {}  # a weight and its scale may lie in different files
+    bits = checkpoint.architecture.quantization_bit
+    scales = _read_scales(checkpoint)
     for file, headers in checkpoint.tensors.items():
-        scale_headers = {key: header for key, header in headers.items() if key.endswith("_scale")}
-        scales |= {key: scale.clone() for key, scale in read_tensors(file, scale_headers)}
-    for file, headers in checkpoint.tensors.items():
-        rest = {key: header for key, header in headers.items() if key not in scales}
-        for key, stored in read_tensors(file, rest):
-            if specs[key].stored == "int8":
-                bits = checkpoint.architecture.quantization_bit
-                merged = any(name in added for name, _ in specs[key].parts)
+        weights = {key: header for key, header in headers.items() if key not in scales}
+        for key, stored in read_tensors(file, weights):
+            spec = specs[key]
+            if spec.stored == "int8":
+                merged = any(name in added for name, _ in spec.parts)
                 numbers = torch.float32 if merged else dtype
-                yield specs[key], _dequantized(stored, scales[f"{key}_scale"], bits, numbers)
+                yield spec, _dequantized(stored, scales[f"{key}_scale"], bits, numbers)
             else:
-                yield specs[key], stored
+                yield spec, stored
+
+
+def _read_scales(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The scales of all quantized weights; a weight and its scale may be in two files."""
+    scales: dict[str, torch.Tensor] = {}
+    for file, headers in checkpoint.tensors.items():
+        wanted = {key: header for key, header in headers.items() if key.endswith("_scale")}
+        for key, scale in read_tensors(file, wanted):
+            scales[key] = scale.clone()
+    return scales
 
 
 def _dequantized(

@@ -10,25 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch.nn.functional import linear
 
 from glmbatch.glm.checkpoint.architecture import Architecture
 from glmbatch.glm.checkpoint.layout import PREFIX_KEY, PREFIX_KEYS, prefix_shape
 
 
 def native_prefix(architecture: Architecture, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """prefix_kv_N2GPH in float32 from a checkpoint's prefix tensors."""
+    """prefix_kv_N2GPH in float32 from a checkpoint's prefix tensors, of either layout."""
     if PREFIX_KEY in stored:
         return stored[PREFIX_KEY]
     by_name = {key.removeprefix(PREFIX_KEYS): tensor for key, tensor in stored.items()}
     flat = by_name["embedding.weight"]
     if architecture.prefix_projection:
-        hidden = torch.tanh(
-            nn.functional.linear(flat, by_name["trans.0.weight"], by_name["trans.0.bias"])
-        )
-        flat = nn.functional.linear(hidden, by_name["trans.2.weight"], by_name["trans.2.bias"])
+        hidden = linear(flat, by_name["trans.0.weight"], by_name["trans.0.bias"]).tanh()
+        flat = linear(hidden, by_name["trans.2.weight"], by_name["trans.2.bias"])
     layers, pair, groups, length, channels = prefix_shape(architecture)
-    return flat.view(length, layers, pair, groups, channels).permute(1, 2, 3, 0, 4).contiguous()
+    prefix_PN2GH = flat.view(length, layers, pair, groups, channels)
+    return prefix_PN2GH.permute(1, 2, 3, 0, 4).contiguous()
 
 
 def original_prefix(prefix_kv_N2GPH: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""A GLM model to a checkpoint directory in ChatGLM2's published layout: the same table as loading, read the other way.
+"""A GLM model to a checkpoint directory in ChatGLM2's published layout, by the table that loads it.
 
-The same model gives the same bytes. Holds one shard's copy at a time.
+The same model gives the same bytes. Holds the copy of one shard at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -21,9 +22,9 @@ from safetensors.torch import save_file
 from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.architecture import Architecture, original_config, read_architecture
 from glmbatch.glm.checkpoint.inspection import WEIGHT_DTYPES
-from glmbatch.glm.checkpoint.layout import TensorSpec, list_tensors
+from glmbatch.glm.checkpoint.layout import PREFIX_KEY, TensorSpec, list_tensors
 from glmbatch.glm.checkpoint.prefix import original_prefix
-from glmbatch.glm.checkpoint.shards import list_weight_files
+from glmbatch.glm.checkpoint.shards import group_by_size, list_weight_files
 from glmbatch.glm.files import file_error, read_bytes
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, load_tokenizer
 
@@ -48,33 +49,27 @@ def save_checkpoint(  # noqa: PLR0913 - each is a choice of the caller and none 
 ) -> None:
     """Write `model` so that `load_model` gives the same weights back, rounded to `dtype`.
 
-    `extra_config` adds keys to config.json and may not change one. config.json is moved into place last: a directory
-    without it is an unfinished save. InputError when there is a checkpoint, or part of one, already.
+    `extra_config` adds keys to config.json and may not change one. config.json is moved into place
+    last: a directory without it is an unfinished save. InputError when the directory already holds
+    a checkpoint or part of one, or when a value does not fit `dtype`.
     """
-    target, has_head = Path(directory), hasattr(model, "score")
+    target = Path(directory)
+    has_head = hasattr(model, "score")
     if dtype not in WEIGHT_DTYPES:
-        raise InputError(
-            f"{target}: cannot save as {dtype}. Set dtype to one of {', '.join(WEIGHT_DTYPES)}."
-        )
+        allowed = ", ".join(WEIGHT_DTYPES)
+        raise InputError(f"{target}: cannot save as {dtype}. Set dtype to one of {allowed}.")
     architecture = _architecture_of(model)
     config = _config(architecture, has_head, dtype, extra_config or {})
-    tokenizer = (
-        tokenizer_model if isinstance(tokenizer_model, bytes) else read_bytes(Path(tokenizer_model))
-    )
+    tokenizer = tokenizer_model
+    if not isinstance(tokenizer, bytes):
+        tokenizer = read_bytes(Path(tokenizer))
+    tensors = _tensors(model, architecture, has_head, dtype)
     try:
         with _staged(target) as folder:
             (folder / TOKENIZER_FILE).write_bytes(tokenizer)
-            if (size := load_tokenizer(folder).vocab_size) > architecture.vocab_size:
-                raise InputError(
-                    f"{target}: the tokenizer has {size} ids, the model only {architecture.vocab_size}."
-                )
+            _require_fitting_tokenizer(folder, target, architecture)
             _write_json(folder / "tokenizer_config.json", _TOKENIZER_CONFIG)
-            _write_shards(
-                folder,
-                _tensors(model, architecture, has_head, dtype),
-                shard_size_bytes,
-                safetensors,
-            )
+            _write_shards(folder, tensors, shard_size_bytes, safetensors)
             _write_json(folder / "config.json", config)
     except OSError as error:
         raise file_error(target, error) from error
@@ -82,7 +77,7 @@ def save_checkpoint(  # noqa: PLR0913 - each is a choice of the caller and none 
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A folder to write into; what it holds is moved into `target` at the end, or removed after an error."""
+    """A folder to write into; its files move into `target` at the end, or go after an error."""
     if (target / "config.json").exists() or list_weight_files(target):
         raise InputError(
             f"{target}: already holds a checkpoint. Choose another directory or remove it."
@@ -98,19 +93,28 @@ def _staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+def _require_fitting_tokenizer(folder: Path, target: Path, architecture: Architecture) -> None:
+    size = load_tokenizer(folder).vocab_size
+    if size > architecture.vocab_size:
+        raise InputError(
+            f"{target}: the tokenizer has {size} ids, the model only {architecture.vocab_size}."
+        )
+
+
 def _architecture_of(model: Any) -> Architecture:
     stated = model.config.to_dict()
-    stated["id2label"] = {str(row): label for row, label in stated.get("id2label", {}).items()}
-    prefix = getattr(model, "prefix_kv", None)
-    stated["pre_seq_len"] = 0 if prefix is None else prefix.shape[3]
+    labels = stated.get("id2label", {})
+    stated["id2label"] = {str(row): label for row, label in labels.items()}  # as JSON has it
+    prefix_N2GPH = getattr(model, PREFIX_KEY, None)
+    stated["pre_seq_len"] = 0 if prefix_N2GPH is None else prefix_N2GPH.shape[3]
     return read_architecture(stated, "model.config")
 
 
 def _config(
     architecture: Architecture, has_head: bool, dtype: str, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    named = "ChatGLMForSequenceClassification" if has_head else "ChatGLMModel"
-    config = original_config(architecture) | {"architectures": [named], "torch_dtype": dtype}
+    name = "ChatGLMForSequenceClassification" if has_head else "ChatGLMModel"
+    config = original_config(architecture) | {"architectures": [name], "torch_dtype": dtype}
     if has_head:
         config["id2label"] = {str(row): label for row, label in enumerate(architecture.labels)}
         config["label2id"] = {label: row for row, label in enumerate(architecture.labels)}
@@ -122,30 +126,31 @@ def _config(
     return config
 
 
-# A tensor of the published layout: its key, its size in bytes, and what makes it when its shard is written.
-_Tensor = tuple[str, int, Callable[[], torch.Tensor]]
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of the published layout, made only when its shard is written."""
+
+    key: str
+    size_bytes: int
+    make: Callable[[], torch.Tensor]
 
 
 def _tensors(model: Any, architecture: Architecture, has_head: bool, dtype: str) -> list[_Tensor]:
-    numbers: torch.dtype = getattr(torch, dtype)
+    stored: torch.dtype = getattr(torch, dtype)
     state = model.state_dict()
-    if has_head:  # a stock head has no bias; the published one always does
+    if has_head:  # transformers' own head has no bias; the published one always does
         state.setdefault("score.bias", torch.zeros(len(architecture.labels)))
-    specs = list_tensors(architecture, "original", has_head).values()
-    return [
-        (
-            spec.key,
-            prod(spec.shape) * numbers.itemsize,
-            partial(_original_tensor, state, spec, numbers),
-        )
-        for spec in specs
-    ]
+    tensors = []
+    for spec in list_tensors(architecture, "original", has_head).values():
+        make = partial(_original_tensor, state, spec, stored)
+        tensors.append(_Tensor(spec.key, prod(spec.shape) * stored.itemsize, make))
+    return tensors
 
 
 def _original_tensor(
     state: Mapping[str, torch.Tensor], spec: TensorSpec, dtype: torch.dtype
 ) -> torch.Tensor:
-    parts = [state[name] for name, _ in spec.parts] or [original_prefix(state["prefix_kv"])]
+    parts = [state[name] for name, _ in spec.parts] or [original_prefix(state[PREFIX_KEY])]
     whole = torch.cat(parts).detach() if len(parts) > 1 else parts[0].detach()
     stored = whole.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
     if not stored.isfinite().all() and whole.isfinite().all():
@@ -158,35 +163,24 @@ def _original_tensor(
 def _write_shards(
     directory: Path, tensors: list[_Tensor], shard_size_bytes: int, safetensors: bool
 ) -> None:
-    groups = list(_groups(tensors, shard_size_bytes))
+    sizes = ((tensor, tensor.size_bytes) for tensor in tensors)
+    groups = list(group_by_size(sizes, shard_size_bytes))
     stem, suffix = ("model", "safetensors") if safetensors else ("pytorch_model", "bin")
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
-        name = (
-            f"{stem}-{number:05}-of-{len(groups):05}.{suffix}"
-            if len(groups) > 1
-            else f"{stem}.{suffix}"
-        )
-        shard = {key: make() for key, _, make in group}
+        name = f"{stem}.{suffix}"
+        if len(groups) > 1:
+            name = f"{stem}-{number:05}-of-{len(groups):05}.{suffix}"
+        shard = {tensor.key: tensor.make() for tensor in group}
         if safetensors:
             save_file(shard, directory / name, metadata={"format": "pt"})
         else:
             torch.save(shard, directory / name)
         weight_map |= dict.fromkeys(shard, name)
     if len(groups) > 1:
-        total = sum(size for _, size, _ in tensors)
+        total = sum(tensor.size_bytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(directory / f"{stem}.{suffix}.index.json", index)
-
-
-def _groups(tensors: list[_Tensor], shard_size_bytes: int) -> Iterator[list[_Tensor]]:
-    group: list[_Tensor] = []
-    for tensor in tensors:
-        if group and sum(size for _, size, _ in group) + tensor[1] > shard_size_bytes:
-            yield group
-            group = []
-        group.append(tensor)
-    yield group
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -1,15 +1,15 @@
-"""The weight files of a checkpoint: which there are, what each holds, and its tensors, a few at a time.
+"""The weight files of a checkpoint: which there are, their headers, and their tensors.
 
-Nothing in a file is ever executed, and a file is believed only as far as it was checked. Knows nothing of the model.
+Nothing in a file is executed, and nothing in it is trusted unchecked. Knows nothing of the model.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,14 +18,20 @@ from glmbatch.errors import InputError, OutOfMemory
 from glmbatch.glm.checkpoint.layout import PREFIX_KEYS
 from glmbatch.glm.files import file_error, index_names
 
-# Name of a whole checkpoint's file and pattern of its shards', in transformers' own order of preference.
+Item = TypeVar("Item")
+
+# Name of a whole checkpoint's file and pattern of its shards', in transformers' order of
+# preference.
 _KINDS = {"model.safetensors": "model*.safetensors", "pytorch_model.bin": "pytorch_model*.bin"}
-# A tensor's pages stay mapped while its file is open: the file is reopened after so many bytes to let them go.
+# The pages of a tensor stay mapped while its file is open: it is reopened after so many bytes, so
+# that memory does not grow with the file.
 _BYTES_PER_OPENING = 32 * 2**20
+# fmt: off
 _SAFETENSORS_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8", "U8": "uint8",
-    "I64": "int64", "I32": "int32", "I16": "int16", "BOOL": "bool",
-}  # fmt: skip
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8",
+    "U8": "uint8", "I64": "int64", "I32": "int32", "I16": "int16", "BOOL": "bool",
+}
+# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,36 +44,45 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One weight file and the keys its index assigns to it; None when there is no index."""
+    """One weight file and the keys that its index assigns to it; None when there is no index."""
 
     file: Path
     keys: frozenset[str] | None
 
 
 def list_weight_files(directory: Path) -> list[Path]:
-    """Every file in `directory` that is named as weights are, whether it is to be loaded or not."""
-    return sorted(file for pattern in _KINDS.values() for file in directory.glob(pattern))
+    """Every file in `directory` with the name of a weight file, loaded or not."""
+    files: list[Path] = []
+    for pattern in _KINDS.values():
+        files += directory.glob(pattern)
+    return sorted(files)
 
 
 def find_shards(directory: Path) -> tuple[list[Shard], list[str]]:
-    """The weight files to load, and warnings; InputError when there are none or it is unclear which are meant."""
+    """The weight files to load, and warnings.
+
+    InputError when there are none, or when it is unclear which are meant.
+    """
     prefixes = _prefix_files(list_weight_files(directory))
-    found = {
-        single: sorted(set(directory.glob(pattern)) - set(prefixes))
-        for single, pattern in _KINDS.items()
-    }
-    kinds = [kind for kind, files in found.items() if files or _index_of(directory / kind).exists()]
-    if not kinds:
-        raise InputError(
-            f"{directory}: no weights ({' or '.join(_KINDS.values())}). Set model.path."
-        )
-    single, index = directory / kinds[0], _index_of(directory / kinds[0])
-    warnings = [f"weights are there as {kind} too, which is not used" for kind in kinds[1:]]
+    files: dict[str, list[Path]] = {}
+    for kind, pattern in _KINDS.items():
+        candidates = sorted(set(directory.glob(pattern)) - set(prefixes))
+        if candidates or _index_of(directory / kind).exists():
+            files[kind] = candidates
+    if not files:
+        patterns = " or ".join(_KINDS.values())
+        raise InputError(f"{directory}: no weights ({patterns}). Set model.path.")
+    chosen, *others = files
+    warnings = [f"weights are there as {kind} too, which is not used" for kind in others]
+    single = directory / chosen
+    index = _index_of(single)
     shards = _indexed_shards(index) if index.exists() else [Shard(single, None)]
-    extra = [file.name for file in found[kinds[0]] if file not in {shard.file for shard in shards}]
+    assigned = {shard.file for shard in shards}
+    extra = [file.name for file in files[chosen] if file not in assigned]
     if index.exists() and single.name in extra:
         raise InputError(
-            f"{directory}: both {single.name} and {index.name}; it is unclear which is meant. Remove one."
+            f"{directory}: both {single.name} and {index.name}; it is unclear which is meant. "
+            "Remove one."
         )
     if not index.exists() and extra:
         raise InputError(
@@ -82,77 +97,98 @@ def _index_of(single: Path) -> Path:
 
 
 def _prefix_files(files: list[Path]) -> list[Path]:
-    """Those of several files that hold a P-Tuning v2 prefix alone, as its official training saves it."""
-    held = {file: read_headers(file) for file in files if file.name in _KINDS and len(files) > 1}
-    return [
-        file
-        for file, keys in held.items()
-        if keys and all(key.startswith(PREFIX_KEYS) for key in keys)
-    ]
+    """Files that hold only a P-Tuning v2 prefix, as its official training saves it.
+
+    Such a file has the name of a whole checkpoint's and lies beside the base's own.
+    """
+    if len(files) < 2:
+        return []
+    return [file for file in files if file.name in _KINDS and _holds_only_prefix(file)]
+
+
+def _holds_only_prefix(file: Path) -> bool:
+    keys = read_headers(file).keys()
+    return bool(keys) and all(key.startswith(PREFIX_KEYS) for key in keys)
 
 
 def _indexed_shards(index: Path) -> list[Shard]:
-    assigned: dict[str, set[str]] = {}
+    keys_of: dict[str, set[str]] = {}
     for key, name in index_names(index).items():
-        assigned.setdefault(name, set()).add(key)
-    shards = [
-        Shard(index.parent / name, frozenset(keys)) for name, keys in sorted(assigned.items())
-    ]
+        keys_of.setdefault(name, set()).add(key)
+    shards = []
+    for name, keys in sorted(keys_of.items()):
+        shards.append(Shard(index.parent / name, frozenset(keys)))
     missing = [shard.file.name for shard in shards if not shard.file.is_file()]
     if missing:
         raise InputError(
-            f"{index}: {', '.join(missing)} is named in it but is not there. Copy the missing shards."
+            f"{index}: {', '.join(missing)} is named in it but is not there. "
+            "Copy the missing shards."
         )
     return shards
 
 
 def read_headers(file: Path) -> dict[str, Header]:
-    """Shape and dtype of each tensor in `file`, by key; the numbers are left on disk (a legacy .bin is read whole)."""
+    """Shape and dtype of each tensor in `file`, by key.
+
+    The numbers stay on disk; only a .bin that torch before 1.6 wrote is read whole. InputError when
+    the file is damaged.
+    """
+    headers: dict[str, Header] = {}
     if file.suffix == ".safetensors":
         with _open_safetensors(file) as opened:
-            keys = list(opened.keys())
-            return {key: _safetensors_header(file, key, opened.get_slice(key)) for key in keys}
-    return {
-        key: Header(tuple(value.shape), _dtype_name(value))
-        for key, value in _load_bin(file).items()
-    }
+            for key in opened.keys():  # noqa: SIM118 - it is not a mapping
+                headers[key] = _safetensors_header(file, key, opened.get_slice(key))
+    else:
+        for key, tensor in _load_bin(file).items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            headers[key] = Header(tuple(tensor.shape), dtype)
+    return headers
 
 
 def read_tensors(file: Path, headers: Mapping[str, Header]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor of `headers` in `file`. A tensor lives in the file's pages: copy it before taking the next."""
+    """Each tensor of `headers` in `file`.
+
+    A tensor lives in the file's pages: copy it before taking the next.
+    """
     if file.suffix == ".bin" and not _is_zip(file):
         state = _load_bin(file)
-        yield from ((key, state.pop(key)) for key in headers)
+        for key in headers:
+            yield key, state.pop(key)
         return
-    for keys in _groups(headers):
+    sizes = ((key, _size_bytes(header)) for key, header in headers.items())
+    for keys in group_by_size(sizes, _BYTES_PER_OPENING):
         if file.suffix == ".safetensors":
             with _open_safetensors(file) as opened:
-                yield from ((key, opened.get_tensor(key)) for key in keys)
+                for key in keys:
+                    yield key, opened.get_tensor(key)
         else:
             state = _load_bin(file)
-            yield from ((key, state.pop(key)) for key in keys)
+            for key in keys:
+                yield key, state.pop(key)
             del state
 
 
-def _groups(headers: Mapping[str, Header]) -> Iterator[list[str]]:
-    group: list[str] = []
-    size_bytes = 0
-    for key, header in headers.items():
-        size_bytes += torch.Size(header.shape).numel() * _itemsize(header.dtype)
-        group.append(key)
-        if size_bytes >= _BYTES_PER_OPENING:
+def group_by_size(sizes: Iterable[tuple[Item, int]], most_bytes: int) -> Iterator[list[Item]]:
+    """The items of `sizes` in order, in groups of at most `most_bytes`.
+
+    An item that is larger has a group of its own.
+    """
+    group: list[Item] = []
+    group_bytes = 0
+    for item, size_bytes in sizes:
+        if group and group_bytes + size_bytes > most_bytes:
             yield group
-            group, size_bytes = [], 0
+            group = []
+            group_bytes = 0
+        group.append(item)
+        group_bytes += size_bytes
     if group:
         yield group
 
 
-def _itemsize(dtype: str) -> int:
-    return int(getattr(torch, dtype).itemsize)
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _size_bytes(header: Header) -> int:
+    dtype: torch.dtype = getattr(torch, header.dtype)
+    return torch.Size(header.shape).numel() * dtype.itemsize
 
 
 def _is_zip(file: Path) -> bool:
@@ -176,17 +212,17 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
         # A damaged file can make torch's reader raise anything.
         raise InputError(f"{file}: damaged or cut short ({type(error).__name__}).") from error
     if not isinstance(state, dict):
-        raise InputError(
-            f"{file}: a dictionary of tensors is expected; it holds a {type(state).__name__}."
-        )
+        kind = type(state).__name__
+        raise InputError(f"{file}: a dictionary of tensors is expected; it holds a {kind}.")
     for key, value in state.items():
-        if (
-            not isinstance(key, str)
-            or not isinstance(value, torch.Tensor)
-            or value.layout != torch.strided
-        ):
-            raise InputError(f"{file}: {key!r} holds a {type(value).__name__}, not a plain tensor.")
+        if not isinstance(key, str) or not _is_plain_tensor(value):
+            kind = type(value).__name__
+            raise InputError(f"{file}: {key!r} holds a {kind}, not a plain tensor.")
     return state
+
+
+def _is_plain_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 def _open_safetensors(file: Path) -> Any:
@@ -202,6 +238,7 @@ def _safetensors_header(file: Path, key: str, view: Any) -> Header:
     dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
     if dtype is None:
         raise InputError(
-            f"{file}: {key!r} is stored as {view.get_dtype()}, which is not a dtype of ChatGLM2 weights."
+            f"{file}: {key!r} is stored as {view.get_dtype()}, which is not a dtype of ChatGLM2 "
+            "weights."
         )
     return Header(tuple(view.get_shape()), dtype)

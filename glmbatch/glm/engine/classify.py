@@ -1,6 +1,7 @@
 """Answers classify requests batch by batch: scores of the trained head, or of whole labels.
 
-Shapes: R tokens read, C hidden size, V tokens, M the largest number of continuations of any of them.
+Shapes: R tokens read, C hidden size, V tokens, M the largest number of continuations of any of
+them.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class _Waiting:
 class Classification:
     """The classify requests that wait for the model, and the forward that answers a batch of them.
 
-    `preempt_generation` is called when there is no memory for even one prompt; it returns whether it
-    freed any.
+    `preempt_generation` is called when there is no memory for even one prompt; it returns whether
+    it freed any.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Classification:
             item.pending.call.deliver(result)
 
     def _handle_out_of_memory(self, batch: Sequence[_Waiting]) -> None:
-        """Try smaller batches; then without generation; then in chunks; then fail the one prompt."""
+        """Try smaller batches, then no generation, then chunks; at last fail the one prompt."""
         self._network.release_memory()
         first = batch[0]
         tokens = sum(len(item.prompt) for item in batch)
@@ -123,7 +124,7 @@ class Classification:
 def _label_scores(
     network: Network, trees: Sequence[LabelTree | None], hidden_RC: torch.Tensor
 ) -> list[list[float]]:
-    """For each tree the log-likelihood of each label, in the order asked; R as `prefill` orders it."""
+    """For each tree the log-likelihood of each label, as asked. R is in the order of `prefill`."""
     asked = [tree for tree in trees if tree is not None]
     continuations = [tree.children[0] for tree in asked]
     for tree in asked:

@@ -1,8 +1,8 @@
-"""Continuous batching: waiting prompts are admitted into free slots, every live slot gets one token in
-each decode step, and a finished slot is filled again.
+"""Continuous batching over the slots of the cache.
 
-A preempted sequence keeps the ids generated so far and is prefilled again behind them, so that nothing
-is lost and no token is drawn twice.
+Waiting prompts are admitted into free slots, each decode step adds one token to every live slot,
+and a finished slot is filled again. A preempted sequence keeps the ids generated so far and is
+prefilled again behind them, so that nothing is lost and no token is drawn twice.
 
 Shapes: R rows read, T tokens, G key/value groups, D head size, C hidden size.
 """
@@ -22,8 +22,8 @@ from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
 from glmbatch.glm.model.sampling import NOT_FINITE, Draw, Uniforms, next_tokens
 
-# Among so many consecutive requests the longest go first, so that the last to finish began early. It
-# also bounds how often a short one can be overtaken.
+# Among so many consecutive requests the longest go first, so that the last to finish began early.
+# It also bounds how often a short one can be overtaken.
 WINDOW = 4096
 
 
@@ -101,7 +101,7 @@ class Generation:
         self._waiting.push(_Sequence(pending, shared_prefix(request), uniforms))
 
     def run_batch(self) -> None:
-        """Admit waiting requests into free slots, or else run one decode step over all live slots."""
+        """Admit waiting requests into free slots, or run one decode step over the live slots."""
         self._drop_cancelled()
         slots = min(self._max_slots, self._cache.slots or self._max_slots)
         free = slots - len(self._live())
@@ -282,7 +282,7 @@ class Generation:
     def _handle_out_of_memory(
         self, batch: Sequence[_Sequence] = (), in_prefill: bool = False
     ) -> None:
-        """Preempt and try with less: a smaller prefill, then half the slots, then one sequence alone.
+        """Try with less: a smaller prefill, then half the slots, then one sequence alone.
 
         A sequence that finds no room even alone fails.
         """

@@ -1,4 +1,7 @@
-"""The model settings of a job become an engine on this machine. Importing this module loads no torch."""
+"""The model settings of a job become an engine on this machine.
+
+Importing this module loads no torch.
+"""
 
 from __future__ import annotations
 

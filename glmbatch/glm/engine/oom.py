@@ -12,7 +12,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# torch has its own error class only for CUDA; the CPU allocator and cuBLAS raise a bare RuntimeError.
+# torch has its own error class only for CUDA; the CPU allocator and cuBLAS raise a bare
+# RuntimeError.
 _OOM_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -21,7 +22,10 @@ _OOM_MESSAGES = (
 
 
 def catch_oom(work: Callable[[], Result]) -> Result | None:
-    """The result of `work`, or None when the device runs out of memory. `work` must be safe to repeat."""
+    """The result of `work`, or None when the device runs out of memory.
+
+    `work` must be safe to repeat.
+    """
     try:
         return work()
     except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""The engines loaded in one process: each once, shared by threads and runs, closed when room is needed."""
+"""The engines of this process: loaded once, shared by threads and runs, closed for room."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class EnginePool:
             owner.check_running()
             while key not in self._engines:
                 if len(self._engines) < most:
-                    # Loaded under the lock: a second thread that wants it waits instead of loading it too.
+                    # Loaded under the lock, so that a second thread waits instead of loading it
+                    # too.
                     self._engines[key] = load()
                 elif not self._close_idle():
                     self._changed.wait()

@@ -1,7 +1,8 @@
 """The seam between steps and the model: token ids in, scores or token ids out. Loads no torch.
 
-The engine never sees text, rows or files. Several threads may hand over requests at once; the engine
-batches across them and returns each result, as soon as it is ready, to the caller that asked.
+The engine never sees text, rows or files. Several threads may hand over requests at once; the
+engine batches across them and returns each result, as soon as it is ready, to the caller that
+asked.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ class ClassifyRequest:
     """One prompt to score.
 
     `label_ids` holds the token ids of each label, for zero-shot scoring; None asks the checkpoint's
-    trained head. `shared_tokens` is the number of leading ids that many requests have in common (the
-    template before the text); their keys and values are then computed once. It changes only speed,
-    and scores by no more than rounding.
+    trained head. `shared_tokens` is the number of leading ids that many requests have in common
+    (the template before the text); their keys and values are then computed once. It changes only
+    speed, and scores by no more than rounding.
     """
 
     index: int

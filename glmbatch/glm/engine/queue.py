@@ -1,4 +1,7 @@
-"""The waiting queue: calls, pending requests, and which of them run next. No tensors, no threads."""
+"""The waiting queue: calls, pending requests, and which of them run next.
+
+No tensors, no threads.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ class Limits:
         logger.warning("forwards now take at most %d tokens", self.batch_tokens)
 
     def halve_chunk(self, tokens: int) -> bool:
-        """Halve the token budget for one prompt of `tokens`; False when it is as small as it may be."""
+        """Halve the token budget for one prompt of `tokens`; False when it is at its minimum."""
         if min(tokens, self.batch_tokens) <= MIN_CHUNK_TOKENS:
             return False
         self.halve_batch(tokens)
@@ -83,7 +86,7 @@ class Limits:
 
 
 def shared_prefix(request: ClassifyRequest | GenerateRequest) -> tuple[int, ...]:
-    """The leading ids whose keys and values are computed once for all requests that begin with them.
+    """The leading ids whose keys and values are computed once for all requests with them.
 
     It depends on the request alone, so that a row is computed in the same pieces in every batch. At
     least one id is left over, because the answer is read at the last one.

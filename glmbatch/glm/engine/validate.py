@@ -1,4 +1,4 @@
-"""Answers requests that need no model: those that cannot run, and those that leave nothing to generate.
+"""Answers requests that need no model: they cannot run, or leave nothing to generate.
 
 Such a request gets its own error here; in a forward it would fail the whole batch. No tensors.
 """
@@ -54,7 +54,8 @@ def refuse_generate(request: GenerateRequest, model: ModelLimits) -> GenerateRes
     """
     if model.has_head:
         raise InputError(
-            "the checkpoint has a trained head and cannot generate; name another model for this step"
+            "the checkpoint has a trained head and cannot generate; "
+            "name another model for this step"
         )
     fault = _prompt_fault(request.prompt_ids, 0, model)
     if fault is not None:

@@ -90,7 +90,10 @@ class TorchEngine:
         return self._stopped is None
 
     def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
-        """Scores of each request, as they are ready. Closing the iterator early cancels the rest."""
+        """Scores of each request, as they are ready.
+
+        Closing the iterator early cancels the rest.
+        """
         self._check_running()
         return self._serve(
             requests,
@@ -99,7 +102,10 @@ class TorchEngine:
         )
 
     def generate(self, requests: Iterable[GenerateRequest]) -> Iterator[GenerateResult]:
-        """Generated ids of each request, as they end. Closing the iterator early cancels the rest."""
+        """Generated ids of each request, as they end.
+
+        Closing the iterator early cancels the rest.
+        """
         self._check_running()
         return self._serve(
             requests,
@@ -193,7 +199,7 @@ class TorchEngine:
                     call.fail(_copy_of(self._stopped))
 
     def _receive(self) -> bool:
-        """Take in new requests, waiting while there is nothing to do; False once the engine is closed."""
+        """Take in new requests, waiting while there is nothing to do; False once closed."""
         with self._changed:
             while not (self._stopped or self._inbox or self._busy_kinds()):
                 self._changed.wait()

@@ -1,10 +1,10 @@
 """How tokens attend to one another. Knows no requests and no model.
 
-A plan is made once for a forward and used by every layer. `PackedPlan`: several prompts in one batch,
-each seeing only itself. `SlotPlan` and `SlotLoop`: one new token for each slot of the cache.
+A plan is made once for a forward and used by every layer. `PackedPlan`: several prompts in one
+batch, each seeing only itself. `SlotPlan` and `SlotLoop`: one new token for each slot of the cache.
 
-Shapes: T tokens of a packed batch, S live slots, L places, H query heads, G key/value groups, D head
-size; Q queries and K keys of one call.
+Shapes: T tokens of a packed batch, S live slots, L places, H query heads, G key/value groups, D
+head size; Q queries and K keys of one call.
 """
 
 from __future__ import annotations
@@ -126,11 +126,11 @@ def _select(tokens_TGD: torch.Tensor, ranges: tuple[slice, ...]) -> torch.Tensor
 
 
 class SlotPlan:
-    """One new token for each of the first S slots; its keys and values are stored before it attends.
+    """One new token for each of the first S slots, stored before it attends.
 
-    One call for all slots, of one shape whatever their lengths, as CUDA graphs need: every slot looks
-    at `places` places, and those beyond its own are masked. The query heads of a group become that
-    group's queries, so that keys and values are never repeated.
+    One call for all slots, of one shape whatever their lengths, as CUDA graphs need: every slot
+    looks at `places` places, and those beyond its own are masked. The query heads of a group become
+    that group's queries, so that keys and values are never repeated.
     """
 
     def __init__(self, cache: SlotCache, places_S: torch.Tensor, places: int) -> None:
@@ -166,7 +166,7 @@ class SlotPlan:
 
 
 class SlotLoop:
-    """As `SlotPlan`, but slot by slot over its own places: on CPU a call costs less than padding."""
+    """As `SlotPlan`, but slot by slot: on CPU a call costs less than padding."""
 
     def __init__(self, cache: SlotCache, places: Sequence[int]) -> None:
         self._cache = cache

@@ -1,4 +1,4 @@
-"""Decode steps recorded once as CUDA graphs and replayed: one launch instead of some 500 small kernels.
+"""Decode steps recorded as CUDA graphs and replayed: one launch instead of some 500.
 
 A graph holds its shapes and addresses. So there is one for each number of slots and of places, both
 rounded up, and a cache whose tensors are replaced takes its graphs with it. Knows no requests.
@@ -65,7 +65,8 @@ class StepGraphs:
         recording = self._recordings.get(shape)
         if recording is None:
             return self._step(inputs_2S, places, cache)
-        # Slots beyond the live ones are free: prefill overwrites what is written to their first place.
+        # Slots beyond the live ones are free: prefill overwrites what is written to their first
+        # place.
         recording.inputs_2S[:, slots:] = 0
         recording.inputs_2S[:, :slots] = inputs_2S
         recording.replay()
@@ -80,7 +81,7 @@ class StepGraphs:
     def _record_step(
         self, slots: int, places: int, inputs_2S: torch.Tensor, cache: SlotCache
     ) -> None:
-        """Record a step of this shape; if that fails, out of memory say, it is never tried again."""
+        """Record a step of this shape; if it fails (out of memory, say), never try again."""
         static_2S = inputs_2S.new_zeros(2, slots)
         static_2S[:, : inputs_2S.shape[1]] = inputs_2S
         try:
@@ -95,21 +96,22 @@ class StepGraphs:
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one memory pool and one stream, on the thread's current device."""
+    """Records CUDA graphs in one memory pool and stream, on the thread's current device."""
 
     def __init__(self) -> None:
         self._pool: Any = None
         self._stream: Any = None
 
     def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
-        """Run `work` and record it; returns how to replay it, and the tensor that then holds its result."""
+        """Run `work` and record it; returns how to replay it, and the tensor of its result."""
         with _RECORDING:
             if self._stream is None:
                 self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
                 self._pool = torch.cuda.graph_pool_handle()
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                # Kernels allocate workspaces on a stream's first run, which no recording may include.
+                # Kernels allocate workspaces on a stream's first run, which no recording may
+                # include.
                 work()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()

@@ -1,9 +1,9 @@
-"""Keys and values that outlive a forward: a slot for each sequence being generated, and shared prefixes.
+"""Keys and values that outlive a forward: slots of generated sequences, and prefixes.
 
 Knows no requests and no model. Places are counted from the start of a slot.
 
-Shapes: S slots, L places of a slot, T tokens, F places of a prefix, G key/value groups, D head size,
-N layers.
+Shapes: S slots, L places of a slot, T tokens, F places of a prefix, G key/value groups, D head
+size, N layers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def round_up(places: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class KvPrefix:
-    """Keys and values that come before a sequence's own tokens, the first of which has `next_position`.
+    """Keys and values before a sequence's own tokens, which start at `next_position`.
 
     A trained prefix has no positions: the text behind it still starts at 0.
     """
@@ -147,6 +147,6 @@ class SlotCache:
             tensor[target, :, :places] = tensor[source, :, :places]
 
     def wipe(self, slots: Sequence[int]) -> None:
-        """Zero `slots`: non-finite leftovers would reach the next sequence through masked places."""
+        """Zero `slots`: leftovers of nan would reach the next sequence through masked places."""
         for tensor in (*self.keys_SGLD, *self.values_SGLD):
             tensor[slots] = 0

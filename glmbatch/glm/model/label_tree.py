@@ -1,4 +1,7 @@
-"""All labels of a request as one tree of tokens, so that shared beginnings are computed once. No tensors."""
+"""All labels of a request as one tree of tokens, so that shared beginnings are computed once.
+
+No tensors.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ Labels = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class LabelTree:
-    """The inner nodes of the labels' trie, parents first, in an order independent of the labels' order.
+    """The inner nodes of the labels' trie, parents first; the labels' order does not matter.
 
     Row 0 is the end of the prompt, row 1 + n is node n. The last token of a label is never fed to
     the model, so labels of one token have no nodes.
@@ -19,7 +22,7 @@ class LabelTree:
     `tokens`, `depths`: of each node, its token and its distance from the prompt's end, from 1.
     `lineage`: of each node, the nodes that it sees, itself included.
     `children`: of each row, in ascending order, the tokens that continue some label from there.
-    `paths`: of each label, as asked, the (row, child) pairs whose log-probabilities sum to its score.
+    `paths`: of each label, as asked, the (row, child) pairs whose log-probabilities make its score.
     """
 
     tokens: tuple[int, ...]

@@ -1,8 +1,10 @@
-"""One GLM layer over tokens, with the weights of transformers' module. Knows no requests and no cache.
+"""One GLM layer over tokens, with the weights of transformers' module.
 
-transformers' own forward defines what is computed, and a test compares the two. Here each product also
-takes in the elementwise work around it, rotation is in place, and the last layer computes only the
-tokens that are read.
+Knows no requests and no cache.
+
+transformers' own forward defines what is computed, and a test compares the two. Here each product
+also takes in the elementwise work around it, rotation is in place, and the last layer computes only
+the tokens that are read.
 
 Shapes: T tokens, R of them read, C hidden size, H query heads, G key/value groups, D head size,
 P rotated pairs.
@@ -83,7 +85,7 @@ class Norm:
 
 
 def rotary_factors(positions_T: torch.Tensor, inverse_frequencies_P: torch.Tensor) -> torch.Tensor:
-    """The rotation [T, P] of each pair of channels at each position, as complex numbers of length 1."""
+    """The rotation [T, P] of each pair at each position, as complex numbers of length 1."""
     angles_TP = positions_T[:, None] * inverse_frequencies_P
     return torch.polar(torch.ones_like(angles_TP), angles_TP)
 

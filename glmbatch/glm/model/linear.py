@@ -1,9 +1,12 @@
-"""Matrix products in the form that the device runs fastest. Knows no layers, no attention and no requests.
+"""Matrix products in the form that the device runs fastest.
 
-`plain`: torch's own, for CUDA and any machine. `packed`: weights laid out once for oneDNN, which also
-computes the elementwise work around a product; on CPU, where few rows run at twice the plain speed.
-`int8`: weights and activations in 8 bits, also oneDNN, with a quarter of the memory; it changes answers,
-so it is used only on request.
+Knows no layers, no attention and no requests.
+
+`plain`: torch's own, for CUDA and any other machine.
+`packed`: weights laid out once for oneDNN, which also computes the elementwise work around a
+product. On CPU it runs a few rows at twice the plain speed.
+`int8`: weights and activations in 8 bits, also by oneDNN, in a quarter of the memory. It changes
+answers, so it is used only on request.
 
 Shapes: T tokens, I features in, O features out, F size of the feed-forward layer.
 """
@@ -134,10 +137,10 @@ class PackedProduct:
 
 
 class Int8Product:
-    """Weights in 8 bits with a scale for each row, activations in 8 bits with a scale for each token.
+    """Weights and activations in 8 bits, with a scale for each row and for each token.
 
-    Each token has its own scale, and sums of 8-bit products are exact, so that a row's result does not
-    depend on its batch.
+    Each token has its own scale, and sums of 8-bit products are exact, so that a row's result does
+    not depend on its batch.
     """
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
@@ -191,7 +194,7 @@ _FORMS: dict[Form, type[PlainProduct | PackedProduct | Int8Product]] = {
 
 @cache
 def _has_packed() -> bool:
-    """Whether this build of torch has the products of `PackedProduct`, which its compiler emits too."""
+    """Whether this build of torch has the products of `PackedProduct`."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     weight = torch.eye(4)

@@ -1,9 +1,9 @@
-"""The GLM model over packed batches and over slots: token ids in, final states of the tokens read out.
+"""The GLM model over packed batches and slots: token ids in, final states out.
 
 Knows no requests.
 
-Shapes: T tokens of a packed batch, R of them read, S live slots, F places of a prefix, C hidden size,
-V tokens, G key/value groups, D head size, P rotated pairs, N layers.
+Shapes: T tokens of a packed batch, R of them read, S live slots, F places of a prefix, C hidden
+size, V tokens, G key/value groups, D head size, P rotated pairs, N layers.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Network:
 
     @cached_property
     def _slot_plan(self) -> Callable[[SlotCache, Sequence[int]], AttentionPlan]:
-        """How slots attend outside CUDA graphs: compiled for float32 on CPU if numba is installed."""
+        """How slots attend outside CUDA graphs: compiled for float32 on CPU, given numba."""
         if self.device.type == "cpu" and self.dtype == torch.float32:
             try:
                 from glmbatch.glm.model.slot_kernel import SlotKernel

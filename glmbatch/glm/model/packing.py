@@ -19,13 +19,14 @@ from glmbatch.glm.model.kv_cache import KvPrefix
 from glmbatch.glm.model.label_tree import LabelTree
 from glmbatch.glm.model.varlen import PromptCall, TreeCall
 
-# Behind a prefix, queries are masked in blocks of this size: the mask stays below 70 MB at 32k places.
+# Behind a prefix, queries are masked in blocks of this size: the mask stays below 70 MB at 32k
+# places.
 QUERY_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
 class PackedPrompt:
-    """One prompt of a packed batch: its ids behind the shared prefix, and the labels that may follow."""
+    """One prompt of a packed batch: its ids behind the shared prefix, and its labels."""
 
     ids: Sequence[int]
     tree: LabelTree | None = None
@@ -36,7 +37,10 @@ class PackedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """The input of one forward. In the last layer, `last_plan` lets only the tokens that are read ask."""
+    """The input of one forward.
+
+    In the last layer, `last_plan` lets only the tokens that are read ask.
+    """
 
     ids_T: torch.Tensor
     positions_T: torch.Tensor
@@ -52,7 +56,10 @@ def pack(
     device: torch.device,
     dtype: torch.dtype,
 ) -> PackedBatch:
-    """One batch of all `prompts`, each behind `prefix`; `store` gets the keys and values of each layer."""
+    """One batch of all `prompts`, each behind `prefix`.
+
+    `store` gets each layer's keys and values.
+    """
     start = 0 if prefix is None else prefix.next_position
     lengths = [len(prompt.ids) for prompt in prompts]
     ids: list[int] = []

@@ -20,8 +20,8 @@ NOT_FINITE = -1
 class Uniforms:
     """The uniform numbers of one request, from a counter-based generator keyed by its seed.
 
-    Number n is the same whenever it is asked for, so that a token that is tried again after a failure
-    is drawn again.
+    Number n is the same whenever it is asked for, so that a token that is tried again after a
+    failure is drawn again.
     """
 
     def __init__(self, seed: int) -> None:

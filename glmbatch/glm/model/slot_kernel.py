@@ -1,12 +1,12 @@
 """Attention of one new token for each slot of the cache, compiled by numba: float32 on CPU.
 
-There, torch computes a small product for each slot and reads keys and values at a fifth of the speed of
-memory. Here one call stores the new keys and values and attends for all slots. Head size and heads of a
-group are constants of the compiled code, so that its inner loops are whole vectors.
+There, torch computes a small product for each slot and reads keys and values at a fifth of the
+speed of memory. Here one call stores the new keys and values and attends for all slots. Head size
+and heads of a group are constants of the compiled code, so that its inner loops are whole vectors.
 
-Compiling takes some seconds at the first step; the code is cached on disk for the next process where
-that is possible. One thread: the work of a layer is too small for two to be faster. Knows no requests
-and no model.
+Compiling takes some seconds at the first step; the code is cached on disk for the next process
+where that is possible. One thread: the work of a layer is too small for two to be faster. Knows no
+requests and no model.
 
 Shapes: S live slots, L places, H query heads, G key/value groups, D head size; h heads of a group.
 """
@@ -28,8 +28,8 @@ _OPTIONS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "arcp", "nsz"},
     "error_model": "numpy",
 }
-# New queries, keys and values are parts of one tensor, so of any strides. With one signature, the code
-# is compiled only once.
+# New queries, keys and values are parts of one tensor, so of any strides. With one signature, the
+# code is compiled only once.
 _SIGNATURE = (
     "void(UniTuple(float32[:,:,:], 3), UniTuple(float32[:,:,:,::1], 2), "
     "int64[::1], float32, float32[:,:,::1])"
@@ -42,8 +42,8 @@ _inlined: Callable[[Callable[..., Any]], Any] = numba.njit(forceinline=True, **_
 def _exp(x: Any) -> Any:
     """e**x for x <= 0, within two units in the last place; 0 where that is not a normal number.
 
-    By arithmetic alone, so that loops over it become vectors. e**x is 2**r * e**f with r whole and f
-    within half of log(2); the polynomial and the split of log(2) are those of Cephes' expf.
+    By arithmetic alone, so that loops over it become vectors. e**x is 2**r * e**f with r whole and
+    f within half of log(2); the polynomial and the split of log(2) are those of Cephes' expf.
     """
     least = np.float32(-87)
     vanishes = x < least  # False for nan, which stays nan

@@ -3,8 +3,8 @@
 On CUDA, where launching kernels costs most, and in half precision, which alone has kernels for it.
 Knows no requests.
 
-Shapes: T tokens, H query heads, G key/value groups, D head size, Q queries; R trees of at most N nodes
-that see at most K keys.
+Shapes: T tokens, H query heads, G key/value groups, D head size, Q queries; R trees of at most N
+nodes that see at most K keys.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ class TreeCall:
         """Write the attention of all nodes into their part of `out`; see `AttentionCall`."""
         trees, nodes = self._query_index_RN.shape
         heads, groups = query.shape[1], key.shape[1]
-        # The query heads of a group become its queries: kernels with a mask have no grouped queries.
+        # The query heads of a group become its queries: kernels with a mask have no grouped
+        # queries.
         query_RHND = query[self._query_index_RN].transpose(1, 2)
         mask = self._mask_R11NK.expand(-1, 1, heads // groups, -1, -1).flatten(2, 3)
         attended = scaled_dot_product_attention(

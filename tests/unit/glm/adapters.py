@@ -1,4 +1,4 @@
-"""LoRA adapters for the small checkpoints: made by peft itself, or by hand under the names of the original classes."""
+"""LoRA adapters for the small checkpoints: by peft, or by hand with the original names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ORIGINAL = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 
 def peft_model(base: Any, **settings: Any) -> Any:
-    """`base` with an untrained peft adapter over it, every matrix of it and every whole module random."""
+    """`base` with an untrained peft adapter over it, all of whose numbers are random."""
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(
@@ -43,12 +43,12 @@ def original_modules(
         "mlp.dense_h_to_4h": (2 * ffn, hidden),
         "mlp.dense_4h_to_h": (hidden, ffn),
     }
-    return {
-        f"transformer.encoder.layers.{layer}.{name}": shape
-        for layer in range(config["num_layers"])
-        for name, shape in shapes.items()
-        if name.rpartition(".")[2] in names
-    }
+    modules: dict[str, tuple[int, int]] = {}
+    for layer in range(config["num_layers"]):
+        for name, shape in shapes.items():
+            if name.rpartition(".")[2] in names:
+                modules[f"transformer.encoder.layers.{layer}.{name}"] = shape
+    return modules
 
 
 def make_original_adapter(
@@ -59,7 +59,7 @@ def make_original_adapter(
     seed: int = 0,
     **settings: Any,
 ) -> dict[str, torch.Tensor]:
-    """Write an adapter of rank 4 and alpha 6 over the original classes; returns B @ A for each module."""
+    """Write an adapter of rank 4 and alpha 6 over the original classes; returns each B @ A."""
     random = torch.Generator().manual_seed(seed)
     state: dict[str, torch.Tensor] = {}
     products: dict[str, torch.Tensor] = {}

@@ -1,5 +1,6 @@
-"""Small checkpoints in ChatGLM2's published layout, of every kind there is, with random weights. Written by hand here,
-not by the code under test.
+"""Small checkpoints in ChatGLM2's published layout, of every kind there is, with random weights.
+
+Written by hand here, not by the code under test.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def _values(key: str, shape: tuple[int, ...], random: torch.Generator) -> torch.
 
 
 def quantized(state: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
-    """`state` with the four linears of each layer as int8, or as two signed int4 in a byte, high one first."""
+    """`state` with each layer's linears in int8, or two signed int4 in a byte, high one first."""
     packed: dict[str, torch.Tensor] = {}
     for key, tensor in state.items():
         if not key.endswith(QUANTIZED):
@@ -192,7 +193,7 @@ def quantized(state: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.T
 
 
 def write_weights(directory: Path, state: dict[str, torch.Tensor], files: str = "bin") -> None:
-    """Write `state` as one .bin (of either form), one .safetensors, or three of either with an index."""
+    """Write `state` as one .bin (of either form) or .safetensors, or three with an index."""
     if files == "bin":
         torch.save(state, directory / "pytorch_model.bin")
     elif files == "legacy":

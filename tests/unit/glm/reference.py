@@ -1,4 +1,6 @@
-"""ChatGLM2 for one sequence in plain torch, read off the published keys. Shares nothing with the code under test.
+"""ChatGLM2 for one sequence in plain torch, read off the published keys.
+
+Shares nothing with the code under test.
 
 T tokens   D hidden   H heads   G groups   C channels of a head   P prefix length   S = P + T
 """
@@ -70,10 +72,9 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, config: Mapping[str, Any]) -> t
 def _rotate(x_TGC: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     """Turn neighbouring pairs of the first half of each head's channels; the other half stays."""
     ratio, half = config.get("rope_ratio", 1), config["kv_channels"] // 2
-    angles = torch.tensor(
-        [[t / ratio / 10000.0 ** (i / half) for i in range(0, half, 2)] for t in range(len(x_TGC))],
-        dtype=torch.float64,
-    )
+    frequencies = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
+    positions = torch.arange(len(x_TGC), dtype=torch.float64) / ratio
+    angles = torch.outer(positions, frequencies)
     turns = torch.polar(torch.ones_like(angles), angles)[:, None]
     pairs = torch.view_as_complex(
         x_TGC[..., :half].double().unflatten(-1, (half // 2, 2)).contiguous()

@@ -1,4 +1,4 @@
-"""Token ids, decoded text and the chat form equal the recorded ones; user text can imitate neither tokens nor turns."""
+"""Token ids, text and chat form equal the recorded ones; texts imitate no token or turn."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def test_ids_without_a_text_give_nothing(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(silent) == ""
     assert tokenizer.decode([]) == ""
     (ids,) = tokenizer.encode_plain(["很 good 👍\n"])
-    mixed = [part for pair in zip(ids, silent * len(ids), strict=False) for part in pair]
+    mixed: list[int] = []
+    for token, other in zip(ids, silent * len(ids), strict=False):
+        mixed += [token, other]
     assert tokenizer.decode(mixed) == "很 good 👍\n"
 
 

@@ -1,4 +1,4 @@
-"""Small GLM models with random weights, an engine over them, and the plain loop that every answer is compared with."""
+"""Small GLM models of random weights, an engine over them, and the plain loop beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from glmbatch.glm.engine.worker import TorchEngine
 EOS = 2
 VOCAB = 160
 TOKENS = 150  # the ids above have scores but no token
-NOT_A_NUMBER = 155  # its embedding is nan: a prompt that holds it has no finite score, and no answer ever holds it
+# Its embedding is nan: a prompt with it has no finite score, and it is never generated.
+NOT_A_NUMBER = 155
 POSITIONS = 256
 
 Labels = tuple[tuple[int, ...], ...]
@@ -45,13 +46,14 @@ def config(**changes: Any) -> GlmConfig:
 
 
 def causal_model(prefix_places: int = 0) -> Any:
-    """A language model; its weights are large enough that its answers differ from prompt to prompt."""
+    """A language model whose weights are so large that prompts get different answers."""
     return _filled(GlmForCausalLM(config()), prefix_places)
 
 
 def head_model(prefix_places: int = 0, labels: int = 3) -> Any:
     """A classifier with a biased head."""
-    model: Any = GlmForSequenceClassification(config(num_labels=labels))  # type: ignore[no-untyped-call]
+    settings = config(num_labels=labels)
+    model: Any = GlmForSequenceClassification(settings)  # type: ignore[no-untyped-call]
     model.score = torch.nn.Linear(64, labels)
     return _filled(model, prefix_places)
 
@@ -102,6 +104,15 @@ def behind_prefix(model: Any, length: int) -> dict[str, Any]:
         "attention_mask": torch.ones(1, places, dtype=torch.long),
         "position_ids": torch.arange(length)[None],
     }
+
+
+@torch.no_grad()
+def whole_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """Logits of one sequence by the model's own forward, behind its prefix where it has one."""
+    has_prefix = getattr(model, "prefix_kv", None) is not None
+    settings = behind_prefix(model, len(ids)) if has_prefix else {}
+    logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)]), **settings).logits[0]
+    return logits
 
 
 @torch.inference_mode()

@@ -34,10 +34,16 @@ def test_a_sound_checkpoint_is_described_in_full() -> None:
     diagnosis = examine(directory)
     text = describe(diagnosis)
     for fact in (
-        "original layout, classifier of 3 labels", "负面, 中性, 正面", "152,259 parameters", "512 positions",
-        "1218 of the tokenizer, padded to 1280", "pytorch_model.bin (float32)", digest_weights(directory),
-        digest_tokenizer(directory), "你好 -> 1214, 1216, 823,",
-    ):  # fmt: skip
+        "original layout, classifier of 3 labels",
+        "负面, 中性, 正面",
+        "152,259 parameters",
+        "512 positions",
+        "1218 of the tokenizer, padded to 1280",
+        "pytorch_model.bin (float32)",
+        digest_weights(directory),
+        digest_tokenizer(directory),
+        "你好 -> 1214, 1216, 823,",
+    ):
         assert fact in text
     assert diagnosis.memory["float32"].weights == 4 * 152_259
     assert diagnosis.memory["bfloat16"].per_token == 2 * (2 * 2 * 2 * 8)
@@ -62,10 +68,14 @@ def test_an_adapter_is_examined_over_its_checkpoint(tmp_path: Path) -> None:
     diagnosis = examine(directory, adapter=adapter)
     text = describe(diagnosis)
     for fact in (
-        "sound", "classifier of 3 labels", "LABEL_0, LABEL_1, LABEL_2", "does not name its labels",
-        f"{adapter}: made on the original classes, rank 4 in 8 linear modules, whole classifier_head.weight",
+        "sound",
+        "classifier of 3 labels",
+        "LABEL_0, LABEL_1, LABEL_2",
+        "does not name its labels",
+        f"{adapter}: made on the original classes",
+        "rank 4 in 8 linear modules, whole classifier_head.weight",
         digest_weights(directory, adapter),
-    ):  # fmt: skip
+    ):
         assert fact in text
     (adapter / "adapter_config.json").write_text("{}")
     (problem,) = examine(directory, adapter=adapter).problems
@@ -115,10 +125,11 @@ def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, made: str) -> 
     assert "sound" not in describe(diagnosis)
 
 
-def test_a_tokenizer_of_the_published_size_must_give_the_published_ids(tmp_path: Path) -> None:
+def test_a_tokenizer_of_the_published_size_gives_published_ids(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, config={"padded_vocab_size": 65024})
     tokenizer = directory / "tokenizer.model"
-    # Protobuf messages concatenate: pieces appended in its wire form make the vocabulary as large as the published one.
+    # Protobuf messages concatenate: pieces appended in its wire form make the vocabulary as large
+    # as the published one.
     names = [f"piece{number:05}".encode() for number in range(64_789 - 1_000)]
     tokenizer.write_bytes(
         tokenizer.read_bytes() + b"".join(b"\x0a\x0c\x0a\x0a" + name for name in names)

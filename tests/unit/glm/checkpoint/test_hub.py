@@ -1,4 +1,4 @@
-"""A model setting becomes a directory: as it is, or as a pinned download from a hub that runs here."""
+"""A model setting becomes a directory: as it is, or downloaded from a hub that runs here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ except GlmbatchError as error:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few answers of a model hub that a download asks for; owner/model at COMMIT is a directory."""
+    """What a download asks of a model hub; owner/model at COMMIT is a directory."""
 
     directory: Path
     asked: list[str]
@@ -119,7 +119,7 @@ def locate(environment: dict[str, str], path: str = "owner/model", revision: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["sharded", "plain", "safetensors"])
-def test_a_hub_id_is_downloaded_once_without_code_or_unused_weights(
+def test_a_hub_id_is_downloaded_once_and_without_code(
     hub: tuple[type[Hub], dict[str, str]], variant: str
 ) -> None:
     server, environment = hub

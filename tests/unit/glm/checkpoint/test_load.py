@@ -1,4 +1,4 @@
-"""A loaded checkpoint answers as ChatGLM2 does: recorded logits, and every variant against a reference of its own."""
+"""A loaded checkpoint answers as ChatGLM2 does: recorded logits, and a reference."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.unit.glm.checkpoints import (
     write_weights,
 )
 from tests.unit.glm.reference import reference_logits
-from tests.unit.glm.tiny_glm import behind_prefix
+from tests.unit.glm.tiny_glm import whole_logits
 
 CAUSAL = ("base-sharded", "int4")
 IDS = [1001, 1003, 623, 94, 85, 627, 645, 7, 9, 333, 13, 13, 809]
@@ -52,14 +52,6 @@ def golden(name: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
         arrays,
         json.loads((directory / "golden.json").read_text(encoding="utf-8")),
     )
-
-
-@torch.no_grad()
-def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
-    """Logits of one sequence, behind the model's prefix where it has one."""
-    settings = {} if model.prefix_kv is None else behind_prefix(model, len(ids))
-    logits: torch.Tensor = model(input_ids=torch.tensor([ids]), **settings).logits[0]
-    return logits
 
 
 def assert_close(seen: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
@@ -86,13 +78,13 @@ def test_logits_of_a_padded_batch_equal_the_recorded_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_logits_of_every_position_and_of_a_long_text_equal_the_recorded_ones(name: str) -> None:
+def test_logits_of_every_position_equal_the_recorded_ones(name: str) -> None:
     model, arrays, recorded = golden(name)
     for row in (0, 8):
         assert_close(
-            logits_of(model, recorded["rows"][row]["input_ids"]), arrays[f"full_logits_{row}"]
+            whole_logits(model, recorded["rows"][row]["input_ids"]), arrays[f"full_logits_{row}"]
         )
-    long = logits_of(model, arrays["long_input_ids"].tolist())
+    long = whole_logits(model, arrays["long_input_ids"].tolist())
     assert_close(long[arrays["long_positions"]], arrays["long_logits"])
 
 
@@ -102,12 +94,12 @@ def test_greedy_ids_equal_the_recorded_ones(name: str) -> None:
     for row in recorded["rows"]:
         ids = list(row["input_ids"])
         while len(ids) < len(row["input_ids"]) + len(row["greedy_ids"]):
-            ids.append(int(logits_of(model, ids)[-1].argmax()))
+            ids.append(int(whole_logits(model, ids)[-1].argmax()))
         assert ids[len(row["input_ids"]) :] == row["greedy_ids"]
 
 
 @torch.no_grad()
-def test_a_trained_head_gives_the_recorded_scores_alone_and_in_a_batch() -> None:
+def test_a_trained_head_gives_the_recorded_scores() -> None:
     model, arrays, recorded = golden("classifier")
     batch = model(
         input_ids=arrays["batch_input_ids"],
@@ -115,7 +107,7 @@ def test_a_trained_head_gives_the_recorded_scores_alone_and_in_a_batch() -> None
         position_ids=arrays["batch_position_ids"],
     ).logits
     assert_close(batch, arrays["batch_class_logits"])
-    alone = torch.stack([logits_of(model, row["input_ids"]) for row in recorded["rows"]])
+    alone = torch.stack([whole_logits(model, row["input_ids"]) for row in recorded["rows"]])
     assert_close(alone, arrays["alone_class_logits"])
     labels = read_checkpoint(GOLDENS / "classifier").labels
     assert [labels[int(scores.argmax())] for scores in alone] == [
@@ -124,7 +116,7 @@ def test_a_trained_head_gives_the_recorded_scores_alone_and_in_a_batch() -> None
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_the_reference_of_these_tests_equals_the_recorded_logits(name: str) -> None:
+def test_the_reference_itself_equals_the_recorded_logits(name: str) -> None:
     _, arrays, recorded = golden(name)
     state, config = read_state(GOLDENS / name), read_json(GOLDENS / name / "config.json")
     assert_close(
@@ -136,14 +128,12 @@ def test_the_reference_of_these_tests_equals_the_recorded_logits(name: str) -> N
 def test_every_variant_gives_the_logits_of_the_reference(tmp_path: Path, name: str) -> None:
     directory = make_variant(tmp_path, name)
     expected = reference_logits(stored_state(directory), read_json(directory / "config.json"), IDS)
-    assert_close(logits_of(load_model(directory), IDS), expected)
+    assert_close(whole_logits(load_model(directory), IDS), expected)
 
 
 @pytest.mark.parametrize("name", ["plain", "multi-head"])
 @torch.no_grad()
-def test_generate_writes_the_tokens_of_the_reference_from_a_padded_batch(
-    tmp_path: Path, name: str
-) -> None:
+def test_generate_from_a_padded_batch_equals_the_reference(tmp_path: Path, name: str) -> None:
     directory = make_variant(tmp_path, name)
     state, config = read_state(directory), read_json(directory / "config.json")
     batch = torch.tensor([IDS, [0] * 5 + IDS[:8]])
@@ -160,7 +150,7 @@ def test_generate_writes_the_tokens_of_the_reference_from_a_padded_batch(
 
 
 @torch.no_grad()
-def test_the_prefix_is_at_hand_for_an_engine_that_calls_the_inner_model(tmp_path: Path) -> None:
+def test_the_prefix_is_kept_beside_the_model_not_in_its_forward(tmp_path: Path) -> None:
     directory = make_variant(tmp_path / "prefix", "prefix")
     model = load_model(directory)
     config = read_json(directory / "config.json")
@@ -190,8 +180,8 @@ def test_a_prefix_saved_alone_loads_beside_the_base_files(tmp_path: Path) -> Non
         (directory / "pytorch_model.bin").unlink()
         write_weights(directory, base, files)
         write_weights(directory, trained)
-        expected = logits_of(load_model(tmp_path / "whole"), IDS)
-        assert torch.equal(logits_of(load_model(directory), IDS), expected)
+        expected = whole_logits(load_model(tmp_path / "whole"), IDS)
+        assert torch.equal(whole_logits(load_model(directory), IDS), expected)
 
 
 def test_a_model_is_ready_to_answer() -> None:
@@ -212,8 +202,8 @@ def test_half_precision_stays_near_float32(name: str, dtype: str | torch.dtype) 
     assert half.dtype == getattr(torch, str(dtype).removeprefix("torch."))
     assert half.model.rotary_emb.inv_freq.dtype == torch.float32
     ids = recorded["rows"][0]["input_ids"]
-    expected = logits_of(model, ids)
-    assert (logits_of(half, ids).float() - expected).std() < 0.03 * expected.std()
+    expected = whole_logits(model, ids)
+    assert (whole_logits(half, ids).float() - expected).std() < 0.03 * expected.std()
 
 
 def test_a_head_keeps_its_float32_numbers_in_half_precision() -> None:

@@ -1,4 +1,4 @@
-"""Scores by the trained head and by whole labels: the same as one row at a time through the ordinary forward."""
+"""Scores of a head and of labels equal those of one row at a time by the model itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from tests.unit.glm.tiny_glm import (
     prompts,
 )
 
-# A label that begins another, shared beginnings of one and two tokens, labels of one token, and one that repeats.
+# A label that begins another, shared beginnings of one and two tokens, labels of one token, and one
+# that repeats.
 LABELS: Labels = ((5,), (5, 6), (7, 8, 9), (7, 8, 10), (11,), (5, 6, 7, 8), (11,))
 
 
@@ -95,7 +96,7 @@ def test_shared_tokens_may_be_the_whole_prompt_or_more() -> None:
             )
 
 
-def test_a_long_prompt_behind_a_shared_template_is_scored_in_blocks() -> None:
+def test_a_long_prompt_behind_a_template_is_masked_in_blocks() -> None:
     model = causal_model()
     model.config.max_position_embeddings = 2000
     row = (prompts(1, longest=60, seed=3)[0] * 60)[:1300]
@@ -187,9 +188,7 @@ def test_the_longest_prompt_that_fits_is_scored(model: Any) -> None:
     )
 
 
-def test_asking_for_what_the_checkpoint_cannot_do_is_an_input_error(
-    model: Any, classifier: Any
-) -> None:
+def test_asking_for_the_wrong_kind_of_scores_is_an_input_error(model: Any, classifier: Any) -> None:
     with engine_over(model) as engine, pytest.raises(InputError, match="no trained head"):
         list(engine.classify([ClassifyRequest(0, [5])]))
     with engine_over(classifier) as engine, pytest.raises(InputError, match="labels of its own"):
@@ -211,9 +210,7 @@ NEEDS_CUDA = [
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_in_half_precision_a_row_scores_the_same_bits_alone_and_in_any_pack(
-    dtype: str, device: str
-) -> None:
+def test_in_half_precision_a_row_has_the_same_bits_in_any_batch(dtype: str, device: str) -> None:
     model = head_model().to(device, getattr(torch, dtype))
     requests = [ClassifyRequest(at, row) for at, row in enumerate(prompts(40))]
     with engine_over(model) as engine:

@@ -1,4 +1,4 @@
-"""Continuous batching: the same tokens as the plain loop, whatever slots, budgets, order and batch-mates."""
+"""Continuous batching gives the tokens of the plain loop for any slots, budget and order."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_end_token_ends_an_answer_and_is_left_out(model: Any) -> None:
         assert all(0 <= token < TOKENS and token != 2 for token in result.ids)
 
 
-def test_should_stop_sees_all_ids_and_ends_the_answer_behind_the_token(model: Any) -> None:
+def test_should_stop_sees_all_ids_and_ends_the_answer(model: Any) -> None:
     row, seen = [5, 6, 7], []
 
     def should_stop(ids: Sequence[int]) -> bool:
@@ -159,7 +159,7 @@ def test_a_request_that_cannot_run_fails_alone(model: Any, prompt: list[int], re
     assert results[1].error is None
 
 
-def test_a_row_with_non_finite_scores_fails_alone_and_spoils_no_later_row(model: Any) -> None:
+def test_a_non_finite_row_fails_alone_and_spoils_no_later_one(model: Any) -> None:
     requests = greedy_requests()
     spoiled = [
         dataclasses.replace(request, prompt_ids=[*request.prompt_ids, NOT_A_NUMBER] * 3)
@@ -178,7 +178,7 @@ def test_a_row_with_non_finite_scores_fails_alone_and_spoils_no_later_row(model:
             assert result == expected[index]
 
 
-def test_the_cache_grows_with_the_rows_and_gives_up_slots_for_length(model: Any) -> None:
+def test_the_cache_grows_and_gives_up_slots_for_length(model: Any) -> None:
     place_bytes = 2 * 3 * 2 * 16 * 4
     requests = [
         GenerateRequest(0, [5, 6, 7] * 20, 120),

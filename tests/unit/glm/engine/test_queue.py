@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest
 from glmbatch.glm.engine.queue import MIN_SHARED_TOKENS, Limits, WaitingQueue, shared_prefix
-from glmbatch.glm.model.label_tree import label_tree
+from glmbatch.glm.model.label_tree import LabelTree, label_tree
 
 Item = tuple[int, int, int]  # arrival, tokens, group
 
@@ -19,23 +22,23 @@ labels = st.lists(
 ).map(tuple)
 
 
-def line_of(items: list[Item], gone: set[int] | None = None) -> WaitingQueue[Item]:
-    line: WaitingQueue[Item] = WaitingQueue(
+def queue_of(items: list[Item], gone: set[int] | None = None) -> WaitingQueue[Item]:
+    queue: WaitingQueue[Item] = WaitingQueue(
         rank=lambda item: (item[0],),
         tokens=lambda item: item[1],
         group=lambda item: item[2],
         cancelled=lambda item: item[0] in (gone or set()),
     )
     for item in items:
-        line.push(item)
-    return line
+        queue.push(item)
+    return queue
 
 
-def drain(line: WaitingQueue[Item], budget: int, most: int) -> list[list[Item]]:
+def drain(queue: WaitingQueue[Item], budget: int, most: int) -> list[list[Item]]:
     batches = []
-    while batch := line.take(budget, most):
+    while batch := queue.take(budget, most):
         batches.append(batch)
-    assert not line
+    assert not queue
     return batches
 
 
@@ -43,8 +46,8 @@ def drain(line: WaitingQueue[Item], budget: int, most: int) -> list[list[Item]]:
 def test_every_item_is_taken_once_within_budget_and_group(
     items: list[Item], budget: int, most: int
 ) -> None:
-    batches = drain(line_of(items), budget, most)
-    assert sorted(item for batch in batches for item in batch) == items
+    batches = drain(queue_of(items), budget, most)
+    assert sorted(chain.from_iterable(batches)) == items
     for batch in batches:
         assert len(batch) <= most
         assert len({group for _, _, group in batch}) == 1
@@ -54,7 +57,7 @@ def test_every_item_is_taken_once_within_budget_and_group(
 @given(items=items, budget=st.integers(1, 120))
 def test_the_first_in_line_is_in_the_next_batch(items: list[Item], budget: int) -> None:
     waiting = set(items)
-    for batch in drain(line_of(items), budget, 99):
+    for batch in drain(queue_of(items), budget, 99):
         assert min(waiting) == batch[0]
         assert batch == sorted(batch)
         waiting -= set(batch)
@@ -62,19 +65,17 @@ def test_the_first_in_line_is_in_the_next_batch(items: list[Item], budget: int) 
 
 @given(items=items, gone=st.sets(st.integers(0, 60)))
 def test_cancelled_items_are_never_taken(items: list[Item], gone: set[int]) -> None:
-    batches = drain(line_of(items, gone), 40, 99)
-    assert sorted(item for batch in batches for item in batch) == [
-        item for item in items if item[0] not in gone
-    ]
+    batches = drain(queue_of(items, gone), 40, 99)
+    assert sorted(chain.from_iterable(batches)) == [item for item in items if item[0] not in gone]
 
 
 @given(items=items, budget=st.integers(1, 120))
 def test_items_put_back_are_taken_again_in_their_old_place(items: list[Item], budget: int) -> None:
-    line = line_of(items)
-    first = line.take(budget)
+    queue = queue_of(items)
+    first = queue.take(budget)
     for item in first:
-        line.push(item)
-    assert drain(line, budget, 99) == drain(line_of(items), budget, 99)
+        queue.push(item)
+    assert drain(queue, budget, 99) == drain(queue_of(items), budget, 99)
 
 
 @given(labels=labels)
@@ -82,18 +83,22 @@ def test_each_path_of_the_tree_spells_its_label(labels: tuple[tuple[int, ...], .
     tree = label_tree(labels)
     for label, path in zip(labels, tree.paths, strict=True):
         assert tuple(tree.children[row][child] for row, child in path) == label
-        spelled = (
-            [tree.tokens[node] for node in tree.lineage[path[-1][0] - 1]] if len(path) > 1 else []
-        )
-        assert tuple(spelled) == label[:-1]
+        lineage = tree.lineage[path[-1][0] - 1] if len(path) > 1 else ()
+        assert spelled(tree, lineage) == label[:-1]
+
+
+def spelled(tree: LabelTree, nodes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(tree.tokens[node] for node in nodes)
 
 
 @given(labels=labels)
 def test_the_tree_holds_each_shared_beginning_once(labels: tuple[tuple[int, ...], ...]) -> None:
     tree = label_tree(labels)
-    beginnings = {label[:end] for label in labels for end in range(1, len(label))}
+    beginnings = set()
+    for label in labels:
+        beginnings |= {label[:end] for end in range(1, len(label))}
     assert len(tree) == len(beginnings)
-    assert {tuple(tree.tokens[node] for node in nodes) for nodes in tree.lineage} == beginnings
+    assert {spelled(tree, nodes) for nodes in tree.lineage} == beginnings
     assert list(tree.depths) == [len(nodes) for nodes in tree.lineage]
 
 
@@ -111,9 +116,7 @@ def test_labels_of_one_token_need_no_node() -> None:
 
 
 @given(prompt=st.lists(st.integers(0, 9), min_size=1, max_size=40), shared=st.integers(0, 60))
-def test_a_shared_prefix_leaves_the_last_token_and_is_worth_its_forward(
-    prompt: list[int], shared: int
-) -> None:
+def test_a_shared_prefix_leaves_a_token_and_is_never_short(prompt: list[int], shared: int) -> None:
     for request in (
         ClassifyRequest(0, prompt, shared_tokens=shared),
         GenerateRequest(0, prompt, 1, shared_tokens=shared),
@@ -123,7 +126,7 @@ def test_a_shared_prefix_leaves_the_last_token_and_is_worth_its_forward(
         assert len(prefix) == 0 or MIN_SHARED_TOKENS <= len(prefix) < len(prompt)
 
 
-def test_limits_are_lowered_step_by_step_to_one_and_never_raised() -> None:
+def test_limits_are_halved_step_by_step_down_to_one() -> None:
     limits = Limits(batch_tokens=100, slots=8)
     limits.halve_batch(900)
     assert limits.batch_tokens == 50

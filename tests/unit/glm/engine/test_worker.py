@@ -1,4 +1,4 @@
-"""The engine as its callers see it: many threads, early ends, failures, full devices, recorded golden answers."""
+"""The engine as its callers see it: threads, early ends, failures, full devices, goldens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LABELS = ((5,), (6, 7), (6, 8))
 
 
 class FullAbove(torch.nn.Module):
-    """An embedding on a device that has room for forwards of `tokens` tokens in `rows` rows and no more.
+    """An embedding on a device that has room for `tokens` tokens in `rows` rows and no more.
 
     After `refusals` there is room for anything.
     """
@@ -72,12 +72,12 @@ def test_importing_the_seam_loads_no_torch() -> None:
     [
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
         ),
         MemoryError(),
     ],
 )
-def test_classify_goes_on_with_smaller_batches_when_the_device_is_full(error: Exception) -> None:
+def test_a_full_device_makes_classify_batches_smaller(error: Exception) -> None:
     rows = prompts(30)
     requests = [ClassifyRequest(at, row, LABELS) for at, row in enumerate(rows)]
     with engine_over(causal_model()) as engine:
@@ -96,7 +96,7 @@ def test_classify_goes_on_with_smaller_batches_when_the_device_is_full(error: Ex
     engine.close()
 
 
-def test_generate_loses_and_repeats_nothing_when_the_device_is_full() -> None:
+def test_a_full_device_makes_generate_lose_and_repeat_nothing() -> None:
     requests = generate_requests()
     with engine_over(causal_model(), max_slots=8) as engine:
         expected = {result.index: result for result in engine.generate(requests)}
@@ -111,7 +111,7 @@ def test_generate_loses_and_repeats_nothing_when_the_device_is_full() -> None:
     engine.close()
 
 
-def test_a_row_that_fits_only_alone_is_generated_and_costs_the_others_no_slot() -> None:
+def test_a_row_that_fits_only_alone_costs_the_others_no_slot() -> None:
     requests = [GenerateRequest(99, [5, 6] * 40, 12), *generate_requests()]
     with engine_over(causal_model(), max_slots=8) as engine:
         expected = {result.index: result for result in engine.generate(requests)}
@@ -124,7 +124,7 @@ def test_a_row_that_fits_only_alone_is_generated_and_costs_the_others_no_slot() 
     engine.close()
 
 
-def test_a_prompt_that_does_not_fit_in_one_forward_is_read_in_chunks() -> None:
+def test_a_prompt_too_large_for_one_forward_goes_in_chunks() -> None:
     asked = [5, 6, 7, 8] * 20
     with engine_over(causal_model()) as engine:
         (scored,) = engine.classify([ClassifyRequest(0, asked, LABELS)])
@@ -247,7 +247,7 @@ def test_no_requests_give_no_results() -> None:
         assert list(engine.classify([])) == []
 
 
-def test_a_failure_reaches_every_waiting_caller_and_the_engine_refuses_the_next() -> None:
+def test_a_failure_reaches_every_waiting_and_every_later_caller() -> None:
     model = full_above(causal_model(), tokens=10**6)
     engine = TorchEngine(model, eos_id=EOS, token_count=TOKENS, max_slots=2)
 
@@ -319,7 +319,7 @@ def test_golden_greedy_ids(name: str, slots: int) -> None:
     engine.close()
 
 
-def test_loading_on_a_device_that_is_not_there_is_an_input_error() -> None:
+def test_loading_on_a_missing_device_is_an_input_error() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(InputError, match="device"):

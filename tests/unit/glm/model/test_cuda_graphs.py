@@ -15,7 +15,7 @@ from tests.unit.glm.tiny_glm import causal_model, engine_over, prompts
 
 
 class Recorder:
-    """Keeps the promise of a recording: the same work again, on the same tensors, its answer in the same place."""
+    """Does what a recording promises: the same work again, on the same tensors."""
 
     def __init__(self) -> None:
         self.recorded = 0
@@ -35,12 +35,14 @@ class Recorder:
 
 
 def requests() -> list[GenerateRequest]:
-    return [
-        GenerateRequest(
-            at, row, 5 + at % 90, temperature=at % 3 * 0.6, seed=at, shared_tokens=at % 2 * 20
+    made = []
+    for at, row in enumerate(prompts(40, longest=50)):
+        ids = [*range(20, 40), *row]
+        temperature, shared = at % 3 * 0.6, at % 2 * 20
+        made.append(
+            GenerateRequest(at, ids, 5 + at % 90, temperature, seed=at, shared_tokens=shared)
         )
-        for at, row in enumerate([*range(20, 40), *row] for row in prompts(40, longest=50))
-    ]
+    return made
 
 
 def with_graphs(engine: TorchEngine, recorder: Recorder) -> None:

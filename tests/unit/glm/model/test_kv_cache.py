@@ -1,4 +1,4 @@
-"""The slot cache: what is written stays with its row through growth and moves, within the memory set aside."""
+"""The slot cache keeps each row through growth and moves, within its memory."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_dropping_gives_everything_back() -> None:
     slots=st.integers(1, 8),
     length=st.integers(1, 8).map(lambda blocks: blocks * BLOCK),
 )
-def test_the_next_length_holds_what_is_asked_catch_oom_and_positions(
+def test_the_next_length_holds_what_is_asked_within_memory(
     places: int, slots: int, length: int
 ) -> None:
     cache = SlotCache(SHAPE, max_places=1000, max_bytes=PLACE_BYTES * 64 * 8)

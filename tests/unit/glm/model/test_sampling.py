@@ -107,9 +107,7 @@ def test_rows_without_a_draw_take_the_likeliest_token() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_a_row_that_is_not_finite_is_told_apart_and_changes_no_other(
-    bad: float, sampled: bool
-) -> None:
+def test_a_non_finite_row_is_marked_and_changes_no_other(bad: float, sampled: bool) -> None:
     logits_RV = random_logits(3)
     draws = [Draw(row, 1.0, 5, 0.9, 0.4) for row in range(3)] if sampled else []
     expected = next_tokens(logits_RV, draws)

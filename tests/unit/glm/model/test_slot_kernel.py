@@ -52,9 +52,7 @@ def test_it_attends_and_stores_as_torch_does(heads: int, groups: int, head_dim: 
 
 
 @pytest.mark.parametrize(("size", "tolerance"), [(1e-30, 1e-6), (60.0, 1e-4), (1e4, 1e-2)])
-def test_weights_stay_right_from_nothing_to_one_place_taking_all(
-    size: float, tolerance: float
-) -> None:
+def test_weights_stay_right_for_scores_of_any_size(size: float, tolerance: float) -> None:
     query, key, value = new(8, 2, 16)
     query = query * size
     expected = SlotLoop(cache(2, 16), PLACES).attend(0, query, key, value, SCALING)
@@ -65,7 +63,10 @@ def test_weights_stay_right_from_nothing_to_one_place_taking_all(
 
 def test_exponentials_are_right_to_two_units_in_the_last_place() -> None:
     def compute(x: np.ndarray) -> np.ndarray:
-        return numba.njit(**_OPTIONS)(lambda values: np.array([_exp(value) for value in values]))(x)  # type: ignore[no-any-return]
+        exponentials = numba.njit(**_OPTIONS)(
+            lambda values: np.array([_exp(value) for value in values])
+        )
+        return exponentials(x)  # type: ignore[no-any-return]
 
     x = np.concatenate([-np.geomspace(1e-9, 87, 200_000), -np.linspace(0, 87, 200_000)]).astype(
         np.float32
@@ -79,8 +80,8 @@ def test_exponentials_are_right_to_two_units_in_the_last_place() -> None:
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_what_is_not_finite_shows_in_its_own_slot_alone(part: int, fault: float) -> None:
-    sound = SlotKernel(cache(2, 16), PLACES).attend(0, *new(8, 2, 16), SCALING)  # type: ignore[misc]
     parts = new(8, 2, 16)
+    sound = SlotKernel(cache(2, 16), PLACES).attend(0, *parts, SCALING)  # type: ignore[misc]
     parts[part][5, 1, 3] = fault
     expected = SlotLoop(cache(2, 16), PLACES).attend(0, *parts, SCALING)  # type: ignore[misc]
     found = SlotKernel(cache(2, 16), PLACES).attend(0, *parts, SCALING)  # type: ignore[misc]

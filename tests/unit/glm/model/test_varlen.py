@@ -1,4 +1,4 @@
-"""Attention of whole rows, as on CUDA: on CPU behind a stand-in for torch's kernel, and on a CUDA device as it is."""
+"""Attention of a whole batch in two calls: on CPU with a stand-in for torch's kernel."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def documented_varlen_attn(
     scale: float,
     window_size: tuple[int, int],
 ) -> torch.Tensor:
-    """What `torch.nn.attention.varlen` says of itself: no grouped queries, causal from the end of the keys."""
+    """As `torch.nn.attention.varlen` is documented: no grouped queries, causal from the end."""
     assert window_size == (-1, 0)
     assert query.shape[1] == key.shape[1] == value.shape[1]
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
@@ -70,7 +70,7 @@ def all_answers(
 @pytest.mark.parametrize("shared", [0, TEMPLATE])
 @pytest.mark.parametrize("prefix_places", [0, 5])
 @pytest.mark.parametrize("labels", [None, LABELS])
-def test_calls_for_the_varlen_equal_a_loop_over_its_pieces(
+def test_varlen_calls_equal_a_loop_over_spans(
     labels: Any, prefix_places: int, shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = head_model(prefix_places) if labels is None else causal_model(prefix_places)
