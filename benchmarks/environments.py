@@ -1,4 +1,4 @@
-"""Where each contestant's Python is, and the checkpoint in its format, made once and kept."""
+"""The Python of each contestant, and its checkpoint, which is made once and kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from workload import Shape
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE / "contestants"
-# Formats other than transformers' own are written by a script in the environment of the program that reads them.
+# Other formats than transformers' own: a script writes them in the environment of their reader.
 CONVERTERS = {"gguf": "write_gguf.py", "openvino": "export_openvino.py"}
 
 
@@ -24,7 +24,7 @@ class NotHere(Exception):
 
 
 def find_python(contestant: Contestant, peers_dir: Path) -> str:
-    """The Python of the contestant's environment: ours and transformers' is the one that runs this."""
+    """The Python of the contestant's environment; ours and transformers' is the one running this."""
     if contestant.program in {OURS, "transformers"}:
         return sys.executable
     python = peers_dir / contestant.program / "bin" / "python"
@@ -36,20 +36,12 @@ def find_python(contestant: Contestant, peers_dir: Path) -> str:
 def find_checkpoint(
     contestant: Contestant, shape: Shape, seed: int, cache: Path, peers_dir: Path
 ) -> Path:
-    """The checkpoint of random weights in the contestant's format, made if it is not in the cache."""
+    """The checkpoint of random weights in the contestant's format, made if the cache lacks it."""
     folder = cache / f"{shape.name}-seed{seed}"
     kind = "classifier" if contestant.task == "classify" else "causal"
     native = folder / kind
-    _make(
-        native,
-        [
-            sys.executable,
-            str(SCRIPTS / "make_checkpoint.py"),
-            kind,
-            json.dumps(shape.config()),
-            str(seed),
-        ],
-    )
+    script = str(SCRIPTS / "make_checkpoint.py")
+    _make(native, [sys.executable, script, kind, json.dumps(shape.config()), str(seed)])
     if contestant.checkpoint == "transformers":
         return native
     form, _, numbers = contestant.checkpoint.partition("-")
@@ -60,20 +52,20 @@ def find_checkpoint(
 
 
 def environment(threads: int, python: str) -> dict[str, str]:
-    """For a contestant's process: as many threads as asked, and nothing from the network."""
+    """The variables of a contestant's process: its threads, and no network."""
     settings = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
     if threads:
         settings |= dict.fromkeys(
             ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)
         )
     openmp = Path(python).parent.parent / "lib" / "libiomp5.so"
-    if openmp.exists():  # vLLM brings it, and wants it preloaded
+    if openmp.exists():  # only in vLLM's environment, which wants it preloaded
         settings["LD_PRELOAD"] = str(openmp)
     return {**os.environ, **settings}
 
 
 def _make(path: Path, command: list[str]) -> None:
-    """Run `command` with a folder to write to, which becomes `path` only when it is complete."""
+    """Run `command` with a folder to write to, and rename that to `path` when it is complete."""
     if path.exists():
         return
     print(f"making {path}", file=sys.stderr)
@@ -93,7 +85,7 @@ def _make(path: Path, command: list[str]) -> None:
 
 
 def last_line(log: str) -> str:
-    """What went wrong, for a person to read: the last line that names an error, else the last line."""
+    """The reason in a log: the last line that names an error, else the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"(Error|Exception)\b", line)]
-    return (errors or lines or ["nothing was said"])[-1][:300]
+    return (errors or lines or ["no output"])[-1][:300]

@@ -1,4 +1,4 @@
-"""What the runs come to: medians, shares of the limit, ratios to ours, and whether the answers are the same."""
+"""What the runs come to: medians, shares of the limit, ratios to ours, and whether answers agree."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ GIB = 1 << 30
 def decode_limit(
     shape: Shape, slots: int, dtype: str, ceiling: dict[str, float]
 ) -> dict[str, float]:
-    """New tokens a second with `slots` rows at once: what arithmetic, and what reading the weights, allow."""
+    """New tokens a second with `slots` rows at once, by arithmetic and by reading the weights."""
     weights = shape.body_weights + shape.head_weights
     return {
         "by_arithmetic": ceiling["gemm_flops"] / (2 * weights),
+        # One read of all weights gives each slot one token.
         "by_bandwidth": slots * ceiling["bytes_per_second"] / (weights * DTYPE_BYTES[dtype]),
     }
 
@@ -30,108 +31,128 @@ def judge(
     ceiling: dict[str, float],
     limit: dict[str, float],
 ) -> dict[str, dict[str, Any]]:
-    """For each contestant its rates, its share of the limit, how many times faster ours is, and its answers."""
-    present = {name: result for name, result in results.items() if "not_here" not in result}
-    seconds = {name: [run[clock] for run in result["runs"][1:]] for name, result in present.items()}
+    """For each contestant its rates, its share of the limit, its time over ours, and its answers."""
     judged: dict[str, dict[str, Any]] = {}
     for name, result in results.items():
-        if name not in present:
+        if "not_here" in result:
             judged[name] = {"not_here": result["not_here"]}
             continue
-        work, runs = result["work"], result["runs"]
-        median = statistics.median(seconds[name])
-        tokens = tokens_of(work)
+        work = result["work"]
+        seconds = _seconds(result, clock)
+        median = statistics.median(seconds)
+        least_seconds = least_operations(work, shape) / ceiling["gemm_flops"]
         judged[name] = {
             "version": result["version"],
             "rows": len(work["rows"]),
-            "tokens": tokens,
-            "seconds": seconds[name],
-            "tokens_per_second": tokens / median,
+            "tokens": tokens_of(work),
+            "seconds": seconds,
+            "tokens_per_second": tokens_of(work) / median,
             "rows_per_second": len(work["rows"]) / median,
             "new_tokens_per_second": sum(work["answer_tokens"]) / median,
-            "gemm_seconds": least_operations(work, shape) / ceiling["gemm_flops"],
-            "of_gemm_limit": least_operations(work, shape) / ceiling["gemm_flops"] / median,
-            "times_ours": _times(
-                seconds[name], tokens, seconds[OURS], tokens_of(results[OURS]["work"])
-            ),
-            "peak_gib": max(run["peak_bytes"] for run in runs) / GIB,
-            "peak_gpu_gib": max(run["peak_gpu_bytes"] or 0 for run in runs) / GIB,
+            "gemm_seconds": least_seconds,
+            "of_gemm_limit": least_seconds / median,
+            "times_ours": _times(result, results[OURS], clock),
+            "peak_gib": max(run["peak_bytes"] for run in result["runs"]) / GIB,
+            "peak_gpu_gib": max(run["peak_gpu_bytes"] or 0 for run in result["runs"]) / GIB,
             **_compared(result, results[REFERENCE]),
         }
         if work["task"] == "generate":
-            judged[name]["of_decode_limit"] = _least_seconds(work, shape, ceiling, limit) / median
+            judged[name]["of_decode_limit"] = _decode_seconds(work, shape, ceiling, limit) / median
     return judged
 
 
-def _times(theirs: list[float], their_tokens: int, ours: list[float], our_tokens: int) -> float:
-    """How many times as long as ours a token takes; of each round, since the machine's speed drifts between rounds."""
-    return statistics.median(
-        (their / their_tokens) / (our / our_tokens) for their, our in zip(theirs, ours, strict=True)
-    )
+def _seconds(result: dict[str, Any], clock: str) -> list[float]:
+    """The seconds of each round, without the warm-up."""
+    return [run[clock] for run in result["runs"][1:]]
 
 
-def _least_seconds(
+def _times(theirs: dict[str, Any], ours: dict[str, Any], clock: str) -> float:
+    """How many times as long as ours a token takes.
+
+    The median over rounds of a ratio within one round, because the machine's speed drifts.
+    """
+    per_token = tokens_of(ours["work"]) / tokens_of(theirs["work"])
+    rounds = zip(_seconds(theirs, clock), _seconds(ours, clock), strict=True)
+    return statistics.median(their / our * per_token for their, our in rounds)
+
+
+def _decode_seconds(
     work: dict[str, Any], shape: Shape, ceiling: dict[str, float], limit: dict[str, float]
 ) -> float:
-    """Prompts at the speed of arithmetic, then new tokens at the decode limit. Reading keys and values is left out."""
+    """Least seconds: prompts at the speed of arithmetic, new tokens at the slower decode limit.
+
+    Reading keys and values is left out.
+    """
     prompts = 2 * shape.body_weights * sum(len(row) for row in work["rows"]) / ceiling["gemm_flops"]
     return prompts + int(sum(work["answer_tokens"])) / min(limit.values())
 
 
 def _compared(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """Against the plain loop, on the rows that both were given, in all rounds."""
-    expected = dict(zip(reference["work"]["indexes"], reference["runs"][0]["answers"], strict=True))
-    compared, same, difference = 0, 0, 0.0
+    """How many answers agree with the plain loop's, over the rows that both had, in all rounds.
+
+    Scores agree when the best label is the same: they differ by rounding. Token ids must be equal.
+    """
+    expected = _by_row(reference, reference["runs"][0])
     generated = result["work"]["task"] == "generate"
+    compared = 0
+    same = 0
+    difference = 0.0
     for run in result["runs"]:
-        answers = dict(zip(result["work"]["indexes"], run["answers"], strict=True))
+        answers = _by_row(result, run)
         for index in answers.keys() & expected.keys():
-            answer, right = answers[index], expected[index]
+            answer = answers[index]
+            right = expected[index]
             compared += 1
-            same += answer == right if generated else _first_best(answer) == _first_best(right)
-            if not generated:
-                difference = max(
-                    difference,
-                    *(abs(one - other) for one, other in zip(answer, right, strict=True)),
-                )
+            if generated:
+                same += answer == right
+                continue
+            same += _best(answer) == _best(right)
+            for score, right_score in zip(answer, right, strict=True):
+                difference = max(difference, abs(score - right_score))
     scores = {} if generated else {"largest_score_difference": difference}
     return {"compared": compared, "same": same, **scores}
 
 
-def _first_best(scores: list[float]) -> int:
-    return max(range(len(scores)), key=scores.__getitem__)
+def _by_row(result: dict[str, Any], run: dict[str, Any]) -> dict[int, Any]:
+    return dict(zip(result["work"]["indexes"], run["answers"], strict=True))
+
+
+def _best(scores: list[float]) -> int:
+    """The first of the highest scores."""
+    return scores.index(max(scores))
 
 
 def ceiling_table(
     first: dict[str, float], last: dict[str, float], limit: dict[str, float], slots: int
 ) -> str:
     """For people: what the machine reached before and after, and what that allows."""
-    readings = [
-        f"{when}: {reading['gemm_flops'] / 1e9:.0f} GFLOP/s, {reading['bytes_per_second'] / 1e9:.1f} GB/s"
-        for when, reading in (("before", first), ("after", last))
-    ]
+    lines = ["ceiling"]
+    for when, reading in (("before", first), ("after", last)):
+        gflops = reading["gemm_flops"] / 1e9
+        gigabytes = reading["bytes_per_second"] / 1e9
+        lines.append(f"{when}: {gflops:.0f} GFLOP/s, {gigabytes:.1f} GB/s")
     allowed = ", ".join(f"{name.replace('_', ' ')} {rate:.0f}" for name, rate in limit.items())
-    return "\n".join(["ceiling", *readings, f"new tokens/s that {slots} slots allow: {allowed}"])
+    lines.append(f"new tokens/s that {slots} slots allow: {allowed}")
+    return "\n".join(lines)
 
 
 def table(task: str, judged: dict[str, dict[str, Any]]) -> str:
     """For people: one line for each contestant."""
     unit = "new tokens/s" if task == "generate" else "rows/s"
     key = "new_tokens_per_second" if task == "generate" else "rows_per_second"
-    lines = [
-        "",
-        f"{task:28}{'rows':>6}{'tokens/s':>10}{unit:>14}{'of limit':>10}{'ours is':>10}  same answers",
-    ]
+    heads = f"{'rows':>6}{'tokens/s':>10}{unit:>14}{'of limit':>10}{'ours is':>10}"
+    lines = ["", f"{task:28}{heads}  same answers"]
     for name, result in judged.items():
         if "not_here" in result:
             lines.append(f"{name:28}not here: {result['not_here']}")
             continue
         share = result.get("of_decode_limit", result["of_gemm_limit"])
-        difference = result.get("largest_score_difference")
-        apart = "" if difference is None else f", scores within {difference:.1e}"
-        memory = f", {result['peak_gpu_gib']:.1f} GiB of the GPU" if result["peak_gpu_gib"] else ""
-        lines.append(
-            f"{name:28}{result['rows']:6}{result['tokens_per_second']:10.0f}{result[key]:14.2f}{share:10.2f}"
-            f"{result['times_ours']:9.2f}x  {result['same']} of {result['compared']}{apart}{memory}"
-        )
+        rates = f"{result['rows']:6}{result['tokens_per_second']:10.0f}{result[key]:14.2f}"
+        ratios = f"{share:10.2f}{result['times_ours']:9.2f}x"
+        answers = f"{result['same']} of {result['compared']}"
+        if "largest_score_difference" in result:
+            answers += f", scores within {result['largest_score_difference']:.1e}"
+        if result["peak_gpu_gib"]:
+            answers += f", {result['peak_gpu_gib']:.1f} GiB of the GPU"
+        lines.append(f"{name:28}{rates}{ratios}  {answers}")
     return "\n".join(lines)

@@ -11,7 +11,10 @@ REFERENCE = "transformers/row-by-row"
 
 @dataclass(frozen=True)
 class Contestant:
-    """`slow`: gets a part of the rows. `cpu_only`: as it is set up here."""
+    """A program, or a way of using it, in one task.
+
+    `slow` contestants get a part of the rows. `cpu_only` ones are set up here for CPU only.
+    """
 
     name: str
     task: str
@@ -26,10 +29,12 @@ class Contestant:
 
     @property
     def way(self) -> str:
+        """How it goes about the task; empty where it has one way."""
         return self.name.partition("/")[2]
 
     @property
     def script(self) -> str:
+        """Its file in contestants/."""
         return f"with_{self.program.replace('.', '_')}.py"
 
 
@@ -56,15 +61,16 @@ ROSTER = (
     Contestant("openvino/f32", "generate", "openvino-f32", cpu_only=True),
     Contestant("openvino/int8", "generate", "openvino-int8", cpu_only=True),
 )
-WAYS = tuple(sorted({each.name for each in ROSTER if each.way}))
-PEERS = tuple(sorted({each.program for each in ROSTER} - {OURS}))
+WAYS = tuple(sorted({contestant.name for contestant in ROSTER if contestant.way}))
+PEERS = tuple(sorted({contestant.program for contestant in ROSTER} - {OURS}))
 
 
 def taking_part(task: str, peers: list[str]) -> list[Contestant]:
-    """Ours first, then the reference, then those of `peers` (programs, or programs with their way) in the task."""
-    return [
-        each
-        for each in ROSTER
-        if each.task == task
-        and (each.name in {OURS, REFERENCE} or each.name in peers or each.program in peers)
-    ]
+    """Ours, the reference, and those of `peers` (program or program/way), in roster order."""
+    always = {OURS, REFERENCE}
+    chosen = []
+    for contestant in ROSTER:
+        asked = contestant.name in peers or contestant.program in peers
+        if contestant.task == task and (asked or contestant.name in always):
+            chosen.append(contestant)
+    return chosen

@@ -1,19 +1,21 @@
-"""Training beside a plain Trainer loop on the same rows: tokens a second, and the most memory.
+"""Training beside a plain Trainer loop on the same rows: tokens a second, and peak memory.
 
     python benchmarks/training.py                               all weights of a small model, float32 on CPU
     python benchmarks/training.py --shape mid --method lora
 
-Two in turn, each round in a process of its own: `glmbatch.tuning.train`, and transformers' Trainer as its pages show
-it (random order, padding to the longest row of a batch), with the same model, batch, evaluations and saves. Seconds are
-those of all threads of the process within `Trainer.train`; tokens are those of the rows, without padding. Weights are
-random, lengths as texts have them. The ceiling is the model's largest matrix product, measured in the same process. The
-last line is one JSON object.
+Two ways in turn, each round in a process of its own: `glmbatch.tuning.train`, and transformers'
+Trainer as its documentation shows it, with rows in random order and batches padded to their longest
+row. Both have the same base, batch size, evaluations and saves. Seconds are the CPU time of all
+threads within `Trainer.train`; tokens are those of the rows, without padding. Weights are random,
+lengths are log-normal. The ceiling is the model's largest matrix product, measured in the same
+process. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -26,13 +28,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "contestants")]
+from workload import SHAPES, Lengths, Shape
 
-from workload import SHAPES, Lengths  # noqa: E402
-
-LABELS = 4
-WAYS = ("glmbatch", "plain Trainer")
+SAMPLE = Path(__file__).resolve().parent.parent / "sample_data"
+LABELS = [f"label {number}" for number in range(4)]
+OURS = "glmbatch"
+PLAIN = "plain Trainer"
+KEPT = ("shape", "method", "rows", "batch", "threads", "rounds")  # options that the report repeats
 
 
 def main() -> None:
@@ -40,25 +42,14 @@ def main() -> None:
     if options.way:
         print(json.dumps(measure(options)))
         return
-    command = [sys.executable, __file__, *sys.argv[1:], "--way"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for turn in range(options.rounds):
-        for way in WAYS if turn % 2 else WAYS[::-1]:
-            done = subprocess.run(
-                [*command, way], env=environment, capture_output=True, text=True, check=True
-            )
-            found[way].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {turn + 1}, {way}: {found[way][-1]}", file=sys.stderr)
-    result: dict[str, Any] = {
-        key: vars(options)[key] for key in ("shape", "method", "rows", "batch", "threads", "rounds")
-    }
-    for way, runs in found.items():
-        result[way] = {
-            key: round(statistics.median(run[key] for run in runs), 4) for key in runs[0]
-        }
-    ours, plain = (result[way]["tokens_per_second"] for way in WAYS)
-    result["times_plain"] = round(ours / plain, 3)
+    runs = run_in_turn(options)
+    result: dict[str, Any] = {name: getattr(options, name) for name in KEPT}
+    for way, facts in runs.items():
+        result[way] = {}
+        for key in facts[0]:
+            result[way][key] = round(statistics.median(run[key] for run in facts), 4)
+    ratio = result[OURS]["tokens_per_second"] / result[PLAIN]["tokens_per_second"]
+    result["times_plain"] = round(ratio, 3)
     for key, value in result.items():
         print(f"{key:16} {value}")
     print(json.dumps(result))
@@ -76,135 +67,209 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--mean-tokens", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=(OURS, PLAIN), help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def run_in_turn(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """What each way measured in each round."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--way"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    runs: dict[str, list[dict[str, float]]] = {OURS: [], PLAIN: []}
+    for turn in range(options.rounds):
+        # The order changes, so that a machine that slows down slows both.
+        ways = (OURS, PLAIN) if turn % 2 else (PLAIN, OURS)
+        for way in ways:
+            done = subprocess.run(
+                [*command, way], env=environment, stdout=subprocess.PIPE, text=True, check=True
+            )
+            runs[way].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {turn + 1}, {way}: {runs[way][-1]}", file=sys.stderr)
+    return runs
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """One epoch in this process."""
     import torch
-    from ceiling import _product_flops
-    from transformers import GlmConfig, GlmForCausalLM, Trainer
-
-    from glmbatch.glm.checkpoint.save import save_checkpoint
-    from glmbatch.settings.tuning import TuneConfig
-    from glmbatch.tuning.train import TrainingRow, train
+    from contestants.machine import product_flops
 
     torch.set_num_threads(options.threads)
-    shape, rng = SHAPES[options.shape], random.Random(0)
-    shape = replace(shape, vocabulary=max(shape.vocabulary, 4096))  # more than the tokenizer has
-    lengths = Lengths(options.mean_tokens, 4, 512).draw(rng, options.rows)
-    rows = [
-        TrainingRow(
-            [rng.randrange(31, shape.vocabulary) for _ in range(length)],
-            rng.randrange(LABELS),
-            f"row {at}",
-        )
-        for at, length in enumerate(lengths)
-    ]
+    # More ids than the tokenizer has, which the checkpoint must hold.
+    shape = SHAPES[options.shape]
+    shape = replace(shape, vocabulary=max(shape.vocabulary, 4096))
+    rows = make_rows(shape, options)
+    seconds = time_training()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_base(folder / "base", shape)
+        valid = rows[: options.rows // 10]
+        train = train_ours if options.way == OURS else train_plain
+        train(options, folder, rows, valid)
+    tokens = sum(len(row.ids) for row in rows)
+    # Two for each weight: the forward pass, the gradients of activations and, where all weights
+    # are trained, those of the weights.
+    operations = (6 if options.method == "full" else 4) * shape.body_weights * tokens
+    on_gpu = options.device.startswith("cuda")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    limit = product_flops(shape.hidden, 2 * shape.inner, dtype, options.device)
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if on_gpu:
+        peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    return {
+        "tokens_per_second": tokens / seconds[0],
+        "of_product_rate": operations / seconds[0] / limit,
+        "peak_gib": peak_gib,
+    }
+
+
+def make_rows(shape: Shape, options: argparse.Namespace) -> list[Any]:
+    """Rows of random ids and labels, the same for every way."""
+    from glmbatch.tuning.train import TrainingRow
+
+    rng = random.Random(0)
+    rows = []
+    for number, length in enumerate(Lengths(options.mean_tokens, 4, 512).draw(rng, options.rows)):
+        ids = [rng.randrange(31, shape.vocabulary) for _ in range(length)]
+        rows.append(TrainingRow(ids, rng.randrange(len(LABELS)), f"row {number}"))
+    return rows
+
+
+def time_training() -> list[float]:
+    """A list to which each `Trainer.train` of this process adds its CPU seconds.
+
+    Both ways end in that call, which leaves out loading, saving the result and calibration.
+    """
+    from transformers import Trainer
+
     seconds: list[float] = []
     plain_train = Trainer.train
 
     def timed(*arguments: Any, **more: Any) -> Any:
-        began = time.process_time()
-        done = plain_train(*arguments, **more)
-        seconds.append(time.process_time() - began)
-        return done
+        start = time.process_time()
+        result = plain_train(*arguments, **more)
+        seconds.append(time.process_time() - start)
+        return result
 
     Trainer.train = timed  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory() as scratch:
-        base = Path(scratch) / "base"
-        torch.manual_seed(0)
-        config = GlmConfig(**shape.config() | {"id2label": {0: "LABEL_0"}})
-        tokenizer = ROOT / "sample_data" / "tiny-chatglm2" / "tokenizer.model"
-        save_checkpoint(GlmForCausalLM(config), base, tokenizer_model=tokenizer, dtype="float32")
-        tune = TuneConfig.model_validate(
-            {
-                "data": {"input": "none"},
-                "output": scratch,
-                "model": str(base),
-                "training": {
-                    "method": options.method,
-                    "epochs": 1,
-                    "batch_rows": options.batch,
-                    "gradient_checkpointing": False,
-                },
-                "runtime": {"device": options.device},
-            }
-        )
-        valid = rows[: options.rows // 10]
-        if options.way == "glmbatch":
-            train(
-                tune,
-                base,
-                [f"label {at}" for at in range(LABELS)],
-                rows,
-                valid,
-                Path(scratch) / "run",
-            )
-        else:
-            _plain(tune, base, rows, valid, Path(scratch) / "run")
-    tokens = sum(lengths)
-    # Forward and the way back to activations; with all weights trained, also to these.
-    operations = (6 if options.method == "full" else 4) * shape.body_weights * tokens
-    dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
-    limit = _product_flops(shape.hidden, 2 * shape.inner, dtype, options.device)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if options.device.startswith("cuda"):
-        memory = torch.cuda.max_memory_allocated() / 2**30
-    return {
-        "tokens_per_second": tokens / seconds[0],
-        "of_product_rate": operations / seconds[0] / limit,
-        "peak_gib": memory,
-    }
+    return seconds
 
 
-def _plain(tune: Any, base: Path, rows: Any, valid: Any, folder: Path) -> None:
-    """The model of ours, and nothing else of ours."""
-    import math
+def write_base(directory: Path, shape: Shape) -> None:
+    """A checkpoint of random weights in the published layout."""
+    import torch
+    from transformers import GlmConfig, GlmForCausalLM
 
+    from glmbatch.glm.checkpoint.save import save_checkpoint
+
+    torch.manual_seed(0)
+    config = GlmConfig(**shape.config() | {"id2label": {0: "LABEL_0"}})
+    tokenizer = SAMPLE / "tiny-chatglm2" / "tokenizer.model"
+    save_checkpoint(GlmForCausalLM(config), directory, tokenizer_model=tokenizer, dtype="float32")
+
+
+def train_ours(options: argparse.Namespace, folder: Path, rows: Any, valid: Any) -> None:
+    from glmbatch.settings.tuning import TuneConfig
+    from glmbatch.tuning.train import train
+
+    config = TuneConfig.model_validate(
+        {
+            "data": {"input": "none"},
+            "output": str(folder),
+            "model": str(folder / "base"),
+            "training": {
+                "method": options.method,
+                "epochs": 1,
+                "batch_rows": options.batch,
+                "gradient_checkpointing": False,
+            },
+            "runtime": {"device": options.device},
+        }
+    )
+    train(config, folder / "base", LABELS, rows, valid, folder / "run")
+
+
+def train_plain(options: argparse.Namespace, folder: Path, rows: Any, valid: Any) -> None:
+    """The same base and settings through transformers and peft alone."""
     import torch
     from transformers import Trainer, TrainingArguments
 
-    from glmbatch.tuning.train import _classifier, _with_method
-
     def pad(batch: Any) -> dict[str, Any]:
         ids = [torch.tensor(row.ids) for row in batch]
-        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence(
-            [torch.ones_like(each) for each in ids], batch_first=True
-        )
+        ones = [torch.ones_like(row) for row in ids]
         return {
-            "input_ids": padded,
-            "attention_mask": mask,
+            "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
+            "attention_mask": torch.nn.utils.rnn.pad_sequence(ones, batch_first=True),
             "labels": torch.tensor([row.label for row in batch]),
         }
 
-    every = math.ceil(len(rows) / tune.training.batch_rows)
+    on_gpu = options.device.startswith("cuda")
+    steps = math.ceil(len(rows) / options.batch)
     arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=tune.training.batch_rows,
-        per_device_eval_batch_size=tune.training.batch_rows,
+        output_dir=str(folder / "run"),
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
         num_train_epochs=1,
-        learning_rate=tune.learning_rate,
-        use_cpu=tune.runtime.device == "cpu",
-        bf16=tune.runtime.device.startswith("cuda"),
+        learning_rate=1e-4,
+        use_cpu=not on_gpu,
+        bf16=on_gpu,
         eval_strategy="steps",
-        eval_steps=every,
+        eval_steps=steps,
         save_strategy="steps",
-        save_steps=every,
-        logging_steps=max(1, every // 10),
+        save_steps=steps,
+        logging_steps=max(1, steps // 10),
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=[],
         disable_tqdm=True,
     )
-    labels = [f"label {at}" for at in range(LABELS)]
-    model = _with_method(_classifier(tune, base, labels, tune.runtime.device), tune)
-    model.config.problem_type = "single_label_classification"
     Trainer(
-        model=model, args=arguments, train_dataset=rows, eval_dataset=valid, data_collator=pad
+        model=plain_model(folder / "base", options),
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=valid,
+        data_collator=pad,
     ).train()
+
+
+def plain_model(base: Path, options: argparse.Namespace) -> Any:
+    """The base's weights under a new classification head, prepared as peft's documentation shows."""
+    from transformers import GlmForSequenceClassification
+
+    from glmbatch.glm.checkpoint.load import load_model
+
+    # Weights that are not trained need no more than bfloat16 on a GPU; ours does the same.
+    half = options.device.startswith("cuda") and options.method != "full"
+    loaded = load_model(base, "bfloat16" if half else "float32", options.device)
+    config = loaded.config
+    config.id2label = dict(enumerate(LABELS))
+    config.pad_token_id = 0
+    config.use_cache = False
+    config.problem_type = "single_label_classification"
+    model: Any = GlmForSequenceClassification(config)
+    model.model = loaded.model
+    model.to(options.device)
+    if options.method == "head":
+        model.requires_grad_(False)
+        model.score.requires_grad_(True)
+    else:
+        model.requires_grad_(True)
+    if options.method != "lora":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    from glmbatch.settings.tuning import TrainingConfig
+    from glmbatch.tuning.train import TARGETS
+
+    ours = TrainingConfig()
+    adapter = LoraConfig(
+        task_type="SEQ_CLS",
+        r=ours.lora_rank,
+        lora_alpha=ours.lora_alpha,
+        lora_dropout=ours.lora_dropout,
+        target_modules=TARGETS,
+        modules_to_save=["score"],
+    )
+    return get_peft_model(model, adapter)
 
 
 if __name__ == "__main__":

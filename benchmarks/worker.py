@@ -1,4 +1,4 @@
-"""A contestant's process: started, asked to do its work once at a time, stopped."""
+"""A contestant's process: started, asked to do its whole work again and again, stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from environments import NotHere, last_line
 
 
 class Worker:
-    """Its standard error goes to `log`; NotHere when it ends before it has answered."""
+    """A running contestant, whose standard error goes to `log`.
+
+    Raises NotHere, with the reason from the log, if it ends before it answers.
+    """
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         self._log = log
@@ -26,21 +29,22 @@ class Worker:
             )
 
     def wait_until_ready(self) -> str:
-        """What it is, with versions."""
+        """Return what it is, with versions, once it has loaded."""
         return str(self._answer()["version"])
 
     def run(self) -> dict[str, Any]:
-        """Seconds, memory and answers of doing the whole work once."""
+        """Have the whole work done once; return seconds, memory and answers."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write("run\n")
             self._process.stdin.flush()
-        except BrokenPipeError as error:
+        except BrokenPipeError as error:  # it ended since its last answer
             raise self._ended() from error
         return self._answer()
 
     def stop(self) -> None:
-        """End it, whether or not it listens."""
+        """Kill the process."""
+        # Not asked first: it has nothing to save, and a library may hang in its own shutdown.
         self._process.kill()
         self._process.communicate()
 

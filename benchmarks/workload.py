@@ -1,6 +1,7 @@
-"""The model's shape, the rows to be answered, and the arithmetic that they take. Standard library only.
+"""The model's shape, the rows to answer, and the arithmetic that they take.
 
-Lengths are log-normal, as texts have them. Everything follows from the seed.
+Standard library only. Lengths are log-normal, as those of texts are. Everything follows from the
+seed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from math import log
 from typing import Any
 
 TASKS = ("classify", "labels", "generate")
+# Token ids of 8 labels, 1 to 6 tokens long; some begin alike, as words of one language do.
 LABELS = (
     (11,),
     (12, 13),
@@ -21,7 +23,7 @@ LABELS = (
     (23, 24),
     (25, 26, 27, 28, 29, 30),
 )
-FIRST_ID = 31  # of prompts: behind padding, the end token and the labels
+FIRST_ID = 31  # of prompts: after padding, the end token and the labels
 LABEL_TEMPLATE_TOKENS = 100
 LABEL_TEXT_TOKENS = 40
 
@@ -30,7 +32,9 @@ Work = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a ChatGLM2 model: fused gate and up projections, grouped queries, rotary positions on half of each head."""
+    """A ChatGLM2 model: fused gate and up projections, grouped-query attention, and rotary
+    positions on half of each head.
+    """
 
     hidden: int
     inner: int
@@ -44,17 +48,18 @@ class Shape:
 
     @property
     def name(self) -> str:
+        """All numbers, to name its checkpoint in the cache."""
         return "-".join(f"{field}{number}" for field, number in asdict(self).items())
 
     @property
     def body_weights(self) -> int:
-        """Weights that every token is multiplied with."""
+        """Weights that every token is multiplied by."""
         attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.groups)
         return self.layers * (attention + 3 * self.hidden * self.inner)
 
     @property
     def head_weights(self) -> int:
-        """Weights of the token scores, for each token that is chosen or scored."""
+        """Weights of the token scores, used for each token that is chosen or scored."""
         return self.hidden * self.vocabulary
 
     def config(self) -> dict[str, Any]:
@@ -98,16 +103,22 @@ class Lengths:
     most: int
 
     def draw(self, rng: random.Random, count: int) -> list[int]:
-        drawn = (
-            rng.lognormvariate(log(self.mean) - 0.32, 0.8) for _ in range(count)
-        )  # 0.32 = 0.8 ** 2 / 2
-        return [int(min(max(length, self.least), self.most)) for length in drawn]
+        """`count` lengths, cut to `least` and `most`."""
+        lengths = []
+        for _ in range(count):
+            # The mean of a log-normal is exp(mu + sigma**2 / 2), and 0.32 = 0.8**2 / 2.
+            length = rng.lognormvariate(log(self.mean) - 0.32, 0.8)
+            lengths.append(int(min(max(length, self.least), self.most)))
+        return lengths
 
 
 def make_work(
     task: str, shape: Shape, rows: int, prompts: Lengths, answers: Lengths, prefix: int, seed: int
 ) -> Work:
-    """What a contestant is asked: rows of token ids that begin with the same `prefix` ids, and what to do with them."""
+    """What a contestant is asked: rows of token ids, and what to do with them.
+
+    All rows begin with the same `prefix` ids.
+    """
     rng = random.Random(seed)
 
     def ids(count: int) -> list[int]:
@@ -130,40 +141,48 @@ def make_work(
 
 
 def part_of(work: Work, rows: int) -> Work:
-    """The work on some of the rows, evenly from short to long, for those who would take too long with all."""
-    by_length = sorted(
-        work["indexes"], key=lambda at: len(work["rows"][at]) + work["answer_tokens"][at]
-    )
+    """The work on `rows` of its rows, evenly from short to long, for slow contestants."""
+
+    def length(index: int) -> int:
+        return len(work["rows"][index]) + int(work["answer_tokens"][index])
+
+    by_length = sorted(work["indexes"], key=length)
     count = len(by_length)
-    kept = sorted(by_length[(2 * at + 1) * count // (2 * rows)] for at in range(min(rows, count)))
-    parts = {name: [work[name][at] for at in kept] for name in ("rows", "answer_tokens")}
-    return {**work, **parts, "indexes": kept}
+    # The middle one of each of `rows` equal parts.
+    middles = [(2 * part + 1) * count // (2 * rows) for part in range(min(rows, count))]
+    kept = sorted(by_length[at] for at in middles)
+    return {
+        **work,
+        "indexes": kept,
+        "rows": [work["rows"][index] for index in kept],
+        "answer_tokens": [work["answer_tokens"][index] for index in kept],
+    }
 
 
 def tokens_of(work: Work) -> int:
     """Prompt and generated tokens, without padding."""
-    return sum(len(row) for row in work["rows"]) + sum(
-        int(length) for length in work["answer_tokens"]
-    )
+    return sum(len(row) for row in work["rows"]) + int(sum(work["answer_tokens"]))
 
 
 def least_operations(work: Work, shape: Shape) -> int:
-    """Two for each weight that a token must be multiplied with. Attention, a few percent here, is left out.
+    """Two for each weight that a token must be multiplied by.
 
-    A shared prefix counts once. The last layer counts for all tokens, though some of it can be left out for those that
-    nobody reads: at 8 layers that allows 1.1 of this limit, at 28 layers 1.04.
+    Attention, a few percent here, is left out. A shared prefix counts once. The last layer counts
+    for all tokens, though an engine can skip parts of it for tokens that nobody reads: that allows
+    1.1 of this limit at 8 layers, 1.04 at 28.
     """
-    read: int = sum(map(len, work["rows"])) - work["prefix_tokens"] * (len(work["rows"]) - 1)
+    rows = len(work["rows"])
+    read: int = sum(map(len, work["rows"])) - work["prefix_tokens"] * (rows - 1)
     scored: int = 0
     if work["task"] == "generate":
-        read += sum(work["answer_tokens"]) - len(
-            work["rows"]
-        )  # an answer's last token is not read again
-        scored = sum(work["answer_tokens"])
+        written = sum(work["answer_tokens"])
+        read += written - rows  # the last token of an answer is not read
+        scored = written
     if work["task"] == "labels":
-        beginnings = {
-            tuple(label[:end]) for label in work["labels"] for end in range(1, len(label))
-        }
-        read += len(beginnings) * len(work["rows"])
-        scored = (len(beginnings) + 1) * len(work["rows"])
+        # Labels that begin alike share those tokens: they form one tree.
+        beginnings = set()
+        for label in work["labels"]:
+            beginnings.update(tuple(label[:end]) for end in range(1, len(label)))
+        read += len(beginnings) * rows
+        scored = (len(beginnings) + 1) * rows
     return 2 * (shape.body_weights * read + shape.head_weights * scored)

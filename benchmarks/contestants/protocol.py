@@ -1,6 +1,6 @@
-"""What a contestant and the runner say to one another: one JSON line when ready, one for each `run`.
+"""The protocol of a contestant and the runner: one JSON line when ready, one for each `run`.
 
-Only the standard library is imported: this runs in the environment of every contestant.
+Only the standard library is imported, because this runs in the environment of every contestant.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ def serve(load: Callable[[argparse.Namespace, Work], tuple[str, Run]]) -> None:
 
 
 def _measured(run: Run) -> dict[str, Any]:
-    """The answers, the seconds of all threads of this process and of the clock on the wall, and peak memory."""
+    """The answers, CPU seconds of all threads, wall seconds, and peak memory in bytes."""
     gc.collect()
-    cpu, wall = time.process_time(), time.perf_counter()
-    answers = run()  # values, not tensors: whatever a GPU had to do is done
+    cpu = time.process_time()
+    wall = time.perf_counter()
+    answers = run()  # values, not tensors, so the GPU has finished
     return {
         "cpu_seconds": time.process_time() - cpu,
         "wall_seconds": time.perf_counter() - wall,

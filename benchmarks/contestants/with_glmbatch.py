@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import transformers
@@ -21,41 +18,41 @@ from glmbatch.glm.engine.worker import TorchEngine
 def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
     engine = TorchEngine(
         load_model(options, work),
-        eos_id=-1,
+        eos_id=-1,  # no id is the end token: answers have the lengths that the work says
         token_count=work["config"]["vocab_size"],
         max_batch_tokens=work["batch_tokens"],
         max_slots=work["slots"],
         quantization=options.way or "none",
     )
-    rows, shared = work["rows"], work["prefix_tokens"]
-    labels = tuple(map(tuple, work["labels"])) if options.task == "labels" else None
+    rows = work["rows"]
+    shared = work["prefix_tokens"]
+    labels = None
+    if options.task == "labels":
+        labels = tuple(map(tuple, work["labels"]))
 
-    def classify() -> list[tuple[float, ...]]:
+    def classify() -> list[Any]:
         requests = (ClassifyRequest(at, row, labels, shared) for at, row in enumerate(rows))
-        return _in_order(
-            (result.index, result.scores, result.error) for result in engine.classify(requests)
-        )
+        return _in_order(engine.classify(requests), "scores")
 
-    def generate() -> list[tuple[int, ...]]:
+    def generate() -> list[Any]:
         lengths = work["answer_tokens"]
         requests = (
             GenerateRequest(at, row, lengths[at], shared_tokens=shared)
             for at, row in enumerate(rows)
         )
-        return _in_order(
-            (result.index, result.ids, result.error) for result in engine.generate(requests)
-        )
+        return _in_order(engine.generate(requests), "ids")
 
     version = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return version, generate if options.task == "generate" else classify
 
 
-def _in_order(results: Any) -> list[Any]:
+def _in_order(results: Iterable[Any], field: str) -> list[Any]:
+    """The answers by row: the engine gives each as it is ready."""
     answers = {}
-    for index, answer, error in results:
-        if error:
-            raise RuntimeError(f"row {index}: {error}")
-        answers[index] = answer
+    for result in results:
+        if result.error:
+            raise RuntimeError(f"row {result.index}: {result.error}")
+        answers[result.index] = getattr(result, field)
     return [answers[at] for at in range(len(answers))]
 
 

@@ -1,6 +1,7 @@
 """llama.cpp through its C interface, with continuous batching as its server does it.
 
-Every step decodes one batch: a token of each sequence that is being written, and prompts for the free places.
+Every step decodes one batch: the last token of each sequence being written, and prompts for the
+free slots.
 """
 
 from __future__ import annotations
@@ -30,19 +31,20 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
     llama_cpp.llama_log_set(silent, None)
     path = str(options.checkpoint / "model.gguf").encode()
     model = llama_cpp.llama_model_load_from_file(path, llama_cpp.llama_model_default_params())
-    rows, lengths, slots = work["rows"], work["answer_tokens"], work["slots"]
+    rows = work["rows"]
+    lengths = work["answer_tokens"]
+    slots = work["slots"]
     longest = max(len(row) + length for row, length in zip(rows, lengths, strict=True))
     params = llama_cpp.llama_context_default_params()
     params.n_seq_max = slots
-    params.n_ctx = slots * (-(-longest // 256) * 256)  # in all; padded as llama.cpp wants it
-    params.kv_unified = (
-        True  # as the server does; a third faster here than a part for each sequence
-    )
+    params.n_ctx = slots * (-(-longest // 256) * 256)  # of all slots; llama.cpp pads to 256
+    # As its server does: a third faster here than one part for each sequence.
+    params.kv_unified = True
     params.n_batch = work["batch_tokens"] or 2048
     if options.threads:
         params.n_threads = params.n_threads_batch = options.threads
     if options.way == "f32":
-        # 16 bits unless asked: about a tenth faster, and not quite the same tokens.
+        # 16 bits by default: about a tenth faster, and not quite the same tokens.
         params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:
@@ -61,10 +63,12 @@ class _Engine:
     """Sequences by slot, and the batch that is decoded next."""
 
     def __init__(self, context: Any, slots: int, batch_tokens: int, vocabulary: int) -> None:
-        self._context, self._vocabulary = context, vocabulary
+        self._context = context
+        self._vocabulary = vocabulary
         self._memory = llama_cpp.llama_get_memory(context)
         self._batch = llama_cpp.llama_batch_init(batch_tokens, 0, 1)
-        self._batch_tokens, self._slots = batch_tokens, slots
+        self._batch_tokens = batch_tokens
+        self._slots = slots
 
     def generate(self, rows: list[list[int]], lengths: list[int]) -> list[list[int]]:
         llama_cpp.llama_memory_clear(self._memory, True)
@@ -87,16 +91,21 @@ class _Engine:
         return [answers[row] for row in range(len(rows))]
 
     def _step(self, live: dict[int, _Sequence]) -> Iterator[tuple[int, int]]:
-        """Read what fits in a batch, those being written first; the next token of each slot that is read to its end."""
-        batch, asked = self._batch, []
+        """Decode one batch; yield the next token of each slot whose ids are all read."""
+        batch = self._batch
         batch.n_tokens = 0
+        asked = []
+        # Sequences that are being written come first: a long prompt must not stall them.
         for slot in sorted(live, key=lambda slot: not live[slot].answer):
             sequence = live[slot]
             taken = min(len(sequence.ids), self._batch_tokens - batch.n_tokens)
             for token in sequence.ids[:taken]:
                 at = batch.n_tokens
-                batch.token[at], batch.pos[at], batch.logits[at] = token, sequence.position, 0
-                batch.n_seq_id[at], batch.seq_id[at][0] = 1, slot
+                batch.token[at] = token
+                batch.pos[at] = sequence.position
+                batch.logits[at] = 0
+                batch.n_seq_id[at] = 1
+                batch.seq_id[at][0] = slot
                 sequence.position += 1
                 batch.n_tokens += 1
             sequence.ids = sequence.ids[taken:]

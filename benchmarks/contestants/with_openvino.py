@@ -39,7 +39,9 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
 
 def _config(tokens: int) -> Any:
     config = openvino_genai.GenerationConfig()
-    config.max_new_tokens, config.ignore_eos, config.do_sample = tokens, True, False
+    config.max_new_tokens = tokens
+    config.ignore_eos = True
+    config.do_sample = False
     return config
 
 

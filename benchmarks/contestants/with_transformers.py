@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,10 +39,14 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
 
 
 def _classify_row_by_row(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run:
-    return lambda: [
-        model(torch.tensor([row], device=model.device), use_cache=False).logits[0].tolist()
-        for row in work["rows"]
-    ]
+    def run() -> list[list[float]]:
+        answers = []
+        for row in work["rows"]:
+            ids = torch.tensor([row], device=model.device)
+            answers.append(model(ids, use_cache=False).logits[0].tolist())
+        return answers
+
+    return run
 
 
 class _Ids:
@@ -56,7 +61,7 @@ class _Ids:
 
 
 def _pipeline(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run:
-    """`pipeline("text-classification")` itself: batches in the order given, each padded to its longest row."""
+    """`TextClassificationPipeline` itself: batches in the order given, padded to their longest row."""
     pipe: Any = pipelines.TextClassificationPipeline(
         model=model, tokenizer=_Ids(), device=options.device
     )
@@ -66,37 +71,38 @@ def _pipeline(model: Any, work: dict[str, Any], options: argparse.Namespace) -> 
     def run() -> list[list[float]]:
         inputs = [{"input_ids": rows[at]} for at in order]
         results = pipe(inputs, batch_size=work["batch"], top_k=None, function_to_apply="none")
-        named = [{score["label"]: score["score"] for score in scores} for scores in results]
-        return _back([[scores[label] for label in sorted(scores)] for scores in named], order)
+        answers = []
+        for scores in results:
+            # It returns the best label first; answers are compared in the order of the labels.
+            by_label = sorted(scores, key=lambda score: str(score["label"]))
+            answers.append([score["score"] for score in by_label])
+        return _back(answers, order)
 
     return run
 
 
 def _pairs(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run:
-    """Each label behind each row, as a row of its own: padded batches, or one at a time."""
+    """Each label after each row, as a row of its own: padded batches, or one at a time."""
     labels: list[list[int]] = work["labels"]
-    pairs = [(row, label) for row in work["rows"] for label in labels]
+    pairs = list(itertools.product(work["rows"], labels))
     order = _order([len(row) + len(label) for row, label in pairs], options.way)
     batch = 1 if options.way == "row-by-row" else work["batch"]
 
     def score(asked: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         ids, mask = _padded([[*row, *label] for row, label in asked], "right", model.device)
         logits = model(ids, attention_mask=mask, use_cache=False).logits
-        return [
-            float(
-                logits[at, len(row) - 1 : len(row) + len(label) - 1]
-                .float()
-                .log_softmax(-1)
-                .gather(1, torch.tensor(label, device=model.device)[:, None])
-                .sum()
-            )
-            for at, (row, label) in enumerate(asked)
-        ]
+        scores = []
+        for at, (row, label) in enumerate(asked):
+            # The logits at a position score the token after it.
+            read = logits[at, len(row) - 1 : len(row) + len(label) - 1]
+            chosen = torch.tensor(label, device=model.device)[:, None]
+            scores.append(float(read.float().log_softmax(-1).gather(1, chosen).sum()))
+        return scores
 
     def run() -> list[list[float]]:
-        scores = [
-            each for some in _batches(order, batch) for each in score([pairs[at] for at in some])
-        ]
+        scores: list[float] = []
+        for part in _batches(order, batch):
+            scores += score([pairs[at] for at in part])
         flat = _back(scores, order)
         return [flat[at : at + len(labels)] for at in range(0, len(flat), len(labels))]
 
@@ -104,48 +110,53 @@ def _pairs(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run
 
 
 def _static(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run:
-    """`generate`: batches padded on the left, each going on until its longest answer ends; or one row at a time."""
-    rows, lengths = work["rows"], work["answer_tokens"]
+    """`generate` on left-padded batches, each until its longest answer ends; or row by row."""
+    rows = work["rows"]
+    lengths = work["answer_tokens"]
     order = _order(list(map(len, rows)), options.way)
     batch = 1 if options.way == "row-by-row" else work["slots"]
     model.generation_config = generation.GenerationConfig(do_sample=False, pad_token_id=PAD)
 
-    def generate(some: Sequence[int]) -> list[list[int]]:
-        ids, mask = _padded([rows[at] for at in some], "left", model.device)
-        longest = max(lengths[at] for at in some)
-        written = model.generate(ids, attention_mask=mask, max_new_tokens=longest)[
-            :, ids.shape[1] :
-        ].tolist()
-        return [answer[: lengths[at]] for at, answer in zip(some, written, strict=True)]
+    def generate(part: Sequence[int]) -> list[list[int]]:
+        ids, mask = _padded([rows[at] for at in part], "left", model.device)
+        longest = max(lengths[at] for at in part)
+        written = model.generate(ids, attention_mask=mask, max_new_tokens=longest)
+        answers = written[:, ids.shape[1] :].tolist()  # without the prompts
+        return [answer[: lengths[at]] for at, answer in zip(part, answers, strict=True)]
 
-    return lambda: _back(
-        [answer for some in _batches(order, batch) for answer in generate(some)], order
-    )
+    def run() -> list[list[int]]:
+        answers: list[list[int]] = []
+        for part in _batches(order, batch):
+            answers += generate(part)
+        return _back(answers, order)
+
+    return run
 
 
 def _continuous(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run:
-    """transformers' own continuous batching, which stays up from one run to the next."""
-    rows, lengths, slots = work["rows"], work["answer_tokens"], work["slots"]
+    """transformers' own continuous batching, whose manager stays up from one run to the next."""
+    rows = work["rows"]
+    lengths = work["answer_tokens"]
+    slots = work["slots"]
     model.set_attn_implementation("sdpa")
-    blocks = max(
-        -(-(len(row) + length) // BLOCK_TOKENS) for row, length in zip(rows, lengths, strict=True)
-    )
+    longest = max(len(row) + length for row, length in zip(rows, lengths, strict=True))
+    blocks = -(-longest // BLOCK_TOKENS)  # rounded up
     manager = model.init_continuous_batching(
         generation.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=PAD),
         generation.ContinuousBatchingConfig(
             num_blocks=(blocks + 1) * slots,
             max_batch_tokens=work["batch_tokens"] or 2048,
             max_requests_per_batch=slots,
-            # Rows of an earlier run would be found in the cache.
+            # Otherwise a round would find the rows of the round before in the cache.
             allow_block_sharing=work["prefix_tokens"] > 0,
         ),
     )
     manager.warmup()
     manager.start()
-    rounds = iter(range(1_000_000))
+    rounds = itertools.count()
 
     def run() -> list[list[int]]:
-        this = next(rounds)
+        this = next(rounds)  # ids of requests must not repeat
         for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             manager.add_request(
                 row, request_id=f"{this} {at}", max_new_tokens=length, eos_token_id=-1
@@ -183,13 +194,12 @@ def _padded(
     rows: list[list[int]], side: str, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, rows))
-    ids, mask = (
-        torch.full((len(rows), longest), PAD),
-        torch.zeros(len(rows), longest, dtype=torch.long),
-    )
+    ids = torch.full((len(rows), longest), PAD)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
     for at, row in enumerate(rows):
         place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-        ids[at, place], mask[at, place] = torch.tensor(row), 1
+        ids[at, place] = torch.tensor(row)
+        mask[at, place] = 1
     return ids.to(device), mask.to(device)
 
 

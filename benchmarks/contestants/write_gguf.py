@@ -70,11 +70,13 @@ def _names(layers: int) -> dict[str, list[str]]:
     """llama.cpp's name of each tensor -> transformers' names of what it is made of."""
     names = {theirs: [ours] for ours, theirs in WHOLE.items()}
     for layer in range(layers):
-        ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
+        ours = f"model.layers.{layer}."
+        theirs = f"blk.{layer}."
         names |= {theirs + after: [ours + before] for before, after in LAYER.items()}
         for part in ("weight", "bias"):
+            # llama.cpp has the three projections in one tensor.
             names[f"{theirs}attn_qkv.{part}"] = [
-                f"{ours}self_attn.{each}_proj.{part}" for each in "qkv"
+                f"{ours}self_attn.{letter}_proj.{part}" for letter in "qkv"
             ]
     return names
 
