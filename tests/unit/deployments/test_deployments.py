@@ -16,20 +16,25 @@ from prefect.utilities.schema_tools import validate
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.jobfile import load_settings
 from glmbatch.settings.tuning import TuneConfig
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 DEPLOYMENTS: dict[str, dict[str, Any]] = {
-    each["name"]: each
-    for each in yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())["deployments"]
+    deployment["name"]: deployment
+    for deployment in yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())["deployments"]
 }
 
 
 def parameter_sets(name: str) -> list[dict[str, Any]]:
-    """The parameters of a run by schedule or by hand, and those of a run by each trigger, its templates filled in."""
+    """The parameters of a run by schedule or by hand, or of a run by each trigger.
+
+    Templates of triggers are filled in with a text that is also a run's id.
+    """
     own = DEPLOYMENTS[name].get("parameters", {})
-    triggers = DEPLOYMENTS[name].get("triggers", [])
-    filled = [dict.fromkeys(trigger.get("parameters", {}), str(uuid4())) for trigger in triggers]
-    return [{**own, **values} for values in filled] or [own]
+    sets = []
+    for trigger in DEPLOYMENTS[name].get("triggers", []):
+        filled = dict.fromkeys(trigger.get("parameters", {}), str(uuid4()))
+        sets.append({**own, **filled})
+    return sets or [own]
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
@@ -38,20 +43,22 @@ def test_the_parameters_fit_the_flow(name: str, monkeypatch: pytest.MonkeyPatch)
     flow = load_flow_from_entrypoint(DEPLOYMENTS[name]["entrypoint"])
     schema = parameter_schema(flow).model_dump()
     for parameters in parameter_sets(name):
-        validate(parameters, schema, raise_on_error=True)  # what a server holds it to
+        validate(parameters, schema, raise_on_error=True)  # the server's own check
         flow.validate_parameters(parameters)
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
-def test_schedules_and_triggers_are_ones_that_prefect_takes(name: str) -> None:
+def test_prefect_accepts_the_schedules(name: str) -> None:
     for schedule in DEPLOYMENTS[name].get("schedules", []):
         CronSchedule.model_validate(schedule)
-        assert schedule["timezone"], "a night is a night somewhere"
+        assert schedule["timezone"], "01:30 is a night in one time zone only"
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_prefect_knows_every_key_of_the_triggers(name: str) -> None:
     for trigger in DEPLOYMENTS[name].get("triggers", []):
         known = DeploymentEventTrigger.model_validate(trigger)
-        assert not trigger.keys() - known.model_dump().keys(), (
-            "Prefect ignores keys that it does not know"
-        )
+        assert not trigger.keys() - known.model_dump().keys(), "Prefect ignores unknown keys"
 
 
 @pytest.mark.parametrize(
@@ -62,13 +69,21 @@ def test_no_two_runs_of_a_deployment_overlap(name: str, strategy: str) -> None:
     assert DEPLOYMENTS[name]["concurrency_limit"] == {"limit": 1, "collision_strategy": strategy}
 
 
-def test_scheduled_jobs_ask_what_the_sample_jobs_ask_into_outputs_of_their_own() -> None:
+def scheduled_jobs() -> list[JobConfig]:
+    parameters = [DEPLOYMENTS[name]["parameters"] for name in ("nightly", "arrivals")]
+    return [JobConfig.model_validate(values["job"]) for values in parameters]
+
+
+def test_scheduled_jobs_ask_what_the_sample_job_asks() -> None:
     sample = load_settings(str(ROOT / "sample_data/reviews.yaml"), JobConfig)
-    jobs = [
-        JobConfig.model_validate(DEPLOYMENTS[name]["parameters"]["job"])
-        for name in ("nightly", "arrivals")
-    ]
-    assert [job.steps for job in jobs] == [sample.steps] * 2
-    assert len({job.data.output for job in (sample, *jobs)}) == 3
-    tuned = load_settings(str(ROOT / "sample_data/sentiment.yaml"), TuneConfig)
-    assert TuneConfig.model_validate(DEPLOYMENTS["weekly"]["parameters"]["config"]) == tuned
+    assert [job.steps for job in scheduled_jobs()] == [sample.steps] * 2
+
+
+def test_each_scheduled_job_has_an_output_of_its_own() -> None:
+    sample = load_settings(str(ROOT / "sample_data/reviews.yaml"), JobConfig)
+    assert len({job.data.output for job in (sample, *scheduled_jobs())}) == 3
+
+
+def test_the_weekly_training_is_the_sample_training() -> None:
+    sample = load_settings(str(ROOT / "sample_data/sentiment.yaml"), TuneConfig)
+    assert TuneConfig.model_validate(DEPLOYMENTS["weekly"]["parameters"]["config"]) == sample

@@ -1,0 +1,86 @@
+"""The benchmarks' own commands, on models of toy size: they run, and contestants give the same answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import ROOT
+
+OURS = {"glmbatch", "transformers/row-by-row"}
+
+
+def measure(script: str, *arguments: str) -> dict[str, Any]:
+    """Run the benchmark; return the JSON object of its last line."""
+    command = [sys.executable, f"benchmarks/{script}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def measure_engine(cache: Path, *arguments: str) -> dict[str, Any]:
+    size = ("--shape", "tiny", "--rows", "4", "--slow-rows", "2", "--rounds", "1")
+    folders = ("--cache", str(cache), "--peers-dir", str(cache))
+    return measure("engine.py", *size, *folders, *arguments)
+
+
+def assert_same_answers(judged: dict[str, Any]) -> None:
+    assert judged["same"] == judged["compared"] > 0
+    assert judged["tokens_per_second"] > 0
+    assert judged["times_ours"] > 0
+
+
+def test_the_engine_is_measured_against_the_ceiling(tmp_path: Path) -> None:
+    arguments = ("--task", "classify,generate", "--peers", "vllm", "--build", "seed")
+    report = measure_engine(tmp_path, *arguments)
+    for reading in ("first", "last"):
+        assert report["ceiling"][reading].keys() == {"gemm_flops", "bytes_per_second"}
+    for task in ("classify", "generate"):
+        judged = report["tasks"][task]
+        assert "vllm/bin/python" in judged.pop("vllm")["not_here"], "a peer that is not installed"
+        assert judged.keys() == OURS
+        for result in judged.values():
+            assert_same_answers(result)
+
+
+@pytest.mark.slow
+def test_all_of_transformers_ways_give_the_same_answers(tmp_path: Path) -> None:
+    tasks = measure_engine(tmp_path, "--peers", "transformers")["tasks"]
+    contestants = {task: len(judged) for task, judged in tasks.items()}
+    assert contestants == {"classify": 4, "labels": 4, "generate": 5}
+    for judged in tasks.values():
+        for result in judged.values():
+            assert_same_answers(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["head", "lora"])
+def test_training_is_measured_beside_a_plain_trainer(method: str) -> None:
+    report = measure("training.py", "--rows", "40", "--rounds", "1", "--method", method)
+    for way in ("glmbatch", "plain Trainer"):
+        assert all(value > 0 for value in report[way].values())
+
+
+@pytest.mark.slow
+@pytest.mark.prefect
+def test_the_growth_of_a_run_is_measured() -> None:
+    measured = measure("scale.py", "fragments", "3")["sizes"]["3"]
+    assert measured.pop("fragments") == 3
+    assert measured.keys() == {"seconds", "flow_mb", "server_mb"}
+    assert all(value > 0 for value in measured.values())
+
+
+@pytest.mark.slow
+@pytest.mark.prefect
+def test_the_job_is_measured_beside_its_engine() -> None:
+    size = ("--shape", "sample", "--rows", "6", "--rows-per-fragment", "3", "--rounds", "1")
+    report = measure("job.py", *size)
+    assert report["same_answers"]
+    for way in ("engine", "job", "flow"):
+        assert report[f"{way}_seconds"] > 0
