@@ -23,6 +23,7 @@ MOVED = {
     "max_canary_change": "moved to canary.max_change",
     "price_per_hour": "moved to report.price_per_hour",
     "max_loaded_models": "was removed: the run measures how many models fit in memory",
+    "retry_failed": "was removed: rows on which the model failed are always asked again",
     "rope_scaling": "was removed: rope_ratio is read as ChatGLM2 alone means it",
     "max_length": "would count the prompt too; set max_tokens (and max_input_tokens) instead",
 }

@@ -36,6 +36,7 @@ def assert_same_answers(judged: dict[str, Any]) -> None:
     assert judged["times_ours"] > 0
 
 
+@pytest.mark.slow
 def test_the_engine_is_measured_against_the_ceiling(tmp_path: Path) -> None:
     arguments = ("--task", "classify,generate", "--peers", "vllm", "--build", "seed")
     report = measure_engine(tmp_path, *arguments)
