@@ -101,10 +101,13 @@ class KnownAnswers:
         for file in files:
             self.add(file)
 
-    def add(self, file: AnswerFile) -> None:
-        """Take in the answers of one more file; one that cannot be read has none."""
+    def add(self, file: AnswerFile, table: pa.Table | None = None) -> None:
+        """Index the answers of one more file; one that cannot be read has none.
+
+        `table` holds its rows where the caller has just written them.
+        """
         try:
-            halves, rows = _halves_and_rows(file, self._include_failed)
+            halves, rows = _halves_and_rows(file, table, self._include_failed)
         except UnusableFile as error:
             logger.warning("%s: its answers are not reused", error)
             return
@@ -122,14 +125,17 @@ class KnownAnswers:
 
     @contextmanager
     def hold(self, keys: Collection[bytes]) -> Iterator[Hold]:
-        """Take those of `keys` that nobody holds, until the end: they are being answered.
+        """Hold those of `keys` that no other caller holds, until the end of the block.
 
-        All at once, and waits go only to who came before, so that no callers wait for one another
-        in a circle.
+        All keys are taken at once, and a caller waits only for those that came before it, so callers
+        never wait for one another in a circle.
         """
         with self._lock:
-            earlier = {id(hold): hold for key in keys if (hold := self._holders.get(key))}
-            mine = frozenset(key for key in keys if key not in self._holders)
+            mine = frozenset(keys) - self._holders.keys()
+            earlier: dict[int, Hold] = {}
+            for key in self._holders.keys() & set(keys):
+                holder = self._holders[key]
+                earlier[id(holder)] = holder
             hold = Hold(mine, tuple(earlier.values()), threading.Event())
             self._holders.update(dict.fromkeys(mine, hold))
         try:
@@ -145,18 +151,19 @@ class KnownAnswers:
         wanted: dict[int, list[int]] = {}
         for file, row in self._look_up(list(keys)):
             wanted.setdefault(file, []).append(row)
-        found = [self._schema.empty_table()]
+        parts = [self._schema.empty_table()]
         for file, rows in sorted(wanted.items()):
             table = self._table(file)
             if table is not None:
-                found.append(table.take(pa.array(rows, pa.int64())))
-        answers = pa.concat_tables(found).combine_chunks()
-        left = set(keys)  # half a key may be another's
-        sure = []
+                parts.append(table.take(pa.array(rows, pa.int64())))
+        answers = pa.concat_tables(parts).combine_chunks()
+        # The index holds half of each key, which may be another's, and a key may lie in two files.
+        missing = set(keys)
+        wanted_rows = []
         for key in answers.column(Columns(self._step).key).to_pylist():
-            sure.append(key in left)
-            left.discard(key)
-        return answers.filter(pa.array(sure, pa.bool_()))
+            wanted_rows.append(key in missing)
+            missing.discard(key)
+        return answers.filter(pa.array(wanted_rows, pa.bool_()))
 
     def _look_up(self, keys: Sequence[bytes]) -> list[tuple[int, int]]:
         if not keys:
@@ -164,7 +171,11 @@ class KnownAnswers:
         wanted = np.unique(np.frombuffer(b"".join(keys), np.uint64)[::2])
         with self._lock:
             segments = list(self._segments)
-        return [(int(file), int(row)) for segment in segments for file, row in segment.find(wanted)]
+        places: list[tuple[int, int]] = []
+        for segment in segments:
+            for file, row in segment.find(wanted):
+                places.append((int(file), int(row)))
+        return places
 
     def _read(self, number: int) -> pa.Table | None:
         """The answers of a file; None when it is no longer what was committed."""
@@ -181,13 +192,15 @@ class KnownAnswers:
             return None
 
 
-def _halves_and_rows(file: AnswerFile, include_failed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The first 8 bytes of the row keys of `file`, and the rows where they stand."""
-    columns = read_columns(file.path, [Columns(file.step).key, Columns(file.step).error])
+def _halves_and_rows(
+    file: AnswerFile, table: pa.Table | None, include_failed: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first 8 bytes of the row keys of `file`, and the rows in which they are."""
+    names = [Columns(file.step).key, Columns(file.step).error]
+    columns = read_columns(file.path, names) if table is None else table.select(names)
     try:
-        keys = (
-            columns.column(0).cast(pa.binary(KEY_BYTES)).combine_chunks()
-        )  # in a Delta table they have no length
+        # Fixed width again: in a Delta table they have none.
+        keys = columns.column(0).cast(pa.binary(KEY_BYTES)).combine_chunks()
     except pa.ArrowException as error:
         raise UnusableFile(f"{file.path}: its keys are no keys: {error}") from error
     kept = keys.is_valid()

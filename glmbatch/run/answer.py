@@ -83,7 +83,7 @@ def _answer_prompts(
             **_counts(question, table),
             **measured,
         )
-        known.add(ledger.keep_answers(receipt, table))
+        known.add(ledger.keep_answers(receipt, table), table)
     return receipt
 
 

@@ -73,6 +73,7 @@ def _prepared(located: ModelConfig, stamp: str) -> Model:
     checkpoint = read_checkpoint(located.path, located.adapter)
     weights = digest_weights(located.path, located.adapter)
     tokenizer = digest_tokenizer(located.path)
+    # Last, "default" is how positions are counted; outputs of earlier versions hold it in their keys.
     return Model(
         config=located,
         identity="/".join([weights, tokenizer, _numerics(located), "default"]),
@@ -182,6 +183,7 @@ def _check_classifier(where: str, step: ClassifyStep, model: Model) -> None:
 
 def _check_trained_prompt(where: str, step: ClassifyStep, model: Model) -> None:
     """InputError when a head that was fine-tuned here is asked another prompt than its own."""
+    # Only what was fine-tuned here says what it was asked.
     file = Path(model.config.path) / PROMPT_FILE
     if not file.is_file():
         return

@@ -68,6 +68,7 @@ def prompt_inputs(job: JobConfig) -> dict[str, PromptInputs]:
     inputs = {}
     for step in job.steps:
         columns = job.source_columns(step)
+        # A prompt may call the text by its column's name too.
         texts = [name for name, column in columns.items() if column == job.data.text_column]
         inputs[step.name] = PromptInputs(
             columns=columns, earlier=tuple(job.earlier_steps(step)), texts=tuple(texts)
@@ -109,7 +110,7 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
         job.data, schema_needs(job, inputs), raise_faults=context.raises, digests=digests
     )
     manifest = Ledger(job.data.output).manifest()
-    if manifest is not None:
+    if manifest is not None:  # before any work: an output holds one input's rows, under one format
         _check_published(job.data, plan, manifest)
     _check_format(job.data, plan, manifest)
     return Run(context=context, plan=plan, inputs=inputs)
@@ -149,7 +150,8 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
     beside its own.
     """
     questions = resolve_questions(job, run.inputs, models)
-    _refuse_mixing(job.data, run.plan, {question.name: question.key for question in questions})
+    step_keys = {question.name: question.key for question in questions}
+    _refuse_mixing(job.data, run.plan, step_keys)
     fragments = []
     for fragment in run.plan.fragments:
         fragments.append(_fragment_work(run.context, fragment, questions))
@@ -192,7 +194,8 @@ def _answer_tokens(step: AnyStep, model: Model) -> int:
         return step.max_tokens
     if model.has_head:
         return 0
-    return max(len(ids) for ids in encode_labels(step.labels or [], tokenizer_of(model)))
+    label_ids = encode_labels(step.labels or [], tokenizer_of(model))
+    return len(max(label_ids, key=len))
 
 
 def _fragment_work(
@@ -201,6 +204,7 @@ def _fragment_work(
     answers: dict[str, str] = {}
     assignments = []
     for question in questions:
+        # Answers over other earlier answers are other answers, so their keys hold those.
         earlier = {name: answers[name] for name in question.inputs.earlier}
         key = answers_key(fragment, question.name, question.key, question.inputs.columns, earlier)
         answers[question.name] = key
@@ -242,6 +246,7 @@ def plan_passes(questions: Sequence[Question], *, together: bool) -> tuple[tuple
         current: list[int] = []
         for index in waiting:
             question = questions[index]
+            # In step order, so that a step joins the pass in which its earlier answers are made.
             if question.model == model and answered.issuperset(question.inputs.earlier):
                 current.append(index)
                 answered.add(question.name)

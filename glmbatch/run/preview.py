@@ -114,8 +114,10 @@ class _Counted:
         self._known: dict[str, KnownAnswers] = {}
         self._changes: dict[str, str | None] = {}
         for question in questions:
+            # With failures, since only they tell a row that is asked again from one that is new.
             self._known[question.key] = index_answers(ledger, question, include_failed=True)
             self._changes[question.name] = _what_changed(question, manifest)
+        # By step key: two steps that ask the same share their answers.
         self._asked: dict[str, set[bytes]] = defaultdict(set)
         self._counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         self._reasons: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
@@ -143,6 +145,7 @@ class _Counted:
                 values.append(RowFault("earlier_step_failed", prompt.reason))
                 continue
             values.append(known.get(key))
+            # Asked already: an earlier row or fragment has the same text.
             if key in known or key in self._asked[question.key]:
                 self._counts[place]["reused"] += 1
                 continue
@@ -178,13 +181,20 @@ def _prompts(
     values: dict[str, Sequence[str | bytes | RowFault | None]] = dict(source_values(assignment))
     for name in assignment.earlier:
         values[name] = answers[name]
+    ready = []
+    places = []
     rows = rows_of(values, assignment.fragment.rows)
-    waiting = []
-    for row in rows:
-        waiting.append(any(row[name] is None for name in assignment.earlier))
-    ready = [row for row, waits in zip(rows, waiting, strict=True) if not waits]
-    prompts = iter(build_question_prompts(assignment.question, ready))
-    return [None if waits else next(prompts) for waits in waiting]
+    for place, row in enumerate(rows):
+        # In a column of the source None is a null, a fault of the row; in an earlier step's it is
+        # an answer that a run would ask for.
+        if not any(row[name] is None for name in assignment.earlier):
+            ready.append(row)
+            places.append(place)
+    prompts: list[Prompt | RowFault | None] = [None] * len(rows)
+    built = build_question_prompts(assignment.question, ready)
+    for place, prompt in zip(places, built, strict=True):
+        prompts[place] = prompt
+    return prompts
 
 
 def _values_by_key(question: Question, answers: pa.Table) -> dict[bytes | None, str | RowFault]:
@@ -196,12 +206,14 @@ def _what_changed(question: Question, manifest: Manifest | None) -> str | None:
     """What differs from what made this step's published answers; None when nothing does."""
     if manifest is None or question.name not in manifest.steps:
         return None
-    if any(file.step_keys.get(question.name) == question.key for file in manifest.files):
+    published = {file.step_keys.get(question.name) for file in manifest.files}
+    if question.key in published:
         return None
     origin = manifest.steps[question.name]
     changed = _changed_settings(question.step, origin)
     before = origin.model.split("/")
     now = question.model.identity.split("/")
+    # The parts of a model's identity, in its order.
     parts = ("weights", "tokenizer", "numbers", "positions")
     for part, old, new in zip(parts, before, now, strict=False):
         if old != new:
@@ -239,6 +251,7 @@ def _rows_per_second(receipts: Sequence[AnswersReceipt]) -> float | None:
         return None
     latest = max(busy, key=lambda receipt: receipt.began).run
     busy = [receipt for receipt in busy if receipt.run == latest]
+    # Fragments overlap, so the time is from the first start to the last end.
     ends = [receipt.began + receipt.seconds for receipt in busy]
     seconds = max(ends) - min(receipt.began for receipt in busy)
     return sum(receipt.computed_rows for receipt in busy) / seconds if seconds else None
@@ -257,7 +270,8 @@ def describe_plan(plan: Preview) -> str:
         lines.append(
             f"the models do not fit in memory together: {plan.passes} passes over all fragments"
         )
-    lines += [f"left out: {fault.reason}" for fault in plan.unusable]
+    for fault in plan.unusable:
+        lines.append(f"left out: {fault.reason}")
     lines += ["", *_table(plan)]
     if any(step.waiting for step in plan.steps):
         lines += ["", "Tokens are not counted where a prompt waits for an earlier step's answer."]
@@ -267,7 +281,7 @@ def describe_plan(plan: Preview) -> str:
 
 
 def _table(plan: Preview) -> Iterator[str]:
-    width = max((len(step.source) for step in plan.steps), default=4)
+    width = len(max((step.source for step in plan.steps), key=len, default="file"))
 
     def line(source: str, step: str, numbers: Sequence[object], why: str) -> str:
         middle = "  ".join(f"{number:>9}" for number in numbers)
@@ -277,9 +291,9 @@ def _table(plan: Preview) -> Iterator[str]:
     yield line("file", "step", ("rows", "to run", "reused", "skipped", "tokens"), "why")
     totals: dict[str, Counter[str]] = defaultdict(Counter)
     for step in plan.steps:
-        numbers = {name: getattr(step, name) for name in names}
+        numbers = step.model_dump(include=set(names))
         totals[step.step].update(numbers)
         why = ", ".join(f"{reason} {rows}" for reason, rows in step.reasons.items())
-        yield line(step.source, step.step, list(numbers.values()), why)
+        yield line(step.source, step.step, list(map(numbers.__getitem__, names)), why)
     for name, total in totals.items():
-        yield line("total", name, [total[column] for column in names], "")
+        yield line("total", name, list(map(total.__getitem__, names)), "")

@@ -102,12 +102,15 @@ def _columns(table: Any, needs: SchemaNeeds) -> pa.Table:
             )
         names = list(table.columns)
     read = {column.name for column in needs.read}
-    columns = {
-        name: _as_arrow(name, table[name])
-        for name in names
-        if name in read and names.count(name) == 1
-    }
-    fields = [(str(name), columns[name].type if name in columns else pa.null()) for name in names]
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {}
+    fields = []
+    for name in names:
+        kind = pa.null()
+        # A name that stands twice is left to the check of the schema.
+        if name in read and names.count(name) == 1:
+            columns[name] = _as_arrow(name, table[name])
+            kind = columns[name].type
+        fields.append((str(name), kind))
     check_schema(WHERE, "", pa.schema(fields), needs)
     return pa.table(columns or {"no column is read": pa.nulls(len(table))})
 
@@ -139,10 +142,16 @@ def _answers(columns: pa.Table, job: JobConfig, folder: AnyPath) -> pa.Table:
     if summary.unusable:
         raise InputError(summary.unusable[0].reason)
     manifest = Ledger(str(output)).manifest()
-    files = [file for file in manifest.files if file.source == source.name] if manifest else []
-    names = [name for step in job.steps for name in answer_columns(step)]
-    in_order = sorted(files, key=lambda file: file.first_row)
-    return pa.concat_tables([read_columns(output / file.output_name, names) for file in in_order])
+    assert manifest is not None  # the run has just published
+    names: list[str] = []
+    for step in job.steps:
+        names += answer_columns(step)
+    parts = []
+    for file in sorted(manifest.files, key=lambda file: file.first_row):
+        # A cache holds the answers of earlier tables too.
+        if file.source == source.name:
+            parts.append(read_columns(output / file.output_name, names))
+    return pa.concat_tables(parts)
 
 
 def _write(table: pa.Table, folder: AnyPath) -> AnyPath:

@@ -42,6 +42,7 @@ def key_prompts(
     for prompt in prompts:
         key = None
         if isinstance(prompt, Prompt):
+            # By the rendered text: rows that ask the same share one answer, wherever they are.
             key = row_key(question.key, prompt.text)
             distinct[key] = prompt
         keys.append(key)
@@ -67,6 +68,7 @@ def triage(question: Question, distinct: Mapping[bytes, Prompt], known: KnownAns
     answers = known.find(distinct)
     failures = answers.column(columns.error).is_valid()
     failed = answers.filter(failures).column(columns.key).to_pylist()
+    # Only `glmbatch plan` has failures in its index; a run asks about their rows as about new ones.
     answers = answers.filter(pc.invert(failures))
     answered = set(answers.column(columns.key).to_pylist())
     to_ask = {key: prompt for key, prompt in distinct.items() if key not in answered}

@@ -100,7 +100,7 @@ class Assignment(BaseModel, frozen=True, extra="forbid"):
     answers keys.
     """
 
-    run: RunContext
+    run: RunContext  # small, so that a task needs no other argument
     fragment: Fragment
     question: Question
     key: str

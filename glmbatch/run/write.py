@@ -32,6 +32,7 @@ def write_output(work: FragmentWork, answers: Sequence[AnswersReceipt]) -> Outpu
         output_name=work.fragment.output_name,
         answers=tuple(answers),
     )
+    # What could not be read for a prompt is not read again for the output.
     for answered in answers:
         if answered.unusable is not None:
             return receipt.model_copy(update={"unusable": answered.unusable})
@@ -82,7 +83,8 @@ def _rows_with_answers(
         columns = list(batch.columns)
         for table in tables:
             part = table.slice(first_row, batch.num_rows).combine_chunks()
-            columns += [pa.concat_arrays(column.chunks) for column in part.columns]
+            for column in part.columns:
+                columns.append(pa.concat_arrays(column.chunks))
         fitting = []
         for column, field in zip(columns, schema, strict=True):
             fitting.append(_cast(work, column, field))
