@@ -152,10 +152,15 @@ def _start_engines(run: RunContext) -> list[Any]:
     import ray
 
     runtime = run.runtime
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = 0 if runtime.device == "cpu" else int(sum(machine.get("GPU", 0) for machine in machines))
-    workers = runtime.cluster_workers or gpus or len(machines)
-    cpus = [int(machine.get("CPU", 0)) for machine in machines]
+    gpus = 0
+    cpus = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            cpus.append(int(node["Resources"].get("CPU", 0)))
+            gpus += int(node["Resources"].get("GPU", 0))
+    if runtime.device == "cpu":
+        gpus = 0
+    workers = runtime.cluster_workers or gpus or len(cpus)
     # Ray gives the threads of torch the number of CPUs that it gives the process, unless
     # OMP_NUM_THREADS is set.
     needs = {"num_gpus": 1} if gpus else {"num_cpus": share_of_cpus(cpus, workers)}
@@ -164,6 +169,7 @@ def _start_engines(run: RunContext) -> list[Any]:
             f"the cluster has {gpus} GPUs and {sum(cpus)} CPUs. "
             "Set runtime.cluster_workers to fewer."
         )
+    # Lost actors start again without end; what is lost with one is retried by its task.
     actor = ray.remote(EngineProcess).options(
         **needs, max_restarts=-1, max_task_retries=-1, max_concurrency=runtime.fragments_in_flight
     )
@@ -172,14 +178,10 @@ def _start_engines(run: RunContext) -> list[Any]:
 
 def share_of_cpus(cpus: Sequence[int], workers: int) -> int:
     """The most CPUs that each of `workers` processes can have on machines with so many."""
-    return next(
-        (
-            share
-            for share in range(max(cpus), 1, -1)
-            if sum(each // share for each in cpus) >= workers
-        ),
-        1,
-    )
+    share = max(1, *cpus)
+    while share > 1 and sum(machine // share for machine in cpus) < workers:
+        share -= 1
+    return share
 
 
 def _refuse_apart(output: str, engines: Sequence[Any]) -> None:
@@ -187,12 +189,13 @@ def _refuse_apart(output: str, engines: Sequence[Any]) -> None:
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
-    seen: tuple[Any, ...] = (_nothing_to_see,)
+    # An output in a store is seen from everywhere; the call still shows that the process started.
+    question: tuple[Any, ...] = (_no_complaint,)
     if not is_remote(output):
         lock = Path(output) / LOCK
-        seen = (_complaint, str(lock), lock.read_text())
+        question = (_complaint, str(lock), lock.read_text())
     try:
-        complaints = ray.get([engine.call.remote(*seen) for engine in engines])
+        complaints = ray.get([engine.call.remote(*question) for engine in engines])
     except (RayActorError, RayTaskError) as error:
         raise InputError(
             f"an engine process did not start: {_line(error)}. "
@@ -202,8 +205,8 @@ def _refuse_apart(output: str, engines: Sequence[Any]) -> None:
         raise InputError(complaint)
 
 
-def _nothing_to_see() -> None:
-    """An output in a store is seen from everywhere."""
+def _no_complaint() -> None:
+    """Nothing to check."""
 
 
 def _complaint(lock: str, text: str) -> str | None:
@@ -221,14 +224,14 @@ def _complaint(lock: str, text: str) -> str | None:
 
 
 def whole_paths(job: JobConfig) -> JobConfig:
-    """The job as processes in other folders understand it, where it has a cluster."""
+    """The job with absolute paths where it has a cluster, whose processes run in other folders."""
     if job.runtime.cluster is None:
         return job
     data = {"input": _whole(job.data.input), "output": _whole(job.data.output)}
-    steps = [
-        step.model_copy(update={"model": step.model and _whole_model(step.model)})
-        for step in job.steps
-    ]
+    steps = []
+    for step in job.steps:
+        model = step.model and _whole_model(step.model)
+        steps.append(step.model_copy(update={"model": model}))
     canary = job.canary and job.canary.model_copy(update={"file": _whole(job.canary.file)})
     return job.model_copy(
         update={
@@ -242,12 +245,12 @@ def whole_paths(job: JobConfig) -> JobConfig:
 
 def _whole_model(model: ModelConfig) -> ModelConfig:
     path = os.path.expanduser(model.path)
-    found = (
-        {"path": os.path.abspath(path)} if os.path.isdir(path) else {}
-    )  # else a hub id, or in a store
-    return model.model_copy(
-        update=found | {"adapter": model.adapter and _whole(os.path.expanduser(model.adapter))}
-    )
+    if os.path.isdir(path):  # else it is a hub id, or in a store
+        model = model.model_copy(update={"path": os.path.abspath(path)})
+    if model.adapter is not None:
+        adapter = _whole(os.path.expanduser(model.adapter))
+        model = model.model_copy(update={"adapter": adapter})
+    return model
 
 
 def _whole(address: str) -> str:
