@@ -74,7 +74,7 @@ def test_all_keys_of_all_files_are_found_and_no_others(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(keys=st.lists(KEYS, max_size=20), asked=st.sets(KEYS))
-def test_a_key_is_never_taken_for_another_with_the_same_first_half(
+def test_keys_with_the_same_first_half_stay_apart(
     keys: list[bytes], asked: set[bytes], tmp_path: Path
 ) -> None:
     known = KnownAnswers(
@@ -85,7 +85,7 @@ def test_a_key_is_never_taken_for_another_with_the_same_first_half(
         assert answer == key.hex()
 
 
-def test_failed_rows_are_known_only_where_they_are_not_tried_again(tmp_path: Path) -> None:
+def test_failed_rows_are_found_only_if_asked_for(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", [ONE, TWO, None], [None, "not finite", "empty"])
     assert found(KnownAnswers([file], "mood", SCHEMA, include_failed=False), {ONE, TWO}) == {
         ONE: ONE.hex()
@@ -103,7 +103,7 @@ def test_columns_of_another_name_are_read_as_this_steps(tmp_path: Path) -> None:
     }
 
 
-def test_a_file_that_is_gone_changed_or_not_parquet_has_no_answers(tmp_path: Path) -> None:
+def test_a_damaged_or_missing_file_has_no_answers(tmp_path: Path) -> None:
     files = [
         write(tmp_path / f"{number}.parquet", [key]) for number, key in enumerate((ONE, TWO, THREE))
     ]
@@ -115,7 +115,7 @@ def test_a_file_that_is_gone_changed_or_not_parquet_has_no_answers(tmp_path: Pat
     assert found(KnownAnswers(files, "mood", SCHEMA, include_failed=False), {ONE, THREE}) == {}
 
 
-def test_who_holds_a_key_answers_it_and_later_callers_wait_for_that_one_alone() -> None:
+def test_later_callers_wait_for_the_holder_of_a_key() -> None:
     """The third caller holds, again, what the second waits for; neither may wait for the other."""
     known = KnownAnswers([], "mood", SCHEMA, include_failed=False)
     ended: list[str] = []
@@ -148,7 +148,7 @@ def test_a_caller_that_fails_lets_its_keys_go() -> None:
         assert (hold.mine, hold.earlier) == ({ONE}, ())
 
 
-def test_files_without_keys_or_with_keys_of_another_kind_have_no_answers(tmp_path: Path) -> None:
+def test_files_without_sound_keys_have_no_answers(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", [ONE])
     table = pq.read_table(file.path)
     for number, changed in enumerate(

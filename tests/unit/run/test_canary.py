@@ -60,7 +60,7 @@ def test_rows_without_fault_of_all_files_are_frozen(frozen: dict[str, Any]) -> N
     assert table.column("mood_error").null_count == table.column("reply_error").null_count == 6
 
 
-def test_the_same_model_passes_and_a_run_that_asks_nothing_is_not_held_to_it(
+def test_the_same_model_passes_its_canary(
     frozen: dict[str, Any], write_source: Write, rows: list[str | None]
 ) -> None:
     assert run(frozen).audits == ()
@@ -85,8 +85,11 @@ def test_a_layer_of_zeros_publishes_nothing(frozen: dict[str, Any], tmp_path: Pa
     before = published(tmp_path)
     broken = {**frozen, "model": {"path": str(tmp_path / "model")}}
     for _ in range(2):  # what failed once is not let through by running it again
-        told = r"nothing published: .*share of 6 canary rows that changed [\d.]+, at most 0 allowed \(row \d.*\)"
-        with pytest.raises(AuditError, match=told):
+        message = (
+            r"nothing published: .*share of 6 canary rows that changed [\d.]+, "
+            r"at most 0 allowed \(row \d.*\)"
+        )
+        with pytest.raises(AuditError, match=message):
             run(broken)
     after = published(tmp_path)
     assert {path: content for path, content in after.items() if "_glmbatch" not in path.parts} == {
@@ -115,16 +118,14 @@ def test_a_canary_that_does_not_fit_is_told(
         run(frozen)
 
 
-def test_there_must_be_answers_to_freeze_and_another_place_for_them(
-    tmp_path: Path, frozen: dict[str, Any]
-) -> None:
+def test_freezing_needs_answers_and_a_place_outside(tmp_path: Path, frozen: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="so there are no answers to freeze"):
         freeze(tmp_path, tmp_path / "c.parquet", 3)
     with pytest.raises(InputError, match="lies in the output"):
         freeze(tmp_path / "out", tmp_path / "out" / "c.parquet", 3)
 
 
-def test_a_night_that_only_tries_failed_rows_again_is_held_to_it_too(
+def test_a_night_of_retried_rows_is_held_to_it_too(
     frozen: dict[str, Any], write_source: Write, rows: list[str | None]
 ) -> None:
     real = TorchEngine.classify

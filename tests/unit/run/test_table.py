@@ -63,7 +63,7 @@ def test_a_table_and_a_dataframe_get_the_answers_of_a_file_run(
     assert list(frame.columns) == ["id", "text"], "the caller's own table is left alone"
 
 
-def test_columns_that_no_prompt_names_need_no_arrow_type_and_text_may_be_of_many(
+def test_columns_that_no_prompt_names_need_no_arrow_type(
     texts: list[str | None],
 ) -> None:
     text = pd.Series(texts)
@@ -165,7 +165,7 @@ def summaries(monkeypatch: pytest.MonkeyPatch) -> list[Summary]:
     return summaries
 
 
-def test_with_a_cache_only_new_rows_are_asked_about_whatever_was_asked_in_between(
+def test_with_a_cache_only_new_rows_are_asked_about(
     tmp_path: Path, summaries: list[Summary]
 ) -> None:
     def computed(texts: list[str], **settings: Any) -> int:

@@ -138,7 +138,7 @@ def test_rows_share_the_tokens_that_the_template_puts_first(tokenizer: Tokenizer
     assert next(iter(shared))[0] > whole - 3
 
 
-def test_a_template_that_begins_with_a_value_shares_only_the_chat_form(
+def test_a_template_that_begins_with_a_value_shares_no_text(
     tokenizer: Tokenizer,
 ) -> None:
     prompt = built(tokenizer, {"text": "x"}, chat=False)

@@ -15,7 +15,10 @@ from tasks.window import in_window
 def window(
     submit: Callable[[int, str], Future[int]], seats: list[str], items: int = 6
 ) -> list[list[Any]]:
-    return in_window(range(items), lambda item, seat: [submit(item, seat)], seats, lambda *_: None)  # type: ignore[list-item]
+    def submit_one(item: int, seat: str) -> list[Any]:
+        return [submit(item, seat)]
+
+    return in_window(range(items), submit_one, seats, lambda *_: None)
 
 
 def test_a_slow_item_holds_its_own_seat_and_no_other() -> None:
