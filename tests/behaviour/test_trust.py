@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from glmbatch.cli.server import own_server
 from glmbatch.errors import AuditError, InputError, UnusableFile
 from glmbatch.ledger.verification import verify
 from glmbatch.run.plan import plan_run
@@ -131,28 +132,30 @@ def test_a_link_that_the_user_names_is_read(
 
 
 def test_no_secret_of_the_environment_is_told(
-    write_source: Write, job_settings: Settings, tmp_path: Path, out: Path
+    write_source: Write,
+    job_settings: Settings,
+    tmp_path: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_source("a.parquet", {"text": ["one", None]})
     secrets = {"HF_TOKEN": "hf_sEcReT0123456789", "AWS_SECRET_ACCESS_KEY": "aWsSeCrEt0123456789"}
-    environment = {
-        **os.environ,
-        **secrets,
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "PREFECT_HOME": str(tmp_path / "home"),
-    }
+    for name, secret in secrets.items():
+        monkeypatch.setenv(name, secret)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
     missing = {"path": "some/model", "revision": "0" * 40}
     texts = []
-    for model, code in ((job_settings()["model"], 3), (missing, 1)):
-        file = tmp_path / "job.yaml"
-        settings = job_settings(model=model, max_error_rate=1.0, runtime__retries=0)
-        file.write_text(yaml.safe_dump(settings))
-        command = [sys.executable, "-m", "glmbatch.cli.main", "run", str(file)]
-        done = subprocess.run(
-            command, env=environment, cwd=ROOT, capture_output=True, timeout=300, check=False
-        )
-        assert done.returncode == code, done.stderr
-        texts += [done.stdout, done.stderr]
+    with own_server() as address:
+        monkeypatch.setenv("PREFECT_API_URL", address)
+        for model, code in ((job_settings()["model"], 3), (missing, 1)):
+            file = tmp_path / "job.yaml"
+            settings = job_settings(model=model, max_error_rate=1.0, runtime__retries=0)
+            file.write_text(yaml.safe_dump(settings))
+            command = [sys.executable, "-m", "glmbatch.cli.main", "run", str(file)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300, check=False)
+            assert done.returncode == code, done.stderr
+            texts += [done.stdout, done.stderr]
     for folder in (out, tmp_path / "home"):
         texts += [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     assert len(texts) > 9
