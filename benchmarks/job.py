@@ -40,6 +40,7 @@ from glmbatch.cli.server import own_server  # noqa: E402
 from glmbatch.glm.checkpoint.save import save_checkpoint  # noqa: E402
 from glmbatch.glm.engine.protocol import ClassifyRequest, Engine, GenerateRequest  # noqa: E402
 from glmbatch.ledger.ledger import Ledger  # noqa: E402
+from glmbatch.report.counts import busy_seconds  # noqa: E402
 from glmbatch.run import session  # noqa: E402
 from glmbatch.run.job import run_job  # noqa: E402
 from glmbatch.settings.job import JobConfig  # noqa: E402
@@ -169,9 +170,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     def answering_seconds() -> float:
         """Of the latest run, from the first question to the last answer: without starts, loading and publication."""
         receipts = list(Ledger(folder / f"out-{runs}").published_receipts())
-        return max(each.began + each.seconds for each in receipts) - min(
-            each.began for each in receipts
-        )
+        return busy_seconds(receipts)
 
     contestants: dict[str, Callable[[], object]] = {
         "engine": alone,

@@ -11,8 +11,8 @@ from prefect.utilities.annotations import quote
 
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
+from glmbatch.report.counts import Audit
 from glmbatch.report.summary import Summary
-from glmbatch.run.audits import Audit
 from glmbatch.run.models import job_models
 from glmbatch.run.session import session_of
 from glmbatch.run.work import FragmentWork, Model, Run, Work

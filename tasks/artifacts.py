@@ -22,7 +22,9 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import PrefectException
 
-from glmbatch.report.report import errors_by_reason, markdown, read_report
+from glmbatch.report.facts import errors_by_reason
+from glmbatch.report.markdown import markdown
+from glmbatch.report.report import read_report
 from glmbatch.store.paths import location
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ def show_report(output: str, run: str) -> None:
     if report is None or report.summary.report is None:
         return
     errors = []
-    for step, reason, rows in errors_by_reason(report):
+    for step, reason, rows in errors_by_reason(report.summary):
         errors.append({"step": step, "reason": reason, "rows": rows})
     with _optional():
         # Keys are fixed: the artifacts of all runs under one key are a history in the UI.

@@ -12,10 +12,10 @@ from prefect.events import emit_event
 
 from glmbatch.errors import AuditError
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
+from glmbatch.report.counts import Audit
 from glmbatch.report.summary import Summary
 from glmbatch.run import publish as run_publish
 from glmbatch.run import write as run_write
-from glmbatch.run.audits import Audit
 from glmbatch.run.canary import check_canary as check
 from glmbatch.run.work import FragmentWork, Question, Run, RunContext
 from glmbatch.settings.job import CanaryConfig, JobConfig

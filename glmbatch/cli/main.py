@@ -92,7 +92,7 @@ def _run(parsed: argparse.Namespace) -> int:
     check_canary_file(job)
     check_job(job)
     from glmbatch.cli.display import showing_progress
-    from glmbatch.report.summary import describe
+    from glmbatch.report.text import describe
 
     _set_prefect_defaults()
     with _raising_on_sigterm(), showing_progress(), _prefect_server():

@@ -1,6 +1,6 @@
 """What can be seen in a run's answers: how sure, how long, how fast, a few of each label.
 
-Reads small columns of the output files, a few files at a time, and keeps counts: memory does not grow with the rows.
+Takes receipts and what was read from the outputs; opens no file.
 """
 
 from __future__ import annotations
@@ -9,24 +9,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import pyarrow as pa
 from pydantic import BaseModel
 
-from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt, OutputReceipt
-from glmbatch.report.summary import short
-from glmbatch.run.audits import total
-from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
-from glmbatch.store.parquet import prompt_values, read_columns
-from glmbatch.store.paths import side_by_side
+from glmbatch.report.counts import busy_seconds
+from glmbatch.report.outputs import CONFIDENCE_BINS, Reading, ReportedStep, Sample
 
-CONFIDENCE_BINS = 20
 LENGTH_BINS = 24
 RATE_BINS = 30
 SLOWEST = 5
-LABELS_SHOWN = 30
-SAMPLES_PER_LABEL = 2
-SAMPLE_CHARS = 300
 
 
 class Histogram(BaseModel, frozen=True, extra="forbid"):
@@ -34,14 +25,6 @@ class Histogram(BaseModel, frozen=True, extra="forbid"):
 
     width: float
     counts: tuple[int, ...]
-
-
-class Sample(BaseModel, frozen=True, extra="forbid"):
-    """One row: what its prompt was made of, its label, and how sure the model was."""
-
-    text: str
-    label: str
-    score: float
 
 
 class Slow(BaseModel, frozen=True, extra="forbid"):
@@ -54,7 +37,10 @@ class Slow(BaseModel, frozen=True, extra="forbid"):
 
 
 class Measures(BaseModel, frozen=True, extra="forbid"):
-    """One step over a run. `rates` are rows through the model in a second, by seconds since the run's first."""
+    """One step over a run.
+
+    `rates` are pairs: seconds since the run's first answer began, rows per second through the model.
+    """
 
     step: str
     histograms: dict[str, Histogram]
@@ -63,60 +49,61 @@ class Measures(BaseModel, frozen=True, extra="forbid"):
     slowest: tuple[Slow, ...]
 
 
-def measure(job: JobConfig, run: str, outputs: Sequence[OutputReceipt]) -> tuple[Measures, ...]:
-    """The measures of each step over `outputs`, staged or published; rates and times are those of `run` alone."""
-    ledger = Ledger(job.data.output)
-    # By key, since files with the same rows share one receipt.
-    receipts = [
-        {output.answers[index].key: output.answers[index] for output in outputs}
-        for index in range(len(job.steps))
-    ]
-    busy = [
-        [each for each in step.values() if each.run == run and each.computed_rows]
-        for step in receipts
-    ]
-    began = min((each.began for step_busy in busy for each in step_busy), default=0.0)
-    return tuple(
-        Measures(
-            step=step.name,
-            histograms=_histograms(step, index, ledger, outputs),
-            samples=tuple(_samples(job, step, index, ledger, outputs))
-            if isinstance(step, ClassifyStep)
-            else (),
-            rates=tuple(_rates(busy[index], began)),
-            slowest=tuple(
-                _slow(each)
-                for each in sorted(busy[index], key=lambda each: -each.seconds)[:SLOWEST]
-            ),
+def measure(
+    steps: Sequence[ReportedStep], run: str, outputs: Sequence[OutputReceipt], reading: Reading
+) -> tuple[Measures, ...]:
+    """The measures of each step over `outputs`; rates and times are those of `run` alone."""
+    busy = [_busy(run, outputs, index) for index in range(len(steps))]
+    began = min((receipt.began for receipts in busy for receipt in receipts), default=0.0)
+    measures = []
+    for index, step in enumerate(steps):
+        receipts = [output.answers[index] for output in outputs]
+        slowest = sorted(busy[index], key=lambda receipt: -receipt.seconds)[:SLOWEST]
+        measures.append(
+            Measures(
+                step=step.name,
+                histograms=_histograms(step, receipts, reading),
+                samples=tuple(reading.labelled.get(step.name, ())),
+                rates=tuple(_rates(busy[index], began)),
+                slowest=tuple(_slow(receipt) for receipt in slowest),
+            )
         )
-        for index, step in enumerate(job.steps)
-    )
+    return tuple(measures)
+
+
+def _busy(run: str, outputs: Sequence[OutputReceipt], index: int) -> list[AnswersReceipt]:
+    """The receipts of a step for which `run` asked the model."""
+    # By key, since files with the same rows share one receipt.
+    receipts = {output.answers[index].key: output.answers[index] for output in outputs}
+    return [
+        receipt for receipt in receipts.values() if receipt.run == run and receipt.computed_rows
+    ]
 
 
 def _slow(receipt: AnswersReceipt) -> Slow:
-    tokens = receipt.prompt_tokens + receipt.completion_tokens
     return Slow(
         fragment=receipt.fragment,
         seconds=receipt.seconds,
         computed_rows=receipt.computed_rows,
-        tokens=tokens,
+        tokens=receipt.prompt_tokens + receipt.completion_tokens,
     )
 
 
 def _histograms(
-    step: AnyStep, index: int, ledger: Ledger, outputs: Sequence[OutputReceipt]
+    step: ReportedStep, receipts: Sequence[AnswersReceipt], reading: Reading
 ) -> dict[str, Histogram]:
-    found = {"prompt_tokens": _prompt_lengths(output.answers[index] for output in outputs)}
-    if isinstance(step, ClassifyStep):
-        counts = _counted(ledger, outputs, f"{step.name}_score", CONFIDENCE_BINS)
-        counts = np.pad(counts, (0, CONFIDENCE_BINS + 1 - len(counts)))
-        counts[-2] += counts[-1]  # a score of 1 belongs to the last bin
-        found["score"] = Histogram(width=1 / CONFIDENCE_BINS, counts=counts[:-1].tolist())
-    else:
-        found["completion_tokens"] = _lengths(
-            _counted(ledger, outputs, f"{step.name}_completion_tokens"), 1
-        )
-    return found
+    counts = reading.counts.get(step.name, np.zeros(0, np.int64))
+    prompts = _prompt_lengths(receipts)
+    if step.classifies:
+        return {"prompt_tokens": prompts, "score": _confidence(counts)}
+    return {"prompt_tokens": prompts, "completion_tokens": _lengths(counts, 1)}
+
+
+def _confidence(counts: np.ndarray) -> Histogram:
+    """Counts of scores times CONFIDENCE_BINS as a histogram from 0 to 1."""
+    padded = np.pad(counts, (0, CONFIDENCE_BINS + 1 - len(counts)))
+    padded[-2] += padded[-1]  # a score of 1 belongs to the last bin
+    return Histogram(width=1 / CONFIDENCE_BINS, counts=padded[:-1].tolist())
 
 
 def _prompt_lengths(receipts: Iterable[AnswersReceipt]) -> Histogram:
@@ -128,23 +115,6 @@ def _prompt_lengths(receipts: Iterable[AnswersReceipt]) -> Histogram:
     return _lengths(counts, LENGTH_BIN)
 
 
-def _counted(
-    ledger: Ledger, outputs: Sequence[OutputReceipt], column: str, scale: int = 1
-) -> np.ndarray:
-    """How many values of `column`, times `scale`, lie at each whole number."""
-
-    def counted(output: OutputReceipt) -> np.ndarray:
-        values = read_columns(ledger.output_path(output), [column]).column(0).drop_null().to_numpy()
-        return np.bincount((values * scale).astype(np.int64))
-
-    counts = np.zeros(0, np.int64)
-    for found in side_by_side(ledger.root, counted, outputs):
-        longer, shorter = (found, counts) if len(found) > len(counts) else (counts, found)
-        longer[: len(shorter)] += shorter
-        counts = longer
-    return counts
-
-
 def _lengths(counts: np.ndarray, least: int) -> Histogram:
     """Counts by token, put together in bins of equal width, a multiple of `least`."""
     width = max(1, -(-len(counts) // (LENGTH_BINS * least))) * least
@@ -153,56 +123,22 @@ def _lengths(counts: np.ndarray, least: int) -> Histogram:
 
 
 def _rates(receipts: Sequence[AnswersReceipt], began: float) -> list[tuple[float, float]]:
-    """Rows in a second over equal parts of the time in which the model worked; a receipt's rows lie evenly in its."""
+    """Rows per second in equal time bins. A fragment's rows are spread evenly over its duration."""
     if not receipts:
         return []
-    first, last = (
-        min(each.began for each in receipts),
-        max(each.began + each.seconds for each in receipts),
-    )
-    width = max(last - first, 1e-6) / RATE_BINS
+    first = min(receipt.began for receipt in receipts)
+    width = max(busy_seconds(receipts), 1e-6) / RATE_BINS
     points = []
     for number in range(RATE_BINS):
-        left, right = first + number * width, first + (number + 1) * width
-        rows = sum(
-            each.computed_rows
-            * max(0.0, min(right, each.began + each.seconds) - max(left, each.began))
-            / each.seconds
-            for each in receipts
-            if each.seconds
-        )
-        points.append(((left + right) / 2 - began, rows / width))
+        left = first + number * width
+        rows = sum(_rows_between(receipt, left, left + width) for receipt in receipts)
+        points.append((left + width / 2 - began, rows / width))
     return points
 
 
-def _samples(
-    job: JobConfig, step: ClassifyStep, index: int, ledger: Ledger, outputs: Sequence[OutputReceipt]
-) -> list[Sample]:
-    """The first rows of each of the most frequent labels, found by the counts in the receipts."""
-    columns = list(dict.fromkeys(job.source_columns(step).values()))
-    labels = list(total(output.answers[index].labels for output in outputs))[:LABELS_SHOWN]
-    found: dict[str, list[Sample]] = {label: [] for label in labels}
-    for output in outputs:
-        here = output.answers[index].labels
-        wanted = [
-            label for label in labels if label in here and len(found[label]) < SAMPLES_PER_LABEL
-        ]
-        if wanted:
-            table = read_columns(
-                ledger.output_path(output), [*columns, step.name, f"{step.name}_score"]
-            )
-            for label in wanted:
-                _take_samples(table, columns, step.name, label, found[label])
-    return [sample for samples in found.values() for sample in samples]
-
-
-def _take_samples(
-    table: pa.Table, columns: Sequence[str], step: str, label: str, samples: list[Sample]
-) -> None:
-    rows = [row for row, seen in enumerate(table.column(step).to_pylist()) if seen == label]
-    for row in rows[: SAMPLES_PER_LABEL - len(samples)]:
-        values = [str(prompt_values(table.column(column).slice(row, 1))[0]) for column in columns]
-        text = short(" · ".join(values), SAMPLE_CHARS)
-        samples.append(
-            Sample(text=text, label=label, score=table.column(f"{step}_score")[row].as_py())
-        )
+def _rows_between(receipt: AnswersReceipt, left: float, right: float) -> float:
+    """How many of the receipt's computed rows belong to the time from `left` to `right`."""
+    if not receipt.seconds:
+        return 0.0
+    overlap = min(right, receipt.began + receipt.seconds) - max(left, receipt.began)
+    return receipt.computed_rows * max(0.0, overlap) / receipt.seconds

@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import MANIFEST
+from glmbatch.report.counts import Audit
 from glmbatch.run.answer import rows_of
 from glmbatch.run.ask import Outcome, ask
-from glmbatch.run.audits import Audit
 from glmbatch.run.session import session_of
 from glmbatch.run.triage import build_question_prompts, key_prompts
 from glmbatch.run.work import Question, RunContext

@@ -19,6 +19,7 @@ from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, StepOrigin
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.ledger.rowkeys import answer_settings
+from glmbatch.report.counts import busy_seconds
 from glmbatch.run.answer import earlier_values, rows_of, source_values
 from glmbatch.run.canary import check_canary_file
 from glmbatch.run.models import describe_model, prepare_models
@@ -251,9 +252,7 @@ def _rows_per_second(receipts: Sequence[AnswersReceipt]) -> float | None:
         return None
     latest = max(busy, key=lambda receipt: receipt.began).run
     busy = [receipt for receipt in busy if receipt.run == latest]
-    # Fragments overlap, so the time is from the first start to the last end.
-    ends = [receipt.began + receipt.seconds for receipt in busy]
-    seconds = max(ends) - min(receipt.began for receipt in busy)
+    seconds = busy_seconds(busy)
     return sum(receipt.computed_rows for receipt in busy) / seconds if seconds else None
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -16,18 +15,24 @@ from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, StepOrigin, next_manifest, staying
 from glmbatch.ledger.publication import publish as make_public
 from glmbatch.ledger.publication import read_quarantine, write_refused
-from glmbatch.ledger.receipts import DIGEST_CHARS, OutputReceipt
+from glmbatch.ledger.receipts import DIGEST_CHARS, AnswersReceipt, OutputReceipt
 from glmbatch.ledger.rowkeys import answer_settings
+from glmbatch.report.counts import Audit
+from glmbatch.report.measures import Measures, measure
+from glmbatch.report.outputs import ReportedStep, read_outputs
 from glmbatch.report.report import write_report
 from glmbatch.report.summary import Summary, step_summary
-from glmbatch.run.audits import Audit, audit
+from glmbatch.run.audits import (
+    audit_steps,
+    check_audits,
+    check_complete,
+    check_errors,
+    compares,
+)
 from glmbatch.run.work import Question, Run
-from glmbatch.settings.columns import Columns
-from glmbatch.settings.job import JobConfig
-from glmbatch.store.parquet import prompt_values, read_columns
+from glmbatch.settings.job import ClassifyStep, JobConfig
 from glmbatch.store.paths import side_by_side
 
-SAMPLE_ROWS = 3
 # Lines in a list for people, of a run in which perhaps every row failed.
 MOST_REFUSED = 100_000
 QUARANTINE_SCHEMA = pa.schema(
@@ -58,6 +63,15 @@ class Collected:
     unusable: list[FileFault]
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a run did. `failures` has a line for each file left out and each row that failed."""
+
+    summary: Summary
+    measures: tuple[Measures, ...]
+    failures: list[dict[str, Any]]
+
+
 def publish(
     job: JobConfig,
     run: Run,
@@ -68,33 +82,51 @@ def publish(
     """Audit the staged outputs, make them public, and say what happened.
 
     AuditError, and nothing is published, when rows are missing or more of them failed than the job
-    allows.
+    allows, or when another audit fails.
     """
     collected = _collect(run, outputs)
-    summary = _summarize(run, questions, collected)
+    id_column = job.data.id_column
     try:
-        audits = audit(job, run, collected.outputs, collected.ledger.published_receipts(), canaries)
+        audits = _review(job, run, collected, canaries)
     except AuditError as error:
-        listed = _list_refused(collected, job.data.id_column)
-        summary = summary.model_copy(update={"refused": str(error)})
-        report = write_report(job, summary, collected.written, collected.last_run)
+        reason = f"{run.context.output}: nothing published: {error}"
+        # Perhaps every row failed; the list of them is for people.
+        done = _look_back(run, questions, collected, id_column, MOST_REFUSED)
+        listed = _list_refused(collected, done.failures[:MOST_REFUSED])
+        summary = done.summary.model_copy(update={"refused": reason})
+        report = write_report(job, summary, done.measures, collected.last_run)
         about = f" Read about the run: {report}." if report else ""
-        raise AuditError(f"{error}{listed}{about}") from error
-    faults = list(_failed_rows(collected, job.data.id_column))
-    if faults and run.context.raises:
-        raise _bad_row(run, faults[0])
+        raise AuditError(f"{reason}{listed}{about}") from error
+    done = _look_back(run, questions, collected, id_column)
+    if done.failures and run.context.raises:
+        raise _bad_row(run, done.failures[0])
     drop_missing = job.data.missing_sources == "drop"
-    kept_sources = _release(run, questions, collected, faults, drop_missing=drop_missing)
-    summary = summary.model_copy(
+    kept_sources = _release(run, questions, collected, done.failures, drop_missing=drop_missing)
+    summary = done.summary.model_copy(
         update={
-            "quarantined": job.on_error == "quarantine" and bool(faults),
+            "quarantined": job.on_error == "quarantine" and bool(done.failures),
             "kept_sources": kept_sources,
             "audits": audits,
             "seconds": time.time() - run.context.began,
         }
     )
-    report = write_report(job, summary, collected.written, collected.last_run)
+    report = write_report(job, summary, done.measures, collected.last_run)
     return summary.model_copy(update={"report": report})
+
+
+def _review(
+    job: JobConfig, run: Run, collected: Collected, canaries: Sequence[Audit]
+) -> tuple[Audit, ...]:
+    """All audits of the run, which passed. AuditError when one did not."""
+    check_complete(run.plan, collected.outputs)
+    check_errors(run.plan, collected.outputs, job.max_error_rate)
+    published: list[AnswersReceipt] = []
+    if any(compares(step) for step in job.steps):
+        # Only now, since this reads the footers of all published files.
+        published = list(collected.ledger.published_receipts())
+    audits = [*canaries, *audit_steps(job.steps, collected.outputs, published)]
+    check_audits(audits)
+    return tuple(audits)
 
 
 def _collect(run: Run, outputs: Sequence[OutputReceipt]) -> Collected:
@@ -135,7 +167,34 @@ def _named(run: Run, output: OutputReceipt) -> OutputReceipt:
     return output.model_copy(update={"output_name": name})
 
 
-def _summarize(run: Run, questions: Sequence[Question], collected: Collected) -> Summary:
+def _look_back(
+    run: Run,
+    questions: Sequence[Question],
+    collected: Collected,
+    id_column: str | None,
+    most_failures: int | None = None,
+) -> Done:
+    """What the run did, from its receipts and one reading of each output file."""
+    steps = []
+    for question in questions:
+        sources = tuple(question.inputs.columns.values())
+        classifies = isinstance(question.step, ClassifyStep)
+        steps.append(ReportedStep(question.name, classifies, sources))
+    written = collected.written
+    reading = read_outputs(steps, written, collected.ledger, id_column, most_failures)
+    return Done(
+        summary=_summarize(run, questions, collected, reading.rows),
+        measures=measure(steps, run.context.id, written, reading),
+        failures=[*_files_left_out(collected), *reading.failures],
+    )
+
+
+def _summarize(
+    run: Run,
+    questions: Sequence[Question],
+    collected: Collected,
+    samples: Sequence[dict[str, Any]],
+) -> Summary:
     """What was done, before anything is published."""
     written = collected.written
     steps = []
@@ -152,19 +211,18 @@ def _summarize(run: Run, questions: Sequence[Question], collected: Collected) ->
         quarantined=False,
         kept_sources=0,
         steps=tuple(steps),
-        samples=tuple(_samples(questions, collected)),
+        samples=tuple(samples),
         audits=(),
         seconds=time.time() - run.context.began,
     )
 
 
-def _list_refused(collected: Collected, id_column: str | None) -> str:
+def _list_refused(collected: Collected, lines: Sequence[dict[str, Any]]) -> str:
     """Keep the list of failed rows of a run that publishes nothing; where it is, as a sentence."""
-    lines = list(islice(_failed_rows(collected, id_column), MOST_REFUSED))
     if not lines:
         return ""
     try:
-        failed = pa.Table.from_pylist(lines, QUARANTINE_SCHEMA)
+        failed = pa.Table.from_pylist(list(lines), QUARANTINE_SCHEMA)
         path = write_refused(collected.ledger.root, failed)
     except GlmbatchError as error:  # what the audit found matters more
         return f" They are not listed: {error}"
@@ -217,77 +275,16 @@ def _release(
     return len({file.source for file in stay} - tonight)
 
 
-def _samples(questions: Sequence[Question], collected: Collected) -> list[dict[str, Any]]:
-    """A few rows without fault, with text and answers, from the first fragment that has some."""
-    columns: list[str] = []
-    for question in questions:
-        columns += question.inputs.columns.values()
-    columns = list(dict.fromkeys(columns))
-    for output in collected.written:
-        if output.faulty_rows == output.fragment.rows or not columns:
-            continue
-        steps = [receipt.step for receipt in output.answers]
-        errors = [Columns(step).error for step in steps]
-        path = collected.ledger.output_path(output)
-        table = read_columns(path, [*columns, *steps, *errors])
-        faults = [table.column(error).to_pylist() for error in errors]
-        rows: list[int] = []
-        for row, reasons in enumerate(zip(*faults, strict=True)):
-            if not any(reasons) and len(rows) < SAMPLE_ROWS:
-                rows.append(row)
-        return [_sample(table, [*columns, *steps], row) for row in rows]
-    return []
-
-
-def _sample(table: pa.Table, names: Sequence[str], row: int) -> dict[str, Any]:
-    return {name: prompt_values(table.column(name).slice(row, 1))[0] for name in names}
-
-
-def _failed_rows(collected: Collected, id_column: str | None) -> Iterator[dict[str, Any]]:
-    """A line for each file left out and for each step of each row that failed."""
+def _files_left_out(collected: Collected) -> list[dict[str, Any]]:
+    """A line for each file or fragment that is left out."""
+    lines = []
     for fault in collected.unusable:
-        yield {
-            "source": fault.source,
-            "row": fault.first_row,
-            "error_type": "unusable_file",
-            "error": fault.reason,
-        }
-    ledger = collected.ledger
-    faulty = [output for output in collected.written if output.faulty_rows]
-    tables = side_by_side(
-        ledger.root, lambda output: _read_failures(ledger, output, id_column), faulty
-    )
-    for output, table in zip(faulty, tables, strict=True):
-        yield from _failures_of(output, table, id_column)
-
-
-def _read_failures(ledger: Ledger, output: OutputReceipt, id_column: str | None) -> pa.Table:
-    """The columns of an output file that say which rows failed."""
-    columns = [] if id_column is None else [id_column]
-    for receipt in output.answers:
-        answers = Columns(receipt.step)
-        columns += [answers.error, answers.error_type]
-    return read_columns(ledger.output_path(output), columns)
-
-
-def _failures_of(
-    output: OutputReceipt, table: pa.Table, id_column: str | None
-) -> Iterator[dict[str, Any]]:
-    fragment = output.fragment
-    ids: list[Any] = [None] * fragment.rows
-    if id_column is not None:
-        ids = prompt_values(table.column(id_column))
-    for receipt in output.answers:
-        columns = Columns(receipt.step)
-        reasons = table.column(columns.error).to_pylist()
-        kinds = table.column(columns.error_type).to_pylist()
-        for row, reason in enumerate(reasons):
-            if reason is not None:
-                yield {
-                    "source": fragment.source,
-                    "row": fragment.first_row + row,
-                    "id": None if ids[row] is None else str(ids[row]),
-                    "step": receipt.step,
-                    "error_type": kinds[row],
-                    "error": reason,
-                }
+        lines.append(
+            {
+                "source": fault.source,
+                "row": fault.first_row,
+                "error_type": "unusable_file",
+                "error": fault.reason,
+            }
+        )
+    return lines

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from glmbatch.errors import InputError
-from glmbatch.report.summary import describe
+from glmbatch.report.text import describe
 from tests.support import (
     GENERATE,
     Settings,

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from glmbatch.errors import UnusableFile
-from glmbatch.report.summary import describe
+from glmbatch.report.text import describe
 from glmbatch.settings.job import JobConfig, answer_columns
 from tests.support import (
     CLASSIFY,

@@ -21,7 +21,7 @@ from glmbatch.cli.main import main
 from glmbatch.errors import InputError, Interrupted, TransientError
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.verification import verify
-from glmbatch.report.summary import describe
+from glmbatch.report.text import describe
 from glmbatch.run.plan import plan_run
 from glmbatch.run.preview import preview
 from glmbatch.settings.job import JobConfig

@@ -17,9 +17,11 @@ import pytest
 from glmbatch.errors import AuditError
 from glmbatch.ledger.verification import verify
 from glmbatch.report import report
-from glmbatch.report.report import markdown, read_report
-from glmbatch.report.summary import Summary, describe
-from glmbatch.run.audits import population_stability
+from glmbatch.report.counts import population_stability
+from glmbatch.report.markdown import markdown
+from glmbatch.report.report import read_report
+from glmbatch.report.summary import Summary
+from glmbatch.report.text import describe
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.conftest import CLASSIFIER, CLASSIFY, GENERATE
@@ -80,7 +82,7 @@ def test_the_page_says_what_the_summary_says(
     page = seen(summary)
     facts = {row[0]: row[1] for row in page.rows if len(row) == 2}
     assert facts["run"] == summary.run
-    assert facts["rows"] == "26 in 4 fragments"
+    assert facts["size"] == "26 rows in 4 fragments"
     assert (facts["failed rows"], facts["answers"]) == ("2", "52")
     assert facts["computed, reused, of repeated texts"] == "46, 0, 2"
     tokens = [

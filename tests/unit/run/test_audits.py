@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmbatch.errors import AuditError
-from glmbatch.report.summary import Summary, describe
-from glmbatch.run.audits import population_stability
+from glmbatch.report.counts import population_stability
+from glmbatch.report.summary import Summary
+from glmbatch.report.text import describe
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.conftest import CLASSIFIER

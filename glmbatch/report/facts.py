@@ -1,0 +1,156 @@
+"""The facts of one run, each stated once. The text, the page and the Markdown only arrange them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from glmbatch.report.counts import population_stability
+from glmbatch.report.measures import Measures
+from glmbatch.report.summary import StepSummary, Summary
+
+
+class Report(BaseModel, frozen=True, extra="forbid"):
+    """All that is kept about one run. `device` is None when no model was asked.
+
+    `before` is the run that was published last when this one began, with its labels by step.
+    """
+
+    input: str
+    summary: Summary
+    measures: tuple[Measures, ...]
+    models: dict[str, str]
+    device: str | None
+    price_per_hour: float | None
+    before: str | None = None
+    labels_before: dict[str, dict[str, int]] = {}
+
+    @property
+    def cost(self) -> float | None:
+        """Of the whole time from plan to publication: a machine is paid for while it waits too."""
+        if self.price_per_hour is None:
+            return None
+        return self.summary.seconds / 3600 * self.price_per_hour
+
+
+@dataclass(frozen=True, slots=True)
+class LabelShare:
+    """A label's rows and share of the labelled rows, in a run and in the one published before."""
+
+    label: str
+    rows: int
+    share: float
+    rows_before: int
+    share_before: float
+
+
+def outcome(summary: Summary) -> str:
+    """Whether the run published, and if not, why."""
+    return f"Refused: {summary.refused}" if summary.refused else "Published."
+
+
+def size(summary: Summary) -> str:
+    """The rows and fragments of the run."""
+    return f"{summary.rows:,} rows in {summary.fragments:,} fragments"
+
+
+def run_facts(report: Report) -> list[tuple[str, str]]:
+    """What the run was, in a few lines: name and value."""
+    summary = report.summary
+    steps = summary.steps
+    computed = sum(step.computed for step in steps)
+    reused = sum(step.reused for step in steps)
+    repeated = sum(step.repeated for step in steps)
+    prompt_tokens = sum(step.prompt_tokens for step in steps)
+    completion_tokens = sum(step.completion_tokens for step in steps)
+    lines = [
+        ("run", summary.run),
+        ("output", summary.output),
+        ("size", size(summary)),
+        ("failed rows", f"{summary.faulty_rows:,}"),
+        ("files left out", f"{len(summary.unusable):,}"),
+        ("answers", f"{sum(step.answers for step in steps):,}"),
+        ("computed, reused, of repeated texts", f"{computed:,}, {reused:,}, {repeated:,}"),
+        ("tokens", tokens(prompt_tokens, completion_tokens)),
+        ("time", f"{summary.seconds:.1f} s"),
+        ("device", report.device or "none: no model was asked"),
+    ]
+    for step, path in report.models.items():
+        lines.append((f"model of {step}", path))
+    if report.cost is not None:
+        lines.append(("cost", f"{report.cost:.4g} at {report.price_per_hour:g} for an hour"))
+    return lines
+
+
+def answers(step: StepSummary) -> str:
+    """Where the answers of a step came from, and how fast the model was."""
+    parts = [
+        f"{step.answers:,} answers",
+        f"{step.computed:,} computed",
+        f"{step.reused:,} reused",
+    ]
+    if step.repeated:
+        parts.append(f"{step.repeated:,} of repeated texts")
+    if step.failed:
+        parts.append(f"{step.failed:,} failed")
+    if step.rows_per_second is not None:
+        parts.append(f"{_rate(step.rows_per_second)} rows/s")
+    if step.tokens_per_second is not None:
+        parts.append(f"{_rate(step.tokens_per_second)} tokens/s")
+    return ", ".join(parts)
+
+
+def _rate(per_second: float) -> str:
+    # A 6B model on a CPU answers less than one row a second; that must not read as 0.
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
+
+
+def tokens(read: int, written: int) -> str:
+    """Tokens of prompts and of answers."""
+    return f"{read:,} read, {written:,} written"
+
+
+def by_count(counts: Mapping[str, int]) -> str:
+    """Names with their numbers, on one line."""
+    return ", ".join(f"{name} {number:,}" for name, number in counts.items())
+
+
+def errors_by_reason(summary: Summary) -> list[tuple[str, str, int]]:
+    """For each step and each reason why its rows failed, how many; then the files left out."""
+    lines = []
+    for step in summary.steps:
+        for reason, rows in step.faults.items():
+            lines.append((step.name, reason, rows))
+    if summary.unusable:
+        lines.append(("files left out", "unusable_file", len(summary.unusable)))
+    return lines
+
+
+def label_shares(report: Report, step: StepSummary) -> list[LabelShare]:
+    """Each label of `step` in this run or the one before, the most frequent first."""
+    before = report.labels_before.get(step.name, {})
+    labels = dict.fromkeys([*step.labels, *before])
+    return [_label_share(label, step.labels, before) for label in labels]
+
+
+def _label_share(label: str, now: Mapping[str, int], before: Mapping[str, int]) -> LabelShare:
+    rows = now.get(label, 0)
+    rows_before = before.get(label, 0)
+    # At least 1: a step without labels in one of the runs has a share of 0 there.
+    share = rows / max(1, sum(now.values()))
+    share_before = rows_before / max(1, sum(before.values()))
+    return LabelShare(label, rows, share, rows_before, share_before)
+
+
+def label_drift(report: Report, step: StepSummary) -> str:
+    """How far the labels of `step` moved from the run before, as a sentence."""
+    before = report.labels_before.get(step.name)
+    if not before:
+        return "Nothing was published before by this step, or its report is gone."
+    drift = population_stability(before, step.labels)
+    return (
+        f"Moved by {drift:.4f} from the run before, {report.before} "
+        "(0.1 is a small shift, 0.25 a large one)."
+    )

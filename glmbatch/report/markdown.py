@@ -1,0 +1,43 @@
+"""The facts of a run as Markdown, for the page of a flow run. Shorter than the HTML page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from glmbatch.report.facts import Report, label_shares, outcome, run_facts
+from glmbatch.report.summary import StepSummary
+
+
+def markdown(report: Report) -> str:
+    """The outcome, the facts and the shares of labels; no text of the data is taken for markup."""
+    parts = [_plain(outcome(report.summary)), _table(["", ""], run_facts(report))]
+    for step in report.summary.steps:
+        if step.labels:
+            parts.append(_labels(report, step))
+    return "\n\n".join(parts)
+
+
+def _labels(report: Report, step: StepSummary) -> str:
+    """The shares of labels, beside those of the run before where there is one."""
+    head = [step.name, "share", f"in the run before, {report.before}"]
+    rows = []
+    for share in label_shares(report, step):
+        rows.append([share.label, f"{share.share:.1%}", f"{share.share_before:.1%}"])
+    columns = 3 if report.labels_before.get(step.name) else 2
+    return _table(head[:columns], [row[:columns] for row in rows])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [_row(head), f"| {' | '.join(['---'] * len(head))} |"]
+    lines += [_row(row) for row in rows]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(_plain(cell) for cell in cells)} |"
+
+
+def _plain(text: str) -> str:
+    """`text` on one line, without any mark that Markdown would read."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))

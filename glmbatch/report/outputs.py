@@ -1,0 +1,246 @@
+"""One pass over the output files of a run: each is opened once, and only for the columns needed.
+
+The receipts say beforehand which file holds rows of a label and which holds failed rows. So texts
+are read from a few files only, and memory does not grow with the rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel
+
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.receipts import OutputReceipt
+from glmbatch.report.counts import total
+from glmbatch.report.summary import short
+from glmbatch.settings.columns import Columns
+from glmbatch.store.parquet import prompt_values, read_columns
+from glmbatch.store.paths import side_by_side
+
+SAMPLE_ROWS = 3
+SAMPLES_PER_LABEL = 2
+SAMPLE_CHARS = 300
+LABELS_SHOWN = 30
+CONFIDENCE_BINS = 20
+
+
+class Sample(BaseModel, frozen=True, extra="forbid"):
+    """One row: what its prompt was made of, its label, and how sure the model was."""
+
+    text: str
+    label: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedStep:
+    """What a report must know of a step; `sources` are the source columns of its prompt."""
+
+    name: str
+    classifies: bool
+    sources: tuple[str, ...]
+
+    @property
+    def measured(self) -> str:
+        """The column with a histogram."""
+        columns = Columns(self.name)
+        return columns.score if self.classifies else columns.completion_tokens
+
+
+@dataclass(slots=True)
+class Reading:
+    """What was read from one output file, or from all of them.
+
+    counts     how many values of a step lie at each whole number, by the step's name: tokens of its
+               texts, or scores of its labels times CONFIDENCE_BINS
+    labelled   a few rows of each label, by the step's name
+    rows       a few rows without fault, with the values of prompts and answers
+    failures   a line for each step of each row that failed
+    """
+
+    counts: dict[str, np.ndarray] = field(default_factory=dict)
+    labelled: dict[str, list[Sample]] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What one output file is read for: `rows` without fault, and rows of labels by step."""
+
+    output: OutputReceipt
+    rows: int
+    labels: Mapping[str, Mapping[str, int]]
+
+
+def read_outputs(
+    steps: Sequence[ReportedStep],
+    outputs: Sequence[OutputReceipt],
+    ledger: Ledger,
+    id_column: str | None,
+    most_failures: int | None = None,
+) -> Reading:
+    """Read what the report and the list of failed rows need from `outputs`, staged or published.
+
+    Keeps at most `most_failures` lines of failed rows; None: all. UnusableFile when a file cannot
+    be read or lacks a column.
+    """
+
+    def read(wanted: _Wanted) -> Reading:
+        path = ledger.output_path(wanted.output)
+        table = read_columns(path, _columns(wanted, steps, id_column))
+        return _read(table, wanted, steps, id_column)
+
+    merged = Reading()
+    for reading in side_by_side(ledger.root, read, _plan(steps, outputs)):
+        for name, counts in reading.counts.items():
+            merged.counts[name] = _added(merged.counts.get(name), counts)
+        for name, samples in reading.labelled.items():
+            merged.labelled.setdefault(name, []).extend(samples)
+        merged.rows += reading.rows
+        room = None if most_failures is None else most_failures - len(merged.failures)
+        merged.failures += reading.failures[:room]
+    for index, step in enumerate(steps):
+        if step.name in merged.labelled:
+            order = _shown_labels(outputs, index)
+            merged.labelled[step.name].sort(key=lambda sample: order.index(sample.label))
+    return merged
+
+
+def _shown_labels(outputs: Sequence[OutputReceipt], index: int) -> list[str]:
+    """The most frequent labels of a step, the most frequent first."""
+    return list(total(output.answers[index].labels for output in outputs))[:LABELS_SHOWN]
+
+
+def _plan(steps: Sequence[ReportedStep], outputs: Sequence[OutputReceipt]) -> Iterator[_Wanted]:
+    """What to read from each output: rows of a label come from the first files that hold some."""
+    missing: dict[str, Counter[str]] = {}
+    for index, step in enumerate(steps):
+        labels = _shown_labels(outputs, index)
+        missing[step.name] = Counter(dict.fromkeys(labels, SAMPLES_PER_LABEL))
+    # Prompts may have no column at all; then there is no text to show beside the answers.
+    rows = SAMPLE_ROWS if any(step.sources for step in steps) else 0
+    for output in outputs:
+        labels_here = {}
+        for index, step in enumerate(steps):
+            taken = missing[step.name] & Counter(output.answers[index].labels)
+            missing[step.name] -= taken
+            labels_here[step.name] = taken
+        has_sound_rows = output.faulty_rows < output.fragment.rows
+        yield _Wanted(output, rows if has_sound_rows else 0, labels_here)
+        if has_sound_rows:
+            rows = 0  # the first such fragment shows enough
+
+
+def _columns(wanted: _Wanted, steps: Sequence[ReportedStep], id_column: str | None) -> list[str]:
+    """The columns that `wanted` needs, each once."""
+    names: list[str] = []
+    for step in steps:
+        columns = Columns(step.name)
+        names.append(step.measured)
+        if wanted.rows or wanted.labels[step.name]:
+            names += [*step.sources, columns.answer]
+        if wanted.rows or wanted.output.faulty_rows:
+            names += [columns.error, columns.error_type]
+    if wanted.output.faulty_rows and id_column is not None:
+        names.append(id_column)
+    return list(dict.fromkeys(names))
+
+
+def _read(
+    table: pa.Table, wanted: _Wanted, steps: Sequence[ReportedStep], id_column: str | None
+) -> Reading:
+    """The reading of one output, whose wanted columns are in `table`."""
+    reading = Reading()
+    for step in steps:
+        scale = CONFIDENCE_BINS if step.classifies else 1
+        values = table.column(step.measured).drop_null().to_numpy()
+        reading.counts[step.name] = np.bincount((values * scale).astype(np.int64))
+        if wanted.labels[step.name]:
+            reading.labelled[step.name] = list(_samples(table, step, wanted.labels[step.name]))
+    if wanted.rows:
+        reading.rows = _rows_without_fault(table, steps, wanted.rows)
+    if wanted.output.faulty_rows:
+        reading.failures = list(_failures(table, wanted.output, steps, id_column))
+    return reading
+
+
+def _samples(table: pa.Table, step: ReportedStep, numbers: Mapping[str, int]) -> Iterator[Sample]:
+    """The first rows of each label, as many as `numbers` says."""
+    columns = Columns(step.name)
+    for label, number in numbers.items():
+        has_label = pc.equal(table.column(columns.answer), label)
+        for row in _numbers_of(has_label)[:number]:
+            texts = [str(_value(table, source, row)) for source in dict.fromkeys(step.sources)]
+            text = short(" · ".join(texts), SAMPLE_CHARS)
+            yield Sample(text=text, label=label, score=table.column(columns.score)[row].as_py())
+
+
+def _rows_without_fault(
+    table: pa.Table, steps: Sequence[ReportedStep], most: int
+) -> list[dict[str, Any]]:
+    """The first rows that every step answered, with the values of their prompts and answers."""
+    is_sound = pa.chunked_array([np.ones(len(table), bool)])
+    names: list[str] = []
+    for step in steps:
+        is_sound = pc.and_(is_sound, pc.is_null(table.column(Columns(step.name).error)))
+        names += step.sources
+    names = list(dict.fromkeys([*names, *(step.name for step in steps)]))
+    rows = []
+    for row in _numbers_of(is_sound)[:most]:
+        rows.append({name: _value(table, name, row) for name in names})
+    return rows
+
+
+def _failures(
+    table: pa.Table,
+    output: OutputReceipt,
+    steps: Sequence[ReportedStep],
+    id_column: str | None,
+) -> Iterator[dict[str, Any]]:
+    """A line for each step of each row that failed."""
+    fragment = output.fragment
+    for step in steps:
+        columns = Columns(step.name)
+        rows = _numbers_of(pc.is_valid(table.column(columns.error)))
+        failed = table.take(pa.array(rows, pa.int64()))
+        kinds = failed.column(columns.error_type).to_pylist()
+        reasons = failed.column(columns.error).to_pylist()
+        names: list[Any] = [None] * len(rows)
+        if id_column is not None:
+            names = prompt_values(failed.column(id_column))
+        for row, name, kind, reason in zip(rows, names, kinds, reasons, strict=True):
+            yield {
+                "source": fragment.source,
+                "row": fragment.first_row + row,
+                "id": None if name is None else str(name),
+                "step": step.name,
+                "error_type": kind,
+                "error": reason,
+            }
+
+
+def _numbers_of(mask: pa.ChunkedArray) -> list[int]:
+    """The numbers of the rows where `mask` is true."""
+    numbers: list[int] = pc.indices_nonzero(mask).to_pylist()
+    return numbers
+
+
+def _value(table: pa.Table, column: str, row: int) -> str | bytes | None:
+    return prompt_values(table.column(column).slice(row, 1))[0]
+
+
+def _added(counts: np.ndarray | None, more: np.ndarray) -> np.ndarray:
+    """The sum of two counts of different lengths."""
+    if counts is None:
+        return more
+    longer, shorter = (more, counts) if len(more) > len(counts) else (counts, more)
+    longer[: len(shorter)] += shorter
+    return longer

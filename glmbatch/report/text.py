@@ -1,0 +1,68 @@
+"""A run as text for a terminal, with what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from glmbatch.ledger.delta import is_table
+from glmbatch.ledger.publication import QUARANTINE
+from glmbatch.report.facts import answers, by_count, size, tokens
+from glmbatch.report.summary import StepSummary, Summary, short
+from glmbatch.store.paths import location
+
+
+def describe(summary: Summary) -> str:
+    """The summary as text for a person, with what to do next."""
+    return "\n\n".join("\n".join(block) for block in _blocks(summary))
+
+
+def _blocks(summary: Summary) -> Iterator[list[str]]:
+    """The paragraphs, as lines."""
+    yield [
+        f"{size(summary)}, {summary.seconds:.1f} s -> {summary.output}",
+        f"run {summary.run}",
+    ]
+    for step in summary.steps:
+        yield _step(step)
+    if not summary.computed:
+        yield ["Nothing was new: no inference was executed and no model was loaded."]
+    if summary.faulty_rows or summary.unusable:
+        yield _failures(summary)
+    if summary.audits:
+        yield [f"audit {audit}" for audit in summary.audits]
+    if summary.kept_sources:
+        yield [f"{summary.kept_sources:,} sources that were not in this run stay published."]
+    for sample in summary.samples:
+        yield [f"  {name}: {short(value)}" for name, value in sample.items()]
+    yield _where_to_read(summary)
+
+
+def _step(step: StepSummary) -> list[str]:
+    lines = [f"{step.name}: {answers(step)}"]
+    if step.labels:
+        lines.append(f"  labels: {by_count(step.labels)}")
+    if step.completion_tokens:
+        lines.append(f"  tokens: {tokens(step.prompt_tokens, step.completion_tokens)}")
+    if step.faults:
+        lines.append(f"  errors: {by_count(step.faults)}")
+    return lines
+
+
+def _failures(summary: Summary) -> list[str]:
+    return [
+        f"{summary.faulty_rows:,} rows failed, files left out: {len(summary.unusable):,}",
+        *(f"  {fault.reason}" for fault in summary.unusable),
+        f"  each row with its reason: {location(summary.output) / QUARANTINE}",
+    ]
+
+
+def _where_to_read(summary: Summary) -> list[str]:
+    # Listing the folder of a Delta table would show the rows of its older versions too.
+    if is_table(location(summary.output)):
+        reader = f"deltalake.DeltaTable({summary.output!r}).to_pandas()"
+    else:
+        reader = f"pandas.read_parquet({summary.output!r})"
+    lines = [f"Read the answers: {reader}"]
+    if summary.report:
+        lines.append(f"Read about the run: {summary.report}")
+    return lines
