@@ -36,15 +36,16 @@ class EnginePool:
     ) -> Iterator[Engine]:
         """The engine under `key` for `owner`, loaded by `load` when it is not there yet.
 
-        At most `most` engines stay loaded: the one unused for longest is closed first, and while all are in use the
-        caller waits. Raises what `owner.check_running` raises.
+        At most `most` engines stay loaded: the one unused for longest is closed first, and while
+        all are in use the caller waits. Raises what `owner.check_running` raises.
         """
         engine = self._take(key, load, most, owner)
         try:
             yield engine
         finally:
             with self._changed:
-                self._leases[key][owner] -= 1
+                # Without the owners of no lease, whose memory would stay with their names.
+                self._leases[key] -= Counter([owner])
                 self._changed.notify_all()
 
     def _take(self, key: Hashable, load: Callable[[], Engine], most: int, owner: Owner) -> Engine:
@@ -72,8 +73,7 @@ class EnginePool:
         return False
 
     def _owners(self, key: Hashable) -> list[Owner]:
-        leases = self._leases.get(key, Counter())
-        return [owner for owner, count in leases.items() if count > 0]
+        return list(self._leases.get(key, ()))
 
     def discard(self, engine: Engine) -> None:
         """Close `engine`, so that its next use loads it again; nothing when it is no longer here."""
@@ -85,9 +85,11 @@ class EnginePool:
         engine.close()
 
     def close_unshared(self, owner: Owner) -> None:
-        """Close the engines that `owner` alone is using, which ends its calls with a TransientError.
+        """Close the engines that `owner` alone is using, which ends its calls with a
+        TransientError.
 
-        An engine that others use too goes on; there `owner` ends its calls itself, at its next answer.
+        An engine that others use too goes on; there `owner` ends its calls itself, at its next
+        answer.
         """
         with self._changed:  # waits for an engine that is being loaded
             engines = [
