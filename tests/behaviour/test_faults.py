@@ -1,4 +1,4 @@
-"""One bad row in a batch of eight, at each place, costs itself alone: the other seven stay the same."""
+"""One bad row in a batch of eight, at each place, costs itself alone: the other seven stay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An output on a disk that fills up, or turns read-only: one clear error, and the next run goes on."""
+"""An output on a disk that fills up or turns read-only: one clear error; the next run goes on."""
 
 from __future__ import annotations
 

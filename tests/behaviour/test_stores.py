@@ -1,4 +1,4 @@
-"""A job whose input, checkpoint and output lie in an object store: as one over files, whatever the store does."""
+"""A job over an object store gives what one over files gives, whatever the store does."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_store_that_fails_on_a_commit_is_tried_again_later(
 
 @pytest.fixture
 def changed(store: Store, settings: Settings) -> Callable[[str], dict[str, Any]]:
-    """Make a job over changed rows, one source missing, with an output that holds the rows before."""
+    """Make a job over changed rows, one source missing; its output holds the rows of before."""
     one_step = settings()["steps"][:1]
     store.put("in/day=3/b.parquet", pa.table({"text": ["of an earlier day"]}))
     run(settings(steps=one_step, data__output=store.url("before")))

@@ -1,4 +1,4 @@
-"""The flow through a real Prefect server: states, retry of a transient fault, cached second run, failure."""
+"""The flow through a real Prefect server: its states, retries, cached results and failures."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from glmbatch.errors import InputError
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.steps.classify import choose, choose_by_likelihood, encode_labels
-from tests.conftest import CAUSAL
+from tests.support import CAUSAL
 
 SCORES = st.lists(st.floats(-50, 50), min_size=2, max_size=8)
 

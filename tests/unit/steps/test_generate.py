@@ -7,7 +7,7 @@ import pytest
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.settings.job import GenerateStep
 from glmbatch.steps.generate import stop_check, write_up
-from tests.conftest import CAUSAL
+from tests.support import CAUSAL
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.settings.job import GenerateStep
 from glmbatch.steps.prompt import Prompt, RowFault, build_prompts
-from tests.conftest import CAUSAL
+from tests.support import CAUSAL
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_rows_share_the_tokens_that_the_template_puts_first(tokenizer: Tokenizer
     assert next(iter(shared))[0] > whole - 3
 
 
-def test_a_template_that_begins_with_a_value_shares_no_text(
+def test_a_template_beginning_with_a_value_shares_no_text(
     tokenizer: Tokenizer,
 ) -> None:
     prompt = built(tokenizer, {"text": "x"}, chat=False)
