@@ -1,19 +1,23 @@
-"""The settings under their public name; they are declared in `settings/job.py`."""
+"""The settings under their public name; `settings/` declares them."""
 
 from glmbatch.settings.job import (
+    CanaryConfig,
     ClassifyStep,
     DataConfig,
     GenerateStep,
     JobConfig,
     ModelConfig,
+    ReportConfig,
     RuntimeConfig,
 )
 
 __all__ = [
+    "CanaryConfig",
     "ClassifyStep",
     "DataConfig",
     "GenerateStep",
     "JobConfig",
     "ModelConfig",
+    "ReportConfig",
     "RuntimeConfig",
 ]

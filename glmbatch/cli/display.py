@@ -1,4 +1,4 @@
-"""Shows how far a run is: a bar on a terminal, plain key=value lines elsewhere. Writes to stderr only."""
+"""Shows how far a run is: a bar on a terminal, key=value lines elsewhere. Writes to stderr only."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from glmbatch.report.progress import Snapshot
 from glmbatch.run.session import newest_progress
 
+# A log of one night then has about a thousand lines.
 LINE_SECONDS = 30.0
 BAR_SECONDS = 0.2
 
@@ -36,13 +37,14 @@ def _lines(ended: threading.Event) -> None:
         print(describe_progress(newest_progress()), file=sys.stderr, flush=True)
 
 
-def describe_progress(now: Snapshot) -> str:
-    """One key=value line; answers are rows times steps."""
-    rate = now.computed / now.seconds if now.seconds else 0.0
-    left = f"{(now.total - now.done) / rate:.0f}" if rate else "unknown"
+def describe_progress(progress: Snapshot) -> str:
+    """One key=value line, for logs that machines read; answers are rows times steps."""
+    rate = progress.per_second
+    # Too high where the rest is known already: only the model finds that out, row by row.
+    remaining = f"{(progress.total - progress.done) / rate:.0f}" if rate else "unknown"
     return (
-        f"stage={now.stage} answers={now.done}/{now.total} computed={now.computed} "
-        f"answers_per_second={rate:.1f} seconds_left={left}"
+        f"stage={progress.stage} answers={progress.done}/{progress.total} "
+        f"computed={progress.computed} answers_per_second={rate:.1f} seconds_left={remaining}"
     )
 
 
@@ -66,8 +68,12 @@ def _bar(ended: threading.Event) -> None:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None, rate=0.0)
         while not ended.wait(BAR_SECONDS):
-            now = newest_progress()
-            rate = now.computed / now.seconds if now.seconds else 0.0
+            progress = newest_progress()
             bar.update(
-                task, description=now.stage, total=now.total or None, completed=now.done, rate=rate
+                task,
+                description=progress.stage,
+                # None shows a bar that only moves: the number of answers is not known yet.
+                total=progress.total or None,
+                completed=progress.done,
+                rate=progress.per_second,
             )

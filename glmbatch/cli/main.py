@@ -96,7 +96,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
     _set_prefect_defaults()
     with _raising_on_sigterm(), showing_progress(), _prefect_server():
-        # The one place where glmbatch looks up: the command line runs the flow, which runs glmbatch.
+        # The one place where glmbatch looks up: its command line runs the flow, which runs it.
         from flows.annotate import annotate
 
         summary = annotate(job)
@@ -118,6 +118,7 @@ def _doctor(parsed: argparse.Namespace) -> int:
     from glmbatch.run.fetching import local_adapter, local_checkpoint
     from glmbatch.settings.job import RuntimeConfig
 
+    # The folder that a job has by default, so that a checkpoint is fetched once for both.
     cache = RuntimeConfig().cache
     adapter = parsed.adapter and local_adapter(parsed.adapter, cache)
     diagnosis = examine(local_checkpoint(parsed.model, parsed.revision, cache), adapter=adapter)
@@ -182,6 +183,7 @@ def _settings(_: argparse.Namespace) -> int:
     return DONE
 
 
+# By the names that the parser knows.
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "plan": _plan,
@@ -195,6 +197,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 
 
 def _set_prefect_defaults() -> None:
+    # Read when prefect is imported, which must therefore come later.
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
 

@@ -1,4 +1,4 @@
-"""The commands with their arguments, and the settings that a command line overrides. Runs nothing."""
+"""The commands with their arguments, and the settings they override. Runs nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from glmbatch import __version__
 from glmbatch.errors import InputError
 from glmbatch.settings.job import JobConfig
 
-# Flags of `run` and `plan`: what a first job needs, with the word for its value (None: its choices).
+# Flags of `run` and `plan`: what a first job needs, with the word for its value or, for None, its
+# choices.
 # All other settings go by `--set`, so that the help fits on one screen.
 EVERYDAY: dict[str, str | None] = {
     "data.input": "PATH",
@@ -77,7 +78,7 @@ def _add_job(command: argparse.ArgumentParser) -> None:
         flag = "model" if name == "model.path" else name.rpartition(".")[2]
         settings.add_argument(
             f"--{flag.replace('_', '-')}",
-            dest=name,
+            dest=name,  # dotted, as the settings are named everywhere else
             metavar=value or f"{{{','.join(get_args(field.annotation))}}}",
             help=_help(field),
         )
@@ -86,6 +87,7 @@ def _add_job(command: argparse.ArgumentParser) -> None:
 
 def _help(field: FieldInfo) -> str:
     """The description of a setting, with its default if it has one."""
+    # argparse formats the help with the % operator.
     text = (field.description or "").replace("%", "%%")
     if isinstance(field.default, str):
         text += f" Default: {field.default}."
@@ -98,6 +100,7 @@ def _field(settings: type[BaseModel], name: str) -> FieldInfo:
     field = settings.model_fields[group]
     if not dot:
         return field
+    # Only a wrong line in EVERYDAY could fail here.
     kind = field.annotation
     assert isinstance(kind, type) and issubclass(kind, BaseModel), name
     return _field(kind, rest)

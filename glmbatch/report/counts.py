@@ -21,7 +21,7 @@ class Audit(BaseModel, frozen=True, extra="forbid"):
     what: str
     measured: float
     allowed: float
-    seen: tuple[str, ...] = ()
+    seen: tuple[str, ...] = ()  # the field's name is stored in reports
 
     @property
     def passed(self) -> bool:
@@ -46,6 +46,7 @@ def busy_seconds(receipts: Iterable[AnswersReceipt]) -> float:
 
     Fragments overlap, so this runs from the first start to the last end and is not a sum.
     """
+    # Answers that were found on disk took time too, but not the model's.
     busy = [receipt for receipt in receipts if receipt.computed_rows]
     if not busy:
         return 0.0

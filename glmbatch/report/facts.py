@@ -91,6 +91,7 @@ def answers(step: StepSummary) -> str:
         f"{step.computed:,} computed",
         f"{step.reused:,} reused",
     ]
+    # What a usual run does not have is left out.
     if step.repeated:
         parts.append(f"{step.repeated:,} of repeated texts")
     if step.failed:
@@ -130,6 +131,7 @@ def errors_by_reason(summary: Summary) -> list[tuple[str, str, int]]:
 
 def label_shares(report: Report, step: StepSummary) -> list[LabelShare]:
     """Each label of `step` in this run or the one before, the most frequent first."""
+    # A label that nobody chose tonight is worth a line most of all.
     before = report.labels_before.get(step.name, {})
     labels = dict.fromkeys([*step.labels, *before])
     return [_label_share(label, step.labels, before) for label in labels]

@@ -37,6 +37,7 @@ def _parts(report: Report) -> Iterator[str]:
     yield elements.facts(run_facts(report))
     yield from _errors(summary)
     yield from _throughput(report)
+    # Both are in the order of the job.
     for step, measures in zip(summary.steps, report.measures, strict=True):
         yield from _step(report, step, measures)
     if summary.audits:
@@ -81,7 +82,7 @@ def _labels(report: Report, step: StepSummary) -> Iterator[str]:
     """The shares of labels, beside those of the run that was published before."""
     shares = label_shares(report, step)
     series = [("this run", [share.share for share in shares])]
-    columns = 3
+    columns = 3  # without a run before, the last two would be all zeros
     if report.labels_before.get(step.name):
         series.append(("the run before", [share.share_before for share in shares]))
         columns = 5

@@ -24,6 +24,7 @@ def _labels(report: Report, step: StepSummary) -> str:
     rows = []
     for share in label_shares(report, step):
         rows.append([share.label, f"{share.share:.1%}", f"{share.share_before:.1%}"])
+    # Without a run before, the last column would be all zeros.
     columns = 3 if report.labels_before.get(step.name) else 2
     return _table(head[:columns], [row[:columns] for row in rows])
 
@@ -40,4 +41,5 @@ def _row(cells: Sequence[str]) -> str:
 
 def _plain(text: str) -> str:
     """`text` on one line, without any mark that Markdown would read."""
+    # All of ASCII's punctuation: Markdown lets each of them be escaped, and HTML needs some.
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))

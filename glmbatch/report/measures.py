@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 from pydantic import BaseModel
@@ -15,8 +16,10 @@ from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt, OutputReceipt
 from glmbatch.report.counts import busy_seconds
 from glmbatch.report.outputs import CONFIDENCE_BINS, Reading, ReportedStep, Sample
 
+# Bars of a plot 350 pixels wide, and points of its lines.
 LENGTH_BINS = 24
 RATE_BINS = 30
+# Fragments in the list of the slowest.
 SLOWEST = 5
 
 
@@ -39,7 +42,7 @@ class Slow(BaseModel, frozen=True, extra="forbid"):
 class Measures(BaseModel, frozen=True, extra="forbid"):
     """One step over a run.
 
-    `rates` are pairs: seconds since the run's first answer began, rows per second through the model.
+    `rates` are pairs: seconds since the run's model began, rows per second through it.
     """
 
     step: str
@@ -54,7 +57,8 @@ def measure(
 ) -> tuple[Measures, ...]:
     """The measures of each step over `outputs`; rates and times are those of `run` alone."""
     busy = [_busy(run, outputs, index) for index in range(len(steps))]
-    began = min((receipt.began for receipts in busy for receipt in receipts), default=0.0)
+    # One origin for all steps, so that their lines can be compared.
+    began = min((receipt.began for receipt in chain(*busy)), default=0.0)
     measures = []
     for index, step in enumerate(steps):
         receipts = [output.answers[index] for output in outputs]
@@ -75,9 +79,11 @@ def _busy(run: str, outputs: Sequence[OutputReceipt], index: int) -> list[Answer
     """The receipts of a step for which `run` asked the model."""
     # By key, since files with the same rows share one receipt.
     receipts = {output.answers[index].key: output.answers[index] for output in outputs}
-    return [
-        receipt for receipt in receipts.values() if receipt.run == run and receipt.computed_rows
-    ]
+    busy = []
+    for receipt in receipts.values():
+        if receipt.run == run and receipt.computed_rows:
+            busy.append(receipt)
+    return busy
 
 
 def _slow(receipt: AnswersReceipt) -> Slow:
@@ -111,7 +117,7 @@ def _prompt_lengths(receipts: Iterable[AnswersReceipt]) -> Histogram:
     for receipt in receipts:
         rows.update(receipt.prompt_lengths)
     counts = np.zeros(max(rows, default=0) + 1, np.int64)
-    counts[list(rows)] = list(rows.values())
+    counts[list(rows)] = list(rows.values())  # receipts count by the first token of a bin
     return _lengths(counts, LENGTH_BIN)
 
 
@@ -127,18 +133,19 @@ def _rates(receipts: Sequence[AnswersReceipt], began: float) -> list[tuple[float
     if not receipts:
         return []
     first = min(receipt.began for receipt in receipts)
+    # A clock that stood still must not make the width 0.
     width = max(busy_seconds(receipts), 1e-6) / RATE_BINS
     points = []
     for number in range(RATE_BINS):
-        left = first + number * width
-        rows = sum(_rows_between(receipt, left, left + width) for receipt in receipts)
-        points.append((left + width / 2 - began, rows / width))
+        start = first + number * width
+        rows = sum(_rows_between(receipt, start, start + width) for receipt in receipts)
+        points.append((start + width / 2 - began, rows / width))
     return points
 
 
-def _rows_between(receipt: AnswersReceipt, left: float, right: float) -> float:
-    """How many of the receipt's computed rows belong to the time from `left` to `right`."""
+def _rows_between(receipt: AnswersReceipt, start: float, end: float) -> float:
+    """How many of the receipt's computed rows belong to the time from `start` to `end`."""
     if not receipt.seconds:
         return 0.0
-    overlap = min(right, receipt.began + receipt.seconds) - max(left, receipt.began)
+    overlap = min(end, receipt.began + receipt.seconds) - max(start, receipt.began)
     return receipt.computed_rows * max(0.0, overlap) / receipt.seconds

@@ -24,10 +24,12 @@ from glmbatch.settings.columns import Columns
 from glmbatch.store.parquet import prompt_values, read_columns
 from glmbatch.store.paths import side_by_side
 
+# What a page can show without scrolling for long.
 SAMPLE_ROWS = 3
 SAMPLES_PER_LABEL = 2
 SAMPLE_CHARS = 300
 LABELS_SHOWN = 30
+# Steps of 0.05 from 0 to 1.
 CONFIDENCE_BINS = 20
 
 
@@ -99,6 +101,7 @@ def read_outputs(
         return _read(table, wanted, steps, id_column)
 
     merged = Reading()
+    # On a disk one after the other, in a store several at once; in order in both.
     for reading in side_by_side(ledger.root, read, _plan(steps, outputs)):
         for name, counts in reading.counts.items():
             merged.counts[name] = _added(merged.counts.get(name), counts)
@@ -107,6 +110,7 @@ def read_outputs(
         merged.rows += reading.rows
         room = None if most_failures is None else most_failures - len(merged.failures)
         merged.failures += reading.failures[:room]
+    # Files come in the order of the rows; a page shows the most frequent label first.
     for index, step in enumerate(steps):
         if step.name in merged.labelled:
             order = _shown_labels(outputs, index)
@@ -125,7 +129,7 @@ def _plan(steps: Sequence[ReportedStep], outputs: Sequence[OutputReceipt]) -> It
     for index, step in enumerate(steps):
         labels = _shown_labels(outputs, index)
         missing[step.name] = Counter(dict.fromkeys(labels, SAMPLES_PER_LABEL))
-    # Prompts may have no column at all; then there is no text to show beside the answers.
+    # Prompts without any column have no text to show beside the answers.
     rows = SAMPLE_ROWS if any(step.sources for step in steps) else 0
     for output in outputs:
         labels_here = {}
@@ -145,6 +149,7 @@ def _columns(wanted: _Wanted, steps: Sequence[ReportedStep], id_column: str | No
     for step in steps:
         columns = Columns(step.name)
         names.append(step.measured)
+        # Texts are most of a file's bytes; the other columns are small.
         if wanted.rows or wanted.labels[step.name]:
             names += [*step.sources, columns.answer]
         if wanted.rows or wanted.output.faulty_rows:
@@ -160,6 +165,7 @@ def _read(
     """The reading of one output, whose wanted columns are in `table`."""
     reading = Reading()
     for step in steps:
+        # Counts, not values: 8 bytes for each bin, whatever the number of rows.
         scale = CONFIDENCE_BINS if step.classifies else 1
         values = table.column(step.measured).drop_null().to_numpy()
         reading.counts[step.name] = np.bincount((values * scale).astype(np.int64))
@@ -241,6 +247,6 @@ def _added(counts: np.ndarray | None, more: np.ndarray) -> np.ndarray:
     """The sum of two counts of different lengths."""
     if counts is None:
         return more
-    longer, shorter = (more, counts) if len(more) > len(counts) else (counts, more)
+    longer, shorter = sorted((counts, more), key=len, reverse=True)
     longer[: len(shorter)] += shorter
     return longer

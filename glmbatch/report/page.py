@@ -85,9 +85,12 @@ def _rows(rows: Iterable[Sequence[object]]) -> str:
 
 def lines(title: str, x_name: str, y_name: str, series: Sequence[Line]) -> str:
     """Lines over common axes; "" when there is no point."""
-    points = [point for _, line in series for point in line]
+    points: list[tuple[float, float]] = []
+    for _, line in series:
+        points += line
     if not points:
         return ""
+    # All series share the axes, so the ranges are those of all points.
     left, right = _range([x for x, _ in points])
     low, high = _range([y for _, y in points])
     drawn = []
@@ -109,7 +112,7 @@ def lines(title: str, x_name: str, y_name: str, series: Sequence[Line]) -> str:
 
 def bars(title: str, x_name: str, y_name: str, names: Sequence[str], series: Sequence[Bars]) -> str:
     """For each of `names` a bar of every series, from 0 up; "" when all are 0."""
-    high = max((value for _, values in series for value in values), default=0)
+    high = max((max(values, default=0) for _, values in series), default=0)
     if not high:
         return ""
     slot = (WIDTH - 2 * EDGE) / len(names)

@@ -75,7 +75,7 @@ def step_summary(name: str, run: str, receipts: Sequence[AnswersReceipt]) -> Ste
     # Files with the same rows share one receipt, whose work counts once.
     by_key = {receipt.key: receipt for receipt in receipts if receipt.run == run}
     own = list(by_key.values())
-    seconds = busy_seconds(own)
+    seconds = busy_seconds(own)  # 0.0 where all was known, which has no rate
     computed = sum(receipt.computed_rows for receipt in own)
     prompt_tokens = sum(receipt.prompt_tokens for receipt in own)
     completion_tokens = sum(receipt.completion_tokens for receipt in own)

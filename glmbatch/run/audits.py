@@ -1,7 +1,7 @@
 """What a run is held to before it publishes: nothing unfit replaces what is published.
 
-Counts alone, from the plan and from receipts; no rows, no files. Each check raises AuditError, whose
-message continues "nothing published:".
+Counts alone, from the plan and from receipts; no rows, no files. Each check raises AuditError with
+the end of a sentence that begins with "nothing published:".
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ UNREADABLE = "in unreadable files"
 
 def check_complete(plan: Plan, outputs: Sequence[OutputReceipt]) -> None:
     """AuditError unless every planned fragment has its output, in the order of the plan."""
+    # Compared in order too: receipts that came back in another order would be matched wrongly.
     planned = [fragment.name for fragment in plan.fragments]
     made = [output.fragment.name for output in outputs]
     if made != planned:
@@ -32,6 +33,7 @@ def check_errors(plan: Plan, outputs: Sequence[OutputReceipt], max_error_rate: f
 
     Rows of unreadable files count as failed.
     """
+    # A limited run may have come to no readable file yet; a full one has none.
     if plan.unusable and not plan.rows and plan.limit is None:
         raise AuditError(f"no row, and {len(plan.unusable)} unreadable files.")
     out_of_reach = _rows_out_of_reach(plan)
@@ -40,6 +42,7 @@ def check_errors(plan: Plan, outputs: Sequence[OutputReceipt], max_error_rate: f
     for output in outputs:
         failed += output.faulty_rows if output.unusable is None else output.fragment.rows
     reasons = _most_frequent(outputs, out_of_reach)
+    # Even where the job allows every row to fail: an output without answers replaces good ones.
     if rows and failed == rows:
         raise AuditError(f"all {rows} rows failed: {reasons}.")
     if failed > max_error_rate * rows:
@@ -57,6 +60,7 @@ def _rows_out_of_reach(plan: Plan) -> int:
     """
     if plan.limit is not None:
         return 0
+    # By source, since the stamp of each fragment has the size of the whole file.
     sizes = {fragment.source: fragment.stamp[0] for fragment in plan.fragments}
     readable_bytes = sum(sizes.values())
     if not readable_bytes:
@@ -122,6 +126,7 @@ def _label_audits(
     allowed = step.audits.max_label_drift
     labels = total(receipt.labels for receipt in now)
     labels_before = total(receipt.labels for receipt in before)
+    # On a first night there is nothing to compare with.
     if allowed is not None and labels and labels_before:
         drift = population_stability(labels_before, labels)
         yield Audit(step=step.name, what="label drift", measured=drift, allowed=allowed)

@@ -57,8 +57,8 @@ class DataConfig(Settings):
     )
     format: Literal["parquet", "delta"] = Field(
         "parquet",
-        description="parquet: a folder of files. delta: a Delta Lake table over them too; choose it "
-        "where readers must never see two publications mixed (needs glmbatch[delta]).",
+        description="parquet: a folder of files. delta: a Delta Lake table over them too; choose "
+        "it where readers must never see two publications mixed (needs glmbatch[delta]).",
     )
     text_column: str = Field(
         "text", min_length=1, description="Column that holds the text; a prompt calls it {text}."
@@ -103,8 +103,8 @@ class RuntimeConfig(Settings):
         None,
         ge=1,
         le=4096,
-        description="Most rows generated at once; empty: 32 on CPU, from free memory on CUDA. Lower "
-        "it to share a GPU.",
+        description="Most rows generated at once; empty: 32 on CPU, from free memory on CUDA. "
+        "Lower it to share a GPU.",
     )
     fragments_in_flight: int = Field(
         2,
@@ -134,8 +134,8 @@ class RuntimeConfig(Settings):
         None,
         ge=1,
         le=1024,
-        description="Engine processes on the cluster; empty: one for each GPU or, without GPUs, for "
-        "each machine. Set it where CPUs should be shared by several.",
+        description="Engine processes on the cluster; empty: one for each GPU or, without GPUs, "
+        "for each machine. Set it where CPUs should be shared by several.",
     )
     retries: int = Field(
         3, ge=0, le=20, description="Times a task is tried again after the machine failed."
@@ -162,9 +162,9 @@ class CanaryConfig(Settings):
     )
     max_change: Share = Field(
         0.0,
-        description="Share of canary rows whose answers may differ; beyond it nothing is published. "
-        "0 suits float32. In half precision a text counts as the same when its first quarter is, "
-        "and 0.1 leaves room for rounding.",
+        description="Share of canary rows whose answers may differ; beyond it nothing is "
+        "published. 0 suits float32. In half precision a text counts as the same when its first "
+        "quarter is, and 0.1 leaves room for rounding.",
     )
 
 
@@ -218,6 +218,7 @@ class JobConfig(Settings):
     @field_validator("on_error", mode="before")
     @classmethod
     def _yaml_null(cls, value: object) -> object:
+        # YAML reads `on_error: null` as no value, and so does the Prefect form.
         return "null" if value is None else value
 
     @model_validator(mode="after")
@@ -245,6 +246,7 @@ class JobConfig(Settings):
     def earlier_steps(self, step: Step) -> list[str]:
         """Names of the steps whose answers the prompt of `step` uses, in the order they run."""
         wanted = placeholders(step.prompt_template)
+        # A later step's name, or its own, is a source column: its answers do not exist yet.
         names = []
         for earlier in self.steps:
             if earlier is step or earlier.name == step.name:

@@ -1,4 +1,7 @@
-"""From a file of settings and flags to a `JobConfig`, or other settings, with errors that name file and setting."""
+"""From a file of settings and flags to a `JobConfig`, or other settings.
+
+What is wrong is an InputError that names the file and the setting, a line for each.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,21 @@ from pydantic import BaseModel, ValidationError
 from glmbatch.errors import InputError
 from glmbatch.settings.job import JobConfig
 
-# Groups that a text alone may stand for, and the setting that it is.
+# Groups that a text alone may stand for, and the setting that the text then is.
 TEXT_ALONE = {"model": "path", "canary": "file"}
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
 
 def load_job(path: str, overrides: Mapping[str, object] | None = None) -> JobConfig:
-    """The job of a YAML or JSON file; else as `load_settings`."""
+    """The job of a YAML or JSON file; `overrides` and errors as in `parse_settings`."""
     return load_settings(path, JobConfig, overrides)
 
 
 def load_settings(
     path: str, kind: type[AnySettings], overrides: Mapping[str, object] | None = None
 ) -> AnySettings:
-    """The settings of a YAML or JSON file; else as `parse_settings`."""
+    """The settings of a YAML or JSON file; `overrides` and errors as in `parse_settings`."""
     return parse_settings(path, _read(Path(path)), kind, overrides)
 
 
@@ -38,30 +41,35 @@ def parse_settings(
     kind: type[AnySettings],
     overrides: Mapping[str, object] | None = None,
 ) -> AnySettings:
-    """The `settings` that errors name by `where`, with `overrides` (dotted setting to value) in place of what they say.
+    """Validate `settings`, after `overrides` (dotted setting to value) have replaced theirs.
 
-    InputError with a line for each thing that is wrong.
+    InputError with a line for each thing that is wrong; the lines begin with `where`.
     """
+    # `overrides` are set in place, and the caller may use its settings again.
     changed = deepcopy(dict(settings))
     for name, value in (overrides or {}).items():
         _set(changed, name, value)
     try:
         return kind.model_validate(changed)
     except ValidationError as error:
-        lines = (f"{where}: {_setting(each)}: {_seen(each, kind)}" for each in error.errors())
+        lines = []
+        for detail in error.errors():
+            lines.append(f"{where}: {_setting(detail)}: {_reason(detail, kind)}")
         raise InputError("\n".join(lines)) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file. InputError when there is none."""
     try:
+        # JSON is YAML too, so one reader is enough.
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InputError(f"{path}: the job file cannot be read: {reason}.") from error
     except yaml.YAMLError as error:
-        raise InputError(
-            f"{path}: is neither YAML nor JSON: {' '.join(str(error).split())}."
-        ) from error
+        # The parser's message spans several lines; a user sees one for each thing that is wrong.
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: is neither YAML nor JSON: {reason}.") from error
     if not isinstance(settings, dict):
         raise InputError(f"{path}: holds no settings.")
     return settings
@@ -70,58 +78,62 @@ def _read(path: Path) -> dict[str, Any]:
 def _set(settings: dict[str, Any], name: str, value: object) -> None:
     """Set the dotted `name`; a number in it is a place in a list."""
     *parents, last = name.split(".")
-    here: Any = settings
+    group: Any = settings
     for depth, part in enumerate(parents):
-        if isinstance(here, list):
-            here = here[_place(here, part, name)]
+        if isinstance(group, list):
+            group = group[_place(group, part, name)]
             continue
-        if not isinstance(here, dict):
+        if not isinstance(group, dict):
             raise InputError(f"{name}: {'.'.join(parents[:depth])} is not a group of settings.")
-        if part in TEXT_ALONE and isinstance(here.get(part), str):
-            here[part] = {TEXT_ALONE[part]: here[part]}
-        here = here.setdefault(part, {})
-    if isinstance(here, list):
-        here[_place(here, last, name)] = value
-    elif not isinstance(here, dict):
+        if part in TEXT_ALONE and isinstance(group.get(part), str):
+            group[part] = {TEXT_ALONE[part]: group[part]}
+        # An absent group is made: a job file need not name `runtime` for `--device` to work.
+        group = group.setdefault(part, {})
+    if isinstance(group, list):
+        group[_place(group, last, name)] = value
+    elif not isinstance(group, dict):
         raise InputError(f"{name}: {'.'.join(parents)} is not a group of settings.")
     else:
-        here[last] = value
+        group[last] = value
 
 
 def _place(items: list[Any], part: str, name: str) -> int:
+    """The index that `part` of the dotted `name` stands for."""
     if not part.isdigit() or int(part) >= len(items):
         raise InputError(f"{name}: {part!r} is no place in a list of {len(items)}.")
     return int(part)
 
 
-def _setting(error: Any) -> str:
+def _setting(detail: Any) -> str:
     """The place of an error as a person writes it: steps[0].labels."""
     name = ""
-    for part in error["loc"]:
+    for part in detail["loc"]:
         if isinstance(part, int):
             name += f"[{part}]"
-        elif not (
-            name.endswith("]") and part in ("classify", "generate")
-        ):  # pydantic's tag of the kind of step
+        # Behind the index of a step, pydantic puts its kind, which is no part of the name.
+        elif not (name.endswith("]") and part in ("classify", "generate")):
             name += f".{part}" if name else part
     return name or "job"
 
 
-def _seen(error: Any, settings: type[BaseModel]) -> str:
-    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
-    if kind == "missing":
+def _reason(detail: Any, settings: type[BaseModel]) -> str:
+    """What is wrong, as the end of a sentence that began with the setting."""
+    if detail["type"] == "missing":
         return "is required and not set"
-    if kind == "extra_forbidden":
-        schema = settings.model_json_schema()
-        names = {
-            name
-            for each in (schema, *schema["$defs"].values())
-            for name in each.get("properties", {})
-        }
-        near = get_close_matches(str(error["loc"][-1]), names, 1)
-        return "is no setting; " + (
-            f"did you mean {near[0]}?" if near else "glmbatch settings lists them"
-        )
-    if kind == "value_error":
-        return str(message)
-    return f"{message[0].lower()}{message[1:]}; it is {error['input']!r}"
+    if detail["type"] == "extra_forbidden":
+        return f"is no setting; {_hint(str(detail['loc'][-1]), settings)}"
+    message = str(detail["msg"])
+    # Raised by our own validators, whose sentences are whole and quote what they refuse.
+    if detail["type"] == "value_error":
+        return message.removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]}; it is {detail['input']!r}"
+
+
+def _hint(name: str, settings: type[BaseModel]) -> str:
+    """The setting that was meant by the unknown `name`, wherever it belongs."""
+    schema = settings.model_json_schema()
+    names: set[str] = set()
+    for group in (schema, *schema["$defs"].values()):
+        names |= group.get("properties", {}).keys()
+    near = get_close_matches(name, names, 1)
+    return f"did you mean {near[0]}?" if near else "glmbatch settings lists them"

@@ -1,4 +1,4 @@
-"""What all settings classes share: their strictness, common kinds of value, and where moved keys went.
+"""What all settings classes share: strictness, common kinds of value, where moved keys went.
 
 Reads no files and no environment.
 """
@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+# Names of steps become names of columns, which every reader of Parquet must be able to spell.
 NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 Share = Annotated[float, Field(ge=0, le=1)]
 StepName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 
-# Keys of earlier versions, or of other tools, and what became of them. One is refused with this line
-# wherever a settings class has no such field.
+# Keys of earlier versions, or of other tools, and what became of them. Such a key is refused with
+# this line wherever a settings class has no field of that name.
 MOVED = {
     "max_label_drift": "moved to audits.max_label_drift",
     "max_truncated_rate": "moved to audits.max_truncated_rate",

@@ -1,4 +1,4 @@
-"""Which checkpoint answers, and in which numbers: every setting here is part of what makes an answer."""
+"""Which checkpoint answers, and in which numbers. Every setting here changes answers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class ModelConfig(Settings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Numbers to compute in; auto is bfloat16 on CUDA and float32 on CPU, the faster of "
-        "each. float32 on CUDA takes twice the memory.",
+        description="Numbers to compute in; auto is bfloat16 on CUDA and float32 on CPU, the "
+        "faster of each. float32 on CUDA takes twice the memory.",
     )
     quantization: Literal["none", "int8"] = Field(
         "none",

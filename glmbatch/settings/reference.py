@@ -1,13 +1,17 @@
-"""The settings as a page: every field of the settings classes with its kind, bounds, default and description."""
+"""The settings as a page: each field with its kind, bounds, default and description.
+
+It is made from the JSON schemas of the settings classes, so it says what the forms say.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
+# What kinds of JSON are called on the page.
 NAMES = {
     "string": "text",
     "integer": "whole number",
@@ -15,20 +19,24 @@ NAMES = {
     "boolean": "true or false",
     "null": "empty",
 }
+# The bounds of a JSON schema.
 BOUNDS = {
     "minimum": "≥ {}",
     "exclusiveMinimum": "> {}",
     "maximum": "≤ {}",
     "exclusiveMaximum": "< {}",
 }
+# A line break in a cell would end the table, and so would a bar that is not escaped.
+BAR = r"\|"
 
 
 def describe_settings(pages: Mapping[str, type[BaseModel]]) -> str:
-    """Markdown: for each title the tables of its class and of all classes below it, each class once."""
+    """Markdown: for each title the tables of its class and of all classes below it, each once."""
     lines = [
         "# Settings",
         "",
-        "Made from the settings classes by `glmbatch settings`. Names are dotted as `--set` takes them.",
+        "Made from the settings classes by `glmbatch settings`. Names are dotted as `--set` takes "
+        "them.",
         "",
     ]
     shown: set[str] = set()
@@ -36,6 +44,7 @@ def describe_settings(pages: Mapping[str, type[BaseModel]]) -> str:
         schema = kind.model_json_schema()
         classes = {kind.__name__: schema, **schema["$defs"]}
         lines += [f"## {title}", ""]
+        # A job and a fine-tuning share classes, such as RuntimeConfig.
         for name in _in_order(kind.__name__, classes):
             if name not in shown:
                 shown.add(name)
@@ -45,32 +54,30 @@ def describe_settings(pages: Mapping[str, type[BaseModel]]) -> str:
 
 def _in_order(name: str, classes: Mapping[str, Any]) -> list[str]:
     """The class, then those that its fields hold, depth first."""
-    found = [name]
+    names = [name]
     for field in classes[name].get("properties", {}).values():
         for inner in _references(field):
-            found += [each for each in _in_order(inner, classes) if each not in found]
-    return found
+            for other in _in_order(inner, classes):
+                if other not in names:
+                    names.append(other)
+    return names
 
 
 def _references(field: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the classes that the schema of a field refers to, at any depth."""
     if "$ref" in field:
         yield field["$ref"].rpartition("/")[2]
     for value in field.values():
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, Mapping):
-                yield from _references(each)
+        # `anyOf` is a list of schemas, `items` a single one.
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, Mapping):
+                yield from _references(part)
 
 
 def _table(name: str, classes: Mapping[str, Any]) -> list[str]:
+    """The heading, description and table of one class."""
     schema = classes[name]
-    rows = []
-    for field, stated in schema["properties"].items():
-        default = "required" if field in schema.get("required", []) else _default(stated)
-        said = stated.get("description") or classes[next(_references(stated))]["description"]
-        rows.append(
-            f"| `{field}` | {_kind(stated)} | {default} | {said.replace('|', chr(92) + '|')} |"
-        )
-    head = [
+    lines = [
         f"### {name}",
         "",
         schema["description"],
@@ -78,25 +85,39 @@ def _table(name: str, classes: Mapping[str, Any]) -> list[str]:
         "| setting | kind | default | what it is |",
         "|---|---|---|---|",
     ]
-    return [*head, *rows, ""]
+    required = schema.get("required", [])
+    for field_name, field in schema["properties"].items():
+        default = "required" if field_name in required else _default(field)
+        # A group without a description of its own has that of its class.
+        description = field.get("description") or classes[next(_references(field))]["description"]
+        text = description.replace("|", BAR)
+        lines.append(f"| `{field_name}` | {_kind(field)} | {default} | {text} |")
+    return [*lines, ""]
 
 
 def _kind(field: Mapping[str, Any]) -> str:
+    """What values a field takes, with links to classes."""
     if "$ref" in field:
         name = field["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
-    several: Sequence[Any] | None = field.get("anyOf") or field.get("oneOf")
-    if several:
-        return " or ".join(_kind(each) for each in several)
-    if "enum" in field or "const" in field:
-        return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    alternatives = field.get("anyOf") or field.get("oneOf")
+    if alternatives:
+        return " or ".join(map(_kind, alternatives))
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
     if field.get("type") == "array":
         return f"list of {_kind(field['items'])}" if "items" in field else "list"
-    bounds = [form.format(f"{field[key]:,}") for key, form in BOUNDS.items() if key in field]
-    return " ".join([NAMES.get(field.get("type", ""), field.get("type", "any")), *bounds])
+    words = [NAMES.get(field.get("type", ""), field.get("type", "any"))]
+    for key, form in BOUNDS.items():
+        if key in field:
+            words.append(form.format(f"{field[key]:,}"))
+    return " ".join(words)
 
 
 def _default(field: Mapping[str, Any]) -> str:
+    # The schema of a group does not repeat the defaults inside it.
     if "default" not in field:
         return "its own defaults"
     value = field["default"]

@@ -1,4 +1,4 @@
-"""The questions asked of each row. All settings here but a step's name and audits change answers."""
+"""The questions asked of each row. All settings but a step's name and audits change answers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class ClassifyAudits(Settings):
         None,
         gt=0,
         description="How far the shares of labels may move from those published, as a population "
-        "stability index: 0.1 is a small shift, 0.25 a large one. Start with 0.25. Empty: no audit.",
+        "stability index: 0.1 is a small shift, 0.25 a large one. Start with 0.25. "
+        "Empty: no audit.",
     )
 
 
@@ -119,6 +120,7 @@ class GenerateStep(Step):
         256,
         ge=1,
         le=32_768,
+        # transformers' name for it, which users type by habit.
         validation_alias=AliasChoices("max_tokens", "max_new_tokens"),
         description="Most tokens to write for a row. A longer answer is cut off and counted as "
         "truncated; room for it is only taken as it grows.",
@@ -154,6 +156,7 @@ class GenerateStep(Step):
         return stop
 
 
+# `kind` chooses the class, so an error names a setting of that kind and not of both.
 AnyStep = Annotated[ClassifyStep | GenerateStep, Field(discriminator="kind")]
 
 
@@ -172,6 +175,7 @@ def placeholders(template: str) -> list[str]:
     for _, name, spec, conversion in string.Formatter().parse(template):
         if name is None:
             continue
+        # {a.b} and {a[0]} would reach into a row's value, {0} and {} name no column.
         if spec or conversion or not name or name.isdigit() or any(mark in name for mark in ".[]"):
             shown = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise ValueError(
