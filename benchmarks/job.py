@@ -1,11 +1,12 @@
-"""The whole job beside its engine: what reading, tokenizing, writing and Prefect add to the model's own time.
+"""The whole job beside its engine: what reading, tokenizing, writing and Prefect add.
 
     python benchmarks/job.py                                    two steps over 4,000 reviews, the `mid` shape, on CPU
     python benchmarks/job.py --shape 6b --device cuda --dtype bfloat16 --rows 100000 --rows-per-fragment 10000
 
-Three in turn, on the same rows with the same loaded engine: the engine alone, on token ids made beforehand; the job in
-plain calls; the flow with a Prefect server, whose start is measured apart. Random weights, the sample's reviews and
-tokenizer. Wall seconds, medians; the answers are compared. The last line is one JSON object.
+Three in turn, on the same rows with the same loaded engine: the engine alone, on prompts made
+beforehand; the job in plain calls; the flow with a Prefect server, whose start is measured apart.
+Random weights, the sample's reviews and tokenizer. Wall seconds, medians; the answers are compared.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -15,69 +16,64 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import torch
+import yaml
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
+from transformers import GlmConfig, GlmForCausalLM
+from workload import SHAPES
 
-import pyarrow as pa  # noqa: E402
-import pyarrow.dataset as ds  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings  # noqa: E402
-from transformers import GlmConfig, GlmForCausalLM  # noqa: E402
-from workload import SHAPES  # noqa: E402
+from flows.annotate import annotate
+from glmbatch.cli.server import own_server
+from glmbatch.config import JobConfig
+from glmbatch.glm.checkpoint.save import save_checkpoint
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.report.counts import busy_seconds
+from glmbatch.run.answer import answer, read_prompt_rows
+from glmbatch.run.ask import ask
+from glmbatch.run.job import run_job
+from glmbatch.run.models import prepare_models
+from glmbatch.run.plan import assign, plan_run
+from glmbatch.run.session import session
+from glmbatch.run.triage import build_question_prompts, key_prompts
 
-from flows.annotate import annotate  # noqa: E402
-from glmbatch.cli.server import own_server  # noqa: E402
-from glmbatch.glm.checkpoint.save import save_checkpoint  # noqa: E402
-from glmbatch.glm.engine.protocol import ClassifyRequest, Engine, GenerateRequest  # noqa: E402
-from glmbatch.ledger.ledger import Ledger  # noqa: E402
-from glmbatch.report.counts import busy_seconds  # noqa: E402
-from glmbatch.run import session  # noqa: E402
-from glmbatch.run.job import run_job  # noqa: E402
-from glmbatch.settings.job import JobConfig  # noqa: E402
-
-SAMPLE = ROOT / "sample_data"
+SAMPLE = Path(__file__).resolve().parent.parent / "sample_data"
 ANSWER_TOKENS = 16
+ENGINE = "engine"
+# Options that the report repeats.
+KEPT = ("shape", "device", "dtype", "threads", "rows", "rows_per_fragment")
 
 
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for engine processes on a cluster
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of engine processes on a cluster
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         os.environ["PREFECT_HOME"] = str(folder / "prefect")
-        if options.shape == "sample":
-            shutil.copytree(SAMPLE / "tiny-chatglm2", folder / "model")
-        else:
-            write_checkpoint(folder / "model", options.shape)
+        write_checkpoint(folder / "model", options.shape)
         write_input(folder / "in" / "reviews.parquet", options.rows)
-        began = time.perf_counter()
+        start = time.perf_counter()
         with (
             own_server() as address,
             temporary_settings({PREFECT_API_URL: address, PREFECT_LOGGING_LEVEL: "ERROR"}),
         ):
-            server_seconds = time.perf_counter() - began
-            result = measure(folder, options)
-    facts = {
-        key: vars(options)[key]
-        for key in ("shape", "device", "dtype", "threads", "rows", "rows_per_fragment")
-    }
-    line = {
-        **facts,
-        "torch": torch.__version__,
-        "server_start_seconds": round(server_seconds, 1),
-        **result,
-    }
+            server_seconds = time.perf_counter() - start
+            result = measure(Jobs(folder, options), options)
+    line = {name: getattr(options, name) for name in KEPT}
+    line["torch"] = torch.__version__
+    line["server_start_seconds"] = round(server_seconds, 1)
+    line |= result
     for key, value in line.items():
         print(f"{key:32} {value}")
     print(json.dumps(line))
@@ -107,131 +103,136 @@ def _options() -> argparse.Namespace:
 
 
 def write_checkpoint(directory: Path, shape: str) -> None:
+    """Random weights of that shape under the sample's tokenizer, or the sample's checkpoint."""
+    sample = SAMPLE / "tiny-chatglm2"
+    if shape == "sample":
+        shutil.copytree(sample, directory)
+        return
     torch.manual_seed(0)
     config = GlmConfig(**SHAPES[shape].config() | {"id2label": {0: "LABEL_0"}})
-    save_checkpoint(
-        GlmForCausalLM(config),
-        directory,
-        tokenizer_model=SAMPLE / "tiny-chatglm2" / "tokenizer.model",
-    )
+    model = GlmForCausalLM(config)
+    save_checkpoint(model, directory, tokenizer_model=sample / "tokenizer.model")
 
 
 def write_input(file: Path, rows: int) -> None:
     """The sample's reviews again and again, numbered, so that no prompt repeats."""
-    reviews = (
-        ds.dataset(SAMPLE / "labelled", format="parquet")
-        .to_table(columns=["text", "product"])
-        .to_pylist()
-    )
-    chosen = [reviews[row % len(reviews)] for row in range(rows)]
-    texts = [f"{row}. {review['text']}" for row, review in enumerate(chosen)]
+    dataset = ds.dataset(SAMPLE / "labelled", format="parquet")
+    reviews = dataset.to_table(columns=["text", "product"]).to_pylist()
+    texts = []
+    products = []
+    for row in range(rows):
+        review = reviews[row % len(reviews)]
+        texts.append(f"{row}. {review['text']}")
+        products.append(review["product"])
     file.parent.mkdir()
-    pq.write_table(
-        pa.table({"text": texts, "product": [review["product"] for review in chosen]}), file
-    )
+    pq.write_table(pa.table({"text": texts, "product": products}), file)
 
 
-def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    calls: list[tuple[str, list[Any]]] = []
-    runs = 0
+class Jobs:
+    """Jobs over the same rows, each into an output of its own, so that none finds known answers."""
 
-    def job(**runtime: Any) -> JobConfig:
-        nonlocal runs
-        runs += 1
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self._folder = folder
+        self._options = options
+        self._made = 0
+
+    def make(self, **runtime: Any) -> JobConfig:
+        """The next job: the sample's, with short answers of one length."""
+        self._made += 1
         settings = yaml.safe_load((SAMPLE / "reviews.yaml").read_text(encoding="utf-8"))
         settings["data"] = {
-            "input": str(folder / "in"),
-            "output": str(folder / f"out-{runs}"),
-            "rows_per_fragment": options.rows_per_fragment,
+            "input": str(self._folder / "in"),
+            "output": str(self._output()),
+            "rows_per_fragment": self._options.rows_per_fragment,
         }
-        settings["model"] = {"path": str(folder / "model"), "dtype": options.dtype}
+        settings["model"] = {"path": str(self._folder / "model"), "dtype": self._options.dtype}
         settings["steps"][1] |= {"max_tokens": ANSWER_TOKENS, "stop": []}
-        settings["runtime"] = {"device": options.device, **runtime}
+        settings["runtime"] = {"device": self._options.device, **runtime}
         return JobConfig.model_validate(settings)
 
-    def answers() -> list[Any]:
-        """The latest run's, by row."""
-        table = ds.dataset(folder / f"out-{runs}", partitioning=None).to_table(
+    def answers(self) -> list[dict[str, Any]]:
+        """What the latest job published, by row."""
+        table = ds.dataset(self._output(), partitioning=None).to_table(
             columns=["text", "sentiment", "reply"]
         )
         return sorted(table.to_pylist(), key=lambda row: str(row["text"]))
 
-    engine = _recording_engine(job(), calls)
-    expected = answers()
+    def busy_seconds(self) -> float:
+        """Seconds of the latest job, from the first question to the last answer.
 
-    def alone() -> None:
-        for kind, requests in calls:
-            for _ in getattr(engine, kind)(iter(requests)):
-                pass
+        Starts, loading and publication are outside.
+        """
+        return busy_seconds(Ledger(self._output()).published_receipts())
+
+    def _output(self) -> Path:
+        return self._folder / f"out-{self._made}"
+
+
+@contextmanager
+def engine_alone(job: JobConfig) -> Iterator[Callable[[], None]]:
+    """A call that asks the engine what `job` asks, fragment by fragment, and does nothing else."""
+    run = plan_run(job)
+    with session(run) as opened:
+        ledger = Ledger(run.context.output)
+        calls = []
+        for assignment in assign(job, run, prepare_models(job)).in_passes():
+            # The prompts of the second step hold the answers of the first.
+            answer(assignment)
+            rows, _ = read_prompt_rows(assignment, ledger)
+            prompts = build_question_prompts(assignment.question, rows)
+            calls.append((assignment.question, key_prompts(assignment.question, prompts)[1]))
+
+        def ask_all() -> None:
+            for question, prompts in calls:
+                ask(question, prompts, opened, counted=False)
+
+        yield ask_all
+
+
+def measure(jobs: Jobs, options: argparse.Namespace) -> dict[str, Any]:
+    """Medians over the rounds, and whether all answers were the same."""
 
     def on_cluster(workers: int) -> object:
-        return annotate(job(cluster="ray", cluster_workers=workers))
-
-    def answering_seconds() -> float:
-        """Of the latest run, from the first question to the last answer: without starts, loading and publication."""
-        receipts = list(Ledger(folder / f"out-{runs}").published_receipts())
-        return busy_seconds(receipts)
+        return annotate(jobs.make(cluster="ray", cluster_workers=workers))
 
     contestants: dict[str, Callable[[], object]] = {
-        "engine": alone,
-        "job": lambda: run_job(job()),
-        "flow": lambda: annotate(job()),
-        **{f"ray_{workers}": partial(on_cluster, workers) for workers in options.cluster_workers},
+        "job": lambda: run_job(jobs.make()),
+        "flow": lambda: annotate(jobs.make()),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    answering: dict[str, list[float]] = {name: [] for name in contestants if name != "engine"}
+    for workers in options.cluster_workers:
+        contestants[f"ray_{workers}"] = partial(on_cluster, workers)
+    run_job(jobs.make())
+    expected = jobs.answers()
     same = True
-    for turn in range(options.rounds + 1):
-        for name, run in contestants.items():
-            began = time.perf_counter()
-            run()
-            if turn:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - began)
-            if name != "engine":
-                answering[name].append(answering_seconds())
-                same = same and answers() == expected
+    answering: dict[str, list[float]] = {name: [] for name in contestants}
+    with engine_alone(jobs.make()) as ask_all:
+        contestants = {ENGINE: ask_all, **contestants}
+        seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        for turn in range(options.rounds + 1):
+            for name, run in contestants.items():
+                start = time.perf_counter()
+                run()
+                wall = time.perf_counter() - start
+                if name != ENGINE:
+                    same = same and jobs.answers() == expected
+                if not turn:
+                    continue  # the first turn warms up
+                seconds[name].append(wall)
+                if name != ENGINE:
+                    answering[name].append(jobs.busy_seconds())
+    return _medians(seconds, answering) | {"same_answers": same}
+
+
+def _medians(
+    seconds: dict[str, list[float]], answering: dict[str, list[float]]
+) -> dict[str, float]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        **{f"{name}_seconds": round(value, 2) for name, value in medians.items()},
-        **{
-            f"{name}_answering_seconds": round(statistics.median(values), 2)
-            for name, values in answering.items()
-        },
-        "job_of_engine_rate": round(medians["engine"] / medians["job"], 3),
-        "flow_of_engine_rate": round(medians["engine"] / medians["flow"], 3),
-        "same_answers": same,
-    }
-
-
-def _recording_engine(job: JobConfig, calls: list[tuple[str, list[Any]]]) -> Engine:
-    """Run the job once and keep what it asks of its engine, which is returned."""
-    engines: list[Engine] = []
-    load = session.load_engine
-
-    def recording(*arguments: Any) -> Engine:
-        engine = load(*arguments)
-        engines.append(engine)
-        for kind in ("classify", "generate"):
-            setattr(engine, kind, _recorded(kind, getattr(engine, kind), calls))
-        return engine
-
-    session.load_engine = recording  # type: ignore[assignment]
-    run_job(job)
-    session.load_engine = load
-    (engine,) = engines
-    del engine.classify, engine.generate  # type: ignore[method-assign]
-    return engine
-
-
-def _recorded(
-    kind: str, ask: Callable[[Any], Any], calls: list[tuple[str, list[Any]]]
-) -> Callable[[Any], Any]:
-    def record(requests: Any) -> Any:
-        kept: list[ClassifyRequest | GenerateRequest] = list(requests)
-        calls.append((kind, kept))
-        return ask(iter(kept))
-
-    return record
+    result = {f"{name}_seconds": round(value, 2) for name, value in medians.items()}
+    for name, values in answering.items():
+        result[f"{name}_answering_seconds"] = round(statistics.median(values), 2)
+    for name in ("job", "flow"):
+        result[f"{name}_of_engine_rate"] = round(medians[ENGINE] / medians[name], 3)
+    return result
 
 
 if __name__ == "__main__":
