@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,9 @@ import pytest
 import yaml
 
 from glmbatch.cli import main as cli
-from tests.conftest import CAUSAL, CLASSIFIER, ROOT
+from tests.support import CAUSAL, CLASSIFIER, ROOT, Settings, Write, run
 from tests.unit.glm.adapters import make_original_adapter
 from tests.unit.glm.checkpoints import read_json
-
-Settings = Callable[..., dict[str, Any]]
-Write = Callable[..., Path]
 
 
 @pytest.fixture
@@ -51,11 +47,8 @@ def test_the_plan_says_what_would_run_and_writes_nothing(
 def test_the_plan_says_why_rows_run_again(
     job_file: str, write_source: Write, job_settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from glmbatch.run.job import run_job
-    from glmbatch.settings.job import JobConfig
-
     write_source("a.parquet", {"text": [f"text {number}" for number in range(5)]})
-    run_job(JobConfig.model_validate(job_settings()))
+    run(job_settings())
     write_source("b.parquet", {"text": ["text 3", "new", "new", None]})
     cli.main(["run", job_file, "--dry-run"])
     said = capsys.readouterr().out
@@ -66,7 +59,7 @@ def test_the_plan_says_why_rows_run_again(
         "reply 4 2 1 1 0 new text 2, earlier_step_failed 1",
     ]
     assert "s of inference, at the rate of the last run" in said
-    run_job(JobConfig.model_validate(job_settings(max_error_rate=0.5)))
+    run(job_settings(max_error_rate=0.5))
     assert not any(line["to_run"] for line in capsys_plan(job_file, capsys)["steps"])
     cli.main(
         [
@@ -88,12 +81,9 @@ def test_the_plan_says_why_rows_run_again(
 def test_the_plan_counts_the_tokens_that_the_model_then_reads(
     job_file: str, write_source: Write, job_settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from glmbatch.run.job import run_job
-    from glmbatch.settings.job import JobConfig
-
     write_source("a.parquet", {"text": [f"text {number % 15}" for number in range(20)]})
     before = capsys_plan(job_file, capsys)
-    summary = run_job(JobConfig.model_validate(job_settings()))
+    summary = run(job_settings())
     assert before["steps"][0]["prompt_tokens"] == summary.steps[0].prompt_tokens
     assert before["steps"][0]["to_run"] == summary.steps[0].computed == 15
     assert (before["steps"][1]["waiting"], before["seconds"]) == (20, None)

@@ -1,14 +1,12 @@
-"""The page after a run says what the summary says, loads nothing, and takes no text of the data for markup."""
+"""The page after a run says what the summary says, loads nothing, and escapes text of the data."""
 
 from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,14 +20,9 @@ from glmbatch.report.markdown import markdown
 from glmbatch.report.report import read_report
 from glmbatch.report.summary import Summary
 from glmbatch.report.text import describe
-from glmbatch.run.job import run_job
-from glmbatch.settings.job import JobConfig
-from tests.conftest import CLASSIFIER, CLASSIFY, GENERATE
+from tests.support import CLASSIFIER, CLASSIFY, GENERATE, Settings, Write, run
 
 pytestmark = pytest.mark.slow
-Settings = Callable[..., dict[str, Any]]
-Write = Callable[..., Path]
-
 
 HEAD = {"kind": "classify", "name": "mood", "model": str(CLASSIFIER)}
 
@@ -65,11 +58,7 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def run(settings: dict[str, Any]) -> Summary:
-    return run_job(JobConfig.model_validate(settings))
-
-
-def seen(summary: Summary) -> Page:
+def page_of(summary: Summary) -> Page:
     assert summary.report is not None
     return Page(summary.report)
 
@@ -79,7 +68,7 @@ def test_the_page_says_what_the_summary_says(
 ) -> None:
     write_source("a.parquet", {"text": [rows[0], *rows, None, " "]})
     summary = run(job_settings(max_error_rate=0.5, report__price_per_hour=7200.0))
-    page = seen(summary)
+    page = page_of(summary)
     facts = {row[0]: row[1] for row in page.rows if len(row) == 2}
     assert facts["run"] == summary.run
     assert facts["size"] == "26 rows in 4 fragments"
@@ -106,9 +95,9 @@ def test_plots_are_counts_of_the_published_columns(
 ) -> None:
     write_source("a.parquet", {"text": rows})
     summary = run(job_settings(steps=[HEAD, GENERATE]))
-    found = read_report(tmp_path / "out", summary.run)
-    assert found is not None
-    mood, reply = found.measures
+    facts = read_report(str(tmp_path / "out"), summary.run)
+    assert facts is not None
+    mood, reply = facts.measures
     published = pd.read_parquet(tmp_path / "out")
     counts, _ = np.histogram(published["mood_score"], bins=20, range=(0, 1))
     assert mood.histograms["score"].counts == tuple(counts)
@@ -128,10 +117,11 @@ def test_plots_are_counts_of_the_published_columns(
         assert {slow.fragment for slow in measures.slowest} == {
             f"a.parquet@{first}" for first in (0, 8, 16)
         }
-    told = {(row.text, row.mood, row.mood_score) for row in published.itertuples()}
-    assert {(each.text, each.label, each.score) for each in mood.samples} <= told
-    assert {each.label for each in mood.samples} == set(published["mood"])
-    plots = re.findall(r"<svg.*?</svg>", seen(summary).source)
+    answers = {(row.text, row.mood, row.mood_score) for row in published.itertuples()}
+    for sample in mood.samples:
+        assert (sample.text, sample.label, sample.score) in answers
+    assert {sample.label for sample in mood.samples} == set(published["mood"])
+    plots = re.findall(r"<svg.*?</svg>", page_of(summary).source)
     assert len(plots) == 6  # throughput; shares, lengths and confidence; lengths twice
     for plot in map(ET.fromstring, plots):
         texts = [text.text for text in plot.iter("text")]
@@ -153,9 +143,11 @@ def test_the_labels_of_the_run_before_stand_beside(
     with pytest.raises(AuditError, match="label drift"):
         run(job_settings(steps=[{**HEAD, "audits": {"max_label_drift": 1e-9}}]))
     second = run(job_settings(steps=[HEAD]))
-    now, page = second.steps[0].labels, seen(second)
+    now = second.steps[0].labels
+    page = page_of(second)
     for label in now | then:
-        new, old = now.get(label, 0), then.get(label, 0)
+        new = now.get(label, 0)
+        old = then.get(label, 0)
         line = [
             label,
             str(new),
@@ -170,7 +162,7 @@ def test_the_labels_of_the_run_before_stand_beside(
         text.startswith(f"Moved by {moved:.4f} from the run before, {first.run} ")
         for text in page.texts
     )
-    third = seen(run(job_settings(steps=[HEAD])))
+    third = page_of(run(job_settings(steps=[HEAD])))
     assert ["device", "none: no model was asked"] in third.rows
     assert any(
         text.startswith(f"Moved by 0.0000 from the run before, {second.run} ")
@@ -208,21 +200,20 @@ def test_text_of_the_data_is_never_markup(
     settings = job_settings(steps=[step], max_error_rate=0.5)
     (tmp_path / "in" / "<script>.parquet").write_bytes(b"broken")
     summary = run(settings)
-    page = seen(summary)
+    page = page_of(summary)
     plain = {"html", "meta", "title", "style", "h1", "h2", "p", "table", "tr", "td", "th"}
     assert set(page.tags) == plain | {"svg", "path", "text", "rect", "polyline", "circle"}
-    assert not [
-        each for each in page.attributes if each[0].startswith("on") or each[0] in {"src", "href"}
-    ]
+    for name, _ in page.attributes:
+        assert not name.startswith("on") and name not in {"src", "href"}
     cells = {cell for row in page.rows for cell in row}
     assert f"{HOSTILE} 0" in cells and cells & {HOSTILE, f"{HOSTILE}!"}, (
         "text and label are there, as text"
     )
     assert any("<script>.parquet" in text for text in page.texts)
     assert any("default-src 'none'" in str(value) for _, value in page.attributes)
-    found = read_report(tmp_path / "out", summary.run)
-    assert found is not None
-    line = next(line for line in markdown(found).splitlines() if "onerror" in line)
+    facts = read_report(str(tmp_path / "out"), summary.run)
+    assert facts is not None
+    line = next(line for line in markdown(facts).splitlines() if "onerror" in line)
     assert not re.search(r"(?<!\\)[<>`\[\]()&\"']", line)
     assert len(re.findall(r"(?<!\\)\|", line)) == 3, "two cells"
 
@@ -239,7 +230,7 @@ def test_a_report_that_cannot_be_written_fails_no_run(
     assert verify(tmp_path / "out").sound
 
 
-def test_only_the_last_reports_are_kept_and_the_published_run_s_among_them(
+def test_the_last_reports_and_the_published_one_are_kept(
     write_source: Write, job_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "KEPT", 2)
@@ -249,6 +240,6 @@ def test_only_the_last_reports_are_kept_and_the_published_run_s_among_them(
     for _ in range(3):
         with pytest.raises(AuditError):
             run(job_settings(steps=[CLASSIFY], max_error_rate=0.1))
-    left = sorted((tmp_path / "out" / "_glmbatch" / "reports").iterdir())
-    assert Counter(path.suffix for path in left) == {".html": 3, ".json": 3}
-    assert published.run in {path.stem for path in left}
+    files = sorted((tmp_path / "out" / "_glmbatch" / "reports").iterdir())
+    assert Counter(path.suffix for path in files) == {".html": 3, ".json": 3}
+    assert published.run in {path.stem for path in files}

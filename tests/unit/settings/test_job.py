@@ -1,4 +1,4 @@
-"""Settings refuse what cannot be meant, and say what to change; a file and flags give the same job."""
+"""Settings refuse what cannot be meant and say what to change, from a file as from flags."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from glmbatch.settings.job import (
 )
 from glmbatch.settings.jobfile import load_job
 from glmbatch.settings.kinds import MOVED
-
-Settings = Callable[..., dict[str, Any]]
+from tests.support import Settings
 
 
 @pytest.fixture

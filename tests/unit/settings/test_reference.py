@@ -6,7 +6,7 @@ import pytest
 
 from glmbatch.cli.main import main
 from glmbatch.settings.job import JobConfig
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 
 def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

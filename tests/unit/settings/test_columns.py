@@ -1,0 +1,35 @@
+"""The names of answer columns."""
+
+from __future__ import annotations
+
+from glmbatch.settings.columns import Columns
+from glmbatch.settings.job import ClassifyStep, GenerateStep, answer_columns
+
+ENDS = "error|error_type|key|score|scores|margin|finish_reason|prompt_tokens|completion_tokens"
+
+
+def test_the_columns_of_a_step_in_the_order_of_the_output() -> None:
+    assert answer_columns(ClassifyStep(name="mood")) == [
+        "mood",
+        "mood_score",
+        "mood_scores",
+        "mood_margin",
+        "mood_error",
+        "mood_error_type",
+        "mood_key",
+    ]
+    assert answer_columns(GenerateStep(name="reply")) == [
+        "reply",
+        "reply_finish_reason",
+        "reply_prompt_tokens",
+        "reply_completion_tokens",
+        "reply_error",
+        "reply_error_type",
+        "reply_key",
+    ]
+
+
+def test_each_column_is_named_by_its_step() -> None:
+    columns = Columns("mood")
+    for name in ENDS.split("|"):
+        assert getattr(columns, name) == f"mood_{name}"
