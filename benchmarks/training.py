@@ -124,7 +124,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 def make_rows(shape: Shape, options: argparse.Namespace) -> list[Any]:
     """Rows of random ids and labels, the same for every way."""
-    from glmbatch.tuning.train import TrainingRow
+    from glmbatch.tuning.encode import TrainingRow
 
     rng = random.Random(0)
     rows = []
@@ -185,7 +185,7 @@ def train_ours(options: argparse.Namespace, folder: Path, rows: Any, valid: Any)
             "runtime": {"device": options.device},
         }
     )
-    train(config, folder / "base", LABELS, rows, valid, folder / "run")
+    train(config, LABELS, rows, valid, folder / "run")
 
 
 def train_plain(options: argparse.Namespace, folder: Path, rows: Any, valid: Any) -> None:
@@ -258,7 +258,7 @@ def plain_model(base: Path, options: argparse.Namespace) -> Any:
     from peft import LoraConfig, get_peft_model
 
     from glmbatch.settings.tuning import TrainingConfig
-    from glmbatch.tuning.train import TARGETS
+    from glmbatch.tuning.model import TARGETS
 
     ours = TrainingConfig()
     adapter = LoraConfig(

@@ -2,10 +2,10 @@
 
     python sample_data/make.py               reviews, then checkpoint
     python sample_data/make.py reviews       the Parquet files, byte for byte
-    python sample_data/make.py checkpoint    trains and writes tiny-chatglm2/, about twenty minutes on one core
-    python sample_data/make.py evaluate      the scores of the committed checkpoint on held-out reviews
+    python sample_data/make.py checkpoint    trains and writes tiny-chatglm2/, twenty minutes on one core
+    python sample_data/make.py evaluate      scores the committed checkpoint on held-out reviews
 
-With --check, reviews and checkpoint are made elsewhere and compared; exit code 1 when a byte differs.
+With --check, reviews and checkpoint are made elsewhere and compared. Exit code 1 if a byte differs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from glmbatch.settings.job import JobConfig
 
 FOLDER = Path(__file__).resolve().parent
 CHECKPOINT = FOLDER / "tiny-chatglm2"
-# Read by the mathematics libraries when they load: instructions that every x86 machine of the last ten years has, and
-# one thread, so that sums are made in the same order everywhere.
+# The mathematics libraries read these when they load. Every x86 machine of the last ten years has
+# AVX2, and one thread adds up in the same order everywhere.
 NUMERICS = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_CBWR": "AVX2,STRICT",
@@ -108,7 +108,7 @@ def _job() -> JobConfig:
 
 
 def _compare(rebuilt: Path, names: tuple[str, ...]) -> int:
-    """0 when both folders hold the same files with the same bytes below `names`; says which do not."""
+    """Print the files below `names` that differ between the two folders; 0 if none does, else 1."""
     files = {
         path.relative_to(root)
         for root in (rebuilt, FOLDER)

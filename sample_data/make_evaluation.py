@@ -1,9 +1,15 @@
-"""Scores a checkpoint on the held-out reviews, asked exactly as the job of `reviews.yaml` asks. No Parquet written.
+"""Scores a checkpoint on the held-out reviews, asked exactly as `reviews.yaml` asks. Writes no files.
 
-A reply is sensible when it is all of this: it names the product; it names an aspect that the review speaks of, or none
-where the review both praises and blames or speaks of none; it thanks or regrets as the true sentiment asks; it is in
-the review's language; and it ends with the end token. The prompt of the reply holds the model's own sentiment, not
-the true one.
+A reply is sensible when all of this holds:
+
+- it names the product;
+- it names an aspect that the review speaks of, or none where the review both praises and blames or
+  speaks of none;
+- it thanks or regrets as the true sentiment demands;
+- it is in the review's language;
+- it ends with the end token.
+
+The prompt of the reply contains the model's own sentiment, not the true one.
 """
 
 from __future__ import annotations

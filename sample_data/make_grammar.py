@@ -1,9 +1,10 @@
-"""Writes customer reviews whose sentiment is known, and the reply a good shop would give. No files, no tensors.
+"""Writes customer reviews whose sentiment is known, and the reply a good shop would give. No files.
 
-A review is built from clauses, each one opinion of one aspect, said in one frame: "the sound is far from crisp" is
-the aspect `sound`, the word `crisp` and the frame `the {a} is far from {p}`. The combination decides the polarity:
-no word alone does. One combination in seven is held out: a held-out review is made of these alone, and no training
-review holds a single one of them, although training shows every frame, aspect and word by itself.
+A review is built from clauses. Each is one opinion of one aspect in one frame: "the sound is far from
+crisp" is the aspect `sound`, the word `crisp` and the frame `the {a} is far from {p}`. The combination
+decides the polarity; no word alone does. One combination in seven is held out: held-out reviews are
+made of these alone, and training reviews contain none of them, although training shows every frame,
+aspect and word by itself.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ _OPPOSITE: dict[Label, Label] = {"positive": "negative", "negative": "positive"}
 
 @dataclass(frozen=True)
 class Review:
-    """One review with what is true of it; `good`, `bad`, `middling` name its aspects in the language of `reply`."""
+    """One review with what is true of it.
+
+    `good`, `bad` and `middling` name its aspects in the language of `reply`.
+    """
 
     language: str
     category: str
@@ -54,7 +58,7 @@ class Review:
 
 @dataclass
 class _Draft:
-    """A review while it is written; `language` is zh, en or mixed (Chinese with English words in it)."""
+    """A review while it is written; `language` is zh, en or mixed (Chinese with English words)."""
 
     rng: random.Random
     language: str
@@ -78,7 +82,7 @@ class _Draft:
 
 
 def write_review(rng: random.Random, *, held_out: bool, clauses: int = 0) -> Review:
-    """A review from one side of the split; `clauses` asks for so many opinions instead of the usual one to three."""
+    """A review from one side of the split, with one to three opinions, or with `clauses` of them."""
     language = rng.choices(("zh", "en", "mixed"), (50, 42, 8))[0]
     label = rng.choices(LABELS, (42, 24, 34))[0]
     kind = rng.choice(KINDS)
@@ -103,7 +107,7 @@ def is_held_out(*parts: str) -> bool:
 
 
 def _polar_body(draft: _Draft, label: Label, clauses: int) -> str:
-    """Opinions that point one way, at times with one concession; then a verdict has to say which way it weighs."""
+    """Opinions that point one way; some with one concession and a verdict on which side weighs more."""
     words = draft.words
     if not clauses and draft.chance(0.08):
         return words.comma.join(_fitting_pair(draft, words.openers, words.verdicts[label]))
@@ -191,12 +195,12 @@ def _opinion(draft: _Draft, aspect: Aspect, polarity: Label) -> tuple[str, str]:
 
 
 def _negatable(options: tuple[str, ...]) -> tuple[str, ...]:
-    """Words a negation can stand before: not those that hold one, nor the causatives, in Chinese."""
+    """The words that can be negated: in Chinese not those with a negation, nor causatives."""
     return tuple(word for word in options if word[0] not in "不没让令" and "不" not in word)
 
 
 def _finish(draft: _Draft, body: str) -> str:
-    """The body with an opener, a distraction and an end, each or none, and sentences begun as the language does."""
+    """The body, perhaps with an opener, a distraction and a full stop; English sentences get capitals."""
     words = draft.words
     text = body
     if draft.chance(0.3) and not text.startswith(words.openers):
@@ -212,7 +216,7 @@ def _finish(draft: _Draft, body: str) -> str:
 
 
 def _reply(draft: _Draft, label: Label, product: str) -> str:
-    """The shop's answer: it names the product, and the first aspect of a review that only praises or only blames."""
+    """The shop's answer. It names the product and, if the review points one way, its first aspect."""
     polarities = {polarity for polarity, _ in draft.said}
     aspect = draft.said[0][1] if draft.said else None
     if aspect is None:
@@ -226,7 +230,7 @@ def _reply(draft: _Draft, label: Label, product: str) -> str:
 
 
 def _spoil(draft: _Draft, text: str, label: Label) -> str:
-    """`text` as people and web forms leave it: typos, emoji, entities, other widths and scripts, stray markup."""
+    """`text` as people and web forms leave it: typos, emoji, entities, other scripts, stray markup."""
     chance, pick = draft.chance, draft.pick
     chinese = draft.words is ZH
     if chance(0.05):

@@ -1,7 +1,8 @@
-"""The sample's Parquet files: four days of reviews as a shop would export them, and labelled rows to learn from.
+"""The sample's Parquet files: four days of reviews as a shop exports them, and labelled rows.
 
-`reviews/` is what a job reads: no true answers in it, and the mess of real data. `labelled/` holds the true answers:
-`train.parquet` for training, `held_out.parquet` for a part of the rows of `reviews/`. No tensors here.
+`reviews/` is what a job reads: without true answers, and with the mess of real data. `labelled/` has
+the true answers: `train.parquet` for training, `held_out.parquet` for some of the rows of `reviews/`.
+No tensors here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SHANGHAI = timezone(timedelta(hours=8))
 
 @dataclass(frozen=True)
 class Part:
-    """One file of the export; a truncated one ends in the middle, as a copy that was cut off does."""
+    """One file of the export; a truncated one ends in the middle, like an interrupted copy."""
 
     path: str
     rows: int
@@ -44,7 +45,7 @@ PARTS = (
     Part("day=2026-11-04/part-1.parquet", 300, truncated=True),
 )
 
-# How many of a thousand rows have each fault; the first four kinds cannot be answered, 22 in a thousand.
+# Rows per thousand with each fault. Those of the first four kinds cannot be answered: 22 per thousand.
 FAULTS = {
     "no text": 7,
     "blank text": 9,
@@ -99,9 +100,9 @@ LABELLED_SCHEMA = pa.schema(
 
 
 def write_parquet(folder: Path) -> list[Path]:
-    """Write `reviews/` and `labelled/` under `folder`, in place of what they hold; return the files, sorted.
+    """Write `reviews/` and `labelled/` under `folder`, replacing them; return the files, sorted.
 
-    The same bytes each time, with one version of pyarrow.
+    One version of pyarrow writes the same bytes each time.
     """
     for name in ("reviews", "labelled"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -158,7 +159,7 @@ def _day_rows(
 
 
 def _changed_column(rng: random.Random, fault: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The column that `fault` spoils, with its new value; empty when the row stays true to its review."""
+    """The column that `fault` spoils, with its new value; empty if the row stays as its review."""
     match fault:
         case "no text":
             return {"text": None}
@@ -217,7 +218,7 @@ def _export_note(part: Part) -> dict[str, str]:
 
 
 def _held_out_rows(rows: list[dict[str, Any]], truth: dict[str, Review]) -> list[dict[str, Any]]:
-    """The first rows of `reviews/` whose id and text stand there once and whose text fits the model."""
+    """Rows of `reviews/` whose id and text occur once and whose text fits the model."""
     ids = Counter(row["id"] for row in rows)
     texts = Counter(row["text"] for row in rows)
     chosen = [

@@ -11,7 +11,7 @@ import yaml
 
 @dataclass(frozen=True)
 class Opinions:
-    """What can be said of an aspect in one language; `good` and `bad` take frames, the phrases follow as they are."""
+    """What can be said of an aspect in one language; `good` and `bad` go into frames, phrases stand alone."""
 
     name: str
     good: tuple[str, ...]
@@ -32,7 +32,7 @@ class Aspect:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of product with its names and the keys of the aspects it can be praised or blamed for."""
+    """A kind of product: its names, and the keys of the aspects that reviews speak of."""
 
     category: str
     zh: str

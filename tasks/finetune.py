@@ -1,4 +1,4 @@
-"""The steps of a fine-tuning. Rows are read anew by each task: what is passed on is the run's folder."""
+"""The steps of a fine-tuning. They pass on the run's folder; each task reads the rows itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from prefect.cache_policies import NO_CACHE
 
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning import finetune as tuning
+from glmbatch.tuning.render import card
+from glmbatch.tuning.report import Report
 from tasks.policies import machine_failed
 
 
@@ -18,7 +20,7 @@ from tasks.policies import machine_failed
     retry_condition_fn=machine_failed,
 )
 def begin(config: TuneConfig) -> str:
-    """Read and audit the labelled rows; the folder of the run."""
+    """Read and audit the labelled rows, and make the run's folder; its path."""
     return tuning.begin(config)
 
 
@@ -29,7 +31,7 @@ def begin(config: TuneConfig) -> str:
     retry_condition_fn=machine_failed,
 )
 def train(config: TuneConfig, folder: str) -> int:
-    """Train, or go on where a killed run stopped; the steps done."""
+    """Train, or resume a killed training; the number of steps."""
     return int(tuning.train_run(config, folder)["steps"])
 
 
@@ -39,8 +41,8 @@ def train(config: TuneConfig, folder: str) -> int:
     cache_policy=NO_CACHE,
     retry_condition_fn=machine_failed,
 )
-def evaluate(config: TuneConfig, folder: str) -> tuning.Report:
-    """Score the result on held-out rows, beside the current checkpoint and a baseline."""
+def evaluate(config: TuneConfig, folder: str) -> Report:
+    """Score the result on held-out rows, next to the current checkpoint and a baseline."""
     return tuning.evaluate_run(config, folder)
 
 
@@ -50,9 +52,7 @@ def evaluate(config: TuneConfig, folder: str) -> tuning.Report:
     cache_policy=NO_CACHE,
     retry_condition_fn=machine_failed,
 )
-def promote(config: TuneConfig, report: tuning.Report) -> tuning.Report:
-    """Make it the current checkpoint, if it is better, and show the report on the run's page."""
-    from glmbatch.tuning.report import card
-
+def promote(config: TuneConfig, report: Report) -> Report:
+    """Show the report on the run's page, and make the checkpoint current if it is better."""
     create_markdown_artifact(card(report), key="finetune", description=report.reason)
     return tuning.promote(config, report)

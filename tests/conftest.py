@@ -24,6 +24,7 @@ from tests.support import (
     GENERATE,
     GOLDENS,
     ROOT,
+    SAMPLE_MODEL,
     Settings,
     Tune,
     Write,
@@ -121,8 +122,15 @@ def tune(tmp_path: Path, write_source: Write) -> Tune:
         config: dict[str, Any] = {
             "data": {"input": str(tmp_path / "in"), "valid_share": 0.2, "test_share": 0.2},
             "output": str(tmp_path / "tuned"),
-            "scratch": {"hidden_size": 64, "vocabulary": 400},
-            "training": {"epochs": 3, "batch_rows": 16, "evaluations_per_epoch": 2, "noise": 0},
+            "model": {"path": str(SAMPLE_MODEL)},
+            # The whole of so small a model learns the rows in a few epochs, an adapter does not.
+            "training": {
+                "method": "full",
+                "epochs": 3,
+                "batch_rows": 16,
+                "learning_rate": 4e-3,
+                "gradient_checkpointing": False,
+            },
             "runtime": {"device": "cpu"},
         }
         return TuneConfig.model_validate(overridden(config, overrides))

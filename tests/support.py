@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
 CAUSAL = GOLDENS / "base-sharded"
 CLASSIFIER = GOLDENS / "classifier"
+SAMPLE_MODEL = ROOT / "sample_data" / "tiny-chatglm2"
 EARLIER = ROOT / "tests" / "fixtures" / "earlier"
 
 # The types of the fixtures `job_settings`, `write_source` and `tune`.

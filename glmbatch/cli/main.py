@@ -147,7 +147,8 @@ def _canary(parsed: argparse.Namespace) -> int:
 
 def _train(parsed: argparse.Namespace) -> int:
     from glmbatch.settings.tuning import TuneConfig
-    from glmbatch.tuning.finetune import check, describe
+    from glmbatch.tuning.finetune import check
+    from glmbatch.tuning.render import describe
 
     config = load_settings(parsed.file, TuneConfig, set_values(parsed.set))
     check(config)
@@ -163,8 +164,8 @@ def _train(parsed: argparse.Namespace) -> int:
 def _evaluate(parsed: argparse.Namespace) -> int:
     from glmbatch.settings.job import RuntimeConfig
     from glmbatch.settings.tuning import LabelledData
-    from glmbatch.tuning.finetune import evaluate_rows
-    from glmbatch.tuning.report import describe_scores
+    from glmbatch.tuning.evaluate import evaluate_rows
+    from glmbatch.tuning.render import describe_scores
 
     data = LabelledData(
         input=parsed.rows, text_column=parsed.text_column, label_column=parsed.label_column

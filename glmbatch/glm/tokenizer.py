@@ -54,16 +54,6 @@ class Tokenizer:
             raise InputError(f"cannot be encoded: {_first_fault(texts)}.") from error
         return ids
 
-    def pieces(self) -> dict[str, int]:
-        """The id of each piece of text, without single bytes and control tokens."""
-        sp = self._processor
-        ids: dict[str, int] = {}
-        for piece_id in range(self._pieces):
-            if sp.is_byte(piece_id) or sp.is_control(piece_id) or sp.is_unknown(piece_id):
-                continue
-            ids[sp.id_to_piece(piece_id)] = piece_id
-        return ids
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`.
 

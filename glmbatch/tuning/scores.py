@@ -1,4 +1,7 @@
-"""How good predictions are: counts and probabilities in, scores out. No model, no files."""
+"""How good predictions are: counts and probabilities in, scores out. No model, no files.
+
+Shapes: R rows, L labels.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel
 
-BINS = 10
+BINS = 10  # as in Guo et al., 2017; with some hundred rows more bins would be nearly empty
+# A fitted temperature lies between 1/20 and 20: past that the logits say nothing, or all is certain.
+HIGHEST_TEMPERATURE = 20
+# Golden-section search keeps this share of the interval in each step; 60 steps give 12 digits.
+GOLDEN = 0.618034
+SEARCH_STEPS = 60
 
 
 class LabelScore(BaseModel, frozen=True, extra="forbid"):
@@ -21,11 +29,11 @@ class LabelScore(BaseModel, frozen=True, extra="forbid"):
 
 
 class Scores(BaseModel, frozen=True, extra="forbid"):
-    """Scores over held-out rows; macro-F1 is over labels that rows have or were given.
+    """Scores of a classifier. Macro-F1 is over the labels that rows have or were given.
 
-    `confusion[true][predicted]` counts rows; "" is predicted where a row has no answer. `ece`: expected calibration
-    error over ten bins of the highest probability (Guo et al., 2017); `bins` are (rows, mean probability, accuracy) of
-    each. Both empty for predictions without probabilities.
+    `confusion[true][predicted]` counts rows; "" is the prediction of a row without an answer. `ece`
+    is the expected calibration error over ten bins of the highest probability (Guo et al., 2017).
+    `bins` has rows, mean probability and accuracy of each. Both are empty without probabilities.
     """
 
     rows: int
@@ -38,9 +46,10 @@ class Scores(BaseModel, frozen=True, extra="forbid"):
 
 
 class TextScores(BaseModel, frozen=True, extra="forbid"):
-    """Scores of written answers beside those expected: the share that is equal, and the mean ROUGE-L (Lin, 2004).
+    """Scores of generated answers: the share of exact matches, and the mean ROUGE-L (Lin, 2004).
 
-    ROUGE-L is the F1 of the longest common subsequence, here of characters, which no language needs a tokenizer for.
+    ROUGE-L is the F1 of the longest common subsequence, here of characters: no language then needs a
+    tokenizer.
     """
 
     rows: int
@@ -48,26 +57,34 @@ class TextScores(BaseModel, frozen=True, extra="forbid"):
     rouge_l: float
 
 
-def score_texts(truth: Sequence[str], written: Sequence[str]) -> TextScores:
-    """Scores of `written` beside `truth`, blanks at both ends left out."""
-    pairs = [(one.strip(), other.strip()) for one, other in zip(truth, written, strict=True)]
+def score_texts(truth: Sequence[str], answers: Sequence[str]) -> TextScores:
+    """Scores of `answers` against `truth`, row by row. White space at both ends does not count."""
+    exact = 0
+    rouge = []
+    for expected, answer in zip(truth, answers, strict=True):
+        exact += expected.strip() == answer.strip()
+        rouge.append(_rouge_l(expected.strip(), answer.strip()))
     return TextScores(
-        rows=len(pairs),
-        exact_match=sum(one == other for one, other in pairs) / len(pairs),
-        rouge_l=math.fsum(_rouge_l(one, other) for one, other in pairs) / len(pairs),
+        rows=len(truth),
+        exact_match=exact / len(truth),
+        rouge_l=math.fsum(rouge) / len(truth),
     )
 
 
-def _rouge_l(one: str, other: str) -> float:
-    if not one or not other:
-        return float(one == other)
-    before = [0] * (len(other) + 1)
-    for character in one:
-        now = [0]
-        for at, each in enumerate(other):
-            now.append(before[at] + 1 if each == character else max(before[at + 1], now[at]))
-        before = now
-    return 2 * before[-1] / (len(one) + len(other))
+def _rouge_l(expected: str, answer: str) -> float:
+    """F1 of the longest common subsequence of two texts, from 0 to 1."""
+    if not expected or not answer:
+        return float(expected == answer)
+    # row[n] is the length of that subsequence of the characters so far and the first n of `answer`.
+    row = [0] * (len(answer) + 1)
+    for character in expected:
+        previous, row = row, [0]
+        for place, other in enumerate(answer):
+            if other == character:
+                row.append(previous[place] + 1)
+            else:
+                row.append(max(previous[place + 1], row[place]))
+    return 2 * row[-1] / (len(expected) + len(answer))
 
 
 def score(
@@ -76,76 +93,81 @@ def score(
     labels: Sequence[str],
     confidence: Sequence[float] | None = None,
 ) -> Scores:
-    """Scores of `predicted` beside `truth`; `confidence` is the probability of each prediction."""
+    """Scores of `predicted` against `truth`; `confidence` has the probability of each prediction."""
     confusion = {label: dict.fromkeys([*labels, ""], 0) for label in labels}
-    for true, guess in zip(truth, predicted, strict=True):
-        confusion[true][guess] += 1
-    each = {label: _label_score(label, confusion) for label in labels}
-    seen = [
-        label
-        for label in labels
-        if each[label].rows or any(row[label] for row in confusion.values())
-    ]
+    for label, guess in zip(truth, predicted, strict=True):
+        confusion[label][guess] += 1
+    by_label = {label: _label_score(label, confusion) for label in labels}
+    used = [label for label in labels if by_label[label].rows or _guesses(label, confusion)]
     right = sum(confusion[label][label] for label in labels)
-    bins = (
-        []
-        if confidence is None
-        else _bins([t == p for t, p in zip(truth, predicted, strict=True)], confidence)
-    )
+    bins: list[tuple[int, float, float]] = []
+    error = None
+    if confidence is not None:
+        is_right = [label == guess for label, guess in zip(truth, predicted, strict=True)]
+        bins = _bins(np.array(is_right), np.asarray(confidence))
+        gaps = [rows * abs(probability - accuracy) for rows, probability, accuracy in bins]
+        error = math.fsum(gaps) / len(truth)
     return Scores(
         rows=len(truth),
         accuracy=right / len(truth),
-        macro_f1=math.fsum(each[label].f1 for label in seen) / len(seen),
-        labels=each,
+        macro_f1=math.fsum(by_label[label].f1 for label in used) / len(used),
+        labels=by_label,
         confusion=confusion,
-        ece=None
-        if confidence is None
-        else math.fsum(n * abs(p - a) for n, p, a in bins) / len(truth),
+        ece=error,
         bins=tuple(bins),
     )
 
 
+def _guesses(label: str, confusion: Mapping[str, Mapping[str, int]]) -> int:
+    """Rows that were given `label`."""
+    return sum(row[label] for row in confusion.values())
+
+
 def _label_score(label: str, confusion: Mapping[str, Mapping[str, int]]) -> LabelScore:
-    right, true = confusion[label][label], sum(confusion[label].values())
-    guessed = sum(row[label] for row in confusion.values())
+    right = confusion[label][label]
+    rows = sum(confusion[label].values())
+    guesses = _guesses(label, confusion)
     return LabelScore(
-        precision=right / guessed if guessed else 0.0,
-        recall=right / true if true else 0.0,
-        f1=2 * right / (guessed + true) if guessed + true else 0.0,
-        rows=true,
+        precision=right / max(1, guesses),
+        recall=right / max(1, rows),
+        f1=2 * right / max(1, guesses + rows),
+        rows=rows,
     )
 
 
-def _bins(right: Sequence[bool], confidence: Sequence[float]) -> list[tuple[int, float, float]]:
-    place = np.minimum((np.asarray(confidence) * BINS).astype(int), BINS - 1)
-    found = []
-    for at in range(BINS):
-        here = place == at
-        if here.any():
-            found.append(
-                (
-                    int(here.sum()),
-                    float(np.asarray(confidence)[here].mean()),
-                    float(np.asarray(right)[here].mean()),
-                )
-            )
-    return found
+def _bins(right_R: np.ndarray, confidence_R: np.ndarray) -> list[tuple[int, float, float]]:
+    """Rows, mean confidence and accuracy of each bin that has rows."""
+    # A confidence of 1 belongs to the last bin.
+    bin_R = np.minimum((confidence_R * BINS).astype(int), BINS - 1)
+    bins = []
+    for number in range(BINS):
+        inside_R = bin_R == number
+        if inside_R.any():
+            mean = float(confidence_R[inside_R].mean())
+            bins.append((int(inside_R.sum()), mean, float(right_R[inside_R].mean())))
+    return bins
 
 
 def fit_temperature(logits_RL: np.ndarray, truth_R: np.ndarray) -> float:
-    """The number to divide logits by that makes the truth likeliest; between 1/20 and 20.
+    """The number to divide logits by that makes the true labels (by number) most likely.
 
-    One number cannot change which label is the likeliest (Guo et al., 2017). The loss is convex in its inverse.
+    It cannot change which label is the likeliest (Guo et al., 2017). The loss is convex in its
+    inverse, so a search over the inverse's logarithm finds the one minimum.
     """
     logits_RL = logits_RL.astype(np.float64) - logits_RL.max(axis=1, keepdims=True)
     rows = np.arange(len(truth_R))
 
-    def loss(inverse: float) -> float:
-        scaled = logits_RL * inverse
-        return float((np.log(np.exp(scaled).sum(axis=1)) - scaled[rows, truth_R]).mean())
+    def loss(log_inverse: float) -> float:
+        scaled_RL = logits_RL * math.exp(log_inverse)
+        return float((np.log(np.exp(scaled_RL).sum(axis=1)) - scaled_RL[rows, truth_R]).mean())
 
-    low, high = math.log(1 / 20), math.log(20)
-    for _ in range(60):  # golden-section search
-        one, other = high - 0.618034 * (high - low), low + 0.618034 * (high - low)
-        low, high = (low, other) if loss(math.exp(one)) < loss(math.exp(other)) else (one, high)
+    high = math.log(HIGHEST_TEMPERATURE)
+    low = -high
+    for _ in range(SEARCH_STEPS):
+        left = high - GOLDEN * (high - low)
+        right = low + GOLDEN * (high - low)
+        if loss(left) < loss(right):
+            high = right
+        else:
+            low = left
     return math.exp(-(low + high) / 2)

@@ -1,4 +1,4 @@
-"""The main job as one step of another Prefect flow, which goes on with what it published. From the root:
+"""The main job as one step of another Prefect flow, which uses what it published. From the root:
 
 python sample_data/examples/in_a_flow.py OUTPUT
 """

@@ -1,4 +1,4 @@
-"""Answers beside the rows of a DataFrame, without files and without Prefect. From the root of the repository:
+"""Answers next to the rows of a DataFrame, without files and without Prefect. From the root:
 
 python sample_data/examples/in_memory.py
 """
@@ -15,7 +15,7 @@ answered = annotate_table(reviews, "sample_data/reviews.yaml")
 print(answered[["product", "sentiment", "sentiment_score", "reply"]].head())
 print(answered["sentiment"].value_counts())
 
-# Or steps written here. With `cache="some/folder"` a later call asks the model only about rows that are new.
+# Or steps written here. With `cache="some/folder"` a later call asks the model only about new rows.
 mood = ClassifyStep(name="mood", labels=["positive", "neutral", "negative"])
 answered = annotate_table(reviews, {"model": "sample_data/tiny-chatglm2", "steps": [mood]})
 print(answered[["text", "mood", "mood_error"]].tail(3))

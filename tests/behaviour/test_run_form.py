@@ -23,7 +23,7 @@ from glmbatch.settings.job import (
     RuntimeConfig,
 )
 from glmbatch.settings.steps import ClassifyAudits, GenerateAudits
-from glmbatch.settings.tuning import LabelledData, ScratchConfig, TrainingConfig, TuneConfig
+from glmbatch.settings.tuning import LabelledData, TrainingConfig, TuneConfig
 
 FLOWS: dict[str, Flow[..., Any]] = {flow.name: flow for flow in (annotate, finetune, resume)}
 OF_JOBS = {
@@ -38,7 +38,7 @@ OF_JOBS = {
     ReportConfig,
     RuntimeConfig,
 }
-OF_TRAINING = {LabelledData, ScratchConfig, TrainingConfig, TuneConfig}
+OF_TRAINING = {LabelledData, TrainingConfig, TuneConfig}
 LOWER, UPPER = {"minimum", "exclusiveMinimum"}, {"maximum", "exclusiveMaximum"}
 
 

@@ -1,4 +1,4 @@
-"""The committed sample: rebuilt from its seeds, as messy as real data, and answered well by its own checkpoint."""
+"""The committed sample: rebuilt from seeds, messy as real data, answered well by its checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Muon for the matrices of the layers, AdamW for the rest: what trains a small model from random weights fastest."""
+"""Muon for the matrices of the layers, AdamW for the rest: fastest for small models from scratch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-FASTER = 5  # the rate of matrices over that of the rest
+FASTER = 5  # the learning rate of the layers' matrices, in units of the others'
 MOMENTUM = 0.95
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for `matrices` momentum whose update is made nearly orthogonal, at a higher rate.
+    """AdamW, but the layers' matrices move along a momentum made nearly orthogonal, at a higher rate.
 
-    From https://kellerjordan.github.io/posts/muon. torch's own Muon works in bfloat16: half a second a step on a CPU
-    held to AVX2, against 0.04 s here.
+    From https://kellerjordan.github.io/posts/muon. torch's own Muon computes in bfloat16: half a
+    second per step on a CPU held to AVX2, against 0.04 s here.
     """
 
     def __init__(
@@ -25,8 +25,12 @@ class Muon(torch.optim.AdamW):
         tables: list[torch.nn.Parameter] = []
         vectors: list[torch.nn.Parameter] = []
         for name, weight in model.named_parameters():
-            kind = vectors if weight.dim() == 1 else matrices if ".layers." in name else tables
-            kind.append(weight)
+            if weight.dim() == 1:
+                vectors.append(weight)
+            elif ".layers." in name:
+                matrices.append(weight)
+            else:
+                tables.append(weight)
         groups = [
             {"params": tables, "orthogonal": False},
             {"params": vectors, "weight_decay": 0.0, "orthogonal": False},
@@ -36,33 +40,31 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        """Move every weight; as torch's optimizers."""
         for group in self.param_groups:
-            for weight in group["params"] if group["orthogonal"] else ():
-                self._turn(weight, group)
-                weight.grad = None  # AdamW passes it over
+            if not group["orthogonal"]:
+                continue
+            for weight in group["params"]:
+                self._move(weight, group)
+                weight.grad = None  # AdamW skips weights without a gradient
         return super().step(closure)
 
-    def _turn(self, weight: torch.nn.Parameter, group: dict[str, Any]) -> None:
+    def _move(self, weight: torch.nn.Parameter, group: dict[str, Any]) -> None:
         if weight.grad is None:
             return
-        kept = self.state[weight]
-        kept.setdefault(
-            "step", torch.tensor(0.0)
-        )  # AdamW looks for it in every state that is loaded
-        momentum = kept.setdefault("momentum", torch.zeros_like(weight))
+        momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
         momentum.lerp_(weight.grad, 1 - MOMENTUM)
+        direction = orthogonal(weight.grad.lerp(momentum, MOMENTUM))
         taller = max(1.0, weight.shape[0] / weight.shape[1])
         weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(
-            orthogonal(weight.grad.lerp(momentum, MOMENTUM)), alpha=-group["lr"] * math.sqrt(taller)
-        )
+        weight.add_(direction, alpha=-group["lr"] * math.sqrt(taller))
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix of the same row and column spaces whose singular values are all near 1."""
+    """A matrix with the same row and column spaces whose singular values are all near 1."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     result: torch.Tensor = wide / (wide.norm() + 1e-7)
-    for _ in range(5):
+    for _ in range(5):  # Newton-Schulz, with the coefficients of Muon's author
         square = result @ result.T
         result = 3.4445 * result + (-4.7750 * square + 2.0315 * square @ square) @ result
     return result if wide is matrix else result.T

@@ -1,0 +1,99 @@
+"""From labelled rows to token ids, exactly as the job that uses the model will ask. No tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from glmbatch.errors import InputError
+from glmbatch.glm.tokenizer import Tokenizer
+from glmbatch.settings.job import ClassifyStep, GenerateStep
+from glmbatch.steps.prompt import Prompt, build_prompts
+from glmbatch.tuning.examples import Example
+
+STEP = "predicted"  # the step's name, and so the column of answers when a checkpoint is scored
+
+
+class TrainingRow(NamedTuple):
+    """Token ids of a prompt, then what to learn: the number of its label, or the ids of an answer.
+
+    `place` is where the row comes from. An answer ends with the end token; it is empty for labels.
+    """
+
+    ids: Any  # a sequence of ints; a numpy array takes a tenth of a list's memory
+    label: int
+    place: str
+    answer: Any = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer together."""
+        return len(self.ids) + len(self.answer)
+
+
+def step_of(settings: Mapping[str, Any]) -> ClassifyStep | GenerateStep:
+    """The step that asks what a training with these settings asks.
+
+    It reads a dumped `TuneConfig` or the `settings` of a report. A report may come from an earlier
+    version with other settings, so only the few that matter here are looked at.
+    """
+    training = settings["training"]
+    asked: dict[str, Any] = {
+        "name": STEP,
+        "prompt_template": settings["prompt_template"],
+        "system_prompt": settings["system_prompt"],
+        "max_input_tokens": training["max_input_tokens"],
+        "on_too_long": "truncate",
+    }
+    if settings["data"]["response_column"] is None:
+        return ClassifyStep(**asked)
+    return GenerateStep(**asked, max_tokens=training["max_answer_tokens"])
+
+
+def encode_rows(
+    examples: Sequence[Example],
+    labels: Sequence[str],
+    step: ClassifyStep | GenerateStep,
+    tokenizer: Tokenizer,
+    max_positions: int,
+) -> list[TrainingRow]:
+    """Training rows of `examples`, in order. InputError for a row without a prompt.
+
+    Prompt and answer fit `max_positions` together.
+    """
+    writes = isinstance(step, GenerateStep)
+    answers = [np.empty(0, np.int32)] * len(examples)
+    room = max_positions
+    if isinstance(step, GenerateStep):
+        answers = _answers(examples, tokenizer, step.max_tokens)
+        room -= step.max_tokens
+    prompts = build_prompts(
+        step,
+        [{"text": example.text} for example in examples],
+        tokenizer,
+        chat=writes,
+        max_input_tokens=min(room, step.max_input_tokens or room),
+    )
+    numbers = {label: number for number, label in enumerate(labels)}
+    rows = []
+    for example, prompt, answer in zip(examples, prompts, answers, strict=True):
+        if not isinstance(prompt, Prompt):
+            raise InputError(
+                f"{example.place}: has no prompt: {prompt.reason}. Set training.max_input_tokens."
+            )
+        ids = np.array(prompt.ids, np.int32)
+        rows.append(TrainingRow(ids, numbers.get(example.label, 0), example.place, answer))
+    return rows
+
+
+def _answers(
+    examples: Sequence[Example], tokenizer: Tokenizer, max_tokens: int
+) -> list[np.ndarray]:
+    """The ids of each answer and the end token, cut to `max_tokens`.
+
+    Answers are encoded without the model's prefix, as the published model was fine-tuned.
+    """
+    encoded = tokenizer.encode_plain([example.label for example in examples])
+    return [np.array([*ids, tokenizer.eos_id][:max_tokens], np.int32) for ids in encoded]

@@ -1,0 +1,230 @@
+"""How good a checkpoint is on held-out rows, through the job that will use it. Promotes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from glmbatch.errors import InputError
+from glmbatch.run.models import locate_model, prepare_model
+from glmbatch.settings.job import (
+    ClassifyStep,
+    DataConfig,
+    GenerateStep,
+    JobConfig,
+    ModelConfig,
+    RuntimeConfig,
+)
+from glmbatch.settings.tuning import LabelledData, TuneConfig
+from glmbatch.tuning.baseline import score_baseline
+from glmbatch.tuning.encode import STEP, step_of
+from glmbatch.tuning.examples import Example, read_examples, text_keys
+from glmbatch.tuning.report import (
+    CHECKPOINT,
+    LEARNED,
+    REPORT,
+    TRAINED,
+    Mistake,
+    Report,
+    installed_versions,
+    read_report,
+)
+from glmbatch.tuning.scores import Scores, TextScores, score, score_texts
+from glmbatch.tuning.split import Labelled, read_labelled
+
+MISTAKES_KEPT = 20  # what a person reads through
+MISTAKE_CHARACTERS = 500
+
+
+class HeldOut(NamedTuple):
+    """Rows to score on, and all labels that they or the checkpoint have."""
+
+    rows: Sequence[Example]
+    labels: Sequence[str]
+
+
+def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
+    """Scores of the run, of the `current` checkpoint and of the baseline on the same test rows.
+
+    The report says nothing of a promotion yet.
+    """
+    labelled = _without_learned(read_labelled(config.data), current, config.data.input)
+    held_out = HeldOut(labelled.parts["test"], labelled.labels)
+    step = step_of(config.model_dump())
+    scores, mistakes = evaluate(run / CHECKPOINT, step, held_out, config.runtime, run / "test")
+    baseline_name, baseline = "none", None
+    if not config.writes:
+        baseline_name, baseline = score_baseline(labelled.parts, labelled.labels)
+    current_scores = None
+    if current is not None:
+        current_scores = _score_current(current, config, held_out, run / "current")
+    return Report(
+        run=run.name,
+        checkpoint=str(run / CHECKPOINT),
+        labels=labelled.labels,
+        settings=config.model_dump(mode="json"),
+        base=config.model.path,
+        audit=labelled.audit,
+        training=json.loads((run / TRAINED).read_text(encoding="utf-8")),
+        scores=scores,
+        mistakes=tuple(mistakes[:MISTAKES_KEPT]),
+        baseline_name=baseline_name,
+        baseline=baseline,
+        current=current_scores,
+        compared_with=None if current is None else current.name,
+        promoted=False,
+        reason="",
+        versions=installed_versions(),
+    )
+
+
+def _without_learned(labelled: Labelled, current: Path | None, source: str) -> Labelled:
+    """`labelled` without the test rows that the current checkpoint was trained on.
+
+    With another seed, split or input, its training rows may be among them. InputError if all are.
+    """
+    if current is None or not (current / LEARNED).is_file():
+        return labelled
+    test = labelled.parts["test"]
+    learned = np.isin(text_keys(test), np.load(current / LEARNED))
+    new = [row for row, is_learned in zip(test, learned, strict=True) if not is_learned]
+    if not new:
+        raise InputError(
+            f"{source}: {current} was trained on all test rows. Set data.seed as it had, or output."
+        )
+    if len(new) == len(test):
+        return labelled
+    warning = (
+        f"{len(test) - len(new)} test rows were left out: "
+        "the current checkpoint was trained on their texts"
+    )
+    audit = labelled.audit.model_copy(update={"warnings": (*labelled.audit.warnings, warning)})
+    return Labelled({**labelled.parts, "test": new}, audit)
+
+
+def _score_current(
+    current: Path, config: TuneConfig, held_out: HeldOut, folder: Path
+) -> Scores | TextScores:
+    """Scores of the checkpoint that is promoted now. InputError if it cannot be compared."""
+    report = read_report(current)
+    if report is None:
+        raise InputError(
+            f"{current}: has no {REPORT}, so nothing can be compared with it. Set output."
+        )
+    step = step_of(report.settings)
+    if isinstance(step, GenerateStep) != config.writes:
+        raise InputError(
+            f"{current}: is a model of another kind, so nothing can be compared with it. "
+            "Set output."
+        )
+    labels = sorted({*held_out.labels, *report.labels})
+    everything = HeldOut(held_out.rows, labels)
+    scores, _ = evaluate(current / CHECKPOINT, step, everything, config.runtime, folder)
+    return scores
+
+
+def evaluate_rows(
+    model: str,
+    data: LabelledData,
+    prompt_template: str | None = None,
+    runtime: RuntimeConfig | None = None,
+) -> Scores | TextScores:
+    """Scores of the classifier in directory `model` on all rows of `data`.
+
+    The labels are its own and those of the rows. Without a `prompt_template` it is asked as it was
+    trained, if the report of its run is in the folder above.
+    """
+    runtime = runtime or RuntimeConfig()
+    prepared = prepare_model(locate_model(ModelConfig(path=model), runtime))
+    if not prepared.has_head:
+        raise InputError(
+            f"{model}: has no trained head. Give a checkpoint that `glmbatch train` made."
+        )
+    report = read_report(Path(model).resolve().parent)
+    if report is None:
+        defaults = TuneConfig(data=data, output=".", model=ModelConfig(path=model))
+        settings = defaults.model_dump()
+    else:
+        settings = report.settings
+    if prompt_template is not None:
+        settings = settings | {"prompt_template": prompt_template}
+    rows = read_examples(data).examples
+    labels = {*prepared.labels, *(row.label for row in rows)}
+    held_out = HeldOut(rows, sorted(labels))
+    with tempfile.TemporaryDirectory() as folder:
+        scores, _ = evaluate(Path(model), step_of(settings), held_out, runtime, Path(folder))
+    return scores
+
+
+def evaluate(
+    checkpoint: Path,
+    step: ClassifyStep | GenerateStep,
+    held_out: HeldOut,
+    runtime: RuntimeConfig,
+    folder: Path,
+) -> tuple[Scores | TextScores, list[Mistake]]:
+    """Scores of `checkpoint` on the held-out rows, and its mistakes, the most confident first.
+
+    `folder` is for the job's files and is removed at the end.
+    """
+    from glmbatch.run.job import run_job
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    texts = [row.text for row in held_out.rows]
+    pq.write_table(pa.table({"text": texts}), folder / "rows.parquet")
+    job = JobConfig(
+        data=DataConfig(input=str(folder / "rows.parquet"), output=str(folder / "answers")),
+        model=ModelConfig(path=str(checkpoint)),
+        steps=[step],
+        max_error_rate=1.0,  # a row without an answer counts as wrong
+        runtime=RuntimeConfig(device=runtime.device, max_batch_tokens=runtime.max_batch_tokens),
+    )
+    run_job(job)
+    answers, confidence = _read_answers(folder / "answers", step)
+    shutil.rmtree(folder)  # it holds held-out texts
+    mistakes = _mistakes(held_out.rows, answers, confidence)
+    truth = [row.label for row in held_out.rows]
+    if isinstance(step, GenerateStep):
+        return score_texts(truth, answers), mistakes
+    return score(truth, answers, held_out.labels, confidence), mistakes
+
+
+def _read_answers(folder: Path, step: ClassifyStep | GenerateStep) -> tuple[list[str], list[float]]:
+    """The answers in the order of the rows, "" for none, and the probability of each, 0 for none."""
+    columns = [STEP]
+    if isinstance(step, ClassifyStep):
+        columns.append(f"{STEP}_score")
+    tables = [pq.read_table(file, columns=columns) for file in sorted(folder.glob("*-*.parquet"))]
+    table = pa.concat_tables(tables)
+    answers = [answer or "" for answer in table.column(STEP).to_pylist()]
+    if isinstance(step, GenerateStep):
+        return answers, [0.0] * len(answers)
+    return answers, [value or 0.0 for value in table.column(f"{STEP}_score").to_pylist()]
+
+
+def _mistakes(
+    rows: Sequence[Example], answers: Sequence[str], confidence: Sequence[float]
+) -> list[Mistake]:
+    mistakes = []
+    for row, answer, probability in zip(rows, answers, confidence, strict=True):
+        if answer.strip() == row.label.strip():
+            continue
+        mistakes.append(
+            Mistake(
+                place=row.place,
+                text=row.text[:MISTAKE_CHARACTERS],
+                label=row.label,
+                predicted=answer,
+                confidence=probability,
+            )
+        )
+    return sorted(mistakes, key=lambda mistake: -mistake.confidence)

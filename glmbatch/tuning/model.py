@@ -1,0 +1,183 @@
+"""The model to train: the base with a head, an adapter or neither, on a device with room for it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GlmForSequenceClassification
+
+from glmbatch.errors import InputError
+from glmbatch.glm.checkpoint.load import Checkpoint, ClassifierHead, load_model, read_checkpoint
+from glmbatch.glm.device import DTYPE_BYTES, free_memory_bytes, resolve_device
+from glmbatch.settings.job import ModelConfig
+from glmbatch.settings.tuning import TrainingConfig, TuneConfig
+from glmbatch.tuning.encode import TrainingRow
+
+PAD_ID = 0  # the unknown token, which no encoded text contains: bytes spell every character
+# Every matrix of a layer: adapting attention alone learns less (QLoRA, Dettmers et al., 2023).
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+# Bytes of each trained weight: itself, its gradient and two moments, in float32.
+BYTES_TRAINED = 16
+# Numbers that a layer keeps per token for the backward pass, in units of the hidden size.
+# Measured and rounded up.
+KEPT_NUMBERS = 40
+
+
+def local_rank() -> int:
+    """Number of this training process among those of the machine, from 0; 0 if it is alone."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def training_device(name: str, processes: int) -> str:
+    """The device of this process: "cpu", or the GPU of its rank. InputError if too few are visible."""
+    device = resolve_device(name)
+    if device not in ("cpu", "cuda:0"):
+        raise InputError(
+            f"{device}: training takes the first visible GPUs. Set CUDA_VISIBLE_DEVICES."
+        )
+    if device == "cpu":
+        return device
+    if processes > torch.cuda.device_count():
+        raise InputError(
+            f"{torch.cuda.device_count()} CUDA devices are visible. "
+            "Set training.processes to at most that."
+        )
+    return f"cuda:{local_rank()}"
+
+
+def read_base(model: ModelConfig) -> Checkpoint:
+    """The checked base checkpoint, without its weights; `model` is on this machine."""
+    return read_checkpoint(model.path, model.adapter)
+
+
+def build_model(config: TuneConfig, labels: Sequence[str], device: str) -> Any:
+    """The base of `config`, with a head for `labels`; exactly what the method trains is trainable.
+
+    A model that generates stays as it is. InputError for a base that cannot be trained.
+    """
+    training = config.training
+    # Weights that stay frozen need no more than the 16 bits they are published in.
+    frozen = training.method != "full" and device.startswith("cuda")
+    base = _load(config.model, "bfloat16" if frozen else "float32", device)
+    if config.writes:
+        if hasattr(base, "score"):
+            raise InputError(
+                f"{config.model.path}: has a classification head and cannot learn to generate. "
+                "Set model."
+            )
+        model = base
+    else:
+        model = _with_head(base, labels, device)
+    model.config.use_cache = False
+    model.requires_grad_(True)
+    if training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if training.method == "head":
+        model.model.requires_grad_(False)
+    return _with_adapter(model, training, config.writes) if training.method == "lora" else model
+
+
+def _load(model: ModelConfig, dtype: str, device: str) -> Any:
+    base = load_model(model.path, dtype, device, model.adapter)
+    if base.prefix_kv is not None:
+        raise InputError(
+            f"{model.path}: has a trained prefix, which training cannot continue. Set model."
+        )
+    return base
+
+
+def _with_head(base: Any, labels: Sequence[str], device: str) -> Any:
+    """A classifier over the weights of `base`: with its head if that has these labels, else a new one."""
+    config = base.config
+    keeps_head = hasattr(base, "score") and tuple(config.id2label.values()) == tuple(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+    config.pad_token_id = PAD_ID
+    with torch.device("meta"):  # its weights are those of the base: allocate none
+        model: Any = GlmForSequenceClassification(config)  # type: ignore[no-untyped-call]
+    model.model = base.model
+    if keeps_head:
+        model.score = base.score
+        return model
+    model.score = ClassifierHead(config.hidden_size, len(labels)).to(device)
+    torch.nn.init.normal_(model.score.weight, 0.0, 0.02)
+    torch.nn.init.zeros_(model.score.bias)
+    return model
+
+
+def _with_adapter(model: Any, training: TrainingConfig, writes: bool) -> Any:
+    """`model` wrapped by peft: a LoRA adapter, and a classifier's head, are trainable."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    adapter = LoraConfig(
+        task_type=TaskType.CAUSAL_LM if writes else TaskType.SEQ_CLS,
+        r=training.lora_rank,
+        lora_alpha=training.lora_alpha,
+        lora_dropout=training.lora_dropout,
+        target_modules=TARGETS,
+        modules_to_save=None if writes else ["score"],
+    )
+    with warnings.catch_warnings():
+        # peft still asks transformers by a deprecated name.
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, adapter)
+
+
+def check_memory(config: TuneConfig, rows: Sequence[TrainingRow], device: str) -> None:
+    """InputError, before any weight is loaded, if training is estimated not to fit the free memory.
+
+    The message names a setting that would make it fit.
+    """
+    training = config.training
+    base = read_base(config.model)
+    weights = _weight_bytes(base, training, device)
+    row = _row_bytes(base, training, device, max(row.length for row in rows))
+    if config.writes:  # logits of every token and their gradients, in float32
+        row += 8 * max(row.length for row in rows) * base.architecture.vocab_size
+    free = free_memory_bytes(device)
+    if device == "cpu":  # processes share the memory of the machine, but not that of a GPU
+        free //= training.processes
+    needed = weights + training.batch_rows * row
+    if needed <= free:
+        return
+    fit = (free - weights) // row
+    if fit < 1:
+        advice = "training.method to lora or head, or another device"
+    else:
+        advice = f"training.batch_rows to {fit}"
+        if not training.gradient_checkpointing:
+            advice += ", or training.gradient_checkpointing to true"
+    raise InputError(
+        f"{device}: training needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free. "
+        f"Set {advice}."
+    )
+
+
+def _number_bytes(device: str) -> int:
+    return DTYPE_BYTES["bfloat16" if device.startswith("cuda") else "float32"]
+
+
+def _weight_bytes(base: Checkpoint, training: TrainingConfig, device: str) -> int:
+    """Bytes of the weights and of what the optimizer keeps for the trained ones."""
+    if training.method == "full":
+        return base.parameters * BYTES_TRAINED
+    weights = base.parameters * _number_bytes(device)
+    if training.method == "lora":
+        shape = base.architecture
+        sides = shape.layers * (8 * shape.hidden_size + 3 * shape.ffn_size)
+        weights += BYTES_TRAINED * training.lora_rank * sides
+    return weights
+
+
+def _row_bytes(base: Checkpoint, training: TrainingConfig, device: str, length: int) -> int:
+    """Bytes of the activations that the backward pass of one row of `length` tokens needs."""
+    shape = base.architecture
+    kept = shape.layers * KEPT_NUMBERS
+    if training.gradient_checkpointing:
+        # The input of each layer, and everything of the one that is computed again.
+        kept = shape.layers + KEPT_NUMBERS
+    return _number_bytes(device) * length * shape.hidden_size * kept

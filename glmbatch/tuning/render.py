@@ -1,0 +1,210 @@
+"""A report for people: the facts once, then as text, as a Markdown card and as an HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from glmbatch.report import page as html
+from glmbatch.store.files import committed
+from glmbatch.tuning.report import CARD, CHECKPOINT, PAGE, REPORT, Report
+from glmbatch.tuning.scores import Scores, TextScores
+
+
+class Facts(NamedTuple):
+    """What every rendering says, each a line of text; `rows` are names with their counts."""
+
+    title: str
+    origin: str
+    outcome: str
+    scores: list[str]
+    training: str
+    warnings: list[str]
+    rows: list[tuple[str, Any]]
+    settings: str
+
+
+def facts_of(report: Report) -> Facts:
+    """The facts of a report."""
+    training = report.training
+    audit = report.audit
+    rows = {"rows": audit.rows, "used": audit.used}
+    rows |= {"without text": audit.without_text, "without label": audit.without_label}
+    rows |= {"repeated": audit.repeated, "conflicting": audit.conflicting, "leaking": audit.leaking}
+    return Facts(
+        title=" / ".join(report.labels) or "answers",
+        origin=f"Run {report.run} from {report.base}",
+        outcome=f"{'promoted' if report.promoted else 'not promoted'}: {report.reason}",
+        scores=_score_lines(report),
+        training=f"{training['steps']} steps, best at {training['best_step']}; "
+        f"{training['trained_parameters']:,} of {training['parameters']:,} parameters trained; "
+        f"temperature {training['temperature']:.3f}, in the head",
+        warnings=_warnings(report),
+        rows=[*rows.items(), *audit.parts.items()],
+        settings=report.model_dump_json(include={"settings", "versions"}, indent=1),
+    )
+
+
+def describe_scores(name: str, scores: Scores | TextScores) -> str:
+    """The scores of `name` in one line."""
+    if isinstance(scores, TextScores):
+        return (
+            f"{name}: exact match {scores.exact_match:.4f}, ROUGE-L {scores.rouge_l:.4f} "
+            f"on {scores.rows} rows"
+        )
+    calibration = "" if scores.ece is None else f", ECE {scores.ece:.4f}"
+    return (
+        f"{name}: accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}{calibration} "
+        f"on {scores.rows} rows"
+    )
+
+
+def _score_lines(report: Report) -> list[str]:
+    """Scores of the run, of the baseline and of the checkpoint promoted before, a line each."""
+    lines = [describe_scores("this run", report.scores)]
+    if report.baseline is not None:
+        lines.append(describe_scores(report.baseline_name, report.baseline))
+    if report.current is not None:
+        lines.append(describe_scores("the current checkpoint", report.current))
+    return lines
+
+
+def _warnings(report: Report) -> list[str]:
+    warnings = list(report.audit.warnings)
+    scores, baseline = report.scores, report.baseline
+    if isinstance(scores, Scores) and baseline is not None and baseline.accuracy > scores.accuracy:
+        warnings.append(f"{report.baseline_name} scores higher")
+    return warnings
+
+
+def describe(report: Report) -> str:
+    """The report as text for a terminal."""
+    facts = facts_of(report)
+    counts = ", ".join(f"{name} {count}" for name, count in facts.rows)
+    lines = [
+        counts,
+        *(f"  look at: {warning}" for warning in facts.warnings),
+        facts.origin,
+        facts.training,
+        *facts.scores,
+        facts.outcome,
+        f"report: {Path(report.checkpoint).parent / PAGE}",
+        f"checkpoint: {report.checkpoint}",
+    ]
+    return "\n".join(lines)
+
+
+def card(report: Report) -> str:
+    """The model card, as Markdown: where the checkpoint comes from and how good it is."""
+    facts = facts_of(report)
+    lines = [
+        f"# {facts.title}",
+        "",
+        f"A ChatGLM2 by glmbatch. {facts.origin}.",
+        "",
+        *(f"- {line}" for line in (*facts.scores, facts.outcome, facts.training)),
+        *(f"- look at: {warning}" for warning in facts.warnings),
+        "",
+        "## Rows",
+        "",
+        *(f"- {name}: {count}" for name, count in facts.rows),
+        *(f"- {name}: sha256 {digest}" for name, digest in report.audit.files.items()),
+        "",
+        "## Settings and versions",
+        "",
+        "```json",
+        facts.settings,
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def page(report: Report) -> str:
+    """The report as one HTML file, with plots; it loads nothing."""
+    facts = facts_of(report)
+    parts = [
+        html.paragraph(f"{facts.outcome}."),
+        html.paragraph(f"{facts.origin}."),
+        *(html.paragraph(warning, warning=True) for warning in facts.warnings),
+        html.heading("Scores on the test rows"),
+        *(html.paragraph(line) for line in facts.scores),
+    ]
+    if isinstance(report.scores, Scores):
+        parts += _classifier_parts(report.labels, report.scores)
+    parts += [
+        html.heading("Learning"),
+        html.paragraph(f"{facts.training}."),
+        *_learning_plots(report.training["history"]),
+        html.heading("Rows"),
+        html.facts(facts.rows),
+        html.table(["label", "rows"], list(report.audit.labels.items())),
+        html.heading("Worst mistakes"),
+        _mistake_table(report),
+        html.heading("Settings"),
+        html.preformatted(facts.settings),
+    ]
+    return html.page(facts.title, parts)
+
+
+def _classifier_parts(labels: tuple[str, ...], scores: Scores) -> list[str]:
+    """Scores by label, the confusion matrix and the calibration."""
+    by_label = []
+    for label, of_label in scores.labels.items():
+        numbers = [of_label.precision, of_label.recall, of_label.f1]
+        by_label.append([label, *map(_four_digits, numbers), of_label.rows])
+    confusion = []
+    for label in labels:
+        counts = [scores.confusion[label][guess] for guess in (*labels, "")]
+        confusion.append([label, *counts])
+    calibration = [(confidence, accuracy) for _, confidence, accuracy in scores.bins]
+    ideal = [(0, 0), (1, 1)]
+    return [
+        html.table(["label", "precision", "recall", "F1", "rows"], by_label),
+        html.heading("Confusion (rows: true, columns: predicted)"),
+        html.table(["", *labels, "none"], confusion),
+        html.heading("Calibration"),
+        html.lines(
+            "accuracy by confidence",
+            "confidence",
+            "accuracy",
+            [("model", calibration), ("ideal", ideal)],
+        ),
+    ]
+
+
+def _learning_plots(history: list[dict[str, float]]) -> list[str]:
+    loss, valid_loss, accuracy = (
+        [(line["step"], line[key]) for line in history if key in line]
+        for key in ("loss", "eval_loss", "eval_accuracy")
+    )
+    return [
+        html.lines("loss by step", "step", "loss", [("train", loss), ("valid", valid_loss)]),
+        html.lines("validation accuracy by step", "step", "accuracy", [("accuracy", accuracy)]),
+    ]
+
+
+def _mistake_table(report: Report) -> str:
+    """The mistakes, the most confident first."""
+    rows = []
+    for mistake in report.mistakes:
+        answer = mistake.predicted or "none"
+        confidence = _four_digits(mistake.confidence)
+        rows.append([mistake.text, mistake.label, answer, confidence, mistake.place])
+    return html.table(["text", "expected", "given", "confidence", "row"], rows)
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def write_report(report: Report, run: Path) -> None:
+    """Write report.html, the model card, and then report.json: with that the run is evaluated."""
+    texts = {
+        run / PAGE: page(report),
+        run / CHECKPOINT / CARD: card(report),
+        run / REPORT: report.model_dump_json(indent=1),
+    }
+    for path, text in texts.items():
+        with committed(path) as partial:
+            partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,219 @@
+"""Labelled rows, audited and split so that no text is on both sides. Text only; no tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from pydantic import BaseModel
+
+from glmbatch.errors import InputError
+from glmbatch.settings.tuning import LabelledData
+from glmbatch.tuning.examples import PARTS, Example, Part, read_examples
+
+# A label column with more values than this is an id or a free text taken for a label.
+MOST_LABELS = 1000
+# With fewer rows of a label, one row changes its recall by 5 points or more.
+FEW_ROWS = 20
+# From this ratio on, the most frequent label begins to drown the rarest.
+UNBALANCED = 10
+# Labels that an error message lists.
+SHOWN = 5
+
+
+class LabelAudit(BaseModel, frozen=True, extra="forbid"):
+    """What the labelled rows hold. `warnings` say what a person should look at.
+
+    Of `rows` read, `used` are in the split. Left out are `without_text`, `without_label`,
+    `conflicting` (one text with two labels) and `leaking` (one text in two parts). `repeated` rows
+    equal an earlier row in text and label; they are used, in the same part as that row.
+    """
+
+    files: Mapping[str, str]
+    rows: int
+    used: int
+    without_text: int
+    without_label: int
+    repeated: int
+    conflicting: int
+    leaking: int
+    labels: Mapping[str, int]
+    parts: Mapping[str, int]
+    warnings: tuple[str, ...]
+
+
+class Labelled(NamedTuple):
+    """The rows of each part, and their audit."""
+
+    parts: Mapping[Part, list[Example]]
+    audit: LabelAudit
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels in sorted order, as the rows of a new head; empty for answers."""
+        return tuple(sorted(self.audit.labels))
+
+
+def read_labelled(data: LabelledData) -> Labelled:
+    """Read, audit and split all rows. InputError when nothing sound can be trained on them."""
+    rows = read_examples(data)
+    used, conflicting = rows.examples, 0
+    if data.response_column is None:  # a text may well have several good answers
+        used = _without_conflicts(rows.examples)
+        conflicting = len(rows.examples) - len(used)
+        _check_labels(data, used)
+    split = split_by_text(used, data)
+    if data.split_column is not None:
+        split = _split_as_given(used, rows.given)
+    _check_split(data, split)
+    sizes = {part: len(split[part]) for part in PARTS}
+    audit = LabelAudit(
+        files=rows.files,
+        rows=len(rows.examples) + sum(rows.skipped.values()),
+        used=sum(sizes.values()),
+        without_text=rows.skipped.get("text", 0),
+        without_label=rows.skipped.get("label", 0),
+        repeated=_repeated(used),
+        conflicting=conflicting,
+        leaking=len(used) - sum(sizes.values()),
+        labels={} if data.response_column is not None else _count_labels(split),
+        parts=sizes,
+        warnings=(),
+    )
+    return Labelled(split, audit.model_copy(update={"warnings": tuple(_warnings(audit))}))
+
+
+def split_by_text(examples: Iterable[Example], data: LabelledData) -> dict[Part, list[Example]]:
+    """Split each label's texts by a seeded hash of the text.
+
+    All rows of one text get the same part. Adding or moving rows moves other rows only where the
+    cuts between the parts shift.
+    """
+    examples = list(examples)
+    texts: dict[str, set[str]] = defaultdict(set)
+    for example in examples:
+        texts[example.label if data.response_column is None else ""].add(example.same)
+    part_of: dict[str, Part] = {}
+    for label in sorted(texts):
+        ordered = _shuffled(texts[label], data.seed)
+        test = max(1, round(len(ordered) * data.test_share))
+        held_out = test + max(1, round(len(ordered) * data.valid_share))
+        for position, text in enumerate(ordered):
+            part: Part = "train"
+            if position < held_out:
+                part = "test" if position < test else "valid"
+            part_of.setdefault(text, part)
+    split: dict[Part, list[Example]] = {part: [] for part in PARTS}
+    for example in examples:
+        split[part_of[example.same]].append(example)
+    return split
+
+
+def _shuffled(texts: Iterable[str], seed: int) -> list[str]:
+    key = seed.to_bytes(8, "big")
+
+    def digest(text: str) -> bytes:
+        return hashlib.blake2b(text.encode(errors="replace"), key=key).digest()
+
+    return sorted(texts, key=digest)
+
+
+def _split_as_given(
+    examples: Sequence[Example], given: Mapping[str, Part]
+) -> dict[Part, list[Example]]:
+    """The split that the data names. A text in two parts goes to test before valid before train."""
+    part_of: dict[str, Part] = {}
+    for example in examples:
+        part = given[example.place]
+        if PARTS.index(part) >= PARTS.index(part_of.get(example.same, "train")):
+            part_of[example.same] = part
+    split: dict[Part, list[Example]] = {part: [] for part in PARTS}
+    for example in examples:
+        if given[example.place] == part_of[example.same]:
+            split[part_of[example.same]].append(example)
+    return split
+
+
+def _without_conflicts(examples: Sequence[Example]) -> list[Example]:
+    """The examples whose text has one label only; the others would contradict one another."""
+    labels: dict[str, set[str]] = defaultdict(set)
+    for example in examples:
+        labels[example.same].add(example.label)
+    return [example for example in examples if len(labels[example.same]) == 1]
+
+
+def _repeated(examples: Sequence[Example]) -> int:
+    return len(examples) - len({(example.same, example.label) for example in examples})
+
+
+def _count_labels(split: Mapping[Part, Sequence[Example]]) -> dict[str, int]:
+    """Rows of each label, the most frequent first."""
+    counts = Counter[str]()
+    for examples in split.values():
+        counts.update(example.label for example in examples)
+    return dict(counts.most_common())
+
+
+def _check_labels(data: LabelledData, examples: Sequence[Example]) -> None:
+    texts: dict[str, set[str]] = defaultdict(set)
+    for example in examples:
+        texts[example.label].add(example.same)
+    if len(texts) < 2:
+        raise InputError(
+            f"{data.input}: all rows have the label {next(iter(texts), None)!r}; "
+            "a choice needs two."
+        )
+    if len(texts) > MOST_LABELS:
+        raise InputError(
+            f"{data.input}: {len(texts)} labels, as if {data.label_column!r} were no label. "
+            "Set data.label_column."
+        )
+    if data.split_column is not None:
+        return
+    for label, distinct in texts.items():
+        if len(distinct) < len(PARTS):
+            raise InputError(
+                f"{data.input}: {label!r} has {len(distinct)} different texts, it needs "
+                f"{len(PARTS)}: one to train on, two to hold out. Add rows of it, or leave it out."
+            )
+
+
+def _check_split(data: LabelledData, split: Mapping[Part, Sequence[Example]]) -> None:
+    trained = {example.label for example in split["train"]}
+    for part in PARTS:
+        if not split[part]:
+            raise InputError(
+                f"{data.input}: no row is left for {part}. Add rows, or set data.{part}_share."
+            )
+        unseen = sorted({example.label for example in split[part]} - trained)
+        if unseen and data.response_column is None:
+            raise InputError(
+                f"{data.input}: {part} has the labels {unseen[:SHOWN]}, which no training row has. "
+                "Add rows of them, or leave them out."
+            )
+
+
+def _warnings(audit: LabelAudit) -> list[str]:
+    warnings = []
+    if audit.labels:
+        rarest, fewest = min(audit.labels.items(), key=lambda item: item[1])
+        most = max(audit.labels.values())
+        if most >= UNBALANCED * fewest:
+            warnings.append(
+                f"{rarest!r} has {fewest} rows, the most frequent label {most}; "
+                "metric macro_f1 counts each label alike"
+            )
+        if fewest < FEW_ROWS:
+            warnings.append(f"{rarest!r} has {fewest} rows: its scores say little")
+    if audit.conflicting:
+        warnings.append(
+            f"{audit.conflicting} of {audit.rows} rows were left out: their text has two labels"
+        )
+    if audit.leaking:
+        warnings.append(f"{audit.leaking} rows were left out: their text is in a held-out part too")
+    unusable = audit.without_text + audit.without_label
+    if unusable:
+        warnings.append(f"{unusable} of {audit.rows} rows have no text or no label")
+    return warnings

@@ -1,0 +1,306 @@
+"""transformers' Trainer over token ids: our order of rows, padding and loss. Knows no texts.
+
+Shapes: B rows of a batch, T tokens of its longest row, L labels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging as transformers_logging
+
+from glmbatch.errors import InputError
+from glmbatch.settings.tuning import TuneConfig
+from glmbatch.tuning.encode import TrainingRow
+from glmbatch.tuning.model import PAD_ID
+from glmbatch.tuning.scores import score
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # the label of a token without loss, as in torch and transformers
+# Share of the steps in which the rate rises: the first gradients of a new head are its largest.
+WARM_UP_SHARE = 0.05
+# Of matrices alone: the Trainer exempts vectors. Between the usual 0.01 and 0.1.
+WEIGHT_DECAY = 0.05
+# Second moments average over 50 steps; AdamW's 0.999 would take 1,000, more than a small table has.
+BETA2 = 0.98
+# Rows of so many batches are sorted by length together: little padding, and still a random order.
+BATCHES_SORTED = 50
+LOGS_PER_EPOCH = 10
+
+
+class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """Training rows as `pad` takes them; `at` is a row's number, which an error message needs."""
+
+    def __init__(self, rows: Sequence[TrainingRow]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        row = self.rows[at]
+        return {
+            "ids": [*row.ids, *row.answer],
+            "label": row.label,
+            "answer": len(row.answer),
+            "at": at,
+        }
+
+
+class LengthGroupedSampler(torch.utils.data.Sampler[int]):
+    """Every row once, neighbours alike in length, in an order that (seed, epoch) alone decide.
+
+    transformers' own sampler draws from the global generator: a resumed epoch would see other batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self._lengths = lengths
+        self._batch = batch
+        self._seed = seed
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer when an epoch begins, also a resumed one."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        dice = random.Random(f"{self._seed} {self._epoch}")
+        order = dice.sample(range(len(self._lengths)), len(self._lengths))
+        window = BATCHES_SORTED * self._batch
+        batches = []
+        for first in range(0, len(order), window):
+            alike = sorted(order[first : first + window], key=self._lengths.__getitem__)
+            batches += [alike[at : at + self._batch] for at in range(0, len(alike), self._batch)]
+        last = batches.pop()  # a short batch anywhere else would shift the others
+        dice.shuffle(batches)
+        for batch in [*batches, last]:
+            yield from batch
+
+
+def pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows of `RowDataset` as one batch, padded on the right.
+
+    Causal attention never looks to the right, so padding changes no row. `labels` is B numbers of
+    labels, or BT token ids: at each place the next token of the answer, elsewhere IGNORED.
+    """
+    longest = max(len(row["ids"]) for row in batch)
+    # GLM's classifier reads the last id that is not PAD_ID.
+    ids_BT = torch.full((len(batch), longest), PAD_ID)
+    mask_BT = torch.zeros((len(batch), longest), dtype=torch.long)
+    for at, row in enumerate(batch):
+        ids_BT[at, : len(row["ids"])] = torch.tensor(row["ids"])
+        mask_BT[at, : len(row["ids"])] = 1
+    labels = torch.tensor([row["label"] for row in batch])
+    if batch[0]["answer"]:
+        labels = torch.full((len(batch), longest), IGNORED)
+        for at, row in enumerate(batch):
+            end = len(row["ids"])
+            first = end - row["answer"]
+            labels[at, first - 1 : end - 1] = ids_BT[at, first:end]
+    return {
+        "input_ids": ids_BT,
+        "attention_mask": mask_BT,
+        "labels": labels,
+        "at": torch.tensor([row["at"] for row in batch]),
+    }
+
+
+class RowTrainer(Trainer):
+    """transformers' Trainer with our order of rows, stopped by the first loss that is not finite."""
+
+    def __init__(self, rows: Sequence[TrainingRow], **options: Any) -> None:
+        super().__init__(train_dataset=RowDataset(rows), data_collator=pad, **options)
+        self._rows = rows
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        step_rows = (
+            self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size
+        )
+        return LengthGroupedSampler([row.length for row in self._rows], step_rows, self.args.seed)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean cross entropy of the labels, or of the tokens of the answers."""
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        labels = inputs["labels"]
+        loss_B = _row_losses(outputs.logits, labels)
+        self._check_finite(loss_B.detach(), inputs.pop("at"), model.training)
+        if num_items_in_batch is None:
+            loss = loss_B.sum() / (labels != IGNORED).sum()
+        else:
+            # The count is that of all processes, but gradients are averaged over them.
+            loss = loss_B.sum() / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _check_finite(self, loss_B: torch.Tensor, at_B: torch.Tensor, training: bool) -> None:
+        finite_B = torch.isfinite(loss_B)
+        if finite_B.all():
+            return
+        row = int(at_B[~finite_B][0])
+        place = self._rows[row].place if training else f"validation row {row}"
+        raise InputError(
+            f"step {self.state.global_step + 1}: the loss is {float(loss_B.sum())}, "
+            f"first at {place}. Set training.learning_rate lower; the last checkpoint is kept."
+        )
+
+
+def _row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of each row (B), of logits BL and labels B, or of logits BTV and labels BT."""
+    logits = logits.float()  # in bfloat16 a sum over a vocabulary loses the third digit
+    if labels.dim() == 1:
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    loss_BT = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
+    )
+    return loss_BT.sum(dim=1)
+
+
+def make_trainer(
+    config: TuneConfig,
+    model: Any,
+    rows: Sequence[TrainingRow],
+    valid: Sequence[TrainingRow],
+    folder: Path,
+) -> RowTrainer:
+    """A Trainer that saves into `folder` after each epoch and loads the best weights at the end."""
+    arguments = _arguments(config, len(rows), folder, model.device.type)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    trainer = RowTrainer(
+        rows,
+        model=model,
+        args=arguments,
+        eval_dataset=RowDataset(valid),
+        compute_metrics=None if config.writes else _measure,
+        callbacks=[_ProgressLog(), _EarlyStop(config)],
+    )
+    # With several GPUs visible the Trainer's DataParallel would change batches, steps and the loss.
+    arguments._n_gpu = 1
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(config: TuneConfig, rows: int, folder: Path, device: str) -> TrainingArguments:
+    training = config.training
+    step_rows = training.batch_rows * training.gradient_accumulation * training.processes
+    epoch_steps = math.ceil(rows / step_rows)
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=training.batch_rows,
+        per_device_eval_batch_size=training.batch_rows,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        num_train_epochs=training.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(WARM_UP_SHARE * epoch_steps * training.epochs)),
+        weight_decay=WEIGHT_DECAY,
+        adam_beta2=BETA2,
+        max_grad_norm=1.0,
+        bf16=device == "cuda" and torch.cuda.is_bf16_supported(),
+        use_cpu=device == "cpu",
+        seed=training.seed,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        **_checkpointing(training.gradient_checkpointing),
+        **_evaluations(config, epoch_steps),
+        **_logs(epoch_steps),
+    )
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Gradient checkpointing, under its name in this release: transformers 6 renames it."""
+    names = TrainingArguments.__dataclass_fields__
+    current = "activation_checkpointing"
+    return {current if current in names else "gradient_checkpointing": True} if wanted else {}
+
+
+def _evaluations(config: TuneConfig, epoch_steps: int) -> dict[str, Any]:
+    """Evaluate and save once per epoch; keep the last checkpoint, and the best if it is another."""
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": epoch_steps,
+        "save_strategy": "steps",
+        "save_steps": epoch_steps,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss" if config.writes else config.promoted_by,
+        "greater_is_better": not config.writes,
+        # Logits of all tokens of all validation rows fit no memory.
+        "prediction_loss_only": config.writes,
+    }
+
+
+def _logs(epoch_steps: int) -> dict[str, Any]:
+    return {
+        "logging_steps": max(1, epoch_steps // LOGS_PER_EPOCH),
+        "logging_nan_inf_filter": False,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def _measure(prediction: Any) -> dict[str, float]:
+    """Scores of a classifier on the validation rows."""
+    names = [str(number) for number in range(prediction.predictions.shape[-1])]
+    guesses = [names[number] for number in prediction.predictions.argmax(-1)]
+    truth = [names[number] for number in prediction.label_ids]
+    scores = score(truth, guesses, names)
+    return {"accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
+
+
+class _ProgressLog(TrainerCallback):
+    """Logs what the Trainer would print."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        values = []
+        for key, value in (logs or {}).items():
+            if isinstance(value, float):
+                values.append(f"{key} {value:.4g}")
+        logger.info("step %d of %d: %s", state.global_step, state.max_steps, ", ".join(values))
+
+
+class _EarlyStop(TrainerCallback):
+    """Stops when evaluations no longer improve.
+
+    transformers' own callback counts in memory, so a resumed run would start its count again.
+    """
+
+    def __init__(self, config: TuneConfig) -> None:
+        self._config = config
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = control.should_training_stop or is_stale(state, self._config)
+
+
+def is_stale(state: TrainerState, config: TuneConfig) -> bool:
+    """Whether the last `training.patience` evaluations were no better than those before."""
+    patience = config.training.patience
+    if patience is None:
+        return False
+    key = "eval_loss" if config.writes else f"eval_{config.promoted_by}"
+    sign = -1 if config.writes else 1  # the lowest loss is the best
+    measured = [sign * line[key] for line in state.log_history if key in line]
+    if not measured:
+        return False
+    since_best = len(measured) - 1 - measured.index(max(measured))
+    return since_best >= patience

@@ -1,0 +1,204 @@
+"""Training: what each method changes, what is saved, and that killed runs end with the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from glmbatch.errors import InputError
+from glmbatch.glm.checkpoint.load import load_model
+from glmbatch.glm.tokenizer import load_tokenizer
+from glmbatch.settings.tuning import TuneConfig
+from glmbatch.tuning.finetune import begin, train_run
+from glmbatch.tuning.model import build_model
+from glmbatch.tuning.processes import train_together
+from glmbatch.tuning.report import TRAINER
+from glmbatch.tuning.train import train_here
+from tests.support import CAUSAL, ROOT, Tune
+from tests.unit.tuning.runs import trained, weights
+
+pytestmark = [
+    pytest.mark.slow,
+    # peft still asks transformers by a deprecated name.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+BASE = {"path": str(CAUSAL)}
+LORA: dict[str, Any] = {"model": BASE, "training__method": "lora"}
+
+
+@pytest.mark.parametrize("method", ["lora", "head", "full"])
+def test_a_method_trains_what_it_names_alone(tune: Tune, method: str) -> None:
+    config = tune(model=BASE, training__method=method, training__epochs=1)
+    run = begin(config)
+    summary = train_run(config, run)
+    base, made = load_model(CAUSAL), load_model(Path(run) / "checkpoint")
+    before = dict(base.model.named_parameters())
+    changed = set()
+    for name, weight in made.model.named_parameters():
+        if not torch.equal(weight, before[name]):
+            changed.add(name)
+    assert made.score.out_features == 3
+    if method == "head":
+        assert not changed
+        head = sum(weight.numel() for weight in made.score.parameters())
+        assert summary["trained_parameters"] == head
+    elif method == "lora":
+        assert changed and all("proj" in name and "bias" not in name for name in changed)
+    else:
+        assert any("embed" in name for name in changed) and any("norm" in name for name in changed)
+
+
+def assert_merged(run: Path) -> None:
+    """The checkpoint is the base with the adapter, loaded as a job does, rounded once."""
+    merged = load_model(run / "checkpoint").state_dict()
+    again = load_model(CAUSAL, adapter=run / "adapter").state_dict()
+    assert merged.keys() == again.keys()
+    for name, weight in merged.items():
+        assert torch.equal(weight, again[name].half().float()), name
+
+
+def test_a_merged_adapter_acts_as_on_the_fly(tune: Tune) -> None:
+    config = tune(**LORA, training__epochs=1, training__learning_rate=5e-3)
+    run = trained(config)
+    assert_merged(run)
+    ids = torch.tensor(load_tokenizer(CAUSAL).encode(["it was 很好 today"]))
+    head = tune(model=BASE, training__method="head")
+    base = build_model(head, ("bad", "good", "so so"), "cpu").eval()
+    merged = load_model(CAUSAL, adapter=run / "adapter")
+    with torch.no_grad():
+        plain = base(input_ids=ids).logits
+        on_the_fly = PeftModel.from_pretrained(base, run / "adapter").eval()(input_ids=ids).logits
+        assert (on_the_fly - plain).abs().max() > 1e-3
+        assert (merged(input_ids=ids).logits - on_the_fly).abs().max() < 1e-5
+
+
+def test_an_adapter_for_writing_is_merged_too(tune: Tune) -> None:
+    config = tune(
+        **LORA,
+        training__epochs=1,
+        training__learning_rate=5e-3,
+        data__response_column="label",
+        training__max_answer_tokens=8,
+    )
+    run = begin(config)
+    assert train_run(config, run)["temperature"] == 1.0
+    assert not hasattr(load_model(Path(run) / "checkpoint"), "score")
+    assert_merged(Path(run))
+
+
+KILLED = """
+import json, os, sys
+from glmbatch.settings.tuning import TuneConfig
+from glmbatch.tuning.finetune import begin, train_run
+config = TuneConfig.model_validate(json.loads(sys.argv[1]))
+train_run(config, begin(config))
+"""
+
+
+def saved(run: Path) -> set[str]:
+    return {path.name for path in run.glob(f"{TRAINER}/checkpoint-*")}
+
+
+def kill_after_a_save(config: TuneConfig, run: Path, delay_seconds: float) -> bool:
+    """Train in a process, and kill it `delay_seconds` after a new checkpoint; False if it ended."""
+    process = subprocess.Popen([sys.executable, "-c", KILLED, config.model_dump_json()], cwd=ROOT)
+    before = saved(run)
+    while process.poll() is None and not saved(run) - before:
+        time.sleep(0.005)
+    if process.poll() is not None:
+        assert process.returncode == 0
+        return False
+    time.sleep(delay_seconds)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    return True
+
+
+@pytest.mark.parametrize("more", [{}, LORA | {"training__lora_dropout": 0.2}], ids=["full", "lora"])
+def test_a_killed_training_ends_with_the_same_bits(
+    tune: Tune, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    more = more | {
+        "training__gradient_accumulation": 2,
+        "training__epochs": 6,
+        "training__patience": 2,
+    }
+    undisturbed = tune(output=str(tmp_path / "undisturbed"), **more)
+    expected = begin(undisturbed)
+    steps = train_run(undisturbed, expected)["steps"]
+    config = tune(output=str(tmp_path / "killed"), **more)
+    run = Path(begin(config))
+    for kill in range(3):  # while it saves, and after it
+        assert kill_after_a_save(config, run, 0.02 * kill)
+    assert train_run(config, str(run))["steps"] == steps
+    for name, weight in weights(expected).items():
+        assert torch.equal(weight, weights(run)[name]), name
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    """What the Trainer saved last, in float32: the result itself is rounded to 16 bits."""
+    (folder,) = run.glob(f"{TRAINER}/checkpoint-*")
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize("more", [{}, LORA | {"training__lora_dropout": 0.0}], ids=["full", "lora"])
+def test_two_processes_equal_one_of_twice_the_batches(tune: Tune, more: dict[str, Any]) -> None:
+    # Batches that neither dropout nor the rest of an epoch makes different.
+    more = more | {"training__epochs": 1, "training__batch_rows": 6}
+    alone = tune(training__gradient_accumulation=2, **more)
+    one = Path(begin(alone))
+    train_here(alone, one)
+    together = tune(training__processes=2, **more)
+    two = Path(begin(together))
+    train_together(together, two)
+    for name, weight in last_weights(one).items():
+        torch.testing.assert_close(last_weights(two)[name], weight, rtol=0, atol=1e-4)
+    assert train_run(together, str(two))["steps"] == train_run(alone, str(one))["steps"]
+
+
+def test_an_error_of_one_of_two_processes_is_raised(tune: Tune) -> None:
+    config = tune(training__processes=2, training__batch_rows=65_536)
+    with pytest.raises(InputError, match="training needs about"):
+        train_run(config, begin(config))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tune: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tune(training__epochs=3)
+    run = Path(begin(config))
+    cross_entropy = torch.nn.functional.cross_entropy
+    calls = []
+
+    def failing(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        return cross_entropy(*arguments, **options) * (torch.nan if len(calls) == 25 else 1)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", failing)
+    place = r"(a.parquet row \d+|validation row)"
+    with pytest.raises(InputError, match=rf"step \d+: the loss is nan, first at .*{place}"):
+        train_run(config, str(run))
+    assert list(run.glob(f"{TRAINER}/checkpoint-*/trainer_state.json")), "the last good one stays"
+    assert not (run / "trained.json").exists()
+    train_run(config, str(run))
+
+
+def test_too_little_memory_is_an_error_at_the_start(
+    tune: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmbatch.tuning.model.free_memory_bytes", lambda device: 100 * 2**20)
+    config = tune(training__batch_rows=10_000)
+    message = r"needs about .* GiB, 0\.1 are free\. Set training\.batch_rows to \d+, or"
+    with pytest.raises(InputError, match=message):
+        train_run(config, begin(config))

@@ -1,0 +1,50 @@
+"""Batches and their loss: padding, the answer alone, and every row once in each epoch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from glmbatch.glm.checkpoint.load import load_model
+from glmbatch.tuning.encode import TrainingRow
+from glmbatch.tuning.trainer import LengthGroupedSampler, RowDataset, _row_losses, pad
+from tests.support import CAUSAL
+
+
+def batch_of(*rows: TrainingRow) -> dict[str, torch.Tensor]:
+    dataset = RowDataset(rows)
+    return pad([dataset[at] for at in range(len(rows))])
+
+
+def test_only_the_tokens_of_the_answer_have_labels() -> None:
+    batch = batch_of(TrainingRow([5, 6, 7], 0, "a", [8, 9]), TrainingRow([5], 0, "b", [6, 7, 8]))
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 8, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 8, 9, -100], [6, 7, 8, -100, -100]]
+
+
+def test_the_loss_of_answers_is_that_of_transformers() -> None:
+    batch = batch_of(TrainingRow([5, 6, 7], 0, "a", [8, 9]), TrainingRow([11], 0, "b", [6, 7, 8]))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    model = load_model(CAUSAL)
+    theirs = model(**inputs, labels=torch.roll(batch["labels"], 1, dims=1)).loss
+    ours = _row_losses(model(**inputs).logits, batch["labels"]).sum() / 5
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_each_epoch_has_every_row_once_in_its_own_order() -> None:
+    lengths = [7 * at % 50 for at in range(103)]
+    sampler = LengthGroupedSampler(lengths, batch=8, seed=1)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(103))
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_a_batch_has_rows_of_one_length_or_nearly() -> None:
+    lengths = [7 * at % 50 for at in range(400)]
+    order = list(LengthGroupedSampler(lengths, batch=8, seed=1))
+    for first in range(0, 400, 8):
+        of_batch = [lengths[row] for row in order[first : first + 8]]
+        assert max(of_batch) - min(of_batch) <= 1
