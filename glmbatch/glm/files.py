@@ -55,6 +55,7 @@ def index_names(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: no 'weight_map' object in it.")
+    # "pytorch_model.bin.index.json" gives "bin".
     suffix = index.name.removesuffix(".index.json").rpartition(".")[2]
     plain_name = re.compile(rf"[\w-][\w.-]*\.{suffix}")  # no folder, so it cannot lead elsewhere
     for key, name in weight_map.items():

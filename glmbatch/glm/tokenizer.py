@@ -59,8 +59,8 @@ class Tokenizer:
 
         Special and out-of-range ids give nothing, bytes that are not a character give U+FFFD.
         """
-        kept = [int(i) for i in ids if 0 <= i < self._pieces and i not in self._silent]
-        text: str = self._processor.decode(kept)
+        text_ids = [int(i) for i in ids if 0 <= i < self._pieces and i not in self._silent]
+        text: str = self._processor.decode(text_ids)
         return text
 
 

@@ -24,6 +24,7 @@ from glmbatch.glm.checkpoint.shards import Header, read_headers, read_tensors
 from glmbatch.glm.device import DTYPE_BYTES
 from glmbatch.glm.files import ADAPTER_CONFIG, ADAPTER_LABELS, ADAPTER_WEIGHTS, read_json
 
+# peft wraps the model twice, and every saved name begins with both wrappers.
 _PREFIX = "base_model.model."
 _A = ".lora_A.weight"
 _B = ".lora_B.weight"
@@ -97,6 +98,7 @@ def read_adapter(
             "head. Set model.path to a checkpoint with one, or model.adapter to one that was saved "
             "with its head."
         )
+    # Against the layout it was made on, which may differ from the checkpoint's.
     specs = _specs(replace(architecture, labels=labels or architecture.labels), made_on, has_head)
     _refuse_unfit(file, specs, tensors, config)
     _refuse_incomplete(file, specs, tensors, config)
@@ -123,6 +125,7 @@ def load_adapter(
     `architecture` and `has_head` are those of the checkpoint with the adapter.
     """
     specs = _specs(architecture, adapter.layout, has_head)
+    # Cloned, because a tensor lives in its file's pages; an adapter is small.
     held = {name: tensor.clone() for name, tensor in _read(adapter.file, adapter.tensors)}
     added: dict[str, LowRank] = {}
     for module, scale in adapter.scales.items():
@@ -175,6 +178,7 @@ def _tensors(file: Path) -> dict[str, Header]:
                 f"{file}: {key!r} is stored as {header.dtype}; it must be {allowed}. "
                 "Set model.adapter."
             )
+    # It would load, and every answer would be the base's own.
     if not headers:
         raise InputError(f"{file}: holds no weights. Set model.adapter.")
     return {key.removeprefix(_PREFIX): header for key, header in headers.items()}
@@ -198,8 +202,8 @@ def _refuse_lost_order(
     if (layout, made_on) == ("native", "original") and every_head_a_group:
         raise InputError(
             f"{file}: made on the original classes, and the checkpoint no longer says in which "
-            "order their rows of heads were fused. Set model.path to the checkpoint in its original "
-            "layout."
+            "order their rows of heads were fused. Set model.path to the checkpoint in its "
+            "original layout."
         )
 
 
@@ -217,7 +221,8 @@ def _labels(
     peft saves none; a config.json beside the adapter may have them.
     """
     rows = 0
-    if head.shape[1:] == (architecture.hidden_size,):  # else its shape is refused later
+    # Else its shape is refused later, with the shape that it must have.
+    if head.shape[1:] == (architecture.hidden_size,):
         rows = head.shape[0]
     file = directory / ADAPTER_LABELS
     config = read_json(file) if os.path.isfile(file) else {}
@@ -240,6 +245,7 @@ def _labels(
 
 def _specs(architecture: Architecture, layout: Layout, has_head: bool) -> dict[str, TensorSpec]:
     """Every tensor that the model computes with, by its name in `layout`."""
+    # An adapter adds to dequantized weights, and never to a prefix.
     return list_tensors(replace(architecture, quantization_bit=0, pre_seq_len=0), layout, has_head)
 
 
@@ -274,6 +280,7 @@ def _shape(
     module = _module(name)
     if not name.endswith((_A, _B)):
         return specs[name].shape if name in specs and config.saves(module) else None
+    # Two matrices replace a product, so only a weight of two dimensions can have them.
     spec = specs.get(f"{module}.weight")
     if spec is None or len(spec.shape) != 2:
         return None
@@ -293,6 +300,7 @@ def _refuse_incomplete(
         if name.endswith((_A, _B)):
             needed |= {_module(name) + _A, _module(name) + _B}
     for name in specs:
+        # A head of transformers' own class has no bias, so its absence is no fault.
         if config.saves(_module(name)) and name not in ("score.bias", "classifier_head.bias"):
             needed.add(name)
         elif name.endswith(".weight") and config.adapts(_module(name)):
@@ -307,6 +315,7 @@ def _refuse_incomplete(
 
 
 def _refuse_non_finite(file: Path, tensors: Mapping[str, Header]) -> None:
+    # Merged, a single nan would make every answer fail.
     for name, tensor in _read(file, tensors):
         if not tensor.isfinite().all():
             raise InputError(

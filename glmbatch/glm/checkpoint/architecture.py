@@ -56,7 +56,7 @@ class _Number:
     attribute: str
     original: str
     native: str
-    most: int = 2**24
+    maximum: int = 2**24
 
 
 # 1,000 layers and 2**24 of anything else are far above any such model. They keep a mistyped number
@@ -148,7 +148,7 @@ def examine_config(config: Mapping[str, Any], where: str) -> tuple[Architecture 
         check.fixed(key, value)
     values: dict[str, Any] = {}
     for number in _NUMBERS:
-        values[number.attribute] = check.integer(getattr(number, layout), 1, number.most)
+        values[number.attribute] = check.integer(getattr(number, layout), 1, number.maximum)
     values["eos_id"] = check.integer("eos_token_id", 0, values["vocab_size"] - 1, default=2)
     values["pad_id"] = check.integer("pad_token_id", 0, values["vocab_size"] - 1, default=0)
     if layout == "original":

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# Far above any head, so that a mistyped number does not make millions of names.
 _MAX_LABELS = 2**16
 
 
@@ -29,21 +30,23 @@ class ConfigCheck:
         stated = f"is {repr(self.config[key])[:60]}" if key in self.config else "is missing"
         self.problems.append(f"{self.where}: {key!r} {stated}; it must be {wanted}.")
 
-    def integer(self, key: str, least: int, most: int, default: int | None = None) -> int:
-        """The integer under `key`, from `least` to `most`."""
+    def integer(self, key: str, minimum: int, maximum: int, default: int | None = None) -> int:
+        """The integer under `key`, from `minimum` to `maximum`."""
         value = self._value(key, default)
-        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
+        # bool is a subclass of int: `true` is not a number here.
+        if isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum:
             return value
-        self.refuse(key, f"an integer from {least} to {most}")
-        return most
+        self.refuse(key, f"an integer from {minimum} to {maximum}")
+        return maximum
 
-    def real(self, key: str, most: float, default: float | None = None) -> float:
-        """The number under `key`, above 0 and at most `most`."""
+    def real(self, key: str, maximum: float, default: float | None = None) -> float:
+        """The number under `key`, above 0 and at most `maximum`."""
         value = self._value(key, default)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most:
+        # False for nan and infinity too, which Python's JSON reader accepts.
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= maximum:
             return float(value)
-        self.refuse(key, f"a number above 0 and at most {most:g}")
-        return most
+        self.refuse(key, f"a number above 0 and at most {maximum:g}")
+        return maximum
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         """The true or false under `key`."""
@@ -86,6 +89,7 @@ class ConfigCheck:
         return labels
 
     def _value(self, key: str, default: Any) -> Any:
+        # null means absent: transformers writes it for a key that is not set.
         value = self.config.get(key)
         return default if value is None else value
 

@@ -20,6 +20,7 @@ from glmbatch.glm.checkpoint.load import (
 from glmbatch.glm.device import DTYPE_BYTES
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
+# A special token among them: written in a text it must stay text.
 _SAMPLES = ("你好", "Hello, world!", "[gMASK]")
 # The published tokenizer, recognised by its size, must give these ids.
 _PUBLISHED_SIZE = 64_794
@@ -76,6 +77,7 @@ def examine(
     tokenizer: Tokenizer | None = None
     weights_digest: str | None = None
     tokenizer_digest: str | None = None
+    # Only errors of ours are collected: anything else is a bug and must show.
     try:
         checkpoint, problems = inspect_checkpoint(directory, adapter)
         if (directory / TOKENIZER_FILE).is_file():
@@ -88,6 +90,7 @@ def examine(
         if checkpoint and digests:
             weights_digest = digest_weights(directory, adapter)
     except GlmbatchError as error:
+        # The inspection has met the same damaged tokenizer already.
         if str(error) not in problems:
             problems.append(str(error))
     samples: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -105,6 +108,7 @@ def _sample(tokenizer: Tokenizer) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def _unlike_published(tokenizer: Tokenizer, directory: Path) -> Iterator[str]:
+    # A tokenizer of another size is the user's own, and is not compared.
     if tokenizer.vocab_size != _PUBLISHED_SIZE:
         return
     for text, published in _PUBLISHED_IDS.items():
@@ -122,6 +126,7 @@ def describe(diagnosis: Diagnosis) -> str:
 
 
 def _line(name: str, fact: str) -> str:
+    # Ten columns hold the longest name, "tokenizer".
     return f"  {name:<10} {fact}"
 
 
@@ -155,6 +160,7 @@ def _facts(checkpoint: Checkpoint) -> Iterator[str]:
     yield _line("model", f"{checkpoint.parameters:,} parameters: {sizes}, {heads}")
     ids = f"{checkpoint.tokenizer_size} of the tokenizer, padded to {model.vocab_size}"
     yield _line("ids", ids)
+    # A quantized checkpoint has two: int8 weights, and float scales and embeddings.
     dtypes: set[str] = set()
     for headers in checkpoint.tensors.values():
         dtypes |= {header.dtype for header in headers.values()}
@@ -169,6 +175,7 @@ def _facts(checkpoint: Checkpoint) -> Iterator[str]:
 def _changes(adapter: Adapter) -> Iterator[str]:
     classes = "original" if adapter.layout == "original" else "transformers"
     yield f"{adapter.path}: made on the {classes} classes"
+    # Several ranks come from peft's `rank_pattern`.
     if adapter.scales:
         ranks = " and ".join(map(str, adapter.ranks))
         yield f"rank {ranks} in {len(adapter.scales)} linear modules"

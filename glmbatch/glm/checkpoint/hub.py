@@ -12,6 +12,7 @@ from glmbatch.errors import InputError, TransientError
 from glmbatch.glm.files import index_names
 from glmbatch.glm.tokenizer import TOKENIZER_FILE
 
+# Owner and name on the hub; anything else is taken for a mistyped path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL_FILES = ["config.json", TOKENIZER_FILE, "tokenizer_config.json", "*.index.json"]
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -33,6 +33,7 @@ from glmbatch.glm.checkpoint.shards import Header, Shard, find_shards, read_head
 from glmbatch.glm.files import read_json
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
+# Weights may be stored in these, and computed in these.
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 Headers = Mapping[Path, Mapping[str, Header]]
@@ -107,6 +108,7 @@ def inspect_checkpoint(
 
 
 def _inspect_base(directory: Path) -> tuple[Checkpoint | None, list[str]]:
+    # Each part is read even if an earlier one failed, so that one look finds everything.
     problems: list[str] = []
     architecture: Architecture | None = None
     with _noting(problems):
@@ -129,6 +131,8 @@ def _inspect_base(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     if architecture is None or not headers:
         return None, problems
 
+    # A config that says classifier is believed even without the weights of a head, so that a lost
+    # head is reported as missing and not taken for a language model.
     has_head = _says_classifier(config) or _has_key(headers, HEAD_KEYS[layout])
     specs = list_tensors(architecture, layout, has_head)
     complete = len(headers) == len(shards)  # else what is missing may be in an unreadable file
@@ -156,6 +160,7 @@ def _adapted(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
         return adapted
     architecture = replace(checkpoint.architecture, labels=adapter.labels)
     with_head = replace(adapted, has_head=True, architecture=architecture)
+    # The base's own head is replaced, so its tensors need not be read, nor have its shape.
     own = {key for key, spec in with_head.specs.items() if not _is_of_head(spec)}
     tensors: dict[Path, dict[str, Header]] = {}
     for file, headers in checkpoint.tensors.items():
@@ -181,6 +186,7 @@ def _fitting_tokenizer(directory: Path, architecture: Architecture | None) -> To
     if not file.exists():
         return None
     tokenizer = load_tokenizer(directory)
+    # Fewer ids are normal: the published vocabulary is padded from 64,794 to 65,024.
     if architecture is not None and tokenizer.vocab_size > architecture.vocab_size:
         raise InputError(
             f"{file}: {tokenizer.vocab_size} ids, more than the {architecture.vocab_size} that "
@@ -202,6 +208,7 @@ def _has_key(headers: Headers, key: str) -> bool:
 
 def _assigned_headers(shard: Shard) -> dict[str, Header]:
     """Headers of `shard`; InputError unless they are the keys that its index assigns to it."""
+    # An index and shards of two different downloads differ here.
     headers = read_headers(shard.file)
     if shard.keys is None:
         return headers
@@ -231,6 +238,7 @@ def _match(
     for file, held in headers.items():
         tensors[file] = {}
         for key, header in held.items():
+            # Two values for one tensor: which of them counts would depend on the order of files.
             if key in file_of:
                 other = file_of[key].name
                 problems.append(f"{file}: {key!r} is also in {other}. Keep one of the two.")
@@ -243,6 +251,7 @@ def _match(
                 )
             file_of[key] = file
     missing = [key for key in specs if key not in file_of]
+    # The usual mistake after P-Tuning, whose training saves only what it trained.
     if missing and file_of and all(key.startswith(PREFIX_KEYS) for key in file_of):
         problems.append(
             f"{directory}: holds only the trained prefix of P-Tuning v2, and the base model's "
@@ -276,11 +285,13 @@ def _doubts(
     has_head: bool,
     tokenizer: Tokenizer | None,
 ) -> Iterator[str]:
+    # A key that we do not know may belong to a variant of the model that computes something else.
     for key in unknown_keys(config, layout):
         yield f"config.json: {key!r} is not known here and has no effect"
     if architecture.fp32_residual:
         yield "config.json: 'fp32_residual_connection' is true, so it runs in float32 only"
     problem_type = config.get("problem_type")
+    # None of these stops the checkpoint from running: they are shown as notes.
     if has_head and problem_type not in (None, "single_label_classification"):
         yield (
             f"config.json: 'problem_type' is {problem_type!r}, but one label is chosen for each row"

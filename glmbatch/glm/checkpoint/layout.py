@@ -51,6 +51,7 @@ PREFIX_KEYS = "transformer.prefix_encoder."
 PREFIX_KEY = "prefix_kv"
 HEAD_KEYS: dict[Layout, str] = {"original": "classifier_head.weight", "native": "score.weight"}
 
+# Tensors are listed, and saved, in this order.
 _ROWS = (
     _Row(
         "transformer.embedding.word_embeddings.weight",
@@ -63,6 +64,7 @@ _ROWS = (
         ((f"{_NATIVE_LAYER}.input_layernorm.weight", "D"),),
     ),
     _Row(
+        # The published layout fuses query, key and value; transformers has them apart.
         f"{_QKV}.weight",
         "QD",
         (
@@ -94,6 +96,7 @@ _ROWS = (
         ((f"{_NATIVE_LAYER}.post_attention_layernorm.weight", "D"),),
     ),
     _Row(
+        # Gate and up are fused in both layouts, in the same order.
         f"{_LAYER}.mlp.dense_h_to_4h.weight",
         "UD",
         ((f"{_NATIVE_LAYER}.mlp.gate_up_proj.weight", "UD"),),
@@ -106,6 +109,7 @@ _ROWS = (
         quantizable=True,
     ),
     _Row("transformer.encoder.final_layernorm.weight", "D", (("model.norm.weight", "D"),)),
+    # A trained head takes the place of the language head.
     _Row("transformer.output_layer.weight", "VD", (("lm_head.weight", "VD"),), when="causal"),
     _Row(HEAD_KEYS["original"], "LD", (("score.weight", "LD"),), when="head"),
     _Row("classifier_head.bias", "L", (("score.bias", "L"),), when="head"),
@@ -148,6 +152,7 @@ def split_rows(
         for name, rows in zip(names, heads.unbind(1), strict=True):
             yield name, rows.flatten(0, 1)
     elif names:
+        # With multi-query all rows of the query come first, then those of key and value.
         sizes = [shape[0] for _, shape in spec.parts]
         yield from zip(names, stored.split_with_sizes(sizes), strict=True)
 
@@ -163,6 +168,7 @@ def _original_specs(architecture: Architecture, has_head: bool) -> Iterator[Tens
         if bits and row.quantizable:
             # int4 packs two input columns into one byte.
             yield TensorSpec(key, (shape[0], shape[1] * bits // 8), parts, "int8")
+            # It becomes nothing of its own: the weight is dequantized with it.
             yield TensorSpec(f"{key}_scale", shape[:1], ())
         else:
             yield TensorSpec(key, shape, parts)

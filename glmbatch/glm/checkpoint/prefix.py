@@ -21,6 +21,7 @@ def native_prefix(architecture: Architecture, stored: Mapping[str, torch.Tensor]
     if PREFIX_KEY in stored:
         return stored[PREFIX_KEY]
     by_name = {key.removeprefix(PREFIX_KEYS): tensor for key, tensor in stored.items()}
+    # A projection is part of training only: applied once, it gives the keys and values themselves.
     flat = by_name["embedding.weight"]
     if architecture.prefix_projection:
         hidden = linear(flat, by_name["trans.0.weight"], by_name["trans.0.bias"]).tanh()

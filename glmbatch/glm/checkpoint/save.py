@@ -29,6 +29,7 @@ from glmbatch.glm.files import file_error, read_bytes
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, load_tokenizer
 
 StoredDtype = Literal["float32", "bfloat16", "float16"]
+# Tools that read the published layout look for this file beside tokenizer.model.
 _TOKENIZER_CONFIG = {
     "name_or_path": "THUDM/chatglm2-6b",
     "remove_space": False,
@@ -82,11 +83,13 @@ def _staged(target: Path) -> Iterator[Path]:
         raise InputError(
             f"{target}: already holds a checkpoint. Choose another directory or remove it."
         )
+    # Inside the target, so that moving a file is a rename within one file system.
     folder = target / ".partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         yield folder
+        # False sorts before True: config.json is moved last.
         for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, target / file.name)
     finally:
@@ -118,6 +121,7 @@ def _config(
     if has_head:
         config["id2label"] = {str(row): label for row, label in enumerate(architecture.labels)}
         config["label2id"] = {label: row for row, label in enumerate(architecture.labels)}
+    # A key of the model with another value would make the checkpoint another model.
     for key, value in extra.items():
         if config.setdefault(key, value) != value:
             raise InputError(
@@ -150,6 +154,7 @@ def _tensors(model: Any, architecture: Architecture, has_head: bool, dtype: str)
 def _original_tensor(
     state: Mapping[str, torch.Tensor], spec: TensorSpec, dtype: torch.dtype
 ) -> torch.Tensor:
+    # Only the prefix has no parts here: what is saved is never quantized, so there are no scales.
     parts = [state[name] for name, _ in spec.parts] or [original_prefix(state[PREFIX_KEY])]
     whole = torch.cat(parts).detach() if len(parts) > 1 else parts[0].detach()
     stored = whole.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)

@@ -135,6 +135,7 @@ def _label_scores(
     for prompt_row, tree in enumerate(asked):
         rows = [log_probs_RM[prompt_row], *log_probs_RM[first_node : first_node + len(tree)]]
         scores.append([_path_score(path, rows) for path in tree.paths])
+        # Reads are ordered prompts first, then all nodes, tree by tree.
         first_node += len(tree)
     return scores
 
@@ -148,10 +149,11 @@ def _log_probs(
     network: Network, hidden_RC: torch.Tensor, continuations: Sequence[Sequence[int]]
 ) -> list[list[float]]:
     """For each row the log-probability of each of its `continuations`; what follows is padding."""
-    most = max(map(len, continuations))
-    padded = [[*tokens, *[0] * (most - len(tokens))] for tokens in continuations]
+    width = max(map(len, continuations))
+    padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in continuations]
     tokens_RM = torch.tensor(padded, device=network.device)
     parts = []
+    # In pieces, for the scores of all tokens would take far more memory than the batch itself.
     for first in range(0, len(hidden_RC), HEAD_ROWS):
         rows = slice(first, first + HEAD_ROWS)
         logits_RV = network.token_logits(hidden_RC[rows])

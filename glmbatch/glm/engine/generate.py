@@ -154,6 +154,7 @@ class Generation:
         self._sequences += [None] * (max(slots, default=-1) + 1 - len(self._sequences))
         for slot, seq in zip(slots, admitted, strict=True):
             self._sequences[slot] = seq
+        # Prefill has already chosen the first token: it needs no decode step of its own.
         self._append_tokens(slots, tokens)
 
     def _free_slots(self) -> list[int]:

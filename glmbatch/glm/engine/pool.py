@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 class Owner(Protocol):
-    """Who leases an engine: a run, which may be told to stop while others go on."""
+    """A run that leases an engine. It may be stopped while other runs go on."""
 
     def check_running(self) -> None:
-        """Raise when the owner was told to stop."""
+        """Raise when the owner was stopped."""
 
 
 class EnginePool:
-    """Loads an engine at its first use and keeps it for the next. Safe to use from several threads."""
+    """Loads an engine on first use and keeps it for the next. Safe to call from several threads."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -32,27 +32,30 @@ class EnginePool:
 
     @contextmanager
     def lease(
-        self, key: Hashable, load: Callable[[], Engine], most: int, owner: Owner
+        self, key: Hashable, load: Callable[[], Engine], max_engines: int, owner: Owner
     ) -> Iterator[Engine]:
-        """The engine under `key` for `owner`, loaded by `load` when it is not there yet.
+        """The engine under `key` for `owner`, which `load` makes if it is not in the pool yet.
 
-        At most `most` engines stay loaded: the one unused for longest is closed first, and while
-        all are in use the caller waits. Raises what `owner.check_running` raises.
+        At most `max_engines` engines stay loaded. The idle one that was unused for longest is
+        closed to make room; while all are in use, the caller waits. Raises what
+        `owner.check_running` raises.
         """
-        engine = self._take(key, load, most, owner)
+        engine = self._take(key, load, max_engines, owner)
         try:
             yield engine
         finally:
             with self._changed:
-                # Without the owners of no lease, whose memory would stay with their names.
+                # Subtracting drops owners without a lease, which would stay in memory otherwise.
                 self._leases[key] -= Counter([owner])
                 self._changed.notify_all()
 
-    def _take(self, key: Hashable, load: Callable[[], Engine], most: int, owner: Owner) -> Engine:
+    def _take(
+        self, key: Hashable, load: Callable[[], Engine], max_engines: int, owner: Owner
+    ) -> Engine:
         with self._changed:
             owner.check_running()
             while key not in self._engines:
-                if len(self._engines) < most:
+                if len(self._engines) < max_engines:
                     # Loaded under the lock, so that a second thread waits instead of loading it
                     # too.
                     self._engines[key] = load()
@@ -64,7 +67,7 @@ class EnginePool:
             return self._engines[key]
 
     def _close_idle(self) -> bool:
-        """Close the engine that has been unused for longest; false when all are in use."""
+        """Close the engine that was unused for longest; False when all are in use."""
         for key in self._engines:
             if not self._owners(key):
                 logger.info("closing an engine to make room for another")
@@ -76,7 +79,7 @@ class EnginePool:
         return list(self._leases.get(key, ()))
 
     def discard(self, engine: Engine) -> None:
-        """Close `engine`, so that its next use loads it again; nothing when it is no longer here."""
+        """Close `engine` and remove it, so that its next user loads it again."""
         with self._changed:
             for key in list(self._engines):
                 if self._engines[key] is engine:
@@ -85,16 +88,16 @@ class EnginePool:
         engine.close()
 
     def close_unshared(self, owner: Owner) -> None:
-        """Close the engines that `owner` alone is using, which ends its calls with a
-        TransientError.
+        """Close the engines that only `owner` uses, which ends its calls with a TransientError.
 
         An engine that others use too goes on; there `owner` ends its calls itself, at its next
         answer.
         """
-        with self._changed:  # waits for an engine that is being loaded
+        # The lock also waits for an engine that is being loaded.
+        with self._changed:
             engines = [
                 engine for key, engine in self._engines.items() if self._owners(key) == [owner]
             ]
-            self._changed.notify_all()  # the owner may also wait for room
+            self._changed.notify_all()  # the owner may also be waiting for room
         for engine in engines:
             self.discard(engine)

@@ -22,6 +22,7 @@ class ClassifyRequest:
     speed, and scores by no more than rounding.
     """
 
+    # Chosen by the caller, and unique within one call: results come in another order.
     index: int
     prompt_ids: Sequence[int]
     label_ids: tuple[tuple[int, ...], ...] | None = None
@@ -38,6 +39,7 @@ class ClassifyResult:
     """
 
     index: int
+    # Of a head in the order of its rows, of labels in the order asked.
     scores: tuple[float, ...]
     error: str | None = None
 
@@ -55,6 +57,7 @@ class GenerateRequest:
     prompt_ids: Sequence[int]
     max_tokens: int
     temperature: float = 0.0
+    # As in transformers: 1.0 and 0 keep all tokens.
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0

@@ -38,6 +38,7 @@ class Call(Generic[Result]):
     """
 
     def __init__(self) -> None:
+        # A queue of its own for each call: callers never see, or wait for, each other's results.
         self.results: SimpleQueue[Result | Exception] = SimpleQueue()
         self.cancelled = False
 
@@ -69,6 +70,7 @@ class Limits:
 
     def halve_batch(self, tokens: int) -> None:
         """Halve the token budget after a forward of `tokens` was too large."""
+        # From what was really asked: the budget may be far above it.
         self.batch_tokens = max(1, min(self.batch_tokens, tokens) // 2)
         logger.warning("forwards now take at most %d tokens", self.batch_tokens)
 
@@ -118,6 +120,7 @@ class WaitingQueue(Generic[Item]):
         self._tokens = tokens
         self._group = group
         self._cancelled = cancelled
+        # A heap for each group, because a batch shares one prefix.
         self._heaps: dict[Hashable, list[tuple[tuple[int, ...], int, Item]]] = {}
 
     def __bool__(self) -> bool:
@@ -128,8 +131,8 @@ class WaitingQueue(Generic[Item]):
         heap = self._heaps.setdefault(self._group(item), [])
         heapq.heappush(heap, (self._rank(item), self._tokens(item), item))
 
-    def take(self, budget: int, most: int = sys.maxsize) -> list[Item]:
-        """Remove and return up to `most` items of the first item's group, within `budget` tokens.
+    def take(self, budget: int, max_items: int = sys.maxsize) -> list[Item]:
+        """Remove and return up to `max_items` of the first item's group, within `budget` tokens.
 
         The first item is taken even if it alone is over the budget. Empty when nothing waits.
         """
@@ -138,7 +141,7 @@ class WaitingQueue(Generic[Item]):
         while self._heaps and not batch:
             group = min(self._heaps, key=lambda group: self._heaps[group][0][0])
             heap = self._heaps[group]
-            while heap and len(batch) < most:
+            while heap and len(batch) < max_items:
                 _, tokens, item = heap[0]
                 if not self._cancelled(item):
                     if batch and tokens > budget:

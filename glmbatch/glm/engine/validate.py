@@ -57,6 +57,7 @@ def refuse_generate(request: GenerateRequest, model: ModelLimits) -> GenerateRes
             "the checkpoint has a trained head and cannot generate; "
             "name another model for this step"
         )
+    # An answer may be cut off at the last position, so it needs no room of its own here.
     fault = _prompt_fault(request.prompt_ids, 0, model)
     if fault is not None:
         return GenerateResult(request.index, (), "error", fault)
@@ -76,6 +77,7 @@ def _prompt_fault(
         return (
             f"the prompt has {tokens} tokens{label}; the model has {model.max_positions} positions"
         )
+    # Checked on the host: on CUDA an index out of range ends the process's use of the device.
     if not _all_within(prompt_ids, model.vocab_size):
         return f"the prompt has an id that is none of the model's {model.vocab_size}"
     return None

@@ -78,6 +78,7 @@ class PackedPlan:
         if self._prefix is not None:
             key = torch.cat((self._prefix.kv_N2FGD[layer, 0], key))
             value = torch.cat((self._prefix.kv_N2FGD[layer, 1], value))
+        # Not zeros: the calls together write every row.
         out_THD = torch.empty_like(query)
         for call in self._calls:
             call.attend(query, key, value, scaling, out_THD)
@@ -113,7 +114,7 @@ class SpanCall:
             attn_mask=self.mask_QK,
             is_causal=self.causal,
             scale=scaling,
-            enable_gqa=True,
+            enable_gqa=True,  # fewer groups of keys than query heads, without copies of them
         )
         out[self.queries] = attended_1HQD[0].transpose(0, 1)
 
@@ -137,6 +138,7 @@ class SlotPlan:
         self._cache = cache
         self._places_S = places_S
         self._places = places
+        # Made once for a forward, since every layer needs the same index and mask.
         self._slots_S = torch.arange(len(places_S), device=places_S.device)
         places_L = torch.arange(places, device=places_S.device)
         beyond_S11L = places_L > places_S[:, None, None, None]

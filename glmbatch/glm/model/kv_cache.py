@@ -51,6 +51,7 @@ class KvShape:
     @property
     def place_bytes(self) -> int:
         """Bytes of one place: keys and values of all layers."""
+        # 28 KiB for ChatGLM2-6B in half precision.
         return 2 * self.layers * self.groups * self.head_dim * self.dtype.itemsize
 
 
@@ -86,6 +87,7 @@ class SlotCache:
         At least doubled, so that copies stay rare, unless that would cost slots.
         """
         doubled = min(self._max_length, round_up(max(places, 2 * self.length)))
+        # Losing a slot means preempting a sequence, which costs more than another copy.
         return doubled if self.slots_within(doubled) >= self.slots else round_up(places)
 
     def slots_within(self, length: int) -> int:
@@ -104,8 +106,8 @@ class SlotCache:
             for layer in range(self._shape.layers):
                 resized = self._zeros(slots, length)
                 if layer < len(tensors):
-                    kept = tensors[layer][:kept_slots, :, :kept_places]
-                    resized[:kept_slots, :, :kept_places] = kept
+                    old = tensors[layer][:kept_slots, :, :kept_places]
+                    resized[:kept_slots, :, :kept_places] = old
                     tensors[layer] = resized
                 else:
                     tensors.append(resized)
@@ -129,6 +131,7 @@ class SlotCache:
         value_TGD: torch.Tensor,
     ) -> None:
         """Store the keys and values of token t at place `places_T[t]` of slot `slots_T[t]`."""
+        # Two indexes with a slice between them put the tokens first: [T, G, D].
         self.keys_SGLD[layer][slots_T, :, places_T] = key_TGD
         self.values_SGLD[layer][slots_T, :, places_T] = value_TGD
 
@@ -144,6 +147,7 @@ class SlotCache:
         source = torch.tensor(sources, device=self._shape.device)
         target = torch.tensor(targets, device=self._shape.device)
         for tensor in (*self.keys_SGLD, *self.values_SGLD):
+            # Indexing copies the sources before anything is written, so both may overlap.
             tensor[target, :, :places] = tensor[source, :, :places]
 
     def wipe(self, slots: Sequence[int]) -> None:

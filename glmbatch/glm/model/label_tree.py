@@ -38,6 +38,7 @@ class LabelTree:
 @lru_cache(maxsize=64)
 def label_tree(labels: Labels) -> LabelTree:
     """The tree of `labels`. Cached, because all rows of a step ask for the same labels."""
+    # By each beginning of a label, the tokens that follow it in some label.
     continued: dict[tuple[int, ...], set[int]] = {(): set()}
     for label in labels:
         for depth, token in enumerate(label):
@@ -45,7 +46,7 @@ def label_tree(labels: Labels) -> LabelTree:
     heads = sorted(continued)  # lexicographic: a parent sorts before its children
     row_of = {head: row for row, head in enumerate(heads)}
     children = tuple(tuple(sorted(tokens)) for _, tokens in sorted(continued.items()))
-    nodes = heads[1:]
+    nodes = heads[1:]  # the first is the empty beginning: the prompt itself
     return LabelTree(
         tokens=tuple(head[-1] for head in nodes),
         depths=tuple(len(head) for head in nodes),

@@ -71,6 +71,7 @@ def swiglu(gate_up_2FI: torch.Tensor, form: Form) -> Swiglu:
     if form != "packed":
         gate_up = product(gate_up_2FI, None, form)
         return lambda x_TI: _gated(gate_up(x_TI))
+    # Two products, so that silu and the multiplication each run inside one of them.
     gate, up = (PackedProduct(half, None) for half in gate_up_2FI.chunk(2))
     return lambda x_TI: up.times(x_TI, gate.swish(x_TI))
 
@@ -104,6 +105,7 @@ class PackedProduct:
     """
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        # Without a batch size, so that the layout suits one row as well as many.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), None)
         self._bias_O = bias_O
 
@@ -145,6 +147,7 @@ class Int8Product:
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         weight_OI = weight_OI.float()
+        # Symmetric: the largest magnitude of a row becomes 127.
         self._scale_O = _largest(weight_OI).squeeze(-1).div_(127)
         rounded_OI = (weight_OI / self._scale_O[:, None]).round_().to(torch.int8)
         self._weight = torch.ops.onednn.qlinear_prepack(rounded_OI, None)
@@ -197,6 +200,7 @@ def _has_packed() -> bool:
     """Whether this build of torch has the products of `PackedProduct`."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
+    # Private operators: they are tried once, so that another torch falls back to the plain form.
     weight = torch.eye(4)
     try:
         packed = PackedProduct(weight, None)
@@ -215,6 +219,7 @@ def _has_int8() -> bool:
     if not _has_packed():
         return False
     try:
+        # Ones everywhere are the largest 8-bit values, whose sums would saturate.
         full = torch.full((64, 64), 1.0)
         return bool((Int8Product(full, None)(full) - 64).abs().max() < 1e-3)
     except (RuntimeError, AttributeError):

@@ -56,12 +56,14 @@ class Network:
         device = str(self.device)
         dtype = str(self.dtype).removeprefix("torch.")
         form = choose_form(quantization, device, dtype)
+        # In float32 always: in half precision angles far into a text would be off by whole radians.
         self._inverse_frequencies_P = model.model.rotary_emb.inv_freq.to(self.device, torch.float32)
         self._layers = [Layer(module, form) for module in model.model.layers]
         self._norm = Norm(model.model.norm)
         if self.has_head:
             self._score: Any = model.score
         else:
+            # Ids without a token are cut off here, so that they can never be chosen.
             exact = choose_form("none", device, dtype)
             self._lm_head = product(model.lm_head.weight[:token_count], None, exact)
             model.lm_head = None  # the product may hold a copy of its own
@@ -93,7 +95,7 @@ class Network:
             self._prefixes[ids] = self._extend_prefix(self._trained_prefix, ids, chunk_tokens)
             if len(self._prefixes) > PREFIXES:
                 self._prefixes.popitem(last=False)
-        self._prefixes.move_to_end(ids)
+        self._prefixes.move_to_end(ids)  # the one unused for longest is dropped first
         return self._prefixes[ids]
 
     def release_memory(self) -> None:
@@ -107,6 +109,7 @@ class Network:
     ) -> KvPrefix:
         """`prefix` with keys and values of `ids` behind it."""
         assert ids
+        # Each chunk attends to the ones before it through the prefix made so far.
         for first in range(0, len(ids), chunk_tokens):
             chunk = ids[first : first + chunk_tokens]
             kv_N2FGD = self._keys_and_values(chunk, prefix)
@@ -153,6 +156,8 @@ class Network:
         rotary_TP = rotary_factors(batch.positions_T, self._inverse_frequencies_P)
         for layer in self._layers[:-1]:
             hidden_TC = layer(hidden_TC, rotary_TP, batch.plan)
+        # The last layer needs keys and values of all tokens, but results only of those that are
+        # read.
         hidden_RC = self._layers[-1](hidden_TC, rotary_TP, batch.last_plan, batch.reads_R)
         return self._norm(hidden_RC)
 
@@ -161,6 +166,7 @@ class Network:
     ) -> torch.Tensor:
         """Final states [S, C] of one more token for each of the first S slots."""
         inputs_2S = torch.tensor([ids, positions], device=self.device)
+        # A trained prefix fills the first places of a slot but has no positions.
         places = [self.trained_places + position for position in positions]
         if self._graphs is None:
             return self._step(inputs_2S, self._slot_plan(cache, places))

@@ -60,6 +60,7 @@ def pack(
 
     `store` gets each layer's keys and values.
     """
+    # Every prompt starts at the same position: it sees nothing of its neighbours.
     start = 0 if prefix is None else prefix.next_position
     lengths = [len(prompt.ids) for prompt in prompts]
     ids: list[int] = []
@@ -71,6 +72,7 @@ def pack(
     for prompt, length in zip(prompts, lengths, strict=True):
         if prompt.tree:
             ids += prompt.tree.tokens
+            # Siblings share a position, as each is the next token of the same text.
             last_position = start + length - 1
             positions += [last_position + depth for depth in prompt.tree.depths]
     ends = list(accumulate(lengths))
@@ -107,6 +109,7 @@ class _Visibility:
         In the last layer only the tokens that are read have queries.
         """
         masks = [self._tree_mask(number, prompt.tree) for number, prompt in enumerate(self.prompts)]
+        # In the last layer, queries are numbered among the tokens that are read.
         trees = self._tree_calls(masks, first_query=self.ends[-1])
         last_trees = self._tree_calls(masks, first_query=len(self.prompts))
         calls: list[AttentionCall]
@@ -146,16 +149,16 @@ class _Visibility:
         torch's own knows no keys ahead of the queries' own, so the end of the keys is masked. One
         mask serves all blocks: each takes the window of it that fits its keys.
         """
-        most = self.prefix_places + max(self.lengths)
+        max_keys = self.prefix_places + max(self.lengths)
         corner_QK = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=self.dtype).triu(1)
-        visible_QK = torch.zeros(QUERY_BLOCK, most, dtype=self.dtype)
+        visible_QK = torch.zeros(QUERY_BLOCK, max_keys, dtype=self.dtype)
         mask_QK = torch.cat((visible_QK, corner_QK), dim=1).to(self.device)
         calls = []
         for number, (length, end) in enumerate(zip(self.lengths, self.ends, strict=True)):
             for first in range(end - length, end, QUERY_BLOCK):
                 last = min(first + QUERY_BLOCK, end)
                 ahead = self.prefix_places + first - (end - length)
-                mask = mask_QK[: last - first, most - ahead : most + last - first]
+                mask = mask_QK[: last - first, max_keys - ahead : max_keys + last - first]
                 keys = self._keys_before(number, last)
                 calls.append(SpanCall(slice(first, last), keys, mask_QK=mask))
         return calls
@@ -163,6 +166,7 @@ class _Visibility:
     def _tree_calls(self, masks: Sequence[torch.Tensor | None], first_query: int) -> list[SpanCall]:
         """The nodes of each tree see the prefix, their prompt, and the nodes that they continue."""
         calls = []
+        # The trees' own keys come behind those of all prompts.
         first_key = self.prefix_places + self.ends[-1]
         for number, mask_QK in enumerate(masks):
             if mask_QK is None:
@@ -180,6 +184,7 @@ class _Visibility:
         if not tree:
             return None
         before = self.prefix_places + self.lengths[number]
+        # Siblings must not see each other: only a node's own lineage is visible.
         mask_QK = torch.zeros(len(tree), before + len(tree), dtype=self.dtype)
         mask_QK[:, before:] = -torch.inf
         for node, lineage in enumerate(tree.lineage):

@@ -76,9 +76,9 @@ def _sample(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     logits_RV = logits_RV - logits_RV.amax(-1, keepdim=True)
     logits_RV = logits_RV / temperature_R1.clamp(min=1e-30).float()
     vocab = logits_RV.shape[-1]
-    most = max(draw.top_k for draw in draws)
-    if most:
-        best_RK = logits_RV.topk(min(most, vocab)).values
+    max_top_k = max(draw.top_k for draw in draws)
+    if max_top_k:
+        best_RK = logits_RV.topk(min(max_top_k, vocab)).values
         floor_R1 = _top_k_floor(best_RK, top_k_R1.long())
         logits_RV = logits_RV.masked_fill(logits_RV < floor_R1, -torch.inf)
     probs_RV = logits_RV.softmax(-1)

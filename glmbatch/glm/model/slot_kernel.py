@@ -62,8 +62,8 @@ def _exp(x: Any) -> Any:
 
 
 @_inlined
-def _score(query_hD: Any, keys_LD: Any, seen: Any, scores_hL: Any) -> None:
-    for place in range(seen):
+def _score(query_hD: Any, keys_LD: Any, places: Any, scores_hL: Any) -> None:
+    for place in range(places):
         for head in range(query_hD.shape[0]):
             score = np.float32(0)
             for d in range(query_hD.shape[1]):
@@ -72,26 +72,26 @@ def _score(query_hD: Any, keys_LD: Any, seen: Any, scores_hL: Any) -> None:
 
 
 @_inlined
-def _weigh(scores_L: Any, seen: Any) -> Any:
+def _weigh(scores_L: Any, places: Any) -> Any:
     """Turn scores into weights in place; returns their sum."""
     top = scores_L[0]
     total = np.float32(0)
-    for place in range(seen):
+    for place in range(places):
         top = scores_L[place] if scores_L[place] > top else top
-    for place in range(seen):
+    for place in range(places):
         scores_L[place] = _exp(scores_L[place] - top)
         total += scores_L[place]
     return total
 
 
 @_inlined
-def _mix(weights_hL: Any, values_LD: Any, seen: Any, out_hD: Any) -> None:
+def _mix(weights_hL: Any, values_LD: Any, places: Any, out_hD: Any) -> None:
     """Weighted sums of the values.
 
     Four places at once, so that a sum is loaded and stored a quarter as often.
     """
     out_hD[:] = 0
-    fours = seen // 4 * 4
+    fours = places // 4 * 4
     for place in range(0, fours, 4):
         for head in range(out_hD.shape[0]):
             w0, w1 = weights_hL[head, place], weights_hL[head, place + 1]
@@ -101,7 +101,7 @@ def _mix(weights_hL: Any, values_LD: Any, seen: Any, out_hD: Any) -> None:
                 out_hD[head, d] += (
                     first_two + w2 * values_LD[place + 2, d] + w3 * values_LD[place + 3, d]
                 )
-    for place in range(fours, seen):
+    for place in range(fours, places):
         for head in range(out_hD.shape[0]):
             for d in range(out_hD.shape[1]):
                 out_hD[head, d] += weights_hL[head, place] * values_LD[place, d]

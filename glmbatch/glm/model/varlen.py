@@ -90,8 +90,9 @@ class TreeCall:
         keys = [_indexes(span.keys) for span in spans]
         most_queries = max(map(len, queries))
         most_keys = round_up(max(map(len, keys)))
+        # Everything is hidden until a span's own mask is copied in; padding keys stay so.
         mask_RNK = torch.full((len(spans), most_queries, most_keys), -torch.inf)
-        kept: list[int] = []
+        node_rows: list[int] = []
         for number, span in enumerate(spans):
             assert span.mask_QK is not None
             nodes, width = span.mask_QK.shape
@@ -99,13 +100,13 @@ class TreeCall:
             mask_RNK[number, :, :width] = span.mask_QK[0].float()
             mask_RNK[number, :nodes, :width] = span.mask_QK.float()
             first = number * most_queries
-            kept += range(first, first + nodes)
+            node_rows += range(first, first + nodes)
         assert spans[0].mask_QK is not None
         self._mask_R11NK = mask_RNK.to(device, spans[0].mask_QK.dtype)[:, None, None]
         self._queries = slice(queries[0][0], queries[-1][-1] + 1)
         self._query_index_RN = _padded(queries, most_queries, device)
         self._key_index_RK = _padded(keys, most_keys, device)
-        self._kept = torch.tensor(kept, device=device)
+        self._node_rows = torch.tensor(node_rows, device=device)
 
     def attend(
         self,
@@ -130,7 +131,7 @@ class TreeCall:
             scale=scaling,
         )
         attended_RNHD = attended.reshape(trees, heads, nodes, -1).transpose(1, 2)
-        out[self._queries] = attended_RNHD.flatten(0, 1)[self._kept]
+        out[self._queries] = attended_RNHD.flatten(0, 1)[self._node_rows]
 
 
 def _indexes(ranges: Sequence[slice]) -> list[int]:
