@@ -2,6 +2,8 @@
 
 Strict, safe, one copy in memory. Reading, locating and saving have their own modules and are
 offered here too. Knows no prompts and no batches.
+
+    B rows   T tokens   D hidden size
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """A GLM model to a checkpoint directory in ChatGLM2's published layout, by the table that loads it.
 
 The same model gives the same bytes. Holds the copy of one shard at a time.
+
+    N layers   G groups   P prefix length   H kv channels
 """
 
 from __future__ import annotations

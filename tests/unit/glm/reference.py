@@ -87,8 +87,8 @@ def _rotate(x_TGC: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
 def _attend(q_TC: torch.Tensor, k_SC: torch.Tensor, v_SC: torch.Tensor) -> torch.Tensor:
     scores_TS = q_TC @ k_SC.T / q_TC.shape[1] ** 0.5
     before = k_SC.shape[0] - q_TC.shape[0]
-    seen = torch.arange(k_SC.shape[0])[None] <= torch.arange(q_TC.shape[0])[:, None] + before
-    return scores_TS.masked_fill(~seen, float("-inf")).softmax(-1) @ v_SC
+    visible = torch.arange(k_SC.shape[0])[None] <= torch.arange(q_TC.shape[0])[:, None] + before
+    return scores_TS.masked_fill(~visible, float("-inf")).softmax(-1) @ v_SC
 
 
 def _prefix(

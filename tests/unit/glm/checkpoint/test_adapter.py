@@ -48,8 +48,8 @@ def logits_of(model: Any) -> torch.Tensor:
     return whole_logits(model.double(), IDS).double()
 
 
-def assert_close(seen: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(seen, expected, atol=1e-5, rtol=0)
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 def native_classifier(directory: Path, labels: int = 3) -> Any:
@@ -191,9 +191,9 @@ def test_an_original_adapter_is_added_to_the_fused_weights(
     products = make_original_adapter(tmp_path / "adapter", config, use_rslora=rank_stabilized)
     state = merged_state(directory, products, 6 / (2 if rank_stabilized else 4))
     # As wide as without an adapter: the reference computes in float32.
-    seen = logits_of(load_model(directory, adapter=tmp_path / "adapter"))
+    actual = logits_of(load_model(directory, adapter=tmp_path / "adapter"))
     torch.testing.assert_close(
-        seen, reference_logits(state, config, IDS).double(), atol=1e-4, rtol=0
+        actual, reference_logits(state, config, IDS).double(), atol=1e-4, rtol=0
     )
 
 

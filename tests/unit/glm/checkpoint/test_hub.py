@@ -145,11 +145,11 @@ def test_failures_of_the_hub_are_told_from_mistakes(hub: tuple[type[Hub], dict[s
     )
     (server.directory / "pytorch_model.bin").unlink()
     assert "no weights" in locate(environment)
-    gone = environment | {
+    unreachable = environment | {
         "HF_ENDPOINT": "http://127.0.0.1:9",
         "HF_HOME": environment["HF_HOME"] + "2",
     }
-    assert locate(gone).startswith("TransientError: owner/model at 1111")
+    assert locate(unreachable).startswith("TransientError: owner/model at 1111")
 
 
 def test_a_directory_is_taken_as_it_is() -> None:

@@ -356,5 +356,5 @@ def test_weights_whose_numbers_lie_scattered_load_as_they_read(tmp_path: Path) -
     directory = make_variant(tmp_path, "multi-head")
     expected = load_model(directory).state_dict()
     edit_weights(lambda state: state.update({QKV: state[QKV].T.contiguous().T}))(directory)
-    seen = load_model(directory).state_dict()
-    assert all(torch.equal(seen[key], expected[key]) for key in expected)
+    loaded = load_model(directory).state_dict()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)

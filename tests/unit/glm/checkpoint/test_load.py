@@ -54,8 +54,10 @@ def golden(name: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
     )
 
 
-def assert_close(seen: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    torch.testing.assert_close(seen, expected, atol=tolerance, rtol=0)
+def assert_close(
+    actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE
+) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
 
 def stored_state(directory: Path) -> dict[str, torch.Tensor]:
@@ -318,6 +320,6 @@ def test_loading_peaks_near_one_copy_of_the_weights(tmp_path: Path, files: str, 
         [sys.executable, "-c", PEAK, str(GOLDENS / "base-sharded"), str(directory), dtype],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    peak, kept = map(float, done.stdout.split())
+    peak, held = map(float, done.stdout.split())
     assert peak < 1.4
-    assert kept < 1.15, "the file's pages are still held"
+    assert held < 1.15, "the file's pages are still held"

@@ -25,9 +25,9 @@ EVERY = [name for name in VARIANTS if name != "first-revision"]
 
 
 def assert_same_model(one: Any, other: Any) -> None:
-    expected, seen = one.state_dict(), other.state_dict()
-    assert seen.keys() == expected.keys()
-    assert all(torch.equal(seen[key], expected[key]) for key in expected)
+    expected, actual = one.state_dict(), other.state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
     assert stated_config(other) == stated_config(one)
 
 

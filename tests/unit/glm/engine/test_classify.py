@@ -60,8 +60,8 @@ def scores(
 def test_head_scores_equal_the_ordinary_forward(budget: int, prefix_places: int) -> None:
     model, rows = head_model(prefix_places), prompts(30)
     with engine_over(model, max_batch_tokens=budget) as engine:
-        for row, found in zip(rows, scores(engine, rows), strict=True):
-            assert found == pytest.approx(plain_class_logits(model, row), abs=1e-5, rel=0)
+        for row, scored in zip(rows, scores(engine, rows), strict=True):
+            assert scored == pytest.approx(plain_class_logits(model, row), abs=1e-5, rel=0)
 
 
 @pytest.mark.parametrize("budget", [16, 100, 2048])
@@ -69,8 +69,8 @@ def test_head_scores_equal_the_ordinary_forward(budget: int, prefix_places: int)
 def test_label_scores_equal_one_forward_for_each_label(budget: int, prefix_places: int) -> None:
     model, rows = causal_model(prefix_places), prompts(8)
     with engine_over(model, max_batch_tokens=budget) as engine:
-        for row, found in zip(rows, scores(engine, rows, LABELS), strict=True):
-            assert found == pytest.approx(
+        for row, scored in zip(rows, scores(engine, rows, LABELS), strict=True):
+            assert scored == pytest.approx(
                 [plain_label_score(model, row, label) for label in LABELS], abs=2e-5, rel=0
             )
 
@@ -182,8 +182,8 @@ def test_a_request_that_cannot_run_fails_alone(
 def test_the_longest_prompt_that_fits_is_scored(model: Any) -> None:
     row = ([7, 8, 9, 10] * POSITIONS)[: POSITIONS - 3]
     with engine_over(model) as engine:
-        (found,) = scores(engine, [row], LABELS)
-    assert found == pytest.approx(
+        (scored,) = scores(engine, [row], LABELS)
+    assert scored == pytest.approx(
         [plain_label_score(model, row, label) for label in LABELS], abs=2e-5, rel=0
     )
 
@@ -198,8 +198,8 @@ def test_asking_for_the_wrong_kind_of_scores_is_an_input_error(model: Any, class
 def test_probabilities_of_all_tokens_sum_to_one(model: Any) -> None:
     every = tuple((token,) for token in range(TOKENS))
     with engine_over(model) as engine:
-        (found,) = scores(engine, prompts(1), every)
-    assert math.fsum(math.exp(score) for score in found) == pytest.approx(1, abs=1e-5)
+        (scored,) = scores(engine, prompts(1), every)
+    assert math.fsum(math.exp(score) for score in scored) == pytest.approx(1, abs=1e-5)
 
 
 NEEDS_CUDA = [

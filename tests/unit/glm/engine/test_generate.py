@@ -62,8 +62,8 @@ def test_greedy_tokens_equal_the_plain_loop(slots: int, budget: int, prefix_plac
     with engine_over(model, max_slots=slots, max_batch_tokens=budget) as engine:
         results = generate(engine, requests)
     for request in requests:
-        found = results[request.index]
-        assert (found.ids, found.finish_reason) == plain_greedy(
+        result = results[request.index]
+        assert (result.ids, result.finish_reason) == plain_greedy(
             model, request.prompt_ids, request.max_tokens
         )
 
@@ -112,17 +112,17 @@ def test_the_end_token_ends_an_answer_and_is_left_out(model: Any) -> None:
 
 
 def test_should_stop_sees_all_ids_and_ends_the_answer(model: Any) -> None:
-    row, seen = [5, 6, 7], []
+    row, calls = [5, 6, 7], []
 
     def should_stop(ids: Sequence[int]) -> bool:
-        seen.append(tuple(ids))
+        calls.append(tuple(ids))
         return len(ids) == 4
 
     with engine_over(model) as engine:
         result = generate(engine, [GenerateRequest(0, row, 20, should_stop=should_stop)])[0]
     written, _ = plain_greedy(model, row, 20)
     assert result == GenerateResult(0, written[:4], "stop")
-    assert seen == [written[:count] for count in range(1, 5)]
+    assert calls == [written[:count] for count in range(1, 5)]
 
 
 def test_an_error_of_should_stop_reaches_its_caller_alone(model: Any) -> None:

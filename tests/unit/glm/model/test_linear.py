@@ -30,12 +30,12 @@ def assert_near(one: torch.Tensor, other: torch.Tensor, form: Form) -> None:
 def test_each_form_multiplies(form: Form, tokens: int, has_bias: bool) -> None:
     weight, bias = filled(48, 96), filled(48, seed=1) if has_bias else None
     x, residual = filled(tokens, 96, seed=2), filled(tokens, 48, seed=3)
-    kept = residual.clone()
+    before = residual.clone()
     with torch.inference_mode():
         asked = product(weight, bias, form)
         assert_near(asked(x), linear(x, weight, bias), form)
         assert_near(asked.plus(x, residual), residual + linear(x, weight, bias), form)
-    assert residual.equal(kept)
+    assert residual.equal(before)
 
 
 @pytest.mark.parametrize("form", FORMS)

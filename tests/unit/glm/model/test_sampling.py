@@ -49,9 +49,9 @@ def test_draws_follow_the_distribution_that_transformers_cuts(
 ) -> None:
     logits_V, draw = random_logits(1, seed)[0], Draw(0, temperature, top_k, top_p, 0.0)
     expected = kept_by_transformers(logits_V, draw)
-    found = draw_many(logits_V, draw, 2000)
-    assert not found[expected == 0].any()
-    assert torch.allclose(found, expected, atol=2 / 2000)
+    drawn = draw_many(logits_V, draw, 2000)
+    assert not drawn[expected == 0].any()
+    assert torch.allclose(drawn, expected, atol=2 / 2000)
 
 
 def test_no_number_draws_a_token_that_was_cut() -> None:

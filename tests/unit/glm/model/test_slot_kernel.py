@@ -45,8 +45,8 @@ def test_it_attends_and_stores_as_torch_does(heads: int, groups: int, head_dim: 
     query, key, value = new(heads, groups, head_dim)
     for layer in range(2):
         expected = SlotLoop(theirs, PLACES).attend(layer, query, key, value, SCALING)
-        found = SlotKernel(ours, PLACES).attend(layer, query, key, value, SCALING)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        attended = SlotKernel(ours, PLACES).attend(layer, query, key, value, SCALING)
+        torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(ours.keys_SGLD[layer], theirs.keys_SGLD[layer])
         assert torch.equal(ours.values_SGLD[layer], theirs.values_SGLD[layer])
 
@@ -56,9 +56,9 @@ def test_weights_stay_right_for_scores_of_any_size(size: float, tolerance: float
     query, key, value = new(8, 2, 16)
     query = query * size
     expected = SlotLoop(cache(2, 16), PLACES).attend(0, query, key, value, SCALING)
-    found = SlotKernel(cache(2, 16), PLACES).attend(0, query, key, value, SCALING)
+    attended = SlotKernel(cache(2, 16), PLACES).attend(0, query, key, value, SCALING)
     # A score of size s is right to s times 1e-7, and its weight with it.
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(attended, expected, rtol=0, atol=tolerance)
 
 
 def test_exponentials_are_right_to_two_units_in_the_last_place() -> None:
@@ -84,20 +84,20 @@ def test_what_is_not_finite_shows_in_its_own_slot_alone(part: int, fault: float)
     sound = SlotKernel(cache(2, 16), PLACES).attend(0, *parts, SCALING)  # type: ignore[misc]
     parts[part][5, 1, 3] = fault
     expected = SlotLoop(cache(2, 16), PLACES).attend(0, *parts, SCALING)  # type: ignore[misc]
-    found = SlotKernel(cache(2, 16), PLACES).attend(0, *parts, SCALING)  # type: ignore[misc]
-    assert torch.equal(found.isfinite(), expected.isfinite())
-    assert part == 1 or not found[5].isfinite().all()  # a key may weigh nothing
+    attended = SlotKernel(cache(2, 16), PLACES).attend(0, *parts, SCALING)  # type: ignore[misc]
+    assert torch.equal(attended.isfinite(), expected.isfinite())
+    assert part == 1 or not attended[5].isfinite().all()  # a key may weigh nothing
     others = torch.arange(len(PLACES)) != 5
-    assert torch.equal(found[others], sound[others])
+    assert torch.equal(attended[others], sound[others])
 
 
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("installed", [True, False])
 def test_without_numba_torch_attends_and_writes_the_same(
-    monkeypatch: pytest.MonkeyPatch, there: bool
+    monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
-    if not there:
+    if not installed:
         monkeypatch.setitem(sys.modules, "glmbatch.glm.model.slot_kernel", None)
-    assert Network(causal_model(), TOKENS)._slot_plan is (SlotKernel if there else SlotLoop)
+    assert Network(causal_model(), TOKENS)._slot_plan is (SlotKernel if installed else SlotLoop)
     with engine_over(causal_model(), max_slots=3) as engine:
         requests = [GenerateRequest(index, [5 + index, 9, 17], 12) for index in range(5)]
         written = {result.index: result.ids for result in engine.generate(requests)}

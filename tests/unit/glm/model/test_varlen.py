@@ -39,11 +39,11 @@ def documented_varlen_attn(
     for at in range(len(cu_seq_q) - 1):
         q, k = slice(cu_seq_q[at], cu_seq_q[at + 1]), slice(cu_seq_k[at], cu_seq_k[at + 1])
         queries, keys = query[q].transpose(0, 1), key[k].transpose(0, 1)
-        seen = torch.ones(queries.shape[1], keys.shape[1], dtype=torch.bool).tril(
+        visible = torch.ones(queries.shape[1], keys.shape[1], dtype=torch.bool).tril(
             keys.shape[1] - queries.shape[1]
         )
         attended = scaled_dot_product_attention(
-            queries, keys, value[k].transpose(0, 1), seen, scale=scale
+            queries, keys, value[k].transpose(0, 1), visible, scale=scale
         )
         out[q] = attended.transpose(0, 1)
     return out
@@ -92,7 +92,7 @@ def test_varlen_calls_equal_a_loop_over_spans(
 def test_cuda_answers_as_the_cpu_does(dtype: str, tolerance: float, shared: int) -> None:
     model = causal_model(5)
     on_cuda = copy.deepcopy(model).to("cuda", getattr(torch, dtype))
-    expected, found = all_answers(model, LABELS, shared), all_answers(on_cuda, LABELS, shared)
-    for one, other in zip(expected[0], found[0], strict=True):
+    expected, actual = all_answers(model, LABELS, shared), all_answers(on_cuda, LABELS, shared)
+    for one, other in zip(expected[0], actual[0], strict=True):
         assert one == pytest.approx(other, abs=tolerance, rel=0)
-    assert dtype != "float32" or expected[1] == found[1]
+    assert dtype != "float32" or expected[1] == actual[1]
