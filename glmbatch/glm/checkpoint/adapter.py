@@ -28,7 +28,7 @@ from glmbatch.glm.files import ADAPTER_CONFIG, ADAPTER_LABELS, ADAPTER_WEIGHTS, 
 _PREFIX = "base_model.model."
 _A = ".lora_A.weight"
 _B = ".lora_B.weight"
-_ANOTHER = "Set model.adapter to one that was made on this model."
+_ADVICE = "Set model.adapter to one that was made on this model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,13 +263,12 @@ def _refuse_unfit(
         wanted = _shape(name, specs, config)
         if wanted is None:
             raise InputError(
-                f"{file}: {_PREFIX + name!r} belongs to nothing that can be changed here. "
-                f"{_ANOTHER}"
+                f"{file}: {_PREFIX + name!r} belongs to nothing that can be changed here. {_ADVICE}"
             )
         if header.shape != wanted:
             raise InputError(
                 f"{file}: {_PREFIX + name!r} has shape {list(header.shape)}; the checkpoint and "
-                f"{ADAPTER_CONFIG} make it {list(wanted)}. {_ANOTHER}"
+                f"{ADAPTER_CONFIG} make it {list(wanted)}. {_ADVICE}"
             )
 
 
@@ -310,7 +309,7 @@ def _refuse_incomplete(
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise InputError(
             f"{file}: no {_PREFIX + absent[0]!r}{more}: it is incomplete, or made on fewer layers. "
-            f"{_ANOTHER}"
+            f"{_ADVICE}"
         )
 
 
