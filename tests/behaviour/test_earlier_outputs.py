@@ -43,8 +43,10 @@ def rows(output: Path) -> list[dict[str, Any]]:
     """The published rows, in the order of the manifest."""
     manifest = Ledger(output).manifest()
     assert manifest is not None
-    files = [output / file.output_name for file in manifest.files]
-    return [row for path in files for row in pq.ParquetFile(path).read().to_pylist()]
+    rows: list[dict[str, Any]] = []
+    for file in manifest.files:
+        rows += pq.ParquetFile(output / file.output_name).read().to_pylist()
+    return rows
 
 
 @pytest.mark.parametrize("output", FORMATS)

@@ -94,9 +94,9 @@ def test_an_output_turned_read_only_costs_the_run_alone(
     ):
         run_job(job(output))
     protection.join()
-    kept = committed(output)
+    before = committed(output)
     subprocess.run(["umount", str(output)], check=True)
     run_job(job(output))
     assert rows(output) == rows(tmp_path / "clean")
     assert verify(output).findings == ()
-    assert kept <= committed(output), "no committed inference was repeated"
+    assert before <= committed(output), "no committed inference was repeated"

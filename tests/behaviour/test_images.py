@@ -29,20 +29,17 @@ def commands() -> dict[str, list[str]]:
     """What each container runs."""
     own = re.search(r"^CMD (.*)$", DOCKERFILE, flags=re.MULTILINE)
     assert own is not None
-    asked = {
-        name: service.get("command")
-        for name, service in COMPOSE["services"].items()
-        if name != "database"
-    }
-    return {name: command or json.loads(own[1]) for name, command in asked.items()}
+    commands = {}
+    for name, service in COMPOSE["services"].items():
+        if name != "database":
+            commands[name] = service.get("command") or json.loads(own[1])
+    return commands
 
 
 def test_the_image_copies_what_is_there_and_is_let_through() -> None:
-    copied = [
-        word
-        for line in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, flags=re.MULTILINE)
-        for word in line.split()
-    ]
+    copied: list[str] = []
+    for sources in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, flags=re.MULTILINE):
+        copied += sources.split()
     let_through = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), flags=re.MULTILINE)
     assert sorted(copied) == sorted(let_through)
     assert all((ROOT / name).exists() for name in copied)

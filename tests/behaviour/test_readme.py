@@ -28,8 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def commands() -> list[str]:
-    lines = [line.split(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line]
+    lines = "\n".join(blocks("sh")).splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip()]
 
 
 def run(command: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:

@@ -57,12 +57,11 @@ def kinds(field: dict[str, Any]) -> list[dict[str, Any]]:
 def test_every_box_shows_its_fields_in_the_order_of_declaration() -> None:
     shown = groups("annotate") | groups("finetune")
     classes = OF_JOBS | OF_TRAINING
-    assert {each.__name__ for each in classes} | {"parameters"} == shown.keys()
-    for each in classes:
-        fields = shown[each.__name__]
-        assert sorted(fields, key=lambda field: fields[field]["position"]) == list(
-            each.model_fields
-        )  # as the form does
+    assert {settings.__name__ for settings in classes} | {"parameters"} == shown.keys()
+    for settings in classes:
+        fields = shown[settings.__name__]
+        in_the_form = sorted(fields, key=lambda field: fields[field]["position"])
+        assert in_the_form == list(settings.model_fields)
 
 
 @pytest.mark.parametrize("name", FLOWS)

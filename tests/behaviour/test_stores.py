@@ -238,7 +238,7 @@ def test_killed_between_two_moves_the_next_run_ends_it(
 
 def test_what_the_store_refuses_is_never_taken_for_damage(store: Store, settings: Settings) -> None:
     run(settings())
-    kept = store.names("out")
+    before = store.names("out")
     _content.cache_clear()  # as in another process
 
     def harm(request: Request) -> int | None:
@@ -249,7 +249,7 @@ def test_what_the_store_refuses_is_never_taken_for_damage(store: Store, settings
         run(settings())
     store.calm()
     names = store.names("out")
-    assert {name for name in kept if "/lock." not in name} <= set(names)
+    assert {name for name in before if "/lock." not in name} <= set(names)
 
 
 def test_a_run_that_lost_its_lock_makes_nothing_public(store: Store, settings: Settings) -> None:

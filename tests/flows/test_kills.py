@@ -82,12 +82,12 @@ def test_a_killed_run_goes_on_to_the_same_output(
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             killed += 1
-        kept = committed(out)
+        before = committed(out)
         assert start(prefect_server, job).wait(300) == 3, f"kill {number} after {after:.2f} s"
         assert rows(out) == expected, f"kill {number} after {after:.2f} s"
         findings = verify(out).findings
         assert findings == (), f"kill {number} after {after:.2f} s: {findings}"
-        assert kept <= committed(out), "no committed inference was repeated"
+        assert before <= committed(out), "no committed inference was repeated"
     assert killed, "every run was over before its kill"
 
 
@@ -104,7 +104,7 @@ def test_a_killed_server_costs_the_run_and_not_the_work(
             until = time.monotonic() + 120
             while not committed(out) and process.poll() is None and time.monotonic() < until:
                 time.sleep(0.02)
-            kept = committed(out)
+            before = committed(out)
             port = address.split(":")[2].split("/")[0]
             servers = [child for child in psutil.Process().children() if _listens(child, port)]
             for server in servers:
@@ -116,8 +116,8 @@ def test_a_killed_server_costs_the_run_and_not_the_work(
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     assert len(servers) == 1
-    assert kept, "it was killed in the midst of the work"
+    assert before, "it was killed in the midst of the work"
     assert start(prefect_server, job).wait(300) == 3
     assert verify(out).findings == ()
-    assert kept <= committed(out)
+    assert before <= committed(out)
     assert json.loads((out / "_manifest.json").read_text())["files"]

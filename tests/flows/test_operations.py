@@ -87,11 +87,8 @@ def wait(until: Callable[[], object], what: str, seconds: float = 120) -> Any:
 
 def watch_closely(api: Api) -> None:
     """Wait less long for a sign of life of a run."""
-    watch = next(
-        each
-        for each in api.ask("POST", "/automations/filter", {})
-        if each["name"] == "a run fell silent"
-    )
+    automations = {watch["name"]: watch for watch in api.ask("POST", "/automations/filter", {})}
+    watch = automations["a run fell silent"]
     assert watch["trigger"]["within"] >= 3 * int(DEFAULTS["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
     watch["trigger"]["within"] = SILENT_SECONDS
     api.ask(
@@ -137,7 +134,8 @@ def api(here: Local) -> Api:
 def job(out: Path) -> Callable[..., dict[str, Any]]:
     """The nightly job over some of the sample reviews, into a folder of this test."""
     deployments = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())["deployments"]
-    nightly = next(each for each in deployments if each["name"] == "nightly")["parameters"]["job"]
+    by_name = {deployment["name"]: deployment for deployment in deployments}
+    nightly = by_name["nightly"]["parameters"]["job"]
 
     def made(**data: object) -> dict[str, Any]:
         inside = {"output": str(out), "limit": 40, "rows_per_fragment": 20, **data}
@@ -311,7 +309,7 @@ def test_a_run_whose_worker_is_killed_goes_on_to_its_end(
     for process in here.processes("worker"):  # and its runs
         os.kill(process.pid, signal.SIGKILL)
     assert api.state(run) == "Running", "nobody is left to tell"
-    kept = committed(out)
+    before = committed(out)
     server = here.leader("server")
     again = command(here, "deployments.local", "up")
     assert f"UI: {here.ui}" in again.stdout, again.stderr
@@ -320,7 +318,7 @@ def test_a_run_whose_worker_is_killed_goes_on_to_its_end(
     run_job(JobConfig.model_validate(undisturbed))
     wait(lambda: api.state(run) == "Completed", "it is begun again and ends")
     assert api.ask("GET", f"/flow_runs/{run}")["run_count"] == 2
-    assert kept <= committed(out), "no committed inference was repeated"
+    assert before <= committed(out), "no committed inference was repeated"
     assert verify(out).findings == ()
     assert sorted(rows_of(out), key=str) == sorted(rows_of(tmp_path / "undisturbed"), key=str)
     wait(lambda: " prefect.flow-run.Crashed " in alerts(here), "it is told")
@@ -334,10 +332,10 @@ def test_a_cancelled_run_stops_and_the_next_does_the_rest(
     wait(lambda: api.state(run) == "Cancelled", "it is cancelled")
     wait(lambda: here.processes("worker") == [here.leader("worker")], "its process has ended")
     assert not list(out.rglob("part-*.parquet")), "nothing is published"
-    kept = committed(out)
+    before = committed(out)
     again = api.run("annotate/nightly")
     wait(lambda: api.state(again) == "Completed", "the next one ends")
-    assert kept <= committed(out), "no committed inference was repeated"
+    assert before <= committed(out), "no committed inference was repeated"
     assert verify(out).findings == ()
     assert len(rows_of(out)) == 200
 

@@ -118,10 +118,10 @@ def test_an_interrupted_run_leaves_no_process_of_ray(
     assert run.wait(60) == 130
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not [_title(process) for process in alive]
-    kept = committed(tmp_path / "out")
+    before = committed(tmp_path / "out")
     settings = yaml.safe_load(Path(job_file("out")).read_text())
     run_job(JobConfig.model_validate(settings))
-    assert kept <= committed(tmp_path / "out"), "no committed inference was repeated"
+    assert before <= committed(tmp_path / "out"), "no committed inference was repeated"
     assert verify(tmp_path / "out").findings == ()
 
 
