@@ -9,7 +9,6 @@ from typing import Any
 from prefect.futures import PrefectFuture
 from prefect.utilities.annotations import quote
 
-from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.report.counts import Audit
 from glmbatch.report.summary import Summary
@@ -103,14 +102,10 @@ class JobTasks:
         stores: the results that Prefect keeps in its own home may be of another output, or older
         than what another machine wrote.
         """
-        ledger = Ledger(work.run.output)
+        ledger = session_of(work.run).ledger
         receipts = []
         for assignment in work.assignments:
-            receipts.append(
-                ledger.find_answers(
-                    assignment.key, work.run.id, assignment.earlier, retry_failed=True
-                )
-            )
+            receipts.append(ledger.find_answers(assignment.key, work.run.id, assignment.earlier))
         submitted: list[PrefectFuture[Any]] = []
         for index in steps:
             answering = self._configured(answer.answer, refresh=receipts[index] is None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 
@@ -28,25 +29,27 @@ from glmbatch.ledger.receipts import (
     find_whole,
     key_in_name,
     read_receipt,
+    read_with_receipt,
     write_with_receipt,
 )
+from glmbatch.ledger.recent import Content, Recent
 from glmbatch.store.files import commit, digest_file, partial_beside
 from glmbatch.store.locks import hold, release
-from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import AnyPath, location, side_by_side
 
 ANSWERS = "_glmbatch/answers"
 STAGED = "_glmbatch/staged"
 RESULTS = "_glmbatch/results"
 LOCK = "_glmbatch/lock"
-_COMMITTING = threading.Lock()
 
 
 class Ledger:
-    """The output folder of one job."""
+    """The output folder of one job. Safe to use from several threads; a run has one in each process."""
 
     def __init__(self, output: str | Path) -> None:
         self.root = location(output)
+        self._committing = threading.Lock()
+        self._recent = Recent()
 
     def open(self, run: str = "") -> None:
         """Make the folder, prove that it can be written, and keep all but `run` from writing to it until `close`.
@@ -65,71 +68,113 @@ class Ledger:
         return read_manifest(self.root)
 
     def find_answers(
-        self, key: str, run: str, earlier: Mapping[str, str] | None = None, *, retry_failed: bool
+        self, key: str, run: str, earlier: Mapping[str, str] | None = None
     ) -> AnswersReceipt | None:
-        """The answers under `key` that `run` may use: whole, and with nothing to try again.
+        """The answers under `key` that `run` may use: whole, and with nothing to ask again.
 
-        With `retry_failed`, rows on which the model failed are tried again by each new run; those of `run` stand. So
-        are rows that had no prompt for it: `earlier` maps the steps that the prompts use to their answers keys.
+        Rows on which the model failed are asked again by each new run; those of `run` stand. So are rows that had no
+        prompt because of such a failure: `earlier` maps the steps that the prompts use to their answers keys.
         """
-        found = find_whole(self.root / ANSWERS, key, AnswersReceipt)
+        found = self._find(self.root / ANSWERS, key, AnswersReceipt)
         if found is None:
             return None
-        receipt, _ = found
-        if retry_failed and "model_failed" in receipt.faults and receipt.run != run:
+        receipt, _, _ = found
+        if "model_failed" in receipt.faults and receipt.run != run:
             return None
-        if retry_failed and "earlier_step_failed" in receipt.faults:
+        if "earlier_step_failed" in receipt.faults:
             for step, earlier_key in (earlier or {}).items():
-                before = self.find_answers(earlier_key, run, retry_failed=True)
+                before = self.find_answers(earlier_key, run)
                 if before is None or before.run != receipt.earlier.get(step):
                     return None
         return receipt
 
     def answers_receipt(self, key: str) -> AnswersReceipt:
-        """The receipt of the answers under `key`, which the caller knows to be there."""
-        return self._kept_answers(key)[0]
+        """The receipt of the committed answers under `key`. TransientError if they are not there."""
+        found = self._find(self.root / ANSWERS, key, AnswersReceipt)
+        if found is None:
+            raise self._missing(key)
+        return found[0]
 
     def read_answers(self, key: str) -> tuple[AnswersReceipt, pa.Table]:
-        """The receipt and the answers under `key`, which the caller knows to be there."""
-        receipt, path = self._kept_answers(key)
+        """The receipt and the table of the committed answers under `key`. TransientError if they are not there."""
+        found = find_whole(self.root / ANSWERS, key)
+        if found is None:
+            raise self._missing(key)
+        path, _ = found
+        content = self._recent.find(path.name)
+        if content is not None and content.table is not None:
+            return cast(AnswersReceipt, content.receipt), content.table
         try:
-            with open_parquet(path) as file:
-                return receipt, file.read()
+            read = read_with_receipt(path, AnswersReceipt)
         except UnusableFile:
             if path.exists():
                 raise
             return self.read_answers(key)  # another process had committed the same
+        if read is None:
+            path.unlink(missing_ok=True)
+            raise self._missing(key)
+        self._recent.keep(path.name, Content(*read))
+        return read
 
-    def _kept_answers(self, key: str) -> tuple[AnswersReceipt, AnyPath]:
-        found = find_whole(self.root / ANSWERS, key, AnswersReceipt)
+    def _missing(self, key: str) -> TransientError:
+        # Or another machine of a cluster has just written them, and a shared folder does not show them yet.
+        return TransientError(
+            f"{self.root / ANSWERS}: the answers {key} are not there. Run the job again."
+        )
+
+    def _find(
+        self, folder: AnyPath, key: str, kind: type[Receipt]
+    ) -> tuple[Receipt, AnyPath, str] | None:
+        """The receipt, the path and the digest of the file under `key` in `folder`, if it is whole."""
+        found = find_whole(folder, key)
         if found is None:
-            # Or another machine of a cluster has just written them, and a shared folder does not show them yet.
-            raise TransientError(
-                f"{self.root / ANSWERS}: the answers {key} are not there. Run the job again."
-            )
-        return found
+            return None
+        path, digest = found
+        receipt = self._receipt_of(path, kind)
+        if receipt is not None:
+            return receipt, path, digest
+        if path.exists():
+            path.unlink(missing_ok=True)
+            return None
+        return self._find(folder, key, kind)  # another process had committed the same
+
+    def _receipt_of(self, path: AnyPath, kind: type[Receipt]) -> Receipt | None:
+        """The receipt of a file whose bytes match its name; None when it has no sound one."""
+        content = self._recent.find(path.name)
+        if content is not None:
+            return cast(Receipt, content.receipt)
+        receipt = read_receipt(path, kind)
+        if receipt is not None:
+            self._recent.keep(path.name, Content(receipt, None))
+        return receipt
 
     def keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
         """Commit the answers of one step over one fragment in place of earlier ones; safe to repeat."""
-        with _COMMITTING:  # fragments with the same rows have the same key
+        with self._committing:  # fragments with the same rows have the same key
             return self._keep_answers(receipt, table)
 
     def _keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
         folder = self.root / ANSWERS
-        found = find_whole(folder, receipt.key, AnswersReceipt)
+        found = self._find(folder, receipt.key, AnswersReceipt)
         if found is not None and found[0].run == receipt.run:
             return AnswerFile(found[1], receipt.step, digest_in_name(found[1]))
         with partial_beside(folder / receipt.key) as partial:
             write_with_receipt(partial, table.schema, iter(table.to_batches()), receipt)
-            commit(partial, folder / _file_name(receipt.key, digest_file(partial)))
-        runs: dict[AnyPath, str | None] = {}
+            name = _file_name(receipt.key, digest_file(partial))
+            commit(partial, folder / name)
+        # As the file has it, so that it is the same whether it comes from here or from there.
+        written = AnswersReceipt.model_validate_json(receipt.model_dump_json())
+        self._recent.keep(name, Content(written, table))
+        mine: list[AnyPath] = []
+        others: list[AnyPath] = []
         for path in folder.glob(f"{receipt.key}.*.parquet"):
-            other = read_receipt(path, AnswersReceipt)
-            runs[path] = other.run if other is not None else None
+            other = self._receipt_of(path, AnswersReceipt)
+            (mine if other is not None and other.run == receipt.run else others).append(path)
         # Another process may commit the same at once: both keep the same one, so that neither deletes the last.
-        kept = min(path for path, run in runs.items() if run == receipt.run)
-        for path in runs.keys() - {kept}:
-            path.unlink(missing_ok=True)
+        kept = min(mine)
+        for path in [*others, *mine]:
+            if path != kept:
+                path.unlink(missing_ok=True)
         return AnswerFile(kept, receipt.step, digest_in_name(kept))
 
     def answer_files(self, step_key: str) -> Iterator[AnswerFile]:
@@ -169,6 +214,9 @@ class Ledger:
         """Each of `paths` that holds a sound receipt, with it."""
 
         def read(path: AnyPath) -> tuple[AnyPath, Receipt | None]:
+            content = self._recent.find(path.name)
+            if content is not None:
+                return path, cast(Receipt, content.receipt)
             return path, read_receipt(path, kind)
 
         for path, receipt in side_by_side(self.root, read, paths):
@@ -185,18 +233,21 @@ class Ledger:
 
     def find_output(self, key: str, answers: Sequence[AnswersReceipt]) -> OutputReceipt | None:
         """The output file under `key`, staged or published, whole, and with just these `answers` in it."""
-        found = find_whole(self.root / STAGED, key, OutputReceipt)
-        if found is not None:
-            receipt = found[0].model_copy(update={"digest": digest_file(found[1])})
+        staged = self._find(self.root / STAGED, key, OutputReceipt)
+        if staged is not None:
+            receipt, _, digest = staged
         else:
             published = {file.output_key: file for file in self._published()}.get(key)
             if published is None:
                 return None
             path = self.root / published.output_name
             read = read_receipt(path, OutputReceipt)
-            if read is None or digest_file(path) != published.digest:
+            digest = published.digest
+            if read is None or digest_file(path) != digest:
                 return None
-            receipt = read.model_copy(update={"digest": published.digest})
+            receipt = read
+        # The footer cannot hold the digest of the bytes that it is a part of.
+        receipt = receipt.model_copy(update={"digest": digest})
         return receipt if receipt.answers == tuple(answers) else None
 
     def stage_output(

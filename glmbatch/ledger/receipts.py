@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from glmbatch.errors import UnusableFile
 from glmbatch.ledger.fragments import Fragment
 from glmbatch.store.files import digest_file, writable
-from glmbatch.store.parquet import footer_metadata, write_table
+from glmbatch.store.parquet import footer_metadata, open_parquet, write_table
 from glmbatch.store.paths import AnyPath
 
 RECEIPT = "glmbatch.receipt"  # the footer's key
@@ -86,20 +86,33 @@ def read_receipt(path: AnyPath, kind: type[Receipt]) -> Receipt | None:
         return None
 
 
-def find_whole(folder: AnyPath, key: str, kind: type[Receipt]) -> tuple[Receipt, AnyPath] | None:
-    """The receipt and path of the file under `key` in `folder` whose bytes match the digest in its name.
+def read_with_receipt(path: AnyPath, kind: type[Receipt]) -> tuple[Receipt, pa.Table] | None:
+    """The receipt of `path` and its rows, by one opening of the file; None when there is no sound receipt.
+
+    UnusableFile when the rows cannot be read.
+    """
+    with open_parquet(path) as file:
+        text = (file.metadata.metadata or {}).get(RECEIPT.encode())
+        try:
+            receipt = kind.model_validate_json(text or b"")
+        except ValidationError:
+            return None
+        return receipt, file.read()
+
+
+def find_whole(folder: AnyPath, key: str) -> tuple[AnyPath, str] | None:
+    """The path of the file under `key` in `folder` whose bytes match the digest in its name, and their digest.
 
     One that does not match is deleted: it was damaged after it was committed.
     """
     for path in folder.glob(f"{key}.*.parquet"):
-        receipt = read_receipt(path, kind)
         try:
-            whole = receipt is not None and digest_in_name(path) == digest_file(path)[:DIGEST_CHARS]
+            digest = digest_file(path)
         except FileNotFoundError:
             # Replaced by a fragment with the same rows, whose answers have the same key.
-            return find_whole(folder, key, kind)
-        if whole and receipt is not None:
-            return receipt, path
+            return find_whole(folder, key)
+        if digest.startswith(digest_in_name(path)):
+            return path, digest
         path.unlink(missing_ok=True)
     return None
 

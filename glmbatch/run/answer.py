@@ -42,8 +42,8 @@ def answer(assignment: Assignment) -> AnswersReceipt:
     run = assignment.run
     rows = assignment.fragment.rows
     session = session_of(run)
-    ledger = Ledger(run.output)
-    committed = ledger.find_answers(assignment.key, run.id, assignment.earlier, retry_failed=True)
+    ledger = session.ledger
+    committed = ledger.find_answers(assignment.key, run.id, assignment.earlier)
     if committed is not None:
         session.progress.add(rows, computed=False)
         return committed
@@ -57,7 +57,7 @@ def answer(assignment: Assignment) -> AnswersReceipt:
     prompts = build_question_prompts(assignment.question, values)
     # Before the model is asked: under `on_error: raise` a bad row costs no inference.
     _refuse_faults(assignment, map(_reason, prompts))
-    return _answer_prompts(assignment, prompts, earlier_runs, session, ledger)
+    return _answer_prompts(assignment, prompts, earlier_runs, session)
 
 
 def _answer_prompts(
@@ -65,7 +65,6 @@ def _answer_prompts(
     prompts: Sequence[Prompt | RowFault],
     earlier_runs: dict[str, str],
     session: Session,
-    ledger: Ledger,
 ) -> AnswersReceipt:
     question = assignment.question
     keys, distinct = key_prompts(question, prompts)
@@ -83,7 +82,7 @@ def _answer_prompts(
             **_counts(question, table),
             **measured,
         )
-        known.add(ledger.keep_answers(receipt, table), table)
+        known.add(session.ledger.keep_answers(receipt, table), table)
     return receipt
 
 

@@ -94,7 +94,7 @@ def check_canary(
         return []
     # A run that reuses everything loads no model, and so has none to check.
     new = set()
-    for receipt in Ledger(run.output).unpublished_receipts():
+    for receipt in session_of(run).ledger.unpublished_receipts():
         if receipt.computed_rows:
             new.add(receipt.step_key)
     asked = [question for question in questions if question.key in new]

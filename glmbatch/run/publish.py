@@ -29,6 +29,7 @@ from glmbatch.run.audits import (
     check_errors,
     compares,
 )
+from glmbatch.run.session import session_of
 from glmbatch.run.work import Question, Run
 from glmbatch.settings.job import ClassifyStep, JobConfig
 from glmbatch.store.paths import side_by_side
@@ -130,7 +131,7 @@ def _review(
 
 
 def _collect(run: Run, outputs: Sequence[OutputReceipt]) -> Collected:
-    ledger = Ledger(run.context.output)
+    ledger = session_of(run.context).ledger
     current = list(
         side_by_side(ledger.root, lambda output: _with_receipts(ledger, output), outputs)
     )

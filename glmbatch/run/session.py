@@ -37,6 +37,7 @@ class Session:
 
     def __init__(self, run: RunContext) -> None:
         self.run = run
+        self.ledger = Ledger(run.output)
         self.progress = Progress()
         self._stopped = False
         self._known: dict[str, KnownAnswers] = {}
@@ -46,7 +47,7 @@ class Session:
         """The index of all committed answers to `question`; the run's fragments add to it."""
         with self._lock:
             if question.key not in self._known:
-                self._known[question.key] = index_answers(Ledger(self.run.output), question)
+                self._known[question.key] = index_answers(self.ledger, question)
             return self._known[question.key]
 
     @contextmanager

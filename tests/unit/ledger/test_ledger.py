@@ -14,9 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 
-from glmbatch.errors import InputError
+from glmbatch.errors import InputError, TransientError
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.run.job import run_job
@@ -136,25 +137,53 @@ def receipt(run: str = "r", **fields: Any) -> AnswersReceipt:
 
 def test_answers_are_found_again_only_when_they_are_whole(tmp_path: Path) -> None:
     ledger, table = Ledger(tmp_path), pa.table({"mood": ["a", None]})
-    assert ledger.find_answers(receipt().key, "r", retry_failed=True) is None
+    assert ledger.find_answers(receipt().key, "r") is None
     ledger.keep_answers(receipt(), table)
-    assert ledger.find_answers(receipt().key, "r", retry_failed=True) == receipt()
+    assert ledger.find_answers(receipt().key, "r") == receipt()
     assert ledger.read_answers(receipt().key)[1].equals(table)
     (path,) = (tmp_path / "_glmbatch/answers").iterdir()
     whole = path.read_bytes()
     for at in range(0, len(whole), 7):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-        assert ledger.find_answers(receipt().key, "r", retry_failed=True) is None
+        assert ledger.find_answers(receipt().key, "r") is None
         assert not path.exists()
+
+
+def test_a_committed_file_is_opened_once_and_proven_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    open_file = pq.ParquetFile.__init__
+
+    def counted(self: pq.ParquetFile, source: Any, **options: Any) -> None:
+        opened.append(source)
+        open_file(self, source, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "__init__", counted)
+    writer, table = Ledger(tmp_path), pa.table({"mood": ["a", None]})
+    path = writer.keep_answers(receipt(), table).path
+    assert writer.read_answers(receipt().key)[1].equals(table)
+    assert not opened
+    reader = Ledger(tmp_path)
+    for _ in range(2):
+        assert reader.read_answers(receipt().key)[1].equals(table)
+        assert reader.answers_receipt(receipt().key) == receipt()
+    assert opened == [path]
+    damaged = bytearray(Path(path).read_bytes())
+    damaged[7] ^= 4
+    Path(path).write_bytes(damaged)
+    for ledger in (writer, reader):
+        with pytest.raises(TransientError, match="are not there"):
+            ledger.read_answers(receipt().key)
 
 
 def test_rows_on_which_the_model_failed_are_tried_again_by_the_next_run(tmp_path: Path) -> None:
     ledger, table = Ledger(tmp_path), pa.table({"mood": ["a", None]})
     ledger.keep_answers(receipt("first", faults={"model_failed": 1}), table)
-    assert ledger.find_answers(receipt().key, "first", retry_failed=True) is not None
-    assert ledger.find_answers(receipt().key, "second", retry_failed=True) is None
+    assert ledger.find_answers(receipt().key, "first") is not None
+    assert ledger.find_answers(receipt().key, "second") is None
     ledger.keep_answers(receipt("second"), table)
-    assert ledger.find_answers(receipt().key, "third", retry_failed=True) == receipt("second")
+    assert ledger.find_answers(receipt().key, "third") == receipt("second")
 
 
 def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
@@ -193,5 +222,5 @@ def test_processes_that_commit_the_same_answers_at_once_leave_one_whole_file(
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
         list(processes.map(keep_many, [str(tmp_path)] * 2, range(2)))
     for number in range(60):
-        assert Ledger(tmp_path).find_answers(f"key-{number}", "r", retry_failed=True), number
+        assert Ledger(tmp_path).find_answers(f"key-{number}", "r"), number
         assert len(list(tmp_path.glob(f"_glmbatch/answers/key-{number}.*"))) == 1
