@@ -16,7 +16,6 @@ from glmbatch.run.models import job_models
 from glmbatch.run.session import session_of
 from glmbatch.run.work import FragmentWork, Model, Run, Work
 from glmbatch.settings.job import JobConfig
-from glmbatch.store.paths import is_remote
 from tasks import answer, prepare, publish
 from tasks.artifacts import FragmentProgress
 from tasks.cluster import HERE, Place
@@ -121,7 +120,6 @@ class JobTasks:
 
     def _configured(self, task: Any, *, refresh: bool = False) -> Any:
         output = self._job.data.output
-        refresh = refresh or is_remote(output)
         return configured(task, self._job.runtime, output, refresh=refresh)
 
 

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,7 +24,7 @@ from prefect.exceptions import PrefectException
 from glmbatch.report.facts import errors_by_reason
 from glmbatch.report.markdown import markdown
 from glmbatch.report.report import read_report
-from glmbatch.store.paths import location
+from glmbatch.store.files import url_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,17 +76,11 @@ def show_report(output: str, run: str) -> None:
         create_markdown_artifact(markdown(report), key="annotate", description=f"run {run}")
         create_table_artifact(errors, key="annotate-errors", description="errors by reason")
         create_link_artifact(
-            _address(report.summary.report),
+            url_of(report.summary.report),
             "the report of the run",
             key="annotate-report",
             description=report.summary.report,
         )
-
-
-def _address(page: str) -> str:
-    """A URL for a report: one of a file needs its whole path."""
-    place = location(page).resolve()
-    return place.as_uri() if isinstance(place, Path) else str(place)
 
 
 @contextmanager

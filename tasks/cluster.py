@@ -23,7 +23,10 @@ from glmbatch.ledger.ledger import LOCK
 from glmbatch.run.session import join
 from glmbatch.run.work import RunContext
 from glmbatch.settings.job import JobConfig, ModelConfig, RuntimeConfig
-from glmbatch.store.paths import is_remote
+from glmbatch.store.errors import one_line
+from glmbatch.store.files import whole_address
+from glmbatch.store.folder import Folder
+from glmbatch.store.locks import read_sign, shows
 
 Result = TypeVar("Result")
 OBJECT_STORE_BYTES = 100_000_000  # only references travel
@@ -81,7 +84,7 @@ class EngineHandle:
             raise error.cause from None
         except RayActorError as error:
             raise TransientError(
-                f"an engine process of the cluster was lost: {_line(error)}"
+                f"an engine process of the cluster was lost: {one_line(error)}"
             ) from error
 
 
@@ -120,7 +123,7 @@ def places_of(run: RunContext) -> Iterator[list[Place]]:
             ):
                 yield [EngineHandle(actor) for actor in actors]
     except RayError as error:
-        raise TransientError(f"the Ray cluster failed: {_line(error)}") from error
+        raise TransientError(f"the Ray cluster failed: {one_line(error)}") from error
 
 
 @contextmanager
@@ -141,7 +144,7 @@ def _submitting_to_ray(runtime: RuntimeConfig) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = runtime.cluster_address or "this machine"
             raise TransientError(
-                f"{where}: no Ray cluster answers: {_line(error)}. "
+                f"{where}: no Ray cluster answers: {one_line(error)}. "
                 "Set RAY_AUTH_MODE if it wants a token."
             ) from error
         entered.enter_context(flow.model_copy(update={"task_runner": runner}))
@@ -190,34 +193,25 @@ def _refuse_apart(output: str, engines: Sequence[Any]) -> None:
     from ray.exceptions import RayActorError, RayTaskError
 
     # An output in a store is seen from everywhere; the call still shows that the process started.
-    question: tuple[Any, ...] = (_no_complaint,)
-    if not is_remote(output):
-        lock = Path(output) / LOCK
-        question = (_complaint, str(lock), lock.read_text())
+    lock = str(Folder(output) / LOCK)
+    sign = read_sign(lock)
     try:
-        complaints = ray.get([engine.call.remote(*question) for engine in engines])
+        complaints = ray.get([engine.call.remote(_complaint, lock, sign) for engine in engines])
     except (RayActorError, RayTaskError) as error:
         raise InputError(
-            f"an engine process did not start: {_line(error)}. "
+            f"an engine process did not start: {one_line(error)}. "
             "Install the same glmbatch on every machine."
         ) from error
     for complaint in filter(None, complaints):
         raise InputError(complaint)
 
 
-def _no_complaint() -> None:
-    """Nothing to check."""
-
-
-def _complaint(lock: str, text: str) -> str | None:
-    """Why this machine cannot take part: it does not see what another wrote to `lock`."""
-    try:
-        if Path(lock).read_text() == text:
-            return None
-    except OSError:
-        pass
+def _complaint(lock: str, sign: str) -> str | None:
+    """Why this machine cannot take part: it does not see the `sign` in the file `lock`."""
+    if shows(lock, sign):
+        return None
     return (
-        f"{socket.gethostname()}: does not see the files that {text} writes to "
+        f"{socket.gethostname()}: does not see the files that {sign} writes to "
         f"{Path(lock).parent.parent}. Input, output and checkpoints must lie on a file system "
         "that all machines of the cluster share."
     )
@@ -227,12 +221,12 @@ def whole_paths(job: JobConfig) -> JobConfig:
     """The job with absolute paths where it has a cluster, whose processes run in other folders."""
     if job.runtime.cluster is None:
         return job
-    data = {"input": _whole(job.data.input), "output": _whole(job.data.output)}
+    data = {"input": whole_address(job.data.input), "output": whole_address(job.data.output)}
     steps = []
     for step in job.steps:
         model = step.model and _whole_model(step.model)
         steps.append(step.model_copy(update={"model": model}))
-    canary = job.canary and job.canary.model_copy(update={"file": _whole(job.canary.file)})
+    canary = job.canary and job.canary.model_copy(update={"file": whole_address(job.canary.file)})
     return job.model_copy(
         update={
             "data": job.data.model_copy(update=data),
@@ -248,14 +242,6 @@ def _whole_model(model: ModelConfig) -> ModelConfig:
     if os.path.isdir(path):  # else it is a hub id, or in a store
         model = model.model_copy(update={"path": os.path.abspath(path)})
     if model.adapter is not None:
-        adapter = _whole(os.path.expanduser(model.adapter))
+        adapter = whole_address(os.path.expanduser(model.adapter))
         model = model.model_copy(update={"adapter": adapter})
     return model
-
-
-def _whole(address: str) -> str:
-    return address if is_remote(address) else os.path.abspath(address)
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")

@@ -8,7 +8,6 @@ says.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from prefect import Task
@@ -16,9 +15,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
 from glmbatch.errors import TransientError
-from glmbatch.ledger.ledger import RESULTS
+from glmbatch.ledger.ledger import Ledger
 from glmbatch.settings.job import RuntimeConfig
-from glmbatch.store.paths import is_remote
 
 # Part of every cache key. Raise it when the class of a cached result moves or changes: Prefect
 # finds the class by the module's name that it stored.
@@ -39,10 +37,10 @@ def configured(
     what is done. Typed Any because Prefect takes futures and quoted values where the task itself
     takes plain ones.
     """
-    task = retried(task, runtime).with_options(refresh_cache=refresh)
-    if is_remote(output):
-        return task
-    return task.with_options(result_storage=Path(output).resolve() / RESULTS)
+    results = Ledger(output).results_folder()
+    # What Prefect keeps in its own home may be of another output, or older than what another machine wrote.
+    task = retried(task, runtime).with_options(refresh_cache=refresh or results is None)
+    return task if results is None else task.with_options(result_storage=results)
 
 
 def retried(task: Task[..., Any], runtime: RuntimeConfig) -> Any:

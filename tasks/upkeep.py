@@ -17,8 +17,7 @@ from prefect.settings import PREFECT_HOME
 from prefect.states import Scheduled
 
 from glmbatch.errors import InputError
-from glmbatch.store.locks import STALE_SECONDS
-from glmbatch.store.paths import is_remote
+from glmbatch.store.locks import seconds_until_free
 from tasks.policies import machine_failed
 
 ALERTS = "alerts.log"  # in PREFECT_HOME
@@ -72,9 +71,7 @@ def _wait_for_lock(flow_run: FlowRun) -> timedelta:
 
     On a disk the system frees the lock with the process; in a store the lock has to expire.
     """
-    if is_remote(_output(flow_run.parameters)):
-        return timedelta(seconds=STALE_SECONDS + 10)
-    return timedelta()
+    return timedelta(seconds=seconds_until_free(_output(flow_run.parameters)))
 
 
 def _output(parameters: dict[str, Any]) -> str:

@@ -18,9 +18,11 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from glmbatch.errors import GlmbatchError, InputError, TransientError
-from glmbatch.store.files import sync, writable
+from glmbatch.store.errors import one_line
+from glmbatch.store.files import exists, sync, writable
+from glmbatch.store.folder import Folder
 from glmbatch.store.parquet import is_text, open_parquet
-from glmbatch.store.paths import AnyPath
+from glmbatch.store.paths import Address, AnyPath
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -49,7 +51,7 @@ SAME = frozenset(
 HINT = "Set data.format to parquet, or leave the column out."
 
 
-def check_sources(output: AnyPath, sources: Mapping[str, AnyPath], staying: Sequence[str]) -> None:
+def check_sources(output: Address, sources: Mapping[str, Address], staying: Sequence[str]) -> None:
     """InputError when the Parquet files `sources` (name to path) cannot stand in the table of `output`.
 
     The files `staying` of the table, by name, stay there beside them.
@@ -60,16 +62,16 @@ def check_sources(output: AnyPath, sources: Mapping[str, AnyPath], staying: Sequ
         raise InputError(
             "data.format is delta, and deltalake is not installed. Run pip install 'glmbatch[delta]'."
         ) from error
-    output = _local(output)
-    with _delta_errors(output):
-        table = _open(output)
+    root = _local(output)
+    with _delta_errors(root):
+        table = _open(root)
         if table is not None and table.transaction_version(APPLICATION) is None:
             raise InputError(
-                f"{output}: is a Delta table that glmbatch did not write. Set data.output."
+                f"{root}: is a Delta table that glmbatch did not write. Set data.output."
             )
-        files = {**sources, **{name: output / name for name in staying}}
-        schemas = {name: _schema_of(path) for name, path in files.items() if path.exists()}
-        _fit(output, table, schemas, bool(staying))
+        files = {**sources, **{name: root / name for name in staying}}
+        schemas = {name: _schema_of(path) for name, path in files.items() if exists(path)}
+        _fit(root, table, schemas, bool(staying))
 
 
 def delta_schema(where: str, schema: pa.Schema) -> pa.Schema:
@@ -135,9 +137,10 @@ class Commit:
     known: frozenset[str]  # files of the last version
 
 
-def _local(root: AnyPath) -> Path:
-    if isinstance(root, Path):
-        return root
+def _local(root: Address) -> Path:
+    local = Folder(root).local
+    if local is not None:
+        return local
     raise InputError(
         f"{root}: a Delta table is written on this machine only. Set data.format to parquet, or data.output."
     )
@@ -237,9 +240,9 @@ def _live_files(table: DeltaTable | None) -> set[str]:
     }
 
 
-def is_table(root: AnyPath) -> bool:
+def is_table(root: Address) -> bool:
     """Whether a Delta table was ever committed in `root`."""
-    return any((root / LOG).glob("*.json"))
+    return any((Folder(root) / LOG).glob("*.json"))
 
 
 def _open(root: Path) -> DeltaTable | None:
@@ -256,11 +259,11 @@ def _delta_errors(root: Path) -> Iterator[None]:
     except (GlmbatchError, OSError):
         raise
     except Exception as error:  # deltalake raises bare ones too
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, limit=300)
         if "conflict" in type(error).__name__.lower() or "conflict" in reason.lower():
             raise TransientError(f"{root}: another commit came between: {reason}") from error
         raise InputError(
-            f"{root}: the Delta table cannot be used: {reason} Set data.output."
+            f"{root}: the Delta table cannot be used: {reason}. Set data.output."
         ) from error
 
 
@@ -310,7 +313,7 @@ def _partition_columns(schemas: Mapping[str, pa.Schema]) -> list[str]:
     return first[1] if first else []
 
 
-def _schema_of(path: AnyPath) -> pa.Schema:
+def _schema_of(path: Address) -> pa.Schema:
     with open_parquet(path) as file:
         return delta_schema(str(path), file.schema_arrow.remove_metadata())
 

@@ -6,20 +6,19 @@ input and its first row, so new files rename nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 from pydantic import BaseModel
 
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.settings.job import DataConfig
-from glmbatch.store.files import digest_file, find_files, naming
+from glmbatch.store.files import digest_file, exists, find_files, naming, real_path, stamp_file
 from glmbatch.store.parquet import check_column, open_parquet, read_rows, readable
-from glmbatch.store.paths import AnyPath, location
+from glmbatch.store.paths import AnyPath
 
 
 class Fragment(BaseModel, frozen=True, extra="forbid"):
@@ -126,10 +125,12 @@ def _each_file(
 ) -> Iterator[list[Fragment] | UnusableFile]:
     """The fragments of each file, or why it cannot be used; digests are taken side by side."""
 
+    given = real_path(data.input if exists(data.input) else root)
+
     def outcome(name: str) -> list[Fragment] | UnusableFile:
         try:
             with naming("data.input"):
-                ranges = _fragments_of(root, name, data, needs)
+                ranges = _fragments_of(root, name, given, data.rows_per_fragment, needs)
                 digest = _digest(root / name) if digests else ""
         except UnusableFile as error:
             return error
@@ -152,34 +153,34 @@ def _refuse_same_output(ranges: list[Fragment]) -> None:
 
 def _refuse_nesting(root: AnyPath, names: list[str], data: DataConfig) -> None:
     """Answers must not lie where the next run, or a reader of the output, would take them for something else."""
-    output = location(data.output).resolve()
+    output = real_path(data.output)
     with naming("data.output"):
         is_file = output.exists() and not output.is_dir()
     if is_file:
         raise InputError(f"{data.output}: is a file where a folder is expected. Set data.output.")
-    recursive = location(data.input).is_dir() or "**" in data.input
-    if recursive and (output == root.resolve() or root.resolve() in output.parents):
+    recursive = real_path(data.input).is_dir() or "**" in data.input
+    if recursive and output.is_relative_to(real_path(root)):
         raise InputError(
             f"{data.output}: lies inside the input {root}, so answers would be read as rows. Set data.output."
         )
     for name in names:
-        if output in _real(root / name).parents:
+        if output in real_path(root / name).parents:
             raise InputError(
                 f"{data.output}: holds the input file {root / name}. Set data.output to a folder of its own."
             )
 
 
-def _fragments_of(root: AnyPath, name: str, data: DataConfig, needs: SchemaNeeds) -> list[Fragment]:
+def _fragments_of(
+    root: AnyPath, name: str, given: AnyPath, rows_per_fragment: int, needs: SchemaNeeds
+) -> list[Fragment]:
+    """The fragments of one file; `given` is the folder or file of the setting, out of which no link may lead."""
     path = root / name
-    given = location(data.input)
-    if isinstance(path, Path) and not _real(path).is_relative_to(
-        _real(given if given.exists() else root)
-    ):
+    if not real_path(path).is_relative_to(given):
         raise UnusableFile(
             f"{path}: is a link that leads out of the input. Copy the file, or set data.input to it."
         )
     with readable(path):
-        stamp = _stamp(path)
+        stamp = stamp_file(path)
     with open_parquet(path) as file:
         schema = file.schema_arrow
         group_rows = [
@@ -201,7 +202,7 @@ def _fragments_of(root: AnyPath, name: str, data: DataConfig, needs: SchemaNeeds
             row_groups=row_groups,
             skip_rows=skip_rows,
         )
-        for first_row, rows, row_groups, skip_rows in cut(group_rows, data.rows_per_fragment)
+        for first_row, rows, row_groups, skip_rows in cut(group_rows, rows_per_fragment)
     ]
 
 
@@ -233,23 +234,14 @@ def read_fragment(
 
     UnusableFile when they cannot be read, or the file is no longer the one that was planned.
     """
-    path = location(fragment.path)
-    yield from read_rows(path, fragment.row_groups, fragment.skip_rows, fragment.rows, columns)
-    with readable(path):
-        if _stamp(path) != fragment.stamp:
+    yield from read_rows(
+        fragment.path, fragment.row_groups, fragment.skip_rows, fragment.rows, columns
+    )
+    with readable(fragment.path):
+        if stamp_file(fragment.path) != fragment.stamp:
             raise UnusableFile(
-                f"{path}: was changed while the run read it. Run again when it is complete."
+                f"{fragment.path}: was changed while the run read it. Run again when it is complete."
             )
-
-
-def _real(path: AnyPath) -> AnyPath:
-    # realpath, since it does not raise where links go in a circle; then opening does. A store has no links.
-    return Path(os.path.realpath(path)) if isinstance(path, Path) else path
-
-
-def _stamp(path: AnyPath) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def cut(

@@ -34,8 +34,9 @@ from glmbatch.ledger.receipts import (
 )
 from glmbatch.ledger.recent import Content, Recent
 from glmbatch.store.files import commit, digest_file, partial_beside
+from glmbatch.store.folder import Folder
 from glmbatch.store.locks import hold, release
-from glmbatch.store.paths import AnyPath, location, side_by_side
+from glmbatch.store.paths import AnyPath
 
 ANSWERS = "_glmbatch/answers"
 STAGED = "_glmbatch/staged"
@@ -47,7 +48,8 @@ class Ledger:
     """The output folder of one job. Safe to use from several threads; a run has one in each process."""
 
     def __init__(self, output: str | Path) -> None:
-        self.root = location(output)
+        self.folder = Folder(output)
+        self.root = self.folder.path
         self._committing = threading.Lock()
         self._recent = Recent()
 
@@ -62,6 +64,11 @@ class Ledger:
     def close(self, run: str = "") -> None:
         """Let others write to the folder, if `run` holds it."""
         release(self.root / LOCK, run)
+
+    def results_folder(self) -> Path | None:
+        """Where Prefect may keep the results of the run's tasks; None where that is a store."""
+        local = self.folder.local
+        return None if local is None else local.resolve() / RESULTS
 
     def manifest(self) -> Manifest | None:
         """What is published; None when nothing is."""
@@ -219,7 +226,7 @@ class Ledger:
                 return path, cast(Receipt, content.receipt)
             return path, read_receipt(path, kind)
 
-        for path, receipt in side_by_side(self.root, read, paths):
+        for path, receipt in self.folder.map(read, paths):
             if receipt is not None:
                 yield path, receipt
 

@@ -12,7 +12,8 @@ from glmbatch.errors import InputError
 from glmbatch.ledger.fragments import FileFault, Fragment, Plan
 from glmbatch.ledger.receipts import OutputReceipt
 from glmbatch.store.files import naming
-from glmbatch.store.paths import AnyPath, location
+from glmbatch.store.folder import Folder
+from glmbatch.store.paths import AnyPath
 
 MANIFEST = "_manifest.json"
 
@@ -143,7 +144,7 @@ def _successors(before: Manifest, plan: Plan, *, drop_missing: bool) -> dict[str
         same_bytes = heirs.get(files[0].source_digest, [])
         heir = next((name for name in same_bytes if _is_new(published.get(name, []), files)), None)
         # Whether the file is there may cost a request, so it is asked last.
-        if (drop_missing or heir) and not (location(plan.root) / source).exists():
+        if (drop_missing or heir) and not (Folder(plan.root) / source).exists():
             successors[source] = None if drop_missing else heir
             if heir is not None:
                 same_bytes.remove(heir)

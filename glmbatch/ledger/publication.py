@@ -21,10 +21,11 @@ from glmbatch.ledger.delta import Commit, commit_table, plan_commit
 from glmbatch.ledger.ledger import ANSWERS, LOCK, STAGED, Ledger, staged_name
 from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile
 from glmbatch.ledger.receipts import OutputReceipt, key_in_name, read_receipt
-from glmbatch.store.files import PARTIAL, committed, move, remove_tree, writable
+from glmbatch.store.files import PARTIAL, committed, move, remove_tree
+from glmbatch.store.folder import Folder
 from glmbatch.store.locks import check_held
 from glmbatch.store.parquet import open_parquet, write_table
-from glmbatch.store.paths import AnyPath, side_by_side, unlink_all
+from glmbatch.store.paths import AnyPath, unlink_all
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +44,17 @@ def publish(
     """
     root = ledger.root
     check_held(root / LOCK)
-    manifest = manifest.model_copy(update={"replaced": _existing(root, manifest.replaced)})
+    # So that the list of what is replaced does not grow from run to run.
+    manifest = manifest.model_copy(
+        update={"replaced": tuple(ledger.folder.existing(manifest.replaced))}
+    )
     stale = _announced(root)
     version = None
     if manifest.format == "delta":
         version = _delta_version(ledger, manifest, outputs)
         stale -= version.known  # older versions of the table need theirs
     _announce(root, stale | {output.output_name for output in outputs})
-    _move_staged(root, outputs)
+    _move_staged(ledger.folder, outputs)
     if version is not None:
         commit_table(root, {file.output_name: file.rows for file in manifest.files}, version)
     _write_list(root / QUARANTINE, quarantine)
@@ -58,7 +62,7 @@ def publish(
     check_held(root / LOCK)
     with committed(root / MANIFEST) as partial:
         partial.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-    _delete_replaced(root, manifest, stale)
+    _delete_replaced(ledger.folder, manifest, stale)
     _sweep(root, manifest)
 
 
@@ -93,17 +97,8 @@ def write_refused(output: AnyPath, failed: pa.Table) -> AnyPath:
 
 
 def _write_list(path: AnyPath, rows: pa.Table) -> None:
-    with committed(path) as partial, writable(path):
+    with committed(path) as partial:
         write_table(partial, rows.schema, iter(rows.to_batches()), {})
-
-
-def _existing(root: AnyPath, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of `names` that are still there, so that the list of what is replaced does not grow from run to run."""
-
-    def find(name: str) -> str | None:
-        return name if (root / name).exists() else None
-
-    return tuple(name for name in side_by_side(root, find, names) if name is not None)
 
 
 def _announced(root: AnyPath) -> set[str]:
@@ -125,7 +120,7 @@ def _delta_version(ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputR
     return plan_commit(ledger.root, places)
 
 
-def _move_staged(root: AnyPath, outputs: Sequence[OutputReceipt]) -> None:
+def _move_staged(root: Folder, outputs: Sequence[OutputReceipt]) -> None:
     staged = {path.name for path in (root / STAGED).glob("*.parquet")}
 
     def move_one(output: OutputReceipt) -> None:
@@ -138,13 +133,13 @@ def _move_staged(root: AnyPath, outputs: Sequence[OutputReceipt]) -> None:
         if receipt is None or receipt.key != output.key:
             raise TransientError(f"{path}: its staged file was taken away. Run the job again.")
 
-    for _ in side_by_side(root, move_one, outputs):
+    for _ in root.map(move_one, outputs):
         pass
 
 
-def _delete_replaced(root: AnyPath, manifest: Manifest, stale: set[str]) -> None:
+def _delete_replaced(root: Folder, manifest: Manifest, stale: set[str]) -> None:
     names = {file.output_name for file in manifest.files}
-    unlink_all(root, [root / name for name in {*manifest.replaced, *stale} - names])
+    root.delete({*manifest.replaced, *stale} - names)
     (root / PUBLISHING).unlink(missing_ok=True)
     (root / REFUSED).unlink(missing_ok=True)
     remove_tree(root / STAGED)

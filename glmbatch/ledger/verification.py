@@ -23,8 +23,9 @@ from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile
 from glmbatch.ledger.publication import PUBLISHING, QUARANTINE, read_quarantine
 from glmbatch.ledger.receipts import RECEIPT, OutputReceipt
 from glmbatch.store.files import PARTIAL, digest_file
+from glmbatch.store.folder import Folder
 from glmbatch.store.parquet import footer_metadata, open_parquet, read_columns, read_rows
-from glmbatch.store.paths import AnyPath, location
+from glmbatch.store.paths import AnyPath
 
 
 class Finding(BaseModel, frozen=True, extra="forbid"):
@@ -163,7 +164,7 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
                     f"rows {at} to {file.first_row - 1} of {source} are in no file",
                 )
             at = max(at, file.first_row + file.rows)
-        path = location(manifest.root) / source
+        path = Folder(manifest.root) / source
         total = _rows_of(path)
         same = all(file.source_digest == files[0].source_digest for file in files)
         whole = manifest.limit is None and source not in damaged and same
@@ -263,7 +264,8 @@ def _source_findings(
     root: AnyPath, manifest: Manifest, file: PublishedFile, receipt: OutputReceipt
 ) -> Iterator[Finding]:
     """The source's own columns stand in the output as they are, row for row."""
-    source, path = location(manifest.root) / file.source, root / file.output_name
+    source = Folder(manifest.root) / file.source
+    path = root / file.output_name
     if not source.is_file():
         yield Finding(kind="unchecked", file=file.output_name, what=f"{source} is gone")
         return

@@ -22,7 +22,6 @@ from glmbatch.report.counts import total
 from glmbatch.report.summary import short
 from glmbatch.settings.columns import Columns
 from glmbatch.store.parquet import prompt_values, read_columns
-from glmbatch.store.paths import side_by_side
 
 # What a page can show without scrolling for long.
 SAMPLE_ROWS = 3
@@ -102,7 +101,7 @@ def read_outputs(
 
     merged = Reading()
     # On a disk one after the other, in a store several at once; in order in both.
-    for reading in side_by_side(ledger.root, read, _plan(steps, outputs)):
+    for reading in ledger.folder.map(read, _plan(steps, outputs)):
         for name, counts in reading.counts.items():
             merged.counts[name] = _added(merged.counts.get(name), counts)
         for name, samples in reading.labelled.items():

@@ -20,7 +20,8 @@ from glmbatch.report.measures import Measures
 from glmbatch.report.summary import Summary
 from glmbatch.settings.job import JobConfig, RuntimeConfig
 from glmbatch.store.files import committed, modified, writable
-from glmbatch.store.paths import AnyPath, location
+from glmbatch.store.folder import Folder
+from glmbatch.store.paths import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def write_report(
     `before` is the run that was published last. A report that cannot be written is a warning and
     None: no run fails by it.
     """
-    folder = location(job.data.output) / REPORTS
+    folder = Folder(job.data.output) / REPORTS
     path = folder / f"{summary.run}.html"
     summary = summary.model_copy(update={"report": str(path)})
     try:
@@ -52,7 +53,7 @@ def write_report(
 
 def read_report(output: str, run: str | None) -> Report | None:
     """The facts of `run`; None when there is no report of it, or none that can be read."""
-    path = location(output) / REPORTS / f"{run}.json"
+    path = Folder(output) / REPORTS / f"{run}.json"
     try:
         return Report.model_validate_json(path.read_bytes())
     except (OSError, GlmbatchError, ValidationError):

@@ -8,7 +8,7 @@ from glmbatch.ledger.delta import is_table
 from glmbatch.ledger.publication import QUARANTINE
 from glmbatch.report.facts import answers, by_count, size, tokens
 from glmbatch.report.summary import StepSummary, Summary, short
-from glmbatch.store.paths import location
+from glmbatch.store.folder import Folder
 
 
 def describe(summary: Summary) -> str:
@@ -52,13 +52,13 @@ def _failures(summary: Summary) -> list[str]:
     return [
         f"{summary.faulty_rows:,} rows failed, files left out: {len(summary.unusable):,}",
         *(f"  {fault.reason}" for fault in summary.unusable),
-        f"  each row with its reason: {location(summary.output) / QUARANTINE}",
+        f"  each row with its reason: {Folder(summary.output) / QUARANTINE}",
     ]
 
 
 def _where_to_read(summary: Summary) -> list[str]:
     # Listing the folder of a Delta table would show the rows of its older versions too.
-    if is_table(location(summary.output)):
+    if is_table(summary.output):
         reader = f"deltalake.DeltaTable({summary.output!r}).to_pandas()"
     else:
         reader = f"pandas.read_parquet({summary.output!r})"

@@ -25,9 +25,8 @@ from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, CanaryConfig, ClassifyStep, JobConfig, answer_columns
 from glmbatch.steps.classify import Choice
 from glmbatch.steps.generate import Writing
-from glmbatch.store.files import committed, writable
+from glmbatch.store.files import committed, real_path
 from glmbatch.store.parquet import open_parquet, prompt_values, write_table
-from glmbatch.store.paths import location
 
 # How far a label's score may move by rounding alone: in bfloat16 other batches move it by
 # thousandths.
@@ -48,7 +47,7 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
         raise InputError(
             f"{output}: there is no {MANIFEST} with files, so there are no answers to freeze."
         )
-    if location(file).resolve().is_relative_to(location(output).resolve()):
+    if real_path(file).is_relative_to(real_path(output)):
         raise InputError(
             f"{file}: lies in the output, where it would be read as answers. Name another place."
         )
@@ -63,7 +62,7 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
         raise InputError(f"{output}: no row is without fault, so there are no answers to freeze.")
     # Without the metadata of an output file, whose receipt would be wrong here.
     schema = frozen.schema.remove_metadata()
-    with committed(location(file)) as partial, writable(location(file)):
+    with committed(file) as partial:
         write_table(partial, schema, iter(frozen.to_batches()), {})
     return len(frozen)
 
@@ -125,7 +124,7 @@ def _answered(steps: Iterable[AnyStep]) -> set[str]:
 
 def _frozen(file: str, columns: set[str]) -> pa.Table:
     try:
-        with open_parquet(location(file)) as opened:
+        with open_parquet(file) as opened:
             table = opened.read()
     except (UnusableFile, OSError) as error:
         raise InputError(f"{error} Set canary.file.") from error

@@ -15,6 +15,7 @@ from glmbatch.ledger.fragments import Fragment, NeededColumn, Plan, SchemaNeeds,
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, staying
 from glmbatch.ledger.rowkeys import answers_key, output_key, step_key
+from glmbatch.run.fetching import needs_network
 from glmbatch.run.models import (
     check_step,
     fitting_models,
@@ -42,7 +43,6 @@ from glmbatch.settings.job import (
 )
 from glmbatch.steps.classify import encode_labels
 from glmbatch.steps.prompt import longest_prompt, uses_chat
-from glmbatch.store.paths import is_remote, location
 
 
 def check_job(job: JobConfig) -> None:
@@ -53,8 +53,7 @@ def check_job(job: JobConfig) -> None:
         pass  # the output can be written, and no other run holds it
     for model in job_models(job):
         # The flow retries what needs the network, and a device may be the cluster's alone.
-        addresses = [model.path, model.adapter or ""]
-        elsewhere = model.revision is not None or any(map(is_remote, addresses))
+        elsewhere = needs_network(model.path, model.revision, model.adapter)
         if not elsewhere and job.runtime.cluster is None:
             located = locate_model(model, job.runtime)
             read_checkpoint(located.path, located.adapter)
@@ -130,16 +129,15 @@ def _check_published(data: DataConfig, plan: Plan, manifest: Manifest) -> None:
 
 
 def _check_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> None:
-    output = location(data.output)
     if data.format == "parquet":
-        if is_table(output):
+        if is_table(data.output):
             raise InputError(
-                f"{output}: is a Delta table. Set data.format to delta, or data.output."
+                f"{data.output}: is a Delta table. Set data.format to delta, or data.output."
             )
         return
-    sources = {fragment.source: location(fragment.path) for fragment in plan.fragments}
+    sources = {fragment.source: fragment.path for fragment in plan.fragments}
     stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop")
-    check_sources(output, sources, [file.output_name for file in stay])
+    check_sources(data.output, sources, [file.output_name for file in stay])
 
 
 def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:

@@ -32,7 +32,6 @@ from glmbatch.run.audits import (
 from glmbatch.run.session import session_of
 from glmbatch.run.work import Question, Run
 from glmbatch.settings.job import ClassifyStep, JobConfig
-from glmbatch.store.paths import side_by_side
 
 # Lines in a list for people, of a run in which perhaps every row failed.
 MOST_REFUSED = 100_000
@@ -132,9 +131,7 @@ def _review(
 
 def _collect(run: Run, outputs: Sequence[OutputReceipt]) -> Collected:
     ledger = session_of(run.context).ledger
-    current = list(
-        side_by_side(ledger.root, lambda output: _with_receipts(ledger, output), outputs)
-    )
+    current = list(ledger.folder.map(lambda output: _with_receipts(ledger, output), outputs))
     written = []
     unusable = list(run.plan.unusable)
     for output in current:

@@ -26,9 +26,11 @@ from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import prompt_inputs, resolve_questions, schema_needs
 from glmbatch.settings.job import JobConfig, answer_columns
 from glmbatch.settings.jobfile import load_job, parse_settings
+from glmbatch.store.errors import one_line
 from glmbatch.store.files import commit, digest_file, partial_beside
+from glmbatch.store.folder import Folder
 from glmbatch.store.parquet import READ_BATCH_ROWS, read_columns, write_table
-from glmbatch.store.paths import AnyPath, location
+from glmbatch.store.paths import AnyPath
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +65,7 @@ def annotate_table(
     inputs = prompt_inputs(settings)
     columns = _columns(table, schema_needs(settings, inputs))
     if cache is not None:
-        answers = _answers(columns, settings, location(os.fspath(cache)))
+        answers = _answers(columns, settings, Folder(os.fspath(cache)).path)
     else:
         with TemporaryDirectory(prefix="glmbatch-") as folder:
             try:
@@ -123,9 +125,8 @@ def _as_arrow(name: str, column: Any) -> pa.Array | pa.ChunkedArray:
         # A pandas column without any value is one of floats, whatever it was to hold.
         return pa.nulls(len(values)) if values.null_count == len(values) else values
     except (pa.ArrowException, TypeError, OverflowError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(
-            f"{WHERE}: column {name!r} has no one type: {reason}. Make it text."
+            f"{WHERE}: column {name!r} has no one type: {one_line(error)}. Make it text."
         ) from error
 
 

@@ -15,7 +15,6 @@ from glmbatch.run.session import session_of
 from glmbatch.run.work import FragmentWork
 from glmbatch.settings.columns import Columns
 from glmbatch.store.parquet import open_parquet
-from glmbatch.store.paths import location
 
 
 def write_output(work: FragmentWork, answers: Sequence[AnswersReceipt]) -> OutputReceipt:
@@ -53,7 +52,7 @@ def write_output(work: FragmentWork, answers: Sequence[AnswersReceipt]) -> Outpu
 
 def _output_schema(work: FragmentWork, tables: Sequence[pa.Table]) -> pa.Schema:
     """The fields of the source, then those of each step's answers."""
-    with open_parquet(location(work.fragment.path)) as file:
+    with open_parquet(work.fragment.path) as file:
         source = file.schema_arrow
     fields = list(source)
     for table in tables:

@@ -5,7 +5,6 @@ Knows nothing of what is in a file.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -15,21 +14,10 @@ from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 
 from glmbatch.errors import InputError, StoreRefused, TransientError
-from glmbatch.store.paths import GLOB_MARKS, AnyPath, ObjectPath, location, store_errors
+from glmbatch.store.errors import UNWRITABLE, store_errors
+from glmbatch.store.paths import GLOB_MARKS, Address, AnyPath, ObjectPath, location
 
 PARTIAL = ".partial"
-# The output is at fault, and only the caller can mend it; anything else of the system may pass by itself.
-UNWRITABLE = frozenset(
-    {
-        errno.ENOENT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.ENAMETOOLONG,
-    }
-)
 
 
 def find_files(pattern: str) -> tuple[AnyPath, list[str]]:
@@ -136,18 +124,50 @@ def _is_hidden(path: PurePath) -> bool:
     return any(part[0] in "._" for part in path.parts)
 
 
-def digest_file(path: AnyPath) -> str:
-    """SHA-256 of the bytes of `path`, in hexadecimal."""
+def exists(address: Address) -> bool:
+    """Whether there is a file or folder at `address`."""
+    return location(address).exists()
+
+
+def stamp_file(address: Address) -> tuple[int, int]:
+    """The size of a file in bytes and the time of its last change in nanoseconds (in a store: its ETag's number)."""
+    status = location(address).stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def real_path(address: Address) -> AnyPath:
+    """The path that `address` leads to, whole and without links. A store has no links."""
+    path = location(address)
+    # Unlike Path.resolve, realpath raises nothing where links go in a circle: opening the file does.
+    return Path(os.path.realpath(path)) if isinstance(path, Path) else path
+
+
+def whole_address(address: str) -> str:
+    """`address` as processes in other folders of this machine, or on others, understand it."""
+    path = location(address)
+    return os.path.abspath(path) if isinstance(path, Path) else address
+
+
+def url_of(address: str) -> str:
+    """A URL by which a browser finds the file `address`."""
+    path = real_path(address)
+    return path.as_uri() if isinstance(path, Path) else str(path)
+
+
+def digest_file(address: Address) -> str:
+    """SHA-256 of the bytes of a file, in hexadecimal."""
+    path = location(address)
     with store_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def partial_beside(path: AnyPath) -> Iterator[Path]:
-    """Give a name beside `path` to write to; whatever is left there at the end is removed.
+def partial_beside(address: Address) -> Iterator[Path]:
+    """Give a name beside the file `address` to write to; whatever is left there at the end is removed.
 
-    The name starts with a dot, so no reader takes it for data. What is for a store is written on this machine before.
+    The name starts with a dot, so no reader takes it for data. What is for a store is first written on this machine.
     """
+    path = location(address)
     if isinstance(path, ObjectPath):
         with TemporaryDirectory(prefix="glmbatch-") as folder:
             yield Path(folder) / path.name
@@ -201,11 +221,15 @@ def remove_tree(folder: AnyPath) -> None:
 
 
 @contextmanager
-def committed(path: AnyPath) -> Iterator[Path]:
-    """Give a name to write to; at the end, and only if nothing failed, it becomes `path`."""
-    with partial_beside(path) as partial:
-        yield partial
-        commit(partial, path)
+def committed(address: Address) -> Iterator[Path]:
+    """Give a name to write to; at the end, and only if nothing failed, it becomes the file `address`.
+
+    Errors of writing are ours, as `writable` has them.
+    """
+    with partial_beside(address) as partial:
+        with writable(address):
+            yield partial
+        commit(partial, location(address))
 
 
 def sync(path: Path) -> None:
@@ -218,7 +242,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def writable(path: AnyPath) -> Iterator[None]:
+def writable(path: Address) -> Iterator[None]:
     """Turn the system's errors of writing `path` into ours."""
     try:
         with naming("data.output"):

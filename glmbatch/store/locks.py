@@ -19,13 +19,15 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from glmbatch.errors import GlmbatchError, InputError, Interrupted
 from glmbatch.store.files import committed, writable
-from glmbatch.store.paths import AnyPath, ObjectPath
+from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,33 @@ def check_held(path: AnyPath) -> None:
         held[1].check()
 
 
+def read_sign(path: Address) -> str:
+    """What the holder wrote into the lock `path`. Empty in a store, which every machine sees alike."""
+    place = location(path)
+    return place.read_text() if isinstance(place, Path) else ""
+
+
+def shows(path: Address, sign: str) -> bool:
+    """Whether the lock `path` holds `sign` as this machine sees it: both stand on the same file system."""
+    try:
+        return not sign or read_sign(path) == sign
+    except OSError:
+        return False
+
+
+def seconds_until_free(path: Address) -> float:
+    """How long a lock may stay taken after its process died: the system frees one at once, in a store it goes stale."""
+    return 0 if isinstance(location(path), Path) else STALE_SECONDS + HEARTBEAT_SECONDS / 2
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the file `path` against other processes, waiting for the one that has it; the folder must be there."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _this_process() -> str:
     return f"process {os.getpid()} of {socket.gethostname()}"
 
@@ -83,7 +112,7 @@ class FileLock:
 
     def take(self) -> None:
         """InputError when the folder cannot be written, or another process holds the lock."""
-        with committed(self._path.with_name("writable")) as partial, writable(self._path):
+        with committed(self._path.with_name("writable")) as partial:
             partial.write_bytes(b"")
         self._path.with_name("writable").unlink(missing_ok=True)
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)

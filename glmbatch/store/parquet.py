@@ -14,18 +14,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from glmbatch.errors import MACHINE_ERRNOS, InputError, StoreRefused, TransientError, UnusableFile
-from glmbatch.store.paths import CHANGED_STATUS, AnyPath, ObjectPath, status_of, store_errors
+from glmbatch.store.errors import (
+    CHANGED_STATUS,
+    one_line,
+    status_of,
+    store_errors,
+)
+from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 
 READ_BATCH_ROWS = 10_000  # also the rows of a row group that is written
 SMALL_BYTES = 32 << 20  # an object up to this size may be buffered whole: fewer requests
 
 
 @contextmanager
-def readable(path: AnyPath) -> Iterator[None]:
+def readable(address: Address) -> Iterator[None]:
     """Turn whatever reading `path` raises into UnusableFile, or TransientError when the device or store is at fault.
 
-    What a store refuses stays StoreRefused: credentials may have ended in the midst of a run, and no file is to blame.
+    What a store refuses stays StoreRefused: credentials may expire during a run, and no file is to blame.
     """
+    path = location(address)
     try:
         with store_errors(path):
             yield
@@ -46,20 +53,16 @@ def readable(path: AnyPath) -> Iterator[None]:
         # pyarrow raises OSError for damaged bytes too, but then without an errno of the system.
         if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
             raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error
-        raise UnusableFile(f"{path}: not readable as Parquet: {_one_line(error)}.") from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:200].rstrip(".")
+        raise UnusableFile(f"{path}: not readable as Parquet: {one_line(error)}.") from error
 
 
 @contextmanager
-def open_parquet(path: AnyPath) -> Iterator[pq.ParquetFile]:
+def open_parquet(address: Address) -> Iterator[pq.ParquetFile]:
     """The opened file; reading it inside the `with` raises only our errors.
 
     Of an object only the parts that are read are fetched, and the parts of a small one side by side.
     """
+    path = location(address)
     if isinstance(path, Path) and path.is_dir():
         raise UnusableFile(f"{path}: is a folder where a Parquet file is expected.")
     with readable(path), ExitStack() as opened:
@@ -73,7 +76,7 @@ def open_parquet(path: AnyPath) -> Iterator[pq.ParquetFile]:
 
 
 def read_rows(
-    path: AnyPath,
+    path: Address,
     row_groups: Sequence[int],
     skip_rows: int,
     rows: int,
@@ -104,7 +107,7 @@ def read_rows(
         raise UnusableFile(f"{path}: {left} rows fewer than its footer says.")
 
 
-def read_columns(path: AnyPath, names: Sequence[str]) -> pa.Table:
+def read_columns(path: Address, names: Sequence[str]) -> pa.Table:
     """The named columns of a whole file, in that order; UnusableFile when one is not there."""
     with open_parquet(path) as file:
         missing = sorted(set(names) - set(file.schema_arrow.names))

@@ -1,11 +1,7 @@
 """Names in an object store, with the part of pathlib's interface that this code uses. Knows nothing of what is stored.
 
-fsspec and the store's own package (s3fs, gcsfs, adlfs) do the work, find the credentials and try again what fails. Here
-their errors become ours:
-
-    FileNotFoundError, FileExistsError    as pathlib raises them
-    StoreRefused                          denied, no credentials, another region
-    TransientError                        5xx, too many requests, timeouts, broken connections
+fsspec and the store's own package (s3fs, gcsfs, adlfs) do the work, find the credentials and retry what fails; their
+errors become ours in errors.py.
 """
 
 from __future__ import annotations
@@ -13,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -26,6 +22,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from glmbatch.errors import InputError, StoreRefused, TransientError
 from glmbatch.settings.job import has_credentials
+from glmbatch.store.errors import EXISTS_STATUS, NOT_IMPLEMENTED, status_of, store_errors
 
 # Scheme of an address to what is to be installed for it.
 STORES = {"s3": "'glmbatch[s3]'", "gs": "gcsfs", "az": "adlfs"}
@@ -34,20 +31,15 @@ GLOB_MARKS = frozenset("*?[")
 AHEAD_BYTES = 8 << 20
 REQUESTS_AT_ONCE = 16
 KEPT_BYTES, KEPT_OBJECTS = 1 << 20, 64
-# Timeout, conflict of two writers, too many requests: these pass by themselves, as does all from 500 on.
-PASSING_STATUS = frozenset({408, 409, 425, 429})
-CHANGED_STATUS = 412  # what a read on condition says when other bytes are there now
-EXISTS_STATUS = frozenset(
-    {409, CHANGED_STATUS}
-)  # what a conditional create says when it comes second
-NOT_IMPLEMENTED = 501
 
 
-def location(address: str | Path) -> AnyPath:
-    """Where a setting's `address` leads: `s3://bucket/name` into a store, everything else into this machine's files.
+def location(address: Address) -> AnyPath:
+    """Where `address` leads: `s3://bucket/name` into a store, everything else into this machine's files.
 
     InputError for a scheme that is not known.
     """
+    if isinstance(address, Path | ObjectPath):
+        return address
     scheme, mark, rest = str(address).partition("://")
     if not mark:
         return Path(address)
@@ -242,6 +234,8 @@ class ObjectPath(PurePosixPath):
 
 
 AnyPath: TypeAlias = Path | ObjectPath
+# What callers name a file or folder by: a setting's text, or a path that was made of one.
+Address: TypeAlias = str | Path | ObjectPath
 
 
 def version_of(info: dict[str, Any]) -> str:
@@ -266,85 +260,3 @@ def _filesystem(scheme: str) -> Any:
         raise InputError(
             f"{scheme}://: the package for this store is not installed. Run pip install {STORES[scheme]}."
         ) from error
-
-
-@contextmanager
-def store_errors(path: AnyPath) -> Iterator[None]:
-    """Turn what a store's package raises into ours, except that something is not there, or there already."""
-    try:
-        yield
-    except (FileNotFoundError, FileExistsError, StoreRefused, TransientError):
-        raise
-    except Exception as error:
-        if isinstance(path, Path):
-            raise
-        status = status_of(error)
-        if isinstance(error, _passing()) or (
-            status is not None and (status >= 500 or status in PASSING_STATUS)
-        ):
-            raise TransientError(
-                f"{path}: the store cannot be reached now ({_reason(error)})."
-            ) from error
-        if isinstance(error, (PermissionError, *_refusing())) or status is not None:
-            raise StoreRefused(
-                f"{path}: the store refuses it ({_reason(error)}). Check the address, and credentials and region in "
-                "the environment."
-            ) from error
-        raise
-
-
-def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, if there is one."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
-        for name in ("status_code", "code", "status"):
-            if isinstance(status := getattr(error, name, None), int):
-                return status
-        error = error.__cause__
-    return None
-
-
-def _reason(error: BaseException) -> str:
-    """What happened in a word or two: the package's own text may tell more than a log should have."""
-    cause = error.__cause__ or error
-    response = getattr(cause, "response", None)
-    return (
-        str(response["Error"].get("Code")) if isinstance(response, dict) else type(cause).__name__
-    )
-
-
-@lru_cache
-def _passing() -> tuple[type[Exception], ...]:
-    """What the packages that are here raise when a connection fails."""
-    kinds: list[type[Exception]] = [ConnectionError, TimeoutError]
-    with suppress(ImportError):
-        from aiohttp import ClientError
-
-        kinds.append(ClientError)
-    with suppress(ImportError):
-        from botocore.exceptions import ConnectionError as Unconnected
-        from botocore.exceptions import HTTPClientError
-
-        kinds += [Unconnected, HTTPClientError]
-    with suppress(ImportError):
-        from azure.core.exceptions import ServiceRequestError, ServiceResponseError
-
-        kinds += [ServiceRequestError, ServiceResponseError]
-    return tuple(kinds)
-
-
-@lru_cache
-def _refusing() -> tuple[type[Exception], ...]:
-    """What they raise without credentials, or with settings of their own that cannot be used."""
-    kinds: list[type[Exception]] = []
-    with suppress(ImportError):
-        from botocore.exceptions import BotoCoreError
-
-        kinds.append(BotoCoreError)
-    with suppress(ImportError):
-        from google.auth.exceptions import GoogleAuthError
-
-        kinds.append(GoogleAuthError)
-    return tuple(kinds)
