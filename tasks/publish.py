@@ -17,6 +17,7 @@ from glmbatch.report.summary import Summary
 from glmbatch.run import publish as run_publish
 from glmbatch.run import write as run_write
 from glmbatch.run.canary import check_canary as check
+from glmbatch.run.session import ledger_of
 from glmbatch.run.work import FragmentWork, Question, Run, RunContext
 from glmbatch.settings.job import CanaryConfig, JobConfig
 from tasks.artifacts import show_report
@@ -40,7 +41,7 @@ def output_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
 )
 def write(work: FragmentWork, answers: list[AnswersReceipt]) -> OutputReceipt:
     """Stage the output file of a fragment."""
-    return run_write.write_output(work, answers)
+    return run_write.write_output(work, answers, ledger_of(work.run))
 
 
 @task(

@@ -21,16 +21,15 @@ def run_job(job: JobConfig) -> Summary:
     """Answer every row of the input and publish the answers, in this thread."""
     check_canary_file(job)
     run = plan_run(job)  # which rows, in which fragments
-    with session(run):  # the output's lock, engines, known answers, progress
-        work = assign(
-            job, run, prepare_models(job)
-        )  # a question and a key for each step and fragment
+    with session(run) as opened:  # the output's lock, engines, known answers, progress
+        models = prepare_models(job)
+        work = assign(job, run, models)  # a question and a key for each step and fragment
         receipts = {}
         for assignment in work.in_passes():
             receipts[assignment.key] = answer(assignment)
         outputs = []
         for fragment in work.fragments:
             answers = [receipts[assignment.key] for assignment in fragment.assignments]
-            outputs.append(write_output(fragment, answers))
+            outputs.append(write_output(fragment, answers, opened.ledger))
         canaries = check_canary(job.canary, work.questions, run.context)
         return publish(job, run, work.questions, outputs, canaries)

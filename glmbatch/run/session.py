@@ -98,9 +98,10 @@ def session(run: Run) -> Iterator[Session]:
     A block that fails, or is interrupted, ends the inference under way in this process, which
     nobody needs any more. InputError when the output cannot be written or another run holds it.
     """
-    ledger = Ledger(run.context.output)
-    ledger.open(run.context.id)
-    opened = join(run.context)
+    opened = Session(run.context)
+    opened.ledger.open(run.context.id)
+    with _CHANGING:
+        _SESSIONS[run.context.id] = opened
     opened.progress.start("annotate", run.plan.rows * len(run.inputs))
     try:
         yield opened
@@ -110,13 +111,13 @@ def session(run: Run) -> Iterator[Session]:
     finally:
         with _CHANGING:
             del _SESSIONS[run.context.id]
-        ledger.close(run.context.id)
+        opened.ledger.close(run.context.id)
 
 
-def join(run: RunContext) -> Session:
+def join(run: RunContext) -> None:
     """Open the session of `run` without its lock, as an engine process of a cluster does."""
     with _CHANGING:
-        return _SESSIONS.setdefault(run.id, Session(run))
+        _SESSIONS[run.id] = Session(run)
 
 
 def session_of(run: RunContext) -> Session:
@@ -125,6 +126,15 @@ def session_of(run: RunContext) -> Session:
     if opened is None:
         raise Interrupted(f"{run.output}: the run {run.id} has ended")
     return opened
+
+
+def ledger_of(run: RunContext) -> Ledger:
+    """The ledger of the open session of `run`, or one for a process that is no part of it.
+
+    The light processes that submit to a cluster's engines write output files, and have no session.
+    """
+    opened = _SESSIONS.get(run.id)
+    return opened.ledger if opened else Ledger(run.output)
 
 
 def newest_progress() -> Snapshot:

@@ -10,20 +10,21 @@ import pyarrow.compute as pc
 from glmbatch.errors import UnusableFile
 from glmbatch.ledger.delta import delta_schema
 from glmbatch.ledger.fragments import read_fragment
+from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
-from glmbatch.run.session import session_of
 from glmbatch.run.work import FragmentWork
 from glmbatch.settings.columns import Columns
 from glmbatch.store.parquet import open_parquet
 
 
-def write_output(work: FragmentWork, answers: Sequence[AnswersReceipt]) -> OutputReceipt:
+def write_output(
+    work: FragmentWork, answers: Sequence[AnswersReceipt], ledger: Ledger
+) -> OutputReceipt:
     """Write the fragment's rows with all `answers` beside them; staged, not yet public.
 
     A fragment that cannot be read gives a receipt that says so; under `on_error: raise` it is an
     InputError.
     """
-    ledger = session_of(work.run).ledger
     receipt = OutputReceipt(
         key=work.key,
         run=work.run.id,
