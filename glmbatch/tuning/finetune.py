@@ -27,9 +27,10 @@ from glmbatch.errors import InputError
 from glmbatch.run.models import locate_model, prepare_model
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.store.files import writable
+from glmbatch.store.locks import exclusive
 from glmbatch.tuning.evaluate import score_run
 from glmbatch.tuning.processes import train_together
-from glmbatch.tuning.promote import current_run, decide, make_current, promoting
+from glmbatch.tuning.promote import current_run, decide, make_current
 from glmbatch.tuning.render import write_report
 from glmbatch.tuning.report import RUNS, TRAINED, TRAINER, Report, read_report
 from glmbatch.tuning.split import read_labelled
@@ -109,7 +110,8 @@ def promote(config: TuneConfig, report: Report) -> Report:
     If another run was promoted since the evaluation, this one is compared with that run first.
     """
     output = Path(config.output)
-    with promoting(output):
+    # One promotion at a time; the system frees the lock of a process that dies.
+    with exclusive(output / ".lock"):
         current = current_run(config.output)
         compared = None if current is None else current.name
         if compared not in (report.compared_with, report.run):

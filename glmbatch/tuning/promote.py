@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from glmbatch.store.files import writable
@@ -26,14 +23,6 @@ def make_current(output: Path, run: str) -> None:
         link.unlink(missing_ok=True)
         link.symlink_to(Path(RUNS) / run)
         os.replace(link, output / CURRENT)
-
-
-@contextmanager
-def promoting(output: Path) -> Iterator[None]:
-    """Hold the output for one promotion at a time. The system frees the lock of a dead process."""
-    with (output / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def decide(report: Report, metric: str) -> tuple[bool, str]:
