@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,26 +60,25 @@ def size(summary: Summary) -> str:
 def run_facts(report: Report) -> list[tuple[str, str]]:
     """What the run was, in a few lines: name and value."""
     summary = report.summary
-    steps = summary.steps
-    computed = sum(step.computed for step in steps)
-    reused = sum(step.reused for step in steps)
-    repeated = sum(step.repeated for step in steps)
-    prompt_tokens = sum(step.prompt_tokens for step in steps)
-    completion_tokens = sum(step.completion_tokens for step in steps)
+    sums: Counter[str] = Counter()
+    for step in summary.steps:
+        sums.update(answers=step.answers, read=step.prompt_tokens, written=step.completion_tokens)
+        sums.update(computed=step.computed, reused=step.reused, repeated=step.repeated)
+    sources = f"{sums['computed']:,}, {sums['reused']:,}, {sums['repeated']:,}"
     lines = [
         ("run", summary.run),
         ("output", summary.output),
         ("size", size(summary)),
         ("failed rows", f"{summary.faulty_rows:,}"),
         ("files left out", f"{len(summary.unusable):,}"),
-        ("answers", f"{sum(step.answers for step in steps):,}"),
-        ("computed, reused, of repeated texts", f"{computed:,}, {reused:,}, {repeated:,}"),
-        ("tokens", tokens(prompt_tokens, completion_tokens)),
+        ("answers", f"{sums['answers']:,}"),
+        ("computed, reused, of repeated texts", sources),
+        ("tokens", tokens(sums["read"], sums["written"])),
         ("time", f"{summary.seconds:.1f} s"),
         ("device", report.device or "none: no model was asked"),
     ]
-    for step, path in report.models.items():
-        lines.append((f"model of {step}", path))
+    for name, path in report.models.items():
+        lines.append((f"model of {name}", path))
     if report.cost is not None:
         lines.append(("cost", f"{report.cost:.4g} at {report.price_per_hour:g} for an hour"))
     return lines

@@ -110,8 +110,10 @@ def audit_steps(
     compared with them.
     """
     audits: list[Audit] = []
+    # A fragment that could not be read has no answers; `check_errors` counts its rows.
+    readable = [output for output in outputs if output.unusable is None]
     for index, step in enumerate(steps):
-        now = [output.answers[index] for output in outputs if output.unusable is None]
+        now = [output.answers[index] for output in readable]
         before = [receipt for receipt in published if receipt.step == step.name]
         if isinstance(step, ClassifyStep):
             audits += _label_audits(step, now, before)
@@ -136,6 +138,7 @@ def _text_audits(
     step: GenerateStep, now: Sequence[AnswersReceipt], before: Sequence[AnswersReceipt]
 ) -> Iterator[Audit]:
     limits = step.audits
+    # Counted over all answers of the output, whichever run computed them: all of it is published.
     reasons = total(receipt.finish_reasons for receipt in now)
     empty = sum(receipt.empty_answers for receipt in now)
     answers = sum(reasons.values())

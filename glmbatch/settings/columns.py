@@ -58,7 +58,7 @@ class Columns:
 
     @property
     def key(self) -> str:
-        """The row key, 16 bytes."""
+        """The row key, 16 bytes; it identifies the answer across files and runs."""
         return f"{self.step}_key"
 
     @property
@@ -72,6 +72,7 @@ class Columns:
         counts = [self.prompt_tokens, self.completion_tokens]
         return [self.answer, self.finish_reason, *counts, *self._of_both]
 
+    # Last, so that a reader of the first columns meets the answers.
     @property
     def _of_both(self) -> list[str]:
         return [self.error, self.error_type, self.key]
