@@ -19,7 +19,7 @@ from glmbatch.report.html import page
 from glmbatch.report.measures import Measures
 from glmbatch.report.summary import Summary
 from glmbatch.settings.job import JobConfig, RuntimeConfig
-from glmbatch.store.files import committed, modified, writable
+from glmbatch.store.files import committed, modified
 from glmbatch.store.folder import Folder
 from glmbatch.store.paths import AnyPath
 
@@ -89,7 +89,7 @@ def _device(runtime: RuntimeConfig) -> str:
 
 
 def _write(path: AnyPath, text: str) -> None:
-    with committed(path) as partial, writable(path):
+    with committed(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
