@@ -115,7 +115,7 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _doctor(parsed: argparse.Namespace) -> int:
     from glmbatch.glm.checkpoint.doctor import describe, examine
-    from glmbatch.run.fetching import local_adapter, local_checkpoint
+    from glmbatch.run.models import local_adapter, local_checkpoint
     from glmbatch.settings.job import RuntimeConfig
 
     # The folder that a job has by default, so that a checkpoint is fetched once for both.

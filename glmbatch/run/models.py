@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from glmbatch.errors import InputError
+from glmbatch.glm.checkpoint.hub import SMALL_FILES, fetch_weights, locate_checkpoint
 from glmbatch.glm.files import ADAPTER_FILES
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
-from glmbatch.run.fetching import PROMPT_FILE, local_adapter, local_checkpoint
 from glmbatch.run.work import Model
 from glmbatch.settings.job import (
     ClassifyStep,
@@ -22,7 +22,14 @@ from glmbatch.settings.job import (
     Step,
     placeholders,
 )
+from glmbatch.store.files import naming
+from glmbatch.store.paths import is_remote
+from glmbatch.store.snapshot import Snapshot, snapshot_of
 
+# In a checkpoint that was fine-tuned here: the prompt of its training, which a step must use too.
+PROMPT_FILE = "glmbatch.json"
+# All that is ever read of a checkpoint, never code of it.
+KINDS = ("*.json", "*.model", "*.safetensors", "*.bin")
 # Half as much again as the weights, for caches and activations.
 ROOM = 1.5
 
@@ -56,6 +63,50 @@ def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
     return model.model_copy(update=located)
 
 
+def needs_network(path: str, revision: str | None, adapter: str | None) -> bool:
+    """Whether a checkpoint or its adapter may have to be fetched before it can be looked at."""
+    return revision is not None or is_remote(path) or is_remote(adapter or "")
+
+
+def local_checkpoint(path: str, revision: str | None, cache: str) -> Path:
+    """The directory of checkpoint `path`; one in a store or on the hub is fetched first, never code
+    of it.
+
+    InputError when there is no such checkpoint, TransientError when store, hub or network failed.
+    """
+    if not is_remote(path):
+        return locate_checkpoint(path, revision)
+    if revision is not None:
+        raise InputError(
+            f"{path}: an object store has no revision {revision!r}. Unset model.revision."
+        )
+    with naming("model.path"):
+        snapshot = _snapshot(path, cache, "model.path")
+        return fetch_weights(snapshot.fetch([*SMALL_FILES, PROMPT_FILE]), snapshot.fetch, path)
+
+
+def local_adapter(path: str, cache: str) -> str:
+    """The directory of the LoRA adapter `path`; InputError when there is none."""
+    if is_remote(path):
+        with naming("model.adapter"):
+            return str(_snapshot(path, cache, "model.adapter").fetch(ADAPTER_FILES))
+    directory = os.path.expanduser(path)
+    if not os.path.isdir(directory):
+        raise InputError(
+            f"{directory}: no such directory. Set model.adapter to the directory of a LoRA adapter."
+        )
+    return directory
+
+
+def _snapshot(address: str, cache: str, setting: str) -> Snapshot:
+    snapshot = snapshot_of(address, cache, KINDS)
+    if snapshot is None:
+        raise InputError(
+            f"{address}: there is no such folder in the store, or no checkpoint in it. Set {setting}."
+        )
+    return snapshot
+
+
 def prepare_model(located: ModelConfig) -> Model:
     """Check a located checkpoint and digest it. InputError when it is not sound.
 
@@ -73,7 +124,8 @@ def _prepared(located: ModelConfig, stamp: str) -> Model:
     checkpoint = read_checkpoint(located.path, located.adapter)
     weights = digest_weights(located.path, located.adapter)
     tokenizer = digest_tokenizer(located.path)
-    # Last, "default" is how positions are counted; outputs of earlier versions hold it in their keys.
+    # Last, "default" is how positions are counted; outputs of earlier versions hold it in their
+    # keys.
     return Model(
         config=located,
         identity="/".join([weights, tokenizer, _numerics(located), "default"]),

@@ -15,12 +15,12 @@ from glmbatch.ledger.fragments import Fragment, NeededColumn, Plan, SchemaNeeds,
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, staying
 from glmbatch.ledger.rowkeys import answers_key, output_key, step_key
-from glmbatch.run.fetching import needs_network
 from glmbatch.run.models import (
     check_step,
     fitting_models,
     job_models,
     locate_model,
+    needs_network,
     tokenizer_of,
 )
 from glmbatch.run.session import session

@@ -85,19 +85,13 @@ def publish(
     allows, or when another audit fails.
     """
     collected = _collect(run, outputs)
-    id_column = job.data.id_column
     try:
         audits = _review(job, run, collected, canaries)
     except AuditError as error:
-        reason = f"{run.context.output}: nothing published: {error}"
         # Perhaps every row failed; the list of them is for people.
-        done = _look_back(run, questions, collected, id_column, MOST_REFUSED)
-        listed = _list_refused(collected, done.failures[:MOST_REFUSED])
-        summary = done.summary.model_copy(update={"refused": reason})
-        report = write_report(job, summary, done.measures, collected.last_run)
-        about = f" Read about the run: {report}." if report else ""
-        raise AuditError(f"{reason}{listed}{about}") from error
-    done = _look_back(run, questions, collected, id_column)
+        done = _look_back(run, questions, collected, job.data.id_column, MOST_REFUSED)
+        raise _refuse(job, collected, done, error) from error
+    done = _look_back(run, questions, collected, job.data.id_column)
     if done.failures and run.context.raises:
         raise _bad_row(run, done.failures[0])
     drop_missing = job.data.missing_sources == "drop"
@@ -112,6 +106,16 @@ def publish(
     )
     report = write_report(job, summary, done.measures, collected.last_run)
     return summary.model_copy(update={"report": report})
+
+
+def _refuse(job: JobConfig, collected: Collected, done: Done, error: AuditError) -> AuditError:
+    """Report a run that publishes nothing; the error that says where to look."""
+    reason = f"{job.data.output}: nothing published: {error}"
+    listed = _list_refused(collected, done.failures[:MOST_REFUSED])
+    summary = done.summary.model_copy(update={"refused": reason})
+    report = write_report(job, summary, done.measures, collected.last_run)
+    about = f" Read about the run: {report}." if report else ""
+    return AuditError(f"{reason}{listed}{about}")
 
 
 def _review(

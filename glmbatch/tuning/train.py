@@ -22,8 +22,7 @@ from glmbatch.glm.checkpoint.load import load_model
 from glmbatch.glm.checkpoint.save import StoredDtype, save_checkpoint
 from glmbatch.glm.engine.oom import is_out_of_memory
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, load_tokenizer
-from glmbatch.run.fetching import PROMPT_FILE
-from glmbatch.run.models import locate_model
+from glmbatch.run.models import PROMPT_FILE, locate_model
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.store.files import committed
 from glmbatch.tuning.encode import TrainingRow, encode_rows, step_of
