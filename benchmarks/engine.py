@@ -1,8 +1,8 @@
-"""Our engine beside its peers: the same rows, interleaved, answers checked, against the measured ceiling.
+"""Our engine beside its peers, on the same rows, and beside what the machine can do.
 
-    python benchmarks/engine.py                              all tasks on one core, with every peer that is installed
+    python benchmarks/engine.py         all tasks on one core, with every peer that is installed
     python benchmarks/engine.py --task generate --peers transformers,vllm
-    python benchmarks/engine.py --shape 6b --dtype bfloat16 --device cuda --build seed --peers transformers
+    python benchmarks/engine.py --shape 6b --dtype bfloat16 --device cuda --peers transformers
 
 Every contestant, ours too, is a process of its own. Random weights: only speed is measured. The
 last line is one JSON object. benchmarks/README.md says how peers are installed and how to read the
@@ -87,6 +87,7 @@ def measure_task(task: str, shape: Shape, options: argparse.Namespace) -> dict[s
     results: dict[str, dict[str, Any]] = {}
     try:
         for contestant in taking_part(task, options.peers):
+            # Slow ones would take hours with all rows; rates are for each token.
             result: dict[str, Any] = {"work": some_work if contestant.slow else work, "runs": []}
             results[contestant.name] = result
             try:
@@ -175,7 +176,7 @@ def _start(
     work: Work,
     options: argparse.Namespace,
 ) -> Worker:
-    # Two benchmarks at once share the checkpoints, but not what they ask.
+    # Two benchmarks at once share the checkpoints, but not their questions.
     folder = options.cache / f"run-{os.getpid()}"
     folder.mkdir(exist_ok=True)
     name = f"{contestant.task}-{contestant.name.replace('/', '-')}"
@@ -257,7 +258,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slow-rows",
         type=int,
-        help="rows of contestants that would take too long with all; default: a quarter, 16 at most",
+        help="rows of slow contestants; default: a quarter, 16 at most",
     )
     lengths: dict[str, Any] = {"type": _lengths, "metavar": "MEAN,LEAST,MOST", "help": "tokens"}
     parser.add_argument("--prompts", default=Lengths(127, 8, 512), **lengths)

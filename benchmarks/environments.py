@@ -24,7 +24,7 @@ class NotHere(Exception):
 
 
 def find_python(contestant: Contestant, peers_dir: Path) -> str:
-    """The Python of the contestant's environment; ours and transformers' is the one running this."""
+    """The Python of the contestant's environment; for ours and transformers', this one."""
     if contestant.program in {OURS, "transformers"}:
         return sys.executable
     python = peers_dir / contestant.program / "bin" / "python"
@@ -69,6 +69,7 @@ def _make(path: Path, command: list[str]) -> None:
     if path.exists():
         return
     print(f"making {path}", file=sys.stderr)
+    # A conversion that was killed leaves a folder that must not pass for a checkpoint.
     part = path.with_name(f"{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -1,7 +1,8 @@
 """The whole job beside its engine: what reading, tokenizing, writing and Prefect add.
 
-    python benchmarks/job.py                                    two steps over 4,000 reviews, the `mid` shape, on CPU
-    python benchmarks/job.py --shape 6b --device cuda --dtype bfloat16 --rows 100000 --rows-per-fragment 10000
+    python benchmarks/job.py               two steps over 4,000 reviews, the `mid` shape, on CPU
+    python benchmarks/job.py --shape 6b --device cuda --dtype bfloat16 --rows 100000 \\
+        --rows-per-fragment 10000
 
 Three in turn, on the same rows with the same loaded engine: the engine alone, on prompts made
 beforehand; the job in plain calls; the flow with a Prefect server, whose start is measured apart.
@@ -63,6 +64,7 @@ def main() -> None:
         os.environ["PREFECT_HOME"] = str(folder / "prefect")
         write_checkpoint(folder / "model", options.shape)
         write_input(folder / "in" / "reviews.parquet", options.rows)
+        # A user's server is up before the night begins, so its start is no part of the flow.
         start = time.perf_counter()
         with (
             own_server() as address,
@@ -146,6 +148,7 @@ class Jobs:
             "rows_per_fragment": self._options.rows_per_fragment,
         }
         settings["model"] = {"path": str(self._folder / "model"), "dtype": self._options.dtype}
+        # Random weights rarely end an answer: without a limit they would write to the last place.
         settings["steps"][1] |= {"max_tokens": ANSWER_TOKENS, "stop": []}
         settings["runtime"] = {"device": self._options.device, **runtime}
         return JobConfig.model_validate(settings)
@@ -201,6 +204,7 @@ def measure(jobs: Jobs, options: argparse.Namespace) -> dict[str, Any]:
     }
     for workers in options.cluster_workers:
         contestants[f"ray_{workers}"] = partial(on_cluster, workers)
+    # Also loads the engine, which stays in this process for all that follow.
     run_job(jobs.make())
     expected = jobs.answers()
     same = True

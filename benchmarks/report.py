@@ -1,4 +1,4 @@
-"""What the runs come to: medians, shares of the limit, ratios to ours, and whether answers agree."""
+"""What the runs show: medians, shares of the limit, ratios to ours, and whether answers agree."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def judge(
     ceiling: dict[str, float],
     limit: dict[str, float],
 ) -> dict[str, dict[str, Any]]:
-    """For each contestant its rates, its share of the limit, its time over ours, and its answers."""
+    """For each contestant its rates, share of the limit, time over ours, and agreement."""
     judged: dict[str, dict[str, Any]] = {}
     for name, result in results.items():
         if "not_here" in result:
@@ -63,6 +63,7 @@ def judge(
 
 def _seconds(result: dict[str, Any], clock: str) -> list[float]:
     """The seconds of each round, without the warm-up."""
+    # The first run compiles, fills caches and touches memory for the first time.
     return [run[clock] for run in result["runs"][1:]]
 
 
@@ -97,6 +98,7 @@ def _compared(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, An
     compared = 0
     same = 0
     difference = 0.0
+    # Every round, since an engine that batches differently each time must answer the same.
     for run in result["runs"]:
         answers = _by_row(result, run)
         for index in answers.keys() & expected.keys():

@@ -1,4 +1,7 @@
-"""Who takes part in which task, with which script, environment and checkpoint. To add one, add a line."""
+"""Who takes part in which task, with which script, environment and checkpoint.
+
+To add a contestant, add a line to ROSTER and a script to contestants/.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 
 OURS = "glmbatch"
 OURS_INT8 = "glmbatch/int8"
+# One row at a time cannot go wrong by padding or batching, so it is what others must agree with.
 REFERENCE = "transformers/row-by-row"
 
 
@@ -38,6 +42,7 @@ class Contestant:
         return f"with_{self.program.replace('.', '_')}.py"
 
 
+# They are started and shown in this order.
 ROSTER = (
     Contestant(OURS, "classify"),
     Contestant(OURS_INT8, "classify", cpu_only=True),

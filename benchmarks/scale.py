@@ -1,8 +1,8 @@
 """How time and memory of a run grow with its fragments, and with the bytes of its input.
 
-    python benchmarks/scale.py fragments 1000 4000                 a row each: Prefect's own cost, on SQLite
-    python benchmarks/scale.py fragments 1000 4000 --postgresql    the same on PostgreSQL
-    python benchmarks/scale.py megabytes 20 2000                   rows of 10 kB, of which a few words are classified
+    python benchmarks/scale.py fragments 1000 4000         a row each: Prefect's cost, on SQLite
+    python benchmarks/scale.py fragments 1000 4000 --postgresql            the same on PostgreSQL
+    python benchmarks/scale.py megabytes 20 2000           rows of 10 kB, a few words classified
 
 Each size is a process of its own: the flow with the sample's tiny checkpoint on CPU, under a server
 started for it. Memory is the peak of resident memory, read five times a second. The server's is the
@@ -137,7 +137,7 @@ def make_job(folder: Path, rows_per_fragment: int) -> Any:
 
 
 def write_input(folder: Path, rows: int, padding: int) -> None:
-    """Write `rows` distinct short texts over ten Parquet files, each beside `padding` random bytes."""
+    """Write `rows` distinct texts over ten Parquet files, each beside `padding` random bytes."""
     folder.mkdir(parents=True)
     numbers = random.Random(0)
     schema = pa.schema({"text": pa.string(), "notes": pa.string()})

@@ -1,6 +1,6 @@
 """Training beside a plain Trainer loop on the same rows: tokens a second, and peak memory.
 
-    python benchmarks/training.py                               all weights of a small model, float32 on CPU
+    python benchmarks/training.py                 all weights of a small model, float32 on CPU
     python benchmarks/training.py --shape mid --method lora
 
 Two ways in turn, each round in a process of its own: `glmbatch.tuning.train`, and transformers'
@@ -73,6 +73,7 @@ def _options() -> argparse.Namespace:
 
 def run_in_turn(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """What each way measured in each round."""
+    # In processes of their own: peak memory is that of a process, and Trainer.train is replaced.
     command = [sys.executable, __file__, *sys.argv[1:], "--way"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     runs: dict[str, list[dict[str, float]]] = {OURS: [], PLAIN: []}
@@ -232,7 +233,7 @@ def train_plain(options: argparse.Namespace, folder: Path, rows: Any, valid: Any
 
 
 def plain_model(base: Path, options: argparse.Namespace) -> Any:
-    """The base's weights under a new classification head, prepared as peft's documentation shows."""
+    """The base's weights under a new classification head, prepared as peft documents it."""
     from transformers import GlmForSequenceClassification
 
     from glmbatch.glm.checkpoint.load import load_model

@@ -1,4 +1,4 @@
-"""The limit that contestants are measured against: what the machine reaches in the model's own largest products."""
+"""The limit of every contestant: what the machine reaches in the model's largest products."""
 
 from __future__ import annotations
 

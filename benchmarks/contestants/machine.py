@@ -1,4 +1,4 @@
-"""What this machine can do: matrix products and memory traffic, each at its best. No model is faster."""
+"""What this machine can do at best, in matrix products and in memory traffic."""
 
 from __future__ import annotations
 

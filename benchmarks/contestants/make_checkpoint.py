@@ -1,4 +1,7 @@
-"""A checkpoint of random weights in transformers' format: python make_checkpoint.py KIND CONFIG_JSON SEED PATH."""
+"""A checkpoint of random weights in transformers' format.
+
+python make_checkpoint.py KIND CONFIG_JSON SEED PATH
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' GLM models with random weights: from a checkpoint, or made on the device from a seed."""
+"""transformers' GLM models with random weights, from a checkpoint or from a seed."""
 
 from __future__ import annotations
 

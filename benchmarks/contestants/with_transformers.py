@@ -1,4 +1,4 @@
-"""transformers, in the ways that people run it. One row at a time is what all others are checked against."""
+"""transformers, in the ways that people run it. The others must agree with its row-by-row way."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class _Ids:
 
 
 def _pipeline(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run:
-    """`TextClassificationPipeline` itself: batches in the order given, padded to their longest row."""
+    """`TextClassificationPipeline` itself: batches in the order given, each padded."""
     pipe: Any = pipelines.TextClassificationPipeline(
         model=model, tokenizer=_Ids(), device=options.device
     )

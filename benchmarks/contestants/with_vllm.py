@@ -1,4 +1,7 @@
-"""vLLM's CPU build, which runs GLM through its transformers backend. Prompts of an earlier run are forgotten."""
+"""vLLM's CPU build, which runs GLM through its transformers backend.
+
+Its prefix cache is reset before each round, which has the same prompts as the round before.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
         runner="pooling" if asks_class else "generate",
         convert="classify" if asks_class else "auto",
         model_impl="transformers",
-        # As a GlmForSequenceClassification its head's weights find no place (0.32); this way it gets a head of vLLM's.
+        # vLLM 0.32 does not load the head of a GlmForSequenceClassification; this way the model
+        # gets a head of vLLM's own.
         hf_overrides={"architectures": ["GlmForCausalLM"]},
         skip_tokenizer_init=True,
         dtype=options.dtype,

@@ -1,7 +1,7 @@
 """A causal checkpoint to llama.cpp's format: python write_gguf.py CHECKPOINT NUMBERS FOLDER.
 
-NUMBERS is f32 or q8_0. llama.cpp's own converter knows GLM's original names only, so the tensors are named here; its
-architecture "chatglm" is the same model. Runs in llama.cpp's own environment.
+NUMBERS is f32 or q8_0. llama.cpp's own converter knows only GLM's original names, so the tensors
+are named here; its architecture "chatglm" is the same model. Runs in llama.cpp's own environment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import gguf  # type: ignore[import-not-found]
 import numpy as np
 from safetensors import safe_open
 
-# After "model.layers.N." in transformers' names -> after "blk.N." in llama.cpp's. Queries, keys and values are one.
+# After "model.layers.N." in transformers' names -> after "blk.N." in llama.cpp's.
 LAYER = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.o_proj.weight": "attn_output.weight",
@@ -37,7 +37,8 @@ def write(checkpoint: Path, numbers: str, path: Path) -> None:
     tensors: dict[str, Any] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as stored:
-            tensors |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is not a dict
+            for name in stored.keys():  # noqa: SIM118 - it is not a dict
+                tensors[name] = stored.get_tensor(name)
     for theirs, ours in _names(config["num_hidden_layers"]).items():
         data = np.concatenate([tensors.pop(name) for name in ours]).astype(np.float32)
         kind = _kind(data, numbers)
@@ -82,7 +83,7 @@ def _names(layers: int) -> dict[str, list[str]]:
 
 
 def _kind(data: Any, numbers: str) -> Any:
-    """As llama.cpp's quantizer chooses: no blocks of 32 for vectors, nor for rows that they do not divide."""
+    """As llama.cpp's quantizer chooses: blocks of 32 only in matrices whose rows they divide."""
     if numbers == "f32" or data.ndim == 1:
         return gguf.GGMLQuantizationType.F32
     return gguf.GGMLQuantizationType.F16 if data.shape[-1] % 32 else gguf.GGMLQuantizationType.Q8_0

@@ -1,6 +1,8 @@
-"""A flow that runs a deployment, waits for it, and goes on with its answers. Needs `make up`. From the root:
+"""A flow that runs a deployment, waits for it, and continues with its answers.
 
-PREFECT_API_URL=http://127.0.0.1:4200/api python sample_data/examples/after_a_deployment.py annotate/nightly
+After `make up`, with its PREFECT_API_URL, from the root of the repository:
+
+python sample_data/examples/after_a_deployment.py annotate/nightly
 """
 
 import sys
@@ -14,9 +16,10 @@ from prefect.states import raise_state_exception
 
 @flow(flow_run_name="after {deployment}")
 def after(deployment: str) -> int:
-    """Count the rows that a run of `deployment` published; a run that failed makes this one fail."""
-    run: FlowRun = run_deployment(deployment)  # type: ignore[assignment]  # awaitable in async flows only
-    assert run.state is not None  # run_deployment returns when the run has ended
+    """Count the rows that a run of `deployment` published; if it failed, so does this run."""
+    # Outside of async flows it returns the run itself, once that has ended.
+    run: FlowRun = run_deployment(deployment)  # type: ignore[assignment]
+    assert run.state is not None
     raise_state_exception(run.state)
     output = run.parameters["job"]["data"]["output"]
     # Where the folder names hold days, `partitioning=None` keeps them from becoming columns.

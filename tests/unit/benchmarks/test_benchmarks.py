@@ -1,4 +1,4 @@
-"""The benchmarks' own commands, on models of toy size: they run, and contestants give the same answers."""
+"""The benchmarks run, on models of toy size, and their contestants give the same answers."""
 
 from __future__ import annotations
 
