@@ -2,7 +2,7 @@
 
     python sample_data/make.py               reviews, then checkpoint
     python sample_data/make.py reviews       the Parquet files, byte for byte
-    python sample_data/make.py checkpoint    trains and writes tiny-chatglm2/, twenty minutes on one core
+    python sample_data/make.py checkpoint    trains tiny-chatglm2/, about twenty minutes on one core
     python sample_data/make.py evaluate      scores the committed checkpoint on held-out reviews
 
 With --check, reviews and checkpoint are made elsewhere and compared. Exit code 1 if a byte differs.
@@ -109,26 +109,26 @@ def _job() -> JobConfig:
 
 def _compare(rebuilt: Path, names: tuple[str, ...]) -> int:
     """Print the files below `names` that differ between the two folders; 0 if none does, else 1."""
-    files = {
-        path.relative_to(root)
-        for root in (rebuilt, FOLDER)
-        for name in names
-        for path in (root / name).rglob("*")
-        if path.is_file()
-    }
-    different = [
-        file
-        for file in sorted(files)
-        if not (
-            (rebuilt / file).is_file()
-            and (FOLDER / file).is_file()
-            and filecmp.cmp(rebuilt / file, FOLDER / file, shallow=False)
-        )
-    ]
-    for file in different:
-        print(f"differs: {file}")
-    print(f"{len(files) - len(different)} of {len(files)} files are equal, byte for byte")
-    return 1 if different else 0
+    files = sorted(_files_below(rebuilt, names) | _files_below(FOLDER, names))
+    equal = 0
+    for file in files:
+        if _same_bytes(rebuilt / file, FOLDER / file):
+            equal += 1
+        else:
+            print(f"differs: {file}")
+    print(f"{equal} of {len(files)} files are equal, byte for byte")
+    return 0 if equal == len(files) else 1
+
+
+def _files_below(root: Path, names: tuple[str, ...]) -> set[Path]:
+    files: set[Path] = set()
+    for name in names:
+        files.update(path.relative_to(root) for path in (root / name).rglob("*") if path.is_file())
+    return files
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Shape:
 
 
 def make_base(directory: Path, texts: Sequence[str], shape: Shape, seed: int) -> None:
-    """Write the checkpoint into `directory`: the same bytes each time, on the same kind of machine."""
+    """Write the checkpoint into `directory`: the same bytes each time on one kind of machine."""
     from transformers import GlmConfig, GlmForCausalLM
 
     tokenizer, pieces = _train_tokenizer(texts, shape.vocabulary)

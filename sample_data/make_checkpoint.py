@@ -67,7 +67,7 @@ PUBLISHED_CONFIG = {
 def build_checkpoint(
     train_file: Path, job: JobConfig, directory: Path, most_rows: int | None = None
 ) -> None:
-    """Train on the first rows of `train_file`, and write the checkpoint into the new `directory`."""
+    """Train on the first rows of `train_file`; write the checkpoint into the new `directory`."""
     rows = pq.ParquetFile(train_file).read().to_pylist()[:most_rows]
     with tempfile.TemporaryDirectory() as folder, _deterministic():
         work = Path(folder)

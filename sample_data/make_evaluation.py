@@ -1,4 +1,4 @@
-"""Scores a checkpoint on the held-out reviews, asked exactly as `reviews.yaml` asks. Writes no files.
+"""Scores a checkpoint on the held-out reviews, asked as `reviews.yaml` asks. Writes no files.
 
 A reply is sensible when all of this holds:
 
@@ -112,25 +112,22 @@ def check_reply(row: Mapping[str, Any], reply: str) -> dict[str, bool]:
 def _scores(
     rows: Sequence[dict[str, Any]], labels: Sequence[str], replies: Sequence[Writing | None]
 ) -> Scores:
-    right = [label == row["label"] for row, label in zip(rows, labels, strict=True)]
-    checks = [
-        {
-            **check_reply(row, reply.text if reply else ""),
-            "ends": bool(reply and reply.finish_reason == "stop"),
-        }
-        for row, reply in zip(rows, replies, strict=True)
-    ]
+    hits: dict[str, list[bool]] = {label: [] for label in sorted({row["label"] for row in rows})}
+    checks: dict[str, list[bool]] = {}
+    sensible = []
+    for row, label, reply in zip(rows, labels, replies, strict=True):
+        hits[row["label"]].append(label == row["label"])
+        of_row = check_reply(row, reply.text if reply else "")
+        of_row["ends"] = bool(reply and reply.finish_reason == "stop")
+        for name, holds in of_row.items():
+            checks.setdefault(name, []).append(holds)
+        sensible.append(all(of_row.values()))
     return Scores(
         rows=len(rows),
-        label_accuracy=_share(right),
-        recall={
-            label: _share(
-                [hit for row, hit in zip(rows, right, strict=True) if row["label"] == label]
-            )
-            for label in sorted({row["label"] for row in rows})
-        },
-        checks={name: _share([check[name] for check in checks]) for name in checks[0]},
-        sensible=_share([all(check.values()) for check in checks]),
+        label_accuracy=sum(map(sum, hits.values())) / len(rows),
+        recall={label: _share(of_label) for label, of_label in hits.items()},
+        checks={name: _share(held) for name, held in checks.items()},
+        sensible=_share(sensible),
     )
 
 

@@ -1,10 +1,10 @@
 """Writes customer reviews whose sentiment is known, and the reply a good shop would give. No files.
 
-A review is built from clauses. Each is one opinion of one aspect in one frame: "the sound is far from
-crisp" is the aspect `sound`, the word `crisp` and the frame `the {a} is far from {p}`. The combination
-decides the polarity; no word alone does. One combination in seven is held out: held-out reviews are
-made of these alone, and training reviews contain none of them, although training shows every frame,
-aspect and word by itself.
+A review is built from clauses. Each is one opinion of one aspect in one frame: "the sound is far
+from crisp" is the aspect `sound`, the word `crisp` and the frame `the {a} is far from {p}`. The
+combination decides the polarity; no word alone does. One combination in seven is held out:
+held-out reviews are made of these alone, and training reviews contain none of them, although
+training shows every frame, aspect and word by itself.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class _Draft:
 
 
 def write_review(rng: random.Random, *, held_out: bool, clauses: int = 0) -> Review:
-    """A review from one side of the split, with one to three opinions, or with `clauses` of them."""
+    """A review from one side of the split, of one to three opinions, or of `clauses`."""
     language = rng.choices(("zh", "en", "mixed"), (50, 42, 8))[0]
     label = rng.choices(LABELS, (42, 24, 34))[0]
     kind = rng.choice(KINDS)
@@ -107,7 +107,7 @@ def is_held_out(*parts: str) -> bool:
 
 
 def _polar_body(draft: _Draft, label: Label, clauses: int) -> str:
-    """Opinions that point one way; some with one concession and a verdict on which side weighs more."""
+    """Opinions that point one way; some with one concession, and a verdict that settles it."""
     words = draft.words
     if not clauses and draft.chance(0.08):
         return words.comma.join(_fitting_pair(draft, words.openers, words.verdicts[label]))
@@ -200,7 +200,7 @@ def _negatable(options: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _finish(draft: _Draft, body: str) -> str:
-    """The body, perhaps with an opener, a distraction and a full stop; English sentences get capitals."""
+    """The body, perhaps with an opener, a distraction and a full stop; in English with capitals."""
     words = draft.words
     text = body
     if draft.chance(0.3) and not text.startswith(words.openers):
@@ -216,7 +216,7 @@ def _finish(draft: _Draft, body: str) -> str:
 
 
 def _reply(draft: _Draft, label: Label, product: str) -> str:
-    """The shop's answer. It names the product and, if the review points one way, its first aspect."""
+    """The shop's answer: it names the product and, if the review points one way, an aspect."""
     polarities = {polarity for polarity, _ in draft.said}
     aspect = draft.said[0][1] if draft.said else None
     if aspect is None:
@@ -230,7 +230,7 @@ def _reply(draft: _Draft, label: Label, product: str) -> str:
 
 
 def _spoil(draft: _Draft, text: str, label: Label) -> str:
-    """`text` as people and web forms leave it: typos, emoji, entities, other scripts, stray markup."""
+    """`text` as people and web forms leave it: typos, emoji, entities, stray markup."""
     chance, pick = draft.chance, draft.pick
     chinese = draft.words is ZH
     if chance(0.05):

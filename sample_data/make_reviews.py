@@ -1,7 +1,7 @@
 """The sample's Parquet files: four days of reviews as a shop exports them, and labelled rows.
 
-`reviews/` is what a job reads: without true answers, and with the mess of real data. `labelled/` has
-the true answers: `train.parquet` for training, `held_out.parquet` for some of the rows of `reviews/`.
+`reviews/` is what a job reads: without true answers, and with the mess of real data. `labelled/`
+has the true answers: `train.parquet` for training, `held_out.parquet` for some rows of `reviews/`.
 No tensors here.
 """
 
@@ -45,7 +45,7 @@ PARTS = (
     Part("day=2026-11-04/part-1.parquet", 300, truncated=True),
 )
 
-# Rows per thousand with each fault. Those of the first four kinds cannot be answered: 22 per thousand.
+# Rows per thousand with each fault. Those of the first four kinds cannot be answered: 22 in all.
 FAULTS = {
     "no text": 7,
     "blank text": 9,
@@ -135,11 +135,11 @@ def _day_rows(
     rows: list[dict[str, Any]] = []
     truth: dict[str, Review] = {}
     start = datetime.fromisoformat(part.path[4:14]).replace(tzinfo=SHANGHAI)
-    fault_of = {
-        rng.randrange(1, part.rows): fault
-        for fault, share in FAULTS.items()
-        for _ in range(part.rows * share // 1000)
-    }
+    fault_of: dict[int, str] = {}
+    for kind, share in FAULTS.items():
+        for _ in range(part.rows * share // 1000):
+            # Never the first row: some faults repeat an earlier one.
+            fault_of[rng.randrange(1, part.rows)] = kind
     for index in range(part.rows):
         fault = fault_of.get(index, "")
         if fault == "repeated row":
@@ -188,24 +188,30 @@ def _row(rng: random.Random, review: Review, number: int, created: datetime) -> 
         "os": rng.choice(("iOS", "Android", "HarmonyOS")),
         "version": f"{rng.randint(9, 18)}.{rng.randrange(6)}",
     }
-    return {
+    row: dict[str, Any] = {
         "id": number,
         "text": review.text,
         "product": review.product,
-        "stars": None if rng.random() < 0.08 else stars,
-        "created": None if rng.random() < 0.005 else created,
-        "tags": None
-        if rng.random() < 0.05
-        else [None if rng.random() < 0.01 else tag for tag in tags],
-        "attributes": None
-        if rng.random() < 0.04
-        else {
+        "stars": _sometimes_null(rng, 0.08, stars),
+        "created": _sometimes_null(rng, 0.005, created),
+        "tags": None,
+        "attributes": None,
+    }
+    if rng.random() >= 0.05:
+        row["tags"] = [_sometimes_null(rng, 0.01, tag) for tag in tags]
+    if rng.random() >= 0.04:
+        row["attributes"] = {
             "channel": rng.choice(("app", "web", "mini-program", None)),
             "verified": rng.random() < 0.9,
             "helpful_votes": int(rng.expovariate(0.5)),
-            "device": None if rng.random() < 0.3 else device,
-        },
-    }
+            "device": _sometimes_null(rng, 0.3, device),
+        }
+    return row
+
+
+def _sometimes_null(rng: random.Random, share: float, value: Any) -> Any:
+    """`value`, or None in `share` of the calls."""
+    return None if rng.random() < share else value
 
 
 def _export_note(part: Part) -> dict[str, str]:

@@ -11,7 +11,7 @@ import yaml
 
 @dataclass(frozen=True)
 class Opinions:
-    """What can be said of an aspect in one language; `good` and `bad` go into frames, phrases stand alone."""
+    """What can be said of an aspect in one language; `good` and `bad` words need a frame."""
 
     name: str
     good: tuple[str, ...]

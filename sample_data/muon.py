@@ -1,4 +1,4 @@
-"""Muon for the matrices of the layers, AdamW for the rest: fastest for small models from scratch."""
+"""Muon for the matrices of the layers, AdamW for the rest: for small models from scratch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOMENTUM = 0.95
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but the layers' matrices move along a momentum made nearly orthogonal, at a higher rate.
+    """AdamW, but the layers' matrices move along a nearly orthogonal momentum, at a higher rate.
 
     From https://kellerjordan.github.io/posts/muon. torch's own Muon computes in bfloat16: half a
     second per step on a CPU held to AVX2, against 0.04 s here.

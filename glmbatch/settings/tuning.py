@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from glmbatch.settings.job import Address, ModelConfig, RuntimeConfig, Settings, Share, placeholders
 
 SplitShare = Annotated[float, Field(gt=0, le=0.5)]
-# Training all weights needs the smallest steps; a head alone starts from noise and bears the largest.
+# All weights need the smallest steps. A head alone starts from noise and bears the largest.
 LEARNING_RATES = {"lora": 2e-4, "full": 2e-5, "head": 1e-3}
 # valid_share and test_share may be 0.5 each, but a fifth of the texts must be left to train on.
 LARGEST_HELD_OUT_SHARE = 0.8
@@ -99,7 +99,7 @@ class TrainingConfig(Settings):
 
 
 class TuneConfig(Settings):
-    """One fine-tuning: labelled rows in; out, a checkpoint for `annotate` and proof that it is better."""
+    """One fine-tuning: from labelled rows to a checkpoint for `annotate` that is proved better."""
 
     data: LabelledData = Field(
         description="Where the labelled rows come from, and how they are split."

@@ -68,7 +68,7 @@ def encode_rows(
     room = max_positions
     if isinstance(step, GenerateStep):
         answers = _answers(examples, tokenizer, step.max_tokens)
-        room -= step.max_tokens
+        room -= step.max_tokens  # the longest answer must fit behind any prompt
     prompts = build_prompts(
         step,
         [{"text": example.text} for example in examples],

@@ -57,6 +57,7 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
     The report says nothing of a promotion yet.
     """
     labelled = _without_learned(read_labelled(config.data), current, config.data.input)
+    # Both checkpoints are asked about the same rows, each as it was trained.
     held_out = HeldOut(labelled.parts["test"], labelled.labels)
     step = step_of(config.model_dump())
     scores, mistakes = evaluate(run / CHECKPOINT, step, held_out, config.runtime, run / "test")
@@ -91,6 +92,7 @@ def _without_learned(labelled: Labelled, current: Path | None, source: str) -> L
 
     With another seed, split or input, its training rows may be among them. InputError if all are.
     """
+    # A run of an early version has no list of what it learned.
     if current is None or not (current / LEARNED).is_file():
         return labelled
     test = labelled.parts["test"]
@@ -125,6 +127,7 @@ def _score_current(
             f"{current}: is a model of another kind, so nothing can be compared with it. "
             "Set output."
         )
+    # It may know labels that tonight's rows lack, and lack some that they have.
     labels = sorted({*held_out.labels, *report.labels})
     everything = HeldOut(held_out.rows, labels)
     scores, _ = evaluate(current / CHECKPOINT, step, everything, config.runtime, folder)
@@ -177,7 +180,7 @@ def evaluate(
     """
     from glmbatch.run.job import run_job
 
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed evaluation
     folder.mkdir(parents=True)
     texts = [row.text for row in held_out.rows]
     pq.write_table(pa.table({"text": texts}), folder / "rows.parquet")
@@ -199,7 +202,7 @@ def evaluate(
 
 
 def _read_answers(folder: Path, step: ClassifyStep | GenerateStep) -> tuple[list[str], list[float]]:
-    """The answers in the order of the rows, "" for none, and the probability of each, 0 for none."""
+    """The answers in the order of the rows, "" for none, and the probability of each, or 0."""
     columns = [STEP]
     if isinstance(step, ClassifyStep):
         columns.append(f"{STEP}_score")

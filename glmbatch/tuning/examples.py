@@ -58,6 +58,7 @@ def read_examples(data: LabelledData) -> Rows:
     given: dict[str, Part] = {}
     skipped = Counter[str]()
     for name in names:
+        # The digests name the run, so a changed file makes another run.
         files[name] = digest_file(root / name)
         for row, values in enumerate(_read_rows(root / name, data)):
             place = f"{name} row {row}"
@@ -147,7 +148,7 @@ def _folder_columns(where: AnyPath, schema: pa.Schema) -> dict[str, Value]:
     folders: dict[str, Value] = {}
     for folder in where.parts[:-1]:
         name, mark, value = folder.partition("=")
-        if mark and name not in schema.names:
+        if mark and name not in schema.names:  # as Spark and Arrow read partition folders
             folders[name] = unquote(value)
     return folders
 

@@ -11,7 +11,7 @@
     OUTPUT/runs/<id>/trainer/      what a killed training resumes from
     OUTPUT/current -> runs/<id>    the promoted run; a job's model is OUTPUT/current/checkpoint
 
-A run's id is a digest of its settings, rows and base, so running it again resumes it or finds it done.
+A run's id is a digest of its settings, rows and base. Running it again resumes it, or finds it done.
 """
 
 from __future__ import annotations
@@ -77,9 +77,11 @@ def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
         if config.training.processes > 1:
             train_together(config, run)
         else:
+            # It imports torch, which the flow itself must not load.
             from glmbatch.tuning.train import train_here
 
             train_here(config, run)
+    # Optimizer states take several times the size of the model.
     shutil.rmtree(run / TRAINER, ignore_errors=True)
     summary: dict[str, Any] = json.loads(trained.read_text(encoding="utf-8"))
     return summary
@@ -94,7 +96,7 @@ def evaluate_run(config: TuneConfig, folder: str) -> Report:
     run = Path(folder)
     current = current_run(config.output)
     report = read_report(run)
-    if report is not None and current == run.resolve():
+    if report is not None and current == run.resolve():  # it would be compared with itself
         return report
     if report is None or report.compared_with != (None if current is None else current.name):
         report = score_run(config, run, current)

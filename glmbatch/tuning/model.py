@@ -29,11 +29,12 @@ KEPT_NUMBERS = 40
 
 def local_rank() -> int:
     """Number of this training process among those of the machine, from 0; 0 if it is alone."""
+    # torchrun sets it for each process that it starts.
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def training_device(name: str, processes: int) -> str:
-    """The device of this process: "cpu", or the GPU of its rank. InputError if too few are visible."""
+    """The device of this process: "cpu", or the GPU of its rank. InputError if it is not there."""
     device = resolve_device(name)
     if device not in ("cpu", "cuda:0"):
         raise InputError(
@@ -72,9 +73,11 @@ def build_model(config: TuneConfig, labels: Sequence[str], device: str) -> Any:
         model = base
     else:
         model = _with_head(base, labels, device)
+    # Keys and values of earlier tokens serve generation; here they would only take memory.
     model.config.use_cache = False
     model.requires_grad_(True)
     if training.gradient_checkpointing:
+        # Frozen embeddings have no gradient, and a checkpointed layer needs one at its input.
         model.enable_input_require_grads()
     if training.method == "head":
         model.model.requires_grad_(False)
@@ -91,7 +94,7 @@ def _load(model: ModelConfig, dtype: str, device: str) -> Any:
 
 
 def _with_head(base: Any, labels: Sequence[str], device: str) -> Any:
-    """A classifier over the weights of `base`: with its head if that has these labels, else a new one."""
+    """A classifier over the weights of `base`, with its head if that has these labels."""
     config = base.config
     keeps_head = hasattr(base, "score") and tuple(config.id2label.values()) == tuple(labels)
     config.id2label = dict(enumerate(labels))
@@ -104,6 +107,7 @@ def _with_head(base: Any, labels: Sequence[str], device: str) -> Any:
         model.score = base.score
         return model
     model.score = ClassifierHead(config.hidden_size, len(labels)).to(device)
+    # As transformers starts a head: small, so that all labels begin about equally likely.
     torch.nn.init.normal_(model.score.weight, 0.0, 0.02)
     torch.nn.init.zeros_(model.score.bias)
     return model
@@ -145,7 +149,7 @@ def check_memory(config: TuneConfig, rows: Sequence[TrainingRow], device: str) -
     if needed <= free:
         return
     fit = (free - weights) // row
-    if fit < 1:
+    if fit < 1:  # not even one row
         advice = "training.method to lora or head, or another device"
     else:
         advice = f"training.batch_rows to {fit}"
@@ -168,6 +172,7 @@ def _weight_bytes(base: Checkpoint, training: TrainingConfig, device: str) -> in
     weights = base.parameters * _number_bytes(device)
     if training.method == "lora":
         shape = base.architecture
+        # A pair of matrices has the rank times the inputs and outputs of what it adapts.
         sides = shape.layers * (8 * shape.hidden_size + 3 * shape.ffn_size)
         weights += BYTES_TRAINED * training.lora_rank * sides
     return weights

@@ -1,7 +1,7 @@
 """One training in several processes of this machine, each with a GPU of its own.
 
-torchrun starts this module in each, and ends all of them when one fails. The Trainer shares out the batches and
-averages the gradients.
+torchrun starts this module in each, and ends all of them when one fails. The Trainer shares out the
+batches and averages the gradients.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ FAILED = "failed.json"  # how an error of a process reaches the one that started
 def train_together(config: TuneConfig, run: Path) -> None:
     """Train in `config.training.processes` processes. Raises the error of the first that failed."""
     failed = run / FAILED
-    failed.unlink(missing_ok=True)
+    failed.unlink(missing_ok=True)  # of an earlier attempt
     processes = config.training.processes
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     worker = ["-m", __name__, config.model_dump_json(), str(run)]
+    # Their output is for whoever looks into a failure; the terminal is the flow's.
     log = run / "processes.log"
     with log.open("wb") as output:
         done = subprocess.run(
@@ -32,7 +33,7 @@ def train_together(config: TuneConfig, run: Path) -> None:
     if failed.is_file():
         failure = json.loads(failed.read_text(encoding="utf-8"))
         raise (InputError if failure["input"] else TransientError)(failure["message"])
-    if done.returncode:
+    if done.returncode:  # killed, so it left no reason
         raise TransientError(
             f"{log}: one of {processes} processes ended with code {done.returncode}."
         )

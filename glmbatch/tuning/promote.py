@@ -18,6 +18,7 @@ def current_run(output: str) -> Path | None:
 
 def make_current(output: Path, run: str) -> None:
     """Point OUTPUT/current to the run of this name. A reader finds the old run or the new one."""
+    # A link cannot be changed in place, but a rename replaces one at once.
     link = output / f".{CURRENT}"
     with writable(output / CURRENT):
         link.unlink(missing_ok=True)

@@ -157,6 +157,7 @@ def _classifier_parts(labels: tuple[str, ...], scores: Scores) -> list[str]:
     for label in labels:
         counts = [scores.confusion[label][guess] for guess in (*labels, "")]
         confusion.append([label, *counts])
+    # The diagonal is a model whose confidence is its accuracy.
     calibration = [(confidence, accuracy) for _, confidence, accuracy in scores.bins]
     ideal = [(0, 0), (1, 1)]
     return [
@@ -200,6 +201,7 @@ def _four_digits(value: float) -> str:
 
 def write_report(report: Report, run: Path) -> None:
     """Write report.html, the model card, and then report.json: with that the run is evaluated."""
+    # Whoever finds report.json takes the run for evaluated, so it comes last.
     texts = {
         run / PAGE: page(report),
         run / CHECKPOINT / CARD: card(report),

@@ -23,6 +23,7 @@ LEARNED = "learned.npy"  # keys of the texts trained on, so that no later run te
 REPORT = "report.json"
 PAGE = "report.html"
 CARD = "README.md"
+# Those whose version can change a score.
 PACKAGES = (
     "glmbatch",
     "torch",

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel
 
 BINS = 10  # as in Guo et al., 2017; with some hundred rows more bins would be nearly empty
-# A fitted temperature lies between 1/20 and 20: past that the logits say nothing, or all is certain.
+# A temperature lies between 1/20 and 20: past that the logits say nothing, or all is certain.
 HIGHEST_TEMPERATURE = 20
 # Golden-section search keeps this share of the interval in each step; 60 steps give 12 digits.
 GOLDEN = 0.618034
@@ -48,8 +48,8 @@ class Scores(BaseModel, frozen=True, extra="forbid"):
 class TextScores(BaseModel, frozen=True, extra="forbid"):
     """Scores of generated answers: the share of exact matches, and the mean ROUGE-L (Lin, 2004).
 
-    ROUGE-L is the F1 of the longest common subsequence, here of characters: no language then needs a
-    tokenizer.
+    ROUGE-L is the F1 of the longest common subsequence. Here it is one of characters, for which no
+    language needs a tokenizer.
     """
 
     rows: int
@@ -93,7 +93,8 @@ def score(
     labels: Sequence[str],
     confidence: Sequence[float] | None = None,
 ) -> Scores:
-    """Scores of `predicted` against `truth`; `confidence` has the probability of each prediction."""
+    """Scores of `predicted` against `truth`; `confidence` is the probability of each prediction."""
+    # A row without an answer is wrong, but no label's false positive: it has a column of its own.
     confusion = {label: dict.fromkeys([*labels, ""], 0) for label in labels}
     for label, guess in zip(truth, predicted, strict=True):
         confusion[label][guess] += 1
@@ -154,6 +155,7 @@ def fit_temperature(logits_RL: np.ndarray, truth_R: np.ndarray) -> float:
     It cannot change which label is the likeliest (Guo et al., 2017). The loss is convex in its
     inverse, so a search over the inverse's logarithm finds the one minimum.
     """
+    # The highest logit of a row becomes 0, so that no exponential overflows.
     logits_RL = logits_RL.astype(np.float64) - logits_RL.max(axis=1, keepdims=True)
     rows = np.arange(len(truth_R))
 

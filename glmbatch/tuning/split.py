@@ -98,12 +98,14 @@ def split_by_text(examples: Iterable[Example], data: LabelledData) -> dict[Part,
     part_of: dict[str, Part] = {}
     for label in sorted(texts):
         ordered = _shuffled(texts[label], data.seed)
+        # Every label is scored and validated on at least one text.
         test = max(1, round(len(ordered) * data.test_share))
         held_out = test + max(1, round(len(ordered) * data.valid_share))
         for position, text in enumerate(ordered):
             part: Part = "train"
             if position < held_out:
                 part = "test" if position < test else "valid"
+            # Should a text have two labels, the first decides for all its rows.
             part_of.setdefault(text, part)
     split: dict[Part, list[Example]] = {part: [] for part in PARTS}
     for example in examples:

@@ -61,6 +61,7 @@ def train_here(config: TuneConfig, run: Path) -> None:
         asked = {"prompt_template": config.prompt_template, "system_prompt": config.system_prompt}
         partial.write_text(json.dumps(asked, ensure_ascii=False, indent=1), encoding="utf-8")
     learned = [*labelled.parts["train"], *labelled.parts["valid"]]
+    # Validation rows count as learned: they chose the weights.
     np.save(run / LEARNED, np.unique(text_keys(learned)))
     with committed(run / TRAINED) as partial:
         partial.write_text(trained.model_dump_json(indent=1), encoding="utf-8")
@@ -95,6 +96,7 @@ def train(
     """
     device = training_device(config.runtime.device, config.training.processes)
     check_memory(config, rows, device)
+    # A new head, the adapter and dropout draw from it.
     torch.manual_seed(config.training.seed)
     model = build_model(config, labels, device)
     trainer = make_trainer(config, model, rows, valid, run / TRAINER)
@@ -109,6 +111,7 @@ def train(
 
 def _resume(trainer: RowTrainer, config: TuneConfig, folder: Path) -> None:
     """Train from the last whole checkpoint in `folder`, or from the start, to the end."""
+    # Incomplete checkpoints are deleted by one process before the others look.
     with trainer.args.main_process_first():
         last = _last_whole(folder)
     if last is not None:
@@ -186,7 +189,7 @@ def _divide(head: Any, temperature: float) -> None:
 
 def _merged(config: TuneConfig, model: Any, folder: Path) -> Any:
     """Save the adapter of `model` into `folder`, and merge it into the weights of the base."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder)  # for peft, and for a job that names base and adapter
     if not config.writes:  # peft saves the head, but not its labels
         labels = json.dumps({"id2label": model.config.id2label}, ensure_ascii=False, indent=2)
         (folder / "config.json").write_text(labels, encoding="utf-8")

@@ -64,7 +64,7 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     """Every row once, neighbours alike in length, in an order that (seed, epoch) alone decide.
 
-    transformers' own sampler draws from the global generator: a resumed epoch would see other batches.
+    transformers' own draws from the global generator, so a resumed epoch would see other batches.
     """
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
@@ -123,13 +123,14 @@ def pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 class RowTrainer(Trainer):
-    """transformers' Trainer with our order of rows, stopped by the first loss that is not finite."""
+    """transformers' Trainer with our order of rows. The first loss that is not finite stops it."""
 
     def __init__(self, rows: Sequence[TrainingRow], **options: Any) -> None:
         super().__init__(train_dataset=RowDataset(rows), data_collator=pad, **options)
         self._rows = rows
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        # Sorted by whole steps, so that the batches of one step, on all devices, are alike.
         step_rows = (
             self.args.train_batch_size
             * self.args.gradient_accumulation_steps
@@ -144,6 +145,7 @@ class RowTrainer(Trainer):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         labels = inputs["labels"]
         loss_B = _row_losses(outputs.logits, labels)
+        # Before the backward pass: one such gradient would spoil all weights.
         self._check_finite(loss_B.detach(), inputs.pop("at"), model.training)
         if num_items_in_batch is None:
             loss = loss_B.sum() / (labels != IGNORED).sum()
@@ -204,6 +206,7 @@ def _arguments(config: TuneConfig, rows: int, folder: Path, device: str) -> Trai
     step_rows = training.batch_rows * training.gradient_accumulation * training.processes
     epoch_steps = math.ceil(rows / step_rows)
     return TrainingArguments(
+        # The schedule: one rise, then a cosine down to 0 at the last step.
         output_dir=str(folder),
         per_device_train_batch_size=training.batch_rows,
         per_device_eval_batch_size=training.batch_rows,
@@ -214,12 +217,12 @@ def _arguments(config: TuneConfig, rows: int, folder: Path, device: str) -> Trai
         warmup_steps=max(1, round(WARM_UP_SHARE * epoch_steps * training.epochs)),
         weight_decay=WEIGHT_DECAY,
         adam_beta2=BETA2,
-        max_grad_norm=1.0,
+        max_grad_norm=1.0,  # one bad batch moves the weights no further than a good one
         bf16=device == "cuda" and torch.cuda.is_bf16_supported(),
         use_cpu=device == "cpu",
         seed=training.seed,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
+        dataloader_pin_memory=False,  # token ids are small, and CPU runs would warn
+        remove_unused_columns=False,  # the Trainer would drop `at`, which no model takes
         label_names=["labels"],
         **_checkpointing(training.gradient_checkpointing),
         **_evaluations(config, epoch_steps),
@@ -253,7 +256,7 @@ def _evaluations(config: TuneConfig, epoch_steps: int) -> dict[str, Any]:
 def _logs(epoch_steps: int) -> dict[str, Any]:
     return {
         "logging_steps": max(1, epoch_steps // LOGS_PER_EPOCH),
-        "logging_nan_inf_filter": False,
+        "logging_nan_inf_filter": False,  # it would hide what _check_finite looks for
         "report_to": [],
         "disable_tqdm": True,
     }

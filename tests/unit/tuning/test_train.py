@@ -1,4 +1,4 @@
-"""Training: what each method changes, what is saved, and that killed runs end with the same bits."""
+"""Training: what each method changes, what is saved, and that a killed run loses nothing."""
 
 from __future__ import annotations
 
