@@ -6,8 +6,8 @@ VENV := .venv
 RUN := $(VENV)/bin
 # uv does not read pip's settings; a folder of wheels given to pip is given to uv too.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-# Each in one thread; tests of a group, such as those over one server, stay together.
-IN_TWO := -n 2 --dist loadgroup
+# A file's tests stay together in one process, each of which has a Prefect server of its own.
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 # Prefect's database and settings for this checkout alone.
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 # With it set, every process would compile all packages again.

@@ -40,6 +40,17 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where two processes share the tests, begin with the long files, so that both end together."""
+    if hasattr(config, "workerinput"):  # this is one of the processes
+
+        def place(item: pytest.Item) -> tuple[bool, bool]:
+            is_long = item.get_closest_marker("prefect") is not None
+            return not is_long, item.get_closest_marker("slow") is None
+
+        items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """An S3 server for all tests."""

@@ -57,7 +57,6 @@ def test_the_two_commands_come_first_and_ci_runs_the_second() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("readme")  # in one process, one after another
 @pytest.mark.parametrize("command", [line for line in commands() if not line.startswith("make")])
 def test_each_command_of_the_readme_runs(command: str, folder: Path) -> None:
     done = run(command, folder)

@@ -31,7 +31,7 @@ from tests.postgresql import postgresql_server
 from tests.stores import free_port
 from tests.support import ROOT, committed, rows_of
 
-pytestmark = [pytest.mark.prefect, pytest.mark.slow, pytest.mark.xdist_group("operations")]
+pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 SILENT_SECONDS = 35  # a little more than the time between two signs of life
 
 
