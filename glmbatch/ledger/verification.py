@@ -22,6 +22,7 @@ from glmbatch.ledger.ledger import STAGED, Ledger
 from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile
 from glmbatch.ledger.publication import PUBLISHING, QUARANTINE, read_quarantine
 from glmbatch.ledger.receipts import RECEIPT, OutputReceipt
+from glmbatch.settings.columns import Columns
 from glmbatch.store.files import PARTIAL, digest_file
 from glmbatch.store.folder import Folder
 from glmbatch.store.parquet import footer_metadata, open_parquet, read_columns, read_rows
@@ -232,15 +233,20 @@ def _answer_findings(
     path: AnyPath, file: PublishedFile, receipt: OutputReceipt, faulty: Counter[str]
 ) -> Iterator[Finding]:
     """Every row has an answer or a reason, for every step; and as many reasons as the receipt counts."""
-    names = [f"{step.step}{end}" for step in receipt.answers for end in ("", "_error", "_key")]
+    steps = [answers.step for answers in receipt.answers]
+    names: list[str] = []
+    for step in steps:
+        columns = Columns(step)
+        names += [columns.answer, columns.error, columns.key]
     table = read_columns(path, names)
     if len(table) != file.rows:
         yield _wrong(file.output_name, f"has {len(table)} rows, {MANIFEST} says {file.rows}")
     failed = pa.array([False] * len(table), pa.bool_())
-    for step in (each.step for each in receipt.answers):
-        answered, reason, key = (
-            table.column(f"{step}{end}").is_valid() for end in ("", "_error", "_key")
-        )
+    for step in steps:
+        columns = Columns(step)
+        answered = table.column(columns.answer).is_valid()
+        reason = table.column(columns.error).is_valid()
+        key = table.column(columns.key).is_valid()
         for row in _rows_where(pc.equal(answered, reason))[:1]:
             yield _wrong(
                 file.output_name, f"step {step!r} has neither an answer nor a reason, or both", row

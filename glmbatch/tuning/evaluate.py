@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from glmbatch.errors import InputError
 from glmbatch.run.models import locate_model, prepare_model
+from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import (
     ClassifyStep,
     DataConfig,
@@ -205,13 +206,13 @@ def _read_answers(folder: Path, step: ClassifyStep | GenerateStep) -> tuple[list
     """The answers in the order of the rows, "" for none, and the probability of each, or 0."""
     columns = [STEP]
     if isinstance(step, ClassifyStep):
-        columns.append(f"{STEP}_score")
+        columns.append(Columns(STEP).score)
     tables = [pq.read_table(file, columns=columns) for file in sorted(folder.glob("*-*.parquet"))]
     table = pa.concat_tables(tables)
     answers = [answer or "" for answer in table.column(STEP).to_pylist()]
     if isinstance(step, GenerateStep):
         return answers, [0.0] * len(answers)
-    return answers, [value or 0.0 for value in table.column(f"{STEP}_score").to_pylist()]
+    return answers, [value or 0.0 for value in table.column(Columns(STEP).score).to_pylist()]
 
 
 def _mistakes(

@@ -1,9 +1,12 @@
-"""The names of answer columns."""
+"""The names of answer columns, and that no other module spells them."""
 
 from __future__ import annotations
 
+import re
+
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import ClassifyStep, GenerateStep, answer_columns
+from tests.support import ROOT
 
 ENDS = "error|error_type|key|score|scores|margin|finish_reason|prompt_tokens|completion_tokens"
 
@@ -33,3 +36,10 @@ def test_each_column_is_named_by_its_step() -> None:
     columns = Columns("mood")
     for name in ENDS.split("|"):
         assert getattr(columns, name) == f"mood_{name}"
+
+
+def test_no_other_module_spells_the_names() -> None:
+    spelled = re.compile(rf"""[}}"]_({ENDS})["']""")
+    for path in sorted((ROOT / "glmbatch").rglob("*.py")):
+        if path.name != "columns.py":
+            assert not spelled.search(path.read_text()), path
