@@ -53,6 +53,7 @@ class JobTasks:
     def answer_fragments(self, work: Work, places: Sequence[Place]) -> list[OutputReceipt]:
         """Answer and write every fragment, several at once at each of `places`, pass after pass."""
         progress = FragmentProgress(len(work.passes) * len(work.fragments))
+        # Place by place, so that every engine has a fragment before one has two.
         seats = [*places] * self._job.runtime.fragments_in_flight
         # The answer tasks of each fragment so far, in step order: later steps wait for them.
         answers: dict[str, dict[int, PrefectFuture[Any]]] = defaultdict(dict)
@@ -108,10 +109,12 @@ class JobTasks:
         submitted: list[PrefectFuture[Any]] = []
         for index in steps:
             answering = self._configured(answer.answer, refresh=receipts[index] is None)
+            # Prefect waits for these and draws them as the task's parents.
             earlier = [answers[before] for before in sorted(answers)]
             answers[index] = answering.submit(work.assignments[index], earlier, place)
             submitted.append(answers[index])
         if len(answers) == len(work.assignments):
+            # Of this run's own receipts the output is not made yet.
             old = [receipt for receipt in receipts if receipt and receipt.run != work.run.id]
             missing = len(old) < len(receipts) or ledger.find_output(work.key, old) is None
             writing = self._configured(publish.write, refresh=missing)

@@ -27,7 +27,7 @@ def answers_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
         "{assignment.question.step.kind} {assignment.question.name} {assignment.fragment.name}"
     ),
     cache_key_fn=answers_key,
-    persist_result=True,
+    persist_result=True,  # the receipt; the answers are in the output's own files
     result_serializer="json",
     retry_condition_fn=machine_failed,
 )

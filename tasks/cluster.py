@@ -29,7 +29,8 @@ from glmbatch.store.folder import Folder
 from glmbatch.store.locks import read_sign, shows
 
 Result = TypeVar("Result")
-OBJECT_STORE_BYTES = 100_000_000  # only references travel
+# Of Ray, not of ours: only references travel, and its own default is 30 % of the memory.
+OBJECT_STORE_BYTES = 100_000_000
 
 
 class Place(Protocol):
@@ -76,6 +77,7 @@ class EngineHandle:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
+        # A lost call is the task's to retry, which looks in the ledger first.
         call = self.actor.call.options(max_task_retries=0)
         try:
             result: Result = ray.get(call.remote(function, *arguments))
@@ -134,6 +136,7 @@ def _submitting_to_ray(runtime: RuntimeConfig) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if runtime.cluster_address is None:
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    # The flow is defined with threads; this run of it submits to the cluster.
     flow = FlowRunContext.get()
     assert flow is not None
     with ExitStack() as entered:

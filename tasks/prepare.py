@@ -53,7 +53,7 @@ def locate_model(model: ModelConfig, runtime: RuntimeConfig, place: Place) -> Mo
     name="prepare model",
     task_run_name="prepare {model.path}",
     cache_key_fn=checkpoint_key,
-    persist_result=True,
+    persist_result=True,  # digests of 12 GB take a minute, each night
     result_serializer="json",
     retry_condition_fn=machine_failed,
 )

@@ -35,7 +35,7 @@ def output_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     name="write",
     task_run_name="write {work.fragment.name}",
     cache_key_fn=output_key,
-    persist_result=True,
+    persist_result=True,  # the receipt; the file is staged in the output
     result_serializer="json",
     retry_condition_fn=machine_failed,
 )
@@ -85,4 +85,5 @@ def publish(
         emit_event("glmbatch.audit.failed", resource=resource, payload={"message": str(error)})
         raise
     finally:
+        # A refused run has a report too, and most need of one.
         show_report(output, run.context.id)

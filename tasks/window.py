@@ -27,6 +27,7 @@ def in_window(
     results: dict[int, list[Any]] = {}
     free = deque(seats)
     in_flight: dict[int, tuple[Item, Seat, Sequence[PrefectFuture[Any]]]] = {}
+    # Filled by the threads of the tasks, read by the flow's.
     finished: SimpleQueue[int] = SimpleQueue()
 
     def finish(number: int) -> Callable[[PrefectFuture[Any]], None]:
@@ -35,6 +36,7 @@ def in_window(
     def collect() -> None:
         number = finished.get()
         item, seat, futures = in_flight.pop(number)
+        # Raises what the first failed task raised, without waiting for other items.
         results[number] = [future.result() for future in futures]
         free.append(seat)
         ended(item, seat, results[number])
@@ -45,6 +47,7 @@ def in_window(
         seat = free.popleft()
         futures = submit(item, seat)
         in_flight[number] = item, seat, futures
+        # The last one waits for the others, so its end is the item's.
         futures[-1].add_done_callback(finish(number))
     while in_flight:
         collect()

@@ -34,10 +34,9 @@ from glmbatch.store.parquet import prompt_values
 def answer(assignment: Assignment) -> AnswersReceipt:
     """Answer one question for every row of one fragment, and commit the answers.
 
-    Answers that are committed already are found and returned.
-
-    A fragment that cannot be read gives a receipt that says so; under `on_error: raise` it, or a
-    bad row, is an InputError. TransientError when the machine failed.
+    Committed answers are returned as they are. A fragment that cannot be read gives a receipt that
+    says so; under `on_error: raise` it, or a bad row, is an InputError. TransientError when the
+    machine failed.
     """
     run = assignment.run
     rows = assignment.fragment.rows
@@ -45,6 +44,7 @@ def answer(assignment: Assignment) -> AnswersReceipt:
     ledger = session.ledger
     committed = ledger.find_answers(assignment.key, run.id, assignment.earlier)
     if committed is not None:
+        # Of this run where a task is tried again, else of an earlier one over the same rows.
         session.progress.add(rows, computed=False)
         return committed
     try:
@@ -52,6 +52,7 @@ def answer(assignment: Assignment) -> AnswersReceipt:
     except UnusableFile as error:
         if run.raises:
             raise
+        # Not committed: the file may be whole again when the run is repeated.
         session.progress.add(rows, computed=False)
         return _receipt(assignment, unusable=str(error))
     prompts = build_question_prompts(assignment.question, values)
@@ -74,6 +75,7 @@ def _answer_prompts(
     with known.hold(distinct) as hold:
         answers, measured = _answers(question, distinct, known, hold, session)
         table = _in_row_order(question, answers, prompts, keys)
+        # Before the commit, so that a model's failure under `on_error: raise` is asked again.
         _refuse_faults(assignment, table.column(Columns(question.name).error).to_pylist())
         receipt = _receipt(
             assignment,
@@ -82,6 +84,7 @@ def _answer_prompts(
             **_counts(question, table),
             **measured,
         )
+        # While the keys are held: whoever waits for them looks them up in the index next.
         known.add(session.ledger.keep_answers(receipt, table), table)
     return receipt
 
@@ -113,7 +116,7 @@ def _answers(
         hold.wait_for_others()
         late = triage(question, others, known)
         parts.append(late.known)
-        if late.to_ask:
+        if late.to_ask:  # their holder failed
             asked.outcomes.update(ask(question, late.to_ask, session).outcomes)
     outcomes = [Answer(outcome, key) for key, outcome in asked.outcomes.items()]
     parts.append(answers_table(question.step, question.model.labels, outcomes))
@@ -149,6 +152,7 @@ def read_prompt_rows(
     runs: dict[str, str] = {}
     for name, key in assignment.earlier.items():
         receipt, table = ledger.read_answers(key)
+        # Kept in the receipt: answers over rows that are asked again later are made anew.
         values[name] = earlier_values(table, name)
         runs[name] = receipt.run
     return rows_of(values, assignment.fragment.rows), runs
@@ -169,6 +173,7 @@ def source_values(assignment: Assignment) -> dict[str, list[str | bytes | None]]
     columns = assignment.question.inputs.columns
     if not columns:
         return {}
+    # Each column once, though several placeholders may stand for it.
     batches = list(read_fragment(assignment.fragment, sorted(set(columns.values()))))
     if not batches:
         return {name: [] for name in columns}
@@ -230,7 +235,6 @@ def _prompt_lengths(prompts: Sequence[Prompt | RowFault]) -> dict[int, int]:
 
 def _counts(question: Question, table: pa.Table) -> dict[str, Any]:
     """The fields of a receipt that count answers by kind."""
-
     columns = Columns(question.name)
 
     def values(column: str) -> list[Any]:
@@ -240,6 +244,7 @@ def _counts(question: Question, table: pa.Table) -> dict[str, Any]:
     faults = Counter(values(columns.error_type))
     if isinstance(question.step, ClassifyStep):
         return {"faults": faults, "labels": Counter(values(columns.answer))}
+    # Blank counts as empty: a model that writes only spaces has no answer for a reader.
     empty = [text for text in values(columns.answer) if not text.strip()]
     return {
         "faults": faults,

@@ -35,13 +35,13 @@ def ask(
     TransientError when the machine failed, Interrupted when the run was told to stop.
     """
     with session.engine(question) as engine:
-        began = time.time()
+        began = time.time()  # after loading, which is not the model's speed
         outcomes: dict[bytes, Outcome] = {}
         try:
             for key, outcome in _outcomes(question, prompts, engine):
                 outcomes[key] = outcome
                 session.progress.add(1 if counted else 0, computed=True)
-                session.check_running()
+                session.check_running()  # an engine that other runs use too is not closed
         except TransientError:
             session.check_running()  # the engine failed because the run was stopped
             session.discard(engine)

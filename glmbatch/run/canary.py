@@ -56,7 +56,9 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
     for published in manifest.files:
         with open_parquet(ledger.root / published.output_name) as opened:
             table = opened.read()
+        # Spread over all files, since one day's rows may all be alike.
         tables.append(_spread(_without_faults(table, published.step_keys), rows_per_file))
+    # Files of different days may have different columns.
     frozen = pa.concat_tables(tables, promote_options="permissive").slice(0, rows)
     if not len(frozen):
         raise InputError(f"{output}: no row is without fault, so there are no answers to freeze.")
@@ -141,16 +143,19 @@ def _audit(question: Question, table: pa.Table, run: RunContext, max_change: flo
     values = {}
     for name, column in question.inputs.columns.items():
         values[name] = prompt_values(table.column(column))
+    # The frozen answer, not tonight's: each step is judged alone.
     for name in question.inputs.earlier:
         values[name] = prompt_values(table.column(name))
     prompts = build_question_prompts(question, rows_of(values, len(table)))
     keys, distinct = key_prompts(question, prompts)
     outcomes = ask(question, distinct, session_of(run), counted=False).outcomes
     frozen = table.select(answer_columns(question.step)[:2]).to_pylist()
+    # In float32 no batch changes a text; in half precision other batches round otherwise.
     exact = question.model.config.dtype == "float32"
     changed = 0
     cases = []
     for row, (key, before) in enumerate(zip(keys, frozen, strict=True)):
+        # A frozen row had an answer, so one that has no prompt now has changed too.
         outcome = None if key is None else outcomes[key]
         if not _same(question.step, outcome, before, exact):
             changed += 1

@@ -151,6 +151,7 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
     step_keys = {question.name: question.key for question in questions}
     _refuse_mixing(job.data, run.plan, step_keys)
     fragments = []
+    # In the order of the plan, which the audit compares with what was written.
     for fragment in run.plan.fragments:
         fragments.append(_fragment_work(run.context, fragment, questions))
     return Work(
@@ -169,6 +170,7 @@ def resolve_questions(
     questions = []
     for step in job.steps:
         model = prepared[job.model_of(step)]
+        # Before any inference, whatever the step's place.
         check_step(step, model)
         questions.append(
             Question(

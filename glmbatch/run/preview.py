@@ -112,11 +112,12 @@ class _Counted:
     def __init__(self, ledger: Ledger, questions: Sequence[Question]) -> None:
         manifest = ledger.manifest()
         self._ledger = ledger
-        self._known: dict[str, KnownAnswers] = {}
+        self._known: dict[tuple[str, str], KnownAnswers] = {}
         self._changes: dict[str, str | None] = {}
         for question in questions:
             # With failures, since only they tell a row that is asked again from one that is new.
-            self._known[question.key] = index_answers(ledger, question, include_failed=True)
+            known = index_answers(ledger, question, include_failed=True)
+            self._known[question.name, question.key] = known
             self._changes[question.name] = _what_changed(question, manifest)
         # By step key: two steps that ask the same share their answers.
         self._asked: dict[str, set[bytes]] = defaultdict(set)
@@ -134,7 +135,7 @@ class _Counted:
         question = assignment.question
         prompts = _prompts(assignment, answers)
         keys, distinct = key_prompts(question, prompts)
-        sorted_prompts = triage(question, distinct, self._known[question.key])
+        sorted_prompts = triage(question, distinct, self._known[question.name, question.key])
         known = _values_by_key(question, sorted_prompts.known)
         place = (assignment.fragment.source, question.name)
         self._counts[place]["rows"] += len(prompts)

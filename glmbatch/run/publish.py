@@ -91,7 +91,9 @@ def publish(
         # Perhaps every row failed; the list of them is for people.
         done = _look_back(run, questions, collected, job.data.id_column, MOST_REFUSED)
         raise _refuse(job, collected, done, error) from error
+    # Before the files move, while each is where its receipt says.
     done = _look_back(run, questions, collected, job.data.id_column)
+    # A fault may be of answers that an earlier run committed under another `on_error`.
     if done.failures and run.context.raises:
         raise _bad_row(run, done.failures[0])
     drop_missing = job.data.missing_sources == "drop"

@@ -40,15 +40,17 @@ class Session:
         self.ledger = Ledger(run.output)
         self.progress = Progress()
         self._stopped = False
-        self._known: dict[str, KnownAnswers] = {}
+        # By step name and step key: two steps that ask the same have columns of different names.
+        self._known: dict[tuple[str, str], KnownAnswers] = {}
         self._lock = threading.Lock()
 
     def known_answers(self, question: Question) -> KnownAnswers:
         """The index of all committed answers to `question`; the run's fragments add to it."""
-        with self._lock:
-            if question.key not in self._known:
-                self._known[question.key] = index_answers(self.ledger, question)
-            return self._known[question.key]
+        key = (question.name, question.key)
+        with self._lock:  # made once, however many fragments begin together
+            if key not in self._known:
+                self._known[key] = index_answers(self.ledger, question)
+            return self._known[key]
 
     @contextmanager
     def engine(self, question: Question) -> Iterator[Engine]:
@@ -62,6 +64,7 @@ class Session:
         def load() -> Engine:
             logger.info("loading %s (%s)", describe_model(model.config), model.config.dtype)
             engine = load_engine(model.config, runtime, question.models_at_once)
+            # Only now, since the files may change between their digests and their loading.
             if stamp_checkpoint(model.config) != model.stamp:
                 engine.close()
                 raise InputError(
@@ -70,6 +73,7 @@ class Session:
                 )
             return engine
 
+        # What makes two engines different; another run with the same finds this one loaded.
         key = (model.identity, runtime.device, runtime.max_batch_tokens, runtime.max_slots)
         with _ENGINES.lease(key, load, question.models_at_once, self) as engine:
             yield engine
@@ -86,6 +90,7 @@ class Session:
     def stop(self) -> None:
         """End the inference of this run, and let none begin; returns at once. Other runs go on."""
         self._stopped = True
+        # On a thread of its own: closing waits for the forward that the engine is in.
         threading.Thread(
             target=_ENGINES.close_unshared, args=(self,), name="stop-engines", daemon=True
         ).start()
@@ -99,13 +104,13 @@ def session(run: Run) -> Iterator[Session]:
     nobody needs any more. InputError when the output cannot be written or another run holds it.
     """
     opened = Session(run.context)
-    opened.ledger.open(run.context.id)
+    opened.ledger.open(run.context.id)  # the lock first: without it nothing else may begin
     with _CHANGING:
         _SESSIONS[run.context.id] = opened
     opened.progress.start("annotate", run.plan.rows * len(run.inputs))
     try:
         yield opened
-    except BaseException:
+    except BaseException:  # an interrupt and a cancellation too
         opened.stop()
         raise
     finally:
@@ -123,7 +128,7 @@ def join(run: RunContext) -> None:
 def session_of(run: RunContext) -> Session:
     """The open session of `run`; Interrupted when the run has ended."""
     opened = _SESSIONS.get(run.id)
-    if opened is None:
+    if opened is None:  # as for a task that outlives its flow
         raise Interrupted(f"{run.output}: the run {run.id} has ended")
     return opened
 

@@ -55,8 +55,9 @@ def annotate_table(
     leave out. In the folder `cache` answers are kept, and later calls ask only about rows that are
     new there; it may be deleted at any time.
     """
-    there = {"data.input": str(WHERE), "data.output": str(WHERE), "data.format": "parquet"}
-    settings = _settings(job, {**there, "data.missing_sources": "keep"})
+    # Required of a job file, and replaced by a folder of this call before they are used.
+    places = {"data.input": str(WHERE), "data.output": str(WHERE), "data.format": "parquet"}
+    settings = _settings(job, {**places, "data.missing_sources": "keep"})
     if settings.data.limit is not None:
         raise InputError(
             f"{WHERE}: every row of a table is answered. "
@@ -118,7 +119,7 @@ def _columns(table: Any, needs: SchemaNeeds) -> pa.Table:
 
 
 def _as_arrow(name: str, column: Any) -> pa.Array | pa.ChunkedArray:
-    if isinstance(column, pa.ChunkedArray):
+    if isinstance(column, pa.ChunkedArray):  # of an Arrow table
         return column
     try:
         values = pa.Array.from_pandas(column)
@@ -139,6 +140,7 @@ def _answers(columns: pa.Table, job: JobConfig, folder: AnyPath) -> pa.Table:
     source = _write(columns, folder / settings)
     output = folder / settings / "answers"
     data = job.data.model_copy(update={"input": str(source), "output": str(output)})
+    # The very job of a file run, so that audits, reuse and failures are the same.
     summary = run_job(job.model_copy(update={"data": data}))
     if summary.unusable:
         raise InputError(summary.unusable[0].reason)
@@ -157,6 +159,7 @@ def _answers(columns: pa.Table, job: JobConfig, folder: AnyPath) -> pa.Table:
 
 def _write(table: pa.Table, folder: AnyPath) -> AnyPath:
     """The Parquet file of `table`, named by its bytes: the same rows are the same file."""
+    # So a table that is asked about again is an input that has not changed.
     with partial_beside(folder / "table") as partial:
         try:
             write_table(

@@ -40,7 +40,7 @@ def key_prompts(
     keys: list[bytes | None] = []
     distinct: dict[bytes, Prompt] = {}
     for prompt in prompts:
-        key = None
+        key = None  # a fault, or a prompt that waits for an earlier answer
         if isinstance(prompt, Prompt):
             # By the rendered text: rows that ask the same share one answer, wherever they are.
             key = row_key(question.key, prompt.text)
@@ -70,6 +70,7 @@ def triage(question: Question, distinct: Mapping[bytes, Prompt], known: KnownAns
     failed = answers.filter(failures).column(columns.key).to_pylist()
     # Only `glmbatch plan` has failures in its index; a run asks about their rows as about new ones.
     answers = answers.filter(pc.invert(failures))
+    # Half of a key is looked up in the index; what came back is compared by the whole key.
     answered = set(answers.column(columns.key).to_pylist())
     to_ask = {key: prompt for key, prompt in distinct.items() if key not in answered}
     return Triage(answers, to_ask, frozenset(failed))

@@ -36,6 +36,7 @@ def write_output(
     for answered in answers:
         if answered.unusable is not None:
             return receipt.model_copy(update={"unusable": answered.unusable})
+    # Of this run where the task is tried again, else published already with these very answers.
     staged = ledger.find_output(work.key, answers)
     if staged is not None:
         return staged
@@ -58,6 +59,7 @@ def _output_schema(work: FragmentWork, tables: Sequence[pa.Table]) -> pa.Schema:
     fields = list(source)
     for table in tables:
         fields += list(table.schema)
+    # The source's metadata stays: pandas finds its index and its types there.
     schema = pa.schema(fields, source.metadata)
     if work.run.format == "delta":
         schema = delta_schema(work.fragment.path, schema)
@@ -82,6 +84,7 @@ def _rows_with_answers(
     for batch in read_fragment(work.fragment):
         columns = list(batch.columns)
         for table in tables:
+            # Answers lie in the order of the rows, so the same rows are the same slice.
             part = table.slice(first_row, batch.num_rows).combine_chunks()
             for column in part.columns:
                 columns.append(pa.concat_arrays(column.chunks))
@@ -93,6 +96,7 @@ def _rows_with_answers(
 
 
 def _cast(work: FragmentWork, column: pa.Array, field: pa.Field) -> pa.Array:
+    # Only a Delta table has other types than the source.
     if column.type == field.type:
         return column
     try:

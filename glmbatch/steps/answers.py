@@ -43,6 +43,7 @@ def answers_schema(step: AnyStep, head_labels: Sequence[str]) -> pa.Schema:
 
 def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[Answer]) -> pa.Table:
     """The answers of a step as columns, a row for each answer, in their order."""
+    # Each row has one value of the three kinds, and null in the columns of the others.
     choices: list[Choice | None] = []
     writings: list[Writing | None] = []
     reasons: list[object] = []
@@ -61,5 +62,7 @@ def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[A
     schema = answers_schema(step, head_labels)
     arrays = []
     for column, field in zip(columns, schema, strict=True):
+        # The field's type, not the values': a fragment of failures alone has no value to tell it
+        # by.
         arrays.append(pa.array(column, field.type))
     return pa.Table.from_arrays(arrays, schema=schema)

@@ -68,7 +68,7 @@ def ask_choices(
     """
     labels = head_labels or step.labels or ()
     label_ids = None if head_labels else encode_labels(labels, tokenizer)
-    keys = list(prompts)
+    keys = list(prompts)  # the engine knows requests by number
     requests = (
         ClassifyRequest(index, prompts[key].ids, label_ids, prompts[key].shared_tokens)
         for index, key in enumerate(keys)

@@ -50,7 +50,7 @@ def ask_writings(
     step: GenerateStep, prompts: Mapping[bytes, Prompt], engine: Engine, tokenizer: Tokenizer
 ) -> Iterator[tuple[bytes, Writing | RowFault]]:
     """Ask the engine to continue each prompt; yield keys and answers as they end, in any order."""
-    keys = list(prompts)
+    keys = list(prompts)  # the engine knows requests by number
     should_stop = stop_check(step, tokenizer)
     requests = (
         GenerateRequest(
@@ -60,7 +60,7 @@ def ask_writings(
             temperature=step.temperature,
             top_p=step.top_p,
             top_k=step.top_k,
-            seed=row_seed(step.seed, key),
+            seed=row_seed(step.seed, key),  # a row's draws do not depend on its batch
             should_stop=should_stop,
             shared_tokens=prompts[key].shared_tokens,
         )
@@ -88,6 +88,7 @@ def write_up(
     text = tokenizer.decode(ids)
     ends = [text.find(stop) for stop in step.stop if stop in text]
     if ends:
+        # The first in the text, not the first in the list.
         text, finish_reason = text[: min(ends)], "stop"
     return Writing(clean_answer(text), finish_reason, prompt_tokens, len(ids))
 

@@ -106,6 +106,7 @@ def _render(step: Step, chat: bool, row: Mapping[str, str]) -> str:
 
 def _head_ids(head: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of the template's text before the first value that no value can join or change."""
+    # Values of several kinds: what all of them leave as it is, any value does.
     tried = tokenizer.encode([head + value for value in ("a", "B", "1", "好", "。", " ", "\n")])
     return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*tried, strict=False))]
 
@@ -123,6 +124,7 @@ def _check_row(
             return RowFault("null_value", f"{name} is null")
         if isinstance(value, bytes):
             return RowFault("not_utf8", f"{name} is not UTF-8")
+        # Only the text must say something: other columns may be blank on purpose.
         if name in texts and not value.strip():
             return RowFault("empty_text", f"{name} is empty")
         values[name] = value
