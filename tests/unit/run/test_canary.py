@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,7 @@ from glmbatch.report.summary import Summary
 from glmbatch.run.canary import freeze
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
-from tests.conftest import CAUSAL
-
-Settings = Callable[..., dict[str, Any]]
-Write = Callable[..., Path]
+from tests.support import CAUSAL, Settings, Write
 
 
 def run(settings: dict[str, Any]) -> Summary:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ from glmbatch.errors import AuditError, InputError
 from glmbatch.report.summary import Summary
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import ClassifyStep, JobConfig, answer_columns
-from tests.conftest import CAUSAL, CLASSIFY, GENERATE
+from tests.support import CAUSAL, CLASSIFY, GENERATE, Settings, Write
 
 pytestmark = pytest.mark.slow
-Settings = Callable[..., dict[str, Any]]
-Write = Callable[..., Path]
 
 JOB: dict[str, Any] = {
     "model": str(CAUSAL),

@@ -16,7 +16,7 @@ from glmbatch.glm.model.attention import SlotLoop
 from glmbatch.glm.model.kv_cache import KvShape, SlotCache
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.slot_kernel import _OPTIONS, SlotKernel, _exp
-from tests.conftest import ROOT
+from tests.support import ROOT
 from tests.unit.glm.tiny_glm import TOKENS, causal_model, engine_over
 
 PLACES = [0, 1, 2, 3, 4, 62, 63, 64, 99]
