@@ -176,12 +176,11 @@ def engine_alone(job: JobConfig) -> Iterator[Callable[[], None]]:
     """A call that asks the engine what `job` asks, fragment by fragment, and does nothing else."""
     run = plan_run(job)
     with session(run) as opened:
-        ledger = Ledger(run.context.output)
         calls = []
         for assignment in assign(job, run, prepare_models(job)).in_passes():
             # The prompts of the second step hold the answers of the first.
             answer(assignment)
-            rows, _ = read_prompt_rows(assignment, ledger)
+            rows, _ = read_prompt_rows(assignment, opened.ledger)
             prompts = build_question_prompts(assignment.question, rows)
             calls.append((assignment.question, key_prompts(assignment.question, prompts)[1]))
 
