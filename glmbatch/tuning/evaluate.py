@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from glmbatch.errors import InputError
+from glmbatch.run.job import run_job
 from glmbatch.run.models import locate_model, prepare_model
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import (
@@ -179,8 +180,6 @@ def evaluate(
 
     `folder` is for the job's files and is removed at the end.
     """
-    from glmbatch.run.job import run_job
-
     shutil.rmtree(folder, ignore_errors=True)  # of a killed evaluation
     folder.mkdir(parents=True)
     texts = [row.text for row in held_out.rows]
