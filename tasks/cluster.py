@@ -220,7 +220,7 @@ def _complaint(lock: str, sign: str) -> str | None:
     )
 
 
-def whole_paths(job: JobConfig) -> JobConfig:
+def with_whole_paths(job: JobConfig) -> JobConfig:
     """The job with absolute paths where it has a cluster, whose processes run in other folders."""
     if job.runtime.cluster is None:
         return job

@@ -101,23 +101,23 @@ def _answers(
     Known answers are used as they are. The model is asked about the keys that this fragment holds,
     and about keys of another fragment only where that one failed to commit them.
     """
-    sorted_prompts = triage(question, distinct, known)
+    sorted_out = triage(question, distinct, known)
     mine: dict[bytes, Prompt] = {}
     others: dict[bytes, Prompt] = {}
-    for key, prompt in sorted_prompts.to_ask.items():
+    for key, prompt in sorted_out.to_ask.items():
         if key in hold.mine:
             mine[key] = prompt
         else:
             others[key] = prompt
     asked = ask(question, mine, session) if mine else Asked(time.time(), {})
-    parts = [sorted_prompts.known]
+    parts = [sorted_out.known]
     if others:
         # Fragments in flight may have texts in common; each text is asked by one of them.
         hold.wait_for_others()
-        late = triage(question, others, known)
-        parts.append(late.known)
-        if late.to_ask:  # their holder failed
-            asked.outcomes.update(ask(question, late.to_ask, session).outcomes)
+        second_look = triage(question, others, known)
+        parts.append(second_look.known)
+        if second_look.to_ask:  # their holder failed
+            asked.outcomes.update(ask(question, second_look.to_ask, session).outcomes)
     outcomes = [Answer(outcome, key) for key, outcome in asked.outcomes.items()]
     parts.append(answers_table(question.step, question.model.labels, outcomes))
     session.progress.add(len(distinct) - len(outcomes), computed=False)

@@ -24,12 +24,12 @@ def run_job(job: JobConfig) -> Summary:
     with session(run) as opened:  # the output's lock, engines, known answers, progress
         models = prepare_models(job)
         work = assign(job, run, models)  # a question and a key for each step and fragment
-        receipts = {}
+        receipts = {}  # by answers key, which fragments with the same rows share
         for assignment in work.in_passes():
             receipts[assignment.key] = answer(assignment)
-        outputs = []
+        staged = []
         for fragment in work.fragments:
             answers = [receipts[assignment.key] for assignment in fragment.assignments]
-            outputs.append(write_output(fragment, answers, opened.ledger))
+            staged.append(write_output(fragment, answers, opened.ledger))
         canaries = check_canary(job.canary, work.questions, run.context)
-        return publish(job, run, work.questions, outputs, canaries)
+        return publish(job, run, work.questions, staged, canaries)

@@ -135,8 +135,8 @@ class _Counted:
         question = assignment.question
         prompts = _prompts(assignment, answers)
         keys, distinct = key_prompts(question, prompts)
-        sorted_prompts = triage(question, distinct, self._known[question.name, question.key])
-        known = _values_by_key(question, sorted_prompts.known)
+        sorted_out = triage(question, distinct, self._known[question.name, question.key])
+        known = _values_by_key(question, sorted_out.known)
         place = (assignment.fragment.source, question.name)
         self._counts[place]["rows"] += len(prompts)
         values: list[str | RowFault | None] = []
@@ -152,7 +152,7 @@ class _Counted:
                 self._counts[place]["reused"] += 1
                 continue
             self._count_asked(place, prompt)
-            reason = FAILED if key in sorted_prompts.failed else self._changes[question.name]
+            reason = FAILED if key in sorted_out.failed else self._changes[question.name]
             self._reasons[place][reason or NEW] += 1
             if key is not None:
                 self._asked[question.key].add(key)

@@ -64,7 +64,7 @@ class Collected:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class Results:
     """What a run did. `failures` has a line for each file left out and each row that failed."""
 
     summary: Summary
@@ -89,33 +89,35 @@ def publish(
         audits = _review(job, run, collected, canaries)
     except AuditError as error:
         # Perhaps every row failed; the list of them is for people.
-        done = _look_back(run, questions, collected, job.data.id_column, MOST_REFUSED)
-        raise _refuse(job, collected, done, error) from error
+        results = _measure_run(run, questions, collected, job.data.id_column, MOST_REFUSED)
+        raise _refusal(job, collected, results, error) from error
     # Before the files move, while each is where its receipt says.
-    done = _look_back(run, questions, collected, job.data.id_column)
+    results = _measure_run(run, questions, collected, job.data.id_column)
     # A fault may be of answers that an earlier run committed under another `on_error`.
-    if done.failures and run.context.raises:
-        raise _bad_row(run, done.failures[0])
+    if results.failures and run.context.raises:
+        raise _bad_row(run, results.failures[0])
     drop_missing = job.data.missing_sources == "drop"
-    kept_sources = _release(run, questions, collected, done.failures, drop_missing=drop_missing)
-    summary = done.summary.model_copy(
+    kept_sources = _release(run, questions, collected, results.failures, drop_missing=drop_missing)
+    summary = results.summary.model_copy(
         update={
-            "quarantined": job.on_error == "quarantine" and bool(done.failures),
+            "quarantined": job.on_error == "quarantine" and bool(results.failures),
             "kept_sources": kept_sources,
             "audits": audits,
             "seconds": time.time() - run.context.began,
         }
     )
-    report = write_report(job, summary, done.measures, collected.last_run)
+    report = write_report(job, summary, results.measures, collected.last_run)
     return summary.model_copy(update={"report": report})
 
 
-def _refuse(job: JobConfig, collected: Collected, done: Done, error: AuditError) -> AuditError:
+def _refusal(
+    job: JobConfig, collected: Collected, results: Results, error: AuditError
+) -> AuditError:
     """Report a run that publishes nothing; the error that says where to look."""
     reason = f"{job.data.output}: nothing published: {error}"
-    listed = _list_refused(collected, done.failures[:MOST_REFUSED])
-    summary = done.summary.model_copy(update={"refused": reason})
-    report = write_report(job, summary, done.measures, collected.last_run)
+    listed = _list_refused(collected, results.failures[:MOST_REFUSED])
+    summary = results.summary.model_copy(update={"refused": reason})
+    report = write_report(job, summary, results.measures, collected.last_run)
     about = f" Read about the run: {report}." if report else ""
     return AuditError(f"{reason}{listed}{about}")
 
@@ -142,7 +144,7 @@ def _collect(run: Run, outputs: Sequence[OutputReceipt]) -> Collected:
     unusable = list(run.plan.unusable)
     for output in current:
         if output.unusable is None:
-            written.append(_named(run, output))
+            written.append(_with_published_name(run, output))
             continue
         fragment = output.fragment
         unusable.append(
@@ -162,7 +164,7 @@ def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
     return output.model_copy(update={"answers": receipts})
 
 
-def _named(run: Run, output: OutputReceipt) -> OutputReceipt:
+def _with_published_name(run: Run, output: OutputReceipt) -> OutputReceipt:
     """The output under its published name: in a Delta table the digest is part of it."""
     if run.context.format == "parquet":
         return output
@@ -171,13 +173,13 @@ def _named(run: Run, output: OutputReceipt) -> OutputReceipt:
     return output.model_copy(update={"output_name": name})
 
 
-def _look_back(
+def _measure_run(
     run: Run,
     questions: Sequence[Question],
     collected: Collected,
     id_column: str | None,
     most_failures: int | None = None,
-) -> Done:
+) -> Results:
     """What the run did, from its receipts and one reading of each output file."""
     steps = []
     for question in questions:
@@ -186,7 +188,7 @@ def _look_back(
         steps.append(ReportedStep(question.name, classifies, sources))
     written = collected.written
     reading = read_outputs(steps, written, collected.ledger, id_column, most_failures)
-    return Done(
+    return Results(
         summary=_summarize(run, questions, collected, reading.rows),
         measures=measure(steps, run.context.id, written, reading),
         failures=[*_files_left_out(collected), *reading.failures],

@@ -65,7 +65,7 @@ class PromptInputs(BaseModel, frozen=True, extra="forbid"):
 
 
 class Run(BaseModel, frozen=True, extra="forbid"):
-    """One run of a job: its context, its fragments, and each step's inputs by the step's name."""
+    """One run of a job: its context, its fragments, and each step's prompt inputs by step name."""
 
     context: RunContext
     plan: Plan

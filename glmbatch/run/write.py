@@ -22,8 +22,8 @@ def write_output(
 ) -> OutputReceipt:
     """Write the fragment's rows with all `answers` beside them; staged, not yet public.
 
-    A fragment that cannot be read gives a receipt that says so; under `on_error: raise` it is an
-    InputError.
+    A fragment that cannot be read returns a receipt with the reason in `unusable`; under `on_error:
+    raise` it is an InputError.
     """
     receipt = OutputReceipt(
         key=work.key,

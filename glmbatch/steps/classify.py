@@ -61,7 +61,8 @@ def ask_choices(
     engine: Engine,
     tokenizer: Tokenizer,
 ) -> Iterator[tuple[bytes, Choice | RowFault]]:
-    """Ask the engine about each prompt; give each key with its choice as it is ready, in any order.
+    """Ask the engine about each prompt; yield pairs of row key and choice as they are ready, in any
+    order.
 
     A checkpoint with `head_labels` answers by its trained head, any other by the likelihood of the
     step's labels.
@@ -113,7 +114,7 @@ def choose_by_likelihood(
     exclusive = []
     for index in range(len(label_ids)):
         longer = [log_likelihoods[other] for other in _next_longer(label_ids, index)]
-        exclusive.append(_without(log_likelihoods[index], longer))
+        exclusive.append(_log_subtract(log_likelihoods[index], longer))
     return choose(labels, exclusive)
 
 
@@ -135,7 +136,7 @@ def _begins(label_ids: Sequence[tuple[int, ...]], index: int, other: int) -> boo
     return len(label_ids[other]) > len(start) and label_ids[other][: len(start)] == start
 
 
-def _without(whole: float, parts: Sequence[float]) -> float:
+def _log_subtract(whole: float, parts: Sequence[float]) -> float:
     """log(exp(whole) - sum(exp(parts))); the parts are shares of the whole, up to rounding."""
     share = math.fsum(math.exp(part - whole) for part in parts)
     return whole + math.log1p(-share) if share < 1 else -math.inf
@@ -150,4 +151,5 @@ def choose(labels: Sequence[str], log_weights: Sequence[float]) -> Choice:
     weights = [math.exp(weight - top) for weight in log_weights]
     total = math.fsum(weights)  # exact, so no order of the labels changes the last bit of a score
     scores = {label: weight / total for label, weight in zip(labels, weights, strict=True)}
+    # Ties go to the first label of the alphabet.
     return Choice(min(labels, key=lambda label: (-scores[label], label)), scores)
