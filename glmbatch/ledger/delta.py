@@ -1,7 +1,9 @@
-"""A Delta Lake table over published files: its readers see each publication whole, or the one before. Knows no jobs.
+"""A Delta Lake table over published files, whose readers see a publication whole or not at all.
 
-The table is a log, OUTPUT/_delta_log, that names the Parquet files of each version. Files of earlier versions stay for
-those who still read them; Delta's own `vacuum` takes them away.
+Knows no jobs.
+
+The table is a log, OUTPUT/_delta_log, that names the Parquet files of each version. Files of
+earlier versions stay for those who still read them; Delta's own `vacuum` takes them away.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from glmbatch.store.paths import Address, AnyPath
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
+    from deltalake.transaction import AddAction, RemoveAction
 
 LOG = "_delta_log"
 APPLICATION = "glmbatch"  # the name under which the log counts our publications
@@ -52,7 +55,7 @@ HINT = "Set data.format to parquet, or leave the column out."
 
 
 def check_sources(output: Address, sources: Mapping[str, Address], staying: Sequence[str]) -> None:
-    """InputError when the Parquet files `sources` (name to path) cannot stand in the table of `output`.
+    """InputError when the Parquet files `sources` (name to path) do not fit the table of `output`.
 
     The files `staying` of the table, by name, stay there beside them.
     """
@@ -60,7 +63,8 @@ def check_sources(output: Address, sources: Mapping[str, Address], staying: Sequ
         import deltalake  # noqa: F401
     except ImportError as error:
         raise InputError(
-            "data.format is delta, and deltalake is not installed. Run pip install 'glmbatch[delta]'."
+            "data.format is delta, and deltalake is not installed. Run pip install "
+            "'glmbatch[delta]'."
         ) from error
     root = _local(output)
     with _delta_errors(root):
@@ -75,9 +79,10 @@ def check_sources(output: Address, sources: Mapping[str, Address], staying: Sequ
 
 
 def delta_schema(where: str, schema: pa.Schema) -> pa.Schema:
-    """`schema` in types that Delta Lake has; InputError, beginning with `where`, for a column that has none.
+    """`schema` in the types of Delta Lake. InputError, naming `where`, if a column has none.
 
-    Unsigned integers become the next wider ones, times are cut to microseconds, text without a type becomes text.
+    Unsigned integers become the next wider ones, times are cut to microseconds, text without a type
+    becomes text.
     """
     return pa.schema([_delta_field(where, field) for field in schema], schema.metadata)
 
@@ -86,7 +91,8 @@ def _delta_field(where: str, field: pa.Field) -> pa.Field:
     kind = _delta_type(field.type)
     if kind is None:
         raise InputError(
-            f"{where}: column {field.name!r} holds {field.type}, for which Delta Lake has no type. {HINT}"
+            f"{where}: column {field.name!r} holds {field.type}, for which Delta Lake has no "
+            f"type. {HINT}"
         )
     return pa.field(field.name, kind, nullable=True)
 
@@ -129,7 +135,7 @@ def _delta_nested(kind: pa.DataType) -> pa.DataType | None:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """The next version of a table: its columns and partition columns, and how they take the place of the last ones."""
+    """The next version of a table: its columns, and how they replace those of the last one."""
 
     columns: pa.Schema
     partitions: list[str]
@@ -142,12 +148,13 @@ def _local(root: Address) -> Path:
     if local is not None:
         return local
     raise InputError(
-        f"{root}: a Delta table is written on this machine only. Set data.format to parquet, or data.output."
+        f"{root}: a Delta table is written on this machine only. Set data.format to parquet, or "
+        "data.output."
     )
 
 
 def plan_commit(root: AnyPath, files: Mapping[str, AnyPath]) -> Commit:
-    """How the table in `root` comes to consist of just `files` (name below `root` to where each lies now).
+    """How the table in `root` comes to hold just `files` (name below `root` to where it lies now).
 
     InputError when they cannot stand in one table; nothing is written.
     """
@@ -161,53 +168,75 @@ def plan_commit(root: AnyPath, files: Mapping[str, AnyPath]) -> Commit:
 
 
 def commit_table(root: AnyPath, rows: Mapping[str, int], commit: Commit) -> None:
-    """Make the table in `root` consist of just the files `rows` (name below `root` to number of rows), in one commit.
+    """Make the table in `root` hold just the files `rows` (name to number of rows), in one commit.
 
-    Safe to repeat: what is there already is not committed again. The commit reaches the disk before the return.
+    Safe to repeat: a table that holds them is not committed again. The commit reaches the disk before
+    the return.
     """
     from deltalake import CommitProperties, Schema, Transaction
-    from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
+    from deltalake.transaction import create_table_with_add_actions
 
     if commit.known == set(rows):
         return
-    now, partitions, root = int(time.time() * 1000), commit.partitions, _local(root)
+    root = _local(root)
     with _delta_errors(root), writable(root / LOG):
         table = _open(root)
         version = table.transaction_version(APPLICATION) if table is not None else None
-        once = CommitProperties(
-            app_transactions=[Transaction(APPLICATION, (version or 0) + 1, now)]
-        )
-        adds = [
-            AddAction(
-                name,
-                (root / name).stat().st_size,
-                partition_values(name, partitions),
-                now,
-                True,
-                json.dumps({"numRecords": rows[name]}),
-            )
-            for name in rows
-            if name not in commit.known
-        ]
+        # For other tools, which count our publications by it.
+        transaction = Transaction(APPLICATION, (version or 0) + 1, int(time.time() * 1000))
+        properties = CommitProperties(app_transactions=[transaction])
         schema = Schema.from_arrow(commit.columns)
+        adds = _adds(root, rows, commit)
         if table is None:
             create_table_with_add_actions(
-                str(root), schema, adds, partition_by=partitions, commit_properties=once
+                str(root),
+                schema,
+                adds,
+                partition_by=commit.partitions,
+                commit_properties=properties,
             )
         else:
             _grow(table, commit)
-            gone = [
-                RemoveAction(name, True, now, None, partition_values(name, partitions))
-                for name in sorted(commit.known - set(rows))
-            ]
-            actions: list[AddAction | RemoveAction] = (
-                [*adds] if commit.mode == "overwrite" else [*gone, *adds]
-            )
+            # An overwrite removes all other files by itself.
+            removes = _removes(rows, commit) if commit.mode == "append" else []
             table.create_write_transaction(
-                actions, commit.mode, schema, partitions, commit_properties=once
+                [*removes, *adds],
+                commit.mode,
+                schema,
+                commit.partitions,
+                commit_properties=properties,
             )
+        # The log's last entries: a new column joins in a commit of its own before the files.
         for path in (*sorted((root / LOG).glob("*.json"))[-2:], root / LOG, root):
             sync(path)
+
+
+def _adds(root: Path, rows: Mapping[str, int], commit: Commit) -> list[AddAction]:
+    """The log's entries for files that the last version lacks."""
+    from deltalake.transaction import AddAction
+
+    now = int(time.time() * 1000)
+    adds = []
+    for name in rows:
+        if name in commit.known:
+            continue
+        size_bytes = (root / name).stat().st_size
+        statistics = json.dumps({"numRecords": rows[name]})
+        values = partition_values(name, commit.partitions)
+        adds.append(AddAction(name, size_bytes, values, now, True, statistics))
+    return adds
+
+
+def _removes(rows: Mapping[str, int], commit: Commit) -> list[RemoveAction]:
+    """The log's entries for files of the last version that the next one lacks."""
+    from deltalake.transaction import RemoveAction
+
+    now = int(time.time() * 1000)
+    removes = []
+    for name in sorted(commit.known - set(rows)):
+        values = partition_values(name, commit.partitions)
+        removes.append(RemoveAction(name, True, now, None, values))
+    return removes
 
 
 def _grow(table: DeltaTable, commit: Commit) -> None:
@@ -226,7 +255,7 @@ def _grow(table: DeltaTable, commit: Commit) -> None:
 
 
 def table_files(root: AnyPath) -> set[str]:
-    """Names below `root` of the files of the table's latest version; none when there is no table."""
+    """Names below `root` of the files in the table's latest version; none without a table."""
     with _delta_errors(_local(root)):
         return _live_files(_open(_local(root)))
 
@@ -253,7 +282,7 @@ def _open(root: Path) -> DeltaTable | None:
 
 @contextmanager
 def _delta_errors(root: Path) -> Iterator[None]:
-    """Turn the errors of deltalake into ours; a commit of somebody else in between may pass by itself."""
+    """Turn the errors of deltalake into ours. A conflict with another commit is transient."""
     try:
         yield
     except (GlmbatchError, OSError):
@@ -270,7 +299,7 @@ def _delta_errors(root: Path) -> Iterator[None]:
 def _fit(
     root: Path, table: DeltaTable | None, schemas: Mapping[str, pa.Schema], some_stay: bool
 ) -> tuple[pa.Schema, list[str], bool]:
-    """The table's columns with these files in it, its partition columns, and whether it only grows for that."""
+    """The table's columns and partition columns with these files, and whether columns only join."""
     partitions = _partition_columns(schemas)
     columns = pa.schema(
         [*_one_schema(schemas), *(pa.field(name, pa.string()) for name in partitions)]
@@ -279,7 +308,8 @@ def _fit(
         return columns, partitions, True
     if schemas and table.metadata().partition_columns != partitions:
         raise InputError(
-            f"{root}: its partition columns are {table.metadata().partition_columns}, those of this run {partitions}. "
+            f"{root}: its partition columns are {table.metadata().partition_columns}, those of "
+            f"this run {partitions}. "
             "Set data.output."
         )
     there = delta_schema(str(root), pa.schema(table.schema().to_arrow()))
@@ -299,7 +329,7 @@ def partition_values(name: str, columns: list[str]) -> dict[str, str | None]:
 
 
 def _partition_columns(schemas: Mapping[str, pa.Schema]) -> list[str]:
-    """The columns that folders such as day=1 give to every file, without those that the files hold themselves."""
+    """The columns that folders such as day=1 give to every file, and that no file holds itself."""
     first: tuple[str, list[str]] | None = None
     for name, schema in schemas.items():
         folders = [part.split("=", 1)[0] for part in PurePosixPath(name).parts[:-1] if "=" in part]
@@ -307,7 +337,8 @@ def _partition_columns(schemas: Mapping[str, pa.Schema]) -> list[str]:
         first = first or (name, columns)
         if columns != first[1]:
             raise InputError(
-                f"{name}: its folders give the columns {columns}, those of {first[0]} give {first[1]}; a Delta table "
+                f"{name}: its folders give the columns {columns}, those of {first[0]} give "
+                f"{first[1]}; a Delta table "
                 "has one set. Set data.format to parquet."
             )
     return first[1] if first else []
@@ -326,12 +357,14 @@ def _one_schema(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
         for field in schema:
             if (other := folded.setdefault(field.name.casefold(), field.name)) != field.name:
                 raise InputError(
-                    f"{name}: a Delta table does not tell column {field.name!r} from {other!r}. {HINT}"
+                    f"{name}: a Delta table does not tell column {field.name!r} from {other!r}. "
+                    f"{HINT}"
                 )
             first, kind = kinds.setdefault(field.name, (name, field.type))
             if field.type != kind:
                 raise InputError(
-                    f"{name}: column {field.name!r} holds {field.type}, in {first} it holds {kind}; a Delta table has "
+                    f"{name}: column {field.name!r} holds {field.type}, in {first} it holds "
+                    f"{kind}; a Delta table has "
                     "one type. Set data.format to parquet."
                 )
     return pa.schema([(name, kind) for name, (_, kind) in kinds.items()])

@@ -1,7 +1,7 @@
-"""Which files there are, whether the job fits them, and how they are cut into fragments. Reads footers, no rows.
+"""Which files there are, whether the job fits them, and how they are cut into fragments.
 
-A fragment is a row range of one file: the unit of work, of retry and of commit. Its name is the file's path below the
-input and its first row, so new files rename nothing.
+A fragment is a row range of one file: the unit of work, of retry and of commit. Its name is the
+file's path below the input and its first row, so new files rename nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from glmbatch.store.paths import AnyPath
 class Fragment(BaseModel, frozen=True, extra="forbid"):
     """Rows `first_row` to `first_row + rows` of one file, and the row groups that hold them.
 
-    `skip_rows` of the first row group belong to the fragment before. `digest` is that of the whole file, `stamp` its
-    size in bytes and time of change in nanoseconds (in a store: the number of its ETag) when it was planned.
+    `skip_rows` of the first row group belong to the fragment before. `digest` is that of the whole
+    file, `stamp` its size in bytes and time of change in nanoseconds (in a store: the number of its
+    ETag) when it was planned.
     """
 
     source: str
@@ -60,7 +61,10 @@ class FileFault(BaseModel, frozen=True, extra="forbid"):
 
 
 class Plan(BaseModel, frozen=True, extra="forbid"):
-    """All fragments of a run, file by file, and the files that cannot be used. Sources are named from `root`."""
+    """All fragments of a run, file by file, and the files that cannot be used.
+
+    Sources are named from the folder `root`.
+    """
 
     root: str
     fragments: tuple[Fragment, ...]
@@ -74,7 +78,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True, slots=True)
 class NeededColumn:
-    """A column that prompts or error lists read, and the setting that names it; `is_text` when it must hold text."""
+    """A column that a job reads, and the setting that names it; `is_text` if it must hold text."""
 
     name: str
     setting: str
@@ -83,7 +87,10 @@ class NeededColumn:
 
 @dataclass(frozen=True, slots=True)
 class SchemaNeeds:
-    """What a job asks of each file's schema: the columns it reads, and the steps by the columns that they write."""
+    """What a job asks of each file's schema.
+
+    `read` are the columns it reads, `written` the step of each column that it writes.
+    """
 
     read: tuple[NeededColumn, ...]
     written: Mapping[str, str]
@@ -94,8 +101,9 @@ def plan_fragments(
 ) -> Plan:
     """Check every file of the input against the job's `needs` and cut it into fragments.
 
-    InputError when the job fits no file or an answer's name collides, or, with `raise_faults`, when any file cannot
-    be used; else such files are listed in the plan. Without `digests` nothing but footers is read.
+    InputError when the job fits no file or an answer's name collides, or, with `raise_faults`, when
+    any file cannot be used; else such files are listed in the plan. Without `digests` nothing but
+    footers is read.
     """
     root, names = find_files(data.input)
     _refuse_nesting(root, names, data)
@@ -146,13 +154,14 @@ def _refuse_same_output(ranges: list[Fragment]) -> None:
         first = sources.setdefault(fragment.output_name, fragment.source)
         if first != fragment.source:
             raise InputError(
-                f"{first} and {fragment.source} would both be written to {fragment.output_name}. Rename one, or set "
+                f"{first} and {fragment.source} would both be written to {fragment.output_name}. "
+                "Rename one, or set "
                 "data.input to leave it out."
             )
 
 
 def _refuse_nesting(root: AnyPath, names: list[str], data: DataConfig) -> None:
-    """Answers must not lie where the next run, or a reader of the output, would take them for something else."""
+    """Refuse an output that the next run would read as rows, or that holds the input."""
     output = real_path(data.output)
     with naming("data.output"):
         is_file = output.exists() and not output.is_dir()
@@ -161,23 +170,26 @@ def _refuse_nesting(root: AnyPath, names: list[str], data: DataConfig) -> None:
     recursive = real_path(data.input).is_dir() or "**" in data.input
     if recursive and output.is_relative_to(real_path(root)):
         raise InputError(
-            f"{data.output}: lies inside the input {root}, so answers would be read as rows. Set data.output."
+            f"{data.output}: lies inside the input {root}, so answers would be read as rows. Set "
+            "data.output."
         )
     for name in names:
         if output in real_path(root / name).parents:
             raise InputError(
-                f"{data.output}: holds the input file {root / name}. Set data.output to a folder of its own."
+                f"{data.output}: holds the input file {root / name}. Set data.output to a folder "
+                "of its own."
             )
 
 
 def _fragments_of(
     root: AnyPath, name: str, given: AnyPath, rows_per_fragment: int, needs: SchemaNeeds
 ) -> list[Fragment]:
-    """The fragments of one file; `given` is the folder or file of the setting, out of which no link may lead."""
+    """The fragments of one file. No link may lead out of `given`, which the setting names."""
     path = root / name
     if not real_path(path).is_relative_to(given):
         raise UnusableFile(
-            f"{path}: is a link that leads out of the input. Copy the file, or set data.input to it."
+            f"{path}: is a link that leads out of the input. Copy the file, or set data.input to "
+            "it."
         )
     with readable(path):
         stamp = stamp_file(path)
@@ -209,8 +221,8 @@ def _fragments_of(
 def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds) -> None:
     """Check that the job's prompts and answers fit a file of this schema.
 
-    InputError for a name that collides; UnusableFile for a column that is missing or holds no text, because other
-    files may have it.
+    InputError for a name that collides; UnusableFile for a column that is missing or holds no text,
+    because other files may have it.
     """
     folders = [part.split("=", 1)[0] for part in PurePosixPath(name).parts[:-1] if "=" in part]
     taken = {column.casefold(): column for column in [*folders, *schema.names]}
@@ -240,17 +252,21 @@ def read_fragment(
     with readable(fragment.path):
         if stamp_file(fragment.path) != fragment.stamp:
             raise UnusableFile(
-                f"{fragment.path}: was changed while the run read it. Run again when it is complete."
+                f"{fragment.path}: was changed while the run read it. Run again when it is "
+                "complete."
             )
 
 
 def cut(
     group_rows: list[int], rows_per_fragment: int
 ) -> Iterator[tuple[int, int, tuple[int, ...], int]]:
-    """Cut row groups of the given sizes into ranges: (first row, rows, row groups, rows to skip in the first group).
+    """Cut row groups of the given sizes into ranges.
 
-    Whole row groups are put together up to `rows_per_fragment`, so that none is read twice; only a larger one is
-    cut itself. A file without rows is one range of none, so that it has its place in the output.
+    A range is (first row, rows, row groups, rows to skip in the first group).
+
+    Whole row groups are put together up to `rows_per_fragment`, so that none is read twice; only a
+    larger one is cut itself. A file without rows is one range of none, so that it has its place in
+    the output.
     """
     first_row = 0
     pending: list[int] = []

@@ -1,11 +1,11 @@
 """The output folder is the only memory of what is done. Nothing here knows of models.
 
     OUTPUT/_glmbatch/answers/<answers key>.<digest>.parquet    answers of one step over one fragment
-    OUTPUT/_glmbatch/staged/<output key>.<digest>.parquet      output files that wait for publication
-    OUTPUT/_glmbatch/lock                                      held by the run that writes; in a store: lock.<number>
+    OUTPUT/_glmbatch/staged/<output key>.<digest>.parquet      output files before publication
+    OUTPUT/_glmbatch/lock                                      of the run; in a store lock.<number>
 
-Each file carries its receipt in its footer and appears by one rename. A kill at any moment leaves it whole or absent,
-and the next run finds it. What is public lies beside these: see publication.py.
+Each file carries its receipt in its footer and appears by one rename. A kill at any moment leaves
+it whole or absent, and the next run finds it. What is public lies beside these: see publication.py.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LOCK = "_glmbatch/lock"
 
 
 class Ledger:
-    """The output folder of one job. Safe to use from several threads; a run has one in each process."""
+    """The output folder of one job. Safe to use from threads; a run has one in each process."""
 
     def __init__(self, output: str | Path) -> None:
         self.folder = Folder(output)
@@ -54,10 +54,10 @@ class Ledger:
         self._recent = Recent()
 
     def open(self, run: str = "") -> None:
-        """Make the folder, prove that it can be written, and keep all but `run` from writing to it until `close`.
+        """Make the folder, prove that it can be written, and lock it for `run` until `close`.
 
-        InputError when it cannot be written or another run holds it. The lock of a process that died is free; in a
-        store, after some minutes.
+        InputError when it cannot be written or another run holds it. The lock of a process that
+        died is free; in a store, after some minutes.
         """
         hold(self.root / LOCK, run)
 
@@ -79,8 +79,9 @@ class Ledger:
     ) -> AnswersReceipt | None:
         """The answers under `key` that `run` may use: whole, and with nothing to ask again.
 
-        Rows on which the model failed are asked again by each new run; those of `run` stand. So are rows that had no
-        prompt because of such a failure: `earlier` maps the steps that the prompts use to their answers keys.
+        Rows on which the model failed are asked again by each new run; those of `run` stand. So are
+        rows that had no prompt because of such a failure: `earlier` maps the steps that the prompts
+        use to their answers keys.
         """
         found = self._find(self.root / ANSWERS, key, AnswersReceipt)
         if found is None:
@@ -96,14 +97,14 @@ class Ledger:
         return receipt
 
     def answers_receipt(self, key: str) -> AnswersReceipt:
-        """The receipt of the committed answers under `key`. TransientError if they are not there."""
+        """The receipt of the committed answers under `key`. TransientError if there are none."""
         found = self._find(self.root / ANSWERS, key, AnswersReceipt)
         if found is None:
             raise self._missing(key)
         return found[0]
 
     def read_answers(self, key: str) -> tuple[AnswersReceipt, pa.Table]:
-        """The receipt and the table of the committed answers under `key`. TransientError if they are not there."""
+        """The receipt and the table of the answers under `key`. TransientError without any."""
         found = find_whole(self.root / ANSWERS, key)
         if found is None:
             raise self._missing(key)
@@ -124,7 +125,8 @@ class Ledger:
         return read
 
     def _missing(self, key: str) -> TransientError:
-        # Or another machine of a cluster has just written them, and a shared folder does not show them yet.
+        # Or another machine of a cluster has just written them, and a shared folder does not show
+        # them yet.
         return TransientError(
             f"{self.root / ANSWERS}: the answers {key} are not there. Run the job again."
         )
@@ -132,7 +134,7 @@ class Ledger:
     def _find(
         self, folder: AnyPath, key: str, kind: type[Receipt]
     ) -> tuple[Receipt, AnyPath, str] | None:
-        """The receipt, the path and the digest of the file under `key` in `folder`, if it is whole."""
+        """The receipt, path and digest of the file under `key` in `folder`, if it is whole."""
         found = find_whole(folder, key)
         if found is None:
             return None
@@ -156,7 +158,7 @@ class Ledger:
         return receipt
 
     def keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
-        """Commit the answers of one step over one fragment in place of earlier ones; safe to repeat."""
+        """Commit the answers of a step over a fragment, replacing earlier ones; safe to repeat."""
         with self._committing:  # fragments with the same rows have the same key
             return self._keep_answers(receipt, table)
 
@@ -177,7 +179,8 @@ class Ledger:
         for path in folder.glob(f"{receipt.key}.*.parquet"):
             other = self._receipt_of(path, AnswersReceipt)
             (mine if other is not None and other.run == receipt.run else others).append(path)
-        # Another process may commit the same at once: both keep the same one, so that neither deletes the last.
+        # Another process may commit the same at once: both keep the same one, so that neither
+        # deletes the last.
         kept = min(mine)
         for path in [*others, *mine]:
             if path != kept:
@@ -185,9 +188,10 @@ class Ledger:
         return AnswerFile(kept, receipt.step, digest_in_name(kept))
 
     def answer_files(self, step_key: str) -> Iterator[AnswerFile]:
-        """Every committed file with answers under `step_key`: what is in no published file, then what is.
+        """Every committed file with answers under `step_key`, the unpublished ones first.
 
-        In this order since a killed publication may have put other bytes in the place of a published file.
+        In this order since a killed publication may have put other bytes in the place of a
+        published file.
         """
         for path, receipt in self._unpublished():
             if receipt.step_key == step_key:
@@ -198,7 +202,7 @@ class Ledger:
                     yield AnswerFile(self.root / file.output_name, step, file.digest)
 
     def unpublished_receipts(self) -> Iterator[AnswersReceipt]:
-        """Receipts of committed but unpublished answers, including retries of rows that failed before."""
+        """Receipts of committed, unpublished answers, including retries of rows that failed."""
         published = {(receipt.key, receipt.run) for receipt in self.published_receipts()}
         for _, receipt in self._receipts(self._answers(), AnswersReceipt):
             if (receipt.key, receipt.run) not in published:
@@ -211,7 +215,9 @@ class Ledger:
             yield from receipt.answers
 
     def _unpublished(self) -> Iterator[tuple[AnyPath, AnswersReceipt]]:
-        published = {key for file in self._published() for key in file.answers_keys}
+        published: set[str] = set()
+        for file in self._published():
+            published.update(file.answers_keys)
         paths = [path for path in self._answers() if key_in_name(path) not in published]
         yield from self._receipts(paths, AnswersReceipt)
 
@@ -239,7 +245,7 @@ class Ledger:
         return manifest.files if manifest else ()
 
     def find_output(self, key: str, answers: Sequence[AnswersReceipt]) -> OutputReceipt | None:
-        """The output file under `key`, staged or published, whole, and with just these `answers` in it."""
+        """The whole output file under `key`, staged or published, with just these `answers`."""
         staged = self._find(self.root / STAGED, key, OutputReceipt)
         if staged is not None:
             receipt, _, digest = staged
@@ -260,7 +266,7 @@ class Ledger:
     def stage_output(
         self, receipt: OutputReceipt, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
     ) -> OutputReceipt:
-        """Commit one output file where no reader looks; returns its receipt with the digest of its bytes."""
+        """Commit an output file where no reader looks; returns its receipt, with its digest."""
         folder = self.root / STAGED
         with partial_beside(folder / receipt.key) as partial:
             write_with_receipt(partial, schema, batches, receipt)

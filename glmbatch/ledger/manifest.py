@@ -1,4 +1,4 @@
-"""The manifest: what is published, and which published files stay when a run ends. Knows no models."""
+"""The manifest: what is published, and which published files stay after a run. No models here."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ class PublishedFile(BaseModel, frozen=True, extra="forbid"):
 
 
 class StepOrigin(BaseModel, frozen=True, extra="forbid"):
-    """What a step key was made of, for people: the step's settings, and the identity of its model."""
+    """What a step key was made of, for people: the step's settings, and its model's identity."""
 
     settings: dict[str, Any]
     model: str
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid"):
-    """What is published: the last thing a run writes. A reader that wants all or nothing waits for it.
+    """What is published. A run writes it last; a reader that wants all or nothing waits for it.
 
-    Sources are named from the folder `root`. `replaced` files belong to it no more, and are gone unless a run was
-    killed. `limit` is that of the run: then these are not all rows. `steps` says what its step keys were made of.
-    With the format "delta" the same files are a Delta table, and what was replaced stays for its older versions.
+    Sources are named from the folder `root`. `replaced` files belong to it no more, and are gone
+    unless a run was killed. `limit` is that of the run: then these are not all rows. `steps` says
+    what its step keys were made of. With the format "delta" the same files are a Delta table, and
+    what was replaced stays for its older versions.
     """
 
     run: str
@@ -59,7 +60,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
 
 
 def read_manifest(output: AnyPath) -> Manifest | None:
-    """The manifest of the folder `output`; None when nothing is published there. InputError for another's file."""
+    """The manifest in the folder `output`; None without one. InputError if it is not ours."""
     path = output / MANIFEST
     try:
         with naming("data.output"):
@@ -91,17 +92,22 @@ def staying(  # noqa: PLR0913 - what is published, what is planned, what came of
 ) -> list[PublishedFile]:
     """The published files that a run of `plan` leaves beside its own.
 
-    `written` are the fragments that it could write, all that are planned if None; `damaged` are the sources of which
-    it could not write all. With `step_keys`, those of the run, files of other settings never stay beside new ones.
+    `written` are the fragments that it could write, all that are planned if None; `damaged` are the
+    sources of which it could not write all. With `step_keys`, those of the run, files of other
+    settings never stay beside new ones.
 
     - replaced: the source is in the plan. Its files go.
-    - renamed: the source is gone, and the plan has its bytes under a name that is new for them. Its files go. One new
-      name replaces one old name, so that the rows of a second copy do not go with it.
-    - missing: the source is gone, and nothing took its place. Its files stay, unless `drop_missing`.
-    - damaged: the source that replaces the files could not be written whole. If nothing of it was written, they stay.
-      Else those stay that come from the same bytes and whose rows no new file has.
+    - renamed: the source is gone, and the plan has its bytes under a name that is new for them. Its
+      files go. One new name replaces one old name, so that the rows of a second copy do not go with
+      it.
+    - missing: the source is gone, and nothing took its place. Its files stay, unless
+      `drop_missing`.
+    - damaged: the source that replaces the files could not be written whole. If nothing of it was
+      written, they stay. Else those stay that come from the same bytes and whose rows no new file
+      has.
 
-    All other files stay: their source is there, but this run does not read it. A run with a limit leaves nothing.
+    All other files stay: their source is there, but this run does not read it. A run with a limit
+    leaves nothing.
     """
     if before is None or before.limit is not None:
         return []
@@ -119,7 +125,7 @@ def staying(  # noqa: PLR0913 - what is published, what is planned, what came of
         if step_keys is not None and file.step_keys != step_keys:
             return False
         fragments = new.get(source, [])
-        if not fragments:
+        if not fragments:  # yesterday's rows are better than none
             return True
         same_bytes = file.source_digest == fragments[0].digest
         return same_bytes and not any(_overlap(file, fragment) for fragment in fragments)
@@ -128,11 +134,12 @@ def staying(  # noqa: PLR0913 - what is published, what is planned, what came of
 
 
 def _successors(before: Manifest, plan: Plan, *, drop_missing: bool) -> dict[str, str | None]:
-    """Each published source whose files a run of `plan` replaces, with the source that replaces it (None: nothing)."""
+    """The published sources that a run of `plan` replaces, and by which source (None: dropped)."""
     published: dict[str, list[PublishedFile]] = {}
     for file in before.files:
         published.setdefault(file.source, []).append(file)
     digests = {fragment.source: fragment.digest for fragment in plan.fragments}
+    # Sources of this run by their bytes; in order of names, so that the choice is the same each time.
     heirs: dict[str, list[str]] = {}
     for source, digest in sorted(digests.items()):
         heirs.setdefault(digest, []).append(source)
@@ -152,17 +159,19 @@ def _successors(before: Manifest, plan: Plan, *, drop_missing: bool) -> dict[str
 
 
 def _is_new(published: Sequence[PublishedFile], files: Sequence[PublishedFile]) -> bool:
-    """Whether a source of which `published` is public may be the new name of that of `files`, which has its bytes.
+    """Whether a source, with `published` files so far, may be a new name for the source of `files`.
 
-    A copy that was published too is not: when its original is deleted, the original's rows must not go in silence.
-    A source whose new name could be read only in part last night has some rows public under either name.
+    Both have the same bytes.
+
+    A copy that was published too is not: when its original is deleted, the original's rows must not
+    go in silence. A source whose new name could be read only in part last night has some rows
+    public under either name.
     """
-    return not any(
-        _overlap(file, other)
-        for file in files
-        for other in published
-        if other.source_digest == file.source_digest
-    )
+    for file in files:
+        for other in published:
+            if other.source_digest == file.source_digest and _overlap(file, other):
+                return False
+    return True
 
 
 def _overlap(one: PublishedFile, other: PublishedFile | Fragment) -> bool:

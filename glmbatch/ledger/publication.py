@@ -1,10 +1,10 @@
 """How a run's files become public, all together and safe to repeat. Knows no steps and no models.
 
-OUTPUT/<the input's folders>/<file>-<first row>.parquet    published rows
-OUTPUT/_manifest.json                                      what is published; written last
-OUTPUT/_quarantine.parquet                                 rows that failed, with file, row and reason
-OUTPUT/_glmbatch/publishing.json                           files of publications that were not completed
-OUTPUT/_glmbatch/refused.parquet                           rows that failed in a run that published nothing
+OUTPUT/<the input's folders>/<file>-<first row>.parquet    published rows OUTPUT/_manifest.json
+what is published; written last OUTPUT/_quarantine.parquet                                 rows that
+failed, with file, row and reason OUTPUT/_glmbatch/publishing.json                           files
+of publications that were not completed OUTPUT/_glmbatch/refused.parquet
+rows that failed in a run that published nothing
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ REFUSED = "_glmbatch/refused.parquet"
 def publish(
     ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputReceipt], quarantine: pa.Table
 ) -> None:
-    """Move the staged `outputs` into place, write `manifest`, and delete what was replaced; safe to repeat.
+    """Move staged files into place, write `manifest`, delete what was replaced; safe to repeat.
 
-    If it is killed halfway, the next publication finds in `publishing.json` and the manifest what to delete.
-    Interrupted when another run took over the lock; TransientError when a staged file is gone.
+    If it is killed halfway, the next publication finds in `publishing.json` and the manifest what
+    to delete. Interrupted when another run took over the lock; TransientError when a staged file is
+    gone.
     """
     root = ledger.root
     check_held(root / LOCK)
@@ -83,7 +84,8 @@ def read_quarantine(output: AnyPath, files: Sequence[PublishedFile]) -> list[dic
         ranges.setdefault(file.source, []).append(rows)
 
     def is_of_files(line: dict[str, Any]) -> bool:
-        # A line without a step says why a run could not read something; the next run says so itself.
+        # A line without a step says why a run could not read something; the next run says so
+        # itself.
         of_source = ranges.get(line["source"], ()) if line["step"] else ()
         return any(line["row"] in rows for rows in of_source)
 
@@ -91,7 +93,10 @@ def read_quarantine(output: AnyPath, files: Sequence[PublishedFile]) -> list[dic
 
 
 def write_refused(output: AnyPath, failed: pa.Table) -> AnyPath:
-    """Keep the list of failed rows of a run that publishes nothing, until one publishes; its path."""
+    """Write the failed rows of a run that publishes nothing; returns the path of the list.
+
+    The next publication deletes it.
+    """
     _write_list(output / REFUSED, failed)
     return output / REFUSED
 
@@ -108,7 +113,7 @@ def _announced(root: AnyPath) -> set[str]:
 
 
 def _announce(root: AnyPath, names: Collection[str]) -> None:
-    """Write down which files are about to be moved, so that the next publication knows them if this one is killed."""
+    """Write down which files will be moved, for the next publication if this one is killed."""
     with committed(root / PUBLISHING) as partial:
         partial.write_text(json.dumps(sorted(names)), encoding="utf-8")
 
@@ -133,7 +138,7 @@ def _move_staged(root: Folder, outputs: Sequence[OutputReceipt]) -> None:
         if receipt is None or receipt.key != output.key:
             raise TransientError(f"{path}: its staged file was taken away. Run the job again.")
 
-    for _ in root.map(move_one, outputs):
+    for _ in root.map(move_one, outputs):  # the moves happen as the results are taken
         pass
 
 
@@ -141,13 +146,16 @@ def _delete_replaced(root: Folder, manifest: Manifest, stale: set[str]) -> None:
     names = {file.output_name for file in manifest.files}
     root.delete({*manifest.replaced, *stale} - names)
     (root / PUBLISHING).unlink(missing_ok=True)
+    # The list of a refused run has no more use once another run has published.
     (root / REFUSED).unlink(missing_ok=True)
     remove_tree(root / STAGED)
 
 
 def _sweep(root: AnyPath, manifest: Manifest) -> None:
     """Delete the answers that nothing published uses, and what killed runs left half-written."""
-    used = {key for file in manifest.files for key in file.answers_keys}
+    used: set[str] = set()
+    for file in manifest.files:
+        used.update(file.answers_keys)
     answers: list[AnyPath] = [*(root / ANSWERS).glob("*.parquet")]
     unlink_all(root, [path for path in answers if key_in_name(path) not in used])
     partials = [*root.glob(f".*{PARTIAL}"), *(root / "_glmbatch").rglob(f".*{PARTIAL}")]

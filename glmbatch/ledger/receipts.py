@@ -1,4 +1,4 @@
-"""Receipts: what a committed file says of itself, in its own footer. Knows no folder and no manifest."""
+"""Receipts: what a committed file records about itself in its footer. No folders, no manifest."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ DIGEST_CHARS = 32  # of a digest's 64, in a file's name
 
 
 class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
-    """What became of one step over one fragment. `run` is the run that computed it; seconds are of wall time.
+    """What became of one step over one fragment. `run` computed it; seconds are of wall time.
 
-    `computed_rows` are the prompts that went through the model, `known_rows` those whose answers were found under
-    their row key; together fewer than `rows` where rows repeat or have no prompt. `earlier` names the runs of the
-    answers that the prompts use, by step. `unusable` says why the fragment's rows cannot be read; then there are no
-    answers.
+    `computed_rows` are the prompts that went through the model, `known_rows` those whose answers
+    were found under their row key; together fewer than `rows` where rows repeat or have no prompt.
+    `earlier` names the runs of the answers that the prompts use, by step. `unusable` says why the
+    fragment's rows cannot be read; then there are no answers.
     """
 
     key: str
@@ -54,7 +54,10 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
 
 
 class OutputReceipt(BaseModel, frozen=True, extra="forbid"):
-    """What became of one fragment: its output file, and the answers in it. `digest` is that of the file's bytes."""
+    """What became of one fragment: its output file and the answers in it.
+
+    `digest` is that of the file's bytes.
+    """
 
     key: str
     run: str
@@ -87,7 +90,7 @@ def read_receipt(path: AnyPath, kind: type[Receipt]) -> Receipt | None:
 
 
 def read_with_receipt(path: AnyPath, kind: type[Receipt]) -> tuple[Receipt, pa.Table] | None:
-    """The receipt of `path` and its rows, by one opening of the file; None when there is no sound receipt.
+    """The receipt and the rows of `path`, opened once; None when there is no sound receipt.
 
     UnusableFile when the rows cannot be read.
     """
@@ -101,7 +104,7 @@ def read_with_receipt(path: AnyPath, kind: type[Receipt]) -> tuple[Receipt, pa.T
 
 
 def find_whole(folder: AnyPath, key: str) -> tuple[AnyPath, str] | None:
-    """The path of the file under `key` in `folder` whose bytes match the digest in its name, and their digest.
+    """The file under `key` in `folder` whose bytes match the digest in its name, and their digest.
 
     One that does not match is deleted: it was damaged after it was committed.
     """

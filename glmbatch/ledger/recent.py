@@ -1,4 +1,4 @@
-"""Receipts and answers that this process has just read or written, so that a file is opened once. Reads no files."""
+"""Receipts and answers that this process has read or written lately. Reads no files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 # A receipt takes some 2 KB: 2 MB in all.
 RECEIPTS = 1024
-# The answers of a few fragments: a later step and the output file read what the step before has just committed.
+# The answers of a few fragments: a later step and the output file read what the step before has
+# just committed.
 TABLE_BYTES = 32 << 20
 
 
@@ -26,8 +27,8 @@ class Content:
 class Recent:
     """The content of committed files by their names. Safe to use from several threads.
 
-    A name holds a digest of the file's bytes, so what stands under it never changes. Whoever uses it proves first that
-    the file on disk still has that digest.
+    A name holds a digest of the file's bytes, so what stands under it never changes. Whoever uses
+    it proves first that the file on disk still has that digest.
     """
 
     def __init__(self) -> None:

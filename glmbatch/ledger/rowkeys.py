@@ -1,8 +1,9 @@
 """Identity: when are two answers the same answer. Pure hashing; reads no files.
 
-step key      everything that changes a step's answers: its settings, weights, tokenizer, numerics, code version
-row key       step key + the row's rendered prompt; the same key is the same answer, wherever the row stands
-answers key   step key + the rows of one fragment (by the digest of their file) + the answers its prompts use
+step key      everything that changes a step's answers: its settings, weights, tokenizer, numerics,
+code version row key       step key + the row's rendered prompt; the same key is the same answer,
+wherever the row stands answers key   step key + the rows of one fragment (by the digest of their
+file) + the answers its prompts use
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _digest(parts: object) -> str:
 
 
 def answer_settings(step: Step) -> dict[str, Any]:
-    """The settings of `step` that change its answers; its name, its audits and its model's place do not."""
+    """The settings of `step` that change its answers: not its name, audits or model's path."""
     settings = step.model_dump(mode="json", exclude={"name", "model", "audits"})
     if isinstance(step, GenerateStep):
         # Keys of existing outputs hold what an empty `chat` of a generate step means.
@@ -38,7 +39,7 @@ def answer_settings(step: Step) -> dict[str, Any]:
 
 
 def step_key(step: Step, model_identity: str) -> str:
-    """Key of everything that changes the answers of `step` except the rows; its name and speed settings do not.
+    """Key of all that changes the answers of `step`, except its rows.
 
     `model_identity` stands for weights, tokenizer and numerics.
     """
@@ -51,7 +52,7 @@ def row_key(step_key: str, prompt: str) -> bytes:
 
 
 def row_seed(seed: int, key: bytes) -> int:
-    """Seed of one row's draws, 64 bits: the same for the same row wherever and whenever it is answered."""
+    """Seed of one row's draws, 64 bits: the same wherever and whenever the row is answered."""
     mixed = hashlib.blake2b(key, key=seed.to_bytes(8, "big"), digest_size=8).digest()
     return int.from_bytes(mixed, "big")
 
@@ -65,15 +66,18 @@ def answers_key(
 ) -> str:
     """Key of the answers of the step named `step` over the rows of `fragment`.
 
-    `columns` maps the placeholders of its prompt to source columns.
-    `earlier` maps the steps that its prompt uses to their answers keys. The file's name is no part of it: a renamed
-    file has the same answers. The step's name is: it names the columns.
+    `columns` maps the placeholders of its prompt to source columns. `earlier` maps the steps that
+    its prompt uses to their answers keys. The file's name is no part of it: a renamed file has the
+    same answers. The step's name is: it names the columns.
     """
     rows = [fragment.digest, fragment.first_row, fragment.rows]
     return _digest([step, step_key, rows, dict(columns), dict(earlier)])
 
 
 def output_key(fragment: Fragment, answers: Mapping[str, str], format: str = "parquet") -> str:
-    """Key of the output file of `fragment`: its place, its rows, and the answers beside them (step to answers key)."""
+    """Key of the output file of `fragment`, from its place, its rows and its answers.
+
+    `answers` maps steps to answers keys.
+    """
     place = fragment.model_dump(mode="json", exclude={"path", "stamp"})
     return _digest([place, list(answers.items()), *([] if format == "parquet" else [format])])

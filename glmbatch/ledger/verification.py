@@ -1,4 +1,4 @@
-"""`glmbatch verify`: proof, without a model, that an output is as its manifest says, with all rows of its sources.
+"""`glmbatch verify`: proof, without a model, that an output matches its manifest and its sources.
 
 Reads; changes nothing. A finding names the file, the row where one is to blame, and what is wrong.
 """
@@ -30,9 +30,10 @@ from glmbatch.store.paths import AnyPath
 
 
 class Finding(BaseModel, frozen=True, extra="forbid"):
-    """`wrong`: the output is not what it should be. `unchecked`: its source is gone or was changed since.
+    """`wrong`: the output is not as it should be. `unchecked`: its source is gone or has changed.
 
-    `waiting`: not published, of a run that was refused or killed; what is published is not touched by it.
+    `waiting`: not published, of a run that was refused or killed; what is published is not touched
+    by it.
     """
 
     kind: Literal["wrong", "unchecked", "waiting"]
@@ -64,7 +65,8 @@ def verify(output: str | Path) -> Verification:
     manifest = ledger.manifest()
     if manifest is None:
         raise InputError(
-            f"{output}: there is no {MANIFEST}, so nothing is published here. Give the job's data.output."
+            f"{output}: there is no {MANIFEST}, so nothing is published here. Give the job's "
+            "data.output."
         )
     _source_digest.cache_clear()
     findings = [*_strangers(ledger, manifest), *_mixed_keys(manifest), *_gaps(manifest)]
@@ -151,20 +153,21 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
         ranges[file.source].append(file)
     damaged = {fault.source for fault in manifest.unusable}
     for source, files in ranges.items():
-        at = 0
+        next_row = 0
         for file in sorted(files, key=lambda file: file.first_row):
-            if file.first_row < at:
+            if file.first_row < next_row:
                 yield _wrong(
                     file.output_name,
                     f"has rows of {source} that another file has too",
                     file.first_row,
                 )
-            elif file.first_row > at and source not in damaged:
+            # A damaged source may lack rows; its fault is in the manifest.
+            elif file.first_row > next_row and source not in damaged:
                 yield _wrong(
                     file.output_name,
-                    f"rows {at} to {file.first_row - 1} of {source} are in no file",
+                    f"rows {next_row} to {file.first_row - 1} of {source} are in no file",
                 )
-            at = max(at, file.first_row + file.rows)
+            next_row = max(next_row, file.first_row + file.rows)
         path = Folder(manifest.root) / source
         total = _rows_of(path)
         same = all(file.source_digest == files[0].source_digest for file in files)
@@ -172,11 +175,13 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
         if (
             whole
             and total is not None
-            and at < total
+            and next_row < total
+            # Digested last: only a source that is longer than its answers needs a second look.
             and _source_digest(path) == files[0].source_digest
         ):
             yield _wrong(
-                files[-1].output_name, f"rows {at} to {total - 1} of {source} are in no file"
+                files[-1].output_name,
+                f"rows {next_row} to {total - 1} of {source} are in no file",
             )
 
 
@@ -191,7 +196,8 @@ def _rows_of(path: AnyPath) -> int | None:
 def _file_findings(
     root: AnyPath, manifest: Manifest, file: PublishedFile, faulty: Counter[str]
 ) -> Iterator[Finding]:
-    path, name = root / file.output_name, file.output_name
+    name = file.output_name
+    path = root / name
     if not path.is_file():
         yield _wrong(name, "is gone")
         return
@@ -232,7 +238,7 @@ def _receipt_findings(file: PublishedFile, receipt: OutputReceipt) -> Iterator[F
 def _answer_findings(
     path: AnyPath, file: PublishedFile, receipt: OutputReceipt, faulty: Counter[str]
 ) -> Iterator[Finding]:
-    """Every row has an answer or a reason, for every step; and as many reasons as the receipt counts."""
+    """Every row has an answer or a reason for every step, and the receipt counts the reasons."""
     steps = [answers.step for answers in receipt.answers]
     names: list[str] = []
     for step in steps:

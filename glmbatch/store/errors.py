@@ -1,4 +1,4 @@
-"""Whose fault is an error of a file or a store: the caller's, to mend, or the machine's, which passes by itself.
+"""Whose fault an error of a file or a store is: the caller's, to mend, or the machine's, to pass.
 
 What a store's own package (s3fs, gcsfs, adlfs) raises becomes ours:
 
@@ -29,11 +29,13 @@ UNWRITABLE = frozenset(
         errno.ENAMETOOLONG,
     }
 )
-# Reading fails by the device. pyarrow raises OSError for damaged bytes too, without one of these numbers.
+# Reading fails by the device. pyarrow raises OSError for damaged bytes too, without one of these
+# numbers.
 FAILING_DEVICE = frozenset(
     {errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 )
-# Timeout, conflict of two writers, too many requests: these pass by themselves, as does all from 500 on.
+# Timeout, conflict of two writers, too many requests: these pass by themselves, as does all from
+# 500 on.
 PASSING_STATUS = frozenset({408, 409, 425, 429})
 CHANGED_STATUS = 412  # what a read on condition says when other bytes are there now
 EXISTS_STATUS = frozenset(
@@ -50,7 +52,7 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 @contextmanager
 def store_errors(path: PurePath) -> Iterator[None]:
-    """Turn what a store's package raises into ours, except that something is not there, or there already."""
+    """Turn what a store's package raises into ours; FileNotFoundError and FileExistsError stay."""
     try:
         yield
     except (FileNotFoundError, FileExistsError, StoreRefused, TransientError):
@@ -67,7 +69,8 @@ def store_errors(path: PurePath) -> Iterator[None]:
             ) from error
         if isinstance(error, (PermissionError, *_refusing())) or status is not None:
             raise StoreRefused(
-                f"{path}: the store refuses it ({_reason(error)}). Check the address, and credentials and region in "
+                f"{path}: the store refuses it ({_reason(error)}). Check the address, and "
+                "credentials and region in "
                 "the environment."
             ) from error
         raise
@@ -87,7 +90,7 @@ def status_of(error: BaseException | None) -> int | None:
 
 
 def _reason(error: BaseException) -> str:
-    """What happened in a word or two: the package's own text may tell more than a log should have."""
+    """What happened, in a word or two: the package's text may hold more than a log should."""
     cause = error.__cause__ or error
     response = getattr(cause, "response", None)
     return (

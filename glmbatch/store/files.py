@@ -1,4 +1,4 @@
-"""Files by name: finding inputs, committing outputs, digests. On this machine or in an object store, by the same calls.
+"""Files by name, on this machine or in a store: finding inputs, committing outputs, digests.
 
 Knows nothing of what is in a file.
 """
@@ -23,9 +23,10 @@ PARTIAL = ".partial"
 def find_files(pattern: str) -> tuple[AnyPath, list[str]]:
     """The folder that the matching files are named from, and their sorted POSIX paths below it.
 
-    A folder stands for every `.parquet` file below it. Names that start with a dot or an underscore are skipped, as
-    Arrow, Spark and DuckDB skip them, and links to folders are not followed. Files are named from above the partition
-    folders (`day=1`), so a run over one day names them as a run over all days does. InputError when nothing matches.
+    A folder stands for every `.parquet` file below it. Names that start with a dot or an underscore
+    are skipped, as Arrow, Spark and DuckDB skip them, and links to folders are not followed. Files
+    are named from above the partition folders (`day=1`), so a run over one day names them as a run
+    over all days does. InputError when nothing matches.
     """
     with naming("data.input"):
         root, names = _find(location(pattern), pattern)
@@ -56,7 +57,8 @@ def _find(whole: AnyPath, pattern: str) -> tuple[AnyPath, list[str]]:
         raise InputError(f"{pattern}: no such file or folder{seen}. Set data.input.")
     if not names:
         raise InputError(
-            f"{pattern}: no Parquet file matches (hidden and _underscore names are skipped). Set data.input."
+            f"{pattern}: no Parquet file matches (hidden and _underscore names are skipped). Set "
+            "data.input."
         )
     return root, names
 
@@ -130,7 +132,7 @@ def exists(address: Address) -> bool:
 
 
 def stamp_file(address: Address) -> tuple[int, int]:
-    """The size of a file in bytes and the time of its last change in nanoseconds (in a store: its ETag's number)."""
+    """A file's size in bytes and time of change in nanoseconds (in a store: its ETag's number)."""
     status = location(address).stat()
     return status.st_size, status.st_mtime_ns
 
@@ -138,7 +140,8 @@ def stamp_file(address: Address) -> tuple[int, int]:
 def real_path(address: Address) -> AnyPath:
     """The path that `address` leads to, whole and without links. A store has no links."""
     path = location(address)
-    # Unlike Path.resolve, realpath raises nothing where links go in a circle: opening the file does.
+    # Unlike Path.resolve, realpath raises nothing where links go in a circle: opening the file
+    # does.
     return Path(os.path.realpath(path)) if isinstance(path, Path) else path
 
 
@@ -163,9 +166,10 @@ def digest_file(address: Address) -> str:
 
 @contextmanager
 def partial_beside(address: Address) -> Iterator[Path]:
-    """Give a name beside the file `address` to write to; whatever is left there at the end is removed.
+    """Give a name beside the file `address` to write to; what is left there at the end is removed.
 
-    The name starts with a dot, so no reader takes it for data. What is for a store is first written on this machine.
+    The name starts with a dot, so no reader takes it for data. What is for a store is first written
+    on this machine.
     """
     path = location(address)
     if isinstance(path, ObjectPath):
@@ -185,8 +189,9 @@ def partial_beside(address: Address) -> Iterator[Path]:
 def commit(partial: Path, path: AnyPath) -> None:
     """Make the finished file `partial` be `path`.
 
-    The bytes reach the disk before the rename, and the rename before the return: after a power loss `path` is whole
-    or what it was before. In a store, where a name shows no bytes before it has all, it is written by one upload.
+    The bytes reach the disk before the rename, and the rename before the return: after a power loss
+    `path` is whole or what it was before. In a store, where a name shows no bytes before it has
+    all, it is written by one upload.
     """
     with writable(path):
         if isinstance(path, ObjectPath):
@@ -198,7 +203,10 @@ def commit(partial: Path, path: AnyPath) -> None:
 
 
 def move(there: AnyPath, path: AnyPath) -> None:
-    """Make the committed file `there` be `path`, on the same disk or in the same store, where the first name stays."""
+    """Make the committed file `there` be `path`, on the same disk or in the same store.
+
+    In a store the first name stays.
+    """
     if isinstance(path, ObjectPath) and isinstance(there, ObjectPath):
         path.copy_from(there)
     elif isinstance(there, Path):
@@ -222,7 +230,7 @@ def remove_tree(folder: AnyPath) -> None:
 
 @contextmanager
 def committed(address: Address) -> Iterator[Path]:
-    """Give a name to write to; at the end, and only if nothing failed, it becomes the file `address`.
+    """Give a name to write to; it becomes the file `address` at the end, if nothing failed.
 
     Errors of writing are ours, as `writable` has them.
     """

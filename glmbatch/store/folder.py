@@ -27,7 +27,7 @@ class Folder:
         return self.path if isinstance(self.path, Path) else None
 
     def map(self, work: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-        """What `work` makes of each of `items`, in order. In a store several wait for it at once."""
+        """What `work` makes of each of `items`, in order; in a store, several at once."""
         yield from side_by_side(self.path, work, items)
 
     def existing(self, names: Iterable[str]) -> list[str]:

@@ -1,11 +1,12 @@
 """One run at a time writes to an output. Knows no receipts and no files of it but its own.
 
-On this machine the system holds the lock (`flock`) and frees it when the process ends, however it ends. A store has no
-such thing. There a lock is an object of its own number, OUTPUT/_glmbatch/lock.00000001, and the highest number holds:
+On this machine the system holds the lock (`flock`) and frees it when the process ends, however it
+ends. A store has no such thing. There a lock is an object of its own number,
+OUTPUT/_glmbatch/lock.00000001, and the highest number holds:
 
     take      create the next number, on the condition that it is not there; only one of several can
     keep      write it again every half minute
-    lose      a higher number is there: another run took over, since this one was not heard of for minutes
+    lose      a higher number exists: another run took over after minutes without a renewal
     let go    write that it is free; it stays, so that no number ever comes twice
 """
 
@@ -32,25 +33,24 @@ from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 20.0
-STALE_SECONDS = (
-    180.0  # many heartbeats, so that no store that is slow for a while costs a living run its lock
-)
+# Nine heartbeats: a store that is slow for a while must not cost a living run its lock.
+STALE_SECONDS = 180.0
 # The locks that this process holds, by path, and for which run.
 _LOCKS: dict[str, tuple[str, FileLock | StoreLock]] = {}
 _TAKING = threading.Lock()
-_TOKEN = (
-    uuid.uuid4().hex
-)  # of this process: what it left in a store when that failed in the midst is its own
+# Names this process in a store, so that it knows its own lock when the answer to a write was lost.
+_TOKEN = uuid.uuid4().hex
 
 
 def hold(path: AnyPath, run: str) -> None:
-    """Keep all but `run` from taking the lock `path` until `release`; InputError when another has it."""
+    """Take the lock `path` for `run` until `release`. InputError when another holds it."""
     name = str(path.resolve())
     with _TAKING:
         here = _LOCKS[name][0] if name in _LOCKS else run
         if here != run:
             raise InputError(
-                f"{path.parent.parent}: another run of this process is writing to it. Set data.output."
+                f"{path.parent.parent}: another run of this process is writing to it. Set "
+                "data.output."
             )
         if name not in _LOCKS:
             lock = StoreLock(path, token=_TOKEN) if isinstance(path, ObjectPath) else FileLock(path)
@@ -73,13 +73,13 @@ def check_held(path: AnyPath) -> None:
 
 
 def read_sign(path: Address) -> str:
-    """What the holder wrote into the lock `path`. Empty in a store, which every machine sees alike."""
+    """What the holder wrote into the lock `path`; empty in a store, which all machines share."""
     place = location(path)
     return place.read_text() if isinstance(place, Path) else ""
 
 
 def shows(path: Address, sign: str) -> bool:
-    """Whether the lock `path` holds `sign` as this machine sees it: both stand on the same file system."""
+    """Whether this machine sees `sign` in the lock `path`, as on a shared file system."""
     try:
         return not sign or read_sign(path) == sign
     except OSError:
@@ -87,13 +87,13 @@ def shows(path: Address, sign: str) -> bool:
 
 
 def seconds_until_free(path: Address) -> float:
-    """How long a lock may stay taken after its process died: the system frees one at once, in a store it goes stale."""
+    """How long a lock stays taken after its process died: in a store, until it is stale."""
     return 0 if isinstance(location(path), Path) else STALE_SECONDS + HEARTBEAT_SECONDS / 2
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the file `path` against other processes, waiting for the one that has it; the folder must be there."""
+    """Hold the file `path` against other processes; waits for the one that has it."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -122,7 +122,8 @@ class FileLock:
             holder = os.read(self._handle, 1000).decode(errors="replace") or "another process"
             os.close(self._handle)
             raise InputError(
-                f"{self._path.parent.parent}: {holder} is writing to it. Wait for its end, or set data.output."
+                f"{self._path.parent.parent}: {holder} is writing to it. Wait for its end, or "
+                "set data.output."
             ) from error
         os.ftruncate(self._handle, 0)
         os.write(self._handle, _this_process().encode())
@@ -138,8 +139,8 @@ class FileLock:
 class StoreLock:
     """A lock in a store, kept by a thread from `take` to `let_go`.
 
-    How old another's sign is, is told by the store's clock alone. A process that stood still for too long finds out by
-    `check`, which it asks before it makes anything public.
+    Only the store's clock says how old another's renewal is. A process that stood still for
+    too long finds out by `check`, which it asks before it makes anything public.
     """
 
     def __init__(
@@ -158,12 +159,13 @@ class StoreLock:
         self._thread = threading.Thread(target=self._keep, name="store lock", daemon=True)
 
     def take(self) -> None:
-        """InputError when the store cannot be written, another run holds the lock, or takes it at the same moment."""
+        """InputError when the store cannot be written, or another run holds or takes the lock."""
         now, numbers = self._probe(), self._numbers()
         if numbers and (age := self._age(numbers[-1], now)) <= self._stale_seconds:
             self._refuse(numbers[-1], age)
         self._number = numbers[-1] + 1 if numbers else 1
-        # It may be there by our own first try, whose answer was lost; so what it holds decides, not what `create` says.
+        # It may be there by our own first try, whose answer was lost; so what it holds decides, not
+        # what `create` says.
         self._heard = time.monotonic()
         self._path(self._number).create(self._content())
         there = self._numbers()
@@ -179,7 +181,8 @@ class StoreLock:
         if silent or self._numbers()[-1:] != [self._number]:
             raise Interrupted(
                 f"{self._output}: nothing more is written: nothing was heard of this run for "
-                f"{self._stale_seconds:.0f} s, and another one may have taken over. Run again when that has ended."
+                f"{self._stale_seconds:.0f} s, and another one may have taken over. Run again "
+                "when that has ended."
             )
 
     def let_go(self) -> None:
@@ -209,13 +212,14 @@ class StoreLock:
             self._heard = began
 
     def _probe(self) -> datetime:
-        """What time it is in the store; proves that it can be written, and says where it ignores conditions."""
+        """The store's time. Proves that it can be written; warns if it ignores conditions."""
         path = self._folder / f"writable.{self._token}"
         with writable(self._output):
             path.create(b"")
             if path.create(b""):
                 logger.warning(
-                    "%s: the store ignores If-None-Match, so it cannot be told which of two runs that start at the "
+                    "%s: the store ignores If-None-Match, so it cannot be told which of two runs "
+                    "that start at the "
                     "same moment is first. Start one at a time.",
                     self._output,
                 )
@@ -224,7 +228,7 @@ class StoreLock:
         return now
 
     def _age(self, number: int, now: datetime) -> float:
-        """Seconds since the holder of `number` was heard of; infinite where it let go, or was this process."""
+        """Seconds since lock `number` was last renewed; infinity if it was released or is ours."""
         try:
             sign = self._read(number)
             return (
@@ -241,8 +245,10 @@ class StoreLock:
         except FileNotFoundError:
             holder = "another process"
         raise InputError(
-            f"{self._output}: {holder} is writing to it, last heard of {max(age, 0):.0f} s ago. Wait for its end, or "
-            f"set data.output. If it was killed, it holds nothing {self._stale_seconds:.0f} s after that."
+            f"{self._output}: {holder} is writing to it, last heard of {max(age, 0):.0f} s ago. "
+            "Wait for its end, or "
+            f"set data.output. If it was killed, it holds nothing {self._stale_seconds:.0f} s "
+            "after that."
         )
 
     def _numbers(self) -> list[int]:

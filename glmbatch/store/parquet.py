@@ -1,6 +1,7 @@
 """Read and write columns of Parquet files. Stays in Arrow: no pandas, no tensors, no prompts.
 
-Readers verify page checksums and do not pre-buffer: of a 2 GB file that keeps 0.3-0.5 GB in memory instead of 2.5.
+Readers verify page checksums and do not pre-buffer: of a 2 GB file that keeps 0.3-0.5 GB in memory
+instead of 2.5.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ SMALL_BYTES = 32 << 20  # an object up to this size may be buffered whole: fewer
 
 @contextmanager
 def readable(address: Address) -> Iterator[None]:
-    """Turn whatever reading `path` raises into UnusableFile, or TransientError when the device or store is at fault.
+    """Turn what reading a file raises into UnusableFile, or TransientError if the device failed.
 
-    What a store refuses stays StoreRefused: credentials may expire during a run, and no file is to blame.
+    What a store refuses stays StoreRefused: credentials may expire during a run, and no file is to
+    blame.
     """
     path = location(address)
     try:
@@ -60,7 +62,8 @@ def readable(address: Address) -> Iterator[None]:
 def open_parquet(address: Address) -> Iterator[pq.ParquetFile]:
     """The opened file; reading it inside the `with` raises only our errors.
 
-    Of an object only the parts that are read are fetched, and the parts of a small one side by side.
+    Of an object only the parts that are read are fetched, and the parts of a small one side by
+    side.
     """
     path = location(address)
     if isinstance(path, Path) and path.is_dir():
@@ -82,9 +85,10 @@ def read_rows(
     rows: int,
     columns: Sequence[str] | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Rows `skip_rows` to `skip_rows + rows` of the given row groups, in order, in batches of some thousand rows.
+    """Rows `skip_rows` to `skip_rows + rows` of the given row groups, in order, in batches.
 
-    Only `columns` are read (all when None). UnusableFile when the bytes are damaged or rows are missing.
+    Only `columns` are read (all when None). UnusableFile when the bytes are damaged or rows are
+    missing.
     """
     left = rows
     if not rows:
@@ -117,7 +121,7 @@ def read_columns(path: Address, names: Sequence[str]) -> pa.Table:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether values of this type can be read as text; an all-null column, which pandas writes without type, can."""
+    """Whether values of this type read as text; so does what pandas writes for no values at all."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(
@@ -132,7 +136,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_plain(kind: pa.DataType) -> bool:
-    """Whether a value of this type can stand in a prompt: text, number, truth value, date or time."""
+    """Whether a prompt can hold a value of this type: text, number, truth value, date or time."""
     return is_text(kind) or bool(
         pa.types.is_integer(kind)
         or pa.types.is_floating(kind)
@@ -171,7 +175,7 @@ def _decoded(value: bytes | None) -> str | bytes | None:
 def write_table(
     path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], metadata: dict[str, str]
 ) -> int:
-    """Write `batches` to `path` and return their rows; `metadata` joins the schema's own in the footer."""
+    """Write `batches` to `path`, with `metadata` in the footer; returns the number of rows."""
     kept: dict[Any, Any] = dict(schema.metadata or {})
     kept.update({key.encode(): value.encode() for key, value in metadata.items()})
     rows = 0
@@ -197,7 +201,7 @@ def footer_metadata(path: AnyPath, key: str) -> str | None:
 
 
 def check_column(where: str, schema: pa.Schema, name: str, setting: str, *, text: bool) -> None:
-    """InputError unless `schema` has one column `name` that a prompt can hold (text, when `text`)."""
+    """InputError unless `schema` has one column `name` that a prompt can hold (text, if `text`)."""
     if schema.names.count(name) != 1:
         seen = (
             f"two columns {name!r}"

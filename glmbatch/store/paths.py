@@ -1,7 +1,7 @@
-"""Names in an object store, with the part of pathlib's interface that this code uses. Knows nothing of what is stored.
+"""Names in an object store, with the part of pathlib's interface that this code uses.
 
-fsspec and the store's own package (s3fs, gcsfs, adlfs) do the work, find the credentials and retry what fails; their
-errors become ours in errors.py.
+fsspec and the store's own package (s3fs, gcsfs, adlfs) do the work, find the credentials and retry
+what fails; their errors become ours in errors.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KEPT_BYTES, KEPT_OBJECTS = 1 << 20, 64
 
 
 def location(address: Address) -> AnyPath:
-    """Where `address` leads: `s3://bucket/name` into a store, everything else into this machine's files.
+    """Where `address` leads: `s3://bucket/name` to a store, all else to this machine's files.
 
     InputError for a scheme that is not known.
     """
@@ -49,7 +49,8 @@ def location(address: Address) -> AnyPath:
         )
     if scheme not in STORES or not rest.strip("/"):
         raise InputError(
-            f"{address}: is no address of an object store; write s3://bucket/name (or gs://, az://)."
+            f"{address}: is no address of an object store; write s3://bucket/name (or gs://, "
+            "az://)."
         )
     return ObjectPath(str(address))
 
@@ -66,7 +67,7 @@ Made = TypeVar("Made")
 def side_by_side(
     root: AnyPath, work: Callable[[Item], Made], items: Iterable[Item]
 ) -> Iterator[Made]:
-    """What `work` makes of each of `items` below `root`, in order; in a store several at once, since each waits."""
+    """What `work` makes of each of `items` below `root`, in order; in a store, several at once."""
     if isinstance(root, Path):
         yield from map(work, items)
         return
@@ -84,8 +85,11 @@ def unlink_all(root: AnyPath, paths: Iterable[AnyPath]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ObjectStatus:
-    """What `stat` says of an object. `st_mtime_ns` is no time, since a store's times have whole seconds: it is a number
-    made of the object's ETag, another one whenever other bytes were written."""
+    """What `stat` says of an object.
+
+    `st_mtime_ns` is not a time, since a store's times have whole seconds. It is a number made of
+    the object's ETag, which changes whenever other bytes are written.
+    """
 
     st_size: int
     st_mtime_ns: int
@@ -153,7 +157,7 @@ class ObjectPath(PurePosixPath):
         self._call("pipe_file", content)
 
     def create(self, content: bytes) -> bool:
-        """Write it unless it is there; whether it was written. A store may ignore the condition (`locks.py` asks)."""
+        """Write it unless it exists; whether it was written. A store may ignore the condition."""
         try:
             self._call("pipe_file", content, mode="create")
         except FileExistsError:
@@ -169,7 +173,7 @@ class ObjectPath(PurePosixPath):
         return True
 
     def upload(self, file: Path) -> None:
-        """Make it the bytes of `file`, in one request or by an upload in parts: not to be seen before it is whole."""
+        """Make it the bytes of `file`, in one request or in parts: visible once it is whole."""
         with store_errors(self):
             self._store().put_file(str(file), str(self))
 
@@ -193,7 +197,7 @@ class ObjectPath(PurePosixPath):
         unlink_all(self, self.listed())  # by name: the store's package takes a folder for a pattern
 
     def listed(self, prefix: str = "") -> dict[ObjectPath, dict[str, Any]]:
-        """All objects below it whose names from here on begin with `prefix`, in order, with what the store says.
+        """All objects below it whose names begin with `prefix`, in order, with the store's facts.
 
         Not the empty ones with a slash at the end, by which some tools mark a folder.
         """
@@ -206,7 +210,7 @@ class ObjectPath(PurePosixPath):
         return {ObjectPath(f"{scheme}//{name}"): info for name, info in files}
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
-        """Objects that `pattern` names; `**` stands for any folders. Only names with its plain begin are listed."""
+        """Objects that `pattern` names; `**` stands for any folders. Lists by its fixed prefix."""
         from fsspec.utils import glob_translate
 
         matches = re.compile(glob_translate(pattern)).fullmatch
@@ -239,24 +243,25 @@ Address: TypeAlias = str | Path | ObjectPath
 
 
 def version_of(info: dict[str, Any]) -> str:
-    """What tells one version of an object from another: its ETag, by whichever name the store's package has for it."""
+    """What tells versions of an object apart: its ETag, by whichever name the package gives it."""
     return str(info.get("ETag") or info.get("etag") or info)
 
 
 @lru_cache(KEPT_OBJECTS)
 def _content(path: ObjectPath, version: str) -> bytes:
-    """The bytes of a small object: the ledger reads what it wrote several times, and each part is a request."""
+    """The bytes of a small object, which the ledger may read again: each part is a request."""
     return path.read_bytes()
 
 
 @lru_cache
 def _filesystem(scheme: str) -> Any:
-    """One for the process, whatever the thread, so that all share its connections. What it lists is asked anew."""
+    """One for all threads of the process, which share its connections. Listings are not cached."""
     try:
         import fsspec
 
         return fsspec.filesystem(scheme, use_listings_cache=False)
     except ImportError as error:
         raise InputError(
-            f"{scheme}://: the package for this store is not installed. Run pip install {STORES[scheme]}."
+            f"{scheme}://: the package for this store is not installed. Run pip install "
+            f"{STORES[scheme]}."
         ) from error

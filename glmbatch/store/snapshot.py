@@ -1,9 +1,10 @@
 """A folder in a store becomes a directory on this machine, fetched once for all its processes.
 
-    CACHE/<name>-<digest of the objects' names, sizes and ETags>/    each file by one rename, after it was whole
+    CACHE/<name>-<digest of names, sizes and ETags>/    each file by one rename, once whole
 
-A folder that changed in its store is another directory. What a killed process has fetched is kept, file by file; to
-delete any of it costs the time to fetch it again. Knows nothing of what is in the files.
+A folder that changed in its store is another directory. What a killed process has fetched is kept,
+file by file; to delete any of it costs the time to fetch it again. Knows nothing of what is in the
+files.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class SnapshotFile:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The objects of a folder by their names, and the directory that holds those that were fetched."""
+    """The objects of a folder by name, and the directory of those that were fetched."""
 
     directory: Path
     files: dict[str, SnapshotFile]
 
     def fetch(self, patterns: Sequence[str]) -> Path:
-        """The directory, with the files in it whose names `patterns` fit; other processes wait meanwhile.
+        """The directory, with the files whose names `patterns` fit; other processes wait meanwhile.
 
         TransientError when an object is no longer the one of the snapshot.
         """
@@ -53,7 +54,7 @@ class Snapshot:
 
 
 def snapshot_of(address: str, cache: str, patterns: Sequence[str]) -> Snapshot | None:
-    """What the folder `address` of a store holds now, of the names that `patterns` fit; fetches nothing.
+    """What the folder `address` holds now, of names that `patterns` fit; fetches nothing.
 
     Objects further down are no part of it. None when there are none.
     """
