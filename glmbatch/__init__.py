@@ -1,4 +1,4 @@
-"""Batch classification and generation with ChatGLM2 over Parquet files, and over tables in memory."""
+"""Batch classification and generation with ChatGLM2 over Parquet files or tables in memory."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     GlmbatchError
     ├── InputError          the caller must change something; never retried
-    │   ├── UnusableFile    one Parquet file, or a part of it, cannot be read or does not fit the job
+    │   ├── UnusableFile    a Parquet file, or a part of it, cannot be read or does not fit the job
     │   ├── BadRow          a row cannot be processed and on_error is "raise"
     │   └── StoreRefused    an object store does not let us: no credentials, denied, another region
     ├── TransientError      the machine failed; the same call may succeed later; retried

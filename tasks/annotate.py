@@ -61,7 +61,9 @@ class JobTasks:
         for steps in work.passes:
 
             def submit(fragment: FragmentWork, place: Place) -> list[PrefectFuture[Any]]:
-                return self._submit(fragment, steps, answers[fragment.fragment.name], place)  # noqa: B023 - called in this pass
+                earlier = answers[fragment.fragment.name]
+                # Called within this pass, so it sees the steps of this one.
+                return self._submit(fragment, steps, earlier, place)  # noqa: B023
 
             def ended(fragment: FragmentWork, place: Place, receipts: list[Any]) -> None:
                 progress.add()

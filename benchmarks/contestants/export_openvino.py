@@ -8,7 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig  # type: ignore[import-not-found]
+from optimum.intel import (  # type: ignore[import-not-found]
+    OVModelForCausalLM,
+    OVWeightQuantizationConfig,
+)
 
 
 def export(checkpoint: Path, numbers: str, path: Path) -> None:

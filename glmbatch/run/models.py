@@ -102,7 +102,8 @@ def _snapshot(address: str, cache: str, setting: str) -> Snapshot:
     snapshot = snapshot_of(address, cache, KINDS)
     if snapshot is None:
         raise InputError(
-            f"{address}: there is no such folder in the store, or no checkpoint in it. Set {setting}."
+            f"{address}: there is no such folder in the store, or no checkpoint in it. "
+            f"Set {setting}."
         )
     return snapshot
 

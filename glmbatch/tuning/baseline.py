@@ -23,7 +23,7 @@ WAYS: Mapping[str, dict[str, Any]] = {
 def score_baseline(
     parts: Mapping[Part, Sequence[Example]], labels: Sequence[str]
 ) -> tuple[str, Scores]:
-    """The baseline that is better on the validation rows: its name and its scores on the test rows."""
+    """The better baseline on the validation rows: its name and its scores on the test rows."""
     parts = {**parts, "train": parts["train"][:MOST_ROWS]}
     best_accuracy = -1.0
     best: tuple[str, Scores] | None = None

@@ -11,7 +11,7 @@
     OUTPUT/runs/<id>/trainer/      what a killed training resumes from
     OUTPUT/current -> runs/<id>    the promoted run; a job's model is OUTPUT/current/checkpoint
 
-A run's id is a digest of its settings, rows and base. Running it again resumes it, or finds it done.
+A run's id is a digest of its settings, rows and base. Run again, it is resumed or found done.
 """
 
 from __future__ import annotations

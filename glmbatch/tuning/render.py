@@ -175,10 +175,10 @@ def _classifier_parts(labels: tuple[str, ...], scores: Scores) -> list[str]:
 
 
 def _learning_plots(history: list[dict[str, float]]) -> list[str]:
-    loss, valid_loss, accuracy = (
-        [(line["step"], line[key]) for line in history if key in line]
-        for key in ("loss", "eval_loss", "eval_accuracy")
-    )
+    def points(key: str) -> list[tuple[float, float]]:
+        return [(line["step"], line[key]) for line in history if key in line]
+
+    loss, valid_loss, accuracy = points("loss"), points("eval_loss"), points("eval_accuracy")
     return [
         html.lines("loss by step", "step", "loss", [("train", loss), ("valid", valid_loss)]),
         html.lines("validation accuracy by step", "step", "accuracy", [("accuracy", accuracy)]),

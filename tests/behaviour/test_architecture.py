@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,6 +138,7 @@ def test_every_task_says_how_it_is_cached_and_retried() -> None:
 
 PRODUCT = ("glmbatch", "tasks", "flows", "deployments")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+STORE_NAMES = re.compile(r"\b(ObjectPath|is_remote|location|side_by_side)\b")
 
 
 def modules(*folders: str) -> dict[str, str]:
@@ -152,6 +155,23 @@ def functions(text: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, FUNCTIONS):
             yield node
+
+
+def test_no_module_is_longer_than_350_lines() -> None:
+    texts = modules(*PRODUCT)
+    assert not [name for name, text in texts.items() if len(text.splitlines()) > 350]
+
+
+def test_no_folder_has_more_than_14_modules() -> None:
+    counts = Counter(
+        Path(name).parent for name in modules(*PRODUCT) if not name.endswith("__init__.py")
+    )
+    assert max(counts.values()) <= 14, counts
+
+
+def test_few_modules_know_a_store_from_a_disk() -> None:
+    knowing = [name for name, text in modules(*PRODUCT).items() if STORE_NAMES.search(text)]
+    assert len(knowing) <= 8, knowing
 
 
 def test_few_functions_take_the_whole_job() -> None:

@@ -1,4 +1,4 @@
-"""The flow over an output of an earlier version, whose stored task results name classes that moved."""
+"""The flow over an output of an earlier version, whose stored results name classes that moved."""
 
 from __future__ import annotations
 
