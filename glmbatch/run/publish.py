@@ -31,7 +31,7 @@ from glmbatch.run.audits import (
 )
 from glmbatch.run.session import session_of
 from glmbatch.run.work import Question, Run
-from glmbatch.settings.job import ClassifyStep, JobConfig
+from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
 
 # Lines in a list for people, of a run in which perhaps every row failed.
 MOST_REFUSED = 100_000
@@ -86,7 +86,7 @@ def publish(
     """
     collected = _collect(run, outputs)
     try:
-        audits = _review(job, run, collected, canaries)
+        audits = _review(job.steps, job.max_error_rate, run, collected, canaries)
     except AuditError as error:
         # Perhaps every row failed; the list of them is for people.
         results = _measure_run(run, questions, collected, job.data.id_column, MOST_REFUSED)
@@ -123,16 +123,20 @@ def _refusal(
 
 
 def _review(
-    job: JobConfig, run: Run, collected: Collected, canaries: Sequence[Audit]
+    steps: Sequence[AnyStep],
+    max_error_rate: float,
+    run: Run,
+    collected: Collected,
+    canaries: Sequence[Audit],
 ) -> tuple[Audit, ...]:
     """All audits of the run, which passed. AuditError when one did not."""
     check_complete(run.plan, collected.outputs)
-    check_errors(run.plan, collected.outputs, job.max_error_rate)
+    check_errors(run.plan, collected.outputs, max_error_rate)
     published: list[AnswersReceipt] = []
-    if any(compares(step) for step in job.steps):
+    if any(compares(step) for step in steps):
         # Only now, since this reads the footers of all published files.
         published = list(collected.ledger.published_receipts())
-    audits = [*canaries, *audit_steps(job.steps, collected.outputs, published)]
+    audits = [*canaries, *audit_steps(steps, collected.outputs, published)]
     check_audits(audits)
     return tuple(audits)
 
