@@ -41,7 +41,16 @@ def write_report(
     path = folder / f"{summary.run}.html"
     summary = summary.model_copy(update={"report": str(path)})
     try:
-        report = _gather(job, summary, measures, before)
+        report = Report(
+            input=job.data.input,
+            summary=summary,
+            measures=tuple(measures),
+            models={step.name: job.model_of(step).path for step in job.steps},
+            # A run that asked no model has not even imported torch.
+            device=_device(job.runtime) if summary.computed else None,
+            price_per_hour=job.report.price_per_hour,
+        )
+        report = _beside(report, read_report(job.data.output, before))
         _write(path, page(report))
         _write(path.with_suffix(".json"), report.model_dump_json(indent=1))
         _forget_old(folder, keep={summary.run, before})
@@ -60,24 +69,12 @@ def read_report(output: str, run: str | None) -> Report | None:
         return None
 
 
-def _gather(
-    job: JobConfig, summary: Summary, measures: Sequence[Measures], before: str | None
-) -> Report:
-    last = read_report(job.data.output, before)
-    labels_before = {}
-    if last is not None:
-        labels_before = {step.name: step.labels for step in last.summary.steps}
-    return Report(
-        input=job.data.input,
-        summary=summary,
-        measures=tuple(measures),
-        models={step.name: job.model_of(step).path for step in job.steps},
-        # A run that asked no model has not even imported torch.
-        device=_device(job.runtime) if summary.computed else None,
-        price_per_hour=job.report.price_per_hour,
-        before=last and last.summary.run,
-        labels_before=labels_before,
-    )
+def _beside(report: Report, last: Report | None) -> Report:
+    """The report with the labels of the run that was published `last`, to compare with."""
+    if last is None:
+        return report
+    labels = {step.name: step.labels for step in last.summary.steps}
+    return report.model_copy(update={"before": last.summary.run, "labels_before": labels})
 
 
 def _device(runtime: RuntimeConfig) -> str:

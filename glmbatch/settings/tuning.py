@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from glmbatch.settings.job import Address, ModelConfig, RuntimeConfig, Settings, Share, placeholders
+from glmbatch.settings.job import Address, RuntimeConfig, Settings, Share, placeholders
+from glmbatch.settings.model import ModelSetting
 
 SplitShare = Annotated[float, Field(gt=0, le=0.5)]
 # All weights need the smallest steps. A head alone starts from noise and bears the largest.
@@ -108,7 +109,7 @@ class TuneConfig(Settings):
         min_length=1,
         description="Folder on this machine for the runs; OUTPUT/current is the promoted one.",
     )
-    model: ModelConfig = Field(description="The checkpoint to start from.")
+    model: ModelSetting = Field(description="The checkpoint to start from.")
     prompt_template: str = Field(
         "{text}", min_length=1, description="Prompt of a row; {text} is replaced by its text."
     )
@@ -130,11 +131,6 @@ class TuneConfig(Settings):
         if "://" in output:
             raise ValueError("a training is written on this machine; name a folder of it")
         return output
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _path_alone(cls, value: object) -> object:
-        return {"path": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> TuneConfig:

@@ -24,6 +24,7 @@ FORBIDDEN = {
     "glmbatch/ledger": {"torch", "transformers", "glmbatch.glm", "glmbatch.steps"},
     "glmbatch/glm": {"pyarrow", "pandas", "glmbatch.ledger", "glmbatch.store", "glmbatch.steps"},
     "glmbatch/steps": {"torch", "transformers", "pandas"},
+    "glmbatch/report": {"torch", "transformers", "pandas", "glmbatch.run", "glmbatch.steps"},
     "tasks": {"flows", "torch", "transformers"},
     "flows": {"torch", "transformers"},
 }
