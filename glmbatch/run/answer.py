@@ -34,9 +34,9 @@ from glmbatch.store.parquet import prompt_values
 def answer(assignment: Assignment) -> AnswersReceipt:
     """Answer one question for every row of one fragment, and commit the answers.
 
-    Committed answers are returned as they are. A fragment that cannot be read gives a receipt that
-    says so; under `on_error: raise` it, or a bad row, is an InputError. TransientError when the
-    machine failed.
+    Committed answers are returned as they are. A fragment that cannot be read returns a receipt
+    with the reason in `unusable`; under `on_error: raise` it, or a bad row, is an InputError.
+    TransientError when the machine failed.
     """
     run = assignment.run
     rows = assignment.fragment.rows

@@ -1,9 +1,15 @@
 """What a run passes from one call to the next: small frozen values, never rows, tables or weights.
 
-Run         which rows, in which fragments          made by plan_run
-Question    one step, resolved: all that is needed to ask it of any rows
-Assignment  one question over one fragment
-Work        all assignments of a run, and the order of its passes       made by assign
+    Run           which rows, in which fragments; made by plan_run
+    RunContext    the part of it that every task needs; what a process holds for it is a Session
+    Model         a checkpoint that was checked and digested
+    PromptInputs  where the placeholders of one template get their values
+    Question      one step, resolved: all that is needed to ask it of any rows
+    Assignment    one question over one fragment
+    FragmentWork  all assignments of one fragment, and its output file
+    Work          all of a run, and the order of its passes; made by assign
+
+Knows no engine and no files.
 """
 
 from __future__ import annotations
