@@ -66,10 +66,14 @@ def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> Cal
     return write
 
 
-def busy_engines(run: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The engine processes of `run` that work at something now."""
-    children = psutil.Process(run.pid).children(recursive=True)
-    return [child for child in children if (_title(child)).startswith("ray::EngineProcess.call")]
+def busy_engine(run: subprocess.Popen[bytes]) -> psutil.Process:
+    """An engine process of `run` that works at something now; between two calls it has none."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        for child in psutil.Process(run.pid).children(recursive=True):
+            if _title(child).startswith("ray::EngineProcess.call"):
+                return child
+    raise AssertionError("no engine process was busy")
 
 
 def _title(process: psutil.Process) -> str:
@@ -92,7 +96,7 @@ def test_a_lost_engine_process_is_replaced(
     assert start(environment, job_file("threads")).wait(300) == 3
     run = start(environment, job_file("out", cluster="ray", cluster_workers=2))
     wait_for_answers(run, tmp_path / "out", 5)
-    lost = busy_engines(run)[0]
+    lost = busy_engine(run)
     lost.kill()
     assert run.wait(400) == 3
     assert last_flow_run(environment)["state_type"] == "COMPLETED"
