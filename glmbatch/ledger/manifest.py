@@ -116,21 +116,26 @@ def staying(  # noqa: PLR0913 - what is published, what is planned, what came of
     for fragment in plan.fragments if written is None else written:
         new.setdefault(fragment.source, []).append(fragment)
 
-    def stays(file: PublishedFile) -> bool:
+    stay = []
+    for file in before.files:
         if file.source not in successors:
-            return True
+            stay.append(file)
+            continue
         source = successors[file.source]
-        if source is None or source not in damaged:
-            return False
-        if step_keys is not None and file.step_keys != step_keys:
-            return False
-        fragments = new.get(source, [])
-        if not fragments:  # yesterday's rows are better than none
-            return True
-        same_bytes = file.source_digest == fragments[0].digest
-        return same_bytes and not any(_overlap(file, fragment) for fragment in fragments)
+        other_settings = step_keys is not None and file.step_keys != step_keys
+        if source is None or source not in damaged or other_settings:
+            continue
+        if _uncovered(file, new.get(source, [])):
+            stay.append(file)
+    return stay
 
-    return [file for file in before.files if stays(file)]
+
+def _uncovered(file: PublishedFile, fragments: Sequence[Fragment]) -> bool:
+    """Whether `file` may stay beside the `fragments` that were written of the same, damaged source."""
+    if not fragments:  # yesterday's rows are better than none
+        return True
+    same_bytes = file.source_digest == fragments[0].digest
+    return same_bytes and not any(_overlap(file, fragment) for fragment in fragments)
 
 
 def _successors(before: Manifest, plan: Plan, *, drop_missing: bool) -> dict[str, str | None]:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glmbatch.errors import UnusableFile
-from glmbatch.ledger.delta import delta_schema
+from glmbatch.ledger.delta_types import delta_schema
 from glmbatch.ledger.fragments import read_fragment
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
