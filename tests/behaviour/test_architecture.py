@@ -138,6 +138,7 @@ def test_every_task_says_how_it_is_cached_and_retried() -> None:
 # The measures below are limits, not aims: what comes near one is due for a second look.
 
 PRODUCT = ("glmbatch", "tasks", "flows", "deployments")
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 STORE_NAMES = re.compile(r"\b(ObjectPath|is_remote|location|side_by_side)\b")
 
@@ -168,6 +169,19 @@ def test_no_folder_has_more_than_14_modules() -> None:
         Path(name).parent for name in modules(*PRODUCT) if not name.endswith("__init__.py")
     )
     assert max(counts.values()) <= 14, counts
+
+
+def test_no_comprehension_is_inside_another() -> None:
+    nested = []
+    for name, text in modules(*PRODUCT).items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, COMPREHENSIONS):
+                parts = list(ast.walk(node))[1:]
+                if len(node.generators) > 1 or any(
+                    isinstance(part, COMPREHENSIONS) for part in parts
+                ):
+                    nested.append(f"{name}:{node.lineno}")
+    assert not nested
 
 
 def test_few_modules_know_a_store_from_a_disk() -> None:
