@@ -142,7 +142,7 @@ def _adds(root: Path, rows: Mapping[str, int], commit: Commit) -> list[AddAction
     """The log's entries for files that the last version lacks."""
     from deltalake.transaction import AddAction
 
-    now = int(time.time() * 1000)
+    milliseconds = int(time.time() * 1000)
     adds = []
     for name in rows:
         if name in commit.known:
@@ -150,7 +150,7 @@ def _adds(root: Path, rows: Mapping[str, int], commit: Commit) -> list[AddAction
         size_bytes = (root / name).stat().st_size
         statistics = json.dumps({"numRecords": rows[name]})
         values = partition_values(name, commit.partitions)
-        adds.append(AddAction(name, size_bytes, values, now, True, statistics))
+        adds.append(AddAction(name, size_bytes, values, milliseconds, True, statistics))
     return adds
 
 
@@ -158,11 +158,11 @@ def _removes(rows: Mapping[str, int], commit: Commit) -> list[RemoveAction]:
     """The log's entries for files of the last version that the next one lacks."""
     from deltalake.transaction import RemoveAction
 
-    now = int(time.time() * 1000)
+    milliseconds = int(time.time() * 1000)
     removes = []
     for name in sorted(commit.known - set(rows)):
         values = partition_values(name, commit.partitions)
-        removes.append(RemoveAction(name, True, now, None, values))
+        removes.append(RemoveAction(name, True, milliseconds, None, values))
     return removes
 
 
@@ -170,8 +170,8 @@ def _grow(table: DeltaTable, commit: Commit) -> None:
     """Give the table the columns that it lacks, and what its readers must know for its types."""
     from deltalake import Schema, TableFeatures
 
-    there = pa.schema(table.schema().to_arrow())
-    new = pa.schema([field for field in commit.columns if field.name not in there.names])
+    table_schema = pa.schema(table.schema().to_arrow())
+    new = pa.schema([field for field in commit.columns if field.name not in table_schema.names])
     if commit.mode == "append":
         if len(new):
             table.alter.add_columns(Schema.from_arrow(new).fields)
@@ -239,9 +239,9 @@ def _fit(
             f"this run {partitions}. "
             "Set data.output."
         )
-    there = delta_schema(str(root), pa.schema(table.schema().to_arrow()))
+    table_schema = delta_schema(str(root), pa.schema(table.schema().to_arrow()))
     try:
-        return _one_schema({"the table": there, "this run": columns}), partitions, True
+        return _one_schema({"the table": table_schema, "this run": columns}), partitions, True
     except InputError as error:
         if some_stay:
             raise InputError(f"{root}: {error}") from error

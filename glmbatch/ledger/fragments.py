@@ -115,6 +115,7 @@ def plan_fragments(
         elif raise_faults:
             raise outcome
         else:
+            # For the error budget, which cannot ask a damaged footer for its rows.
             size_bytes = (root / name).stat().st_size if (root / name).exists() else 0
             faults.append(FileFault(source=name, reason=str(outcome), size_bytes=size_bytes))
     if not ranges:
@@ -132,7 +133,6 @@ def _each_file(
     root: AnyPath, names: list[str], data: DataConfig, needs: SchemaNeeds, digests: bool
 ) -> Iterator[list[Fragment] | UnusableFile]:
     """The fragments of each file, or why it cannot be used; digests are taken side by side."""
-
     given = real_path(data.input if exists(data.input) else root)
 
     def outcome(name: str) -> list[Fragment] | UnusableFile:
@@ -144,11 +144,13 @@ def _each_file(
             return error
         return [fragment.model_copy(update={"digest": digest}) for fragment in ranges]
 
+    # SHA-256 frees Python's lock, so four threads digest as fast as a disk reads.
     with ThreadPoolExecutor(4) as pool:
         yield from pool.map(outcome, names)
 
 
 def _refuse_same_output(ranges: list[Fragment]) -> None:
+    # Such as a.parquet and a, which a glob may both name.
     sources: dict[str, str] = {}
     for fragment in ranges:
         first = sources.setdefault(fragment.output_name, fragment.source)
@@ -167,6 +169,7 @@ def _refuse_nesting(root: AnyPath, names: list[str], data: DataConfig) -> None:
         is_file = output.exists() and not output.is_dir()
     if is_file:
         raise InputError(f"{data.output}: is a file where a folder is expected. Set data.output.")
+    # A glob of one folder's files does not reach into a folder below it.
     recursive = real_path(data.input).is_dir() or "**" in data.input
     if recursive and output.is_relative_to(real_path(root)):
         raise InputError(
@@ -191,6 +194,7 @@ def _fragments_of(
             f"{path}: is a link that leads out of the input. Copy the file, or set data.input to "
             "it."
         )
+    # Before the footer is read: what changes after it is found when the rows are read.
     with readable(path):
         stamp = stamp_file(path)
     with open_parquet(path) as file:
@@ -198,6 +202,7 @@ def _fragments_of(
         group_rows = [
             file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)
         ]
+        # Damaged footers say both; pyarrow checks neither against the other.
         if sum(group_rows) != file.metadata.num_rows:
             raise UnusableFile(
                 f"{path}: its row groups hold {sum(group_rows)} rows, its footer says otherwise."
@@ -225,6 +230,7 @@ def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds
     because other files may have it.
     """
     folders = [part.split("=", 1)[0] for part in PurePosixPath(name).parts[:-1] if "=" in part]
+    # Readers take a folder day=1 for a column, and do not tell Mood from mood.
     taken = {column.casefold(): column for column in [*folders, *schema.names]}
     for column, step in needs.written.items():
         if column.casefold() in taken:
@@ -249,6 +255,7 @@ def read_fragment(
     yield from read_rows(
         fragment.path, fragment.row_groups, fragment.skip_rows, fragment.rows, columns
     )
+    # Asked last, so that a file that changes during the reading is found too.
     with readable(fragment.path):
         if stamp_file(fragment.path) != fragment.stamp:
             raise UnusableFile(
@@ -274,7 +281,9 @@ def cut(
     for group, size in enumerate(group_rows):
         if pending and pending_rows + size > rows_per_fragment:
             yield first_row, pending_rows, tuple(pending), 0
-            first_row, pending, pending_rows = first_row + pending_rows, [], 0
+            first_row += pending_rows
+            pending = []
+            pending_rows = 0
         if size > rows_per_fragment:
             for skip in range(0, size, rows_per_fragment):
                 yield first_row + skip, min(rows_per_fragment, size - skip), (group,), skip
@@ -292,9 +301,11 @@ def _digest(path: AnyPath) -> str:
 
 
 def _limited(ranges: list[Fragment], limit: int | None) -> Iterator[Fragment]:
-    left = sum(fragment.rows for fragment in ranges) if limit is None else limit
+    missing = sum(fragment.rows for fragment in ranges) if limit is None else limit
     for fragment in ranges:
-        if limit is not None and not left:
+        if limit is not None and not missing:
             return
-        yield fragment if fragment.rows <= left else fragment.model_copy(update={"rows": left})
-        left -= min(left, fragment.rows)
+        yield (
+            fragment if fragment.rows <= missing else fragment.model_copy(update={"rows": missing})
+        )
+        missing -= min(missing, fragment.rows)

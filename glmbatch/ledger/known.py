@@ -55,8 +55,8 @@ class _Segment:
         at = np.searchsorted(self.halves_K, wanted)
         inside = at < len(self)
         at, wanted = at[inside], wanted[inside]
-        found: np.ndarray = self.places_K2[at[self.halves_K[at] == wanted]]
-        return found
+        places: np.ndarray = self.places_K2[at[self.halves_K[at] == wanted]]
+        return places
 
 
 def _sorted_segment(halves_K: np.ndarray, places_K2: np.ndarray) -> _Segment:
@@ -203,9 +203,9 @@ def _halves_and_rows(
         keys = columns.column(0).cast(pa.binary(KEY_BYTES)).combine_chunks()
     except pa.ArrowException as error:
         raise UnusableFile(f"{file.path}: its keys are no keys: {error}") from error
-    kept = keys.is_valid()
+    usable = keys.is_valid()
     if not include_failed:
-        kept = pc.and_(kept, columns.column(1).combine_chunks().is_null())
-    rows = np.flatnonzero(kept.to_numpy(zero_copy_only=False)).astype(np.int64)
+        usable = pc.and_(usable, columns.column(1).combine_chunks().is_null())
+    rows = np.flatnonzero(usable.to_numpy(zero_copy_only=False)).astype(np.int64)
     # Through a copy, whose buffer begins with its first value.
-    return np.frombuffer(b"".join(keys.filter(kept).to_pylist()), np.uint64)[::2].copy(), rows
+    return np.frombuffer(b"".join(keys.filter(usable).to_pylist()), np.uint64)[::2].copy(), rows

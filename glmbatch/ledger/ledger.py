@@ -83,10 +83,10 @@ class Ledger:
         rows that had no prompt because of such a failure: `earlier` maps the steps that the prompts
         use to their answers keys.
         """
-        found = self._find(self.root / ANSWERS, key, AnswersReceipt)
-        if found is None:
+        whole = self._find(self.root / ANSWERS, key, AnswersReceipt)
+        if whole is None:
             return None
-        receipt, _, _ = found
+        receipt, _, _ = whole
         if "model_failed" in receipt.faults and receipt.run != run:
             return None
         if "earlier_step_failed" in receipt.faults:
@@ -98,17 +98,17 @@ class Ledger:
 
     def answers_receipt(self, key: str) -> AnswersReceipt:
         """The receipt of the committed answers under `key`. TransientError if there are none."""
-        found = self._find(self.root / ANSWERS, key, AnswersReceipt)
-        if found is None:
+        whole = self._find(self.root / ANSWERS, key, AnswersReceipt)
+        if whole is None:
             raise self._missing(key)
-        return found[0]
+        return whole[0]
 
     def read_answers(self, key: str) -> tuple[AnswersReceipt, pa.Table]:
         """The receipt and the table of the answers under `key`. TransientError without any."""
-        found = find_whole(self.root / ANSWERS, key)
-        if found is None:
+        whole = find_whole(self.root / ANSWERS, key)
+        if whole is None:
             raise self._missing(key)
-        path, _ = found
+        path, _ = whole
         content = self._recent.find(path.name)
         if content is not None and content.table is not None:
             return cast(AnswersReceipt, content.receipt), content.table
@@ -135,10 +135,10 @@ class Ledger:
         self, folder: AnyPath, key: str, kind: type[Receipt]
     ) -> tuple[Receipt, AnyPath, str] | None:
         """The receipt, path and digest of the file under `key` in `folder`, if it is whole."""
-        found = find_whole(folder, key)
-        if found is None:
+        whole = find_whole(folder, key)
+        if whole is None:
             return None
-        path, digest = found
+        path, digest = whole
         receipt = self._receipt_of(path, kind)
         if receipt is not None:
             return receipt, path, digest
@@ -164,9 +164,9 @@ class Ledger:
 
     def _keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
         folder = self.root / ANSWERS
-        found = self._find(folder, receipt.key, AnswersReceipt)
-        if found is not None and found[0].run == receipt.run:
-            return AnswerFile(found[1], receipt.step, digest_in_name(found[1]))
+        whole = self._find(folder, receipt.key, AnswersReceipt)
+        if whole is not None and whole[0].run == receipt.run:
+            return AnswerFile(whole[1], receipt.step, digest_in_name(whole[1]))
         with partial_beside(folder / receipt.key) as partial:
             write_with_receipt(partial, table.schema, iter(table.to_batches()), receipt)
             name = _file_name(receipt.key, digest_file(partial))
@@ -181,11 +181,11 @@ class Ledger:
             (mine if other is not None and other.run == receipt.run else others).append(path)
         # Another process may commit the same at once: both keep the same one, so that neither
         # deletes the last.
-        kept = min(mine)
+        first = min(mine)
         for path in [*others, *mine]:
-            if path != kept:
+            if path != first:
                 path.unlink(missing_ok=True)
-        return AnswerFile(kept, receipt.step, digest_in_name(kept))
+        return AnswerFile(first, receipt.step, digest_in_name(first))
 
     def answer_files(self, step_key: str) -> Iterator[AnswerFile]:
         """Every committed file with answers under `step_key`, the unpublished ones first.

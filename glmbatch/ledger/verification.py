@@ -68,7 +68,7 @@ def verify(output: str | Path) -> Verification:
             f"{output}: there is no {MANIFEST}, so nothing is published here. Give the job's "
             "data.output."
         )
-    _source_digest.cache_clear()
+    _source_digest.cache_clear()  # a source may have changed since this process looked last
     findings = [*_strangers(ledger, manifest), *_mixed_keys(manifest), *_gaps(manifest)]
     faulty: Counter[str] = Counter()
     for file in manifest.files:
@@ -219,15 +219,18 @@ def _file_findings(
 
 def _receipt_findings(file: PublishedFile, receipt: OutputReceipt) -> Iterator[Finding]:
     fragment = receipt.fragment
-    said = {
+    pairs = {
         "key": (receipt.key, file.output_key),
         "digest of the source": (fragment.digest, file.source_digest),
         "first row": (fragment.first_row, file.first_row),
         "number of rows": (fragment.rows, file.rows),
         "number of failed rows": (receipt.faulty_rows, file.faulty_rows),
-        "step keys": ({each.step: each.step_key for each in receipt.answers}, file.step_keys),
+        "step keys": (
+            {answers.step: answers.step_key for answers in receipt.answers},
+            file.step_keys,
+        ),
     }
-    for what, (inside, outside) in said.items():
+    for what, (inside, outside) in pairs.items():
         if inside != outside:
             yield _wrong(
                 file.output_name,
@@ -253,6 +256,7 @@ def _answer_findings(
         answered = table.column(columns.answer).is_valid()
         reason = table.column(columns.error).is_valid()
         key = table.column(columns.key).is_valid()
+        # One finding for each kind: the first row leads to the others.
         for row in _rows_where(pc.equal(answered, reason))[:1]:
             yield _wrong(
                 file.output_name, f"step {step!r} has neither an answer nor a reason, or both", row
@@ -290,12 +294,14 @@ def _source_findings(
         return
     fragment = receipt.fragment
     with open_parquet(source) as opened, open_parquet(path) as published:
-        names, there = opened.schema_arrow.names, set(published.schema_arrow.names)
+        names = opened.schema_arrow.names
+        published_names = set(published.schema_arrow.names)
         all_groups = range(published.num_row_groups)
     for name in names:
-        if name not in there:
+        if name not in published_names:
             yield _wrong(file.output_name, f"has no column {name!r}, which {source} has")
             continue
+        # Column by column, so that memory holds two columns and not two files.
         theirs = _column(source, fragment.row_groups, fragment.skip_rows, fragment.rows, name)
         ours = _column(path, all_groups, 0, file.rows, name)
         if manifest.format == "delta":  # it has fewer types

@@ -30,8 +30,10 @@ def find_files(pattern: str) -> tuple[AnyPath, list[str]]:
     """
     with naming("data.input"):
         root, names = _find(location(pattern), pattern)
+    # From above the partition folders: a run over one day names files as one over all days does.
     while "=" in root.name:
-        root, names = root.parent, [f"{root.name}/{name}" for name in names]
+        names = [f"{root.name}/{name}" for name in names]
+        root = root.parent
     return root, sorted(set(names))
 
 
@@ -53,8 +55,8 @@ def _find(whole: AnyPath, pattern: str) -> tuple[AnyPath, list[str]]:
     elif GLOB_MARKS & set(pattern):
         root, names = _matches(whole)
     else:
-        seen = f" (from {Path.cwd()})" if isinstance(whole, Path) else ""
-        raise InputError(f"{pattern}: no such file or folder{seen}. Set data.input.")
+        origin = f" (from {Path.cwd()})" if isinstance(whole, Path) else ""
+        raise InputError(f"{pattern}: no such file or folder{origin}. Set data.input.")
     if not names:
         raise InputError(
             f"{pattern}: no Parquet file matches (hidden and _underscore names are skipped). Set "
@@ -86,9 +88,10 @@ def _matches(pattern: AnyPath) -> tuple[AnyPath, list[str]]:
 
 def _objects_matching(root: ObjectPath, pattern: str) -> list[str]:
     """Objects that `pattern` names, and those with a Parquet name below a folder that it names."""
-    found = [] if pattern.endswith("**") else list(root.glob(pattern))
-    found += root.glob(f"{pattern}/**/*.parquet")
-    names = [path.relative_to(root) for path in found]
+    # A pattern that ends in ** names folders alone, as pathlib has it.
+    paths = [] if pattern.endswith("**") else list(root.glob(pattern))
+    paths += root.glob(f"{pattern}/**/*.parquet")
+    names = [path.relative_to(root) for path in paths]
     return [str(name) for name in names if not _is_hidden(name)]
 
 
@@ -106,13 +109,12 @@ def _parquet_below(root: AnyPath, folder: AnyPath) -> list[str]:
     if isinstance(folder, ObjectPath):
         names += [str(path.relative_to(root)) for path in folder.rglob("*.parquet")]
     else:
-        for here, folders, files in os.walk(folder, onerror=_refuse_folder):
+        for parent, folders, files in os.walk(folder, onerror=_refuse_folder):
+            # In place, which keeps os.walk out of hidden folders.
             folders[:] = [name for name in folders if name[0] not in "._"]
-            names += [
-                (Path(here) / name).relative_to(root).as_posix()
-                for name in files
-                if name.endswith(".parquet")
-            ]
+            for name in files:
+                if name.endswith(".parquet"):
+                    names.append((Path(parent) / name).relative_to(root).as_posix())
     return [name for name in names if not _is_hidden(Path(name))]
 
 
@@ -176,6 +178,7 @@ def partial_beside(address: Address) -> Iterator[Path]:
         with TemporaryDirectory(prefix="glmbatch-") as folder:
             yield Path(folder) / path.name
         return
+    # Of this process and this call alone, whoever else writes the same file.
     partial = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}{PARTIAL}")
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,20 +202,20 @@ def commit(partial: Path, path: AnyPath) -> None:
             return
         sync(partial)
         os.replace(partial, path)
-        sync(path.parent)
+        sync(path.parent)  # the name itself is in the folder
 
 
-def move(there: AnyPath, path: AnyPath) -> None:
-    """Make the committed file `there` be `path`, on the same disk or in the same store.
+def move(source: AnyPath, path: AnyPath) -> None:
+    """Make the committed file `source` be `path`, on the same disk or in the same store.
 
     In a store the first name stays.
     """
-    if isinstance(path, ObjectPath) and isinstance(there, ObjectPath):
-        path.copy_from(there)
-    elif isinstance(there, Path):
+    if isinstance(path, ObjectPath) and isinstance(source, ObjectPath):
+        path.copy_from(source)
+    elif isinstance(source, Path):
         with writable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        commit(there, path)
+        commit(source, path)
 
 
 def modified(path: AnyPath) -> float:

@@ -46,8 +46,8 @@ def hold(path: AnyPath, run: str) -> None:
     """Take the lock `path` for `run` until `release`. InputError when another holds it."""
     name = str(path.resolve())
     with _TAKING:
-        here = _LOCKS[name][0] if name in _LOCKS else run
-        if here != run:
+        holder = _LOCKS[name][0] if name in _LOCKS else run
+        if holder != run:
             raise InputError(
                 f"{path.parent.parent}: another run of this process is writing to it. Set "
                 "data.output."
@@ -168,10 +168,10 @@ class StoreLock:
         # what `create` says.
         self._heard = time.monotonic()
         self._path(self._number).create(self._content())
-        there = self._numbers()
-        if there[-1:] != [self._number] or self._read(self._number)["token"] != self._token:
-            self._refuse(max(there, default=self._number), 0)
-        for number in there[:-1]:
+        numbers_now = self._numbers()
+        if numbers_now[-1:] != [self._number] or self._read(self._number)["token"] != self._token:
+            self._refuse(max(numbers_now, default=self._number), 0)
+        for number in numbers_now[:-1]:
             self._path(number).unlink(missing_ok=True)
         self._thread.start()
 

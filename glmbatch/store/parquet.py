@@ -90,7 +90,7 @@ def read_rows(
     Only `columns` are read (all when None). UnusableFile when the bytes are damaged or rows are
     missing.
     """
-    left = rows
+    missing = rows
     if not rows:
         return
     with open_parquet(path) as file:
@@ -101,14 +101,14 @@ def read_rows(
             if skip_rows >= batch.num_rows:
                 skip_rows -= batch.num_rows
                 continue
-            part = batch.slice(skip_rows, left)
+            part = batch.slice(skip_rows, missing)
             skip_rows = 0
-            left -= part.num_rows
+            missing -= part.num_rows
             yield part
-            if not left:
+            if not missing:  # the rest of the row group belongs to the next fragment
                 return
-    if left:
-        raise UnusableFile(f"{path}: {left} rows fewer than its footer says.")
+    if missing:
+        raise UnusableFile(f"{path}: {missing} rows fewer than its footer says.")
 
 
 def read_columns(path: Address, names: Sequence[str]) -> pa.Table:
@@ -117,6 +117,7 @@ def read_columns(path: Address, names: Sequence[str]) -> pa.Table:
         missing = sorted(set(names) - set(file.schema_arrow.names))
         if missing:
             raise UnusableFile(f"{path}: has no column {missing[0]!r}")
+        # Selected again, since Parquet gives columns in its own order.
         return file.read(columns=list(names)).select(list(names))
 
 
@@ -160,6 +161,7 @@ def prompt_values(column: pa.ChunkedArray) -> list[str | bytes | None]:
         column = column.cast(column.type.value_type)
     if pa.types.is_string_view(column.type):
         column = column.cast(pa.large_string())
+    # As bytes first: Arrow trusts a text column, and one byte that is no UTF-8 would end the run.
     return [_decoded(value) for value in column.cast(pa.large_binary()).to_pylist()]
 
 
@@ -176,11 +178,12 @@ def write_table(
     path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], metadata: dict[str, str]
 ) -> int:
     """Write `batches` to `path`, with `metadata` in the footer; returns the number of rows."""
-    kept: dict[Any, Any] = dict(schema.metadata or {})
-    kept.update({key.encode(): value.encode() for key, value in metadata.items()})
+    footer: dict[Any, Any] = dict(schema.metadata or {})
+    for key, value in metadata.items():
+        footer[key.encode()] = value.encode()
     rows = 0
     with pq.ParquetWriter(
-        path, schema.with_metadata(kept), compression="zstd", write_page_checksum=True
+        path, schema.with_metadata(footer), compression="zstd", write_page_checksum=True
     ) as writer:
         for batch in batches:
             writer.write_batch(batch)
@@ -203,12 +206,12 @@ def footer_metadata(path: AnyPath, key: str) -> str | None:
 def check_column(where: str, schema: pa.Schema, name: str, setting: str, *, text: bool) -> None:
     """InputError unless `schema` has one column `name` that a prompt can hold (text, if `text`)."""
     if schema.names.count(name) != 1:
-        seen = (
+        problem = (
             f"two columns {name!r}"
             if name in schema.names
             else f"no column {name!r}; it has {schema.names}"
         )
-        raise InputError(f"{where}: {seen}. Set {setting}.")
+        raise InputError(f"{where}: {problem}. Set {setting}.")
     kind = schema.field(name).type
     if text and not is_text(kind):
         raise InputError(f"{where}: column {name!r} holds {kind}, not text. Set {setting}.")

@@ -71,9 +71,10 @@ def side_by_side(
     if isinstance(root, Path):
         yield from map(work, items)
         return
-    left = iter(items)
+    waiting = iter(items)
+    # In windows, so that a caller that stops early has not asked about everything.
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        while window := list(islice(left, 4 * REQUESTS_AT_ONCE)):
+        while window := list(islice(waiting, 4 * REQUESTS_AT_ONCE)):
             yield from pool.map(work, window)
 
 
@@ -102,7 +103,7 @@ class ObjectPath(PurePosixPath):
     __slots__ = ()
 
     def __str__(self) -> str:
-        text = super().__str__()
+        text = super().__str__()  # where the two slashes of s3:// are one
         return text.replace(":/", "://", 1) if text.startswith(SCHEMES) else text
 
     def __fspath__(self) -> str:
@@ -143,6 +144,7 @@ class ObjectPath(PurePosixPath):
 
     def _opened(self, **options: object) -> Any:
         info = self.info()
+        # The ledger reads small objects several times; by version, so a new one is read anew.
         if info["type"] == "file" and info["size"] <= KEPT_BYTES:
             return BytesIO(_content(self, version_of(info)))
         return self._call("open", "rb", **options)
@@ -164,7 +166,7 @@ class ObjectPath(PurePosixPath):
             return False
         except (StoreRefused, TransientError) as error:
             status = status_of(error)
-            if status == NOT_IMPLEMENTED:
+            if status == NOT_IMPLEMENTED:  # the store knows no conditions at all
                 self.write_bytes(content)
             elif status in EXISTS_STATUS:
                 return False
@@ -202,11 +204,11 @@ class ObjectPath(PurePosixPath):
         Not the empty ones with a slash at the end, by which some tools mark a folder.
         """
         try:
-            found = self._call("find", prefix=prefix, detail=True)
+            infos = self._call("find", prefix=prefix, detail=True)
         except FileNotFoundError:  # there is no such bucket
             return {}
         scheme = self.parts[0]
-        files = sorted((name, info) for name, info in found.items() if not name.endswith("/"))
+        files = sorted((name, info) for name, info in infos.items() if not name.endswith("/"))
         return {ObjectPath(f"{scheme}//{name}"): info for name, info in files}
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
@@ -214,6 +216,7 @@ class ObjectPath(PurePosixPath):
         from fsspec.utils import glob_translate
 
         matches = re.compile(glob_translate(pattern)).fullmatch
+        # Only names with the pattern's plain beginning are listed.
         plain = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
         for path in self.listed(plain):
             if matches(str(path.relative_to(self))):
