@@ -110,7 +110,7 @@ def assert_page_shows_the_run(environment: dict[str, str], out: Path, printed: s
     facts = [line.strip("| ").split(" | ") for line in lines if line]
     assert facts[0] == [r"Published\."]
     assert ["run", page.stem] in facts
-    assert ["rows", "15 in 3 fragments"] in facts
+    assert ["size", "15 rows in 3 fragments"] in facts
     assert ["answers", "30"] in facts
 
 
