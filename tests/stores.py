@@ -1,4 +1,6 @@
-"""A real S3 server in a process of its own, and before it a proxy that counts requests and does harm when told to."""
+"""A real S3 server in a process of its own, and before it a proxy that counts requests and does
+harm when told to.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,17 @@ import pytest
 from glmbatch.store.paths import ObjectPath, _filesystem
 
 BUCKET = "shop"
-WRONG_REGION = b"<Error><Code>AuthorizationHeaderMalformed</Code><Message>expecting eu-west-1</Message></Error>"
+WRONG_REGION = (
+    b"<Error><Code>AuthorizationHeaderMalformed</Code>"
+    b"<Message>expecting eu-west-1</Message></Error>"
+)
 
 
 @dataclass
 class Request:
-    """One request as the proxy sees it; `key` is the object's name below the test's folder, empty for a listing."""
+    """One request as the proxy sees it; `key` is the object's name below the test's folder, empty
+    for a listing.
+    """
 
     method: str
     key: str
@@ -46,10 +53,12 @@ class Request:
 
 @dataclass
 class Store:
-    """Address of the proxy, what went through it, and `harm`: asked about each request before it is passed on.
+    """Address of the proxy, what went through it, and `harm`: asked about each request before it is
+    passed on.
 
-    `harm` returns None to let it through, an HTTP status to answer with, or "reset" (the connection, before the server
-    hears of it), "lost" (after it), "cut" (half the answer), "slow", "unconditional" (without If-None-Match).
+    `harm` returns None to let it through, an HTTP status to answer with, or "reset" (the
+    connection, before the server hears of it), "lost" (after it), "cut" (half the answer), "slow",
+    "unconditional" (without If-None-Match).
     """
 
     address: str

@@ -100,14 +100,11 @@ def staying(  # noqa: PLR0913 - what is published, what is planned, what came of
     - renamed: the source is gone, and the plan has its bytes under a name that is new for them. Its
       files go. One new name replaces one old name, so that the rows of a second copy do not go with
       it.
-    - missing: the source is gone, and nothing took its place. Its files stay, unless
-      `drop_missing`.
-    - damaged: the source that replaces the files could not be written whole. If nothing of it was
-      written, they stay. Else those stay that come from the same bytes and whose rows no new file
-      has.
+    - missing: the source is gone and nothing took its place. They stay unless `drop_missing`.
+    - damaged: the source that replaces them could not be written whole. They stay if nothing of it
+      was written; else those of the same bytes stay whose rows no new file has.
 
-    All other files stay: their source is there, but this run does not read it. A run with a limit
-    leaves nothing.
+    All other files stay: this run does not read their source. A limited run leaves nothing.
     """
     if before is None or before.limit is not None:
         return []

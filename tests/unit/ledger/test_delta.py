@@ -1,4 +1,6 @@
-"""The output as a Delta Lake table: one commit a publication, read by DuckDB and pandas, never seen half."""
+"""The output as a Delta Lake table: one commit a publication, read by DuckDB and pandas, never seen
+half.
+"""
 
 from __future__ import annotations
 

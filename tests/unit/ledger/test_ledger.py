@@ -1,4 +1,6 @@
-"""Killed at any step, run again, the output is that of an undisturbed run; nothing that is whole is done twice."""
+"""Killed at any step, run again, the output is that of an undisturbed run; nothing that is whole is
+done twice.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from tests.conftest import ROOT
 Settings = Callable[..., dict[str, Any]]
 Write = Callable[..., Path]
 
-# Runs each job in a process of its own that dies, as by kill -9, before or after its n-th change of a name on disk.
+# Runs each job in a process of its own that dies, as by kill -9, before or after its n-th change of
+# a name on disk.
 DYING_RUNS = """
 import json, os, sys
 from glmbatch.settings.job import JobConfig

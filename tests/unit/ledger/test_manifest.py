@@ -1,4 +1,6 @@
-"""Which published files stay after a run: the four cases, alone and together, and any sequence of nights."""
+"""Which published files stay after a run: the four cases, alone and together, and any sequence of
+nights.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +160,8 @@ ROWS = {
     "1": 5,
     "2": 8,
 }  # of each version of a file; sources of the same version have the same bytes
-# For each source of a night: its version, the rows of a fragment, and which fragments cannot be read.
+# For each source of a night: its version, the rows of a fragment, and which fragments cannot be
+# read.
 Night = dict[str, tuple[str, int, set[int]]]
 NIGHTS: st.SearchStrategy[list[Night]] = st.lists(
     st.dictionaries(

@@ -29,7 +29,9 @@ Rows = Callable[[pa.Table], pa.Table]
 def out(
     write_source: Write, job_settings: Settings, rows: list[str | None], tmp_path: Path
 ) -> Path:
-    """An output over two files: nested, null and nan values, a row without text, a file without rows."""
+    """An output over two files: nested, null and nan values, a row without text, a file without
+    rows.
+    """
     values = [None if number % 4 == 0 else number / 3 for number in range(23)]
     odd = [float("nan") if number % 5 == 0 else float(number) for number in range(23)]
     nested = [{"a": [number, None], "b": odd[number]} for number in range(23)]
@@ -52,7 +54,9 @@ def findings(out: Path) -> list[str]:
 
 
 def rewrite(out: Path, name: str, change: Rows, *, in_manifest: bool = True) -> None:
-    """Change the rows of a published file and, as one who hides it would, the digest in the manifest."""
+    """Change the rows of a published file and, as one who hides it would, the digest in the
+    manifest.
+    """
     path = out / name
     table = pq.read_table(path, partitioning=None)
     changed = change(table)
@@ -141,8 +145,10 @@ def test_files_of_nobody_are_found(out: Path) -> None:
     (out / "_glmbatch" / "staged" / "k.d.parquet").write_bytes(b"")
     assert findings(out) == [
         "wrong: .a.partial: is half-written; the next run takes it away",
-        "waiting: _glmbatch/staged/k.d.parquet: is of a run that was refused or killed; the next one takes it",
-        "wrong: day=1/extra.parquet: is not in _manifest.json: of a run that did not end, or not of glmbatch",
+        "waiting: _glmbatch/staged/k.d.parquet: is of a run that was refused or killed; "
+        "the next one takes it",
+        "wrong: day=1/extra.parquet: is not in _manifest.json: of a run that did not end, "
+        "or not of glmbatch",
     ]
 
 

@@ -19,7 +19,8 @@ from tests.stores import Request, Store
 
 NAME = "out/_glmbatch/lock"
 
-# Takes the lock, with a sign of life each 0.3 s, and says each time it is asked whether it still holds it.
+# Takes the lock, with a sign of life each 0.3 s, and says each time it is asked whether it still
+# holds it.
 HOLDER = """
 import sys
 from glmbatch.store.locks import StoreLock

@@ -126,8 +126,9 @@ def test_files_of_another_writer_read_as_it_reads_them(
 ) -> None:
     path = tmp_path / "foreign.parquet"
     rows = duckdb.sql(
-        "select i as n, 'text ' || (i % 7) as text, i / 3.0 as part, [i, null] as list, {'a': i, 'b': 'x'} as struct, "
-        "case when i % 5 = 0 then null else i % 3 end as few, date '2026-01-01' + i::int as day from range(5000) t(i)"
+        "select i as n, 'text ' || (i % 7) as text, i / 3.0 as part, [i, null] as list, "
+        "{'a': i, 'b': 'x'} as struct, case when i % 5 = 0 then null else i % 3 end as few, "
+        "date '2026-01-01' + i::int as day from range(5000) t(i)"
     )
     options = f"format parquet, codec {codec}, row_group_size 2048, parquet_version {version}"
     duckdb.sql(f"copy (from rows) to '{path}' ({options})")

@@ -28,15 +28,31 @@ from tests.stores import Request, Store
 Settings = Callable[..., dict[str, Any]]
 
 NAMES = [
-    "in/day=1/a.parquet", "in/day=2/b.parquet", "in/day=2/deep/c.parquet", "in/notes.txt", "in/.hidden.parquet",
-    "in/_temporary/d.parquet", "in/day=1/_e.parquet", "other/f.parquet", "inn.parquet",
-]  # fmt: skip
+    "in/day=1/a.parquet",
+    "in/day=2/b.parquet",
+    "in/day=2/deep/c.parquet",
+    "in/notes.txt",
+    "in/.hidden.parquet",
+    "in/_temporary/d.parquet",
+    "in/day=1/_e.parquet",
+    "other/f.parquet",
+    "inn.parquet",
+]
 
 
 PATTERNS = [
-    "in", "in/day=2", "in/day=1/a.parquet", "in/*", "in/day=*", "in/day=*/*.parquet", "in/**/*.parquet", "in/**",
-    "*/day=[2-9]*", "in/day=?/?.parquet", "inn.parquet",
-]  # fmt: skip
+    "in",
+    "in/day=2",
+    "in/day=1/a.parquet",
+    "in/*",
+    "in/day=*",
+    "in/day=*/*.parquet",
+    "in/**/*.parquet",
+    "in/**",
+    "*/day=[2-9]*",
+    "in/day=?/?.parquet",
+    "inn.parquet",
+]
 
 
 def test_a_folder_a_glob_or_a_name_finds_what_it_finds_among_files(
@@ -102,7 +118,8 @@ def test_without_the_package_one_line_says_what_to_install() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout == (
-        "InputError: s3://: the package for this store is not installed. Run pip install 'glmbatch[s3]'.\n"
+        "InputError: s3://: the package for this store is not installed. "
+        "Run pip install 'glmbatch[s3]'.\n"
     )
 
 
