@@ -97,8 +97,8 @@ def plan_commit(root: AnyPath, files: Mapping[str, AnyPath]) -> Commit:
 def commit_table(root: AnyPath, rows: Mapping[str, int], commit: Commit) -> None:
     """Make the table in `root` hold just the files `rows` (name to number of rows), in one commit.
 
-    Safe to repeat: a table that holds them is not committed again. The commit reaches the disk before
-    the return.
+    Safe to repeat: a table that holds them is not committed again. The commit reaches the disk
+    before the return.
     """
     from deltalake import CommitProperties, Schema, Transaction
     from deltalake.transaction import create_table_with_add_actions

@@ -127,8 +127,8 @@ class KnownAnswers:
     def hold(self, keys: Collection[bytes]) -> Iterator[Hold]:
         """Hold those of `keys` that no other caller holds, until the end of the block.
 
-        All keys are taken at once, and a caller waits only for those that came before it, so callers
-        never wait for one another in a circle.
+        All keys are taken at once, and a caller waits only for those that came before it, so
+        callers never wait for one another in a circle.
         """
         with self._lock:
             mine = frozenset(keys) - self._holders.keys()

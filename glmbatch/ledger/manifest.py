@@ -128,7 +128,7 @@ def staying(  # noqa: PLR0913 - what is published, what is planned, what came of
 
 
 def _uncovered(file: PublishedFile, fragments: Sequence[Fragment]) -> bool:
-    """Whether `file` may stay beside the `fragments` that were written of the same, damaged source."""
+    """Whether `file` may stay beside the `fragments` written of the same, damaged source."""
     if not fragments:  # yesterday's rows are better than none
         return True
     same_bytes = file.source_digest == fragments[0].digest
@@ -141,7 +141,7 @@ def _successors(before: Manifest, plan: Plan, *, drop_missing: bool) -> dict[str
     for file in before.files:
         published.setdefault(file.source, []).append(file)
     digests = {fragment.source: fragment.digest for fragment in plan.fragments}
-    # Sources of this run by their bytes; in order of names, so that the choice is the same each time.
+    # Sources of this run by their bytes; in order of names, so that the choice is always the same.
     heirs: dict[str, list[str]] = {}
     for source, digest in sorted(digests.items()):
         heirs.setdefault(digest, []).append(source)
