@@ -116,8 +116,8 @@ def escape_turns(value: str) -> str:
     """`value` so that nothing in it looks like a turn of the chat form.
 
     Every visible character is kept. A turn begins after a blank line: before `[Round N]`,
-    `问：` or `答：` a blank line becomes one line break. At the start of `value`, where the template may end in
-    a blank line, a space moves the mark off the beginning of its line.
+    `问：` or `答：` a blank line becomes one line break. At the start of `value`, where the
+    template may end in a blank line, a space moves the mark off the beginning of its line.
     """
     return _BEFORE_TURN.sub(_close_gap, value)
 
