@@ -27,13 +27,14 @@ from tasks.policies import RESULTS_VERSION, machine_failed
 )
 def ingest(job: JobConfig) -> Run:
     """Discover and check the files, and cut them into fragments."""
-    canary.check_canary_file(job)
+    canary.check_canary_file(job)  # a wrong file would else be found when all is answered
     return plan.plan_run(job)
 
 
 def checkpoint_key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
     """Key of a located checkpoint: its files and its adapter's with size and time of change."""
     model: ModelConfig = parameters["model"]
+    # Sizes and times, not digests, which are what the cached task takes.
     stamp = models.stamp_checkpoint(model)
     return hash_objects("checkpoint", RESULTS_VERSION, model.model_dump_json(), stamp)
 

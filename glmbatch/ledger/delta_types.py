@@ -7,6 +7,7 @@ import pyarrow as pa
 from glmbatch.errors import InputError
 from glmbatch.store.parquet import is_text
 
+# Delta has no unsigned integers and no milliseconds of a day; nothing is lost on the way.
 WIDER = {
     pa.uint8(): pa.int16(),
     pa.uint16(): pa.int32(),
@@ -49,6 +50,7 @@ def _delta_field(where: str, field: pa.Field) -> pa.Field:
 
 def _delta_type(kind: pa.DataType) -> pa.DataType | None:
     """The Arrow type that Delta Lake's type for `kind` reads as; None where there is none."""
+    # A dictionary is a way to store values, which no Delta reader gives back.
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if is_text(kind):
         holds_bytes = (
@@ -58,6 +60,7 @@ def _delta_type(kind: pa.DataType) -> pa.DataType | None:
         )
         return pa.binary() if holds_bytes else pa.string()
     if pa.types.is_timestamp(kind):
+        # The instant stays; Delta knows UTC and no zone, and microseconds and nothing finer.
         return pa.timestamp("us", "UTC" if kind.tz else None)
     if pa.types.is_fixed_size_binary(kind):
         return pa.binary()

@@ -87,6 +87,7 @@ class Ledger:
         if whole is None:
             return None
         receipt, _, _ = whole
+        # A retried task of the same run takes its own failures as they are.
         if "model_failed" in receipt.faults and receipt.run != run:
             return None
         if "earlier_step_failed" in receipt.faults:
@@ -109,6 +110,7 @@ class Ledger:
         if whole is None:
             raise self._missing(key)
         path, _ = whole
+        # Its bytes were digested just now, so what is in memory is what is on disk.
         content = self._recent.find(path.name)
         if content is not None and content.table is not None:
             return cast(AnswersReceipt, content.receipt), content.table
@@ -125,7 +127,7 @@ class Ledger:
         return read
 
     def _missing(self, key: str) -> TransientError:
-        # Or another machine of a cluster has just written them, and a shared folder does not show
+        # Another machine of a cluster may have just written them, and a shared folder may not show
         # them yet.
         return TransientError(
             f"{self.root / ANSWERS}: the answers {key} are not there. Run the job again."

@@ -1,10 +1,12 @@
 """How a run's files become public, all together and safe to repeat. Knows no steps and no models.
 
-OUTPUT/<the input's folders>/<file>-<first row>.parquet    published rows OUTPUT/_manifest.json
-what is published; written last OUTPUT/_quarantine.parquet                                 rows that
-failed, with file, row and reason OUTPUT/_glmbatch/publishing.json                           files
-of publications that were not completed OUTPUT/_glmbatch/refused.parquet
-rows that failed in a run that published nothing
+    OUTPUT/<the input's folders>/<file>-<first row>.parquet    published rows
+    OUTPUT/_manifest.json                  what is published; written last
+    OUTPUT/_quarantine.parquet             rows that failed, with file, row and reason
+    OUTPUT/_glmbatch/publishing.json       files of publications that were not completed
+    OUTPUT/_glmbatch/refused.parquet       rows that failed in a run that published nothing
+
+A kill at any moment leaves what the next publication finds and completes.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def publish(
     gone.
     """
     root = ledger.root
-    check_held(root / LOCK)
+    check_held(root / LOCK)  # in a store another run may have taken it over
     # So that the list of what is replaced does not grow from run to run.
     manifest = manifest.model_copy(
         update={"replaced": tuple(ledger.folder.existing(manifest.replaced))}
@@ -54,6 +56,7 @@ def publish(
     if manifest.format == "delta":
         version = _delta_version(ledger, manifest, outputs)
         stale -= version.known  # older versions of the table need theirs
+    # Before the first move: what is moved and then killed must be found again.
     _announce(root, stale | {output.output_name for output in outputs})
     _move_staged(ledger.folder, outputs)
     if version is not None:
@@ -158,5 +161,6 @@ def _sweep(root: AnyPath, manifest: Manifest) -> None:
         used.update(file.answers_keys)
     answers: list[AnyPath] = [*(root / ANSWERS).glob("*.parquet")]
     unlink_all(root, [path for path in answers if key_in_name(path) not in used])
+    # The lock is held, so no other run is writing them.
     partials = [*root.glob(f".*{PARTIAL}"), *(root / "_glmbatch").rglob(f".*{PARTIAL}")]
     unlink_all(root, partials)

@@ -1,9 +1,11 @@
-"""Identity: when are two answers the same answer. Pure hashing; reads no files.
+"""Identity: when two answers are the same answer. Pure hashing; reads no files.
 
-step key      everything that changes a step's answers: its settings, weights, tokenizer, numerics,
-code version row key       step key + the row's rendered prompt; the same key is the same answer,
-wherever the row stands answers key   step key + the rows of one fragment (by the digest of their
-file) + the answers its prompts use
+    step key      what changes a step's answers: settings, weights, tokenizer, numerics, version
+    row key       step key + the row's rendered prompt; the same key is the same answer everywhere
+    answers key   step key + the rows of one fragment + the answers its prompts use
+    output key    a fragment's place and rows + the answers beside them
+
+A fragment's rows are named by the digest of their file.
 """
 
 from __future__ import annotations
@@ -80,4 +82,5 @@ def output_key(fragment: Fragment, answers: Mapping[str, str], format: str = "pa
     `answers` maps steps to answers keys.
     """
     place = fragment.model_dump(mode="json", exclude={"path", "stamp"})
+    # The format joined later, and keys of Parquet outputs were to stay as they are.
     return _digest([place, list(answers.items()), *([] if format == "parquet" else [format])])

@@ -169,6 +169,7 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
                 )
             next_row = max(next_row, file.first_row + file.rows)
         path = Folder(manifest.root) / source
+        # Rows behind the last file: only the source itself can tell of them.
         total = _rows_of(path)
         same = all(file.source_digest == files[0].source_digest for file in files)
         whole = manifest.limit is None and source not in damaged and same
@@ -201,6 +202,7 @@ def _file_findings(
     if not path.is_file():
         yield _wrong(name, "is gone")
         return
+    # Looked at all the same: what was changed is told too.
     if digest_file(path) != file.digest:
         yield _wrong(
             name, f"was changed after it was published: its digest is not that of {MANIFEST}"

@@ -26,7 +26,7 @@ from glmbatch.store.paths import AnyPath
 logger = logging.getLogger(__name__)
 
 REPORTS = "_glmbatch/reports"
-KEPT = 30
+KEPT = 30  # a month of nights
 
 
 def write_report(
@@ -51,6 +51,7 @@ def write_report(
             price_per_hour=job.report.price_per_hour,
         )
         report = _beside(report, read_report(job.data.output, before))
+        # The page first: whoever finds the facts finds the page too.
         _write(path, page(report))
         _write(path.with_suffix(".json"), report.model_dump_json(indent=1))
         _forget_old(folder, keep={summary.run, before})

@@ -98,6 +98,7 @@ def _reused(receipt: AnswersReceipt, run: str) -> int:
     """Answers that `run` did not compute: all of an earlier run's receipt, some of its own."""
     if receipt.run == run:
         return receipt.known_rows
+    # Its failures are no answers, and are counted apart.
     return receipt.rows - sum(receipt.faults.values())
 
 

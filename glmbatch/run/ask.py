@@ -1,9 +1,11 @@
 """Ask the model: prompts in, answers out, through the engine that the run's session holds.
 
-Choice, Writing    what a model answers to one prompt (steps/classify.py, steps/generate.py)
-Outcome            one of these, or the RowFault that stands for it
-Asked              the outcomes of many prompts, by row key
-Answer             an outcome as a row of a table (steps/answers.py)
+    Choice, Writing    what a model answers to one prompt (steps/classify.py, steps/generate.py)
+    Outcome            one of these, or the RowFault that stands for it
+    Asked              the outcomes of many prompts, by row key
+    Answer             an outcome as a row of a table (steps/answers.py)
+
+Knows no files.
 """
 
 from __future__ import annotations

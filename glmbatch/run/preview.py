@@ -78,7 +78,7 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
 
 def preview(job: JobConfig) -> Preview:
     """What a run of `job` would do now. InputError where the run would be refused."""
-    check_canary_file(job)
+    check_canary_file(job)  # refused as a run would be
     run = plan_run(job)
     models = prepare_models(job)
     work = assign(job, run, models)

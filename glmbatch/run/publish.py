@@ -172,6 +172,7 @@ def _with_published_name(run: Run, output: OutputReceipt) -> OutputReceipt:
     """The output under its published name: in a Delta table the digest is part of it."""
     if run.context.format == "parquet":
         return output
+    # Older versions of a table need their files, so a new file never has an old one's name.
     stem = output.fragment.output_name.removesuffix(".parquet")
     name = f"{stem}.{output.digest[:DIGEST_CHARS]}.parquet"
     return output.model_copy(update={"output_name": name})

@@ -38,7 +38,7 @@ class Model(BaseModel, frozen=True, extra="forbid"):
     parameters: int
     size_bytes: int
     max_positions: int
-    stamp: str
+    stamp: str  # size and times: cheap to compare with before the weights are loaded
 
 
 class RunContext(BaseModel, frozen=True, extra="forbid"):
@@ -91,7 +91,7 @@ class Question(BaseModel, frozen=True, extra="forbid"):
     chat: bool
     max_prompt_tokens: int
     model: Model
-    models_at_once: int
+    models_at_once: int  # so that an engine leaves room for the caches of the others
 
     @property
     def name(self) -> str:

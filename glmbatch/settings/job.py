@@ -69,7 +69,7 @@ class DataConfig(Settings):
         "in the file.",
     )
     rows_per_fragment: int = Field(
-        10_000,
+        10_000,  # minutes of work on a GPU, and some MB of answers
         ge=1,
         le=10_000_000,
         description="Rows in one unit of work, retry and commit. Fewer lose less to a crash; more "
@@ -102,7 +102,7 @@ class RuntimeConfig(Settings):
     max_slots: int | None = Field(
         None,
         ge=1,
-        le=4096,
+        le=4096,  # more rows than any card has room for
         description="Most rows generated at once; empty: 32 on CPU, from free memory on CUDA. "
         "Lower it to share a GPU.",
     )

@@ -45,6 +45,7 @@ class Snapshot:
 
         TransientError when an object is no longer the one of the snapshot.
         """
+        # Several processes of a cluster may share the cache; the first one fetches.
         with _held(self.directory):
             for name, file in self.files.items():
                 wanted = any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -67,6 +68,7 @@ def snapshot_of(address: str, cache: str, patterns: Sequence[str]) -> Snapshot |
     if not files:
         return None
     facts = [(name, file.size_bytes, file.version) for name, file in sorted(files.items())]
+    # The address too: two folders may hold the same names and versions.
     digest = sha256(json.dumps([address, *facts]).encode()).hexdigest()
     return Snapshot(Path(cache).expanduser() / f"{folder.name}-{digest[:16]}", files)
 
@@ -75,6 +77,7 @@ def _download(file: SnapshotFile, target: Path) -> None:
     partial = target.with_name(f".{target.name}{PARTIAL}")
     try:
         file.path.download(partial)
+        # Asked after the download, so that a change during it is found.
         same_size = partial.stat().st_size == file.size_bytes
         same = same_size and version_of(file.path.info()) == file.version
     except FileNotFoundError:

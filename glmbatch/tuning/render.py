@@ -71,6 +71,8 @@ def _score_lines(report: Report) -> list[str]:
 
 def _warnings(report: Report) -> list[str]:
     warnings = list(report.audit.warnings)
+    # A promotion asks only for more than the current one; that counting words does better is for
+    # a person to judge.
     scores, baseline = report.scores, report.baseline
     if isinstance(scores, Scores) and baseline is not None and baseline.accuracy > scores.accuracy:
         warnings.append(f"{report.baseline_name} scores higher")
@@ -178,6 +180,7 @@ def _learning_plots(history: list[dict[str, float]]) -> list[str]:
     def points(key: str) -> list[tuple[float, float]]:
         return [(line["step"], line[key]) for line in history if key in line]
 
+    # Training loss is logged at other steps than validation.
     loss, valid_loss, accuracy = points("loss"), points("eval_loss"), points("eval_accuracy")
     return [
         html.lines("loss by step", "step", "loss", [("train", loss), ("valid", valid_loss)]),
