@@ -19,11 +19,8 @@ from glmbatch.settings.tuning import TuneConfig
 from tests.stores import Store, s3_store
 from tests.support import (
     CAUSAL,
-    CLASSIFIER,
     CLASSIFY,
     GENERATE,
-    GOLDENS,
-    ROOT,
     SAMPLE_MODEL,
     Settings,
     Tune,
@@ -31,9 +28,6 @@ from tests.support import (
     overridden,
 )
 from tests.unit.tuning.rows import labelled
-
-# Modules that still import them from here.
-__all__ = ["CAUSAL", "CLASSIFIER", "CLASSIFY", "GENERATE", "GOLDENS", "ROOT"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")

@@ -159,6 +159,16 @@ def functions(text: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
             yield node
 
 
+def test_no_function_is_longer_than_45_lines() -> None:
+    long = []
+    for name, text in modules(*PRODUCT).items():
+        for function in functions(text):
+            assert function.end_lineno is not None
+            if function.end_lineno - function.lineno >= 45:
+                long.append(f"{name}: {function.name}")
+    assert not long
+
+
 def test_no_module_is_longer_than_350_lines() -> None:
     texts = modules(*PRODUCT)
     assert not [name for name, text in texts.items() if len(text.splitlines()) > 350]
@@ -169,6 +179,15 @@ def test_no_folder_has_more_than_14_modules() -> None:
         Path(name).parent for name in modules(*PRODUCT) if not name.endswith("__init__.py")
     )
     assert max(counts.values()) <= 14, counts
+
+
+def test_no_line_is_longer_than_100_characters() -> None:
+    long = []
+    for name, text in modules(*PRODUCT, "tests", "benchmarks", "sample_data").items():
+        for number, line in enumerate(text.splitlines(), 1):
+            if len(line) > 100:
+                long.append(f"{name}:{number}")
+    assert not long
 
 
 def test_no_comprehension_is_inside_another() -> None:

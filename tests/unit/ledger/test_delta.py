@@ -24,9 +24,7 @@ from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.verification import verify
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
-
-Settings = Callable[..., dict[str, Any]]
-Write = Callable[..., Path]
+from tests.support import Settings, Write
 
 
 @pytest.fixture

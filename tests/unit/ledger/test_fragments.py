@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.fragments import Plan, cut, read_fragment
 from glmbatch.run.plan import plan_run
 from glmbatch.settings.job import JobConfig
-
-Settings = Callable[..., dict[str, Any]]
-Write = Callable[..., Path]
+from tests.support import Settings, Write
 
 
 def planned(settings: dict[str, Any]) -> Plan:

@@ -9,7 +9,6 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,7 @@ from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
-from tests.conftest import ROOT
-
-Settings = Callable[..., dict[str, Any]]
-Write = Callable[..., Path]
+from tests.support import ROOT, Settings, Write
 
 # Runs each job in a process of its own that dies, as by kill -9, before or after its n-th change of
 # a name on disk.

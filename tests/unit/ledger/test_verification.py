@@ -19,9 +19,8 @@ from glmbatch.ledger.verification import verify
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from glmbatch.store.files import digest_file
+from tests.support import Settings, Write
 
-Settings = Callable[..., dict[str, Any]]
-Write = Callable[..., Path]
 Rows = Callable[[pa.Table], pa.Table]
 
 

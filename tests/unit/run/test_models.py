@@ -10,8 +10,8 @@ import pytest
 from glmbatch.errors import InputError, TransientError
 from glmbatch.run.models import locate_model, prepare_model
 from glmbatch.settings.job import ModelConfig, RuntimeConfig
-from tests.conftest import CAUSAL
 from tests.stores import Store
+from tests.support import CAUSAL
 from tests.unit.glm.adapters import make_original_adapter
 from tests.unit.glm.checkpoints import read_json
 

@@ -14,8 +14,8 @@ import pytest
 from glmbatch.errors import InputError, Interrupted
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.store.locks import StoreLock
-from tests.conftest import ROOT
 from tests.stores import Request, Store
+from tests.support import ROOT
 
 NAME = "out/_glmbatch/lock"
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -22,10 +21,8 @@ from glmbatch.run.plan import plan_run
 from glmbatch.settings.job import DataConfig, JobConfig
 from glmbatch.store.files import committed, digest_file, find_files
 from glmbatch.store.paths import ObjectPath, location, side_by_side
-from tests.conftest import ROOT
 from tests.stores import Request, Store
-
-Settings = Callable[..., dict[str, Any]]
+from tests.support import ROOT, Settings
 
 NAMES = [
     "in/day=1/a.parquet",
