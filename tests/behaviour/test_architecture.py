@@ -250,3 +250,13 @@ def imports_at_load(text: str) -> set[str]:
                 pending.extend(ast.iter_child_nodes(node))
         paths |= {f"{name.replace('.', '/')}.py" for name in names}
     return paths
+
+
+def test_names_of_tests_fit_a_terminal() -> None:
+    long = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                if len(node.name) >= 60:
+                    long.append(f"{path.name}: {node.name}")
+    assert not long

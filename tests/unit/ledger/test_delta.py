@@ -171,7 +171,7 @@ def test_a_new_column_joins_the_table_while_other_files_stay(
     assert (len(added), len(removed)) == (1, 0)
 
 
-def test_a_folder_of_files_becomes_a_table_and_does_not_become_one_again_in_silence(
+def test_a_folder_becomes_a_table_and_stays_one(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
 ) -> None:
     write_source("a.parquet", {"text": rows[:9]})
@@ -233,7 +233,7 @@ def test_files_that_are_no_one_table_are_refused_before_any_work(
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
-def test_a_time_that_would_lose_nanoseconds_costs_its_file_and_is_told(
+def test_a_time_that_would_lose_nanoseconds_costs_its_file(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
 ) -> None:
     fine = pa.array([datetime.datetime(2026, 1, 2, 3, 4, 5, 678)] * 3, pa.timestamp("ns"))
@@ -249,7 +249,7 @@ def test_a_time_that_would_lose_nanoseconds_costs_its_file_and_is_told(
     assert verify(tmp_path / "out").findings == ()
 
 
-def test_a_full_snapshot_may_change_types_and_keeps_the_folders_it_has(
+def test_a_full_snapshot_may_change_types(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
 ) -> None:
     write_source("day=1/a.parquet", {"text": rows[:3], "at": ["soon"] * 3})
@@ -270,7 +270,7 @@ def test_a_full_snapshot_may_change_types_and_keeps_the_folders_it_has(
     assert verify(tmp_path / "out").sound
 
 
-def test_a_type_that_does_not_go_with_files_that_stay_is_refused_before_any_work(
+def test_a_type_unlike_that_of_staying_files_is_refused(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
 ) -> None:
     write_source("a.parquet", {"text": rows[:3], "n": [1, 2, 3]})
@@ -309,7 +309,7 @@ def test_a_log_that_a_kill_left_empty_is_begun_anew(
 
 
 @pytest.mark.parametrize("form", ["parquet", "delta"])
-def test_what_a_killed_publication_moved_is_taken_away_by_another_one(
+def test_what_a_killed_publication_moved_is_deleted_later(
     write_source: Write,
     delta_job: Callable[..., JobConfig],
     tmp_path: Path,

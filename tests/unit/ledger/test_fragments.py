@@ -22,9 +22,7 @@ def planned(settings: dict[str, Any]) -> Plan:
 
 
 @given(group_rows=st.lists(st.integers(0, 50), max_size=12), size=st.integers(1, 40))
-def test_every_row_is_in_one_fragment_in_order_and_none_is_too_large(
-    group_rows: list[int], size: int
-) -> None:
+def test_every_row_is_in_one_fragment_none_too_large(group_rows: list[int], size: int) -> None:
     starts = [sum(group_rows[:index]) for index in range(len(group_rows))]
     expected = 0
     for first_row, rows, groups, skip in cut(group_rows, size):
@@ -36,7 +34,7 @@ def test_every_row_is_in_one_fragment_in_order_and_none_is_too_large(
     assert expected == sum(group_rows)
 
 
-def test_whole_row_groups_are_put_together_and_only_larger_ones_are_cut() -> None:
+def test_only_row_groups_that_are_too_large_are_cut() -> None:
     assert list(cut([3, 3, 10, 2], 6)) == [
         (0, 6, (0, 1), 0),
         (6, 6, (2,), 0),

@@ -176,7 +176,7 @@ def test_a_committed_file_is_opened_once_and_proven_each_time(
             ledger.read_answers(receipt().key)
 
 
-def test_rows_on_which_the_model_failed_are_tried_again_by_the_next_run(tmp_path: Path) -> None:
+def test_the_next_run_asks_again_about_failed_rows(tmp_path: Path) -> None:
     ledger, table = Ledger(tmp_path), pa.table({"mood": ["a", None]})
     ledger.keep_answers(receipt("first", faults={"model_failed": 1}), table)
     assert ledger.find_answers(receipt().key, "first") is not None
@@ -185,7 +185,7 @@ def test_rows_on_which_the_model_failed_are_tried_again_by_the_next_run(tmp_path
     assert ledger.find_answers(receipt().key, "third") == receipt("second")
 
 
-def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
+def test_a_living_process_holds_the_lock_a_dead_one_does_not(tmp_path: Path) -> None:
     hold = (
         "from glmbatch.ledger.ledger import Ledger; "
         f"Ledger({str(tmp_path)!r}).open(); print('held', flush=True); input()"
@@ -215,7 +215,7 @@ def keep_many(folder: str, process: int) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_commit_the_same_answers_at_once_leave_one_whole_file(
+def test_processes_that_commit_the_same_leave_one_file(
     tmp_path: Path,
 ) -> None:
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:

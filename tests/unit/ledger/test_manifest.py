@@ -74,7 +74,7 @@ def names(manifest: Manifest) -> list[str]:
 BEFORE = merged(None, output("a", 0, 5), output("a", 5, 5), output("b", 0, 3, "e"))
 
 
-def test_new_files_replace_those_of_their_source_and_leave_others() -> None:
+def test_new_files_replace_those_of_their_source_alone() -> None:
     after = merged(BEFORE, output("a", 0, 9))
     assert names(after) == ["a@0+9", "b@0+3"]
     assert after.replaced == ("a-0000000005.parquet",)
@@ -86,7 +86,7 @@ def test_a_damaged_source_keeps_the_rows_that_nothing_new_covers() -> None:
     assert names(merged(BEFORE, output("a", 4, 3), damaged="ab")) == ["a@4+3", "b@0+3"]
 
 
-def test_rows_of_another_version_of_a_file_never_stay_beside_new_ones() -> None:
+def test_rows_of_an_older_version_never_stay_beside_new_ones() -> None:
     assert names(merged(BEFORE, output("a", 0, 5, "changed"), damaged="a")) == ["a@0+5", "b@0+3"]
 
 

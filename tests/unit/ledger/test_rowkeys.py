@@ -90,7 +90,7 @@ def test_speed_settings_and_paths_are_in_no_key(tmp_path: Path) -> None:
     assert len(keys) == 1
 
 
-def test_the_output_key_follows_the_place_of_the_rows_and_the_order_of_the_steps() -> None:
+def test_the_output_key_follows_rows_and_order_of_steps() -> None:
     fragment = Fragment(
         source="a.parquet",
         path="",

@@ -182,9 +182,7 @@ def test_other_keys_in_one_file_are_found(out: Path) -> None:
     assert any("differ in the step keys" in each for each in found)
 
 
-def test_sources_that_are_gone_or_newer_are_said_and_not_held_against_it(
-    out: Path, write_source: Write
-) -> None:
+def test_sources_that_are_gone_or_newer_are_no_fault(out: Path, write_source: Write) -> None:
     source = write_source("b.parquet", {"text": ["a new night"]})
     (source.parent / "day=1" / "a.parquet").unlink()
     verification = verify(out)
@@ -193,7 +191,7 @@ def test_sources_that_are_gone_or_newer_are_said_and_not_held_against_it(
     assert len(verification.findings) == 4
 
 
-def test_the_command_ends_with_1_and_json_when_something_is_wrong(
+def test_the_command_ends_with_1_when_something_is_wrong(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.unlink(out / "b-0000000000.parquet")

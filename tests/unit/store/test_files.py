@@ -18,7 +18,7 @@ def touch(root: Path, *names: str) -> None:
         path.write_bytes(b"x")
 
 
-def test_a_folder_stands_for_every_parquet_file_below_it_in_order(tmp_path: Path) -> None:
+def test_a_folder_stands_for_all_parquet_files_below_it(tmp_path: Path) -> None:
     touch(tmp_path, "day=2/a.parquet", "day=1/b.parquet", "top.parquet", "notes.txt")
     assert find_files(str(tmp_path)) == (
         tmp_path,
@@ -34,7 +34,7 @@ def test_hidden_and_underscore_names_are_skipped_at_every_depth(tmp_path: Path) 
     assert find_files(str(tmp_path / "**" / "*.parquet"))[1] == ["a.parquet"]
 
 
-def test_a_glob_matches_files_and_folders_from_its_first_plain_folder(tmp_path: Path) -> None:
+def test_a_glob_matches_below_its_first_plain_folder(tmp_path: Path) -> None:
     touch(
         tmp_path,
         "in/day=1/a.parquet",

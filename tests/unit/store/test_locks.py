@@ -66,7 +66,7 @@ def test_of_many_that_start_at_once_one_holds(store: Store) -> None:
 
 
 @pytest.mark.slow
-def test_a_living_run_keeps_its_lock_and_one_that_stands_still_loses_it_and_knows(
+def test_a_living_run_keeps_its_lock_a_stalled_one_loses_it(
     store: Store,
 ) -> None:
     command = [sys.executable, "-c", HOLDER, store.url(NAME)]
@@ -105,7 +105,7 @@ def test_a_living_run_keeps_its_lock_and_one_that_stands_still_loses_it_and_know
 
 
 @pytest.mark.slow
-def test_a_run_whose_signs_do_not_reach_the_store_stops_before_another_may_begin(
+def test_a_run_cut_off_from_its_store_stops_in_time(
     store: Store,
 ) -> None:
     held = lock(store)
@@ -135,7 +135,7 @@ def test_a_run_whose_answer_was_lost_on_the_way_still_holds(store: Store) -> Non
     held.let_go()
 
 
-def test_a_process_that_failed_while_it_took_the_lock_may_take_it_again(store: Store) -> None:
+def test_a_process_that_failed_to_lock_may_try_again(store: Store) -> None:
     first, again = (
         StoreLock(store.path(NAME), stale_seconds=60, token="of this process") for _ in range(2)
     )

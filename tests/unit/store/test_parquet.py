@@ -87,7 +87,7 @@ def test_any_range_of_rows_is_read_from_its_own_row_groups(
     assert all(batch.schema.names == ["n"] for batch in batches)
 
 
-def test_rows_that_the_footer_promises_and_the_file_lacks_are_an_error(numbered: Path) -> None:
+def test_rows_that_only_the_footer_has_are_an_error(numbered: Path) -> None:
     with pytest.raises(UnusableFile, match="5 rows fewer"):
         list(read_rows(numbered, [3], 0, 15))
 

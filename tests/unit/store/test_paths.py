@@ -52,9 +52,7 @@ PATTERNS = [
 ]
 
 
-def test_a_folder_a_glob_or_a_name_finds_what_it_finds_among_files(
-    store: Store, tmp_path: Path
-) -> None:
+def test_patterns_find_in_a_store_what_they_find_on_a_disk(store: Store, tmp_path: Path) -> None:
     for name in NAMES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -91,13 +89,13 @@ def test_an_address_with_credentials_is_refused_and_not_repeated() -> None:
     )
 
 
-def test_an_address_that_is_no_setting_holds_no_credentials_either() -> None:
+def test_no_address_holds_credentials() -> None:
     with pytest.raises(InputError, match="holds credentials") as raised:
         location("s3://KEY:SECRET@bucket/name")
     assert "SECRET" not in str(raised.value)
 
 
-def test_a_folder_whose_name_looks_like_a_pattern_is_removed_alone(store: Store) -> None:
+def test_a_folder_named_like_a_pattern_is_removed_alone(store: Store) -> None:
     for folder in ("o[1]", "o1"):
         store.path(f"{folder}/a/b").write_bytes(b"x")
     store.path("o[1]").remove_tree()
@@ -230,7 +228,7 @@ def test_of_several_that_create_an_object_one_does(store: Store) -> None:
     assert store.path("one").read_bytes() == str(made.index(True)).encode()
 
 
-def test_work_goes_side_by_side_in_a_store_in_order_and_ends_at_a_failure() -> None:
+def test_work_in_a_store_goes_side_by_side_in_order() -> None:
     root, begun = ObjectPath("s3://shop/out"), []
 
     def work(number: int) -> int:
