@@ -105,12 +105,15 @@ class JobTasks:
         than what another machine wrote.
         """
         ledger = session_of(work.run).ledger
+        # What Prefect keeps in its own home may be of another output, or older than what another
+        # machine wrote.
+        in_store = ledger.results_folder() is None
         receipts = []
         for assignment in work.assignments:
             receipts.append(ledger.find_answers(assignment.key, work.run.id, assignment.earlier))
         submitted: list[PrefectFuture[Any]] = []
         for index in steps:
-            answering = self._configured(answer.answer, refresh=receipts[index] is None)
+            answering = self._configured(answer.answer, refresh=in_store or receipts[index] is None)
             # Prefect waits for these and draws them as the task's parents.
             earlier = [answers[before] for before in sorted(answers)]
             answers[index] = answering.submit(work.assignments[index], earlier, place)
@@ -119,7 +122,7 @@ class JobTasks:
             # Of this run's own receipts the output is not made yet.
             old = [receipt for receipt in receipts if receipt and receipt.run != work.run.id]
             missing = len(old) < len(receipts) or ledger.find_output(work.key, old) is None
-            writing = self._configured(publish.write, refresh=missing)
+            writing = self._configured(publish.write, refresh=in_store or missing)
             submitted.append(writing.submit(work, [answers[index] for index in sorted(answers)]))
         return submitted
 

@@ -9,7 +9,7 @@ from prefect import task
 from prefect.context import TaskRunContext
 
 from glmbatch.ledger.receipts import AnswersReceipt
-from glmbatch.run import answer as run
+from glmbatch.run.answer import answer as answer_assignment
 from glmbatch.run.work import Assignment
 from tasks.cluster import Place
 from tasks.policies import RESULTS_VERSION, machine_failed
@@ -35,4 +35,4 @@ def answer(
     assignment: Assignment, earlier: Sequence[AnswersReceipt], place: Place
 ) -> AnswersReceipt:
     """Answer a step for every row of a fragment at `place`, after the `earlier` steps."""
-    return place.call(run.answer, assignment)
+    return place.call(answer_assignment, assignment)

@@ -38,9 +38,7 @@ def configured(
     takes plain ones.
     """
     results = Ledger(output).results_folder()
-    # What Prefect keeps in its own home may be of another output, or older than what another
-    # machine wrote.
-    task = retried(task, runtime).with_options(refresh_cache=refresh or results is None)
+    task = retried(task, runtime).with_options(refresh_cache=refresh)
     return task if results is None else task.with_options(result_storage=results)
 
 

@@ -81,20 +81,18 @@ def _parsed(path: AnyPath, *stamp: int) -> Manifest:
         ) from error
 
 
-def staying(  # noqa: PLR0913 - what is published, what is planned, what came of it, and two choices
+def staying(
     before: Manifest | None,
     plan: Plan,
     *,
     written: Sequence[Fragment] | None = None,
     damaged: Collection[str] = (),
-    step_keys: Mapping[str, str] | None = None,
     drop_missing: bool = False,
 ) -> list[PublishedFile]:
     """The published files that a run of `plan` leaves beside its own.
 
     `written` are the fragments that it could write, all that are planned if None; `damaged` are the
-    sources of which it could not write all. With `step_keys`, those of the run, files of other
-    settings never stay beside new ones.
+    sources of which it could not write all. Whoever asks refuses files of other settings.
 
     - replaced: the source is in the plan. Its files go.
     - renamed: the source is gone, and the plan has its bytes under a name that is new for them. Its
@@ -119,8 +117,7 @@ def staying(  # noqa: PLR0913 - what is published, what is planned, what came of
             stay.append(file)
             continue
         source = successors[file.source]
-        other_settings = step_keys is not None and file.step_keys != step_keys
-        if source is None or source not in damaged or other_settings:
+        if source is None or source not in damaged:
             continue
         if _uncovered(file, new.get(source, [])):
             stay.append(file)

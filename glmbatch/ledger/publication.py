@@ -70,8 +70,13 @@ def publish(
     _sweep(root, manifest)
 
 
-def read_quarantine(output: AnyPath, files: Sequence[PublishedFile]) -> list[dict[str, Any]]:
-    """The published lines of rows that failed, of the rows of these published files alone."""
+def read_quarantine(
+    output: AnyPath, files: Sequence[PublishedFile], told: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """The published lines of rows that failed, of the rows of these published files alone.
+
+    And those of whole files, but for the sources that this run has `told` of itself.
+    """
     path = output / QUARANTINE
     if not path.is_file():
         return []
@@ -79,7 +84,7 @@ def read_quarantine(output: AnyPath, files: Sequence[PublishedFile]) -> list[dic
         with open_parquet(path) as file:
             lines = file.read().to_pylist()
     except UnusableFile as error:  # a list for people; the rows themselves carry their reasons
-        logger.warning("%s: it is written anew, without the rows of earlier runs", error)
+        logger.warning("%s: it is written again, without the rows of earlier runs", error)
         return []
     ranges: dict[str, list[range]] = {}
     for file in files:
@@ -87,10 +92,10 @@ def read_quarantine(output: AnyPath, files: Sequence[PublishedFile]) -> list[dic
         ranges.setdefault(file.source, []).append(rows)
 
     def is_of_files(line: dict[str, Any]) -> bool:
-        # A line without a step says why a run could not read something; the next run says so
-        # itself.
-        of_source = ranges.get(line["source"], ()) if line["step"] else ()
-        return any(line["row"] in rows for rows in of_source)
+        source = line["source"]
+        if not line["step"]:  # why a file, or the rest of one, could not be read
+            return source in ranges and source not in told
+        return any(line["row"] in rows for rows in ranges.get(source, ()))
 
     return [line for line in lines if is_of_files(line)]
 

@@ -159,11 +159,11 @@ def read_prompt_rows(
 
 
 def rows_of(
-    values: Mapping[str, Sequence[str | bytes | RowFault | None]], count: int
+    values: Mapping[str, Sequence[str | bytes | RowFault | None]], length: int
 ) -> list[RowValues]:
-    """Columns of `count` values, turned into rows."""
+    """Columns of `length` values, turned into rows."""
     rows: list[RowValues] = []
-    for row in range(count):
+    for row in range(length):
         rows.append({name: column[row] for name, column in values.items()})
     return rows
 

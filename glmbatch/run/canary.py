@@ -18,9 +18,10 @@ from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.report.counts import Audit
 from glmbatch.run.answer import rows_of
 from glmbatch.run.ask import Outcome, ask
+from glmbatch.run.plan import prompt_inputs
 from glmbatch.run.session import session_of
 from glmbatch.run.triage import build_question_prompts, key_prompts
-from glmbatch.run.work import Question, RunContext
+from glmbatch.run.work import PromptInputs, Question, RunContext
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, CanaryConfig, ClassifyStep, JobConfig, answer_columns
 from glmbatch.steps.classify import Choice
@@ -99,10 +100,9 @@ def check_canary(
         if receipt.computed_rows:
             new.add(receipt.step_key)
     asked = [question for question in questions if question.key in new]
-    columns: set[str] = set()
-    for question in questions:
-        columns.update(question.inputs.columns.values())
-    table = _frozen(canary.file, columns | _answered(question.step for question in questions))
+    steps = [question.step for question in questions]
+    inputs = [question.inputs for question in questions]
+    table = _frozen(canary.file, _needed_columns(steps, inputs))
     return [_audit(question, table, run, canary.max_change) for question in asked]
 
 
@@ -110,15 +110,14 @@ def check_canary_file(job: JobConfig) -> None:
     """InputError when the job's canary cannot be used; asked before any work."""
     if job.canary is None:
         return
-    columns: set[str] = set()
-    for step in job.steps:
-        columns.update(job.source_columns(step).values())
-    _frozen(job.canary.file, columns | _answered(job.steps))
+    _frozen(job.canary.file, _needed_columns(job.steps, prompt_inputs(job).values()))
 
 
-def _answered(steps: Iterable[AnyStep]) -> set[str]:
-    """The answer columns that a canary row is compared by."""
+def _needed_columns(steps: Iterable[AnyStep], inputs: Iterable[PromptInputs]) -> set[str]:
+    """What prompts read of a canary row, and the answer columns that it is compared by."""
     columns: set[str] = set()
+    for read in inputs:
+        columns.update(read.columns.values())
     for step in steps:
         columns.update(answer_columns(step)[:2])  # the answer, and a label's score or a text's end
     return columns

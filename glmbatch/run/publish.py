@@ -12,7 +12,7 @@ import pyarrow as pa
 from glmbatch.errors import AuditError, BadRow, GlmbatchError
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import Manifest, StepOrigin, next_manifest, staying
+from glmbatch.ledger.manifest import Manifest, PublishedFile, StepOrigin, next_manifest, staying
 from glmbatch.ledger.publication import publish as make_public
 from glmbatch.ledger.publication import read_quarantine, write_refused
 from glmbatch.ledger.receipts import DIGEST_CHARS, AnswersReceipt, OutputReceipt
@@ -52,7 +52,8 @@ class Collected:
     """What a run has made.
 
     `outputs` of all fragments, of them those `written`, and the files and fragments that are left
-    out. `before` is what is published now, by `last_run` if that is another run.
+    out. `stay` are files of earlier runs that stay published beside them. `before` is what is
+    published now, by `last_run` if that is another run.
     """
 
     ledger: Ledger
@@ -61,6 +62,7 @@ class Collected:
     outputs: list[OutputReceipt]
     written: list[OutputReceipt]
     unusable: list[FileFault]
+    stay: list[PublishedFile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +86,18 @@ def publish(
     AuditError, and nothing is published, when rows are missing or more of them failed than the job
     allows, or when another audit fails.
     """
-    collected = _collect(run, outputs)
+    collected = _collect(run, outputs, drop_missing=job.data.missing_sources == "drop")
     try:
+        _refuse_mixing(collected, questions)
         audits = _review(job.steps, job.max_error_rate, run, collected, canaries)
     except AuditError as error:
-        # Perhaps every row failed; the list of them is for people.
-        results = _measure_run(run, questions, collected, job.data.id_column, MOST_REFUSED)
-        raise _refusal(job, collected, results, error) from error
+        raise _refusal(job, run, questions, collected, error) from error
     # Before the files move, while each is where its receipt says.
     results = _measure_run(run, questions, collected, job.data.id_column)
     # A fault may be of answers that an earlier run committed under another `on_error`.
     if results.failures and run.context.raises:
         raise _bad_row(run, results.failures[0])
-    drop_missing = job.data.missing_sources == "drop"
-    kept_sources = _release(run, questions, collected, results.failures, drop_missing=drop_missing)
+    kept_sources = _release(run, questions, collected, results.failures)
     summary = results.summary.model_copy(
         update={
             "quarantined": job.on_error == "quarantine" and bool(results.failures),
@@ -110,11 +110,35 @@ def publish(
     return summary.model_copy(update={"report": report})
 
 
+def _refuse_mixing(collected: Collected, questions: Sequence[Question]) -> None:
+    """AuditError when files of other settings would stay: their source could not be read tonight.
+
+    That a source cannot be read at all is found before any work; this is damage within one.
+    """
+    step_keys = {question.name: question.key for question in questions}
+    for file in collected.stay:
+        if file.step_keys != step_keys:
+            raise AuditError(
+                f"{file.output_name} was answered with other settings or weights, and "
+                f"{file.source} could not be read whole. Mend the file, or set data.output to "
+                "another folder."
+            )
+
+
 def _refusal(
-    job: JobConfig, collected: Collected, results: Results, error: AuditError
+    job: JobConfig,
+    run: Run,
+    questions: Sequence[Question],
+    collected: Collected,
+    error: AuditError,
 ) -> AuditError:
     """Report a run that publishes nothing; the error that says where to look."""
     reason = f"{job.data.output}: nothing published: {error}"
+    try:
+        # Perhaps every row failed; the list of them is for people.
+        results = _measure_run(run, questions, collected, job.data.id_column, MOST_REFUSED)
+    except GlmbatchError as unread:  # what the audit found matters more
+        return AuditError(f"{reason} Its rows cannot be listed: {unread}")
     listed = _list_refused(collected, results.failures[:MOST_REFUSED])
     summary = results.summary.model_copy(update={"refused": reason})
     report = write_report(job, summary, results.measures, collected.last_run)
@@ -141,7 +165,7 @@ def _review(
     return tuple(audits)
 
 
-def _collect(run: Run, outputs: Sequence[OutputReceipt]) -> Collected:
+def _collect(run: Run, outputs: Sequence[OutputReceipt], *, drop_missing: bool) -> Collected:
     ledger = session_of(run.context).ledger
     current = list(ledger.folder.map(lambda output: _with_receipts(ledger, output), outputs))
     written = []
@@ -157,7 +181,14 @@ def _collect(run: Run, outputs: Sequence[OutputReceipt]) -> Collected:
     before = ledger.manifest()
     # A killed publication of this very run, tried again, has itself before it.
     last_run = before.run if before and before.run != run.context.id else None
-    return Collected(ledger, before, last_run, current, written, unusable)
+    stay = staying(
+        before,
+        run.plan,
+        written=[output.fragment for output in written],
+        damaged={fault.source for fault in unusable},
+        drop_missing=drop_missing,
+    )
+    return Collected(ledger, before, last_run, current, written, unusable, stay)
 
 
 def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
@@ -252,18 +283,8 @@ def _release(
     questions: Sequence[Question],
     collected: Collected,
     faults: Sequence[dict[str, Any]],
-    *,
-    drop_missing: bool,
 ) -> int:
     """Publish what was written; returns how many sources of earlier runs stay published."""
-    stay = staying(
-        collected.before,
-        run.plan,
-        written=[output.fragment for output in collected.written],
-        damaged={fault.source for fault in collected.unusable},
-        step_keys={question.name: question.key for question in questions},
-        drop_missing=drop_missing,
-    )
     origins = {}
     for question in questions if collected.written else ():
         settings = answer_settings(question.step)
@@ -273,17 +294,19 @@ def _release(
         run.plan,
         collected.before,
         written=collected.written,
-        stay=stay,
+        stay=collected.stay,
         unusable=collected.unusable,
         steps=origins,
         format=run.context.format,
     )
     ledger = collected.ledger
-    lines = [*read_quarantine(ledger.root, stay), *faults]
+    read = {fragment.source for fragment in run.plan.fragments}
+    told = read | {fault.source for fault in collected.unusable}
+    lines = [*read_quarantine(ledger.root, collected.stay, told), *faults]
     failed = pa.Table.from_pylist(lines, QUARANTINE_SCHEMA)
     make_public(ledger, manifest, collected.written, failed)
     tonight = {output.fragment.source for output in collected.written}
-    return len({file.source for file in stay} - tonight)
+    return len({file.source for file in collected.stay} - tonight)
 
 
 def _files_left_out(collected: Collected) -> list[dict[str, Any]]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from glmbatch.errors import InputError, Interrupted
+from glmbatch.errors import InputError, Interrupted, TransientError
 from glmbatch.glm.engine.loading import load_engine
 from glmbatch.glm.engine.pool import EnginePool
 from glmbatch.glm.engine.protocol import Engine
@@ -104,7 +105,7 @@ def session(run: Run) -> Iterator[Session]:
     nobody needs any more. InputError when the output cannot be written or another run holds it.
     """
     opened = Session(run.context)
-    opened.ledger.open(run.context.id)  # the lock first: without it nothing else may begin
+    _lock(opened)  # first: without it nothing else may begin
     with _CHANGING:
         _SESSIONS[run.context.id] = opened
     opened.progress.start("annotate", run.plan.rows * len(run.inputs))
@@ -117,6 +118,21 @@ def session(run: Run) -> Iterator[Session]:
         with _CHANGING:
             del _SESSIONS[run.context.id]
         opened.ledger.close(run.context.id)
+
+
+def _lock(opened: Session) -> None:
+    """Lock the output; tried again here, since a session begins outside of any task."""
+    run = opened.run
+    delay = run.runtime.retry_delay_seconds
+    for _ in range(run.runtime.retries):
+        try:
+            opened.ledger.open(run.id)
+            return
+        except TransientError as error:
+            logger.warning("%s; trying again in %.1f s", error, delay)
+            time.sleep(delay)
+            delay *= 2
+    opened.ledger.open(run.id)
 
 
 def join(run: RunContext) -> None:
@@ -134,12 +150,14 @@ def session_of(run: RunContext) -> Session:
 
 
 def ledger_of(run: RunContext) -> Ledger:
-    """The ledger of the open session of `run`, or one for a process that is no part of it.
+    """The ledger of the open session of `run`; Interrupted when the run has ended.
 
-    The light processes that submit to a cluster's engines write output files, and have no session.
+    The light processes that submit to a cluster's engines write output files, and have no session:
+    there it is one of their own.
     """
-    opened = _SESSIONS.get(run.id)
-    return opened.ledger if opened else Ledger(run.output)
+    if run.runtime.cluster is not None and run.id not in _SESSIONS:
+        return Ledger(run.output)
+    return session_of(run).ledger
 
 
 def newest_progress() -> Snapshot:

@@ -29,11 +29,6 @@ UNWRITABLE = frozenset(
         errno.ENAMETOOLONG,
     }
 )
-# Reading fails by the device. pyarrow raises OSError for damaged bytes too, without one of these
-# numbers.
-FAILING_DEVICE = frozenset(
-    {errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
-)
 # Timeout, conflict of two writers, too many requests: these pass by themselves, as does all from
 # 500 on.
 PASSING_STATUS = frozenset({408, 409, 425, 429})

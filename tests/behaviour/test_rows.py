@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from glmbatch.errors import UnusableFile
+from glmbatch.errors import AuditError, UnusableFile
 from glmbatch.report.text import describe
 from glmbatch.settings.job import JobConfig, answer_columns
 from tests.support import (
@@ -134,6 +134,14 @@ def test_text_that_is_not_utf8_never_stops_the_run(
     assert (line["row"], line["error_type"]) == (1, "not_utf8")
 
 
+def damage_a_page(source: Path, row_group: int) -> None:
+    """Change one byte of a row group, which the footer does not show."""
+    with pq.ParquetFile(source) as file:
+        page = file.metadata.row_group(row_group).column(0).data_page_offset
+    whole = source.read_bytes()
+    source.write_bytes(whole[: page + 40] + bytes([whole[page + 40] ^ 1]) + whole[page + 41 :])
+
+
 def test_a_damaged_page_costs_its_fragment_alone(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
@@ -143,16 +151,29 @@ def test_a_damaged_page_costs_its_fragment_alone(
         row_group_size=8,
         write_page_checksum=True,
     )
-    with pq.ParquetFile(source) as file:
-        page = file.metadata.row_group(1).column(0).data_page_offset
-    whole = source.read_bytes()
-    source.write_bytes(whole[: page + 40] + bytes([whole[page + 40] ^ 1]) + whole[page + 41 :])
+    damage_a_page(source, 1)
     with pytest.raises(UnusableFile, match=r"a\.parquet"):
         run(job_settings(on_error="raise"))
     summary = run(job_settings(max_error_rate=0.5))
     assert [fault.source for fault in summary.unusable] == ["a.parquet"]
     assert column_of(out, "text") == [f"row {n}" for n in [*range(8), *range(16, 24)]]
     assert read_quarantine(out)[0]["error_type"] == "unusable_file"
+
+
+def test_damage_in_the_night_of_a_new_prompt_loses_no_rows(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    texts = [f"row {n}" for n in range(8)]
+    source = write_source("a.parquet", {"text": texts}, write_page_checksum=True)
+    write_source("b.parquet", {"text": texts})
+    run(job_settings())
+    published = column_of(out, "text")
+    damage_a_page(source, 0)
+    settings = job_settings(max_error_rate=0.9)
+    settings["steps"][0]["prompt_template"] = "Mood? {text}"
+    with pytest.raises(AuditError, match=r"answered with other settings.*a\.parquet could not be"):
+        run(settings)
+    assert column_of(out, "text") == published
 
 
 def test_repeated_texts_are_asked_once(write_source: Write, job_settings: Settings) -> None:

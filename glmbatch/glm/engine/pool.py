@@ -93,11 +93,13 @@ class EnginePool:
         An engine that others use too goes on; there `owner` ends its calls itself, at its next
         answer.
         """
+        engines = []
         # The lock also waits for an engine that is being loaded.
         with self._changed:
-            engines = [
-                engine for key, engine in self._engines.items() if self._owners(key) == [owner]
-            ]
+            # Taken out at once: closing takes a forward each, and nobody may lease one meanwhile.
+            for key in list(self._engines):
+                if self._owners(key) == [owner]:
+                    engines.append(self._engines.pop(key))
             self._changed.notify_all()  # the owner may also be waiting for room
         for engine in engines:
-            self.discard(engine)
+            engine.close()

@@ -102,7 +102,7 @@ def actions(out: Path, version: int) -> tuple[list[str], list[str]]:
     ]
 
 
-def test_killed_after_the_commit_the_next_run_ends_what_it_began(
+def test_the_next_run_ends_what_a_killed_one_began(
     write_source: Write,
     delta_job: Callable[..., JobConfig],
     tmp_path: Path,
@@ -219,7 +219,7 @@ def test_types_that_delta_lacks_are_widened_or_refused() -> None:
             delta_schema("a", pa.schema([("x", kind)]))
 
 
-def test_files_that_are_no_one_table_are_refused_before_any_work(
+def test_files_that_are_no_one_table_are_refused_at_once(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
 ) -> None:
     write_source("day=1/a.parquet", {"text": rows[:3], "n": [1, 2, 3]})

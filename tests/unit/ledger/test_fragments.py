@@ -134,7 +134,7 @@ def test_a_name_that_collides_is_refused_before_any_work(
         planned(job_settings())
 
 
-def test_a_name_that_collides_with_a_partition_folder_is_refused(
+def test_a_name_like_a_partition_folder_is_refused(
     write_source: Write, job_settings: Settings
 ) -> None:
     write_source("mood=1/a.parquet", {"text": ["x"]})

@@ -76,7 +76,7 @@ def published(folder: Path) -> pa.Table:
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_and_run_again_the_output_is_the_same(
+def test_killed_anywhere_and_run_again_the_output_is_the_same(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     earlier = job_settings(data__output=str(tmp_path / "killed-0"))

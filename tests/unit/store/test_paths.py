@@ -80,7 +80,7 @@ def test_what_is_not_there_names_the_setting(store: Store) -> None:
         find_files("http://bucket/in")
 
 
-def test_an_address_with_credentials_is_refused_and_not_repeated() -> None:
+def test_credentials_in_an_address_are_refused_untold() -> None:
     with pytest.raises(ValidationError, match="holds no credentials") as refused:
         DataConfig(input="s3://AKIA123:geheim@bucket/in", output="out")
     assert "geheim" not in str(refused.value)

@@ -1,0 +1,69 @@
+"""The engines of a process: shared, closed for room, and closed for one run alone."""
+
+from __future__ import annotations
+
+import threading
+
+from glmbatch.glm.engine.pool import EnginePool
+
+
+class SlowEngine:
+    """An engine whose `close` waits, as one that is in the midst of a forward."""
+
+    def __init__(self) -> None:
+        self.closing = threading.Event()
+        self.may_close = threading.Event()
+
+    def close(self) -> None:
+        self.closing.set()
+        assert self.may_close.wait(10)
+
+
+class Run:
+    """An owner that was never told to stop."""
+
+    def check_running(self) -> None:
+        """Nothing."""
+
+
+def lease(pool: EnginePool, key: str, owner: Run) -> SlowEngine:
+    with pool.lease(key, SlowEngine, 2, owner) as engine:  # type: ignore[arg-type, type-var]
+        assert isinstance(engine, SlowEngine)
+        return engine
+
+
+def test_an_engine_that_is_being_closed_is_not_leased() -> None:
+    pool = EnginePool()
+    stopped, other = Run(), Run()
+    with (
+        pool.lease("a", SlowEngine, 2, stopped) as first,  # type: ignore[arg-type, type-var]
+        pool.lease("b", SlowEngine, 2, stopped) as second,  # type: ignore[arg-type, type-var]
+    ):
+        closer = threading.Thread(target=pool.close_unshared, args=(stopped,))
+        closer.start()
+        assert first.closing.wait(10)
+        # The second one waits for the first to close, and is nobody's any more.
+        assert lease(pool, "b", other) is not second
+        first.may_close.set()
+        second.may_close.set()
+        closer.join(10)
+        assert second.closing.is_set()
+
+
+def test_an_engine_that_two_runs_use_stays_open() -> None:
+    pool = EnginePool()
+    stopped, other = Run(), Run()
+    with (
+        pool.lease("a", SlowEngine, 1, stopped) as engine,  # type: ignore[arg-type, type-var]
+        pool.lease("a", SlowEngine, 1, other) as same,  # type: ignore[arg-type, type-var]
+    ):
+        pool.close_unshared(stopped)
+        assert same is engine
+        assert not engine.closing.is_set()
+    assert lease(pool, "a", other) is engine
+
+
+def test_a_run_that_ended_is_forgotten() -> None:
+    pool = EnginePool()
+    lease(pool, "a", Run())
+    assert not any(pool._leases.values())
