@@ -43,7 +43,7 @@ class StepOrigin(BaseModel, frozen=True, extra="forbid"):
 class Manifest(BaseModel, frozen=True, extra="forbid"):
     """What is published. A run writes it last; a reader that wants all or nothing waits for it.
 
-    Sources are named from the folder `root`. `replaced` files belong to it no more, and are gone
+    Sources are named from the folder `root`. `replaced` files no longer belong to it, and are gone
     unless a run was killed. `limit` is that of the run: then these are not all rows. `steps` says
     what its step keys were made of. With the format "delta" the same files are a Delta table, and
     what was replaced stays for its older versions.

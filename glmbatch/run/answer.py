@@ -152,7 +152,7 @@ def read_prompt_rows(
     runs: dict[str, str] = {}
     for name, key in assignment.earlier.items():
         receipt, table = ledger.read_answers(key)
-        # Kept in the receipt: answers over rows that are asked again later are made anew.
+        # Kept in the receipt: answers over rows that are asked again later are made again.
         values[name] = earlier_values(table, name)
         runs[name] = receipt.run
     return rows_of(values, assignment.fragment.rows), runs
