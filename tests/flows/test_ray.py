@@ -140,7 +140,7 @@ def test_a_machine_that_does_not_see_the_output_is_named(tmp_path: Path) -> None
         _complaint(str(lock), "process 2 of here")
     )
     assert "must lie on a file system" in str(
-        _complaint(str(tmp_path / "none" / "_glmbatch" / "lock"), "")
+        _complaint(str(tmp_path / "none" / "_glmbatch" / "lock"), "process 1 of another")
     )
 
 
