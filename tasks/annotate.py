@@ -101,8 +101,7 @@ class JobTasks:
         """Submit the given steps of a fragment, and its output file once every step is submitted.
 
         Bypass Prefect's cache if a file is missing or damaged, and always for outputs in object
-        stores: the results that Prefect keeps in its own home may be of another output, or older
-        than what another machine wrote.
+        stores.
         """
         ledger = session_of(work.run).ledger
         # What Prefect keeps in its own home may be of another output, or older than what another

@@ -4,7 +4,7 @@
 
 An engine process is an actor, which keeps its process and its GPU as long as it lives; from one
 task of Ray to the next a process may be given another GPU, which CUDA cannot follow. Ray starts a
-lost one anew; its tasks are retried.
+lost one again; its tasks are retried.
 """
 
 from __future__ import annotations

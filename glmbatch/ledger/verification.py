@@ -202,7 +202,7 @@ def _file_findings(
     if not path.is_file():
         yield _wrong(name, "is gone")
         return
-    # Looked at all the same: what was changed is told too.
+    # Looked at all the same: a changed file gets its other findings too.
     if digest_file(path) != file.digest:
         yield _wrong(
             name, f"was changed after it was published: its digest is not that of {MANIFEST}"

@@ -111,7 +111,6 @@ class _Counted:
 
     def __init__(self, ledger: Ledger, questions: Sequence[Question]) -> None:
         manifest = ledger.manifest()
-        self._ledger = ledger
         self._known: dict[tuple[str, str], KnownAnswers] = {}
         self._changes: dict[str, str | None] = {}
         for question in questions:

@@ -24,6 +24,7 @@ from glmbatch.report.summary import Summary
 from glmbatch.run.job import run_job
 from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import prompt_inputs, resolve_questions, schema_needs
+from glmbatch.run.work import PromptInputs
 from glmbatch.settings.job import JobConfig, answer_columns
 from glmbatch.settings.jobfile import load_job, parse_settings
 from glmbatch.store.errors import one_line
@@ -66,11 +67,11 @@ def annotate_table(
     inputs = prompt_inputs(settings)
     columns = _columns(table, schema_needs(settings, inputs))
     if cache is not None:
-        answers = _answers(columns, settings, Folder(os.fspath(cache)).path)
+        answers = _answers(columns, settings, inputs, Folder(os.fspath(cache)).path)
     else:
         with TemporaryDirectory(prefix="glmbatch-") as folder:
             try:
-                answers = _answers(columns, settings, Path(folder))
+                answers = _answers(columns, settings, inputs, Path(folder))
             except AuditError as error:
                 raise AuditError(
                     f"{error} That folder is gone with the call: give a cache to keep it."
@@ -131,10 +132,12 @@ def _as_arrow(name: str, column: Any) -> pa.Array | pa.ChunkedArray:
         ) from error
 
 
-def _answers(columns: pa.Table, job: JobConfig, folder: AnyPath) -> pa.Table:
+def _answers(
+    columns: pa.Table, job: JobConfig, inputs: dict[str, PromptInputs], folder: AnyPath
+) -> pa.Table:
     """The answer columns, row for row, by a run whose input and output lie in `folder`."""
     # An output holds the answers of one set of steps and weights.
-    questions = resolve_questions(job, prompt_inputs(job), prepare_models(job))
+    questions = resolve_questions(job, inputs, prepare_models(job))
     step_keys = {question.name: question.key for question in questions}
     settings = blake2b(repr(step_keys).encode(), digest_size=DIGEST_CHARS // 2).hexdigest()
     source = _write(columns, folder / settings)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from glmbatch.store.paths import Address, AnyPath, location, side_by_side
+from glmbatch.store.paths import Address, AnyPath, location, side_by_side, unlink_all
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -40,5 +40,4 @@ class Folder:
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove the named files, as far as they are there."""
-        for _ in self.map(lambda name: (self.path / name).unlink(missing_ok=True), names):
-            pass
+        unlink_all(self.path, [self.path / name for name in names])

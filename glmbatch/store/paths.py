@@ -144,7 +144,7 @@ class ObjectPath(PurePosixPath):
 
     def _opened(self, **options: object) -> Any:
         info = self.info()
-        # The ledger reads small objects several times; by version, so a new one is read anew.
+        # The ledger reads small objects several times; by version, so a new version is read again.
         if info["type"] == "file" and info["size"] <= KEPT_BYTES:
             return BytesIO(_content(self, version_of(info)))
         return self._call("open", "rb", **options)
