@@ -47,6 +47,7 @@ class Recent:
     def keep(self, name: str, content: Content) -> None:
         """Keep the content of the file `name`, in place of what was used longest ago."""
         with self._lock:
+            # The rows go before the receipts: they are large, and the receipt spares an opening.
             self._forget_table(self._contents.pop(name, None))
             self._contents[name] = content
             self._table_bytes += content.table.nbytes if content.table is not None else 0

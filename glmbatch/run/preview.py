@@ -286,6 +286,7 @@ def _table(plan: Preview) -> Iterator[str]:
         middle = "  ".join(f"{number:>9}" for number in numbers)
         return f"{source:<{width}}  {step:<16}  {middle}  {why}".rstrip()
 
+    # Waiting rows are among those to run, and get a line of their own below the table.
     names = ("rows", "to_run", "reused", "skipped", "prompt_tokens")
     yield line("file", "step", ("rows", "to run", "reused", "skipped", "tokens"), "why")
     totals: dict[str, Counter[str]] = defaultdict(Counter)

@@ -286,6 +286,7 @@ def _release(
 ) -> int:
     """Publish what was written; returns how many sources of earlier runs stay published."""
     origins = {}
+    # A run that wrote nothing has no answers whose origin could be told.
     for question in questions if collected.written else ():
         settings = answer_settings(question.step)
         origins[question.name] = StepOrigin(settings=settings, model=question.model.identity)
@@ -301,6 +302,7 @@ def _release(
     )
     ledger = collected.ledger
     read = {fragment.source for fragment in run.plan.fragments}
+    # Of its own sources this run tells what could not be read; of others the last list does.
     told = read | {fault.source for fault in collected.unusable}
     lines = [*read_quarantine(ledger.root, collected.stay, told), *faults]
     failed = pa.Table.from_pylist(lines, QUARANTINE_SCHEMA)

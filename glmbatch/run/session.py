@@ -132,6 +132,7 @@ def _lock(opened: Session) -> None:
             logger.warning("%s; trying again in %.1f s", error, delay)
             time.sleep(delay)
             delay *= 2
+    # The last try, whose error is the caller's to see.
     opened.ledger.open(run.id)
 
 
@@ -155,6 +156,7 @@ def ledger_of(run: RunContext) -> Ledger:
     The light processes that submit to a cluster's engines write output files, and have no session:
     there it is one of their own.
     """
+    # Without a cluster a missing session means that the run has ended, and its lock with it.
     if run.runtime.cluster is not None and run.id not in _SESSIONS:
         return Ledger(run.output)
     return session_of(run).ledger

@@ -54,6 +54,7 @@ def write_output(
 
 def _output_schema(work: FragmentWork, tables: Sequence[pa.Table]) -> pa.Schema:
     """The fields of the source, then those of each step's answers."""
+    # From the footer, since a fragment of no rows has no batch to tell it by.
     with open_parquet(work.fragment.path) as file:
         source = file.schema_arrow
     fields = list(source)

@@ -76,6 +76,7 @@ class EnginePool:
         return False
 
     def _owners(self, key: Hashable) -> list[Owner]:
+        # Each once, however many fragments of it are in flight.
         return list(self._leases.get(key, ()))
 
     def discard(self, engine: Engine) -> None:
