@@ -13,11 +13,13 @@ from typing import Any
 
 from glmbatch.errors import MACHINE_ERRNOS, GlmbatchError, InputError, TransientError
 
-# A LoRA adapter as peft saves it. The last file names the labels of its head, if it is there.
+# A LoRA adapter as peft saves it. The last two, if they are there, name the labels of its head, and
+# the weights that it was trained over.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_LABELS = "config.json"
-ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_LABELS)
+ADAPTER_BASE = "glmbatch_base.json"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_LABELS, ADAPTER_BASE)
 
 
 def file_error(file: Path, error: OSError) -> GlmbatchError:

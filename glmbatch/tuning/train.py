@@ -18,6 +18,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from glmbatch.errors import InputError
+from glmbatch.glm.checkpoint.adapter_save import finish_adapter
 from glmbatch.glm.checkpoint.load import load_model
 from glmbatch.glm.checkpoint.save import StoredDtype, save_checkpoint
 from glmbatch.glm.engine.oom import is_out_of_memory
@@ -193,13 +194,10 @@ def _merged(config: TuneConfig, model: Any, folder: Path) -> Any:
     if not config.writes:  # peft saves the head, but not its labels
         labels = json.dumps({"id2label": model.config.id2label}, ensure_ascii=False, indent=2)
         (folder / "config.json").write_text(labels, encoding="utf-8")
-    base = config.model
-    if (
-        base.adapter is not None
-    ):  # `load_model` takes one adapter; this base in memory has it merged
-        return model.merge_and_unload()
+    # An adapter of the base becomes part of the new one, which alone makes the checkpoint.
+    finish_adapter(folder, read_base(config.model))
     # Merged by the same code as a job that names base and adapter: the same bits.
-    return load_model(base.path, STORED, adapter=folder)
+    return load_model(config.model.path, STORED, adapter=folder)
 
 
 def _summary(state: TrainerState, model: Any, temperature: float) -> Trained:

@@ -25,7 +25,7 @@ from glmbatch.glm.device import DTYPE_BYTES
 from glmbatch.glm.files import ADAPTER_CONFIG, ADAPTER_LABELS, ADAPTER_WEIGHTS, read_json
 
 # peft wraps the model twice, and every saved name begins with both wrappers.
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _A = ".lora_A.weight"
 _B = ".lora_B.weight"
 _ADVICE = "Set model.adapter to one that was made on this model."
@@ -167,9 +167,9 @@ def _tensors(file: Path) -> dict[str, Header]:
     """What `file` holds, by its name in the model that the adapter was made on."""
     headers = read_headers(file)
     for key, header in headers.items():
-        if not key.startswith(_PREFIX):
+        if not key.startswith(PREFIX):
             raise InputError(
-                f"{file}: {key!r} does not begin with {_PREFIX!r}, as peft writes it. "
+                f"{file}: {key!r} does not begin with {PREFIX!r}, as peft writes it. "
                 "Set model.adapter."
             )
         if header.dtype not in DTYPE_BYTES:
@@ -181,7 +181,7 @@ def _tensors(file: Path) -> dict[str, Header]:
     # It would load, and every answer would be the base's own.
     if not headers:
         raise InputError(f"{file}: holds no weights. Set model.adapter.")
-    return {key.removeprefix(_PREFIX): header for key, header in headers.items()}
+    return {key.removeprefix(PREFIX): header for key, header in headers.items()}
 
 
 def _layout_of(tensors: Mapping[str, Header]) -> Layout:
@@ -208,9 +208,9 @@ def _refuse_lost_order(
 
 
 def _read(file: Path, tensors: Mapping[str, Header]) -> Iterator[tuple[str, torch.Tensor]]:
-    headers = {_PREFIX + name: header for name, header in tensors.items()}
+    headers = {PREFIX + name: header for name, header in tensors.items()}
     for key, tensor in read_tensors(file, headers):
-        yield key.removeprefix(_PREFIX), tensor
+        yield key.removeprefix(PREFIX), tensor
 
 
 def _labels(
@@ -263,11 +263,11 @@ def _refuse_unfit(
         wanted = _shape(name, specs, config)
         if wanted is None:
             raise InputError(
-                f"{file}: {_PREFIX + name!r} belongs to nothing that can be changed here. {_ADVICE}"
+                f"{file}: {PREFIX + name!r} belongs to nothing that can be changed here. {_ADVICE}"
             )
         if header.shape != wanted:
             raise InputError(
-                f"{file}: {_PREFIX + name!r} has shape {list(header.shape)}; the checkpoint and "
+                f"{file}: {PREFIX + name!r} has shape {list(header.shape)}; the checkpoint and "
                 f"{ADAPTER_CONFIG} make it {list(wanted)}. {_ADVICE}"
             )
 
@@ -308,7 +308,7 @@ def _refuse_incomplete(
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise InputError(
-            f"{file}: no {_PREFIX + absent[0]!r}{more}: it is incomplete, or made on fewer layers. "
+            f"{file}: no {PREFIX + absent[0]!r}{more}: it is incomplete, or made on fewer layers. "
             f"{_ADVICE}"
         )
 
@@ -318,5 +318,5 @@ def _refuse_non_finite(file: Path, tensors: Mapping[str, Header]) -> None:
     for name, tensor in _read(file, tensors):
         if not tensor.isfinite().all():
             raise InputError(
-                f"{file}: {_PREFIX + name!r} holds values that are not finite. Set model.adapter."
+                f"{file}: {PREFIX + name!r} holds values that are not finite. Set model.adapter."
             )

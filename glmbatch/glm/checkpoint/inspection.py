@@ -15,6 +15,7 @@ from typing import Any
 
 from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.adapter import Adapter, read_adapter
+from glmbatch.glm.checkpoint.adapter_base import check_base
 from glmbatch.glm.checkpoint.architecture import (
     Architecture,
     Layout,
@@ -103,6 +104,10 @@ def inspect_checkpoint(
         added = read_adapter(
             adapter, checkpoint.architecture, checkpoint.layout, checkpoint.has_head
         )
+        notes = check_base(
+            added.path, directory, checkpoint.architecture, checkpoint.specs, checkpoint.tensors
+        )
+        added = replace(added, warnings=(*added.warnings, *notes))
         return _adapted(checkpoint, added), []
     return None, problems
 

@@ -32,7 +32,7 @@ from glmbatch.glm.checkpoint.inspection import (
 from glmbatch.glm.checkpoint.layout import PREFIX_KEY, TensorSpec, split_rows
 from glmbatch.glm.checkpoint.prefix import native_prefix
 from glmbatch.glm.checkpoint.save import save_checkpoint
-from glmbatch.glm.checkpoint.shards import find_shards, read_tensors
+from glmbatch.glm.checkpoint.shards import dequantized, find_shards, read_tensors
 from glmbatch.glm.files import digest_file, read_json
 from glmbatch.glm.tokenizer import TOKENIZER_FILE
 
@@ -204,7 +204,7 @@ def _stored_tensors(
             if spec.stored == "int8":
                 merged = any(name in added for name, _ in spec.parts)
                 numbers = torch.float32 if merged else dtype
-                yield spec, _dequantized(stored, scales[f"{key}_scale"], bits, numbers)
+                yield spec, dequantized(stored, scales[f"{key}_scale"], bits, numbers)
             else:
                 yield spec, stored
 
@@ -217,13 +217,3 @@ def _read_scales(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         for key, scale in read_tensors(file, wanted):
             scales[key] = scale.clone()
     return scales
-
-
-def _dequantized(
-    stored: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """[out, in] of an int8 [out, in] or an int4 [out, in / 2], with one scale for each row."""
-    if bits == 4:
-        # The high four bits are the even input column, the low four the odd one, both signed.
-        stored = torch.stack((stored >> 4, (stored << 4) >> 4), dim=-1).flatten(1)
-    return stored.to(dtype) * scale.to(dtype)[:, None]

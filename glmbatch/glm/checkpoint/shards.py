@@ -186,6 +186,16 @@ def group_by_size(sizes: Iterable[tuple[Item, int]], most_bytes: int) -> Iterato
         yield group
 
 
+def dequantized(
+    stored: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """[out, in] of an int8 [out, in] or an int4 [out, in / 2], with one scale for each row."""
+    if bits == 4:
+        # The high four bits are the even input column, the low four the odd one, both signed.
+        stored = torch.stack((stored >> 4, (stored << 4) >> 4), dim=-1).flatten(1)
+    return stored.to(dtype) * scale.to(dtype)[:, None]
+
+
 def _size_bytes(header: Header) -> int:
     dtype: torch.dtype = getattr(torch, header.dtype)
     return torch.Size(header.shape).numel() * dtype.itemsize

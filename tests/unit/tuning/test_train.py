@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from glmbatch.errors import InputError
-from glmbatch.glm.checkpoint.load import load_model
+from glmbatch.glm.checkpoint.load import load_model, read_checkpoint
 from glmbatch.glm.tokenizer import load_tokenizer
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.finetune import begin, train_run
@@ -94,6 +94,20 @@ def test_an_adapter_for_writing_is_merged_too(tune: Tune) -> None:
     assert train_run(config, run)["temperature"] == 1.0
     assert not hasattr(load_model(Path(run) / "checkpoint"), "score")
     assert_merged(Path(run))
+
+
+def test_an_adapter_trained_over_an_adapter_stands_alone(tune: Tune) -> None:
+    fast = {**LORA, "training__epochs": 1, "training__learning_rate": 5e-3}
+    first = trained(tune(**fast))
+    config = tune(**fast | {"model": {**BASE, "adapter": str(first / "adapter")}})
+    second = begin(config)
+    summary = train_run(config, second)
+    assert summary["trained_parameters"] > 10_000, "the adapter too, not the head alone"
+    assert_merged(Path(second))
+    alone = read_checkpoint(CAUSAL, Path(second) / "adapter")
+    assert (alone.warnings, alone.adapter.ranks if alone.adapter else ()) == ((), (32,))
+    with pytest.raises(InputError, match="holds other weights"):
+        load_model(first / "checkpoint", adapter=Path(second) / "adapter")
 
 
 KILLED = """

@@ -1,0 +1,96 @@
+"""An adapter that peft saved, made one over the bare checkpoint, whatever it was trained over.
+
+Training that goes on from an adapter adds a second one to the sum of base and first. Alone it would
+belong to no checkpoint that anybody has, so both are written as one.
+
+    R rank   I numbers in   O numbers out
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from glmbatch.glm.checkpoint.adapter import PREFIX, Adapter, LowRank, load_adapter, read_adapter
+from glmbatch.glm.checkpoint.adapter_base import note_base, sample_weights
+from glmbatch.glm.checkpoint.inspection import Checkpoint, read_checkpoint
+from glmbatch.glm.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_error, read_json
+
+
+def finish_adapter(directory: Path, base: Checkpoint) -> None:
+    """Make what peft saved in `directory` over `base` an adapter over its bare checkpoint.
+
+    It notes which that is. The adapter of `base`, if there is one, becomes part of it.
+    """
+    bare = read_checkpoint(base.path)
+    try:
+        if base.adapter is not None:
+            _join(base.adapter, directory, base)
+        note_base(directory, bare.path, sample_weights(bare.architecture, bare.specs, bare.tensors))
+    except OSError as error:
+        raise file_error(directory, error) from error
+
+
+def _join(first: Adapter, directory: Path, base: Checkpoint) -> None:
+    """Add `first` to the adapter in `directory`, whose ranks become the sums of both."""
+    second = read_adapter(directory, base.architecture, base.layout, base.has_head)
+    with_labels = replace(base.architecture, labels=second.labels or base.architecture.labels)
+    added, whole = load_adapter(first, base.architecture, base.has_head)
+    added_later, whole_later = load_adapter(
+        second, with_labels, base.has_head or bool(second.labels)
+    )
+    for name, low_rank in added_later.items():
+        if name in whole:  # the first adapter replaced it, and training went on from there
+            whole[name] = low_rank.added_to(whole[name])
+        else:
+            added[name] = _both(added.get(name), low_rank)
+    whole |= whole_later
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
+    ranks = {}
+    for name, low_rank in added.items():
+        module = name.removesuffix(".weight")
+        ranks[module] = len(low_rank.a_RI)
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = low_rank.a_RI
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = low_rank.b_OR * low_rank.scale
+    config = read_json(directory / ADAPTER_CONFIG)
+    config |= _sizes(ranks)
+    config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole}) or None
+    # The parts of a fused weight share their first matrix, which a file cannot.
+    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True)
+    (directory / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def _both(first: LowRank | None, second: LowRank) -> LowRank:
+    """The sum of two products as one, of the rank of both."""
+    if first is None:
+        return second
+    a_RI = torch.cat([first.a_RI, second.a_RI])
+    b_OR = torch.cat([first.b_OR * first.scale, second.b_OR * second.scale], dim=1)
+    return LowRank(a_RI, b_OR, 1.0)
+
+
+def _sizes(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The keys of an adapter's config that say which modules have which rank; each scale is 1."""
+    (usual, _), *_ = Counter(ranks.values()).most_common(1)
+    unusual = {module: rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": unusual,
+        "alpha_pattern": unusual,
+        "use_rslora": False,
+        # Whole names, since the two adapters may have changed different layers.
+        "target_modules": sorted(ranks),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
