@@ -1,11 +1,14 @@
-"""Shows how far a run is: a bar on a terminal, key=value lines elsewhere. Writes to stderr only."""
+"""Shows how far a run is: a bar on a terminal, key=value lines elsewhere. Writes to stderr only.
+
+A call over a table in memory shows the bar alone, in a notebook too, and nothing elsewhere.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from glmbatch.report.progress import Snapshot
@@ -14,22 +17,68 @@ from glmbatch.run.session import newest_progress
 # A log of one night then has about a thousand lines.
 LINE_SECONDS = 30.0
 BAR_SECONDS = 0.2
+# A short call is over before anybody would read a bar.
+PATIENCE_SECONDS = 1.0
+BAR_CELLS = 20
+# Two bars would write over one another, and both would show the newest run.
+_SHOWING = threading.Lock()
 
 
 @contextmanager
 def showing_progress() -> Iterator[None]:
     """Show the progress of this process on stderr until the block ends."""
+    with _shown_by(_bar if _on_terminal() else _lines):
+        yield
+
+
+@contextmanager
+def showing_bar() -> Iterator[None]:
+    """Show a bar until the block ends, where the caller has a terminal or a notebook to see it."""
+    bar = _bar if _on_terminal() else _cell if _in_notebook() else None
+    if bar is None or not _SHOWING.acquire(blocking=False):
+        yield
+        return
+    try:
+        with _shown_by(lambda ended: None if ended.wait(PATIENCE_SECONDS) else bar(ended)):
+            yield
+    finally:
+        _SHOWING.release()
+
+
+@contextmanager
+def _shown_by(show: Callable[[threading.Event], None]) -> Iterator[None]:
     ended = threading.Event()
-    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    shower = threading.Thread(
-        target=_bar if terminal else _lines, args=(ended,), name="progress", daemon=True
-    )
+    shower = threading.Thread(target=show, args=(ended,), name="progress", daemon=True)
     shower.start()
     try:
         yield
     finally:
         ended.set()
         shower.join()
+
+
+def _on_terminal() -> bool:
+    # A program without a console has no stderr at all.
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+def _cell(ended: threading.Event) -> None:
+    """A line of text below a notebook's cell, changed in place: it needs no widgets."""
+    from IPython.display import display
+
+    line = display({"text/plain": "starting"}, raw=True, display_id=True)
+    while not ended.wait(BAR_SECONDS):
+        progress = newest_progress()
+        filled = BAR_CELLS * progress.done // max(1, progress.total)
+        bar = "█" * filled + "░" * (BAR_CELLS - filled)
+        text = f"{progress.stage} {bar} {progress.done}/{progress.total} answers"
+        line.update({"text/plain": f"{text}, {progress.per_second:.0f}/s"}, raw=True)
+    line.update({"text/plain": ""}, raw=True)
 
 
 def _lines(ended: threading.Event) -> None:

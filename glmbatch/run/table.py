@@ -1,22 +1,26 @@
 """A job over a table in memory: what a file run writes, set beside the caller's own columns.
 
 The columns that the prompts name are written to a folder, the very job of a file run answers them
-there, and its answers are read back. All other columns never leave memory. Knows no prompts and no
-models.
+there, and its answers are read back. All other columns never leave memory. Knows no prompts, no
+models, and no kinds of tables.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from glmbatch.errors import AuditError, InputError
+from glmbatch.cli.display import showing_bar
+from glmbatch.errors import AuditError, GlmbatchError, InputError, TransientError
 from glmbatch.ledger.fragments import SchemaNeeds, check_schema
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import DIGEST_CHARS
@@ -30,14 +34,11 @@ from glmbatch.settings.jobfile import load_job, parse_settings
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import commit, digest_file, partial_beside
 from glmbatch.store.folder import Folder
+from glmbatch.store.frames import WHERE, Frame, as_frame
 from glmbatch.store.parquet import READ_BATCH_ROWS, read_columns, write_table
 from glmbatch.store.paths import AnyPath
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-WHERE = Path("the table")  # what errors call it
-AnyTable = TypeVar("AnyTable", bound="pa.Table | pd.DataFrame")
+AnyTable = TypeVar("AnyTable")
 Job = JobConfig | Mapping[str, Any] | str | os.PathLike[str]
 
 
@@ -49,41 +50,46 @@ def annotate(job: Job) -> Summary:
 def annotate_table(
     table: AnyTable, job: Job, *, cache: str | os.PathLike[str] | None = None
 ) -> AnyTable:
-    """`table`, a DataFrame or Arrow table, with the answers of `job` in columns after its own.
+    """`table` with the answers of `job` in columns after its own.
 
-    Rows, their order and an index stay; a row that failed says why in `<step>_error`. The job is
-    that of a file run, its audits too, but for `data.input`, `output` and `format`, which it may
-    leave out. In the folder `cache` answers are kept, and later calls ask only about rows that are
-    new there; it may be deleted at any time.
+    A pandas or polars DataFrame comes back as one, index and all. Whatever else has an Arrow stream
+    (`__arrow_c_stream__`, `__arrow_c_array__`, an Arrow dataset) is read into memory and comes back
+    as an Arrow table. Settings name a column by its text: "0" for 0.
+
+    Every row comes back in its place; one that failed says why in `<step>_error`. Only where the
+    job itself sets `max_error_rate`, or `on_error: raise`, rows that fail end the call. Its other
+    audits hold. `data.input`, `output` and `format` may be left out. In the folder `cache` answers
+    are kept, and later calls ask only about rows that are new there; it may be deleted at any time.
     """
+    settings = _settings_of_table(job)
+    inputs = prompt_inputs(settings)
+    frame = as_frame(table)
+    columns = _columns(frame, schema_needs(settings, inputs))
+    with showing_bar():
+        if cache is not None:
+            answers = _answers(columns, settings, inputs, Folder(os.fspath(cache)).path)
+        else:
+            with TemporaryDirectory(prefix="glmbatch-") as folder:
+                answers = _uncached(columns, settings, inputs, Path(folder))
+    answered: AnyTable = frame.beside(answers)
+    return answered
+
+
+def _settings_of_table(job: Job) -> JobConfig:
+    """The job with what a table leaves out or cannot have."""
     # Required of a job file, and replaced by a folder of this call before they are used.
-    places = {"data.input": str(WHERE), "data.output": str(WHERE), "data.format": "parquet"}
+    places = {"data.input": WHERE, "data.output": WHERE, "data.format": "parquet"}
     settings = _settings(job, {**places, "data.missing_sources": "keep"})
     if settings.data.limit is not None:
         raise InputError(
             f"{WHERE}: every row of a table is answered. "
             "Take the rows you want, and unset data.limit."
         )
-    inputs = prompt_inputs(settings)
-    columns = _columns(table, schema_needs(settings, inputs))
-    if cache is not None:
-        answers = _answers(columns, settings, inputs, Folder(os.fspath(cache)).path)
-    else:
-        with TemporaryDirectory(prefix="glmbatch-") as folder:
-            try:
-                answers = _answers(columns, settings, inputs, Path(folder))
-            except AuditError as error:
-                raise AuditError(
-                    f"{error} That folder is gone with the call: give a cache to keep it."
-                ) from error
-    if isinstance(table, pa.Table):
-        schema = pa.schema([*table.schema, *answers.schema], table.schema.metadata)
-        answered: AnyTable = pa.Table.from_arrays([*table.columns, *answers.columns], schema=schema)
-    else:  # as arrays, so that nothing is matched by index, which may repeat
-        answered = table.assign(
-            **{name: column.array for name, column in answers.to_pandas().items()}
-        )
-    return answered
+    chosen = job.model_fields_set if isinstance(job, JobConfig) else settings.model_fields_set
+    if "max_error_rate" in chosen:
+        return settings
+    # Over files it guards what is published; here the caller has every row and its error at hand.
+    return settings.model_copy(update={"max_error_rate": 1.0})
 
 
 def _settings(job: Job, overrides: Mapping[str, object]) -> JobConfig:
@@ -93,43 +99,59 @@ def _settings(job: Job, overrides: Mapping[str, object]) -> JobConfig:
     return parse_settings("the job", settings, JobConfig, overrides)
 
 
-def _columns(table: Any, needs: SchemaNeeds) -> pa.Table:
-    """The columns of `table` that the job reads. InputError when they do not fit it."""
-    if isinstance(table, pa.Table):
-        names = table.schema.names
-    else:
-        import pandas as pd
-
-        if not isinstance(table, pd.DataFrame):
-            raise InputError(
-                f"{WHERE}: is a {type(table).__name__}, not a pandas DataFrame or an Arrow table."
-            )
-        names = list(table.columns)
+def _columns(frame: Frame, needs: SchemaNeeds) -> pa.Table:
+    """The columns of `frame` that the job reads. InputError when they do not fit it."""
     read = {column.name for column in needs.read}
+    names = frame.names
     columns: dict[str, pa.Array | pa.ChunkedArray] = {}
     fields = []
-    for name in names:
+    for place, name in enumerate(names):
         kind = pa.null()
         # A name that stands twice is left to the check of the schema.
         if name in read and names.count(name) == 1:
-            columns[name] = _as_arrow(name, table[name])
+            columns[name] = _plain(frame.column(place))
             kind = columns[name].type
-        fields.append((str(name), kind))
-    check_schema(WHERE, "", pa.schema(fields), needs)
-    return pa.table(columns or {"no column is read": pa.nulls(len(table))})
+        fields.append((name, kind))
+    check_schema(Path(WHERE), "", pa.schema(fields), needs)
+    return pa.table(columns or {"no column is read": pa.nulls(len(frame))})
 
 
-def _as_arrow(name: str, column: Any) -> pa.Array | pa.ChunkedArray:
-    if isinstance(column, pa.ChunkedArray):  # of an Arrow table
-        return column
+def _plain(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """`column` without the encodings that only save memory: categories, and runs of one value."""
+    if pa.types.is_run_end_encoded(column.type):
+        column = pc.run_end_decode(column)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column
+
+
+def _uncached(
+    columns: pa.Table, job: JobConfig, inputs: dict[str, PromptInputs], folder: Path
+) -> pa.Table:
+    """The answers by way of a `folder` that is gone with the call."""
     try:
-        values = pa.Array.from_pandas(column)
-        # A pandas column without any value is one of floats, whatever it was to hold.
-        return pa.nulls(len(values)) if values.null_count == len(values) else values
-    except (pa.ArrowException, TypeError, OverflowError) as error:
-        raise InputError(
-            f"{WHERE}: column {name!r} has no one type: {one_line(error)}. Make it text."
+        return _answers(columns, job, inputs, folder)
+    except AuditError as error:
+        # What was found, without where a list and a report would be.
+        found = error.__cause__ if isinstance(error.__cause__, AuditError) else error
+        raise AuditError(
+            f"{WHERE}: {found} Without a cache nothing is kept of the call."
         ) from error
+    except (InputError, TransientError) as error:
+        inner = rf"{re.escape(str(folder))}[^\s:]*"
+        raise type(error)(re.sub(inner, f"{WHERE}'s temporary file", str(error))) from error
+
+
+@contextmanager
+def _naming_the_table(source: AnyPath, output: AnyPath) -> Iterator[None]:
+    """Errors of the block with the caller's table in place of the file made of it."""
+    try:
+        yield
+    except GlmbatchError as error:
+        text = str(error).replace(f"{output}: nothing published: ", f"{WHERE}: ")
+        for name in (f"{WHERE}: {source.name}", str(source), source.name):
+            text = text.replace(name, WHERE)
+        raise type(error)(text) from error.__cause__
 
 
 def _answers(
@@ -144,9 +166,10 @@ def _answers(
     output = folder / settings / "answers"
     data = job.data.model_copy(update={"input": str(source), "output": str(output)})
     # The very job of a file run, so that audits, reuse and failures are the same.
-    summary = run_job(job.model_copy(update={"data": data}))
-    if summary.unusable:
-        raise InputError(summary.unusable[0].reason)
+    with _naming_the_table(source, output):
+        summary = run_job(job.model_copy(update={"data": data}))
+        if summary.unusable:
+            raise InputError(summary.unusable[0].reason)
     manifest = Ledger(str(output)).manifest()
     assert manifest is not None  # the run has just published
     names: list[str] = []
@@ -170,7 +193,8 @@ def _write(table: pa.Table, folder: AnyPath) -> AnyPath:
             )
         except pa.ArrowException as error:
             raise InputError(
-                f"{WHERE}: cannot be written as Parquet: {error}. Change the types."
+                f"{WHERE}: columns {table.schema.names} cannot be kept as Parquet: "
+                f"{one_line(error)}. Make them text."
             ) from error
         path = folder / f"{digest_file(partial)[:DIGEST_CHARS]}.parquet"
         commit(partial, path)
