@@ -90,7 +90,8 @@ SHAPES = {
     "tiny": Shape(128, 320, 2, 4, 2, 32, 512),
     "mid": Shape(512, 1712, 8, 8, 2, 64, 8192),
     "big": Shape(1024, 3424, 16, 16, 2, 64, 16384),
-    "6b": Shape(4096, 13696, 28, 32, 2, 128, 65024),
+    # Not 65,024 rows, which only the published tokenizer belongs to.
+    "6b": Shape(4096, 13696, 28, 32, 2, 128, 65280),
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,46 @@ ADAPTER_BASE = "glmbatch_base.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_LABELS, ADAPTER_BASE)
 
 
+# What Git has in place of a large file until Git LFS has fetched it.
+POINTER = b"version https://git-lfs"
+_PAGES = (b"<!doctype", b"<html", b"<?xml")
+
+
+def begins_with(file: Path, content: bytes) -> bool:
+    """Whether `file` is there and begins with these bytes."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(content)) == content
+    except OSError:
+        return False
+
+
+def refuse_stand_in(file: Path, begin: bytes) -> None:
+    """InputError when `begin`, the first bytes of `file`, are of something in its place."""
+    if begin.startswith(POINTER):
+        raise InputError(
+            f"{file}: a Git LFS pointer, not the file itself. Run `git lfs pull` in {file.parent}."
+        )
+    if begin.lstrip()[:9].lower().startswith(_PAGES):
+        raise InputError(
+            f"{file}: a web page, such as a download that was refused. Download the file again."
+        )
+
+
 def file_error(file: Path, error: OSError) -> GlmbatchError:
     """The error of ours for an `error` at `file`.
 
     TransientError when the machine failed, InputError when the file is at fault.
     """
+    if file.is_dir():
+        inside = ", ".join(sorted(os.listdir(file))[:3]) or "nothing"
+        return InputError(
+            f"{file}: a folder (with {inside} in it), not a file. Move the file out of it."
+        )
+    if file.is_symlink() and not file.exists():
+        return InputError(
+            f"{file}: a link to {os.readlink(file)}, which is not there. Copy the file itself."
+        )
     if isinstance(error, FileNotFoundError):
         return InputError(f"{file}: no such file. Set model.path to a directory that holds it.")
     kind = TransientError if error.errno in MACHINE_ERRNOS else InputError
@@ -36,9 +72,11 @@ def file_error(file: Path, error: OSError) -> GlmbatchError:
 def read_bytes(file: Path) -> bytes:
     """All of `file`; InputError or TransientError when it cannot be read."""
     try:
-        return file.read_bytes()
+        content = file.read_bytes()
     except OSError as error:
         raise file_error(file, error) from error
+    refuse_stand_in(file, content[:64])
+    return content
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -50,6 +88,14 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file}: a JSON object is expected; it holds a {type(content).__name__}.")
     return content
+
+
+def small_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; empty when there is none that can be read."""
+    try:
+        return read_json(file)
+    except InputError:  # no answer depends on it
+        return {}
 
 
 def index_names(index: Path) -> dict[str, str]:

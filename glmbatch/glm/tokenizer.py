@@ -5,8 +5,10 @@ The only file that knows [gMASK], sop and the chat form.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -24,6 +26,9 @@ _INVISIBLE = r"[\s\x00-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff
 _TURN = r"(?:\[Round *\d+\]|[问答] *[：:])"
 # Possessive, and only from the start of a run: a million newlines take linear time.
 _BEFORE_TURN = re.compile(rf"(?<!{_INVISIBLE}){_INVISIBLE}*+(?={_TURN})")
+
+
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
 class Tokenizer:
@@ -54,14 +59,34 @@ class Tokenizer:
             raise InputError(f"cannot be encoded: {_first_fault(texts)}.") from error
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def word_of(self, token_id: int) -> str | None:
+        """The text that an id stands for; None for one that is special or has no token."""
+        if token_id >= self._pieces or token_id in self._silent:
+            return None
+        if self._processor.is_control(token_id) or self._processor.is_unused(token_id):
+            return None
+        word: str = self._processor.id_to_piece(token_id)
+        return word
+
+    def decode(self, ids: Iterable[int], *, cut: bool = False) -> str:
         """The text of `ids`.
 
-        Special and out-of-range ids give nothing, bytes that are not a character give U+FFFD.
+        Special and out-of-range ids give nothing, bytes that are not a character give U+FFFD. Where
+        the ids were `cut`, the bytes at their end that begin a character give nothing either.
         """
         text_ids = [int(i) for i in ids if 0 <= i < self._pieces and i not in self._silent]
+        if cut and (begun := self._begun_bytes(text_ids)):
+            del text_ids[-begun:]
         text: str = self._processor.decode(text_ids)
         return text
+
+    def _begun_bytes(self, ids: Sequence[int]) -> int:
+        """How many byte tokens at the end of `ids` begin a character that is not complete."""
+        last = list(takewhile(self._processor.is_byte, reversed(ids)))
+        pieces = [self._processor.id_to_piece(i) for i in reversed(last)]  # such as <0xF0>
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(bytes(int(piece[3:5], 16) for piece in pieces))
+        return len(decoder.getstate()[0])
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -72,12 +97,26 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     file = Path(path) / TOKENIZER_FILE
     proto = read_bytes(file)
     processor = SentencePieceProcessor()
+    if _TIKTOKEN.match(proto):
+        raise InputError(
+            f"{file}: a tiktoken vocabulary, as GLM-4 has, and not the sentencepiece model of "
+            "ChatGLM2. Set model.path to a ChatGLM2 checkpoint."
+        )
     try:
         processor.LoadFromSerializedProto(proto)
         # Reads every piece, so that a damaged one (not Unicode) is found here and not later.
-        processor.id_to_piece(list(range(processor.vocab_size())))
+        pieces = processor.id_to_piece(list(range(processor.vocab_size())))
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"{file}: damaged or not a sentencepiece model. Copy it again.") from error
+        raise InputError(
+            f"{file}: damaged or not a sentencepiece model ({str(error)[:80]}). Copy it again."
+        ) from error
+    # A word like "sop" may be a piece; in brackets it is a special token in another place.
+    for token in _SPECIAL_TOKENS:
+        if token in pieces and (token[0] == "[" or processor.is_control(pieces.index(token))):
+            raise InputError(
+                f"{file}: has {token} among its own pieces, where ChatGLM2's has it behind them. "
+                "It belongs to another model: copy the one of the base."
+            )
     if processor.eos_id() < 0:
         raise InputError(f"{file}: a sentencepiece model without an end token; ChatGLM2's has one.")
     return Tokenizer(processor)

@@ -101,6 +101,12 @@ class KnownAnswers:
         for file in files:
             self.add(file)
 
+    @property
+    def any_answer(self) -> bool:
+        """Whether a single row of the step was answered, in this run or before."""
+        with self._lock:
+            return any(map(len, self._segments))
+
     def add(self, file: AnswerFile, table: pa.Table | None = None) -> None:
         """Index the answers of one more file; one that cannot be read has none.
 

@@ -46,7 +46,8 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     """What a run did, in `seconds` from its plan to its publication.
 
     `quarantined`: rows or files are listed as failed. `kept_sources` are not of this run, and stay
-    published. `refused` says why nothing was published. `report` is the path of the run's page.
+    published. `refused` says why nothing was published. `report` is the path of the run's page,
+    `notes` are what is odd about the checkpoints.
     """
 
     run: str
@@ -63,6 +64,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     seconds: float
     refused: str | None = None
     report: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def computed(self) -> int:

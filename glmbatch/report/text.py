@@ -30,6 +30,8 @@ def _blocks(summary: Summary) -> Iterator[list[str]]:
         yield _failures(summary)
     if summary.audits:
         yield [f"audit {audit}" for audit in summary.audits]
+    if summary.notes:
+        yield [f"note: {note}" for note in summary.notes]
     if summary.kept_sources:
         yield [f"{summary.kept_sources:,} sources that were not in this run stay published."]
     for sample in summary.samples:

@@ -14,12 +14,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from glmbatch.errors import BadRow, UnusableFile
+from glmbatch.errors import BadRow, InputError, UnusableFile
 from glmbatch.ledger.fragments import read_fragment
 from glmbatch.ledger.known import Hold, KnownAnswers
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt
 from glmbatch.run.ask import Asked, ask
+from glmbatch.run.models import describe_model
 from glmbatch.run.session import Session, session_of
 from glmbatch.run.triage import build_question_prompts, key_prompts, triage
 from glmbatch.run.work import Assignment, Question
@@ -29,6 +30,11 @@ from glmbatch.steps.answers import Answer, answers_table
 from glmbatch.steps.generate import Writing
 from glmbatch.steps.prompt import Prompt, RowFault, RowValues
 from glmbatch.store.parquet import prompt_values
+
+# From so many fragments and distinct rows on, without a single answer, more would not be answered:
+# one odd file of rows that do not fit in memory stops no job.
+HOPELESS_FRAGMENTS = 2
+HOPELESS_ROWS = 20
 
 
 def answer(assignment: Assignment) -> AnswersReceipt:
@@ -73,16 +79,17 @@ def _answer_prompts(
     known = session.known_answers(question)
     # Held before it is looked up, so that what another fragment commits in between is found.
     with known.hold(distinct) as hold:
-        answers, measured = _answers(question, distinct, known, hold, session)
+        answers, asked = _answers(question, distinct, known, hold, session)
         table = _in_row_order(question, answers, prompts, keys)
         # Before the commit, so that a model's failure under `on_error: raise` is asked again.
         _refuse_faults(assignment, table.column(Columns(question.name).error).to_pylist())
+        _refuse_hopeless(question, asked, known, session)
         receipt = _receipt(
             assignment,
             earlier=earlier_runs,
             prompt_lengths=_prompt_lengths(prompts),
             **_counts(question, table),
-            **measured,
+            **_measured(distinct, asked),
         )
         # While the keys are held: whoever waits for them looks them up in the index next.
         known.add(session.ledger.keep_answers(receipt, table), table)
@@ -95,8 +102,8 @@ def _answers(
     known: KnownAnswers,
     hold: Hold,
     session: Session,
-) -> tuple[pa.Table, dict[str, Any]]:
-    """The answers to `distinct` prompts, each once, in any order, and what they took.
+) -> tuple[pa.Table, Asked]:
+    """The answers to `distinct` prompts, each once, in any order, and which were asked.
 
     Known answers are used as they are. The model is asked about the keys that this fragment holds,
     and about keys of another fragment only where that one failed to commit them.
@@ -121,7 +128,25 @@ def _answers(
     outcomes = [Answer(outcome, key) for key, outcome in asked.outcomes.items()]
     parts.append(answers_table(question.step, question.model.labels, outcomes))
     session.progress.add(len(distinct) - len(outcomes), computed=False)
-    return pa.concat_tables(parts), _measured(distinct, asked)
+    return pa.concat_tables(parts), asked
+
+
+def _refuse_hopeless(
+    question: Question, asked: Asked, known: KnownAnswers, session: Session
+) -> None:
+    """InputError once the model has failed on every row alike, so that no more are asked.
+
+    Not while a single answer is known: then the rows that fail are at fault.
+    """
+    reason = asked.only_reason
+    if reason is None or known.any_answer:
+        return
+    fragments, rows = session.count_hopeless(question, reason, len(asked.outcomes))
+    if fragments >= HOPELESS_FRAGMENTS and rows >= HOPELESS_ROWS:
+        raise InputError(
+            f"step {question.name!r}: the model {describe_model(question.model.config)} failed on "
+            f"all {rows} rows that it was asked, and no more are asked: {reason}."
+        )
 
 
 def _measured(distinct: dict[bytes, Prompt], asked: Asked) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Knows no files.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,17 @@ class Asked:
 
     began: float
     outcomes: dict[bytes, Outcome]
+
+    @property
+    def only_reason(self) -> str | None:
+        """Why the model failed on every prompt, if it did so for one reason; its numbers as N."""
+        reasons: set[str] = set()
+        for outcome in self.outcomes.values():
+            if not isinstance(outcome, RowFault):
+                return None
+            # How long a prompt was, or how far an answer came, differs from row to row.
+            reasons.add(re.sub(r"(?<![\w:])\d+", "N", outcome.reason))
+        return reasons.pop() if len(reasons) == 1 else None
 
 
 def ask(

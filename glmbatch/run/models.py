@@ -119,23 +119,33 @@ def prepare_model(located: ModelConfig) -> Model:
 
 @lru_cache(maxsize=16)
 def _prepared(located: ModelConfig, stamp: str) -> Model:
-    from glmbatch.glm.checkpoint.load import digest_tokenizer, digest_weights, read_checkpoint
+    from glmbatch.glm.checkpoint.load import (
+        digest_tokenizer,
+        digest_weights,
+        read_checkpoint,
+        refuse_non_finite,
+    )
     from glmbatch.glm.device import DTYPE_BYTES
 
     checkpoint = read_checkpoint(located.path, located.adapter)
     weights = digest_weights(located.path, located.adapter)
     tokenizer = digest_tokenizer(located.path)
-    # Last, "default" is how positions are counted; outputs of earlier versions hold it in their
-    # keys.
+    refuse_non_finite(checkpoint)
+    chats = checkpoint.family != "CodeGeeX2"
+    # Last is the form of prompts by default: in rounds of a chat, which outputs of earlier versions
+    # have in their keys as "default", or bare.
+    form = "default" if chats else "bare"
     return Model(
         config=located,
-        identity="/".join([weights, tokenizer, _numerics(located), "default"]),
+        identity="/".join([weights, tokenizer, _numerics(located), form]),
         has_head=checkpoint.has_head,
         labels=checkpoint.labels,
         parameters=checkpoint.parameters,
         size_bytes=checkpoint.parameters * DTYPE_BYTES[located.dtype],
         max_positions=checkpoint.architecture.max_positions,
         stamp=stamp,
+        chats=chats,
+        notes=checkpoint.warnings,
     )
 
 
@@ -166,6 +176,16 @@ def describe_model(model: ModelConfig) -> str:
     if model.adapter is None:
         return model.path
     return f"{model.path} with the adapter {model.adapter}"
+
+
+def model_notes(models: Sequence[Model]) -> tuple[str, ...]:
+    """What is odd about each of `models`, once, with the path where there are several."""
+    distinct = {model.config: model for model in models}
+    notes: dict[str, None] = {}
+    for config, model in distinct.items():
+        where = f"{describe_model(config)}: " if len(distinct) > 1 else ""
+        notes |= {f"{where}{note}": None for note in model.notes}
+    return tuple(notes)
 
 
 def tokenizer_of(model: Model) -> Tokenizer:

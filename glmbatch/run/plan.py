@@ -177,7 +177,7 @@ def resolve_questions(
                 step=step,
                 key=step_key(step, model.identity),
                 inputs=inputs[step.name],
-                chat=uses_chat(step, has_head=model.has_head),
+                chat=uses_chat(step, has_head=model.has_head, chats=model.chats),
                 max_prompt_tokens=longest_prompt(
                     step, model.max_positions, _answer_tokens(step, model)
                 ),

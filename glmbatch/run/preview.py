@@ -215,7 +215,7 @@ def _what_changed(question: Question, manifest: Manifest | None) -> str | None:
     before = origin.model.split("/")
     now = question.model.identity.split("/")
     # The parts of a model's identity, in its order.
-    parts = ("weights", "tokenizer", "numbers", "positions")
+    parts = ("weights", "tokenizer", "numbers", "form of prompts")
     for part, old, new in zip(parts, before, now, strict=False):
         if old != new:
             changed.append(part)
@@ -265,6 +265,7 @@ def describe_plan(plan: Preview) -> str:
             f"{model.size_bytes / 1e9:.3f} GB as {model.config.dtype}"
         )
         lines.append(f"model {describe_model(model.config)}: {size}")
+        lines += [f"  note: {note}" for note in model.notes]
     if plan.passes > 1:
         lines.append(
             f"the models do not fit in memory together: {plan.passes} passes over all fragments"

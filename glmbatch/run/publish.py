@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from glmbatch.run.audits import (
     check_errors,
     compares,
 )
+from glmbatch.run.models import model_notes
 from glmbatch.run.session import session_of
 from glmbatch.run.work import Question, Run
 from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
@@ -139,11 +141,20 @@ def _refusal(
         results = _measure_run(run, questions, collected, job.data.id_column, MOST_REFUSED)
     except GlmbatchError as unread:  # what the audit found matters more
         return AuditError(f"{reason} Its rows cannot be listed: {unread}")
+    reason += _model_reason(results.failures)
     listed = _list_refused(collected, results.failures[:MOST_REFUSED])
     summary = results.summary.model_copy(update={"refused": reason})
     report = write_report(job, summary, results.measures, collected.last_run)
     about = f" Read about the run: {report}." if report else ""
     return AuditError(f"{reason}{listed}{about}")
+
+
+def _model_reason(failures: Sequence[dict[str, Any]]) -> str:
+    """Why the model failed, as a sentence, where that is why most rows have no answer."""
+    reasons = Counter(line["error"] for line in failures if line["error_type"] == "model_failed")
+    if 2 * reasons.total() <= len(failures):
+        return ""
+    return f" The model failed: {reasons.most_common(1)[0][0]}."
 
 
 def _review(
@@ -256,6 +267,7 @@ def _summarize(
         samples=tuple(samples),
         audits=(),
         seconds=time.time() - run.context.began,
+        notes=model_notes([question.model for question in questions]),
     )
 
 

@@ -43,6 +43,8 @@ class Session:
         self._stopped = False
         # By step name and step key: two steps that ask the same have columns of different names.
         self._known: dict[tuple[str, str], KnownAnswers] = {}
+        # Fragments without an answer, and their rows, by step key and reason.
+        self._hopeless: dict[tuple[str, str], tuple[int, int]] = {}
         self._lock = threading.Lock()
 
     def known_answers(self, question: Question) -> KnownAnswers:
@@ -52,6 +54,17 @@ class Session:
             if key not in self._known:
                 self._known[key] = index_answers(self.ledger, question)
             return self._known[key]
+
+    def count_hopeless(self, question: Question, reason: str, rows: int) -> tuple[int, int]:
+        """Count a fragment in which the model failed on all `rows` for one reason.
+
+        Returns how many such fragments and rows there were so far.
+        """
+        with self._lock:
+            fragments, before = self._hopeless.get((question.key, reason), (0, 0))
+            counted = (fragments + 1, before + rows)
+            self._hopeless[question.key, reason] = counted
+            return counted
 
     @contextmanager
     def engine(self, question: Question) -> Iterator[Engine]:

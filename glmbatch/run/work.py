@@ -28,7 +28,8 @@ class Model(BaseModel, frozen=True, extra="forbid"):
 
     `identity` changes whenever its answers may. `config` names its directory on this machine and
     the dtype it computes in; `labels` are those of its trained head; `stamp` is the state of its
-    files when they were digested.
+    files when they were digested. `notes` are what is odd about it, and does not stop it.
+    `chats`: it was trained on the rounds of a chat.
     """
 
     config: ModelConfig
@@ -39,6 +40,8 @@ class Model(BaseModel, frozen=True, extra="forbid"):
     size_bytes: int
     max_positions: int
     stamp: str  # size and times: cheap to compare with before the weights are loaded
+    chats: bool = True
+    notes: tuple[str, ...] = ()
 
 
 class RunContext(BaseModel, frozen=True, extra="forbid"):

@@ -31,8 +31,8 @@ class Step(Settings):
     )
     chat: bool | None = Field(
         None,
-        description="Put the prompt in the chat form that the model was trained on; empty: yes "
-        "without a trained head, no with one.",
+        description="Put the prompt in the chat form that the model was trained on; empty: yes, "
+        "but no for a trained head and for CodeGeeX2.",
     )
     max_input_tokens: int | None = Field(
         None, ge=1, description="Longest prompt in tokens; empty: what the model's positions leave."

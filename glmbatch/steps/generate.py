@@ -85,7 +85,8 @@ def write_up(
     tokenizer: Tokenizer,
 ) -> Writing:
     """The answer as text, cut before the first stop text. Its tokens count all that was written."""
-    text = tokenizer.decode(ids)
+    # Only the cut makes a character incomplete; one that the model left so, and went on, stays.
+    text = tokenizer.decode(ids, cut=finish_reason == "length")
     ends = [text.find(stop) for stop in step.stop if stop in text]
     if ends:
         # The first in the text, not the first in the list.

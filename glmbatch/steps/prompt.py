@@ -43,9 +43,13 @@ class Prompt:
 RowValues = Mapping[str, str | bytes | RowFault | None]
 
 
-def uses_chat(step: Step, *, has_head: bool) -> bool:
-    """Whether prompts of `step` are put in the chat form: a trained head reads the prompt bare."""
-    return not has_head if step.chat is None else step.chat
+def uses_chat(step: Step, *, has_head: bool, chats: bool = True) -> bool:
+    """Whether prompts of `step` are put in the chat form.
+
+    Unless the step says, a trained head reads the prompt bare, and so does a model that no chat was
+    taught to.
+    """
+    return (chats and not has_head) if step.chat is None else step.chat
 
 
 def longest_prompt(step: Step, max_positions: int, answer_tokens: int) -> int:

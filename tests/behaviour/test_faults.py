@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
 from glmbatch.glm.tokenizer import load_tokenizer
 from tests.support import CAUSAL, CLASSIFY, Settings, Write, rows_of, run
-from tests.unit.glm.checkpoints import read_state, write_weights
 
 pytestmark = pytest.mark.slow
 
@@ -44,21 +42,22 @@ FAULTS: dict[str, tuple[bytes | None, str]] = {
 
 
 @pytest.fixture
-def poisoned(tmp_path: Path) -> Path:
-    """A checkpoint that gives no finite scores after POISON."""
-    directory = tmp_path / "model"
-    shutil.copytree(CAUSAL, directory)
-    state = read_state(directory)
-    poison, harmless = load_tokenizer(directory).encode(
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint that, once it is loaded, gives no finite scores after POISON.
+
+    One whose weights on disk are not finite would not be loaded.
+    """
+    poison, harmless = load_tokenizer(CAUSAL).encode(
         [f"good {POISON}", "good 很好 batch row 0123456789"]
     )
-    name = next(name for name in state if name.endswith("word_embeddings.weight"))
-    state[name][sorted(set(poison) - set(harmless))] = torch.nan
-    for pattern in ("*.bin", "*.safetensors", "*.index.json"):
-        for path in directory.glob(pattern):
-            path.unlink()
-    write_weights(directory, state)
-    return directory
+    take_over = Network.__init__
+
+    def spoiled(self: Network, model: Any, *settings: Any) -> None:
+        model.model.embed_tokens.weight[sorted(set(poison) - set(harmless))] = torch.nan
+        take_over(self, model, *settings)
+
+    monkeypatch.setattr(Network, "__init__", spoiled)
+    return CAUSAL
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ import torch
 from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.adapter_config import AdapterConfig, read_adapter_config
 from glmbatch.glm.checkpoint.architecture import Architecture, Layout
-from glmbatch.glm.checkpoint.config_check import ConfigCheck, default_labels
+from glmbatch.glm.checkpoint.config_check import ConfigCheck, default_labels, other_losses
 from glmbatch.glm.checkpoint.layout import HEAD_KEYS, TensorSpec, list_tensors, split_rows
 from glmbatch.glm.checkpoint.shards import Header, read_headers, read_tensors
 from glmbatch.glm.device import DTYPE_BYTES
@@ -226,6 +226,8 @@ def _labels(
         rows = head.shape[0]
     file = directory / ADAPTER_LABELS
     config = read_json(file) if os.path.isfile(file) else {}
+    for problem in other_losses(config, rows, str(file)):
+        raise InputError(problem.replace("model.path", "model.adapter"))
     if config.get("id2label") is not None:
         check = ConfigCheck(config, str(file))
         labels = check.labels()

@@ -94,6 +94,23 @@ class ConfigCheck:
         return default if value is None else value
 
 
+def other_losses(config: Mapping[str, Any], rows: int, where: str) -> list[str]:
+    """What a config says of a head of `rows` that was not trained to choose one label of them."""
+    stated = {key: config.get(key) for key in ("problem_type", "function_to_apply")}
+    for key, value in stated.items():
+        if value not in (None, "single_label_classification", "softmax"):
+            return [
+                f"{where}: {key!r} is {str(value)[:60]!r}: the head was not trained to choose one "
+                "label by softmax, which is all that is served. Set model.path to a head that was."
+            ]
+    if rows == 1:
+        return [
+            f"{where}: the head has one row, which is a number (regression) and chooses no label. "
+            "Set model.path to a head of two labels or more."
+        ]
+    return []
+
+
 def default_labels(count: int) -> tuple[str, ...]:
     """transformers' own names for the rows of a head that has none: LABEL_0, LABEL_1, ..."""
     return tuple(f"LABEL_{row}" for row in range(count))

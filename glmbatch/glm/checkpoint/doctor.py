@@ -5,6 +5,7 @@ Loads no weights.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,13 @@ from glmbatch.glm.checkpoint.load import (
     digest_tokenizer,
     digest_weights,
     inspect_checkpoint,
+    refuse_non_finite,
 )
 from glmbatch.glm.device import DTYPE_BYTES
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 # A special token among them: written in a text it must stay text.
 _SAMPLES = ("你好", "Hello, world!", "[gMASK]")
-# The published tokenizer, recognised by its size, must give these ids.
-_PUBLISHED_SIZE = 64_794
-_PUBLISHED_IDS = {"你好": (64_790, 64_792, 36_474, 54_591)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +82,21 @@ def examine(
         if (directory / TOKENIZER_FILE).is_file():
             tokenizer = load_tokenizer(directory)
             tokenizer_digest = digest_tokenizer(directory) if digests else None
-        elif directory.is_dir():
+        elif directory.is_dir() and not os.path.lexists(directory / TOKENIZER_FILE):
             problems.append(
                 f"{directory / TOKENIZER_FILE}: is not there; no text can be read. Copy it too."
             )
         if checkpoint and digests:
             weights_digest = digest_weights(directory, adapter)
+            refuse_non_finite(checkpoint)
     except GlmbatchError as error:
+        checkpoint = None
         # The inspection has met the same damaged tokenizer already.
         if str(error) not in problems:
             problems.append(str(error))
     samples: tuple[tuple[str, tuple[int, ...]], ...] = ()
     if tokenizer:
         samples = _sample(tokenizer)
-        problems += _unlike_published(tokenizer, directory)
     return Diagnosis(
         directory, checkpoint, weights_digest, tokenizer_digest, samples, tuple(problems)
     )
@@ -105,19 +105,6 @@ def examine(
 def _sample(tokenizer: Tokenizer) -> tuple[tuple[str, tuple[int, ...]], ...]:
     encoded = tokenizer.encode(_SAMPLES)
     return tuple((text, tuple(ids)) for text, ids in zip(_SAMPLES, encoded, strict=True))
-
-
-def _unlike_published(tokenizer: Tokenizer, directory: Path) -> Iterator[str]:
-    # A tokenizer of another size is the user's own, and is not compared.
-    if tokenizer.vocab_size != _PUBLISHED_SIZE:
-        return
-    for text, published in _PUBLISHED_IDS.items():
-        ids = tuple(tokenizer.encode([text])[0])
-        if ids != published:
-            yield (
-                f"{directory / TOKENIZER_FILE}: has the size of the published tokenizer, but "
-                f"{text} gives {ids} and not {published}. Copy it again from THUDM/chatglm2-6b."
-            )
 
 
 def describe(diagnosis: Diagnosis) -> str:
@@ -185,6 +172,7 @@ def _changes(adapter: Adapter) -> Iterator[str]:
 
 def _kind(checkpoint: Checkpoint) -> Iterator[str]:
     model = checkpoint.architecture
+    yield checkpoint.family
     yield f"{checkpoint.layout} layout"
     if checkpoint.has_head:
         yield f"classifier of {len(checkpoint.labels)} labels"

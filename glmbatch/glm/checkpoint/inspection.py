@@ -23,21 +23,25 @@ from glmbatch.glm.checkpoint.architecture import (
     examine_config,
     unknown_keys,
 )
-from glmbatch.glm.checkpoint.layout import (
-    HEAD_KEYS,
-    PREFIX_KEYS,
-    TensorSpec,
-    dropped_keys,
-    list_tensors,
+from glmbatch.glm.checkpoint.checks.family import (
+    Family,
+    family_of,
+    refuse_other_folders,
+    refuse_pointers,
 )
-from glmbatch.glm.checkpoint.shards import Header, Shard, find_shards, read_headers
+from glmbatch.glm.checkpoint.checks.matching import Headers, Kind, match_tensors
+from glmbatch.glm.checkpoint.checks.vocabulary import read_tokenizer, tokenizer_doubts
+from glmbatch.glm.checkpoint.config_check import other_losses
+from glmbatch.glm.checkpoint.layout import HEAD_KEYS, TensorSpec, list_tensors
+from glmbatch.glm.checkpoint.shards import (
+    Header,
+    Shard,
+    find_shards,
+    list_weight_files,
+    read_headers,
+)
 from glmbatch.glm.files import read_json
-from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-
-# Weights may be stored in these, and computed in these.
-WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
-
-Headers = Mapping[Path, Mapping[str, Header]]
+from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class Checkpoint:
     tokenizer_size: int | None
     warnings: tuple[str, ...]
     adapter: Adapter | None = None
+    family: Family = "ChatGLM2"
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -91,7 +96,10 @@ def read_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Chec
 def inspect_checkpoint(
     path: str | Path, adapter: str | Path | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """What directory `path` holds, with `adapter` over it, or None and all that is wrong."""
+    """What directory `path` holds, with `adapter` over it, or None and all that is wrong.
+
+    InputError when it is something else altogether, which has no faults of ours.
+    """
     directory = Path(path)
     if not directory.is_dir():
         return None, [
@@ -113,36 +121,37 @@ def inspect_checkpoint(
 
 
 def _inspect_base(directory: Path) -> tuple[Checkpoint | None, list[str]]:
+    refuse_pointers(directory)
     # Each part is read even if an earlier one failed, so that one look finds everything.
     problems: list[str] = []
-    architecture: Architecture | None = None
+    config: dict[str, Any] = {}
     with _noting(problems):
-        where = str(directory / "config.json")
         config = read_json(directory / "config.json")
-        layout = detect_layout(config, where)
-        architecture, wrong = examine_config(config, where)
-        problems += wrong
-    shards: list[Shard] = []
-    warnings: list[str] = []
-    with _noting(problems):
-        shards, warnings = find_shards(directory)
-    headers: dict[Path, dict[str, Header]] = {}
-    for shard in shards:
+    if not list_weight_files(directory):
+        refuse_other_folders(directory)
+    # Damage to the config says nothing of whose it is.
+    family, warnings = family_of(directory, config) if config else ("ChatGLM2", [])
+    architecture: Architecture | None = None
+    where = str(directory / "config.json")
+    if not problems:
         with _noting(problems):
-            headers[shard.file] = _assigned_headers(shard)
-    tokenizer: Tokenizer | None = None
-    with _noting(problems):
-        tokenizer = _fitting_tokenizer(directory, architecture)
+            architecture, wrong = examine_config(config, where)
+            problems += wrong
+    headers, complete, unused = _read_headers(directory, problems)
+    warnings += unused
+    tokenizer = _fitting_tokenizer(directory, architecture, problems)
     if architecture is None or not headers:
         return None, problems
 
+    layout = detect_layout(config, where)
     # A config that says classifier is believed even without the weights of a head, so that a lost
     # head is reported as missing and not taken for a language model.
     has_head = _says_classifier(config) or _has_key(headers, HEAD_KEYS[layout])
-    specs = list_tensors(architecture, layout, has_head)
-    complete = len(headers) == len(shards)  # else what is missing may be in an unreadable file
-    tensors, wrong = _match(directory, specs, headers, dropped_keys(has_head), complete)
-    problems += wrong
+    kind = Kind(architecture, layout, has_head)
+    match = match_tensors(directory, config, kind, headers, complete)
+    problems += match.problems
+    if has_head:
+        problems += other_losses(config, len(architecture.labels), where)
     if problems:
         return None, problems
     checkpoint = Checkpoint(
@@ -150,11 +159,37 @@ def _inspect_base(directory: Path) -> tuple[Checkpoint | None, list[str]]:
         layout=layout,
         architecture=architecture,
         has_head=has_head,
-        tensors=tensors,
+        tensors=match.tensors,
         tokenizer_size=tokenizer.vocab_size if tokenizer else None,
-        warnings=(*warnings, *_doubts(config, layout, architecture, has_head, tokenizer)),
+        warnings=(*warnings, *match.notes, *_doubts(config, layout, architecture, tokenizer)),
+        family=family,
     )
     return checkpoint, []
+
+
+def _read_headers(
+    directory: Path, problems: list[str]
+) -> tuple[dict[Path, dict[str, Header]], bool, list[str]]:
+    """Headers of each weight file, whether all could be read, and which files are not used."""
+    shards: list[Shard] = []
+    unused: list[str] = []
+    with _noting(problems):
+        shards, unused = find_shards(directory)
+    headers: dict[Path, dict[str, Header]] = {}
+    for shard in shards:
+        with _noting(problems):
+            headers[shard.file] = _assigned_headers(shard)
+    return headers, len(headers) == len(shards), unused
+
+
+def _fitting_tokenizer(
+    directory: Path, architecture: Architecture | None, problems: list[str]
+) -> Tokenizer | None:
+    with _noting(problems):
+        if architecture is None:
+            return read_tokenizer(directory, None, None)
+        return read_tokenizer(directory, architecture.vocab_size, architecture.eos_id)
+    return None
 
 
 def _adapted(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
@@ -186,20 +221,6 @@ def _noting(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _fitting_tokenizer(directory: Path, architecture: Architecture | None) -> Tokenizer | None:
-    file = directory / TOKENIZER_FILE
-    if not file.exists():
-        return None
-    tokenizer = load_tokenizer(directory)
-    # Fewer ids are normal: the published vocabulary is padded from 64,794 to 65,024.
-    if architecture is not None and tokenizer.vocab_size > architecture.vocab_size:
-        raise InputError(
-            f"{file}: {tokenizer.vocab_size} ids, more than the {architecture.vocab_size} that "
-            "config.json states. It belongs to another checkpoint."
-        )
-    return tokenizer
-
-
 def _says_classifier(config: Mapping[str, Any]) -> bool:
     names = config.get("architectures")
     if not isinstance(names, list):
@@ -229,82 +250,19 @@ def _assigned_headers(shard: Shard) -> dict[str, Header]:
     return headers
 
 
-def _match(
-    directory: Path,
-    specs: Mapping[str, TensorSpec],
-    headers: Headers,
-    dropped: frozenset[str],
-    complete: bool,
-) -> tuple[dict[Path, dict[str, Header]], list[str]]:
-    """The tensors to load from each file, and everything in which `headers` differ from `specs`."""
-    problems: list[str] = []
-    file_of: dict[str, Path] = {}
-    tensors: dict[Path, dict[str, Header]] = {}
-    for file, held in headers.items():
-        tensors[file] = {}
-        for key, header in held.items():
-            # Two values for one tensor: which of them counts would depend on the order of files.
-            if key in file_of:
-                other = file_of[key].name
-                problems.append(f"{file}: {key!r} is also in {other}. Keep one of the two.")
-            elif key in specs:
-                problems += _differences(file, specs[key], header)
-                tensors[file][key] = header
-            elif key not in dropped:
-                problems.append(
-                    f"{file}: {key!r} is not a tensor of the model that config.json describes."
-                )
-            file_of[key] = file
-    missing = [key for key in specs if key not in file_of]
-    # The usual mistake after P-Tuning, whose training saves only what it trained.
-    if missing and file_of and all(key.startswith(PREFIX_KEYS) for key in file_of):
-        problems.append(
-            f"{directory}: holds only the trained prefix of P-Tuning v2, and the base model's "
-            "weights are missing. Copy the base checkpoint's weight files and index beside it."
-        )
-    elif missing and complete:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        problems.append(
-            f"{directory}: no {missing[0]!r}{more} in its weight files. "
-            "The checkpoint is incomplete."
-        )
-    return tensors, problems
-
-
-def _differences(file: Path, spec: TensorSpec, header: Header) -> Iterator[str]:
-    allowed = ("int8",) if spec.stored == "int8" else WEIGHT_DTYPES
-    if header.dtype not in allowed:
-        wanted = " or ".join(allowed)
-        yield f"{file}: {spec.key!r} is stored as {header.dtype}; it must be {wanted}."
-    elif header.shape != spec.shape:
-        yield (
-            f"{file}: {spec.key!r} has shape {list(header.shape)}; "
-            f"config.json makes it {list(spec.shape)}."
-        )
-
-
 def _doubts(
     config: Mapping[str, Any],
     layout: Layout,
     architecture: Architecture,
-    has_head: bool,
     tokenizer: Tokenizer | None,
 ) -> Iterator[str]:
+    """What does not stop the checkpoint from running, and is shown as notes."""
     # A key that we do not know may belong to a variant of the model that computes something else.
     for key in unknown_keys(config, layout):
         yield f"config.json: {key!r} is not known here and has no effect"
     if architecture.fp32_residual:
         yield "config.json: 'fp32_residual_connection' is true, so it runs in float32 only"
-    problem_type = config.get("problem_type")
-    # None of these stops the checkpoint from running: they are shown as notes.
-    if has_head and problem_type not in (None, "single_label_classification"):
-        yield (
-            f"config.json: 'problem_type' is {problem_type!r}, but one label is chosen for each row"
-        )
     if tokenizer is None:
         yield f"no {TOKENIZER_FILE}"
-    elif tokenizer.eos_id != architecture.eos_id:
-        yield (
-            f"{TOKENIZER_FILE} ends a text with id {tokenizer.eos_id}, "
-            f"config.json with {architecture.eos_id}"
-        )
+    else:
+        yield from tokenizer_doubts(tokenizer, architecture.vocab_size, architecture.eos_id)

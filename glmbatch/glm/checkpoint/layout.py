@@ -123,7 +123,7 @@ _ROWS = (
 
 # Allowed and not used: a buffer of early revisions, and the language head of a classifier.
 _DROPPED = ("transformer.rotary_pos_emb.inv_freq",)
-_DROPPED_BESIDE_HEAD = ("transformer.output_layer.weight",)
+_DROPPED_BESIDE_HEAD = ("transformer.output_layer.weight", "lm_head.weight")
 
 
 def list_tensors(

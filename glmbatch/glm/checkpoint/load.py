@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -22,17 +22,18 @@ from torch import nn
 from glmbatch.errors import InputError, OutOfMemory
 from glmbatch.glm.checkpoint.adapter import LowRank, load_adapter
 from glmbatch.glm.checkpoint.architecture import native_config, read_architecture
+from glmbatch.glm.checkpoint.checks.matching import WEIGHT_DTYPES
 from glmbatch.glm.checkpoint.hub import locate_checkpoint
-from glmbatch.glm.checkpoint.inspection import (
-    WEIGHT_DTYPES,
-    Checkpoint,
-    inspect_checkpoint,
-    read_checkpoint,
-)
+from glmbatch.glm.checkpoint.inspection import Checkpoint, inspect_checkpoint, read_checkpoint
 from glmbatch.glm.checkpoint.layout import PREFIX_KEY, TensorSpec, split_rows
 from glmbatch.glm.checkpoint.prefix import native_prefix
 from glmbatch.glm.checkpoint.save import save_checkpoint
-from glmbatch.glm.checkpoint.shards import dequantized, find_shards, read_tensors
+from glmbatch.glm.checkpoint.shards import (
+    count_non_finite,
+    dequantized,
+    find_shards,
+    read_tensors,
+)
 from glmbatch.glm.files import digest_file, read_json
 from glmbatch.glm.tokenizer import TOKENIZER_FILE
 
@@ -45,6 +46,7 @@ __all__ = [
     "load_model",
     "locate_checkpoint",
     "read_checkpoint",
+    "refuse_non_finite",
     "save_checkpoint",
 ]
 
@@ -77,6 +79,24 @@ def digest_weights(path: str | Path, adapter: str | Path | None = None) -> str:
 
 def _digest(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def refuse_non_finite(checkpoint: Checkpoint) -> None:
+    """InputError when a weight of `checkpoint` is nan or infinite; names the first tensor.
+
+    Every answer would fail. Reads all weights, at the speed of memory behind `digest_weights`.
+    """
+    broken: list[str] = []
+    for file, headers in checkpoint.tensors.items():
+        for key, tensor in read_tensors(file, headers):
+            if count := count_non_finite(tensor):
+                broken.append(f"{file}: {key!r} holds {count:,} of {tensor.numel():,} values")
+    if broken:
+        more = f"; {len(broken) - 1:,} more tensors have such values" if len(broken) > 1 else ""
+        raise InputError(
+            f"{broken[0]} that are not finite (nan or inf){more}. The training or conversion that "
+            "wrote it failed: set model.path to an earlier save."
+        )
 
 
 def digest_tokenizer(path: str | Path) -> str:
@@ -133,21 +153,31 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> A
             )
     for name, tensor in replaced.items():
         state[name] = tensor.to(device, _dtype_of(name, dtype))
-    for name in (*added, *replaced):
-        if not state[name].isfinite().all():
-            raise InputError(
-                f"{checkpoint.path}: with the adapter, {name!r} does not fit {dtype}. "
-                "Set model.dtype."
-            )
+    prefix_kv = None
+    if prefix:
+        prefix_kv = native_prefix(architecture, prefix).to(device, dtype)
+        _refuse_unfit_numbers(checkpoint, {PREFIX_KEY: prefix_kv}, dtype)
+    _refuse_unfit_numbers(checkpoint, state, dtype)
     model.load_state_dict(state, strict=True, assign=True)
     # The rotary tables are computed, not stored: those made on the meta device are empty.
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=rotary.config).to(device)
-    prefix_kv = None
-    if prefix:
-        prefix_kv = native_prefix(architecture, prefix).to(device, dtype)
     model.register_buffer(PREFIX_KEY, prefix_kv)
     return model.requires_grad_(False).eval()
+
+
+def _refuse_unfit_numbers(
+    checkpoint: Checkpoint, loaded: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """InputError when a loaded tensor is not finite: as it is stored, or in `dtype` only."""
+    for name, tensor in loaded.items():
+        if count_non_finite(tensor):
+            refuse_non_finite(checkpoint)
+            merged = "with the adapter, " if checkpoint.adapter else ""
+            raise InputError(
+                f"{checkpoint.path}: {merged}{name!r} does not fit {dtype}. "
+                "Set model.dtype to float32 or bfloat16."
+            )
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.architecture import Architecture, original_config, read_architecture
-from glmbatch.glm.checkpoint.inspection import WEIGHT_DTYPES
+from glmbatch.glm.checkpoint.checks.matching import WEIGHT_DTYPES
 from glmbatch.glm.checkpoint.layout import PREFIX_KEY, TensorSpec, list_tensors
 from glmbatch.glm.checkpoint.prefix import original_prefix
 from glmbatch.glm.checkpoint.shards import group_by_size, list_weight_files

@@ -5,6 +5,7 @@ Nothing in a file is executed, and nothing in it is trusted unchecked. Knows not
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from glmbatch.errors import InputError, OutOfMemory
 from glmbatch.glm.checkpoint.layout import PREFIX_KEYS
-from glmbatch.glm.files import file_error, index_names
+from glmbatch.glm.files import file_error, index_names, refuse_stand_in
 
 Item = TypeVar("Item")
 
@@ -134,10 +135,11 @@ def read_headers(file: Path) -> dict[str, Header]:
     the file is damaged.
     """
     headers: dict[str, Header] = {}
+    refuse_stand_in(file, _first_bytes(file))
     if file.suffix == ".safetensors":
         with _open_safetensors(file) as opened:
             for key in opened.keys():  # noqa: SIM118 - it is not a mapping
-                headers[key] = _safetensors_header(file, key, opened.get_slice(key))
+                headers[key] = _safetensors_header(opened.get_slice(key))
     else:
         for key, tensor in _load_bin(file).items():
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -166,6 +168,16 @@ def read_tensors(file: Path, headers: Mapping[str, Header]) -> Iterator[tuple[st
             for key in keys:
                 yield key, state.pop(key)
             del state
+
+
+def count_non_finite(tensor: torch.Tensor) -> int:
+    """How many numbers of `tensor` are nan or infinite."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0
+    # Either is nan where any number is, and a mask of all numbers takes 30 times as long.
+    if all(map(math.isfinite, map(float, tensor.aminmax()))):
+        return 0
+    return int((~tensor.isfinite()).sum())
 
 
 def group_by_size(sizes: Iterable[tuple[Item, int]], most_bytes: int) -> Iterator[list[Item]]:
@@ -201,9 +213,16 @@ def _size_bytes(header: Header) -> int:
     return torch.Size(header.shape).numel() * dtype.itemsize
 
 
+def _first_bytes(file: Path) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(64)
+    except OSError as error:
+        raise file_error(file, error) from error
+
+
 def _is_zip(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(4) == b"PK\x03\x04"
+    return _first_bytes(file).startswith(b"PK\x03\x04")
 
 
 def _load_bin(file: Path) -> dict[str, torch.Tensor]:
@@ -244,11 +263,7 @@ def _open_safetensors(file: Path) -> Any:
         raise file_error(file, error) from error
 
 
-def _safetensors_header(file: Path, key: str, view: Any) -> Header:
-    dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
-    if dtype is None:
-        raise InputError(
-            f"{file}: {key!r} is stored as {view.get_dtype()}, which is not a dtype of ChatGLM2 "
-            "weights."
-        )
+def _safetensors_header(view: Any) -> Header:
+    # One that is not named here is refused with the others that no weight may have.
+    dtype = _SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
     return Header(tuple(view.get_shape()), dtype)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from glmbatch.glm.engine.oom import catch_oom
-from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult
+from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult, not_finite
 from glmbatch.glm.engine.queue import Limits, PendingRequest, WaitingQueue, shared_prefix
 from glmbatch.glm.model.label_tree import LabelTree, label_tree
 from glmbatch.glm.model.network import Network
@@ -81,8 +81,7 @@ class Classification:
             if all(map(math.isfinite, row)):
                 result = ClassifyResult(index, tuple(row))
             else:
-                fault = "the model's scores of this prompt are not finite"
-                result = ClassifyResult(index, (), fault)
+                result = ClassifyResult(index, (), not_finite(self._network.dtype_name))
             item.pending.call.deliver(result)
 
     def _handle_out_of_memory(self, batch: Sequence[_Waiting]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from glmbatch.glm.engine.oom import catch_oom
-from glmbatch.glm.engine.protocol import GenerateRequest, GenerateResult
+from glmbatch.glm.engine.protocol import GenerateRequest, GenerateResult, not_finite
 from glmbatch.glm.engine.queue import Limits, PendingRequest, WaitingQueue, shared_prefix
 from glmbatch.glm.model.kv_cache import SlotCache
 from glmbatch.glm.model.network import Network
@@ -221,7 +221,7 @@ class Generation:
             index = seq.request.index
             if token == NOT_FINITE:
                 self._cache.wipe([slot])
-                fault = f"the model's scores are not finite after {len(seq.ids)} tokens"
+                fault = not_finite(self._network.dtype_name, len(seq.ids))
                 seq.pending.call.deliver(GenerateResult(index, (), reason, fault))
             else:
                 seq.pending.call.deliver(GenerateResult(index, tuple(seq.ids), reason))

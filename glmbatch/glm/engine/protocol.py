@@ -79,6 +79,18 @@ class GenerateResult:
     error: str | None = None
 
 
+def not_finite(dtype: str, tokens: int = 0) -> str:
+    """The `error` of a request whose scores are nan or infinite, after `tokens` of an answer.
+
+    The weights are finite, which is checked before they are loaded: in half precision it is an
+    overflow.
+    """
+    wider = {"float16": "float32 or bfloat16", "bfloat16": "float32"}.get(dtype)
+    advice = f": set model.dtype to {wider}" if wider else ""
+    place = f" after {tokens} tokens" if tokens else ""
+    return f"the model's scores are not finite in {dtype}{place}{advice}"
+
+
 class Engine(Protocol):
     """The whole surface between steps and a model. Safe to call from several threads.
 

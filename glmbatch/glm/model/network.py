@@ -54,8 +54,8 @@ class Network:
             self.device,
         )
         device = str(self.device)
-        dtype = str(self.dtype).removeprefix("torch.")
-        form = choose_form(quantization, device, dtype)
+        self.dtype_name = str(self.dtype).removeprefix("torch.")
+        form = choose_form(quantization, device, self.dtype_name)
         # In float32 always: in half precision angles far into a text would be off by whole radians.
         self._inverse_frequencies_P = model.model.rotary_emb.inv_freq.to(self.device, torch.float32)
         self._layers = [Layer(module, form) for module in model.model.layers]
@@ -64,7 +64,7 @@ class Network:
             self._score: Any = model.score
         else:
             # Ids without a token are cut off here, so that they can never be chosen.
-            exact = choose_form("none", device, dtype)
+            exact = choose_form("none", device, self.dtype_name)
             self._lm_head = product(model.lm_head.weight[:token_count], None, exact)
             model.lm_head = None  # the product may hold a copy of its own
         self._trained_prefix = self._take_prefix(model)

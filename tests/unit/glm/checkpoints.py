@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 TOKENIZER = GOLDENS / "base-sharded" / "tokenizer.model"
@@ -225,6 +225,18 @@ def read_state(directory: Path) -> dict[str, torch.Tensor]:
     for file in sorted(directory.glob("*.bin")):
         state |= torch.load(file, weights_only=True)
     return state
+
+
+def change_tensor(
+    directory: Path, key: str, change: Callable[[torch.Tensor], object], files: str = "*"
+) -> None:
+    """Apply `change` to tensor `key` in its file, whatever the file's form."""
+    for file in [*directory.glob(f"{files}.bin"), *directory.glob(f"{files}.safetensors")]:
+        is_bin = file.suffix == ".bin"
+        state = torch.load(file, weights_only=True) if is_bin else load_file(file)
+        if key in state:
+            change(state[key])
+            torch.save(state, file) if is_bin else save_file(state, file)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -46,3 +46,40 @@ def test_a_stop_text_is_seen_with_the_token_that_completes_it(
 
 def test_a_step_without_stop_texts_needs_no_check(tokenizer: Tokenizer) -> None:
     assert stop_check(GenerateStep(name="reply"), tokenizer) is None
+
+
+@pytest.mark.parametrize("character", ["é", "₿", "😀", "👩\u200d🚀", "🇩🇪", "\ufffd"])
+def test_a_cut_answer_has_no_half_of_a_character(tokenizer: Tokenizer, character: str) -> None:
+    step = GenerateStep(name="reply")
+    whole = f"很好 {character}"
+    ids = ids_of(tokenizer, whole)
+    for count in range(1, len(ids) + 1):
+        text = write_up(step, ids[:count], "length", 1, tokenizer).text
+        assert whole.startswith(text)
+        # At the end of the character itself nothing is taken from it.
+        assert (text == whole) == (count == len(ids))
+    stopped = write_up(step, ids[:-1], "stop", 1, tokenizer).text
+    assert tokenizer.decode(ids[:-1]).strip() == stopped  # the model's own end, kept as it is
+
+
+@pytest.mark.parametrize(
+    ("last", "dropped"),
+    [
+        ([0xF0, 0x9F], 2),
+        ([0xF0, 0x9F, 0x98], 3),
+        ([0xC3], 1),
+        ([0x98], 0),  # no character begins with it
+        ([0xF0, 0x9F, 0x41], 0),  # the model went on
+        ([0xF0, 0x9F, 0xE4, 0xBD], 2),
+        ([0xEF, 0xBF, 0xBD], 0),  # U+FFFD itself, written whole
+    ],
+)
+def test_only_what_the_cut_left_is_taken(
+    tokenizer: Tokenizer, last: list[int], dropped: int
+) -> None:
+    # The pieces <0x00> to <0xFF> stand behind three special ones.
+    ids = [*ids_of(tokenizer, "很好"), *(3 + value for value in last)]
+    text = write_up(GenerateStep(name="reply"), ids, "length", 1, tokenizer).text
+    assert text == tokenizer.decode(ids[: len(ids) - dropped])
+    stopping = GenerateStep(name="reply", stop=["好"])
+    assert write_up(stopping, ids, "length", 1, tokenizer).text == "很"

@@ -298,15 +298,13 @@ def test_everything_wrong_is_found_at_once(tmp_path: Path) -> None:
 
 
 def test_what_is_odd_but_harmless_is_a_warning(tmp_path: Path) -> None:
-    directory = make_checkpoint(
-        tmp_path, config=CLASSIFIER | {"interleaved_qkv": False, "problem_type": "regression"}
-    )
+    directory = make_checkpoint(tmp_path, config=CLASSIFIER | {"interleaved_qkv": False})
     save_file(read_state(directory), directory / "model.safetensors")
     (directory / "tokenizer.model").unlink()
     warnings = read_checkpoint(directory).warnings
-    for named in ("interleaved_qkv", "problem_type", "pytorch_model.bin", "tokenizer.model"):
+    for named in ("interleaved_qkv", "pytorch_model.bin", "tokenizer.model"):
         assert any(named in warning for warning in warnings)
-    assert len(warnings) == 4
+    assert len(warnings) == 3
 
 
 def test_a_classifier_needs_no_language_head(tmp_path: Path) -> None:

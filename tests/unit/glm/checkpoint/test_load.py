@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from glmbatch.errors import InputError
+from glmbatch.glm.checkpoint.doctor import examine
 from glmbatch.glm.checkpoint.load import (
     digest_tokenizer,
     digest_weights,
@@ -24,6 +25,7 @@ from glmbatch.glm.checkpoint.load import (
 from tests.unit.glm.checkpoints import (
     GOLDENS,
     VARIANTS,
+    change_tensor,
     edit_config,
     make_checkpoint,
     make_variant,
@@ -323,3 +325,45 @@ def test_loading_peaks_near_one_copy_of_the_weights(tmp_path: Path, files: str, 
     peak, held = map(float, done.stdout.split())
     assert peak < 1.4
     assert held < 1.15, "the file's pages are still held"
+
+
+@pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        ("safetensors-sharded", "transformer.encoder.layers.0.input_layernorm.weight"),
+        ("int4", "transformer.encoder.layers.1.self_attention.dense.weight_scale"),
+        ("int8", "transformer.encoder.layers.0.mlp.dense_h_to_4h.weight_scale"),
+        ("prefix", "transformer.prefix_encoder.embedding.weight"),
+        ("prefix-projection", "transformer.prefix_encoder.trans.2.bias"),
+        ("classifier", "classifier_head.bias"),
+        ("bfloat16", "transformer.output_layer.weight"),
+        ("legacy", "transformer.embedding.word_embeddings.weight"),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, variant: str, key: str) -> None:
+    directory = make_variant(tmp_path, variant)
+    change_tensor(directory, key, lambda tensor: tensor.view(-1)[:1].fill_(torch.nan))
+    (problem,) = examine(directory).problems
+    with pytest.raises(InputError) as refused:
+        load_model(directory)
+    assert str(refused.value) == problem
+    assert f"'{key}' holds 1 of" in problem
+    assert len(problem) - len(str(tmp_path)) < 300
+
+
+def test_the_tensors_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    directory = make_variant(tmp_path, "plain")
+    for layer in (0, 1):
+        key = f"transformer.encoder.layers.{layer}.mlp.dense_4h_to_h.weight"
+        change_tensor(directory, key, lambda tensor: tensor.fill_(-torch.inf))
+    with pytest.raises(InputError, match=r"1,792 of 1,792 values .*; 1 more tensors have such"):
+        load_model(directory)
+
+
+def test_finite_weights_that_do_not_fit_the_dtype_are_named(tmp_path: Path) -> None:
+    directory = make_variant(tmp_path, "bfloat16")
+    key = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
+    change_tensor(directory, key, lambda tensor: tensor.fill_(1e6))
+    assert load_model(directory, "bfloat16")
+    with pytest.raises(InputError, match=r"'model\.layers\.0\.mlp.* does not fit torch\.float16"):
+        load_model(directory, "float16")

@@ -1,0 +1,119 @@
+"""What is wrong with a checkpoint stops a job before its rows, or at its first fragments."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from glmbatch.errors import AuditError, InputError
+from glmbatch.glm.model.network import Network
+from glmbatch.run.preview import preview
+from glmbatch.run.table import annotate_table
+from glmbatch.settings.job import JobConfig
+from tests.support import CAUSAL, CLASSIFY, Settings, Write, committed, run
+from tests.unit.glm.checkpoints import read_state, write_weights
+
+WRITE = {"kind": "generate", "name": "reply", "prompt_template": "{text}", "max_tokens": 4}
+
+
+def respoken(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of the golden language model in `directory`, its weights changed."""
+    shutil.copytree(CAUSAL, directory)
+    state = read_state(directory)
+    change(state)
+    for pattern in ("*.bin", "*.index.json"):
+        for path in directory.glob(pattern):
+            path.unlink()
+    write_weights(directory, state)
+    return directory
+
+
+def overflow(state: dict[str, torch.Tensor]) -> None:
+    """Finite weights whose scores are beyond float16."""
+    state["transformer.encoder.final_layernorm.weight"] *= 3e4
+    state["transformer.output_layer.weight"] *= 100
+
+
+@pytest.mark.parametrize("spoiled", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite_stop_a_job_before_its_rows(
+    tmp_path: Path, write_source: Write, job_settings: Settings, out: Path, spoiled: str
+) -> None:
+    key = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
+
+    def spoil(state: dict[str, torch.Tensor]) -> None:
+        state[key][3, 5] = float(spoiled)
+
+    model = respoken(tmp_path / "model", spoil)
+    write_source("a.parquet", {"text": ["one", "two"]})
+    settings = job_settings(model__path=str(model), steps=[CLASSIFY])
+    for attempt in (run, lambda settings: preview(JobConfig.model_validate(settings))):
+        with pytest.raises(InputError, match=rf"'{key}' holds 1 of [\d,]+ values that are not"):
+            attempt(settings)
+    assert not committed(out)
+
+
+@pytest.mark.parametrize("step", [CLASSIFY, WRITE], ids=["classify", "generate"])
+def test_a_job_on_which_the_model_fails_alike_stops_early(
+    tmp_path: Path, write_source: Write, job_settings: Settings, out: Path, step: dict[str, Any]
+) -> None:
+    model = respoken(tmp_path / "model", overflow)
+    write_source("a.parquet", {"text": [f"text {number}" for number in range(200)]})
+    settings = job_settings(
+        model={"path": str(model), "dtype": "float16"}, steps=[step], data__rows_per_fragment=10
+    )
+    with pytest.raises(InputError) as stopped:
+        run(settings)
+    assert "failed on all 20 rows that it was asked" in str(stopped.value)
+    assert "not finite in float16" in str(stopped.value)
+    assert "set model.dtype to float32 or bfloat16" in str(stopped.value)
+    assert len(committed(out)) == 1  # of 20 fragments
+    settings["model"]["dtype"] = "bfloat16"
+    assert run(settings).faulty_rows == 0
+
+
+def test_a_model_without_memory_for_any_row_stops_the_job(
+    write_source: Write, job_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Network, "prefill", full)
+    texts = ["word " * (number % 9) + str(number) for number in range(90)]
+    write_source("a.parquet", {"text": texts})
+    with pytest.raises(InputError, match=r"failed on all 30 rows .* no room on cpu for one prompt"):
+        run(job_settings(steps=[CLASSIFY], data__rows_per_fragment=15))
+    assert len(committed(out)) == 1
+
+
+def test_rows_that_fail_beside_answers_stop_nothing(
+    write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the rows of one odd file, and not rows that fail again another night."""
+    prefill = Network.prefill
+
+    def short_of_memory(self: Network, prompts: Any, prefix: Any, *store: Any) -> Any:
+        places = prefix.places if prefix is not None else 0
+        if any(len(prompt.ids) + places > 90 for prompt in prompts):
+            raise torch.OutOfMemoryError("out of memory")
+        return prefill(self, prompts, prefix, *store)
+
+    monkeypatch.setattr(Network, "prefill", short_of_memory)
+    write_source("a.parquet", {"text": [f"{number} " + "long " * 90 for number in range(30)]})
+    write_source("b.parquet", {"text": [f"short {number}" for number in range(30)]})
+    settings = job_settings(steps=[CLASSIFY], data__rows_per_fragment=30, max_error_rate=0.9)
+    assert run(settings).faulty_rows == 30
+    settings["data"]["rows_per_fragment"] = 10
+    assert run(settings).faulty_rows == 30
+
+
+def test_a_table_of_failures_is_told_why(tmp_path: Path) -> None:
+    model = respoken(tmp_path / "model", overflow)
+    job = {"model": {"path": str(model), "dtype": "float16"}, "steps": [CLASSIFY]}
+    with pytest.raises(AuditError, match=r"all 2 rows failed.*The model failed: .*float16"):
+        annotate_table(pa.table({"text": ["one", "two"]}), job)
