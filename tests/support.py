@@ -11,7 +11,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.publication import QUARANTINE
+from glmbatch.ledger.quarantine import QUARANTINE
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.store.files import digest_file

@@ -4,6 +4,7 @@
     glmbatch plan JOB             what would run and why
     glmbatch doctor MODEL         what a checkpoint is, and what is wrong with it
     glmbatch verify OUTPUT        whether every row is there once, with its own values, whole
+    glmbatch repair OUTPUT        make a damaged manifest and list of failures again
     glmbatch canary OUTPUT FILE   freeze a few published rows, for later runs to reproduce
     glmbatch train FILE           fine-tune on labelled rows, and promote the result if better
     glmbatch evaluate MODEL ROWS  how good a checkpoint is on labelled rows
@@ -134,6 +135,14 @@ def _verify(parsed: argparse.Namespace) -> int:
     return DONE if verification.sound else FAILED
 
 
+def _repair(parsed: argparse.Namespace) -> int:
+    from glmbatch.ledger.repair import describe, repair
+
+    repaired = repair(parsed.output)
+    _show(repaired, lambda: describe(repaired), parsed.json)
+    return DONE
+
+
 def _canary(parsed: argparse.Namespace) -> int:
     from glmbatch.run.canary import freeze
 
@@ -190,6 +199,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "plan": _plan,
     "doctor": _doctor,
     "verify": _verify,
+    "repair": _repair,
     "canary": _canary,
     "train": _train,
     "evaluate": _evaluate,

@@ -58,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_job(command("plan", "say what would run and why; loads no model, writes nothing"))
     _add_doctor(command("doctor", "say what a checkpoint is and what is wrong with it"))
     _add_verify(command("verify", "prove that an output holds every row of its sources once"))
+    _add_repair(command("repair", "make a damaged manifest and list of failures again"))
     _add_canary(command("canary", "freeze a few published rows with their answers"))
     _add_train(command("train", "fine-tune on labelled rows, and promote the result if better"))
     _add_evaluate(command("evaluate", "say how good a checkpoint is on labelled rows"))
@@ -115,6 +116,11 @@ def _add_doctor(command: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(command: argparse.ArgumentParser) -> None:
+    command.add_argument("output", metavar="OUTPUT", help="the job's data.output")
+    _add_json(command)
+
+
+def _add_repair(command: argparse.ArgumentParser) -> None:
     command.add_argument("output", metavar="OUTPUT", help="the job's data.output")
     _add_json(command)
 

@@ -17,7 +17,8 @@ from typing import cast
 
 import pyarrow as pa
 
-from glmbatch.errors import TransientError, UnusableFile
+from glmbatch.errors import InputError, TransientError, UnusableFile
+from glmbatch.ledger.delta import LOG
 from glmbatch.ledger.known import AnswerFile
 from glmbatch.ledger.manifest import Manifest, PublishedFile, read_manifest
 from glmbatch.ledger.receipts import (
@@ -30,14 +31,16 @@ from glmbatch.ledger.receipts import (
     key_in_name,
     read_receipt,
     read_with_receipt,
+    whole_digest,
     write_with_receipt,
 )
 from glmbatch.ledger.recent import Content, Recent
-from glmbatch.store.files import commit, digest_file, partial_beside
+from glmbatch.store.files import commit, digest_file, partial_beside, writable
 from glmbatch.store.folder import Folder
 from glmbatch.store.locks import hold, release
-from glmbatch.store.paths import AnyPath
+from glmbatch.store.paths import AnyPath, unlink_all
 
+OWN = "_glmbatch"  # all that is not for readers
 ANSWERS = "_glmbatch/answers"
 STAGED = "_glmbatch/staged"
 RESULTS = "_glmbatch/results"
@@ -59,7 +62,23 @@ class Ledger:
         InputError when it cannot be written or another run holds it. The lock of a process that
         died is free; in a store, after some minutes.
         """
+        self._refuse_links()
         hold(self.root / LOCK, run)
+
+    def _refuse_links(self) -> None:
+        """InputError when a folder that is written to without being asked for leads elsewhere."""
+        local = self.folder.local
+        if local is None:
+            return
+        own = local / OWN
+        with writable(own):
+            inside = [*own.iterdir()] if own.is_dir() else []
+        for path in (own, *inside, local / LOG):
+            if path.is_symlink() and path.is_dir():
+                raise InputError(
+                    f"{path}: is a link to a folder, and nothing is written or deleted behind one. "
+                    "Replace it by a folder, or set data.output."
+                )
 
     def close(self, run: str = "") -> None:
         """Let others write to the folder, if `run` holds it."""
@@ -142,7 +161,7 @@ class Ledger:
             return None
         path, digest = whole
         receipt = self._receipt_of(path, kind)
-        if receipt is not None:
+        if receipt is not None and getattr(receipt, "key", None) == key:
             return receipt, path, digest
         if path.exists():
             path.unlink(missing_ok=True)
@@ -184,9 +203,7 @@ class Ledger:
         # Another process may commit the same at once: both keep the same one, so that neither
         # deletes the last.
         first = min(mine)
-        for path in [*others, *mine]:
-            if path != first:
-                path.unlink(missing_ok=True)
+        unlink_all(folder, [path for path in [*others, *mine] if path != first])
         return AnswerFile(first, receipt.step, digest_in_name(first))
 
     def answer_files(self, step_key: str) -> Iterator[AnswerFile]:
@@ -259,7 +276,7 @@ class Ledger:
             path = self.root / published.output_name
             read = read_receipt(path, OutputReceipt)
             digest = published.digest
-            if read is None or digest_file(path) != digest:
+            if read is None or read.key != key or whole_digest(path) != digest:
                 return None
             receipt = read
         # The footer cannot hold the digest of the bytes that it is a part of.
@@ -274,8 +291,7 @@ class Ledger:
         with partial_beside(folder / receipt.key) as partial:
             write_with_receipt(partial, schema, batches, receipt)
             digest = digest_file(partial)
-            for path in folder.glob(f"{receipt.key}.*.parquet"):
-                path.unlink(missing_ok=True)
+            unlink_all(folder, folder.glob(f"{receipt.key}.*.parquet"))
             receipt = receipt.model_copy(update={"digest": digest})
             commit(partial, folder / staged_name(receipt))
         return receipt

@@ -11,33 +11,33 @@ A kill at any moment leaves what the next publication finds and completes.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Sequence
-from typing import Any
+from pathlib import PurePosixPath
 
-import pyarrow as pa
+from pydantic import TypeAdapter
 
-from glmbatch.errors import TransientError, UnusableFile
+from glmbatch.errors import MACHINE_ERRNOS, InputError, TransientError
 from glmbatch.ledger.delta import Commit, commit_table, plan_commit
 from glmbatch.ledger.ledger import ANSWERS, LOCK, STAGED, Ledger, staged_name
-from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile
+from glmbatch.ledger.manifest import COPY, Manifest, write_manifest
+from glmbatch.ledger.quarantine import REFUSED, Line, write_quarantine
 from glmbatch.ledger.receipts import OutputReceipt, key_in_name, read_receipt
-from glmbatch.store.files import PARTIAL, committed, move, remove_tree
-from glmbatch.store.folder import Folder
+from glmbatch.store.errors import one_line
+from glmbatch.store.files import PARTIAL, committed, move, remove_tree, writable
+from glmbatch.store.folder import Folder, Name
 from glmbatch.store.locks import check_held
-from glmbatch.store.parquet import open_parquet, write_table
 from glmbatch.store.paths import AnyPath, unlink_all
+from glmbatch.store.seal import sealed, unsealed
 
 logger = logging.getLogger(__name__)
 
-QUARANTINE = "_quarantine.parquet"
 PUBLISHING = "_glmbatch/publishing.json"
-REFUSED = "_glmbatch/refused.parquet"
+_NAMES = TypeAdapter(list[Name])
 
 
 def publish(
-    ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputReceipt], quarantine: pa.Table
+    ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputReceipt], quarantine: Sequence[Line]
 ) -> None:
     """Move staged files into place, write `manifest`, delete what was replaced; safe to repeat.
 
@@ -51,7 +51,8 @@ def publish(
     manifest = manifest.model_copy(
         update={"replaced": tuple(ledger.folder.existing(manifest.replaced))}
     )
-    stale = _announced(root)
+    announced = read_announced(root)
+    stale = announced or set()
     version = None
     if manifest.format == "delta":
         version = _delta_version(ledger, manifest, outputs)
@@ -61,69 +62,60 @@ def publish(
     _move_staged(ledger.folder, outputs)
     if version is not None:
         commit_table(root, {file.output_name: file.rows for file in manifest.files}, version)
-    _write_list(root / QUARANTINE, quarantine)
+    write_quarantine(root, quarantine)
     # Moving may have taken longer than a lock in a store lives without a sign.
     check_held(root / LOCK)
-    with committed(root / MANIFEST) as partial:
-        partial.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-    _delete_replaced(ledger.folder, manifest, stale)
-    _sweep(root, manifest)
+    write_manifest(root, manifest)
+    with writable(root):
+        if announced is None and manifest.format == "parquet":
+            put_strangers_aside(ledger.folder, {file.output_name for file in manifest.files})
+        _delete_replaced(ledger.folder, manifest, stale)
+        _sweep(root, manifest)
+    write_manifest(root, manifest, COPY)
 
 
-def read_quarantine(
-    output: AnyPath, files: Sequence[PublishedFile], told: Collection[str] = ()
-) -> list[dict[str, Any]]:
-    """The published lines of rows that failed, of the rows of these published files alone.
+def read_announced(root: AnyPath) -> set[str] | None:
+    """Names that killed publications were to move into place before they wrote their manifest.
 
-    And those of whole files, but for the sources that this run has `told` of itself.
+    None when their list is damaged.
     """
-    path = output / QUARANTINE
-    if not path.is_file():
-        return []
-    try:
-        with open_parquet(path) as file:
-            lines = file.read().to_pylist()
-    except UnusableFile as error:  # a list for people; the rows themselves carry their reasons
-        logger.warning("%s: it is written again, without the rows of earlier runs", error)
-        return []
-    ranges: dict[str, list[range]] = {}
-    for file in files:
-        rows = range(file.first_row, file.first_row + file.rows)
-        ranges.setdefault(file.source, []).append(rows)
-
-    def is_of_files(line: dict[str, Any]) -> bool:
-        source = line["source"]
-        if not line["step"]:  # why a file, or the rest of one, could not be read
-            return source in ranges and source not in told
-        return any(line["row"] in rows for rows in ranges.get(source, ()))
-
-    return [line for line in lines if is_of_files(line)]
-
-
-def write_refused(output: AnyPath, failed: pa.Table) -> AnyPath:
-    """Write the failed rows of a run that publishes nothing; returns the path of the list.
-
-    The next publication deletes it.
-    """
-    _write_list(output / REFUSED, failed)
-    return output / REFUSED
-
-
-def _write_list(path: AnyPath, rows: pa.Table) -> None:
-    with committed(path) as partial:
-        write_table(partial, rows.schema, iter(rows.to_batches()), {})
-
-
-def _announced(root: AnyPath) -> set[str]:
-    """Names that killed publications were to move into place before they wrote their manifest."""
     path = root / PUBLISHING
-    return set(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
+    try:
+        content = unsealed(path.read_bytes())
+        # Earlier versions wrote the bare list.
+        return set(
+            _NAMES.validate_python(content if isinstance(content, list) else content["names"])
+        )
+    except FileNotFoundError:
+        return set()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
+            raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error
+        logger.warning("%s: is damaged: %s", path, one_line(error))
+        return None
 
 
 def _announce(root: AnyPath, names: Collection[str]) -> None:
     """Write down which files will be moved, for the next publication if this one is killed."""
     with committed(root / PUBLISHING) as partial:
-        partial.write_text(json.dumps(sorted(names)), encoding="utf-8")
+        partial.write_text(sealed({"names": sorted(names)}), encoding="utf-8")
+
+
+def put_strangers_aside(folder: Folder, named: Collection[str]) -> list[str]:
+    """Move our own files that `named` lacks to where no reader takes them for answers.
+
+    What a killed publication moved, when its list is lost. Returns their names.
+    """
+    moved = []
+    paths: list[AnyPath] = [*folder.path.rglob("*.parquet")]
+    for path in sorted(paths):
+        name = path.relative_to(folder.path).as_posix()
+        if name in named or any(part[0] in "._" for part in PurePosixPath(name).parts):
+            continue
+        if read_receipt(path, OutputReceipt) is not None:
+            logger.warning("%s: is of no publication; it is now %s", path, folder.put_aside(name))
+            moved.append(name)
+    return moved
 
 
 def _delta_version(ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputReceipt]) -> Commit:
@@ -137,7 +129,7 @@ def _move_staged(root: Folder, outputs: Sequence[OutputReceipt]) -> None:
     staged = {path.name for path in (root / STAGED).glob("*.parquet")}
 
     def move_one(output: OutputReceipt) -> None:
-        path = root / output.output_name
+        path = root.place(output.output_name)
         if staged_name(output) in staged:
             move(root / STAGED / staged_name(output), path)
             return
@@ -151,12 +143,27 @@ def _move_staged(root: Folder, outputs: Sequence[OutputReceipt]) -> None:
 
 
 def _delete_replaced(root: Folder, manifest: Manifest, stale: set[str]) -> None:
-    names = {file.output_name for file in manifest.files}
-    root.delete({*manifest.replaced, *stale} - names)
-    (root / PUBLISHING).unlink(missing_ok=True)
+    names = {*manifest.replaced, *stale} - {file.output_name for file in manifest.files}
+    for _ in root.map(lambda name: _delete_own(root, name), sorted(names)):
+        pass
     # The list of a refused run has no more use once another run has published.
-    (root / REFUSED).unlink(missing_ok=True)
+    unlink_all(root.path, [root / PUBLISHING, root / REFUSED])
     remove_tree(root / STAGED)
+
+
+def _delete_own(root: Folder, name: str) -> None:
+    """Delete the file `name`, which was published once; put it aside if it is no longer that."""
+    if not (root / name).is_file():
+        return
+    try:
+        path = root.place(name)
+    except InputError as error:
+        logger.warning("%s It is left there.", error)
+        return
+    if read_receipt(path, OutputReceipt) is not None:
+        path.unlink(missing_ok=True)
+    else:
+        logger.warning("%s: is not what was published; it is now %s", path, root.put_aside(name))
 
 
 def _sweep(root: AnyPath, manifest: Manifest) -> None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from glmbatch.errors import UnusableFile
+from glmbatch.errors import MACHINE_ERRNOS, TransientError, UnusableFile
 from glmbatch.ledger.fragments import Fragment
 from glmbatch.store.files import digest_file, writable
+from glmbatch.store.folder import Name
 from glmbatch.store.parquet import footer_metadata, open_parquet, write_table
-from glmbatch.store.paths import AnyPath
+from glmbatch.store.paths import AnyPath, unlink_all
 
 RECEIPT = "glmbatch.receipt"  # the footer's key
 LENGTH_BIN = 8  # tokens; prompt lengths are counted in bins of this width
 DIGEST_CHARS = 32  # of a digest's 64, in a file's name
+
+# What a damaged or foreign receipt may say instead ends here, not in the arithmetic of a report.
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
@@ -36,20 +40,20 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     step_key: str
     model: str = ""  # identity of the weights, tokenizer and numerics behind `step_key`
     earlier: dict[str, str] = {}
-    rows: int
-    computed_rows: int = 0
-    known_rows: int = 0
-    faults: dict[str, int] = {}
-    labels: dict[str, int] = {}
-    finish_reasons: dict[str, int] = {}
-    empty_answers: int = 0
-    answer_tokens: int = 0  # of all answers, whoever computed them
+    rows: Count
+    computed_rows: Count = 0
+    known_rows: Count = 0
+    faults: dict[str, Count] = {}
+    labels: dict[str, Count] = {}
+    finish_reasons: dict[str, Count] = {}
+    empty_answers: Count = 0
+    answer_tokens: Count = 0  # of all answers, whoever computed them
     # Rows by the tokens of their prompt, rounded down to LENGTH_BIN.
-    prompt_lengths: dict[int, int] = {}
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    began: float = 0.0
-    seconds: float = 0.0
+    prompt_lengths: dict[Count, Count] = {}
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    began: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    seconds: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     unusable: str | None = None
 
 
@@ -62,9 +66,9 @@ class OutputReceipt(BaseModel, frozen=True, extra="forbid"):
     key: str
     run: str
     fragment: Fragment
-    output_name: str
+    output_name: Name
     answers: tuple[AnswersReceipt, ...]
-    faulty_rows: int = 0
+    faulty_rows: Count = 0
     digest: str = ""
     unusable: str | None = None
 
@@ -110,14 +114,29 @@ def find_whole(folder: AnyPath, key: str) -> tuple[AnyPath, str] | None:
     """
     for path in folder.glob(f"{key}.*.parquet"):
         try:
-            digest = digest_file(path)
+            digest = whole_digest(path)
         except FileNotFoundError:
             # Replaced by a fragment with the same rows, whose answers have the same key.
             return find_whole(folder, key)
-        if digest.startswith(digest_in_name(path)):
+        if digest is not None and digest.startswith(digest_in_name(path)):
             return path, digest
-        path.unlink(missing_ok=True)
+        unlink_all(folder, [path])
     return None
+
+
+def whole_digest(path: AnyPath) -> str | None:
+    """The digest of a committed file; None where something else is in its place.
+
+    FileNotFoundError when nothing is there, TransientError when the machine failed.
+    """
+    try:
+        return digest_file(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a folder, a link in a circle, a file that may not be read
+        if error.errno in MACHINE_ERRNOS:
+            raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error
+        return None
 
 
 def key_in_name(path: AnyPath) -> str:

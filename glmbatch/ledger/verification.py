@@ -20,10 +20,11 @@ from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.delta import LOG, table_files
 from glmbatch.ledger.ledger import STAGED, Ledger
 from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile
-from glmbatch.ledger.publication import PUBLISHING, QUARANTINE, read_quarantine
-from glmbatch.ledger.receipts import RECEIPT, OutputReceipt
+from glmbatch.ledger.publication import PUBLISHING
+from glmbatch.ledger.quarantine import QUARANTINE, read_quarantine
+from glmbatch.ledger.receipts import RECEIPT, OutputReceipt, whole_digest
 from glmbatch.settings.columns import Columns
-from glmbatch.store.files import PARTIAL, digest_file
+from glmbatch.store.files import PARTIAL
 from glmbatch.store.folder import Folder
 from glmbatch.store.parquet import footer_metadata, open_parquet, read_columns, read_rows
 from glmbatch.store.paths import AnyPath
@@ -95,7 +96,7 @@ def describe(verification: Verification) -> str:
 @lru_cache(maxsize=1024)
 def _source_digest(path: AnyPath) -> str:
     """Taken once: a source has many fragments."""
-    return digest_file(path)
+    return whole_digest(path) or ""
 
 
 def _wrong(file: str, what: str, row: int | None = None) -> Finding:
@@ -203,7 +204,7 @@ def _file_findings(
         yield _wrong(name, "is gone")
         return
     # Looked at all the same: a changed file gets its other findings too.
-    if digest_file(path) != file.digest:
+    if whole_digest(path) != file.digest:
         yield _wrong(
             name, f"was changed after it was published: its digest is not that of {MANIFEST}"
         )

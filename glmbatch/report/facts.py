@@ -71,6 +71,7 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
         ("size", size(summary)),
         ("failed rows", f"{summary.faulty_rows:,}"),
         ("files left out", f"{len(summary.unusable):,}"),
+        ("sources kept, renamed", f"{summary.kept_sources:,}, {summary.renamed_sources:,}"),
         ("answers", f"{sums['answers']:,}"),
         ("computed, reused, of repeated texts", sources),
         ("tokens", tokens(sums["read"], sums["written"])),

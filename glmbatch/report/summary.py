@@ -46,8 +46,9 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     """What a run did, in `seconds` from its plan to its publication.
 
     `quarantined`: rows or files are listed as failed. `kept_sources` are not of this run, and stay
-    published. `refused` says why nothing was published. `report` is the path of the run's page,
-    `notes` are what is odd about the checkpoints.
+    published; `renamed_sources` had other names when they were published last. `refused` says why
+    nothing was published. `report` is the path of the run's page, `notes` are what is odd about the
+    checkpoints.
     """
 
     run: str
@@ -62,6 +63,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     samples: tuple[dict[str, Any], ...]
     audits: tuple[Audit, ...]
     seconds: float
+    renamed_sources: int = 0
     refused: str | None = None
     report: str | None = None
     notes: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from glmbatch.ledger.delta import is_table
-from glmbatch.ledger.publication import QUARANTINE
+from glmbatch.ledger.quarantine import QUARANTINE
 from glmbatch.report.facts import answers, by_count, size, tokens
 from glmbatch.report.summary import StepSummary, Summary, short
 from glmbatch.store.folder import Folder
@@ -34,6 +34,8 @@ def _blocks(summary: Summary) -> Iterator[list[str]]:
         yield [f"note: {note}" for note in summary.notes]
     if summary.kept_sources:
         yield [f"{summary.kept_sources:,} sources that were not in this run stay published."]
+    if summary.renamed_sources:
+        yield [f"{summary.renamed_sources:,} sources have new names; their old files are replaced."]
     for sample in summary.samples:
         yield [f"  {name}: {short(value)}" for name, value in sample.items()]
     yield _where_to_read(summary)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import MANIFEST
+from glmbatch.ledger.receipts import whole_digest
 from glmbatch.report.counts import Audit
 from glmbatch.run.answer import rows_of
 from glmbatch.run.ask import Outcome, ask
@@ -55,8 +56,18 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
     tables = []
     rows_per_file = -(-rows // len(manifest.files))
     for published in manifest.files:
-        with open_parquet(ledger.root / published.output_name) as opened:
-            table = opened.read()
+        path = ledger.root / published.output_name
+        try:
+            with open_parquet(path) as opened:
+                table = opened.read()
+        except OSError as error:
+            raise UnusableFile(f"{path}: is gone. Run the job again.") from error
+        lacking = {Columns(step).error for step in published.step_keys} - {*table.column_names}
+        if lacking or whole_digest(path) != published.digest:
+            raise UnusableFile(
+                f"{path}: was changed after it was published, so its answers cannot be trusted. "
+                "Run the job again."
+            )
         # Spread over all files, since one day's rows may all be alike.
         tables.append(_spread(_without_faults(table, published.step_keys), rows_per_file))
     # Files of different days may have different columns.

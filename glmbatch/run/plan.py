@@ -13,7 +13,7 @@ from glmbatch.errors import InputError
 from glmbatch.ledger.delta import check_sources, is_table
 from glmbatch.ledger.fragments import Fragment, NeededColumn, Plan, SchemaNeeds, plan_fragments
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import Manifest, staying
+from glmbatch.ledger.manifest import Manifest, mixture, staying
 from glmbatch.ledger.rowkeys import answers_key, output_key, step_key
 from glmbatch.run.models import (
     check_step,
@@ -121,7 +121,8 @@ def _check_published(data: DataConfig, plan: Plan, manifest: Manifest) -> None:
             f"{data.output}: holds all rows; a run with data.limit would replace them. "
             "Set data.output to another folder."
         )
-    if manifest.root != plan.root:
+    # A manifest that was made again may not know it.
+    if manifest.root not in ("", plan.root):
         raise InputError(
             f"{data.output}: holds the answers over {manifest.root}; this input is named from "
             f"{plan.root}. Set data.output to another folder."
@@ -136,7 +137,7 @@ def _check_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> No
             )
         return
     sources = {fragment.source: fragment.path for fragment in plan.fragments}
-    stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop")
+    stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop").files
     check_sources(data.output, sources, [file.output_name for file in stay])
 
 
@@ -221,14 +222,12 @@ def _fragment_work(
 
 def _refuse_mixing(data: DataConfig, plan: Plan, keys: dict[str, str]) -> None:
     # Damage within a file is not known yet; run/publish.py asks the same once the rows are read.
-    manifest = Ledger(data.output).manifest()
-    for file in staying(manifest, plan, drop_missing=data.missing_sources == "drop"):
-        if file.step_keys != keys:
-            raise InputError(
-                f"{data.output}: {file.output_name} was answered with other settings or "
-                f"weights, and this run cannot replace it: {file.source} is not in it, or not "
-                "readable. Set data.output to another folder."
-            )
+    drop_missing = data.missing_sources == "drop"
+    stay = staying(Ledger(data.output).manifest(), plan, drop_missing=drop_missing).files
+    damaged = {fault.source for fault in plan.unusable}
+    problem = mixture(stay, keys, plan, damaged, drop_missing=drop_missing)
+    if problem is not None:
+        raise InputError(f"{data.output}: {problem}")
 
 
 def plan_passes(questions: Sequence[Question], *, together: bool) -> tuple[tuple[int, ...], ...]:

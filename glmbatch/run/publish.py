@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from glmbatch.errors import AuditError, BadRow, GlmbatchError
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import Manifest, PublishedFile, StepOrigin, next_manifest, staying
+from glmbatch.ledger.manifest import Manifest, Staying, StepOrigin, mixture, next_manifest, staying
 from glmbatch.ledger.publication import publish as make_public
-from glmbatch.ledger.publication import read_quarantine, write_refused
+from glmbatch.ledger.quarantine import mended_quarantine, write_refused
 from glmbatch.ledger.receipts import DIGEST_CHARS, AnswersReceipt, OutputReceipt
 from glmbatch.ledger.rowkeys import answer_settings
 from glmbatch.report.counts import Audit
@@ -37,16 +35,6 @@ from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
 
 # Lines in a list for people, of a run in which perhaps every row failed.
 MOST_REFUSED = 100_000
-QUARANTINE_SCHEMA = pa.schema(
-    [
-        pa.field("source", pa.string()),
-        pa.field("row", pa.int64()),  # number in the file, from 0; null for a whole file
-        pa.field("id", pa.string()),
-        pa.field("step", pa.string()),
-        pa.field("error_type", pa.string()),
-        pa.field("error", pa.string()),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +42,7 @@ class Collected:
     """What a run has made.
 
     `outputs` of all fragments, of them those `written`, and the files and fragments that are left
-    out. `stay` are files of earlier runs that stay published beside them. `before` is what is
+    out. `staying` has the files of earlier runs that stay beside them. `before` is what is
     published now, by `last_run` if that is another run.
     """
 
@@ -64,7 +52,7 @@ class Collected:
     outputs: list[OutputReceipt]
     written: list[OutputReceipt]
     unusable: list[FileFault]
-    stay: list[PublishedFile]
+    staying: Staying
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +76,10 @@ def publish(
     AuditError, and nothing is published, when rows are missing or more of them failed than the job
     allows, or when another audit fails.
     """
-    collected = _collect(run, outputs, drop_missing=job.data.missing_sources == "drop")
+    drop_missing = job.data.missing_sources == "drop"
+    collected = _collect(run, outputs, drop_missing=drop_missing)
     try:
-        _refuse_mixing(collected, questions)
+        _refuse_mixing(collected, run, questions, drop_missing=drop_missing)
         audits = _review(job.steps, job.max_error_rate, run, collected, canaries)
     except AuditError as error:
         raise _refusal(job, run, questions, collected, error) from error
@@ -104,6 +93,7 @@ def publish(
         update={
             "quarantined": job.on_error == "quarantine" and bool(results.failures),
             "kept_sources": kept_sources,
+            "renamed_sources": len(collected.staying.renamed),
             "audits": audits,
             "seconds": time.time() - run.context.began,
         }
@@ -112,19 +102,22 @@ def publish(
     return summary.model_copy(update={"report": report})
 
 
-def _refuse_mixing(collected: Collected, questions: Sequence[Question]) -> None:
+def _refuse_mixing(
+    collected: Collected, run: Run, questions: Sequence[Question], *, drop_missing: bool
+) -> None:
     """AuditError when files of other settings would stay: their source could not be read tonight.
 
     That a source cannot be read at all is found before any work; this is damage within one.
     """
     step_keys = {question.name: question.key for question in questions}
-    for file in collected.stay:
-        if file.step_keys != step_keys:
-            raise AuditError(
-                f"{file.output_name} was answered with other settings or weights, and "
-                f"{file.source} could not be read whole. Mend the file, or set data.output to "
-                "another folder."
-            )
+    damaged = {fault.source for fault in collected.unusable}
+    # A source may be damaged under its new name.
+    damaged |= {old for old, new in collected.staying.heirs.items() if new in damaged}
+    problem = mixture(
+        collected.staying.files, step_keys, run.plan, damaged, drop_missing=drop_missing
+    )
+    if problem is not None:
+        raise AuditError(problem)
 
 
 def _refusal(
@@ -276,8 +269,7 @@ def _list_refused(collected: Collected, lines: Sequence[dict[str, Any]]) -> str:
     if not lines:
         return ""
     try:
-        failed = pa.Table.from_pylist(list(lines), QUARANTINE_SCHEMA)
-        path = write_refused(collected.ledger.root, failed)
+        path = write_refused(collected.ledger.root, lines)
     except GlmbatchError as error:  # what the audit found matters more
         return f" They are not listed: {error}"
     return f" Each row that failed: {path}."
@@ -307,7 +299,7 @@ def _release(
         run.plan,
         collected.before,
         written=collected.written,
-        stay=collected.stay,
+        stay=collected.staying.files,
         unusable=collected.unusable,
         steps=origins,
         format=run.context.format,
@@ -316,11 +308,10 @@ def _release(
     read = {fragment.source for fragment in run.plan.fragments}
     # Of its own sources this run tells what could not be read; of others the last list does.
     told = read | {fault.source for fault in collected.unusable}
-    lines = [*read_quarantine(ledger.root, collected.stay, told), *faults]
-    failed = pa.Table.from_pylist(lines, QUARANTINE_SCHEMA)
-    make_public(ledger, manifest, collected.written, failed)
+    lines = [*mended_quarantine(ledger.root, collected.staying.files, told), *faults]
+    make_public(ledger, manifest, collected.written, lines)
     tonight = {output.fragment.source for output in collected.written}
-    return len({file.source for file in collected.stay} - tonight)
+    return len({file.source for file in collected.staying.files} - tonight)
 
 
 def _files_left_out(collected: Collected) -> list[dict[str, Any]]:

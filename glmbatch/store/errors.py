@@ -27,6 +27,7 @@ UNWRITABLE = frozenset(
         errno.ENOTDIR,
         errno.EISDIR,
         errno.ENAMETOOLONG,
+        errno.ELOOP,
     }
 )
 # Timeout, conflict of two writers, too many requests: these pass by themselves, as does all from

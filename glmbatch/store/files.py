@@ -5,6 +5,7 @@ Knows nothing of what is in a file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -18,6 +19,8 @@ from glmbatch.store.errors import UNWRITABLE, store_errors
 from glmbatch.store.paths import GLOB_MARKS, Address, AnyPath, ObjectPath, location
 
 PARTIAL = ".partial"
+# Something else stands where a file or a folder is to be.
+BLOCKED = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY})
 
 
 def find_files(pattern: str) -> tuple[AnyPath, list[str]]:
@@ -201,6 +204,9 @@ def commit(partial: Path, path: AnyPath) -> None:
             path.upload(partial)
             return
         sync(partial)
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):  # an empty folder in its place holds nothing of anybody
+                path.rmdir()
         os.replace(partial, path)
         sync(path.parent)  # the name itself is in the folder
 
@@ -263,5 +269,8 @@ def writable(path: Address) -> Iterator[None]:
             str(error) if error.errno is None else os.strerror(error.errno)
         )  # Arrow's own text is three lines
         if error.errno in UNWRITABLE or isinstance(error, FileExistsError | FileNotFoundError):
-            raise InputError(f"{path}: cannot be written: {reason}. Set data.output.") from error
+            way = (
+                "Remove what stands in its place, or else: Set" if error.errno in BLOCKED else "Set"
+            )
+            raise InputError(f"{path}: cannot be written: {reason}. {way} data.output.") from error
         raise TransientError(f"{path}: cannot be written: {reason}.") from error

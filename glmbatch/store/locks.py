@@ -21,13 +21,15 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from glmbatch.errors import GlmbatchError, InputError, Interrupted
-from glmbatch.store.files import committed, writable
+from glmbatch.store.files import committed, real_path, writable
 from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ _TOKEN = uuid.uuid4().hex
 
 def hold(path: AnyPath, run: str) -> None:
     """Take the lock `path` for `run` until `release`. InputError when another holds it."""
-    name = str(path.resolve())
+    name = _name(path)
     with _TAKING:
         holder = _LOCKS[name][0] if name in _LOCKS else run
         if holder != run:
@@ -58,16 +60,21 @@ def hold(path: AnyPath, run: str) -> None:
             _LOCKS[name] = run, lock
 
 
+def _name(path: AnyPath) -> str:
+    """One name for one lock, whatever stands in its place."""
+    return str(real_path(path.parent) / path.name)
+
+
 def release(path: AnyPath, run: str) -> None:
     """Let others take the lock `path`, if `run` holds it."""
-    name = str(path.resolve())
+    name = _name(path)
     if name in _LOCKS and _LOCKS[name][0] == run:
         _LOCKS.pop(name)[1].let_go()
 
 
 def check_held(path: AnyPath) -> None:
     """Interrupted when the lock that this process took at `path` is another's by now."""
-    held = _LOCKS.get(str(path.resolve()))
+    held = _LOCKS.get(_name(path))
     if held is not None:
         held[1].check()
 
@@ -75,7 +82,7 @@ def check_held(path: AnyPath) -> None:
 def read_sign(path: Address) -> str:
     """What the holder wrote into the lock `path`; empty in a store, which all machines share."""
     place = location(path)
-    return place.read_text() if isinstance(place, Path) else ""
+    return place.read_text(errors="replace") if isinstance(place, Path) else ""
 
 
 def shows(path: Address, sign: str) -> bool:
@@ -114,13 +121,24 @@ class FileLock:
         """InputError when the folder cannot be written, or another process holds the lock."""
         with committed(self._path.with_name("writable")) as partial:
             partial.write_bytes(b"")
-        self._path.with_name("writable").unlink(missing_ok=True)
-        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        with writable(self._path):
+            self._path.with_name("writable").unlink(missing_ok=True)
+            # Never through a link, whose file is perhaps no lock.
+            if self._path.is_symlink():
+                self._path.unlink()
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            try:
+                self._lock()
+            except BaseException:
+                os.close(self._handle)
+                raise
+
+    def _lock(self) -> None:
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.read(self._handle, 1000).decode(errors="replace") or "another process"
-            os.close(self._handle)
+            sign = os.read(self._handle, 200).decode(errors="replace").strip("\0")
+            holder = " ".join(sign.split()) or "another process"
             raise InputError(
                 f"{self._path.parent.parent}: {holder} is writing to it. Wait for its end, or "
                 "set data.output."
@@ -252,16 +270,20 @@ class StoreLock:
         )
 
     def _numbers(self) -> list[int]:
-        return sorted(
-            int(path.name.rpartition(".")[2]) for path in self._folder.glob(f"{self._name}.*")
-        )
+        names = [path.name.rpartition(".")[2] for path in self._folder.glob(f"{self._name}.*")]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def _path(self, number: int) -> ObjectPath:
         return self._folder / f"{self._name}.{number:08d}"
 
     def _read(self, number: int) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(self._path(number).read_bytes())
-        return content
+        """What its holder wrote; of a damaged lock only its age tells."""
+        sign = {"holder": "another process", "token": "", "free": False}
+        with suppress(ValueError):
+            content = from_json(self._path(number).read_bytes())
+            if isinstance(content, dict):
+                sign |= content
+        return sign
 
     def _content(self, *, free: bool = False) -> bytes:
         return json.dumps({"holder": _this_process(), "token": self._token, "free": free}).encode()

@@ -200,7 +200,8 @@ def footer_metadata(path: AnyPath, key: str) -> str | None:
         return None
     with open_parquet(path) as file:
         value = (file.metadata.metadata or {}).get(key.encode())
-    return None if value is None else value.decode()
+        # Inside, since a damaged byte of the text is a damaged byte of the file.
+        return None if value is None else value.decode()
 
 
 def check_column(where: str, schema: pa.Schema, name: str, setting: str, *, text: bool) -> None:

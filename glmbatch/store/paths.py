@@ -79,8 +79,13 @@ def side_by_side(
 
 
 def unlink_all(root: AnyPath, paths: Iterable[AnyPath]) -> None:
-    """Remove the files `paths` below `root`, as far as they are there."""
-    for _ in side_by_side(root, lambda path: path.unlink(missing_ok=True), paths):
+    """Remove the files `paths` below `root`, as far as they are there; no folder in their place."""
+
+    def unlink(path: AnyPath) -> None:
+        with suppress(IsADirectoryError):
+            path.unlink(missing_ok=True)
+
+    for _ in side_by_side(root, unlink, paths):
         pass
 
 

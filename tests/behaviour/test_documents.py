@@ -31,7 +31,7 @@ def is_in_the_repository(name: str, document: str) -> bool:
 
 
 # Files of an output, of a checkpoint, or of an adapter.
-OTHERS = {"_manifest.json", "config.json", "glmbatch.json", "publishing.json"}
+OTHERS = {"_manifest.json", "config.json", "glmbatch.json", "publishing.json", "manifest.json"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

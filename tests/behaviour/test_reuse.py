@@ -248,7 +248,7 @@ def test_a_killed_publication_costs_no_later_inference(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("glmbatch.ledger.publication._write_list", killed)
+        patched.setattr("glmbatch.ledger.publication.write_quarantine", killed)
         run(settings)
     write_source("a.parquet", {"text": [*texts(), "one more", "and one"]})
     assert computed(settings) == [1]

@@ -171,7 +171,9 @@ def test_damage_in_the_night_of_a_new_prompt_loses_no_rows(
     damage_a_page(source, 0)
     settings = job_settings(max_error_rate=0.9)
     settings["steps"][0]["prompt_template"] = "Mood? {text}"
-    with pytest.raises(AuditError, match=r"answered with other settings.*a\.parquet could not be"):
+    with pytest.raises(
+        AuditError, match=r"answered with other settings.*1 damaged \(a\.parquet\)\. Mend"
+    ):
         run(settings)
     assert column_of(out, "text") == published
 

@@ -322,7 +322,7 @@ def test_what_a_killed_publication_moved_is_deleted_later(
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("glmbatch.ledger.publication._write_list", killed)
+        patched.setattr("glmbatch.ledger.publication.write_quarantine", killed)
         run_job(delta_job(data__format=form))
     moved = {path.name for path in (tmp_path / "out").glob("a-*.parquet")}
     assert len(moved) == 3

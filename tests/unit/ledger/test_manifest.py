@@ -60,7 +60,7 @@ def merged(
         written=[output.fragment for output in outputs],
         damaged={*damaged},
         drop_missing=drop_missing,
-    )
+    ).files
     return next_manifest(
         "run", plan, before, written=outputs, stay=stay, unusable=unusable, steps={}
     )
@@ -119,9 +119,27 @@ def test_files_that_swap_names_are_replaced() -> None:
     ]
 
 
-def test_a_file_renamed_over_another_replaces_both() -> None:
+def test_a_file_that_was_there_before_is_no_new_name() -> None:
     before = merged(None, output("a", 0, 3, "d"), output("b", 0, 5, "e"))
-    assert names(merged(before, output("b", 0, 3, "d"))) == ["b@0+3"]
+    assert names(merged(before, output("b", 0, 3, "d"))) == ["a@0+3", "b@0+3"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "renamed"),
+    [
+        ("day=1/p", "day=2/p", False),  # a resend, or a file of one constant row
+        ("day=1/p", "p", False),
+        ("p", "day=1/p", False),
+        ("day=1/hour=2/p", "day=1/hour=3/p", False),
+        ("day=1/hour=2/p", "hour=2/day=1/q", True),
+        ("day=1/p", "day=1/q", True),
+        ("x/p", "y/p", True),
+    ],
+)
+def test_nothing_is_renamed_into_another_partition(old: str, new: str, renamed: bool) -> None:
+    before = merged(None, output(old, 0, 3), output("other", 0, 4, "e"))
+    after = merged(before, output(new, 0, 3), output("other", 0, 4, "e"))
+    assert {file.source for file in after.files} == {"other", new, *([] if renamed else [old])}
 
 
 def test_rows_unreadable_under_a_new_name_stay_under_the_old() -> None:
@@ -235,7 +253,8 @@ def test_rows_of_a_missing_file_go_only_to_a_new_name(nights: list[Night]) -> No
 def test_a_manifest_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text('{"rows": 1}')
     with pytest.raises(
-        InputError, match=r"_manifest\.json: is not a manifest of glmbatch.*Set data\.output\."
+        InputError,
+        match=r"json: is damaged, or not of glmbatch.*Run glmbatch repair .*data\.output\.",
     ):
         Ledger(tmp_path).manifest()
 
@@ -266,5 +285,8 @@ def test_a_deleted_copy_of_other_settings_is_refused(
     run(job_settings(steps=[CLASSIFY]))
     source.unlink()
     asked = {**CLASSIFY, "prompt_template": "How does this sound? {text}"}
-    with pytest.raises(InputError, match=r"a-0000000000\.parquet was answered with other settings"):
+    with pytest.raises(
+        InputError,
+        match=r"1 gone \(a\.parquet\)\. Put what is gone back, or set .*missing_sources to drop",
+    ):
         run(job_settings(steps=[asked]))

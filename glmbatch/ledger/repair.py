@@ -1,0 +1,280 @@
+"""`glmbatch repair`: make a manifest and a list of failed rows again that were damaged or are gone.
+
+The receipts in the footers of the published files say what is in them; the copy of the manifest
+beside the answers says the rest. Nothing is deleted: what cannot be accounted for is named, and
+moved to OUTPUT/_glmbatch/aside where readers would take it for answers. Asks no model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path, PurePosixPath
+
+from pydantic import BaseModel
+
+from glmbatch.errors import InputError, UnusableFile
+from glmbatch.ledger.delta import is_table, table_files
+from glmbatch.ledger.fragments import FileFault
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import (
+    COPY,
+    MANIFEST,
+    Manifest,
+    PublishedFile,
+    overlap,
+    published_file,
+    read_copy,
+    write_manifest,
+)
+from glmbatch.ledger.publication import PUBLISHING, read_announced
+from glmbatch.ledger.quarantine import (
+    QUARANTINE,
+    Line,
+    mended_quarantine,
+    read_lines,
+    write_quarantine,
+)
+from glmbatch.ledger.receipts import OutputReceipt, read_receipt, whole_digest
+from glmbatch.store.files import modified, real_path
+from glmbatch.store.parquet import open_parquet
+from glmbatch.store.paths import AnyPath, is_remote
+
+RUN = "repair"  # the name under which it holds the lock
+
+
+class Repair(BaseModel, frozen=True, extra="forbid"):
+    """What was made again, and a line for each thing that could not be known or accounted for."""
+
+    output: str
+    files: int
+    rows: int
+    mended: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def repair(output: str | Path) -> Repair:
+    """Make the manifest and the list of failed rows of `output` whole again. Safe to repeat.
+
+    InputError when nothing is published there, or a run holds it.
+    """
+    ledger = Ledger(output)
+    if not ledger.root.is_dir():
+        raise InputError(f"{output}: there is no such folder. Give the job's data.output.")
+    ledger.open(RUN)
+    try:
+        mended: list[str] = []
+        notes: list[str] = []
+        manifest = _sound_manifest(ledger)
+        if manifest is None:
+            manifest = _rebuild(ledger, notes)
+            mended.append(MANIFEST)
+        if _mend_quarantine(ledger, manifest):
+            mended.append(QUARANTINE)
+        return Repair(
+            output=str(output),
+            files=len(manifest.files),
+            rows=sum(file.rows for file in manifest.files),
+            mended=tuple(mended),
+            notes=tuple(notes),
+        )
+    finally:
+        ledger.close(RUN)
+
+
+def describe(repair: Repair) -> str:
+    """What was done, as text for a person."""
+    done = f"made again: {', '.join(repair.mended)}" if repair.mended else "nothing was to mend"
+    end = f"{repair.output}: {repair.files} files, {repair.rows} rows; {done}"
+    look = f"Compare it with its sources: glmbatch verify {repair.output}"
+    return "\n".join([*repair.notes, end, *([look] if repair.mended else [])])
+
+
+def _sound_manifest(ledger: Ledger) -> Manifest | None:
+    try:
+        return ledger.manifest()
+    except InputError:
+        return None
+
+
+@dataclass(slots=True)
+class _Found:
+    """A file with a receipt: its line, how far to trust it, and what its receipt says."""
+
+    line: PublishedFile
+    known: bool  # the copy of the manifest has it with these bytes
+    written: float
+    receipt: OutputReceipt | None = None
+
+
+def _rebuild(ledger: Ledger, notes: list[str]) -> Manifest:
+    """The manifest, from the footers and its copy; written. InputError when there are no files."""
+    copy = read_copy(ledger.root)
+    files = _choose(ledger, list(_find(ledger, copy, notes)), notes)
+    if not files:
+        raise InputError(
+            f"{ledger.root}: no published file has a receipt, so there is nothing to make a "
+            f"{MANIFEST} from. Move the folder away, and run the job again."
+        )
+    manifest = _assemble(ledger, copy, files, notes)
+    _note_mixture(manifest, notes)
+    if ledger.folder.holds(MANIFEST):
+        notes.append(f"{MANIFEST}: as it was, it is {ledger.folder.put_aside(MANIFEST)}")
+    if read_announced(ledger.root) is None:
+        notes.append(f"{PUBLISHING}: as it was, it is {ledger.folder.put_aside(PUBLISHING)}")
+    write_manifest(ledger.root, manifest)
+    write_manifest(ledger.root, manifest, COPY)
+    return manifest
+
+
+def _find(ledger: Ledger, copy: Manifest | None, notes: list[str]) -> Iterable[_Found]:
+    """All files of ours that lie where their receipts say."""
+    lines = {file.output_name: file for file in copy.files} if copy is not None else {}
+    delta = is_table(ledger.root)
+    names = table_files(ledger.root) if delta else _visible(ledger)
+    for name in sorted({*names, *(name for name in lines if not delta)}):
+        path = ledger.root / name
+        receipt = read_receipt(path, OutputReceipt) if path.is_file() else None
+        line = lines.get(name)
+        if receipt is None and line is not None and path.is_file():
+            notes.append(f"{name}: is damaged; the next run makes it again, if its source is there")
+            yield _Found(line, False, modified(path))
+            continue
+        if receipt is None or not _is_at_its_place(name, receipt, delta=delta):
+            notes.append(f"{name}: {_what_it_is(path)}; it is left as it is")
+            continue
+        digest = whole_digest(path)
+        if line is not None and line.output_key == receipt.key:
+            # Its digest may be another now: then `verify` says so, and the next run makes it again.
+            yield _Found(line, digest == line.digest, modified(path), receipt)
+            continue
+        try:
+            _prove(path, receipt)
+        except UnusableFile as error:
+            notes.append(f"{error} It is left as it is")
+            continue
+        found = receipt.model_copy(update={"digest": digest, "output_name": name})
+        yield _Found(published_file(found), False, modified(path), receipt)
+
+
+def _visible(ledger: Ledger) -> set[str]:
+    names: set[str] = set()
+    for path in ledger.root.rglob("*.parquet"):
+        name = PurePosixPath(path.relative_to(ledger.root).as_posix())
+        if not any(part[0] in "._" for part in name.parts):
+            names.add(str(name))
+    return names
+
+
+def _what_it_is(path: AnyPath) -> str:
+    if not path.exists():
+        return "was published, and is gone"
+    return "has no receipt of this place, so it is damaged or not of glmbatch"
+
+
+def _is_at_its_place(name: str, receipt: OutputReceipt, *, delta: bool) -> bool:
+    if not delta:
+        return name == receipt.output_name
+    # In a table the digest is part of the name.
+    return name.startswith(receipt.fragment.output_name.removesuffix(".parquet") + ".")
+
+
+def _prove(path: AnyPath, receipt: OutputReceipt) -> None:
+    """UnusableFile unless all pages of the file match their checksums and hold all its rows."""
+    with open_parquet(path) as file:
+        rows = sum(batch.num_rows for batch in file.iter_batches())
+    if rows != receipt.fragment.rows:
+        raise UnusableFile(f"{path}: holds {rows} rows, its receipt says {receipt.fragment.rows}.")
+
+
+def _choose(ledger: Ledger, candidates: list[_Found], notes: list[str]) -> list[_Found]:
+    """Those that stand beside one another; others have the same rows, and are moved aside."""
+    chosen: dict[str, list[_Found]] = defaultdict(list)
+    # What the copy knows first, then what was written last.
+    for candidate in sorted(candidates, key=lambda one: (one.known, one.written), reverse=True):
+        line = candidate.line
+        beside = [other.line for other in chosen[line.source]]
+        same = all(other.source_digest == line.source_digest for other in beside)
+        if same and not any(overlap(line, other) for other in beside):
+            chosen[line.source].append(candidate)
+        else:
+            place = ledger.folder.put_aside(line.output_name)
+            notes.append(f"{line.output_name}: other files have its rows too; it is now {place}")
+    return sorted(chain(*chosen.values()), key=lambda one: one.written, reverse=True)
+
+
+def _assemble(
+    ledger: Ledger, copy: Manifest | None, files: Sequence[_Found], notes: list[str]
+) -> Manifest:
+    lines = tuple(sorted((one.line for one in files), key=lambda line: line.output_name))
+    if copy is not None:
+        return copy.model_copy(update={"files": lines})
+    notes.append(
+        f"{COPY}: is gone or damaged too, so it is not known whether the last run had a limit "
+        "(taken for one without) and what its steps were set to"
+    )
+    receipts = [one.receipt for one in files if one.receipt is not None]
+    return Manifest(
+        run=receipts[0].run,
+        root=_root(receipts, notes),
+        files=lines,
+        unusable=_left_out(read_lines(ledger.root / QUARANTINE) or []),
+        format="delta" if is_table(ledger.root) else "parquet",
+    )
+
+
+def _root(receipts: Sequence[OutputReceipt], notes: list[str]) -> str:
+    """The folder that sources are named from: where most files came from, without their names."""
+    roots: Counter[str] = Counter()
+    for receipt in receipts:
+        source, path = receipt.fragment.source, receipt.fragment.path
+        if path.endswith(f"/{source}"):
+            roots[path.removesuffix(f"/{source}")] += 1
+    root = next((name for name, _ in roots.most_common(1)), "")
+    if not root or not (is_remote(root) or Path(root).is_absolute()):
+        notes.append(f"{MANIFEST}: the folder of the input is not known; the next run sets it")
+        return ""
+    return str(real_path(root))
+
+
+def _left_out(lines: Iterable[Line]) -> tuple[FileFault, ...]:
+    faults = []
+    for line in lines:
+        if not line["step"] and line["source"]:
+            reason = line["error"] or ""
+            faults.append(FileFault(source=line["source"], reason=reason, first_row=line["row"]))
+    return tuple(faults)
+
+
+def _note_mixture(manifest: Manifest, notes: list[str]) -> None:
+    settings = Counter(str(sorted(file.step_keys.items())) for file in manifest.files)
+    if len(settings) > 1:
+        notes.append(
+            f"{len(settings)} different settings or weights answered these files, as after a "
+            "killed publication: run the job again"
+        )
+
+
+def _mend_quarantine(ledger: Ledger, manifest: Manifest) -> bool:
+    """Make the list of failed rows agree with the files; whether it had to be written."""
+    lines = mended_quarantine(ledger.root, manifest.files)
+    listed = {(line["source"], line["row"]) for line in lines if not line["step"]}
+    for fault in manifest.unusable:
+        if (fault.source, fault.first_row) not in listed:
+            lines.append(
+                {
+                    "source": fault.source,
+                    "row": fault.first_row,
+                    "error_type": "unusable_file",
+                    "error": fault.reason,
+                }
+            )
+    listed_lines = read_lines(ledger.root / QUARANTINE)
+    if listed_lines is not None and len(listed_lines) == len(lines):
+        return False
+    if ledger.folder.holds(QUARANTINE):
+        ledger.folder.put_aside(QUARANTINE)
+    write_quarantine(ledger.root, lines)
+    return True

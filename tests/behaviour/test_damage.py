@@ -1,0 +1,314 @@
+"""No byte of a file that glmbatch wrote ends anything in a traceback, or in other rows.
+
+One file below an output is damaged. Then what reads the output gives a result or one line, and a
+run, after `glmbatch repair` if it asks for that, publishes what an undisturbed one does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glmbatch.errors import GlmbatchError, InputError
+from glmbatch.ledger.manifest import COPY, MANIFEST
+from glmbatch.ledger.publication import PUBLISHING
+from glmbatch.ledger.quarantine import QUARANTINE, REFUSED
+from glmbatch.ledger.repair import describe, repair
+from glmbatch.ledger.verification import verify
+from glmbatch.report.text import describe as describe_run
+from glmbatch.run.canary import freeze
+from glmbatch.run.job import run_job
+from glmbatch.run.preview import preview
+from glmbatch.settings.job import JobConfig
+from glmbatch.store.seal import sealed, unsealed
+from tests.support import CLASSIFY, Settings, Write, rows_of
+
+# The class of a file: how its name begins below the output.
+CLASSES = (
+    "a-",
+    "day=1/",
+    "gone-",
+    MANIFEST,
+    QUARANTINE,
+    "_glmbatch/answers",
+    "_glmbatch/staged",
+    "_glmbatch/reports",
+    "_glmbatch/lock",
+    COPY,
+    PUBLISHING,
+    REFUSED,
+)
+OTHER_SHAPES = (
+    b"",
+    b"[]",
+    b"{}",
+    b"null",
+    b"[1]",
+    b"[" * 100_000,
+    b"1" * 6_000,
+    b"NaN",
+    b"\xff\xfe",
+    b'{"a": 1, "a": 2}',
+    b'{"files": null, "names": "x"}',
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that stays where it is: a manifest names its input whole."""
+    return tmp_path_factory.mktemp("damage")
+
+
+@pytest.fixture(scope="module")
+def kept(place: Path) -> Path:
+    """What `place` holds before each damage, with the publication of a second night cut short.
+
+    `kept/twin` is the output of a night that nobody disturbed.
+    """
+    return place.with_name(f"{place.name}-kept")
+
+
+@pytest.fixture
+def job(tmp_path: Path, place: Path, job_settings: Settings, write_source: Write) -> JobConfig:
+    return JobConfig.model_validate(
+        job_settings(
+            data__input=str(place / "in"),
+            data__output=str(place / "out"),
+            data__rows_per_fragment=3,
+            steps=[CLASSIFY],
+            max_error_rate=1.0,
+            runtime__retries=0,
+        )
+    )
+
+
+@pytest.fixture
+def output(place: Path, kept: Path, job: JobConfig, write_source: Write, tmp_path: Path) -> Path:
+    """The output of a killed night over another, as the damage finds it."""
+    if not kept.exists():
+        night(place, job, write_source, tmp_path)
+        shutil.copytree(place, kept / "before", symlinks=True)
+        run_job(job)
+        shutil.copytree(place / "out", kept / "twin")
+    shutil.rmtree(place)
+    shutil.copytree(kept / "before", place, symlinks=True)
+    return place / "out"
+
+
+def night(place: Path, job: JobConfig, write_source: Write, tmp_path: Path) -> None:
+    write_source("a.parquet", {"text": ["one", None, "two", "three"]})
+    write_source("day=1/a.parquet", {"text": ["four"]})
+    write_source("gone.parquet", {"text": ["five", ""]})
+    shutil.copytree(tmp_path / "in", place / "in")
+    run_job(job)
+    (place / "in" / "gone.parquet").unlink()
+    shutil.copy(write_source("new.parquet", {"text": ["six", None]}), place / "in")
+    strict = job.model_copy(update={"max_error_rate": 0.0})
+    with pytest.raises(GlmbatchError, match="nothing published"):
+        run_job(strict)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("glmbatch.ledger.publication.write_manifest", killed)
+        run_job(job)
+    # As of one more refused run.
+    (place / "out" / "_glmbatch" / "staged").mkdir(exist_ok=True)
+    with pytest.raises(GlmbatchError, match="nothing published"):
+        run_job(strict)
+
+
+def killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[Path]:
+    """A folder that belongs to somebody else, and is as it was at the end."""
+    folder = tmp_path / "outside"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("keep.parquet", ".x.partial", "deep/report.html", "lock"):
+        (folder / name).write_text(name)
+    yield folder
+    found = {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert {path.relative_to(folder).as_posix(): text for path, text in found.items()} == {
+        name: name for name in ("keep.parquet", ".x.partial", "deep/report.html", "lock")
+    }
+
+
+def as_sorted(rows: list[dict[str, Any]]) -> list[str]:
+    return sorted(json.dumps(row, default=str, sort_keys=True) for row in rows)
+
+
+def attempt(call: Callable[[], object]) -> Exception | None:
+    """Make the call; the error, if it is one of ours and one line."""
+    try:
+        call()
+    except GlmbatchError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 600, "the message of a path of some length, and not its content"
+        return error
+    return None
+
+
+def assert_harmless(output: Path, job: JobConfig, kept: Path, *, may_stop: bool = False) -> None:
+    """Everything that reads the output goes on; in the end its rows are those of the twin."""
+    attempt(lambda: verify(output))
+    attempt(lambda: preview(job))
+    attempt(lambda: freeze(output, output.parent / "canary.parquet", 4))
+    error = attempt(lambda: describe_run(run_job(job)))
+    if error is not None and "glmbatch repair" in str(error):
+        attempt(lambda: describe(repair(output)))
+        error = attempt(lambda: run_job(job))
+    if error is not None:
+        assert may_stop, error
+        return
+    if as_sorted(rows_of_readable(output)) != as_sorted(rows_of(kept / "twin")):
+        # The rows of a source that is gone cannot be made again; nobody may take them for sound.
+        wrong = [finding for finding in verify(output).findings if finding.kind == "wrong"]
+        assert any(finding.file.startswith("gone-") for finding in wrong), wrong
+
+
+def rows_of_readable(output: Path) -> list[dict[str, Any]]:
+    try:
+        return rows_of(output)
+    except (OSError, ValueError):
+        return []
+
+
+def files_of(output: Path, beginning: str) -> list[Path]:
+    files = [path for path in sorted(output.rglob("*")) if path.is_file()]
+    return [path for path in files if path.relative_to(output).as_posix().startswith(beginning)]
+
+
+def damaged(content: bytes, kind: str, chance: random.Random) -> bytes:
+    changed = bytearray(content)
+    at = chance.randrange(len(changed)) if changed else 0
+    match kind:
+        case "flip":
+            changed[at : at + 1] = bytes([changed[at] ^ 1 << chance.randrange(8)])
+        case "high bit":
+            changed[at : at + 1] = bytes([changed[at] | 0x80])
+        case "zeros":
+            changed[at : at + 32] = bytes(len(changed[at : at + 32]))
+        case "cut":
+            del changed[at:]
+        case "longer":
+            changed += chance.randbytes(20)
+        case "other":
+            changed[:] = chance.choice(OTHER_SHAPES)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["flip", "high bit", "zeros", "cut", "longer", "other"])
+@pytest.mark.parametrize("beginning", CLASSES)
+def test_damaged_bytes_end_in_the_right_rows(
+    beginning: str, kind: str, output: Path, job: JobConfig, kept: Path
+) -> None:
+    chance = random.Random(f"{beginning} {kind}")
+    path = chance.choice(files_of(output, beginning))
+    content = path.read_bytes()
+    path.write_bytes(damaged(content or b"process 1 of somewhere", kind, chance))
+    assert_harmless(output, job, kept)
+
+
+@pytest.mark.parametrize("thing", ["link", "link to folder", "circle", "folder", "full folder"])
+@pytest.mark.parametrize("beginning", CLASSES)
+def test_something_else_in_its_place_ends_well(
+    beginning: str, thing: str, output: Path, job: JobConfig, kept: Path, outside: Path
+) -> None:
+    path = files_of(output, beginning)[0]
+    path.unlink()
+    targets = {"link": outside / "keep.parquet", "link to folder": outside, "circle": path}
+    if thing in targets:
+        path.symlink_to(targets[thing])
+    else:
+        path.mkdir()
+    if thing == "full folder":
+        (path / "x").touch()
+    # What is somebody's is not taken away: the run says what to remove.
+    assert_harmless(
+        output, job, kept, may_stop=thing in ("full folder", "link to folder", "folder")
+    )
+
+
+@pytest.mark.parametrize("beginning", CLASSES)
+def test_a_file_that_may_not_be_read_ends_well(
+    beginning: str, output: Path, job: JobConfig, kept: Path
+) -> None:
+    if os.geteuid():
+        files_of(output, beginning)[0].chmod(0)
+        assert_harmless(output, job, kept, may_stop=True)
+        return
+    for path in (output.parent, *output.parent.rglob("*")):
+        os.chown(path, 65534, 65534)
+    files_of(output, beginning)[0].chmod(0)
+    above = [folder for folder in output.parents if folder.stat().st_uid == 0]
+    modes = {folder: folder.stat().st_mode for folder in above}
+    for folder in above:
+        folder.chmod(modes[folder] | 0o055)
+    os.seteuid(65534)
+    try:
+        assert_harmless(output, job, kept, may_stop=True)
+    finally:
+        os.seteuid(0)
+        for folder, mode in modes.items():
+            folder.chmod(mode)
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "_glmbatch",
+        "_glmbatch/answers",
+        "_glmbatch/staged",
+        "_glmbatch/reports",
+        "_glmbatch/results",
+        "day=1",
+    ],
+)
+def test_nothing_is_written_or_deleted_behind_a_link(
+    folder: str, output: Path, job: JobConfig, kept: Path, outside: Path
+) -> None:
+    shutil.rmtree(output / folder, ignore_errors=True)
+    (output / folder).symlink_to(outside)
+    with pytest.raises(InputError, match=r"link.*Replace it by a folder, or set data\.output"):
+        run_job(job)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside/keep.parquet",
+        "/{outside}/keep.parquet",
+        "..",
+        ".",
+        "_link/keep.parquet",
+        "x/../../outside/keep.parquet",
+        "a\0b",
+    ],
+)
+@pytest.mark.parametrize("where", ["replaced", "output_name", "publishing", "old publishing"])
+def test_names_that_lead_out_delete_nothing(
+    name: str, where: str, output: Path, job: JobConfig, kept: Path, outside: Path
+) -> None:
+    name = name.replace("/{outside}", str(outside))
+    (output / "_link").symlink_to(outside)
+    shutil.rmtree(output.parent / "outside", ignore_errors=True)
+    shutil.copytree(outside, output.parent / "outside")
+    manifest = unsealed((output / MANIFEST).read_bytes())
+    if where == "replaced":
+        manifest["replaced"] = [name]
+    if where == "output_name":
+        manifest["files"][0]["output_name"] = name
+    (output / MANIFEST).write_text(sealed(manifest))
+    if where == "publishing":
+        (output / PUBLISHING).write_text(sealed({"names": [name]}))
+    if where == "old publishing":
+        (output / PUBLISHING).write_text(json.dumps([name]))
+    assert_harmless(output, job, kept)
+    assert (output.parent / "outside" / "keep.parquet").read_text() == "keep.parquet"

@@ -1,0 +1,223 @@
+"""A damaged manifest is made again from the footers: no row is lost, and none is asked again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from glmbatch.cli.main import main
+from glmbatch.errors import InputError
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import COPY, MANIFEST, Manifest
+from glmbatch.ledger.publication import PUBLISHING
+from glmbatch.ledger.quarantine import QUARANTINE
+from glmbatch.ledger.repair import repair
+from glmbatch.ledger.verification import verify
+from glmbatch.store.folder import ASIDE
+from tests.support import (
+    CLASSIFY,
+    Settings,
+    Write,
+    copy_earlier,
+    read_quarantine,
+    rows_of,
+    run,
+)
+
+JOB = {"steps": [CLASSIFY], "max_error_rate": 1.0}
+Break = Callable[[Path], object]
+
+
+@pytest.fixture
+def nights(write_source: Write, job_settings: Settings, out: Path) -> Callable[[], Manifest]:
+    """Two nights: the first one's source is gone in the second, and its rows stay."""
+    write_source("a.parquet", {"text": ["one", None]})
+    gone = write_source("day=1/b.parquet", {"text": ["two", ""]})
+    run(job_settings(**JOB))
+    gone.unlink()
+
+    def second() -> Manifest:
+        run(job_settings(**JOB))
+        manifest = Ledger(out).manifest()
+        assert manifest is not None
+        return manifest
+
+    return second
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x80
+    path.write_bytes(content)
+
+
+def change_a_value(path: Path) -> None:
+    path.write_text(path.read_text().replace('"faulty_rows": 1', '"faulty_rows": 0', 1))
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, change_a_value, Path.unlink, lambda path: path.write_text("")]
+)
+@pytest.mark.parametrize("copy_is_there", [True, False])
+def test_a_manifest_is_made_again_from_the_footers(
+    damage: Break,
+    copy_is_there: bool,
+    nights: Callable[[], Manifest],
+    job_settings: Settings,
+    out: Path,
+) -> None:
+    manifest, rows = nights(), rows_of(out)
+    damage(out / MANIFEST)
+    if damage != Path.unlink:
+        with pytest.raises(InputError, match=r"Run glmbatch repair .*out, or set data\.output\."):
+            run(job_settings(**JOB))
+    if not copy_is_there:
+        flip(out / COPY)
+    mended = repair(out)
+    assert mended.mended == (MANIFEST,)
+    assert mended.files == len(manifest.files)
+    again = Ledger(out).manifest()
+    assert again is not None
+    assert again.files == manifest.files
+    assert again.root == manifest.root
+    assert verify(out).sound
+    summary = run(job_settings(**JOB))
+    assert (summary.computed, summary.kept_sources) == (0, 1)
+    assert rows_of(out) == rows
+
+
+def test_a_lost_manifest_is_not_taken_for_an_empty_output(
+    nights: Callable[[], Manifest], job_settings: Settings, out: Path
+) -> None:
+    nights()
+    (out / MANIFEST).unlink()
+    with pytest.raises(InputError, match="is gone, and what it named is still there"):
+        run(job_settings(**JOB))
+    for path in out.rglob("*.parquet"):
+        if "_glmbatch" not in path.parts:
+            path.unlink()
+    assert run(job_settings(**JOB)).computed == 0, "an output that was cleared begins anew"
+
+
+def test_what_cannot_be_accounted_for_is_named_and_kept(
+    nights: Callable[[], Manifest], out: Path
+) -> None:
+    nights()
+    for path in (MANIFEST, COPY):
+        (out / path).unlink()
+    twice = out / "a-0000000001.parquet"
+    receipt = pq.read_metadata(out / "a-0000000000.parquet").metadata[b"glmbatch.receipt"]
+    other = json.loads(receipt)
+    other["output_name"] = twice.name
+    table = pq.read_table(out / "a-0000000000.parquet")
+    pq.write_table(table.replace_schema_metadata({"glmbatch.receipt": json.dumps(other)}), twice)
+    (out / "broken.parquet").write_bytes(b"PAR1")
+    pq.write_table(pa.table({"x": [1]}), out / "foreign.parquet")
+    mended = repair(out)
+    notes = "\n".join(mended.notes)
+    assert "a-0000000000.parquet: other files have its rows too" in notes or "a-0000000001" in notes
+    assert "foreign.parquet: has no receipt of this place" in notes
+    assert "broken.parquet: has no receipt of this place" in notes
+    assert "it is not known whether the last run had a limit" in notes
+    assert len(list((out / ASIDE).glob("a-*.parquet"))) == 1
+    assert (out / "foreign.parquet").exists()
+    assert {file.source for file in (Ledger(out).manifest() or pytest.fail()).files} == {
+        "a.parquet",
+        "day=1/b.parquet",
+    }
+
+
+def test_a_damaged_page_is_not_taken_for_sound(nights: Callable[[], Manifest], out: Path) -> None:
+    nights()
+    (out / COPY).unlink()
+    (out / MANIFEST).write_text("{")
+    path = out / "a-0000000000.parquet"
+    content = bytearray(path.read_bytes())
+    content[40:80] = bytes(40)
+    path.write_bytes(content)
+    mended = repair(out)
+    assert any("a-0000000000.parquet: not readable" in note for note in mended.notes)
+    assert mended.files == 1
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(b"x")])
+def test_the_list_of_failures_is_made_again(
+    damage: Break, nights: Callable[[], Manifest], out: Path
+) -> None:
+    nights()
+    lines = read_quarantine(out)
+    assert len(lines) == 2
+    damage(out / QUARANTINE)
+    if repair(out).mended:
+        assert sorted(map(str, read_quarantine(out))) == sorted(map(str, lines))
+    assert verify(out).sound
+    assert repair(out).mended == (), "a second one has nothing to do"
+
+
+@pytest.mark.parametrize("format", ["parquet", "delta"])
+def test_an_output_of_before_is_repaired(format: str, tmp_path: Path) -> None:
+    output = copy_earlier(tmp_path) / format
+    before = Ledger(output).manifest()
+    assert before is not None
+    (output / MANIFEST).write_text("[]")
+    mended = repair(output)
+    after = Ledger(output).manifest()
+    assert after is not None
+    assert after.files == before.files
+    assert mended.rows == sum(file.rows for file in before.files)
+
+
+def test_the_command_says_what_it_did(
+    nights: Callable[[], Manifest], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nights()
+    (out / MANIFEST).write_text("x")
+    assert main(["verify", str(out)]) == 2
+    assert f"Run glmbatch repair {out}" in capsys.readouterr().err
+    assert main(["repair", str(out)]) == 0
+    assert "2 files, 4 rows; made again: _manifest.json" in capsys.readouterr().out
+    assert main(["verify", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["repair", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mended"] == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_where_nothing_is_published_nothing_is_repaired(there: bool, tmp_path: Path) -> None:
+    if there:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=r"no such folder|no published file has a receipt"):
+        repair(tmp_path / "out")
+
+
+def test_a_damaged_list_of_moved_files_hides_no_stranger(
+    nights: Callable[[], Manifest], job_settings: Settings, out: Path
+) -> None:
+    manifest = nights()
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("glmbatch.ledger.publication.write_manifest", killed)
+        run(
+            job_settings(
+                **{**JOB, "steps": [{**CLASSIFY, "name": "other"}]},
+                data__rows_per_fragment=1,
+                data__missing_sources="drop",
+            )
+        )
+    (out / PUBLISHING).write_text("[")
+    run(job_settings(**JOB))
+    after = Ledger(out).manifest()
+    assert after is not None
+    assert {file.output_name for file in after.files} == {
+        file.output_name for file in manifest.files
+    }
+    assert verify(out).sound
+    assert list((out / ASIDE).rglob("*.parquet")), "nothing is deleted on a guess"
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
