@@ -1,6 +1,7 @@
 # make demo    set up and run the main job over the sample           make check    format, lint, types, plain tests (seconds)
-# make test    set up and pass all tests                             make help     this list
+# make test    set up and pass all tests                             make newest   plain tests on the newest of everything
 # make up      Prefect with its UI, the deployments and a worker, in the background       make down     stop them
+# make constraints    pin the newest of everything                   make help     this list
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
@@ -13,27 +14,35 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 # With it set, every process would compile all packages again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo up down test check lint sample constraints clean
+.PHONY: help setup demo up down test check lint newest sample constraints clean
 
 help:
 	@grep '^# make' Makefile | sed 's/^# //'
 
-setup: $(VENV)/ready
+# As a path: else a script beside the checkout takes the checkout's folder for the package, which has the same name.
+INSTALL = $(RUN)/uv pip install --quiet --python $(RUN)/python -C editable_mode=compat
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(RUN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet 'uv>=0.9,<1'
-	# As a path: else a script beside the checkout takes the checkout's folder for the package, which has the same name.
-	$(RUN)/uv pip install --quiet --python $(RUN)/python -c constraints.txt \
-	  -C editable_mode=compat -e '.[test]'
+
+# What running needs; `ready` has what the tests need on top.
+$(VENV)/ready-to-run: pyproject.toml constraints.txt | $(RUN)/uv
+	$(INSTALL) -c constraints.txt -e '.[cpu,train]'
 	@touch $@
 
+$(VENV)/ready: pyproject.toml constraints.txt | $(RUN)/uv
+	$(INSTALL) -c constraints.txt -e '.[test]'
+	@touch $(VENV)/ready-to-run $@
+
+setup: $(VENV)/ready
+
 # Exit code 3 says that rows were quarantined: the sample holds some on purpose.
-demo: setup
+demo: $(VENV)/ready-to-run
 	$(RUN)/glmbatch run sample_data/reviews.yaml || test $$? -eq 3
 
-up down: setup
+up down: $(VENV)/ready-to-run
 	@$(RUN)/python -m deployments.local $@
 
 # Two processes: the suite waits for servers and schedules about as long as it computes.
@@ -51,9 +60,20 @@ lint: setup
 sample: setup
 	$(RUN)/python sample_data/make.py
 
-constraints: setup
-	$(RUN)/uv pip compile pyproject.toml --universal --all-extras --python-version 3.11 --no-annotate --no-header \
-	  --no-emit-find-links -o constraints.txt
+# torch is raised by hand, where builds of it for CPU and GPU are at hand; everything else is taken as new as it gets.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+
+# In an environment of its own, which stays for a closer look.
+newest:
+	$(MAKE) VENV=.venv-newest .venv-newest/bin/uv
+	.venv-newest/bin/uv pip install --quiet --python .venv-newest/bin/python --upgrade -C editable_mode=compat '$(TORCH)' -e '.[test]'
+	.venv-newest/bin/python -m pytest $(IN_TWO) -m "not slow and not prefect and not gpu"
+
+constraints: | $(RUN)/uv
+	@mkdir -p build && echo '$(TORCH)' > build/torch.txt
+	# Without the wheels of this machine, whose local versions nobody else has.
+	UV_FIND_LINKS= $(RUN)/uv pip compile pyproject.toml --upgrade -c build/torch.txt --universal --all-extras \
+	  --python-version 3.11 --no-annotate --custom-compile-command 'make constraints' -o constraints.txt > build/constraints.log
 
 clean:
-	rm -rf $(VENV) .prefect sample_data/out
+	rm -rf $(VENV) .venv-newest .prefect sample_data/out
