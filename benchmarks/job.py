@@ -30,7 +30,12 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import torch
 import yaml
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_LEVEL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_LOGGING_LEVEL,
+    temporary_settings,
+)
 from transformers import GlmConfig, GlmForCausalLM
 from workload import SHAPES
 
@@ -67,8 +72,14 @@ def main() -> None:
         # A user's server is up before the night begins, so its start is no part of the flow.
         start = time.perf_counter()
         with (
-            own_server() as address,
-            temporary_settings({PREFECT_API_URL: address, PREFECT_LOGGING_LEVEL: "ERROR"}),
+            own_server() as client,
+            temporary_settings(
+                {
+                    PREFECT_API_URL: client["PREFECT_API_URL"],
+                    PREFECT_API_AUTH_STRING: client["PREFECT_API_AUTH_STRING"],
+                    PREFECT_LOGGING_LEVEL: "ERROR",
+                }
+            ),
         ):
             server_seconds = time.perf_counter() - start
             result = measure(Jobs(folder, options), options)

@@ -95,7 +95,7 @@ def database_settings(postgresql: bool) -> Iterator[dict[str, str]]:
 
 def measure(of: str, size: int) -> dict[str, Any]:
     """Run the flow over an input of that size; return seconds, and peak memory in MB."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     from glmbatch.cli.server import own_server
 
@@ -106,7 +106,15 @@ def measure(of: str, size: int) -> dict[str, Any]:
     else:
         write_input(folder / "in", rows=size * 10**6 // ROW_BYTES, padding=ROW_BYTES)
         job = make_job(folder, rows_per_fragment=1000)
-    with own_server() as address, temporary_settings({PREFECT_API_URL: address}):
+    with (
+        own_server() as client,
+        temporary_settings(
+            {
+                PREFECT_API_URL: client["PREFECT_API_URL"],
+                PREFECT_API_AUTH_STRING: client["PREFECT_API_AUTH_STRING"],
+            }
+        ),
+    ):
         # Here, since the parent process, which only starts this one, needs no Prefect.
         from flows.annotate import annotate
 

@@ -4,8 +4,9 @@
     python -m deployments.local deploy             the deployments alone, on PREFECT_API_URL
 
 Everything listens on loopback, on port PREFECT_SERVER_API_PORT (4200), and writes to PREFECT_HOME
-(.prefect). Processes are found by their environment, which their children inherit. So a run is
-found even after the worker that started it was killed, which a stored process id cannot do.
+(.prefect), where the server's password is kept. Processes are found by their environment, which
+their children inherit. So a run is found even after the worker that started it was killed, which a
+stored process id cannot do.
 """
 
 from __future__ import annotations
@@ -14,16 +15,34 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import yaml
 
-from glmbatch.cli.server import LOOPBACK, api_address, is_ready, start, stop, wait_until_ready
+from glmbatch.cli.server import (
+    LOOPBACK,
+    START_SECONDS,
+    accepts,
+    api_address,
+    is_ready,
+    locked,
+    new_password,
+    start,
+    stop,
+    wait_until_ready,
+)
 from glmbatch.errors import GlmbatchError, InputError, TransientError
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 ROOT = Path(__file__).resolve().parent.parent
 POOL = "glmbatch"
@@ -36,6 +55,8 @@ GRACE_SECONDS = 30
 DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    # The second UI of Prefect 3.9 asks a company for its settings, whatever the others say.
+    "PREFECT_SERVER_UI_V2_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; Prefect accepts no less
     "PREFECT_WORKER_QUERY_SECONDS": "5",
@@ -59,36 +80,55 @@ class Local:
     @property
     def environment(self) -> dict[str, str]:
         """The variables of every process here, and of a shell that talks to the server."""
+        password = self._password
         ours = {
             "PREFECT_HOME": str(self.home),
             "PREFECT_API_URL": api_address(self.port),
+            "PREFECT_SERVER_API_AUTH_STRING": password,
+            "PREFECT_API_AUTH_STRING": password,
             "GLMBATCH_HOME": str(ROOT),
         }
-        return {**DEFAULTS, **os.environ, **ours}
+        return {**DEFAULTS, **locked(self.port, password), **os.environ, **ours}
+
+    @property
+    def password_file(self) -> Path:
+        """The file with the password, which its owner alone can read."""
+        return self.home / "password"
 
     def up(self) -> None:
         """Start what is not running, and update the deployments from prefect.yaml.
 
-        Raises InputError if the port is taken, TransientError if the server does not start.
+        Returns once the worker asks for runs of every deployment. Raises InputError if the port is
+        taken, TransientError if the server or the worker does not start.
         """
         self._start_server()
         deploy(self.environment)
+        asked_after = datetime.min.replace(tzinfo=UTC)
         if self.leader("worker") is None:
+            # Until a minute later the server takes a killed worker for one that lives.
+            asked_after = datetime.now(UTC)
             pool = ("--pool", POOL, "--type", "process", "--install-policy", "never")
             self._start("worker", "worker", "start", *pool)
+        self._wait_for_worker(asked_after)
 
-    def down(self) -> None:
-        """Stop the worker with its runs, then the server.
+    def down(self) -> list[str]:
+        """Stop the worker with its runs, then the server; what was stopped.
 
         Runs that were cut off are still "running" in the database. After the next `up` the
         heartbeat automation marks them as crashed.
         """
+        stopped = []
         for name in ("worker", "server"):
             leader = self.leader(name)
+            family = self.processes(name)
             if leader is not None:
                 # Alone at first: it stops its own children in order.
                 stop([leader], GRACE_SECONDS)
+                stopped.append(f"{name} (process {leader.pid})")
+            elif family:
+                stopped.append(f"what a killed {name} left ({len(family)} processes)")
             stop(self.processes(name))
+        return stopped
 
     def leader(self, name: str) -> psutil.Process | None:
         """The living process that `up` started as "server" or "worker"; None without one."""
@@ -107,19 +147,55 @@ class Local:
         """The file that the "server" or the "worker" logs to."""
         return self.home / f"{name}.log"
 
+    @property
+    def _password(self) -> str:
+        """The password in the environment, or else in the file, which is made once."""
+        if given := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+            return given
+        if not self.password_file.exists():
+            self.home.mkdir(parents=True, exist_ok=True)
+            # For this user alone from its first moment, and there whole or not at all.
+            descriptor, name = tempfile.mkstemp(dir=self.home)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(new_password() + "\n")
+            with suppress(FileExistsError):  # another `up` was faster
+                os.link(name, self.password_file)
+            os.unlink(name)
+        return self.password_file.read_text(encoding="utf-8").strip()
+
     def _start_server(self) -> None:
         address = api_address(self.port)
-        if self.leader("server") is not None:
-            if not is_ready(address):
-                raise InputError(
-                    f"{self.log('server')}: the server is running but does not answer at "
-                    f"{address}. Run make down first."
-                )
+        leader = self.leader("server")
+        if leader is None:
+            self._check_port()
+            place = ("--host", LOOPBACK, "--port", str(self.port))
+            server = psutil.Process(self._start("server", "server", "start", *place).pid)
+            wait_until_ready(address, server, f"See {self.log('server')}.")
             return
-        self._check_port()
-        place = ("--host", LOOPBACK, "--port", str(self.port))
-        server = self._start("server", "server", "start", *place)
-        wait_until_ready(address, server, f"See {self.log('server')}.")
+        # One that a killed `up` started may still be on its way.
+        seconds = START_SECONDS - (time.time() - leader.create_time())
+        hint = f"See {self.log('server')}, and run make down first."
+        wait_until_ready(address, leader, hint, seconds)
+        if accepts(address, None) or not accepts(address, self._password):
+            raise InputError(
+                f"{address}: the server was started without a password, or with another one. "
+                "Run make down first."
+            )
+
+    def _wait_for_worker(self, asked_after: datetime) -> None:
+        """Return once the worker has asked for runs since then, and its deployments are ready.
+
+        Raises TransientError if it does not.
+        """
+        until = time.monotonic() + START_SECONDS
+        with client_of(self.environment) as client:
+            while time.monotonic() < until and self.leader("worker") is not None:
+                if is_served(client, asked_after):
+                    return
+                time.sleep(0.5)
+        raise TransientError(
+            f"{self.ui}: the worker does not ask for runs. See {self.log('worker')}."
+        )
 
     def _check_port(self) -> None:
         """Raise InputError if something else listens on the port: Prefect would only log it."""
@@ -166,7 +242,8 @@ def deploy(environment: Mapping[str, str]) -> None:
 
     `environment` names the server. Safe to repeat. Raises TransientError if Prefect refuses.
     """
-    _create_pool_and_watch(environment["PREFECT_API_URL"])
+    with client_of(environment) as client:
+        _create_pool_and_watch(client)
     # Prefect reads prefect.yaml in its command alone, not in a function that we could call.
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     command += ["--prefect-file", str(DEPLOYMENTS)]
@@ -178,22 +255,45 @@ def deploy(environment: Mapping[str, str]) -> None:
         raise TransientError(f"{DEPLOYMENTS}: not deployed: {output}")
 
 
-def _create_pool_and_watch(address: str) -> None:
-    """Create the work pool and the heartbeat automation, unless the server has them."""
+@contextmanager
+def client_of(environment: Mapping[str, str]) -> Iterator[SyncPrefectClient]:
+    """A client of the server that `environment` names, with its password if it has one."""
     # Loading Prefect takes seconds, which `status` and `down` save.
     from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+
+    settings = {
+        PREFECT_API_URL: environment["PREFECT_API_URL"],
+        PREFECT_API_AUTH_STRING: environment.get("PREFECT_API_AUTH_STRING"),
+    }
+    with temporary_settings(settings), get_client(sync_client=True) as client:
+        yield client
+
+
+def _create_pool_and_watch(client: SyncPrefectClient) -> None:
+    """Create the work pool and the heartbeat automation, unless the server has them."""
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.events.schemas.automations import AutomationCore
     from prefect.exceptions import ObjectAlreadyExists
-    from prefect.settings import PREFECT_API_URL, temporary_settings
 
     watch = AutomationCore.model_validate(yaml.safe_load(SILENT_RUNS.read_text(encoding="utf-8")))
-    with temporary_settings({PREFECT_API_URL: address}), get_client(sync_client=True) as client:
-        with suppress(ObjectAlreadyExists):
-            client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-        # Never updated: an update drops the runs it tracks, and what a person changed in the UI.
-        if not client.read_automations_by_name(watch.name):
-            client.create_automation(watch)
+    with suppress(ObjectAlreadyExists):
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+    # Never updated: an update drops the runs it tracks, and what a person changed in the UI.
+    if not client.read_automations_by_name(watch.name):
+        client.create_automation(watch)
+
+
+def is_served(client: SyncPrefectClient, asked_after: datetime) -> bool:
+    """Whether a worker has asked for runs of every deployment of the pool since `asked_after`."""
+    from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
+
+    ours = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+    for deployment in client.read_deployments(work_pool_filter=ours):
+        polled = deployment.last_polled
+        if deployment.status != "READY" or polled is None or polled < asked_after:
+            return False
+    return True
 
 
 def describe(services: Local) -> str:
@@ -205,9 +305,12 @@ def describe(services: Local) -> str:
         lines.append(f"{name}: {state}; log: {services.log(name)}")
     address = api_address(services.port)
     if is_ready(address):
+        password = f'"$(cat {services.password_file})"'
         lines += [
             f"UI: {services.ui} (Deployments, a name, Run: with other settings in its form)",
+            f"password: the line in {services.password_file}, which the UI asks for once",
             f"in a shell: export PREFECT_API_URL={address}",
+            f"            export PREFECT_API_AUTH_STRING={password}",
             "            .venv/bin/prefect deployment run annotate/nightly",
         ]
     return "\n".join(lines)
@@ -220,7 +323,9 @@ def main(arguments: Sequence[str]) -> int:
             case ["up"]:
                 local().up()
             case ["down"]:
-                local().down()
+                stopped = local().down()
+                print("stopped: " + ", ".join(stopped or ["nothing, since nothing was running"]))
+                return 0
             case ["status"]:
                 pass
             case ["deploy"]:

@@ -7,6 +7,7 @@ from prefect import flow
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.report import Report
 from tasks import finetune as tasks
+from tasks.page import logged_on_page
 from tasks.policies import retried
 
 
@@ -14,8 +15,9 @@ from tasks.policies import retried
 def finetune(config: TuneConfig) -> Report:
     """Train, evaluate and promote; the report, whether or not the run was promoted."""
     runtime = config.runtime
-    folder = retried(tasks.begin, runtime)(config)
-    retried(tasks.train, runtime)(config, folder)
-    scored = retried(tasks.evaluate, runtime)(config, folder)
-    report: Report = retried(tasks.promote, runtime)(config, scored)
+    with logged_on_page():
+        folder = retried(tasks.begin, runtime)(config)
+        retried(tasks.train, runtime)(config, folder)
+        scored = retried(tasks.evaluate, runtime)(config, folder)
+        report: Report = retried(tasks.promote, runtime)(config, scored)
     return report

@@ -55,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parsed = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    logging.getLogger("glmbatch").setLevel(logging.INFO if parsed.verbose else logging.WARNING)
     try:
-        return COMMANDS[parsed.command](parsed)
+        with _logging_to_stderr(logging.INFO if parsed.verbose else logging.WARNING):
+            return COMMANDS[parsed.command](parsed)
     except InputError as error:
         return _complain(error, BAD_INPUT)
     except GlmbatchError as error:
@@ -76,6 +76,25 @@ def _complain(error: Exception, code: int) -> int:
     for line in str(error).splitlines():
         print(f"glmbatch: {line}", file=sys.stderr)
     return code
+
+
+@contextmanager
+def _logging_to_stderr(level: int) -> Iterator[None]:
+    """Print what glmbatch logs from `level` on; a flow may log more, for its page alone."""
+    ours = logging.getLogger("glmbatch")
+    handler = logging.StreamHandler()
+    handler.setLevel(level)
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    before = ours.level, ours.propagate
+    ours.addHandler(handler)
+    ours.setLevel(level)
+    ours.propagate = False  # else Prefect prints it once more
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(before[0])
+        ours.propagate = before[1]
 
 
 def _show(result: BaseModel, text: Callable[[], str], as_json: bool) -> None:
@@ -217,22 +236,32 @@ def _set_prefect_defaults() -> None:
 def _prefect_server() -> Iterator[None]:
     """Use the server in PREFECT_API_URL, or start one for this block.
 
-    TransientError if the user's server does not answer, or ours does not start.
+    TransientError if the user's server does not answer, or ours does not start; InputError if the
+    user's wants another password.
     """
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-    from glmbatch.cli.server import is_ready, own_server
+    from glmbatch.cli.server import accepts, is_ready, own_server
 
     address = PREFECT_API_URL.value()
     if address is None:
-        with own_server() as own, temporary_settings({PREFECT_API_URL: own}):
-            yield
-    elif is_ready(address):
-        yield
-    else:
+        with own_server() as client:
+            settings = {
+                PREFECT_API_URL: client["PREFECT_API_URL"],
+                PREFECT_API_AUTH_STRING: client["PREFECT_API_AUTH_STRING"],
+            }
+            with temporary_settings(settings):
+                yield
+    elif not is_ready(address):
         raise TransientError(
             f"{address}: no Prefect server answers. Start it, or unset PREFECT_API_URL."
         )
+    elif not accepts(address, PREFECT_API_AUTH_STRING.value()):
+        raise InputError(
+            f"{address}: the Prefect server wants another password. Set PREFECT_API_AUTH_STRING."
+        )
+    else:
+        yield
 
 
 class _Terminated(BaseException):

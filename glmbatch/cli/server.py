@@ -1,10 +1,14 @@
 """Prefect servers on loopback: one for a single run, or one that stays up (`make up`).
 
-No Prefect is imported here: `python -m prefect` runs in a process of its own.
+Both answer only to clients that know their password, and to no page of another origin. No Prefect
+is imported here: it runs in a process of its own.
 """
 
 from __future__ import annotations
 
+import base64
+import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -13,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO
 
 import psutil
@@ -22,28 +27,80 @@ from glmbatch.errors import TransientError
 LOOPBACK = "127.0.0.1"
 # A start took 7 to 49 s where it was measured, depending on load.
 START_SECONDS = 180
+TETHERED = "glmbatch.cli.tethered"
+# In the environment of a run's own server: the process id of the run.
+RUN_PROCESS = "GLMBATCH_RUN_PROCESS"
 
 
 @contextmanager
-def own_server() -> Iterator[str]:
-    """Run a server without a UI or logs for the time of the block; yield the address of its API.
+def own_server() -> Iterator[dict[str, str]]:
+    """Run a server without a UI or logs for the time of the block; yield the variables of a client.
 
-    Raises TransientError if it does not start.
+    It ends with this process, even if that is killed. Servers of killed runs that are left all the
+    same are stopped first. Raises TransientError if it does not start.
     """
+    end_leftovers()
     address, port = free_address()
-    server = start("server", "start", "--host", LOOPBACK, "--port", str(port), "--no-ui")
+    password = new_password()
+    server = start(
+        *("server", "start", "--host", LOOPBACK, "--port", str(port), "--no-ui"),
+        module=TETHERED,
+        stdin=subprocess.PIPE,
+        environment={**os.environ, **locked(port, password), RUN_PROCESS: str(os.getpid())},
+    )
     leader = psutil.Process(server.pid)
     family = [leader]
     try:
-        wait_until_ready(address, server, "Set PREFECT_API_URL to use yours.")
+        wait_until_ready(address, leader, "Set PREFECT_API_URL to use yours.")
         # Noted while the leader lives: if it is killed, its children can no longer be found.
         family += leader.children(recursive=True)
-        yield address
+        yield {"PREFECT_API_URL": address, "PREFECT_API_AUTH_STRING": password}
     finally:
         with suppress(psutil.NoSuchProcess):
             family += leader.children(recursive=True)
         stop(family)
-        server.wait()
+        server.communicate()
+
+
+def end_leftovers() -> None:
+    """Stop the servers of killed runs of this user; those of living runs, and all others, stay."""
+    for process in psutil.process_iter():
+        if _is_leftover(process):
+            with suppress(psutil.NoSuchProcess):
+                stop([process, *process.children(recursive=True)])
+
+
+def _is_leftover(process: psutil.Process) -> bool:
+    try:
+        if TETHERED not in process.cmdline() or process.uids().real != os.getuid():
+            return False
+        # Once its parent is dead, a process has another one for good.
+        orphan = process.environ().get(RUN_PROCESS, str(process.ppid())) != str(process.ppid())
+        # A process in a container knows its parent by another number than we do.
+        numbers = Path(f"/proc/{process.pid}/ns/pid")  # on Linux alone
+        return orphan and (not numbers.exists() or numbers.samefile("/proc/self/ns/pid"))
+    except (psutil.Error, OSError):  # it ended, or belongs to another user
+        return False
+
+
+def new_password() -> str:
+    """A password as Prefect takes it, with a user's name in front."""
+    return f"glmbatch:{secrets.token_urlsafe(24)}"
+
+
+def locked(port: int, password: str) -> dict[str, str]:
+    """The variables of a server on `port` that only clients with `password` can use.
+
+    Without them any web page that a person of this machine looks at can read and start runs: its
+    scripts reach loopback. The password also keeps out pages that a name server leads to loopback
+    under a name of their own, and pages that open a web socket, for which no origin is asked.
+    """
+    pages = f"http://{LOOPBACK}:{port},http://localhost:{port}"
+    return {
+        "PREFECT_SERVER_API_AUTH_STRING": password,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": pages,
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+    }
 
 
 def free_address() -> tuple[str, int]:
@@ -61,16 +118,18 @@ def api_address(port: int) -> str:
 
 def start(
     *command: str,
+    environment: Mapping[str, str],
+    module: str = "prefect",
+    stdin: int = subprocess.DEVNULL,
     log: int | IO[bytes] = subprocess.DEVNULL,
-    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a `prefect` command in the background and return its process."""
     return subprocess.Popen(
-        [sys.executable, "-m", "prefect", *command],
+        [sys.executable, "-m", module, *command],
         # A terminal sends Ctrl-C to its whole process group. In a session of its own the server
         # outlives it, so that the run can end in order and then stop the server.
         start_new_session=True,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=log,
         stderr=log,
         env=environment,
@@ -86,14 +145,34 @@ def is_ready(address: str) -> bool:
         return False
 
 
-def wait_until_ready(address: str, server: subprocess.Popen[bytes], hint: str) -> None:
+def accepts(address: str, password: str | None) -> bool:
+    """Whether the Prefect API at `address` lets a client with `password` in."""
+    request = urllib.request.Request(f"{address}/admin/version")
+    if password is not None:
+        credentials = base64.b64encode(password.encode()).decode()
+        request.add_header("Authorization", f"Basic {credentials}")
+    try:
+        with urllib.request.urlopen(request, timeout=10):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code != 401
+
+
+def wait_until_ready(
+    address: str, server: psutil.Process, hint: str, seconds: float = START_SECONDS
+) -> None:
     """Return once the API answers; raise TransientError, which ends with `hint`, if it does not."""
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until and server.poll() is None:
-        if is_ready(address):
-            return
+    until = time.monotonic() + seconds
+    while not is_ready(address):
+        if time.monotonic() > until or not _lives(server):
+            raise TransientError(f"{address}: the Prefect server did not start. {hint}")
         time.sleep(0.2)
-    raise TransientError(f"{address}: the Prefect server did not start. {hint}")
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def stop(processes: Sequence[psutil.Process], seconds: float = 10) -> None:

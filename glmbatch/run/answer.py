@@ -19,6 +19,7 @@ from glmbatch.ledger.fragments import read_fragment
 from glmbatch.ledger.known import Hold, KnownAnswers
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt
+from glmbatch.report.log import log_answers
 from glmbatch.run.ask import Asked, ask
 from glmbatch.run.models import describe_model
 from glmbatch.run.session import Session, session_of
@@ -52,6 +53,7 @@ def answer(assignment: Assignment) -> AnswersReceipt:
     if committed is not None:
         # Of this run where a task is tried again, else of an earlier one over the same rows.
         session.progress.add(rows, computed=False)
+        log_answers(committed, run.id)
         return committed
     try:
         values, earlier_runs = read_prompt_rows(assignment, ledger)
@@ -60,7 +62,9 @@ def answer(assignment: Assignment) -> AnswersReceipt:
             raise
         # Not committed: the file may be whole again when the run is repeated.
         session.progress.add(rows, computed=False)
-        return _receipt(assignment, unusable=str(error))
+        receipt = _receipt(assignment, unusable=str(error))
+        log_answers(receipt, run.id)
+        return receipt
     prompts = build_question_prompts(assignment.question, values)
     # Before the model is asked: under `on_error: raise` a bad row costs no inference.
     _refuse_faults(assignment, map(_reason, prompts))
@@ -93,6 +97,7 @@ def _answer_prompts(
         )
         # While the keys are held: whoever waits for them looks them up in the index next.
         known.add(session.ledger.keep_answers(receipt, table), table)
+    log_answers(receipt, assignment.run.id)
     return receipt
 
 

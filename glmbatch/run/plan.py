@@ -15,6 +15,7 @@ from glmbatch.ledger.fragments import Fragment, NeededColumn, Plan, SchemaNeeds,
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, mixture, staying
 from glmbatch.ledger.rowkeys import answers_key, output_key, step_key
+from glmbatch.report.log import log_plan
 from glmbatch.run.models import (
     check_step,
     fitting_models,
@@ -108,6 +109,8 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
     plan = plan_fragments(
         job.data, schema_needs(job, inputs), raise_faults=context.raises, digests=digests
     )
+    if digests:  # else it is only looked at
+        log_plan(plan)
     manifest = Ledger(job.data.output).manifest()
     if manifest is not None:  # before any work: an output holds one input's rows, under one format
         _check_published(job.data, plan, manifest)

@@ -17,6 +17,7 @@ from glmbatch.ledger.quarantine import mended_quarantine, write_refused
 from glmbatch.ledger.receipts import DIGEST_CHARS, AnswersReceipt, OutputReceipt
 from glmbatch.ledger.rowkeys import answer_settings
 from glmbatch.report.counts import Audit
+from glmbatch.report.log import log_audits, log_end
 from glmbatch.report.measures import Measures, measure
 from glmbatch.report.outputs import ReportedStep, read_outputs
 from glmbatch.report.report import write_report
@@ -98,6 +99,7 @@ def publish(
             "seconds": time.time() - run.context.began,
         }
     )
+    log_end(summary)
     report = write_report(job, summary, results.measures, collected.last_run)
     return summary.model_copy(update={"report": report})
 
@@ -137,6 +139,7 @@ def _refusal(
     reason += _model_reason(results.failures)
     listed = _list_refused(collected, results.failures[:MOST_REFUSED])
     summary = results.summary.model_copy(update={"refused": reason})
+    log_end(summary)
     report = write_report(job, summary, results.measures, collected.last_run)
     about = f" Read about the run: {report}." if report else ""
     return AuditError(f"{reason}{listed}{about}")
@@ -165,6 +168,7 @@ def _review(
         # Only now, since this reads the footers of all published files.
         published = list(collected.ledger.published_receipts())
     audits = [*canaries, *audit_steps(steps, collected.outputs, published)]
+    log_audits(audits)
     check_audits(audits)
     return tuple(audits)
 

@@ -77,7 +77,10 @@ class Session:
 
         def load() -> Engine:
             logger.info("loading %s (%s)", describe_model(model.config), model.config.dtype)
+            start = time.monotonic()
             engine = load_engine(model.config, runtime, question.models_at_once)
+            seconds = time.monotonic() - start
+            logger.info("%s: loaded in %.1f s", describe_model(model.config), seconds)
             # Only now, since the files may change between their digests and their loading.
             if stamp_checkpoint(model.config) != model.stamp:
                 engine.close()

@@ -1,6 +1,6 @@
 """A flow that runs a deployment, waits for it, and continues with its answers.
 
-After `make up`, with its PREFECT_API_URL, from the root of the repository:
+After `make up`, with the variables that it prints, from the root of the repository:
 
 python sample_data/examples/after_a_deployment.py annotate/nightly
 """

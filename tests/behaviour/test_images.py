@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from deployments.local import DEFAULTS, POOL
+from glmbatch.cli.server import locked
 from tests.support import ROOT
 
 HERE = ROOT / "deployments"
@@ -77,6 +78,16 @@ def test_only_loopback_of_the_host_is_listened_on() -> None:
 def test_no_password_is_written_down() -> None:
     password = COMPOSE["services"]["database"]["environment"]["POSTGRES_PASSWORD"]
     assert password.startswith("${POSTGRES_PASSWORD:?")
+
+
+def test_the_server_in_a_container_is_locked_like_ours() -> None:
+    server = COMPOSE["services"]["server"]["environment"]
+    password = server["PREFECT_SERVER_API_AUTH_STRING"]
+    assert password.startswith("${PREFECT_PASSWORD:?")
+    assert {**server, "PREFECT_SERVER_API_AUTH_STRING": ""}.items() >= locked(4200, "").items()
+    for name in ("deploy", "worker"):
+        client = COMPOSE["services"][name]["environment"]
+        assert client["PREFECT_API_AUTH_STRING"] == "${PREFECT_PASSWORD:?}"
 
 
 def test_containers_wait_for_those_they_need() -> None:

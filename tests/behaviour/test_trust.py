@@ -146,8 +146,9 @@ def test_no_secret_of_the_environment_is_told(
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
     missing = {"path": "some/model", "revision": "0" * 40}
     texts = []
-    with own_server() as address:
-        monkeypatch.setenv("PREFECT_API_URL", address)
+    with own_server() as client:
+        for name, value in client.items():
+            monkeypatch.setenv(name, value)
         for model, code in ((job_settings()["model"], 3), (missing, 1)):
             file = tmp_path / "job.yaml"
             settings = job_settings(model=model, max_error_rate=1.0, runtime__retries=0)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,21 @@ def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProce
     )
 
 
+@contextmanager
+def signed_in(environment: dict[str, str]) -> Iterator[httpx.Client]:
+    """A client of the server's API with its password and a token against forged requests."""
+    user, _, password = environment["PREFECT_API_AUTH_STRING"].partition(":")
+    address = environment["PREFECT_API_URL"]
+    with httpx.Client(base_url=address, auth=(user, password), timeout=120) as client:
+        token = client.get("/csrf-token", params={"client": "tests"}).raise_for_status().json()
+        client.headers["Prefect-Csrf-Client"] = "tests"
+        client.headers["Prefect-Csrf-Token"] = token["token"]
+        yield client
+
+
 def query(environment: dict[str, str], kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    answer = httpx.post(f"{environment['PREFECT_API_URL']}/{kind}/filter", json=body, timeout=30)
+    with signed_in(environment) as client:
+        answer = client.post(f"/{kind}/filter", json=body)
     rows: list[dict[str, Any]] = answer.raise_for_status().json()
     return rows
 
@@ -56,6 +71,13 @@ def artifacts(environment: dict[str, str]) -> dict[str, dict[str, Any]]:
     """What stands on the page of the last flow run, by key."""
     flow_run = {"flow_run_id": {"any_": [last_flow_run(environment)["id"]]}}
     return {row["key"]: row for row in query(environment, "artifacts", {"artifacts": flow_run})}
+
+
+def log_lines(environment: dict[str, str]) -> list[str]:
+    """What the log on the page of the last flow run says, the first line first."""
+    flow_run = {"flow_run_id": {"any_": [last_flow_run(environment)["id"]]}}
+    lines = query(environment, "logs", {"logs": flow_run, "sort": "TIMESTAMP_ASC"})
+    return [line["message"] for line in lines]
 
 
 def start(environment: dict[str, str], job: str) -> subprocess.Popen[bytes]:

@@ -11,9 +11,9 @@ from glmbatch.cli.server import own_server
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment variables that lead to the server; PREFECT_API_URL is the address of its API."""
+    """Environment variables that lead to the server: its home, address and password."""
     home = str(tmp_path_factory.mktemp("prefect"))
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PREFECT_HOME", home)
-        with own_server() as address:
-            yield {"PREFECT_HOME": home, "PREFECT_API_URL": address}
+        with own_server() as client:
+            yield {"PREFECT_HOME": home, **client}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import yaml
 
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
-from tests.flows.commands import artifacts, last_flow_run, query, run, task_runs
+from tests.flows.commands import artifacts, last_flow_run, log_lines, query, run, task_runs
 from tests.support import ROOT, Settings, Write, committed
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
@@ -71,6 +72,7 @@ def test_a_run_shows_its_tasks_and_a_second_one_is_cached(
     assert f"assign {tmp_path / 'in'}" in tasks
     assert f"publish {out}" in tasks
     assert_page_shows_the_run(prefect_server, out, first.stdout)
+    assert_log_tells_the_run(prefect_server, out)
     answers = ds.dataset(out, partitioning=None).to_table()
 
     second = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
@@ -92,6 +94,17 @@ def test_a_run_shows_its_tasks_and_a_second_one_is_cached(
 def states(tasks: dict[str, dict[str, Any]], *kinds: str) -> set[str]:
     """The states of the tasks of these kinds."""
     return {row["state_name"] for name, row in tasks.items() if name.startswith(kinds)}
+
+
+def assert_log_tells_the_run(environment: dict[str, str], out: Path) -> None:
+    """The log of the last flow run says what was read, loaded, answered, failed and published."""
+    log = "\n".join(log_lines(environment))
+    assert "/in: 15 rows of 2 files in 3 fragments; files left out: 0" in log
+    assert re.search(r"causal: loaded in \d+\.\d s", log), log
+    assert re.search(r"mood, day=2/b.parquet@0: 2 rows, 2 answered by the model, .* in \d", log)
+    assert "1 failed (null_value 1)" in log
+    assert "reply, in all: 15 rows, 14 answered by the model, 0 reused, 0 of repeated texts" in log
+    assert f"{out}: published 15 rows in 3 files; 1 failed, 0 files or fragments left out" in log
 
 
 def assert_page_shows_the_run(environment: dict[str, str], out: Path, printed: str) -> None:
@@ -155,6 +168,7 @@ def test_too_many_bad_rows_fail_the_run_with_exit_code_1(
     assert (
         "nothing published: 1 of 15 rows failed (6.7%), max_error_rate allows 1.0%" in done.stderr
     )
+    assert "nothing published: 1 of 15 rows failed" in "\n".join(log_lines(prefect_server))
     shown = artifacts(prefect_server)
     assert shown["annotate"]["data"].startswith("Refused")
     assert shown["annotate-report"]["data"].split("file://")[1].rstrip(")") in done.stderr

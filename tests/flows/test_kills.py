@@ -97,15 +97,13 @@ def test_a_killed_server_costs_the_run_and_not_the_work(
     job = job_file("out")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PREFECT_HOME", str(tmp_path / "home"))
-        with own_server() as address:
-            process = start(
-                {"PREFECT_API_URL": address, "PREFECT_HOME": str(tmp_path / "home")}, job
-            )
+        with own_server() as client:
+            process = start({**client, "PREFECT_HOME": str(tmp_path / "home")}, job)
             until = time.monotonic() + 120
             while not committed(out) and process.poll() is None and time.monotonic() < until:
                 time.sleep(0.02)
             before = committed(out)
-            port = address.split(":")[2].split("/")[0]
+            port = client["PREFECT_API_URL"].split(":")[2].split("/")[0]
             servers = [child for child in psutil.Process().children() if _listens(child, port)]
             for server in servers:
                 os.killpg(server.pid, signal.SIGKILL)

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ import httpx
 import psutil
 import pytest
 import yaml
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from deployments.local import DEFAULTS, Local
 from glmbatch.ledger.verification import verify
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
+from tests.flows.commands import signed_in
 from tests.postgresql import postgresql_server
 from tests.stores import free_port
 from tests.support import ROOT, committed, rows_of
@@ -39,13 +41,15 @@ class Api:
     """What a person does in the UI, through the server that the UI talks to."""
 
     def __init__(self, here: Local) -> None:
-        self._address = here.environment["PREFECT_API_URL"]
+        self._environment = here.environment
+        self.address = self._environment["PREFECT_API_URL"]
 
     def ask(self, method: str, path: str, body: object = None) -> Any:
         """The answer. Asked again when the database is busy (503), as Prefect's own client does."""
 
         def answered() -> httpx.Response | None:
-            answer = httpx.request(method, self._address + path, json=body, timeout=120)
+            with signed_in(self._environment) as client:
+                answer = client.request(method, path, json=body)
             return None if answer.status_code == 503 else answer
 
         answer: httpx.Response = wait(answered, f"{method} {path}").raise_for_status()
@@ -217,22 +221,36 @@ def alerts(here: Local) -> str:
 
 
 @pytest.fixture
-def page(here: Local) -> Iterator[Page]:
-    """A page of a real browser, which may speak to this machine alone."""
+def browser() -> Iterator[Browser]:
+    """A real browser, for which evil.example is a name of this machine."""
     names = ("chromium", "chromium-browser", "google-chrome")
     programs = list(filter(None, map(shutil.which, names)))
     if not programs:
         pytest.skip("no Chromium on PATH; Debian has it as the package chromium")
-    spoken_to = set()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=programs[0], chromium_sandbox=os.geteuid() != 0
+            executable_path=programs[0],
+            chromium_sandbox=os.geteuid() != 0,
+            args=["--host-resolver-rules=MAP evil.example 127.0.0.1"],
         )
-        page = browser.new_page(viewport={"width": 1300, "height": 1400})
-        page.on("request", lambda request: spoken_to.add(request.url.split("/")[2]))
-        yield page
+        yield browser
         browser.close()
-    assert spoken_to == {f"127.0.0.1:{here.port}"}
+
+
+@pytest.fixture
+def page(here: Local, browser: Browser) -> Iterator[Page]:
+    """A page of the UI after signing in, which may speak to this machine alone."""
+    spoken_to = set()
+    page = browser.new_page(viewport={"width": 1300, "height": 1400})
+    page.on("request", lambda request: spoken_to.add(request.url.split("/")[2]))
+    page.goto(here.ui)
+    page.wait_for_url("**/login*")
+    page.locator("input").fill(here.password_file.read_text().strip())
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/dashboard*")
+    yield page
+    # Local files of the UI have no host.
+    assert spoken_to - {""} == {f"127.0.0.1:{here.port}"}
 
 
 def test_a_taken_port_is_one_line(here: Local) -> None:
@@ -242,6 +260,82 @@ def test_a_taken_port_is_one_line(here: Local) -> None:
         f"glmbatch: 127.0.0.1:{here.port}: cannot be used: Address already in use. "
         "Set PREFECT_SERVER_API_PORT to a free port.\n"
     )
+
+
+# What a page can try: requests with and without leave to read the answer, and a web socket.
+ATTACK = """async ([api, deployment]) => {
+    const json = {method: "POST", headers: {"Content-Type": "application/json"}, body: "{}"};
+    const plain = {method: "POST", mode: "no-cors", body: "{}"};
+    const run = `${api}/deployments/${deployment}/create_flow_run`;
+    const tried = [];
+    for (const [url, how] of [
+        [`${api}/deployments/filter`, json], [`${api}/csrf-token?client=evil`, {}],
+        [`${api}/deployments/filter`, {...json, credentials: "include"}],
+        [run, json], [run, plain], [run, {...plain, credentials: "include"}],
+    ]) {
+        try { tried.push((await fetch(url, how)).status); } catch { tried.push("refused"); }
+    }
+    const event = {
+        event: "glmbatch.input.arrived", id: "5a4c1f6e-0d1c-4c43-8f0e-7d2f2c1b9a11",
+        occurred: new Date().toISOString(), payload: {}, related: [],
+        resource: {"prefect.resource.id": "glmbatch.input.reviews"},
+    };
+    for (const protocol of [[], ["prefect"]]) {
+        tried.push(await new Promise(done => {
+            const socket = new WebSocket(`${api.replace("http", "ws")}/events/in`, protocol);
+            socket.onopen = () => {
+                if (protocol.length) socket.send(JSON.stringify({type: "auth", token: null}));
+                socket.send(JSON.stringify(event));
+            };
+            socket.onclose = close => done(close.code);
+        }));
+    }
+    return tried;
+}"""
+# 0: no leave to read. 1006 and 1008: closed before the event was taken.
+FAILED_TRIES = {"refused", 0, 401, 403, 1006, 1008}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "evil.example"])
+def test_a_page_of_another_origin_commands_nothing(
+    here: Local, api: Api, browser: Browser, tmp_path: Path, host: str
+) -> None:
+    (tmp_path / "index.html").write_text("<title>a page like any other</title>")
+    deployment = api.deployment("annotate/arrivals")
+    before = api.runs("annotate/arrivals")
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    page = browser.new_page()
+    page.goto(f"http://{host}:{server.server_port}/")
+    tried = page.evaluate(ATTACK, [api.address, deployment])
+    server.shutdown()
+    server.server_close()
+    assert {*tried} <= FAILED_TRIES, tried
+    # As after a name server has led the page's own name to this machine.
+    page.goto(f"http://evil.example:{here.port}/ui-settings")
+    address = f"http://evil.example:{here.port}/api"
+    tried = page.evaluate(ATTACK, [address, deployment])
+    assert {*tried} <= FAILED_TRIES, tried
+    time.sleep(2)  # longer than an event takes to start a run
+    assert api.runs("annotate/arrivals") == before
+
+
+def test_the_password_is_kept_for_its_owner_alone(here: Local) -> None:
+    assert here.password_file.stat().st_mode & 0o777 == 0o600
+    up = command(here, "deployments.local", "status")
+    assert f"password: the line in {here.password_file}" in up.stdout
+    for log in (here.log("server"), here.log("worker")):
+        assert here.password_file.read_text().strip() not in log.read_text()
+
+
+def test_all_is_ready_when_it_is_up(here: Local, api: Api) -> None:
+    again = command(here, "deployments.local", "up")
+    assert again.returncode == 0, again.stderr
+    deployments = api.ask("POST", "/deployments/filter", {})
+    assert {deployment["status"] for deployment in deployments} == {"READY"}
+    assert len(deployments) == 5
 
 
 def test_it_listens_and_speaks_on_loopback_alone(here: Local) -> None:

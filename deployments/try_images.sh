@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Build the CPU image and run in it, as its own user: the demo, then a server, a worker and a flow run.
+#
+#     deployments/try_images.sh [FOLDER WITH A WHEEL OF TORCH]
+#
+# As root on Debian, without Docker: apt-get install buildah debootstrap. The folder stands in for PyTorch's index where that
+# cannot be reached. With BASE=debian the base is made here from Debian's packages, under the name of the official image.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
+IMAGE=glmbatch:cpu
+PYTHON_IMAGE=$(sed -n 's/^FROM //p' deployments/Dockerfile)
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+# Where registries are reached through a proxy, this machine knows its certificate.
+CERTIFICATES=/etc/ssl/certs/ca-certificates.crt
+
+if [ "${BASE:-}" = debian ] && ! buildah inspect --type image "$PYTHON_IMAGE" > "$WORK/base.json" 2>&1; then
+  debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates bookworm "$WORK/base" > "$WORK/log"
+  # As in the official image, `python` and `pip` install for everybody.
+  ln -s python3 "$WORK/base/usr/bin/python"
+  rm -rf "$WORK"/base/usr/lib/python3*/EXTERNALLY-MANAGED "$WORK"/base/var/cache/apt/archives/*.deb
+  printf 'FROM scratch\nCOPY base /\n' > "$WORK/Dockerfile"
+  buildah bud --quiet -t "$PYTHON_IMAGE" "$WORK"
+fi
+
+began=$SECONDS
+ARGUMENTS=(--build-arg DEVICE=cpu --volume "$CERTIFICATES:$CERTIFICATES:ro")
+if [ -n "${1:-}" ]; then
+  ARGUMENTS+=(--volume "$(realpath "$1"):/torch:ro" --build-arg TORCH_FROM=/torch)
+fi
+buildah bud --pull=never --quiet "${ARGUMENTS[@]}" -f deployments/Dockerfile -t "$IMAGE" .
+echo "built in $((SECONDS - began)) s: $(buildah images --format '{{.Size}}' "$IMAGE")"
+
+container=$(buildah from --pull=never "$IMAGE")
+trap 'rm -rf "$WORK"; buildah rm "$container" > /dev/null' EXIT
+in_image() { buildah run --user glmbatch "$container" -- "$@"; }
+
+in_image sh -c 'test "$(id -u)" = 1000 && ! touch /srv/glmbatch/x 2> /dev/null && ! command -v gcc' > "$WORK/user"
+began=$SECONDS
+code=0
+in_image python -m glmbatch.cli.main run sample_data/reviews.yaml || code=$?
+test "$code" -eq 3  # the sample holds bad rows on purpose
+echo "the demo took $((SECONDS - began)) s"
+
+began=$SECONDS
+# One process group, as a container is: the server, the worker and the one who asks for a run.
+in_image bash -c '
+  set -euo pipefail
+  trap "kill \$(jobs -p)" EXIT
+  export PREFECT_SERVER_API_AUTH_STRING=trial:trial PREFECT_API_AUTH_STRING=trial:trial
+  export PREFECT_SERVER_CSRF_PROTECTION_ENABLED=true PREFECT_SERVER_API_PORT=${PORT:-4299}
+  export PREFECT_API_URL=http://127.0.0.1:$PREFECT_SERVER_API_PORT/api
+  prefect server start > /tmp/server.log 2>&1 &
+  for _ in $(seq 120); do
+    python -c "import os, urllib.request as u; u.urlopen(os.environ[\"PREFECT_API_URL\"] + \"/health\")" 2> /dev/null && break
+    sleep 1
+  done
+  python -m deployments.local deploy
+  prefect worker start --pool glmbatch --type process --install-policy never > /tmp/worker.log 2>&1 &
+  prefect deployment run annotate/nightly --watch
+  python -m glmbatch.cli.main verify sample_data/out-nightly
+'
+echo "server, worker and flow run took $((SECONDS - began)) s"

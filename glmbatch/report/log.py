@@ -1,0 +1,79 @@
+"""What a run does, as lines of its log: what it reads, each fragment, the audits and the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+from glmbatch.ledger.fragments import FileFault, Plan
+from glmbatch.ledger.receipts import AnswersReceipt
+from glmbatch.report.counts import Audit
+from glmbatch.report.summary import StepSummary, Summary, short, step_summary
+
+logger = logging.getLogger(__name__)
+
+# The others are counted: a whole landing folder may be damaged.
+MOST_FILES = 20
+
+
+def log_plan(plan: Plan) -> None:
+    """Say how many rows there are, and which files are left out."""
+    files = len({fragment.source for fragment in plan.fragments})
+    logger.info(
+        "%s: %s rows of %s files in %s fragments; files left out: %s",
+        *(plan.root, f"{plan.rows:,}", f"{files:,}", f"{len(plan.fragments):,}"),
+        len(plan.unusable),
+    )
+    _log_left_out(plan.unusable)
+
+
+def log_answers(receipt: AnswersReceipt, run: str) -> None:
+    """Say what became of one step over one fragment, for `run`."""
+    if receipt.unusable is not None:
+        logger.info("%s, %s: left out: %s", receipt.step, receipt.fragment, receipt.unusable)
+        return
+    step = step_summary(receipt.step, run, [receipt])
+    seconds = f" in {receipt.seconds:.1f} s" if step.computed else ""
+    logger.info("%s, %s: %s%s", receipt.step, receipt.fragment, _counts(step), seconds)
+
+
+def log_audits(audits: Sequence[Audit]) -> None:
+    """Say what each audit measured, and whether it passed."""
+    for audit in audits:
+        logger.info("audit %s: %s", "passed" if audit.passed else "failed", audit)
+
+
+def log_end(summary: Summary) -> None:
+    """Say what each step came to, and what is published, or why nothing is."""
+    for step in summary.steps:
+        logger.info("%s, in all: %s", step.name, _counts(step))
+    if summary.refused is not None:
+        logger.info("%s", summary.refused)
+        return
+    logger.info(
+        "%s: published %s rows in %s files; %s failed, %s files or fragments left out, "
+        "%s sources of earlier runs kept, in %.1f s",
+        *(summary.output, f"{summary.rows:,}", f"{summary.fragments:,}"),
+        *(f"{summary.faulty_rows:,}", len(summary.unusable), summary.kept_sources),
+        summary.seconds,
+    )
+
+
+def _log_left_out(faults: Sequence[FileFault]) -> None:
+    for fault in faults[:MOST_FILES]:
+        logger.info("%s: left out: %s", fault.source, short(fault.reason, 300))
+    if len(faults) > MOST_FILES:
+        logger.info("and %s more files are left out", f"{len(faults) - MOST_FILES:,}")
+
+
+def _counts(step: StepSummary) -> str:
+    line = (
+        f"{step.answers:,} rows, {step.computed:,} answered by the model, {step.reused:,} reused, "
+        f"{step.repeated:,} of repeated texts, {step.failed:,} failed"
+    )
+    return f"{line} ({_reasons(step.faults)})" if step.faults else line
+
+
+def _reasons(faults: Mapping[str, int]) -> str:
+    reasons: Iterable[str] = (f"{reason} {rows:,}" for reason, rows in faults.items())
+    return ", ".join(reasons)

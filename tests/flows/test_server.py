@@ -1,0 +1,108 @@
+"""The server that a run starts for itself ends with the run, however that ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from glmbatch.cli.server import RUN_PROCESS, TETHERED, end_leftovers
+from tests.support import ROOT, Settings, Write, committed
+
+pytestmark = [pytest.mark.prefect, pytest.mark.slow]
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, job_settings: Settings, write_source: Write
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A run of the command line with a server of its own, which works for a minute or so."""
+    write_source("a.parquet", {"text": [f"row {n}" for n in range(200)]})
+    settings = job_settings(data__rows_per_fragment=10, runtime__max_slots=1)
+    settings["steps"][1]["max_tokens"] = 60
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
+    environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "glmbatch.cli.main", "run", str(tmp_path / "job.yaml")],
+        cwd=ROOT,
+        env={**environment, "PREFECT_HOME": str(tmp_path / "home")},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as started:
+        yield started
+        started.kill()
+
+
+def server_of(run: subprocess.Popen[bytes]) -> psutil.Process:
+    """The server that `run` started, as soon as there is one."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        for child in psutil.Process(run.pid).children():
+            if TETHERED in child.cmdline():
+                return child
+        time.sleep(0.02)
+    raise AssertionError("it started no server")
+
+
+def assert_ends(run: subprocess.Popen[bytes], family: list[psutil.Process]) -> None:
+    run.wait(60)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+
+
+def test_no_server_outlives_a_killed_run(run: subprocess.Popen[bytes], out: Path) -> None:
+    server = server_of(run)
+    until = time.monotonic() + 240
+    while not committed(out) and time.monotonic() < until:
+        time.sleep(0.05)
+    family = [server, *server.children(recursive=True)]
+    run.kill()
+    assert_ends(run, family)
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGINT] * 3, [signal.SIGTERM] * 3])
+def test_no_server_outlives_a_run_ended_at_its_start(
+    run: subprocess.Popen[bytes], signals: list[signal.Signals]
+) -> None:
+    server = server_of(run)
+    for number in signals:  # a second and a third Ctrl-C, while the first is still at work
+        if run.poll() is None:
+            os.killpg(run.pid, number)
+            time.sleep(0.1)
+    assert_ends(run, [server])
+
+
+def test_the_next_run_ends_what_killed_ones_left_alone(tmp_path: Path) -> None:
+    """Without the tether, as where another process has inherited it."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    servers = {}
+    for name, module, run_process in (
+        ("of a dead run", TETHERED, dead.pid),
+        ("of a living run", TETHERED, os.getpid()),
+        ("of somebody else", "prefect", dead.pid),
+    ):
+        servers[name] = subprocess.Popen(
+            [sys.executable, "-m", module, "server", "start", "--port", "0"],
+            env={**os.environ, "PREFECT_HOME": str(tmp_path), RUN_PROCESS: str(run_process)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    try:
+        end_leftovers()
+        living = [name for name, server in servers.items() if server.poll() is None]
+        assert living == ["of a living run", "of somebody else"]
+    finally:
+        for server in servers.values():
+            server.kill()
+            server.communicate()
