@@ -19,7 +19,7 @@ import yaml
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.flows.commands import artifacts, last_flow_run, log_lines, query, run, task_runs
-from tests.support import ROOT, Settings, Write, committed
+from tests.support import CAUSAL, ROOT, Settings, Write, committed
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
@@ -100,7 +100,7 @@ def assert_log_tells_the_run(environment: dict[str, str], out: Path) -> None:
     """The log of the last flow run says what was read, loaded, answered, failed and published."""
     log = "\n".join(log_lines(environment))
     assert "/in: 15 rows of 2 files in 3 fragments; files left out: 0" in log
-    assert re.search(r"causal: loaded in \d+\.\d s", log), log
+    assert re.search(rf"{CAUSAL.name}: loaded in \d+\.\d s", log), log
     assert re.search(r"mood, day=2/b.parquet@0: 2 rows, 2 answered by the model, .* in \d", log)
     assert "1 failed (null_value 1)" in log
     assert "reply, in all: 15 rows, 14 answered by the model, 0 reused, 0 of repeated texts" in log
