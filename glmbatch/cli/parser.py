@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from glmbatch import __version__
 from glmbatch.errors import InputError
 from glmbatch.settings.job import JobConfig
+from glmbatch.settings.reading import MOST_REASON, parse_yaml
 
 # Flags of `run` and `plan`: what a first job needs, with the word for its value or, for None, its
 # choices.
@@ -194,10 +195,10 @@ def set_values(pairs: Sequence[str]) -> dict[str, object]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise InputError(f"--set {pair}: is not NAME=VALUE.")
+            raise InputError(f"--set {name[:50]}: is not NAME=VALUE.")
         try:
-            values[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"--set {pair}: the value is not YAML: {reason}.") from error
+            values[name] = parse_yaml(value)
+        except (yaml.YAMLError, ValueError, OverflowError, TypeError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:MOST_REASON]
+            raise InputError(f"--set {name}: the value is not YAML: {reason}.") from error
     return values

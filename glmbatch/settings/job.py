@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from glmbatch.settings.kinds import Address, Settings, Share, has_credentials
+from glmbatch.settings.addresses import has_credentials
+from glmbatch.settings.kinds import Address, LocalAddress, Settings, Share
 from glmbatch.settings.model import ModelConfig, ModelSetting
 from glmbatch.settings.steps import (
     TEXT,
@@ -113,9 +114,8 @@ class RuntimeConfig(Settings):
         description="Fragments worked on at once by one engine. Raise it where fragments are so "
         "small that the device waits for files.",
     )
-    cache: str = Field(
+    cache: LocalAddress = Field(
         "~/.cache/glmbatch",
-        min_length=1,
         description="Folder for checkpoints fetched from an object store; with a cluster, one that "
         "all its machines share.",
     )
@@ -143,6 +143,13 @@ class RuntimeConfig(Settings):
     retry_delay_seconds: float = Field(
         2.0, ge=0, le=3600, description="First wait before a retry; it doubles, with jitter."
     )
+
+    @field_validator("cluster_address")
+    @classmethod
+    def _without_credentials(cls, address: str | None) -> str | None:
+        if address is not None and has_credentials(address):
+            raise ValueError("an address holds no credentials; set RAY_AUTH_TOKEN instead")
+        return address
 
     @model_validator(mode="after")
     def _devices_are_given_by_the_cluster(self) -> RuntimeConfig:

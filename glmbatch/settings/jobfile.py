@@ -7,18 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from glmbatch.errors import InputError
+from glmbatch.settings.addresses import has_credentials
 from glmbatch.settings.job import JobConfig
+from glmbatch.settings.reading import read_settings
 
 # Groups that a text alone may stand for, and the setting that the text then is.
 TEXT_ALONE = {"model": "path", "canary": "file"}
+
+# What YAML makes of words without quotes: yes, off, 1.0, 012, 2024-01-01, ~.
+NOT_QUOTED = (bool, int, float, date, type(None))
+MOST_SHOWN = 100
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
@@ -32,7 +38,7 @@ def load_settings(
     path: str, kind: type[AnySettings], overrides: Mapping[str, object] | None = None
 ) -> AnySettings:
     """The settings of a YAML or JSON file; `overrides` and errors as in `parse_settings`."""
-    return parse_settings(path, _read(Path(path)), kind, overrides)
+    return parse_settings(path, read_settings(Path(path)), kind, overrides)
 
 
 def parse_settings(
@@ -56,23 +62,6 @@ def parse_settings(
         for detail in error.errors():
             lines.append(f"{where}: {_setting(detail)}: {_reason(detail, kind)}")
         raise InputError("\n".join(lines)) from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file. InputError when there is none."""
-    try:
-        # JSON is YAML too, so one reader is enough.
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise InputError(f"{path}: the job file cannot be read: {reason}.") from error
-    except yaml.YAMLError as error:
-        # The parser's message spans several lines; a user sees one for each thing that is wrong.
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: is neither YAML nor JSON: {reason}.") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: holds no settings.")
-    return settings
 
 
 def _set(settings: dict[str, Any], name: str, value: object) -> None:
@@ -126,7 +115,18 @@ def _reason(detail: Any, settings: type[BaseModel]) -> str:
     # Raised by our own validators, whose sentences are whole and quote what they refuse.
     if detail["type"] == "value_error":
         return message.removeprefix("Value error, ")
-    return f"{message[0].lower()}{message[1:]}; it is {detail['input']!r}"
+    value = detail["input"]
+    if detail["type"] == "string_type" and isinstance(value, NOT_QUOTED):
+        return f"is to be text and is {_shown(value)}, as YAML reads it. Write it in quotes"
+    return f"{message[0].lower()}{message[1:]}; it is {_shown(value)}"
+
+
+def _shown(value: object) -> str:
+    """A refused value for a message: its begin, and nothing of an address that holds a secret."""
+    text = repr(value)
+    if has_credentials(text):
+        return "an address with credentials, which is not shown"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _hint(name: str, settings: type[BaseModel]) -> str:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from glmbatch.settings.addresses import checked, on_this_machine
+
 # Names of steps become names of columns, which every reader of Parquet must be able to spell.
 NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -30,21 +32,8 @@ MOVED = {
 }
 
 
-def has_credentials(address: str) -> bool:
-    """Whether the address of an object store holds a user name or key before its bucket."""
-    return "@" in address.partition("://")[2].partition("/")[0]
-
-
-def _without_credentials(address: str) -> str:
-    if has_credentials(address):
-        raise ValueError(
-            "an address holds no credentials; the store's package finds them in the environment"
-        )
-    return address
-
-
-# Settings are shown in forms, logs and records, so credentials must come by the store's own ways.
-Address = Annotated[str, Field(min_length=1), AfterValidator(_without_credentials)]
+Address = Annotated[str, Field(min_length=1), AfterValidator(checked)]
+LocalAddress = Annotated[str, Field(min_length=1), AfterValidator(on_this_machine)]
 
 
 def _number_fields(schema: dict[str, Any]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from glmbatch.settings.job import Address, RuntimeConfig, Settings, Share, placeholders
+from glmbatch.settings.kinds import LocalAddress
 from glmbatch.settings.model import ModelSetting
 
 SplitShare = Annotated[float, Field(gt=0, le=0.5)]
@@ -105,8 +106,7 @@ class TuneConfig(Settings):
     data: LabelledData = Field(
         description="Where the labelled rows come from, and how they are split."
     )
-    output: str = Field(
-        min_length=1,
+    output: LocalAddress = Field(
         description="Folder on this machine for the runs; OUTPUT/current is the promoted one.",
     )
     model: ModelSetting = Field(description="The checkpoint to start from.")
@@ -124,13 +124,6 @@ class TuneConfig(Settings):
         "response_column.",
     )
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="Speed only.")
-
-    @field_validator("output")
-    @classmethod
-    def _on_this_machine(cls, output: str) -> str:
-        if "://" in output:
-            raise ValueError("a training is written on this machine; name a folder of it")
-        return output
 
     @model_validator(mode="after")
     def _fits_together(self) -> TuneConfig:

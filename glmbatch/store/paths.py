@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias, TypeVar, cast
 
 from glmbatch.errors import InputError, StoreRefused, TransientError
-from glmbatch.settings.job import has_credentials
+from glmbatch.settings.addresses import has_credentials, misspelt
 from glmbatch.store.errors import EXISTS_STATUS, NOT_IMPLEMENTED, status_of, store_errors
 
 # Scheme of an address to what is to be installed for it.
@@ -40,14 +40,16 @@ def location(address: Address) -> AnyPath:
     """
     if isinstance(address, Path | ObjectPath):
         return address
-    scheme, mark, rest = str(address).partition("://")
-    if not mark:
-        return Path(address)
     if has_credentials(str(address)):
         raise InputError(
             "an address of an object store holds credentials. Set them in the environment instead."
         )
-    if scheme not in STORES or not rest.strip("/"):
+    if reason := misspelt(str(address)):
+        raise InputError(f"{address}: {reason}.")
+    _, mark, rest = str(address).partition("://")
+    if not mark:
+        return Path(address)
+    if not rest.strip("/"):
         raise InputError(
             f"{address}: is no address of an object store; write s3://bucket/name (or gs://, "
             "az://)."
