@@ -20,7 +20,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from glmbatch.errors import GlmbatchError, InputError, TransientError
-from glmbatch.ledger.delta_types import HINT, delta_schema
+from glmbatch.ledger.delta_types import HINT, delta_schema, filled, joined, open_schema, typed_text
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import exists, sync, writable
 from glmbatch.store.folder import Folder
@@ -36,10 +36,13 @@ APPLICATION = "glmbatch"  # the name under which the log counts our publications
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
-def check_sources(output: Address, sources: Mapping[str, Address], staying: Sequence[str]) -> None:
+def check_sources(
+    output: Address, sources: Mapping[str, Address], staying: Sequence[str]
+) -> dict[str, str]:
     """InputError when the Parquet files `sources` (name to path) do not fit the table of `output`.
 
-    The files `staying` of the table, by name, stay there beside them.
+    The files `staying` of the table, by name, stay there beside them. Returns for each source which
+    types its columns without one get from the others (see `typed_text`).
     """
     try:
         import deltalake  # noqa: F401
@@ -57,7 +60,8 @@ def check_sources(output: Address, sources: Mapping[str, Address], staying: Sequ
             )
         files = {**sources, **{name: root / name for name in staying}}
         schemas = {name: _schema_of(path) for name, path in files.items() if exists(path)}
-        _fit(root, table, schemas, bool(staying))
+        columns, _, _ = _fit(root, table, schemas, bool(staying))
+        return {name: typed_text(schemas[name], columns) for name in sources if name in schemas}
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +236,7 @@ def _fit(
         [*_one_schema(schemas), *(pa.field(name, pa.string()) for name in partitions)]
     )
     if table is None:
-        return columns, partitions, True
+        return _all_typed(columns), partitions, True
     if schemas and table.metadata().partition_columns != partitions:
         raise InputError(
             f"{root}: its partition columns are {table.metadata().partition_columns}, those of "
@@ -241,11 +245,13 @@ def _fit(
         )
     table_schema = delta_schema(str(root), pa.schema(table.schema().to_arrow()))
     try:
-        return _one_schema({"the table": table_schema, "this run": columns}), partitions, True
+        both = _one_schema({"the table": table_schema, "this run": columns})
+        return _all_typed(both), partitions, True
     except InputError as error:
         if some_stay:
             raise InputError(f"{root}: {error}") from error
-        return columns, partitions, False  # nothing stays, so columns may change as they like
+        # Nothing stays, so columns may change as they like.
+        return _all_typed(columns), partitions, False
 
 
 def partition_values(name: str, columns: list[str]) -> dict[str, str | None]:
@@ -273,11 +279,18 @@ def _partition_columns(schemas: Mapping[str, pa.Schema]) -> list[str]:
 
 def _schema_of(path: Address) -> pa.Schema:
     with open_parquet(path) as file:
-        return delta_schema(str(path), file.schema_arrow.remove_metadata())
+        return open_schema(str(path), file.schema_arrow.remove_metadata())
+
+
+def _all_typed(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([pa.field(field.name, filled(field.type)) for field in schema])
 
 
 def _one_schema(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
-    """The columns of all files; a file without one reads as null there."""
+    """The columns of all files; a file without one reads as null there.
+
+    A column that is null in one file has the type of the others.
+    """
     kinds: dict[str, tuple[str, pa.DataType]] = {}
     folded: dict[str, str] = {}
     for name, schema in schemas.items():
@@ -287,11 +300,14 @@ def _one_schema(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
                     f"{name}: a Delta table does not tell column {field.name!r} from {other!r}. "
                     f"{HINT}"
                 )
-            first, kind = kinds.setdefault(field.name, (name, field.type))
-            if field.type != kind:
+            first, kind = kinds.get(field.name, (name, field.type))
+            common = joined(kind, field.type)
+            if common is None:
                 raise InputError(
                     f"{name}: column {field.name!r} holds {field.type}, in {first} it holds "
                     f"{kind}; a Delta table has "
                     "one type. Set data.format to parquet."
                 )
+            # The file that first gave it a type is the one to be named beside another type.
+            kinds[field.name] = (first if common == kind else name, common)
     return pa.schema([(name, kind) for name, (_, kind) in kinds.items()])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
+
 import pyarrow as pa
+import pyarrow.ipc
 
 from glmbatch.errors import InputError
-from glmbatch.store.parquet import is_text
+from glmbatch.store.types import parts_of, with_parts
+from glmbatch.store.values import is_text, value_type
 
 # Delta has no unsigned integers and no milliseconds of a day; nothing is lost on the way.
 WIDER = {
@@ -29,12 +33,23 @@ SAME = frozenset(
 HINT = "Set data.format to parquet, or leave the column out."
 
 
-def delta_schema(where: str, schema: pa.Schema) -> pa.Schema:
+def delta_schema(where: str, schema: pa.Schema, typed: pa.Schema | None = None) -> pa.Schema:
     """`schema` in the types of Delta Lake. InputError, naming `where`, if a column has none.
 
-    Unsigned integers become the next wider ones, times are cut to microseconds, text without a type
-    becomes text.
+    Unsigned integers become the next wider ones, times are cut to microseconds. A column without a
+    type becomes text, or what it is in `typed`.
     """
+    fields = []
+    for field in open_schema(where, schema):
+        kind = field.type
+        if typed is not None and field.name in typed.names:
+            kind = typed.field(field.name).type
+        fields.append(pa.field(field.name, filled(kind)))
+    return pa.schema(fields, schema.metadata)
+
+
+def open_schema(where: str, schema: pa.Schema) -> pa.Schema:
+    """As `delta_schema`, but what has no type yet stays so."""
     return pa.schema([_delta_field(where, field) for field in schema], schema.metadata)
 
 
@@ -50,8 +65,9 @@ def _delta_field(where: str, field: pa.Field) -> pa.Field:
 
 def _delta_type(kind: pa.DataType) -> pa.DataType | None:
     """The Arrow type that Delta Lake's type for `kind` reads as; None where there is none."""
-    # A dictionary is a way to store values, which no Delta reader gives back.
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_null(kind):
+        return kind
+    kind = value_type(kind)
     if is_text(kind):
         holds_bytes = (
             pa.types.is_binary(kind)
@@ -72,15 +88,52 @@ def _delta_type(kind: pa.DataType) -> pa.DataType | None:
 
 
 def _delta_nested(kind: pa.DataType) -> pa.DataType | None:
-    parts = [kind.field(at).type for at in range(kind.num_fields)]
-    inner = [_delta_type(part) for part in parts]
-    if not inner or None in inner:
+    parts = [_delta_type(part.type) for part in parts_of(kind)]
+    if not parts or None in parts:
         return None
     if pa.types.is_struct(kind):
-        names = [kind.field(at).name for at in range(kind.num_fields)]
-        return pa.struct(list(zip(names, inner, strict=True)))
-    if pa.types.is_map(kind):
-        return pa.map_(_delta_type(kind.key_type), _delta_type(kind.item_type))
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return pa.list_(inner[0])
-    return None
+        return pa.struct(list(zip([part.name for part in kind], parts, strict=True)))
+    return pa.map_(*parts) if pa.types.is_map(kind) else pa.list_(parts[0])
+
+
+def joined(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The type of which both are, where null is of any type; None if there is none."""
+    if one == other or pa.types.is_null(other):
+        return one
+    if pa.types.is_null(one):
+        return other
+    ours, theirs = parts_of(one), parts_of(other)
+    names = [part.name for part in ours]
+    if one.id != other.id or not ours or len(ours) != len(theirs):
+        return None
+    if pa.types.is_struct(one) and names != [part.name for part in theirs]:
+        return None
+    parts = []
+    for our_part, their_part in zip(ours, theirs, strict=True):
+        part = joined(our_part.type, their_part.type)
+        if part is None:
+            return None
+        parts.append(our_part.with_type(part))
+    return with_parts(one, parts)
+
+
+def filled(kind: pa.DataType) -> pa.DataType:
+    """`kind` with text wherever it has no type."""
+    if pa.types.is_null(kind):
+        return pa.string()
+    return with_parts(kind, [part.with_type(filled(part.type)) for part in parts_of(kind)])
+
+
+def typed_text(columns: pa.Schema, types: pa.Schema) -> str:
+    """The columns without a type that have one in `types`, as text for `typed_columns`."""
+    fields = []
+    for field in columns:
+        kind = types.field(field.name).type
+        if filled(field.type) != kind:
+            fields.append(pa.field(field.name, kind))
+    return b64encode(pa.schema(fields).serialize()).decode() if fields else ""
+
+
+def typed_columns(text: str) -> pa.Schema | None:
+    """What `typed_text` wrote down; None where that is nothing."""
+    return pa.ipc.read_schema(pa.py_buffer(b64decode(text))) if text else None

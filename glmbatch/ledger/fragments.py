@@ -17,8 +17,17 @@ from pydantic import BaseModel
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.settings.job import DataConfig
 from glmbatch.store.files import digest_file, exists, find_files, naming, real_path, stamp_file
-from glmbatch.store.parquet import check_column, open_parquet, read_rows, readable
+from glmbatch.store.footers import written_form
+from glmbatch.store.parquet import (
+    TimeUnit,
+    check_column,
+    int96_unit,
+    open_parquet,
+    read_rows,
+    readable,
+)
 from glmbatch.store.paths import AnyPath
+from glmbatch.store.types import check_carried
 
 
 class Fragment(BaseModel, frozen=True, extra="forbid"):
@@ -26,7 +35,8 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
 
     `skip_rows` of the first row group belong to the fragment before. `digest` is that of the whole
     file, `stamp` its size in bytes and time of change in nanoseconds (in a store: the number of its
-    ETag) when it was planned.
+    ETag) when it was planned. `form` says that the output has some column otherwise than the file,
+    `typed` which types a Delta table gives to columns without one, as Arrow writes a schema.
     """
 
     source: str
@@ -37,6 +47,8 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     rows: int
     row_groups: tuple[int, ...]
     skip_rows: int
+    form: str = ""
+    typed: str = ""
 
     @property
     def name(self) -> str:
@@ -199,6 +211,8 @@ def _fragments_of(
         stamp = stamp_file(path)
     with open_parquet(path) as file:
         schema = file.schema_arrow
+        check_carried(str(path), file)
+        form = written_form(file)
         group_rows = [
             file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)
         ]
@@ -218,6 +232,7 @@ def _fragments_of(
             rows=rows,
             row_groups=row_groups,
             skip_rows=skip_rows,
+            form=form,
         )
         for first_row, rows, row_groups, skip_rows in cut(group_rows, rows_per_fragment)
     ]
@@ -246,14 +261,14 @@ def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds
 
 
 def read_fragment(
-    fragment: Fragment, columns: Sequence[str] | None = None
+    fragment: Fragment, columns: Sequence[str] | None = None, *, int96: TimeUnit = "us"
 ) -> Iterator[pa.RecordBatch]:
     """The rows of `fragment`, in order; of all columns when `columns` is None.
 
     UnusableFile when they cannot be read, or the file is no longer the one that was planned.
     """
     yield from read_rows(
-        fragment.path, fragment.row_groups, fragment.skip_rows, fragment.rows, columns
+        fragment.path, fragment.row_groups, fragment.skip_rows, fragment.rows, columns, int96=int96
     )
     # Asked last, so that a file that changes during the reading is found too.
     with readable(fragment.path):
@@ -262,6 +277,13 @@ def read_fragment(
                 f"{fragment.path}: was changed while the run read it. Run again when it is "
                 "complete."
             )
+
+
+def unit_of_times(fragment: Fragment) -> TimeUnit:
+    """The unit that holds every INT96 time of the fragment; UnusableFile where none does."""
+    if not fragment.form:  # then there is none
+        return "us"
+    return int96_unit(fragment.path, fragment.row_groups, fragment.skip_rows, fragment.rows)
 
 
 def cut(

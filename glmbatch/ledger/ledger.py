@@ -284,12 +284,17 @@ class Ledger:
         return receipt if receipt.answers == tuple(answers) else None
 
     def stage_output(
-        self, receipt: OutputReceipt, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
+        self,
+        receipt: OutputReceipt,
+        schema: pa.Schema,
+        batches: Iterator[pa.RecordBatch],
+        *,
+        utc_times: bool = False,
     ) -> OutputReceipt:
         """Commit an output file where no reader looks; returns its receipt, with its digest."""
         folder = self.root / STAGED
         with partial_beside(folder / receipt.key) as partial:
-            write_with_receipt(partial, schema, batches, receipt)
+            write_with_receipt(partial, schema, batches, receipt, utc_times=utc_times)
             digest = digest_file(partial)
             unlink_all(folder, folder.glob(f"{receipt.key}.*.parquet"))
             receipt = receipt.model_copy(update={"digest": digest})

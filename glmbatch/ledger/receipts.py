@@ -77,11 +77,17 @@ Receipt = TypeVar("Receipt", bound=BaseModel)
 
 
 def write_with_receipt(
-    path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], receipt: BaseModel
+    path: Path,
+    schema: pa.Schema,
+    batches: Iterator[pa.RecordBatch],
+    receipt: BaseModel,
+    *,
+    utc_times: bool = False,
 ) -> None:
     """Write `batches` to `path`, with `receipt` in the footer."""
     with writable(path):
-        write_table(path, schema, batches, {RECEIPT: receipt.model_dump_json()})
+        footer = {RECEIPT: receipt.model_dump_json()}
+        write_table(path, schema, batches, footer, utc_times=utc_times)
 
 
 def read_receipt(path: AnyPath, kind: type[Receipt]) -> Receipt | None:

@@ -82,5 +82,8 @@ def output_key(fragment: Fragment, answers: Mapping[str, str], format: str = "pa
     `answers` maps steps to answers keys.
     """
     place = fragment.model_dump(mode="json", exclude={"path", "stamp"})
-    # The format joined later, and keys of Parquet outputs were to stay as they are.
+    # These and the format joined later, and keys of other outputs were to stay as they are.
+    for later in ("form", "typed"):
+        if not place[later]:
+            del place[later]
     return _digest([place, list(answers.items()), *([] if format == "parquet" else [format])])

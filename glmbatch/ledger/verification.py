@@ -6,17 +6,18 @@ Reads; changes nothing. A finding names the file, the row where one is to blame,
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from glmbatch.errors import InputError, UnusableFile
+from glmbatch.ledger.comparison import differences, open_source, pair_columns
 from glmbatch.ledger.delta import LOG, table_files
 from glmbatch.ledger.ledger import STAGED, Ledger
 from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile
@@ -26,7 +27,7 @@ from glmbatch.ledger.receipts import RECEIPT, OutputReceipt, whole_digest
 from glmbatch.settings.columns import Columns
 from glmbatch.store.files import PARTIAL
 from glmbatch.store.folder import Folder
-from glmbatch.store.parquet import footer_metadata, open_parquet, read_columns, read_rows
+from glmbatch.store.parquet import open_parquet, read_opened
 from glmbatch.store.paths import AnyPath
 
 
@@ -209,11 +210,13 @@ def _file_findings(
             name, f"was changed after it was published: its digest is not that of {MANIFEST}"
         )
     try:
-        text = footer_metadata(path, RECEIPT)
-        receipt = OutputReceipt.model_validate_json(text or "")
-        yield from _receipt_findings(file, receipt)
-        yield from _answer_findings(path, file, receipt, faulty)
-        yield from _source_findings(root, manifest, file, receipt)
+        # Opened once: a footer of many columns takes long to read.
+        with open_parquet(path) as published:
+            text = (published.metadata.metadata or {}).get(RECEIPT.encode())
+            receipt = OutputReceipt.model_validate_json(text or b"")
+            yield from _receipt_findings(file, receipt)
+            yield from _answer_findings(published, file, receipt, faulty)
+            yield from _source_findings(published, manifest, file, receipt)
     except UnusableFile as error:
         yield _wrong(name, str(error))
     except ValidationError:
@@ -242,7 +245,7 @@ def _receipt_findings(file: PublishedFile, receipt: OutputReceipt) -> Iterator[F
 
 
 def _answer_findings(
-    path: AnyPath, file: PublishedFile, receipt: OutputReceipt, faulty: Counter[str]
+    published: pq.ParquetFile, file: PublishedFile, receipt: OutputReceipt, faulty: Counter[str]
 ) -> Iterator[Finding]:
     """Every row has an answer or a reason for every step, and the receipt counts the reasons."""
     steps = [answers.step for answers in receipt.answers]
@@ -250,7 +253,11 @@ def _answer_findings(
     for step in steps:
         columns = Columns(step)
         names += [columns.answer, columns.error, columns.key]
-    table = read_columns(path, names)
+    missing = sorted(set(names) - set(published.schema_arrow.names))
+    if missing:
+        yield _wrong(file.output_name, f"has no column {missing[0]!r}")
+        return
+    table = published.read(columns=names)
     if len(table) != file.rows:
         yield _wrong(file.output_name, f"has {len(table)} rows, {MANIFEST} says {file.rows}")
     failed = pa.array([False] * len(table), pa.bool_())
@@ -280,11 +287,10 @@ def _rows_where(condition: pa.ChunkedArray | pa.Array) -> list[int]:
 
 
 def _source_findings(
-    root: AnyPath, manifest: Manifest, file: PublishedFile, receipt: OutputReceipt
+    published: pq.ParquetFile, manifest: Manifest, file: PublishedFile, receipt: OutputReceipt
 ) -> Iterator[Finding]:
     """The source's own columns stand in the output as they are, row for row."""
     source = Folder(manifest.root) / file.source
-    path = root / file.output_name
     if not source.is_file():
         yield Finding(kind="unchecked", file=file.output_name, what=f"{source} is gone")
         return
@@ -296,37 +302,23 @@ def _source_findings(
         )
         return
     fragment = receipt.fragment
-    with open_parquet(source) as opened, open_parquet(path) as published:
-        names = opened.schema_arrow.names
-        published_names = set(published.schema_arrow.names)
-        all_groups = range(published.num_row_groups)
-    for name in names:
-        if name not in published_names:
+    with open_source(source, fragment) as (opened, has_int96):
+        pairs, lost = pair_columns(opened, published)
+        for name in lost:
             yield _wrong(file.output_name, f"has no column {name!r}, which {source} has")
-            continue
-        # Column by column, so that memory holds two columns and not two files.
-        theirs = _column(source, fragment.row_groups, fragment.skip_rows, fragment.rows, name)
-        ours = _column(path, all_groups, 0, file.rows, name)
-        if manifest.format == "delta":  # it has fewer types
-            with suppress(pa.ArrowException):
-                theirs = theirs.cast(ours.type)
-        if ours.equals(theirs):
-            continue
-        for row, (one, other) in enumerate(zip(ours.to_pylist(), theirs.to_pylist(), strict=False)):
-            if one != other and repr(one) != repr(other):  # nan is not equal to itself
-                yield _wrong(
-                    file.output_name,
-                    f"column {name!r} is not what row {file.first_row + row} of {source} has",
-                    row,
-                )
-                break
-
-
-def _column(
-    path: AnyPath, row_groups: Sequence[int], skip_rows: int, rows: int, name: str
-) -> pa.ChunkedArray:
-    batches = list(read_rows(path, row_groups, skip_rows, rows, [name]))
-    return pa.Table.from_batches(batches).column(0) if batches else pa.chunked_array([], pa.null())
+        ours = read_opened(
+            published, range(published.num_row_groups), 0, file.rows, where=file.output_name
+        )
+        theirs = read_opened(
+            opened, fragment.row_groups, fragment.skip_rows, fragment.rows, where=source
+        )
+        other_types = manifest.format == "delta" or has_int96
+        for name, row in differences(ours, theirs, pairs, other_types=other_types):
+            yield _wrong(
+                file.output_name,
+                f"column {name!r} is not what row {file.first_row + row} of {source} has",
+                row,
+            )
 
 
 def _quarantine_findings(

@@ -21,7 +21,8 @@ from glmbatch.ledger.receipts import OutputReceipt
 from glmbatch.report.counts import total
 from glmbatch.report.summary import short
 from glmbatch.settings.columns import Columns
-from glmbatch.store.parquet import prompt_values, read_columns
+from glmbatch.store.parquet import read_columns
+from glmbatch.store.values import prompt_values
 
 # What a page can show without scrolling for long.
 SAMPLE_ROWS = 3

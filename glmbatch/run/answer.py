@@ -30,7 +30,7 @@ from glmbatch.settings.job import ClassifyStep
 from glmbatch.steps.answers import Answer, answers_table
 from glmbatch.steps.generate import Writing
 from glmbatch.steps.prompt import Prompt, RowFault, RowValues
-from glmbatch.store.parquet import prompt_values
+from glmbatch.store.values import prompt_values
 
 # From so many fragments and distinct rows on, without a single answer, more would not be answered:
 # one odd file of rows that do not fit in memory stops no job.

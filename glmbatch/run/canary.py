@@ -28,7 +28,8 @@ from glmbatch.settings.job import AnyStep, CanaryConfig, ClassifyStep, JobConfig
 from glmbatch.steps.classify import Choice
 from glmbatch.steps.generate import Writing
 from glmbatch.store.files import committed, real_path
-from glmbatch.store.parquet import open_parquet, prompt_values, write_table
+from glmbatch.store.parquet import open_parquet, write_table
+from glmbatch.store.values import prompt_values
 
 # How far a label's score may move by rounding alone: in bfloat16 other batches move it by
 # thousandths.

@@ -114,7 +114,7 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
     manifest = Ledger(job.data.output).manifest()
     if manifest is not None:  # before any work: an output holds one input's rows, under one format
         _check_published(job.data, plan, manifest)
-    _check_format(job.data, plan, manifest)
+    plan = _fit_format(job.data, plan, manifest)
     return Run(context=context, plan=plan, inputs=inputs)
 
 
@@ -132,16 +132,21 @@ def _check_published(data: DataConfig, plan: Plan, manifest: Manifest) -> None:
         )
 
 
-def _check_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> None:
+def _fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
+    """The plan, in which each fragment knows what types a Delta table gives to its columns."""
     if data.format == "parquet":
         if is_table(data.output):
             raise InputError(
                 f"{data.output}: is a Delta table. Set data.format to delta, or data.output."
             )
-        return
+        return plan
     sources = {fragment.source: fragment.path for fragment in plan.fragments}
     stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop").files
-    check_sources(data.output, sources, [file.output_name for file in stay])
+    typed = check_sources(data.output, sources, [file.output_name for file in stay])
+    fragments = []
+    for fragment in plan.fragments:
+        fragments.append(fragment.model_copy(update={"typed": typed.get(fragment.source, "")}))
+    return plan.model_copy(update={"fragments": tuple(fragments)})
 
 
 def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:

@@ -8,13 +8,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glmbatch.errors import UnusableFile
-from glmbatch.ledger.delta_types import delta_schema
-from glmbatch.ledger.fragments import read_fragment
+from glmbatch.ledger.delta_types import delta_schema, typed_columns
+from glmbatch.ledger.fragments import read_fragment, unit_of_times
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.run.work import FragmentWork
 from glmbatch.settings.columns import Columns
-from glmbatch.store.parquet import open_parquet
+from glmbatch.store.footers import kept_metadata
+from glmbatch.store.parquet import TimeUnit, open_parquet
+from glmbatch.store.types import converted, times_in_utc, written_field
 
 
 def write_output(
@@ -44,27 +46,33 @@ def write_output(
     faulty_rows = _count_faulty(tables, [answered.step for answered in answers])
     receipt = receipt.model_copy(update={"faulty_rows": faulty_rows})
     try:
-        schema = _output_schema(work, tables)
-        return ledger.stage_output(receipt, schema, _rows_with_answers(work, schema, tables))
+        int96 = unit_of_times(work.fragment)
+        schema, utc_times = _output_schema(work, tables, int96)
+        batches = _rows_with_answers(work, schema, tables, int96)
+        return ledger.stage_output(receipt, schema, batches, utc_times=utc_times)
     except UnusableFile as error:
         if work.run.raises:
             raise
         return receipt.model_copy(update={"unusable": str(error)})
 
 
-def _output_schema(work: FragmentWork, tables: Sequence[pa.Table]) -> pa.Schema:
-    """The fields of the source, then those of each step's answers."""
+def _output_schema(
+    work: FragmentWork, tables: Sequence[pa.Table], int96: TimeUnit
+) -> tuple[pa.Schema, bool]:
+    """The fields of the source, then those of each step's answers; and if its times are in UTC."""
+    fragment = work.fragment
     # From the footer, since a fragment of no rows has no batch to tell it by.
-    with open_parquet(work.fragment.path) as file:
+    with open_parquet(fragment.path, int96) as file:
         source = file.schema_arrow
-    fields = list(source)
+        utc_times = times_in_utc(file)
+    fields = [written_field(field) for field in source]
     for table in tables:
         fields += list(table.schema)
-    # The source's metadata stays: pandas finds its index and its types there.
-    schema = pa.schema(fields, source.metadata)
+    rows = range(fragment.first_row, fragment.first_row + fragment.rows)
+    schema = pa.schema(fields, kept_metadata(source, fields, rows))
     if work.run.format == "delta":
-        schema = delta_schema(work.fragment.path, schema)
-    return schema
+        schema = delta_schema(fragment.path, schema, typed_columns(fragment.typed))
+    return schema, utc_times
 
 
 def _count_faulty(tables: Sequence[pa.Table], steps: Sequence[str]) -> int:
@@ -78,11 +86,11 @@ def _count_faulty(tables: Sequence[pa.Table], steps: Sequence[str]) -> int:
 
 
 def _rows_with_answers(
-    work: FragmentWork, schema: pa.Schema, tables: Sequence[pa.Table]
+    work: FragmentWork, schema: pa.Schema, tables: Sequence[pa.Table], int96: TimeUnit
 ) -> Iterator[pa.RecordBatch]:
     """The source's batches, each with its part of the answers beside it."""
     first_row = 0
-    for batch in read_fragment(work.fragment):
+    for batch in read_fragment(work.fragment, int96=int96):
         columns = list(batch.columns)
         for table in tables:
             # Answers lie in the order of the rows, so the same rows are the same slice.
@@ -97,11 +105,8 @@ def _rows_with_answers(
 
 
 def _cast(work: FragmentWork, column: pa.Array, field: pa.Field) -> pa.Array:
-    # Only a Delta table has other types than the source.
-    if column.type == field.type:
-        return column
     try:
-        return column.cast(field.type)
+        return converted(column, field.type)
     except pa.ArrowException as error:  # nothing is rounded in silence
         raise UnusableFile(
             f"{work.fragment.path}: column {field.name!r} as {field.type}: {error}"

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,9 +23,17 @@ from glmbatch.store.errors import (
     store_errors,
 )
 from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
+from glmbatch.store.types import is_int96, leaves
+from glmbatch.store.values import is_plain, is_text
 
 READ_BATCH_ROWS = 10_000  # also the rows of a row group that is written
+# Bytes of a batch in memory, and of a row group that is written: columns that nobody asks about may
+# hold pictures.
+BATCH_BYTES = 32 << 20
+SAMPLE_ROWS = 64  # looked at for what a row takes in memory, where the footer cannot say
 SMALL_BYTES = 32 << 20  # an object up to this size may be buffered whole: fewer requests
+MAX_NANOSECONDS = 2**63 - 1  # since or before 1970, in a timestamp of nanoseconds
+TimeUnit = Literal["us", "ns"]
 
 
 @contextmanager
@@ -59,11 +68,12 @@ def readable(address: Address) -> Iterator[None]:
 
 
 @contextmanager
-def open_parquet(address: Address) -> Iterator[pq.ParquetFile]:
+def open_parquet(address: Address, int96: TimeUnit = "us") -> Iterator[pq.ParquetFile]:
     """The opened file; reading it inside the `with` raises only our errors.
 
     Of an object only the parts that are read are fetched, and the parts of a small one side by
-    side.
+    side. Times of the old kind INT96 are read in the unit `int96`: nanoseconds reach from the year
+    1677 to 2262 alone, and what lies outside would read as another time.
     """
     path = location(address)
     if isinstance(path, Path) and path.is_dir():
@@ -73,42 +83,142 @@ def open_parquet(address: Address) -> Iterator[pq.ParquetFile]:
         small = isinstance(path, ObjectPath) and getattr(source, "size", 0) <= SMALL_BYTES
         yield opened.enter_context(
             pq.ParquetFile(
-                source, pre_buffer=small, buffer_size=1 << 20, page_checksum_verification=True
+                source,
+                pre_buffer=small,
+                buffer_size=1 << 20,
+                page_checksum_verification=True,
+                coerce_int96_timestamp_unit=int96,
             )
         )
 
 
-def read_rows(
+def read_rows(  # noqa: PLR0913 - which rows of which columns, and in which unit
     path: Address,
     row_groups: Sequence[int],
     skip_rows: int,
     rows: int,
     columns: Sequence[str] | None = None,
+    *,
+    int96: TimeUnit = "us",
 ) -> Iterator[pa.RecordBatch]:
     """Rows `skip_rows` to `skip_rows + rows` of the given row groups, in order, in batches.
 
-    Only `columns` are read (all when None). UnusableFile when the bytes are damaged or rows are
-    missing.
+    Only `columns` are read (all when None). A batch is bounded by its rows and by its bytes.
+    UnusableFile when the bytes are damaged or rows are missing.
     """
+    if not rows:
+        return
+    with open_parquet(path, int96) as file:
+        yield from read_opened(file, row_groups, skip_rows, rows, columns=columns, where=path)
+
+
+def read_opened(  # noqa: PLR0913 - the rows of read_rows, in a file that is open
+    file: pq.ParquetFile,
+    row_groups: Sequence[int],
+    skip_rows: int,
+    rows: int,
+    *,
+    columns: Sequence[str] | None = None,
+    where: Address,
+) -> Iterator[pa.RecordBatch]:
+    """As `read_rows`, from the opened `file`, which errors call `where`."""
     missing = rows
     if not rows:
         return
-    with open_parquet(path) as file:
-        names = list(columns) if columns is not None else None
-        for batch in file.iter_batches(
-            min(READ_BATCH_ROWS, rows), row_groups=list(row_groups), columns=names
-        ):
-            if skip_rows >= batch.num_rows:
-                skip_rows -= batch.num_rows
+    names = list(columns) if columns is not None else None
+    batch_rows = _batch_rows(file, row_groups, names)
+    for batch in file.iter_batches(
+        min(batch_rows, rows), row_groups=list(row_groups), columns=names
+    ):
+        if skip_rows >= batch.num_rows:
+            skip_rows -= batch.num_rows
+            continue
+        part = batch.slice(skip_rows, missing)
+        skip_rows = 0
+        missing -= part.num_rows
+        yield part
+        if not missing:  # the rest of the row group belongs to the next fragment
+            return
+    raise UnusableFile(f"{where}: {missing} rows fewer than its footer says.")
+
+
+def _batch_rows(
+    file: pq.ParquetFile, row_groups: Sequence[int], names: Sequence[str] | None
+) -> int:
+    """How many rows of these columns take BATCH_BYTES, READ_BATCH_ROWS at most."""
+    wanted = None if names is None else set(names)
+    heaviest = 1.0
+    repeats_bytes = False
+    for number in row_groups:
+        group = file.metadata.row_group(number)
+        size_bytes = 0
+        for at in range(group.num_columns):
+            column = group.column(at)
+            if wanted is not None and column.path_in_schema.split(".")[0] not in wanted:
                 continue
-            part = batch.slice(skip_rows, missing)
-            skip_rows = 0
-            missing -= part.num_rows
-            yield part
-            if not missing:  # the rest of the row group belongs to the next fragment
-                return
-    if missing:
-        raise UnusableFile(f"{path}: {missing} rows fewer than its footer says.")
+            # In memory a number takes its width, however well its repetitions were packed.
+            size_bytes += max(column.total_uncompressed_size, 8 * column.num_values)
+            is_bytes = column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
+            repeats_bytes |= is_bytes and column.has_dictionary_page
+        heaviest = max(heaviest, size_bytes / max(group.num_rows, 1))
+    if repeats_bytes:
+        # A dictionary has each of its values once; in memory every row has its own.
+        samples = file.iter_batches(SAMPLE_ROWS, row_groups=list(row_groups[:1]), columns=names)
+        sample = next(samples, None)
+        if sample is not None and sample.num_rows:
+            heaviest = max(heaviest, sample.nbytes / sample.num_rows)
+    return max(1, min(READ_BATCH_ROWS, int(BATCH_BYTES / heaviest)))
+
+
+def int96_unit(path: Address, row_groups: Sequence[int], skip_rows: int, rows: int) -> TimeUnit:
+    """The unit that holds every INT96 time of these rows: microseconds, unless one is finer.
+
+    UnusableFile when there are both finer ones and ones that nanoseconds do not reach.
+    """
+    with open_parquet(path) as file:
+        if not any(map(is_int96, leaves(file))):
+            return "us"
+        plain = file.schema_arrow
+    with open_parquet(path, "ns") as file:
+        names = []
+        for field in file.schema_arrow:
+            if plain.field(field.name).type != field.type:
+                names.append(field.name)
+    coarse = read_rows(path, row_groups, skip_rows, rows, names)
+    fine = read_rows(path, row_groups, skip_rows, rows, names, int96="ns")
+    finer = far = False
+    for one, other in zip(coarse, fine, strict=True):
+        for column, finer_column in zip(one.columns, other.columns, strict=True):
+            digits, reaches = _digits(column, finer_column)
+            finer |= digits
+            far |= not reaches
+    if finer and far:
+        raise UnusableFile(
+            f"{path}: its INT96 times {names} are finer than microseconds, and some lie outside "
+            "the years 1677 to 2262; no one type holds both. Write them as another type."
+        )
+    return "ns" if finer else "us"
+
+
+def _digits(coarse: pa.Array, fine: pa.Array) -> tuple[bool, bool]:
+    """Whether any of these times is finer than a microsecond, and whether nanoseconds reach all."""
+    if not pa.types.is_timestamp(coarse.type):
+        parts = zip(_children(coarse), _children(fine), strict=True)
+        pairs = [_digits(*part) for part in parts]
+        return any(pair[0] for pair in pairs), all(pair[1] for pair in pairs)
+    micros = coarse.drop_null().cast(pa.int64()).to_numpy()
+    nanos = fine.drop_null().cast(pa.int64()).to_numpy()
+    # Both wrap around alike, so the difference is exact where nanoseconds do not reach.
+    finer = bool(np.any(nanos - micros * 1000))
+    return finer, bool(np.all(np.abs(micros) < MAX_NANOSECONDS // 1000))
+
+
+def _children(array: pa.Array) -> list[pa.Array]:
+    if pa.types.is_struct(array.type):
+        return list(array.flatten())
+    if pa.types.is_map(array.type):
+        return [array.keys, array.items]
+    return [array.flatten()] if pa.types.is_nested(array.type) else []
 
 
 def read_columns(path: Address, names: Sequence[str]) -> pa.Table:
@@ -121,74 +231,49 @@ def read_columns(path: Address, names: Sequence[str]) -> pa.Table:
         return file.read(columns=list(names)).select(list(names))
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Whether values of this type read as text; so does what pandas writes for no values at all."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(
-        pa.types.is_null(kind)
-        or pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_string_view(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_binary_view(kind)
-    )
-
-
-def is_plain(kind: pa.DataType) -> bool:
-    """Whether a prompt can hold a value of this type: text, number, truth value, date or time."""
-    return is_text(kind) or bool(
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_decimal(kind)
-        or (
-            pa.types.is_temporal(kind)
-            and not pa.types.is_duration(kind)
-            and not pa.types.is_interval(kind)
-        )
-    )
-
-
-def prompt_values(column: pa.ChunkedArray) -> list[str | bytes | None]:
-    """The values of a column as text; bytes where they are not UTF-8, None where null."""
-    if pa.types.is_temporal(column.type):  # Python has no date after the year 9999, Arrow has
-        column = column.cast(pa.string())
-    if not is_text(column.type):
-        return [None if value is None else str(value) for value in column.to_pylist()]
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if pa.types.is_string_view(column.type):
-        column = column.cast(pa.large_string())
-    # As bytes first: Arrow trusts a text column, and one byte that is no UTF-8 would end the run.
-    return [_decoded(value) for value in column.cast(pa.large_binary()).to_pylist()]
-
-
-def _decoded(value: bytes | None) -> str | bytes | None:
-    if value is None:
-        return None
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value
-
-
 def write_table(
-    path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], metadata: dict[str, str]
+    path: Path,
+    schema: pa.Schema,
+    batches: Iterator[pa.RecordBatch],
+    metadata: dict[str, str],
+    *,
+    utc_times: bool = False,
 ) -> int:
-    """Write `batches` to `path`, with `metadata` in the footer; returns the number of rows."""
+    """Write `batches` to `path`, with `metadata` in the footer; returns the number of rows.
+
+    `utc_times`: times of a day count from midnight in UTC.
+    """
     footer: dict[Any, Any] = dict(schema.metadata or {})
     for key, value in metadata.items():
         footer[key.encode()] = value.encode()
     rows = 0
     with pq.ParquetWriter(
-        path, schema.with_metadata(footer), compression="zstd", write_page_checksum=True
+        path,
+        schema.with_metadata(footer),
+        compression="zstd",
+        write_page_checksum=True,
+        write_time_adjusted_to_utc=utc_times,
     ) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-            rows += batch.num_rows
+        for group in _row_groups(batches):
+            writer.write_table(group, row_group_size=READ_BATCH_ROWS)
+            rows += group.num_rows
     return rows
+
+
+def _row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Batches put together while they fit into a row group."""
+    pending: list[pa.RecordBatch] = []
+    rows = size_bytes = 0
+    for batch in batches:
+        full = rows + batch.num_rows > READ_BATCH_ROWS or size_bytes + batch.nbytes > BATCH_BYTES
+        if pending and full:
+            yield pa.Table.from_batches(pending)
+            pending, rows, size_bytes = [], 0, 0
+        pending.append(batch)
+        rows += batch.num_rows
+        size_bytes += batch.nbytes
+    if pending:
+        yield pa.Table.from_batches(pending)
 
 
 def footer_metadata(path: AnyPath, key: str) -> str | None:
@@ -205,7 +290,7 @@ def footer_metadata(path: AnyPath, key: str) -> str | None:
 
 
 def check_column(where: str, schema: pa.Schema, name: str, setting: str, *, text: bool) -> None:
-    """InputError unless `schema` has one column `name` that a prompt can hold (text, if `text`)."""
+    """InputError unless `schema` has one column `name` that reads as text (is text, if `text`)."""
     if schema.names.count(name) != 1:
         problem = (
             f"two columns {name!r}"
@@ -217,6 +302,5 @@ def check_column(where: str, schema: pa.Schema, name: str, setting: str, *, text
     if text and not is_text(kind):
         raise InputError(f"{where}: column {name!r} holds {kind}, not text. Set {setting}.")
     if not is_plain(kind):
-        raise InputError(
-            f"{where}: column {name!r} holds {kind}, which has no place in a prompt. Set {setting}."
-        )
+        use = "cannot name a row" if setting == "data.id_column" else "has no place in a prompt"
+        raise InputError(f"{where}: column {name!r} holds {kind}, which {use}. Set {setting}.")

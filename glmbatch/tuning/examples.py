@@ -15,8 +15,9 @@ import pyarrow as pa
 from glmbatch.errors import InputError
 from glmbatch.settings.tuning import LabelledData
 from glmbatch.store.files import digest_file, find_files
-from glmbatch.store.parquet import is_text, open_parquet, prompt_values, read_rows
+from glmbatch.store.parquet import open_parquet, read_rows
 from glmbatch.store.paths import AnyPath
+from glmbatch.store.values import is_text, prompt_values
 
 Part = Literal["train", "valid", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)

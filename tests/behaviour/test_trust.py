@@ -19,7 +19,8 @@ from glmbatch.errors import AuditError, InputError, UnusableFile
 from glmbatch.ledger.verification import verify
 from glmbatch.run.plan import plan_run
 from glmbatch.settings.job import JobConfig
-from glmbatch.store.parquet import is_plain, open_parquet
+from glmbatch.store.parquet import open_parquet
+from glmbatch.store.values import is_plain
 from tests.support import CLASSIFY, ROOT, Settings, Write, run
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glmbatch.errors import InputError, UnusableFile
-from glmbatch.store.parquet import open_parquet, prompt_values, read_rows
+from glmbatch.store.parquet import open_parquet, read_rows
+from glmbatch.store.values import prompt_values
 
 FUZZ = int(os.environ.get("FUZZ", "300"))  # damaged files to read
 # Where Arrow's own tests look for a checkout of apache/parquet-testing.

@@ -1,0 +1,116 @@
+"""Whether the columns of a source stand in an output as they are, row for row. Knows no manifest.
+
+Both files are opened once and read batch by batch, all columns at once: each page is read once, and
+memory holds two batches.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from glmbatch.ledger.fragments import Fragment
+from glmbatch.store.parquet import int96_unit, open_parquet
+from glmbatch.store.paths import AnyPath
+from glmbatch.store.types import converted, is_int96, leaves, written_type
+
+# A column's name, and its places in the output and in the source.
+Pair = tuple[str, int, int]
+
+
+@contextmanager
+def open_source(path: AnyPath, fragment: Fragment) -> Iterator[tuple[pq.ParquetFile, bool]]:
+    """The source of an output, and whether it has INT96 times.
+
+    They are read in the unit that holds them all, in which the output may not have them.
+    """
+    with ExitStack() as opened:
+        file = opened.enter_context(open_parquet(path))
+        has_int96 = any(map(is_int96, leaves(file)))
+        if has_int96:
+            rows = (fragment.row_groups, fragment.skip_rows, fragment.rows)
+            unit = int96_unit(path, *rows)
+            if unit != "us":
+                file = opened.enter_context(open_parquet(path, unit))
+        yield file, has_int96
+
+
+def pair_columns(source: pq.ParquetFile, published: pq.ParquetFile) -> tuple[list[Pair], list[str]]:
+    """Each column of the source beside the one of the output, and the names that are not there."""
+    ours = _places(published)
+    pairs: list[Pair] = []
+    lost: list[str] = []
+    for key, at in _places(source).items():
+        if key in ours:
+            pairs.append((key[0], ours[key], at))
+        else:
+            lost.append(key[0])
+    return pairs, lost
+
+
+def _places(file: pq.ParquetFile) -> dict[tuple[str, int], int]:
+    """The place of each column by its name, and by how many of that name stand before it."""
+    places: dict[tuple[str, int], int] = {}
+    counts: Counter[str] = Counter()
+    for at, name in enumerate(file.schema_arrow.names):
+        places[name, counts[name]] = at
+        counts[name] += 1
+    return places
+
+
+def differences(
+    ours: Iterator[pa.RecordBatch],
+    theirs: Iterator[pa.RecordBatch],
+    pairs: Sequence[Pair],
+    *,
+    other_types: bool,
+) -> Iterator[tuple[str, int]]:
+    """The first row in which each column differs, with its name.
+
+    `other_types`: the output may have values in types other than the source's.
+    """
+    first_row = 0
+    pending = list(pairs)
+    for our_batch, their_batch in _aligned(ours, theirs):
+        same: list[Pair] = []
+        for name, our_place, their_place in pending:
+            one, other = our_batch.column(our_place), their_batch.column(their_place)
+            row = _first_difference(one, other, other_types)
+            if row is None:
+                same.append((name, our_place, their_place))
+            else:  # one finding for each column leads to the others
+                yield name, first_row + row
+        pending = same
+        first_row += our_batch.num_rows
+
+
+def _aligned(
+    ours: Iterator[pa.RecordBatch], theirs: Iterator[pa.RecordBatch]
+) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]:
+    """Both, cut so that the parts have the same rows; what one has beyond the other is left."""
+    one, other = next(ours, None), next(theirs, None)
+    while one is not None and other is not None:
+        rows = min(one.num_rows, other.num_rows)
+        yield one.slice(0, rows), other.slice(0, rows)
+        one = one.slice(rows) if rows < one.num_rows else next(ours, None)
+        other = other.slice(rows) if rows < other.num_rows else next(theirs, None)
+
+
+def _first_difference(ours: pa.Array, theirs: pa.Array, other_types: bool) -> int | None:
+    """The first row in which two columns differ, where the output may have other types."""
+    if ours.type != theirs.type and (other_types or ours.type == written_type(theirs.type)):
+        with suppress(pa.ArrowException):
+            theirs = converted(theirs, ours.type)
+    if pa.types.is_float64(ours.type) and pa.types.is_float64(theirs.type):
+        # As bits, since nan is not equal to itself.
+        ours, theirs = ours.view(pa.int64()), theirs.view(pa.int64())
+    if ours.equals(theirs):
+        return None
+    for row, (one, other) in enumerate(zip(ours.to_pylist(), theirs.to_pylist(), strict=False)):
+        if one != other and repr(one) != repr(other):  # nan again, further inside
+            return row
+    return None

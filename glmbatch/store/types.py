@@ -1,0 +1,169 @@
+"""Which type a source's column has in the output, and its values in it. Reads no rows.
+
+A type stays as it is where Arrow can write it, but for one: a UUID becomes its 36 characters, since
+Spark refuses every file with a UUID in it. What Arrow would read and write as something less than
+it is, such as DuckDB's intervals, is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+from uuid import UUID
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from glmbatch.errors import UnusableFile
+
+COLUMN_ID = re.compile(rb"field.?id|columnMapping|iceberg", re.IGNORECASE)
+# Parquet's types that Arrow reads as what they are, or as bytes which every reader takes for such.
+CARRIED = frozenset(
+    {"None", "Null", "String", "Enum", "JSON", "BSON", "UUID", "List", "Map"}
+    | {"Int", "Decimal", "Float16", "Date", "Time", "Timestamp"}
+)
+GROUP = re.compile(r"^ *\w+ group field_id=-?\d+ (.*?)(?: \((\w+).*\))? \{$", re.MULTILINE)
+
+
+def parts_of(kind: pa.DataType) -> list[pa.Field]:
+    """The fields of which a nested type is made; none of any other type."""
+    if pa.types.is_map(kind):
+        return [kind.key_field, kind.item_field]
+    if not pa.types.is_nested(kind):
+        return []
+    return [kind.field(at) for at in range(kind.num_fields)]
+
+
+def with_parts(kind: pa.DataType, parts: Sequence[pa.Field]) -> pa.DataType:
+    """The nested type `kind` made of other `parts`; `kind` itself where it has none."""
+    if pa.types.is_struct(kind):
+        return pa.struct(parts)
+    if pa.types.is_map(kind):
+        return pa.map_(*parts, keys_sorted=kind.keys_sorted)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(parts[0], kind.list_size)
+    for is_of_kind, make in (
+        (pa.types.is_list, pa.list_),
+        (pa.types.is_large_list, pa.large_list),
+        (pa.types.is_list_view, pa.list_view),
+        (pa.types.is_large_list_view, pa.large_list_view),
+    ):
+        if is_of_kind(kind):
+            return make(parts[0])
+    return kind
+
+
+def written_field(field: pa.Field) -> pa.Field:
+    """`field` as the output has it, without the ids by which some readers look columns up.
+
+    A reader that goes by ids would not find our columns, which have none.
+    """
+    metadata = {k: v for k, v in (field.metadata or {}).items() if not COLUMN_ID.search(k)}
+    return pa.field(field.name, written_type(field.type), field.nullable, metadata or None)
+
+
+def written_type(kind: pa.DataType) -> pa.DataType:
+    """The type that values of `kind` have in the output."""
+    if isinstance(kind, pa.UuidType):
+        return pa.string()
+    return with_parts(kind, [written_field(part) for part in parts_of(kind)])
+
+
+def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    """The values of `array` as `kind`. pa.ArrowException where one of them would change."""
+    if array.type == kind:
+        return array
+    if not _has_extension(array.type):
+        return array.cast(kind)
+    if isinstance(array.type, pa.UuidType) and pa.types.is_string(kind):
+        texts = [None if v is None else str(UUID(bytes=v)) for v in array.storage.to_pylist()]
+        return pa.array(texts, kind)
+    if isinstance(array.type, pa.BaseExtensionType):
+        return converted(array.storage, kind)
+    return _converted_nested(array, kind)
+
+
+def _has_extension(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return True
+    return any(_has_extension(part.type) for part in parts_of(kind))
+
+
+def _converted_nested(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Part by part, since Arrow casts no extension types inside others."""
+    is_null = array.is_null()
+    if pa.types.is_struct(array.type):
+        columns = []
+        for at, field in enumerate(kind):
+            columns.append(converted(array.field(at), field.type))
+        return pa.StructArray.from_arrays(columns, fields=list(kind), mask=is_null)
+    if pa.types.is_fixed_size_list(array.type):
+        size = array.type.list_size
+        values = array.values.slice(array.offset * size, len(array) * size)
+        inner = converted(values, kind.value_type)
+        same_size = pa.list_(kind.value_field, size)
+        lists = pa.FixedSizeListArray.from_arrays(inner, type=same_size, mask=is_null)
+        return lists.cast(kind)
+    # Copied: offsets of a slice do not go together with a mask.
+    if pa.types.is_map(array.type):
+        offsets = pa.array(array.offsets.to_numpy())
+        keys = converted(array.keys, kind.key_type)
+        items = converted(array.items, kind.item_type)
+        return pa.MapArray.from_arrays(offsets, keys, items, type=kind, mask=is_null)
+    if pa.types.is_list_view(array.type) or pa.types.is_large_list_view(array.type):
+        array = array.cast(pa.large_list(array.type.value_field))
+    inner = converted(array.values, kind.value_type)
+    offsets = pa.array(array.offsets.to_numpy(), pa.int64())
+    large = pa.large_list(kind.value_field)
+    return pa.LargeListArray.from_arrays(offsets, inner, type=large, mask=is_null).cast(kind)
+
+
+def check_carried(where: str, file: pq.ParquetFile) -> None:
+    """UnusableFile for a column that Arrow cannot write as what it is: its readers would not know
+    it any more.
+    """
+    for column, kind in _lost(file):
+        raise UnusableFile(
+            f"{where}: column {column!r} is of Parquet's type {kind}, which would come out as "
+            "bare bytes. Cast it to another type, or leave it out."
+        )
+    adjusted = {kind for kind in map(_adjusted_time, leaves(file)) if kind is not None}
+    if len(adjusted) > 1:
+        raise UnusableFile(
+            f"{where}: holds times of a day both in UTC and without a zone, which Arrow cannot "
+            "write into one file. Cast one column to another type, or leave it out."
+        )
+
+
+def leaves(file: pq.ParquetFile) -> Iterator[Any]:
+    """The columns of the Parquet file itself, in which nested ones come apart."""
+    for at in range(len(file.schema)):
+        yield file.schema.column(at)
+
+
+def is_int96(leaf: Any) -> bool:
+    """Whether a column holds times as Spark and Impala write them, of a kind that is no more."""
+    return bool(leaf.physical_type == "INT96")
+
+
+def _lost(file: pq.ParquetFile) -> Iterator[tuple[str, str]]:
+    for leaf in leaves(file):
+        kind = str(leaf.logical_type).split("(")[0]
+        if kind not in CARRIED:
+            yield leaf.path, kind.upper()
+    for group in GROUP.finditer(str(file.schema)):
+        if group[2] is not None and group[2] not in CARRIED:
+            yield group[1], group[2].upper()
+
+
+def _adjusted_time(leaf: Any) -> bool | None:
+    """Whether a time of a day counts from midnight in UTC; None for what is no time."""
+    if leaf.logical_type.type != "TIME":
+        return None
+    return "isAdjustedToUTC=true" in str(leaf.logical_type)
+
+
+def times_in_utc(file: pq.ParquetFile) -> bool:
+    """Whether the times of a day in `file` count from midnight in UTC."""
+    return any(map(_adjusted_time, leaves(file)))

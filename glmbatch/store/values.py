@@ -1,0 +1,138 @@
+"""Values of a column as text, as a person would write them. Knows no files and no prompts."""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import Decimal
+
+import numpy as np
+import pyarrow as pa
+
+from glmbatch.store.types import converted
+
+LAST_ZEROS = re.compile(r"(\.\d*?)0+(?!\d)")
+TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # in a second
+DAY_SECONDS = 86_400
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values of this type read as text; so does what pandas writes for no values at all."""
+    kind = value_type(kind)
+    return bool(
+        pa.types.is_null(kind)
+        or pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+    )
+
+
+def value_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the values themselves: of a dictionary, or under an extension type."""
+    while True:
+        if isinstance(kind, pa.UuidType):
+            return pa.string()
+        if isinstance(kind, pa.BaseExtensionType):
+            kind = kind.storage_type
+        elif pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        else:
+            return kind
+
+
+def is_plain(kind: pa.DataType) -> bool:
+    """Whether a value of this type reads as text: text, number, truth value, date or time."""
+    kind = value_type(kind)
+    return is_text(kind) or bool(
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_decimal(kind)
+        or (pa.types.is_temporal(kind) and not pa.types.is_interval(kind))
+    )
+
+
+def prompt_values(column: pa.ChunkedArray) -> list[str | bytes | None]:
+    """The values of a column as text; bytes where they are not UTF-8, None where null or NaN."""
+    values: list[str | bytes | None] = []
+    for chunk in column.chunks:
+        values += _values(chunk)
+    return values
+
+
+def _values(array: pa.Array) -> list[str | bytes | None]:
+    kind = array.type
+    if isinstance(kind, pa.Bool8Type):
+        return [None if value is None else str(value) for value in array.to_pylist()]
+    inner = value_type(kind)
+    if kind != inner:
+        array = converted(array, inner)
+    if pa.types.is_duration(inner):
+        return [_duration(value, inner.unit) for value in array.cast(pa.int64()).to_pylist()]
+    if pa.types.is_temporal(inner):
+        return [_short_time(value) for value in _times(array).to_pylist()]
+    if pa.types.is_floating(inner):
+        return _floats(array)
+    if not is_text(inner):
+        return [None if value is None else _plain(value) for value in array.to_pylist()]
+    if pa.types.is_string_view(inner):
+        array = array.cast(pa.large_string())
+    # As bytes first: Arrow trusts a text column, and one byte that is no UTF-8 would end the run.
+    return [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
+
+
+def _plain(value: object) -> str:
+    return f"{value:f}" if isinstance(value, Decimal) else str(value)
+
+
+def _floats(array: pa.Array) -> list[str | bytes | None]:
+    """The shortest text that is this number in its own precision; NaN is no value."""
+    # Python's own float has the precision of the widest alone.
+    narrow = {pa.float32(): np.float32, pa.float16(): np.float16}.get(array.type, float)
+    texts: list[str | bytes | None] = []
+    for value in array.to_pylist():
+        texts.append(None if value is None or math.isnan(value) else str(narrow(value)))
+    return texts
+
+
+def _times(array: pa.Array) -> pa.Array:
+    """As Arrow writes them: Python has no date after the year 9999."""
+    try:
+        return array.cast(pa.string())
+    except pa.ArrowInvalid:  # a zone that this machine does not know
+        return array.cast(pa.timestamp(array.type.unit, "UTC")).cast(pa.string())
+
+
+def _short_time(value: str | None) -> str | None:
+    if value is None:
+        return None
+    return LAST_ZEROS.sub(lambda zeros: "" if zeros[1] == "." else zeros[1], value, count=1)
+
+
+def _duration(ticks: int | None, unit: str) -> str | None:
+    """Days, hours, minutes and seconds: `1 day 02:03:04.5`."""
+    if ticks is None:
+        return None
+    seconds, rest = divmod(abs(ticks), TICKS[unit])
+    days, seconds = divmod(seconds, DAY_SECONDS)
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{hours:02}:{minutes:02}:{seconds:02}"
+    if rest:
+        digits = len(str(TICKS[unit])) - 1
+        text += f".{rest:0{digits}}".rstrip("0")
+    if days:
+        text = f"{days} {'day' if days == 1 else 'days'} {text}"
+    return f"-{text}" if ticks < 0 else text
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    if value is None:
+        return None
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value

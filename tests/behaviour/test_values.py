@@ -1,0 +1,159 @@
+"""Values come out as they went in, in forms that readers of the output take."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+
+from glmbatch.errors import InputError
+from glmbatch.ledger.verification import verify
+from tests.support import CLASSIFY, Settings, Write, read_quarantine, run
+
+pytestmark = pytest.mark.slow
+
+FAR = [dt.datetime(9999, 12, 31, 23, 59, 59), dt.datetime(1, 1, 1), None, dt.datetime(2024, 1, 1)]
+
+
+def output_of(out: Path) -> pa.Table:
+    """The rows of the one file of the output; `verify` finds nothing about it."""
+    (path,) = sorted(out.glob("a-*.parquet"))
+    assert verify(out).findings == ()
+    return pq.ParquetFile(path).read()
+
+
+def test_a_footer_of_another_tool_does_not_hide_the_answers(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    table = pa.table({"text": ["fine"]})
+    fields = [{"name": "text", "type": "string", "nullable": True, "metadata": {}}]
+    key = "org.apache.spark.sql.parquet.row.metadata"
+    metadata = {key: json.dumps({"type": "struct", "fields": fields}), "team": "x"}
+    write_source("a.parquet", table.replace_schema_metadata(metadata))
+    run(job_settings(steps=[CLASSIFY]))
+    kept = output_of(out).schema.metadata
+    assert b"team" in kept and key.encode() not in kept
+
+
+@pytest.mark.parametrize("inside", ["column", "list", "struct"])
+def test_int96_times_keep_their_instant(
+    write_source: Write, job_settings: Settings, out: Path, inside: str
+) -> None:
+    times = pa.array(FAR, pa.timestamp("us"))
+    if inside == "list":
+        times = pa.ListArray.from_arrays([0, 2, 3, 3, 4], times)
+    elif inside == "struct":
+        times = pa.StructArray.from_arrays([times], ["at"])
+    columns = {"text": ["fine"] * 4, "until": times}
+    write_source("a.parquet", columns, use_deprecated_int96_timestamps=True)
+    run(job_settings(steps=[CLASSIFY]))
+    written = output_of(out).column("until")
+    assert written.type == times.type
+    assert written.to_pylist() == times.to_pylist()
+
+
+def test_int96_times_finer_than_microseconds_are_not_cut(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    times = pa.array([1, None, 2**62], pa.timestamp("ns"))
+    columns = {"text": ["fine"] * 3, "at": times}
+    write_source("a.parquet", columns, use_deprecated_int96_timestamps=True)
+    run(job_settings(steps=[CLASSIFY]))
+    assert output_of(out).column("at").combine_chunks().equals(times)
+    columns["far"] = pa.array([FAR[0]] * 3, pa.timestamp("us"))
+    write_source("a.parquet", columns, use_deprecated_int96_timestamps=True)
+    write_source("b.parquet", {"text": ["fine"] * 20})
+    summary = run(job_settings(steps=[CLASSIFY], max_error_rate=0.9))
+    assert "no one type holds both" in summary.unusable[0].reason
+
+
+def test_what_was_published_wrongly_is_written_again(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    """An output made before such columns were mended: the next run asks nothing and mends it."""
+    columns = {"text": ["fine"], "until": pa.array([FAR[0]], pa.timestamp("us"))}
+    write_source("a.parquet", columns, use_deprecated_int96_timestamps=True)
+    with pytest.MonkeyPatch.context() as before:
+        before.setattr("glmbatch.ledger.fragments.written_form", lambda file: "")
+        before.setattr("glmbatch.run.write.unit_of_times", lambda fragment: "ns")
+        run(job_settings(steps=[CLASSIFY]))
+    assert "column 'until' is not what row 0" in str(verify(out).findings[0])
+    assert run(job_settings(steps=[CLASSIFY])).computed == 0
+    assert output_of(out).column("until").to_pylist() == [FAR[0]]
+
+
+def test_ids_of_any_type_that_reads_as_text(
+    write_source: Write, job_settings: Settings, tmp_path: Path, out: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    values = "'{\"a\": 1}'::json as doc, ['0000000a-0000-0000-0000-00000000000b'::uuid] as more"
+    query = f"select uuid() as id, 'fine' as text, {values} union all select uuid(), '', null, []"
+    duckdb.sql(f"copy ({query}) to '{tmp_path}/in/a.parquet'")
+    step = {**CLASSIFY, "prompt_template": "{id} {doc} {text}"}
+    run(job_settings(steps=[step], data__id_column="id", max_error_rate=0.9))
+    source = duckdb.sql(f"select id::text, doc::text, more::text from '{tmp_path}/in/a.parquet'")
+    file = f"'{out}/a-0000000000.parquet'"
+    assert duckdb.sql(f"select id, doc::text, more::text from {file}").fetchall() == (
+        source.fetchall()
+    )
+    rows = output_of(out)
+    assert rows.schema.field("id").type == pa.string()
+    assert [line["id"] for line in read_quarantine(out)] == [rows.column("id")[1].as_py()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "seen"), [(pa.list_(pa.int8()), "cannot name a row"), (pa.duration("s"), None)]
+)
+def test_an_id_is_refused_as_an_id(
+    write_source: Write, job_settings: Settings, kind: pa.DataType, seen: str | None
+) -> None:
+    write_source("a.parquet", {"text": ["fine"], "id": pa.array([None], kind)})
+    settings = job_settings(steps=[CLASSIFY], data__id_column="id")
+    if seen is None:
+        assert run(settings).rows == 1
+        return
+    with pytest.raises(InputError, match=f"{seen}. Set data.id_column"):
+        run(settings)
+
+
+NIGHTS: Mapping[str, list[dict[str, Any]]] = {
+    "first": [{"n": [5], "s": [{"a": [1]}]}, {"n": [None], "s": [{"a": [None]}]}],
+    "last": [{"n": [None], "s": [None]}, {"n": [5], "s": [{"a": [1]}]}],
+    "none": [{"n": [None], "s": [{"a": [None]}]}] * 2,
+}
+
+
+@pytest.mark.parametrize("typed", NIGHTS)
+def test_delta_columns_without_a_type_take_that_of_the_others(
+    write_source: Write, job_settings: Settings, out: Path, typed: str
+) -> None:
+    one, other = NIGHTS[typed]
+    settings = job_settings(steps=[CLASSIFY], data__format="delta")
+    write_source("a.parquet", {"text": ["fine"], **one})
+    write_source("b.parquet", {"text": ["good"], **other})
+    run(settings)
+    table = DeltaTable(out).to_pyarrow_table().select(["text", "n", "s"]).sort_by("text")
+    values = [{"text": "fine"}, {"text": "good"}]
+    for row, columns in zip(values, (one, other), strict=True):
+        row |= {name: column[0] for name, column in columns.items()}
+    assert table.to_pylist() == values
+    text = typed == "none"
+    assert table.schema.field("n").type == (pa.string() if text else pa.int64())
+    assert verify(out).findings == ()
+    # A later night appends a file without any value; then the first one, with values.
+    write_source("c.parquet", {"text": ["late"], "n": [None], "s": [None]})
+    assert run(settings).computed == 1
+    write_source("a.parquet", {"text": ["fine"], "n": [6]})
+    write_source("b.parquet", {"text": ["good"], "n": [None]})
+    assert run(settings).computed == 0
+    rows = DeltaTable(out).to_pyarrow_table().sort_by("text")
+    assert rows.column("n").to_pylist() == [6, None, None]
+    assert verify(out).findings == ()

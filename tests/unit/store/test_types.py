@@ -1,0 +1,70 @@
+"""Types of columns on their way to the output: which stay, which change, which are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from uuid import UUID
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from glmbatch.errors import UnusableFile
+from glmbatch.store.types import check_carried, converted, times_in_utc, written_type
+
+IDS = [UUID(int=5), None, UUID(int=7), UUID(int=9)]
+TEXTS = [None if value is None else str(value) for value in IDS]
+
+
+def uuids() -> pa.Array:
+    return pa.array([None if value is None else value.bytes for value in IDS], pa.uuid())
+
+
+def nested(kind: str) -> pa.Array:
+    """UUIDs inside another type, in three rows; the second is null."""
+    offsets, mask = pa.array([0, 2, 2, 4], pa.int32()), pa.array([False, True, False])
+    if kind == "struct":
+        return pa.StructArray.from_arrays([uuids().slice(0, 3)], ["u"], mask=mask)
+    if kind == "map":
+        kinds = pa.map_(pa.string(), pa.uuid())
+        keys = pa.array(["a", "b", "c", "d"])
+        return pa.MapArray.from_arrays(offsets, keys, uuids(), type=kinds, mask=mask)
+    if kind == "fixed":
+        pairs = pa.concat_arrays([uuids(), uuids().slice(0, 2)])
+        return pa.FixedSizeListArray.from_arrays(pairs, 2, mask=mask)
+    lists = pa.ListArray.from_arrays(offsets, uuids(), mask=mask)
+    return lists if kind == "list" else lists.cast(pa.large_list(pa.uuid()))
+
+
+@pytest.mark.parametrize("kind", ["struct", "map", "fixed", "list", "large"])
+def test_uuids_become_text_at_any_depth(kind: str) -> None:
+    array = nested(kind)
+    read = [str(value) for value in converted(array, written_type(array.type)).to_pylist()]
+    expected = [str(value).replace("UUID('", "'").replace("')", "'") for value in array.to_pylist()]
+    assert read == expected
+    # A part of a longer column keeps its own values.
+    part = array.slice(1)
+    assert [str(v) for v in converted(part, written_type(part.type)).to_pylist()] == read[1:]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [("interval 1 month", "INTERVAL"), ("5::variant", "VARIANT")]
+)
+def test_what_arrow_would_flatten_is_refused_by_name(tmp_path: Path, value: str, kind: str) -> None:
+    path = tmp_path / "a.parquet"
+    duckdb.sql(f"copy (select {value} as x, 'good' as text) to '{path}'")
+    with pq.ParquetFile(path) as file, pytest.raises(UnusableFile, match=f"'x' is of .* {kind}"):
+        check_carried("a.parquet", file)
+
+
+def test_times_of_a_day_keep_their_zone(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for value, in_utc in (("'01:02:03+02'::timetz", True), ("time '01:02:03'", False)):
+        duckdb.sql(f"copy (select {value} as x) to '{path}'")
+        with pq.ParquetFile(path) as file:
+            check_carried("a.parquet", file)
+            assert times_in_utc(file) == in_utc
+    duckdb.sql(f"copy (select time '01:02:03' as x, '01:02:03+02'::timetz as y) to '{path}'")
+    with pq.ParquetFile(path) as file, pytest.raises(UnusableFile, match="both in UTC and without"):
+        check_carried("a.parquet", file)
