@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 from glmbatch.errors import AuditError, InputError
+from glmbatch.glm.checkpoint.doctor import describe, examine
 from glmbatch.glm.model.network import Network
-from glmbatch.run.preview import preview
+from glmbatch.report.text import describe as describe_run
+from glmbatch.run.preview import describe_plan, preview
 from glmbatch.run.table import annotate_table
 from glmbatch.settings.job import JobConfig
 from tests.support import CAUSAL, CLASSIFY, Settings, Write, committed, run
-from tests.unit.glm.checkpoints import read_state, write_weights
+from tests.unit.glm.checkpoints import edit_config, read_state, write_weights
 
 WRITE = {"kind": "generate", "name": "reply", "prompt_template": "{text}", "max_tokens": 4}
 
@@ -117,3 +120,26 @@ def test_a_table_of_failures_is_told_why(tmp_path: Path) -> None:
     job = {"model": {"path": str(model), "dtype": "float16"}, "steps": [CLASSIFY]}
     with pytest.raises(AuditError, match=r"all 2 rows failed.*The model failed: .*float16"):
         annotate_table(pa.table({"text": ["one", "two"]}), job)
+
+
+def test_what_is_odd_about_a_checkpoint_is_told_by_every_command(
+    tmp_path: Path, write_source: Write, job_settings: Settings
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(CAUSAL, model)
+    (model / "tokenizer_config.json").unlink()
+    edit_config(model, _name_or_path="/data/out", rotary_percent=0.5)
+    write_source("a.parquet", {"text": ["one", "two"]})
+    settings = job_settings(model__path=str(model), steps=[CLASSIFY])
+    odd = ("config.json: 'rotary_percent' is not known here", "no file names the model")
+    plan = preview(JobConfig.model_validate(settings))
+    summary = run(settings)
+    assert summary.report is not None
+    page = Path(summary.report).read_text()
+    for text in (describe(examine(model)), describe_plan(plan), describe_run(summary), page):
+        for note in odd:
+            assert note in html.unescape(text)
+    assert summary.notes == plan.models[0].notes
+    both = [CLASSIFY, {**CLASSIFY, "name": "other", "model": {"path": str(CAUSAL)}}]
+    named = run(job_settings(model__path=str(model), steps=both, data__output=str(tmp_path / "2")))
+    assert [note.startswith(f"{model}: ") for note in named.notes] == [True, True]

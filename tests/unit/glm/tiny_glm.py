@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -90,6 +91,16 @@ def prompts(count: int, longest: int = 60, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, TOKENS, (length,), generator=generator).tolist() for length in lengths]
 
 
+def cache_argument(model: Any) -> str:
+    """The name under which the model's forward takes a filled cache.
+
+    transformers 5.24 renamed it and warns of the old name; later a forward would ignore that, as
+    any name it does not know, and the prefix with it.
+    """
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
 def behind_prefix(model: Any, length: int) -> dict[str, Any]:
     """Arguments of a forward over `length` tokens of one sequence behind the model's prefix.
 
@@ -100,7 +111,7 @@ def behind_prefix(model: Any, length: int) -> dict[str, Any]:
         cache.update(key[None], value[None], layer)
     places = model.prefix_kv.shape[3] + length
     return {
-        "past_key_values": cache,
+        cache_argument(model): cache,
         "attention_mask": torch.ones(1, places, dtype=torch.long),
         "position_ids": torch.arange(length)[None],
     }

@@ -22,6 +22,7 @@ from glmbatch.glm.checkpoint.load import (
     load_model,
     read_checkpoint,
 )
+from glmbatch.glm.engine.protocol import GenerateRequest
 from tests.unit.glm.checkpoints import (
     GOLDENS,
     VARIANTS,
@@ -34,7 +35,7 @@ from tests.unit.glm.checkpoints import (
     write_weights,
 )
 from tests.unit.glm.reference import reference_logits
-from tests.unit.glm.tiny_glm import whole_logits
+from tests.unit.glm.tiny_glm import TOKENS, engine_over, whole_logits
 
 CAUSAL = ("base-sharded", "int4")
 IDS = [1001, 1003, 623, 94, 85, 627, 645, 7, 9, 333, 13, 13, 809]
@@ -367,3 +368,17 @@ def test_finite_weights_that_do_not_fit_the_dtype_are_named(tmp_path: Path) -> N
     assert load_model(directory, "bfloat16")
     with pytest.raises(InputError, match=r"'model\.layers\.0\.mlp.* does not fit torch\.float16"):
         load_model(directory, "float16")
+
+
+@pytest.mark.parametrize("variant", ["prefix", "prefix-projection"])
+def test_a_trained_prefix_acts_in_any_transformers(tmp_path: Path, variant: str) -> None:
+    """Its name for a filled cache changed, and a forward drops what it does not know."""
+    model = load_model(make_variant(tmp_path, variant))
+    behind = whole_logits(model, IDS)
+    expected = reference_logits(read_state(tmp_path), read_json(tmp_path / "config.json"), IDS)
+    torch.testing.assert_close(behind, expected, atol=TOLERANCE, rtol=0)
+    with engine_over(model) as engine:
+        (first,) = engine.generate([GenerateRequest(0, IDS, 1)])
+    assert first.ids == (int(expected[-1, :TOKENS].argmax()),)
+    model.prefix_kv = None
+    assert (whole_logits(model, IDS) - behind).abs().max() > 1
