@@ -42,7 +42,11 @@ class JobTasks:
         models = []
         for model in job_models(self._job):
             located = self._configured(prepare.locate_model)(model, self._job.runtime, place)
-            models.append(self._configured(prepare.prepare_model)(located))
+            prepared = self._configured(prepare.prepare_model)(located)
+            # A stored result may have been put in the place of another.
+            if not isinstance(prepared, Model) or prepared.config != located:
+                prepared = self._configured(prepare.prepare_model, refresh=True)(located)
+            models.append(prepared)
         return models
 
     def assign(self, run: Run, models: Sequence[Model], place: Place) -> Work:

@@ -13,6 +13,7 @@ from glmbatch.run.answer import answer as answer_assignment
 from glmbatch.run.work import Assignment
 from tasks.cluster import Place
 from tasks.policies import RESULTS_VERSION, machine_failed
+from tasks.results import SealedResult
 
 
 def answers_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -28,7 +29,7 @@ def answers_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     ),
     cache_key_fn=answers_key,
     persist_result=True,  # the receipt; the answers are in the output's own files
-    result_serializer="json",
+    result_serializer=SealedResult(),
     retry_condition_fn=machine_failed,
 )
 def answer(

@@ -20,7 +20,7 @@ from glmbatch.settings.job import RuntimeConfig
 
 # Part of every cache key. Raise it when the class of a cached result moves or changes: Prefect
 # finds the class by the module's name that it stored.
-RESULTS_VERSION = 2
+RESULTS_VERSION = 3
 
 
 def machine_failed(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:

@@ -17,6 +17,7 @@ from glmbatch.run.work import Model, Run, Work
 from glmbatch.settings.job import JobConfig, ModelConfig, RuntimeConfig
 from tasks.cluster import Place
 from tasks.policies import RESULTS_VERSION, machine_failed
+from tasks.results import SealedResult
 
 
 @task(
@@ -55,7 +56,7 @@ def locate_model(model: ModelConfig, runtime: RuntimeConfig, place: Place) -> Mo
     task_run_name="prepare {model.path}",
     cache_key_fn=checkpoint_key,
     persist_result=True,  # digests of 12 GB take a minute, each night
-    result_serializer="json",
+    result_serializer=SealedResult(),
     retry_condition_fn=machine_failed,
 )
 def prepare_model(model: ModelConfig) -> Model:

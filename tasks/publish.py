@@ -23,6 +23,7 @@ from glmbatch.settings.job import CanaryConfig, JobConfig
 from tasks.artifacts import show_report
 from tasks.cluster import Place
 from tasks.policies import RESULTS_VERSION, machine_failed
+from tasks.results import SealedResult
 
 
 def output_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -36,7 +37,7 @@ def output_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     task_run_name="write {work.fragment.name}",
     cache_key_fn=output_key,
     persist_result=True,  # the receipt; the file is staged in the output
-    result_serializer="json",
+    result_serializer=SealedResult(),
     retry_condition_fn=machine_failed,
 )
 def write(work: FragmentWork, answers: list[AnswersReceipt]) -> OutputReceipt:

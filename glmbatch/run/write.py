@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glmbatch.errors import UnusableFile
+from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.delta_types import delta_schema, typed_columns
 from glmbatch.ledger.fragments import read_fragment, unit_of_times
-from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.ledger import RESULTS, Ledger
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.run.work import FragmentWork
 from glmbatch.settings.columns import Columns
@@ -27,6 +27,12 @@ def write_output(
     A fragment that cannot be read returns a receipt with the reason in `unusable`; under `on_error:
     raise` it is an InputError.
     """
+    keys = [assignment.key for assignment in work.assignments]
+    if [answered.key for answered in answers] != keys:
+        raise InputError(
+            f"{ledger.root / RESULTS}: a stored result stands in the place of another, so the "
+            f"answers to {work.fragment.name} are not known. Delete this folder, and run again."
+        )
     receipt = OutputReceipt(
         key=work.key,
         run=work.run.id,
