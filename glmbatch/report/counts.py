@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import log
 
 from pydantic import BaseModel
@@ -48,10 +48,16 @@ def busy_seconds(receipts: Iterable[AnswersReceipt]) -> float:
     """
     # Answers that were found on disk took time too, but not the model's.
     busy = [receipt for receipt in receipts if receipt.computed_rows]
-    if not busy:
+    # The clocks of two machines may differ by any amount; no span is longer than all its parts.
+    return max(0.0, min(span_seconds(busy), sum(receipt.seconds for receipt in busy)))
+
+
+def span_seconds(receipts: Sequence[AnswersReceipt]) -> float:
+    """Seconds from the first start to the last end of `receipts`."""
+    if not receipts:
         return 0.0
-    end = max(receipt.began + receipt.seconds for receipt in busy)
-    return end - min(receipt.began for receipt in busy)
+    end = max(receipt.began + receipt.seconds for receipt in receipts)
+    return end - min(receipt.began for receipt in receipts)
 
 
 def population_stability(before: Mapping[str, int], now: Mapping[str, int]) -> float:

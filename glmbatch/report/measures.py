@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt, OutputReceipt
-from glmbatch.report.counts import busy_seconds
+from glmbatch.report.counts import span_seconds
 from glmbatch.report.outputs import CONFIDENCE_BINS, Reading, ReportedStep, Sample
 
 # Bars of a plot 350 pixels wide, and points of its lines.
@@ -134,7 +134,7 @@ def _rates(receipts: Sequence[AnswersReceipt], began: float) -> list[tuple[float
         return []
     first = min(receipt.began for receipt in receipts)
     # A clock that stood still must not make the width 0.
-    width = max(busy_seconds(receipts), 1e-6) / RATE_BINS
+    width = max(span_seconds(receipts), 1e-6) / RATE_BINS
     points = []
     for number in range(RATE_BINS):
         start = first + number * width

@@ -6,7 +6,6 @@ to repeat: what is committed is found and not done again.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
@@ -24,7 +23,7 @@ from glmbatch.run.ask import Asked, ask
 from glmbatch.run.models import describe_model
 from glmbatch.run.session import Session, session_of
 from glmbatch.run.triage import build_question_prompts, key_prompts, triage
-from glmbatch.run.work import Assignment, Question
+from glmbatch.run.work import Assignment, Question, now
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import ClassifyStep
 from glmbatch.steps.answers import Answer, answers_table
@@ -121,7 +120,7 @@ def _answers(
             mine[key] = prompt
         else:
             others[key] = prompt
-    asked = ask(question, mine, session) if mine else Asked(time.time(), {})
+    asked = ask(question, mine, session) if mine else Asked(now(), {})
     parts = [sorted_out.known]
     if others:
         # Fragments in flight may have texts in common; each text is asked by one of them.
@@ -164,7 +163,7 @@ def _measured(distinct: dict[bytes, Prompt], asked: Asked) -> dict[str, Any]:
         "computed_rows": len(asked.outcomes),
         "known_rows": len(distinct) - len(asked.outcomes),
         "began": asked.began,
-        "seconds": time.time() - asked.began,
+        "seconds": now() - asked.began,
         "prompt_tokens": sum(len(distinct[key].ids) for key in asked.outcomes),
         "completion_tokens": completion_tokens,
     }

@@ -11,7 +11,6 @@ Knows no files.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from glmbatch.errors import TransientError
 from glmbatch.glm.engine.protocol import Engine
 from glmbatch.run.models import tokenizer_of
 from glmbatch.run.session import Session
-from glmbatch.run.work import Question
+from glmbatch.run.work import Question, now
 from glmbatch.settings.job import ClassifyStep
 from glmbatch.steps.classify import Choice, ask_choices
 from glmbatch.steps.generate import Writing, ask_writings
@@ -55,7 +54,7 @@ def ask(
     TransientError when the machine failed, Interrupted when the run was told to stop.
     """
     with session.engine(question) as engine:
-        began = time.time()  # after loading, which is not the model's speed
+        began = now()  # after loading, which is not the model's speed
         outcomes: dict[bytes, Outcome] = {}
         try:
             for key, outcome in _outcomes(question, prompts, engine):

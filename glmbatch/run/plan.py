@@ -5,7 +5,6 @@ Reads footers and digests; loads no weights, reads no rows, writes nothing.
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Sequence
 
@@ -34,6 +33,7 @@ from glmbatch.run.work import (
     Run,
     RunContext,
     Work,
+    now,
 )
 from glmbatch.settings.job import (
     AnyStep,
@@ -99,7 +99,7 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
     """
     context = RunContext(
         id=uuid.uuid4().hex,
-        began=time.time(),
+        began=now(),
         output=job.data.output,
         format=job.data.format,
         on_error=job.on_error,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from glmbatch.run.audits import (
 )
 from glmbatch.run.models import model_notes
 from glmbatch.run.session import session_of
-from glmbatch.run.work import Question, Run
+from glmbatch.run.work import Question, Run, now
 from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
 
 # Lines in a list for people, of a run in which perhaps every row failed.
@@ -96,7 +95,7 @@ def publish(
             "kept_sources": kept_sources,
             "renamed_sources": len(collected.staying.renamed),
             "audits": audits,
-            "seconds": time.time() - run.context.began,
+            "seconds": max(0.0, now() - run.context.began),
         }
     )
     log_end(summary)
@@ -263,7 +262,7 @@ def _summarize(
         steps=tuple(steps),
         samples=tuple(samples),
         audits=(),
-        seconds=time.time() - run.context.began,
+        seconds=max(0.0, now() - run.context.began),
         notes=model_notes([question.model for question in questions]),
     )
 

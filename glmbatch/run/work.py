@@ -14,6 +14,7 @@ Knows no engine and no files.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Literal
 
@@ -21,6 +22,17 @@ from pydantic import BaseModel
 
 from glmbatch.ledger.fragments import Fragment, Plan
 from glmbatch.settings.job import AnyStep, ModelConfig, RuntimeConfig
+
+# Read together once: the time of day may be set while a process runs.
+_STARTED = time.time() - time.monotonic()
+
+
+def now() -> float:
+    """Seconds since 1970 by a clock that never jumps, so that differences are durations.
+
+    Processes that started before and after the time of day was set do not agree.
+    """
+    return _STARTED + time.monotonic()
 
 
 class Model(BaseModel, frozen=True, extra="forbid"):
