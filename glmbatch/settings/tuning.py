@@ -28,7 +28,9 @@ class LabelledData(Settings):
         "text", min_length=1, description="Column that holds the text; a prompt calls it {text}."
     )
     label_column: str = Field(
-        "label", min_length=1, description="Column that holds the label: text or whole numbers."
+        "label",
+        min_length=1,
+        description="Column that holds the label: text, whole numbers (1.0 too) or truth values.",
     )
     response_column: str | None = Field(
         None,

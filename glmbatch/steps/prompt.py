@@ -32,12 +32,13 @@ class Prompt:
     """What is asked of one row: the text, and its token ids with the model's prefix.
 
     The first `shared_tokens` ids come from the template alone, so all rows of the step begin with
-    them.
+    them. `is_cut`: the end of the row's text is not in it.
     """
 
     text: str
     ids: Sequence[int]
     shared_tokens: int = 0
+    is_cut: bool = False
 
 
 RowValues = Mapping[str, str | bytes | RowFault | None]
@@ -155,5 +156,5 @@ def _longest(
         if len(ids) > limit:
             over = length
         else:
-            fits, best = length, Prompt(text, ids)
+            fits, best = length, Prompt(text, ids, is_cut=True)
     return best if whole[:fits].strip() else None

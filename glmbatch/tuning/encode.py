@@ -20,12 +20,15 @@ class TrainingRow(NamedTuple):
     """Token ids of a prompt, then what to learn: the number of its label, or the ids of an answer.
 
     `place` is where the row comes from. An answer ends with the end token; it is empty for labels.
+    Of a text or an answer that is cut, the end is not learned from.
     """
 
     ids: Any  # a sequence of ints; a numpy array takes a tenth of a list's memory
     label: int
     place: str
     answer: Any = ()
+    text_is_cut: bool = False
+    answer_is_cut: bool = False
 
     @property
     def length(self) -> int:
@@ -84,7 +87,10 @@ def encode_rows(
                 f"{example.place}: has no prompt: {prompt.reason}. Set training.max_input_tokens."
             )
         ids = np.array(prompt.ids, np.int32)
-        rows.append(TrainingRow(ids, numbers.get(example.label, 0), example.place, answer))
+        # A whole answer ends with the end token, which no text contains.
+        cut = len(answer) > 0 and int(answer[-1]) != tokenizer.eos_id
+        label = numbers.get(example.label, 0)
+        rows.append(TrainingRow(ids, label, example.place, answer, prompt.is_cut, cut))
     return rows
 
 

@@ -63,9 +63,12 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
     held_out = HeldOut(labelled.parts["test"], labelled.labels)
     step = step_of(config.model_dump())
     scores, mistakes = evaluate(run / CHECKPOINT, step, held_out, config.runtime, run / "test")
+    training = json.loads((run / TRAINED).read_text(encoding="utf-8"))
     baseline_name, baseline = "none", None
     if not config.writes:
         baseline_name, baseline = score_baseline(labelled.parts, labelled.labels)
+        if training.get("cut_texts"):
+            baseline_name += ", over the whole texts, which this run did not read,"
     current_scores = None
     if current is not None:
         current_scores = _score_current(current, config, held_out, run / "current")
@@ -76,7 +79,7 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
         settings=config.model_dump(mode="json"),
         base=config.model.path,
         audit=labelled.audit,
-        training=json.loads((run / TRAINED).read_text(encoding="utf-8")),
+        training=training,
         scores=scores,
         mistakes=tuple(mistakes[:MISTAKES_KEPT]),
         baseline_name=baseline_name,

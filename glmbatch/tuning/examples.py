@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from glmbatch.errors import InputError
 from glmbatch.settings.tuning import LabelledData
@@ -71,11 +72,29 @@ def read_examples(data: LabelledData) -> Rows:
             else:
                 skipped[example] += 1
     if not examples:
-        raise InputError(
-            f"{data.input}: none of {skipped.total()} rows has a text and a label. "
-            "Set data.text_column."
-        )
+        raise _nothing_to_read(data, skipped)
     return Rows(examples, given, skipped, files)
+
+
+def _nothing_to_read(data: LabelledData, skipped: Mapping[str, int]) -> InputError:
+    """The error for rows that all lack something: it names the setting of what they lack."""
+    learned, setting = "a label", "data.label_column"
+    if data.response_column is not None:
+        learned, setting = "an answer", "data.response_column"
+    without_text, without_label = skipped.get("text", 0), skipped.get("label", 0)
+    rows = without_text + without_label
+    if not rows:
+        lack, setting = "there are none", "data.input"
+    elif not without_text:
+        lack = f"all lack {learned}"
+    elif not without_label:
+        lack, setting = "all lack a text", "data.text_column"
+    else:
+        lack = f"{without_text} lack a text, the others {learned}"
+        setting = f"data.text_column or {setting}"
+    return InputError(
+        f"{data.input}: none of {rows} rows has a text and {learned}: {lack}. Set {setting}."
+    )
 
 
 def text_keys(examples: Sequence[Example]) -> np.ndarray:
@@ -138,7 +157,9 @@ def _read_rows(where: AnyPath, data: LabelledData) -> Iterator[tuple[Value, ...]
     if stored:
         for batch in read_rows(where, groups, 0, rows, stored):
             for name in stored:
-                columns[name] += prompt_values(batch.column(name))
+                is_label = name == names.get("label_column")
+                column = _whole(where, name, batch.column(name)) if is_label else batch.column(name)
+                columns[name] += prompt_values(column)
     for name, value in folders.items():
         columns[name] = [value] * rows
     return zip(*(columns[name] for name in names.values()), strict=True)
@@ -164,11 +185,38 @@ def _check_column(
             f"{where}: no column {name!r}; it has {[*schema.names, *folders]}. Set data.{setting}."
         )
     kind = schema.field(name).type
-    wanted, usable = "text", is_text(kind)
-    if setting == "label_column":
-        wanted = "text or whole numbers"
-        usable = usable or pa.types.is_integer(kind) or kind == pa.bool_()
-    if not usable:
+    if setting != "label_column":
+        if not is_text(kind):
+            raise InputError(
+                f"{where}: column {name!r} holds {kind}, not text. Set data.{setting}."
+            )
+        return
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_number = pa.types.is_integer(values) or pa.types.is_floating(values)
+    if not (is_text(kind) or is_number or pa.types.is_decimal(values) or values == pa.bool_()):
         raise InputError(
-            f"{where}: column {name!r} holds {kind}, not {wanted}. Set data.{setting}."
+            f"{where}: column {name!r} holds {kind}, not text or whole numbers. "
+            f"Cast it to text, or set data.{setting}."
         )
+
+
+def _whole(where: AnyPath, name: str, column: pa.Array) -> pa.Array:
+    """A column of labels, whose numbers are whole: 1.0 is the label "1".
+
+    pandas makes whole numbers with a gap floats. InputError for a number that is not whole.
+    """
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.cast(kind.value_type)
+    try:
+        if pa.types.is_floating(column.type):
+            numbers = column.cast(pa.float64())
+            column = pc.if_else(pc.is_nan(numbers), None, numbers).cast(pa.int64())
+        elif pa.types.is_decimal(column.type):
+            column = column.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise InputError(
+            f"{where}: column {name!r} holds {kind}, not text or whole numbers alone. Cast it "
+            "to one of them, or set data.label_column."
+        ) from error
+    return column

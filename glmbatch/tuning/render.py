@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,9 @@ from glmbatch.report import page as html
 from glmbatch.store.files import committed
 from glmbatch.tuning.report import CARD, CHECKPOINT, PAGE, REPORT, Report
 from glmbatch.tuning.scores import Scores, TextScores
+
+# A few long rows teach little less without their end.
+CUT_SHARE = 0.02
 
 
 class Facts(NamedTuple):
@@ -31,6 +35,11 @@ def facts_of(report: Report) -> Facts:
     rows = {"rows": audit.rows, "used": audit.used}
     rows |= {"without text": audit.without_text, "without label": audit.without_label}
     rows |= {"repeated": audit.repeated, "conflicting": audit.conflicting, "leaking": audit.leaking}
+    # A report of an earlier version does not say.
+    if "cut_texts" in training:
+        rows["cut texts"] = training["cut_texts"]
+        if not report.labels:
+            rows["cut answers"] = training["cut_answers"]
     return Facts(
         title=" / ".join(report.labels) or "answers",
         origin=f"Run {report.run} from {report.base}",
@@ -70,13 +79,24 @@ def _score_lines(report: Report) -> list[str]:
 
 
 def _warnings(report: Report) -> list[str]:
-    warnings = list(report.audit.warnings)
+    warnings = [*report.audit.warnings, *_cut_warnings(report.training)]
     # A promotion asks only for more than the current one; that counting words does better is for
     # a person to judge.
     scores, baseline = report.scores, report.baseline
     if isinstance(scores, Scores) and baseline is not None and baseline.accuracy > scores.accuracy:
         warnings.append(f"{report.baseline_name} scores higher")
     return warnings
+
+
+def _cut_warnings(training: Mapping[str, Any]) -> Iterator[str]:
+    learned = training.get("learned", 0)
+    for what, setting in (("text", "max_input_tokens"), ("answer", "max_answer_tokens")):
+        cut = training.get(f"cut_{what}s", 0)
+        if learned and cut > CUT_SHARE * learned:
+            yield (
+                f"{cut} of {learned} {what}s that were learned from are longer than "
+                f"training.{setting} and lost their end"
+            )
 
 
 def describe(report: Report) -> str:

@@ -39,7 +39,8 @@ PACKAGES = (
 class Trained(BaseModel, frozen=True, extra="forbid"):
     """What training did.
 
-    `history` has its losses and scores by step. `temperature` is folded into the head.
+    `history` has its losses and scores by step. `temperature` is folded into the head. Of the
+    `learned` rows, which trained or chose the weights, so many texts and answers lost their end.
     """
 
     steps: int
@@ -48,6 +49,9 @@ class Trained(BaseModel, frozen=True, extra="forbid"):
     parameters: int
     temperature: float
     history: tuple[dict[str, float], ...]
+    learned: int = 0
+    cut_texts: int = 0
+    cut_answers: int = 0
 
 
 class Mistake(BaseModel, frozen=True, extra="forbid"):

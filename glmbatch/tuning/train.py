@@ -55,7 +55,8 @@ def train_here(config: TuneConfig, run: Path) -> None:
     config = config.model_copy(update={"model": locate_model(config.model, config.runtime)})
     labelled = read_labelled(config.data)
     rows, valid = encode_parts(config, labelled)
-    trained = train(config, labelled.labels, rows, valid, run)
+    cut = _count_cut([*rows, *valid])
+    trained = train(config, labelled.labels, rows, valid, run).model_copy(update=cut)
     if local_rank() > 0:
         return
     with committed(run / CHECKPOINT / PROMPT_FILE) as partial:
@@ -80,6 +81,20 @@ def encode_parts(
         for part in ("train", "valid")
     )
     return rows, valid
+
+
+def _count_cut(rows: Sequence[TrainingRow]) -> dict[str, int]:
+    """The fields of `Trained` that count what was cut; told at once, before hours of training."""
+    texts = sum(row.text_is_cut for row in rows)
+    answers = sum(row.answer_is_cut for row in rows)
+    if texts or answers:
+        logger.warning(
+            "of %d rows, %d texts and %d answers are cut: see training.max_input_tokens",
+            len(rows),
+            texts,
+            answers,
+        )
+    return {"learned": len(rows), "cut_texts": texts, "cut_answers": answers}
 
 
 def train(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,10 +64,65 @@ def test_whole_numbers_can_be_labels(tmp_path: Path, write_source: Write) -> Non
     assert read_labelled(data).labels == ("0", "1", "2")
 
 
-def test_fractions_cannot_be_labels(tmp_path: Path, write_source: Write) -> None:
-    write_source("a.parquet", {"text": ["fine"], "sure": [0.5]})
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        (pa.array([0.0, None, 2.0, -1.0]), ["0", None, "2", "-1"]),
+        (pa.array([0.0, float("nan"), -0.0]), ["0", None, "0"]),
+        (pa.array([1, 2], pa.float16()), ["1", "2"]),
+        (pa.array([1, None], pa.float32()), ["1", None]),
+        (pa.array([2.0**53]), ["9007199254740992"]),
+        (pa.array([Decimal("1.00"), None], pa.decimal128(5, 2)), ["1", None]),
+        (pa.array([Decimal(7)], pa.decimal256(40, 0)), ["7"]),
+        (pa.array([3, 4], pa.uint8()), ["3", "4"]),
+        (pa.array([True, None]), ["True", None]),
+        (pa.array(["a", None]).dictionary_encode(), ["a", None]),
+        (pa.array([1, None]).dictionary_encode(), ["1", None]),
+        (pa.array([1.0, None]).dictionary_encode(), ["1", None]),
+        (pa.array(["a"], pa.large_string()), ["a"]),
+        (pa.array([b"a"]), ["a"]),
+    ],
+    ids=lambda values: str(getattr(values, "type", "")),
+)
+def test_labels_of_any_whole_kind_are_read(
+    tmp_path: Path, write_source: Write, values: pa.Array, labels: list[str | None]
+) -> None:
+    texts = [f"text {row}" for row in range(len(values))]
+    write_source("a.parquet", pa.table({"text": texts, "label": values}))
+    rows = read_examples(LabelledData(input=str(tmp_path / "in")))
+    assert [example.label for example in rows.examples] == [x for x in labels if x is not None]
+    assert rows.skipped.get("label", 0) == labels.count(None)
+
+
+def test_a_gap_in_one_file_makes_no_other_labels(tmp_path: Path, write_source: Write) -> None:
+    write_source("a.parquet", {"text": ["a", "b"], "label": [0, 1]})
+    write_source("b.parquet", {"text": ["c", "d"], "label": [1.0, None]})
+    write_source("c.parquet", {"text": ["e"], "label": pa.nulls(1)})
+    rows = read_examples(LabelledData(input=str(tmp_path / "in")))
+    assert [example.label for example in rows.examples] == ["0", "1", "1"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([0.5]),
+        pa.array([1.0, float("inf")]),
+        pa.array([1e30]),
+        pa.array([Decimal("1.5")], pa.decimal128(5, 2)),
+        pa.array([1.5]).dictionary_encode(),
+        pa.array([date(2024, 1, 1)]),
+        pa.array([[1]]),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_other_values_cannot_be_labels(
+    tmp_path: Path, write_source: Write, values: pa.Array
+) -> None:
+    texts = [f"text {row}" for row in range(len(values))]
+    write_source("a.parquet", pa.table({"text": texts, "sure": values}))
     data = LabelledData(input=str(tmp_path / "in"), label_column="sure")
-    with pytest.raises(InputError, match="'sure' holds double, not text or whole numbers"):
+    match = r"a\.parquet: column 'sure' holds .*, not text or whole numbers.*Cast it .*label_column"
+    with pytest.raises(InputError, match=match):
         read_examples(data)
 
 
@@ -79,7 +136,11 @@ def test_a_split_column_has_no_other_values(tmp_path: Path, write_source: Write)
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"text": [None, ""], "label": ["x", "y"]}, "none of 2 rows has a text and a label"),
+        ({"text": [None, ""], "label": ["x", "y"]}, "none of 2 rows has a text .*data.text_column"),
+        ({"text": ["a", "b"], "label": pa.nulls(2)}, r"all lack a label\. Set data.label_column"),
+        ({"text": ["a", "b"], "label": [None, " "]}, r"all lack a label\. Set data.label_column"),
+        ({"text": ["a"], "label": pa.nulls(1, pa.float64())}, "Set data.label_column"),
+        ({"text": ["a", None], "label": [None, "x"]}, "1 lack a text, the others a label"),
         ({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}, "none of 0 rows"),
         ({"body": ["a"], "label": ["x"]}, "no column 'text'"),
     ],
@@ -91,6 +152,13 @@ def test_an_input_without_usable_rows_is_an_error(
     with pytest.raises(InputError, match=message) as error:
         read_examples(LabelledData(input=str(tmp_path / "in")))
     assert "\n" not in str(error.value)
+
+
+def test_answers_that_are_not_there_name_their_column(tmp_path: Path, write_source: Write) -> None:
+    write_source("a.parquet", {"text": ["a"], "reply": pa.nulls(1)})
+    data = LabelledData(input=str(tmp_path / "in"), response_column="reply")
+    with pytest.raises(InputError, match=r"all lack an answer\. Set data.response_column"):
+        read_examples(data)
 
 
 def test_texts_that_read_the_same_have_one_key() -> None:

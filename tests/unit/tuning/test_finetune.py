@@ -13,6 +13,7 @@ from glmbatch.glm.checkpoint.doctor import examine
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from glmbatch.tuning.finetune import finetune
+from glmbatch.tuning.render import describe
 from glmbatch.tuning.report import TRAINER
 from tests.support import Tune, Write
 
@@ -59,6 +60,10 @@ def test_the_page_and_the_card_show_the_report(tune: Tune) -> None:
     assert all(digest in card for digest in report.audit.files.values())
     for text in (page, card):
         assert report.baseline_name in text and report.run in text
+    assert "lost their end" not in describe(report) and "cut texts 0" in describe(report)
+    # As an earlier version wrote it.
+    old = {key: value for key, value in report.training.items() if "cut" not in key}
+    assert "cut texts" not in describe(report.model_copy(update={"training": old}))
 
 
 @pytest.mark.slow
@@ -82,6 +87,32 @@ def test_a_model_learns_to_write_and_answers_a_job(tune: Tune, tmp_path: Path) -
     settings["data"]["limit"] = 20
     assert run_job(JobConfig.model_validate(settings)).rows == 20
     assert finetune(tune(**WRITES)) == report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writes", [False, True], ids=["labels", "answers"])
+def test_texts_and_answers_that_are_cut_are_told(
+    tune: Tune, writes: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = {"data__response_column": "label", "training__max_answer_tokens": 1}
+    report = finetune(
+        tune(
+            training__epochs=1,
+            training__max_input_tokens=30 if writes else 8,
+            **(answers if writes else {}),
+        )
+    )
+    learned = report.training["learned"]
+    assert learned == report.audit.parts["train"] + report.audit.parts["valid"]
+    assert report.training["cut_texts"] > learned / 2 or writes
+    assert report.training["cut_answers"] == (learned if writes else 0)
+    told = f"{report.training['cut_answers' if writes else 'cut_texts']} of {learned}"
+    run = Path(report.checkpoint).parent
+    page, card = (run / "report.html").read_text(), (run / "checkpoint" / "README.md").read_text()
+    for text in (page, card, describe(report)):
+        assert told in text and "lost their end" in text
+    assert "are cut" in caplog.text
+    assert writes or "over the whole texts" in report.baseline_name
 
 
 def test_a_model_that_is_not_there_is_an_error(tune: Tune) -> None:
