@@ -21,6 +21,7 @@ from glmbatch.errors import InputError, TransientError, UnusableFile
 from glmbatch.ledger.delta import LOG
 from glmbatch.ledger.known import AnswerFile
 from glmbatch.ledger.manifest import Manifest, PublishedFile, read_manifest
+from glmbatch.ledger.quarantine import OWN
 from glmbatch.ledger.receipts import (
     DIGEST_CHARS,
     AnswersReceipt,
@@ -38,9 +39,9 @@ from glmbatch.ledger.recent import Content, Recent
 from glmbatch.store.files import commit, digest_file, partial_beside, writable
 from glmbatch.store.folder import Folder
 from glmbatch.store.locks import hold, release
+from glmbatch.store.modes import narrow
 from glmbatch.store.paths import AnyPath, unlink_all
 
-OWN = "_glmbatch"  # all that is not for readers
 ANSWERS = "_glmbatch/answers"
 STAGED = "_glmbatch/staged"
 RESULTS = "_glmbatch/results"
@@ -64,6 +65,10 @@ class Ledger:
         """
         self._refuse_links()
         hold(self.root / LOCK, run)
+
+    def keep_private(self, sources: Iterable[str]) -> None:
+        """Let nobody look at what is kept for runs who may not read all of `sources`."""
+        narrow(self.root / OWN, sources)
 
     def _refuse_links(self) -> None:
         """InputError when a folder that is written to without being asked for leads elsewhere."""
@@ -295,6 +300,7 @@ class Ledger:
         folder = self.root / STAGED
         with partial_beside(folder / receipt.key) as partial:
             write_with_receipt(partial, schema, batches, receipt, utc_times=utc_times)
+            narrow(partial, [receipt.fragment.path])
             digest = digest_file(partial)
             unlink_all(folder, folder.glob(f"{receipt.key}.*.parquet"))
             receipt = receipt.model_copy(update={"digest": digest})

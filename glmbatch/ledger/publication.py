@@ -27,6 +27,7 @@ from glmbatch.store.errors import one_line
 from glmbatch.store.files import PARTIAL, committed, move, remove_tree, writable
 from glmbatch.store.folder import Folder, Name
 from glmbatch.store.locks import check_held
+from glmbatch.store.modes import narrow
 from glmbatch.store.paths import AnyPath, unlink_all
 from glmbatch.store.seal import sealed, unsealed
 
@@ -133,6 +134,8 @@ def _move_staged(root: Folder, outputs: Sequence[OutputReceipt]) -> None:
         if staged_name(output) in staged:
             move(root / STAGED / staged_name(output), path)
             return
+        if path.is_file():  # earlier versions gave every file the rights of any new one
+            narrow(path, [output.fragment.path])
         # A publication that was killed has moved it, unless this is an older file of the same name.
         receipt = read_receipt(path, OutputReceipt) if path.is_file() else None
         if receipt is None or receipt.key != output.key:

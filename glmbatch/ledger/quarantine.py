@@ -19,11 +19,13 @@ from glmbatch.errors import UnusableFile
 from glmbatch.ledger.manifest import PublishedFile
 from glmbatch.settings.columns import Columns
 from glmbatch.store.files import committed
+from glmbatch.store.modes import narrow
 from glmbatch.store.parquet import open_parquet, read_columns, write_table
 from glmbatch.store.paths import AnyPath
 
 logger = logging.getLogger(__name__)
 
+OWN = "_glmbatch"  # all that is not for readers
 QUARANTINE = "_quarantine.parquet"
 REFUSED = "_glmbatch/refused.parquet"
 QUARANTINE_SCHEMA = pa.schema(
@@ -133,3 +135,5 @@ def _write(path: AnyPath, lines: Sequence[Line]) -> None:
     rows = pa.Table.from_pylist(list(lines), QUARANTINE_SCHEMA)
     with committed(path) as partial:
         write_table(partial, rows.schema, iter(rows.to_batches()), {})
+        # Beside the answers, which the folder of the runs is kept as private as.
+        narrow(partial, [path.parent / OWN])

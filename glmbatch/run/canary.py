@@ -28,6 +28,7 @@ from glmbatch.settings.job import AnyStep, CanaryConfig, ClassifyStep, JobConfig
 from glmbatch.steps.classify import Choice
 from glmbatch.steps.generate import Writing
 from glmbatch.store.files import committed, real_path
+from glmbatch.store.modes import narrow
 from glmbatch.store.parquet import open_parquet, write_table
 from glmbatch.store.values import prompt_values
 
@@ -79,6 +80,7 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
     schema = frozen.schema.remove_metadata()
     with committed(file) as partial:
         write_table(partial, schema, iter(frozen.to_batches()), {})
+        narrow(partial, [ledger.root / published.output_name for published in manifest.files])
     return len(frozen)
 
 

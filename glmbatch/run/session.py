@@ -122,6 +122,7 @@ def session(run: Run) -> Iterator[Session]:
     """
     opened = Session(run.context)
     _lock(opened)  # first: without it nothing else may begin
+    opened.ledger.keep_private({fragment.path for fragment in run.plan.fragments})
     with _CHANGING:
         _SESSIONS[run.context.id] = opened
     opened.progress.start("annotate", run.plan.rows * len(run.inputs))
