@@ -16,6 +16,10 @@ A message is one line and says where, what was seen, and which setting to change
 from __future__ import annotations
 
 import errno
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import lru_cache
 
 # What a disk or a network file system reports when the same call may succeed later.
 MACHINE_ERRNOS = frozenset(
@@ -33,6 +37,46 @@ MACHINE_ERRNOS = frozenset(
 )
 
 
+# What would break a line, hide in it or turn it round, and bytes of a name that is not UTF-8.
+UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+SHOWN_NAMES = 5
+SHOWN_CHARS = 120
+
+
+def shown(name: object) -> str:
+    """`name` on one line that every terminal, log and file of text can hold."""
+
+    def escaped(match: re.Match[str]) -> str:
+        code = ord(match.group())
+        if 0xDC80 <= code <= 0xDCFF:  # how Python carries a byte that is not UTF-8
+            return f"\\x{code - 0xDC00:02x}"
+        return match.group().encode("unicode_escape", "surrogatepass").decode()
+
+    return UNSHOWN.sub(escaped, str(name))
+
+
+def some_of(names: Sequence[object], near: str = "") -> str:
+    """`names` as a message lists them: all when they are few, else how many and those most like
+    `near`.
+    """
+    return _some_of(tuple(shown(name) for name in names), near)
+
+
+@lru_cache(64)
+def _some_of(names: tuple[str, ...], near: str) -> str:
+    """Kept, since a thousand files of a folder have the same columns."""
+    whole = str(list(names))
+    if len(names) <= SHOWN_NAMES and len(whole) <= SHOWN_CHARS:
+        return whole
+    folded = {name.casefold(): name for name in reversed(names)}
+    close = get_close_matches(near.casefold(), folded, SHOWN_NAMES, cutoff=0.5) if near else []
+    few = [folded[name] for name in close] or list(names[:SHOWN_NAMES])
+    room = SHOWN_CHARS // len(few)
+    cut = [name if len(name) <= room else f"{name[: room - 1]}…" for name in few]
+    what = "the closest" if close else "the first"
+    return f"{len(names):,} names, {what} {cut}"
+
+
 class GlmbatchError(Exception):
     """Any error that glmbatch raises on purpose."""
 
@@ -42,7 +86,12 @@ class InputError(GlmbatchError):
 
 
 class UnusableFile(InputError):
-    """One Parquet file, or one fragment of it, cannot be read or does not fit the job."""
+    """One Parquet file, or one fragment of it, cannot be read or does not fit the job.
+
+    `rows` are those of the file, where its footer tells them.
+    """
+
+    rows: int | None = None
 
 
 class BadRow(InputError):

@@ -6,25 +6,37 @@ file's path below the input and its first row, so new files rename nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import pyarrow as pa
 from pydantic import BaseModel
 
-from glmbatch.errors import InputError, UnusableFile
+from glmbatch.errors import InputError, UnusableFile, shown
 from glmbatch.settings.job import DataConfig
-from glmbatch.store.files import digest_file, exists, find_files, naming, real_path, stamp_file
+from glmbatch.store.files import (
+    DIGEST_CHARS,
+    digest_file,
+    exists,
+    naming,
+    real_path,
+    stamp_file,
+    telling_size,
+    too_long,
+    whole_name,
+)
 from glmbatch.store.footers import written_form
+from glmbatch.store.inputs.find import Skipped, find_files
+from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, from_folders
+from glmbatch.store.inputs.nesting import refuse_nesting, refuse_reach
 from glmbatch.store.parquet import (
     TimeUnit,
-    check_column,
     int96_unit,
     open_parquet,
     read_rows,
     readable,
+    with_constants,
 )
 from glmbatch.store.paths import AnyPath
 from glmbatch.store.types import check_carried
@@ -37,6 +49,7 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     file, `stamp` its size in bytes and time of change in nanoseconds (in a store: the number of its
     ETag) when it was planned. `form` says that the output has some column otherwise than the file,
     `typed` which types a Delta table gives to columns without one, as Arrow writes a schema.
+    `partitions` are the columns that the job reads of its folders' names.
     """
 
     source: str
@@ -49,6 +62,7 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     skip_rows: int
     form: str = ""
     typed: str = ""
+    partitions: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def name(self) -> str:
@@ -57,55 +71,44 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     @property
     def output_name(self) -> str:
         """Path of the fragment's file below the output."""
-        source = PurePosixPath(self.source)
-        return str(
-            source.parent / f"{source.name.removesuffix('.parquet')}-{self.first_row:010d}.parquet"
-        )
+        return output_name(self.source, self.first_row)
+
+
+def output_name(source: str, first_row: int) -> str:
+    """Path below the output of the file with the rows of `source` from `first_row` on."""
+    path = PurePosixPath(source)
+    return str(path.parent / f"{path.name.removesuffix('.parquet')}-{first_row:010d}.parquet")
 
 
 class FileFault(BaseModel, frozen=True, extra="forbid"):
-    """A file that this run leaves out, or the fragment of it from `first_row` on, and why."""
+    """A file that this run leaves out, or the fragment of it from `first_row` on, and why.
+
+    For the error budget: `rows` of the file where its footer tells them; `size_bytes` where its
+    size says something of them, else 0.
+    """
 
     source: str
     reason: str
     first_row: int | None = None
     size_bytes: int = 0
+    rows: int | None = None
 
 
 class Plan(BaseModel, frozen=True, extra="forbid"):
     """All fragments of a run, file by file, and the files that cannot be used.
 
-    Sources are named from the folder `root`.
+    Sources are named from the folder `root`. `skipped` are names that the input does not stand for.
     """
 
     root: str
     fragments: tuple[Fragment, ...]
     unusable: tuple[FileFault, ...]
     limit: int | None = None
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def rows(self) -> int:
         return sum(fragment.rows for fragment in self.fragments)
-
-
-@dataclass(frozen=True, slots=True)
-class NeededColumn:
-    """A column that a job reads, and the setting that names it; `is_text` if it must hold text."""
-
-    name: str
-    setting: str
-    is_text: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SchemaNeeds:
-    """What a job asks of each file's schema.
-
-    `read` are the columns it reads, `written` the step of each column that it writes.
-    """
-
-    read: tuple[NeededColumn, ...]
-    written: Mapping[str, str]
 
 
 def plan_fragments(
@@ -117,28 +120,43 @@ def plan_fragments(
     any file cannot be used; else such files are listed in the plan. Without `digests` nothing but
     footers is read.
     """
-    root, names = find_files(data.input)
-    _refuse_nesting(root, names, data)
+    found = find_files(data.input, follow_links=data.follow_links)
+    root, names = found.root, found.names
+    refuse_nesting(found, data.input, data.output)
     ranges: list[Fragment] = []
-    faults: list[FileFault] = []
+    faults = []
+    for name, reason in found.refused.items():
+        if raise_faults:
+            raise UnusableFile(reason)
+        faults.append(FileFault(source=shown(name), reason=reason))
     for name, outcome in zip(names, _each_file(root, names, data, needs, digests), strict=True):
         if isinstance(outcome, list):
             ranges += outcome
         elif raise_faults:
             raise outcome
         else:
-            # For the error budget, which cannot ask a damaged footer for its rows.
-            size_bytes = (root / name).stat().st_size if (root / name).exists() else 0
-            faults.append(FileFault(source=name, reason=str(outcome), size_bytes=size_bytes))
+            faults.append(_fault(root, name, outcome))
     if not ranges:
         raise InputError(
-            f"{data.input}: none of {len(names)} files can be used; the first: {faults[0].reason}"
+            f"{shown(data.input)}: none of {len(faults)} files can be used; the first: "
+            f"{faults[0].reason}"
         )
     _refuse_same_output(ranges)
-    fragments = tuple(_limited(ranges, data.limit))
+    refuse_reach(data.input, data.output, (fragment.output_name for fragment in ranges))
     return Plan(
-        root=str(root.resolve()), fragments=fragments, unusable=tuple(faults), limit=data.limit
+        root=whole_name(root),
+        fragments=tuple(_limited(ranges, data.limit)),
+        unusable=tuple(faults),
+        limit=data.limit,
+        skipped=tuple(found.skipped),
     )
+
+
+def _fault(root: AnyPath, name: str, error: UnusableFile) -> FileFault:
+    """The file `name` as one that is left out."""
+    size_bytes = 0 if error.rows is not None else telling_size(root / name)
+    reason = shown(error)
+    return FileFault(source=name, reason=reason, size_bytes=size_bytes, rows=error.rows)
 
 
 def _each_file(
@@ -150,7 +168,7 @@ def _each_file(
     def outcome(name: str) -> list[Fragment] | UnusableFile:
         try:
             with naming("data.input"):
-                ranges = _fragments_of(root, name, given, data.rows_per_fragment, needs)
+                ranges = _fragments_of(root, name, given, data, needs)
                 digest = _digest(root / name) if digests else ""
         except UnusableFile as error:
             return error
@@ -174,54 +192,27 @@ def _refuse_same_output(ranges: list[Fragment]) -> None:
             )
 
 
-def _refuse_nesting(root: AnyPath, names: list[str], data: DataConfig) -> None:
-    """Refuse an output that the next run would read as rows, or that holds the input."""
-    output = real_path(data.output)
-    with naming("data.output"):
-        is_file = output.exists() and not output.is_dir()
-    if is_file:
-        raise InputError(f"{data.output}: is a file where a folder is expected. Set data.output.")
-    # A glob of one folder's files does not reach into a folder below it.
-    recursive = real_path(data.input).is_dir() or "**" in data.input
-    if recursive and output.is_relative_to(real_path(root)):
-        raise InputError(
-            f"{data.output}: lies inside the input {root}, so answers would be read as rows. Set "
-            "data.output."
-        )
-    for name in names:
-        if output in real_path(root / name).parents:
-            raise InputError(
-                f"{data.output}: holds the input file {root / name}. Set data.output to a folder "
-                "of its own."
-            )
-
-
 def _fragments_of(
-    root: AnyPath, name: str, given: AnyPath, rows_per_fragment: int, needs: SchemaNeeds
+    root: AnyPath, name: str, given: AnyPath, data: DataConfig, needs: SchemaNeeds
 ) -> list[Fragment]:
     """The fragments of one file. No link may lead out of `given`, which the setting names."""
     path = root / name
-    if not real_path(path).is_relative_to(given):
+    if not data.follow_links and not real_path(path).is_relative_to(given):
         raise UnusableFile(
-            f"{path}: is a link that leads out of the input. Copy the file, or set data.input to "
-            "it."
+            f"{shown(path)}: is a link that leads out of the input. Copy the file, or set "
+            "data.follow_links if you trust all who can write there."
         )
     # Before the footer is read: what changes after it is found when the rows are read.
     with readable(path):
         stamp = stamp_file(path)
-    with open_parquet(path) as file:
-        schema = file.schema_arrow
-        check_carried(str(path), file)
-        form = written_form(file)
-        group_rows = [
-            file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)
-        ]
-        # Damaged footers say both; pyarrow checks neither against the other.
-        if sum(group_rows) != file.metadata.num_rows:
-            raise UnusableFile(
-                f"{path}: its row groups hold {sum(group_rows)} rows, its footer says otherwise."
-            )
-    check_schema(path, name, schema, needs)
+    schema, group_rows, form = _read_footer(path)
+    try:
+        check_schema(path, name, schema, needs)
+        _check_output_name(name, data)
+    except UnusableFile as error:
+        error.rows = sum(group_rows)
+        raise
+    partitions = from_folders(name, [needed.name for needed in needs.read], schema)
     return [
         Fragment(
             source=name,
@@ -233,31 +224,36 @@ def _fragments_of(
             row_groups=row_groups,
             skip_rows=skip_rows,
             form=form,
+            partitions=partitions,
         )
-        for first_row, rows, row_groups, skip_rows in cut(group_rows, rows_per_fragment)
+        for first_row, rows, row_groups, skip_rows in cut(group_rows, data.rows_per_fragment)
     ]
 
 
-def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds) -> None:
-    """Check that the job's prompts and answers fit a file of this schema.
-
-    InputError for a name that collides; UnusableFile for a column that is missing or holds no text,
-    because other files may have it.
-    """
-    folders = [part.split("=", 1)[0] for part in PurePosixPath(name).parts[:-1] if "=" in part]
-    # Readers take a folder day=1 for a column, and do not tell Mood from mood.
-    taken = {column.casefold(): column for column in [*folders, *schema.names]}
-    for column, step in needs.written.items():
-        if column.casefold() in taken:
-            raise InputError(
-                f"{path}: already has a column {taken[column.casefold()]!r}, which step {step!r} "
-                "would write. Rename the step."
+def _read_footer(path: AnyPath) -> tuple[pa.Schema, list[int], str]:
+    """The columns of a file, the rows of each of its row groups, and its form in the output."""
+    with open_parquet(path) as file:
+        check_carried(str(path), file)
+        metadata = file.metadata
+        group_rows = [
+            metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)
+        ]
+        # Damaged footers say both; pyarrow checks neither against the other.
+        if sum(group_rows) != metadata.num_rows:
+            raise UnusableFile(
+                f"{shown(path)}: its row groups hold {sum(group_rows)} rows, its footer says "
+                "otherwise."
             )
-    try:
-        for needed in needs.read:
-            check_column(str(path), schema, needed.name, needed.setting, text=needed.is_text)
-    except InputError as error:
-        raise UnusableFile(str(error)) from error
+        return file.schema_arrow, group_rows, written_form(file)
+
+
+def _check_output_name(name: str, data: DataConfig) -> None:
+    """UnusableFile when no file of the output can have the name that `name` leads to."""
+    longest = output_name(name, 0)
+    if data.format == "delta":
+        longest = f"{longest}.{DIGEST_CHARS * '0'}"  # as run/publish.py adds it
+    if problem := too_long(data.output, longest):
+        raise UnusableFile(f"{shown(name)}: its output's name {problem}. Rename the file.")
 
 
 def read_fragment(
@@ -267,9 +263,12 @@ def read_fragment(
 
     UnusableFile when they cannot be read, or the file is no longer the one that was planned.
     """
-    yield from read_rows(
-        fragment.path, fragment.row_groups, fragment.skip_rows, fragment.rows, columns, int96=int96
-    )
+    given = {name: value for name, value in fragment.partitions if name in (columns or ())}
+    stored = None if columns is None else [name for name in columns if name not in given]
+    for batch in read_rows(
+        fragment.path, fragment.row_groups, fragment.skip_rows, fragment.rows, stored, int96=int96
+    ):
+        yield with_constants(batch, given)
     # Asked last, so that a file that changes during the reading is found too.
     with readable(fragment.path):
         if stamp_file(fragment.path) != fragment.stamp:

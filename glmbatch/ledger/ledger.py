@@ -23,7 +23,6 @@ from glmbatch.ledger.known import AnswerFile
 from glmbatch.ledger.manifest import Manifest, PublishedFile, read_manifest
 from glmbatch.ledger.quarantine import OWN
 from glmbatch.ledger.receipts import (
-    DIGEST_CHARS,
     AnswersReceipt,
     OutputReceipt,
     Receipt,
@@ -36,7 +35,7 @@ from glmbatch.ledger.receipts import (
     write_with_receipt,
 )
 from glmbatch.ledger.recent import Content, Recent
-from glmbatch.store.files import commit, digest_file, partial_beside, writable
+from glmbatch.store.files import DIGEST_CHARS, commit, digest_file, partial_beside, writable
 from glmbatch.store.folder import Folder
 from glmbatch.store.locks import hold, release
 from glmbatch.store.modes import narrow

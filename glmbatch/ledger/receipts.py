@@ -18,7 +18,6 @@ from glmbatch.store.paths import AnyPath, unlink_all
 
 RECEIPT = "glmbatch.receipt"  # the footer's key
 LENGTH_BIN = 8  # tokens; prompt lengths are counted in bins of this width
-DIGEST_CHARS = 32  # of a digest's 64, in a file's name
 
 # What a damaged or foreign receipt may say instead ends here, not in the arithmetic of a report.
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]

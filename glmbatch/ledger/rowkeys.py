@@ -73,7 +73,10 @@ def answers_key(
     same answers. The step's name is: it names the columns.
     """
     rows = [fragment.digest, fragment.first_row, fragment.rows]
-    return _digest([step, step_key, rows, dict(columns), dict(earlier)])
+    asked = {name: value for name, value in fragment.partitions if name in columns.values()}
+    # Of those that a folder's name gives: the bytes of the file do not tell them.
+    given = [asked] if asked else []
+    return _digest([step, step_key, rows, dict(columns), dict(earlier), *given])
 
 
 def output_key(fragment: Fragment, answers: Mapping[str, str], format: str = "parquet") -> str:
@@ -81,7 +84,7 @@ def output_key(fragment: Fragment, answers: Mapping[str, str], format: str = "pa
 
     `answers` maps steps to answers keys.
     """
-    place = fragment.model_dump(mode="json", exclude={"path", "stamp"})
+    place = fragment.model_dump(mode="json", exclude={"path", "stamp", "partitions"})
     # These and the format joined later, and keys of other outputs were to stay as they are.
     for later in ("form", "typed"):
         if not place[later]:

@@ -27,6 +27,7 @@ from glmbatch.ledger.receipts import RECEIPT, OutputReceipt, whole_digest
 from glmbatch.settings.columns import Columns
 from glmbatch.store.files import PARTIAL
 from glmbatch.store.folder import Folder
+from glmbatch.store.inputs.find import is_hidden
 from glmbatch.store.parquet import open_parquet, read_opened
 from glmbatch.store.paths import AnyPath
 
@@ -135,7 +136,7 @@ def _strangers(ledger: Ledger, manifest: Manifest) -> Iterator[Finding]:
 
 
 def _is_seen(name: PurePath) -> bool:
-    return name.suffix == ".parquet" and not any(part[0] in "._" for part in name.parts)
+    return name.suffix == ".parquet" and not is_hidden(name)
 
 
 def _mixed_keys(manifest: Manifest) -> Iterator[Finding]:

@@ -72,6 +72,7 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
         ("failed rows", f"{summary.faulty_rows:,}"),
         ("files left out", f"{len(summary.unusable):,}"),
         ("sources kept, renamed", f"{summary.kept_sources:,}, {summary.renamed_sources:,}"),
+        ("not read", ", ".join(map(str, summary.skipped)) or "0"),
         ("answers", f"{sums['answers']:,}"),
         ("computed, reused, of repeated texts", sources),
         ("tokens", tokens(sums["read"], sums["written"])),

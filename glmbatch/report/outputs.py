@@ -21,6 +21,7 @@ from glmbatch.ledger.receipts import OutputReceipt
 from glmbatch.report.counts import total
 from glmbatch.report.summary import short
 from glmbatch.settings.columns import Columns
+from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import read_columns
 from glmbatch.store.values import prompt_values
 
@@ -97,7 +98,8 @@ def read_outputs(
 
     def read(wanted: _Wanted) -> Reading:
         path = ledger.output_path(wanted.output)
-        table = read_columns(path, _columns(wanted, steps, id_column))
+        given = folder_columns(wanted.output.fragment.source)
+        table = read_columns(path, _columns(wanted, steps, id_column), given)
         return _read(table, wanted, steps, id_column)
 
     merged = Reading()

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.report.counts import Audit, busy_seconds, total
+from glmbatch.store.inputs.find import Skipped
 
 
 class StepSummary(BaseModel, frozen=True, extra="forbid"):
@@ -48,7 +49,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     `quarantined`: rows or files are listed as failed. `kept_sources` are not of this run, and stay
     published; `renamed_sources` had other names when they were published last. `refused` says why
     nothing was published. `report` is the path of the run's page, `notes` are what is odd about the
-    checkpoints.
+    checkpoints. `skipped` are names below the input that it does not stand for.
     """
 
     run: str
@@ -67,6 +68,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     refused: str | None = None
     report: str | None = None
     notes: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def computed(self) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from glmbatch.ledger.delta import is_table
+from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.quarantine import QUARANTINE
 from glmbatch.report.facts import answers, by_count, size, tokens
 from glmbatch.report.summary import StepSummary, Summary, short
 from glmbatch.store.folder import Folder
+
+LEFT_OUT_SHOWN = 20
 
 
 def describe(summary: Summary) -> str:
@@ -28,6 +31,8 @@ def _blocks(summary: Summary) -> Iterator[list[str]]:
         yield ["Nothing was new: no inference was executed and no model was loaded."]
     if summary.faulty_rows or summary.unusable:
         yield _failures(summary)
+    if summary.skipped:
+        yield [f"not read: {', '.join(map(str, summary.skipped))}"]
     if summary.audits:
         yield [f"audit {audit}" for audit in summary.audits]
     if summary.notes:
@@ -55,9 +60,17 @@ def _step(step: StepSummary) -> list[str]:
 def _failures(summary: Summary) -> list[str]:
     return [
         f"{summary.faulty_rows:,} rows failed, files left out: {len(summary.unusable):,}",
-        *(f"  {fault.reason}" for fault in summary.unusable),
+        *left_out(summary.unusable, "  "),
         f"  each row with its reason: {Folder(summary.output) / QUARANTINE}",
     ]
+
+
+def left_out(faults: Sequence[FileFault], before: str) -> Iterator[str]:
+    """A line for each file that is left out, of very many for the first alone."""
+    for fault in faults[:LEFT_OUT_SHOWN]:
+        yield f"{before}{fault.reason}"
+    if len(faults) > LEFT_OUT_SHOWN:
+        yield f"{before}and {len(faults) - LEFT_OUT_SHOWN:,} more"
 
 
 def _where_to_read(summary: Summary) -> list[str]:

@@ -33,40 +33,40 @@ def check_errors(plan: Plan, outputs: Sequence[OutputReceipt], max_error_rate: f
 
     Rows of unreadable files count as failed.
     """
-    # A limited run may have come to no readable file yet; a full one has none.
-    if plan.unusable and not plan.rows and plan.limit is None:
-        raise AuditError(f"no row, and {len(plan.unusable)} unreadable files.")
     out_of_reach = _rows_out_of_reach(plan)
     rows = plan.rows + out_of_reach
     failed = out_of_reach
     for output in outputs:
         failed += output.faulty_rows if output.unusable is None else output.fragment.rows
     reasons = _most_frequent(outputs, out_of_reach)
-    # Named alone, unless the job allows every row to fail.
-    if rows and failed == rows and max_error_rate < 1:
-        raise AuditError(f"all {rows} rows failed: {reasons}.")
-    if failed > max_error_rate * rows:
+    # Divided, since 0.29 times 100 is less than 29.
+    if rows and failed / rows > max_error_rate:
+        some = f"{failed} of {rows} rows failed ({failed / rows:.1%})"
         raise AuditError(
-            f"{failed} of {rows} rows failed ({failed / rows:.1%}), max_error_rate allows "
+            f"{f'all {rows} rows failed' if failed == rows else some}, max_error_rate allows "
             f"{max_error_rate:.1%}: {reasons}. "
             "Answers are kept: mend the input or raise max_error_rate, and run again."
         )
 
 
 def _rows_out_of_reach(plan: Plan) -> int:
-    """Rows of the files that cannot be read, estimated by their size since they have no footer.
+    """Rows of the files that cannot be used.
 
-    0 in a limited run, which might never have come to them.
+    A file whose footer was read has told its rows. Of others they are estimated: by the file's
+    size, or as the mean of the readable files where the size says nothing; at least one, so that
+    no file is lost for nothing. 0 where the limit was reached, perhaps before them.
     """
-    if plan.limit is not None:
+    if plan.limit is not None and plan.rows >= plan.limit:
         return 0
     # By source, since the stamp of each fragment has the size of the whole file.
     sizes = {fragment.source: fragment.stamp[0] for fragment in plan.fragments}
-    readable_bytes = sum(sizes.values())
-    if not readable_bytes:
-        return 0
-    lost_bytes = sum(fault.size_bytes for fault in plan.unusable)
-    return round(lost_bytes * plan.rows / readable_bytes)
+    rows_per_byte = plan.rows / max(1, sum(sizes.values()))
+    rows_per_file = plan.rows / max(1, len(sizes))
+    lost = 0
+    for fault in plan.unusable:
+        estimate = fault.size_bytes * rows_per_byte if fault.size_bytes else rows_per_file
+        lost += max(1, round(estimate)) if fault.rows is None else fault.rows
+    return lost
 
 
 def _most_frequent(outputs: Sequence[OutputReceipt], out_of_reach: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glmbatch.errors import InputError, UnusableFile
+from glmbatch.errors import InputError, UnusableFile, some_of
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.ledger.receipts import whole_digest
@@ -28,8 +28,9 @@ from glmbatch.settings.job import AnyStep, CanaryConfig, ClassifyStep, JobConfig
 from glmbatch.steps.classify import Choice
 from glmbatch.steps.generate import Writing
 from glmbatch.store.files import committed, real_path
+from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.modes import narrow
-from glmbatch.store.parquet import open_parquet, write_table
+from glmbatch.store.parquet import open_parquet, with_constants, write_table
 from glmbatch.store.values import prompt_values
 
 # How far a label's score may move by rounding alone: in bfloat16 other batches move it by
@@ -70,6 +71,9 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
                 f"{path}: was changed after it was published, so its answers cannot be trusted. "
                 "Run the job again."
             )
+        folders = folder_columns(published.output_name)
+        given = {name: folders[name] for name in folders if name not in table.column_names}
+        table = with_constants(table, given)
         # Spread over all files, since one day's rows may all be alike.
         tables.append(_spread(_without_faults(table, published.step_keys), rows_per_file))
     # Files of different days may have different columns.
@@ -146,7 +150,7 @@ def _frozen(file: str, columns: set[str]) -> pa.Table:
     missing = sorted(columns - set(table.column_names))
     if missing or not len(table):
         raise InputError(
-            f"{file}: has {len(table)} rows, and no column {missing}. "
+            f"{file}: has {len(table)} rows, and no column {some_of(missing)}. "
             "Freeze rows of this job again."
         )
     return table

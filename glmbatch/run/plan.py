@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from glmbatch.errors import InputError
 from glmbatch.ledger.delta import check_sources, is_table
-from glmbatch.ledger.fragments import Fragment, NeededColumn, Plan, SchemaNeeds, plan_fragments
+from glmbatch.ledger.fragments import Fragment, Plan, plan_fragments
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, mixture, staying
 from glmbatch.ledger.rowkeys import answers_key, output_key, step_key
@@ -44,6 +44,8 @@ from glmbatch.settings.job import (
 )
 from glmbatch.steps.classify import encode_labels
 from glmbatch.steps.prompt import longest_prompt, uses_chat
+from glmbatch.store.files import real_path
+from glmbatch.store.inputs.needs import NeededColumn, SchemaNeeds
 
 
 def check_job(job: JobConfig) -> None:
@@ -124,8 +126,10 @@ def _check_published(data: DataConfig, plan: Plan, manifest: Manifest) -> None:
             f"{data.output}: holds all rows; a run with data.limit would replace them. "
             "Set data.output to another folder."
         )
+    # Links may have been resolved in one of the names; before, they were in the manifest's.
+    before = {manifest.root, str(real_path(manifest.root))}
     # A manifest that was made again may not know it.
-    if manifest.root not in ("", plan.root):
+    if manifest.root and before.isdisjoint({plan.root, str(real_path(plan.root))}):
         raise InputError(
             f"{data.output}: holds the answers over {manifest.root}; this input is named from "
             f"{plan.root}. Set data.output to another folder."

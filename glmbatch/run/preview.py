@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import pyarrow as pa
 from pydantic import BaseModel
 
-from glmbatch.errors import UnusableFile
+from glmbatch.errors import UnusableFile, shown
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.known import KnownAnswers
 from glmbatch.ledger.ledger import Ledger
@@ -20,6 +20,7 @@ from glmbatch.ledger.manifest import Manifest, StepOrigin
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.ledger.rowkeys import answer_settings
 from glmbatch.report.counts import busy_seconds
+from glmbatch.report.text import left_out
 from glmbatch.run.answer import earlier_values, rows_of, source_values
 from glmbatch.run.canary import check_canary_file
 from glmbatch.run.models import describe_model, prepare_models
@@ -30,6 +31,7 @@ from glmbatch.run.work import Assignment, FragmentWork, Model, Question
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, JobConfig
 from glmbatch.steps.prompt import Prompt, RowFault
+from glmbatch.store.inputs.find import Skipped
 
 NEW = "new text"
 FAILED = "failed before"
@@ -74,6 +76,7 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
     passes: int
     steps: tuple[StepPreview, ...]
     seconds: float | None
+    skipped: tuple[Skipped, ...] = ()
 
 
 def preview(job: JobConfig) -> Preview:
@@ -91,7 +94,7 @@ def preview(job: JobConfig) -> Preview:
         except UnusableFile as error:
             place = fragment.fragment
             unusable.append(
-                FileFault(source=place.source, first_row=place.first_row, reason=str(error))
+                FileFault(source=place.source, first_row=place.first_row, reason=shown(error))
             )
     steps = counted.steps()
     return Preview(
@@ -103,6 +106,7 @@ def preview(job: JobConfig) -> Preview:
         passes=len(work.passes),
         steps=steps,
         seconds=_estimate(steps, ledger),
+        skipped=run.plan.skipped,
     )
 
 
@@ -270,8 +274,9 @@ def describe_plan(plan: Preview) -> str:
         lines.append(
             f"the models do not fit in memory together: {plan.passes} passes over all fragments"
         )
-    for fault in plan.unusable:
-        lines.append(f"left out: {fault.reason}")
+    lines += left_out(plan.unusable, "left out: ")
+    if plan.skipped:
+        lines.append(f"not read: {', '.join(map(str, plan.skipped))}")
     lines += ["", *_table(plan)]
     if any(step.waiting for step in plan.steps):
         lines += ["", "Tokens are not counted where a prompt waits for an earlier step's answer."]
@@ -281,7 +286,7 @@ def describe_plan(plan: Preview) -> str:
 
 
 def _table(plan: Preview) -> Iterator[str]:
-    width = len(max((step.source for step in plan.steps), key=len, default="file"))
+    width = len(max((shown(step.source) for step in plan.steps), key=len, default="file"))
 
     def line(source: str, step: str, numbers: Sequence[object], why: str) -> str:
         middle = "  ".join(f"{number:>9}" for number in numbers)
@@ -295,6 +300,6 @@ def _table(plan: Preview) -> Iterator[str]:
         numbers = step.model_dump(include=set(names))
         totals[step.step].update(numbers)
         why = ", ".join(f"{reason} {rows}" for reason, rows in step.reasons.items())
-        yield line(step.source, step.step, list(map(numbers.__getitem__, names)), why)
+        yield line(shown(step.source), step.step, list(map(numbers.__getitem__, names)), why)
     for name, total in totals.items():
         yield line("total", name, list(map(total.__getitem__, names)), "")

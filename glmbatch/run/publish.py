@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glmbatch.errors import AuditError, BadRow, GlmbatchError
+from glmbatch.errors import AuditError, BadRow, GlmbatchError, shown
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, Staying, StepOrigin, mixture, next_manifest, staying
 from glmbatch.ledger.publication import publish as make_public
 from glmbatch.ledger.quarantine import mended_quarantine, write_refused
-from glmbatch.ledger.receipts import DIGEST_CHARS, AnswersReceipt, OutputReceipt
+from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.ledger.rowkeys import answer_settings
 from glmbatch.report.counts import Audit
 from glmbatch.report.log import log_audits, log_end
@@ -32,6 +32,7 @@ from glmbatch.run.models import model_notes
 from glmbatch.run.session import session_of
 from glmbatch.run.work import Question, Run, now
 from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
+from glmbatch.store.files import DIGEST_CHARS
 
 # Lines in a list for people, of a run in which perhaps every row failed.
 MOST_REFUSED = 100_000
@@ -183,7 +184,9 @@ def _collect(run: Run, outputs: Sequence[OutputReceipt], *, drop_missing: bool) 
             continue
         fragment = output.fragment
         unusable.append(
-            FileFault(source=fragment.source, first_row=fragment.first_row, reason=output.unusable)
+            FileFault(
+                source=fragment.source, first_row=fragment.first_row, reason=shown(output.unusable)
+            )
         )
     before = ledger.manifest()
     # A killed publication of this very run, tried again, has itself before it.
@@ -264,6 +267,7 @@ def _summarize(
         audits=(),
         seconds=max(0.0, now() - run.context.began),
         notes=model_notes([question.model for question in questions]),
+        skipped=run.plan.skipped,
     )
 
 

@@ -21,9 +21,7 @@ import pyarrow.compute as pc
 
 from glmbatch.cli.display import showing_bar
 from glmbatch.errors import AuditError, GlmbatchError, InputError, TransientError
-from glmbatch.ledger.fragments import SchemaNeeds, check_schema
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.receipts import DIGEST_CHARS
 from glmbatch.report.summary import Summary
 from glmbatch.run.job import run_job
 from glmbatch.run.models import prepare_models
@@ -32,9 +30,10 @@ from glmbatch.run.work import PromptInputs
 from glmbatch.settings.job import JobConfig, answer_columns
 from glmbatch.settings.jobfile import load_job, parse_settings
 from glmbatch.store.errors import one_line
-from glmbatch.store.files import commit, digest_file, partial_beside
+from glmbatch.store.files import DIGEST_CHARS, commit, digest_file, partial_beside
 from glmbatch.store.folder import Folder
 from glmbatch.store.frames import WHERE, Frame, as_frame
+from glmbatch.store.inputs.needs import SchemaNeeds, check_schema
 from glmbatch.store.parquet import READ_BATCH_ROWS, read_columns, write_table
 from glmbatch.store.paths import AnyPath
 

@@ -81,6 +81,11 @@ class DataConfig(Settings):
         description="What becomes of published rows whose file is gone. keep: for a landing folder "
         "that is emptied; drop: for full snapshots that are split or written under other names.",
     )
+    follow_links: bool = Field(
+        False,
+        description="Read files and folders of the input that are links out of it, as in a Hugging "
+        "Face cache. Who may write there can have any file of this machine read.",
+    )
     limit: int | None = Field(
         None, ge=1, description="Process only the first so many rows, for a trial; empty: all."
     )

@@ -1,4 +1,4 @@
-"""Files by name, on this machine or in a store: finding inputs, committing outputs, digests.
+"""Files by name, on this machine or in a store: committing outputs, digests.
 
 Knows nothing of what is in a file.
 """
@@ -11,33 +11,19 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from glmbatch.errors import InputError, StoreRefused, TransientError
+from glmbatch.errors import GlmbatchError, InputError, StoreRefused, TransientError
 from glmbatch.store.errors import UNWRITABLE, store_errors
-from glmbatch.store.paths import GLOB_MARKS, Address, AnyPath, ObjectPath, location
+from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 
 PARTIAL = ".partial"
 # Something else stands where a file or a folder is to be.
 BLOCKED = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY})
-
-
-def find_files(pattern: str) -> tuple[AnyPath, list[str]]:
-    """The folder that the matching files are named from, and their sorted POSIX paths below it.
-
-    A folder stands for every `.parquet` file below it. Names that start with a dot or an underscore
-    are skipped, as Arrow, Spark and DuckDB skip them, and links to folders are not followed. Files
-    are named from above the partition folders (`day=1`), so a run over one day names them as a run
-    over all days does. InputError when nothing matches.
-    """
-    with naming("data.input"):
-        root, names = _find(location(pattern), pattern)
-    # From above the partition folders: a run over one day names files as one over all days does.
-    while "=" in root.name:
-        names = [f"{root.name}/{name}" for name in names]
-        root = root.parent
-    return root, sorted(set(names))
+MAGIC = b"PAR1"  # of every Parquet file that is not encrypted
+DIGEST_CHARS = 32  # of a digest's 64, in a file's name
+KEY_BYTES = 1024  # of an object's key, in every store
 
 
 @contextmanager
@@ -47,88 +33,6 @@ def naming(setting: str) -> Iterator[None]:
         yield
     except StoreRefused as error:
         raise StoreRefused(f"{error} Or set {setting}.") from error
-
-
-def _find(whole: AnyPath, pattern: str) -> tuple[AnyPath, list[str]]:
-    root: AnyPath
-    if whole.is_file():
-        return whole.parent, [whole.name]
-    if whole.is_dir():
-        root, names = whole, _parquet_below(whole, whole)
-    elif GLOB_MARKS & set(pattern):
-        root, names = _matches(whole)
-    else:
-        origin = f" (from {Path.cwd()})" if isinstance(whole, Path) else ""
-        raise InputError(f"{pattern}: no such file or folder{origin}. Set data.input.")
-    if not names:
-        raise InputError(
-            f"{pattern}: no Parquet file matches (hidden and _underscore names are skipped). Set "
-            "data.input."
-        )
-    return root, names
-
-
-def _matches(pattern: AnyPath) -> tuple[AnyPath, list[str]]:
-    fixed = len(_leading_plain_parts(pattern))
-    root = type(pattern)(*pattern.parts[:fixed]) if fixed else Path()
-    if not root.is_dir():
-        raise InputError(f"{pattern}: there is no folder {root}. Set data.input.")
-    rest = "/".join(pattern.parts[fixed:])
-    if isinstance(root, ObjectPath):
-        return root, _objects_matching(root, rest)
-    names: list[str] = []
-    try:
-        matches = list(root.glob(rest))
-    except ValueError as error:
-        raise InputError(f"{pattern}: {error}. Set data.input.") from error
-    for match in matches:
-        if match.is_dir():
-            names += _parquet_below(root, match)
-        elif not _is_hidden(match.relative_to(root)):
-            names.append(match.relative_to(root).as_posix())
-    return root, names
-
-
-def _objects_matching(root: ObjectPath, pattern: str) -> list[str]:
-    """Objects that `pattern` names, and those with a Parquet name below a folder that it names."""
-    # A pattern that ends in ** names folders alone, as pathlib has it.
-    paths = [] if pattern.endswith("**") else list(root.glob(pattern))
-    paths += root.glob(f"{pattern}/**/*.parquet")
-    names = [path.relative_to(root) for path in paths]
-    return [str(name) for name in names if not _is_hidden(name)]
-
-
-def _leading_plain_parts(pattern: PurePath) -> list[str]:
-    plain: list[str] = []
-    for part in pattern.parts:
-        if GLOB_MARKS & set(part):
-            break
-        plain.append(part)
-    return plain
-
-
-def _parquet_below(root: AnyPath, folder: AnyPath) -> list[str]:
-    names: list[str] = []
-    if isinstance(folder, ObjectPath):
-        names += [str(path.relative_to(root)) for path in folder.rglob("*.parquet")]
-    else:
-        for parent, folders, files in os.walk(folder, onerror=_refuse_folder):
-            # In place, which keeps os.walk out of hidden folders.
-            folders[:] = [name for name in folders if name[0] not in "._"]
-            for name in files:
-                if name.endswith(".parquet"):
-                    names.append((Path(parent) / name).relative_to(root).as_posix())
-    return [name for name in names if not _is_hidden(Path(name))]
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise InputError(
-        f"{error.filename}: the folder cannot be read: {error.strerror}. Set data.input."
-    ) from error
-
-
-def _is_hidden(path: PurePath) -> bool:
-    return any(part[0] in "._" for part in path.parts)
 
 
 def exists(address: Address) -> bool:
@@ -148,6 +52,50 @@ def real_path(address: Address) -> AnyPath:
     # Unlike Path.resolve, realpath raises nothing where links go in a circle: opening the file
     # does.
     return Path(os.path.realpath(path)) if isinstance(path, Path) else path
+
+
+def telling_size(path: AnyPath) -> int:
+    """The bytes of a file that cannot be used, if they say something of its rows; else 0.
+
+    The bytes of a pointer to a large file, of an error page, or of blocks that were never written
+    say nothing; those of a Parquet file that was cut off do.
+    """
+    try:
+        if not path.is_file() or path.stat().st_size <= len(MAGIC):
+            return 0
+        with path.open("rb") as file:
+            return path.stat().st_size if file.read(len(MAGIC)) == MAGIC else 0
+    except (OSError, GlmbatchError):  # gone by now, or out of reach
+        return 0
+
+
+def whole_name(folder: AnyPath) -> str:
+    """The name of `folder` from the top, by the links that its user named it by.
+
+    So a link that leads to another folder each night keeps its name.
+    """
+    if not isinstance(folder, Path):
+        return str(folder)
+    # Behind a link `..` is another folder than the one before it in the name.
+    return str(folder.resolve()) if ".." in folder.parts else os.path.abspath(folder)
+
+
+def too_long(folder: Address, name: str) -> str | None:
+    """Why no file `name` below `folder` can be for its length, in bytes; None when it can."""
+    path = location(folder) / name
+    if not isinstance(path, Path):
+        size, most = len(str(path).split("/", 3)[-1].encode()), KEY_BYTES
+        return f"would have {size} bytes, {most} are allowed" if size > most else None
+    place = Path(os.path.abspath(folder))
+    while not place.is_dir() and place != place.parent:
+        place = place.parent
+    sizes = [len(os.fsencode(part)) for part in Path(name).parts]
+    if max(sizes) > (most := os.pathconf(place, "PC_NAME_MAX")):
+        return f"would have {max(sizes)} bytes, {most} are allowed here"
+    whole = len(os.fsencode(os.path.abspath(path)))
+    if whole >= (most := os.pathconf(place, "PC_PATH_MAX")):
+        return f"would have {whole} bytes with its folders, {most - 1} are allowed here"
+    return None
 
 
 def whole_address(address: str) -> str:

@@ -6,16 +6,24 @@ instead of 2.5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from glmbatch.errors import MACHINE_ERRNOS, InputError, StoreRefused, TransientError, UnusableFile
+from glmbatch.errors import (
+    MACHINE_ERRNOS,
+    InputError,
+    StoreRefused,
+    TransientError,
+    UnusableFile,
+    shown,
+    some_of,
+)
 from glmbatch.store.errors import (
     CHANGED_STATUS,
     one_line,
@@ -26,6 +34,7 @@ from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 from glmbatch.store.types import is_int96, leaves
 from glmbatch.store.values import is_plain, is_text
 
+Rows = TypeVar("Rows", pa.RecordBatch, pa.Table)
 READ_BATCH_ROWS = 10_000  # also the rows of a row group that is written
 # Bytes of a batch in memory, and of a row group that is written: columns that nobody asks about may
 # hold pictures.
@@ -76,8 +85,9 @@ def open_parquet(address: Address, int96: TimeUnit = "us") -> Iterator[pq.Parque
     1677 to 2262 alone, and what lies outside would read as another time.
     """
     path = location(address)
-    if isinstance(path, Path) and path.is_dir():
-        raise UnusableFile(f"{path}: is a folder where a Parquet file is expected.")
+    if isinstance(path, Path) and path.exists() and not path.is_file():  # a pipe would never end
+        kind = "folder" if path.is_dir() else "pipe or device"
+        raise UnusableFile(f"{shown(path)}: is a {kind} where a Parquet file is expected.")
     with readable(path), ExitStack() as opened:
         source = opened.enter_context(path.open_ranges()) if isinstance(path, ObjectPath) else path
         small = isinstance(path, ObjectPath) and getattr(source, "size", 0) <= SMALL_BYTES
@@ -221,14 +231,31 @@ def _children(array: pa.Array) -> list[pa.Array]:
     return [array.flatten()] if pa.types.is_nested(array.type) else []
 
 
-def read_columns(path: Address, names: Sequence[str]) -> pa.Table:
-    """The named columns of a whole file, in that order; UnusableFile when one is not there."""
+def read_columns(
+    path: Address, names: Sequence[str], constants: Mapping[str, str | None] | None = None
+) -> pa.Table:
+    """The named columns of a whole file, in that order; UnusableFile when one is not there.
+
+    A column that the file lacks has its value of `constants` in all rows.
+    """
+    constants = constants or {}
     with open_parquet(path) as file:
         missing = sorted(set(names) - set(file.schema_arrow.names))
-        if missing:
-            raise UnusableFile(f"{path}: has no column {missing[0]!r}")
+        unknown = [name for name in missing if name not in constants]
+        if unknown:
+            raise UnusableFile(f"{path}: has no column {unknown[0]!r}")
         # Selected again, since Parquet gives columns in its own order.
-        return file.read(columns=list(names)).select(list(names))
+        table = file.read(columns=[name for name in names if name not in missing])
+        return with_constants(table, {name: constants[name] for name in missing}).select(
+            list(names)
+        )
+
+
+def with_constants(rows: Rows, constants: Mapping[str, str | None]) -> Rows:
+    """`rows` with a column of text for each of `constants`, the same in all rows."""
+    for name, value in constants.items():
+        rows = rows.append_column(name, pa.repeat(pa.scalar(value, pa.string()), rows.num_rows))
+    return rows
 
 
 def write_table(
@@ -289,13 +316,24 @@ def footer_metadata(path: AnyPath, key: str) -> str | None:
         return None if value is None else value.decode()
 
 
-def check_column(where: str, schema: pa.Schema, name: str, setting: str, *, text: bool) -> None:
-    """InputError unless `schema` has one column `name` that reads as text (is text, if `text`)."""
+def check_column(  # noqa: PLR0913 - what is asked of the column, and how a message names it
+    where: str,
+    schema: pa.Schema,
+    name: str,
+    setting: str,
+    *,
+    text: bool,
+    folders: Sequence[str] = (),
+) -> None:
+    """InputError unless `schema` has one column `name` that reads as text (is text, if `text`).
+
+    `folders` are columns beside it that folders give, for the message.
+    """
     if schema.names.count(name) != 1:
         problem = (
             f"two columns {name!r}"
             if name in schema.names
-            else f"no column {name!r}; it has {schema.names}"
+            else f"no column {name!r}; it has {some_of([*schema.names, *folders], name)}"
         )
         raise InputError(f"{where}: {problem}. Set {setting}.")
     kind = schema.field(name).type

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias, TypeVar, cast
 
-from glmbatch.errors import InputError, StoreRefused, TransientError
+from glmbatch.errors import InputError, StoreRefused, TransientError, shown
 from glmbatch.settings.addresses import has_credentials, misspelt
 from glmbatch.store.errors import EXISTS_STATUS, NOT_IMPLEMENTED, status_of, store_errors
 
@@ -40,6 +40,10 @@ def location(address: Address) -> AnyPath:
     """
     if isinstance(address, Path | ObjectPath):
         return address
+    try:
+        address.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{shown(address)}: the name is not UTF-8. Rename it.") from error
     if has_credentials(str(address)):
         raise InputError(
             "an address of an object store holds credentials. Set them in the environment instead."
@@ -54,7 +58,21 @@ def location(address: Address) -> AnyPath:
             f"{address}: is no address of an object store; write s3://bucket/name (or gs://, "
             "az://)."
         )
+    # To a store these are names of other objects, which no path on this machine could keep apart.
+    if part := odd_part(rest.removesuffix("/")):
+        raise InputError(
+            f"{shown(address)}: has {part}, so it names other objects than the address without it. "
+            "Leave it out, or rename the objects."
+        )
     return ObjectPath(str(address))
+
+
+def odd_part(key: str) -> str | None:
+    """What stands between the slashes of `key` that is no name of a file; None when all are."""
+    for part in key.split("/"):
+        if part in ("", ".", ".."):
+            return f"a part {part!r}" if part else "an empty part between slashes"
+    return None
 
 
 def is_remote(address: str) -> bool:
@@ -208,15 +226,24 @@ class ObjectPath(PurePosixPath):
     def listed(self, prefix: str = "") -> dict[ObjectPath, dict[str, Any]]:
         """All objects below it whose names begin with `prefix`, in order, with the store's facts.
 
-        Not the empty ones with a slash at the end, by which some tools mark a folder.
+        Not those whose keys a path cannot hold as they are, such as a/ or a//b: it would be the
+        path of another object.
         """
+        scheme = self.parts[0]
+        files = sorted(self._infos(prefix).items())
+        return {ObjectPath(f"{scheme}//{name}"): info for name, info in files if not odd_part(name)}
+
+    def keys(self, prefix: str = "") -> dict[str, int]:
+        """The keys of all objects below it as they are, without its own, and their sizes."""
+        base = len(str(self).partition("://")[2]) + 1
+        infos = sorted(self._infos(prefix).items())
+        return {name[base:]: int(info["size"] or 0) for name, info in infos if name[base:]}
+
+    def _infos(self, prefix: str) -> dict[str, dict[str, Any]]:
         try:
-            infos = self._call("find", prefix=prefix, detail=True)
+            return cast(dict[str, dict[str, Any]], self._call("find", prefix=prefix, detail=True))
         except FileNotFoundError:  # there is no such bucket
             return {}
-        scheme = self.parts[0]
-        files = sorted((name, info) for name, info in infos.items() if not name.endswith("/"))
-        return {ObjectPath(f"{scheme}//{name}"): info for name, info in files}
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
         """Objects that `pattern` names; `**` stands for any folders. Lists by its fixed prefix."""

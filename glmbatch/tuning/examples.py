@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
-from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glmbatch.errors import InputError
+from glmbatch.errors import InputError, some_of
 from glmbatch.settings.tuning import LabelledData
-from glmbatch.store.files import digest_file, find_files
+from glmbatch.store.files import digest_file
+from glmbatch.store.inputs.find import find_files
+from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import open_parquet, read_rows
 from glmbatch.store.paths import AnyPath
 from glmbatch.store.values import is_text, prompt_values
+
+logger = logging.getLogger(__name__)
 
 Part = Literal["train", "valid", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -54,7 +58,12 @@ class Rows(NamedTuple):
 
 def read_examples(data: LabelledData) -> Rows:
     """Read every row that has a text and a label. InputError when there is none."""
-    root, names = find_files(data.input)
+    found = find_files(data.input)
+    for reason in found.refused.values():
+        raise InputError(reason)
+    if found.skipped:
+        logger.warning("%s: not read: %s", data.input, ", ".join(map(str, found.skipped)))
+    root, names = found.root, found.names
     files: dict[str, str] = {}
     examples: list[Example] = []
     given: dict[str, Part] = {}
@@ -147,7 +156,9 @@ def _read_rows(where: AnyPath, data: LabelledData) -> Iterator[tuple[Value, ...]
         schema = file.schema_arrow
         groups = list(range(file.metadata.num_row_groups))
         rows = file.metadata.num_rows
-    folders = _folder_columns(where, schema)
+    given = folder_columns(str(where))
+    # As Spark and Arrow read partition folders.
+    folders = {name: given[name] for name in given if name not in schema.names}
     names = _column_names(data)
     for setting, name in names.items():
         if name not in folders:
@@ -165,16 +176,6 @@ def _read_rows(where: AnyPath, data: LabelledData) -> Iterator[tuple[Value, ...]
     return zip(*(columns[name] for name in names.values()), strict=True)
 
 
-def _folder_columns(where: AnyPath, schema: pa.Schema) -> dict[str, Value]:
-    """Columns from folder names such as `day=1`, except those that the file has itself."""
-    folders: dict[str, Value] = {}
-    for folder in where.parts[:-1]:
-        name, mark, value = folder.partition("=")
-        if mark and name not in schema.names:  # as Spark and Arrow read partition folders
-            folders[name] = unquote(value)
-    return folders
-
-
 def _check_column(
     where: AnyPath, schema: pa.Schema, folders: Mapping[str, Any], column: tuple[str, str]
 ) -> None:
@@ -182,7 +183,8 @@ def _check_column(
     setting, name = column
     if schema.names.count(name) != 1:
         raise InputError(
-            f"{where}: no column {name!r}; it has {[*schema.names, *folders]}. Set data.{setting}."
+            f"{where}: no column {name!r}; it has {some_of([*schema.names, *folders], name)}. "
+            f"Set data.{setting}."
         )
     kind = schema.field(name).type
     if setting != "label_column":

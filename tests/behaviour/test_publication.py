@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,11 @@ def test_under_null_a_bad_row_only_keeps_its_reason(
 
 
 @pytest.mark.parametrize(
-    ("bad", "rate", "message"), [(3, 0.2, r"3 of 10 rows failed \(30\.0%\)"), (10, 0.9, "all 10")]
+    ("bad", "rate", "message"),
+    [
+        (3, 0.2, r"3 of 10 rows failed \(30\.0%\)"),
+        (10, 0.99, "all 10 rows failed, max_error_rate allows 99"),
+    ],
 )
 def test_too_many_failed_rows_leave_the_output_as_it_was(
     write_source: Write, job_settings: Settings, bad: int, rate: float, message: str, out: Path
@@ -122,8 +128,81 @@ def test_no_row_and_broken_files_are_no_success(
 ) -> None:
     write_source("empty.parquet", {"text": pa.array([], pa.string())})
     (tmp_path / "in" / "broken.parquet").write_bytes(b"broken")
-    with pytest.raises(AuditError, match="no row, and 1 unreadable files"):
-        run(job_settings(on_error="null", max_error_rate=1.0))
+    with pytest.raises(AuditError, match=r"all 1 rows failed, max_error_rate .* unreadable"):
+        run(job_settings(on_error="null", max_error_rate=0.99))
+
+
+@pytest.mark.parametrize("texts", [[""], [None], ["", None, " "]])
+def test_where_all_rows_may_fail_they_are_published(
+    write_source: Write, job_settings: Settings, out: Path, texts: list[str | None]
+) -> None:
+    write_source("a.parquet", {"text": pa.array(texts, pa.string())})
+    with pytest.raises(AuditError, match=r"max_error_rate allows 10\.0%"):
+        run(job_settings())
+    assert run(job_settings(max_error_rate=1.0)).faulty_rows == len(texts)
+    assert all(row["mood_error"] for row in rows_of(out))
+
+
+def place_nothing(path: Path) -> None:
+    path.touch()
+
+
+def place_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def place_pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\nsize 12345\n")
+
+
+def place_unwritten_blocks(path: Path) -> None:
+    path.write_bytes(bytes(50))
+
+
+def place_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [place_nothing, place_dangling_link, place_pointer, place_unwritten_blocks, place_pipe],
+)
+def test_a_size_that_says_nothing_counts_as_the_mean(
+    write_source: Write, job_settings: Settings, tmp_path: Path, place: Callable[[Path], None]
+) -> None:
+    for name in ("a", "b"):
+        write_source(f"{name}.parquet", {"text": [f"text {name}"] * 4})
+    for number in range(3):
+        place(tmp_path / "in" / f"z{number}.parquet")
+    with pytest.raises(AuditError, match=r"12 of 20 rows failed \(60\.0%\)"):
+        run(job_settings(max_error_rate=0.59))
+    assert run(job_settings(max_error_rate=0.6)).rows == 8
+    # Few rows that come before the end of the limit are a trial.
+    assert run(job_settings(data__limit=2, data__output=str(tmp_path / "trial"))).rows == 2
+    with pytest.raises(AuditError, match="12 of 20 rows failed"):
+        run(job_settings(data__limit=9, data__output=str(tmp_path / "trial")))
+
+
+def test_no_unreadable_file_is_lost_for_nothing(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    write_source("empty.parquet", {"text": pa.array([], pa.string())})
+    write_source("a.parquet", {"text": ["x"]})
+    write_source("b.parquet", {"text": pa.array([], pa.string())})
+    (tmp_path / "in" / "z.parquet").touch()
+    with pytest.raises(AuditError, match="1 of 2 rows failed"):
+        run(job_settings(max_error_rate=0.0))
+
+
+def test_a_file_that_does_not_fit_counts_by_its_own_rows(
+    write_source: Write, job_settings: Settings
+) -> None:
+    write_source("a.parquet", {"text": ["a much longer text than the others have"] * 71})
+    write_source("b.parquet", {"body": [1] * 29})
+    with pytest.raises(AuditError, match="29 of 100 rows failed"):
+        run(job_settings(max_error_rate=0.28))
+    # 0.29 times 100 is less than 29.
+    assert run(job_settings(max_error_rate=0.29)).rows == 71
 
 
 def test_refused_answers_are_never_published_later(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.fragments import Plan, cut, read_fragment
 from glmbatch.run.plan import plan_run
 from glmbatch.settings.job import JobConfig
-from tests.support import Settings, Write
+from glmbatch.store.files import too_long
+from tests.stores import Store
+from tests.support import CLASSIFY, Settings, Write, run
 
 
 def planned(settings: dict[str, Any]) -> Plan:
@@ -205,3 +208,124 @@ def test_an_output_that_is_a_file_is_refused(
         InputError, match=r"is a file where a folder is expected\. Set data\.output\."
     ):
         planned(job_settings())
+
+
+CHINESE = "中" * 79
+TOO_LONG = [f"{CHINESE}.parquet", f"{'x' * 245}.parquet", f"{'é' * 119}abc.parquet"]
+
+
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_a_name_that_is_too_long_for_an_output_is_told_at_once(
+    write_source: Write, job_settings: Settings, name: str
+) -> None:
+    write_source("a.parquet", {"text": ["x"]})
+    write_source(name, {"text": ["x"]})
+    (fault,) = planned(job_settings()).unusable
+    assert re.search(r"output's name would have 2\d\d bytes, 255 .*Rename the file", fault.reason)
+    assert fault.rows == 1
+
+
+def test_a_name_that_just_fits_is_read(write_source: Write, job_settings: Settings) -> None:
+    write_source(f"{'x' * 236}.parquet", {"text": ["x"]})
+    assert not planned(job_settings()).unusable
+    with pytest.raises(InputError, match="would have 288 bytes"):  # a digest stands in the name
+        planned(job_settings(data__format="delta"))
+
+
+def test_a_path_or_a_key_may_be_too_long(tmp_path: Path) -> None:
+    deep = "/".join(["d" * 200] * 20)
+    assert "with its folders" in (too_long(tmp_path, f"{deep}/a.parquet") or "")
+    assert "1024 are allowed" in (too_long("s3://bucket/out", f"{'d' * 1021}") or "")
+    assert too_long("s3://bucket/out", f"{'d' * 1020}") is None
+
+
+def test_a_root_is_named_as_its_user_names_it(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    for version in ("v1", "v2"):
+        write_source(f"{version}/a.parquet", {"text": ["x"]})
+    link = tmp_path / "in" / "current"
+    settings = job_settings(data__input=str(link), steps=[CLASSIFY])
+    link.symlink_to("v1")
+    assert run(settings).computed == 1
+    link.unlink()
+    link.symlink_to("v2")
+    assert planned(settings).root == str(link)
+    summary = run(settings)
+    assert (summary.computed, summary.kept_sources) == (0, 0)
+    # The folder that the link leads to is the same root, as it was for earlier manifests.
+    assert run(job_settings(data__input=str(link.resolve()), steps=[CLASSIFY])).computed == 0
+    assert run(settings).computed == 0
+    # Behind a link `..` is another folder.
+    (tmp_path / "link").symlink_to(tmp_path / "in" / "v1")
+    above = planned(job_settings(data__input=f"{tmp_path}/link/../v2", data__output="o"))
+    assert above.root == str(tmp_path / "in" / "v2")
+
+
+REACHED = [
+    ("in/*", "in/out"),
+    ("in/*", "in/day=1/out"),
+    ("in/day=*", "in/day=1/out"),
+    ("in/*/*.parquet", "in"),
+    ("in/**", "in/out"),
+    ("in/**/*.parquet", "in/x/y"),
+    ("in", "in/out"),
+    ("in/day=1", "."),
+    ("in/day=1/a.parquet", "in/day=1"),
+    ("in/[do]*", "in/out"),
+]
+BESIDE = [
+    ("in/*/*.parquet", "in/out"),
+    ("in/day=*", "in/out"),
+    ("in/day=?/*", "in/out"),
+    ("in/*/a.parquet", "out"),
+]
+
+
+@pytest.mark.parametrize("in_store", [False, True])
+def test_an_output_within_reach_of_its_input_is_refused(
+    write_source: Write, job_settings: Settings, tmp_path: Path, store: Store, in_store: bool
+) -> None:
+    table = pa.table({"text": ["x"]})
+    write_source("day=1/a.parquet", table)
+    store.put("in/day=1/a.parquet", table)
+
+    def settings(places: tuple[str, str]) -> dict[str, Any]:
+        pattern, output = places
+        if in_store:
+            pattern, output = store.url(pattern), store.url(output).removesuffix("/.")
+        else:
+            pattern, output = f"{tmp_path}/{pattern}", f"{tmp_path}/{output}"
+        return job_settings(data__input=pattern, data__output=output)
+
+    for places in REACHED:
+        with pytest.raises(InputError, match=r"lies inside the input|holds the input file"):
+            planned(settings(places))
+    for places in BESIDE:
+        assert planned(settings(places)).rows == 1
+
+
+def test_links_out_of_the_input_are_read_where_they_are_trusted(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    blob = write_source("blobs/5f3a", {"text": ["x"]})
+    snapshot = tmp_path / "snapshots"
+    snapshot.mkdir()
+    (snapshot / "a.parquet").symlink_to(blob)
+    settings = job_settings(data__input=str(snapshot))
+    with pytest.raises(InputError, match=r"leads out of the input.*data\.follow_links if"):
+        planned(settings)
+    settings["data"]["follow_links"] = True
+    assert planned(settings).rows == 1
+
+
+@pytest.mark.parametrize("name", ["a\nb.parquet", "a\x1b[31m.parquet", "a\u202eb.parquet"])
+def test_odd_characters_of_a_name_break_no_line(
+    write_source: Write, job_settings: Settings, name: str
+) -> None:
+    write_source(name, {"body": ["x"]})
+    write_source(f"x{name}", {"text": ["x"]})
+    (fault,) = planned(job_settings()).unusable
+    assert fault.source == name
+    assert fault.reason.isprintable()
+    assert name.encode("unicode_escape").decode() in fault.reason

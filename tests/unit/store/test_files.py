@@ -1,4 +1,4 @@
-"""Finding files by folder, glob and name; committing by one rename."""
+"""Committing by one rename; digests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glmbatch.errors import InputError, TransientError
-from glmbatch.store.files import committed, digest_file, find_files
+from glmbatch.store.files import committed, digest_file
 
 
 def touch(root: Path, *names: str) -> None:
@@ -16,46 +16,6 @@ def touch(root: Path, *names: str) -> None:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
-
-
-def test_a_folder_stands_for_all_parquet_files_below_it(tmp_path: Path) -> None:
-    touch(tmp_path, "day=2/a.parquet", "day=1/b.parquet", "top.parquet", "notes.txt")
-    assert find_files(str(tmp_path)) == (
-        tmp_path,
-        ["day=1/b.parquet", "day=2/a.parquet", "top.parquet"],
-    )
-
-
-def test_hidden_and_underscore_names_are_skipped_at_every_depth(tmp_path: Path) -> None:
-    touch(
-        tmp_path, "a.parquet", ".b.parquet", "_c.parquet", "_temporary/d.parquet", ".git/e.parquet"
-    )
-    assert find_files(str(tmp_path))[1] == ["a.parquet"]
-    assert find_files(str(tmp_path / "**" / "*.parquet"))[1] == ["a.parquet"]
-
-
-def test_a_glob_matches_below_its_first_plain_folder(tmp_path: Path) -> None:
-    touch(
-        tmp_path,
-        "in/day=1/a.parquet",
-        "in/day=2/a.parquet",
-        "in/day=2/deep/b.parquet",
-        "other/c.parquet",
-    )
-    root, names = find_files(str(tmp_path / "in" / "day=[2-9]*"))
-    assert (root, names) == (tmp_path / "in", ["day=2/a.parquet", "day=2/deep/b.parquet"])
-
-
-def test_one_file_is_found_by_its_name(tmp_path: Path) -> None:
-    touch(tmp_path, "a.parquet")
-    assert find_files(str(tmp_path / "a.parquet")) == (tmp_path, ["a.parquet"])
-
-
-@pytest.mark.parametrize("pattern", ["missing", "missing/*.parquet", "empty", "empty/*.parquet"])
-def test_nothing_found_says_which_setting_to_change(tmp_path: Path, pattern: str) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"Set data\.input\.$"):
-        find_files(str(tmp_path / pattern))
 
 
 def test_a_committed_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:

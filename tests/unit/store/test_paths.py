@@ -19,7 +19,8 @@ from glmbatch.errors import InputError, TransientError, UnusableFile
 from glmbatch.ledger.fragments import read_fragment
 from glmbatch.run.plan import plan_run
 from glmbatch.settings.job import DataConfig, JobConfig
-from glmbatch.store.files import committed, digest_file, find_files
+from glmbatch.store.files import committed, digest_file
+from glmbatch.store.inputs.find import find_files
 from glmbatch.store.paths import ObjectPath, location, side_by_side
 from tests.stores import Request, Store
 from tests.support import ROOT, Settings
@@ -60,10 +61,12 @@ def test_patterns_find_in_a_store_what_they_find_on_a_disk(store: Store, tmp_pat
     store.mark("in")
     store.mark("in/day=1")
     for pattern in PATTERNS:
-        here, names = find_files(str(tmp_path / pattern))
-        root, found = find_files(store.url(pattern))
-        assert found == names, pattern
-        assert str(root) == store.url(str(here.relative_to(tmp_path))).removesuffix("/."), pattern
+        here = find_files(str(tmp_path / pattern))
+        there = find_files(store.url(pattern))
+        assert there.names == here.names, pattern
+        assert there.skipped == here.skipped, pattern
+        root = str(here.root.relative_to(tmp_path))
+        assert str(there.root) == store.url(root).removesuffix("/."), pattern
 
 
 def test_what_is_not_there_names_the_setting(store: Store) -> None:
@@ -105,7 +108,7 @@ def test_a_folder_named_like_a_pattern_is_removed_alone(store: Store) -> None:
 def test_without_the_package_one_line_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['s3fs'] = None\n"
-        "from glmbatch.store.files import find_files\n"
+        "from glmbatch.store.inputs.find import find_files\n"
         "try: find_files('s3://bucket/in')\n"
         "except Exception as error: print(f'{type(error).__name__}: {error}')"
     )

@@ -1,0 +1,335 @@
+"""Which files an input names, and what of it is not read, by reason. Opens none of them.
+
+A folder stands for all files below it that end in `.parquet`, a glob for what it matches.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path, PurePath
+
+from glmbatch.errors import MACHINE_ERRNOS, InputError, TransientError, shown
+from glmbatch.store.files import naming, real_path
+from glmbatch.store.folder import Folder
+from glmbatch.store.inputs.tables import (
+    MARKS,
+    first_table,
+    refuse_table,
+    refuse_tables_above,
+    table_of,
+)
+from glmbatch.store.paths import GLOB_MARKS, AnyPath, odd_part
+
+SETTING = "data.input"
+# Why a name is not read, as the end of "3 ...".
+OTHER_ENDING = "of another ending than .parquet"
+HIDDEN = "with a name that begins with . or _"
+LINKED_FOLDER = "behind a link to a folder"
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """How many names of an input are not read for one reason, and the first of them."""
+
+    reason: str
+    count: int
+    first: str
+
+    def __str__(self) -> str:
+        return f"{self.count:,} {self.reason} (such as {self.first})"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The files that an input names, as sorted POSIX paths below the folder `root`.
+
+    `refused` are files that cannot be read under their names, with the reason.
+    """
+
+    root: AnyPath
+    names: list[str]
+    refused: dict[str, str]
+    skipped: list[Skipped]
+
+
+def find_files(pattern: str, *, follow_links: bool = False) -> Found:
+    """The files that `pattern` names: a file, a folder, or a glob.
+
+    A folder stands for every `.parquet` file below it. Names that start with a dot or an underscore
+    are skipped, as Arrow, Spark and DuckDB skip them, but for `_x=1`, which is a partition. Links
+    to folders are followed with `follow_links` alone. Files are named from above the partition
+    folders (`day=1`), so a run over one day names them as a run over all days does. InputError when
+    nothing matches, or where the files are those of a table of another format.
+    """
+    with naming(SETTING):
+        whole = Folder(pattern).path
+        listing = _list(whole, pattern, follow_links)
+        # What lies in a folder that was listed whole was seen there.
+        refuse_tables_above(listing.root, SETTING, itself=listing.root != whole)
+    if not listing.names and not listing.refused:
+        raise InputError(
+            f"{shown(pattern)}: no Parquet file matches{_instead(listing)}. Set {SETTING}."
+        )
+    return _from_above_partitions(listing)
+
+
+def is_hidden(name: PurePath | str) -> bool:
+    """Whether readers of a folder skip the file or folder `name`, as Spark does."""
+    parts = name.split("/") if isinstance(name, str) else name.parts
+    return any(_is_hidden_part(part) for part in parts)
+
+
+def _is_hidden_part(part: str) -> bool:
+    return part[:1] == "." or (part[:1] == "_" and "=" not in part)
+
+
+@dataclass(slots=True)
+class _Listing:
+    """What lies below `root`, as far as it was looked at; each folder is looked at once.
+
+    `skipped` has the reason of each name that is not read.
+    """
+
+    root: AnyPath
+    follow_links: bool
+    names: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
+    entered: list[AnyPath] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        """A file that the input names; left out by its name if that cannot be used."""
+        if fault := _name_fault(name):
+            self.refused[name] = f"{shown(self.root)}/{shown(name)}: {fault}"
+        else:
+            self.names.add(name)
+
+    def add_by_ending(self, name: str) -> None:
+        """A file below a folder that the input names."""
+        if name.casefold().endswith(".parquet"):
+            self.add(name)
+        else:
+            self.skipped[name] = OTHER_ENDING
+
+    def skip_hidden(self, name: str, *, is_folder: bool) -> bool:
+        """Count a hidden name once, by its first part that is hidden; whether it was one."""
+        parts = name.split("/")
+        for place, part in enumerate(parts, 1):
+            if _is_hidden_part(part):
+                inner = is_folder or place < len(parts)
+                self.skipped["/".join(parts[:place]) + "/" * inner] = HIDDEN
+                return True
+        return False
+
+    def walk(self, folder: str) -> None:
+        """All below `folder` of this machine's files, except below folders seen before."""
+        pending = [folder]
+        while pending:
+            current = pending.pop()
+            if current in self.folders:
+                continue
+            self.folders.add(current)
+            place = Path(self.root) / current
+            for entry in _entries(place):
+                if entry.name in MARKS:
+                    refuse_table(place, table_of(place), SETTING)
+                name = f"{current}/{entry.name}" if current else entry.name
+                is_folder = _is_folder(entry)
+                if _is_hidden_part(entry.name):
+                    self.skipped[name + "/" * is_folder] = HIDDEN
+                elif not is_folder:
+                    self.add_by_ending(name)
+                elif entry.is_symlink() and not self._may_enter(place / entry.name):
+                    self.skipped[name] = LINKED_FOLDER
+                else:
+                    pending.append(name)
+
+    def _may_enter(self, link: Path) -> bool:
+        """Whether to go on behind a link: not into a folder that is read, or that holds one."""
+        target = real_path(link)
+        self.entered = self.entered or [real_path(self.root)]
+        for folder in self.entered:
+            if target.is_relative_to(folder) or folder.is_relative_to(target):
+                return False
+        if self.follow_links:
+            self.entered.append(target)
+            refuse_tables_above(target, SETTING)
+        return self.follow_links
+
+
+def _name_fault(name: str) -> str | None:
+    """Why a file cannot be used under its `name`; None when it can."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8. Rename the file."
+    if part := odd_part(name):
+        return f"its key has {part}, for which no file can have a name. Rename the object."
+    return None
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        where = f"{shown(folder)}: the folder cannot be read"
+        if error.errno in MACHINE_ERRNOS:
+            raise TransientError(f"{where} now: {error.strerror}.") from error
+        raise InputError(f"{where}: {error.strerror}. Set {SETTING}.") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
+
+
+def _list(whole: AnyPath, pattern: str, follow_links: bool) -> _Listing:
+    if whole.is_file():
+        listing = _Listing(whole.parent, follow_links)
+        listing.add(whole.name)
+    elif whole.is_dir():
+        listing = _Listing(whole, follow_links)
+        if isinstance(whole, Path):
+            listing.walk("")
+        else:
+            _list_objects(listing, whole.keys(), None)
+    elif is_glob(pattern):
+        listing = _list_matches(whole, follow_links)
+    else:
+        origin = f" (from {Path.cwd()})" if isinstance(whole, Path) else ""
+        raise InputError(f"{shown(pattern)}: no such file or folder{origin}. Set {SETTING}.")
+    return listing
+
+
+def _list_matches(pattern: AnyPath, follow_links: bool) -> _Listing:
+    root, rest = split_glob(pattern)
+    if not root.is_dir():
+        raise InputError(f"{shown(pattern)}: there is no folder {shown(root)}. Set {SETTING}.")
+    listing = _Listing(root, follow_links)
+    if not isinstance(root, Path):
+        # Only names with the pattern's plain beginning are listed.
+        _list_objects(listing, root.keys(re.split(r"[*?\[]", rest, maxsplit=1)[0]), rest)
+        return listing
+    try:
+        matches = list(root.glob(rest))
+    except ValueError as error:
+        raise InputError(f"{shown(pattern)}: {error}. Set {SETTING}.") from error
+    for match in matches:
+        name = match.relative_to(root).as_posix()
+        name = "" if name == "." else name
+        is_folder = match.is_dir()
+        if listing.skip_hidden(name, is_folder=is_folder):
+            continue
+        if is_folder:
+            listing.walk(name)
+        else:
+            listing.add(name)
+    _refuse_tables_between(listing)
+    return listing
+
+
+def _refuse_tables_between(listing: _Listing) -> None:
+    """InputError if a glob reached into a table, of which it named files or folders alone."""
+    looked_at = set(listing.folders)
+    for name in listing.names | listing.folders:
+        for folder in PurePath(name).parents:
+            if (place := folder.as_posix()) in looked_at:
+                continue
+            looked_at.add(place)
+            refuse_table(listing.root / folder, table_of(listing.root / folder), SETTING)
+
+
+def _list_objects(listing: _Listing, objects: Mapping[str, int], pattern: str | None) -> None:
+    """The `objects` (key to size); with a pattern those that it names, or whose folder it names."""
+    if table := first_table(objects):
+        folder, what = table
+        refuse_table(listing.root / folder, what, SETTING)
+    matches = Matches(pattern)
+    for name, size in objects.items():
+        if name.endswith("/") and not size:
+            continue  # by such an object some tools mark a folder
+        by_name = matches.file(name)
+        if not by_name and not matches.folder_of(name):
+            continue
+        if odd_part(name) and name.casefold().rstrip("/").endswith(".parquet"):
+            listing.add(name)
+        elif not listing.skip_hidden(name, is_folder=False):
+            if by_name:
+                listing.add(name)
+            else:
+                listing.add_by_ending(name)
+
+
+class Matches:
+    """Which objects a pattern names, by themselves or by a folder above; no pattern names all."""
+
+    def __init__(self, pattern: str | None) -> None:
+        from fsspec.utils import glob_translate
+
+        self._matches = None if pattern is None else re.compile(glob_translate(pattern)).fullmatch
+        # A pattern that ends in ** names folders alone, as pathlib has it.
+        self._names_files = pattern is not None and not pattern.endswith("**")
+        self._folders: dict[str, bool] = {"": pattern in (None, "**")}
+
+    def file(self, name: str) -> bool:
+        return self._names_files and self._matches is not None and bool(self._matches(name))
+
+    def folder_of(self, name: str) -> bool:
+        """Whether a folder above the object is named."""
+        folder = name.rpartition("/")[0]
+        if folder not in self._folders:
+            named = self._matches is None or bool(self._matches(folder))
+            self._folders[folder] = named or self.folder_of(folder)
+        return self._folders[folder]
+
+
+def is_glob(pattern: str) -> bool:
+    """Whether `pattern` may name several files; a file or folder may still have that name."""
+    return not GLOB_MARKS.isdisjoint(pattern)
+
+
+def split_glob(pattern: AnyPath) -> tuple[AnyPath, str]:
+    """The folder that a glob begins in, and what it names below."""
+    parts = pattern.parts
+    fixed = len(list(takewhile(lambda part: not is_glob(part), parts)))
+    root = type(pattern)(*parts[:fixed]) if fixed else Path()
+    return root, "/".join(parts[fixed:])
+
+
+def _instead(listing: _Listing) -> str:
+    """What there is in place of files that could be read, and what to do."""
+    if not listing.skipped:
+        return ""
+    parts = ", ".join(map(str, _counted(listing)))
+    return f"; not read: {parts}. Rename them, or name them by a glob"
+
+
+def _counted(listing: _Listing) -> list[Skipped]:
+    names: dict[str, list[str]] = {}
+    for name, reason in listing.skipped.items():
+        if name not in listing.names:  # a glob may name what its folder does not stand for
+            names.setdefault(reason, []).append(name)
+    return [Skipped(reason, len(some), shown(min(some))) for reason, some in sorted(names.items())]
+
+
+def _from_above_partitions(listing: _Listing) -> Found:
+    root = listing.root
+    above = ""
+    # From above the partition folders: a run over one day names files as one over all days does.
+    while "=" in root.name:
+        above = f"{root.name}/{above}"
+        root = root.parent
+    refused = {above + name: reason for name, reason in sorted(listing.refused.items())}
+    return Found(root, _prefixed(above, listing.names), refused, _counted(listing))
+
+
+def _prefixed(above: str, names: Iterable[str]) -> list[str]:
+    return sorted(above + name for name in names)

@@ -1,0 +1,52 @@
+"""Whether an output would be read as input: neither may lie where the other is read or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from glmbatch.errors import InputError, shown
+from glmbatch.store.files import exists, naming, real_path
+from glmbatch.store.folder import Folder
+from glmbatch.store.inputs.find import Found, Matches, is_glob, is_hidden, split_glob
+
+
+def refuse_nesting(found: Found, pattern: str, output: str) -> None:
+    """InputError for an `output` that is read with the input `pattern`, or holds the `found`."""
+    place = real_path(output)
+    with naming("data.output"):
+        is_file = place.exists() and not place.is_dir()
+    if is_file:
+        raise InputError(f"{shown(output)}: is a file where a folder is expected. Set data.output.")
+    # Which files a glob reaches is asked once their names are known.
+    recursive = real_path(pattern).is_dir() or "**" in pattern
+    if recursive and place.is_relative_to(real_path(found.root)):
+        raise _inside(output, str(found.root))
+    for name in found.names:
+        if place in real_path(found.root / name).parents:
+            raise InputError(
+                f"{shown(output)}: holds the input file {shown(found.root / name)}. Set "
+                "data.output to a folder of its own."
+            )
+
+
+def refuse_reach(pattern: str, output: str, names: Iterable[str]) -> None:
+    """InputError where the glob `pattern` names a file of `names` that is written to `output`."""
+    if exists(pattern) or not is_glob(pattern):
+        return
+    root, rest = split_glob(Folder(pattern).path)
+    place, base = real_path(output), real_path(root)
+    if not place.is_relative_to(base):
+        return
+    inner = str(place.relative_to(base))
+    matches = Matches(rest)
+    for name in names:
+        written = name if inner == "." else f"{inner}/{name}"
+        if not is_hidden(written) and (matches.file(written) or matches.folder_of(written)):
+            raise _inside(output, pattern)
+
+
+def _inside(output: str, pattern: str) -> InputError:
+    return InputError(
+        f"{shown(output)}: lies inside the input {shown(pattern)}, so answers would be read as "
+        "rows. Set data.output."
+    )
