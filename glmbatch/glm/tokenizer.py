@@ -17,6 +17,8 @@ from glmbatch.errors import InputError
 from glmbatch.glm.files import read_bytes
 
 TOKENIZER_FILE = "tokenizer.model"
+# What may join with its neighbours where a text is cut: an accent, a blank at an end.
+_EDGE_CHARS = 64
 # Their ids follow the sentencepiece vocabulary in this order.
 _SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
@@ -43,6 +45,10 @@ class Tokenizer:
         self.eos_id = processor.eos_id()
         self.pad_id = processor.unk_id()  # the published tokenizer pads with <unk>
         self._silent = {self.eos_id, self.pad_id, processor.bos_id()}
+        pieces = range(self._pieces)
+        self._longest_piece = max(map(len, processor.id_to_piece(list(pieces))), default=1)
+        # Without them a run of unknown characters is one id, however long it is.
+        self._has_bytes = sum(map(processor.is_byte, pieces)) == 256
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Prompt ids of each text: [gMASK] sop, then its own.
@@ -58,6 +64,27 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise InputError(f"cannot be encoded: {_first_fault(texts)}.") from error
         return ids
+
+    def surely_exceeds(self, text: str, limit: int) -> bool:
+        """Whether `text` has more than `limit` ids, where its length alone says so.
+
+        No id stands for more characters than the longest piece has. False says nothing.
+        """
+        most_chars = limit * self._longest_piece
+        step = most_chars + _EDGE_CHARS
+        if len(text) <= step or not self._has_bytes:
+            return False
+        chars = 0
+        for start in range(0, len(text), step):
+            try:
+                # As the tokenizer sees it: some join blanks, or take characters out.
+                part: str = self._processor.normalize(text[start : start + step])
+            except (TypeError, UnicodeEncodeError):
+                return False  # encoding says what is wrong with it
+            chars += max(0, len(part) - _EDGE_CHARS)
+            if chars > most_chars:
+                return True
+        return False
 
     def word_of(self, token_id: int) -> str | None:
         """The text that an id stands for; None for one that is special or has no token."""
@@ -158,6 +185,9 @@ def escape_turns(value: str) -> str:
     `问：` or `答：` a blank line becomes one line break. At the start of `value`, where the
     template may end in a blank line, a space moves the mark off the beginning of its line.
     """
+    # Most texts hold none of these, and a long one takes seconds to be looked through.
+    if not any(mark in value for mark in ("[Round", "问", "答")):
+        return value
     return _BEFORE_TURN.sub(_close_gap, value)
 
 

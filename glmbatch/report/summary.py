@@ -110,5 +110,6 @@ def _reused(receipt: AnswersReceipt, run: str) -> int:
 
 def short(value: object, most: int = 100) -> str:
     """`value` on one line of at most `most` characters."""
-    text = " ".join(str(value).split())
+    # No more words than can be shown: a cell of 50 MB has millions.
+    text = " ".join(str(value).split(None, most)[:most])
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -81,16 +81,20 @@ def build_prompts(  # noqa: PLR0913 - facts about model and data beside the rows
     checked = [_check_row(row, needed, texts) for row in rows]
     # Encoded all at once, with an empty text where a row has none: one call for each fragment.
     rendered = ["" if isinstance(row, RowFault) else render(row) for row in checked]
-    encoded = tokenizer.encode(rendered)
+    # A cell of 50 MB would take 2 GB and 18 s to be encoded.
+    endless = [tokenizer.surely_exceeds(text, max_input_tokens) for text in rendered]
+    known = zip(rendered, endless, strict=True)
+    encoded = tokenizer.encode(["" if is_endless else text for text, is_endless in known])
     prompts: list[Prompt | RowFault] = []
-    for row, text, ids in zip(checked, rendered, encoded, strict=True):
+    for row, text, ids, is_endless in zip(checked, rendered, encoded, endless, strict=True):
         if isinstance(row, RowFault):
             prompts.append(row)
-        elif len(ids) <= max_input_tokens:
+        elif not is_endless and len(ids) <= max_input_tokens:
             shared = len(head) if ids[: len(head)] == head else 0
             prompts.append(Prompt(text, ids, shared))
         else:
-            reason = f"the prompt has {len(ids)} tokens, {max_input_tokens} are allowed"
+            count = f"more than {max_input_tokens}" if is_endless else len(ids)
+            reason = f"the prompt has {count} tokens, {max_input_tokens} are allowed"
             shorter = None
             if step.on_too_long == "truncate" and texts:
                 shorter = _longest(row, texts, max_input_tokens, render, tokenizer)
@@ -152,6 +156,9 @@ def _longest(
     while over - fits > 1:
         length = (fits + over) // 2
         text = render({**row, **dict.fromkeys(texts, whole[:length])})
+        if tokenizer.surely_exceeds(text, limit):
+            over = length
+            continue
         ids = tokenizer.encode([text])[0]
         if len(ids) > limit:
             over = length

@@ -187,3 +187,28 @@ def test_escaping_a_long_text_takes_no_longer_than_its_length(unit: str) -> None
 
 def test_an_answer_is_cleaned_as_the_models_own_chat_does() -> None:
     assert clean_answer(" \n[[训练时间]]，截止[[训练时间]]。\n") == "2023年，截止2023年。"
+
+
+MIXED = st.text(
+    st.one_of(
+        st.characters(exclude_categories=("Cs",)),
+        st.sampled_from(" \t\n▁aeo的好e\u0301\u200b"),
+    ),
+    max_size=400,
+)
+
+
+@settings(deadline=None)
+@given(MIXED, st.integers(1, 60), st.integers(1, 8))
+def test_a_text_that_surely_exceeds_has_more_tokens(
+    tokenizer: Tokenizer, text: str, times: int, limit: int
+) -> None:
+    long = text * times
+    if tokenizer.surely_exceeds(long, limit):
+        assert len(tokenizer.encode_plain([long])[0]) > limit
+
+
+def test_a_long_text_is_known_to_exceed_unencoded(tokenizer: Tokenizer) -> None:
+    assert tokenizer.surely_exceeds("好" * 100_000, 1000)
+    assert tokenizer.surely_exceeds("\u200b \n" * 100_000, 1000)
+    assert not tokenizer.surely_exceeds("好" * 1000, 1000)

@@ -7,6 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.settings.job import GenerateStep
@@ -144,3 +146,31 @@ def test_a_template_beginning_with_a_value_shares_no_text(
     prompt = built(tokenizer, {"text": "x"}, chat=False)
     assert isinstance(prompt, Prompt)
     assert prompt.shared_tokens <= 3
+
+
+class Patient(Tokenizer):
+    """Encodes every text whole, however long it is."""
+
+    def surely_exceeds(self, text: str, limit: int) -> bool:
+        return False
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.sampled_from(["good ", "很好", "\n\n", "问：", "\u200b", " ", "x" * 50]), max_size=30
+    ),
+    st.integers(1, 80),
+    st.sampled_from(["error", "truncate"]),
+)
+def test_a_long_text_is_cut_as_if_encoded_whole(
+    tokenizer: Tokenizer, parts: list[str], times: int, on_too_long: str
+) -> None:
+    patient = Patient(tokenizer._processor)
+    row = {"text": "".join(parts) * times}
+    options: dict[str, Any] = {"limit": 40, "on_too_long": on_too_long}
+    one, other = built(tokenizer, row, **options), built(patient, row, **options)
+    if isinstance(one, RowFault) and isinstance(other, RowFault):
+        assert one.kind == other.kind  # the number of tokens is not counted where it need not be
+    else:
+        assert one == other

@@ -1,0 +1,95 @@
+"""Random tables go through a whole job: out equals in, for every reader that could read them."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from glmbatch.ledger.verification import verify
+from tests.readers import spark_differences
+from tests.schemas import random_table
+from tests.support import CLASSIFIER, run
+
+pytestmark = pytest.mark.slow
+
+SEED = int(os.environ.get("SCHEMAS_SEED", "13"))
+TABLES = int(os.environ.get("SCHEMAS", "100"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
+    """Sources and outputs of one job over random tables; every table came out."""
+    folder = tmp_path_factory.mktemp("schemas")
+    (folder / "in").mkdir()
+    rng = random.Random(SEED)
+    while len(list((folder / "in").iterdir())) < TABLES:
+        path = folder / "in" / f"{len(list((folder / 'in').iterdir())):05}.parquet"
+        old = rng.random() < 0.2
+        try:
+            pq.write_table(random_table(rng), path, use_deprecated_int96_timestamps=old)
+        except (pa.ArrowException, OSError):  # Parquet has no place for it
+            path.unlink(missing_ok=True)
+    settings: dict[str, Any] = {
+        "data": {"input": str(folder / "in"), "output": str(folder / "out")},
+        "model": {"path": str(CLASSIFIER)},
+        "steps": [{"kind": "classify", "name": "mood"}],
+        "runtime": {"device": "cpu"},
+        "max_error_rate": 1,
+    }
+    summary = run(settings)
+    for fault in summary.unusable:  # a clear line, of times that no one type holds
+        assert "no one type holds both" in fault.reason, fault.reason
+    left_out = {fault.source for fault in summary.unusable}
+    found = []
+    for source in sorted((folder / "in").iterdir()):
+        if source.name not in left_out:
+            found.append((source, folder / "out" / f"{source.stem}-0000000000.parquet"))
+    assert len(found) > 0.8 * TABLES
+    assert verify(folder / "out").findings == ()
+    return found
+
+
+def as_text(value: Any) -> str:
+    """UUIDs are text in the output."""
+    return re.sub(r"UUID\(('[^']*')\)", r"\1", repr(value))
+
+
+def test_arrow_reads_the_same_values_and_types(pairs: list[tuple[Path, Path]]) -> None:
+    for source, output in pairs:
+        with pq.ParquetFile(source, coerce_int96_timestamp_unit="us") as file:
+            before = file.read()
+            physical = {file.schema.column(at).physical_type for at in range(len(file.schema))}
+        after = pq.ParquetFile(output).read()
+        assert "mood" in after.schema.names
+        for name in before.schema.names:
+            one, other = before.column(name), after.column(name)
+            if "uuid" not in str(one.type) and "INT96" not in physical:
+                assert one.type == other.type, (source, name)
+            if one.equals(other):
+                continue
+            if "INT96" in physical and str(one.type) != str(other.type):
+                other = other.cast(one.type, safe=False)
+            assert as_text(one.to_pylist()) == as_text(other.to_pylist()), (source, name)
+
+
+def test_duckdb_reads_the_same_values(pairs: list[tuple[Path, Path]]) -> None:
+    for source, output in pairs:
+        try:
+            expected = duckdb.sql(f"from read_parquet('{source}')").fetchall()
+        except (duckdb.Error, ValueError, OverflowError):  # then it need not read the output
+            continue
+        rows = duckdb.sql(f"from read_parquet('{output}')").fetchall()
+        width = len(expected[0])
+        assert as_text([row[:width] for row in rows]) == as_text(expected), source
+
+
+def test_spark_reads_the_same_values(pairs: list[tuple[Path, Path]]) -> None:
+    assert spark_differences([(str(source), str(output)) for source, output in pairs]) == {}
