@@ -170,7 +170,7 @@ def _read_rows(where: AnyPath, data: LabelledData) -> Iterator[tuple[Value, ...]
             for name in stored:
                 is_label = name == names.get("label_column")
                 column = _whole(where, name, batch.column(name)) if is_label else batch.column(name)
-                columns[name] += prompt_values(column)
+                columns[name] += prompt_values(pa.chunked_array([column]))
     for name, value in folders.items():
         columns[name] = [value] * rows
     return zip(*(columns[name] for name in names.values()), strict=True)

@@ -83,8 +83,11 @@ def _warnings(report: Report) -> list[str]:
     # A promotion asks only for more than the current one; that counting words does better is for
     # a person to judge.
     scores, baseline = report.scores, report.baseline
-    if isinstance(scores, Scores) and baseline is not None and baseline.accuracy > scores.accuracy:
-        warnings.append(f"{report.baseline_name} scores higher")
+    if isinstance(scores, Scores) and baseline is not None:
+        # By the score that decides the promotion: of rare labels accuracy alone says little.
+        metric = report.settings.get("metric") or "accuracy"
+        if getattr(baseline, metric) > getattr(scores, metric):
+            warnings.append(f"{report.baseline_name} scores higher ({metric})")
     return warnings
 
 

@@ -9,6 +9,7 @@ belong to no checkpoint that anybody has, so both are written as one.
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace

@@ -181,6 +181,8 @@ def _write_shards(
         shard = {tensor.key: tensor.make() for tensor in group}
         if safetensors:
             save_file(shard, directory / name, metadata={"format": "pt"})
+            # It is written for its owner alone, the files beside it as the process's umask says.
+            shutil.copymode(directory / TOKENIZER_FILE, directory / name)
         else:
             torch.save(shard, directory / name)
         weight_map |= dict.fromkeys(shard, name)

@@ -106,6 +106,9 @@ def test_an_adapter_trained_over_an_adapter_stands_alone(tune: Tune) -> None:
     assert_merged(Path(second))
     alone = read_checkpoint(CAUSAL, Path(second) / "adapter")
     assert (alone.warnings, alone.adapter.ranks if alone.adapter else ()) == ((), (32,))
+    # For whoever runs the job, as the umask says.
+    modes = {file.stat().st_mode for file in Path(second).glob("*/*") if file.is_file()}
+    assert len(modes) == 1
     with pytest.raises(InputError, match="holds other weights"):
         load_model(first / "checkpoint", adapter=Path(second) / "adapter")
 
