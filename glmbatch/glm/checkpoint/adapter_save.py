@@ -34,6 +34,8 @@ def finish_adapter(directory: Path, base: Checkpoint) -> None:
     try:
         if base.adapter is not None:
             _join(base.adapter, directory, base)
+        # safetensors writes for the owner alone; a job may run as somebody else.
+        shutil.copymode(directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS)
         note_base(directory, bare.path, sample_weights(bare.architecture, bare.specs, bare.tensors))
     except OSError as error:
         raise file_error(directory, error) from error
