@@ -27,7 +27,7 @@ from glmbatch.errors import TransientError
 LOOPBACK = "127.0.0.1"
 # A start took 7 to 49 s where it was measured, depending on load.
 START_SECONDS = 180
-TETHERED = "glmbatch.cli.tethered"
+TETHERED = "glmbatch.tethered"
 # In the environment of a run's own server: the process id of the run.
 RUN_PROCESS = "GLMBATCH_RUN_PROCESS"
 
@@ -44,8 +44,7 @@ def own_server() -> Iterator[dict[str, str]]:
     password = new_password()
     server = start(
         *("server", "start", "--host", LOOPBACK, "--port", str(port), "--no-ui"),
-        module=TETHERED,
-        stdin=subprocess.PIPE,
+        tethered=True,
         environment={**os.environ, **locked(port, password), RUN_PROCESS: str(os.getpid())},
     )
     leader = psutil.Process(server.pid)
@@ -119,17 +118,20 @@ def api_address(port: int) -> str:
 def start(
     *command: str,
     environment: Mapping[str, str],
-    module: str = "prefect",
-    stdin: int = subprocess.DEVNULL,
+    tethered: bool = False,
     log: int | IO[bytes] = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
-    """Start a `prefect` command in the background and return its process."""
+    """Start a `prefect` command in the background and return its process.
+
+    If `tethered`, it ends with this process: when `stdin` of the returned one is closed.
+    """
+    module = [TETHERED, "prefect"] if tethered else ["prefect"]
     return subprocess.Popen(
-        [sys.executable, "-m", module, *command],
+        [sys.executable, "-m", *module, *command],
         # A terminal sends Ctrl-C to its whole process group. In a session of its own the server
         # outlives it, so that the run can end in order and then stop the server.
         start_new_session=True,
-        stdin=stdin,
+        stdin=subprocess.PIPE if tethered else subprocess.DEVNULL,
         stdout=log,
         stderr=log,
         env=environment,

@@ -22,21 +22,23 @@ def train_together(config: TuneConfig, run: Path) -> None:
     failed = run / FAILED
     failed.unlink(missing_ok=True)  # of an earlier attempt
     processes = config.training.processes
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    # Tethered: of a training that is killed, no process is left that trains and holds its GPU.
+    launcher = ["-m", "glmbatch.tethered", "torch.distributed.run"]
+    launcher += ["--standalone", "--nproc-per-node", str(processes)]
     worker = ["-m", __name__, config.model_dump_json(), str(run)]
     # Their output is for whoever looks into a failure; the terminal is the flow's.
     log = run / "processes.log"
     with log.open("wb") as output:
-        done = subprocess.run(
-            [sys.executable, *launcher, *worker], stdout=output, stderr=output, check=False
-        )
+        command = [sys.executable, *launcher, *worker]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output
+        ) as started:
+            code = started.wait()
     if failed.is_file():
         failure = json.loads(failed.read_text(encoding="utf-8"))
         raise (InputError if failure["input"] else TransientError)(failure["message"])
-    if done.returncode:  # killed, so it left no reason
-        raise TransientError(
-            f"{log}: one of {processes} processes ended with code {done.returncode}."
-        )
+    if code:  # killed, so it left no reason
+        raise TransientError(f"{log}: one of {processes} processes ended with code {code}.")
 
 
 def main() -> int:

@@ -86,13 +86,14 @@ def test_the_next_run_ends_what_killed_ones_left_alone(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     servers = {}
+    tethered = [TETHERED, "prefect"]
     for name, module, run_process in (
-        ("of a dead run", TETHERED, dead.pid),
-        ("of a living run", TETHERED, os.getpid()),
-        ("of somebody else", "prefect", dead.pid),
+        ("of a dead run", tethered, dead.pid),
+        ("of a living run", tethered, os.getpid()),
+        ("of somebody else", ["prefect"], dead.pid),
     ):
         servers[name] = subprocess.Popen(
-            [sys.executable, "-m", module, "server", "start", "--port", "0"],
+            [sys.executable, "-m", *module, "server", "start", "--port", "0"],
             env={**os.environ, "PREFECT_HOME": str(tmp_path), RUN_PROCESS: str(run_process)},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

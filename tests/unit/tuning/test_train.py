@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -182,6 +183,26 @@ def test_two_processes_equal_one_of_twice_the_batches(tune: Tune, more: dict[str
     for name, weight in last_weights(one).items():
         torch.testing.assert_close(last_weights(two)[name], weight, rtol=0, atol=1e-4)
     assert train_run(together, str(two))["steps"] == train_run(alone, str(one))["steps"]
+
+
+def test_no_process_outlives_a_training_that_was_killed(tune: Tune) -> None:
+    config = tune(training__processes=2, training__epochs=100)
+    code = (
+        "import sys; from pathlib import Path; from glmbatch.settings.tuning import TuneConfig\n"
+        "from glmbatch.tuning.processes import train_together\n"
+        "train_together(TuneConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, config.model_dump_json(), begin(config)]
+    with subprocess.Popen(command, cwd=ROOT) as started:
+        training = psutil.Process(started.pid)
+        family: list[psutil.Process] = []
+        until = time.monotonic() + 120
+        while len(family) < 3 and time.monotonic() < until:  # torchrun and its two
+            time.sleep(0.1)
+            family = training.children(recursive=True)
+        started.kill()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert len(family) >= 3 and not alive
 
 
 def test_an_error_of_one_of_two_processes_is_raised(tune: Tune) -> None:

@@ -1,9 +1,9 @@
-"""A `prefect` command that ends with the process that started it, however that one ends.
+"""A module run as a program that ends with the process that started it, however that one ends.
 
-    python -m glmbatch.cli.tethered server start ...
+    python -m glmbatch.tethered MODULE ARGUMENT...
 
 Standard input is a pipe whose other end the starting process holds open. The system closes it with
-that process, after kill -9 too, on any system. No Prefect is imported here: it is run as a module.
+that process, after kill -9 too, on any system.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sys
 import threading
 import time
 
-# A server that is told to end closes its database first.
-GRACE_SECONDS = 10
+# A server closes its database first; torchrun waits so long for its own processes.
+GRACE_SECONDS = 40
 
 
 def _end_with_standard_input() -> None:
@@ -29,5 +29,5 @@ def _end_with_standard_input() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with_standard_input, name="tether", daemon=True).start()
-    sys.argv[0] = "prefect"
-    runpy.run_module("prefect", run_name="__main__")
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
