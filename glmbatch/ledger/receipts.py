@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from glmbatch.errors import MACHINE_ERRNOS, TransientError, UnusableFile
 from glmbatch.ledger.fragments import Fragment
-from glmbatch.store.files import digest_file, writable
+from glmbatch.store.files import digest_file, is_link, writable
 from glmbatch.store.folder import Name
 from glmbatch.store.parquet import footer_metadata, open_parquet, write_table
 from glmbatch.store.paths import AnyPath, unlink_all
@@ -119,7 +119,8 @@ def find_whole(folder: AnyPath, key: str) -> tuple[AnyPath, str] | None:
     """
     for path in folder.glob(f"{key}.*.parquet"):
         try:
-            digest = whole_digest(path)
+            # What a link leads to may go at any time, or not be there at all.
+            digest = None if is_link(path) else whole_digest(path)
         except FileNotFoundError:
             # Replaced by a fragment with the same rows, whose answers have the same key.
             return find_whole(folder, key)

@@ -38,9 +38,9 @@ from glmbatch.ledger.quarantine import (
     write_quarantine,
 )
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt, whole_digest
-from glmbatch.store.files import modified, real_path
+from glmbatch.store.files import modified, real_path, whole_address
 from glmbatch.store.parquet import open_parquet
-from glmbatch.store.paths import AnyPath, is_remote
+from glmbatch.store.paths import AnyPath
 
 RUN = "repair"  # the name under which it holds the lock
 
@@ -233,7 +233,7 @@ def _root(receipts: Sequence[OutputReceipt], notes: list[str]) -> str:
         if path.endswith(f"/{source}"):
             roots[path.removesuffix(f"/{source}")] += 1
     root = next((name for name, _ in roots.most_common(1)), "")
-    if not root or not (is_remote(root) or Path(root).is_absolute()):
+    if not root or whole_address(root) != root:
         notes.append(f"{MANIFEST}: the folder of the input is not known; the next run sets it")
         return ""
     return str(real_path(root))

@@ -98,6 +98,11 @@ def too_long(folder: Address, name: str) -> str | None:
     return None
 
 
+def is_link(path: AnyPath) -> bool:
+    """Whether `path` is a link, wherever that leads. A store has no links."""
+    return isinstance(path, Path) and path.is_symlink()
+
+
 def whole_address(address: str) -> str:
     """`address` as processes in other folders of this machine, or on others, understand it."""
     path = location(address)

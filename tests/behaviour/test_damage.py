@@ -216,14 +216,21 @@ def test_damaged_bytes_end_in_the_right_rows(
     assert_harmless(output, job, kept)
 
 
-@pytest.mark.parametrize("thing", ["link", "link to folder", "circle", "folder", "full folder"])
+@pytest.mark.parametrize(
+    "thing", ["link", "link to folder", "link to nothing", "circle", "folder", "full folder"]
+)
 @pytest.mark.parametrize("beginning", CLASSES)
 def test_something_else_in_its_place_ends_well(
     beginning: str, thing: str, output: Path, job: JobConfig, kept: Path, outside: Path
 ) -> None:
     path = files_of(output, beginning)[0]
     path.unlink()
-    targets = {"link": outside / "keep.parquet", "link to folder": outside, "circle": path}
+    targets = {
+        "link": outside / "keep.parquet",
+        "link to folder": outside,
+        "link to nothing": outside / "none",
+        "circle": path,
+    }
     if thing in targets:
         path.symlink_to(targets[thing])
     else:
