@@ -38,7 +38,7 @@ from glmbatch.ledger.quarantine import (
     write_quarantine,
 )
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt, whole_digest
-from glmbatch.store.files import modified, real_path, whole_address
+from glmbatch.store.files import modified, whole_address
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import AnyPath
 
@@ -236,7 +236,7 @@ def _root(receipts: Sequence[OutputReceipt], notes: list[str]) -> str:
     if not root or whole_address(root) != root:
         notes.append(f"{MANIFEST}: the folder of the input is not known; the next run sets it")
         return ""
-    return str(real_path(root))
+    return root
 
 
 def _left_out(lines: Iterable[Line]) -> tuple[FileFault, ...]:
