@@ -136,7 +136,9 @@ def _refusal(
         results = _measure_run(run, questions, collected, job.data.id_column, MOST_REFUSED)
     except GlmbatchError as unread:  # what the audit found matters more
         return AuditError(f"{reason} Its rows cannot be listed: {unread}")
-    reason += _model_reason(results.failures)
+    why = _model_reason(results.failures)
+    error.args = (f"{error}{why}",)  # the caller of a table is shown this error alone
+    reason += why
     listed = _list_refused(collected, results.failures[:MOST_REFUSED])
     summary = results.summary.model_copy(update={"refused": reason})
     log_end(summary)

@@ -118,8 +118,12 @@ def test_rows_that_fail_beside_answers_stop_nothing(
 def test_a_table_of_failures_is_told_why(tmp_path: Path) -> None:
     model = respoken(tmp_path / "model", overflow)
     job = {"model": {"path": str(model), "dtype": "float16"}, "steps": [CLASSIFY]}
-    with pytest.raises(AuditError, match=r"all 2 rows failed.*The model failed: .*float16"):
-        annotate_table(pa.table({"text": ["one", "two"]}), job)
+    table = pa.table({"text": ["one", "two"]})
+    reason = "not finite in float16: set model.dtype to float32 or bfloat16"
+    for error in annotate_table(table, job).column("mood_error").to_pylist():
+        assert reason in error
+    with pytest.raises(AuditError, match=rf"all 2 rows failed.*The model failed: .*{reason}"):
+        annotate_table(table, {**job, "max_error_rate": 0.5})
 
 
 def test_what_is_odd_about_a_checkpoint_is_told_by_every_command(
