@@ -68,7 +68,7 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
     if not config.writes:
         baseline_name, baseline = score_baseline(labelled.parts, labelled.labels)
         if training.get("cut_texts"):
-            baseline_name += ", over the whole texts, which this run did not read,"
+            baseline_name += " (over the whole texts)"
     current_scores = None
     if current is not None:
         current_scores = _score_current(current, config, held_out, run / "current")

@@ -8,6 +8,7 @@ from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pandas as pd
 import polars as pl
@@ -267,6 +268,7 @@ KINDS: list[Any] = [
     [date(2024, 1, 1), None],
     [b"a", b"\xff"],
     [2**64 - 1, 0],
+    [UUID(int=1), UUID(int=2)],
 ]
 ASKED = {"steps": [{**CLASSIFY, "prompt_template": "{kind}: {text}"}]}
 
