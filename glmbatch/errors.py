@@ -56,9 +56,7 @@ def shown(name: object) -> str:
 
 
 def some_of(names: Sequence[object], near: str = "") -> str:
-    """`names` as a message lists them: all when they are few, else how many and those most like
-    `near`.
-    """
+    """`names` as a message lists them: all in short, else how many and those most like `near`."""
     return _some_of(tuple(shown(name) for name in names), near)
 
 
@@ -66,7 +64,7 @@ def some_of(names: Sequence[object], near: str = "") -> str:
 def _some_of(names: tuple[str, ...], near: str) -> str:
     """Kept, since a thousand files of a folder have the same columns."""
     whole = str(list(names))
-    if len(names) <= SHOWN_NAMES and len(whole) <= SHOWN_CHARS:
+    if len(whole) <= SHOWN_CHARS:
         return whole
     folded = {name.casefold(): name for name in reversed(names)}
     close = get_close_matches(near.casefold(), folded, SHOWN_NAMES, cutoff=0.5) if near else []

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from glmbatch.errors import InputError, UnusableFile, some_of
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import MANIFEST
+from glmbatch.ledger.manifest import MANIFEST, PublishedFile
 from glmbatch.ledger.receipts import whole_digest
 from glmbatch.report.counts import Audit
 from glmbatch.run.answer import rows_of
@@ -31,6 +31,7 @@ from glmbatch.store.files import committed, real_path
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.modes import narrow
 from glmbatch.store.parquet import open_parquet, with_constants, write_table
+from glmbatch.store.paths import AnyPath
 from glmbatch.store.values import prompt_values
 
 # How far a label's score may move by rounding alone: in bfloat16 other batches move it by
@@ -59,21 +60,7 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
     tables = []
     rows_per_file = -(-rows // len(manifest.files))
     for published in manifest.files:
-        path = ledger.root / published.output_name
-        try:
-            with open_parquet(path) as opened:
-                table = opened.read()
-        except OSError as error:
-            raise UnusableFile(f"{path}: is gone. Run the job again.") from error
-        lacking = {Columns(step).error for step in published.step_keys} - {*table.column_names}
-        if lacking or whole_digest(path) != published.digest:
-            raise UnusableFile(
-                f"{path}: was changed after it was published, so its answers cannot be trusted. "
-                "Run the job again."
-            )
-        folders = folder_columns(published.output_name)
-        given = {name: folders[name] for name in folders if name not in table.column_names}
-        table = with_constants(table, given)
+        table = _read_published(ledger.root / published.output_name, published)
         # Spread over all files, since one day's rows may all be alike.
         tables.append(_spread(_without_faults(table, published.step_keys), rows_per_file))
     # Files of different days may have different columns.
@@ -86,6 +73,24 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
         write_table(partial, schema, iter(frozen.to_batches()), {})
         narrow(partial, [ledger.root / published.output_name for published in manifest.files])
     return len(frozen)
+
+
+def _read_published(path: AnyPath, published: PublishedFile) -> pa.Table:
+    """All columns of a published file, and those of its folders. UnusableFile if it was changed."""
+    try:
+        with open_parquet(path) as opened:
+            table = opened.read()
+    except OSError as error:
+        raise UnusableFile(f"{path}: is gone. Run the job again.") from error
+    lacking = {Columns(step).error for step in published.step_keys} - {*table.column_names}
+    if lacking or whole_digest(path) != published.digest:
+        raise UnusableFile(
+            f"{path}: was changed after it was published, so its answers cannot be trusted. "
+            "Run the job again."
+        )
+    folders = folder_columns(published.output_name)
+    given = {name: folders[name] for name in folders if name not in table.column_names}
+    return with_constants(table, given)
 
 
 def _without_faults(table: pa.Table, steps: Mapping[str, str]) -> pa.Table:

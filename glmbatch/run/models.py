@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from glmbatch.errors import InputError
+from glmbatch.errors import InputError, some_of
 from glmbatch.glm.checkpoint.hub import SMALL_FILES, fetch_weights, locate_checkpoint
 from glmbatch.glm.files import ADAPTER_FILES
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
@@ -250,7 +250,8 @@ def _check_classifier(where: str, step: ClassifyStep, model: Model) -> None:
         if model.config.adapter:
             advice += f", or name them by id2label in {model.config.adapter}/config.json"
         raise InputError(
-            f"{where} was trained for {list(model.labels)}, not {step.labels}. {advice}."
+            f"{where} was trained for {some_of(model.labels)}, not {some_of(step.labels)}. "
+            f"{advice}."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, field_validator
 
+from glmbatch.errors import some_of
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.kinds import Settings, Share, StepName
 from glmbatch.settings.model import ModelSetting
@@ -84,12 +85,12 @@ class ClassifyStep(Step):
         if labels is None:
             return None
         if len(labels) < 2:
-            raise ValueError(f"a choice needs at least two labels; it has {labels}")
+            raise ValueError(f"a choice needs at least two labels; it has {some_of(labels)}")
         if not all(label.strip() for label in labels):
-            raise ValueError(f"a label is empty: {labels}")
+            raise ValueError(f"a label is empty: {some_of(labels)}")
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
-            raise ValueError(f"labels repeat: {repeated}")
+            raise ValueError(f"labels repeat: {some_of(repeated)}")
         return labels
 
 

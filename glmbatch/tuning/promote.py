@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from glmbatch.errors import some_of
 from glmbatch.store.files import writable
 from glmbatch.tuning.report import CURRENT, RUNS, Report
 from glmbatch.tuning.scores import Scores, score
@@ -44,7 +45,7 @@ def decide(report: Report, metric: str) -> tuple[bool, str]:
         lacking = sorted(set(report.current.labels) - set(report.labels))
         if lacking:
             return False, (
-                f"it lacks the labels {lacking}, which the current checkpoint has. "
+                f"it lacks the labels {some_of(lacking)}, which the current checkpoint has. "
                 "Set output to start over"
             )
     old = getattr(report.current, metric)
