@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
 import pyarrow as pa
 
 from glmbatch.errors import BadRow, InputError, UnusableFile
-from glmbatch.ledger.fragments import read_fragment
+from glmbatch.ledger.fragments import Fragment, read_fragment
 from glmbatch.ledger.known import Hold, KnownAnswers
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt
@@ -29,6 +30,7 @@ from glmbatch.settings.job import ClassifyStep
 from glmbatch.steps.answers import Answer, answers_table
 from glmbatch.steps.generate import Writing
 from glmbatch.steps.prompt import Prompt, RowFault, RowValues
+from glmbatch.store.folder import Folder
 from glmbatch.store.values import prompt_values
 
 # From so many fragments and distinct rows on, without a single answer, more would not be answered:
@@ -56,6 +58,7 @@ def answer(assignment: Assignment) -> AnswersReceipt:
         return committed
     try:
         values, earlier_runs = read_prompt_rows(assignment, ledger)
+        _read_through(assignment.fragment)
     except UnusableFile as error:
         if run.raises:
             raise
@@ -68,6 +71,17 @@ def answer(assignment: Assignment) -> AnswersReceipt:
     # Before the model is asked: under `on_error: raise` a bad row costs no inference.
     _refuse_faults(assignment, map(_reason, prompts))
     return _answer_prompts(assignment, prompts, earlier_runs, session)
+
+
+@lru_cache(maxsize=1024)  # once for all steps of a run
+def _read_through(fragment: Fragment) -> None:
+    """UnusableFile where the output could not be written later, for a column that no prompt names.
+
+    Of an object in a store it would fetch all bytes once more; there it is found when writing.
+    """
+    if Folder(fragment.path).local is not None:
+        for _ in read_fragment(fragment):
+            pass
 
 
 def _answer_prompts(

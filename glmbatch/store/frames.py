@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from glmbatch.errors import InputError
 from glmbatch.store.errors import one_line
+from glmbatch.store.footers import kept_metadata
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,7 +92,9 @@ class _Arrow:
         return self.table.column(place)
 
     def beside(self, answers: pa.Table) -> pa.Table:
-        schema = pa.schema([*self.table.schema, *answers.schema], self.table.schema.metadata)
+        fields = [*self.table.schema, *answers.schema]
+        rows = range(len(self.table))
+        schema = pa.schema(fields, kept_metadata(self.table.schema, fields, rows))
         return pa.Table.from_arrays([*self.table.columns, *answers.columns], schema=schema)
 
     def __len__(self) -> int:

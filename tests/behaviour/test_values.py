@@ -157,3 +157,19 @@ def test_delta_columns_without_a_type_take_that_of_the_others(
     rows = DeltaTable(out).to_pyarrow_table().sort_by("text")
     assert rows.column("n").to_pylist() == [6, None, None]
     assert verify(out).findings == ()
+
+
+def test_a_damaged_column_costs_no_inference(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    columns = {"text": ["fine"] * 9, "other": [f"value {row} of nobody" for row in range(9)]}
+    source = write_source("a.parquet", columns, write_page_checksum=True, use_dictionary=False)
+    write_source("b.parquet", {"text": ["good"]})
+    with pq.ParquetFile(source) as file:
+        column = file.metadata.row_group(0).column(1)
+    content = bytearray(source.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size - 9] ^= 1
+    source.write_bytes(content)
+    summary = run(job_settings(steps=[CLASSIFY], max_error_rate=0.95))
+    assert {fault.source for fault in summary.unusable} == {"a.parquet"}
+    assert summary.computed == 1
