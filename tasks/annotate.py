@@ -11,6 +11,7 @@ from prefect.utilities.annotations import quote
 
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.report.counts import Audit
+from glmbatch.report.log import log_answers
 from glmbatch.report.summary import Summary
 from glmbatch.run.models import job_models
 from glmbatch.run.session import session_of
@@ -72,7 +73,7 @@ class JobTasks:
             def ended(fragment: FragmentWork, place: Place, receipts: list[Any]) -> None:
                 progress.add()
                 if place is not HERE:
-                    _count_answers(fragment, receipts)
+                    _tell_answers(fragment, receipts)
 
             results = in_window(work.fragments, submit, seats, ended)
         return [receipts[-1] for receipts in results]
@@ -134,11 +135,12 @@ class JobTasks:
         return configured(task, self._job.runtime, output, refresh=refresh)
 
 
-def _count_answers(work: FragmentWork, receipts: Sequence[Any]) -> None:
-    """Count what an engine process answered; in this process answers are counted as they come."""
+def _tell_answers(work: FragmentWork, receipts: Sequence[Any]) -> None:
+    """Count and log what an engine process answered; this process does so as answers come."""
     progress = session_of(work.run).progress
     for receipt in receipts:
         if isinstance(receipt, AnswersReceipt):
             computed = receipt.computed_rows if receipt.run == work.run.id else 0
             progress.add(computed, computed=True)
             progress.add(receipt.rows - computed, computed=False)
+            log_answers(receipt, work.run.id)
