@@ -126,7 +126,7 @@ def test_a_table_of_failures_is_told_why(tmp_path: Path) -> None:
         annotate_table(table, {**job, "max_error_rate": 0.5})
 
 
-def test_what_is_odd_about_a_checkpoint_is_told_by_every_command(
+def test_every_command_tells_the_notes_of_a_checkpoint(
     tmp_path: Path, write_source: Write, job_settings: Settings
 ) -> None:
     model = tmp_path / "model"

@@ -110,7 +110,12 @@ def test_a_run_leaves_its_output_and_no_secret_in_a_store(store: Store, settings
         elif "/answers/" not in name and not name.startswith("day="):
             others.add(name)
     assert len(reports) == 4  # two runs, each as a page and as JSON
-    assert others == {"_manifest.json", "_quarantine.parquet", "_glmbatch/lock.00000002"}
+    assert others == {
+        "_manifest.json",
+        "_quarantine.parquet",
+        "_glmbatch/manifest.json",
+        "_glmbatch/lock.00000002",
+    }
 
 
 def test_faults_of_the_store_change_nothing(

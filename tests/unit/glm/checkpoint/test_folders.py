@@ -271,7 +271,7 @@ def stored_state(directory: Path) -> State:
     return state
 
 
-def test_folders_load_as_the_reference_reads_them_or_say_why_not(tmp_path: Path) -> None:
+def test_folders_load_as_the_reference_or_say_why_not(tmp_path: Path) -> None:
     sound = 0
     for seed in range(FIRST_SEED, FIRST_SEED + FOLDERS):
         dice = random.Random(seed)
