@@ -39,12 +39,13 @@ WRONG_REGION = (
 @dataclass
 class Request:
     """One request as the proxy sees it; `key` is the object's name below the test's folder, empty
-    for a listing.
+    for a listing, which `listed` so many objects.
     """
 
     method: str
     key: str
     headers: dict[str, str]
+    listed: int = 0
 
     @property
     def changes(self) -> bool:
@@ -161,6 +162,7 @@ class Proxy(BaseHTTPRequestHandler):
         server.request(self.command, self.path, body, headers)
         answer = server.getresponse()
         content = answer.read()
+        request.listed = content.count(b"<Key>") * (self.command == "GET")
         server.close()
         if harm == "lost":
             self.reset()

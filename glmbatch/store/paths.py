@@ -233,15 +233,19 @@ class ObjectPath(PurePosixPath):
         files = sorted(self._infos(prefix).items())
         return {ObjectPath(f"{scheme}//{name}"): info for name, info in files if not odd_part(name)}
 
-    def keys(self, prefix: str = "") -> dict[str, int]:
-        """The keys of all objects below it as they are, without its own, and their sizes."""
+    def keys(self, prefix: str = "", most: int | None = None) -> dict[str, int]:
+        """The keys of all objects below it as they are, without its own, and their sizes.
+
+        From S3 only the first `most`; the packages of other stores know no such limit.
+        """
         base = len(str(self).partition("://")[2]) + 1
-        infos = sorted(self._infos(prefix).items())
+        infos = sorted(self._infos(prefix, max_items=most).items())
         return {name[base:]: int(info["size"] or 0) for name, info in infos if name[base:]}
 
-    def _infos(self, prefix: str) -> dict[str, dict[str, Any]]:
+    def _infos(self, prefix: str, **options: object) -> dict[str, dict[str, Any]]:
         try:
-            return cast(dict[str, dict[str, Any]], self._call("find", prefix=prefix, detail=True))
+            found = self._call("find", prefix=prefix, detail=True, **options)
+            return cast(dict[str, dict[str, Any]], found)
         except FileNotFoundError:  # there is no such bucket
             return {}
 

@@ -16,15 +16,23 @@ from glmbatch.errors import InputError, StoreRefused, shown
 from glmbatch.store.folder import Folder
 from glmbatch.store.paths import AnyPath
 
-# A name in the table's folder, what the table is, and which names below that name make it one.
+# A name in the table's folder, what the table is, which names below that name make it one, and how
+# one of these begins in each such table. A data file of Iceberg belongs to a snapshot.
 MARKS = {
-    "_delta_log": ("a Delta table", ".*"),
-    ".hoodie": ("a Hudi table", ".*"),
-    ".hoodie_partition_metadata": ("a part of a Hudi table", ""),
-    "metadata": ("an Iceberg table", r".*\.metadata\.json(\.gz)?|snap-.*\.avro"),
-    "snapshot": ("a Paimon table", r"snapshot-\d+"),
-    "_spark_metadata": ("an output of a Spark stream", ".*"),
+    "_delta_log": ("a Delta table", ".*", ("",)),
+    ".hoodie": ("a Hudi table", ".*", ("",)),
+    ".hoodie_partition_metadata": ("a part of a Hudi table", "", None),
+    "metadata": (
+        "an Iceberg table",
+        r".*\.metadata\.json(\.gz)?|snap-.*\.avro",
+        ("snap-", "0000", "v1"),
+    ),
+    "snapshot": ("a Paimon table", r"snapshot-\d+", ("snapshot-",)),
+    "_spark_metadata": ("an output of a Spark stream", ".*", ("",)),
 }
+# Keys that are looked at for each beginning. Folders above an input in a store may hold millions
+# under such a name, and what makes a table is among the first.
+MOST_KEYS = 100
 
 
 def refuse_table(folder: AnyPath, table: tuple[str, str] | None, setting: str) -> None:
@@ -81,12 +89,14 @@ def _below(folder: AnyPath, mark: str) -> Iterable[str]:
             with suppress(OSError):  # what cannot be looked into, or is no folder
                 yield from os.listdir(place)
         return
+    beginnings = MARKS[mark][2]
     # Who may read a folder may not always list the ones above it.
     with suppress(StoreRefused):
-        for key in folder.keys(mark):
-            first, _, rest = key.partition("/")
-            if first == mark:
-                yield rest
+        for prefix in [mark] if beginnings is None else [f"{mark}/{name}" for name in beginnings]:
+            for key in folder.keys(prefix, MOST_KEYS):
+                first, _, rest = key.partition("/")
+                if first == mark:
+                    yield rest
 
 
 def first_table(names: Iterable[str]) -> tuple[str, tuple[str, str]] | None:

@@ -205,6 +205,22 @@ def test_folders_with_such_names_alone_are_no_tables(tmp_path: Path, name: str) 
     assert "b.parquet" in find_files(str(tmp_path)).names
 
 
+def test_folders_above_an_input_are_not_listed_whole(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmbatch.store.inputs.tables.MOST_KEYS", 3)
+    for name in ("metadata/x/{}.json", "snapshot/snapshot-{}.jpg", "metadata_{}", "_delta_log-{}"):
+        for number in range(20):
+            store.path(f"a/{name.format(number)}").write_bytes(b"x")
+    store.path("a/b/in/a.parquet").write_bytes(b"x")
+    store.calm()
+    assert find_files(store.url("a/b/in")).names == ["a.parquet"]
+    # The input, and eight beginnings in each of four folders above it.
+    assert len(store.requests) <= 40
+    # A page holds twice as many as are taken of it; the input is looked at and listed.
+    assert sum(request.listed for request in store.requests) <= 10
+
+
 ODD = ["/a.parquet", "./b.parquet", "../c.parquet", "x//d.parquet", "x/./e.parquet", "f.parquet/"]
 
 
