@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote
 
@@ -24,6 +24,7 @@ from glmbatch.ledger.delta_types import HINT, delta_schema, filled, joined, open
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import exists, sync, writable
 from glmbatch.store.folder import Folder
+from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import Address, AnyPath
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 LOG = "_delta_log"
 APPLICATION = "glmbatch"  # the name under which the log counts our publications
-NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 def check_sources(
@@ -256,17 +256,15 @@ def _fit(
 
 def partition_values(name: str, columns: list[str]) -> dict[str, str | None]:
     """What the folders of the file `name` say of the partition `columns`."""
-    folders = dict(part.split("=", 1) for part in PurePosixPath(name).parts[:-1] if "=" in part)
-    values = {column: unquote(folders[column]) for column in columns}
-    return {column: None if value == NULL_PARTITION else value for column, value in values.items()}
+    folders = folder_columns(name)
+    return {column: folders[column] for column in columns}
 
 
 def _partition_columns(schemas: Mapping[str, pa.Schema]) -> list[str]:
     """The columns that folders such as day=1 give to every file, and that no file holds itself."""
     first: tuple[str, list[str]] | None = None
     for name, schema in schemas.items():
-        folders = [part.split("=", 1)[0] for part in PurePosixPath(name).parts[:-1] if "=" in part]
-        columns = [column for column in dict.fromkeys(folders) if column not in schema.names]
+        columns = [column for column in folder_columns(name) if column not in schema.names]
         first = first or (name, columns)
         if columns != first[1]:
             raise InputError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -16,6 +15,7 @@ from glmbatch.ledger.receipts import OutputReceipt
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import committed, naming
 from glmbatch.store.folder import Folder, Name
+from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.paths import AnyPath
 from glmbatch.store.seal import sealed, unsealed
 
@@ -254,17 +254,13 @@ def _heirs(before: Manifest, plan: Plan) -> dict[str, str]:
         if source in digests or not same_bytes or not _is_gone(plan, source):
             continue
         for name in same_bytes:
-            if partitions(name) == partitions(source) and _is_new(published.get(name, []), files):
+            if folder_columns(name) == folder_columns(source) and _is_new(
+                published.get(name, []), files
+            ):
                 heirs[source] = name
                 same_bytes.remove(name)
                 break
     return heirs
-
-
-def partitions(source: str) -> dict[str, str]:
-    """The values of its partition folders, such as day=1."""
-    folders = PurePosixPath(source).parts[:-1]
-    return dict(part.split("=", 1) for part in folders if "=" in part)
 
 
 def _is_new(published: Sequence[PublishedFile], files: Sequence[PublishedFile]) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
@@ -26,6 +26,7 @@ from glmbatch.ledger.receipts import OutputReceipt, key_in_name, read_receipt
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import PARTIAL, committed, move, remove_tree, writable
 from glmbatch.store.folder import Folder, Name
+from glmbatch.store.inputs.find import is_hidden
 from glmbatch.store.locks import check_held
 from glmbatch.store.modes import narrow
 from glmbatch.store.paths import AnyPath, unlink_all
@@ -53,13 +54,13 @@ def publish(
         update={"replaced": tuple(ledger.folder.existing(manifest.replaced))}
     )
     announced = read_announced(root)
-    stale = announced or set()
+    stale = announced.names
     version = None
     if manifest.format == "delta":
         version = _delta_version(ledger, manifest, outputs)
         stale -= version.known  # older versions of the table need theirs
     # Before the first move: what is moved and then killed must be found again.
-    _announce(root, stale | {output.output_name for output in outputs})
+    _announce(root, stale | {output.output_name for output in outputs}, lost=announced.lost)
     _move_staged(ledger.folder, outputs)
     if version is not None:
         commit_table(root, {file.output_name: file.rows for file in manifest.files}, version)
@@ -68,38 +69,51 @@ def publish(
     check_held(root / LOCK)
     write_manifest(root, manifest)
     with writable(root):
-        if announced is None and manifest.format == "parquet":
+        if announced.lost and manifest.format == "parquet":
             put_strangers_aside(ledger.folder, {file.output_name for file in manifest.files})
         _delete_replaced(ledger.folder, manifest, stale)
         _sweep(root, manifest)
     write_manifest(root, manifest, COPY)
 
 
-def read_announced(root: AnyPath) -> set[str] | None:
+class Announced(NamedTuple):
     """Names that killed publications were to move into place before they wrote their manifest.
 
-    None when their list is damaged.
+    `lost` when a list of such names was damaged, and no publication has come to its end since.
     """
+
+    names: set[str]
+    lost: bool
+
+
+def read_announced(root: AnyPath) -> Announced:
+    """What killed publications announced; nothing where none was killed."""
     path = root / PUBLISHING
     try:
         content = unsealed(path.read_bytes())
         # Earlier versions wrote the bare list.
-        return set(
-            _NAMES.validate_python(content if isinstance(content, list) else content["names"])
-        )
+        listed = {"names": content} if isinstance(content, list) else content
+        names = set(_NAMES.validate_python(listed["names"]))
+        return Announced(names, lost=bool(listed.get("lost", False)))
     except FileNotFoundError:
-        return set()
+        return Announced(set(), lost=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
             raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error
         logger.warning("%s: is damaged: %s", path, one_line(error))
-        return None
+        return Announced(set(), lost=True)
 
 
-def _announce(root: AnyPath, names: Collection[str]) -> None:
-    """Write down which files will be moved, for the next publication if this one is killed."""
+def _announce(root: AnyPath, names: Collection[str], *, lost: bool) -> None:
+    """Write down which files will be moved, for the next publication if this one is killed.
+
+    And whether an earlier list was lost, until its files are looked for.
+    """
+    listed: dict[str, Any] = {"names": sorted(names)}
+    if lost:
+        listed["lost"] = True
     with committed(root / PUBLISHING) as partial:
-        partial.write_text(sealed({"names": sorted(names)}), encoding="utf-8")
+        partial.write_text(sealed(listed), encoding="utf-8")
 
 
 def put_strangers_aside(folder: Folder, named: Collection[str]) -> list[str]:
@@ -111,7 +125,7 @@ def put_strangers_aside(folder: Folder, named: Collection[str]) -> list[str]:
     paths: list[AnyPath] = [*folder.path.rglob("*.parquet")]
     for path in sorted(paths):
         name = path.relative_to(folder.path).as_posix()
-        if name in named or any(part[0] in "._" for part in PurePosixPath(name).parts):
+        if name in named or is_hidden(name):
             continue
         if read_receipt(path, OutputReceipt) is not None:
             logger.warning("%s: is of no publication; it is now %s", path, folder.put_aside(name))

@@ -9,6 +9,7 @@ The rows themselves carry their reasons in the published files, so the first lis
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -49,7 +50,7 @@ def read_quarantine(
     And those of whole files, but for the sources that this run has `told` of itself.
     """
     ranges: dict[str, list[range]] = {}
-    for file in files:
+    for file in sorted(files, key=lambda file: file.first_row):
         rows = range(file.first_row, file.first_row + file.rows)
         ranges.setdefault(file.source, []).append(rows)
 
@@ -57,7 +58,10 @@ def read_quarantine(
         source = line["source"]
         if not line["step"]:  # why a file, or the rest of one, could not be read
             return source in ranges and source not in told
-        return any(line["row"] in rows for rows in ranges.get(source, ()))
+        of_source = ranges.get(source, [])
+        # The last that begins at or before the row: no two hold the same.
+        place = bisect_right(of_source, line["row"], key=lambda rows: rows.start)
+        return place > 0 and line["row"] in of_source[place - 1]
 
     return [line for line in read_lines(output / QUARANTINE) or [] if is_of_files(line)]
 
@@ -73,9 +77,12 @@ def mended_quarantine(
             listed[line["source"]].append(line)
         else:
             of_files.append(line)
+    for lines in listed.values():
+        lines.sort(key=_row)
     for file in files:
-        rows = range(file.first_row, file.first_row + file.rows)
-        lines = [line for line in listed[file.source] if line["row"] in rows]
+        of_source = listed[file.source]
+        begin = bisect_left(of_source, file.first_row, key=_row)
+        lines = of_source[begin : bisect_left(of_source, file.first_row + file.rows, key=_row)]
         if len({line["row"] for line in lines}) != file.faulty_rows:
             try:
                 lines = list(_failed_rows(output, file))
@@ -83,6 +90,10 @@ def mended_quarantine(
                 logger.warning("%s: its failed rows cannot be listed", error)
         of_files += lines
     return of_files
+
+
+def _row(line: Line) -> int:
+    return int(line["row"])
 
 
 def read_lines(path: AnyPath) -> list[Line] | None:

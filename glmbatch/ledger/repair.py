@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -39,6 +39,7 @@ from glmbatch.ledger.quarantine import (
 )
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt, whole_digest
 from glmbatch.store.files import modified, whole_address
+from glmbatch.store.inputs.find import is_hidden
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import AnyPath
 
@@ -122,7 +123,7 @@ def _rebuild(ledger: Ledger, notes: list[str]) -> Manifest:
     _note_mixture(manifest, notes)
     if ledger.folder.holds(MANIFEST):
         notes.append(f"{MANIFEST}: as it was, it is {ledger.folder.put_aside(MANIFEST)}")
-    if read_announced(ledger.root) is None:
+    if read_announced(ledger.root).lost:
         notes.append(f"{PUBLISHING}: as it was, it is {ledger.folder.put_aside(PUBLISHING)}")
     write_manifest(ledger.root, manifest)
     write_manifest(ledger.root, manifest, COPY)
@@ -162,9 +163,9 @@ def _find(ledger: Ledger, copy: Manifest | None, notes: list[str]) -> Iterable[_
 def _visible(ledger: Ledger) -> set[str]:
     names: set[str] = set()
     for path in ledger.root.rglob("*.parquet"):
-        name = PurePosixPath(path.relative_to(ledger.root).as_posix())
-        if not any(part[0] in "._" for part in name.parts):
-            names.add(str(name))
+        name = path.relative_to(ledger.root).as_posix()
+        if not is_hidden(name):
+            names.add(name)
     return names
 
 

@@ -45,6 +45,7 @@ from glmbatch.settings.job import (
 from glmbatch.steps.classify import encode_labels
 from glmbatch.steps.prompt import longest_prompt, uses_chat
 from glmbatch.store.files import real_path
+from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.needs import NeededColumn, SchemaNeeds
 
 
@@ -113,6 +114,8 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
     )
     if digests:  # else it is only looked at
         log_plan(plan)
+    # A publication that stops halfway serves rows of two nights.
+    Folder(job.data.output).check_places(fragment.output_name for fragment in plan.fragments)
     manifest = Ledger(job.data.output).manifest()
     if manifest is not None:  # before any work: an output holds one input's rows, under one format
         _check_published(job.data, plan, manifest)

@@ -61,6 +61,11 @@ class Folder:
             )
         return path
 
+    def check_places(self, names: Iterable[str]) -> None:
+        """InputError when a link on the way to one of the files `names` leads out of the folder."""
+        for folder in sorted({PurePosixPath(name).parent for name in names}):
+            self.place(str(folder / "file"))
+
     def holds(self, name: str) -> bool:
         """Whether anything stands at `name`: a file, a folder, or a link to nowhere."""
         path = self.path / name

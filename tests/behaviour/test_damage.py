@@ -287,6 +287,16 @@ def test_nothing_is_written_or_deleted_behind_a_link(
         run_job(job)
 
 
+def test_a_link_in_the_output_is_told_before_any_work(
+    job_settings: Settings, write_source: Write, outside: Path, out: Path
+) -> None:
+    write_source("day=7/a.parquet", {"text": ["good"]})
+    out.mkdir(exist_ok=True)
+    (out / "day=7").symlink_to(outside)
+    with pytest.raises(InputError, match=r"link.*Replace it by a folder, or set data\.output"):
+        preview(JobConfig.model_validate(job_settings(steps=[CLASSIFY])))
+
+
 @pytest.mark.parametrize(
     "name",
     [

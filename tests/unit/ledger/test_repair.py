@@ -18,6 +18,7 @@ from glmbatch.ledger.publication import PUBLISHING
 from glmbatch.ledger.quarantine import QUARANTINE
 from glmbatch.ledger.repair import repair
 from glmbatch.ledger.verification import verify
+from glmbatch.settings.job import JobConfig
 from glmbatch.store.folder import ASIDE
 from tests.support import (
     CLASSIFY,
@@ -195,20 +196,20 @@ def test_where_nothing_is_published_nothing_is_repaired(there: bool, tmp_path: P
         repair(tmp_path / "out")
 
 
+@pytest.mark.parametrize("killed_again", [False, True])
 def test_a_damaged_list_of_moved_files_hides_no_stranger(
-    nights: Callable[[], Manifest], job_settings: Settings, out: Path
+    killed_again: bool, nights: Callable[[], Manifest], job_settings: Settings, out: Path
 ) -> None:
     manifest = nights()
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("glmbatch.ledger.publication.write_manifest", killed)
-        run(
-            job_settings(
-                **{**JOB, "steps": [{**CLASSIFY, "name": "other"}]},
-                data__rows_per_fragment=1,
-                data__missing_sources="drop",
-            )
-        )
+    other = job_settings(
+        **{**JOB, "steps": [{**CLASSIFY, "name": "other"}]},
+        data__rows_per_fragment=1,
+        data__missing_sources="drop",
+    )
+    run_killed(other)
     (out / PUBLISHING).write_text("[")
+    if killed_again:  # its own list takes the place of the damaged one
+        run_killed(job_settings(**JOB))
     run(job_settings(**JOB))
     after = Ledger(out).manifest()
     assert after is not None
@@ -219,5 +220,24 @@ def test_a_damaged_list_of_moved_files_hides_no_stranger(
     assert list((out / ASIDE).rglob("*.parquet")), "nothing is deleted on a guess"
 
 
+def run_killed(job: JobConfig) -> None:
+    """Run until the files are moved, and no further."""
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("glmbatch.ledger.publication.write_manifest", killed)
+        run(job)
+
+
 def killed(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_rows_of_every_partition_are_found_again(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("_x=1/a.parquet", {"text": ["one", None]})
+    write_source("day=2/b.parquet", {"text": ["two"]})
+    run(job_settings(**JOB))
+    (out / MANIFEST).unlink()
+    (out / COPY).unlink()
+    assert repair(out).rows == 3
+    assert verify(out).sound
