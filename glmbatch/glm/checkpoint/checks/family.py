@@ -41,6 +41,8 @@ _NAMES = {
     "GLM-10B": r"glm-10b|glm-2b|glm-large|glm-roberta",
 }
 _SERVED = ("ChatGLM2", "CodeGeeX2")
+# What follows the model in the name of a repository: glm-4-9b-chat, chatglm3-6b-32k.
+_SIZE = r"[-_]\d+b(?:[-_](?:\d+[km]|base|chat|int[48]))*"
 # Keys that only another model's config has, in either layout.
 _KEYS = {
     "GLM-10B": ("block_position_encoding",),
@@ -140,9 +142,12 @@ def family_of(directory: Path, config: Mapping[str, Any]) -> tuple[Family, list[
     if roles:
         notes.append(f"{roles} has roles such as <|user|>, as of ChatGLM3; they are not used")
     if name is None and config.get("model_type") != "glm":  # which our own classes write
+        folder = directory.absolute().name
+        hint = _name_in(folder)
+        names = f"; its folder {folder[:80]!r} names {hint}" if hint else ""
         notes.append(
             "no file names the model ('_name_or_path' of config.json), so it is taken for "
-            "ChatGLM2; ChatGLM3 has the same layout, and would not end its answers"
+            f"ChatGLM2{names}; ChatGLM3 has the same layout, and would not end its answers"
         )
     return ("CodeGeeX2" if name == "CodeGeeX2" else "ChatGLM2"), notes
 
@@ -192,12 +197,21 @@ def _by_name(directory: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, 
     # The hub's cache has the repository in a folder's name.
     parts = directory.absolute().parts
     cached = [part for part in parts if part.startswith("models--")]
-    stated += [("its folder", name) for name in (*cached, *parts[-1:])]
+    own = [part for part in parts[-1:] if _names_itself(part)]
+    stated += [("its folder", name) for name in (*cached, *own)]
     for place, value in stated:
         name = _name_in(value) if isinstance(value, str) else None
         # In our layout it is no model of before: its name is an old folder's.
         if name is not None and not (name in _KEYS and _is_original(config)):
             yield name, f"{place} is {str(value)[:80]!r}"
+
+
+def _names_itself(folder: str) -> bool:
+    """Whether a folder's name says what lies in it: `reviews-glm4` says what it is about."""
+    name = _name_in(folder)
+    if name is None or name in _SERVED:
+        return True
+    return re.fullmatch(rf"(?:{_NAMES[name]}){_SIZE}", folder.lower()) is not None
 
 
 def _name_in(text: str) -> str | None:

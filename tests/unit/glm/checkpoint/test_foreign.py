@@ -134,6 +134,24 @@ def test_chatglm3_is_known_by_its_folders_name(tmp_path: Path) -> None:
         assert "that of ChatGLM3: its folder is" in problem_of(directory)
 
 
+@pytest.mark.parametrize(
+    ("folder", "model"),
+    [
+        ("reviews-glm4", "GLM-4"),
+        ("glm-4-teacher-labels", "GLM-4"),
+        ("chatglm3-replacement", "ChatGLM3"),
+        ("after_cogvlm", "CogVLM"),
+        ("vs-chatglm3-6b", "ChatGLM3"),
+    ],
+)
+def test_a_folders_own_name_alone_refuses_no_model(tmp_path: Path, folder: str, model: str) -> None:
+    directory = make_checkpoint(tmp_path / folder, config={"_name_or_path": None})
+    (note,) = read_checkpoint(directory).warnings
+    assert f"its folder '{folder}' names {model}; " in note
+    edit_config(directory, _name_or_path="THUDM/chatglm2-6b")
+    assert read_checkpoint(directory).warnings == ()
+
+
 def test_a_folder_that_names_no_model_is_noted(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "model", config={"_name_or_path": "/data/out"})
     (note,) = read_checkpoint(directory).warnings
