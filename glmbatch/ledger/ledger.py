@@ -35,7 +35,14 @@ from glmbatch.ledger.receipts import (
     write_with_receipt,
 )
 from glmbatch.ledger.recent import Content, Recent
-from glmbatch.store.files import DIGEST_CHARS, commit, digest_file, partial_beside, writable
+from glmbatch.store.files import (
+    DIGEST_CHARS,
+    commit,
+    digest_file,
+    partial_beside,
+    reachable,
+    writable,
+)
 from glmbatch.store.folder import Folder
 from glmbatch.store.locks import hold, release
 from glmbatch.store.modes import narrow
@@ -184,7 +191,8 @@ class Ledger:
 
     def keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
         """Commit the answers of a step over a fragment, replacing earlier ones; safe to repeat."""
-        with self._committing:  # fragments with the same rows have the same key
+        # Fragments with the same rows have the same key.
+        with self._committing, writable(self.root / ANSWERS):
             return self._keep_answers(receipt, table)
 
     def _keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
@@ -261,8 +269,9 @@ class Ledger:
                 yield path, receipt
 
     def _answers(self) -> list[AnyPath]:
-        paths: list[AnyPath] = [*(self.root / ANSWERS).glob("*.parquet")]
-        return sorted(paths)
+        with reachable(self.root / ANSWERS):
+            paths: list[AnyPath] = [*(self.root / ANSWERS).glob("*.parquet")]
+            return sorted(paths)
 
     def _published(self) -> tuple[PublishedFile, ...]:
         manifest = self.manifest()
@@ -297,7 +306,7 @@ class Ledger:
     ) -> OutputReceipt:
         """Commit an output file where no reader looks; returns its receipt, with its digest."""
         folder = self.root / STAGED
-        with partial_beside(folder / receipt.key) as partial:
+        with writable(folder), partial_beside(folder / receipt.key) as partial:
             write_with_receipt(partial, schema, batches, receipt, utc_times=utc_times)
             narrow(partial, [receipt.fragment.path])
             digest = digest_file(partial)

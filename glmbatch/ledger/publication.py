@@ -24,7 +24,7 @@ from glmbatch.ledger.manifest import COPY, Manifest, write_manifest
 from glmbatch.ledger.quarantine import REFUSED, Line, write_quarantine
 from glmbatch.ledger.receipts import OutputReceipt, key_in_name, read_receipt
 from glmbatch.store.errors import one_line
-from glmbatch.store.files import PARTIAL, committed, move, remove_tree, writable
+from glmbatch.store.files import PARTIAL, committed, move, reachable, remove_tree, writable
 from glmbatch.store.folder import Folder, Name
 from glmbatch.store.inputs.find import is_hidden
 from glmbatch.store.locks import check_held
@@ -141,7 +141,8 @@ def _delta_version(ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputR
 
 
 def _move_staged(root: Folder, outputs: Sequence[OutputReceipt]) -> None:
-    staged = {path.name for path in (root / STAGED).glob("*.parquet")}
+    with reachable(root / STAGED):
+        staged = {path.name for path in (root / STAGED).glob("*.parquet")}
 
     def move_one(output: OutputReceipt) -> None:
         path = root.place(output.output_name)

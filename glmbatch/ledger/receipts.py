@@ -9,9 +9,9 @@ from typing import Annotated, TypeVar
 import pyarrow as pa
 from pydantic import BaseModel, Field, ValidationError
 
-from glmbatch.errors import MACHINE_ERRNOS, TransientError, UnusableFile
+from glmbatch.errors import InputError, StoreRefused, UnusableFile
 from glmbatch.ledger.fragments import Fragment
-from glmbatch.store.files import digest_file, is_link, writable
+from glmbatch.store.files import digest_file, is_link, reachable, writable
 from glmbatch.store.folder import Name
 from glmbatch.store.parquet import footer_metadata, open_parquet, write_table
 from glmbatch.store.paths import AnyPath, unlink_all
@@ -117,17 +117,18 @@ def find_whole(folder: AnyPath, key: str) -> tuple[AnyPath, str] | None:
 
     One that does not match is deleted: it was damaged after it was committed.
     """
-    for path in folder.glob(f"{key}.*.parquet"):
-        try:
-            # What a link leads to may go at any time, or not be there at all.
-            digest = None if is_link(path) else whole_digest(path)
-        except FileNotFoundError:
-            # Replaced by a fragment with the same rows, whose answers have the same key.
-            return find_whole(folder, key)
-        if digest is not None and digest.startswith(digest_in_name(path)):
-            return path, digest
-        unlink_all(folder, [path])
-    return None
+    with reachable(folder):
+        for path in folder.glob(f"{key}.*.parquet"):
+            try:
+                # What a link leads to may go at any time, or not be there at all.
+                digest = None if is_link(path) else whole_digest(path)
+            except FileNotFoundError:
+                # Replaced by a fragment with the same rows, whose answers have the same key.
+                return find_whole(folder, key)
+            if digest is not None and digest.startswith(digest_in_name(path)):
+                return path, digest
+            unlink_all(folder, [path])
+        return None
 
 
 def whole_digest(path: AnyPath) -> str | None:
@@ -136,12 +137,11 @@ def whole_digest(path: AnyPath) -> str | None:
     FileNotFoundError when nothing is there, TransientError when the machine failed.
     """
     try:
-        return digest_file(path)
-    except FileNotFoundError:
+        with reachable(path):
+            return digest_file(path)
+    except StoreRefused:  # no file is to blame
         raise
-    except OSError as error:  # a folder, a link in a circle, a file that may not be read
-        if error.errno in MACHINE_ERRNOS:
-            raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error
+    except InputError:  # a folder, a link in a circle, a file that may not be read
         return None
 
 

@@ -38,7 +38,7 @@ from glmbatch.ledger.quarantine import (
     write_quarantine,
 )
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt, whole_digest
-from glmbatch.store.files import modified, whole_address
+from glmbatch.store.files import modified, reachable, whole_address
 from glmbatch.store.inputs.find import is_hidden
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import AnyPath
@@ -162,7 +162,9 @@ def _find(ledger: Ledger, copy: Manifest | None, notes: list[str]) -> Iterable[_
 
 def _visible(ledger: Ledger) -> set[str]:
     names: set[str] = set()
-    for path in ledger.root.rglob("*.parquet"):
+    with reachable(ledger.root):
+        paths = [*ledger.root.rglob("*.parquet")]
+    for path in paths:
         name = path.relative_to(ledger.root).as_posix()
         if not is_hidden(name):
             names.add(name)

@@ -25,7 +25,7 @@ from glmbatch.ledger.publication import PUBLISHING
 from glmbatch.ledger.quarantine import QUARANTINE, read_quarantine
 from glmbatch.ledger.receipts import RECEIPT, OutputReceipt, whole_digest
 from glmbatch.settings.columns import Columns
-from glmbatch.store.files import PARTIAL
+from glmbatch.store.files import PARTIAL, reachable
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.find import is_hidden
 from glmbatch.store.parquet import open_parquet, read_opened
@@ -113,7 +113,9 @@ def _strangers(ledger: Ledger, manifest: Manifest) -> Iterator[Finding]:
             yield _wrong(
                 name, f"stands in {LOG if name not in named else MANIFEST} alone; run the job again"
             )
-    for path in sorted(ledger.root.rglob("*")):
+    with reachable(ledger.root):
+        paths = sorted(ledger.root.rglob("*"))
+    for path in paths:
         name = path.relative_to(ledger.root).as_posix()
         if name == PUBLISHING:
             yield _wrong(name, "a publication did not come to its end; run the job again")

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from glmbatch.errors import GlmbatchError, InputError, StoreRefused, TransientError
+from glmbatch.errors import MACHINE_ERRNOS, GlmbatchError, InputError, StoreRefused, TransientError
 from glmbatch.store.errors import UNWRITABLE, store_errors
 from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 
@@ -209,6 +209,20 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def reachable(path: Address) -> Iterator[None]:
+    """Turn the system's errors of reading or listing `path` into ours; that it is gone stays."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in MACHINE_ERRNOS:
+            raise TransientError(f"{path}: cannot be read now: {reason}.") from error
+        raise InputError(f"{path}: cannot be read: {reason}. Set data.output.") from error
 
 
 @contextmanager

@@ -18,11 +18,14 @@ from typing import Any
 import pytest
 
 from glmbatch.errors import InputError, TransientError
+from glmbatch.ledger.repair import repair
 from glmbatch.ledger.verification import verify
 from glmbatch.run.job import run_job
+from glmbatch.run.preview import preview
 from glmbatch.settings.job import JobConfig
 from tests.support import CLASSIFY, Settings, Write, rows_of
 
+READS = {"open", "os.listdir", "os.scandir"}
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod"}
 
 
@@ -34,6 +37,7 @@ class Disk:
         self.changes = 0
         self.fails_at: int | None = None
         self.number = 0
+        self.reading = False
 
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.folder or not self._changes(event, arguments):
@@ -46,6 +50,8 @@ class Disk:
             raise OSError(self.number, os.strerror(self.number), arguments[0])
 
     def _changes(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        if self.reading and event in READS:
+            return self.folder in str(arguments[0])
         if event in CHANGES:
             return self.folder in str(arguments[0])
         writes = event == "open" and isinstance(arguments[2], int)
@@ -58,8 +64,9 @@ sys.addaudithook(DISK.hook)  # for good: Python has no way to take a hook back
 
 
 @contextmanager
-def failing(folder: Path, at: int | None, number: int) -> Iterator[Disk]:
+def failing(folder: Path, at: int | None, number: int, *, reading: bool = False) -> Iterator[Disk]:
     DISK.folder, DISK.changes, DISK.fails_at, DISK.number = str(folder), 0, at, number
+    DISK.reading = reading
     try:
         yield DISK
     finally:
@@ -105,3 +112,27 @@ def test_a_disk_that_fails_at_any_change_costs_the_run_alone(
         assert verify(output).sound
         shutil.rmtree(output)
     assert told > changes // 4
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_an_output_that_cannot_be_read_is_told(
+    number: int, write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": ["one", None]})
+    job = JobConfig.model_validate(
+        job_settings(steps=[CLASSIFY], max_error_rate=0.9, runtime__retries=0)
+    )
+    run_job(job)
+    for call in (verify, repair, lambda _: preview(job), lambda _: run_job(job)):
+        with failing(out, None, number, reading=True) as disk:
+            call(out)
+            reads = disk.changes
+        assert reads
+        for at in range(1, reads + 1):
+            try:
+                with failing(out, at, number, reading=True):
+                    call(out)
+            except (TransientError, InputError) as error:
+                assert "\n" not in str(error)
+    assert run_job(job).faulty_rows == 1
+    assert verify(out).sound
