@@ -16,7 +16,7 @@ from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 # ChatGLM2 and its siblings of one tokenizer: ids, the vocabulary padded, and ids of a text.
 PUBLISHED_SIZE = 64_794
 _PUBLISHED_PADDED = 65_024
-_PUBLISHED_IDS = {"你好": (64_790, 64_792, 36_474, 54_591)}
+_PUBLISHED_IDS = {"你好": (36_474, 54_591)}
 # Vocabularies are padded to a multiple of some hundreds. Further apart, they are of two models.
 _MOST_PADDING = 1_024
 _MOST_PADDING_SHARE = 0.1
@@ -36,15 +36,16 @@ def read_tokenizer(directory: Path, padded: int | None, eos_id: int | None) -> T
     size = tokenizer.vocab_size
     advice = "It belongs to another checkpoint: copy the one of the base."
     _refuse_other_ids(directory, tokenizer, advice)
-    if size == PUBLISHED_SIZE:
-        _refuse_other_texts(file, tokenizer)
+    extended = padded == _PUBLISHED_PADDED and size > PUBLISHED_SIZE
+    if size == PUBLISHED_SIZE or extended:
+        _refuse_other_texts(file, tokenizer, advice)
     if padded is None or eos_id is None:
         return tokenizer
     if size > padded:
         raise InputError(
             f"{file}: {size} ids, more than the {padded} that config.json states. {advice}"
         )
-    if padded == _PUBLISHED_PADDED and size != PUBLISHED_SIZE:
+    if padded == _PUBLISHED_PADDED and size < PUBLISHED_SIZE:
         raise InputError(
             f"{file}: {size:,} ids; weights of {_PUBLISHED_PADDED:,} rows, as config.json states, "
             f"have the published tokenizer of {PUBLISHED_SIZE:,}. {advice}"
@@ -64,6 +65,12 @@ def tokenizer_doubts(tokenizer: Tokenizer, padded: int, eos_id: int) -> Iterator
         yield (
             f"{TOKENIZER_FILE} ends a text with id {tokenizer.eos_id}, config.json with {eos_id}"
         )
+    more = tokenizer.vocab_size - PUBLISHED_SIZE
+    if padded == _PUBLISHED_PADDED and more > 0:
+        yield (
+            f"{TOKENIZER_FILE} has {more:,} ids more than the published one, and so other ids of "
+            f"[gMASK] and its like: weights that were not trained with it answer garbage"
+        )
     padding = padded - tokenizer.vocab_size
     if padding > min(_MOST_PADDING, _MOST_PADDING_SHARE * padded):
         yield (
@@ -73,14 +80,20 @@ def tokenizer_doubts(tokenizer: Tokenizer, padded: int, eos_id: int) -> Iterator
         )
 
 
-def _refuse_other_texts(file: Path, tokenizer: Tokenizer) -> None:
+def _refuse_other_texts(file: Path, tokenizer: Tokenizer, advice: str) -> None:
+    """InputError when a published text has other ids. Words that users add come after these."""
+    published_size = tokenizer.vocab_size == PUBLISHED_SIZE
     for text, published in _PUBLISHED_IDS.items():
-        ids = tuple(tokenizer.encode([text])[0])
-        if ids != published:
-            raise InputError(
-                f"{file}: has the size of the published tokenizer, but "
-                f"{text} gives {ids} and not {published}. Copy it again from THUDM/chatglm2-6b."
-            )
+        ids = tuple(tokenizer.encode_plain([text])[0])
+        if ids == published:
+            continue
+        if published_size:
+            advice = "Copy it again from THUDM/chatglm2-6b."
+        size = "has the size of" if published_size else "is larger than"
+        raise InputError(
+            f"{file}: {size} the published tokenizer, but {text} gives {ids} and not {published}. "
+            f"{advice}"
+        )
 
 
 def _refuse_other_ids(directory: Path, tokenizer: Tokenizer, advice: str) -> None:

@@ -136,7 +136,7 @@ def test_a_tokenizer_of_the_published_size_gives_published_ids(tmp_path: Path) -
     )
     (problem,) = examine(directory).problems
     assert f"{tokenizer}: has the size of the published tokenizer, but 你好 gives" in problem
-    assert "(64790, 64792, 36474, 54591)" in problem
+    assert "(36474, 54591)" in problem
 
 
 @pytest.mark.slow

@@ -455,6 +455,42 @@ def test_weights_of_the_published_size_have_its_tokenizer(tmp_path: Path, pieces
     assert "have the published tokenizer of 64,794" in problem_of(directory)
 
 
+def tokenizer_of(words: dict[int, str], size: int) -> bytes:
+    """A sentencepiece model of `size` pieces, with `words` at their ids, in its wire form."""
+
+    def field(number: int, content: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    pieces = []
+    for number in range(size):
+        word = words.get(number, f"piece{number:05}").encode()
+        kind = {0: b"\x18\x02", 1: b"\x18\x03", 2: b"\x18\x03"}.get(number, b"")
+        pieces.append(field(1, field(1, word) + kind))
+    return b"".join(pieces)
+
+
+PUBLISHED_WORDS = {0: "<unk>", 1: "<s>", 2: "</s>", 36_474: "▁", 54_591: "你好"}
+
+
+@pytest.mark.parametrize("added", [0, 1, 230, 231])
+def test_words_that_a_user_added_are_noted(tmp_path: Path, added: int) -> None:
+    directory = make_checkpoint(tmp_path, config={"padded_vocab_size": 65024})
+    tokenizer = directory / "tokenizer.model"
+    tokenizer.write_bytes(tokenizer_of(PUBLISHED_WORDS, 64_789 + added))
+    diagnosis = examine(directory)
+    noted = f"has {added} ids more than the published one" in describe(diagnosis)
+    assert noted == (0 < added < 231)
+    assert len(diagnosis.problems) == (added == 231)  # more than there are rows of weights
+
+
+def test_published_words_in_other_places_are_refused(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path, config={"padded_vocab_size": 65024})
+    words = PUBLISHED_WORDS | {54_591: "x", 7: "你好"}
+    (directory / "tokenizer.model").write_bytes(tokenizer_of(words, 64_800))
+    problem = problem_of(directory)
+    assert "is larger than the published tokenizer, but 你好 gives (36474, 7)" in problem
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
