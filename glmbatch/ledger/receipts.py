@@ -121,7 +121,7 @@ def find_whole(folder: AnyPath, key: str) -> tuple[AnyPath, str] | None:
         for path in folder.glob(f"{key}.*.parquet"):
             try:
                 # What a link leads to may go at any time, or not be there at all.
-                digest = None if is_link(path) else whole_digest(path)
+                digest = None if is_link(path) else whole_digest(path, must_read=True)
             except FileNotFoundError:
                 # Replaced by a fragment with the same rows, whose answers have the same key.
                 return find_whole(folder, key)
@@ -131,17 +131,21 @@ def find_whole(folder: AnyPath, key: str) -> tuple[AnyPath, str] | None:
         return None
 
 
-def whole_digest(path: AnyPath) -> str | None:
+def whole_digest(path: AnyPath, *, must_read: bool = False) -> str | None:
     """The digest of a committed file; None where something else is in its place.
 
-    FileNotFoundError when nothing is there, TransientError when the machine failed.
+    FileNotFoundError when nothing is there, TransientError when the machine failed. A file that
+    this user may not read gives None too, or InputError if `must_read`.
     """
     try:
         with reachable(path):
             return digest_file(path)
     except StoreRefused:  # no file is to blame
         raise
-    except InputError:  # a folder, a link in a circle, a file that may not be read
+    except InputError as error:  # a folder, a link in a circle, a file that may not be read
+        if must_read and isinstance(error.__cause__, PermissionError):
+            # It may be whole, and another user's: it is not taken away.
+            raise
         return None
 
 

@@ -74,6 +74,9 @@ def repair(output: str | Path) -> Repair:
             mended.append(MANIFEST)
         if _mend_quarantine(ledger, manifest):
             mended.append(QUARANTINE)
+        for file in manifest.files:
+            if not _is_whole(ledger, file):
+                notes.append(f"{file.output_name}: is damaged or gone; run the job to make it anew")
         return Repair(
             output=str(output),
             files=len(manifest.files),
@@ -85,9 +88,16 @@ def repair(output: str | Path) -> Repair:
         ledger.close(RUN)
 
 
+def _is_whole(ledger: Ledger, file: PublishedFile) -> bool:
+    try:
+        return whole_digest(ledger.root / file.output_name) == file.digest
+    except FileNotFoundError:
+        return False
+
+
 def describe(repair: Repair) -> str:
     """What was done, as text for a person."""
-    done = f"made again: {', '.join(repair.mended)}" if repair.mended else "nothing was to mend"
+    done = f"made again: {', '.join(repair.mended)}" if repair.mended else "both lists are whole"
     end = f"{repair.output}: {repair.files} files, {repair.rows} rows; {done}"
     look = f"Compare it with its sources: glmbatch verify {repair.output}"
     return "\n".join([*repair.notes, end, *([look] if repair.mended else [])])
@@ -117,7 +127,8 @@ def _rebuild(ledger: Ledger, notes: list[str]) -> Manifest:
     if not files:
         raise InputError(
             f"{ledger.root}: no published file has a receipt, so there is nothing to make a "
-            f"{MANIFEST} from. Move the folder away, and run the job again."
+            f"{MANIFEST} from. Give the job's data.output; if it is that, move the folder away, "
+            "and run the job again."
         )
     manifest = _assemble(ledger, copy, files, notes)
     _note_mixture(manifest, notes)

@@ -38,9 +38,12 @@ def _blocks(summary: Summary) -> Iterator[list[str]]:
     if summary.notes:
         yield [f"note: {note}" for note in summary.notes]
     if summary.kept_sources:
-        yield [f"{summary.kept_sources:,} sources that were not in this run stay published."]
+        yield [
+            f"sources not in this run that stay published: {summary.kept_sources:,} "
+            "(data.missing_sources)"
+        ]
     if summary.renamed_sources:
-        yield [f"{summary.renamed_sources:,} sources have new names; their old files are replaced."]
+        yield [f"sources with new names, in place of their old ones: {summary.renamed_sources:,}"]
     for sample in summary.samples:
         yield [f"  {name}: {short(value)}" for name, value in sample.items()]
     yield _where_to_read(summary)

@@ -41,7 +41,9 @@ def check_errors(plan: Plan, outputs: Sequence[OutputReceipt], max_error_rate: f
     reasons = _most_frequent(outputs, out_of_reach)
     # Divided, since 0.29 times 100 is less than 29.
     if rows and failed / rows > max_error_rate:
-        some = f"{failed} of {rows} rows failed ({failed / rows:.1%})"
+        # Of a file whose footer cannot be read nobody knows the rows.
+        estimated = "some " if any(fault.rows is None for fault in plan.unusable) else ""
+        some = f"{failed} of {estimated}{rows} rows failed ({failed / rows:.1%})"
         raise AuditError(
             f"{f'all {rows} rows failed' if failed == rows else some}, max_error_rate allows "
             f"{max_error_rate:.1%}: {reasons}. "

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import pyarrow as pa
 from pydantic import BaseModel
 
-from glmbatch.errors import UnusableFile, shown
-from glmbatch.ledger.fragments import FileFault
+from glmbatch.errors import AuditError, UnusableFile, shown
+from glmbatch.ledger.fragments import FileFault, Plan
 from glmbatch.ledger.known import KnownAnswers
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, StepOrigin
@@ -22,6 +22,7 @@ from glmbatch.ledger.rowkeys import answer_settings
 from glmbatch.report.counts import busy_seconds
 from glmbatch.report.text import left_out
 from glmbatch.run.answer import earlier_values, rows_of, source_values
+from glmbatch.run.audits import check_errors
 from glmbatch.run.canary import check_canary_file
 from glmbatch.run.models import describe_model, prepare_models
 from glmbatch.run.plan import assign, plan_run
@@ -77,6 +78,7 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
     steps: tuple[StepPreview, ...]
     seconds: float | None
     skipped: tuple[Skipped, ...] = ()
+    refused: str | None = None  # why, if the rows of the files left out are too many
 
 
 def preview(job: JobConfig) -> Preview:
@@ -107,7 +109,16 @@ def preview(job: JobConfig) -> Preview:
         steps=steps,
         seconds=_estimate(steps, ledger),
         skipped=run.plan.skipped,
+        refused=_refusal(run.plan, job.max_error_rate),
     )
+
+
+def _refusal(plan: Plan, max_error_rate: float) -> str | None:
+    try:
+        check_errors(plan, [], max_error_rate)
+    except AuditError as error:
+        return str(error)
+    return None
 
 
 class _Counted:
@@ -277,6 +288,8 @@ def describe_plan(plan: Preview) -> str:
     lines += left_out(plan.unusable, "left out: ")
     if plan.skipped:
         lines.append(f"not read: {', '.join(map(str, plan.skipped))}")
+    if plan.refused:
+        lines.append(f"would be refused: {plan.refused}")
     lines += ["", *_table(plan)]
     if any(step.waiting for step in plan.steps):
         lines += ["", "Tokens are not counted where a prompt waits for an earlier step's answer."]

@@ -118,7 +118,7 @@ def test_files_that_cannot_be_read_count_towards_the_error_rate(
         source = write_source(f"{number}.parquet", {"text": [f"text {number}"] * 5})
         if number:
             source.write_bytes(source.read_bytes()[:-5])
-    with pytest.raises(AuditError, match=r"15 of 20 rows failed.* in unreadable files"):
+    with pytest.raises(AuditError, match=r"15 of (some )?20 rows failed.* in unreadable files"):
         run(job_settings(max_error_rate=0.5))
     assert run(job_settings(max_error_rate=0.8)).rows == 5
 
@@ -174,12 +174,12 @@ def test_a_size_that_says_nothing_counts_as_the_mean(
         write_source(f"{name}.parquet", {"text": [f"text {name}"] * 4})
     for number in range(3):
         place(tmp_path / "in" / f"z{number}.parquet")
-    with pytest.raises(AuditError, match=r"12 of 20 rows failed \(60\.0%\)"):
+    with pytest.raises(AuditError, match=r"12 of some 20 rows failed \(60\.0%\)"):
         run(job_settings(max_error_rate=0.59))
     assert run(job_settings(max_error_rate=0.6)).rows == 8
     # Few rows that come before the end of the limit are a trial.
     assert run(job_settings(data__limit=2, data__output=str(tmp_path / "trial"))).rows == 2
-    with pytest.raises(AuditError, match="12 of 20 rows failed"):
+    with pytest.raises(AuditError, match=r"12 of (some )?20 rows failed"):
         run(job_settings(data__limit=9, data__output=str(tmp_path / "trial")))
 
 
@@ -190,7 +190,7 @@ def test_no_unreadable_file_is_lost_for_nothing(
     write_source("a.parquet", {"text": ["x"]})
     write_source("b.parquet", {"text": pa.array([], pa.string())})
     (tmp_path / "in" / "z.parquet").touch()
-    with pytest.raises(AuditError, match="1 of 2 rows failed"):
+    with pytest.raises(AuditError, match="1 of some 2 rows failed"):
         run(job_settings(max_error_rate=0.0))
 
 

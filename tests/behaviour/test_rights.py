@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
+from glmbatch.errors import InputError
 from glmbatch.ledger.quarantine import QUARANTINE
+from glmbatch.ledger.receipts import find_whole
 from glmbatch.run.canary import freeze
 from tests.support import CLASSIFY, Settings, Write, run
 
@@ -110,3 +114,21 @@ def test_a_setgid_folder_shares_with_the_group_of_the_source(
     published = out / "a-0000000000.parquet"
     assert (mode_of(published), published.stat().st_gid) == (0o640, OTHER_GROUP)
     assert mode_of(out / "_glmbatch") == 0o750
+
+
+def test_answers_of_another_user_are_not_taken_away() -> None:
+    if os.geteuid():
+        pytest.skip("only root may act as another user")
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        kept = folder / f"key.{sha256(b'answers').hexdigest()[:32]}.parquet"
+        kept.write_bytes(b"answers")
+        kept.chmod(0o600)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(InputError, match="cannot be read: Permission denied"):
+                find_whole(folder, "key")
+        finally:
+            os.seteuid(0)
+        assert find_whole(folder, "key") is not None

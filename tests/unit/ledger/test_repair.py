@@ -188,6 +188,11 @@ def test_the_command_says_what_it_did(
     assert json.loads(capsys.readouterr().out)["mended"] == []
 
 
+def test_a_damaged_published_file_is_named(nights: Callable[[], Manifest], out: Path) -> None:
+    flip(out / nights().files[0].output_name)
+    assert "run the job to make it anew" in "\n".join(repair(out).notes)
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_where_nothing_is_published_nothing_is_repaired(there: bool, tmp_path: Path) -> None:
     if there:
