@@ -123,14 +123,12 @@ def _prepared(located: ModelConfig, stamp: str) -> Model:
         digest_tokenizer,
         digest_weights,
         read_checkpoint,
-        refuse_non_finite,
     )
     from glmbatch.glm.device import DTYPE_BYTES
 
     checkpoint = read_checkpoint(located.path, located.adapter)
-    weights = digest_weights(located.path, located.adapter)
+    weights = digest_weights(located.path, located.adapter, checkpoint)
     tokenizer = digest_tokenizer(located.path)
-    refuse_non_finite(checkpoint)
     chats = checkpoint.family != "CodeGeeX2"
     # Last is the form of prompts by default: in rounds of a chat, which outputs of earlier versions
     # have in their keys as "default", or bare.

@@ -17,7 +17,6 @@ from glmbatch.glm.checkpoint.load import (
     digest_tokenizer,
     digest_weights,
     inspect_checkpoint,
-    refuse_non_finite,
 )
 from glmbatch.glm.device import DTYPE_BYTES
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -87,8 +86,7 @@ def examine(
                 f"{directory / TOKENIZER_FILE}: is not there; no text can be read. Copy it too."
             )
         if checkpoint and digests:
-            weights_digest = digest_weights(directory, adapter)
-            refuse_non_finite(checkpoint)
+            weights_digest = digest_weights(directory, adapter, checkpoint)
     except GlmbatchError as error:
         checkpoint = None
         # The inspection has met the same damaged tokenizer already.

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from glmbatch.glm.checkpoint.layout import PREFIX_KEY, TensorSpec, split_rows
 from glmbatch.glm.checkpoint.prefix import native_prefix
 from glmbatch.glm.checkpoint.save import save_checkpoint
 from glmbatch.glm.checkpoint.shards import (
+    Header,
     count_non_finite,
     dequantized,
     find_shards,
@@ -46,16 +49,20 @@ __all__ = [
     "load_model",
     "locate_checkpoint",
     "read_checkpoint",
-    "refuse_non_finite",
     "save_checkpoint",
 ]
 
 
-def digest_weights(path: str | Path, adapter: str | Path | None = None) -> str:
+def digest_weights(
+    path: str | Path, adapter: str | Path | None = None, checked: Checkpoint | None = None
+) -> str:
     """Hex sha256 of everything in a checkpoint that changes the model's answers.
 
     That is its config, and the bytes of its weight files whatever their names. With an adapter it
     includes how much of it is added to which weight, its labels, and the bytes of its weights.
+
+    Of `checked`, the same checkpoint, each file's numbers are checked as soon as it is digested,
+    while its bytes are in memory; InputError as `refuse_non_finite` says.
     """
     directory = Path(path)
     config = read_json(directory / "config.json")
@@ -66,12 +73,23 @@ def digest_weights(path: str | Path, adapter: str | Path | None = None) -> str:
     facts = [asdict(architecture) | {"rope_scaling": scaling}, config.get("rope_scaling")]
     shards, _ = find_shards(directory)
     files = [shard.file for shard in shards]
+    one_at_a_time = Lock()  # torch uses all cores for one, and an old .bin is in memory whole
+
+    def digest_one(file: Path) -> tuple[str, list[str]]:
+        content = digest_file(file)
+        if checked is None:
+            return content, []
+        with one_at_a_time:
+            return content, _broken_tensors(file, checked.tensors.get(file, {}))
+
     with ThreadPoolExecutor(max_workers=min(16, len(files))) as pool:
-        contents = sorted(pool.map(digest_file, files))
+        digested = list(pool.map(digest_one, files))
+    _refuse_broken(chain.from_iterable(broken for _, broken in digested))
+    contents = sorted(content for content, _ in digested)
     digest = _digest([json.dumps(facts, sort_keys=True), *contents])
     if adapter is None:
         return digest
-    adapted = read_checkpoint(directory, adapter).adapter
+    adapted = (checked or read_checkpoint(directory, adapter)).adapter
     assert adapted is not None
     facts = [dict(adapted.scales), adapted.labels]
     return _digest([digest, json.dumps(facts, sort_keys=True), digest_file(adapted.file)])
@@ -84,13 +102,23 @@ def _digest(lines: list[str]) -> str:
 def refuse_non_finite(checkpoint: Checkpoint) -> None:
     """InputError when a weight of `checkpoint` is nan or infinite; names the first tensor.
 
-    Every answer would fail. Reads all weights, at the speed of memory behind `digest_weights`.
+    Every answer would fail. Reads all weights.
     """
+    files = checkpoint.tensors.items()
+    _refuse_broken(chain.from_iterable(_broken_tensors(*file) for file in files))
+
+
+def _broken_tensors(file: Path, headers: Mapping[str, Header]) -> list[str]:
+    """What is said of each tensor in `file` that is not finite."""
     broken: list[str] = []
-    for file, headers in checkpoint.tensors.items():
-        for key, tensor in read_tensors(file, headers):
-            if count := count_non_finite(tensor):
-                broken.append(f"{file}: {key!r} holds {count:,} of {tensor.numel():,} values")
+    for key, tensor in read_tensors(file, headers):
+        if count := count_non_finite(tensor):
+            broken.append(f"{file}: {key!r} holds {count:,} of {tensor.numel():,} values")
+    return broken
+
+
+def _refuse_broken(tensors: Iterable[str]) -> None:
+    broken = list(tensors)
     if broken:
         more = f"; {len(broken) - 1:,} more tensors have such values" if len(broken) > 1 else ""
         raise InputError(

@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,12 @@ from glmbatch.glm.checkpoint.load import (
     load_model,
     read_checkpoint,
 )
+from glmbatch.glm.checkpoint.shards import count_non_finite
 from glmbatch.glm.engine.protocol import GenerateRequest
+from glmbatch.glm.files import digest_file
+from glmbatch.run.models import prepare_model
+from glmbatch.run.work import Model
+from glmbatch.settings.model import ModelConfig
 from tests.unit.glm.checkpoints import (
     GOLDENS,
     VARIANTS,
@@ -39,7 +46,12 @@ from tests.unit.glm.tiny_glm import TOKENS, engine_over, whole_logits
 
 CAUSAL = ("base-sharded", "int4")
 IDS = [1001, 1003, 623, 94, 85, 627, 645, 7, 9, 333, 13, 13, 809]
+BASE = GOLDENS / "base-sharded"
 TOLERANCE = 1e-4  # absolute, in float32; a relative part would hide a wrong epsilon
+
+
+def prepare(directory: Path) -> Model:
+    return prepare_model(ModelConfig(path=str(directory), dtype="float32"))
 
 
 def golden(name: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
@@ -250,6 +262,30 @@ def test_digests_follow_what_changes_answers_and_nothing_else(tmp_path: Path) ->
         (GOLDENS / "classifier" / "tokenizer.model").read_bytes()
     )
     assert digest_tokenizer(directory) != tokenizer
+
+
+@pytest.mark.parametrize("checks", [prepare, examine], ids=["job", "doctor"])
+def test_a_file_is_checked_while_its_bytes_are_in_memory(
+    monkeypatch: pytest.MonkeyPatch, checks: Callable[[Path], object]
+) -> None:
+    checked = Event()
+    files: list[Path] = []
+
+    def digest(file: Path) -> str:
+        if file.suffix == ".bin":
+            files.append(file)
+            # The last file is digested once another has been checked.
+            assert len(files) < len(list(BASE.glob("*.bin"))) or checked.wait(10)
+        return digest_file(file)
+
+    def count(tensor: torch.Tensor) -> int:
+        checked.set()
+        return count_non_finite(tensor)
+
+    monkeypatch.setattr("glmbatch.glm.checkpoint.load.digest_file", digest)
+    monkeypatch.setattr("glmbatch.glm.checkpoint.load.count_non_finite", count)
+    checks(BASE)
+    assert len(files) == len(set(files)) > 1
 
 
 def test_digests_stay_those_of_earlier_versions(tmp_path: Path) -> None:
