@@ -123,10 +123,12 @@ def _array(rng: random.Random, rows: int, depth: int) -> pa.Array:
         keys = pa.array([f"key {number}" for number in range(sum(lengths))], pa.string())
         kind = pa.map_(pa.string(), parts.type)
         return pa.MapArray.from_arrays(offsets, keys, parts, type=kind, mask=mask)
+    if form == "view":
+        firsts, sizes = offsets.slice(0, rows), pa.array(lengths, pa.int32())
+        firsts = pa.array(firsts.to_numpy())  # a slice takes no mask
+        return pa.ListViewArray.from_arrays(firsts, sizes, parts, mask=mask)
     lists = pa.ListArray.from_arrays(offsets, parts, mask=mask)
-    if form == "large":
-        return lists.cast(pa.large_list(lists.type.value_field))
-    return lists.cast(pa.list_view(lists.type.value_field)) if form == "view" else lists
+    return lists.cast(pa.large_list(lists.type.value_field)) if form == "large" else lists
 
 
 def _metadata(rng: random.Random, names: list[str]) -> dict[str, str]:

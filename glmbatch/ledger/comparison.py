@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from glmbatch.ledger.fragments import Fragment
 from glmbatch.store.parquet import int96_unit, open_parquet
 from glmbatch.store.paths import AnyPath
-from glmbatch.store.types import converted, is_int96, leaves, written_type
+from glmbatch.store.types import converted, is_int96, leaves, parts_of, written_type
 
 # A column's name, and its places in the output and in the source.
 Pair = tuple[str, int, int]
@@ -105,12 +106,58 @@ def _first_difference(ours: pa.Array, theirs: pa.Array, other_types: bool) -> in
     if ours.type != theirs.type and (other_types or ours.type == written_type(theirs.type)):
         with suppress(pa.ArrowException):
             theirs = converted(theirs, ours.type)
-    if pa.types.is_float64(ours.type) and pa.types.is_float64(theirs.type):
-        # As bits, since nan is not equal to itself.
-        ours, theirs = ours.view(pa.int64()), theirs.view(pa.int64())
-    if ours.equals(theirs):
+    if ours.type != theirs.type:
+        return _first_unlike(ours.to_pylist(), theirs.to_pylist())
+    if _same(ours, theirs):
         return None
-    for row, (one, other) in enumerate(zip(ours.to_pylist(), theirs.to_pylist(), strict=False)):
-        if one != other and repr(one) != repr(other):  # nan again, further inside
+    # Python cannot hold every value, such as a day of the year 20000; so by halves.
+    same, rows = 0, len(ours)
+    while rows - same > 1:
+        middle = (same + rows) // 2
+        if _same(ours.slice(0, middle), theirs.slice(0, middle)):
+            same = middle
+        else:
+            rows = middle
+    return same
+
+
+def _first_unlike(ours: Sequence[object], theirs: Sequence[object]) -> int | None:
+    for row, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        if one != other:
             return row
     return None
+
+
+def _same(ours: pa.Array, theirs: pa.Array) -> bool:
+    """Whether two arrays of one type hold the same, nan being the same as itself."""
+    if ours.equals(theirs):
+        return True
+    kind = ours.type
+    if pa.types.is_floating(kind):
+        bits = {16: pa.int16(), 32: pa.int32(), 64: pa.int64()}[kind.bit_width]
+        return bool(ours.view(bits).equals(theirs.view(bits)))
+    if isinstance(kind, pa.BaseExtensionType):
+        return _same(ours.storage, theirs.storage)
+    parts = parts_of(kind)
+    if not parts or not ours.is_null().equals(theirs.is_null()):
+        return False
+    if not pa.types.is_struct(kind) and not _lengths(ours).equals(_lengths(theirs)):
+        return False
+    pairs = zip(_inner_arrays(ours), _inner_arrays(theirs), strict=True)
+    return all(_same(one, other) for one, other in pairs)
+
+
+def _lengths(array: pa.Array) -> pa.Array:
+    if pa.types.is_map(array.type):
+        return pc.subtract(array.offsets.slice(1), array.offsets.slice(0, len(array)))
+    return pc.list_value_length(array)
+
+
+def _inner_arrays(array: pa.Array) -> list[pa.Array]:
+    """The arrays inside a nested one, of its own rows alone."""
+    if pa.types.is_struct(array.type):
+        return list(array.flatten())
+    if pa.types.is_map(array.type):
+        first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return [part.slice(first, last - first) for part in (array.keys, array.items)]
+    return [array.flatten()]

@@ -13,6 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from glmbatch.errors import UnusableFile
@@ -74,7 +75,7 @@ def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
     """The values of `array` as `kind`. pa.ArrowException where one of them would change."""
     if array.type == kind:
         return array
-    if not _has_extension(array.type):
+    if not _needs_parts(array.type):
         return array.cast(kind)
     if isinstance(array.type, pa.UuidType) and pa.types.is_string(kind):
         texts = [None if v is None else str(UUID(bytes=v)) for v in array.storage.to_pylist()]
@@ -84,14 +85,15 @@ def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
     return _converted_nested(array, kind)
 
 
-def _has_extension(kind: pa.DataType) -> bool:
-    if isinstance(kind, pa.BaseExtensionType):
+def _needs_parts(kind: pa.DataType) -> bool:
+    """Whether Arrow itself casts no such type."""
+    if isinstance(kind, pa.BaseExtensionType) or _is_view(kind):
         return True
-    return any(_has_extension(part.type) for part in parts_of(kind))
+    return any(_needs_parts(part.type) for part in parts_of(kind))
 
 
 def _converted_nested(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Part by part, since Arrow casts no extension types inside others."""
+    """Part by part, since Arrow casts neither extension types inside others nor views."""
     is_null = array.is_null()
     if pa.types.is_struct(array.type):
         columns = []
@@ -111,12 +113,35 @@ def _converted_nested(array: pa.Array, kind: pa.DataType) -> pa.Array:
         keys = converted(array.keys, kind.key_type)
         items = converted(array.items, kind.item_type)
         return pa.MapArray.from_arrays(offsets, keys, items, type=kind, mask=is_null)
-    if pa.types.is_list_view(array.type) or pa.types.is_large_list_view(array.type):
-        array = array.cast(pa.large_list(array.type.value_field))
-    inner = converted(array.values, kind.value_type)
-    offsets = pa.array(array.offsets.to_numpy(), pa.int64())
+    if _is_view(array.type):
+        # Arrow's own cast of a view makes an array that is not valid.
+        lengths = pc.fill_null(pc.list_value_length(array), 0)
+        ends = pc.cumulative_sum(lengths.cast(pa.int64()))
+        offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends])
+        inner = converted(array.flatten(), kind.value_type)
+    else:
+        offsets = pa.array(array.offsets.to_numpy(), pa.int64())
+        inner = converted(array.values, kind.value_type)
+    if _is_view(kind):
+        return _list_view(offsets, inner, kind, is_null)
     large = pa.large_list(kind.value_field)
     return pa.LargeListArray.from_arrays(offsets, inner, type=large, mask=is_null).cast(kind)
+
+
+def _is_view(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
+
+
+def _list_view(
+    offsets: pa.Array, inner: pa.Array, kind: pa.DataType, is_null: pa.Array
+) -> pa.Array:
+    wide = pa.types.is_large_list_view(kind)
+    make = pa.LargeListViewArray if wide else pa.ListViewArray
+    number = pa.int64() if wide else pa.int32()
+    firsts = offsets.slice(0, len(offsets) - 1)
+    sizes = pc.subtract(offsets.slice(1), firsts)
+    copies = [pa.array(part.to_numpy(), number) for part in (firsts, sizes)]
+    return make.from_arrays(*copies, inner, type=kind, mask=is_null)
 
 
 def check_carried(where: str, file: pq.ParquetFile) -> None:

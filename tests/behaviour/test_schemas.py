@@ -32,9 +32,11 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
     rng = random.Random(SEED)
     while len(list((folder / "in").iterdir())) < TABLES:
         path = folder / "in" / f"{len(list((folder / 'in').iterdir())):05}.parquet"
-        old = rng.random() < 0.2
         try:
-            pq.write_table(random_table(rng), path, use_deprecated_int96_timestamps=old)
+            table = random_table(rng)
+            # Of finer ones the output has nanoseconds, which Spark does not read.
+            old = rng.random() < 0.3 and "timestamp[ns" not in str(table.schema)
+            pq.write_table(table, path, use_deprecated_int96_timestamps=old)
         except (pa.ArrowException, OSError):  # Parquet has no place for it
             path.unlink(missing_ok=True)
     settings: dict[str, Any] = {
@@ -62,6 +64,14 @@ def as_text(value: Any) -> str:
     return re.sub(r"UUID\(('[^']*')\)", r"\1", repr(value))
 
 
+def values_of(column: pa.ChunkedArray) -> str:
+    try:
+        return as_text(column.to_pylist())
+    except (OverflowError, ValueError):  # Python holds no such day or duration
+        text: str = column.combine_chunks().to_string(window=100)
+        return text
+
+
 def test_arrow_reads_the_same_values_and_types(pairs: list[tuple[Path, Path]]) -> None:
     for source, output in pairs:
         with pq.ParquetFile(source, coerce_int96_timestamp_unit="us") as file:
@@ -77,7 +87,7 @@ def test_arrow_reads_the_same_values_and_types(pairs: list[tuple[Path, Path]]) -
                 continue
             if "INT96" in physical and str(one.type) != str(other.type):
                 other = other.cast(one.type, safe=False)
-            assert as_text(one.to_pylist()) == as_text(other.to_pylist()), (source, name)
+            assert values_of(one) == values_of(other), (source, name)
 
 
 def test_duckdb_reads_the_same_values(pairs: list[tuple[Path, Path]]) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from glmbatch.cli.main import main
 from glmbatch.errors import InputError
+from glmbatch.ledger.comparison import differences
 from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.ledger.verification import verify
 from glmbatch.run.job import run_job
@@ -220,3 +221,31 @@ def test_a_column_of_another_kind_is_found_and_not_a_traceback(out: Path) -> Non
 
     rewrite(out, "b-0000000000.parquet", as_lists)
     assert any("column 'odd' is not what row" in finding for finding in findings(out))
+
+
+FAR = pa.array([2**49, None, 5], pa.duration("s"))  # more days than Python counts
+NANS = pa.array([float("nan"), None, 0.5])
+
+
+def beside_nan(kind: str) -> pa.Array:
+    pairs = pa.StructArray.from_arrays([FAR, NANS], ["far", "nan"])
+    offsets = pa.array([0, 1, 1, 3], pa.int32())
+    lists = pa.ListArray.from_arrays(offsets, pairs)
+    if kind == "view":
+        firsts, sizes = pa.array([0, 1, 1], pa.int32()), pa.array([1, 0, 2], pa.int32())
+        return pa.ListViewArray.from_arrays(firsts, sizes, pairs)
+    if kind == "map":
+        return pa.MapArray.from_arrays(offsets, pa.array(["a", "b", "c"]), pairs)
+    return {"struct": pairs, "list": lists, "float16": NANS.cast(pa.float16()), "far": FAR}[kind]
+
+
+@pytest.mark.parametrize("kind", ["struct", "list", "view", "map", "float16", "far"])
+def test_values_that_python_cannot_hold_are_compared(kind: str) -> None:
+    column = beside_nan(kind)
+
+    def found(ours: pa.Array) -> list[tuple[str, int]]:
+        ours, theirs = (pa.record_batch([array], ["x"]) for array in (ours, column))
+        return list(differences(iter([ours]), iter([theirs]), [("x", 0, 0)], other_types=False))
+
+    assert found(column) == []
+    assert found(pa.concat_arrays([column.slice(0, 2), column.slice(0, 1)])) == [("x", 2)]

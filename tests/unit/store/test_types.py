@@ -33,11 +33,14 @@ def nested(kind: str) -> pa.Array:
     if kind == "fixed":
         pairs = pa.concat_arrays([uuids(), uuids().slice(0, 2)])
         return pa.FixedSizeListArray.from_arrays(pairs, 2, mask=mask)
+    if kind == "view":
+        firsts, sizes = pa.array([0, 2, 2], pa.int32()), pa.array([2, 0, 2], pa.int32())
+        return pa.ListViewArray.from_arrays(firsts, sizes, uuids(), mask=mask)
     lists = pa.ListArray.from_arrays(offsets, uuids(), mask=mask)
     return lists if kind == "list" else lists.cast(pa.large_list(pa.uuid()))
 
 
-@pytest.mark.parametrize("kind", ["struct", "map", "fixed", "list", "large"])
+@pytest.mark.parametrize("kind", ["struct", "map", "fixed", "list", "large", "view"])
 def test_uuids_become_text_at_any_depth(kind: str) -> None:
     array = nested(kind)
     read = [str(value) for value in converted(array, written_type(array.type)).to_pylist()]
@@ -68,3 +71,12 @@ def test_times_of_a_day_keep_their_zone(tmp_path: Path) -> None:
     duckdb.sql(f"copy (select time '01:02:03' as x, '01:02:03+02'::timetz as y) to '{path}'")
     with pq.ParquetFile(path) as file, pytest.raises(UnusableFile, match="both in UTC and without"):
         check_carried("a.parquet", file)
+
+
+def test_views_of_lists_become_lists_and_stay_valid() -> None:
+    firsts, sizes = pa.array([1, 0, 0], pa.int32()), pa.array([2, 0, 1], pa.int32())
+    views = pa.ListViewArray.from_arrays(firsts, sizes, pa.array([1, 2, 3]))
+    lists = converted(views, pa.list_(pa.int64()))
+    lists.validate(full=True)
+    assert lists.to_pylist() == [[2, 3], [], [1]]
+    assert converted(views.slice(1), pa.list_(pa.int64())).to_pylist() == [[], [1]]
