@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from glmbatch.errors import AuditError, BadRow, GlmbatchError, shown
 from glmbatch.ledger.fragments import FileFault
@@ -83,7 +83,7 @@ def publish(
         _refuse_mixing(collected, run, questions, drop_missing=drop_missing)
         audits = _review(job.steps, job.max_error_rate, run, collected, canaries)
     except AuditError as error:
-        raise _refusal(job, run, questions, collected, error) from error
+        _refuse_publishing(job, run, questions, collected, error)
     # Before the files move, while each is where its receipt says.
     results = _measure_run(run, questions, collected, job.data.id_column)
     # A fault may be of answers that an earlier run committed under another `on_error`.
@@ -122,29 +122,33 @@ def _refuse_mixing(
         raise AuditError(problem)
 
 
-def _refusal(
+def _refuse_publishing(
     job: JobConfig,
     run: Run,
     questions: Sequence[Question],
     collected: Collected,
     error: AuditError,
-) -> AuditError:
-    """Report a run that publishes nothing; the error that says where to look."""
+) -> NoReturn:
+    """Report a run that publishes nothing; AuditError that says where to look.
+
+    Its cause is what was found alone, which the caller of a table is shown.
+    """
     reason = f"{job.data.output}: nothing published: {error}"
     try:
         # Perhaps every row failed; the list of them is for people.
         results = _measure_run(run, questions, collected, job.data.id_column, MOST_REFUSED)
     except GlmbatchError as unread:  # what the audit found matters more
-        return AuditError(f"{reason} Its rows cannot be listed: {unread}")
+        raise AuditError(f"{reason} Its rows cannot be listed: {unread}") from error
     why = _model_reason(results.failures)
-    error.args = (f"{error}{why}",)  # the caller of a table is shown this error alone
     reason += why
     listed = _list_refused(collected, results.failures[:MOST_REFUSED])
     summary = results.summary.model_copy(update={"refused": reason})
     log_end(summary)
     report = write_report(job, summary, results.measures, collected.last_run)
     about = f" Read about the run: {report}." if report else ""
-    return AuditError(f"{reason}{listed}{about}")
+    found = AuditError(f"{error}{why}")
+    found.__cause__ = error
+    raise AuditError(f"{reason}{listed}{about}") from found
 
 
 def _model_reason(failures: Sequence[dict[str, Any]]) -> str:

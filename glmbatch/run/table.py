@@ -57,8 +57,10 @@ def annotate_table(
 
     Every row comes back in its place; one that failed says why in `<step>_error`. Only where the
     job itself sets `max_error_rate`, or `on_error: raise`, rows that fail end the call. Its other
-    audits hold. `data.input`, `output` and `format` may be left out. In the folder `cache` answers
-    are kept, and later calls ask only about rows that are new there; it may be deleted at any time.
+    audits hold. A model that fails on every row of the first fragments for one reason is broken:
+    that is an InputError, before the other rows are asked. `data.input`, `output` and `format` may
+    be left out. In the folder `cache` answers are kept, and later calls ask only about rows that
+    are new there; it may be deleted at any time.
     """
     settings = _settings_of_table(job)
     inputs = prompt_inputs(settings)

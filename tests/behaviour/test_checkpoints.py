@@ -124,6 +124,26 @@ def test_a_table_of_failures_is_told_why(tmp_path: Path) -> None:
         assert reason in error
     with pytest.raises(AuditError, match=rf"all 2 rows failed.*The model failed: .*{reason}"):
         annotate_table(table, {**job, "max_error_rate": 0.5})
+    # A longer one is not asked to its end.
+    long = pa.table({"text": [f"text {number}" for number in range(60)]})
+    with pytest.raises(
+        InputError, match=rf"failed on all 20 rows .* no more are asked: .*{reason}"
+    ):
+        annotate_table(long, {**job, "data": {"rows_per_fragment": 10}})
+
+
+def test_what_an_audit_found_is_raised_as_it_was(
+    tmp_path: Path, write_source: Write, job_settings: Settings
+) -> None:
+    model = {"path": str(respoken(tmp_path / "model", overflow)), "dtype": "float16"}
+    write_source("a.parquet", {"text": ["one", "two"]})
+    with pytest.raises(AuditError) as stopped:
+        run(job_settings(model=model, steps=[CLASSIFY], max_error_rate=0.5))
+    found = stopped.value.__cause__
+    assert found is not None and "The model failed: " in str(found)
+    audited = found.__cause__
+    assert isinstance(audited, AuditError)
+    assert str(found).startswith(str(audited)) and "The model failed" not in str(audited)
 
 
 def test_every_command_tells_the_notes_of_a_checkpoint(
