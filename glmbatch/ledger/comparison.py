@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from glmbatch.ledger.fragments import Fragment
 from glmbatch.store.parquet import int96_unit, open_parquet
 from glmbatch.store.paths import AnyPath
-from glmbatch.store.types import converted, is_int96, leaves, parts_of, written_type
+from glmbatch.store.types import changes_type, converted, is_int96, leaves, parts_of, written_type
 
 # A column's name, and its places in the output and in the source.
 Pair = tuple[str, int, int]
@@ -25,19 +25,19 @@ Pair = tuple[str, int, int]
 
 @contextmanager
 def open_source(path: AnyPath, fragment: Fragment) -> Iterator[tuple[pq.ParquetFile, bool]]:
-    """The source of an output, and whether it has INT96 times.
+    """The source of an output, and whether the output may have some column in another type.
 
-    They are read in the unit that holds them all, in which the output may not have them.
+    INT96 times are read in the unit that holds them all.
     """
     with ExitStack() as opened:
         file = opened.enter_context(open_parquet(path))
-        has_int96 = any(map(is_int96, leaves(file)))
-        if has_int96:
+        other_types = any(map(changes_type, leaves(file)))
+        if any(map(is_int96, leaves(file))):
             rows = (fragment.row_groups, fragment.skip_rows, fragment.rows)
             unit = int96_unit(path, *rows)
             if unit != "us":
                 file = opened.enter_context(open_parquet(path, unit))
-        yield file, has_int96
+        yield file, other_types
 
 
 def pair_columns(source: pq.ParquetFile, published: pq.ParquetFile) -> tuple[list[Pair], list[str]]:

@@ -27,6 +27,7 @@ from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import Address, AnyPath
+from glmbatch.store.types import written_fields
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -277,7 +278,7 @@ def _partition_columns(schemas: Mapping[str, pa.Schema]) -> list[str]:
 
 def _schema_of(path: Address) -> pa.Schema:
     with open_parquet(path) as file:
-        return open_schema(str(path), file.schema_arrow.remove_metadata())
+        return open_schema(str(path), pa.schema(written_fields(file)))
 
 
 def _all_typed(schema: pa.Schema) -> pa.Schema:

@@ -305,7 +305,7 @@ def _source_findings(
         )
         return
     fragment = receipt.fragment
-    with open_source(source, fragment) as (opened, has_int96):
+    with open_source(source, fragment) as (opened, others):
         pairs, lost = pair_columns(opened, published)
         for name in lost:
             yield _wrong(file.output_name, f"has no column {name!r}, which {source} has")
@@ -315,7 +315,7 @@ def _source_findings(
         theirs = read_opened(
             opened, fragment.row_groups, fragment.skip_rows, fragment.rows, where=source
         )
-        other_types = manifest.format == "delta" or has_int96
+        other_types = manifest.format == "delta" or others
         for name, row in differences(ours, theirs, pairs, other_types=other_types):
             yield _wrong(
                 file.output_name,

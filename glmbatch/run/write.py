@@ -16,7 +16,7 @@ from glmbatch.run.work import FragmentWork
 from glmbatch.settings.columns import Columns
 from glmbatch.store.footers import kept_metadata
 from glmbatch.store.parquet import TimeUnit, open_parquet
-from glmbatch.store.types import converted, times_in_utc, written_field
+from glmbatch.store.types import converted, times_in_utc, written_fields
 
 
 def write_output(
@@ -71,7 +71,7 @@ def _output_schema(
     with open_parquet(fragment.path, int96) as file:
         source = file.schema_arrow
         utc_times = times_in_utc(file)
-    fields = [written_field(field) for field in source]
+        fields = written_fields(file)
     for table in tables:
         fields += list(table.schema)
     rows = range(fragment.first_row, fragment.first_row + fragment.rows)

@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from glmbatch.store.types import is_int96, leaves, written_field
+from glmbatch.store.types import is_int96, leaves, written_fields
 
 PANDAS = b"pandas"
 # They speak of named columns or of values alone, and both are still there.
@@ -42,7 +42,7 @@ def written_form(file: pq.ParquetFile) -> str:
     again. pandas' key is none of them, since what it said stays true.
     """
     source = file.schema_arrow
-    fields = [written_field(field) for field in source]
+    fields = written_fields(file)
     kept = kept_metadata(source, fields, range(file.metadata.num_rows))
     others = (source.metadata or {}).keys() - kept.keys() - {PANDAS}
     same = pa.schema(fields).equals(source.remove_metadata(), check_metadata=True)

@@ -1,8 +1,9 @@
 """Which type a source's column has in the output, and its values in it. Reads no rows.
 
-A type stays as it is where Arrow can write it, but for one: a UUID becomes its 36 characters, since
-Spark refuses every file with a UUID in it. What Arrow would read and write as something less than
-it is, such as DuckDB's intervals, is refused by name.
+A type stays as it is where Arrow can write it. A UUID becomes its 36 characters, since Spark
+refuses every file with a UUID in it; an ENUM becomes the text that it is, which Arrow reads as
+bytes. What Arrow would read and write as something less than it is, such as DuckDB's intervals, is
+refused by name.
 """
 
 from __future__ import annotations
@@ -62,6 +63,16 @@ def written_field(field: pa.Field) -> pa.Field:
     """
     metadata = {k: v for k, v in (field.metadata or {}).items() if not COLUMN_ID.search(k)}
     return pa.field(field.name, written_type(field.type), field.nullable, metadata or None)
+
+
+def written_fields(file: pq.ParquetFile) -> list[pa.Field]:
+    """The columns of `file` as the output has them."""
+    enums = {leaf.path for leaf in leaves(file) if _kind(leaf) == "Enum"}
+    fields = []
+    for field in map(written_field, file.schema_arrow):
+        is_enum = field.name in enums and pa.types.is_binary(field.type)
+        fields.append(field.with_type(pa.string()) if is_enum else field)
+    return fields
 
 
 def written_type(kind: pa.DataType) -> pa.DataType:
@@ -172,10 +183,20 @@ def is_int96(leaf: Any) -> bool:
     return bool(leaf.physical_type == "INT96")
 
 
+def changes_type(leaf: Any) -> bool:
+    """Whether Arrow reads a column in a type that the output may not have."""
+    return is_int96(leaf) or _kind(leaf) == "Enum"
+
+
+def _kind(leaf: Any) -> str:
+    return str(leaf.logical_type).split("(")[0]
+
+
 def _lost(file: pq.ParquetFile) -> Iterator[tuple[str, str]]:
     for leaf in leaves(file):
-        kind = str(leaf.logical_type).split("(")[0]
-        if kind not in CARRIED:
+        kind = _kind(leaf)
+        is_inner_enum = kind == "Enum" and leaf.path not in file.schema_arrow.names
+        if kind not in CARRIED or is_inner_enum:
             yield leaf.path, kind.upper()
     for group in GROUP.finditer(str(file.schema)):
         if group[2] is not None and group[2] not in CARRIED:

@@ -173,3 +173,19 @@ def test_a_damaged_column_costs_no_inference(
     summary = run(job_settings(steps=[CLASSIFY], max_error_rate=0.95))
     assert {fault.source for fault in summary.unusable} == {"a.parquet"}
     assert summary.computed == 1
+
+
+@pytest.mark.parametrize("form", ["parquet", "delta"])
+def test_an_enum_of_avro_stays_text(
+    write_source: Write, job_settings: Settings, out: Path, form: str
+) -> None:
+    source = write_source("a.parquet", {"text": ["fine"], "kind": ["b"]}, store_schema=False)
+    plain, enum = b"kind\x25\x00\x4c\x1c\x00\x00", b"kind\x25\x08\x4c\x4c\x00\x00"
+    content = source.read_bytes()
+    assert plain in content
+    source.write_bytes(content.replace(plain, enum))
+    with pq.ParquetFile(source) as file:
+        assert file.schema_arrow.field("kind").type == pa.binary()
+    run(job_settings(steps=[CLASSIFY], data__format=form))
+    assert output_of(out).column("kind").to_pylist() == ["b"]
+    assert run(job_settings(steps=[CLASSIFY], data__format=form)).computed == 0
