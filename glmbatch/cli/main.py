@@ -241,11 +241,11 @@ def _prefect_server() -> Iterator[None]:
     """Use the server in PREFECT_API_URL, or start one for this block.
 
     TransientError if the user's server does not answer, or ours does not start; InputError if the
-    user's wants another password.
+    user's does not let this client in.
     """
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-    from glmbatch.cli.server import accepts, is_ready, own_server
+    from glmbatch.cli.server import own_server
 
     address = PREFECT_API_URL.value()
     if address is None:
@@ -256,16 +256,32 @@ def _prefect_server() -> Iterator[None]:
             }
             with temporary_settings(settings):
                 yield
-    elif not is_ready(address):
+    else:
+        _check_server(address)
+        yield
+
+
+def _check_server(address: str) -> None:
+    """Ask the user's Prefect server as a run will: with its key, password, headers or proxy."""
+    from httpx import HTTPError, HTTPStatusError, InvalidURL
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    try:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            get_client({"timeout": 10}, sync_client=True) as client,
+        ):
+            client.read_flows(limit=1)
+    except (HTTPError, InvalidURL, ValueError) as error:  # the last: what is no answer of Prefect's
+        if isinstance(error, HTTPStatusError) and error.response.status_code in {401, 403}:
+            raise InputError(
+                f"{address}: the Prefect server does not let this client in. Set "
+                "PREFECT_API_AUTH_STRING to its password, or PREFECT_API_KEY."
+            ) from error
         raise TransientError(
             f"{address}: no Prefect server answers. Start it, or unset PREFECT_API_URL."
-        )
-    elif not accepts(address, PREFECT_API_AUTH_STRING.value()):
-        raise InputError(
-            f"{address}: the Prefect server wants another password. Set PREFECT_API_AUTH_STRING."
-        )
-    else:
-        yield
+        ) from error
 
 
 class _Terminated(BaseException):

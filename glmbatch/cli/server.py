@@ -148,7 +148,10 @@ def is_ready(address: str) -> bool:
 
 
 def accepts(address: str, password: str | None) -> bool:
-    """Whether the Prefect API at `address` lets a client with `password` in."""
+    """Whether the Prefect API at `address` lets a client with `password` in.
+
+    TransientError when it does not answer.
+    """
     request = urllib.request.Request(f"{address}/admin/version")
     if password is not None:
         credentials = base64.b64encode(password.encode()).decode()
@@ -158,6 +161,8 @@ def accepts(address: str, password: str | None) -> bool:
             return True
     except urllib.error.HTTPError as error:
         return error.code != 401
+    except OSError as error:
+        raise TransientError(f"{address}: the Prefect server does not answer now.") from error
 
 
 def wait_until_ready(
