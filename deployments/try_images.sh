@@ -59,7 +59,7 @@ in_image bash -c '
   done
   python -m deployments.local deploy
   prefect worker start --pool glmbatch --type process --install-policy never > /tmp/worker.log 2>&1 &
-  prefect deployment run annotate/nightly --watch > /tmp/watch.log
+  prefect deployment run annotate/nightly --watch > /tmp/watch.log || { tail -n 40 /tmp/*.log; exit 1; }
   tail -n 1 /tmp/watch.log
   python -m glmbatch.cli.main verify sample_data/out-nightly
 '

@@ -115,6 +115,8 @@ def test_the_worker_gives_signs_of_life_as_often_as_awaited() -> None:
     frequency = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
     worker = COMPOSE["services"]["worker"]
     assert worker["environment"][frequency] == DEFAULTS[frequency]
+    # Without signs of life a run of a minute and a half is taken for crashed: in a cluster too.
+    assert f"{frequency}={DEFAULTS[frequency]} " in DOCKERFILE
 
 
 def test_the_gpu_is_added_to_containers_that_exist() -> None:
