@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from glmbatch.errors import GlmbatchError, InputError, TransientError
+from glmbatch.errors import MACHINE_ERRNOS, GlmbatchError, InputError, TransientError
 from glmbatch.ledger.delta_types import HINT, delta_schema, filled, joined, open_schema, typed_text
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import exists, sync, writable
@@ -217,14 +217,18 @@ def _delta_errors(root: Path) -> Iterator[None]:
     """Turn the errors of deltalake into ours. A conflict with another commit is transient."""
     try:
         yield
-    except (GlmbatchError, OSError):
+    except GlmbatchError:
         raise
     except Exception as error:  # deltalake raises bare ones too
-        reason = one_line(error, limit=300)
+        # Some of its errors carry a backtrace, which begins with number 0.
+        reason = one_line(error, limit=300).partition(" 0: ")[0]
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
+            raise TransientError(f"{root}: cannot be read now: {error.strerror}.") from error
         if "conflict" in type(error).__name__.lower() or "conflict" in reason.lower():
             raise TransientError(f"{root}: another commit came between: {reason}") from error
         raise InputError(
-            f"{root}: the Delta table cannot be used: {reason}. Set data.output."
+            f"{root}: the Delta table cannot be used: {reason}. Move its {LOG} away, so that the "
+            "next run begins its history anew with all its rows. Or else: Set data.output."
         ) from error
 
 

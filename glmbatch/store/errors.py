@@ -10,6 +10,7 @@ What a store's own package (s3fs, gcsfs, adlfs) raises becomes ours:
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -40,9 +41,17 @@ EXISTS_STATUS = frozenset(
 NOT_IMPLEMENTED = 501
 
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in what deltalake says
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The text of an error on one line, without its full stop; its class where it has no text."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    plain = "".join(
+        character
+        for character in _COLOURS.sub("", str(error))
+        if character.isprintable() or character.isspace()
+    )
+    text = " ".join(plain.split()) or type(error).__name__
     return text[:limit].rstrip(".")
 
 

@@ -308,6 +308,34 @@ def test_a_log_that_a_kill_left_empty_is_begun_anew(
     assert texts(tmp_path / "out") == sorted(rows[:3])
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{", bytes(99), b"\xff\xfe", b'{"add": {"path": 1}}']
+)
+def test_a_damaged_log_is_told_and_may_be_moved_away(
+    content: bytes,
+    write_source: Write,
+    delta_job: Callable[..., JobConfig],
+    out: Path,
+    rows: list[str],
+) -> None:
+    write_source("a.parquet", {"text": rows[:3]})
+    gone = write_source("b.parquet", {"text": rows[3:5]})
+    run_job(delta_job())
+    gone.unlink()
+    (log,) = (out / "_delta_log").glob("*.json")
+    log.write_bytes(content)
+    for call in (lambda: verify(out), lambda: run_job(delta_job())):
+        with pytest.raises(
+            InputError, match=r"Move its _delta_log away.*Set data\.output\."
+        ) as told:
+            call()
+        assert "unknown>" not in str(told.value)
+    (out / "_delta_log").rename(out.with_name("log"))
+    assert run_job(delta_job()).computed == 0
+    assert texts(out) == sorted(rows[:5])
+    assert verify(out).sound
+
+
 @pytest.mark.parametrize("form", ["parquet", "delta"])
 def test_what_a_killed_publication_moved_is_deleted_later(
     write_source: Write,
