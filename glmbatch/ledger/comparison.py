@@ -15,9 +15,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from glmbatch.ledger.fragments import Fragment
-from glmbatch.store.parquet import int96_unit, open_parquet
+from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import AnyPath
-from glmbatch.store.types import changes_type, converted, is_int96, leaves, parts_of, written_type
+from glmbatch.store.times import int96_unit
+from glmbatch.store.types import (
+    changes_type,
+    converted,
+    has_int96,
+    leaves,
+    parts_of,
+    written_type,
+)
 
 # A column's name, and its places in the output and in the source.
 Pair = tuple[str, int, int]
@@ -32,7 +40,7 @@ def open_source(path: AnyPath, fragment: Fragment) -> Iterator[tuple[pq.ParquetF
     with ExitStack() as opened:
         file = opened.enter_context(open_parquet(path))
         other_types = any(map(changes_type, leaves(file)))
-        if any(map(is_int96, leaves(file))):
+        if has_int96(file):
             rows = (fragment.row_groups, fragment.skip_rows, fragment.rows)
             unit = int96_unit(path, *rows)
             if unit != "us":

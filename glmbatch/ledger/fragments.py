@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import BaseModel
@@ -32,14 +33,13 @@ from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, from_folders
 from glmbatch.store.inputs.nesting import refuse_nesting, refuse_reach
 from glmbatch.store.parquet import (
     TimeUnit,
-    int96_unit,
     open_parquet,
     read_rows,
     readable,
     with_constants,
 )
 from glmbatch.store.paths import AnyPath
-from glmbatch.store.types import check_carried
+from glmbatch.store.types import check_carried, has_int96
 
 
 class Fragment(BaseModel, frozen=True, extra="forbid"):
@@ -49,7 +49,8 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     file, `stamp` its size in bytes and time of change in nanoseconds (in a store: the number of its
     ETag) when it was planned. `form` says that the output has some column otherwise than the file,
     `typed` which types a Delta table gives to columns without one, as Arrow writes a schema.
-    `partitions` are the columns that the job reads of its folders' names.
+    `partitions` are the columns that the job reads of its folders' names. `int96` is the unit in
+    which times of that kind are read and written, empty where the file has none.
     """
 
     source: str
@@ -62,11 +63,17 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     skip_rows: int
     form: str = ""
     typed: str = ""
+    int96: Literal["", "us", "ns"] = ""
     partitions: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def name(self) -> str:
         return f"{self.source}@{self.first_row}"
+
+    @property
+    def unit(self) -> TimeUnit:
+        """The unit in which the file is to be read."""
+        return self.int96 or "us"
 
     @property
     def output_name(self) -> str:
@@ -205,7 +212,7 @@ def _fragments_of(
     # Before the footer is read: what changes after it is found when the rows are read.
     with readable(path):
         stamp = stamp_file(path)
-    schema, group_rows, form = _read_footer(path)
+    schema, group_rows, written = _read_footer(path)
     try:
         check_schema(path, name, schema, needs)
         _check_output_name(name, data)
@@ -223,15 +230,15 @@ def _fragments_of(
             rows=rows,
             row_groups=row_groups,
             skip_rows=skip_rows,
-            form=form,
             partitions=partitions,
+            **written,
         )
         for first_row, rows, row_groups, skip_rows in cut(group_rows, data.rows_per_fragment)
     ]
 
 
-def _read_footer(path: AnyPath) -> tuple[pa.Schema, list[int], str]:
-    """The columns of a file, the rows of each of its row groups, and its form in the output."""
+def _read_footer(path: AnyPath) -> tuple[pa.Schema, list[int], dict[str, Any]]:
+    """The columns of a file, the rows of each of its row groups, and how it will be written."""
     with open_parquet(path) as file:
         check_carried(str(path), file)
         metadata = file.metadata
@@ -244,7 +251,8 @@ def _read_footer(path: AnyPath) -> tuple[pa.Schema, list[int], str]:
                 f"{shown(path)}: its row groups hold {sum(group_rows)} rows, its footer says "
                 "otherwise."
             )
-        return file.schema_arrow, group_rows, written_form(file)
+        written = {"form": written_form(file), "int96": "us" if has_int96(file) else ""}
+        return file.schema_arrow, group_rows, written
 
 
 def _check_output_name(name: str, data: DataConfig) -> None:
@@ -257,7 +265,7 @@ def _check_output_name(name: str, data: DataConfig) -> None:
 
 
 def read_fragment(
-    fragment: Fragment, columns: Sequence[str] | None = None, *, int96: TimeUnit = "us"
+    fragment: Fragment, columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
     """The rows of `fragment`, in order; of all columns when `columns` is None.
 
@@ -265,9 +273,8 @@ def read_fragment(
     """
     given = {name: value for name, value in fragment.partitions if name in (columns or ())}
     stored = None if columns is None else [name for name in columns if name not in given]
-    for batch in read_rows(
-        fragment.path, fragment.row_groups, fragment.skip_rows, fragment.rows, stored, int96=int96
-    ):
+    rows = (fragment.row_groups, fragment.skip_rows, fragment.rows)
+    for batch in read_rows(fragment.path, *rows, stored, int96=fragment.unit):
         yield with_constants(batch, given)
     # Asked last, so that a file that changes during the reading is found too.
     with readable(fragment.path):
@@ -276,13 +283,6 @@ def read_fragment(
                 f"{fragment.path}: was changed while the run read it. Run again when it is "
                 "complete."
             )
-
-
-def unit_of_times(fragment: Fragment) -> TimeUnit:
-    """The unit that holds every INT96 time of the fragment; UnusableFile where none does."""
-    if not fragment.form:  # then there is none
-        return "us"
-    return int96_unit(fragment.path, fragment.row_groups, fragment.skip_rows, fragment.rows)
 
 
 def cut(

@@ -75,7 +75,9 @@ def answers_key(
     rows = [fragment.digest, fragment.first_row, fragment.rows]
     asked = {name: value for name, value in fragment.partitions if name in columns.values()}
     # Of those that a folder's name gives: the bytes of the file do not tell them.
-    given = [asked] if asked else []
+    given: list[object] = [asked] if asked else []
+    if fragment.int96:  # as which a prompt shows its times
+        given.append(fragment.int96)
     return _digest([step, step_key, rows, dict(columns), dict(earlier), *given])
 
 
@@ -86,7 +88,7 @@ def output_key(fragment: Fragment, answers: Mapping[str, str], format: str = "pa
     """
     place = fragment.model_dump(mode="json", exclude={"path", "stamp", "partitions"})
     # These and the format joined later, and keys of other outputs were to stay as they are.
-    for later in ("form", "typed"):
+    for later in ("form", "typed", "int96"):
         if not place[later]:
             del place[later]
     return _digest([place, list(answers.items()), *([] if format == "parquet" else [format])])

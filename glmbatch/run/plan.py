@@ -1,16 +1,17 @@
 """What a run will do: fragments, then a question and a key for each step and fragment.
 
-Reads footers and digests; loads no weights, reads no rows, writes nothing.
+Reads footers, digests and INT96 times; loads no weights, reads no other rows, writes nothing.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-from glmbatch.errors import InputError
+from glmbatch.errors import InputError, UnusableFile, shown
 from glmbatch.ledger.delta import check_sources, is_table
-from glmbatch.ledger.fragments import Fragment, Plan, plan_fragments
+from glmbatch.ledger.fragments import FileFault, Fragment, Plan, plan_fragments
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, mixture, staying
 from glmbatch.ledger.rowkeys import answers_key, output_key, step_key
@@ -34,6 +35,7 @@ from glmbatch.run.work import (
     RunContext,
     Work,
     now,
+    plan_passes,
 )
 from glmbatch.settings.job import (
     AnyStep,
@@ -47,6 +49,8 @@ from glmbatch.steps.prompt import longest_prompt, uses_chat
 from glmbatch.store.files import real_path
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.needs import NeededColumn, SchemaNeeds
+from glmbatch.store.parquet import TimeUnit
+from glmbatch.store.times import Times, look_at_times, one_unit, with_common_columns
 
 
 def check_job(job: JobConfig) -> None:
@@ -112,13 +116,14 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
     plan = plan_fragments(
         job.data, schema_needs(job, inputs), raise_faults=context.raises, digests=digests
     )
-    if digests:  # else it is only looked at
-        log_plan(plan)
     # A publication that stops halfway serves rows of two nights.
     Folder(job.data.output).check_places(fragment.output_name for fragment in plan.fragments)
     manifest = Ledger(job.data.output).manifest()
     if manifest is not None:  # before any work: an output holds one input's rows, under one format
         _check_published(job.data, plan, manifest)
+    if digests:  # else it is only looked at
+        plan = _fit_times(job.data, plan, manifest, raise_faults=context.raises)
+        log_plan(plan)
     plan = _fit_format(job.data, plan, manifest)
     return Run(context=context, plan=plan, inputs=inputs)
 
@@ -137,6 +142,85 @@ def _check_published(data: DataConfig, plan: Plan, manifest: Manifest) -> None:
             f"{data.output}: holds the answers over {manifest.root}; this input is named from "
             f"{plan.root}. Set data.output to another folder."
         )
+
+
+def _fit_times(
+    data: DataConfig, plan: Plan, manifest: Manifest | None, *, raise_faults: bool
+) -> Plan:
+    """The plan, in which INT96 times have one unit, without the files whose times it does not hold.
+
+    A column has one: a folder of two types for one column could not be read as one table.
+    """
+    times, reasons = _times_of_sources(plan)
+    if not times and not reasons:
+        return plan
+    plan = _without(plan, reasons, raise_faults)
+    stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop").files
+    kept = [Folder(data.output) / file.output_name for file in stay]
+    files = manifest.files if manifest is not None else ()
+    published = [Folder(data.output) / file.output_name for file in files]
+    units: dict[str, TimeUnit] = {}
+    misfits = {}
+    for group in with_common_columns(times):
+        # Delta Lake has microseconds alone.
+        unit = "us" if data.format == "delta" else one_unit(group.values(), kept, published)
+        units.update(dict.fromkeys(group, unit))
+        for source, its_times in group.items():
+            if problem := its_times.misfit(unit):
+                misfits[source] = f"{Folder(plan.root) / source}: {problem}"
+    plan = _without(plan, misfits, raise_faults)
+    fragments = []
+    for fragment in plan.fragments:
+        fragments.append(fragment.model_copy(update={"int96": units.get(fragment.source, "")}))
+    return plan.model_copy(update={"fragments": tuple(fragments)})
+
+
+def _times_of_sources(plan: Plan) -> tuple[dict[str, Times], dict[str, str]]:
+    """The INT96 times of each source that has some; and why those of others have no place."""
+    # Fragments of one large row group share one look.
+    rows: dict[tuple[str, str, tuple[int, ...]], int] = {}
+    for fragment in plan.fragments:
+        if fragment.int96:
+            place = (fragment.source, fragment.path, fragment.row_groups)
+            rows[place] = max(rows.get(place, 0), fragment.skip_rows + fragment.rows)
+
+    def look(place: tuple[str, str, tuple[int, ...]]) -> Times | str:
+        try:
+            found = look_at_times(place[1], place[2], 0, rows[place])
+        except UnusableFile as error:
+            return str(error)
+        return found
+
+    times: dict[str, Times] = {}
+    reasons: dict[str, str] = {}
+    with ThreadPoolExecutor(4) as pool:
+        for (source, path, _), outcome in zip(rows, pool.map(look, rows), strict=True):
+            if isinstance(outcome, str):
+                reasons[source] = outcome
+                continue
+            times[source] = times.get(source, outcome).joined(outcome)
+            if times[source].finer and times[source].far:
+                reasons[source] = f"{path}: {times[source].misfit('us')}"
+    for source in reasons:
+        times.pop(source, None)
+    return times, reasons
+
+
+def _without(plan: Plan, reasons: Mapping[str, str], raise_faults: bool) -> Plan:
+    """The plan without some sources, each for its reason."""
+    if raise_faults:
+        for reason in reasons.values():
+            raise UnusableFile(reason)
+    faults = list(plan.unusable)
+    fragments = [fragment for fragment in plan.fragments if fragment.source not in reasons]
+    for source, reason in reasons.items():
+        rows = sum(fragment.rows for fragment in plan.fragments if fragment.source == source)
+        faults.append(FileFault(source=source, reason=shown(reason), rows=rows))
+    if not fragments:
+        raise InputError(
+            f"{plan.root}: none of {len(faults)} files can be used; the first: {faults[0].reason}"
+        )
+    return plan.model_copy(update={"fragments": tuple(fragments), "unusable": tuple(faults)})
 
 
 def _fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
@@ -243,28 +327,3 @@ def _refuse_mixing(data: DataConfig, plan: Plan, keys: dict[str, str]) -> None:
     problem = mixture(stay, keys, plan, damaged, drop_missing=drop_missing)
     if problem is not None:
         raise InputError(f"{data.output}: {problem}")
-
-
-def plan_passes(questions: Sequence[Question], *, together: bool) -> tuple[tuple[int, ...], ...]:
-    """Indexes of the steps that run together over all fragments, pass after pass.
-
-    One pass where all models stay loaded `together`. Otherwise one pass for each model, so that
-    none is loaded twice, except where a step needs an answer of another model in between.
-    """
-    waiting = list(range(len(questions)))
-    if together:
-        return (tuple(waiting),)
-    passes: list[tuple[int, ...]] = []
-    answered: set[str] = set()
-    while waiting:
-        model = questions[waiting[0]].model
-        current: list[int] = []
-        for index in waiting:
-            question = questions[index]
-            # In step order, so that a step joins the pass in which its earlier answers are made.
-            if question.model == model and answered.issuperset(question.inputs.earlier):
-                current.append(index)
-                answered.add(question.name)
-        passes.append(tuple(current))
-        waiting = [index for index in waiting if index not in current]
-    return tuple(passes)

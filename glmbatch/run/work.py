@@ -7,7 +7,7 @@
     Question      one step, resolved: all that is needed to ask it of any rows
     Assignment    one question over one fragment
     FragmentWork  all assignments of one fragment, and its output file
-    Work          all of a run, and the order of its passes; made by assign
+    Work          all of a run, and the order of its passes (plan_passes); made by assign
 
 Knows no engine and no files.
 """
@@ -15,7 +15,7 @@ Knows no engine and no files.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from pydantic import BaseModel
@@ -154,3 +154,28 @@ class Work(BaseModel, frozen=True, extra="forbid"):
             for fragment in self.fragments:
                 for index in steps:
                     yield fragment.assignments[index]
+
+
+def plan_passes(questions: Sequence[Question], *, together: bool) -> tuple[tuple[int, ...], ...]:
+    """Indexes of the steps that run together over all fragments, pass after pass.
+
+    One pass where all models stay loaded `together`. Otherwise one pass for each model, so that
+    none is loaded twice, except where a step needs an answer of another model in between.
+    """
+    waiting = list(range(len(questions)))
+    if together:
+        return (tuple(waiting),)
+    passes: list[tuple[int, ...]] = []
+    answered: set[str] = set()
+    while waiting:
+        model = questions[waiting[0]].model
+        current: list[int] = []
+        for index in waiting:
+            question = questions[index]
+            # In step order, so that a step joins the pass in which its earlier answers are made.
+            if question.model == model and answered.issuperset(question.inputs.earlier):
+                current.append(index)
+                answered.add(question.name)
+        passes.append(tuple(current))
+        waiting = [index for index in waiting if index not in current]
+    return tuple(passes)

@@ -9,13 +9,13 @@ import pyarrow.compute as pc
 
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.delta_types import delta_schema, typed_columns
-from glmbatch.ledger.fragments import read_fragment, unit_of_times
+from glmbatch.ledger.fragments import read_fragment
 from glmbatch.ledger.ledger import RESULTS, Ledger
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.run.work import FragmentWork
 from glmbatch.settings.columns import Columns
 from glmbatch.store.footers import kept_metadata
-from glmbatch.store.parquet import TimeUnit, open_parquet
+from glmbatch.store.parquet import open_parquet
 from glmbatch.store.types import converted, times_in_utc, written_fields
 
 
@@ -52,9 +52,8 @@ def write_output(
     faulty_rows = _count_faulty(tables, [answered.step for answered in answers])
     receipt = receipt.model_copy(update={"faulty_rows": faulty_rows})
     try:
-        int96 = unit_of_times(work.fragment)
-        schema, utc_times = _output_schema(work, tables, int96)
-        batches = _rows_with_answers(work, schema, tables, int96)
+        schema, utc_times = _output_schema(work, tables)
+        batches = _rows_with_answers(work, schema, tables)
         return ledger.stage_output(receipt, schema, batches, utc_times=utc_times)
     except UnusableFile as error:
         if work.run.raises:
@@ -62,13 +61,11 @@ def write_output(
         return receipt.model_copy(update={"unusable": str(error)})
 
 
-def _output_schema(
-    work: FragmentWork, tables: Sequence[pa.Table], int96: TimeUnit
-) -> tuple[pa.Schema, bool]:
+def _output_schema(work: FragmentWork, tables: Sequence[pa.Table]) -> tuple[pa.Schema, bool]:
     """The fields of the source, then those of each step's answers; and if its times are in UTC."""
     fragment = work.fragment
     # From the footer, since a fragment of no rows has no batch to tell it by.
-    with open_parquet(fragment.path, int96) as file:
+    with open_parquet(fragment.path, fragment.unit) as file:
         source = file.schema_arrow
         utc_times = times_in_utc(file)
         fields = written_fields(file)
@@ -92,11 +89,11 @@ def _count_faulty(tables: Sequence[pa.Table], steps: Sequence[str]) -> int:
 
 
 def _rows_with_answers(
-    work: FragmentWork, schema: pa.Schema, tables: Sequence[pa.Table], int96: TimeUnit
+    work: FragmentWork, schema: pa.Schema, tables: Sequence[pa.Table]
 ) -> Iterator[pa.RecordBatch]:
     """The source's batches, each with its part of the answers beside it."""
     first_row = 0
-    for batch in read_fragment(work.fragment, int96=int96):
+    for batch in read_fragment(work.fragment):
         columns = list(batch.columns)
         for table in tables:
             # Answers lie in the order of the rows, so the same rows are the same slice.

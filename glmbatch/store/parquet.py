@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -31,7 +30,6 @@ from glmbatch.store.errors import (
     store_errors,
 )
 from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
-from glmbatch.store.types import is_int96, leaves
 from glmbatch.store.values import is_plain, is_text
 
 Rows = TypeVar("Rows", pa.RecordBatch, pa.Table)
@@ -41,7 +39,6 @@ READ_BATCH_ROWS = 10_000  # also the rows of a row group that is written
 BATCH_BYTES = 32 << 20
 SAMPLE_ROWS = 64  # looked at for what a row takes in memory, where the footer cannot say
 SMALL_BYTES = 32 << 20  # an object up to this size may be buffered whole: fewer requests
-MAX_NANOSECONDS = 2**63 - 1  # since or before 1970, in a timestamp of nanoseconds
 TimeUnit = Literal["us", "ns"]
 
 
@@ -178,57 +175,6 @@ def _batch_rows(
         if sample is not None and sample.num_rows:
             heaviest = max(heaviest, sample.nbytes / sample.num_rows)
     return max(1, min(READ_BATCH_ROWS, int(BATCH_BYTES / heaviest)))
-
-
-def int96_unit(path: Address, row_groups: Sequence[int], skip_rows: int, rows: int) -> TimeUnit:
-    """The unit that holds every INT96 time of these rows: microseconds, unless one is finer.
-
-    UnusableFile when there are both finer ones and ones that nanoseconds do not reach.
-    """
-    with open_parquet(path) as file:
-        if not any(map(is_int96, leaves(file))):
-            return "us"
-        plain = file.schema_arrow
-    with open_parquet(path, "ns") as file:
-        names = []
-        for field in file.schema_arrow:
-            if plain.field(field.name).type != field.type:
-                names.append(field.name)
-    coarse = read_rows(path, row_groups, skip_rows, rows, names)
-    fine = read_rows(path, row_groups, skip_rows, rows, names, int96="ns")
-    finer = far = False
-    for one, other in zip(coarse, fine, strict=True):
-        for column, finer_column in zip(one.columns, other.columns, strict=True):
-            digits, reaches = _digits(column, finer_column)
-            finer |= digits
-            far |= not reaches
-    if finer and far:
-        raise UnusableFile(
-            f"{path}: its INT96 times {names} are finer than microseconds, and some lie outside "
-            "the years 1677 to 2262; no one type holds both. Write them as another type."
-        )
-    return "ns" if finer else "us"
-
-
-def _digits(coarse: pa.Array, fine: pa.Array) -> tuple[bool, bool]:
-    """Whether any of these times is finer than a microsecond, and whether nanoseconds reach all."""
-    if not pa.types.is_timestamp(coarse.type):
-        parts = zip(_children(coarse), _children(fine), strict=True)
-        pairs = [_digits(*part) for part in parts]
-        return any(pair[0] for pair in pairs), all(pair[1] for pair in pairs)
-    micros = coarse.drop_null().cast(pa.int64()).to_numpy()
-    nanos = fine.drop_null().cast(pa.int64()).to_numpy()
-    # Both wrap around alike, so the difference is exact where nanoseconds do not reach.
-    finer = bool(np.any(nanos - micros * 1000))
-    return finer, bool(np.all(np.abs(micros) < MAX_NANOSECONDS // 1000))
-
-
-def _children(array: pa.Array) -> list[pa.Array]:
-    if pa.types.is_struct(array.type):
-        return list(array.flatten())
-    if pa.types.is_map(array.type):
-        return [array.keys, array.items]
-    return [array.flatten()] if pa.types.is_nested(array.type) else []
 
 
 def read_columns(

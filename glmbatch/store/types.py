@@ -183,6 +183,11 @@ def is_int96(leaf: Any) -> bool:
     return bool(leaf.physical_type == "INT96")
 
 
+def has_int96(file: pq.ParquetFile) -> bool:
+    """Whether `file` holds such times in any column, at whatever depth."""
+    return any(map(is_int96, leaves(file)))
+
+
 def changes_type(leaf: Any) -> bool:
     """Whether Arrow reads a column in a type that the output may not have."""
     return is_int96(leaf) or _kind(leaf) == "Enum"

@@ -13,8 +13,9 @@ from glmbatch.errors import InputError
 from glmbatch.glm import device
 from glmbatch.run.answer import answer
 from glmbatch.run.models import locate_model, prepare_model, prepare_models
-from glmbatch.run.plan import assign, plan_passes, plan_run, prompt_inputs, resolve_questions
+from glmbatch.run.plan import assign, plan_run, prompt_inputs, resolve_questions
 from glmbatch.run.session import session
+from glmbatch.run.work import plan_passes
 from glmbatch.settings.job import JobConfig, ModelConfig
 from tests.support import (
     CAUSAL,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ import pytest
 from deltalake import DeltaTable
 
 from glmbatch.errors import InputError
+from glmbatch.ledger.fragments import Fragment
 from glmbatch.ledger.verification import verify
+from glmbatch.run.answer import source_values
+from glmbatch.run.models import prepare_models
+from glmbatch.run.plan import assign, plan_run
+from glmbatch.settings.job import JobConfig
+from glmbatch.store.values import prompt_values
 from tests.support import CLASSIFY, Settings, Write, read_quarantine, run
 
 pytestmark = pytest.mark.slow
@@ -75,6 +81,82 @@ def test_int96_times_finer_than_microseconds_are_not_cut(
     assert "no one type holds both" in summary.unusable[0].reason
 
 
+FINE = [1, 2**62]  # nanoseconds since 1970
+PLAIN = [1_000, 2_000]
+BEYOND = [2**55 * 1_000, 0]
+
+
+@pytest.fixture
+def write_times(write_source: Write) -> Callable[..., Path]:
+    """Writes a file of two rows with INT96 times, given in nanoseconds, a row group for each."""
+
+    def write(name: str, times: list[int]) -> Path:
+        micros = any(time >= 2**63 for time in times)
+        kind = pa.timestamp("us" if micros else "ns")
+        at = pa.array([time // 1_000 if micros else time for time in times], kind)
+        columns = {"text": ["fine", "good"], "at": at}
+        options = {"use_deprecated_int96_timestamps": True, "row_group_size": 1}
+        return write_source(name, columns, **options)
+
+    return write
+
+
+@pytest.mark.parametrize("unit", ["us", "ns"])
+@pytest.mark.parametrize(
+    ("first", "second"), [(PLAIN, FINE), (FINE, PLAIN), ([1_000, 1], PLAIN), (PLAIN, BEYOND)]
+)
+def test_int96_times_of_an_input_have_one_type(
+    write_times: Callable[..., Path],
+    job_settings: Settings,
+    out: Path,
+    first: list[int],
+    second: list[int],
+    unit: str,
+) -> None:
+    """Over files, fragments and nights, and without a question asked again."""
+    settings = job_settings(steps=[CLASSIFY], data__rows_per_fragment=1)
+    write_times("a.parquet", first)
+    if unit == "us":  # else both in one night
+        run(settings)
+    write_times("b.parquet", second)
+    assert run(settings).computed == (0 if unit == "us" else 2)
+    at = pq.read_table(out).column("at")
+    scale = 1_000 if at.type == pa.timestamp("us") else 1
+    assert [time * scale for time in at.cast(pa.int64()).to_pylist()] == first + second
+    assert verify(out).findings == ()
+
+
+def test_int96_times_that_no_type_holds_are_left_out(
+    write_times: Callable[..., Path], job_settings: Settings, out: Path, tmp_path: Path
+) -> None:
+    settings = job_settings(steps=[CLASSIFY], max_error_rate=0.9)
+    write_times("a.parquet", FINE)
+    write_times("b.parquet", BEYOND)
+    assert [fault.source for fault in run(settings).unusable] == ["a.parquet"]
+    # What is published decides while its source is gone: it cannot be written anew.
+    (tmp_path / "in" / "b.parquet").unlink()
+    write_times("c.parquet", PLAIN)
+    summary = run(settings)
+    assert "no one type holds both" in summary.unusable[0].reason
+    assert [fault.source for fault in summary.unusable] == ["a.parquet"]
+    assert pq.read_table(out).num_rows == 4
+
+
+def test_a_prompt_shows_the_time_that_the_output_has(
+    write_times: Callable[..., Path], job_settings: Settings, out: Path
+) -> None:
+    write_times("a.parquet", FINE)
+    job = JobConfig.model_validate(
+        job_settings(steps=[{**CLASSIFY, "prompt_template": "{at} {text}"}])
+    )
+    planned = plan_run(job)
+    (work,) = assign(job, planned, prepare_models(job)).fragments
+    shown = source_values(work.assignments[0])["at"]
+    run(job)
+    assert shown == prompt_values(output_of(out).column("at"))
+    assert str(shown[0]).endswith("0.000000001")
+
+
 def test_what_was_published_wrongly_is_written_again(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
@@ -82,8 +164,8 @@ def test_what_was_published_wrongly_is_written_again(
     columns = {"text": ["fine"], "until": pa.array([FAR[0]], pa.timestamp("us"))}
     write_source("a.parquet", columns, use_deprecated_int96_timestamps=True)
     with pytest.MonkeyPatch.context() as before:
-        before.setattr("glmbatch.ledger.fragments.written_form", lambda file: "")
-        before.setattr("glmbatch.run.write.unit_of_times", lambda fragment: "ns")
+        before.setattr("glmbatch.ledger.fragments.has_int96", lambda file: False)
+        before.setattr(Fragment, "unit", "ns")
         run(job_settings(steps=[CLASSIFY]))
     assert "column 'until' is not what row 0" in str(verify(out).findings[0])
     assert run(job_settings(steps=[CLASSIFY])).computed == 0

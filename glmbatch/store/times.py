@@ -1,0 +1,161 @@
+"""Times of the old kind INT96, which have no unit of their own: which unit holds them all.
+
+Microseconds hold every year, nanoseconds every digit; no type of Parquet's holds both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from glmbatch.errors import UnusableFile
+from glmbatch.store.parquet import TimeUnit, open_parquet, read_rows
+from glmbatch.store.paths import Address
+from glmbatch.store.types import has_int96
+
+MAX_MICROSECONDS = (2**63 - 1) // 1000  # since or before 1970, that nanoseconds reach
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """The INT96 times in some rows of a file, and the `columns` that have them.
+
+    `finer`: some have digits below a microsecond. `far`: some lie where nanoseconds do not reach.
+    """
+
+    columns: tuple[str, ...] = ()
+    finer: bool = False
+    far: bool = False
+
+    def joined(self, other: Times) -> Times:
+        """These times and those of other rows of the same file."""
+        return Times(self.columns, self.finer or other.finer, self.far or other.far)
+
+    def misfit(self, unit: TimeUnit) -> str | None:
+        """Why `unit` does not hold these times; None when it does."""
+        end = "no one type holds both. Write them as another type."
+        if self.finer and self.far:
+            return (
+                f"its INT96 times {list(self.columns)} are finer than microseconds, and some lie "
+                f"outside the years 1677 to 2262; {end}"
+            )
+        if self.finer and unit == "us":
+            return (
+                f"its INT96 times {list(self.columns)} are finer than the microseconds that this "
+                f"output has of other files; {end}"
+            )
+        if self.far and unit == "ns":
+            return (
+                f"its INT96 times {list(self.columns)} lie outside the years 1677 to 2262, and "
+                f"this output has nanoseconds of other files; {end}"
+            )
+        return None
+
+
+def look_at_times(path: Address, row_groups: Sequence[int], skip_rows: int, rows: int) -> Times:
+    """The INT96 times in these rows. UnusableFile where they cannot be read."""
+    names = int96_columns(path)
+    coarse = read_rows(path, row_groups, skip_rows, rows, names)
+    fine = read_rows(path, row_groups, skip_rows, rows, names, int96="ns")
+    finer = far = False
+    for one, other in zip(coarse, fine, strict=True):
+        for column, finer_column in zip(one.columns, other.columns, strict=True):
+            digits, reaches = _digits(column, finer_column)
+            finer |= digits
+            far |= not reaches
+    return Times(tuple(names), finer, far)
+
+
+def int96_columns(path: Address) -> list[str]:
+    """The columns in which INT96 times are, at whatever depth."""
+    with open_parquet(path) as file:
+        if not has_int96(file):
+            return []
+        plain = file.schema_arrow
+    with open_parquet(path, "ns") as file:
+        changed = zip(plain, file.schema_arrow, strict=True)
+        return [field.name for field, other in changed if field.type != other.type]
+
+
+def int96_unit(path: Address, row_groups: Sequence[int], skip_rows: int, rows: int) -> TimeUnit:
+    """The unit that holds every INT96 time of these rows: microseconds, unless one is finer.
+
+    UnusableFile when none does.
+    """
+    times = look_at_times(path, row_groups, skip_rows, rows)
+    unit: TimeUnit = "ns" if times.finer else "us"
+    if problem := times.misfit(unit):
+        raise UnusableFile(f"{path}: {problem}")
+    return unit
+
+
+def with_common_columns(times: Mapping[str, Times]) -> list[dict[str, Times]]:
+    """The times of each source, put together where sources have a column in common."""
+    groups: list[tuple[set[str], dict[str, Times]]] = []
+    for source, its_times in times.items():
+        columns = set(its_times.columns)
+        joined: dict[str, Times] = {}
+        others = []
+        for group in groups:
+            if columns.isdisjoint(group[0]):
+                others.append(group)
+                continue
+            columns |= group[0]
+            group[1].update(joined)
+            joined = group[1]
+        joined[source] = its_times
+        groups = [*others, (columns, joined)]
+    return [group[1] for group in groups]
+
+
+def one_unit(
+    times: Collection[Times], kept: Iterable[Address], published: Iterable[Address]
+) -> TimeUnit:
+    """The unit for all of `times`: microseconds, unless one is finer and none is far.
+
+    Files of the output that are `kept` decide, since nothing writes them anew. Where no unit holds
+    all times, those of any `published` file do: what fits neither unit is left out, and what is
+    published of it stays as it is.
+    """
+    columns = set().union(*(its_times.columns for its_times in times))
+    finer = any(its_times.finer for its_times in times)
+    far = any(its_times.far for its_times in times)
+    unit = _unit_written(kept, columns)
+    if unit is not None or not finer:
+        return unit or "us"
+    return (_unit_written(published, columns) or "us") if far else "ns"
+
+
+def _unit_written(paths: Iterable[Address], columns: Collection[str]) -> TimeUnit | None:
+    """The unit of the times in `columns`, by the first file that has some; None where none has."""
+    for path in paths:
+        with suppress(UnusableFile), open_parquet(path) as file:
+            for field in file.schema_arrow:
+                if field.name in columns and "timestamp[" in str(field.type):
+                    return "ns" if "timestamp[ns" in str(field.type) else "us"
+    return None
+
+
+def _digits(coarse: pa.Array, fine: pa.Array) -> tuple[bool, bool]:
+    """Whether any of these times is finer than a microsecond, and whether nanoseconds reach all."""
+    if not pa.types.is_timestamp(coarse.type):
+        parts = zip(_children(coarse), _children(fine), strict=True)
+        pairs = [_digits(*part) for part in parts]
+        return any(pair[0] for pair in pairs), all(pair[1] for pair in pairs)
+    micros = coarse.drop_null().cast(pa.int64()).to_numpy()
+    nanos = fine.drop_null().cast(pa.int64()).to_numpy()
+    # Both wrap around alike, so the difference is exact where nanoseconds do not reach.
+    finer = bool(np.any(nanos - micros * 1000))
+    return finer, bool(np.all(np.abs(micros) < MAX_MICROSECONDS))
+
+
+def _children(array: pa.Array) -> list[pa.Array]:
+    if pa.types.is_struct(array.type):
+        return list(array.flatten())
+    if pa.types.is_map(array.type):
+        return [array.keys, array.items]
+    return [array.flatten()] if pa.types.is_nested(array.type) else []
