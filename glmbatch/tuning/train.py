@@ -24,6 +24,7 @@ from glmbatch.glm.checkpoint.save import StoredDtype, save_checkpoint
 from glmbatch.glm.engine.oom import is_out_of_memory
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, load_tokenizer
 from glmbatch.run.models import PROMPT_FILE, locate_model
+from glmbatch.settings.job import GenerateStep
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.store.files import committed
 from glmbatch.tuning.encode import TrainingRow, encode_rows, step_of
@@ -72,10 +73,20 @@ def train_here(config: TuneConfig, run: Path) -> None:
 def encode_parts(
     config: TuneConfig, labelled: Labelled
 ) -> tuple[list[TrainingRow], list[TrainingRow]]:
-    """The training rows and the validation rows as token ids; the base is on this machine."""
+    """The training rows and the validation rows as token ids; the base is on this machine.
+
+    InputError when a writer is trained over a base that knows no chat rounds.
+    """
     tokenizer = load_tokenizer(config.model.path)
     step = step_of(config.model_dump())
-    positions = read_base(config.model).architecture.max_positions
+    base = read_base(config.model)
+    if base.family == "CodeGeeX2" and isinstance(step, GenerateStep):
+        # A job over that base asks bare prompts, and a merged checkpoint names no family.
+        raise InputError(
+            f"{config.model.path}: CodeGeeX2 knows no chat rounds, in which training asks for "
+            "answers. Set model to a ChatGLM2 checkpoint."
+        )
+    positions = base.architecture.max_positions
     rows, valid = (
         encode_rows(labelled.parts[part], labelled.labels, step, tokenizer, positions)
         for part in ("train", "valid")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from glmbatch.tuning.processes import train_together
 from glmbatch.tuning.report import TRAINER
 from glmbatch.tuning.train import train_here
 from tests.support import CAUSAL, ROOT, Tune
+from tests.unit.glm.checkpoints import edit_config
 from tests.unit.tuning.runs import trained, weights
 
 pytestmark = [
@@ -230,6 +232,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert list(run.glob(f"{TRAINER}/checkpoint-*/trainer_state.json")), "the last good one stays"
     assert not (run / "trained.json").exists()
     train_run(config, str(run))
+
+
+def test_a_base_without_chat_rounds_is_no_writers(tune: Tune, tmp_path: Path) -> None:
+    base = shutil.copytree(CAUSAL, tmp_path / "codegeex2-6b")
+    edit_config(base, _name_or_path="THUDM/codegeex2-6b")
+    config = tune(**{**LORA, "model": {"path": str(base)}}, data__response_column="label")
+    with pytest.raises(InputError, match="CodeGeeX2 knows no chat rounds"):
+        train_run(config, begin(config))
 
 
 def test_too_little_memory_is_an_error_at_the_start(
