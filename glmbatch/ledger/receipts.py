@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
 from glmbatch.errors import InputError, StoreRefused, UnusableFile
@@ -104,12 +105,17 @@ def read_with_receipt(path: AnyPath, kind: type[Receipt]) -> tuple[Receipt, pa.T
     UnusableFile when the rows cannot be read.
     """
     with open_parquet(path) as file:
-        text = (file.metadata.metadata or {}).get(RECEIPT.encode())
-        try:
-            receipt = kind.model_validate_json(text or b"")
-        except ValidationError:
-            return None
-        return receipt, file.read()
+        receipt = receipt_of(file, kind)
+        return None if receipt is None else (receipt, file.read())
+
+
+def receipt_of(file: pq.ParquetFile, kind: type[Receipt]) -> Receipt | None:
+    """The receipt of an opened file; None when there is no sound one."""
+    text = (file.metadata.metadata or {}).get(RECEIPT.encode())
+    try:
+        return kind.model_validate_json(text or b"")
+    except ValidationError:
+        return None
 
 
 def find_whole(folder: AnyPath, key: str) -> tuple[AnyPath, str] | None:

@@ -14,7 +14,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.comparison import differences, open_source, pair_columns
@@ -23,7 +23,7 @@ from glmbatch.ledger.ledger import STAGED, Ledger
 from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile
 from glmbatch.ledger.publication import PUBLISHING
 from glmbatch.ledger.quarantine import QUARANTINE, read_quarantine
-from glmbatch.ledger.receipts import RECEIPT, OutputReceipt, whole_digest
+from glmbatch.ledger.receipts import OutputReceipt, receipt_of, whole_digest
 from glmbatch.settings.columns import Columns
 from glmbatch.store.files import PARTIAL, reachable
 from glmbatch.store.folder import Folder
@@ -215,15 +215,15 @@ def _file_findings(
     try:
         # Opened once: a footer of many columns takes long to read.
         with open_parquet(path) as published:
-            text = (published.metadata.metadata or {}).get(RECEIPT.encode())
-            receipt = OutputReceipt.model_validate_json(text or b"")
+            receipt = receipt_of(published, OutputReceipt)
+            if receipt is None:
+                yield _wrong(name, "has no receipt in its footer")
+                return
             yield from _receipt_findings(file, receipt)
             yield from _answer_findings(published, file, receipt, faulty)
             yield from _source_findings(published, manifest, file, receipt)
     except UnusableFile as error:
         yield _wrong(name, str(error))
-    except ValidationError:
-        yield _wrong(name, "has no receipt in its footer")
 
 
 def _receipt_findings(file: PublishedFile, receipt: OutputReceipt) -> Iterator[Finding]:
