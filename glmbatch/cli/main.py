@@ -115,11 +115,12 @@ def _run(parsed: argparse.Namespace) -> int:
     # What is wrong with the settings is said before a server is started for ten seconds.
     check_canary_file(job)
     check_job(job)
-    from glmbatch.cli.display import showing_progress
+    from glmbatch.report.display import showing_progress
     from glmbatch.report.text import describe
+    from glmbatch.run.session import newest_progress
 
     _set_prefect_defaults()
-    with _raising_on_sigterm(), showing_progress(), _prefect_server():
+    with _raising_on_sigterm(), showing_progress(newest_progress), _prefect_server():
         # The one place where glmbatch looks up: its command line runs the flow, which runs it.
         from flows.annotate import annotate
 

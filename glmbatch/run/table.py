@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glmbatch.cli.display import showing_bar
 from glmbatch.errors import AuditError, GlmbatchError, InputError, TransientError
 from glmbatch.ledger.ledger import Ledger
+from glmbatch.report.display import showing_bar
 from glmbatch.report.summary import Summary
 from glmbatch.run.job import run_job
 from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import prompt_inputs, resolve_questions, schema_needs
+from glmbatch.run.session import newest_progress
 from glmbatch.run.work import PromptInputs
 from glmbatch.settings.job import JobConfig, answer_columns
 from glmbatch.settings.jobfile import load_job, parse_settings
@@ -66,7 +67,7 @@ def annotate_table(
     inputs = prompt_inputs(settings)
     frame = as_frame(table)
     columns = _columns(frame, schema_needs(settings, inputs))
-    with showing_bar():
+    with showing_bar(newest_progress):
         if cache is not None:
             answers = _answers(columns, settings, inputs, Folder(os.fspath(cache)).path)
         else:

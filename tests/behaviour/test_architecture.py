@@ -25,6 +25,7 @@ FORBIDDEN = {
     "glmbatch/glm": {"pyarrow", "pandas", "glmbatch.ledger", "glmbatch.store", "glmbatch.steps"},
     "glmbatch/steps": {"torch", "transformers", "pandas"},
     "glmbatch/report": {"torch", "transformers", "pandas", "glmbatch.run", "glmbatch.steps"},
+    "glmbatch/run": {"glmbatch.cli"},
     "tasks": {"flows", "torch", "transformers"},
     "flows": {"torch", "transformers"},
 }

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from glmbatch.cli import display
+from glmbatch.report import display
+from glmbatch.run.session import newest_progress
 
 
 class Terminal(io.StringIO):
@@ -28,7 +29,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shown_on(stderr: io.StringIO | None, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(sys, "stderr", stderr)
-    with display.showing_bar():
+    with display.showing_bar(newest_progress):
         time.sleep(0.3)
     return stderr.getvalue() if stderr else ""
 
@@ -69,6 +70,6 @@ def test_a_notebook_shows_a_line_that_changes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_two_calls_at_once_show_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with display.showing_bar(), display.showing_bar():
+    with display.showing_bar(newest_progress), display.showing_bar(newest_progress):
         bars = [thread for thread in threading.enumerate() if thread.name == "progress"]
     assert len(bars) == 1

@@ -1,6 +1,7 @@
 """Shows how far a run is: a bar on a terminal, key=value lines elsewhere. Writes to stderr only.
 
-A call over a table in memory shows the bar alone, in a notebook too, and nothing elsewhere.
+A call over a table in memory shows the bar alone, in a notebook too, and nothing elsewhere. What it
+shows it asks of the caller, again and again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from glmbatch.report.progress import Snapshot
-from glmbatch.run.session import newest_progress
 
 # A log of one night then has about a thousand lines.
 LINE_SECONDS = 30.0
@@ -20,33 +20,36 @@ BAR_SECONDS = 0.2
 # A short call is over before anybody would read a bar.
 PATIENCE_SECONDS = 1.0
 BAR_CELLS = 20
+Newest = Callable[[], Snapshot]
+
 # Two bars would write over one another, and both would show the newest run.
 _SHOWING = threading.Lock()
 
 
 @contextmanager
-def showing_progress() -> Iterator[None]:
-    """Show the progress of this process on stderr until the block ends."""
-    with _shown_by(_bar if _on_terminal() else _lines):
+def showing_progress(newest: Newest) -> Iterator[None]:
+    """Show the `newest` progress of this process on stderr until the block ends."""
+    show = _bar if _on_terminal() else _lines
+    with _shown_by(lambda ended: show(ended, newest)):
         yield
 
 
 @contextmanager
-def showing_bar() -> Iterator[None]:
+def showing_bar(newest: Newest) -> Iterator[None]:
     """Show a bar until the block ends, where the caller has a terminal or a notebook to see it."""
     bar = _bar if _on_terminal() else _cell if _in_notebook() else None
     if bar is None or not _SHOWING.acquire(blocking=False):
         yield
         return
     try:
-        with _shown_by(lambda ended: None if ended.wait(PATIENCE_SECONDS) else bar(ended)):
+        with _shown_by(lambda ended: ended.wait(PATIENCE_SECONDS) or bar(ended, newest)):
             yield
     finally:
         _SHOWING.release()
 
 
 @contextmanager
-def _shown_by(show: Callable[[threading.Event], None]) -> Iterator[None]:
+def _shown_by(show: Callable[[threading.Event], object]) -> Iterator[None]:
     ended = threading.Event()
     shower = threading.Thread(target=show, args=(ended,), name="progress", daemon=True)
     shower.start()
@@ -67,13 +70,13 @@ def _in_notebook() -> bool:
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
-def _cell(ended: threading.Event) -> None:
+def _cell(ended: threading.Event, newest: Newest) -> None:
     """A line of text below a notebook's cell, changed in place: it needs no widgets."""
     from IPython.display import display
 
     line = display({"text/plain": "starting"}, raw=True, display_id=True)
     while not ended.wait(BAR_SECONDS):
-        progress = newest_progress()
+        progress = newest()
         filled = BAR_CELLS * progress.done // max(1, progress.total)
         bar = "█" * filled + "░" * (BAR_CELLS - filled)
         text = f"{progress.stage} {bar} {progress.done}/{progress.total} answers"
@@ -81,9 +84,10 @@ def _cell(ended: threading.Event) -> None:
     line.update({"text/plain": ""}, raw=True)
 
 
-def _lines(ended: threading.Event) -> None:
+def _lines(ended: threading.Event, newest: Newest) -> None:
     while not ended.wait(LINE_SECONDS):
-        print(describe_progress(newest_progress()), file=sys.stderr, flush=True)
+        sys.stderr.write(f"{describe_progress(newest())}\n")
+        sys.stderr.flush()
 
 
 def describe_progress(progress: Snapshot) -> str:
@@ -97,7 +101,7 @@ def describe_progress(progress: Snapshot) -> str:
     )
 
 
-def _bar(ended: threading.Event) -> None:
+def _bar(ended: threading.Event, newest: Newest) -> None:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -117,7 +121,7 @@ def _bar(ended: threading.Event) -> None:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None, rate=0.0)
         while not ended.wait(BAR_SECONDS):
-            progress = newest_progress()
+            progress = newest()
             bar.update(
                 task,
                 description=progress.stage,
