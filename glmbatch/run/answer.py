@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from itertools import count
 from typing import Any
 
@@ -58,7 +57,7 @@ def answer(assignment: Assignment) -> AnswersReceipt:
         return committed
     try:
         values, earlier_runs = read_prompt_rows(assignment, ledger)
-        _read_through(assignment.fragment)
+        session.walk_once(assignment.fragment, _read_through)
     except UnusableFile as error:
         if run.raises:
             raise
@@ -73,7 +72,6 @@ def answer(assignment: Assignment) -> AnswersReceipt:
     return _answer_prompts(assignment, prompts, earlier_runs, session)
 
 
-@lru_cache(maxsize=1024)  # once for all steps of a run
 def _read_through(fragment: Fragment) -> None:
     """UnusableFile where the output could not be written later, for a column that no prompt names.
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from glmbatch.errors import InputError, Interrupted, TransientError
+from glmbatch.errors import InputError, Interrupted, TransientError, UnusableFile
 from glmbatch.glm.engine.loading import load_engine
 from glmbatch.glm.engine.pool import EnginePool
 from glmbatch.glm.engine.protocol import Engine
+from glmbatch.ledger.fragments import Fragment
 from glmbatch.ledger.known import KnownAnswers
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.report.progress import Progress, Snapshot
@@ -45,6 +46,9 @@ class Session:
         self._known: dict[tuple[str, str], KnownAnswers] = {}
         # Fragments without an answer, and their rows, by step key and reason.
         self._hopeless: dict[tuple[str, str], tuple[int, int]] = {}
+        # Why each fragment whose rows were walked through cannot be used, by its name.
+        self._walked: dict[str, str | None] = {}
+        self._walking: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def known_answers(self, question: Question) -> KnownAnswers:
@@ -65,6 +69,24 @@ class Session:
             counted = (fragments + 1, before + rows)
             self._hopeless[question.key, reason] = counted
             return counted
+
+    def walk_once(self, fragment: Fragment, walk: Callable[[Fragment], None]) -> None:
+        """`walk` through the rows of `fragment`, once for all steps of the run.
+
+        What was found holds for them all: UnusableFile is raised again. A machine's fault is not.
+        """
+        with self._lock:
+            walking = self._walking.setdefault(fragment.name, threading.Lock())
+        with walking:  # another step of the fragment may be at it
+            if fragment.name not in self._walked:
+                try:
+                    walk(fragment)
+                    self._walked[fragment.name] = None
+                except UnusableFile as error:
+                    self._walked[fragment.name] = str(error)
+        reason = self._walked[fragment.name]
+        if reason is not None:
+            raise UnusableFile(reason)
 
     @contextmanager
     def engine(self, question: Question) -> Iterator[Engine]:

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
-from glmbatch.errors import InputError
-from glmbatch.ledger.fragments import Fragment
+from glmbatch.errors import InputError, UnusableFile
+from glmbatch.ledger.fragments import Fragment, read_fragment
 from glmbatch.ledger.verification import verify
 from glmbatch.run.answer import source_values
 from glmbatch.run.models import prepare_models
@@ -271,3 +271,26 @@ def test_an_enum_of_avro_stays_text(
     run(job_settings(steps=[CLASSIFY], data__format=form))
     assert output_of(out).column("kind").to_pylist() == ["b"]
     assert run(job_settings(steps=[CLASSIFY], data__format=form)).computed == 0
+
+
+def test_a_fragment_is_read_through_once_for_all_steps(
+    write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_source("a.parquet", {"text": ["fine", "good"]}, row_group_size=1)
+    write_source("b.parquet", {"text": ["bad"]})
+    steps = [CLASSIFY, {**CLASSIFY, "name": "tone"}]
+    walks: list[str] = []
+
+    def counted(fragment: Fragment, columns: list[str] | None = None) -> Any:
+        if columns is None:
+            walks.append(fragment.name)
+            if fragment.source == "b.parquet":
+                raise UnusableFile("b.parquet: damaged where no prompt looks")
+        return read_fragment(fragment, columns)
+
+    monkeypatch.setattr("glmbatch.run.answer.read_fragment", counted)
+    settings = job_settings(steps=steps, data__rows_per_fragment=1, max_error_rate=0.9)
+    assert [fault.source for fault in run(settings).unusable] == ["b.parquet"]
+    assert sorted(walks) == ["a.parquet@0", "a.parquet@1", "b.parquet@0"]
+    run(settings)  # what is answered is not walked through again; what failed is
+    assert walks[3:] == ["b.parquet@0"]
