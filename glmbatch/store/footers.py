@@ -72,11 +72,38 @@ def _is_note(key: bytes, value: bytes, names: Sequence[str]) -> bool:
         return False
     if DESCRIBING_KEY.search(name) or len(value) > MAX_NOTE_BYTES:
         return False
+    try:
+        parts = set(_texts_of(json.loads(text)))
+    except (ValueError, RecursionError):
+        return not _names_columns(text, names)
+    if DESCRIBING_WORDS & parts or parts.intersection(names):
+        return False
+    return not any(_names_columns(part, names) for part in parts)
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    """Every name and text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield name
+            yield from _texts_of(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts_of(part)
+
+
+def _names_columns(text: str, names: Sequence[str]) -> bool:
+    """Whether a text that is no JSON describes columns: all of them, by whole words.
+
+    One name alone may be a word of a sentence, as `a` or `text` is.
+    """
     words = set(re.findall(r"\w+", text))
-    named = [column for column in names if column in words or column in text]
-    if any(mark in text for mark in "{[<(;\0"):  # of a structure, in whatever language
-        return not (DESCRIBING_WORDS & words or named)
-    return not (len(names) > 1 and len(named) == len(names))
+    if any(mark in text for mark in "{[<(;\0") and DESCRIBING_WORDS & words:
+        return True
+    named = set(re.findall(r"\w+", " ".join(names)))
+    return len(names) > 1 and bool(named) and named <= words
 
 
 def _pandas(

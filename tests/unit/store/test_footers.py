@@ -27,6 +27,8 @@ DESCRIPTIONS = {
     "ours": {"columns": ["id", "text"]},
     "layout": "id,text",
     "ddl": "struct<id:bigint,text:string>",
+    "text in json": {"ddl": "struct<id:bigint,text:string>"},
+    "json in json": {"night": json.dumps({"fields": [{"name": "id"}]})},
     "binary": b"\x00\xff\x01",
 }
 
@@ -50,6 +52,8 @@ def test_a_description_of_the_columns_is_dropped(key: str) -> None:
         ("team", "数据"),
         ("licence", "CC BY 4.0 (see the page); of the owners"),
         ("source", '{"country": "cn", "night": 4}'),
+        ("owner", '{"team": "a textile", "contact": "ide@y"}'),
+        ("remark", "the text (of others); a textile"),
         ("geo", '{"primary_column": "shape", "columns": {"shape": {"encoding": "WKB"}}}'),
         ("org.apache.spark.version", "2.4.8"),
         ("org.apache.spark.legacyDateTime", ""),
