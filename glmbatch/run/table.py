@@ -35,7 +35,7 @@ from glmbatch.store.files import DIGEST_CHARS, commit, digest_file, partial_besi
 from glmbatch.store.folder import Folder
 from glmbatch.store.frames import WHERE, Frame, as_frame
 from glmbatch.store.inputs.needs import SchemaNeeds, check_schema
-from glmbatch.store.parquet import READ_BATCH_ROWS, read_columns, write_table
+from glmbatch.store.parquet import ROW_GROUP_ROWS, read_columns, write_table
 from glmbatch.store.paths import AnyPath
 
 AnyTable = TypeVar("AnyTable")
@@ -191,7 +191,7 @@ def _write(table: pa.Table, folder: AnyPath) -> AnyPath:
     with partial_beside(folder / "table") as partial:
         try:
             write_table(
-                partial, table.schema, iter(table.combine_chunks().to_batches(READ_BATCH_ROWS)), {}
+                partial, table.schema, iter(table.combine_chunks().to_batches(ROW_GROUP_ROWS)), {}
             )
         except pa.ArrowException as error:
             raise InputError(

@@ -88,6 +88,20 @@ def test_any_range_of_rows_is_read_from_its_own_row_groups(
     assert all(batch.schema.names == ["n"] for batch in batches)
 
 
+@pytest.mark.parametrize("use_dictionary", [True, False])
+@pytest.mark.parametrize("column", ["text", "with.dot"])
+@pytest.mark.parametrize("light_rows", [64, 1_900])
+def test_a_heavy_end_of_a_file_makes_no_huge_batch(
+    light_rows: int, column: str, use_dictionary: bool, tmp_path: Path
+) -> None:
+    values = ["a"] * light_rows + ["x" * 100_000] * (2_000 - light_rows)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({column: values}), path, use_dictionary=use_dictionary)
+    batches = list(read_rows(path, [0], 0, 2_000, [column]))
+    assert max(batch.nbytes for batch in batches) <= 33 << 20
+    assert [value for batch in batches for value in batch.column(0).to_pylist()] == values
+
+
 def test_rows_that_only_the_footer_has_are_an_error(numbered: Path) -> None:
     with pytest.raises(UnusableFile, match="5 rows fewer"):
         list(read_rows(numbered, [3], 0, 15))
