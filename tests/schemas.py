@@ -136,9 +136,7 @@ def _metadata(rng: random.Random, names: list[str]) -> dict[str, str]:
     choices = {
         "team": "数据",
         "note": json.dumps({"night": rng.random()}),
-        "org.apache.spark.sql.parquet.row.metadata": json.dumps(
-            {"type": "struct", "fields": [{**c, "nullable": True, "metadata": {}} for c in columns]}
-        ),
+        # Not Spark's own, which it would believe of the source: test_readers.py has that.
         "parquet.avro.schema": json.dumps({"type": "record", "name": "r", "fields": columns}),
         "huggingface": json.dumps({"info": {"features": {name: {} for name in names}}}),
     }
