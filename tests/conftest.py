@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from glmbatch.glm.engine.pool import EnginePool
 from glmbatch.settings.tuning import TuneConfig
 from tests.stores import Store, s3_store
 from tests.support import (
@@ -81,6 +82,16 @@ def write_source(tmp_path: Path) -> Write:
         return path
 
     return write
+
+
+@pytest.fixture
+def own_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No engine of another test is loaded, and none of this test stays for others."""
+    pool = EnginePool()
+    monkeypatch.setattr("glmbatch.run.session._ENGINES", pool)
+    yield
+    for engine in list(pool._engines.values()):
+        pool.discard(engine)
 
 
 @pytest.fixture

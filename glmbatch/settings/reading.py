@@ -123,6 +123,13 @@ class _StrictLoader(yaml.SafeLoader):
                     )
                 lines[name] = line
         super().flatten_mapping(node)
+        # Each key once, as it is in the end: of two that are merged elsewhere PyYAML takes the
+        # first, which a key of this mapping has replaced.
+        pairs: dict[object, tuple[yaml.Node, yaml.Node]] = {}
+        for key, value in node.value:
+            is_scalar = isinstance(key, yaml.ScalarNode)
+            pairs[(key.tag, key.value) if is_scalar else id(key)] = (key, value)
+        node.value = list(pairs.values())
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:

@@ -42,7 +42,7 @@ FAULTS: dict[str, tuple[bytes | None, str]] = {
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Path:
+def poisoned(own_engines: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint that, once it is loaded, gives no finite scores after POISON.
 
     One whose weights on disk are not finite would not be loaded.

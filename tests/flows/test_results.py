@@ -87,4 +87,6 @@ def test_a_result_in_the_place_of_another_is_refused(
     again = run(prefect_server, *command)
     assert again.returncode == 2
     assert "a stored result stands in the place of another" in again.stderr
-    assert len(again.stderr.splitlines()) == 1
+    # Prefect may say that its events take a second.
+    lines = [line for line in again.stderr.splitlines() if not line.startswith("EventsWorker")]
+    assert len(lines) == 1

@@ -13,7 +13,10 @@ from tests.support import Settings, Write
 
 
 def test_a_run_tells_what_it_leaves_out_and_what_audits_find(
-    write_source: Write, job_settings: Settings, caplog: pytest.LogCaptureFixture
+    write_source: Write,
+    job_settings: Settings,
+    own_engines: None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     write_source("a.parquet", {"text": ["one", "one", None]})
     write_source("b.parquet", {"text": ["two"]}).write_bytes(b"PAR1 is all there is")
