@@ -24,6 +24,7 @@ from glmbatch.store.types import (
     has_int96,
     leaves,
     parts_of,
+    stored_type,
     written_type,
 )
 
@@ -168,4 +169,5 @@ def _inner_arrays(array: pa.Array) -> list[pa.Array]:
     if pa.types.is_map(array.type):
         first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
         return [part.slice(first, last - first) for part in (array.keys, array.items)]
-    return [array.flatten()]
+    # Arrow puts no extension types of a view in a row.
+    return [converted(array, stored_type(array.type)).flatten()]

@@ -125,16 +125,17 @@ def _converted_nested(array: pa.Array, kind: pa.DataType) -> pa.Array:
         items = converted(array.items, kind.item_type)
         return pa.MapArray.from_arrays(offsets, keys, items, type=kind, mask=is_null)
     if _is_view(array.type):
+        view = _converted_view(array, kind.value_field, is_null)
+        if view.type == kind:
+            return view
         # Arrow's own cast of a view makes an array that is not valid.
-        lengths = pc.fill_null(pc.list_value_length(array), 0)
+        lengths = pc.fill_null(pc.list_value_length(view), 0)
         ends = pc.cumulative_sum(lengths.cast(pa.int64()))
         offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends])
-        inner = converted(array.flatten(), kind.value_type)
+        inner = view.flatten()
     else:
         offsets = pa.array(array.offsets.to_numpy(), pa.int64())
         inner = converted(array.values, kind.value_type)
-    if _is_view(kind):
-        return _list_view(offsets, inner, kind, is_null)
     large = pa.large_list(kind.value_field)
     return pa.LargeListArray.from_arrays(offsets, inner, type=large, mask=is_null).cast(kind)
 
@@ -143,16 +144,22 @@ def _is_view(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
 
 
-def _list_view(
-    offsets: pa.Array, inner: pa.Array, kind: pa.DataType, is_null: pa.Array
-) -> pa.Array:
-    wide = pa.types.is_large_list_view(kind)
-    make = pa.LargeListViewArray if wide else pa.ListViewArray
-    number = pa.int64() if wide else pa.int32()
-    firsts = offsets.slice(0, len(offsets) - 1)
-    sizes = pc.subtract(offsets.slice(1), firsts)
-    copies = [pa.array(part.to_numpy(), number) for part in (firsts, sizes)]
-    return make.from_arrays(*copies, inner, type=kind, mask=is_null)
+def _converted_view(array: pa.Array, items: pa.Field, is_null: pa.Array) -> pa.Array:
+    """The same view over other items: Arrow takes no extension types out of their order."""
+    is_large = pa.types.is_large_list_view(array.type)
+    make = pa.LargeListViewArray if is_large else pa.ListViewArray
+    # Copied, as above.
+    places = [pa.array(part.to_numpy()) for part in (array.offsets, array.sizes)]
+    inner = converted(array.values, items.type)
+    return make.from_arrays(*places, inner, type=with_parts(array.type, [items]), mask=is_null)
+
+
+def stored_type(kind: pa.DataType) -> pa.DataType:
+    """`kind` without extension types, at any depth."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return stored_type(kind.storage_type)
+    parts = [part.with_type(stored_type(part.type)) for part in parts_of(kind)]
+    return with_parts(kind, parts)
 
 
 def check_carried(where: str, file: pq.ParquetFile) -> None:

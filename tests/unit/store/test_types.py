@@ -80,3 +80,20 @@ def test_views_of_lists_become_lists_and_stay_valid() -> None:
     lists.validate(full=True)
     assert lists.to_pylist() == [[2, 3], [], [1]]
     assert converted(views.slice(1), pa.list_(pa.int64())).to_pylist() == [[], [1]]
+
+
+def test_views_of_views_of_uuids_become_text() -> None:
+    firsts, sizes = pa.array([2, 0, 1], pa.int32()), pa.array([1, 2, 2], pa.int32())
+    inner = pa.ListViewArray.from_arrays(firsts, sizes, uuids())
+    outer = pa.ListViewArray.from_arrays(
+        pa.array([0, 0, 1], pa.int32()),
+        pa.array([1, 0, 2], pa.int32()),
+        inner,
+        mask=pa.array([False, True, False]),
+    )
+    texts = [[TEXTS[2:3]], None, [TEXTS[:2], TEXTS[1:3]]]
+    for array, expected in ((outer, texts), (outer.slice(1), texts[1:])):
+        written = converted(array, written_type(array.type))
+        written.validate(full=True)
+        assert written.to_pylist() == expected
+        assert converted(array, pa.list_(pa.list_(pa.string()))).to_pylist() == expected
