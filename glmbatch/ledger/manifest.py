@@ -99,7 +99,7 @@ def _refuse_loss(output: AnyPath) -> None:
 
 
 def read_copy(output: AnyPath) -> Manifest | None:
-    """The manifest of the last publication that came to its end; None where it cannot be read."""
+    """The manifest of the last completed publication; None where it cannot be read."""
     try:
         return _parsed_bytes((output / COPY).read_bytes())
     except (OSError, ValueError):
@@ -199,7 +199,7 @@ def mixture(
     *,
     drop_missing: bool,
 ) -> str | None:
-    """Why some files of `stay` cannot stand beside answers under `step_keys`, and the ways out.
+    """Why some files of `stay` do not go with answers under `step_keys`, and the ways out.
 
     None where all can. `damaged` are sources that could not be read whole.
     """

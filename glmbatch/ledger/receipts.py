@@ -150,7 +150,7 @@ def whole_digest(path: AnyPath, *, must_read: bool = False) -> str | None:
         raise
     except InputError as error:  # a folder, a link in a circle, a file that may not be read
         if must_read and isinstance(error.__cause__, PermissionError):
-            # It may be whole, and another user's: it is not taken away.
+            # It may be whole and another user's, so it is not deleted.
             raise
         return None
 

@@ -109,7 +109,7 @@ def refuse_non_finite(checkpoint: Checkpoint) -> None:
 
 
 def _broken_tensors(file: Path, headers: Mapping[str, Header]) -> list[str]:
-    """What is said of each tensor in `file` that is not finite."""
+    """A line for each tensor in `file` that is not finite."""
     broken: list[str] = []
     for key, tensor in read_tensors(file, headers):
         if count := count_non_finite(tensor):

@@ -201,7 +201,7 @@ def _by_name(directory: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, 
     stated += [("its folder", name) for name in (*cached, *own)]
     for place, value in stated:
         name = _name_in(value) if isinstance(value, str) else None
-        # In our layout it is no model of before: its name is an old folder's.
+        # Those models never had our layout: the name is that of an old folder.
         if name is not None and not (name in _KEYS and _is_original(config)):
             yield name, f"{place} is {str(value)[:80]!r}"
 

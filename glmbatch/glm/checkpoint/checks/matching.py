@@ -1,7 +1,7 @@
 """The tensors in a checkpoint's files, compared with those that its config asks for.
 
-What is wrong with a whole folder in one way is told in one line, not once for each tensor. Reads
-the numbers of two tensors only where one may repeat the other.
+A fault that all tensors of a folder share is one line, not one for each tensor. Reads the numbers
+of two tensors only where one may repeat the other.
 """
 
 from __future__ import annotations
