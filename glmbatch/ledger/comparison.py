@@ -22,9 +22,9 @@ from glmbatch.store.types import (
     changes_type,
     converted,
     has_int96,
+    inner_arrays,
     leaves,
     parts_of,
-    stored_type,
     written_type,
 )
 
@@ -152,7 +152,7 @@ def _same(ours: pa.Array, theirs: pa.Array) -> bool:
         return False
     if not pa.types.is_struct(kind) and not _lengths(ours).equals(_lengths(theirs)):
         return False
-    pairs = zip(_inner_arrays(ours), _inner_arrays(theirs), strict=True)
+    pairs = zip(inner_arrays(ours), inner_arrays(theirs), strict=True)
     return all(_same(one, other) for one, other in pairs)
 
 
@@ -160,14 +160,3 @@ def _lengths(array: pa.Array) -> pa.Array:
     if pa.types.is_map(array.type):
         return pc.subtract(array.offsets.slice(1), array.offsets.slice(0, len(array)))
     return pc.list_value_length(array)
-
-
-def _inner_arrays(array: pa.Array) -> list[pa.Array]:
-    """The arrays inside a nested one, of its own rows alone."""
-    if pa.types.is_struct(array.type):
-        return list(array.flatten())
-    if pa.types.is_map(array.type):
-        first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
-        return [part.slice(first, last - first) for part in (array.keys, array.items)]
-    # Arrow puts no extension types of a view in a row.
-    return [converted(array, stored_type(array.type)).flatten()]

@@ -144,10 +144,7 @@ def plan_fragments(
         else:
             faults.append(_fault(root, name, outcome))
     if not ranges:
-        raise InputError(
-            f"{shown(data.input)}: none of {len(faults)} files can be used; the first: "
-            f"{faults[0].reason}"
-        )
+        raise none_usable(shown(data.input), faults)
     _refuse_same_output(ranges)
     refuse_reach(data.input, data.output, (fragment.output_name for fragment in ranges))
     return Plan(
@@ -156,6 +153,13 @@ def plan_fragments(
         unusable=tuple(faults),
         limit=data.limit,
         skipped=tuple(found.skipped),
+    )
+
+
+def none_usable(where: str, faults: Sequence[FileFault]) -> InputError:
+    """What to raise when every file of an input is left out."""
+    return InputError(
+        f"{where}: none of {len(faults)} files can be used; the first: {faults[0].reason}"
     )
 
 

@@ -26,7 +26,6 @@ from glmbatch.ledger.receipts import OutputReceipt, key_in_name, read_receipt
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import PARTIAL, committed, move, reachable, remove_tree, writable
 from glmbatch.store.folder import Folder, Name
-from glmbatch.store.inputs.find import is_hidden
 from glmbatch.store.locks import check_held
 from glmbatch.store.modes import narrow
 from glmbatch.store.paths import AnyPath, unlink_all
@@ -79,7 +78,7 @@ def publish(
 class Announced(NamedTuple):
     """Names that killed publications were to move into place before they wrote their manifest.
 
-    `lost` when a list of such names was damaged, and no publication has come to its end since.
+    `lost` when a list of such names was damaged, and no publication was completed since.
     """
 
     names: set[str]
@@ -122,11 +121,8 @@ def put_strangers_aside(folder: Folder, named: Collection[str]) -> list[str]:
     What a killed publication moved, when its list is lost. Returns their names.
     """
     moved = []
-    paths: list[AnyPath] = [*folder.path.rglob("*.parquet")]
-    for path in sorted(paths):
-        name = path.relative_to(folder.path).as_posix()
-        if name in named or is_hidden(name):
-            continue
+    for name in sorted(folder.visible_files() - set(named)):
+        path = folder / name
         if read_receipt(path, OutputReceipt) is not None:
             logger.warning("%s: is of no publication; it is now %s", path, folder.put_aside(name))
             moved.append(name)

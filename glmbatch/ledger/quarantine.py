@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from glmbatch.errors import UnusableFile
+from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.manifest import PublishedFile
 from glmbatch.settings.columns import Columns
 from glmbatch.store.files import committed
@@ -126,6 +127,16 @@ def _failed_rows(output: AnyPath, file: PublishedFile) -> Iterator[Line]:
                     "error_type": kind,
                     "error": reason,
                 }
+
+
+def line_of_file(fault: FileFault) -> Line:
+    """The line of a file, or of the rest of one, that is left out."""
+    return {
+        "source": fault.source,
+        "row": fault.first_row,
+        "error_type": "unusable_file",
+        "error": fault.reason,
+    }
 
 
 def write_quarantine(output: AnyPath, lines: Sequence[Line]) -> None:

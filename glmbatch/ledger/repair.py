@@ -33,13 +33,13 @@ from glmbatch.ledger.publication import PUBLISHING, read_announced
 from glmbatch.ledger.quarantine import (
     QUARANTINE,
     Line,
+    line_of_file,
     mended_quarantine,
     read_lines,
     write_quarantine,
 )
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt, whole_digest
-from glmbatch.store.files import modified, reachable, whole_address
-from glmbatch.store.inputs.find import is_hidden
+from glmbatch.store.files import modified, whole_address
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import AnyPath
 
@@ -145,7 +145,7 @@ def _find(ledger: Ledger, copy: Manifest | None, notes: list[str]) -> Iterable[_
     """All files of ours that lie where their receipts say."""
     lines = {file.output_name: file for file in copy.files} if copy is not None else {}
     delta = is_table(ledger.root)
-    names = table_files(ledger.root) if delta else _visible(ledger)
+    names = table_files(ledger.root) if delta else ledger.folder.visible_files()
     for name in sorted({*names, *(name for name in lines if not delta)}):
         path = ledger.root / name
         receipt = read_receipt(path, OutputReceipt) if path.is_file() else None
@@ -171,17 +171,6 @@ def _find(ledger: Ledger, copy: Manifest | None, notes: list[str]) -> Iterable[_
         yield _Found(published_file(found), False, modified(path), receipt)
 
 
-def _visible(ledger: Ledger) -> set[str]:
-    names: set[str] = set()
-    with reachable(ledger.root):
-        paths = [*ledger.root.rglob("*.parquet")]
-    for path in paths:
-        name = path.relative_to(ledger.root).as_posix()
-        if not is_hidden(name):
-            names.add(name)
-    return names
-
-
 def _what_it_is(path: AnyPath) -> str:
     if not path.exists():
         return "was published, and is gone"
@@ -204,7 +193,7 @@ def _prove(path: AnyPath, receipt: OutputReceipt) -> None:
 
 
 def _choose(ledger: Ledger, candidates: list[_Found], notes: list[str]) -> list[_Found]:
-    """Those that stand beside one another; others have the same rows, and are moved aside."""
+    """Those that share no rows; the others are moved aside."""
     chosen: dict[str, list[_Found]] = defaultdict(list)
     # What the copy knows first, then what was written last.
     for candidate in sorted(candidates, key=lambda one: (one.known, one.written), reverse=True):
@@ -277,14 +266,7 @@ def _mend_quarantine(ledger: Ledger, manifest: Manifest) -> bool:
     listed = {(line["source"], line["row"]) for line in lines if not line["step"]}
     for fault in manifest.unusable:
         if (fault.source, fault.first_row) not in listed:
-            lines.append(
-                {
-                    "source": fault.source,
-                    "row": fault.first_row,
-                    "error_type": "unusable_file",
-                    "error": fault.reason,
-                }
-            )
+            lines.append(line_of_file(fault))
     listed_lines = read_lines(ledger.root / QUARANTINE)
     if listed_lines is not None and len(listed_lines) == len(lines):
         return False

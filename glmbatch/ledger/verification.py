@@ -27,9 +27,8 @@ from glmbatch.ledger.receipts import OutputReceipt, receipt_of, whole_digest
 from glmbatch.settings.columns import Columns
 from glmbatch.store.files import PARTIAL, reachable
 from glmbatch.store.folder import Folder
-from glmbatch.store.inputs.find import is_hidden
 from glmbatch.store.parquet import open_parquet, read_opened
-from glmbatch.store.paths import AnyPath
+from glmbatch.store.paths import AnyPath, is_hidden
 
 
 class Finding(BaseModel, frozen=True, extra="forbid"):

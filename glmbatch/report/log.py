@@ -9,11 +9,9 @@ from glmbatch.ledger.fragments import FileFault, Plan
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.report.counts import Audit
 from glmbatch.report.summary import StepSummary, Summary, short, step_summary
+from glmbatch.report.text import LEFT_OUT_SHOWN
 
 logger = logging.getLogger(__name__)
-
-# The others are counted: a whole landing folder may be damaged.
-MOST_FILES = 20
 
 
 def log_plan(plan: Plan) -> None:
@@ -60,10 +58,10 @@ def log_end(summary: Summary) -> None:
 
 
 def _log_left_out(faults: Sequence[FileFault]) -> None:
-    for fault in faults[:MOST_FILES]:
+    for fault in faults[:LEFT_OUT_SHOWN]:
         logger.info("%s: left out: %s", fault.source, short(fault.reason, 300))
-    if len(faults) > MOST_FILES:
-        logger.info("and %s more files are left out", f"{len(faults) - MOST_FILES:,}")
+    if len(faults) > LEFT_OUT_SHOWN:
+        logger.info("and %s more files are left out", f"{len(faults) - LEFT_OUT_SHOWN:,}")
 
 
 def _counts(step: StepSummary) -> str:

@@ -11,7 +11,7 @@ from glmbatch.report.facts import answers, by_count, size, tokens
 from glmbatch.report.summary import StepSummary, Summary, short
 from glmbatch.store.folder import Folder
 
-LEFT_OUT_SHOWN = 20
+LEFT_OUT_SHOWN = 20  # the others are counted: a whole landing folder may be damaged
 
 
 def describe(summary: Summary) -> str:

@@ -6,12 +6,13 @@ Reads footers, digests and INT96 times; loads no weights, reads no other rows, w
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from glmbatch.errors import InputError, UnusableFile, shown
 from glmbatch.ledger.delta import check_sources, is_table
-from glmbatch.ledger.fragments import FileFault, Fragment, Plan, plan_fragments
+from glmbatch.ledger.fragments import FileFault, Fragment, Plan, none_usable, plan_fragments
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, mixture, staying
 from glmbatch.ledger.rowkeys import answers_key, output_key, step_key
@@ -211,15 +212,17 @@ def _without(plan: Plan, reasons: Mapping[str, str], raise_faults: bool) -> Plan
     if raise_faults:
         for reason in reasons.values():
             raise UnusableFile(reason)
+    rows: Counter[str] = Counter()
+    fragments = []
+    for fragment in plan.fragments:
+        rows[fragment.source] += fragment.rows
+        if fragment.source not in reasons:
+            fragments.append(fragment)
     faults = list(plan.unusable)
-    fragments = [fragment for fragment in plan.fragments if fragment.source not in reasons]
     for source, reason in reasons.items():
-        rows = sum(fragment.rows for fragment in plan.fragments if fragment.source == source)
-        faults.append(FileFault(source=source, reason=shown(reason), rows=rows))
+        faults.append(FileFault(source=source, reason=shown(reason), rows=rows[source]))
     if not fragments:
-        raise InputError(
-            f"{plan.root}: none of {len(faults)} files can be used; the first: {faults[0].reason}"
-        )
+        raise none_usable(plan.root, faults)
     return plan.model_copy(update={"fragments": tuple(fragments), "unusable": tuple(faults)})
 
 

@@ -12,7 +12,7 @@ from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, Staying, StepOrigin, mixture, next_manifest, staying
 from glmbatch.ledger.publication import publish as make_public
-from glmbatch.ledger.quarantine import mended_quarantine, write_refused
+from glmbatch.ledger.quarantine import line_of_file, mended_quarantine, write_refused
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.ledger.rowkeys import answer_settings
 from glmbatch.report.counts import Audit
@@ -329,14 +329,4 @@ def _release(
 
 def _files_left_out(collected: Collected) -> list[dict[str, Any]]:
     """A line for each file or fragment that is left out."""
-    lines = []
-    for fault in collected.unusable:
-        lines.append(
-            {
-                "source": fault.source,
-                "row": fault.first_row,
-                "error_type": "unusable_file",
-                "error": fault.reason,
-            }
-        )
-    return lines
+    return list(map(line_of_file, collected.unusable))

@@ -9,8 +9,8 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator
 
 from glmbatch.errors import InputError
-from glmbatch.store.files import move, real_path, writable
-from glmbatch.store.paths import Address, AnyPath, location, side_by_side, unlink_all
+from glmbatch.store.files import is_link, move, reachable, real_path, writable
+from glmbatch.store.paths import Address, AnyPath, is_hidden, location, side_by_side
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -69,7 +69,7 @@ class Folder:
     def holds(self, name: str) -> bool:
         """Whether anything stands at `name`: a file, a folder, or a link to nowhere."""
         path = self.path / name
-        return path.exists() or (isinstance(path, Path) and path.is_symlink())
+        return path.exists() or is_link(path)
 
     def put_aside(self, name: str) -> AnyPath:
         """Move what stands at `name` to where nobody reads it; returns its new place."""
@@ -96,6 +96,9 @@ class Folder:
 
         return [name for name in self.map(find, names) if name is not None]
 
-    def delete(self, names: Iterable[str]) -> None:
-        """Remove the named files, as far as they are there."""
-        unlink_all(self.path, [self.path / name for name in names])
+    def visible_files(self) -> set[str]:
+        """The Parquet files at any depth that readers of the folder see."""
+        with reachable(self.path):
+            paths: list[AnyPath] = [*self.path.rglob("*.parquet")]
+        names = (path.relative_to(self.path).as_posix() for path in paths)
+        return {name for name in names if not is_hidden(name)}

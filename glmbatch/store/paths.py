@@ -17,7 +17,7 @@ from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeAlias, TypeVar, cast
 
 from glmbatch.errors import InputError, StoreRefused, TransientError, shown
@@ -65,6 +65,14 @@ def location(address: Address) -> AnyPath:
             "Leave it out, or rename the objects."
         )
     return ObjectPath(str(address))
+
+
+def is_hidden(name: PurePath | str) -> bool:
+    """Whether readers of a folder skip the file or folder `name`, as Spark does."""
+    for part in name.split("/") if isinstance(name, str) else name.parts:
+        if part[:1] == "." or (part[:1] == "_" and "=" not in part):
+            return True
+    return False
 
 
 def odd_part(key: str) -> str | None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from glmbatch.errors import UnusableFile
 from glmbatch.store.parquet import TimeUnit, open_parquet, read_rows
 from glmbatch.store.paths import Address
-from glmbatch.store.types import has_int96
+from glmbatch.store.types import has_int96, inner_arrays
 
 MAX_MICROSECONDS = (2**63 - 1) // 1000  # since or before 1970, that nanoseconds reach
 
@@ -143,7 +143,7 @@ def _unit_written(paths: Iterable[Address], columns: Collection[str]) -> TimeUni
 def _digits(coarse: pa.Array, fine: pa.Array) -> tuple[bool, bool]:
     """Whether any of these times is finer than a microsecond, and whether nanoseconds reach all."""
     if not pa.types.is_timestamp(coarse.type):
-        parts = zip(_children(coarse), _children(fine), strict=True)
+        parts = zip(inner_arrays(coarse), inner_arrays(fine), strict=True)
         pairs = [_digits(*part) for part in parts]
         return any(pair[0] for pair in pairs), all(pair[1] for pair in pairs)
     micros = coarse.drop_null().cast(pa.int64()).to_numpy()
@@ -151,11 +151,3 @@ def _digits(coarse: pa.Array, fine: pa.Array) -> tuple[bool, bool]:
     # Both wrap around alike, so the difference is exact where nanoseconds do not reach.
     finer = bool(np.any(nanos - micros * 1000))
     return finer, bool(np.all(np.abs(micros) < MAX_MICROSECONDS))
-
-
-def _children(array: pa.Array) -> list[pa.Array]:
-    if pa.types.is_struct(array.type):
-        return list(array.flatten())
-    if pa.types.is_map(array.type):
-        return [array.keys, array.items]
-    return [array.flatten()] if pa.types.is_nested(array.type) else []

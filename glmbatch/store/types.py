@@ -154,11 +154,24 @@ def _converted_view(array: pa.Array, items: pa.Field, is_null: pa.Array) -> pa.A
     return make.from_arrays(*places, inner, type=with_parts(array.type, [items]), mask=is_null)
 
 
-def stored_type(kind: pa.DataType) -> pa.DataType:
+def inner_arrays(array: pa.Array) -> list[pa.Array]:
+    """The arrays inside a nested one, of its own rows alone; none of any other."""
+    if pa.types.is_struct(array.type):
+        return list(array.flatten())
+    if pa.types.is_map(array.type):
+        first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return [part.slice(first, last - first) for part in (array.keys, array.items)]
+    if not pa.types.is_nested(array.type):
+        return []
+    # Arrow puts no extension types of a view in a row.
+    return [converted(array, _stored_type(array.type)).flatten()]
+
+
+def _stored_type(kind: pa.DataType) -> pa.DataType:
     """`kind` without extension types, at any depth."""
     if isinstance(kind, pa.BaseExtensionType):
-        return stored_type(kind.storage_type)
-    parts = [part.with_type(stored_type(part.type)) for part in parts_of(kind)]
+        return _stored_type(kind.storage_type)
+    parts = [part.with_type(_stored_type(part.type)) for part in parts_of(kind)]
     return with_parts(kind, parts)
 
 

@@ -40,7 +40,7 @@ def sample_weights(
             of_weight = key.removesuffix("_scale")
             place = rows if key == of_weight else scales
             for name, native in split_rows(architecture, specs[of_weight], stored):
-                # A language head is none of a classifier's; a head may be trained anew.
+                # A language head is none of a classifier's; training may begin with a new head.
                 if name.startswith("model."):
                     place[name] = _row(native, is_scale=place is scales).clone()
     sample: dict[str, tuple[float, list[float]]] = {}
@@ -68,13 +68,18 @@ def _numbers(row: torch.Tensor, scale: torch.Tensor | None, bits: int) -> tuple[
 def note_base(directory: Path, base: Path, sample: Sample) -> None:
     """Note in an adapter's `directory` that it was trained over the checkpoint `base`."""
     config = read_json(directory / ADAPTER_CONFIG) | {"base_model_name_or_path": str(base)}
-    text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True)
-    (directory / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+    write_config(directory, config)
     note = {
         "path": str(base),
         "weights": {name: [off, *row] for name, (off, row) in sample.items()},
     }
     (directory / ADAPTER_BASE).write_text(json.dumps(note, ensure_ascii=False), encoding="utf-8")
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Write the config of the adapter in `directory`, laid out as peft does."""
+    text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True)
+    (directory / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def check_base(

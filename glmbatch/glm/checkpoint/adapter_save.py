@@ -8,7 +8,6 @@ belong to no checkpoint that anybody has, so both are written as one.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from glmbatch.glm.checkpoint.adapter import PREFIX, Adapter, LowRank, load_adapter, read_adapter
-from glmbatch.glm.checkpoint.adapter_base import note_base, sample_weights
+from glmbatch.glm.checkpoint.adapter_base import note_base, sample_weights, write_config
 from glmbatch.glm.checkpoint.inspection import Checkpoint, read_checkpoint
 from glmbatch.glm.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_error, read_json
 
@@ -68,8 +67,7 @@ def _join(first: Adapter, directory: Path, base: Checkpoint) -> None:
     # The parts of a fused weight share their first matrix, which a file cannot.
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True)
-    (directory / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+    write_config(directory, config)
 
 
 def _both(first: LowRank | None, second: LowRank) -> LowRank:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path, PurePath
@@ -22,7 +22,7 @@ from glmbatch.store.inputs.tables import (
     refuse_tables_above,
     table_of,
 )
-from glmbatch.store.paths import GLOB_MARKS, AnyPath, odd_part
+from glmbatch.store.paths import GLOB_MARKS, AnyPath, is_hidden, odd_part
 
 SETTING = "data.input"
 # Why a name is not read, as the end of "3 ...".
@@ -77,16 +77,6 @@ def find_files(pattern: str, *, follow_links: bool = False) -> Found:
     return _from_above_partitions(listing)
 
 
-def is_hidden(name: PurePath | str) -> bool:
-    """Whether readers of a folder skip the file or folder `name`, as Spark does."""
-    parts = name.split("/") if isinstance(name, str) else name.parts
-    return any(_is_hidden_part(part) for part in parts)
-
-
-def _is_hidden_part(part: str) -> bool:
-    return part[:1] == "." or (part[:1] == "_" and "=" not in part)
-
-
 @dataclass(slots=True)
 class _Listing:
     """What lies below `root`, as far as it was looked at; each folder is looked at once.
@@ -120,7 +110,7 @@ class _Listing:
         """Count a hidden name once, by its first part that is hidden; whether it was one."""
         parts = name.split("/")
         for place, part in enumerate(parts, 1):
-            if _is_hidden_part(part):
+            if is_hidden(part):
                 inner = is_folder or place < len(parts)
                 self.skipped["/".join(parts[:place]) + "/" * inner] = HIDDEN
                 return True
@@ -140,7 +130,7 @@ class _Listing:
                     refuse_table(place, table_of(place), SETTING)
                 name = f"{current}/{entry.name}" if current else entry.name
                 is_folder = _is_folder(entry)
-                if _is_hidden_part(entry.name):
+                if is_hidden(entry.name):
                     self.skipped[name + "/" * is_folder] = HIDDEN
                 elif not is_folder:
                     self.add_by_ending(name)
@@ -328,8 +318,5 @@ def _from_above_partitions(listing: _Listing) -> Found:
         above = f"{root.name}/{above}"
         root = root.parent
     refused = {above + name: reason for name, reason in sorted(listing.refused.items())}
-    return Found(root, _prefixed(above, listing.names), refused, _counted(listing))
-
-
-def _prefixed(above: str, names: Iterable[str]) -> list[str]:
-    return sorted(above + name for name in names)
+    names = sorted(above + name for name in listing.names)
+    return Found(root, names, refused, _counted(listing))

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from glmbatch.errors import InputError, shown
 from glmbatch.store.files import exists, naming, real_path
 from glmbatch.store.folder import Folder
-from glmbatch.store.inputs.find import Found, Matches, is_glob, is_hidden, split_glob
+from glmbatch.store.inputs.find import Found, Matches, is_glob, split_glob
+from glmbatch.store.paths import is_hidden
 
 
 def refuse_nesting(found: Found, pattern: str, output: str) -> None:

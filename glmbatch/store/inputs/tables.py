@@ -1,7 +1,7 @@
 """Folders that are tables of another format: files lie in them that count no longer, or not yet.
 
 Which files count is written beside them. Reading all as Parquet would answer deleted and replaced
-rows too. Knows only by which names such a table is told.
+rows too. Knows such a table by names alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from glmbatch.errors import InputError, StoreRefused, shown
 from glmbatch.store.folder import Folder
-from glmbatch.store.paths import AnyPath
+from glmbatch.store.paths import AnyPath, is_hidden
 
 # A name in the table's folder, what the table is, which names below that name make it one, and how
 # one of these begins in each such table. A data file of Iceberg belongs to a snapshot.
@@ -105,6 +105,6 @@ def first_table(names: Iterable[str]) -> tuple[str, tuple[str, str]] | None:
         for place, part in enumerate(parts := name.split("/")):
             if is_mark(part, "/".join(parts[place + 1 :])):
                 return str(PurePosixPath(*parts[:place])), (part, MARKS[part][0])
-            if part[:1] in {".", "_"} and "=" not in part:
+            if is_hidden(part):
                 break  # nothing below is read
     return None
