@@ -1,4 +1,4 @@
-"""Who may import whom, what is loaded when, and the limits that code, settings and tasks keep."""
+"""Import rules, load times, and the limits on code, settings and tasks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from glmbatch.settings import tuning  # noqa: F401  declares classes of its own
+from glmbatch.settings import tuning  # noqa: F401  registers its settings classes
 from glmbatch.settings.job import Settings
 from tests.support import ROOT
 
-# What each package must not import. "glmbatch.cli.main" runs the flow, imported in one function.
+# Forbidden imports by package. "glmbatch.cli.main" is exempt: one function imports the flow.
 FORBIDDEN = {
     "glmbatch": {"prefect", "tasks", "flows"},
     "glmbatch/store": {"torch", "transformers", "glmbatch.glm", "glmbatch.steps"},
@@ -53,7 +53,7 @@ def test_imports_go_one_way(package: str) -> None:
     assert not broken
 
 
-def test_the_command_line_imports_the_flow_in_one_function_only() -> None:
+def test_only_one_cli_function_imports_the_flow() -> None:
     tree = ast.parse((ROOT / "glmbatch/cli/main.py").read_text())
     outside = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not [
@@ -61,7 +61,7 @@ def test_the_command_line_imports_the_flow_in_one_function_only() -> None:
     ]
 
 
-def test_settings_and_errors_import_nothing_else_of_ours() -> None:
+def test_settings_and_errors_import_no_other_package() -> None:
     folder = ROOT / "glmbatch"
     for path in (*(folder / "settings").glob("*.py"), folder / "errors.py"):
         for name in imports_of(path):
@@ -101,19 +101,19 @@ def test_help_loads_nothing_heavy() -> None:
     assert not {"torch", "transformers", "prefect", "pandas", "pyarrow", "rich"} & loaded
 
 
-def test_importing_the_package_alone_loads_nothing_heavy() -> None:
+def test_importing_glmbatch_loads_nothing_heavy() -> None:
     assert not {"torch", "pandas", "pyarrow", "pydantic"} & loaded_by("import glmbatch")
 
 
 def settings_classes() -> list[type[BaseModel]]:
     classes = [Settings]
-    for kind in classes:  # the list grows while it is read
+    for kind in classes:  # the list grows during the loop
         classes += kind.__subclasses__()
     return classes[1:]
 
 
 @pytest.mark.parametrize("settings", settings_classes(), ids=lambda each: each.__name__)
-def test_settings_are_described_and_unknown_ones_refused(settings: type[BaseModel]) -> None:
+def test_settings_are_described_and_refuse_unknown_keys(settings: type[BaseModel]) -> None:
     undescribed = [
         name
         for name, field in settings.model_fields.items()
@@ -124,7 +124,7 @@ def test_settings_are_described_and_unknown_ones_refused(settings: type[BaseMode
     assert settings.model_config["frozen"]
 
 
-def test_every_task_says_how_it_is_cached_and_retried() -> None:
+def test_every_task_declares_its_caching_and_retries() -> None:
     for path in sorted((ROOT / "tasks").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.FunctionDef):
@@ -136,7 +136,7 @@ def test_every_task_says_how_it_is_cached_and_retried() -> None:
                     assert "retry_condition_fn" in options, f"{path.name}: {node.name}"
 
 
-# The measures below are limits, not aims: what comes near one is due for a second look.
+# The figures below are limits, not targets. Review any code that comes near one.
 
 PRODUCT = ("glmbatch", "tasks", "flows", "deployments")
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -145,7 +145,7 @@ STORE_NAMES = re.compile(r"\b(ObjectPath|is_remote|location|side_by_side)\b")
 
 
 def modules(*folders: str) -> dict[str, str]:
-    """The text of each module below the folders, by its path from the root."""
+    """Source text of every module under the folders, keyed by its path from the root."""
     texts = {}
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -154,7 +154,7 @@ def modules(*folders: str) -> dict[str, str]:
 
 
 def functions(text: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The functions of a module, those inside others and in classes too."""
+    """All functions of a module, including methods and nested functions."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, FUNCTIONS):
             yield node
@@ -191,7 +191,7 @@ def test_no_line_is_longer_than_100_characters() -> None:
     assert not long
 
 
-def test_no_comprehension_is_inside_another() -> None:
+def test_no_comprehension_is_nested() -> None:
     nested = []
     for name, text in modules(*PRODUCT).items():
         for node in ast.walk(ast.parse(text)):
@@ -204,7 +204,7 @@ def test_no_comprehension_is_inside_another() -> None:
     assert not nested
 
 
-def test_few_modules_know_a_store_from_a_disk() -> None:
+def test_few_modules_distinguish_stores_from_disks() -> None:
     knowing = [name for name, text in modules(*PRODUCT).items() if STORE_NAMES.search(text)]
     assert len(knowing) <= 8, knowing
 
@@ -220,12 +220,12 @@ def test_few_functions_take_the_whole_job() -> None:
     assert len(taking) <= 22, taking
 
 
-def test_no_modules_import_one_another_in_a_circle() -> None:
+def test_modules_have_no_import_cycles() -> None:
     imports = {}
     texts = modules(*PRODUCT)
     for name, text in texts.items():
         imports[name] = imports_at_load(text) & texts.keys() - {name}
-    # What imports nothing that is left is taken out; a circle stays.
+    # Keep removing modules without remaining imports. Only cycles survive.
     while ends := [name for name, targets in imports.items() if not targets]:
         for name in ends:
             del imports[name]
@@ -235,7 +235,7 @@ def test_no_modules_import_one_another_in_a_circle() -> None:
 
 
 def imports_at_load(text: str) -> set[str]:
-    """Paths of the modules that an import of this one imports; those inside functions are not."""
+    """Paths of the modules imported at load time. Imports inside functions do not count."""
     pending: list[ast.AST] = [ast.parse(text)]
     paths = set()
     while pending:
@@ -253,7 +253,7 @@ def imports_at_load(text: str) -> set[str]:
     return paths
 
 
-def test_names_of_tests_fit_a_terminal() -> None:
+def test_test_names_are_under_60_characters() -> None:
     long = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

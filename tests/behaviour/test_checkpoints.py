@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint stops a job before its rows, or at its first fragments."""
+"""A faulty checkpoint stops a job before its first row or within its first fragments."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.unit.glm.checkpoints import edit_config, read_state, write_weights
 WRITE = {"kind": "generate", "name": "reply", "prompt_template": "{text}", "max_tokens": 4}
 
 
-def respoken(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """A copy of the golden language model in `directory`, its weights changed."""
+def altered_copy(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """Copy the golden language model to `directory` and apply `change` to its weights."""
     shutil.copytree(CAUSAL, directory)
     state = read_state(directory)
     change(state)
@@ -38,13 +38,13 @@ def respoken(directory: Path, change: Callable[[dict[str, torch.Tensor]], object
 
 
 def overflow(state: dict[str, torch.Tensor]) -> None:
-    """Finite weights whose scores are beyond float16."""
+    """Scale the weights: they stay finite, but the scores overflow float16."""
     state["transformer.encoder.final_layernorm.weight"] *= 3e4
     state["transformer.output_layer.weight"] *= 100
 
 
 @pytest.mark.parametrize("spoiled", ["nan", "inf", "-inf"])
-def test_weights_that_are_not_finite_stop_a_job_before_its_rows(
+def test_non_finite_weights_stop_a_job_before_its_rows(
     tmp_path: Path, write_source: Write, job_settings: Settings, out: Path, spoiled: str
 ) -> None:
     key = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
@@ -52,7 +52,7 @@ def test_weights_that_are_not_finite_stop_a_job_before_its_rows(
     def spoil(state: dict[str, torch.Tensor]) -> None:
         state[key][3, 5] = float(spoiled)
 
-    model = respoken(tmp_path / "model", spoil)
+    model = altered_copy(tmp_path / "model", spoil)
     write_source("a.parquet", {"text": ["one", "two"]})
     settings = job_settings(model__path=str(model), steps=[CLASSIFY])
     for attempt in (run, lambda settings: preview(JobConfig.model_validate(settings))):
@@ -62,10 +62,10 @@ def test_weights_that_are_not_finite_stop_a_job_before_its_rows(
 
 
 @pytest.mark.parametrize("step", [CLASSIFY, WRITE], ids=["classify", "generate"])
-def test_a_job_on_which_the_model_fails_alike_stops_early(
+def test_a_job_stops_early_when_every_row_fails(
     tmp_path: Path, write_source: Write, job_settings: Settings, out: Path, step: dict[str, Any]
 ) -> None:
-    model = respoken(tmp_path / "model", overflow)
+    model = altered_copy(tmp_path / "model", overflow)
     write_source("a.parquet", {"text": [f"text {number}" for number in range(200)]})
     settings = job_settings(
         model={"path": str(model), "dtype": "float16"}, steps=[step], data__rows_per_fragment=10
@@ -80,7 +80,7 @@ def test_a_job_on_which_the_model_fails_alike_stops_early(
     assert run(settings).faulty_rows == 0
 
 
-def test_a_model_without_memory_for_any_row_stops_the_job(
+def test_a_job_stops_when_no_row_fits_in_memory(
     write_source: Write, job_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: Any) -> None:
@@ -94,10 +94,10 @@ def test_a_model_without_memory_for_any_row_stops_the_job(
     assert len(committed(out)) == 1
 
 
-def test_rows_that_fail_beside_answers_stop_nothing(
+def test_some_failed_rows_do_not_stop_a_job(
     write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the rows of one odd file, and not rows that fail again another night."""
+    """Neither when one file fails as a whole, nor when the same rows fail again the next night."""
     prefill = Network.prefill
 
     def short_of_memory(self: Network, prompts: Any, prefix: Any, *store: Any) -> Any:
@@ -115,8 +115,8 @@ def test_rows_that_fail_beside_answers_stop_nothing(
     assert run(settings).faulty_rows == 30
 
 
-def test_a_table_of_failures_is_told_why(tmp_path: Path) -> None:
-    model = respoken(tmp_path / "model", overflow)
+def test_a_failed_table_shows_the_reason(tmp_path: Path) -> None:
+    model = altered_copy(tmp_path / "model", overflow)
     job = {"model": {"path": str(model), "dtype": "float16"}, "steps": [CLASSIFY]}
     table = pa.table({"text": ["one", "two"]})
     reason = "not finite in float16: set model.dtype to float32 or bfloat16"
@@ -124,7 +124,7 @@ def test_a_table_of_failures_is_told_why(tmp_path: Path) -> None:
         assert reason in error
     with pytest.raises(AuditError, match=rf"all 2 rows failed.*The model failed: .*{reason}"):
         annotate_table(table, {**job, "max_error_rate": 0.5})
-    # A longer one is not asked to its end.
+    # A longer table stops early.
     long = pa.table({"text": [f"text {number}" for number in range(60)]})
     with pytest.raises(
         InputError, match=rf"failed on all 20 rows .* no more are asked: .*{reason}"
@@ -132,10 +132,10 @@ def test_a_table_of_failures_is_told_why(tmp_path: Path) -> None:
         annotate_table(long, {**job, "data": {"rows_per_fragment": 10}})
 
 
-def test_what_an_audit_found_is_raised_as_it_was(
+def test_the_audit_error_stays_in_the_exception_chain(
     tmp_path: Path, write_source: Write, job_settings: Settings
 ) -> None:
-    model = {"path": str(respoken(tmp_path / "model", overflow)), "dtype": "float16"}
+    model = {"path": str(altered_copy(tmp_path / "model", overflow)), "dtype": "float16"}
     write_source("a.parquet", {"text": ["one", "two"]})
     with pytest.raises(AuditError) as stopped:
         run(job_settings(model=model, steps=[CLASSIFY], max_error_rate=0.5))
@@ -146,7 +146,7 @@ def test_what_an_audit_found_is_raised_as_it_was(
     assert str(found).startswith(str(audited)) and "The model failed" not in str(audited)
 
 
-def test_every_command_tells_the_notes_of_a_checkpoint(
+def test_every_command_shows_checkpoint_notes(
     tmp_path: Path, write_source: Write, job_settings: Settings
 ) -> None:
     model = tmp_path / "model"

@@ -1,7 +1,8 @@
-"""No byte of a file that glmbatch wrote ends anything in a traceback, or in other rows.
+"""Damage to any file that glmbatch wrote causes neither a traceback nor wrong rows.
 
-One file below an output is damaged. Then what reads the output gives a result or one line, and a
-run, after `glmbatch repair` if it asks for that, publishes what an undisturbed one does.
+Each test damages one file of an output. Every command that reads the output then returns a result
+or a one-line error. The next run publishes what an undisturbed run publishes, if necessary after
+`glmbatch repair`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from glmbatch.settings.job import JobConfig
 from glmbatch.store.seal import sealed, unsealed
 from tests.support import CLASSIFY, Settings, Write, rows_of
 
-# The class of a file: how its name begins below the output.
+# Each kind of file, by the prefix of its path below the output.
 CLASSES = (
     "a-",
     "day=1/",
@@ -62,15 +63,16 @@ OTHER_SHAPES = (
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that stays where it is: a manifest names its input whole."""
+    """One folder for all tests, because a manifest records the absolute path of its input."""
     return tmp_path_factory.mktemp("damage")
 
 
 @pytest.fixture(scope="module")
 def kept(place: Path) -> Path:
-    """What `place` holds before each damage, with the publication of a second night cut short.
+    """Copies that every test starts from.
 
-    `kept/twin` is the output of a night that nobody disturbed.
+    `kept/before` is `place` before any damage: the second night was killed while publishing.
+    `kept/twin` is the output of an undisturbed second night.
     """
     return place.with_name(f"{place.name}-kept")
 
@@ -91,7 +93,7 @@ def job(tmp_path: Path, place: Path, job_settings: Settings, write_source: Write
 
 @pytest.fixture
 def output(place: Path, kept: Path, job: JobConfig, write_source: Write, tmp_path: Path) -> Path:
-    """The output of a killed night over another, as the damage finds it."""
+    """The undamaged output: one complete night, then one that was killed while publishing."""
     if not kept.exists():
         night(place, job, write_source, tmp_path)
         shutil.copytree(place, kept / "before", symlinks=True)
@@ -116,7 +118,7 @@ def night(place: Path, job: JobConfig, write_source: Write, tmp_path: Path) -> N
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("glmbatch.ledger.publication.write_manifest", killed)
         run_job(job)
-    # As of one more refused run.
+    # Add the traces of another refused run.
     (place / "out" / "_glmbatch" / "staged").mkdir(exist_ok=True)
     with pytest.raises(GlmbatchError, match="nothing published"):
         run_job(strict)
@@ -128,7 +130,7 @@ def killed(*_: Any) -> None:
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Iterator[Path]:
-    """A folder that belongs to somebody else, and is as it was at the end."""
+    """A folder outside the output. It must be unchanged at the end of the test."""
     folder = tmp_path / "outside"
     (folder / "deep").mkdir(parents=True)
     for name in ("keep.parquet", ".x.partial", "deep/report.html", "lock"):
@@ -145,18 +147,18 @@ def as_sorted(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def attempt(call: Callable[[], object]) -> Exception | None:
-    """Make the call; the error, if it is one of ours and one line."""
+    """Make the call and return its error, which must be one of ours and one line long."""
     try:
         call()
     except GlmbatchError as error:
         assert "\n" not in str(error)
-        assert len(str(error)) < 600, "the message of a path of some length, and not its content"
+        assert len(str(error)) < 600, "the message names the path and omits the content"
         return error
     return None
 
 
 def assert_harmless(output: Path, job: JobConfig, kept: Path, *, may_stop: bool = False) -> None:
-    """Everything that reads the output goes on; in the end its rows are those of the twin."""
+    """Read the output in every way, then run the job: its rows must equal those of the twin."""
     attempt(lambda: verify(output))
     attempt(lambda: preview(job))
     attempt(lambda: freeze(output, output.parent / "canary.parquet", 4))
@@ -168,7 +170,7 @@ def assert_harmless(output: Path, job: JobConfig, kept: Path, *, may_stop: bool 
         assert may_stop, error
         return
     if as_sorted(rows_of_readable(output)) != as_sorted(rows_of(kept / "twin")):
-        # The rows of a source that is gone cannot be made again; nobody may take them for sound.
+        # Rows of a deleted source cannot be rebuilt, but `verify` must report them as wrong.
         wrong = [finding for finding in verify(output).findings if finding.kind == "wrong"]
         assert any(finding.file.startswith("gone-") for finding in wrong), wrong
 
@@ -206,7 +208,7 @@ def damaged(content: bytes, kind: str, chance: random.Random) -> bytes:
 
 @pytest.mark.parametrize("kind", ["flip", "high bit", "zeros", "cut", "longer", "other"])
 @pytest.mark.parametrize("beginning", CLASSES)
-def test_damaged_bytes_end_in_the_right_rows(
+def test_damaged_bytes_do_not_change_the_rows(
     beginning: str, kind: str, output: Path, job: JobConfig, kept: Path
 ) -> None:
     chance = random.Random(f"{beginning} {kind}")
@@ -220,7 +222,7 @@ def test_damaged_bytes_end_in_the_right_rows(
     "thing", ["link", "link to folder", "link to nothing", "circle", "folder", "full folder"]
 )
 @pytest.mark.parametrize("beginning", CLASSES)
-def test_something_else_in_its_place_ends_well(
+def test_replacing_a_file_by_a_link_or_folder_is_harmless(
     beginning: str, thing: str, output: Path, job: JobConfig, kept: Path, outside: Path
 ) -> None:
     path = files_of(output, beginning)[0]
@@ -237,14 +239,14 @@ def test_something_else_in_its_place_ends_well(
         path.mkdir()
     if thing == "full folder":
         (path / "x").touch()
-    # What is somebody's is not taken away: the run says what to remove.
+    # The run does not delete what it did not write. It says what to remove.
     assert_harmless(
         output, job, kept, may_stop=thing in ("full folder", "link to folder", "folder")
     )
 
 
 @pytest.mark.parametrize("beginning", CLASSES)
-def test_a_file_that_may_not_be_read_ends_well(
+def test_an_unreadable_file_is_harmless(
     beginning: str, output: Path, job: JobConfig, kept: Path
 ) -> None:
     if os.geteuid():
@@ -278,7 +280,7 @@ def test_a_file_that_may_not_be_read_ends_well(
         "day=1",
     ],
 )
-def test_nothing_is_written_or_deleted_behind_a_link(
+def test_nothing_behind_a_link_is_written_or_deleted(
     folder: str, output: Path, job: JobConfig, kept: Path, outside: Path
 ) -> None:
     shutil.rmtree(output / folder, ignore_errors=True)
@@ -287,7 +289,7 @@ def test_nothing_is_written_or_deleted_behind_a_link(
         run_job(job)
 
 
-def test_a_link_in_the_output_is_told_before_any_work(
+def test_a_link_in_the_output_is_reported_before_any_work(
     job_settings: Settings, write_source: Write, outside: Path, out: Path
 ) -> None:
     write_source("day=7/a.parquet", {"text": ["good"]})
@@ -310,7 +312,7 @@ def test_a_link_in_the_output_is_told_before_any_work(
     ],
 )
 @pytest.mark.parametrize("where", ["replaced", "output_name", "publishing", "old publishing"])
-def test_names_that_lead_out_delete_nothing(
+def test_names_outside_the_output_delete_nothing(
     name: str, where: str, output: Path, job: JobConfig, kept: Path, outside: Path
 ) -> None:
     name = name.replace("/{outside}", str(outside))

@@ -1,4 +1,4 @@
-"""What the documents name is there: modules, files and folders."""
+"""The modules, files and folders that the documents name exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOCUMENTS = (
 
 
 def named_files(document: str) -> list[str]:
-    """Names in backticks that end as files of a repository do, without patterns."""
+    """File names in backticks, without glob patterns."""
     names = re.findall(r"`([\w./-]+\.(?:py|yaml|sh|md|json))`", (ROOT / document).read_text())
     return sorted(set(names))
 

@@ -1,6 +1,6 @@
-"""Outputs of an earlier version of the code are read and verified, and nothing is asked again.
+"""Outputs of an earlier version can be read, verified and reused without any inference.
 
-`tests/fixtures/earlier/` was written before the modules moved: an input, its job, three outputs.
+`tests/fixtures/earlier/` was written before the modules moved: an input, its job and three outputs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def earlier(tmp_path: Path) -> Path:
 
 
 def run(earlier: Path, output: str, **settings: Any) -> Summary:
-    """Run the job of that time over one of its outputs."""
+    """Run the earlier version's job over one of its outputs."""
     places = {"input": earlier / "in", "output": earlier / output}
     overrides: dict[str, object] = {f"data.{name}": str(path) for name, path in places.items()}
     overrides |= {"model.path": str(CAUSAL), **settings}
@@ -50,12 +50,12 @@ def rows(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("output", FORMATS)
-def test_an_earlier_output_is_sound(earlier: Path, output: str) -> None:
+def test_an_earlier_output_passes_verification(earlier: Path, output: str) -> None:
     assert main(["verify", str(earlier / output)]) == 0
 
 
 @pytest.mark.parametrize("output", FORMATS)
-def test_an_earlier_output_is_not_asked_again(earlier: Path, output: str) -> None:
+def test_an_earlier_output_needs_no_inference(earlier: Path, output: str) -> None:
     before = rows(earlier / output)
     summary = run(earlier, output)
     assert (summary.rows, summary.computed) == (ROWS, 0)
@@ -63,7 +63,7 @@ def test_an_earlier_output_is_not_asked_again(earlier: Path, output: str) -> Non
     assert main(["verify", str(earlier / output)]) == 0
 
 
-def test_published_rows_of_earlier_suffice_for_reuse(earlier: Path) -> None:
+def test_earlier_published_rows_suffice_for_reuse(earlier: Path) -> None:
     shutil.rmtree(earlier / "parquet" / "_glmbatch")
     source = earlier / "in" / "day=1" / "a.parquet"
     table = pq.ParquetFile(source).read()
@@ -72,7 +72,7 @@ def test_published_rows_of_earlier_suffice_for_reuse(earlier: Path) -> None:
     assert main(["verify", str(earlier / "parquet")]) == 0
 
 
-def test_what_an_earlier_run_staged_is_published(earlier: Path) -> None:
+def test_answers_staged_by_an_earlier_run_are_published(earlier: Path) -> None:
     output = earlier / "refused"
     assert not (output / MANIFEST).exists()
     staged = {path.name.split(".")[1] for path in output.glob("_glmbatch/staged/*.parquet")}

@@ -1,7 +1,7 @@
-"""A disk that fails at any call costs the run alone: one line, and the next run ends it.
+"""A disk failure at any system call costs only the current run, and the next run finishes the job.
 
-The system's own calls are refused before they are made, by an audit hook of Python, so that no
-function of ours is replaced.
+A Python audit hook refuses the system calls before they are made, so the tests replace none of our
+own functions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.
 
 
 class Disk:
-    """Below `folder`, the change number `fails_at` and all after it end with `number`."""
+    """Fails change number `fails_at` below `folder`, and all later ones, with errno `number`."""
 
     def __init__(self) -> None:
         self.folder = ""
@@ -44,7 +44,7 @@ class Disk:
             return
         self.changes += 1
         if self.fails_at is not None and self.changes >= self.fails_at:
-            # A full disk still deletes, and a lock's file is there already.
+            # A full disk can still delete files, and the lock file already exists.
             if self.number == errno.ENOSPC and event in ("os.remove", "os.rmdir", "os.chmod"):
                 return
             raise OSError(self.number, os.strerror(self.number), arguments[0])
@@ -60,7 +60,7 @@ class Disk:
 
 
 DISK = Disk()
-sys.addaudithook(DISK.hook)  # for good: Python has no way to take a hook back
+sys.addaudithook(DISK.hook)  # permanent: Python cannot remove an audit hook
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def failing(folder: Path, at: int | None, number: int, *, reading: bool = False)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
-def test_a_disk_that_fails_at_any_change_costs_the_run_alone(
+def test_a_failing_disk_costs_only_the_current_run(
     number: int, write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     source = write_source("a.parquet", {"text": ["one", None, "two"]})
@@ -97,7 +97,7 @@ def test_a_disk_that_fails_at_any_change_costs_the_run_alone(
         run_job(job(clean))
         changes = disk.changes
     assert changes > 20
-    told = 0
+    errors = 0
     for at in range(1, changes + 1, 2):
         output = shutil.copytree(before, tmp_path / f"out-{at}")
         try:
@@ -106,16 +106,16 @@ def test_a_disk_that_fails_at_any_change_costs_the_run_alone(
         except (TransientError, InputError) as error:
             assert "\n" not in str(error)
             assert os.strerror(number) in str(error)
-            told += 1
+            errors += 1
         run_job(job(output))
         assert sorted(map(str, rows_of(output))) == sorted(map(str, rows_of(clean)))
         assert verify(output).sound
         shutil.rmtree(output)
-    assert told > changes // 4
+    assert errors > changes // 4
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_an_output_that_cannot_be_read_is_told(
+def test_an_unreadable_output_gives_a_one_line_error(
     number: int, write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": ["one", None]})

@@ -1,4 +1,4 @@
-"""One bad row in a batch of eight, at each place, costs itself alone: the other seven stay."""
+"""One bad row in a batch of eight, at any position, leaves the other seven answers unchanged."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ FAULTS: dict[str, tuple[bytes | None, str]] = {
 
 @pytest.fixture
 def poisoned(own_engines: None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint that, once it is loaded, gives no finite scores after POISON.
+    """A checkpoint whose scores are not finite after POISON.
 
-    One whose weights on disk are not finite would not be loaded.
+    The weights are spoiled after loading, because non-finite weights on disk are refused.
     """
     poison, harmless = load_tokenizer(CAUSAL).encode(
         [f"good {POISON}", "good 很好 batch row 0123456789"]
@@ -62,7 +62,7 @@ def poisoned(own_engines: None, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device without memory for more than so many tokens, those of the forward and its prefix."""
+    """A device that runs out of memory above TOKENS_WITH_ROOM tokens, prefix included."""
     prefill = Network.prefill
 
     def within_room(
@@ -79,7 +79,7 @@ def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_bad_row_of_eight_costs_itself_alone(
+def test_one_bad_row_of_eight_affects_no_other_row(
     write_source: Write, job_settings: Settings, tmp_path: Path, poisoned: Path, fault: str
 ) -> None:
     bad, kind = FAULTS[fault]

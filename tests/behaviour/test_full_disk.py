@@ -1,4 +1,4 @@
-"""An output on a disk that fills up or turns read-only: one clear error; the next run goes on."""
+"""A disk that fills up or turns read-only gives one clear error, and the next run resumes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def mount(*arguments: str) -> bool:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small disk of its own in memory; only root may make one."""
+    """A small disk in memory. Only root can mount one."""
     path = tmp_path / "disk"
     path.mkdir()
     if os.geteuid() or not mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)):
@@ -49,7 +49,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
     return sorted(rows_of(output), key=lambda row: str(row["text"]))
 
 
-def test_a_disk_full_at_any_moment_costs_the_run_alone(
+def test_a_full_disk_costs_only_the_current_run(
     disk: Path, job: Callable[[Path], JobConfig], tmp_path: Path
 ) -> None:
     run_job(job(tmp_path / "clean"))
@@ -73,7 +73,7 @@ def test_a_disk_full_at_any_moment_costs_the_run_alone(
     assert refused > 5
 
 
-def test_an_output_turned_read_only_costs_the_run_alone(
+def test_a_read_only_output_costs_only_the_current_run(
     disk: Path, job: Callable[[Path], JobConfig], tmp_path: Path
 ) -> None:
     run_job(job(tmp_path / "clean"))
@@ -83,7 +83,7 @@ def test_an_output_turned_read_only_costs_the_run_alone(
         until = time.monotonic() + 60
         while not list(output.glob("_glmbatch/answers/[!.]*")) and time.monotonic() < until:
             time.sleep(0.001)
-        # Over itself: the run holds its lock open below.
+        # Bind the folder to itself, because the run keeps its lock file open in it.
         assert mount("--bind", str(output), str(output))
         assert mount("-o", "remount,bind,ro", str(output))
 

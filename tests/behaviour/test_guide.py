@@ -1,4 +1,4 @@
-"""The guide's messages are messages of the code, and its links lead somewhere."""
+"""The guide's messages occur in the code, and its links lead to files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def messages() -> list[str]:
     return re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
 
 
-def test_each_message_stands_in_the_code() -> None:
+def test_every_message_occurs_in_the_code() -> None:
     folders = ("glmbatch/**", "tasks", "deployments")
     paths = [path for folder in folders for path in sorted(ROOT.glob(f"{folder}/*.py"))]
     code = "\n".join(path.read_text() for path in paths)
@@ -25,7 +25,7 @@ def test_each_message_stands_in_the_code() -> None:
             assert part.strip() in code, part
 
 
-def test_each_link_leads_to_a_file() -> None:
+def test_every_link_leads_to_a_file() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", GUIDE)
     assert links
     assert all((ROOT / link).exists() for link in links)

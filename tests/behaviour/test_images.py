@@ -1,6 +1,6 @@
-"""The image, the containers and the cluster's job name what exists.
+"""The image, the containers and the cluster job refer to files and commands that exist.
 
-They listen to nobody outside the machine.
+No container accepts connections from outside the machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 
 
 def commands() -> dict[str, list[str]]:
-    """What each container runs."""
+    """The command of each container except the database."""
     own = re.search(r"^CMD (.*)$", DOCKERFILE, flags=re.MULTILINE)
     assert own is not None
     commands = {}
@@ -37,21 +37,21 @@ def commands() -> dict[str, list[str]]:
     return commands
 
 
-def test_the_image_copies_what_is_there_and_is_let_through() -> None:
+def test_the_image_copies_existing_files_kept_by_dockerignore() -> None:
     copied: list[str] = []
     for sources in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, flags=re.MULTILINE):
         copied += sources.split()
-    let_through = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), flags=re.MULTILINE)
-    assert sorted(copied) == sorted(let_through)
+    included = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), flags=re.MULTILINE)
+    assert sorted(copied) == sorted(included)
     assert all((ROOT / name).exists() for name in copied)
     assert {"flows", "tasks", "glmbatch", "deployments"} <= set(copied)
 
 
-def test_the_image_installs_what_is_pinned_for_its_python() -> None:
+def test_the_image_installs_versions_pinned_for_its_python() -> None:
     python = re.search(r"^FROM python:(3\.\d+)-slim", DOCKERFILE, flags=re.MULTILINE)
     assert python is not None and PROJECT["requires-python"] == f">={python[1]}"
     assert f"--python-version {python[1]}" in (ROOT / "Makefile").read_text(), (
-        "constraints are made for it"
+        "constraints.txt is compiled for this version"
     )
     assert "-c constraints.txt" in DOCKERFILE
     assert set(re.findall(r"--extra (\w+)", DOCKERFILE)) <= PROJECT["optional-dependencies"].keys()
@@ -59,7 +59,7 @@ def test_the_image_installs_what_is_pinned_for_its_python() -> None:
         assert "'uv>=0.9,<1'" in file
 
 
-def test_each_container_runs_a_command_of_ours_or_of_prefect() -> None:
+def test_each_container_runs_our_code_or_prefect() -> None:
     for name, command in commands().items():
         if command[0] == "python":
             assert importlib.util.find_spec(command[2]) is not None, name
@@ -69,18 +69,18 @@ def test_each_container_runs_a_command_of_ours_or_of_prefect() -> None:
     assert commands()["worker"][:5] == ["prefect", "worker", "start", "--pool", POOL]
 
 
-def test_only_loopback_of_the_host_is_listened_on() -> None:
+def test_only_the_host_loopback_is_exposed() -> None:
     ports = {name: service.get("ports", []) for name, service in COMPOSE["services"].items()}
     assert ports.pop("server") == ["127.0.0.1:4200:4200"]
     assert not any(ports.values())
 
 
-def test_no_password_is_written_down() -> None:
+def test_no_password_is_stored_in_the_files() -> None:
     password = COMPOSE["services"]["database"]["environment"]["POSTGRES_PASSWORD"]
     assert password.startswith("${POSTGRES_PASSWORD:?")
 
 
-def test_the_server_in_a_container_is_locked_like_ours() -> None:
+def test_the_container_server_has_the_same_protections() -> None:
     server = COMPOSE["services"]["server"]["environment"]
     password = server["PREFECT_SERVER_API_AUTH_STRING"]
     assert password.startswith("${PREFECT_PASSWORD:?")
@@ -90,7 +90,7 @@ def test_the_server_in_a_container_is_locked_like_ours() -> None:
         assert client["PREFECT_API_AUTH_STRING"] == "${PREFECT_PASSWORD:?}"
 
 
-def test_containers_wait_for_those_they_need() -> None:
+def test_containers_wait_for_their_dependencies() -> None:
     services = COMPOSE["services"]
     waiting = []
     for name, service in services.items():
@@ -101,7 +101,7 @@ def test_containers_wait_for_those_they_need() -> None:
     assert waiting == ["server", "deploy", "worker"]
 
 
-def test_containers_keep_what_must_stay() -> None:
+def test_containers_keep_data_in_named_volumes() -> None:
     named = set()
     for service in COMPOSE["services"].values():
         for volume in service.get("volumes", []):
@@ -110,25 +110,25 @@ def test_containers_keep_what_must_stay() -> None:
     assert named == COMPOSE["volumes"].keys()
 
 
-def test_the_worker_gives_signs_of_life_as_often_as_awaited() -> None:
-    # deployments/silent_runs.yaml waits for them.
+def test_the_worker_sends_heartbeats_as_often_as_expected() -> None:
+    # deployments/silent_runs.yaml expects these heartbeats.
     frequency = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
     worker = COMPOSE["services"]["worker"]
     assert worker["environment"][frequency] == DEFAULTS[frequency]
-    # Without signs of life a run of a minute and a half is taken for crashed: in a cluster too.
+    # Without heartbeats a run counts as crashed after a minute and a half, in a cluster too.
     assert f"{frequency}={DEFAULTS[frequency]} " in DOCKERFILE
 
 
-def test_the_gpu_is_added_to_containers_that_exist() -> None:
+def test_the_gpu_file_extends_existing_containers() -> None:
     assert OVER["services"].keys() <= COMPOSE["services"].keys()
 
 
-def test_the_job_of_a_cluster_declares_what_it_fills_in() -> None:
+def test_the_cluster_job_declares_its_variables() -> None:
     named = set(re.findall(r"{{ (\w+) }}", json.dumps(CLUSTER["job_configuration"])))
     assert named == CLUSTER["variables"]["properties"].keys()
 
 
-def test_the_job_of_a_cluster_asks_for_a_gpu() -> None:
+def test_the_cluster_job_requests_a_gpu() -> None:
     job = CLUSTER["job_configuration"]
     pod = job["job_manifest"]["spec"]["template"]["spec"]
     container = pod["containers"][0]

@@ -1,4 +1,4 @@
-"""Peak memory of a run follows its fragments, not its files."""
+"""Peak memory depends on the size of fragments, not of files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import CLASSIFIER, ROOT, Settings
 
-# VmHWM and not ru_maxrss: that one begins with what the process had that started it.
+# VmHWM rather than ru_maxrss, which starts at the memory of the parent process.
 MEASURED_RUN = """
 import json, sys
 from glmbatch.settings.job import JobConfig
@@ -27,7 +27,7 @@ print(rows, int(status["VmHWM"].split()[0]) // 1024)
 
 
 def write_wide_rows(path: Path, rows: int) -> None:
-    """A text and 2 kB that no prompt asks for, in one row group."""
+    """Write rows of a text and 2 kB of data that no prompt uses, all in one row group."""
     blob = np.random.default_rng(0).bytes(rows * 2000)
     columns = {
         "text": [f"text number {number % 100} is fine" for number in range(rows)],
@@ -42,9 +42,7 @@ def write_wide_rows(path: Path, rows: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_ten_times_as_large_takes_hardly_more_memory(
-    tmp_path: Path, job_settings: Settings
-) -> None:
+def test_a_tenfold_file_needs_little_more_memory(tmp_path: Path, job_settings: Settings) -> None:
     peaks = {}
     for rows in (10_000, 100_000):
         folder = tmp_path / str(rows)

@@ -1,4 +1,4 @@
-"""Which model answers a step: heads, adapters, several models, one that changed or is unfit."""
+"""Which model answers a step: heads, adapters, several models, changed and unsuitable models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_adapter(tmp_path: Path, name: str, seed: int = 0) -> ModelConfig:
     return ModelConfig(path=str(CAUSAL), adapter=str(tmp_path / name))
 
 
-def test_a_trained_head_answers_with_its_own_labels(
+def test_a_trained_head_uses_its_own_labels(
     rows: list[str],
     write_source: Write,
     job_settings: Settings,
@@ -56,7 +56,7 @@ def test_a_trained_head_answers_with_its_own_labels(
     assert {row["mood"] for row in together} <= set(labels)
     assert list(together[0]["mood_scores"]) == labels
     settings["data"]["output"] = str(tmp_path / "one-by-one")
-    monkeypatch.setattr(device, "free_memory_bytes", lambda name: 0)  # so one model at a time
+    monkeypatch.setattr(device, "free_memory_bytes", lambda name: 0)  # forces one model at a time
     run(settings)
     assert rows_of(tmp_path / "one-by-one") == together
 
@@ -84,7 +84,7 @@ def test_each_step_gets_its_own_adapter_over_one_base(
         assert column_of(alone, f"{name}_scores") == column_of(out, f"{name}_scores")
 
 
-def test_an_adapter_or_a_changed_byte_of_it_is_another_model(
+def test_changing_an_adapter_changes_the_model_identity(
     job_settings: Settings, tmp_path: Path
 ) -> None:
     job = JobConfig.model_validate(job_settings())
@@ -100,14 +100,14 @@ def test_an_adapter_or_a_changed_byte_of_it_is_another_model(
     assert prepare_model(locate_model(job.model, job.runtime)) == bare
 
 
-def test_a_model_in_8_bits_is_another_model(job_settings: Settings) -> None:
+def test_quantization_changes_the_model_identity(job_settings: Settings) -> None:
     job = JobConfig.model_validate(job_settings())
     int8 = job.model.model_copy(update={"quantization": "int8"})
     bare = prepare_model(locate_model(job.model, job.runtime))
     assert prepare_model(locate_model(int8, job.runtime)).identity != bare.identity
 
 
-def test_models_that_do_not_fit_together_take_turns(job_settings: Settings) -> None:
+def test_models_too_large_to_load_together_take_turns(job_settings: Settings) -> None:
     other = {"path": str(CLASSIFIER)}
     settings = job_settings()
     settings["steps"] = [
@@ -141,7 +141,7 @@ def test_models_that_do_not_fit_together_take_turns(job_settings: Settings) -> N
         ({"kind": "generate", "name": "a", "model": "no/such/place"}, "no/such/place"),
     ],
 )
-def test_a_model_unfit_for_its_step_is_refused_before_any_row(
+def test_an_unsuitable_model_is_refused_before_any_row(
     write_source: Write, job_settings: Settings, step: dict[str, Any], message: str
 ) -> None:
     write_source("a.parquet", {"text": ["x"]})

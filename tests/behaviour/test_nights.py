@@ -1,4 +1,4 @@
-"""One run after another over one output: what is replaced, what stays, what is computed again."""
+"""Successive runs over one output: what they replace, keep and recompute."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_second_run_computes_nothing_and_says_so(
 
 
 @pytest.mark.parametrize("damage", ["gone", "changed"])
-def test_answers_that_are_not_whole_are_computed_again(
+def test_missing_or_damaged_answers_are_recomputed(
     write_source: Write, job_settings: Settings, damage: str, out: Path
 ) -> None:
     write_source("a.parquet", {"text": ["x", "y", "z"]})
@@ -53,7 +53,7 @@ def test_answers_that_are_not_whole_are_computed_again(
     assert rows_of(out) == before
 
 
-def test_a_damaged_published_file_is_written_again(
+def test_a_damaged_published_file_is_rebuilt(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": ["x", "y"]})
@@ -66,7 +66,7 @@ def test_a_damaged_published_file_is_written_again(
     assert_manifest_lists_what_is_there(out)
 
 
-def test_a_new_day_joins_the_days_before_it(
+def test_a_new_day_is_added_to_earlier_days(
     write_source: Write, job_settings: Settings, tmp_path: Path, out: Path
 ) -> None:
     write_source("day=1/a.parquet", {"text": ["one"]})
@@ -80,7 +80,7 @@ def test_a_new_day_joins_the_days_before_it(
     assert column_of(out, "text") == ["one", "two"]
 
 
-def test_a_run_over_one_day_leaves_the_days_before_it(
+def test_a_run_over_one_day_keeps_earlier_days(
     write_source: Write, job_settings: Settings, tmp_path: Path, out: Path
 ) -> None:
     for day in (1, 2):
@@ -102,7 +102,7 @@ def test_a_renamed_file_is_published_once(
     assert_manifest_lists_what_is_there(out)
 
 
-def test_a_renamed_step_writes_columns_of_its_new_name(
+def test_a_renamed_step_renames_its_columns(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": ["x", "y"]})
@@ -116,7 +116,7 @@ def test_a_renamed_step_writes_columns_of_its_new_name(
         assert "reply" not in row
 
 
-def test_fewer_fragments_replace_more_of_the_same_file(
+def test_fewer_fragments_replace_a_files_many_fragments(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": [f"row {n}" for n in range(20)]})
@@ -141,7 +141,7 @@ def test_an_output_never_mixes_two_settings(
     assert set(column_of(out, "text")) == {"one", "two"}
 
 
-def test_an_output_is_of_one_input(
+def test_an_output_belongs_to_one_input(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     write_source("one/a.parquet", {"text": ["x"]})
@@ -164,7 +164,7 @@ def test_a_limited_run_does_not_replace_all_rows(
     assert len(rows_of(out)) == 20
 
 
-def test_trying_prompts_on_a_few_rows_is_never_in_its_own_way(
+def test_a_limited_run_may_replace_another_limited_run(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": ["x"] * 3})

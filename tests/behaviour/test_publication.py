@@ -1,4 +1,4 @@
-"""When a run publishes and when it refuses, and that what is published is whole and listed."""
+"""When a run publishes or refuses, and that published files are complete and listed."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ pytestmark = pytest.mark.slow
 
 
 def visible_files(out: Path) -> dict[str, bytes]:
-    """The content of each file at the top of the output."""
+    """Content of each file at the top level of the output, by name."""
     return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
 
-def test_the_manifest_lists_what_is_published_with_its_digests(
+def test_the_manifest_lists_published_files_with_digests(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": ["x"] * 20})
@@ -48,7 +48,7 @@ def test_the_manifest_lists_what_is_published_with_its_digests(
     assert not (out / "_glmbatch" / "staged").exists()
 
 
-def test_under_raise_a_bad_row_stops_the_run_unpublished(
+def test_raise_stops_at_a_bad_row_and_publishes_nothing(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": ["fine"] * 9 + [None]})
@@ -58,7 +58,7 @@ def test_under_raise_a_bad_row_stops_the_run_unpublished(
     assert not list(out.glob("*.parquet"))
 
 
-def test_under_raise_answers_of_an_earlier_run_are_refused_too(
+def test_raise_also_refuses_bad_rows_of_earlier_runs(
     write_source: Write, job_settings: Settings
 ) -> None:
     write_source("a.parquet", {"text": ["x", None]})
@@ -67,7 +67,7 @@ def test_under_raise_answers_of_an_earlier_run_are_refused_too(
         run(job_settings(on_error="raise", max_error_rate=0.5))
 
 
-def test_under_null_a_bad_row_only_keeps_its_reason(
+def test_null_publishes_a_bad_row_with_its_reason(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": ["fine", "fine too", None]})
@@ -83,7 +83,7 @@ def test_under_null_a_bad_row_only_keeps_its_reason(
         (10, 0.99, "all 10 rows failed, max_error_rate allows 99"),
     ],
 )
-def test_too_many_failed_rows_leave_the_output_as_it_was(
+def test_too_many_failed_rows_leave_the_output_unchanged(
     write_source: Write, job_settings: Settings, bad: int, rate: float, message: str, out: Path
 ) -> None:
     write_source("a.parquet", {"text": ["yesterday"] * 10})
@@ -95,7 +95,7 @@ def test_too_many_failed_rows_leave_the_output_as_it_was(
     assert visible_files(out) == before
 
 
-def test_the_rows_that_refused_a_run_are_listed(
+def test_the_failed_rows_of_a_refused_run_are_listed(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": ["today"] * 7 + [None] * 3})
@@ -111,7 +111,7 @@ def test_the_rows_that_refused_a_run_are_listed(
     assert not listed.exists()
 
 
-def test_files_that_cannot_be_read_count_towards_the_error_rate(
+def test_unreadable_files_count_towards_the_error_rate(
     write_source: Write, job_settings: Settings
 ) -> None:
     for number in range(4):
@@ -123,7 +123,7 @@ def test_files_that_cannot_be_read_count_towards_the_error_rate(
     assert run(job_settings(max_error_rate=0.8)).rows == 5
 
 
-def test_no_row_and_broken_files_are_no_success(
+def test_broken_files_without_any_row_are_refused(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     write_source("empty.parquet", {"text": pa.array([], pa.string())})
@@ -133,7 +133,7 @@ def test_no_row_and_broken_files_are_no_success(
 
 
 @pytest.mark.parametrize("texts", [[""], [None], ["", None, " "]])
-def test_where_all_rows_may_fail_they_are_published(
+def test_all_failed_rows_are_published_at_error_rate_1(
     write_source: Write, job_settings: Settings, out: Path, texts: list[str | None]
 ) -> None:
     write_source("a.parquet", {"text": pa.array(texts, pa.string())})
@@ -167,7 +167,7 @@ def place_pipe(path: Path) -> None:
     "place",
     [place_nothing, place_dangling_link, place_pointer, place_unwritten_blocks, place_pipe],
 )
-def test_a_size_that_says_nothing_counts_as_the_mean(
+def test_a_file_of_unknown_size_counts_as_the_mean(
     write_source: Write, job_settings: Settings, tmp_path: Path, place: Callable[[Path], None]
 ) -> None:
     for name in ("a", "b"):
@@ -177,13 +177,13 @@ def test_a_size_that_says_nothing_counts_as_the_mean(
     with pytest.raises(AuditError, match=r"12 of some 20 rows failed \(60\.0%\)"):
         run(job_settings(max_error_rate=0.59))
     assert run(job_settings(max_error_rate=0.6)).rows == 8
-    # Few rows that come before the end of the limit are a trial.
+    # A trial stops at its limit before it reaches the unreadable files.
     assert run(job_settings(data__limit=2, data__output=str(tmp_path / "trial"))).rows == 2
     with pytest.raises(AuditError, match=r"12 of (some )?20 rows failed"):
         run(job_settings(data__limit=9, data__output=str(tmp_path / "trial")))
 
 
-def test_no_unreadable_file_is_lost_for_nothing(
+def test_an_unreadable_file_counts_as_at_least_one_row(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     write_source("empty.parquet", {"text": pa.array([], pa.string())})
@@ -194,14 +194,14 @@ def test_no_unreadable_file_is_lost_for_nothing(
         run(job_settings(max_error_rate=0.0))
 
 
-def test_a_file_that_does_not_fit_counts_by_its_own_rows(
+def test_a_file_with_a_wrong_schema_counts_its_own_rows(
     write_source: Write, job_settings: Settings
 ) -> None:
     write_source("a.parquet", {"text": ["a much longer text than the others have"] * 71})
     write_source("b.parquet", {"body": [1] * 29})
     with pytest.raises(AuditError, match="29 of 100 rows failed"):
         run(job_settings(max_error_rate=0.28))
-    # 0.29 times 100 is less than 29.
+    # In floating point, 0.29 * 100 is less than 29.
     assert run(job_settings(max_error_rate=0.29)).rows == 71
 
 
@@ -230,7 +230,7 @@ def test_a_missing_canary_is_refused_before_any_work(
     assert not list(out.rglob("*.parquet"))
 
 
-def test_readers_find_every_file_whole_during_publications(
+def test_readers_see_whole_files_during_publication(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     settings = job_settings(steps=[CLASSIFY])
@@ -259,7 +259,7 @@ def test_readers_find_every_file_whole_during_publications(
     assert len(read) > 6
 
 
-def test_a_landing_folder_may_be_emptied_before_publication(
+def test_the_input_may_be_emptied_before_publication(
     write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch, out: Path
 ) -> None:
     source = write_source("a.parquet", {"text": ["one", None], "id": ["x", "y"]})
@@ -274,7 +274,7 @@ def test_a_landing_folder_may_be_emptied_before_publication(
     assert [line["id"] for line in read_quarantine(out)] == ["y"]
 
 
-def test_two_runs_of_one_process_do_not_write_to_one_output(
+def test_one_process_cannot_run_twice_into_one_output(
     write_source: Write, job_settings: Settings
 ) -> None:
     write_source("a.parquet", {"text": ["one"]})

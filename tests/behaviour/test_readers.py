@@ -1,4 +1,4 @@
-"""What people read an output with reads what it holds: each real program, as README says."""
+"""Every program that the documentation names reads the published rows correctly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLUMNS = ("id", "text", "mood", "mood_score", "mood_error", "reply", "reply_pro
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `out`: two days, a file without a failed row and one with, two fragments."""
+    """A folder whose `out` has two days and three fragments, one of them with a failed row."""
     folder = tmp_path_factory.mktemp("readers")
     texts: list[list[str | None]] = [["很好", None, "fine"], ["so so"]]
     for day, column in enumerate(texts, 1):
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(found: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
-    """As one table of numbers and text, since readers differ in what null is among numbers."""
+    """The rows in order of id. Numbers become int, because readers represent null differently."""
     for row in sorted(found, key=lambda row: int(row["id"])):
         values = [row[name] for name in COLUMNS]
         values[-1] = None if values[-1] is None else int(values[-1])
@@ -55,10 +55,10 @@ def rows(found: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_each_reader_finds_every_row_and_answer(folder: Path, reader: str) -> None:
+def test_every_reader_finds_all_rows_and_answers(folder: Path, reader: str) -> None:
     expected = ds.dataset(folder / "out", partitioning=None).to_table().to_pylist()
     assert len(expected) == 4
-    # Spark skips names that begin with _ by itself, and so does pandas.
+    # Spark and pandas skip names that begin with an underscore.
     place = str(folder / ("out" if reader in ("pandas", "spark") else GLOB))
     found = rows_by(reader, place, COLUMNS)
     assert list(rows(found)) == list(rows(expected))

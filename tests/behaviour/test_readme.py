@@ -1,4 +1,4 @@
-"""Every command of the README runs, and what it shows is what is printed."""
+"""Every README command runs, and the output it shows is what the command prints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all commands: a later one may look at what an earlier one wrote."""
+    """One folder for all commands: later commands may read what earlier ones wrote."""
     return tmp_path_factory.mktemp("readme")
 
 
@@ -51,24 +51,21 @@ def run(command: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_two_commands_come_first_and_ci_runs_the_second() -> None:
+def test_the_readme_begins_with_two_commands() -> None:
     assert commands()[:2] == ["make demo", "make test"]
     assert "make test" in (ROOT / ".ci/run").read_text().splitlines()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [line for line in commands() if not line.startswith("make")])
-def test_each_command_of_the_readme_runs(command: str, folder: Path) -> None:
+def test_every_readme_command_runs(command: str, folder: Path) -> None:
     done = run(command, folder)
     assert done.returncode in {0, 3}, done.stderr
     assert done.stdout
 
 
 def without_numbers(text: str) -> list[str]:
-    """The lines without what differs from run to run or between processors.
-
-    Times and names of runs do, and a few labels.
-    """
+    """The lines without numbers and run ids, which differ between runs and processors."""
     text = re.sub(r"[0-9a-f]{32}", "N", text)
     return re.sub(r"(?<![\w-])[0-9][0-9,.]*(?![\w-])", "N", text).strip().splitlines()
 

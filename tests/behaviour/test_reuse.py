@@ -1,4 +1,4 @@
-"""Rows that were answered before never reach the model again, wherever they stand tonight."""
+"""Rows that were answered before never reach the model again, wherever they have moved."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def texts(first: int = 0, rows: int = ROWS) -> list[str]:
 
 
 def answers(out: Path) -> dict[str, tuple[Any, ...]]:
-    """Label, scores and reply by text."""
+    """Label, scores, reply and its row key, by text."""
     columns = ("mood", "mood_scores", "reply", "reply_key")
     by_text = {}
     for row in rows_of(out):
@@ -47,7 +47,7 @@ def published(write_source: Write, job_settings: Settings, out: Path) -> dict[st
     return answers(out)
 
 
-def test_one_new_row_is_one_row_through_the_model(
+def test_one_new_row_costs_one_inference(
     published: dict[str, Any], write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": [*texts()[:17], "a new row", *texts()[17:]]})
@@ -61,7 +61,7 @@ def test_one_new_row_is_one_row_through_the_model(
 @pytest.mark.parametrize(
     "change", ["renamed", "reversed", "split", "rewritten", "other fragments", "another column"]
 )
-def test_the_same_rows_in_other_files_cost_nothing(
+def test_moving_rows_between_files_costs_nothing(
     change: str,
     published: dict[str, Any],
     write_source: Write,
@@ -92,7 +92,7 @@ def test_the_same_rows_in_other_files_cost_nothing(
     assert verify(out).findings == ()
 
 
-def test_rows_of_a_missing_file_stay_unless_the_job_says_drop(
+def test_rows_of_a_missing_file_stay_unless_dropped(
     published: dict[str, Any],
     write_source: Write,
     job_settings: Settings,
@@ -107,7 +107,7 @@ def test_rows_of_a_missing_file_stay_unless_the_job_says_drop(
     assert len(rows_of(out)) == 11
 
 
-def test_a_step_under_another_name_reuses_its_answers(
+def test_a_renamed_step_reuses_its_answers(
     published: dict[str, Any], job_settings: Settings, out: Path
 ) -> None:
     settings = job_settings()
@@ -118,7 +118,7 @@ def test_a_step_under_another_name_reuses_its_answers(
     assert scores == {text: answer[1] for text, answer in published.items()}
 
 
-def test_the_published_rows_alone_suffice(
+def test_published_rows_alone_suffice_for_reuse(
     published: dict[str, Any], write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     shutil.rmtree(out / "_glmbatch")
@@ -141,7 +141,7 @@ def test_answers_in_a_changed_file_are_not_trusted(
 
 
 @pytest.mark.parametrize("changed", ["weights", "labels", "dtype"])
-def test_anything_that_changes_answers_asks_again(
+def test_settings_that_change_answers_ask_again(
     changed: str, published: dict[str, Any], job_settings: Settings, tmp_path: Path
 ) -> None:
     settings = job_settings()
@@ -159,7 +159,7 @@ def test_anything_that_changes_answers_asks_again(
     assert computed(settings)[0] == ROWS
 
 
-def test_texts_that_repeat_across_files_are_asked_once(
+def test_texts_repeated_across_files_are_asked_once(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     for name in "abc":
@@ -168,7 +168,7 @@ def test_texts_that_repeat_across_files_are_asked_once(
     assert len(rows_of(out)) == 120
 
 
-def test_answers_of_a_run_that_never_published_are_reused(
+def test_answers_of_an_unpublished_run_are_reused(
     write_source: Write, job_settings: Settings
 ) -> None:
     write_source("a.parquet", {"text": [*texts(), None, None, None]})
@@ -179,7 +179,7 @@ def test_answers_of_a_run_that_never_published_are_reused(
 
 
 class Failing:
-    """The engine of a machine that gives no finite scores for some prompts."""
+    """Makes the engine return no finite scores for every fifth request."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fails = True
@@ -193,7 +193,7 @@ class Failing:
         monkeypatch.setattr(TorchEngine, "classify", classify)
 
 
-def test_only_rows_that_failed_are_tried_again(
+def test_only_failed_rows_are_retried(
     write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Failing(monkeypatch)
@@ -209,7 +209,7 @@ def test_only_rows_that_failed_are_tried_again(
     assert computed(settings) == [0]
 
 
-def test_a_step_is_asked_once_the_answer_it_needs_is_there(
+def test_a_step_runs_once_the_answer_it_needs_exists(
     write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Failing(monkeypatch)
@@ -223,10 +223,10 @@ def test_a_step_is_asked_once_the_answer_it_needs_is_there(
     assert computed(job_settings(max_error_rate=0.5)) == [0, 0]
 
 
-def test_a_waiting_fragment_asks_what_another_failed_to_answer(
+def test_a_fragment_asks_what_another_failed_to_answer(
     write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other fragment holds every key and commits nothing: as if it had failed."""
+    """Another fragment holds every key but commits nothing, as if it had failed."""
     write_source("a.parquet", {"text": texts(0, 8)})
     monkeypatch.setattr(KnownAnswers, "hold", _held_by_another)
     assert computed(job_settings()) == [8, 8]
@@ -236,7 +236,7 @@ def _held_by_another(known: KnownAnswers, keys: Any) -> Any:
     return nullcontext(Hold(frozenset(), (), threading.Event()))
 
 
-def test_a_killed_publication_costs_no_later_inference(
+def test_a_killed_publication_repeats_no_inference(
     write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = job_settings(steps=[CLASSIFY], data__rows_per_fragment=100)

@@ -1,4 +1,4 @@
-"""Answers are readable by nobody who may not read their source."""
+"""Only users who can read a source can read its answers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_file_is_as_private_as_its_source(
     assert mode_of(canary) == file
 
 
-def test_one_private_source_is_enough_for_what_is_of_all(
+def test_one_private_source_makes_shared_files_private(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": ["one", None]})
@@ -85,7 +85,7 @@ def test_one_private_source_is_enough_for_what_is_of_all(
     assert mode_of(canary) == 0o600
 
 
-def test_a_source_that_became_private_takes_its_answers_along(
+def test_answers_become_private_with_their_source(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     source = write_source("a.parquet", {"text": ["one"]})
@@ -96,10 +96,10 @@ def test_a_source_that_became_private_takes_its_answers_along(
     assert mode_of(out / "a-0000000000.parquet") == 0o600
     source.chmod(0o644)
     run(job_settings(steps=[CLASSIFY]))
-    assert mode_of(out / "a-0000000000.parquet") == 0o600, "no right is given"
+    assert mode_of(out / "a-0000000000.parquet") == 0o600, "permissions are never widened"
 
 
-def test_a_setgid_folder_shares_with_the_group_of_the_source(
+def test_a_setgid_folder_shares_with_the_sources_group(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     if os.geteuid():
@@ -116,7 +116,7 @@ def test_a_setgid_folder_shares_with_the_group_of_the_source(
     assert mode_of(out / "_glmbatch") == 0o750
 
 
-def test_answers_of_another_user_are_not_taken_away() -> None:
+def test_answers_of_another_user_are_not_deleted() -> None:
     if os.geteuid():
         pytest.skip("only root may act as another user")
     with TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""Rows in, rows out: each in its place, with its answers or the reason why it has none."""
+"""Every row comes out in its place, with its answers or the reason why it has none."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support import (
 pytestmark = pytest.mark.slow
 
 
-def test_each_row_comes_out_in_place_with_its_answers(
+def test_each_row_keeps_its_place_and_gets_its_answers(
     rows: list[str], write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("day=1/a.parquet", {"id": range(23), "text": rows})
@@ -53,7 +53,7 @@ def test_each_row_comes_out_in_place_with_its_answers(
     ]
 
 
-def test_columns_types_and_metadata_come_out_as_they_went_in(
+def test_columns_types_and_metadata_are_preserved(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     table = pa.table(
@@ -85,7 +85,7 @@ def test_columns_types_and_metadata_come_out_as_they_went_in(
     ]
 
 
-def test_a_table_without_rows_gives_a_table_without_rows(
+def test_an_empty_table_gives_an_empty_table(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": pa.array([], pa.string())})
@@ -116,7 +116,7 @@ def test_a_bad_row_keeps_its_place_and_says_why(
     assert "4 rows failed" in describe(summary)
 
 
-def test_bytes_that_are_no_text_cost_their_row_alone(
+def test_invalid_bytes_fail_only_their_row(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": pa.array([b"fine", b"\xff", "好".encode()])})
@@ -124,7 +124,7 @@ def test_bytes_that_are_no_text_cost_their_row_alone(
     assert column_of(out, "mood_error_type") == [None, "not_utf8", None]
 
 
-def test_text_that_is_not_utf8_never_stops_the_run(
+def test_invalid_utf8_never_stops_the_run(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     broken = pa.array([b"fine", b"\xff", b"also fine"]).view(pa.string())
@@ -135,14 +135,14 @@ def test_text_that_is_not_utf8_never_stops_the_run(
 
 
 def damage_a_page(source: Path, row_group: int) -> None:
-    """Change one byte of a row group, which the footer does not show."""
+    """Change one byte of a row group. The footer shows no sign of it."""
     with pq.ParquetFile(source) as file:
         page = file.metadata.row_group(row_group).column(0).data_page_offset
     whole = source.read_bytes()
     source.write_bytes(whole[: page + 40] + bytes([whole[page + 40] ^ 1]) + whole[page + 41 :])
 
 
-def test_a_damaged_page_costs_its_fragment_alone(
+def test_a_damaged_page_costs_only_its_fragment(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     source = write_source(
@@ -160,7 +160,7 @@ def test_a_damaged_page_costs_its_fragment_alone(
     assert read_quarantine(out)[0]["error_type"] == "unusable_file"
 
 
-def test_damage_in_the_night_of_a_new_prompt_loses_no_rows(
+def test_damage_under_a_new_prompt_loses_no_rows(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     texts = [f"row {n}" for n in range(8)]
@@ -185,7 +185,7 @@ def test_repeated_texts_are_asked_once(write_source: Write, job_settings: Settin
     assert [step.computed for step in run(settings).steps] == [2]
 
 
-def test_a_prompt_may_call_the_text_by_its_columns_name(
+def test_a_prompt_may_name_the_text_by_its_column(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"body": ["fine", " ", "long " * 3000]})
@@ -219,7 +219,7 @@ def test_sampled_answers_do_not_depend_on_their_neighbours(
     assert len(set(answers[0])) > 15
 
 
-def test_duckdb_finds_every_row_once_by_the_glob_of_the_readme(
+def test_duckdb_finds_every_row_once_by_the_readme_glob(
     write_source: Write, job_settings: Settings, tmp_path: Path, out: Path
 ) -> None:
     write_source("day=1/a.parquet", {"text": [f"row {row}" for row in range(10)] + [None]})

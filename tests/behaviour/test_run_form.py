@@ -1,4 +1,4 @@
-"""The form of a run in Prefect's UI is our settings classes: in their order, described, bounded."""
+"""Prefect's run form mirrors our settings classes: their order, descriptions and bounds."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ LOWER, UPPER = {"minimum", "exclusiveMinimum"}, {"maximum", "exclusiveMaximum"}
 
 
 def groups(name: str) -> dict[str, dict[str, Any]]:
-    """The fields of each box of the form."""
+    """The fields in each box of the form."""
     schema = parameter_schema(FLOWS[name]).model_dump()
     boxes = {box: definition["properties"] for box, definition in schema["definitions"].items()}
     return {**boxes, "parameters": schema["properties"]}
 
 
 def kinds(field: dict[str, Any]) -> list[dict[str, Any]]:
-    """The schemas of the values that a field takes; an optional one takes null too."""
+    """The schemas of a field's values, leaving out the null of an optional field."""
     return [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
 
 
-def test_every_box_shows_its_fields_in_the_order_of_declaration() -> None:
+def test_every_box_shows_fields_in_declaration_order() -> None:
     shown = groups("annotate") | groups("finetune")
     classes = OF_JOBS | OF_TRAINING
     assert {settings.__name__ for settings in classes} | {"parameters"} == shown.keys()
@@ -65,7 +65,7 @@ def test_every_box_shows_its_fields_in_the_order_of_declaration() -> None:
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_every_field_says_what_it_is_for(name: str) -> None:
+def test_every_field_has_a_description(name: str) -> None:
     definitions = parameter_schema(FLOWS[name]).model_dump()["definitions"]
     for box, fields in groups(name).items():
         for field, shown in fields.items():
@@ -76,7 +76,7 @@ def test_every_field_says_what_it_is_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_every_number_has_a_least_value_and_a_share_a_largest(name: str) -> None:
+def test_numbers_have_minimums_and_shares_have_maximums(name: str) -> None:
     for box, fields in groups(name).items():
         for field, shown in fields.items():
             for kind in kinds(shown):
@@ -87,7 +87,7 @@ def test_every_number_has_a_least_value_and_a_share_a_largest(name: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "told"),
+    ("place", "value", "message"),
     [
         (("data", "rows_per_fragment"), 0, "0 is less than the minimum of 1"),
         (("max_error_rate",), 2, "2 is greater than the maximum of 1"),
@@ -99,8 +99,8 @@ def test_every_number_has_a_least_value_and_a_share_a_largest(name: str) -> None
         (("on_error",), "ignore", "'ignore' is not one of ['raise', 'quarantine', 'null']"),
     ],
 )
-def test_a_server_refuses_what_the_settings_refuse(
-    place: tuple[str, ...], value: object, told: str
+def test_the_server_refuses_what_the_settings_refuse(
+    place: tuple[str, ...], value: object, message: str
 ) -> None:
     job: dict[str, Any] = {
         "data": {"input": "in", "output": "out"},
@@ -113,4 +113,4 @@ def test_a_server_refuses_what_the_settings_refuse(
     box[place[-1]] = value
     with pytest.raises(ValidationError) as refused:
         validate({"job": job}, schema, raise_on_error=True)
-    assert told in str(refused.value)
+    assert message in str(refused.value)

@@ -1,4 +1,4 @@
-"""Random tables go through a whole job: out equals in, for every reader that could read them."""
+"""A whole job over random tables: each reader reads the same values before and after."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TABLES = int(os.environ.get("SCHEMAS", "100"))
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
-    """Sources and outputs of one job over random tables; every table came out."""
+    """Source and output files of one job over random tables."""
     folder = tmp_path_factory.mktemp("schemas")
     (folder / "in").mkdir()
     rng = random.Random(SEED)
@@ -34,10 +34,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
         path = folder / "in" / f"{len(list((folder / 'in').iterdir())):05}.parquet"
         try:
             table = random_table(rng)
-            # Of finer ones the output has nanoseconds, which Spark does not read.
+            # Finer times become nanoseconds in the output, which Spark cannot read.
             old = rng.random() < 0.3 and "timestamp[ns" not in str(table.schema)
             pq.write_table(table, path, use_deprecated_int96_timestamps=old)
-        except (pa.ArrowException, OSError):  # Parquet has no place for it
+        except (pa.ArrowException, OSError):  # Parquet cannot store this table
             path.unlink(missing_ok=True)
     settings: dict[str, Any] = {
         "data": {"input": str(folder / "in"), "output": str(folder / "out")},
@@ -47,7 +47,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
         "max_error_rate": 1,
     }
     summary = run(settings)
-    for fault in summary.unusable:  # a clear line, of times that no one type holds
+    for fault in summary.unusable:  # the only reason allowed: times that fit no single type
         assert "no one type holds both" in fault.reason, fault.reason
     left_out = {fault.source for fault in summary.unusable}
     found = []
@@ -60,16 +60,16 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
 
 
 def as_text(value: Any) -> str:
-    """UUIDs are text in the output."""
+    """`value` as text, with UUIDs as strings, because the output has them as strings."""
     return re.sub(r"UUID\(('[^']*')\)", r"\1", repr(value))
 
 
 def values_of(column: pa.ChunkedArray) -> str:
     try:
         return as_text(column.to_pylist())
-    except (OverflowError, ValueError):  # Python holds no such day or duration
+    except (OverflowError, ValueError):  # out of the range of Python's dates and durations
         lines = column.combine_chunks().to_string(window=100).splitlines()
-        # Where a UUID stands as hexadecimal digits.
+        # Here a UUID is printed as hexadecimal digits.
         text = "\n".join(line for line in lines if " type: " not in line)
         return re.sub(r'[-"]', "", text).lower()
 
@@ -93,7 +93,7 @@ def test_duckdb_reads_the_same_values(pairs: list[tuple[Path, Path]]) -> None:
     for source, output in pairs:
         try:
             expected = duckdb.sql(f"from read_parquet('{source}')").fetchall()
-        except (duckdb.Error, ValueError, OverflowError):  # then it need not read the output
+        except (duckdb.Error, ValueError, OverflowError):  # DuckDB cannot read the source either
             continue
         rows = duckdb.sql(f"from read_parquet('{output}')").fetchall()
         width = len(expected[0])

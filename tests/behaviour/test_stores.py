@@ -1,4 +1,4 @@
-"""A job over an object store gives what one over files gives, whatever the store does."""
+"""A job over an object store publishes the same as one over files, whatever the store does."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ run_job(JobConfig.model_validate(json.loads(sys.argv[1])))
 
 @pytest.fixture
 def settings(store: Store, job_settings: Settings, tmp_path: Path) -> Settings:
-    """Settings of a job over two days that lie in the store, with its output there."""
+    """Make settings of a job with two days of input and its output in the store."""
     for day, texts in DAYS.items():
         store.put(f"in/day={day}/a.parquet", pa.table({"text": texts}))
 
@@ -56,7 +56,7 @@ def settings(store: Store, job_settings: Settings, tmp_path: Path) -> Settings:
 
 
 def published(store: Store, output: str = "out") -> pa.Table:
-    """The rows of all visible files, which are those that the manifest lists, whole."""
+    """The published rows. Visible files must be those in the manifest, with its digests."""
     manifest = Ledger(store.url(output)).manifest()
     assert manifest is not None
     visible = store.path(output).glob("**/[!_]*.parquet")
@@ -78,7 +78,7 @@ def rows_over_files(write_source: Write, job_settings: Settings, tmp_path: Path)
     return ds.dataset(tmp_path / "out", partitioning=None).to_table()
 
 
-def test_all_of_a_job_may_lie_in_a_store(
+def test_input_model_and_output_may_be_in_a_store(
     store: Store, settings: Settings, job_settings: Settings, write_source: Write, tmp_path: Path
 ) -> None:
     for path in CAUSAL.iterdir():
@@ -96,7 +96,7 @@ def test_all_of_a_job_may_lie_in_a_store(
     assert main(["verify", store.url("out")]) == 0
 
 
-def test_a_run_leaves_its_output_and_no_secret_in_a_store(store: Store, settings: Settings) -> None:
+def test_a_run_leaves_only_its_output_and_no_secrets(store: Store, settings: Settings) -> None:
     run(settings())
     run(settings())
     secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
@@ -118,7 +118,7 @@ def test_a_run_leaves_its_output_and_no_secret_in_a_store(store: Store, settings
     }
 
 
-def test_faults_of_the_store_change_nothing(
+def test_store_faults_do_not_change_the_answers(
     store: Store, settings: Settings, job_settings: Settings, write_source: Write, tmp_path: Path
 ) -> None:
     harms = ["reset", 500, "cut", "lost", 503]
@@ -133,9 +133,7 @@ def test_faults_of_the_store_change_nothing(
     assert published(store).equals(rows_over_files(write_source, job_settings, tmp_path))
 
 
-def test_a_store_that_fails_on_a_commit_is_tried_again_later(
-    store: Store, settings: Settings
-) -> None:
+def test_a_store_that_fails_on_commit_is_retried_later(store: Store, settings: Settings) -> None:
     def harm(request: Request) -> int | None:
         return 500 if "/answers/" in request.key and request.method == "PUT" else None
 
@@ -150,7 +148,7 @@ def test_a_store_that_fails_on_a_commit_is_tried_again_later(
 
 @pytest.fixture
 def changed(store: Store, settings: Settings) -> Callable[[str], dict[str, Any]]:
-    """Make a job over changed rows, one source missing; its output holds the rows of before."""
+    """Make a job over changed rows and one missing source, into a copy of an older output."""
     one_step = settings()["steps"][:1]
     store.put("in/day=3/b.parquet", pa.table({"text": ["of an earlier day"]}))
     run(settings(steps=one_step, data__output=store.url("before")))
@@ -171,7 +169,7 @@ def changed(store: Store, settings: Settings) -> Callable[[str], dict[str, Any]]
 
 
 def free(store: Store, output: str) -> None:
-    """Drop the lock, as if the last run had been silent for minutes."""
+    """Delete the lock, as if it had expired."""
     store.calm()
     for path in store.path(f"{output}/_glmbatch").glob("lock.*"):
         path.unlink()
@@ -183,7 +181,7 @@ def run_again(store: Store, job: dict[str, Any], output: str) -> pa.Table:
     return published(store, output)
 
 
-def test_cut_off_after_any_change_the_next_run_ends_it(
+def test_the_next_run_finishes_after_any_refused_change(
     store: Store, changed: Callable[[str], dict[str, Any]]
 ) -> None:
     run(changed("undisturbed"))
@@ -192,7 +190,7 @@ def test_cut_off_after_any_change_the_next_run_ends_it(
     changes = [request.key for request in store.requests if request.changes]
     intent = changes.index("undisturbed/_glmbatch/publishing.json")
     assert 8 < len(changes) - intent < 20
-    for last in (6, *range(intent, len(changes))):  # 6: while answers are written
+    for last in (6, *range(intent, len(changes))):  # 6: while answers are being written
         output = f"cut-{last}"
         job = changed(output)
         store.harm = refusing_after(store, last)
@@ -200,13 +198,13 @@ def test_cut_off_after_any_change_the_next_run_ends_it(
             run(job)
         except InputError as error:
             assert "the store refuses it" in str(error)
-        else:  # what only tidies up may fail without a word
+        else:  # the last requests only clean up, so they may fail silently
             assert last >= len(changes) - 3
         assert run_again(store, job, output).equals(expected)
 
 
 def refusing_after(store: Store, last: int) -> Callable[[Request], int | None]:
-    """A harm that refuses every request once `last` changes have gone through."""
+    """A `harm` function that refuses every request after the first `last` changes."""
 
     def harm(request: Request) -> int | None:
         return 403 if sum(request.changes for request in store.requests) > last else None
@@ -214,12 +212,12 @@ def refusing_after(store: Store, last: int) -> Callable[[Request], int | None]:
     return harm
 
 
-def test_killed_between_two_moves_the_next_run_ends_it(
+def test_the_next_run_finishes_a_killed_publication(
     store: Store, changed: Callable[[str], dict[str, Any]]
 ) -> None:
     job = changed("killed")
     store.harm = lambda request: 403 if request.key == "killed/_glmbatch/publishing.json" else None
-    with pytest.raises(InputError):  # all is staged, so that the other process needs no model
+    with pytest.raises(InputError):  # everything is staged, so the next process needs no model
         run(job)
     free(store, "killed")
     command = [sys.executable, "-c", RUN, json.dumps(job)]
@@ -241,10 +239,10 @@ def test_killed_between_two_moves_the_next_run_ends_it(
     assert verify(store.url("killed")).findings == ()
 
 
-def test_what_the_store_refuses_is_never_taken_for_damage(store: Store, settings: Settings) -> None:
+def test_refused_reads_are_not_mistaken_for_damage(store: Store, settings: Settings) -> None:
     run(settings())
     before = store.names("out")
-    _content.cache_clear()  # as in another process
+    _content.cache_clear()  # as if in another process
 
     def harm(request: Request) -> int | None:
         return 403 if request.method == "GET" and "/answers/" in request.key else None
@@ -257,7 +255,7 @@ def test_what_the_store_refuses_is_never_taken_for_damage(store: Store, settings
     assert {name for name in before if "/lock." not in name} <= set(names)
 
 
-def test_a_run_that_lost_its_lock_makes_nothing_public(store: Store, settings: Settings) -> None:
+def test_a_run_that_lost_its_lock_publishes_nothing(store: Store, settings: Settings) -> None:
     def harm(request: Request) -> None:
         if "/staged/" in request.key and request.method == "PUT":
             store.harm = lambda request: None
@@ -269,9 +267,7 @@ def test_a_run_that_lost_its_lock_makes_nothing_public(store: Store, settings: S
     assert not [name for name in store.names("out") if "/_glmbatch/" not in name]
 
 
-def test_what_a_store_cannot_do_is_refused_before_any_work(
-    store: Store, settings: Settings
-) -> None:
+def test_unsupported_stores_are_refused_before_any_work(store: Store, settings: Settings) -> None:
     refused = {
         "a Delta table is written on this machine only": {"data__format": "delta"},
         "lies inside the input": {"data__output": store.url("in/out")},

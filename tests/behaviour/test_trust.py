@@ -1,4 +1,4 @@
-"""Whatever an input is called or holds, it stays data: nothing runs, no secret leaks."""
+"""Names and contents of an input are only data: nothing is executed and no secret leaks."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ COLUMNS = [
 ]
 
 
-def test_names_of_files_and_columns_are_only_names(
+def test_file_and_column_names_are_never_interpreted(
     write_source: Write,
     job_settings: Settings,
     tmp_path: Path,
@@ -83,13 +83,13 @@ def test_names_of_files_and_columns_are_only_names(
 
 
 def outside(out: Path) -> set[Path]:
-    """What lies beside the output."""
+    """All paths in the output's parent folder except those inside the output."""
     return {path for path in out.parent.rglob("*") if out not in path.parents}
 
 
 @pytest.fixture
 def secret(write_source: Write, tmp_path: Path) -> Path:
-    """A file outside the input, which holds one file."""
+    """A file outside the input. The input has one file of its own."""
     write_source("a.parquet", {"text": ["mine"]})
     path = tmp_path / "elsewhere" / "secret.parquet"
     path.parent.mkdir()
@@ -97,7 +97,7 @@ def secret(write_source: Write, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_linked_file_out_of_the_input_is_a_fault(
+def test_a_link_to_a_file_outside_the_input_is_a_fault(
     secret: Path, job_settings: Settings, tmp_path: Path
 ) -> None:
     (tmp_path / "in" / "b.parquet").symlink_to(secret)
@@ -111,7 +111,7 @@ def test_a_linked_file_out_of_the_input_is_a_fault(
         plan_run(JobConfig.model_validate({**settings, "on_error": "raise"}))
 
 
-def test_a_linked_folder_out_of_the_input_is_not_entered(
+def test_a_link_to_an_outside_folder_is_not_followed(
     secret: Path, job_settings: Settings, tmp_path: Path
 ) -> None:
     (tmp_path / "in" / "b").symlink_to(secret.parent)
@@ -119,7 +119,7 @@ def test_a_linked_folder_out_of_the_input_is_not_entered(
     assert (summary.rows, summary.unusable) == (1, ())
 
 
-def test_a_link_that_the_user_names_is_read(
+def test_a_link_named_in_the_settings_is_followed(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     write_source("a.parquet", {"text": ["one", "two"]})
@@ -132,7 +132,7 @@ def test_a_link_that_the_user_names_is_read(
         assert plan_run(job).plan.rows == rows
 
 
-def test_no_secret_of_the_environment_is_told(
+def test_no_secret_of_the_environment_leaks(
     write_source: Write,
     job_settings: Settings,
     tmp_path: Path,
@@ -166,10 +166,10 @@ def test_no_secret_of_the_environment_is_told(
 
 
 @pytest.mark.skipif(
-    not CONFORMANCE.is_dir(), reason="PARQUET_TEST_DATA names no checkout of apache/parquet-testing"
+    not CONFORMANCE.is_dir(), reason="set PARQUET_TEST_DATA to a checkout of apache/parquet-testing"
 )
 @pytest.mark.parametrize("form", ["parquet", "delta"])
-def test_each_public_file_gives_rows_or_one_clear_line(
+def test_each_public_file_gives_rows_or_a_one_line_error(
     job_settings: Settings, tmp_path: Path, form: str
 ) -> None:
     published = 0
@@ -202,7 +202,7 @@ def test_each_public_file_gives_rows_or_one_clear_line(
 
 
 def first_plain_column(path: Path) -> str:
-    """The first column that a prompt can name; "none" if there is none, or no file can be read."""
+    """The first column that a prompt can name, or "none" if there is none to read."""
     with suppress(InputError), open_parquet(path) as file:
         for field in file.schema_arrow:
             if is_plain(field.type):
@@ -210,7 +210,7 @@ def first_plain_column(path: Path) -> str:
     return "none"
 
 
-def test_a_link_in_a_circle_costs_itself_alone(
+def test_a_circular_link_costs_only_itself(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     write_source("a.parquet", {"text": ["mine"]})
@@ -221,7 +221,7 @@ def test_a_link_in_a_circle_costs_itself_alone(
     assert [fault.source for fault in summary.unusable] == ["circle.parquet"]
 
 
-def test_a_linked_day_may_be_named(
+def test_the_input_may_be_a_linked_day(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     write_source("a.parquet", {"text": ["mine"]})

@@ -1,4 +1,4 @@
-"""Values come out as they went in, in forms that readers of the output take."""
+"""Values come out as they went in, in types that readers of the output accept."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ FAR = [dt.datetime(9999, 12, 31, 23, 59, 59), dt.datetime(1, 1, 1), None, dt.dat
 
 
 def output_of(out: Path) -> pa.Table:
-    """The rows of the one file of the output; `verify` finds nothing about it."""
+    """The rows of the output's only file, after `verify` has found no fault."""
     (path,) = sorted(out.glob("a-*.parquet"))
     assert verify(out).findings == ()
     return pq.ParquetFile(path).read()
 
 
-def test_a_footer_of_another_tool_does_not_hide_the_answers(
+def test_another_tools_footer_does_not_hide_the_answers(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     table = pa.table({"text": ["fine"]})
@@ -66,7 +66,7 @@ def test_int96_times_keep_their_instant(
     assert written.to_pylist() == times.to_pylist()
 
 
-def test_int96_times_finer_than_microseconds_are_not_cut(
+def test_int96_nanoseconds_are_not_truncated(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     times = pa.array([1, None, 2**62], pa.timestamp("ns"))
@@ -88,7 +88,7 @@ BEYOND = [2**55 * 1_000, 0]
 
 @pytest.fixture
 def write_times(write_source: Write) -> Callable[..., Path]:
-    """Writes a file of two rows with INT96 times, given in nanoseconds, a row group for each."""
+    """Write two rows with INT96 times, given in nanoseconds, in a row group each."""
 
     def write(name: str, times: list[int]) -> Path:
         micros = any(time >= 2**63 for time in times)
@@ -105,7 +105,7 @@ def write_times(write_source: Write) -> Callable[..., Path]:
 @pytest.mark.parametrize(
     ("first", "second"), [(PLAIN, FINE), (FINE, PLAIN), ([1_000, 1], PLAIN), (PLAIN, BEYOND)]
 )
-def test_int96_times_of_an_input_have_one_type(
+def test_all_int96_times_of_an_input_get_one_type(
     write_times: Callable[..., Path],
     job_settings: Settings,
     out: Path,
@@ -113,10 +113,10 @@ def test_int96_times_of_an_input_have_one_type(
     second: list[int],
     unit: str,
 ) -> None:
-    """Over files, fragments and nights, and without a question asked again."""
+    """The type is the same across files, fragments and nights, and no row is asked again."""
     settings = job_settings(steps=[CLASSIFY], data__rows_per_fragment=1)
     write_times("a.parquet", first)
-    if unit == "us":  # else both in one night
+    if unit == "us":  # "ns": both files in the same night
         run(settings)
     write_times("b.parquet", second)
     assert run(settings).computed == (0 if unit == "us" else 2)
@@ -126,14 +126,14 @@ def test_int96_times_of_an_input_have_one_type(
     assert verify(out).findings == ()
 
 
-def test_int96_times_that_no_type_holds_are_left_out(
+def test_int96_times_that_fit_no_type_are_left_out(
     write_times: Callable[..., Path], job_settings: Settings, out: Path, tmp_path: Path
 ) -> None:
     settings = job_settings(steps=[CLASSIFY], max_error_rate=0.9)
     write_times("a.parquet", FINE)
     write_times("b.parquet", BEYOND)
     assert [fault.source for fault in run(settings).unusable] == ["a.parquet"]
-    # What is published decides while its source is gone: it cannot be written anew.
+    # Without its source b cannot be rewritten, so its published type decides.
     (tmp_path / "in" / "b.parquet").unlink()
     write_times("c.parquet", PLAIN)
     summary = run(settings)
@@ -142,7 +142,7 @@ def test_int96_times_that_no_type_holds_are_left_out(
     assert pq.read_table(out).num_rows == 4
 
 
-def test_a_prompt_shows_the_time_that_the_output_has(
+def test_prompts_show_the_same_times_as_the_output(
     write_times: Callable[..., Path], job_settings: Settings, out: Path
 ) -> None:
     write_times("a.parquet", FINE)
@@ -157,10 +157,10 @@ def test_a_prompt_shows_the_time_that_the_output_has(
     assert str(shown[0]).endswith("0.000000001")
 
 
-def test_what_was_published_wrongly_is_written_again(
+def test_wrongly_published_values_are_rewritten(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
-    """An output made before such columns were mended: the next run asks nothing and mends it."""
+    """A run repairs an output of the version that wrote such columns wrongly, without inference."""
     columns = {"text": ["fine"], "until": pa.array([FAR[0]], pa.timestamp("us"))}
     write_source("a.parquet", columns, use_deprecated_int96_timestamps=True)
     with pytest.MonkeyPatch.context() as before:
@@ -172,7 +172,7 @@ def test_what_was_published_wrongly_is_written_again(
     assert output_of(out).column("until").to_pylist() == [FAR[0]]
 
 
-def test_ids_of_any_type_that_reads_as_text(
+def test_ids_may_have_any_type_readable_as_text(
     write_source: Write, job_settings: Settings, tmp_path: Path, out: Path
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -194,7 +194,7 @@ def test_ids_of_any_type_that_reads_as_text(
 @pytest.mark.parametrize(
     ("kind", "seen"), [(pa.list_(pa.int8()), "cannot name a row"), (pa.duration("s"), None)]
 )
-def test_an_id_is_refused_as_an_id(
+def test_an_unsuitable_id_column_is_refused(
     write_source: Write, job_settings: Settings, kind: pa.DataType, seen: str | None
 ) -> None:
     write_source("a.parquet", {"text": ["fine"], "id": pa.array([None], kind)})
@@ -214,7 +214,7 @@ NIGHTS: Mapping[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("typed", NIGHTS)
-def test_delta_columns_without_a_type_take_that_of_the_others(
+def test_untyped_delta_columns_take_the_type_of_others(
     write_source: Write, job_settings: Settings, out: Path, typed: str
 ) -> None:
     one, other = NIGHTS[typed]
@@ -230,7 +230,7 @@ def test_delta_columns_without_a_type_take_that_of_the_others(
     text = typed == "none"
     assert table.schema.field("n").type == (pa.string() if text else pa.int64())
     assert verify(out).findings == ()
-    # A later night appends a file without any value; then the first one, with values.
+    # A later night appends a file without any value. The night after it rewrites the first two.
     write_source("c.parquet", {"text": ["late"], "n": [None], "s": [None]})
     assert run(settings).computed == 1
     write_source("a.parquet", {"text": ["fine"], "n": [6]})
@@ -241,7 +241,7 @@ def test_delta_columns_without_a_type_take_that_of_the_others(
     assert verify(out).findings == ()
 
 
-def test_a_damaged_column_costs_no_inference(
+def test_a_file_with_a_damaged_column_costs_no_inference(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     columns = {"text": ["fine"] * 9, "other": [f"value {row} of nobody" for row in range(9)]}
@@ -258,7 +258,7 @@ def test_a_damaged_column_costs_no_inference(
 
 
 @pytest.mark.parametrize("form", ["parquet", "delta"])
-def test_an_enum_of_avro_stays_text(
+def test_an_avro_enum_stays_text(
     write_source: Write, job_settings: Settings, out: Path, form: str
 ) -> None:
     source = write_source("a.parquet", {"text": ["fine"], "kind": ["b"]}, store_schema=False)
@@ -273,7 +273,7 @@ def test_an_enum_of_avro_stays_text(
     assert run(job_settings(steps=[CLASSIFY], data__format=form)).computed == 0
 
 
-def test_a_fragment_is_read_through_once_for_all_steps(
+def test_a_fragment_is_read_in_full_once_for_all_steps(
     write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_source("a.parquet", {"text": ["fine", "good"]}, row_group_size=1)
@@ -292,5 +292,5 @@ def test_a_fragment_is_read_through_once_for_all_steps(
     settings = job_settings(steps=steps, data__rows_per_fragment=1, max_error_rate=0.9)
     assert [fault.source for fault in run(settings).unusable] == ["b.parquet"]
     assert sorted(walks) == ["a.parquet@0", "a.parquet@1", "b.parquet@0"]
-    run(settings)  # what is answered is not walked through again; what failed is
+    run(settings)  # only the fragment that failed is read in full again
     assert walks[3:] == ["b.parquet@0"]
