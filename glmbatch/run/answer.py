@@ -1,7 +1,7 @@
-"""One question over one fragment: rows, prompts, known or asked answers, committed. Forward only.
+"""Answer one question over one fragment: rows, prompts, known or asked answers, commit.
 
-Rows, tables and models stay inside these calls, which take and give small references. Each is safe
-to repeat: what is committed is found and not done again.
+The public calls take and return small references; rows, tables and models stay inside. Each call is
+safe to repeat: committed answers are found and reused.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from glmbatch.steps.prompt import Prompt, RowFault, RowValues
 from glmbatch.store.folder import Folder
 from glmbatch.store.values import prompt_values
 
-# From so many fragments and distinct rows on, without a single answer, more would not be answered:
-# one odd file of rows that do not fit in memory stops no job.
+# A run stops when the model has failed on this many whole fragments and distinct rows without one
+# answer. Both limits must be reached, so one odd file of rows too long for memory stops no job.
 HOPELESS_FRAGMENTS = 2
 HOPELESS_ROWS = 20
 
 
 def answer(assignment: Assignment) -> AnswersReceipt:
-    """Answer one question for every row of one fragment, and commit the answers.
+    """Answer one question for every row of one fragment, commit the answers, return their receipt.
 
-    Committed answers are returned as they are. A fragment that cannot be read returns a receipt
-    with the reason in `unusable`; under `on_error: raise` it, or a bad row, is an InputError.
-    TransientError when the machine failed.
+    Safe to repeat: if the answers are committed already, returns their receipt. A fragment that
+    cannot be read gives a receipt with the reason in `unusable`. Under `on_error: raise` such a
+    fragment, or a bad row, raises InputError. TransientError when the machine failed.
     """
     run = assignment.run
     rows = assignment.fragment.rows
@@ -51,7 +51,7 @@ def answer(assignment: Assignment) -> AnswersReceipt:
     ledger = session.ledger
     committed = ledger.find_answers(assignment.key, run.id, assignment.earlier)
     if committed is not None:
-        # Of this run where a task is tried again, else of an earlier one over the same rows.
+        # From this run if the task is a retry, else from an earlier run over the same rows.
         session.progress.add(rows, computed=False)
         log_answers(committed, run.id)
         return committed
@@ -61,21 +61,22 @@ def answer(assignment: Assignment) -> AnswersReceipt:
     except UnusableFile as error:
         if run.raises:
             raise
-        # Not committed: the file may be whole again when the run is repeated.
+        # Not committed, because the file may be repaired before the next run.
         session.progress.add(rows, computed=False)
         receipt = _receipt(assignment, unusable=str(error))
         log_answers(receipt, run.id)
         return receipt
     prompts = build_question_prompts(assignment.question, values)
-    # Before the model is asked: under `on_error: raise` a bad row costs no inference.
+    # Before inference, so that under `on_error: raise` a bad row costs none.
     _refuse_faults(assignment, map(_reason, prompts))
     return _answer_prompts(assignment, prompts, earlier_runs, session)
 
 
 def _read_through(fragment: Fragment) -> None:
-    """UnusableFile where the output could not be written later, for a column that no prompt names.
+    """Read all columns of a local file. UnusableFile when one cannot be read.
 
-    Of an object in a store it would fetch all bytes once more; there it is found when writing.
+    The output needs every column, also those that no prompt names. An object in a store is not read
+    here, because that would fetch all its bytes twice: there, damage is found when writing.
     """
     if Folder(fragment.path).local is not None:
         for _ in read_fragment(fragment):
@@ -92,11 +93,11 @@ def _answer_prompts(
     keys, distinct = key_prompts(question, prompts)
     session.progress.add(len(prompts) - len(distinct), computed=False)
     known = session.known_answers(question)
-    # Held before it is looked up, so that what another fragment commits in between is found.
+    # Held before the lookup, so that answers which another fragment commits in between are found.
     with known.hold(distinct) as hold:
         answers, asked = _answers(question, distinct, known, hold, session)
         table = _in_row_order(question, answers, prompts, keys)
-        # Before the commit, so that a model's failure under `on_error: raise` is asked again.
+        # Before the commit, so that under `on_error: raise` a failed row is asked again next time.
         _refuse_faults(assignment, table.column(Columns(question.name).error).to_pylist())
         _refuse_hopeless(question, asked, known, session)
         receipt = _receipt(
@@ -106,7 +107,7 @@ def _answer_prompts(
             **_counts(question, table),
             **_measured(distinct, asked),
         )
-        # While the keys are held: whoever waits for them looks them up in the index next.
+        # While the keys are held: a fragment that waits for them reads this index next.
         known.add(session.ledger.keep_answers(receipt, table), table)
     log_answers(receipt, assignment.run.id)
     return receipt
@@ -119,10 +120,10 @@ def _answers(
     hold: Hold,
     session: Session,
 ) -> tuple[pa.Table, Asked]:
-    """The answers to `distinct` prompts, each once, in any order, and which were asked.
+    """The answers to `distinct` prompts, each once, in any order; and what the model was asked.
 
-    Known answers are used as they are. The model is asked about the keys that this fragment holds,
-    and about keys of another fragment only where that one failed to commit them.
+    Uses known answers. Asks the model about the keys that this fragment holds, and about another
+    fragment's keys only if that fragment failed to commit them.
     """
     sorted_out = triage(question, distinct, known)
     mine: dict[bytes, Prompt] = {}
@@ -135,7 +136,7 @@ def _answers(
     asked = ask(question, mine, session) if mine else Asked(now(), {})
     parts = [sorted_out.known]
     if others:
-        # Fragments in flight may have texts in common; each text is asked by one of them.
+        # Fragments in flight may share texts; only one of them asks about each.
         hold.wait_for_others()
         second_look = triage(question, others, known)
         parts.append(second_look.known)
@@ -150,9 +151,9 @@ def _answers(
 def _refuse_hopeless(
     question: Question, asked: Asked, known: KnownAnswers, session: Session
 ) -> None:
-    """InputError once the model has failed on every row alike, so that no more are asked.
+    """InputError once the model has failed on every row for one reason: the run must stop.
 
-    Not while a single answer is known: then the rows that fail are at fault.
+    Never raised if any answer is known, because then the failing rows are the cause.
     """
     reason = asked.only_reason
     if reason is None or known.any_answer:
@@ -161,12 +162,12 @@ def _refuse_hopeless(
     if fragments >= HOPELESS_FRAGMENTS and rows >= HOPELESS_ROWS:
         raise InputError(
             f"step {question.name!r}: the model {describe_model(question.model.config)} failed on "
-            f"all {rows} rows that it was asked, and no more are asked: {reason}."
+            f"all {rows} rows that it was asked, so the run stopped: {reason}."
         )
 
 
 def _measured(distinct: dict[bytes, Prompt], asked: Asked) -> dict[str, Any]:
-    """The fields of a receipt that say what the answers took."""
+    """The fields of a receipt that measure the work: rows, seconds and tokens."""
     completion_tokens = 0
     for outcome in asked.outcomes.values():
         if isinstance(outcome, Writing):
@@ -184,16 +185,16 @@ def _measured(distinct: dict[bytes, Prompt], asked: Asked) -> dict[str, Any]:
 def read_prompt_rows(
     assignment: Assignment, ledger: Ledger
 ) -> tuple[list[RowValues], dict[str, str]]:
-    """The value of each placeholder for each row; and the run of each earlier step's answers.
+    """The placeholder values of each row in order; and, by earlier step, the run of its answers.
 
-    Reads only the columns that the prompt names. A row whose earlier step failed carries that in
-    place of the value.
+    Reads only the columns that the prompt names. If an earlier step failed on a row, a RowFault
+    takes the value's place. UnusableFile when the fragment cannot be read.
     """
     values: dict[str, Sequence[str | bytes | RowFault | None]] = dict(source_values(assignment))
     runs: dict[str, str] = {}
     for name, key in assignment.earlier.items():
         receipt, table = ledger.read_answers(key)
-        # Kept in the receipt: answers over rows that are asked again later are made again.
+        # Kept in the receipt: if the earlier step is asked again, these answers are out of date.
         values[name] = earlier_values(table, name)
         runs[name] = receipt.run
     return rows_of(values, assignment.fragment.rows), runs
@@ -202,7 +203,7 @@ def read_prompt_rows(
 def rows_of(
     values: Mapping[str, Sequence[str | bytes | RowFault | None]], length: int
 ) -> list[RowValues]:
-    """Columns of `length` values, turned into rows."""
+    """The rows of columns of `length` values, in order, each with the columns' names as keys."""
     rows: list[RowValues] = []
     for row in range(length):
         rows.append({name: column[row] for name, column in values.items()})
@@ -210,11 +211,14 @@ def rows_of(
 
 
 def source_values(assignment: Assignment) -> dict[str, list[str | bytes | None]]:
-    """For each placeholder that is a column of the source, the values of the fragment's rows."""
+    """For each placeholder with a source column, the values of the fragment's rows in order.
+
+    UnusableFile when the fragment cannot be read.
+    """
     columns = assignment.question.inputs.columns
     if not columns:
         return {}
-    # Each column once, though several placeholders may stand for it.
+    # Several placeholders may stand for one column, which is read once.
     batches = list(read_fragment(assignment.fragment, sorted(set(columns.values()))))
     if not batches:
         return {name: [] for name in columns}
@@ -223,7 +227,10 @@ def source_values(assignment: Assignment) -> dict[str, list[str | bytes | None]]
 
 
 def earlier_values(table: pa.Table, step: str) -> list[str | RowFault]:
-    """What a later prompt takes from the answers of `step`, row by row."""
+    """The values that a later prompt takes from the answers of `step`, in row order.
+
+    A row on which `step` failed has a RowFault instead.
+    """
     values: list[str | RowFault] = []
     faults = table.column(Columns(step).error).to_pylist()
     for value, fault in zip(table.column(step).to_pylist(), faults, strict=True):
@@ -240,12 +247,12 @@ def _in_row_order(
     prompts: Sequence[Prompt | RowFault],
     keys: Sequence[bytes | None],
 ) -> pa.Table:
-    """The answer of each row, or why it has no prompt, in the order of the rows."""
+    """A table with the answer of each row, or the fault that left it without a prompt, in order."""
     faults = [Answer(prompt) for prompt in prompts if isinstance(prompt, RowFault)]
     table = pa.concat_tables([answers, answers_table(question.step, question.model.labels, faults)])
     answer_keys = answers.column(Columns(question.name).key).to_pylist()
     place_of = {key: place for place, key in enumerate(answer_keys)}
-    # Faults stand behind the answers, in the order of their rows.
+    # Faults follow the answers, in the order of their rows.
     fault_places = count(len(answers))
     places = []
     for key in keys:
@@ -285,7 +292,7 @@ def _counts(question: Question, table: pa.Table) -> dict[str, Any]:
     faults = Counter(values(columns.error_type))
     if isinstance(question.step, ClassifyStep):
         return {"faults": faults, "labels": Counter(values(columns.answer))}
-    # Blank counts as empty: a model that writes only spaces has no answer for a reader.
+    # Blank counts as empty: an answer of spaces alone is useless to a reader.
     empty = [text for text in values(columns.answer) if not text.strip()]
     return {
         "faults": faults,
@@ -300,12 +307,12 @@ def _reason(prompt: Prompt | RowFault) -> str | None:
 
 
 def _refuse_faults(assignment: Assignment, reasons: Iterable[str | None]) -> None:
-    """BadRow at the first reason, under `on_error: raise`."""
+    """Under `on_error: raise`, BadRow for the first row with a reason."""
     if not assignment.run.raises:
         return
     for number, reason in enumerate(reasons, assignment.fragment.first_row):
         if reason is not None:
             raise BadRow(
                 f"{assignment.fragment.path}: row {number}, step {assignment.question.name!r}: "
-                f"{reason}. Mend the row, or set on_error to quarantine."
+                f"{reason}. Fix the row, or set on_error to quarantine."
             )

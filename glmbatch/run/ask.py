@@ -1,7 +1,7 @@
-"""Ask the model: prompts in, answers out, through the engine that the run's session holds.
+"""Ask the model: prompts in, answers out, through the engine of the run's session.
 
-    Choice, Writing    what a model answers to one prompt (steps/classify.py, steps/generate.py)
-    Outcome            one of these, or the RowFault that stands for it
+    Choice, Writing    a model's answer to one prompt (steps/classify.py, steps/generate.py)
+    Outcome            a Choice or Writing, or a RowFault if the model failed
     Asked              the outcomes of many prompts, by row key
     Answer             an outcome as a row of a table (steps/answers.py)
 
@@ -29,19 +29,22 @@ Outcome = Choice | Writing | RowFault
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the model said, by row key. `began` is in seconds since 1970, after loading."""
+    """The model's outcomes by row key. `began` is in seconds since 1970, after loading."""
 
     began: float
     outcomes: dict[bytes, Outcome]
 
     @property
     def only_reason(self) -> str | None:
-        """Why the model failed on every prompt, if it did so for one reason; its numbers as N."""
+        """The reason for which the model failed on every prompt, with N for each number.
+
+        None if any prompt was answered or the reasons differ.
+        """
         reasons: set[str] = set()
         for outcome in self.outcomes.values():
             if not isinstance(outcome, RowFault):
                 return None
-            # How long a prompt was, or how far an answer came, differs from row to row.
+            # Numbers such as a prompt's length differ from row to row.
             reasons.add(re.sub(r"(?<![\w:])\d+", "N", outcome.reason))
         return reasons.pop() if len(reasons) == 1 else None
 
@@ -49,20 +52,21 @@ class Asked:
 def ask(
     question: Question, prompts: Mapping[bytes, Prompt], session: Session, *, counted: bool = True
 ) -> Asked:
-    """Ask the model about every prompt; `counted` answers move the progress of the run.
+    """Ask the model about every prompt, and return the outcomes by row key.
 
-    TransientError when the machine failed, Interrupted when the run was told to stop.
+    `counted` outcomes advance the run's progress. A prompt on which the model failed has a RowFault
+    as its outcome. TransientError when the machine failed, Interrupted when the run was stopped.
     """
     with session.engine(question) as engine:
-        began = now()  # after loading, which is not the model's speed
+        began = now()  # after loading, which must not count against the model's speed
         outcomes: dict[bytes, Outcome] = {}
         try:
             for key, outcome in _outcomes(question, prompts, engine):
                 outcomes[key] = outcome
                 session.progress.add(1 if counted else 0, computed=True)
-                session.check_running()  # an engine that other runs use too is not closed
+                session.check_running()  # stopping the run does not close a shared engine
         except TransientError:
-            session.check_running()  # the engine failed because the run was stopped
+            session.check_running()  # perhaps it failed because the run was stopped
             session.discard(engine)
             raise
     return Asked(began, outcomes)

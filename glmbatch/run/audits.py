@@ -1,7 +1,7 @@
-"""What a run is held to before it publishes: nothing unfit replaces what is published.
+"""The audits that a run must pass before it may replace the published answers.
 
-Counts alone, from the plan and from receipts; no rows, no files. Each check raises AuditError with
-the end of a sentence that begins with "nothing published:".
+Uses only counts from the plan and the receipts; reads no rows and no files. The text of each
+AuditError completes a sentence that begins with "nothing published:".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ UNREADABLE = "in unreadable files"
 
 def check_complete(plan: Plan, outputs: Sequence[OutputReceipt]) -> None:
     """AuditError unless every planned fragment has its output, in the order of the plan."""
-    # Compared in order too: receipts that came back in another order would be matched wrongly.
+    # The order counts: receipts in another order would be matched with the wrong fragments.
     planned = [fragment.name for fragment in plan.fragments]
     made = [output.fragment.name for output in outputs]
     if made != planned:
@@ -29,9 +29,9 @@ def check_complete(plan: Plan, outputs: Sequence[OutputReceipt]) -> None:
 
 
 def check_errors(plan: Plan, outputs: Sequence[OutputReceipt], max_error_rate: float) -> None:
-    """AuditError when more rows failed than `max_error_rate` allows.
+    """AuditError when the share of failed rows is above `max_error_rate`.
 
-    Rows of unreadable files count as failed.
+    Rows of unreadable files count as failed, by estimate if their number is unknown.
     """
     out_of_reach = _rows_out_of_reach(plan)
     rows = plan.rows + out_of_reach
@@ -39,28 +39,28 @@ def check_errors(plan: Plan, outputs: Sequence[OutputReceipt], max_error_rate: f
     for output in outputs:
         failed += output.faulty_rows if output.unusable is None else output.fragment.rows
     reasons = _most_frequent(outputs, out_of_reach)
-    # Divided, since 0.29 times 100 is less than 29.
+    # Divided, not multiplied: in floating point 0.29 times 100 is less than 29.
     if rows and failed / rows > max_error_rate:
-        # Of a file whose footer cannot be read nobody knows the rows.
+        # The number of rows is unknown if a footer cannot be read.
         estimated = "some " if any(fault.rows is None for fault in plan.unusable) else ""
         some = f"{failed} of {estimated}{rows} rows failed ({failed / rows:.1%})"
         raise AuditError(
             f"{f'all {rows} rows failed' if failed == rows else some}, max_error_rate allows "
             f"{max_error_rate:.1%}: {reasons}. "
-            "Answers are kept: mend the input or raise max_error_rate, and run again."
+            "Answers are kept: fix the input or raise max_error_rate, and run again."
         )
 
 
 def _rows_out_of_reach(plan: Plan) -> int:
-    """Rows of the files that cannot be used.
+    """The number of rows in files that cannot be used.
 
-    A file whose footer was read has told its rows. Of others they are estimated: by the file's
-    size, or as the mean of the readable files where the size says nothing; at least one, so that
-    no file is lost for nothing. 0 where the limit was reached, perhaps before them.
+    Exact if the file's footer was read. Otherwise estimated from the file's size, or as the mean of
+    the readable files if the size is unknown. At least one per file, so that each counts. 0 if the
+    plan reached its limit, perhaps before those files.
     """
     if plan.limit is not None and plan.rows >= plan.limit:
         return 0
-    # By source, since the stamp of each fragment has the size of the whole file.
+    # By source, because each fragment's stamp holds the size of the whole file.
     sizes = {fragment.source: fragment.stamp[0] for fragment in plan.fragments}
     rows_per_byte = plan.rows / max(1, sum(sizes.values()))
     rows_per_file = plan.rows / max(1, len(sizes))
@@ -72,30 +72,30 @@ def _rows_out_of_reach(plan: Plan) -> int:
 
 
 def _most_frequent(outputs: Sequence[OutputReceipt], out_of_reach: int) -> str:
-    """The three most frequent reasons, with their rows."""
+    """The three most frequent reasons with their numbers of rows, as text."""
     faults: Counter[str] = Counter({UNREADABLE: out_of_reach})
     for output in outputs:
         if output.unusable is not None:
             faults[UNREADABLE] += output.fragment.rows
         for receipt in output.answers:
             faults.update(receipt.faults)
-    # Those rows are counted already, under the reason of the earlier step.
+    # These rows are already counted under the earlier step's reason.
     del faults["earlier_step_failed"]
     return ", ".join(f"{count} {kind}" for kind, count in faults.most_common(3) if count)
 
 
 def check_audits(audits: Sequence[Audit]) -> None:
-    """AuditError that names the audits which did not pass."""
+    """AuditError that names the failed audits, if there are any."""
     failed = [str(audit) for audit in audits if not audit.passed]
     if failed:
         raise AuditError(
-            f"{'; '.join(failed)}. Answers are kept: look at them in _glmbatch/answers, mend the "
+            f"{'; '.join(failed)}. Answers are kept: look at them in _glmbatch/answers, fix the "
             "cause or change the limit (a step's audits, or canary.max_change). Run again."
         )
 
 
 def compares(step: AnyStep) -> bool:
-    """Whether an audit of `step` compares its answers with those published."""
+    """Whether an audit of `step` compares its answers with the published ones."""
     if isinstance(step, ClassifyStep):
         return step.audits.max_label_drift is not None
     return step.audits.max_length_drift is not None
@@ -106,13 +106,13 @@ def audit_steps(
     outputs: Sequence[OutputReceipt],
     published: Sequence[AnswersReceipt],
 ) -> list[Audit]:
-    """The audits that the steps ask for, over the answers in `outputs`.
+    """The audits that the steps set, measured over the answers in `outputs`, in step order.
 
-    `published` are the receipts of the answers that are published now; without any, nothing is
-    compared with them.
+    `published` are the receipts of the currently published answers. Drift is not audited for a step
+    that has none there.
     """
     audits: list[Audit] = []
-    # A fragment that could not be read has no answers; `check_errors` counts its rows.
+    # A fragment that could not be read has no answers. `check_errors` counts its rows.
     readable = [output for output in outputs if output.unusable is None]
     for index, step in enumerate(steps):
         now = [output.answers[index] for output in readable]
@@ -130,7 +130,7 @@ def _label_audits(
     allowed = step.audits.max_label_drift
     labels = total(receipt.labels for receipt in now)
     labels_before = total(receipt.labels for receipt in before)
-    # On a first night there is nothing to compare with.
+    # The first run has no published answers to compare with.
     if allowed is not None and labels and labels_before:
         drift = population_stability(labels_before, labels)
         yield Audit(step=step.name, what="label drift", measured=drift, allowed=allowed)
@@ -140,7 +140,7 @@ def _text_audits(
     step: GenerateStep, now: Sequence[AnswersReceipt], before: Sequence[AnswersReceipt]
 ) -> Iterator[Audit]:
     limits = step.audits
-    # Counted over all answers of the output, whichever run computed them: all of it is published.
+    # Over all answers of the output, whichever run computed them, because all are published.
     reasons = total(receipt.finish_reasons for receipt in now)
     empty = sum(receipt.empty_answers for receipt in now)
     answers = sum(reasons.values())
@@ -162,9 +162,9 @@ def _text_audits(
 
 
 def _mean_length(receipts: Sequence[AnswersReceipt]) -> float:
-    """Tokens of an answer; 0.0 where there are none.
+    """The mean number of tokens per answer; 0.0 without answers.
 
-    Receipts of earlier versions do not have the length of their answers and are left out.
+    Receipts of earlier versions lack the lengths of their answers and are left out.
     """
     known = [receipt for receipt in receipts if receipt.answer_tokens]
     answers = sum(sum(receipt.finish_reasons.values()) for receipt in known)

@@ -1,7 +1,7 @@
-"""A few rows whose answers are known to be good: a run that asks the model must reproduce them.
+"""Canaries: rows with known good answers, which a run that asks the model must reproduce.
 
-A model that was damaged, swapped or set up otherwise answers them differently, whatever its files
-say.
+A model that was damaged, swapped or set up differently gives other answers, even if its files look
+right.
 """
 
 from __future__ import annotations
@@ -34,40 +34,41 @@ from glmbatch.store.parquet import open_parquet, with_constants, write_table
 from glmbatch.store.paths import AnyPath
 from glmbatch.store.values import prompt_values
 
-# How far a label's score may move by rounding alone: in bfloat16 other batches move it by
+# How much a label's score may change without counting: in bfloat16, other batches change it by
 # thousandths.
 SCORE_TOLERANCE = 0.02
-# Changed rows that a message lists.
+# At most this many changed rows are listed in a message.
 CASES = 5
 
 
 def freeze(output: str | Path, file: str | Path, rows: int) -> int:
-    """Write up to `rows` published rows without fault, spread over all files, to `file`.
+    """Write up to `rows` published rows to `file`, and return how many were written.
 
-    Returns how many were written. InputError when there are none, or `file` would be read as
-    answers.
+    Takes rows on which no step failed, spread over all files of `output`. Replaces `file`. Users
+    who may not read the published files may not read it either. InputError when there is no such
+    row, or when `file` is inside the output. UnusableFile when a published file was changed.
     """
     ledger = Ledger(output)
     manifest = ledger.manifest()
     if manifest is None or not manifest.files:
         raise InputError(
-            f"{output}: there is no {MANIFEST} with files, so there are no answers to freeze."
+            f"{output}: has no {MANIFEST} that lists files, so there are no answers to freeze."
         )
     if real_path(file).is_relative_to(real_path(output)):
         raise InputError(
-            f"{file}: lies in the output, where it would be read as answers. Name another place."
+            f"{file}: is inside the output, where it would be read as answers. Name another place."
         )
     tables = []
     rows_per_file = -(-rows // len(manifest.files))
     for published in manifest.files:
         table = _read_published(ledger.root / published.output_name, published)
-        # Spread over all files, since one day's rows may all be alike.
+        # From every file, because the rows of one day may all be alike.
         tables.append(_spread(_without_faults(table, published.step_keys), rows_per_file))
     # Files of different days may have different columns.
     frozen = pa.concat_tables(tables, promote_options="permissive").slice(0, rows)
     if not len(frozen):
-        raise InputError(f"{output}: no row is without fault, so there are no answers to freeze.")
-    # Without the metadata of an output file, whose receipt would be wrong here.
+        raise InputError(f"{output}: every row has a fault, so there are no answers to freeze.")
+    # Without the metadata, because the receipt of an output file would be wrong here.
     schema = frozen.schema.remove_metadata()
     with committed(file) as partial:
         write_table(partial, schema, iter(frozen.to_batches()), {})
@@ -76,12 +77,12 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
 
 
 def _read_published(path: AnyPath, published: PublishedFile) -> pa.Table:
-    """All columns of a published file, and those of its folders. UnusableFile if it was changed."""
+    """The columns of a published file and of its folders' names. UnusableFile if it was changed."""
     try:
         with open_parquet(path) as opened:
             table = opened.read()
     except OSError as error:
-        raise UnusableFile(f"{path}: is gone. Run the job again.") from error
+        raise UnusableFile(f"{path}: is missing. Run the job again.") from error
     lacking = {Columns(step).error for step in published.step_keys} - {*table.column_names}
     if lacking or whole_digest(path) != published.digest:
         raise UnusableFile(
@@ -109,15 +110,15 @@ def _spread(table: pa.Table, rows: int) -> pa.Table:
 def check_canary(
     canary: CanaryConfig | None, questions: Sequence[Question], run: RunContext
 ) -> list[Audit]:
-    """The share of frozen rows that each step's loaded model no longer answers as it did.
+    """Ask the canary's rows again; for each step, audit the share of answers that changed.
 
     Returns [] without a canary. Skips steps that asked nothing since the last publication; answers
     of a killed or refused run count as new. A later step's prompts use the frozen answers of
-    earlier ones, so each step is judged alone. InputError when the file does not fit the job.
+    earlier steps, so each step is judged alone. InputError when the file does not match the job.
     """
     if canary is None:
         return []
-    # A run that reuses everything loads no model, and so has none to check.
+    # A step that reused every answer loaded no model, so there is none to check.
     new = set()
     for receipt in session_of(run).ledger.unpublished_receipts():
         if receipt.computed_rows:
@@ -130,19 +131,19 @@ def check_canary(
 
 
 def check_canary_file(job: JobConfig) -> None:
-    """InputError when the job's canary cannot be used; asked before any work."""
+    """Check the job's canary file before any work. InputError when it cannot be used."""
     if job.canary is None:
         return
     _frozen(job.canary.file, _needed_columns(job.steps, prompt_inputs(job).values()))
 
 
 def _needed_columns(steps: Iterable[AnyStep], inputs: Iterable[PromptInputs]) -> set[str]:
-    """What prompts read of a canary row, and the answer columns that it is compared by."""
+    """The columns of a canary row that prompts read, and the answer columns to compare."""
     columns: set[str] = set()
     for read in inputs:
         columns.update(read.columns.values())
     for step in steps:
-        columns.update(answer_columns(step)[:2])  # the answer, and a label's score or a text's end
+        columns.update(answer_columns(step)[:2])  # the answer, and its score or finish reason
     return columns
 
 
@@ -156,7 +157,7 @@ def _frozen(file: str, columns: set[str]) -> pa.Table:
     if missing or not len(table):
         raise InputError(
             f"{file}: has {len(table)} rows, and no column {some_of(missing)}. "
-            "Freeze rows of this job again."
+            "Freeze rows of this job again with glmbatch canary."
         )
     return table
 
@@ -165,19 +166,19 @@ def _audit(question: Question, table: pa.Table, run: RunContext, max_change: flo
     values = {}
     for name, column in question.inputs.columns.items():
         values[name] = prompt_values(table.column(column))
-    # The frozen answer, not tonight's: each step is judged alone.
+    # The frozen answers, not this run's, so that each step is judged alone.
     for name in question.inputs.earlier:
         values[name] = prompt_values(table.column(name))
     prompts = build_question_prompts(question, rows_of(values, len(table)))
     keys, distinct = key_prompts(question, prompts)
     outcomes = ask(question, distinct, session_of(run), counted=False).outcomes
     frozen = table.select(answer_columns(question.step)[:2]).to_pylist()
-    # In float32 no batch changes a text; in half precision other batches round otherwise.
+    # In float32 the batch never changes a text; in half precision it changes the rounding.
     exact = question.model.config.dtype == "float32"
     changed = 0
     cases = []
     for row, (key, before) in enumerate(zip(keys, frozen, strict=True)):
-        # A frozen row had an answer, so one that has no prompt now has changed too.
+        # A frozen row had an answer, so a row without a prompt now counts as changed.
         outcome = None if key is None else outcomes[key]
         if not _same(question.step, outcome, before, exact):
             changed += 1
@@ -192,17 +193,17 @@ def _audit(question: Question, table: pa.Table, run: RunContext, max_change: flo
 
 
 def _case(step: AnyStep, row: int, before: dict[str, object], outcome: Outcome | None) -> str:
-    """A changed row for a message. Labels are named and texts are not: alerts may go anywhere."""
+    """A changed row for a message: its labels, but never its texts, because alerts go anywhere."""
     if isinstance(outcome, Choice):
         return f"row {row} was {before[step.name]!r}, is {outcome.label!r}"
     return f"row {row}"
 
 
 def _same(step: AnyStep, outcome: Outcome | None, before: dict[str, object], exact: bool) -> bool:
-    """Whether the answer is what it was.
+    """Whether the answer has not changed.
 
-    In half precision rounding decides between two tokens of nearly the same likelihood, so texts
-    part: the first quarter must be the same.
+    In half precision, rounding decides between two tokens of nearly equal likelihood, after which
+    the texts differ. So only the first quarter of a text must be the same.
     """
     if isinstance(outcome, Choice) and isinstance(step, ClassifyStep):
         score = before[Columns(step.name).score]

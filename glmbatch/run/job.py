@@ -18,7 +18,12 @@ from glmbatch.settings.job import JobConfig
 
 
 def run_job(job: JobConfig) -> Summary:
-    """Answer every row of the input and publish the answers, in this thread."""
+    """Answer every row of the input, publish the answers, and return what happened.
+
+    Runs in this thread. Safe to repeat after a crash: committed answers are reused. InputError when
+    the job or its input must change, AuditError when nothing was published, TransientError when the
+    machine failed.
+    """
     check_canary_file(job)
     run = plan_run(job)  # which rows, in which fragments
     with session(run) as opened:  # the output's lock, engines, known answers, progress

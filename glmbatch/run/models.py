@@ -1,4 +1,4 @@
-"""From a model's settings to a checked checkpoint on this machine. Loads no weights."""
+"""Turn a model's settings into a checked checkpoint on this machine. Loads no weights."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from glmbatch.store.files import naming
 from glmbatch.store.paths import is_remote
 from glmbatch.store.snapshot import Snapshot, snapshot_of
 
-# In a checkpoint that was fine-tuned here: the prompt of its training, which a step must use too.
+# `glmbatch train` records the prompt of the training here; a step must use the same one.
 PROMPT_FILE = "glmbatch.json"
-# All that is ever read of a checkpoint, never code of it.
+# The only files that are read from a checkpoint; its code never is.
 KINDS = ("*.json", "*.model", "*.safetensors", "*.bin")
-# Half as much again as the weights, for caches and activations.
+# Memory for a model in multiples of its weights: half as much again for caches and activations.
 ROOM = 1.5
 
 
@@ -45,15 +45,16 @@ def prepare_models(job: JobConfig) -> list[Model]:
 
 
 def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
-    """`model` as a directory on this machine, fetched from hub or store, with its dtype settled.
+    """`model` with a directory on this machine as its path, and with a definite dtype.
 
-    InputError when there is no such checkpoint, adapter or device; TransientError when the hub
-    cannot be reached.
+    Fetches the checkpoint from the hub or a store if needed. Safe to repeat: files that were
+    fetched before are reused. InputError when there is no such checkpoint, adapter or device;
+    TransientError when the hub or store cannot be reached.
     """
     from glmbatch.glm.device import resolve_device, resolve_dtype
     from glmbatch.glm.model.linear import choose_form
 
-    # The adapter is small, so a wrong address of it is found before a checkpoint is fetched.
+    # The small adapter first: a wrong address shows before gigabytes of weights are fetched.
     adapter = None if model.adapter is None else local_adapter(model.adapter, runtime.cache)
     directory = local_checkpoint(model.path, model.revision, runtime.cache)
     device = resolve_device(runtime.device)
@@ -64,15 +65,15 @@ def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
 
 
 def needs_network(path: str, revision: str | None, adapter: str | None) -> bool:
-    """Whether a checkpoint or its adapter may have to be fetched before it can be looked at."""
+    """Whether a checkpoint or its adapter may have to be fetched before it can be checked."""
     return revision is not None or is_remote(path) or is_remote(adapter or "")
 
 
 def local_checkpoint(path: str, revision: str | None, cache: str) -> Path:
-    """The directory of checkpoint `path`; one in a store or on the hub is fetched first, never code
-    of it.
+    """The local directory of the checkpoint `path`, fetched first from a store or the hub.
 
-    InputError when there is no such checkpoint, TransientError when store, hub or network failed.
+    Never fetches code. InputError when there is no such checkpoint, TransientError when the store,
+    hub or network failed.
     """
     if not is_remote(path):
         return locate_checkpoint(path, revision)
@@ -86,7 +87,10 @@ def local_checkpoint(path: str, revision: str | None, cache: str) -> Path:
 
 
 def local_adapter(path: str, cache: str) -> str:
-    """The directory of the LoRA adapter `path`; InputError when there is none."""
+    """The local directory of the LoRA adapter `path`, fetched first from a store.
+
+    InputError when there is none, TransientError when the store or network failed.
+    """
     if is_remote(path):
         with naming("model.adapter"):
             return str(_snapshot(path, cache, "model.adapter").fetch(ADAPTER_FILES))
@@ -109,9 +113,9 @@ def _snapshot(address: str, cache: str, setting: str) -> Snapshot:
 
 
 def prepare_model(located: ModelConfig) -> Model:
-    """Check a located checkpoint and digest it. InputError when it is not sound.
+    """Check and digest a located checkpoint. InputError when it is not sound.
 
-    The result is cached per process until one of its files changes, because `annotate_table` asks
+    The result is cached per process until a file of it changes, because `annotate_table` calls this
     every time.
     """
     return _prepared(located, stamp_checkpoint(located))
@@ -130,8 +134,8 @@ def _prepared(located: ModelConfig, stamp: str) -> Model:
     weights = digest_weights(located.path, located.adapter, checkpoint)
     tokenizer = digest_tokenizer(located.path)
     chats = checkpoint.family != "CodeGeeX2"
-    # Last is the form of prompts by default: in rounds of a chat, which outputs of earlier versions
-    # have in their keys as "default", or bare.
+    # The identity ends with the default prompt form. "default" means chat rounds: the word is part
+    # of the keys in existing outputs.
     form = "default" if chats else "bare"
     return Model(
         config=located,
@@ -154,11 +158,11 @@ def _numerics(located: ModelConfig) -> str:
 
 
 def stamp_checkpoint(model: ModelConfig) -> str:
-    """Names, sizes and times of a located model's files; any write to them changes it."""
+    """Names, sizes and times of a located model's files; any write to them changes the stamp."""
     directory = Path(model.path)
     files = sorted(directory.iterdir()) if directory.is_dir() else []
     if model.adapter is not None:
-        # By name: a training leaves much beside its adapter that is never read.
+        # By name, because a training leaves other files beside its adapter, which are not read.
         for name in ADAPTER_FILES:
             if os.path.isfile(f"{model.adapter}/{name}"):
                 files.append(Path(model.adapter) / name)
@@ -170,14 +174,14 @@ def stamp_checkpoint(model: ModelConfig) -> str:
 
 
 def describe_model(model: ModelConfig) -> str:
-    """Where the weights of `model` are, for messages."""
+    """The path of `model`, and of its adapter if it has one, for messages."""
     if model.adapter is None:
         return model.path
     return f"{model.path} with the adapter {model.adapter}"
 
 
 def model_notes(models: Sequence[Model]) -> tuple[str, ...]:
-    """What is odd about each of `models`, once, with the path where there are several."""
+    """The notes about `models`, each once; with several models, each note starts with a path."""
     distinct = {model.config: model for model in models}
     notes: dict[str, None] = {}
     for config, model in distinct.items():
@@ -193,12 +197,12 @@ def tokenizer_of(model: Model) -> Tokenizer:
 
 @lru_cache(maxsize=8)
 def _tokenizer(path: str, identity: str) -> Tokenizer:
-    # `identity` makes a changed checkpoint under the same path a new entry.
+    # `identity` is part of the cache's key, so a checkpoint that changed in place is read again.
     return load_tokenizer(path)
 
 
 def fitting_models(models: Sequence[Model], runtime: RuntimeConfig) -> int:
-    """How many of the models stay loaded together: all where they fit in free memory, else one."""
+    """How many of the models stay loaded together: all if they fit in free memory, else one."""
     if len(models) == 1:
         return 1
     from glmbatch.glm.device import free_memory_bytes, resolve_device
@@ -206,7 +210,7 @@ def fitting_models(models: Sequence[Model], runtime: RuntimeConfig) -> int:
     device = resolve_device(runtime.device)
     processes = 1
     if runtime.cluster and device == "cpu":
-        # Without GPUs the engine processes of a cluster may all be on this machine.
+        # Without GPUs, all engine processes of a cluster may run on this machine.
         processes = runtime.cluster_workers or 1
     needed = ROOM * processes * sum(model.size_bytes for model in models)
     return len(models) if needed <= free_memory_bytes(device) else 1
@@ -240,13 +244,13 @@ def _check_classifier(where: str, step: ClassifyStep, model: Model) -> None:
     _check_trained_prompt(where, step, model)
     if len(model.labels) < 2:
         raise InputError(
-            f"{where} has a head of {len(model.labels)} label; a choice needs two. "
+            f"{where} has a head with {len(model.labels)} label; a choice needs at least two. "
             "Set the step's model."
         )
     if step.labels is not None and sorted(step.labels) != sorted(model.labels):
         advice = "Set the step's labels"
         if model.config.adapter:
-            advice += f", or name them by id2label in {model.config.adapter}/config.json"
+            advice += f", or name them with id2label in {model.config.adapter}/config.json"
         raise InputError(
             f"{where} was trained for {some_of(model.labels)}, not {some_of(step.labels)}. "
             f"{advice}."
@@ -254,15 +258,17 @@ def _check_classifier(where: str, step: ClassifyStep, model: Model) -> None:
 
 
 def _check_trained_prompt(where: str, step: ClassifyStep, model: Model) -> None:
-    """InputError when a head that was fine-tuned here is asked another prompt than its own."""
-    # Only what was fine-tuned here says what it was asked.
+    """InputError when the step's prompt is not the one that the head was trained with.
+
+    Only checkpoints of `glmbatch train` record theirs; others are not checked.
+    """
     file = Path(model.config.path) / PROMPT_FILE
     if not file.is_file():
         return
     trained = json.loads(file.read_text(encoding="utf-8"))
     template = step.prompt_template
     names = placeholders(template)
-    if len(names) == 1:  # training called its only placeholder {text}
+    if len(names) == 1:  # training calls its only placeholder {text}
         template = template.replace(f"{{{names[0]}}}", "{text}")
     asked = {"prompt_template": template, "system_prompt": step.system_prompt}
     for setting, value in asked.items():

@@ -1,6 +1,7 @@
-"""What a run will do: fragments, then a question and a key for each step and fragment.
+"""Plan a run: its fragments, then a question and a key for each step and fragment.
 
-Reads footers, digests and INT96 times; loads no weights, reads no other rows, writes nothing.
+Reads footers, digests files and looks at INT96 times. Loads no weights, reads no other rows and
+writes nothing to the output but its lock.
 """
 
 from __future__ import annotations
@@ -55,13 +56,13 @@ from glmbatch.store.times import Times, look_at_times, one_unit, with_common_col
 
 
 def check_job(job: JobConfig) -> None:
-    """InputError for what can be found without network, digests and server."""
+    """Check a job without network, digests or server. InputError when a run could not start."""
     from glmbatch.glm.checkpoint.load import read_checkpoint
 
     with session(plan_run(job, digests=False)):
-        pass  # the output can be written, and no other run holds it
+        pass  # proves that the output can be written and that no other run holds it
     for model in job_models(job):
-        # The flow retries what needs the network, and a device may be the cluster's alone.
+        # The flow retries what needs the network, and only the cluster may have the device.
         elsewhere = needs_network(model.path, model.revision, model.adapter)
         if not elsewhere and job.runtime.cluster is None:
             located = locate_model(model, job.runtime)
@@ -69,14 +70,14 @@ def check_job(job: JobConfig) -> None:
 
 
 def prompt_inputs(job: JobConfig) -> dict[str, PromptInputs]:
-    """Where each step's placeholders get their values, by the step's name.
+    """Where each step's placeholders get their values, by step name.
 
-    The one place that knows the text column's rule: {text} stands for it, and so does its own name.
+    The only place that knows the rule of the text column: both {text} and the column's own name
+    stand for it.
     """
     inputs = {}
     for step in job.steps:
         columns = job.source_columns(step)
-        # A prompt may call the text by its column's name too.
         texts = [name for name, column in columns.items() if column == job.data.text_column]
         inputs[step.name] = PromptInputs(
             columns=columns, earlier=tuple(job.earlier_steps(step)), texts=tuple(texts)
@@ -85,7 +86,7 @@ def prompt_inputs(job: JobConfig) -> dict[str, PromptInputs]:
 
 
 def schema_needs(job: JobConfig, inputs: dict[str, PromptInputs]) -> SchemaNeeds:
-    """What the job asks of each file's schema."""
+    """The columns that the job reads from each file, and those that it writes."""
     read: list[NeededColumn] = []
     written: dict[str, str] = {}
     for index, step in enumerate(job.steps):
@@ -100,10 +101,10 @@ def schema_needs(job: JobConfig, inputs: dict[str, PromptInputs]) -> SchemaNeeds
 
 
 def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
-    """Check the input against the job and what the output holds, and cut it into fragments.
+    """Cut the input into fragments, after checking it against the job and the output.
 
-    InputError when nothing can be run. Without `digests` only footers are read, and the plan can
-    only be looked at.
+    Without `digests` only footers are read: such a plan can be inspected but not run. InputError
+    when nothing can be run.
     """
     context = RunContext(
         id=uuid.uuid4().hex,
@@ -117,12 +118,12 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
     plan = plan_fragments(
         job.data, schema_needs(job, inputs), raise_faults=context.raises, digests=digests
     )
-    # A publication that stops halfway serves rows of two nights.
+    # Checked now, because a publication that fails halfway leaves files of two runs.
     Folder(job.data.output).check_places(fragment.output_name for fragment in plan.fragments)
     manifest = Ledger(job.data.output).manifest()
-    if manifest is not None:  # before any work: an output holds one input's rows, under one format
+    if manifest is not None:
         _check_published(job.data, plan, manifest)
-    if digests:  # else it is only looked at
+    if digests:
         plan = _fit_times(job.data, plan, manifest, raise_faults=context.raises)
         log_plan(plan)
     plan = _fit_format(job.data, plan, manifest)
@@ -132,15 +133,15 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
 def _check_published(data: DataConfig, plan: Plan, manifest: Manifest) -> None:
     if manifest.limit is None and data.limit is not None:
         raise InputError(
-            f"{data.output}: holds all rows; a run with data.limit would replace them. "
-            "Set data.output to another folder."
+            f"{data.output}: holds the answers of all rows; a run with data.limit would replace "
+            "them. Set data.output to another folder."
         )
-    # Links may have been resolved in one of the names; before, they were in the manifest's.
+    # Compared with links resolved too: earlier versions resolved them in the manifest.
     before = {manifest.root, str(real_path(manifest.root))}
-    # A manifest that was made again may not know it.
+    # A repaired manifest may not know its root.
     if manifest.root and before.isdisjoint({plan.root, str(real_path(plan.root))}):
         raise InputError(
-            f"{data.output}: holds the answers over {manifest.root}; this input is named from "
+            f"{data.output}: holds the answers for {manifest.root}; the root of this input is "
             f"{plan.root}. Set data.output to another folder."
         )
 
@@ -148,9 +149,9 @@ def _check_published(data: DataConfig, plan: Plan, manifest: Manifest) -> None:
 def _fit_times(
     data: DataConfig, plan: Plan, manifest: Manifest | None, *, raise_faults: bool
 ) -> Plan:
-    """The plan, in which INT96 times have one unit, without the files whose times it does not hold.
+    """The plan with one unit for each INT96 column, without files whose times the unit cannot hold.
 
-    A column has one: a folder of two types for one column could not be read as one table.
+    A column needs one unit: a folder with two types for a column cannot be read as one table.
     """
     times, reasons = _times_of_sources(plan)
     if not times and not reasons:
@@ -163,7 +164,7 @@ def _fit_times(
     units: dict[str, TimeUnit] = {}
     misfits = {}
     for group in with_common_columns(times):
-        # Delta Lake has microseconds alone.
+        # Delta Lake's only timestamp unit is the microsecond.
         unit = "us" if data.format == "delta" else one_unit(group.values(), kept, published)
         units.update(dict.fromkeys(group, unit))
         for source, its_times in group.items():
@@ -177,8 +178,8 @@ def _fit_times(
 
 
 def _times_of_sources(plan: Plan) -> tuple[dict[str, Times], dict[str, str]]:
-    """The INT96 times of each source that has some; and why those of others have no place."""
-    # Fragments of one large row group share one look.
+    """The INT96 times of each source that has any, and why other sources cannot be used."""
+    # Fragments of one large row group share one scan.
     rows: dict[tuple[str, str, tuple[int, ...]], int] = {}
     for fragment in plan.fragments:
         if fragment.int96:
@@ -208,7 +209,7 @@ def _times_of_sources(plan: Plan) -> tuple[dict[str, Times], dict[str, str]]:
 
 
 def _without(plan: Plan, reasons: Mapping[str, str], raise_faults: bool) -> Plan:
-    """The plan without some sources, each for its reason."""
+    """The plan without the sources in `reasons`. UnusableFile instead if `raise_faults`."""
     if raise_faults:
         for reason in reasons.values():
             raise UnusableFile(reason)
@@ -227,7 +228,10 @@ def _without(plan: Plan, reasons: Mapping[str, str], raise_faults: bool) -> Plan
 
 
 def _fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
-    """The plan, in which each fragment knows what types a Delta table gives to its columns."""
+    """The plan with the types that a Delta table gives to each fragment's columns.
+
+    InputError if the output is a Delta table and the job writes plain Parquet.
+    """
     if data.format == "parquet":
         if is_table(data.output):
             raise InputError(
@@ -246,15 +250,14 @@ def _fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan
 def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
     """A question for each step, and an assignment for each question and fragment.
 
-    `models` are those of `job_models`, prepared, in that order. InputError when a model cannot
-    answer its step, or when the output holds answers of other settings that this run would leave
-    beside its own.
+    `models` are the prepared models of `job_models`, in that order. InputError when a model cannot
+    answer its step, or when answers made with other settings would stay beside the run's own.
     """
     questions = resolve_questions(job, run.inputs, models)
     step_keys = {question.name: question.key for question in questions}
     _refuse_mixing(job.data, run.plan, step_keys)
     fragments = []
-    # In the order of the plan, which the audit compares with what was written.
+    # In the order of the plan; an audit compares it with the order of the outputs.
     for fragment in run.plan.fragments:
         fragments.append(_fragment_work(run.context, fragment, questions))
     return Work(
@@ -267,13 +270,16 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
 def resolve_questions(
     job: JobConfig, inputs: dict[str, PromptInputs], models: Sequence[Model]
 ) -> tuple[Question, ...]:
-    """The question of each step, in order; `models` as `assign` takes them."""
+    """The question of each step, in step order; `models` as for `assign`.
+
+    InputError when a model cannot answer its step.
+    """
     prepared = dict(zip(job_models(job), models, strict=True))
     at_once = fitting_models(models, job.runtime)
     questions = []
     for step in job.steps:
         model = prepared[job.model_of(step)]
-        # Before any inference, whatever the step's place.
+        # All steps are checked before any inference.
         check_step(step, model)
         questions.append(
             Question(
@@ -292,7 +298,7 @@ def resolve_questions(
 
 
 def _answer_tokens(step: AnyStep, model: Model) -> int:
-    """Positions that an answer takes behind its prompt."""
+    """Positions that an answer takes after its prompt."""
     if isinstance(step, GenerateStep):
         return step.max_tokens
     if model.has_head:
@@ -307,7 +313,7 @@ def _fragment_work(
     answers: dict[str, str] = {}
     assignments = []
     for question in questions:
-        # Answers over other earlier answers are other answers, so their keys hold those.
+        # The key includes those of the earlier steps, whose answers are part of the prompts.
         earlier = {name: answers[name] for name in question.inputs.earlier}
         key = answers_key(fragment, question.name, question.key, question.inputs.columns, earlier)
         answers[question.name] = key
@@ -323,7 +329,7 @@ def _fragment_work(
 
 
 def _refuse_mixing(data: DataConfig, plan: Plan, keys: dict[str, str]) -> None:
-    # Damage within a file is not known yet; run/publish.py asks the same once the rows are read.
+    # Damage within a file is not known yet; run/publish.py checks again once the rows are read.
     drop_missing = data.missing_sources == "drop"
     stay = staying(Ledger(data.output).manifest(), plan, drop_missing=drop_missing).files
     damaged = {fault.source for fault in plan.unusable}

@@ -1,7 +1,7 @@
-"""What a run would do and why, row by row, without doing it: loads no model, writes nothing.
+"""Preview a run: what it would do with each row, and why. Loads no model and writes nothing.
 
-It reads the prompts' columns and tokenizes what would be asked, so the counts are exact. Where a
-prompt uses an answer that does not exist yet, its row is counted and its tokens are not.
+The preview reads the columns that prompts use and tokenizes every prompt, so its counts are exact.
+A prompt that needs an answer which does not exist yet counts as a row, but its tokens do not count.
 """
 
 from __future__ import annotations
@@ -38,17 +38,16 @@ NEW = "new text"
 FAILED = "failed before"
 COUNTS = ("rows", "to_run", "reused", "skipped", "waiting", "prompt_tokens")
 
-# The answers of one step as far as they are known, row by row; None for one that a run would ask
-# for.
+# The known answers of one step in row order; None for a row that a run would ask about.
 Known = Sequence[str | RowFault | None]
 
 
 class StepPreview(BaseModel, frozen=True, extra="forbid"):
-    """One step over one source file. `rows` = `to_run` + `reused` + `skipped`.
+    """One step over one source file, counted in rows: `rows` = `to_run` + `reused` + `skipped`.
 
-    `reused` rows have their answer from a row that was, or will be, answered; `skipped` have no
-    prompt. `reasons` counts the rows to run and to skip by why. `prompt_tokens` are those of the
-    rows to run, less the `waiting` ones, whose prompts use answers that do not exist yet.
+    `reused` rows take the answer of another row, committed or still to be asked. `skipped` rows
+    have no prompt. `waiting` rows are the part of `to_run` whose prompts need answers that do not
+    exist yet; `prompt_tokens` counts the other rows to run. `reasons` counts rows to run or skip.
     """
 
     source: str
@@ -65,8 +64,9 @@ class StepPreview(BaseModel, frozen=True, extra="forbid"):
 class Preview(BaseModel, frozen=True, extra="forbid"):
     """What a run would do. `passes` > 1 means that the models do not fit in memory together.
 
-    `seconds` of inference are estimated from what the published answers took; None when there are
-    none of that step.
+    `seconds` is the inference time, estimated from that of the published answers; None if a step to
+    run has no published answers. `refused` says why a run would publish nothing, if too many rows
+    are in unusable files.
     """
 
     output: str
@@ -78,12 +78,12 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
     steps: tuple[StepPreview, ...]
     seconds: float | None
     skipped: tuple[Skipped, ...] = ()
-    refused: str | None = None  # why, if the rows of the files left out are too many
+    refused: str | None = None
 
 
 def preview(job: JobConfig) -> Preview:
-    """What a run of `job` would do now. InputError where the run would be refused."""
-    check_canary_file(job)  # refused as a run would be
+    """What a run of `job` would do now. InputError when the run could not start."""
+    check_canary_file(job)  # a run would refuse the same files
     run = plan_run(job)
     models = prepare_models(job)
     work = assign(job, run, models)
@@ -122,18 +122,18 @@ def _refusal(plan: Plan, max_error_rate: float) -> str | None:
 
 
 class _Counted:
-    """Counts of the fragments so far; remembers what an earlier fragment would have asked."""
+    """The counts of the fragments added so far, and the row keys that they would ask about."""
 
     def __init__(self, ledger: Ledger, questions: Sequence[Question]) -> None:
         manifest = ledger.manifest()
         self._known: dict[tuple[str, str], KnownAnswers] = {}
         self._changes: dict[str, str | None] = {}
         for question in questions:
-            # With failures, since only they tell a row that is asked again from one that is new.
+            # With failures, which tell a row that failed before from a new one.
             known = index_answers(ledger, question, include_failed=True)
             self._known[question.name, question.key] = known
             self._changes[question.name] = _what_changed(question, manifest)
-        # By step key: two steps that ask the same share their answers.
+        # By step key, because steps with the same question share answers.
         self._asked: dict[str, set[bytes]] = defaultdict(set)
         self._counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         self._reasons: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
@@ -145,7 +145,7 @@ class _Counted:
             answers[assignment.question.name] = self._add(assignment, answers)
 
     def _add(self, assignment: Assignment, answers: Mapping[str, Known]) -> Known:
-        """Count the rows of one step; returns each row's answer where it is known."""
+        """Count the rows of one step; return the known answers, in row order."""
         question = assignment.question
         prompts = _prompts(assignment, answers)
         keys, distinct = key_prompts(question, prompts)
@@ -161,7 +161,7 @@ class _Counted:
                 values.append(RowFault("earlier_step_failed", prompt.reason))
                 continue
             values.append(known.get(key))
-            # Asked already: an earlier row or fragment has the same text.
+            # Known, or asked for an earlier row or fragment with the same text.
             if key in known or key in self._asked[question.key]:
                 self._counts[place]["reused"] += 1
                 continue
@@ -181,7 +181,7 @@ class _Counted:
             counts["prompt_tokens"] += len(prompt.ids)
 
     def steps(self) -> tuple[StepPreview, ...]:
-        """The counts of each source file and step, in the order in which they were met."""
+        """The counts of each source file and step, in the order in which they were added."""
         previews = []
         for (source, step), counts in self._counts.items():
             numbers = {name: counts[name] for name in COUNTS}
@@ -193,7 +193,7 @@ class _Counted:
 def _prompts(
     assignment: Assignment, answers: Mapping[str, Known]
 ) -> list[Prompt | RowFault | None]:
-    """The prompt of each row, or why it has none; None while it waits for an earlier answer."""
+    """The prompt of each row in order: a fault if it has none, None if it waits for an answer."""
     values: dict[str, Sequence[str | bytes | RowFault | None]] = dict(source_values(assignment))
     for name in assignment.earlier:
         values[name] = answers[name]
@@ -201,8 +201,8 @@ def _prompts(
     places = []
     rows = rows_of(values, assignment.fragment.rows)
     for place, row in enumerate(rows):
-        # In a column of the source None is a null, a fault of the row; in an earlier step's it is
-        # an answer that a run would ask for.
+        # None in a source column is a null, which is a fault of the row. None from an earlier step
+        # is an answer that a run would ask for first.
         if not any(row[name] is None for name in assignment.earlier):
             ready.append(row)
             places.append(place)
@@ -219,7 +219,7 @@ def _values_by_key(question: Question, answers: pa.Table) -> dict[bytes | None, 
 
 
 def _what_changed(question: Question, manifest: Manifest | None) -> str | None:
-    """What differs from what made this step's published answers; None when nothing does."""
+    """How this step differs from the one that made the published answers; None if it does not."""
     if manifest is None or question.name not in manifest.steps:
         return None
     published = {file.step_keys.get(question.name) for file in manifest.files}
@@ -229,7 +229,7 @@ def _what_changed(question: Question, manifest: Manifest | None) -> str | None:
     changed = _changed_settings(question.step, origin)
     before = origin.model.split("/")
     now = question.model.identity.split("/")
-    # The parts of a model's identity, in its order.
+    # The parts of a model's identity, in order.
     parts = ("weights", "tokenizer", "numbers", "form of prompts")
     for part, old, new in zip(parts, before, now, strict=False):
         if old != new:
@@ -244,7 +244,7 @@ def _changed_settings(step: AnyStep, origin: StepOrigin) -> list[str]:
 
 
 def _estimate(steps: Sequence[StepPreview], ledger: Ledger) -> float | None:
-    """Seconds of inference at the rate of the published rows; None when that is not known."""
+    """Seconds of inference at the rate of the published rows; None if the rate is unknown."""
     to_run: Counter[str] = Counter()
     for step in steps:
         to_run[step.step] += step.to_run
@@ -261,7 +261,7 @@ def _estimate(steps: Sequence[StepPreview], ledger: Ledger) -> float | None:
 
 
 def _rows_per_second(receipts: Sequence[AnswersReceipt]) -> float | None:
-    """The rate of the latest run that computed any; None when none did."""
+    """The rate of the latest run that computed any rows; None if no run did."""
     busy = [receipt for receipt in receipts if receipt.computed_rows]
     if not busy:
         return None
@@ -272,7 +272,7 @@ def _rows_per_second(receipts: Sequence[AnswersReceipt]) -> float | None:
 
 
 def describe_plan(plan: Preview) -> str:
-    """The preview as text for a person."""
+    """The preview as text for people, in lines without a final newline."""
     lines = [f"{plan.rows} rows in {plan.fragments} fragments -> {plan.output}"]
     for model in plan.models:
         size = (
@@ -305,7 +305,7 @@ def _table(plan: Preview) -> Iterator[str]:
         middle = "  ".join(f"{number:>9}" for number in numbers)
         return f"{source:<{width}}  {step:<16}  {middle}  {why}".rstrip()
 
-    # Waiting rows are among those to run, and get a line of their own below the table.
+    # Waiting rows are part of those to run; a sentence below the table mentions them.
     names = ("rows", "to_run", "reused", "skipped", "prompt_tokens")
     yield line("file", "step", ("rows", "to run", "reused", "skipped", "tokens"), "why")
     totals: dict[str, Counter[str]] = defaultdict(Counter)

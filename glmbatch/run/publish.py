@@ -1,4 +1,4 @@
-"""The end of a run: collect, audit, then publish or refuse, and report either way."""
+"""The end of a run: collect its outputs, audit them, publish or refuse, and report either way."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from glmbatch.run.work import Question, Run, now
 from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
 from glmbatch.store.files import DIGEST_CHARS
 
-# Lines in a list for people, of a run in which perhaps every row failed.
+# At most this many rows are listed for a refused run, in which perhaps every row failed.
 MOST_REFUSED = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What a run has made.
+    """What a run made, and what it will be published beside.
 
-    `outputs` of all fragments, of them those `written`, and the files and fragments that are left
-    out. `staying` has the files of earlier runs that stay beside them. `before` is what is
-    published now, by `last_run` if that is another run.
+    `outputs` has one receipt per fragment. `written` has those with a staged file, `unusable` the
+    files and fragments that are left out. `before` is the current manifest, and `last_run` its run,
+    unless that is this one. `staying` has the published files that stay.
     """
 
     ledger: Ledger
@@ -58,7 +58,7 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a run did. `failures` has a line for each file left out and each row that failed."""
+    """What a run did. `failures` has an entry for each file left out and each row that failed."""
 
     summary: Summary
     measures: tuple[Measures, ...]
@@ -72,10 +72,12 @@ def publish(
     outputs: Sequence[OutputReceipt],
     canaries: Sequence[Audit] = (),
 ) -> Summary:
-    """Audit the staged outputs, make them public, and say what happened.
+    """Audit the staged outputs, publish them, write the report, and return the summary.
 
-    AuditError, and nothing is published, when rows are missing or more of them failed than the job
-    allows, or when another audit fails.
+    `outputs` are in the order of the plan. `canaries` are the audits of `check_canary`. Safe to
+    repeat after a crash. AuditError when fragments are missing, more rows failed than the job
+    allows, or another audit failed; BadRow under `on_error: raise` when a row failed. Either way,
+    nothing is published.
     """
     drop_missing = job.data.missing_sources == "drop"
     collected = _collect(run, outputs, drop_missing=drop_missing)
@@ -84,9 +86,9 @@ def publish(
         audits = _review(job.steps, job.max_error_rate, run, collected, canaries)
     except AuditError as error:
         _refuse_publishing(job, run, questions, collected, error)
-    # Before the files move, while each is where its receipt says.
+    # Before publication moves the files from where their receipts say.
     results = _measure_run(run, questions, collected, job.data.id_column)
-    # A fault may be of answers that an earlier run committed under another `on_error`.
+    # An earlier run may have committed the failed answers under another `on_error`.
     if results.failures and run.context.raises:
         raise _bad_row(run, results.failures[0])
     kept_sources = _release(run, questions, collected, results.failures)
@@ -107,13 +109,14 @@ def publish(
 def _refuse_mixing(
     collected: Collected, run: Run, questions: Sequence[Question], *, drop_missing: bool
 ) -> None:
-    """AuditError when files of other settings would stay: their source could not be read tonight.
+    """AuditError when files made with other settings would stay, because their source is damaged.
 
-    That a source cannot be read at all is found before any work; this is damage within one.
+    `assign` has already refused sources that cannot be read at all. Damage within a file is known
+    only now.
     """
     step_keys = {question.name: question.key for question in questions}
     damaged = {fault.source for fault in collected.unusable}
-    # A source may be damaged under its new name.
+    # A renamed source is listed as damaged under its new name.
     damaged |= {old for old, new in collected.staying.heirs.items() if new in damaged}
     problem = mixture(
         collected.staying.files, step_keys, run.plan, damaged, drop_missing=drop_missing
@@ -129,15 +132,14 @@ def _refuse_publishing(
     collected: Collected,
     error: AuditError,
 ) -> NoReturn:
-    """Report a run that publishes nothing; AuditError that says where to look.
+    """Report a run that publishes nothing, and raise an AuditError that says where to look.
 
-    Its cause is what was found alone, which the caller of a table is shown.
+    Its cause is an AuditError without paths; `annotate_table` shows that one.
     """
     reason = f"{job.data.output}: nothing published: {error}"
     try:
-        # Perhaps every row failed; the list of them is for people.
         results = _measure_run(run, questions, collected, job.data.id_column, MOST_REFUSED)
-    except GlmbatchError as unread:  # what the audit found matters more
+    except GlmbatchError as unread:  # the audit's error matters more
         raise AuditError(f"{reason} Its rows cannot be listed: {unread}") from error
     why = _model_reason(results.failures)
     reason += why
@@ -152,7 +154,7 @@ def _refuse_publishing(
 
 
 def _model_reason(failures: Sequence[dict[str, Any]]) -> str:
-    """Why the model failed, as a sentence, where that is why most rows have no answer."""
+    """The model's most frequent failure as a sentence, if the model failed on most failed rows."""
     reasons = Counter(line["error"] for line in failures if line["error_type"] == "model_failed")
     if 2 * reasons.total() <= len(failures):
         return ""
@@ -166,12 +168,12 @@ def _review(
     collected: Collected,
     canaries: Sequence[Audit],
 ) -> tuple[Audit, ...]:
-    """All audits of the run, which passed. AuditError when one did not."""
+    """All audits of the run. AuditError when one failed."""
     check_complete(run.plan, collected.outputs)
     check_errors(run.plan, collected.outputs, max_error_rate)
     published: list[AnswersReceipt] = []
     if any(compares(step) for step in steps):
-        # Only now, since this reads the footers of all published files.
+        # Only if needed, because this reads the footers of all published files.
         published = list(collected.ledger.published_receipts())
     audits = [*canaries, *audit_steps(steps, collected.outputs, published)]
     log_audits(audits)
@@ -195,7 +197,7 @@ def _collect(run: Run, outputs: Sequence[OutputReceipt], *, drop_missing: bool) 
             )
         )
     before = ledger.manifest()
-    # A killed publication of this very run, tried again, has itself before it.
+    # If this run's own publication was killed and is retried, the manifest may already be its own.
     last_run = before.run if before and before.run != run.context.id else None
     stay = staying(
         before,
@@ -208,7 +210,7 @@ def _collect(run: Run, outputs: Sequence[OutputReceipt], *, drop_missing: bool) 
 
 
 def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
-    """The output with the receipts on disk; a task's cached output may hold older ones."""
+    """The output with its receipts as on disk; one from a task's cache may hold older receipts."""
     if output.unusable is not None:
         return output
     receipts = tuple(ledger.answers_receipt(receipt.key) for receipt in output.answers)
@@ -216,10 +218,10 @@ def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
 
 
 def _with_published_name(run: Run, output: OutputReceipt) -> OutputReceipt:
-    """The output under its published name: in a Delta table the digest is part of it."""
+    """The output under its published name, which in a Delta table includes the digest."""
     if run.context.format == "parquet":
         return output
-    # Older versions of a table need their files, so a new file never has an old one's name.
+    # Older versions of a table still need their files, so a new file never reuses a name.
     stem = output.fragment.output_name.removesuffix(".parquet")
     name = f"{stem}.{output.digest[:DIGEST_CHARS]}.parquet"
     return output.model_copy(update={"output_name": name})
@@ -232,7 +234,7 @@ def _measure_run(
     id_column: str | None,
     most_failures: int | None = None,
 ) -> Results:
-    """What the run did, from its receipts and one reading of each output file."""
+    """What the run did, from its receipts and one read of each output file."""
     steps = []
     for question in questions:
         sources = tuple(question.inputs.columns.values())
@@ -253,7 +255,7 @@ def _summarize(
     collected: Collected,
     samples: Sequence[dict[str, Any]],
 ) -> Summary:
-    """What was done, before anything is published."""
+    """The summary of the run as it is before publication."""
     written = collected.written
     steps = []
     for index, question in enumerate(questions):
@@ -278,20 +280,20 @@ def _summarize(
 
 
 def _list_refused(collected: Collected, lines: Sequence[dict[str, Any]]) -> str:
-    """Keep the list of failed rows of a run that publishes nothing; where it is, as a sentence."""
+    """Write the failed rows of a refused run to a file; return where it is, as a sentence."""
     if not lines:
         return ""
     try:
         path = write_refused(collected.ledger.root, lines)
-    except GlmbatchError as error:  # what the audit found matters more
-        return f" They are not listed: {error}"
-    return f" Each row that failed: {path}."
+    except GlmbatchError as error:  # the audit's error matters more
+        return f" The failed rows are not listed: {error}"
+    return f" The failed rows: {path}."
 
 
 def _bad_row(run: Run, fault: dict[str, Any]) -> BadRow:
     return BadRow(
         f"{run.context.output}: nothing published: {fault['source']}: row {fault.get('row')}, step "
-        f"{fault.get('step')!r}: {fault['error']}. Mend the row, or set on_error to quarantine."
+        f"{fault.get('step')!r}: {fault['error']}. Fix the row, or set on_error to quarantine."
     )
 
 
@@ -301,9 +303,9 @@ def _release(
     collected: Collected,
     faults: Sequence[dict[str, Any]],
 ) -> int:
-    """Publish what was written; returns how many sources of earlier runs stay published."""
+    """Publish the staged outputs; return how many sources of earlier runs stay published."""
     origins = {}
-    # A run that wrote nothing has no answers whose origin could be told.
+    # A run that wrote nothing has no answers, and so no origin to record.
     for question in questions if collected.written else ():
         settings = answer_settings(question.step)
         origins[question.name] = StepOrigin(settings=settings, model=question.model.identity)
@@ -319,7 +321,7 @@ def _release(
     )
     ledger = collected.ledger
     read = {fragment.source for fragment in run.plan.fragments}
-    # Of its own sources this run tells what could not be read; of others the last list does.
+    # This run's faults replace the listed ones of its own sources; others stay listed.
     told = read | {fault.source for fault in collected.unusable}
     lines = [*mended_quarantine(ledger.root, collected.staying.files, told), *faults]
     make_public(ledger, manifest, collected.written, lines)
@@ -328,5 +330,5 @@ def _release(
 
 
 def _files_left_out(collected: Collected) -> list[dict[str, Any]]:
-    """A line for each file or fragment that is left out."""
+    """An entry for each file or fragment that is left out."""
     return list(map(line_of_file, collected.unusable))

@@ -1,8 +1,8 @@
-"""What a run holds while it is on: its output's lock, its engines, its known answers, its progress.
+"""What a run holds while it is active: the output's lock, engines, known answers and progress.
 
-A session begins and ends with one `with`; nothing else of a run outlives a call. The tasks of a
-run, which Prefect puts on threads of their own, find it by the run's id. Loaded engines alone stay
-behind in the process, so that the next run over the same weights need not load them.
+A session begins and ends with one `with` block; no other state of a run outlives a call. Prefect
+runs the tasks of a run on threads of their own, where they find the session by the run's id. Only
+loaded engines stay in the process afterwards, so the next run with the same weights reuses them.
 """
 
 from __future__ import annotations
@@ -27,42 +27,45 @@ from glmbatch.steps.answers import answers_schema
 
 logger = logging.getLogger(__name__)
 
-# The engines loaded in this process, whichever run uses them.
+# The engines loaded in this process, shared by all runs.
 _ENGINES = EnginePool()
-# The sessions that are open in this process, by run id.
+# The open sessions of this process, by run id, in the order in which they began.
 _SESSIONS: dict[str, Session] = {}
 _CHANGING = threading.Lock()
 
 
 class Session:
-    """What the tasks of one run share in one process. Safe to use from several threads."""
+    """The state that the tasks of one run share in one process. Safe to use from several threads.
+
+    `ledger` is the run's view of its output. `progress` counts the rows done.
+    """
 
     def __init__(self, run: RunContext) -> None:
         self.run = run
         self.ledger = Ledger(run.output)
         self.progress = Progress()
         self._stopped = False
-        # By step name and step key: two steps that ask the same have columns of different names.
+        # By step name and step key: steps with the same question still have columns of their own.
         self._known: dict[tuple[str, str], KnownAnswers] = {}
-        # Fragments without an answer, and their rows, by step key and reason.
+        # Fragments on which the model failed entirely, and their rows, by step key and reason.
         self._hopeless: dict[tuple[str, str], tuple[int, int]] = {}
-        # Why each fragment whose rows were walked through cannot be used, by its name.
+        # By fragment name: why its rows cannot be read, or None if all of them can.
         self._walked: dict[str, str | None] = {}
         self._walking: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def known_answers(self, question: Question) -> KnownAnswers:
-        """The index of all committed answers to `question`; the run's fragments add to it."""
+        """The index of all committed answers to `question`; the run's fragments add theirs."""
         key = (question.name, question.key)
-        with self._lock:  # made once, however many fragments begin together
+        with self._lock:  # built once, even if many fragments begin together
             if key not in self._known:
                 self._known[key] = index_answers(self.ledger, question)
             return self._known[key]
 
     def count_hopeless(self, question: Question, reason: str, rows: int) -> tuple[int, int]:
-        """Count a fragment in which the model failed on all `rows` for one reason.
+        """Count a fragment in which the model failed on all `rows` for the same reason.
 
-        Returns how many such fragments and rows there were so far.
+        Returns the number of such fragments and of their rows so far.
         """
         with self._lock:
             fragments, before = self._hopeless.get((question.key, reason), (0, 0))
@@ -71,13 +74,14 @@ class Session:
             return counted
 
     def walk_once(self, fragment: Fragment, walk: Callable[[Fragment], None]) -> None:
-        """`walk` through the rows of `fragment`, once for all steps of the run.
+        """Call `walk` on `fragment`, once for all steps of the run.
 
-        What was found holds for them all: UnusableFile is raised again. A machine's fault is not.
+        An UnusableFile from `walk` is remembered and raised again for the other steps. Other errors
+        are not: the next step calls `walk` again.
         """
         with self._lock:
             walking = self._walking.setdefault(fragment.name, threading.Lock())
-        with walking:  # another step of the fragment may be at it
+        with walking:  # another step of the same fragment may be walking
             if fragment.name not in self._walked:
                 try:
                     walk(fragment)
@@ -90,10 +94,10 @@ class Session:
 
     @contextmanager
     def engine(self, question: Question) -> Iterator[Engine]:
-        """The engine that answers `question`, loaded when it is not there yet.
+        """The engine that answers `question`, loaded if needed.
 
-        InputError when the checkpoint was changed since it was digested, Interrupted when the run
-        was told to stop.
+        InputError when the checkpoint changed after it was digested, TransientError when loading
+        failed, Interrupted when the run was stopped.
         """
         model, runtime = question.model, self.run.runtime
 
@@ -103,33 +107,33 @@ class Session:
             engine = load_engine(model.config, runtime, question.models_at_once)
             seconds = time.monotonic() - start
             logger.info("%s: loaded in %.1f s", describe_model(model.config), seconds)
-            # Only now, since the files may change between their digests and their loading.
+            # Checked after loading: the files may have changed between digest and load.
             if stamp_checkpoint(model.config) != model.stamp:
                 engine.close()
                 raise InputError(
-                    f"{describe_model(model.config)}: was changed since this run took its digests. "
+                    f"{describe_model(model.config)}: was changed after this run digested it. "
                     "Run again."
                 )
             return engine
 
-        # What makes two engines different; another run with the same finds this one loaded.
+        # All that tells two engines apart; another run with the same key reuses this engine.
         key = (model.identity, runtime.device, runtime.max_batch_tokens, runtime.max_slots)
         with _ENGINES.lease(key, load, question.models_at_once, self) as engine:
             yield engine
 
     def discard(self, engine: Engine) -> None:
-        """Close an engine that failed, so that a retry loads it again."""
+        """Close an engine that failed, so that a retry loads a new one."""
         _ENGINES.discard(engine)
 
     def check_running(self) -> None:
-        """Interrupted once the run was told to stop."""
+        """Raise Interrupted if the run was stopped."""
         if self._stopped:
-            raise Interrupted("the run was told to stop")
+            raise Interrupted("the run was stopped")
 
     def stop(self) -> None:
-        """End the inference of this run, and let none begin; returns at once. Other runs go on."""
+        """Stop this run's inference and prevent more; returns at once. Other runs continue."""
         self._stopped = True
-        # On a thread of its own: closing waits for the forward that the engine is in.
+        # On a thread of its own, because closing waits for the engine's current forward.
         threading.Thread(
             target=_ENGINES.close_unshared, args=(self,), name="stop-engines", daemon=True
         ).start()
@@ -137,20 +141,21 @@ class Session:
 
 @contextmanager
 def session(run: Run) -> Iterator[Session]:
-    """Hold the output of `run`, and keep what its tasks share, until the block ends.
+    """Lock the output of `run`, and keep the state that its tasks share, until the block ends.
 
-    A block that fails, or is interrupted, ends the inference under way in this process, which
-    nobody needs any more. InputError when the output cannot be written or another run holds it.
+    A block that fails or is interrupted stops the run's inference in this process. InputError when
+    the output cannot be written or another run holds it; TransientError when the lock cannot be
+    taken after `runtime.retries` retries.
     """
     opened = Session(run.context)
-    _lock(opened)  # first: without it nothing else may begin
+    _lock(opened)  # first: nothing else may begin without the lock
     opened.ledger.keep_private({fragment.path for fragment in run.plan.fragments})
     with _CHANGING:
         _SESSIONS[run.context.id] = opened
     opened.progress.start("annotate", run.plan.rows * len(run.inputs))
     try:
         yield opened
-    except BaseException:  # an interrupt and a cancellation too
+    except BaseException:  # includes interrupts and cancellations
         opened.stop()
         raise
     finally:
@@ -160,7 +165,7 @@ def session(run: Run) -> Iterator[Session]:
 
 
 def _lock(opened: Session) -> None:
-    """Lock the output; tried again here, since a session begins outside of any task."""
+    """Lock the output. Retries here, because a session begins outside of any Prefect task."""
     run = opened.run
     delay = run.runtime.retry_delay_seconds
     for _ in range(run.runtime.retries):
@@ -171,12 +176,12 @@ def _lock(opened: Session) -> None:
             logger.warning("%s; trying again in %.1f s", error, delay)
             time.sleep(delay)
             delay *= 2
-    # The last try, whose error is the caller's to see.
+    # The last attempt: its error goes to the caller.
     opened.ledger.open(run.id)
 
 
 def join(run: RunContext) -> None:
-    """Open the session of `run` without its lock, as an engine process of a cluster does."""
+    """Open a session of `run` without the lock, as a cluster's engine process does."""
     with _CHANGING:
         _SESSIONS[run.id] = Session(run)
 
@@ -184,7 +189,7 @@ def join(run: RunContext) -> None:
 def session_of(run: RunContext) -> Session:
     """The open session of `run`; Interrupted when the run has ended."""
     opened = _SESSIONS.get(run.id)
-    if opened is None:  # as for a task that outlives its flow
+    if opened is None:  # a task may outlive its flow
         raise Interrupted(f"{run.output}: the run {run.id} has ended")
     return opened
 
@@ -192,17 +197,17 @@ def session_of(run: RunContext) -> Session:
 def ledger_of(run: RunContext) -> Ledger:
     """The ledger of the open session of `run`; Interrupted when the run has ended.
 
-    The light processes that submit to a cluster's engines write output files, and have no session:
-    there it is one of their own.
+    The light processes that submit to a cluster's engines write output files but have no session:
+    they get a new ledger.
     """
-    # Without a cluster a missing session means that the run has ended, and its lock with it.
+    # Without a cluster, a missing session means that the run has ended and released its lock.
     if run.runtime.cluster is not None and run.id not in _SESSIONS:
         return Ledger(run.output)
     return session_of(run).ledger
 
 
 def newest_progress() -> Snapshot:
-    """How far the run is that began last in this process; empty counts when none is on."""
+    """The progress of the run that began last in this process; zero counts if none is active."""
     with _CHANGING:
         opened = list(_SESSIONS.values())
     progress = opened[-1].progress if opened else Progress()
@@ -212,7 +217,7 @@ def newest_progress() -> Snapshot:
 def index_answers(
     ledger: Ledger, question: Question, *, include_failed: bool = False
 ) -> KnownAnswers:
-    """An index of all committed answers to `question`, failures only if `include_failed`."""
+    """A new index of all committed answers to `question`; with failures if `include_failed`."""
     return KnownAnswers(
         list(ledger.answer_files(question.key)),
         question.name,

@@ -1,8 +1,8 @@
-"""A job over a table in memory: what a file run writes, set beside the caller's own columns.
+"""Run a job over a table in memory: the answers of a file run, beside the caller's own columns.
 
-The columns that the prompts name are written to a folder, the very job of a file run answers them
-there, and its answers are read back. All other columns never leave memory. Knows no prompts, no
-models, and no kinds of tables.
+The columns that the prompts name are written to a folder. An ordinary file run answers them there,
+and its answers are read back. All other columns stay in memory. Knows no prompts, no models and no
+table libraries.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ Job = JobConfig | Mapping[str, Any] | str | os.PathLike[str]
 
 
 def annotate(job: Job) -> Summary:
-    """Run a job (its settings, or the path of its file) in this process, and say what happened."""
+    """Run a job in this process, without Prefect, and return a summary of what happened.
+
+    `job` is a JobConfig, a mapping of settings, or the path of a job file. Safe to repeat, and
+    raises, as `run_job`.
+    """
     return run_job(_settings(job, {}))
 
 
@@ -52,16 +56,19 @@ def annotate_table(
 ) -> AnyTable:
     """`table` with the answers of `job` in columns after its own.
 
-    A pandas or polars DataFrame comes back as one, index and all. Whatever else has an Arrow stream
-    (`__arrow_c_stream__`, `__arrow_c_array__`, an Arrow dataset) is read into memory and comes back
-    as an Arrow table. Settings name a column by its text: "0" for 0.
+    A pandas or polars DataFrame is returned as one, with its index. Anything else with an Arrow
+    stream (`__arrow_c_stream__`, `__arrow_c_array__`, an Arrow dataset) is read into memory and
+    returned as an Arrow table. Settings name a column by its text: "0" for 0. The job may leave out
+    `data.input`, `output` and `format`.
 
-    Every row comes back in its place; one that failed says why in `<step>_error`. Only where the
-    job itself sets `max_error_rate`, or `on_error: raise`, rows that fail end the call. Its other
-    audits hold. A model that fails on every row of the first fragments for one reason is broken:
-    that is an InputError, before the other rows are asked. `data.input`, `output` and `format` may
-    be left out. In the folder `cache` answers are kept, and later calls ask only about rows that
-    are new there; it may be deleted at any time.
+    Every row is returned in its place. A row that failed says why in `<step>_error`; failed rows
+    end the call only if the job sets `max_error_rate` or `on_error: raise`. The folder `cache`
+    keeps the answers, so that later calls ask only about rows that are new. It may be deleted at
+    any time.
+
+    InputError when the table does not match the job, or when the model fails on every row of the
+    first fragments for one reason. AuditError when an audit of the job fails, TransientError when
+    the machine failed.
     """
     settings = _settings_of_table(job)
     inputs = prompt_inputs(settings)
@@ -78,19 +85,19 @@ def annotate_table(
 
 
 def _settings_of_table(job: Job) -> JobConfig:
-    """The job with what a table leaves out or cannot have."""
-    # Required of a job file, and replaced by a folder of this call before they are used.
+    """The job with the settings that a table leaves out or cannot have."""
+    # A job requires these; `_answers` replaces them with a folder of this call.
     places = {"data.input": WHERE, "data.output": WHERE, "data.format": "parquet"}
     settings = _settings(job, {**places, "data.missing_sources": "keep"})
     if settings.data.limit is not None:
         raise InputError(
-            f"{WHERE}: every row of a table is answered. "
-            "Take the rows you want, and unset data.limit."
+            f"{WHERE}: data.limit is set, but every row of a table is answered. "
+            "Select the rows you want, and unset data.limit."
         )
     chosen = job.model_fields_set if isinstance(job, JobConfig) else settings.model_fields_set
     if "max_error_rate" in chosen:
         return settings
-    # Over files it guards what is published; here the caller has every row and its error at hand.
+    # For files the limit guards what is published; here the caller sees every row and its error.
     return settings.model_copy(update={"max_error_rate": 1.0})
 
 
@@ -102,14 +109,14 @@ def _settings(job: Job, overrides: Mapping[str, object]) -> JobConfig:
 
 
 def _columns(frame: Frame, needs: SchemaNeeds) -> pa.Table:
-    """The columns of `frame` that the job reads. InputError when they do not fit it."""
+    """The columns of `frame` that the job reads. InputError when they do not match the job."""
     read = {column.name for column in needs.read}
     names = frame.names
     columns: dict[str, pa.Array | pa.ChunkedArray] = {}
     fields = []
     for place, name in enumerate(names):
         kind = pa.null()
-        # A name that stands twice is left to the check of the schema.
+        # A duplicate name is left to the check of the schema.
         if name in read and names.count(name) == 1:
             columns[name] = _plain(frame.column(place))
             kind = columns[name].type
@@ -119,7 +126,7 @@ def _columns(frame: Frame, needs: SchemaNeeds) -> pa.Table:
 
 
 def _plain(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """`column` without the encodings that only save memory: categories, and runs of one value."""
+    """`column` without encodings that only save memory: dictionary and run-end encoding."""
     if pa.types.is_run_end_encoded(column.type):
         column = pc.run_end_decode(column)
     if pa.types.is_dictionary(column.type):
@@ -130,15 +137,13 @@ def _plain(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
 def _uncached(
     columns: pa.Table, job: JobConfig, inputs: dict[str, PromptInputs], folder: Path
 ) -> pa.Table:
-    """The answers by way of a `folder` that is gone with the call."""
+    """The answers, computed in a `folder` that is deleted after the call."""
     try:
         return _answers(columns, job, inputs, folder)
     except AuditError as error:
-        # What was found, without where a list and a report would be.
+        # The finding alone, without the paths of a list and a report that will be deleted.
         found = error.__cause__ if isinstance(error.__cause__, AuditError) else error
-        raise AuditError(
-            f"{WHERE}: {found} Without a cache nothing is kept of the call."
-        ) from error
+        raise AuditError(f"{WHERE}: {found} Without a cache, no answers are kept.") from error
     except (InputError, TransientError) as error:
         inner = rf"{re.escape(str(folder))}[^\s:]*"
         raise type(error)(re.sub(inner, f"{WHERE}'s temporary file", str(error))) from error
@@ -146,7 +151,7 @@ def _uncached(
 
 @contextmanager
 def _naming_the_table(source: AnyPath, output: AnyPath) -> Iterator[None]:
-    """Errors of the block with the caller's table in place of the file made of it."""
+    """Let errors of the block name the caller's table instead of the file made from it."""
     try:
         yield
     except GlmbatchError as error:
@@ -159,15 +164,15 @@ def _naming_the_table(source: AnyPath, output: AnyPath) -> Iterator[None]:
 def _answers(
     columns: pa.Table, job: JobConfig, inputs: dict[str, PromptInputs], folder: AnyPath
 ) -> pa.Table:
-    """The answer columns, row for row, by a run whose input and output lie in `folder`."""
-    # An output holds the answers of one set of steps and weights.
+    """The answer columns in row order, from a run whose input and output are in `folder`."""
+    # A folder per set of steps and weights, because an output holds the answers of one set.
     questions = resolve_questions(job, inputs, prepare_models(job))
     step_keys = {question.name: question.key for question in questions}
     settings = blake2b(repr(step_keys).encode(), digest_size=DIGEST_CHARS // 2).hexdigest()
     source = _write(columns, folder / settings)
     output = folder / settings / "answers"
     data = job.data.model_copy(update={"input": str(source), "output": str(output)})
-    # The very job of a file run, so that audits, reuse and failures are the same.
+    # An ordinary file run, so that audits, reuse and failures work the same way.
     with _naming_the_table(source, output):
         summary = run_job(job.model_copy(update={"data": data}))
         if summary.unusable:
@@ -179,15 +184,17 @@ def _answers(
         names += answer_columns(step)
     parts = []
     for file in sorted(manifest.files, key=lambda file: file.first_row):
-        # A cache holds the answers of earlier tables too.
+        # A cache also holds the answers of earlier tables.
         if file.source == source.name:
             parts.append(read_columns(output / file.output_name, names))
     return pa.concat_tables(parts)
 
 
 def _write(table: pa.Table, folder: AnyPath) -> AnyPath:
-    """The Parquet file of `table`, named by its bytes: the same rows are the same file."""
-    # So a table that is asked about again is an input that has not changed.
+    """Write `table` to a Parquet file named by its digest, so that the same rows are the same file.
+
+    Returns its path. The run then sees a table that it answered before as an unchanged input.
+    """
     with partial_beside(folder / "table") as partial:
         try:
             write_table(
@@ -195,8 +202,8 @@ def _write(table: pa.Table, folder: AnyPath) -> AnyPath:
             )
         except pa.ArrowException as error:
             raise InputError(
-                f"{WHERE}: columns {table.schema.names} cannot be kept as Parquet: "
-                f"{one_line(error)}. Make them text."
+                f"{WHERE}: columns {table.schema.names} cannot be written as Parquet: "
+                f"{one_line(error)}. Convert them to text."
             ) from error
         path = folder / f"{digest_file(partial)[:DIGEST_CHARS]}.parquet"
         commit(partial, path)

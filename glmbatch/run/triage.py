@@ -1,6 +1,6 @@
-"""Which rows must be asked and which need not be: for a run and for `glmbatch plan`.
+"""Decide which rows the model must be asked about: for a run and for `glmbatch plan`.
 
-Knows no engine and no files of the source.
+Knows no engine and no source files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from glmbatch.steps.prompt import Prompt, RowFault, RowValues, build_prompts
 def build_question_prompts(
     question: Question, rows: Sequence[RowValues]
 ) -> list[Prompt | RowFault]:
-    """The prompt of each row, in the order of `rows`, or why it has none."""
+    """The prompt of each row, or the fault that prevents one, in the order of `rows`."""
     return build_prompts(
         question.step,
         rows,
@@ -36,13 +36,16 @@ def build_question_prompts(
 def key_prompts(
     question: Question, prompts: Sequence[Prompt | RowFault | None]
 ) -> tuple[list[bytes | None], dict[bytes, Prompt]]:
-    """The row key of each prompt (None for a row without one), and the prompts by row key."""
+    """The row key of each prompt in order, None for a row without one; and the prompts by row key.
+
+    Rows with the same text share a key, so the second value holds each distinct prompt once.
+    """
     keys: list[bytes | None] = []
     distinct: dict[bytes, Prompt] = {}
     for prompt in prompts:
-        key = None  # a fault, or a prompt that waits for an earlier answer
+        key = None  # a fault, or a row that waits for an earlier step's answer
         if isinstance(prompt, Prompt):
-            # By the rendered text: rows that ask the same share one answer, wherever they are.
+            # From the rendered text, so rows with the same prompt share one answer in any file.
             key = row_key(question.key, prompt.text)
             distinct[key] = prompt
         keys.append(key)
@@ -51,10 +54,10 @@ def key_prompts(
 
 @dataclass(frozen=True, slots=True)
 class Triage:
-    """Distinct prompts of one question, sorted by what is to be done about them.
+    """Distinct prompts of one question, sorted into known and to be asked.
 
-    `known` holds answers found by row key, one row each, in any order. `to_ask` maps the other row
-    keys to their prompts; `failed` are those of them on which the model failed before.
+    `known` has one row for each answer found, in any order. `to_ask` maps all other row keys to
+    their prompts. `failed` are the keys in `to_ask` on which the model failed before.
     """
 
     known: pa.Table
@@ -63,14 +66,14 @@ class Triage:
 
 
 def triage(question: Question, distinct: Mapping[bytes, Prompt], known: KnownAnswers) -> Triage:
-    """Sort `distinct` prompts by what the index `known` holds for them."""
+    """Look up `distinct` prompts in the index `known`, and sort them into known and to be asked."""
     columns = Columns(question.name)
     answers = known.find(distinct)
     failures = answers.column(columns.error).is_valid()
     failed = answers.filter(failures).column(columns.key).to_pylist()
-    # Only `glmbatch plan` has failures in its index; a run asks about their rows as about new ones.
+    # Only `glmbatch plan` indexes failures; for a run, rows that failed are like new ones.
     answers = answers.filter(pc.invert(failures))
-    # Half of a key is looked up in the index; what came back is compared by the whole key.
+    # The index compares half a key, so the answers found are compared by the whole key.
     answered = set(answers.column(columns.key).to_pylist())
     to_ask = {key: prompt for key, prompt in distinct.items() if key not in answered}
     return Triage(answers, to_ask, frozenset(failed))

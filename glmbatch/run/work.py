@@ -1,13 +1,13 @@
-"""What a run passes from one call to the next: small frozen values, never rows, tables or weights.
+"""The values that a run passes between calls: small and frozen, never rows, tables or weights.
 
-    Run           which rows, in which fragments; made by plan_run
-    RunContext    the part of it that every task needs; what a process holds for it is a Session
+    Run           the rows to answer, cut into fragments; made by plan_run
+    RunContext    the part of a Run that every task needs; its live counterpart is a Session
     Model         a checkpoint that was checked and digested
     PromptInputs  where the placeholders of one template get their values
-    Question      one step, resolved: all that is needed to ask it of any rows
+    Question      one resolved step: all that is needed to ask it about any row
     Assignment    one question over one fragment
     FragmentWork  all assignments of one fragment, and its output file
-    Work          all of a run, and the order of its passes (plan_passes); made by assign
+    Work          everything a run does, and the order of its passes (plan_passes); made by assign
 
 Knows no engine and no files.
 """
@@ -23,14 +23,14 @@ from pydantic import BaseModel
 from glmbatch.ledger.fragments import Fragment, Plan
 from glmbatch.settings.job import AnyStep, ModelConfig, RuntimeConfig
 
-# Read together once: the time of day may be set while a process runs.
+# Both clocks are read once, together: the system time may be changed while the process runs.
 _STARTED = time.time() - time.monotonic()
 
 
 def now() -> float:
-    """Seconds since 1970 by a clock that never jumps, so that differences are durations.
+    """Seconds since 1970 on a clock that never jumps, so that differences are durations.
 
-    Processes that started before and after the time of day was set do not agree.
+    Two processes disagree if the system time was changed between their starts.
     """
     return _STARTED + time.monotonic()
 
@@ -38,10 +38,10 @@ def now() -> float:
 class Model(BaseModel, frozen=True, extra="forbid"):
     """A checkpoint that was checked and digested.
 
-    `identity` changes whenever its answers may. `config` names its directory on this machine and
-    the dtype it computes in; `labels` are those of its trained head; `stamp` is the state of its
-    files when they were digested. `notes` are what is odd about it, and does not stop it.
-    `chats`: it was trained on the rounds of a chat.
+    `identity` changes whenever its answers may change. `config` names its directory on this machine
+    and the dtype it computes in. `labels` are those of its trained head, empty without one. `stamp`
+    is the state of its files when they were digested. `notes` are warnings that do not stop a run.
+    `chats` is true if it was trained on chat rounds.
     """
 
     config: ModelConfig
@@ -51,13 +51,13 @@ class Model(BaseModel, frozen=True, extra="forbid"):
     parameters: int
     size_bytes: int
     max_positions: int
-    stamp: str  # size and times: cheap to compare with before the weights are loaded
+    stamp: str  # names, sizes and times: cheap to compare, unlike digests of the weights
     chats: bool = True
     notes: tuple[str, ...] = ()
 
 
 class RunContext(BaseModel, frozen=True, extra="forbid"):
-    """What every task of a run knows of it. `began` is in seconds since 1970."""
+    """The facts about a run that every task needs. `began` is in seconds since 1970."""
 
     id: str
     began: float
@@ -75,9 +75,9 @@ class RunContext(BaseModel, frozen=True, extra="forbid"):
 class PromptInputs(BaseModel, frozen=True, extra="forbid"):
     """Where the placeholders of one prompt template get their values.
 
-    `columns` maps placeholders to source columns, `earlier` names the steps whose answers are used,
-    and `texts` are the placeholders that stand for the text: the ones that may not be blank and
-    that are cut when a prompt is long.
+    `columns` maps placeholders to source columns. `earlier` names the steps whose answers the
+    prompt uses. `texts` are the placeholders that stand for the text column: they must not be
+    blank, and they are cut when a prompt is too long.
     """
 
     columns: dict[str, str]
@@ -94,10 +94,10 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 
 
 class Question(BaseModel, frozen=True, extra="forbid"):
-    """One step, resolved against job and model: nothing after planning reads the job for it.
+    """One step, resolved against job and model, so that no call after planning needs the job.
 
     `key` is the step key. `max_prompt_tokens` is the longest prompt that leaves room for an answer.
-    `models_at_once` models of the run stay loaded together.
+    `models_at_once` is how many models of the run stay loaded together.
     """
 
     step: AnyStep
@@ -106,7 +106,7 @@ class Question(BaseModel, frozen=True, extra="forbid"):
     chat: bool
     max_prompt_tokens: int
     model: Model
-    models_at_once: int  # so that an engine leaves room for the caches of the others
+    models_at_once: int  # an engine leaves memory for the caches of the others
 
     @property
     def name(self) -> str:
@@ -117,11 +117,11 @@ class Question(BaseModel, frozen=True, extra="forbid"):
 class Assignment(BaseModel, frozen=True, extra="forbid"):
     """One question over one fragment.
 
-    `key` is the answers key; `earlier` maps the steps whose answers the prompts use to their
-    answers keys.
+    `key` is the answers key. `earlier` maps each step whose answers the prompts use to its answers
+    key.
     """
 
-    run: RunContext  # small, so that a task needs no other argument
+    run: RunContext  # included so that a task needs no other argument
     fragment: Fragment
     question: Question
     key: str
@@ -129,7 +129,7 @@ class Assignment(BaseModel, frozen=True, extra="forbid"):
 
 
 class FragmentWork(BaseModel, frozen=True, extra="forbid"):
-    """The work on one fragment: its assignments in step order, then its output under `key`."""
+    """The work on one fragment: its assignments in step order, and the key of its output file."""
 
     run: RunContext
     fragment: Fragment
@@ -138,9 +138,9 @@ class FragmentWork(BaseModel, frozen=True, extra="forbid"):
 
 
 class Work(BaseModel, frozen=True, extra="forbid"):
-    """All there is to do.
+    """Everything a run does.
 
-    `passes` holds indexes of steps: those of one pass run together over all fragments before the
+    Each pass in `passes` is a tuple of step indexes. Its steps run over all fragments before the
     next pass begins.
     """
 
@@ -149,7 +149,7 @@ class Work(BaseModel, frozen=True, extra="forbid"):
     passes: tuple[tuple[int, ...], ...]
 
     def in_passes(self) -> Iterator[Assignment]:
-        """Every assignment, pass after pass, each after those whose answers it uses."""
+        """Every assignment, pass by pass; an assignment comes after those whose answers it uses."""
         for steps in self.passes:
             for fragment in self.fragments:
                 for index in steps:
@@ -157,10 +157,11 @@ class Work(BaseModel, frozen=True, extra="forbid"):
 
 
 def plan_passes(questions: Sequence[Question], *, together: bool) -> tuple[tuple[int, ...], ...]:
-    """Indexes of the steps that run together over all fragments, pass after pass.
+    """The passes of a run: for each, the indexes of the steps that run over all fragments.
 
-    One pass where all models stay loaded `together`. Otherwise one pass for each model, so that
-    none is loaded twice, except where a step needs an answer of another model in between.
+    One pass if all models stay loaded `together`. Otherwise one pass per model, so that each model
+    is loaded once. A model is loaded again only when a step needs an answer that another model
+    gives in between.
     """
     waiting = list(range(len(questions)))
     if together:
@@ -172,7 +173,7 @@ def plan_passes(questions: Sequence[Question], *, together: bool) -> tuple[tuple
         current: list[int] = []
         for index in waiting:
             question = questions[index]
-            # In step order, so that a step joins the pass in which its earlier answers are made.
+            # In step order, so a step can join the pass that answers its earlier steps.
             if question.model == model and answered.issuperset(question.inputs.earlier):
                 current.append(index)
                 answered.add(question.name)

@@ -1,4 +1,4 @@
-"""A fragment's rows, untouched, with all answers beside them: the file that is published later."""
+"""Write the file to publish later: a fragment's rows, unchanged, with all answers beside them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from glmbatch.store.types import converted, times_in_utc, written_fields
 def write_output(
     work: FragmentWork, answers: Sequence[AnswersReceipt], ledger: Ledger
 ) -> OutputReceipt:
-    """Write the fragment's rows with all `answers` beside them; staged, not yet public.
+    """Stage a file of the fragment's rows with `answers` beside them, and return its receipt.
 
-    A fragment that cannot be read returns a receipt with the reason in `unusable`; under `on_error:
-    raise` it is an InputError.
+    `answers` are the receipts of the fragment's assignments, in step order. Safe to repeat: a file
+    that is already staged or published is reused. A fragment that cannot be read gives a receipt
+    with the reason in `unusable`; under `on_error: raise` it raises InputError.
     """
     keys = [assignment.key for assignment in work.assignments]
     if [answered.key for answered in answers] != keys:
         raise InputError(
-            f"{ledger.root / RESULTS}: a stored result stands in the place of another, so the "
-            f"answers to {work.fragment.name} are not known. Delete this folder, and run again."
+            f"{ledger.root / RESULTS}: a stored result is not the one that its name says, so the "
+            f"answers to {work.fragment.name} are unknown. Delete this folder, and run again."
         )
     receipt = OutputReceipt(
         key=work.key,
@@ -40,11 +41,11 @@ def write_output(
         output_name=work.fragment.output_name,
         answers=tuple(answers),
     )
-    # What could not be read for a prompt is not read again for the output.
+    # A fragment that could not be read for a prompt is not read again for the output.
     for answered in answers:
         if answered.unusable is not None:
             return receipt.model_copy(update={"unusable": answered.unusable})
-    # Of this run where the task is tried again, else published already with these very answers.
+    # Staged by this run if the task is a retry, else already published with exactly these answers.
     staged = ledger.find_output(work.key, answers)
     if staged is not None:
         return staged
@@ -62,9 +63,9 @@ def write_output(
 
 
 def _output_schema(work: FragmentWork, tables: Sequence[pa.Table]) -> tuple[pa.Schema, bool]:
-    """The fields of the source, then those of each step's answers; and if its times are in UTC."""
+    """The source's fields, then those of each step's answers; and whether its times are in UTC."""
     fragment = work.fragment
-    # From the footer, since a fragment of no rows has no batch to tell it by.
+    # From the footer, because a fragment without rows has no batch to take a schema from.
     with open_parquet(fragment.path, fragment.unit) as file:
         source = file.schema_arrow
         utc_times = times_in_utc(file)
@@ -79,7 +80,7 @@ def _output_schema(work: FragmentWork, tables: Sequence[pa.Table]) -> tuple[pa.S
 
 
 def _count_faulty(tables: Sequence[pa.Table], steps: Sequence[str]) -> int:
-    """Rows in which any step failed."""
+    """The number of rows in which any step failed."""
     if not tables:
         return 0
     faulty = pa.array([False] * len(tables[0]), pa.bool_())
@@ -96,7 +97,7 @@ def _rows_with_answers(
     for batch in read_fragment(work.fragment):
         columns = list(batch.columns)
         for table in tables:
-            # Answers lie in the order of the rows, so the same rows are the same slice.
+            # Answers are in row order, so the same slice holds the same rows.
             part = table.slice(first_row, batch.num_rows).combine_chunks()
             for column in part.columns:
                 columns.append(pa.concat_arrays(column.chunks))
@@ -110,7 +111,7 @@ def _rows_with_answers(
 def _cast(work: FragmentWork, column: pa.Array, field: pa.Field) -> pa.Array:
     try:
         return converted(column, field.type)
-    except pa.ArrowException as error:  # nothing is rounded in silence
+    except pa.ArrowException as error:  # better a refusal than a silent rounding
         raise UnusableFile(
             f"{work.fragment.path}: column {field.name!r} as {field.type}: {error}"
         ) from error

@@ -127,7 +127,7 @@ def test_a_failed_table_shows_the_reason(tmp_path: Path) -> None:
     # A longer table stops early.
     long = pa.table({"text": [f"text {number}" for number in range(60)]})
     with pytest.raises(
-        InputError, match=rf"failed on all 20 rows .* no more are asked: .*{reason}"
+        InputError, match=rf"failed on all 20 rows .* so the run stopped: .*{reason}"
     ):
         annotate_table(long, {**job, "data": {"rows_per_fragment": 10}})
 

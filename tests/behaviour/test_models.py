@@ -161,7 +161,7 @@ def test_weights_changed_between_plan_and_load_are_refused(
     run = plan_run(job)
     work = assign(job, run, prepare_models(job))
     os.utime(model / "pytorch_model-00001-of-00003.bin")
-    changed = pytest.raises(InputError, match="was changed since this run took its digests")
+    changed = pytest.raises(InputError, match="was changed after this run digested it")
     with changed, session(run):
         answer(work.fragments[0].assignments[0])
 
@@ -179,6 +179,6 @@ def test_an_adapter_changed_between_plan_and_load_is_refused(
     work = assign(job, run, prepare_models(job))
     (tmp_path / "adapter" / "README.md").touch()
     (tmp_path / "adapter" / name).touch()
-    message = r"with the adapter .* was changed since this run took its digests"
+    message = r"with the adapter .* was changed after this run digested it"
     with pytest.raises(InputError, match=message), session(run):
         answer(work.fragments[0].assignments[0])

@@ -147,7 +147,7 @@ def test_an_output_belongs_to_one_input(
     write_source("one/a.parquet", {"text": ["x"]})
     write_source("two/a.parquet", {"text": ["y"]})
     run(job_settings(data__input=str(tmp_path / "in" / "one")))
-    message = r"holds the answers over .*in/one.*Set data\.output to another folder"
+    message = r"holds the answers for .*in/one.*Set data\.output to another folder"
     with pytest.raises(InputError, match=message):
         run(job_settings(data__input=str(tmp_path / "in" / "two")))
 

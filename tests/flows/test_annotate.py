@@ -150,7 +150,7 @@ def test_bad_input_fails_at_once_without_retry_or_traceback(
     lines = [line for line in done.stderr.splitlines() if line.startswith("glmbatch: ")]
     (line,) = lines
     assert "in/day=1/a.parquet: row 12, step 'mood': text is null." in line
-    assert line.endswith("Mend the row, or set on_error to quarantine.")
+    assert line.endswith("Fix the row, or set on_error to quarantine.")
     assert "Traceback" not in done.stderr
     assert last_flow_run(prefect_server)["state_type"] == "FAILED"
     assert not (tmp_path / "out" / "_manifest.json").exists()

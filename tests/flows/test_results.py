@@ -86,7 +86,7 @@ def test_a_result_in_the_place_of_another_is_refused(
         path.unlink()
     again = run(prefect_server, *command)
     assert again.returncode == 2
-    assert "a stored result stands in the place of another" in again.stderr
+    assert "a stored result is not the one that its name says" in again.stderr
     # Prefect may say that its events take a second.
     lines = [line for line in again.stderr.splitlines() if not line.startswith("EventsWorker")]
     assert len(lines) == 1

@@ -117,7 +117,7 @@ def test_a_canary_that_does_not_fit_is_told(
 def test_freezing_needs_answers_and_a_place_outside(tmp_path: Path, frozen: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="so there are no answers to freeze"):
         freeze(tmp_path, tmp_path / "c.parquet", 3)
-    with pytest.raises(InputError, match="lies in the output"):
+    with pytest.raises(InputError, match="is inside the output"):
         freeze(tmp_path / "out", tmp_path / "out" / "c.parquet", 3)
 
 

@@ -138,7 +138,7 @@ def test_a_table_without_rows_gets_the_columns(empty: Any) -> None:
         (
             pa.table({"text": ["x", None]}),
             {"on_error": "raise"},
-            "^the table: row 1, step 'mood': text is null. Mend the row",
+            "^the table: row 1, step 'mood': text is null. Fix the row",
         ),
     ],
 )
