@@ -1,7 +1,7 @@
-"""What an address may be: a path of this machine, or a name in an object store without secrets.
+"""Checks of addresses: a local path, or a name in an object store, without credentials.
 
-Settings are shown in forms, logs and records, so credentials come by the store's own ways: the
-environment, a profile, the machine's role. Reads no files and no environment.
+Forms, logs and records show settings, so credentials must come from the environment, a profile or
+the machine's role instead. Reads no files and no environment.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote
 
-# Names that other tools have for the same stores, and how they are written here.
+# Schemes that other tools use for the same stores, and what to write instead.
 OTHER_NAMES = {
     "s3a": "s3://bucket/name",
     "s3n": "s3://bucket/name",
@@ -22,22 +22,22 @@ OTHER_NAMES = {
     "adl": "az://container/name",
 }
 STORES = ("s3", "gs", "az")
-# Two letters at least: C:/data is a path of Windows.
+# At least two letters, because C:/data is a Windows path.
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(/*)")
-# As in presigned addresses of every store, and as people name keys: sig, X-Amz-Signature, token.
+# Query keys of presigned URLs and common names of secrets: sig, X-Amz-Signature, token.
 _SECRET = re.compile(
     r"[?&#;]([\w.-]*(signature|token|secret|passw|credential|accesskey|accountkey|apikey)[\w.-]*"
     r"|([\w.-]*[_-])?(sig|key|pwd|auth|sas)([_-]?id)?)=",
     re.IGNORECASE,
 )
-# Where the part before the @ is a container and no user.
+# Schemes in which the part before the @ is a container, not a user.
 _ACCOUNTS = ("abfs", "abfss", "wasb", "wasbs")
-# Enough for an address that was encoded for another address.
+# Enough for an encoded address inside another encoded address.
 _MOST_ENCODED = 3
 
 
 def has_credentials(text: str) -> bool:
-    """Whether an address, or a text with one in it, holds a user, a key or a signature."""
+    """Whether an address, or a text that contains one, has a user, a key or a signature."""
     for _ in range(_MOST_ENCODED):
         if _holds_secret(text):
             return True
@@ -47,7 +47,7 @@ def has_credentials(text: str) -> bool:
 
 def _holds_secret(text: str) -> bool:
     for match in _SCHEME.finditer(text):
-        # One slash as well: as a path it would be shown in the message that it is not there.
+        # Also with one slash: taken as a path, the "not found" message would show the secret.
         rest = text[match.end() :]
         bucket = rest.partition("/")[0]
         scheme = match[1].lower()
@@ -55,14 +55,14 @@ def _holds_secret(text: str) -> bool:
             continue
         if scheme in _ACCOUNTS and ":" not in bucket:
             bucket = ""
-        # A secret key may hold slashes; a bucket's name holds no colon.
+        # A secret key may contain slashes; a bucket's name never contains a colon.
         if "@" in bucket or (":" in bucket and "@" in rest) or _SECRET.search(rest):
             return True
     return False
 
 
 def misspelt(address: str) -> str | None:
-    """What is wrong with an address that is neither a path nor of a store; None when it is one."""
+    """The rest of the sentence "`address` ..." that says what is wrong; None if nothing is."""
     match = _SCHEME.match(address)
     if match is None:
         return None
@@ -70,24 +70,24 @@ def misspelt(address: str) -> str | None:
     if scheme in STORES and slashes == "//" and not address[0].isspace():
         return None
     if scheme.lower() == "file" and slashes:
-        return "is a file of this machine; write its path alone, without file:"
+        return "is a local file; write its path without file:"
     form = f"{scheme.lower()}://bucket/name" if scheme.lower() in STORES else None
     form = form or OTHER_NAMES.get(scheme.lower())
     if form is not None and slashes:
-        return f"is no address of an object store as it is written here; write {form}"
+        return f"is not written as an address here; write {form}"
     if slashes.startswith("//"):
         return (
-            "is no address of an object store; write s3://bucket/name (or gs://, az://), or a path "
-            "of this machine"
+            "is not an address that can be used here; write s3://bucket/name (or gs://, az://), "
+            "or a local path"
         )
     return None
 
 
 def checked(address: str) -> str:
-    """`address` as it is. ValueError, which shows no secret, when it cannot be one."""
+    """`address` unchanged. ValueError, which shows no secret, if it cannot be used."""
     if has_credentials(address):
         raise ValueError(
-            "an address holds no credentials; the store's package finds them in the environment"
+            "an address must not contain credentials; set them in the environment or a profile"
         )
     if reason := misspelt(address):
         raise ValueError(f"{address} {reason}")
@@ -95,9 +95,7 @@ def checked(address: str) -> str:
 
 
 def on_this_machine(address: str) -> str:
-    """A path of this machine as it is. ValueError when it leads to a store."""
+    """A local path unchanged. ValueError if it is an address in an object store."""
     if "://" in checked(address):
-        raise ValueError(
-            f"{address} is in a store, and this is written on this machine; name a folder of it"
-        )
+        raise ValueError(f"{address} is in an object store; set a local folder here")
     return address

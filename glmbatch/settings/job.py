@@ -1,7 +1,7 @@
-"""One job: every setting, declared once for the job file, the command line, forms and Python.
+"""The settings of a job, declared once for the job file, the command line, the form and Python.
 
-Reads no files and no environment. `ModelConfig` and the steps hold what changes answers;
-`RuntimeConfig` holds what changes only speed.
+Reads no files and no environment. `ModelConfig` and the steps have the settings that change
+answers; those of `RuntimeConfig` change only speed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from glmbatch.settings.steps import (
     placeholders,
 )
 
-# The job and its parts are found here, whichever file declares them.
+# Other modules import a job and its parts from here, whichever module declares them.
 __all__ = [
     "TEXT",
     "Address",
@@ -46,48 +46,49 @@ __all__ = [
 
 
 class DataConfig(Settings):
-    """Where the rows come from and where the answers go."""
+    """Where rows are read from and where answers are written."""
 
     input: Address = Field(
-        description="A Parquet file, a folder of them, or a glob such as `in/day=*/*.parquet`; "
-        "s3://bucket/name is one in an object store.",
+        description="Parquet file, folder of Parquet files, or glob such as `in/day=*/*.parquet`. "
+        "A local path or an address such as s3://bucket/name.",
     )
     output: Address = Field(
-        description="Folder for the answers, here or in an object store (s3://bucket/name); "
-        "made when absent, mirrors the input's folders.",
+        description="Folder for the answers, created if absent; it mirrors the input's folders. "
+        "A local path or an address such as s3://bucket/name.",
     )
     format: Literal["parquet", "delta"] = Field(
         "parquet",
-        description="parquet: a folder of files. delta: a Delta Lake table over them too; choose "
-        "it where readers must never see two publications mixed (needs glmbatch[delta]).",
+        description="parquet: a folder of Parquet files. delta: also a Delta Lake table over them; "
+        "choose it if readers must never see two publications mixed (needs glmbatch[delta]).",
     )
     text_column: str = Field(
-        "text", min_length=1, description="Column that holds the text; a prompt calls it {text}."
+        "text", min_length=1, description="Column with the text; prompts refer to it as {text}."
     )
     id_column: str | None = Field(
         None,
-        description="Column that names a row in error lists; empty: rows are named by their number "
-        "in the file.",
+        description="Column that identifies rows in error lists. Empty: the row number in the "
+        "file identifies them.",
     )
     rows_per_fragment: int = Field(
         10_000,  # minutes of work on a GPU, and some MB of answers
         ge=1,
         le=10_000_000,
-        description="Rows in one unit of work, retry and commit. Fewer lose less to a crash; more "
-        "make fewer, larger files.",
+        description="Rows per fragment, the unit of work, retry and commit. Small fragments lose "
+        "less work in a crash; large ones make fewer, larger files.",
     )
     missing_sources: Literal["keep", "drop"] = Field(
         "keep",
-        description="What becomes of published rows whose file is gone. keep: for a landing folder "
-        "that is emptied; drop: for full snapshots that are split or written under other names.",
+        description="What happens to published rows whose source file is gone. keep: for a landing "
+        "folder that is emptied after each run. drop: for full snapshots, whose files may be split "
+        "or renamed.",
     )
     follow_links: bool = Field(
         False,
-        description="Read files and folders of the input that are links out of it, as in a Hugging "
-        "Face cache. Who may write there can have any file of this machine read.",
+        description="Follow symbolic links that lead out of the input, as in a Hugging Face cache. "
+        "Anyone who can write to the input can then make the job read any file on this machine.",
     )
     limit: int | None = Field(
-        None, ge=1, description="Process only the first so many rows, for a trial; empty: all."
+        None, ge=1, description="Process only the first N rows, for a trial. Empty: all rows."
     )
 
 
@@ -97,70 +98,76 @@ class RuntimeConfig(Settings):
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="auto (CUDA when there is one), cpu, cuda or cuda:N.",
+        description="Device to run on: cpu, cuda, cuda:N, or auto for CUDA if available.",
     )
     max_batch_tokens: int | None = Field(
         None,
         ge=16,
-        description="Most tokens in one packed forward; empty: 2,048 on CPU, 16,384 on CUDA. Lower "
-        "it where memory runs out.",
+        description="Maximum tokens in one forward pass. Lower it if memory runs out. "
+        "Empty: 2,048 on CPU, 16,384 on CUDA.",
     )
     max_slots: int | None = Field(
         None,
         ge=1,
         le=4096,  # more rows than any card has room for
-        description="Most rows generated at once; empty: 32 on CPU, from free memory on CUDA. "
-        "Lower it to share a GPU.",
+        description="Maximum rows to generate at the same time. Lower it to share a GPU. "
+        "Empty: 32 on CPU; on CUDA, set from the free memory.",
     )
     fragments_in_flight: int = Field(
         2,
         ge=1,
         le=64,
-        description="Fragments worked on at once by one engine. Raise it where fragments are so "
-        "small that the device waits for files.",
+        description="Fragments that one engine processes at the same time. Raise it if fragments "
+        "are so small that the device waits for files.",
     )
     cache: LocalAddress = Field(
         "~/.cache/glmbatch",
-        description="Folder for checkpoints fetched from an object store; with a cluster, one that "
-        "all its machines share.",
+        description="Folder for checkpoints downloaded from an object store. On a cluster, all "
+        "machines must share it.",
     )
     cluster: Literal["ray"] | None = Field(
         None,
-        description="ray: engine processes on a Ray cluster work on the fragments, each with a GPU "
-        "of its own (needs glmbatch[ray]); empty: this process does, with one device.",
+        description="ray: spread fragments over a Ray cluster, one engine process per GPU (needs "
+        "glmbatch[ray]). Empty: use one device, in this process.",
     )
     cluster_address: str | None = Field(
         None,
         min_length=1,
-        description="Address of a Ray cluster that this machine belongs to, such as 10.0.0.1:6379; "
-        "empty: one of this machine alone, for this run.",
+        description="Address of a running Ray cluster that includes this machine, such as "
+        "10.0.0.1:6379. Empty: start one on this machine for the run.",
     )
     cluster_workers: int | None = Field(
         None,
         ge=1,
         le=1024,
-        description="Engine processes on the cluster; empty: one for each GPU or, without GPUs, "
-        "for each machine. Set it where CPUs should be shared by several.",
+        description="Engine processes on the cluster. Set it to run several per machine on CPUs. "
+        "Empty: one per GPU or, without GPUs, one per machine.",
     )
     retries: int = Field(
-        3, ge=0, le=20, description="Times a task is tried again after the machine failed."
+        3,
+        ge=0,
+        le=20,
+        description="Retries of a task after a machine failure; other errors are never retried.",
     )
     retry_delay_seconds: float = Field(
-        2.0, ge=0, le=3600, description="First wait before a retry; it doubles, with jitter."
+        2.0,
+        ge=0,
+        le=3600,
+        description="Seconds before the first retry; each further wait is twice as long.",
     )
 
     @field_validator("cluster_address")
     @classmethod
     def _without_credentials(cls, address: str | None) -> str | None:
         if address is not None and has_credentials(address):
-            raise ValueError("an address holds no credentials; set RAY_AUTH_TOKEN instead")
+            raise ValueError("an address must not contain credentials; set RAY_AUTH_TOKEN instead")
         return address
 
     @model_validator(mode="after")
     def _devices_are_given_by_the_cluster(self) -> RuntimeConfig:
         if self.cluster and ":" in self.device:
             raise ValueError(
-                f"device {self.device}: a cluster gives each engine a GPU; set auto, cuda or cpu"
+                f"device {self.device}: a cluster assigns the GPUs; set auto, cuda or cpu"
             )
         return self
 
@@ -169,14 +176,14 @@ class CanaryConfig(Settings):
     """Rows with known-good answers, which a run must reproduce before it publishes."""
 
     file: Address = Field(
-        description="Parquet file of rows and answers, as `glmbatch canary` freezes them. A run "
-        "that asks the model asks it about these rows too.",
+        description="Parquet file of rows and answers, written by `glmbatch canary`. A run that "
+        "uses the model answers these rows too.",
     )
     max_change: Share = Field(
         0.0,
-        description="Share of canary rows whose answers may differ; beyond it nothing is "
-        "published. 0 suits float32. In half precision a text counts as the same when its first "
-        "quarter is, and 0.1 leaves room for rounding.",
+        description="Maximum share of canary rows whose answers may change; above it, nothing is "
+        "published. Use 0 in float32 and 0.1 in half precision, where rounding changes some "
+        "answers. In half precision, only the first quarter of a text must stay the same.",
     )
 
 
@@ -185,52 +192,54 @@ def _file_alone(value: object) -> object:
 
 
 class ReportConfig(Settings):
-    """What the page of a run shows; it changes no answer."""
+    """What a run's report shows; these settings change no answers."""
 
     price_per_hour: float | None = Field(
         None,
         ge=0,
-        description="Price of an hour of the machine, in any currency; the report then shows what "
-        "the run cost. Empty: no cost.",
+        description="Price of the machine per hour, in any currency, for the cost in the report. "
+        "Empty: no cost is shown.",
     )
 
 
 class JobConfig(Settings):
-    """One job: rows in, one group of answer columns for each step out."""
+    """One job: every row is answered by each step, which adds its columns to the output."""
 
-    data: DataConfig = Field(description="Where the rows come from and where the answers go.")
+    data: DataConfig = Field(description="Where rows are read from and where answers are written.")
     model: ModelSetting = Field(
-        description="The checkpoint that answers, unless a step names its own."
+        description="Checkpoint for all steps that do not set their own; its path alone is enough."
     )
-    steps: list[AnyStep] = Field(min_length=1, description="Questions asked of each row, in order.")
+    steps: list[AnyStep] = Field(
+        min_length=1,
+        description="Questions to ask about each row, in order; a prompt may use earlier answers.",
+    )
     on_error: Literal["raise", "quarantine", "null"] = Field(
         "quarantine",
-        description="What a bad row or file does. quarantine: it keeps its reason, is listed, and "
-        "the run ends with exit code 3; null: the same, ending as done; raise: the run stops and "
-        "publishes nothing.",
+        description="What to do with a row or file that fails. quarantine: record the reason and "
+        "exit with code 3. null: the same, but exit with code 0. raise: stop and publish nothing.",
     )
     max_error_rate: Share = Field(
         0.1,
-        description="Share of rows that may fail, unreadable files' included; above it nothing is "
-        "published. Set it a little above what a usual night has.",
+        description="Maximum share of rows that may fail, including rows of unreadable files; "
+        "above it, nothing is published. Set it a little above the rate of a normal run.",
     )
     canary: Annotated[CanaryConfig, BeforeValidator(_file_alone)] | None = Field(
         None,
-        description="Audit against rows with known-good answers; a text alone is its file. "
-        "Empty: no audit.",
+        description="Rows with known-good answers to check the model against; the path of the file "
+        "alone is enough. Empty: no such audit.",
     )
     report: ReportConfig = Field(
-        default_factory=ReportConfig, description="What the page of a run shows."
+        default_factory=ReportConfig, description="What a run's report shows."
     )
     runtime: RuntimeConfig = Field(
         default_factory=RuntimeConfig,
-        description="Performance only; changing it never invalidates answers.",
+        description="Performance settings; changing them never invalidates answers.",
     )
 
     @field_validator("on_error", mode="before")
     @classmethod
     def _yaml_null(cls, value: object) -> object:
-        # YAML reads `on_error: null` as no value, and so does the Prefect form.
+        # YAML and the Prefect form read `on_error: null` as an absent value.
         return "null" if value is None else value
 
     @model_validator(mode="after")
@@ -239,10 +248,11 @@ class JobConfig(Settings):
         for step in self.steps:
             if step.name == TEXT:
                 raise ValueError(
-                    "a step cannot be named 'text': a prompt's {text} is the text column; rename it"
+                    "a step cannot be named 'text': {text} in a prompt is the text column; "
+                    "rename the step"
                 )
             for column in answer_columns(step):
-                folded = column.casefold()  # Spark and DuckDB do not tell Mood from mood
+                folded = column.casefold()  # Spark and DuckDB ignore case in column names
                 if folded in writers:
                     raise ValueError(
                         f"steps {writers[folded]!r} and {step.name!r} both write a column "
@@ -258,7 +268,7 @@ class JobConfig(Settings):
     def earlier_steps(self, step: Step) -> list[str]:
         """Names of the steps whose answers the prompt of `step` uses, in the order they run."""
         wanted = placeholders(step.prompt_template)
-        # A later step's name, or its own, is a source column: its answers do not exist yet.
+        # The step's own name, or a later one's, is a source column: no answers exist yet.
         names = []
         for earlier in self.steps:
             if earlier is step or earlier.name == step.name:
@@ -268,7 +278,7 @@ class JobConfig(Settings):
         return names
 
     def source_columns(self, step: Step) -> dict[str, str]:
-        """The source column behind each placeholder of `step` that is not an earlier answer."""
+        """The source column of each placeholder of `step` that is not an earlier answer."""
         earlier = self.earlier_steps(step)
         columns = {}
         for name in placeholders(step.prompt_template):

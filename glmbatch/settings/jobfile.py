@@ -1,6 +1,6 @@
-"""From a file of settings and flags to a `JobConfig`, or other settings.
+"""Loads a file of settings and the overrides of the command line into a settings class.
 
-What is wrong is an InputError that names the file and the setting, a line for each.
+All errors are reported together in one InputError, one line each with the file and the setting.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from glmbatch.settings.addresses import has_credentials
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.reading import read_settings
 
-# Groups that a text alone may stand for, and the setting that the text then is.
+# Groups that may be a string alone, and the setting that the string then is.
 TEXT_ALONE = {"model": "path", "canary": "file"}
 
-# What YAML makes of words without quotes: yes, off, 1.0, 012, 2024-01-01, ~.
+# Types that YAML reads unquoted words as: yes, off, 1.0, 012, 2024-01-01, ~.
 NOT_QUOTED = (bool, int, float, date, type(None))
 MOST_SHOWN = 100
 
@@ -30,14 +30,14 @@ AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
 
 def load_job(path: str, overrides: Mapping[str, object] | None = None) -> JobConfig:
-    """The job of a YAML or JSON file; `overrides` and errors as in `parse_settings`."""
+    """The job in a YAML or JSON file; `overrides` and errors as in `parse_settings`."""
     return load_settings(path, JobConfig, overrides)
 
 
 def load_settings(
     path: str, kind: type[AnySettings], overrides: Mapping[str, object] | None = None
 ) -> AnySettings:
-    """The settings of a YAML or JSON file; `overrides` and errors as in `parse_settings`."""
+    """The settings in a YAML or JSON file; `overrides` and errors as in `parse_settings`."""
     return parse_settings(path, read_settings(Path(path)), kind, overrides)
 
 
@@ -47,11 +47,11 @@ def parse_settings(
     kind: type[AnySettings],
     overrides: Mapping[str, object] | None = None,
 ) -> AnySettings:
-    """Validate `settings`, after `overrides` (dotted setting to value) have replaced theirs.
+    """The validated settings, after `overrides` (dotted name to value) replace those in `settings`.
 
-    InputError with a line for each thing that is wrong; the lines begin with `where`.
+    InputError with one line per error; each line begins with `where`.
     """
-    # `overrides` are set in place, and the caller may use its settings again.
+    # Overrides are applied in place, and the caller may use its settings again.
     changed = deepcopy(dict(settings))
     for name, value in (overrides or {}).items():
         _set(changed, name, value)
@@ -65,7 +65,7 @@ def parse_settings(
 
 
 def _set(settings: dict[str, Any], name: str, value: object) -> None:
-    """Set the dotted `name`; a number in it is a place in a list."""
+    """Set the dotted `name`; a number in it is a list index."""
     *parents, last = name.split(".")
     group: Any = settings
     for depth, part in enumerate(parents):
@@ -76,7 +76,7 @@ def _set(settings: dict[str, Any], name: str, value: object) -> None:
             raise InputError(f"{name}: {'.'.join(parents[:depth])} is not a group of settings.")
         if part in TEXT_ALONE and isinstance(group.get(part), str):
             group[part] = {TEXT_ALONE[part]: group[part]}
-        # An absent group is made: a job file need not name `runtime` for `--device` to work.
+        # Create a missing group, so that `--device` works without `runtime` in the job file.
         group = group.setdefault(part, {})
     if isinstance(group, list):
         group[_place(group, last, name)] = value
@@ -87,42 +87,44 @@ def _set(settings: dict[str, Any], name: str, value: object) -> None:
 
 
 def _place(items: list[Any], part: str, name: str) -> int:
-    """The index that `part` of the dotted `name` stands for."""
+    """`part` of the dotted `name` as an index of `items`."""
     if not part.isdigit() or int(part) >= len(items):
-        raise InputError(f"{name}: {part!r} is no place in a list of {len(items)}.")
+        raise InputError(
+            f"{name}: {part!r} is not an index of a list of {len(items)}; they start at 0."
+        )
     return int(part)
 
 
 def _setting(detail: Any) -> str:
-    """The place of an error as a person writes it: steps[0].labels."""
+    """The setting with the error, as a person would write it: steps[0].labels."""
     name = ""
     for part in detail["loc"]:
         if isinstance(part, int):
             name += f"[{part}]"
-        # Behind the index of a step, pydantic puts its kind, which is no part of the name.
+        # After a step's index, pydantic adds its kind, which is not part of the name.
         elif not (name.endswith("]") and part in ("classify", "generate")):
             name += f".{part}" if name else part
     return name or "job"
 
 
 def _reason(detail: Any, settings: type[BaseModel]) -> str:
-    """What is wrong, as the end of a sentence that began with the setting."""
+    """What is wrong, as the rest of a sentence that began with the setting."""
     if detail["type"] == "missing":
-        return "is required and not set"
+        return "is required but not set"
     if detail["type"] == "extra_forbidden":
-        return f"is no setting; {_hint(str(detail['loc'][-1]), settings)}"
+        return f"is not a setting; {_hint(str(detail['loc'][-1]), settings)}"
     message = str(detail["msg"])
-    # Raised by our own validators, whose sentences are whole and quote what they refuse.
+    # Our own validators write complete sentences and quote the refused value themselves.
     if detail["type"] == "value_error":
         return message.removeprefix("Value error, ")
     value = detail["input"]
     if detail["type"] == "string_type" and isinstance(value, NOT_QUOTED):
-        return f"is to be text and is {_shown(value)}, as YAML reads it. Write it in quotes"
+        return f"must be text, but YAML reads it as {_shown(value)}. Write it in quotes"
     return f"{message[0].lower()}{message[1:]}; it is {_shown(value)}"
 
 
 def _shown(value: object) -> str:
-    """A refused value for a message: its begin, and nothing of an address that holds a secret."""
+    """The start of a refused value, for a message; nothing of an address that has a secret."""
     text = repr(value)
     if has_credentials(text):
         return "an address with credentials, which is not shown"
@@ -130,10 +132,10 @@ def _shown(value: object) -> str:
 
 
 def _hint(name: str, settings: type[BaseModel]) -> str:
-    """The setting that was meant by the unknown `name`, wherever it belongs."""
+    """Advice for an unknown setting `name`: the closest name in any group, or where to look."""
     schema = settings.model_json_schema()
     names: set[str] = set()
     for group in (schema, *schema["$defs"].values()):
         names |= group.get("properties", {}).keys()
     near = get_close_matches(name, names, 1)
-    return f"did you mean {near[0]}?" if near else "glmbatch settings lists them"
+    return f"did you mean {near[0]}?" if near else "`glmbatch settings` lists all settings"

@@ -1,4 +1,4 @@
-"""What all settings classes share: strictness, common kinds of value, where moved keys went.
+"""What all settings classes share: strictness, common types, and advice for keys that moved.
 
 Reads no files and no environment.
 """
@@ -11,13 +11,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from glmbatch.settings.addresses import checked, on_this_machine
 
-# Names of steps become names of columns, which every reader of Parquet must be able to spell.
+# Step names become column names, which every Parquet reader must accept.
 NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 Share = Annotated[float, Field(ge=0, le=1)]
 StepName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 
-# Keys of earlier versions, or of other tools, and what became of them. Such a key is refused with
-# this line wherever a settings class has no field of that name.
+# Keys of earlier versions or other tools, and what to use instead. A settings class without a field
+# of that name refuses the key with this text.
 MOVED = {
     "max_label_drift": "moved to audits.max_label_drift",
     "max_truncated_rate": "moved to audits.max_truncated_rate",
@@ -26,9 +26,9 @@ MOVED = {
     "max_canary_change": "moved to canary.max_change",
     "price_per_hour": "moved to report.price_per_hour",
     "max_loaded_models": "was removed: the run measures how many models fit in memory",
-    "retry_failed": "was removed: rows on which the model failed are always asked again",
-    "rope_scaling": "was removed: rope_ratio is read as ChatGLM2 alone means it",
-    "max_length": "would count the prompt too; set max_tokens (and max_input_tokens) instead",
+    "retry_failed": "was removed: rows on which the model failed are always retried",
+    "rope_scaling": "was removed: rope_ratio always means what it means in ChatGLM2",
+    "max_length": "would include the prompt; set max_tokens (and max_input_tokens) instead",
 }
 
 
@@ -37,13 +37,17 @@ LocalAddress = Annotated[str, Field(min_length=1), AfterValidator(on_this_machin
 
 
 def _number_fields(schema: dict[str, Any]) -> None:
-    # The Prefect form sorts the fields of a nested class by name unless each carries its position.
+    # The Prefect form sorts the fields of a nested class by name unless each has a position.
     for position, field in enumerate(schema.get("properties", {}).values()):
         field["position"] = position
 
 
 class Settings(BaseModel):
-    """Frozen; refuses unknown keys, keeps declaration order in forms, quotes no refused value."""
+    """Base class of all settings: frozen, and strict about unknown keys.
+
+    Forms show the fields in the order of declaration. Validation errors do not quote the refused
+    value, because it may contain a secret.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", json_schema_extra=_number_fields, hide_input_in_errors=True

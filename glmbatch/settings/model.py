@@ -1,4 +1,4 @@
-"""Which checkpoint answers, and in which numbers. Every setting here changes answers."""
+"""The checkpoint and its precision. Every setting here changes answers."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from glmbatch.settings.kinds import Address, Settings
 
 
 class ModelConfig(Settings):
-    """Which checkpoint answers, and in which numbers."""
+    """The checkpoint and its precision."""
 
     path: Address = Field(
-        description="Directory of a ChatGLM2 checkpoint in its original layout, here or in an "
-        "object store (s3://bucket/name), or a hub id such as THUDM/chatglm2-6b.",
+        description="ChatGLM2 checkpoint in its original layout: a directory, an address such as "
+        "s3://bucket/name, or a hub id such as THUDM/chatglm2-6b.",
     )
     revision: str | None = Field(
         None,
-        description="Commit of the hub repository; required for a hub id, refused for a directory.",
+        description="Commit of the hub repository. Required with a hub id, refused with a "
+        "directory.",
     )
     adapter: Address | None = Field(
         None,
-        description="Directory of a LoRA adapter as peft saves it, merged into the weights at "
-        "load; empty: none.",
+        description="Directory of a LoRA adapter saved by peft, merged into the weights at load. "
+        "Empty: none.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Numbers to compute in; auto is bfloat16 on CUDA and float32 on CPU, the "
-        "faster of each. float32 on CUDA takes twice the memory.",
+        description="Precision of the computation. auto picks the fastest: bfloat16 on CUDA, "
+        "float32 on CPU. On CUDA, float32 takes twice the memory.",
     )
     quantization: Literal["none", "int8"] = Field(
         "none",
-        description="int8 computes the layers' products in 8 bits, on CPU only: at least twice as "
-        "fast, but it can change answers. Try it on a sample and compare before you rely on it.",
+        description="int8 computes the layers in 8 bits, on CPU only: at least twice as fast, but "
+        "it can change answers. Compare both on a sample first.",
     )
 
 
@@ -41,5 +42,5 @@ def _path_alone(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
 
 
-# A text alone stands for the path of a model that sets nothing else.
+# A string alone is the path of a model that sets nothing else.
 ModelSetting = Annotated[ModelConfig, BeforeValidator(_path_alone)]

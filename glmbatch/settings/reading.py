@@ -1,7 +1,7 @@
-"""The mapping in a file of settings: YAML or JSON, read strictly. What is wrong is one line.
+"""Reads a file of settings strictly, as YAML or JSON. Each error is one line.
 
-What both formats let pass in silence is refused here: a key given twice, and anything that would
-take ages to read. No code of a file is run.
+Some files are refused although both formats allow them: those that set a key twice, and those that
+would take very long to read. No code in a file is executed.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import yaml
 
 from glmbatch.errors import InputError
 
-# A job of a thousand labels and long prompts has some 100 KB; YAML is read at 100 KB a second.
+# A job with a thousand labels and long prompts has about 100 KB; YAML is read at 100 KB a second.
 MOST_BYTES = 1 << 20
-# Values after each alias has been replaced by what it stands for, which may double at every level.
+# Values after expanding all aliases, which may double the number at every level.
 MOST_VALUES = 100_000
-# Characters of a parser's message, which may quote a line of the file.
+# Characters of a parser's message, which may quote a long line of the file.
 MOST_REASON = 200
 
 
 class RefusedSettings(ValueError):
-    """What both formats allow, and settings do not."""
+    """The file is valid YAML or JSON, but not a valid file of settings."""
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file. InputError when there is none."""
+    """The mapping in a YAML or JSON file. InputError if it cannot be read or is not a mapping."""
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
@@ -37,15 +37,15 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: the job file cannot be read: {reason}.") from error
     if len(content) > MOST_BYTES:
         raise InputError(
-            f"{path}: holds more than {MOST_BYTES >> 20} MB, which no job file does. "
-            "Give a file of settings."
+            f"{path}: is larger than {MOST_BYTES >> 20} MB, so it cannot be a job file. "
+            "Check the path."
         )
     settings = _parsed(path, text)
     if not isinstance(settings, dict):
         kind = {type(None): "nothing", list: "a list"}.get(type(settings), "a single value")
         raise InputError(
-            f"{path}: holds no settings: it holds {kind}. Write names with values, as the README "
-            "shows."
+            f"{path}: expected settings, but the file contains {kind}. "
+            "Write `name: value` pairs, as in the README."
         )
     return settings
 
@@ -54,23 +54,23 @@ def _parsed(path: Path, text: str) -> Any:
     try:
         return _json(text) if text.lstrip().startswith("{") else parse_yaml(text)
     except RecursionError as error:
-        raise InputError(f"{path}: is nested too deep for settings.") from error
+        raise InputError(f"{path}: is nested too deeply for a file of settings.") from error
     except RefusedSettings as error:
         raise InputError(f"{path}: {error}.") from error
     except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:
-        # The parser's message spans several lines; a user sees one for each thing that is wrong.
+        # The parser's message spans several lines; every error we report is one line.
         reason = " ".join(str(error).split())[:MOST_REASON].rstrip(".")
         raise InputError(f"{path}: is neither YAML nor JSON: {reason}.") from error
 
 
 def _json(text: str) -> Any:
-    """The value of a JSON text, or of a YAML one that begins like JSON."""
-    # JSON is nearly YAML, but not with tabs, and not with characters beyond 16 bits.
+    """The value of a JSON text, or of a YAML text that begins like JSON."""
+    # JSON is almost a subset of YAML, except for tabs and characters beyond 16 bits.
     try:
         return json.loads(text, object_pairs_hook=_unrepeated)
     except ValueError as error:
         try:
-            return parse_yaml(text)  # which knows the line
+            return parse_yaml(text)  # its errors name the line
         except yaml.YAMLError:
             if isinstance(error, json.JSONDecodeError):
                 raise
@@ -78,14 +78,14 @@ def _json(text: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text. YAMLError, ValueError or RecursionError when it is none."""
+    """The value of a YAML text. YAMLError, ValueError or RecursionError if it cannot be parsed."""
     loader = _StrictLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
         if _size(node, {}) > MOST_VALUES:
-            raise RefusedSettings(f"its aliases stand for more than {MOST_VALUES:,} values")
+            raise RefusedSettings(f"its aliases expand to more than {MOST_VALUES:,} values")
         return loader.construct_document(node)
     finally:
         loader.dispose()
@@ -96,19 +96,19 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise RefusedSettings(f"{repeated!r} is given twice; keep one")
+        raise RefusedSettings(f"{repeated!r} is set twice; keep one")
     return values
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """The safe loader, which makes no objects of a file's choice; a key stands once."""
+    """PyYAML's safe loader, which builds only plain values, and which refuses a repeated key."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._looked_at: set[int] = set()
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        # Before `<<` brings in the keys of another mapping, which a key here may replace.
+        # Runs before `<<` merges another mapping, whose keys may be overridden here.
         if id(node) in self._looked_at:
             return
         self._looked_at.add(id(node))
@@ -118,13 +118,13 @@ class _StrictLoader(yaml.SafeLoader):
                 name, line = (key.tag, key.value), key.start_mark.line + 1
                 if name in lines:
                     raise RefusedSettings(
-                        f"line {line}: {key.value!r} is given twice, in line {lines[name]} too; "
+                        f"line {line}: {key.value!r} is set twice, first in line {lines[name]}; "
                         "keep one"
                     )
                 lines[name] = line
         super().flatten_mapping(node)
-        # Each key once, as it is in the end: of two that are merged elsewhere PyYAML takes the
-        # first, which a key of this mapping has replaced.
+        # Keep only the last value of each key. PyYAML would keep the first when this mapping is
+        # merged elsewhere, and that is the one that a key of this mapping overrides.
         pairs: dict[object, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
             is_scalar = isinstance(key, yaml.ScalarNode)
@@ -133,13 +133,16 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Values in `node` with all aliases written out. RefusedSettings for one that holds itself."""
+    """Number of values in `node` with all aliases expanded.
+
+    RefusedSettings if an alias refers to a value that contains it.
+    """
     if isinstance(node, yaml.ScalarNode):
         return 1
     size = sizes.get(id(node))
     if size == 0:
         raise RefusedSettings(
-            f"line {node.start_mark.line + 1}: an alias stands for what it is part of"
+            f"line {node.start_mark.line + 1}: an alias refers to a value that contains it"
         )
     if size is None:
         sizes[id(node)] = 0  # while it is being counted

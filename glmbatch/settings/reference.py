@@ -1,6 +1,6 @@
-"""The settings as a page: each field with its kind, bounds, default and description.
+"""The settings as a Markdown page: each field with its type, bounds, default and description.
 
-It is made from the JSON schemas of the settings classes, so it says what the forms say.
+The page is generated from the JSON schemas of the settings classes, as the Prefect form is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-# What kinds of JSON are called on the page.
+# Names of JSON types on the page.
 NAMES = {
     "string": "text",
     "integer": "whole number",
@@ -19,24 +19,27 @@ NAMES = {
     "boolean": "true or false",
     "null": "empty",
 }
-# The bounds of a JSON schema.
+# Keywords of JSON Schema for bounds, and how the page shows them.
 BOUNDS = {
     "minimum": "≥ {}",
     "exclusiveMinimum": "> {}",
     "maximum": "≤ {}",
     "exclusiveMaximum": "< {}",
 }
-# A line break in a cell would end the table, and so would a bar that is not escaped.
+# An unescaped bar in a cell would end it.
 BAR = r"\|"
 
 
 def describe_settings(pages: Mapping[str, type[BaseModel]]) -> str:
-    """Markdown: for each title the tables of its class and of all classes below it, each once."""
+    """The page as Markdown: under each title, a table for its class and each class it uses.
+
+    A class that several titles use appears once, under the first.
+    """
     lines = [
         "# Settings",
         "",
-        "Made from the settings classes by `glmbatch settings`. Names are dotted as `--set` takes "
-        "them.",
+        "`glmbatch settings` generates this page from the settings classes. `--set` takes dotted "
+        "names, such as `--set data.limit=100`.",
         "",
     ]
     shown: set[str] = set()
@@ -44,7 +47,7 @@ def describe_settings(pages: Mapping[str, type[BaseModel]]) -> str:
         schema = kind.model_json_schema()
         classes = {kind.__name__: schema, **schema["$defs"]}
         lines += [f"## {title}", ""]
-        # A job and a fine-tuning share classes, such as RuntimeConfig.
+        # A job and a training share classes, such as RuntimeConfig.
         for name in _in_order(kind.__name__, classes):
             if name not in shown:
                 shown.add(name)
@@ -53,7 +56,7 @@ def describe_settings(pages: Mapping[str, type[BaseModel]]) -> str:
 
 
 def _in_order(name: str, classes: Mapping[str, Any]) -> list[str]:
-    """The class, then those that its fields hold, depth first."""
+    """The class, then the classes of its fields, depth first."""
     names = [name]
     for field in classes[name].get("properties", {}).values():
         for inner in _references(field):
@@ -82,13 +85,13 @@ def _table(name: str, classes: Mapping[str, Any]) -> list[str]:
         "",
         schema["description"],
         "",
-        "| setting | kind | default | what it is |",
+        "| setting | type | default | description |",
         "|---|---|---|---|",
     ]
     required = schema.get("required", [])
     for field_name, field in schema["properties"].items():
         default = "required" if field_name in required else _default(field)
-        # A group without a description of its own has that of its class.
+        # A group without a description of its own takes the one of its class.
         description = field.get("description") or classes[next(_references(field))]["description"]
         text = description.replace("|", BAR)
         lines.append(f"| `{field_name}` | {_kind(field)} | {default} | {text} |")
@@ -96,7 +99,7 @@ def _table(name: str, classes: Mapping[str, Any]) -> list[str]:
 
 
 def _kind(field: Mapping[str, Any]) -> str:
-    """What values a field takes, with links to classes."""
+    """The values that a field accepts, with links to classes."""
     if "$ref" in field:
         name = field["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"

@@ -1,4 +1,4 @@
-"""Every setting of a fine-tuning, for the settings file, the command line and the Prefect form."""
+"""The settings of a training, declared once for its file, the command line and the Prefect form."""
 
 from __future__ import annotations
 
@@ -11,42 +11,54 @@ from glmbatch.settings.kinds import LocalAddress
 from glmbatch.settings.model import ModelSetting
 
 SplitShare = Annotated[float, Field(gt=0, le=0.5)]
-# All weights need the smallest steps. A head alone starts from noise and bears the largest.
+# Training all weights needs the smallest steps. A head starts from random weights, so it takes the
+# largest.
 LEARNING_RATES = {"lora": 2e-4, "full": 2e-5, "head": 1e-3}
-# valid_share and test_share may be 0.5 each, but a fifth of the texts must be left to train on.
+# valid_share and test_share may each be 0.5, but a fifth of the texts must remain for training.
 LARGEST_HELD_OUT_SHARE = 0.8
 
 
 class LabelledData(Settings):
-    """Where the labelled rows come from, and how they are split."""
+    """Where labelled rows are read from and how they are split."""
 
     input: Address = Field(
-        description="A Parquet file, a folder of them, or a glob such as `in/day=*/*.parquet`; "
-        "s3://bucket/name is one in an object store."
+        description="Parquet file, folder of Parquet files, or glob such as `in/day=*/*.parquet`. "
+        "A local path or an address such as s3://bucket/name."
     )
     text_column: str = Field(
-        "text", min_length=1, description="Column that holds the text; a prompt calls it {text}."
+        "text", min_length=1, description="Column with the text; the prompt refers to it as {text}."
     )
     label_column: str = Field(
         "label",
         min_length=1,
-        description="Column that holds the label: text, whole numbers (1.0 too) or truth values.",
+        description="Column with the label: text, whole numbers (also as 1.0) or booleans.",
     )
     response_column: str | None = Field(
         None,
-        description="Column with the answers to learn to write; set, the model learns to generate "
-        "and label_column is not read. Empty: it learns to classify.",
+        description="Column with the answers that the model learns to generate; label_column is "
+        "then ignored. Empty: the model learns to classify.",
     )
     split_column: str | None = Field(
         None,
-        description="Column that says train, valid or test; empty: rows are split by a hash of "
-        "their text.",
+        description="Column that assigns each row to train, valid or test. Set it if you have a "
+        "split already. Empty: rows are split by a hash of their text.",
     )
     valid_share: SplitShare = Field(
-        0.1, description="Share of the texts that choose the best weights."
+        0.1,
+        description="Share of the texts for validation, which selects the best epoch. 0.1 suits a "
+        "few thousand rows or more.",
     )
-    test_share: SplitShare = Field(0.1, description="Share of the texts that score the result.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the split.")
+    test_share: SplitShare = Field(
+        0.1,
+        description="Share of the texts for the test, which scores the result and decides the "
+        "promotion. Raise it if you have few rows.",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="Seed of the split; keep it to compare runs on the same rows.",
+    )
 
 
 class TrainingConfig(Settings):
@@ -54,84 +66,120 @@ class TrainingConfig(Settings):
 
     method: Literal["lora", "full", "head"] = Field(
         "lora",
-        description="lora: an adapter, merged into the weights at the end; full: all weights; "
-        "head: the classification head alone.",
+        description="lora: train an adapter and merge it into the weights; the usual choice. "
+        "full: train all weights, which needs the most memory. head: train only the "
+        "classification head, which is fastest.",
     )
     epochs: int = Field(
         4, ge=1, le=1000, description="Passes over the training rows; each ends with a checkpoint."
     )
     batch_rows: int = Field(
-        32, ge=1, le=65_536, description="Rows in one forward pass of one process."
+        32,
+        ge=1,
+        le=65_536,
+        description="Rows per forward pass of one process. If memory runs out, halve it and double "
+        "gradient_accumulation.",
     )
     processes: int = Field(
         1,
         ge=1,
         le=64,
-        description="Processes that train together on this machine, each with a GPU of its own.",
+        description="Processes that train together on this machine; set it to the number of GPUs.",
     )
     gradient_accumulation: int = Field(
-        1, ge=1, le=65_536, description="Forward passes for each step of the optimizer."
+        1,
+        ge=1,
+        le=65_536,
+        description="Forward passes per optimizer step. The effective batch is batch_rows times "
+        "this times processes.",
     )
     learning_rate: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Highest rate; empty: 2e-4 for lora, 2e-5 for full, 1e-3 for head.",
+        description="Peak learning rate. Lower it if the loss rises or jumps. "
+        "Empty: 2e-4 for lora, 2e-5 for full, 1e-3 for head.",
     )
     patience: int | None = Field(
         None,
         ge=1,
-        description="Stop after this many epochs without a better one; empty: never early.",
+        description="Stop after this many epochs without improvement. Empty: train all epochs.",
     )
     gradient_checkpointing: bool = Field(
         True,
-        description="Compute activations twice instead of keeping them: far less memory, about a "
-        "third more time.",
+        description="Recompute activations in the backward pass instead of storing them: far less "
+        "memory, about a third more time. Turn it off if memory allows.",
     )
     max_input_tokens: int = Field(
-        512, ge=8, description="Longer prompts lose the end of their text."
+        512,
+        ge=8,
+        description="Maximum tokens in a prompt; a longer one loses the end of its text. Use the "
+        "same value in the job that uses the model.",
     )
     max_answer_tokens: int = Field(
-        256, ge=1, description="Longer answers lose their end; for a response_column."
+        256,
+        ge=1,
+        description="Maximum tokens in an answer of response_column; a longer one loses its end.",
     )
-    lora_rank: int = Field(16, ge=1, le=1024, description="Rank of the adapter's matrices.")
-    lora_alpha: int = Field(32, ge=1, description="Scale of the adapter, divided by its rank.")
+    lora_rank: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="Rank of the adapter's matrices. A higher rank can learn more, and takes more "
+        "memory.",
+    )
+    lora_alpha: int = Field(
+        32, ge=1, description="Scale of the adapter, divided by its rank. Twice the rank is usual."
+    )
     lora_dropout: Share = Field(
-        0.05, description="Share of an adapter's inputs dropped while training."
+        0.05,
+        description="Share of the adapter's inputs dropped in training. Raise it if the model "
+        "overfits.",
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of new weights, row order and dropout.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed for new weights, the order of rows and dropout."
+    )
 
 
 class TuneConfig(Settings):
-    """One fine-tuning: from labelled rows to a checkpoint for `annotate` that is proved better."""
+    """One training: from labelled rows to a checkpoint, promoted if it scores higher."""
 
     data: LabelledData = Field(
-        description="Where the labelled rows come from, and how they are split."
+        description="Where labelled rows are read from and how they are split."
     )
     output: LocalAddress = Field(
-        description="Folder on this machine for the runs; OUTPUT/current is the promoted one.",
+        description="Local folder for the runs; OUTPUT/current is the promoted one.",
     )
-    model: ModelSetting = Field(description="The checkpoint to start from.")
+    model: ModelSetting = Field(description="Checkpoint to start from; its path alone is enough.")
     prompt_template: str = Field(
-        "{text}", min_length=1, description="Prompt of a row; {text} is replaced by its text."
+        "{text}",
+        min_length=1,
+        description="Prompt of a row: {text} inserts its text. Use the same template in the job "
+        "that uses the model.",
     )
-    system_prompt: str | None = Field(None, description="Instruction before the text; empty: none.")
+    system_prompt: str | None = Field(
+        None, description="Instruction placed before the prompt. Empty: none."
+    )
     training: TrainingConfig = Field(
         default_factory=TrainingConfig, description="How the weights are trained."
     )
     metric: Literal["accuracy", "macro_f1", "exact_match", "rouge_l"] | None = Field(
         None,
-        description="Score that decides the promotion, and which epoch's weights a classifier "
-        "keeps (a generator keeps those of the lowest loss). Empty: accuracy, or rouge_l with a "
-        "response_column.",
+        description="Score that decides the promotion and, for a classifier, which epoch is kept; "
+        "a generator keeps the epoch with the lowest loss. Choose macro_f1 if labels are "
+        "unbalanced. Empty: accuracy, or rouge_l with a response_column.",
     )
-    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="Speed only.")
+    runtime: RuntimeConfig = Field(
+        default_factory=RuntimeConfig,
+        description="Performance settings, such as the device.",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> TuneConfig:
         if placeholders(self.prompt_template) != ["text"]:
             raise ValueError(
-                f"prompt_template takes {{text}} and nothing else; it is {self.prompt_template!r}"
+                f"prompt_template must use {{text}} and no other column; it is "
+                f"{self.prompt_template!r}"
             )
         if self.metric is not None and self.writes != (self.metric in ("exact_match", "rouge_l")):
             task = "generates" if self.writes else "classifies"
@@ -142,23 +190,27 @@ class TuneConfig(Settings):
             )
         if self.model.dtype != "auto" or self.model.quantization != "none":
             raise ValueError(
-                "model.dtype and model.quantization are for inference; training chooses its own"
+                "model.dtype and model.quantization are for inference; remove them: training "
+                "chooses its own"
             )
         if self.data.valid_share + self.data.test_share > LARGEST_HELD_OUT_SHARE:
-            raise ValueError("valid_share and test_share leave too few rows to train on")
+            raise ValueError(
+                "valid_share and test_share leave too few rows to train on; lower their sum to "
+                f"{LARGEST_HELD_OUT_SHARE:g}"
+            )
         return self
 
     @property
     def writes(self) -> bool:
-        """Whether the model learns to generate answers rather than to classify."""
+        """Whether the model learns to generate answers; otherwise it learns to classify."""
         return self.data.response_column is not None
 
     @property
     def promoted_by(self) -> str:
-        """The score that decides the promotion: a field of `Scores` or of `TextScores`."""
+        """Name of the score that decides the promotion: a field of `Scores` or `TextScores`."""
         return self.metric or ("rouge_l" if self.writes else "accuracy")
 
     @property
     def learning_rate(self) -> float:
-        """The highest learning rate: the setting, or the default of the method."""
+        """The peak learning rate: the setting, or the method's default."""
         return self.training.learning_rate or LEARNING_RATES[self.training.method]

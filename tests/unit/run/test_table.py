@@ -133,7 +133,7 @@ def test_a_table_without_rows_gets_the_columns(empty: Any) -> None:
         (
             pa.table({"text": ["x"]}),
             {"step": []},
-            r"the job: step: is no setting; did you mean steps\?",
+            r"the job: step: is not a setting; did you mean steps\?",
         ),
         (
             pa.table({"text": ["x", None]}),

@@ -1,4 +1,4 @@
-"""No setting takes an address with a secret in it, and no message shows one."""
+"""Settings refuse addresses with a secret, and no message shows it."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ SETTINGS += ["canary.file", "runtime.cache", "runtime.cluster_address", "steps.0
 
 
 @pytest.mark.parametrize("address", SECRETS)
-def test_no_setting_takes_a_secret_or_shows_it(address: str) -> None:
+def test_no_setting_accepts_or_shows_a_secret(address: str) -> None:
     for setting in SETTINGS:
-        for value in (address, [address], {"x": address}):  # of a wrong type, too
+        for value in (address, [address], {"x": address}):  # also of a wrong type
             with pytest.raises(InputError) as refused:
                 parse_settings("job.yaml", JOB, JobConfig, {setting: value})
             assert "HEIM" not in str(refused.value)
@@ -58,7 +58,7 @@ def test_no_setting_takes_a_secret_or_shows_it(address: str) -> None:
         with pytest.raises(InputError) as refused:
             parse_settings("tune.yaml", TUNE, TuneConfig, {setting: address})
         assert "HEIM" not in str(refused.value)
-    with pytest.raises(ValidationError, match="holds no credentials") as invalid:
+    with pytest.raises(ValidationError, match="must not contain credentials") as invalid:
         JobConfig.model_validate({**JOB, "model": address})
     assert "HEIM" not in str(invalid.value)
     with pytest.raises(InputError, match="holds credentials") as refused:
@@ -81,7 +81,7 @@ def test_no_setting_takes_a_secret_or_shows_it(address: str) -> None:
         "THUDM/chatglm2-6b",
     ],
 )
-def test_other_names_are_no_secrets(address: str) -> None:
+def test_other_names_are_not_secrets(address: str) -> None:
     assert not has_credentials(address)
     assert misspelt(address) is None
 
@@ -89,16 +89,16 @@ def test_other_names_are_no_secrets(address: str) -> None:
 @pytest.mark.parametrize(
     ("address", "advice"),
     [
-        ("file:///data/in", "write its path alone"),
-        ("file:/data/in", "write its path alone"),
-        ("FILE://data/in", "write its path alone"),
+        ("file:///data/in", "write its path without file:"),
+        ("file:/data/in", "write its path without file:"),
+        ("FILE://data/in", "write its path without file:"),
         ("s3:/bucket/in", "write s3://bucket/name"),
         ("S3://bucket/in", "write s3://bucket/name"),
         ("s3a://bucket/in", "write s3://bucket/name"),
         ("gcs://bucket/in", "write gs://bucket/name"),
         ("abfss://c@a.dfs.core.windows.net/in", "write az://container/name"),
-        ("hdfs://host/in", r"write s3://bucket/name \(or gs://, az://\), or a path"),
-        ("https://host/in", "or a path of this machine"),
+        ("hdfs://host/in", r"write s3://bucket/name \(or gs://, az://\), or a local path"),
+        ("https://host/in", "or a local path"),
     ],
 )
 @pytest.mark.parametrize("setting", ["data.input", "data.output", "model.path"])
@@ -110,7 +110,7 @@ def test_other_addresses_say_what_to_write(address: str, advice: str, setting: s
 
 
 @pytest.mark.parametrize("settings", [{"runtime": {"cache": "s3://b/x"}}, {}], ids=["cache", "out"])
-def test_what_must_be_here_is_told(settings: dict[str, Any]) -> None:
+def test_a_local_setting_refuses_an_object_store(settings: dict[str, Any]) -> None:
     kind, base = (JobConfig, JOB) if settings else (TuneConfig, {**TUNE, "output": "s3://b/x"})
-    with pytest.raises(InputError, match="written on this machine; name a folder of it"):
+    with pytest.raises(InputError, match="is in an object store; set a local folder"):
         parse_settings("job", {**base, **settings}, kind)

@@ -1,4 +1,4 @@
-"""The names of answer columns, and that no other module spells them."""
+"""The names of the answer columns; no other module spells them out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support import ROOT
 ENDS = "error|error_type|key|score|scores|margin|finish_reason|prompt_tokens|completion_tokens"
 
 
-def test_the_columns_of_a_step_in_the_order_of_the_output() -> None:
+def test_the_columns_of_a_step_are_in_output_order() -> None:
     assert answer_columns(ClassifyStep(name="mood")) == [
         "mood",
         "mood_score",
@@ -32,13 +32,13 @@ def test_the_columns_of_a_step_in_the_order_of_the_output() -> None:
     ]
 
 
-def test_each_column_is_named_by_its_step() -> None:
+def test_each_column_name_begins_with_its_step() -> None:
     columns = Columns("mood")
     for name in ENDS.split("|"):
         assert getattr(columns, name) == f"mood_{name}"
 
 
-def test_no_other_module_spells_the_names() -> None:
+def test_no_other_module_spells_out_the_names() -> None:
     spelled = re.compile(rf"""[}}"]_({ENDS})["']""")
     for path in sorted((ROOT / "glmbatch").rglob("*.py")):
         if path.name != "columns.py":

@@ -1,4 +1,4 @@
-"""Settings refuse what cannot be meant and say what to change, from a file as from flags."""
+"""Settings from files and flags refuse mistakes and say what to change."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_yaml_json_flags_and_python_give_the_same_job(
     assert JobConfig.model_validate_json(expected.model_dump_json()) == expected
 
 
-def test_a_path_alone_stands_for_a_model(job_settings: Settings) -> None:
+def test_a_path_alone_is_a_model(job_settings: Settings) -> None:
     assert JobConfig.model_validate(job_settings(model="some/model")).model.path == "some/model"
 
 
-def test_a_file_alone_stands_for_a_canary(job_file: Any, job_settings: Settings) -> None:
+def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None:
     job = JobConfig.model_validate(job_settings(canary="c.parquet"))
     assert job.canary == CanaryConfig(file="c.parquet", max_change=0)
     changed = load_job(job_file(canary="c.parquet"), {"canary.max_change": 0.5})
@@ -59,9 +59,9 @@ def test_a_file_alone_stands_for_a_canary(job_file: Any, job_settings: Settings)
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ({"data__inputs": "x"}, "data.inputs: is no setting"),
+        ({"data__inputs": "x"}, "data.inputs: is not a setting; did you mean input?"),
         ({"data__limit": 0}, "data.limit: input should be greater than or equal to 1; it is 0"),
-        ({"model": {}}, "model.path: is required and not set"),
+        ({"model": {}}, "model.path: is required but not set"),
         (
             {"on_error": "ignore"},
             "on_error: input should be 'raise', 'quarantine' or 'null'; it is 'ignore'",
@@ -78,7 +78,7 @@ def test_a_file_alone_stands_for_a_canary(job_file: Any, job_settings: Settings)
         ),
         (
             {"steps": [{"kind": "classify", "name": "a", "labels": ["x"]}]},
-            "a choice needs at least two labels",
+            "a step needs at least two labels",
         ),
         ({"steps": [{"kind": "generate", "name": "a", "max_length": 9}]}, "set max_tokens"),
         (
@@ -94,7 +94,7 @@ def test_a_file_alone_stands_for_a_canary(job_file: Any, job_settings: Settings)
         ({"runtime__device": "tpu"}, "runtime.device: string should match"),
     ],
 )
-def test_each_wrong_setting_is_one_line_that_names_it(
+def test_a_wrong_setting_is_named_in_one_line(
     job_file: Any, overrides: dict[str, Any], line: str
 ) -> None:
     with pytest.raises(InputError) as caught:
@@ -123,7 +123,7 @@ def test_each_wrong_setting_is_one_line_that_names_it(
         ({"runtime__max_loaded_models": 1}, "runtime: max_loaded_models was removed: the run"),
     ],
 )
-def test_a_moved_setting_says_where_it_is_now(
+def test_a_moved_setting_is_named_by_its_new_place(
     job_file: Any, overrides: dict[str, Any], line: str
 ) -> None:
     with pytest.raises(InputError) as caught:
@@ -132,7 +132,7 @@ def test_a_moved_setting_says_where_it_is_now(
     assert "\n" not in str(caught.value)
 
 
-def test_every_moved_setting_is_where_it_is_said_to_be() -> None:
+def test_every_new_place_of_a_moved_setting_exists() -> None:
     places = {place.split()[-1] for place in MOVED.values() if place.startswith("moved to ")}
     fields = set()
     for kind in (JobConfig, ClassifyStep, GenerateStep):
@@ -142,7 +142,7 @@ def test_every_moved_setting_is_where_it_is_said_to_be() -> None:
     assert places <= fields
 
 
-def test_all_wrong_settings_are_told_at_once(job_file: Any) -> None:
+def test_all_wrong_settings_are_reported_together(job_file: Any) -> None:
     with pytest.raises(InputError) as caught:
         load_job(job_file(data__limit=0, max_error_rate=2))
     assert len(str(caught.value).splitlines()) == 2
@@ -152,14 +152,12 @@ def test_all_wrong_settings_are_told_at_once(job_file: Any) -> None:
     ("text", "message"),
     [
         (None, "cannot be read"),
-        ("- a", "holds no settings"),
+        ("- a", "expected settings, but the file contains a list"),
         ("a: [", "neither YAML nor JSON"),
-        ("", "holds no settings"),
+        ("", "expected settings, but the file contains nothing"),
     ],
 )
-def test_a_job_file_that_is_none_is_one_line(
-    tmp_path: Path, text: str | None, message: str
-) -> None:
+def test_an_invalid_job_file_is_one_line(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "job.yaml"
     if text is None:
         path.mkdir()
@@ -171,12 +169,12 @@ def test_a_job_file_that_is_none_is_one_line(
 
 
 @pytest.mark.parametrize("name", ["steps.9.max_tokens", "steps.first.max_tokens", "model.path.x"])
-def test_a_flag_for_a_place_that_is_not_there_is_refused(job_file: Any, name: str) -> None:
+def test_a_flag_for_a_missing_place_is_refused(job_file: Any, name: str) -> None:
     with pytest.raises(InputError, match=name.replace(".", r"\.")):
         load_job(job_file(), {name: "1"})
 
 
-def test_a_flag_reaches_into_steps(job_file: Any) -> None:
+def test_a_flag_can_set_a_setting_of_a_step(job_file: Any) -> None:
     job = load_job(job_file(), {"steps.1.max_tokens": 3})
     assert job.steps[1].model_dump()["max_tokens"] == 3
 
@@ -190,12 +188,12 @@ def test_settings_cannot_be_changed(job_settings: Settings) -> None:
 @pytest.mark.parametrize(
     "template", ["{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{0}", "{a", "a}"]
 )
-def test_a_template_takes_plain_columns_alone(template: str) -> None:
+def test_a_template_uses_only_plain_column_names(template: str) -> None:
     with pytest.raises(ValueError, match=r"placeholder|expected|Single"):
         placeholders(template)
 
 
-def test_placeholders_are_named_once_in_order() -> None:
+def test_placeholders_are_listed_once_in_order() -> None:
     assert placeholders("{b} {a} {{x}} {b} {列}") == ["b", "a", "列"]
 
 

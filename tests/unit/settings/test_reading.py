@@ -1,4 +1,4 @@
-"""A file of settings is read strictly; what is wrong with it is one short line."""
+"""A file of settings is read strictly; each error is one short line."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def load(tmp_path: Path, content: str | bytes, name: str = "job.yaml") -> object
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("x: " + "[" * 3000 + "]" * 3000, "is nested too deep"),
-        ("- " * 3000, "is nested too deep"),
-        ('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}", "is nested too deep"),
-        ("model: a\nmodel: b\n", "line 2: 'model' is given twice, in line 1 too; keep one"),
-        ("data:\n  input: a\n  input: b\n", "line 3: 'input' is given twice, in line 2"),
-        ("steps: [{name: a, name: b}]", "line 1: 'name' is given twice"),
-        ('{"model": "a",\n "model": "b"}', "line 2: 'model' is given twice, in line 1"),
-        ('{\n\t"model": "a",\n\t"model": "b"}', "'model' is given twice"),
-        (LAUGHS, "its aliases stand for more than 100,000 values"),
-        ("a: &a [*a]\n", "line 1: an alias stands for what it is part of"),
-        ("a: &a {b: *a}\n", "line 1: an alias stands for what it is part of"),
+        ("x: " + "[" * 3000 + "]" * 3000, "is nested too deeply"),
+        ("- " * 3000, "is nested too deeply"),
+        ('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}", "is nested too deeply"),
+        ("model: a\nmodel: b\n", "line 2: 'model' is set twice, first in line 1; keep one"),
+        ("data:\n  input: a\n  input: b\n", "line 3: 'input' is set twice, first in line 2"),
+        ("steps: [{name: a, name: b}]", "line 1: 'name' is set twice"),
+        ('{"model": "a",\n "model": "b"}', "line 2: 'model' is set twice, first in line 1"),
+        ('{\n\t"model": "a",\n\t"model": "b"}', "'model' is set twice"),
+        (LAUGHS, "its aliases expand to more than 100,000 values"),
+        ("a: &a [*a]\n", "line 1: an alias refers to a value that contains it"),
+        ("a: &a {b: *a}\n", "line 1: an alias refers to a value that contains it"),
         (b"\xff\xfea\x00", "cannot be read: it is not UTF-8"),
         ("model: caf\u00e9".encode("latin-1"), "cannot be read: it is not UTF-8"),
         ("\tmodel: a", "neither YAML nor JSON: .*t' that cannot start any token"),
         ("model: a\n---\nmodel: b\n", "neither YAML nor JSON: expected a single document"),
-        ("", "holds no settings: it holds nothing"),
-        ("# nothing\n", "holds no settings: it holds nothing"),
-        ("- a\n", "holds no settings: it holds a list"),
-        ("model", "holds no settings: it holds a single value"),
+        ("", "expected settings, but the file contains nothing"),
+        ("# nothing\n", "expected settings, but the file contains nothing"),
+        ("- a\n", "expected settings, but the file contains a list"),
+        ("model", "expected settings, but the file contains a single value"),
         ("a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
         ("a: !!python/name:os.system", "could not determine a constructor"),
         ("a: 2024-13-45", "neither YAML nor JSON: month must be in"),
@@ -55,20 +55,20 @@ def load(tmp_path: Path, content: str | bytes, name: str = "job.yaml") -> object
         ("a: " + "9" * 5000, "neither YAML nor JSON: Exceeds the limit"),
         ("? [a]\n: b", "unhashable key"),
         ("a: \x00", "special characters are not allowed"),
-        ("a: " + "x" * 2_000_000, "holds more than 1 MB"),
+        ("a: " + "x" * 2_000_000, "is larger than 1 MB"),
     ],
     ids=lambda part: str(part)[:40],
 )
-def test_a_file_that_is_no_job_is_one_line(
+def test_a_file_that_is_not_a_job_is_one_line(
     tmp_path: Path, content: str | bytes, message: str
 ) -> None:
     with pytest.raises(InputError, match=rf"job\.yaml: .*{message}") as caught:
         load(tmp_path, content)
-    told = str(caught.value)
-    assert "\n" not in told and len(told) < 400 + len(str(tmp_path))
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400 + len(str(tmp_path))
 
 
-def test_merged_and_repeated_groups_are_no_repeated_keys(tmp_path: Path) -> None:
+def test_merged_groups_are_not_repeated_keys(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}\nd: *b\n")
     assert read_settings(path)["c"] == {"x": 3, "y": 4}
@@ -104,8 +104,8 @@ def load_job_of(path: Path, text: str) -> object:
         (".inf", "inf"),
     ],
 )
-def test_a_word_that_yaml_takes_for_no_text_is_told(tmp_path: Path, label: str, read: str) -> None:
-    match = rf"labels\[1\]: is to be text and is {read}.*as YAML reads it. Write it in quotes$"
+def test_a_word_that_yaml_does_not_read_as_text(tmp_path: Path, label: str, read: str) -> None:
+    match = rf"labels\[1\]: must be text, but YAML reads it as {read}.*\. Write it in quotes$"
     with pytest.raises(InputError, match=match):
         load(tmp_path, JOB.replace("LABELS", f"good, {label}"))
     load(tmp_path, JOB.replace("LABELS", f"good, '{label}'"))

@@ -1,4 +1,4 @@
-"""The page of settings says what the settings classes say."""
+"""SETTINGS.md agrees with the settings classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from glmbatch.settings.job import JobConfig
 from tests.support import ROOT
 
 
-def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_matches_the_command_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["settings"]) == 0
     printed = capsys.readouterr().out
     assert (ROOT / "SETTINGS.md").read_text() == printed, "run: glmbatch settings > SETTINGS.md"

@@ -1,4 +1,4 @@
-"""Settings of a fine-tuning that do not fit together, or that no longer exist, are refused."""
+"""Training settings that contradict each other or no longer exist are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support import Tune
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"prompt_template": "{other}"}, "takes {text}"),
+        ({"prompt_template": "{other}"}, "must use {text}"),
         ({"metric": "rouge_l"}, "cannot score a model that classifies"),
         (
             {"data__response_column": "label", "metric": "accuracy"},
@@ -24,10 +24,10 @@ from tests.support import Tune
         ({"data__response_column": "label", "training__method": "head"}, "has no head"),
         ({"data__valid_share": 0.5, "data__test_share": 0.5}, "too few rows"),
         ({"model__dtype": "float16"}, "are for inference"),
-        ({"output": "s3://bucket/tuned"}, "written on this machine"),
+        ({"output": "s3://bucket/tuned"}, "set a local folder"),
     ],
 )
-def test_settings_that_cannot_be_trained_are_refused(
+def test_contradictory_training_settings_are_refused(
     tune: Tune, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -62,4 +62,4 @@ def test_a_removed_setting_is_refused_in_one_line(
     assert main(["train", str(file)]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert f"{setting}: is no setting" in message
+    assert f"{setting}: is not a setting" in message
