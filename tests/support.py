@@ -1,4 +1,4 @@
-"""What test modules name: checkpoints and steps, types of the shared fixtures, small readers."""
+"""Names that test modules share: checkpoints, steps, types of fixtures, and small readers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ GENERATE = {
 
 
 def overridden(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings`, changed in place: `data__limit` names the key `limit` of the group `data`."""
+    """Change `settings` in place: `data__limit` sets the key `limit` of the group `data`."""
     for name, value in overrides.items():
         *groups, last = name.split("__")
         group = settings
@@ -53,39 +53,39 @@ def overridden(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[s
 
 def run(settings: dict[str, Any]) -> Summary:
     """Run the job of these settings in this process."""
-    # conftest.py imports this module first, then sets the threads that torch reads at import.
+    # Import late: conftest.py imports this module before it sets torch's number of threads.
     from glmbatch.run.job import run_job
 
     return run_job(JobConfig.model_validate(settings))
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
-    """The rows that a reader of the output folder finds."""
+    """All rows that a reader of the output folder finds."""
     rows: list[dict[str, Any]] = ds.dataset(output, partitioning=None).to_table().to_pylist()
     return rows
 
 
 def committed(output: Path) -> set[str]:
-    """Names of the answers that lie whole in the output; each holds the digest of its bytes.
+    """Names of the undamaged answer files in the output. Each name contains the file's digest.
 
-    A run that finds them all again has repeated no inference that was committed.
+    If a later run keeps them all, it has repeated no committed inference.
     """
     return {path.name for path in output.glob("_glmbatch/answers/[!.]*.parquet")}
 
 
 def column_of(output: Path, name: str) -> list[Any]:
-    """The values of one column that a reader of the output folder finds."""
+    """The values of one column of the output."""
     return [row[name] for row in rows_of(output)]
 
 
 def read_quarantine(output: Path, step: str | None = None) -> list[dict[str, Any]]:
-    """The lines of the quarantine list; those of one step, if it is named."""
+    """The rows of the quarantine list, or only those of `step`."""
     lines: list[dict[str, Any]] = pq.read_table(output / QUARANTINE).to_pylist()
     return [line for line in lines if step in (None, line["step"])]
 
 
 def assert_manifest_lists_what_is_there(output: Path) -> None:
-    """Every visible file of the output is in its manifest with its digest, and no other is."""
+    """Assert that the manifest lists exactly the visible files, with their digests."""
     manifest = Ledger(output).manifest()
     assert manifest is not None
     listed = {file.output_name: file.digest for file in manifest.files}
@@ -98,7 +98,7 @@ def assert_manifest_lists_what_is_there(output: Path) -> None:
 
 
 def copy_earlier(folder: Path) -> Path:
-    """Copy the earlier input and outputs below `folder`; their manifests name the new place."""
+    """Copy the earlier input and outputs to `folder`, and put the new path into the manifests."""
     copy = folder / "earlier"
     shutil.copytree(EARLIER, copy)
     for manifest in copy.glob("*/_manifest.json"):

@@ -152,7 +152,7 @@ def attempt(call: Callable[[], object]) -> Exception | None:
         call()
     except GlmbatchError as error:
         assert "\n" not in str(error)
-        assert len(str(error)) < 600, "the message names the path and omits the content"
+        assert len(str(error)) < 600, "the message quotes the content"
         return error
     return None
 

@@ -99,4 +99,4 @@ def test_a_read_only_output_costs_only_the_current_run(
     run_job(job(output))
     assert rows(output) == rows(tmp_path / "clean")
     assert verify(output).findings == ()
-    assert before <= committed(output), "no committed inference was repeated"
+    assert before <= committed(output), "committed inference was repeated"

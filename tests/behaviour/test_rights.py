@@ -96,7 +96,7 @@ def test_answers_become_private_with_their_source(
     assert mode_of(out / "a-0000000000.parquet") == 0o600
     source.chmod(0o644)
     run(job_settings(steps=[CLASSIFY]))
-    assert mode_of(out / "a-0000000000.parquet") == 0o600, "permissions are never widened"
+    assert mode_of(out / "a-0000000000.parquet") == 0o600, "permissions were widened"
 
 
 def test_a_setgid_folder_shares_with_the_sources_group(

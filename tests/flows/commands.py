@@ -1,4 +1,4 @@
-"""Runs of the command line under the test's Prefect server, and what the server knows of them."""
+"""Run the command line under the test's Prefect server, and query the server about the runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProce
 
 @contextmanager
 def signed_in(environment: dict[str, str]) -> Iterator[httpx.Client]:
-    """A client of the server's API with its password and a token against forged requests."""
+    """A client of the server's API, with the password and a CSRF token."""
     user, _, password = environment["PREFECT_API_AUTH_STRING"].partition(":")
     address = environment["PREFECT_API_URL"]
     with httpx.Client(base_url=address, auth=(user, password), timeout=120) as client:
@@ -52,15 +52,15 @@ def last_flow_run(environment: dict[str, str]) -> dict[str, Any]:
 
 
 def task_runs(environment: dict[str, str], expected: int) -> dict[str, dict[str, Any]]:
-    """Task runs of the last flow run by name, once there are as many as expected.
+    """Task runs of the last flow run by name, as soon as the expected number is recorded.
 
-    Their rows reach the database some time after the flow has ended.
+    They may reach the database some time after the flow has ended.
     """
     body = {"flow_runs": {"id": {"any_": [last_flow_run(environment)["id"]]}}, "limit": 100}
     until = time.monotonic() + 90
     while True:
         rows = {row["name"]: row for row in query(environment, "task_runs", body)}
-        # What waits for a task that failed stays pending for good.
+        # A task that waits for a failed task stays pending for ever.
         running = [name for name, row in rows.items() if row["state_type"] == "RUNNING"]
         if (len(rows) >= expected and not running) or time.monotonic() > until:
             return rows
@@ -68,13 +68,13 @@ def task_runs(environment: dict[str, str], expected: int) -> dict[str, dict[str,
 
 
 def artifacts(environment: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """What stands on the page of the last flow run, by key."""
+    """Artifacts on the page of the last flow run, by key."""
     flow_run = {"flow_run_id": {"any_": [last_flow_run(environment)["id"]]}}
     return {row["key"]: row for row in query(environment, "artifacts", {"artifacts": flow_run})}
 
 
 def log_lines(environment: dict[str, str]) -> list[str]:
-    """What the log on the page of the last flow run says, the first line first."""
+    """Log messages of the last flow run, in order."""
     flow_run = {"flow_run_id": {"any_": [last_flow_run(environment)["id"]]}}
     lines = query(environment, "logs", {"logs": flow_run, "sort": "TIMESTAMP_ASC"})
     return [line["message"] for line in lines]
@@ -89,5 +89,5 @@ def start(environment: dict[str, str], job: str) -> subprocess.Popen[bytes]:
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    """The rows of the output in the order of their texts."""
+    """The rows of the output, sorted by text."""
     return sorted(rows_of(out), key=lambda row: str(row["text"]))

@@ -1,4 +1,4 @@
-"""The flow through a real Prefect server: its states, retries, cached results and failures."""
+"""The flow on a real Prefect server: states, retries, cached results and failures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support import CAUSAL, ROOT, Settings, Write, committed
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
-# The flow with an engine whose first use fails, as a lost device would.
+# The flow with an engine that fails to load the first time, as if the device were lost.
 FLAKY = """
 import sys
 from glmbatch.run import session
@@ -55,7 +55,7 @@ def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> str
     return str(path)
 
 
-def test_a_run_shows_its_tasks_and_a_second_one_is_cached(
+def test_a_second_run_takes_its_tasks_from_the_cache(
     prefect_server: dict[str, str], job_file: str, tmp_path: Path, out: Path
 ) -> None:
     first = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
@@ -72,7 +72,7 @@ def test_a_run_shows_its_tasks_and_a_second_one_is_cached(
     assert f"assign {tmp_path / 'in'}" in tasks
     assert f"publish {out}" in tasks
     assert_page_shows_the_run(prefect_server, out, first.stdout)
-    assert_log_tells_the_run(prefect_server, out)
+    assert_log_shows_the_run(prefect_server, out)
     answers = ds.dataset(out, partitioning=None).to_table()
 
     second = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
@@ -85,19 +85,19 @@ def test_a_run_shows_its_tasks_and_a_second_one_is_cached(
     for path in out.glob("_glmbatch/answers/*"):
         path.unlink()
     third = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
-    assert "no inference was executed" in third.stdout, "the published rows hold the answers too"
+    assert "no inference was executed" in third.stdout, "published rows were not reused"
     tasks = task_runs(prefect_server, 14)
-    assert states(tasks, "classify") == {"Completed"}, "the cached results' files are missing"
+    assert states(tasks, "classify") == {"Completed"}, "cached results without files were used"
     assert ds.dataset(out, partitioning=None).to_table().equals(answers)
 
 
 def states(tasks: dict[str, dict[str, Any]], *kinds: str) -> set[str]:
-    """The states of the tasks of these kinds."""
+    """The states of all tasks of these kinds."""
     return {row["state_name"] for name, row in tasks.items() if name.startswith(kinds)}
 
 
-def assert_log_tells_the_run(environment: dict[str, str], out: Path) -> None:
-    """The log of the last flow run says what was read, loaded, answered, failed and published."""
+def assert_log_shows_the_run(environment: dict[str, str], out: Path) -> None:
+    """The log of the last flow run reports input, loading, answers, failures and publication."""
     log = "\n".join(log_lines(environment))
     assert "/in: 15 rows of 2 files in 3 fragments; files left out: 0" in log
     assert re.search(rf"{CAUSAL.name}: loaded in \d+\.\d s", log), log
@@ -108,7 +108,7 @@ def assert_log_tells_the_run(environment: dict[str, str], out: Path) -> None:
 
 
 def assert_page_shows_the_run(environment: dict[str, str], out: Path, printed: str) -> None:
-    """The page of the last flow run has progress, errors, facts and the address of the report."""
+    """The page of the last flow run has its progress, errors, facts and the report's address."""
     shown = artifacts(environment)
     (page,) = out.glob("_glmbatch/reports/*.html")
     assert f"Read about the run: {page}" in printed
@@ -141,12 +141,12 @@ def test_a_transient_fault_is_retried_and_costs_nothing(
     assert sorted(counts) == [1, 1, 2]
 
 
-def test_bad_input_fails_at_once_without_retry_or_traceback(
+def test_bad_input_fails_without_retry_or_traceback(
     prefect_server: dict[str, str], job_file: str, tmp_path: Path
 ) -> None:
     done = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file, "--on-error", "raise")
     assert done.returncode == 2
-    # Prefect may say more.
+    # Prefect may print other lines.
     lines = [line for line in done.stderr.splitlines() if line.startswith("glmbatch: ")]
     (line,) = lines
     assert "in/day=1/a.parquet: row 12, step 'mood': text is null." in line
@@ -158,9 +158,7 @@ def test_bad_input_fails_at_once_without_retry_or_traceback(
     assert {row["run_count"] for row in failed} == {1}
 
 
-def test_too_many_bad_rows_fail_the_run_with_exit_code_1(
-    prefect_server: dict[str, str], job_file: str
-) -> None:
+def test_too_many_bad_rows_exit_with_code_1(prefect_server: dict[str, str], job_file: str) -> None:
     done = run(
         prefect_server, "-m", "glmbatch.cli.main", "run", job_file, "--set", "max_error_rate=0.01"
     )
@@ -175,7 +173,7 @@ def test_too_many_bad_rows_fail_the_run_with_exit_code_1(
 
 
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_ends_in_order_and_the_next_goes_on(
+def test_an_interrupted_run_exits_cleanly_and_resumes(
     write_source: Write,
     job_settings: Settings,
     tmp_path: Path,
@@ -210,11 +208,11 @@ def test_an_interrupted_run_ends_in_order_and_the_next_goes_on(
     assert "Traceback" not in printed
     answered = len(committed(out))
     assert 3 <= answered < 40
-    settings["runtime"]["max_slots"] = 16  # changes the speed alone
+    settings["runtime"]["max_slots"] = 16  # changes only the speed
     assert run_job(JobConfig.model_validate(settings)).computed == 400 - 10 * answered
 
 
-def test_another_flow_runs_the_job_as_a_part_of_it(
+def test_another_flow_runs_the_job_as_a_subflow(
     prefect_server: dict[str, str], tmp_path: Path
 ) -> None:
     done = run(prefect_server, "sample_data/examples/in_a_flow.py", str(tmp_path / "out"))

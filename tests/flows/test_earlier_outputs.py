@@ -1,4 +1,4 @@
-"""The flow over an output of an earlier version, whose stored results name classes that moved."""
+"""The flow over an output of an earlier version, with stored results of classes since moved."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from tests.support import CAUSAL, EARLIER, copy_earlier
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
 
-def test_the_flow_takes_an_earlier_output_as_it_is(
-    prefect_server: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_flow_reuses_an_earlier_output(prefect_server: dict[str, str], tmp_path: Path) -> None:
     earlier = copy_earlier(tmp_path)
     settings = yaml.safe_load((EARLIER / "job.yaml").read_text())
     settings["data"] |= {"input": str(earlier / "in"), "output": str(earlier / "parquet")}

@@ -1,4 +1,4 @@
-"""The fine-tuning flow through a real Prefect server: its states, its artifact, and bad input."""
+"""The fine-tuning flow on a real Prefect server: states, artifact and bad input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.tuning.rows import labelled
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
 
-def test_a_flow_trains_scores_and_promotes_and_shows_its_card(
+def test_the_flow_trains_scores_and_promotes(
     prefect_server: dict[str, str],
     tune: Tune,
     tmp_path: Path,
@@ -34,10 +34,10 @@ def test_a_flow_trains_scores_and_promotes_and_shows_its_card(
     cards = query(prefect_server, "artifacts", {"artifacts": {"key": {"any_": ["finetune"]}}})
     assert any(report["run"] in card["data"] for card in cards)
     again = run(prefect_server, "-m", "glmbatch.cli.main", "train", str(file), "--json")
-    assert json.loads(again.stdout) == report, "a run that is done is found, not made again"
+    assert json.loads(again.stdout) == report, "a finished run is found, not repeated"
 
 
-def test_rows_unfit_for_training_are_one_line_and_no_flow(
+def test_untrainable_rows_give_one_line_and_no_flow(
     prefect_server: dict[str, str],
     tune: Tune,
     tmp_path: Path,

@@ -1,10 +1,10 @@
-"""Killed at random moments and run again, the output is that of an undisturbed run.
+"""A job killed at random moments and run again publishes the output of an undisturbed run.
 
-Nothing that was committed is done twice.
+No committed work is repeated.
 
-Whole processes, as a user starts them, against a real server: kill -9 of the run (worker and flow
-are one process), or of the server under it. KILLS sets how many (50 for an acceptance), KILLS_SEED
-which.
+The tests start whole processes against a real server, as a user does. They `kill -9` either the
+run, whose worker and flow are one process, or its server. KILLS sets the number of kills (50 for
+acceptance), and KILLS_SEED their moments.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SEED = int(os.environ.get("KILLS_SEED", "1"))
 
 @pytest.fixture
 def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> Callable[[str], str]:
-    """The job file of a run that writes to the given folder."""
+    """Make the job file of a run that writes to the given folder."""
     for day in range(3):
         write_source(
             f"day={day}/a.parquet", {"text": [f"day {day} row {row}" for row in range(30)] + [None]}
@@ -49,7 +49,7 @@ def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> Cal
 
 
 def beginning(process: subprocess.Popen[bytes], out: Path) -> float:
-    """The time when the run locks its output; from then on something is always being written."""
+    """The time at which the run locks its output. From then on it writes all the time."""
     while not (out / "_glmbatch" / "lock").exists() and process.poll() is None:
         time.sleep(0.01)
     return time.monotonic()
@@ -60,7 +60,7 @@ def _listens(process: psutil.Process, port: str) -> bool:
 
 
 @pytest.mark.timeout(300 + 60 * KILLS)
-def test_a_killed_run_goes_on_to_the_same_output(
+def test_a_killed_run_resumes_to_the_same_output(
     prefect_server: dict[str, str], job_file: Callable[[str], str], tmp_path: Path
 ) -> None:
     process = start(prefect_server, job_file("undisturbed"))
@@ -87,11 +87,11 @@ def test_a_killed_run_goes_on_to_the_same_output(
         assert rows(out) == expected, f"kill {number} after {after:.2f} s"
         findings = verify(out).findings
         assert findings == (), f"kill {number} after {after:.2f} s: {findings}"
-        assert before <= committed(out), "no committed inference was repeated"
-    assert killed, "every run was over before its kill"
+        assert before <= committed(out), "committed inference was repeated"
+    assert killed, "every run ended before its kill"
 
 
-def test_a_killed_server_costs_the_run_and_not_the_work(
+def test_a_killed_server_costs_no_committed_work(
     job_file: Callable[[str], str], tmp_path: Path, out: Path, prefect_server: dict[str, str]
 ) -> None:
     job = job_file("out")
@@ -110,11 +110,11 @@ def test_a_killed_server_costs_the_run_and_not_the_work(
             try:
                 process.wait(5)
             except subprocess.TimeoutExpired:
-                # The client goes on asking for its server for minutes.
+                # The client keeps retrying its server for minutes.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     assert len(servers) == 1
-    assert before, "it was killed in the midst of the work"
+    assert before, "the server was killed before any answer"
     assert start(prefect_server, job).wait(300) == 3
     assert verify(out).findings == ()
     assert before <= committed(out)

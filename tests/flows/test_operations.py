@@ -1,4 +1,7 @@
-"""Run as a data team does: `deployments.local` up, runs by schedule, event and hand, alerts."""
+"""Operations as a data team sees them: schedules, events, manual runs, crashes and alerts.
+
+All tests share one `deployments.local` with a server and a worker.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +37,18 @@ from tests.stores import free_port
 from tests.support import ROOT, committed, rows_of
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
-SILENT_SECONDS = 35  # a little more than the time between two signs of life
+SILENT_SECONDS = 35  # slightly more than the heartbeat interval
 
 
 class Api:
-    """What a person does in the UI, through the server that the UI talks to."""
+    """What a person does in the UI, by calls to the server's API."""
 
     def __init__(self, here: Local) -> None:
         self._environment = here.environment
         self.address = self._environment["PREFECT_API_URL"]
 
     def ask(self, method: str, path: str, body: object = None) -> Any:
-        """The answer. Asked again when the database is busy (503), as Prefect's own client does."""
+        """The response. A busy database (503) is retried, as in Prefect's own client."""
 
         def answered() -> httpx.Response | None:
             with signed_in(self._environment) as client:
@@ -67,7 +70,7 @@ class Api:
         )
 
     def runs(self, name: str) -> list[dict[str, Any]]:
-        """Runs of the deployment that are not to start later, the first one first."""
+        """Runs of the deployment whose start time has come, in order."""
         body = {
             "deployments": {"id": {"any_": [self.deployment(name)]}},
             "sort": "EXPECTED_START_TIME_ASC",
@@ -90,7 +93,7 @@ def wait(until: Callable[[], object], what: str, seconds: float = 120) -> Any:
 
 
 def watch_closely(api: Api) -> None:
-    """Wait less long for a sign of life of a run."""
+    """Shorten the time after which a run without heartbeats counts as crashed."""
     automations = {watch["name"]: watch for watch in api.ask("POST", "/automations/filter", {})}
     watch = automations["a run fell silent"]
     assert watch["trigger"]["within"] >= 3 * int(DEFAULTS["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
@@ -104,7 +107,7 @@ def watch_closely(api: Api) -> None:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
-    """All of it, up on PostgreSQL, with a worker that asks often."""
+    """Server and worker, up on PostgreSQL. The worker polls every second."""
     started = Local(tmp_path_factory.mktemp("operations"), free_port())
     with postgresql_server() as url, pytest.MonkeyPatch.context() as environment:
         environment.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", url)
@@ -120,8 +123,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
 
 
 @pytest.fixture(autouse=True)
-def told(here: Local) -> Iterator[None]:
-    """What server and worker log during a test is shown when it fails."""
+def logs(here: Local) -> Iterator[None]:
+    """Print what server and worker log during a test, so that pytest shows it on failure."""
     logs = [here.log("server"), here.log("worker")]
     before = [log.stat().st_size for log in logs]
     yield
@@ -136,7 +139,7 @@ def api(here: Local) -> Api:
 
 @pytest.fixture
 def job(out: Path) -> Callable[..., dict[str, Any]]:
-    """The nightly job over some of the sample reviews, into a folder of this test."""
+    """Make a nightly job over some sample reviews, into this test's output folder."""
     deployments = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())["deployments"]
     by_name = {deployment["name"]: deployment for deployment in deployments}
     nightly = by_name["nightly"]["parameters"]["job"]
@@ -149,7 +152,7 @@ def job(out: Path) -> Callable[..., dict[str, Any]]:
 
 
 class Inbox:
-    """A web hook on loopback, as a chat or a mail gateway has one, and what it received."""
+    """A web hook on loopback, like that of a chat or mail gateway, and what it received."""
 
     def __init__(self) -> None:
         self.received: list[str] = []
@@ -169,7 +172,7 @@ class Inbox:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def block(self, api: Api) -> str:
-        """Name of a notification block that posts to it, made as in the UI."""
+        """Create a notification block that posts to this hook, as in the UI; return its name."""
         block_type = api.ask("GET", "/block_types/slug/custom-webhook")["id"]
         schema = api.ask(
             "POST",
@@ -196,7 +199,7 @@ def inbox() -> Iterator[Inbox]:
 
 
 def begun(api: Api, job: dict[str, Any], out: Path) -> str:
-    """A nightly run of `job` that has committed some answers and is not done."""
+    """Start a nightly run of `job`; return its id when it has committed some answers."""
     api.set_parameters("annotate/nightly", job=job)
     run = api.run("annotate/nightly")
     wait(lambda: len(committed(out)) > 4, "it has committed answers")
@@ -222,7 +225,7 @@ def alerts(here: Local) -> str:
 
 @pytest.fixture
 def browser() -> Iterator[Browser]:
-    """A real browser, for which evil.example is a name of this machine."""
+    """A real browser that resolves evil.example to this machine."""
     names = ("chromium", "chromium-browser", "google-chrome")
     programs = list(filter(None, map(shutil.which, names)))
     if not programs:
@@ -239,7 +242,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(here: Local, browser: Browser) -> Iterator[Page]:
-    """A page of the UI after signing in, which may speak to this machine alone."""
+    """A page of the UI after signing in. It may contact only this machine."""
     spoken_to = set()
     page = browser.new_page(viewport={"width": 1300, "height": 1400})
     page.on("request", lambda request: spoken_to.add(request.url.split("/")[2]))
@@ -248,11 +251,11 @@ def page(here: Local, browser: Browser) -> Iterator[Page]:
     page.keyboard.press("Enter")
     page.wait_for_url(lambda url: "/login" not in url)
     yield page
-    # Local files of the UI have no host.
+    # URLs of local resources have no host.
     assert spoken_to - {""} == {f"127.0.0.1:{here.port}"}
 
 
-def test_a_taken_port_is_one_line(here: Local) -> None:
+def test_a_port_in_use_gives_a_one_line_error(here: Local) -> None:
     other = command(here, "deployments.local", "up", PREFECT_HOME=str(here.home / "other"))
     assert other.returncode == 2
     assert other.stderr == (
@@ -261,7 +264,7 @@ def test_a_taken_port_is_one_line(here: Local) -> None:
     )
 
 
-# What a page can try: requests with and without leave to read the answer, and a web socket.
+# What a hostile page can try: requests with and without reading the response, and a web socket.
 ATTACK = """async ([api, deployment]) => {
     const json = {method: "POST", headers: {"Content-Type": "application/json"}, body: "{}"};
     const plain = {method: "POST", mode: "no-cors", body: "{}"};
@@ -291,12 +294,12 @@ ATTACK = """async ([api, deployment]) => {
     }
     return tried;
 }"""
-# 0: no leave to read. 1006 and 1008: closed before the event was taken.
+# 0: the response is opaque. 1006 and 1008: closed before the event was accepted.
 FAILED_TRIES = {"refused", 0, 401, 403, 1006, 1008}
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "evil.example"])
-def test_a_page_of_another_origin_commands_nothing(
+def test_a_page_of_another_origin_can_do_nothing(
     here: Local, api: Api, browser: Browser, tmp_path: Path, host: str
 ) -> None:
     (tmp_path / "index.html").write_text("<title>a page like any other</title>")
@@ -312,7 +315,7 @@ def test_a_page_of_another_origin_commands_nothing(
     server.shutdown()
     server.server_close()
     assert {*tried} <= FAILED_TRIES, tried
-    # As after a name server has led the page's own name to this machine.
+    # DNS rebinding: the page's own name now resolves to this machine.
     page.goto(f"http://evil.example:{here.port}/ui-settings")
     address = f"http://evil.example:{here.port}/api"
     tried = page.evaluate(ATTACK, [address, deployment])
@@ -321,7 +324,7 @@ def test_a_page_of_another_origin_commands_nothing(
     assert api.runs("annotate/arrivals") == before
 
 
-def test_the_password_is_kept_for_its_owner_alone(here: Local) -> None:
+def test_only_the_owner_can_read_the_password(here: Local) -> None:
     assert here.password_file.stat().st_mode & 0o777 == 0o600
     up = command(here, "deployments.local", "status")
     assert f"password: the line in {here.password_file}" in up.stdout
@@ -329,7 +332,7 @@ def test_the_password_is_kept_for_its_owner_alone(here: Local) -> None:
         assert here.password_file.read_text().strip() not in log.read_text()
 
 
-def test_all_is_ready_when_it_is_up(here: Local, api: Api) -> None:
+def test_all_deployments_are_ready_after_up(here: Local, api: Api) -> None:
     again = command(here, "deployments.local", "up")
     assert again.returncode == 0, again.stderr
     deployments = api.ask("POST", "/deployments/filter", {})
@@ -337,20 +340,20 @@ def test_all_is_ready_when_it_is_up(here: Local, api: Api) -> None:
     assert len(deployments) == 5
 
 
-def test_it_listens_and_speaks_on_loopback_alone(here: Local) -> None:
+def test_all_connections_stay_on_loopback(here: Local) -> None:
     processes = here.processes("server") + here.processes("worker")
     ports = set()
     addresses = set()
     for process in processes:
         for connection in process.net_connections("inet"):
             ports.add(connection.laddr.port)
-            # The remote end of a socket that only listens is empty.
+            # A listening socket has no remote end.
             addresses |= {end.ip for end in (connection.laddr, connection.raddr) if end}
     assert here.port in ports
     assert addresses == {"127.0.0.1"}
 
 
-def test_a_schedule_starts_a_run_and_an_overlap_is_refused(
+def test_a_schedule_starts_runs_and_cancels_overlaps(
     api: Api, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
     api.set_parameters("annotate/nightly", job=job(limit=200))
@@ -361,14 +364,14 @@ def test_a_schedule_starts_a_run_and_an_overlap_is_refused(
     assert first["auto_scheduled"]
     wait(
         lambda: "Cancelled" in [run["state_name"] for run in api.runs("annotate/nightly")],
-        "a later one is refused, while the first works",
+        "a later run is cancelled while the first one works",
     )
     api.ask("DELETE", f"{schedules}/{made}")
     wait(lambda: api.state(first["id"]) == "Completed", "the first ends")
     assert verify(out).findings == ()
 
 
-def test_a_delivery_starts_a_run_and_its_failed_audit_is_told(
+def test_a_delivery_starts_a_run_whose_failed_audit_alerts(
     here: Local, api: Api, job: Callable[..., dict[str, Any]], inbox: Inbox, out: Path
 ) -> None:
     api.set_parameters("notify/alerts", block=inbox.block(api))
@@ -392,32 +395,32 @@ def test_a_delivery_starts_a_run_and_its_failed_audit_is_told(
     wait(lambda: " glmbatch.audit.failed " in alerts(here), "an alert of the failed audit")
     lines = alerts(here).splitlines()
     assert all(reason in line for line in lines), lines
-    wait(lambda: {*inbox.received} >= {*lines}, "they are handed to the block")
+    wait(lambda: {*inbox.received} >= {*lines}, "the block receives the alerts")
 
 
-def test_a_run_whose_worker_is_killed_goes_on_to_its_end(
+def test_a_run_whose_worker_is_killed_is_completed(
     here: Local, api: Api, job: Callable[..., dict[str, Any]], tmp_path: Path, out: Path
 ) -> None:
     run = begun(api, job(limit=200), out)
     for process in here.processes("worker"):  # and its runs
         os.kill(process.pid, signal.SIGKILL)
-    assert api.state(run) == "Running", "nobody is left to tell"
+    assert api.state(run) == "Running", "no process is left to report the crash"
     before = committed(out)
     server = here.leader("server")
     again = command(here, "deployments.local", "up")
     assert f"UI: {here.ui}" in again.stdout, again.stderr
-    assert here.leader("worker") and here.leader("server") == server, "what ran was left alone"
+    assert here.leader("worker") and here.leader("server") == server, "the server was restarted"
     undisturbed = job(limit=200, output=str(tmp_path / "undisturbed"))
     run_job(JobConfig.model_validate(undisturbed))
-    wait(lambda: api.state(run) == "Completed", "it is begun again and ends")
+    wait(lambda: api.state(run) == "Completed", "the run is restarted and completes")
     assert api.ask("GET", f"/flow_runs/{run}")["run_count"] == 2
-    assert before <= committed(out), "no committed inference was repeated"
+    assert before <= committed(out), "committed inference was repeated"
     assert verify(out).findings == ()
     assert sorted(rows_of(out), key=str) == sorted(rows_of(tmp_path / "undisturbed"), key=str)
-    wait(lambda: " prefect.flow-run.Crashed " in alerts(here), "it is told")
+    wait(lambda: " prefect.flow-run.Crashed " in alerts(here), "an alert of the crash")
 
 
-def test_a_cancelled_run_stops_and_the_next_does_the_rest(
+def test_a_cancelled_run_stops_and_the_next_resumes(
     here: Local, api: Api, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
     run = begun(api, job(limit=200), out)
@@ -427,13 +430,13 @@ def test_a_cancelled_run_stops_and_the_next_does_the_rest(
     assert not list(out.rglob("part-*.parquet")), "nothing is published"
     before = committed(out)
     again = api.run("annotate/nightly")
-    wait(lambda: api.state(again) == "Completed", "the next one ends")
-    assert before <= committed(out), "no committed inference was repeated"
+    wait(lambda: api.state(again) == "Completed", "the next run completes")
+    assert before <= committed(out), "committed inference was repeated"
     assert verify(out).findings == ()
     assert len(rows_of(out)) == 200
 
 
-def test_a_flow_of_ones_own_has_the_answers_made(
+def test_a_users_flow_runs_a_deployment(
     here: Local, api: Api, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
     api.set_parameters("annotate/arrivals", job=job())
@@ -451,7 +454,7 @@ def test_a_flow_of_ones_own_has_the_answers_made(
     assert len(rows_of(out)) == 40
 
 
-def test_it_comes_up_on_its_own_database_too(
+def test_it_also_starts_on_sqlite(
     tmp_path: Path, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
     plain = Local(tmp_path / "home", free_port())
@@ -462,14 +465,14 @@ def test_it_comes_up_on_its_own_database_too(
             api = Api(plain)
             api.set_parameters("annotate/arrivals", job=job())
             run = api.run("annotate/arrivals")
-            wait(lambda: api.state(run) == "Completed", "a run ends")
+            wait(lambda: api.state(run) == "Completed", "a run completes")
         finally:
             plain.down()
     assert (tmp_path / "home" / "prefect.db").exists()
     assert len(rows_of(out)) == 40
 
 
-def test_a_server_killed_and_started_again_costs_a_run_nothing(
+def test_a_run_survives_a_server_restart(
     here: Local, api: Api, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
     run = begun(api, job(limit=200), out)
@@ -479,17 +482,17 @@ def test_a_server_killed_and_started_again_costs_a_run_nothing(
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(killed, timeout=60)
-    assert not (out / "_manifest.json").exists(), "the run is not done"
+    assert not (out / "_manifest.json").exists(), "the run ended too early"
     again = command(here, "deployments.local", "up")
     assert again.returncode == 0, again.stderr
-    assert here.leader("worker") == worker, "what ran was left alone"
-    wait(lambda: api.state(run) == "Completed", "the run goes on and ends")
+    assert here.leader("worker") == worker, "the worker was restarted"
+    wait(lambda: api.state(run) == "Completed", "the run completes")
     assert api.ask("GET", f"/flow_runs/{run}")["run_count"] == 1
     assert verify(out).findings == ()
     assert len(rows_of(out)) == 200
 
 
-def test_a_person_runs_the_job_from_the_form_in_the_browser(
+def test_a_user_runs_the_job_from_the_browser_form(
     here: Local, api: Api, page: Page, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
     api.set_parameters("annotate/nightly", job=job())
@@ -510,7 +513,7 @@ def test_a_person_runs_the_job_from_the_form_in_the_browser(
         "Failure reason: 0 is less than the minimum of 1"
     )
     expect(page.get_by_text(refusal).first).to_be_visible()
-    page.wait_for_timeout(500)  # it slides in
+    page.wait_for_timeout(500)  # the message slides in
     picture(page, "2-refused")
     rows_of_a_fragment.fill("10")
     page.get_by_role("button", name="Submit").click()
@@ -522,9 +525,9 @@ def test_a_person_runs_the_job_from_the_form_in_the_browser(
     expect(page.get_by_text("Completed", exact=True).first).to_be_visible(timeout=120_000)
     picture(page, "3-completed")
     files = list(out.rglob("part-*.parquet"))
-    assert len(files) == 4, "40 rows by the 10 of the form, not by the 20 set"
+    assert len(files) == 4, "40 rows in fragments of 10 as in the form, not of 20"
 
 
 def picture(page: Page, name: str) -> None:
-    """Keep what the person saw, for people who read the test's results."""
+    """Save a screenshot for people who read the test's results."""
     page.screenshot(path=ROOT / "build" / "screenshots" / f"{name}.png", full_page=True)

@@ -1,4 +1,4 @@
-"""The flow on a real Ray cluster of two engine processes: one is lost; the run is told to end."""
+"""The flow on a real Ray cluster of two engine processes: a lost process, an interrupted run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from glmbatch.settings.job import JobConfig
 from tests.flows.commands import last_flow_run, rows, start
 from tests.support import Settings, Write, committed
 
-# Looked for, not imported: collecting the tests would take seconds longer.
+# An import here would add seconds to the collection of tests.
 MISSING = find_spec("prefect_ray") is None
 pytestmark = [
     pytest.mark.prefect,
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(MISSING, reason="needs pip install 'glmbatch[ray]'"),
 ]
 
-# Every process of the run tells in a file of its own what it loads.
+# Every process of the run logs what it loads to its own file.
 TELLING = """
 import logging, os
 logger = logging.getLogger("glmbatch.run.session")
@@ -47,7 +47,7 @@ def environment(prefect_server: dict[str, str], tmp_path: Path) -> dict[str, str
 
 @pytest.fixture
 def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> Callable[..., str]:
-    """The job file of a run that writes to the given folder, in a quarter of a minute or so."""
+    """Make the job file of a run of about 15 seconds that writes to the given folder."""
     for day in range(3):
         write_source(
             f"day={day}/a.parquet", {"text": [f"day {day} row {row}" for row in range(80)] + [None]}
@@ -67,7 +67,7 @@ def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> Cal
 
 
 def busy_engine(run: subprocess.Popen[bytes]) -> psutil.Process:
-    """An engine process of `run` that works at something now; between two calls it has none."""
+    """An engine process of `run` that is busy now. Between two calls there is none."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         for child in psutil.Process(run.pid).children(recursive=True):
@@ -87,7 +87,7 @@ def wait_for_answers(run: subprocess.Popen[bytes], out: Path, files: int) -> Non
     until = time.monotonic() + 400
     while len(committed(out)) < files and run.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
-    assert files <= len(committed(out)) < 24, "it was caught in the midst of the work"
+    assert files <= len(committed(out)) < 24, "the run was not caught at work"
 
 
 def test_a_lost_engine_process_is_replaced(
@@ -106,11 +106,11 @@ def test_a_lost_engine_process_is_replaced(
     for path in (tmp_path / "loads").iterdir():
         loads[path.name] = path.read_text().count("loading")
     assert str(lost.pid) in loads
-    # In threads, in two engine processes, and in the one that replaced the lost.
+    # One load each: the run in threads, two engine processes, and the replacement.
     assert sorted(loads.values()) == [1, 1, 1, 1]
 
 
-def test_an_interrupted_run_leaves_no_process_of_ray(
+def test_an_interrupted_run_leaves_no_ray_process(
     environment: dict[str, str], job_file: Callable[..., str], tmp_path: Path
 ) -> None:
     job = job_file("out", cluster="ray", cluster_workers=2)
@@ -125,11 +125,11 @@ def test_an_interrupted_run_leaves_no_process_of_ray(
     before = committed(tmp_path / "out")
     settings = yaml.safe_load(Path(job_file("out")).read_text())
     run_job(JobConfig.model_validate(settings))
-    assert before <= committed(tmp_path / "out"), "no committed inference was repeated"
+    assert before <= committed(tmp_path / "out"), "committed inference was repeated"
     assert verify(tmp_path / "out").findings == ()
 
 
-def test_a_machine_that_does_not_see_the_output_is_named(tmp_path: Path) -> None:
+def test_a_machine_that_cannot_see_the_output_is_named(tmp_path: Path) -> None:
     from tasks.cluster import _complaint
 
     lock = tmp_path / "out" / "_glmbatch" / "lock"
@@ -148,7 +148,7 @@ def test_a_machine_that_does_not_see_the_output_is_named(tmp_path: Path) -> None
     ("cpus", "workers", "share"),
     [([8], 2, 4), ([8, 8], 2, 8), ([8, 8], 3, 4), ([16, 4], 3, 5), ([2], 3, 1)],
 )
-def test_engine_processes_share_the_cores_of_their_machines(
+def test_engine_processes_share_their_machines_cores(
     cpus: list[int], workers: int, share: int
 ) -> None:
     from tasks.cluster import share_of_cpus

@@ -1,4 +1,4 @@
-"""What Prefect keeps of a task is used as it was kept, or made again."""
+"""Stored task results are used only if they are intact. Otherwise the task runs again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support import rows_of as rows_in
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
 
-def test_a_damaged_result_is_made_again_not_believed(
+def test_damaged_task_results_are_rebuilt(
     prefect_server: dict[str, str],
     job_settings: Settings,
     write_source: Write,
@@ -34,7 +34,7 @@ def test_a_damaged_result_is_made_again_not_believed(
     assert manifest is not None
     results = sorted(path for path in (out / RESULTS).rglob("*") if path.is_file())
     assert len(results) == 5, "a checkpoint, two fragments' answers, two output files"
-    # As a bit that flips in a value of JSON: Prefect can read it all the same.
+    # Like a flipped bit in a JSON value: Prefect can still read the result.
     for path in results:
         content = path.read_text()
         changed = content.replace('identity\\": \\"', 'identity\\": \\"0')
@@ -65,7 +65,7 @@ def damage_at_random(results: list[Path]) -> None:
         path.write_bytes(content)
 
 
-def test_a_result_in_the_place_of_another_is_refused(
+def test_swapped_task_results_are_refused(
     prefect_server: dict[str, str],
     job_settings: Settings,
     write_source: Write,
@@ -87,6 +87,6 @@ def test_a_result_in_the_place_of_another_is_refused(
     again = run(prefect_server, *command)
     assert again.returncode == 2
     assert "a stored result is not the one that its name says" in again.stderr
-    # Prefect may say that its events take a second.
+    # Prefect may add a line about slow events.
     lines = [line for line in again.stderr.splitlines() if not line.startswith("EventsWorker")]
     assert len(lines) == 1

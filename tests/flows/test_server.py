@@ -1,4 +1,4 @@
-"""The server that a run starts for itself ends with the run, however that ends."""
+"""The server that a run starts for itself ends with the run, however the run ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 def run(
     tmp_path: Path, job_settings: Settings, write_source: Write
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A run of the command line with a server of its own, which works for a minute or so."""
+    """A run of the command line with its own server. It takes about a minute."""
     write_source("a.parquet", {"text": [f"row {n}" for n in range(200)]})
     settings = job_settings(data__rows_per_fragment=10, runtime__max_slots=1)
     settings["steps"][1]["max_tokens"] = 60
@@ -43,14 +43,14 @@ def run(
 
 
 def server_of(run: subprocess.Popen[bytes]) -> psutil.Process:
-    """The server that `run` started, as soon as there is one."""
+    """Wait for the server that `run` starts."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
         for child in psutil.Process(run.pid).children():
             if TETHERED in child.cmdline():
                 return child
         time.sleep(0.02)
-    raise AssertionError("it started no server")
+    raise AssertionError("the run started no server")
 
 
 def assert_ends(run: subprocess.Popen[bytes], family: list[psutil.Process]) -> None:
@@ -70,19 +70,19 @@ def test_no_server_outlives_a_killed_run(run: subprocess.Popen[bytes], out: Path
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGINT] * 3, [signal.SIGTERM] * 3])
-def test_no_server_outlives_a_run_ended_at_its_start(
+def test_no_server_outlives_a_run_ended_at_startup(
     run: subprocess.Popen[bytes], signals: list[signal.Signals]
 ) -> None:
     server = server_of(run)
-    for number in signals:  # a second and a third Ctrl-C, while the first is still at work
+    for number in signals:  # further Ctrl-Cs come while the first is being handled
         if run.poll() is None:
             os.killpg(run.pid, number)
             time.sleep(0.1)
     assert_ends(run, [server])
 
 
-def test_the_next_run_ends_what_killed_ones_left_alone(tmp_path: Path) -> None:
-    """Without the tether, as where another process has inherited it."""
+def test_the_next_run_ends_servers_of_killed_runs(tmp_path: Path) -> None:
+    """The tether does not end these servers, as if another process had inherited it."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     servers = {}

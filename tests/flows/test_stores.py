@@ -16,7 +16,7 @@ from tests.support import CAUSAL, Settings
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
 
-def test_a_run_over_a_store_leaves_nothing_on_this_machine(
+def test_a_run_over_a_store_leaves_no_local_files(
     prefect_server: dict[str, str],
     store: Store,
     job_settings: Settings,
@@ -43,7 +43,7 @@ def test_a_run_over_a_store_leaves_nothing_on_this_machine(
     prepared = [row["state_name"] for name, row in tasks.items() if name.startswith("prepare")]
     assert prepared == ["Cached"]
     assert verify(store.url("out")).sound
-    # Results of another output over the same rows are not taken for this one's.
+    # Stored results of one output are not mistaken for those of another over the same rows.
     for out in ("other", "out"):
         again = run(prefect_server, *command, "--output", store.url(out))
         assert again.returncode == 0, again.stderr

@@ -1,4 +1,4 @@
-"""The benchmarks run, on models of toy size, and their contestants give the same answers."""
+"""The benchmarks run on toy models, and their contestants give the same answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OURS = {"glmbatch", "transformers/row-by-row"}
 
 
 def measure(script: str, *arguments: str) -> dict[str, Any]:
-    """Run the benchmark; return the JSON object of its last line."""
+    """Run the benchmark and return the JSON object on its last line."""
     command = [sys.executable, f"benchmarks/{script}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -37,7 +37,7 @@ def assert_same_answers(judged: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_engine_is_measured_against_the_ceiling(tmp_path: Path) -> None:
+def test_the_engine_is_compared_with_the_ceiling(tmp_path: Path) -> None:
     arguments = ("--task", "classify,generate", "--peers", "vllm", "--build", "seed")
     report = measure_engine(tmp_path, *arguments)
     for reading in ("first", "last"):
@@ -51,7 +51,7 @@ def test_the_engine_is_measured_against_the_ceiling(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_of_transformers_ways_give_the_same_answers(tmp_path: Path) -> None:
+def test_all_transformers_variants_give_the_same_answers(tmp_path: Path) -> None:
     tasks = measure_engine(tmp_path, "--peers", "transformers")["tasks"]
     contestants = {task: len(judged) for task, judged in tasks.items()}
     assert contestants == {"classify": 4, "labels": 4, "generate": 5}
@@ -62,7 +62,7 @@ def test_all_of_transformers_ways_give_the_same_answers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["head", "lora"])
-def test_training_is_measured_beside_a_plain_trainer(method: str) -> None:
+def test_training_is_compared_with_a_plain_trainer(method: str) -> None:
     report = measure("training.py", "--rows", "40", "--rounds", "1", "--method", method)
     for way in ("glmbatch", "plain Trainer"):
         assert all(value > 0 for value in report[way].values())
@@ -70,7 +70,7 @@ def test_training_is_measured_beside_a_plain_trainer(method: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.prefect
-def test_the_growth_of_a_run_is_measured() -> None:
+def test_time_and_memory_by_size_are_measured() -> None:
     measured = measure("scale.py", "fragments", "3")["sizes"]["3"]
     assert measured.pop("fragments") == 3
     assert measured.keys() == {"seconds", "flow_mb", "server_mb"}
@@ -79,7 +79,7 @@ def test_the_growth_of_a_run_is_measured() -> None:
 
 @pytest.mark.slow
 @pytest.mark.prefect
-def test_the_job_is_measured_beside_its_engine() -> None:
+def test_the_job_is_compared_with_its_engine() -> None:
     size = ("--shape", "sample", "--rows", "6", "--rows-per-fragment", "3", "--rounds", "1")
     report = measure("job.py", *size)
     assert report["same_answers"]

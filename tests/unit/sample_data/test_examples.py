@@ -1,4 +1,4 @@
-"""The examples that a data team copies run as they stand."""
+"""The examples run unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support import ROOT
 
 
 @pytest.mark.slow
-def test_the_example_in_memory_answers_a_dataframe() -> None:
+def test_the_in_memory_example_answers_a_dataframe() -> None:
     command = [sys.executable, "sample_data/examples/in_memory.py"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300

@@ -1,4 +1,4 @@
-"""The committed sample: rebuilt from seeds, messy as real data, answered well by its checkpoint."""
+"""The sample can be rebuilt from seeds, is as messy as real data, and its checkpoint works well."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ READABLE = [SAMPLE / "reviews" / part.path for part in PARTS if not part.truncat
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    """Every row that a job can read, in order."""
+    """All rows that a job can read, in order."""
     rows: list[dict[str, Any]] = []
     for path in READABLE:
         rows += read(path)
@@ -71,19 +71,19 @@ def test_rebuilding_gives_the_committed_files(tmp_path: Path) -> None:
     for new, old in zip(rebuilt, committed, strict=True):
         if same_writer:
             assert new.read_bytes() == old.read_bytes(), old
-        elif old in READABLE:  # another pyarrow writes the same rows in other bytes
+        elif old in READABLE:  # another version of pyarrow writes other bytes for the same rows
             assert (
                 pq.ParquetFile(new).read().equals(pq.ParquetFile(old).read(), check_metadata=True)
             ), old
 
 
-def test_holds_thousands_of_distinct_reviews_in_both_languages(texts: list[str]) -> None:
+def test_has_thousands_of_reviews_in_both_languages(texts: list[str]) -> None:
     assert len(set(texts)) > 3500
     chinese = sum(bool(re.search("[\u4e00-\u9fff]", text)) for text in texts)
     assert 0.4 < chinese / len(texts) < 0.7
 
 
-def test_true_answers_are_not_among_the_columns() -> None:
+def test_reviews_have_no_columns_with_true_answers() -> None:
     for path in READABLE:
         schema = pq.ParquetFile(path).schema_arrow
         assert schema.names == ["id", "text", "product", "stars", "created", "tags", "attributes"]
@@ -91,7 +91,7 @@ def test_true_answers_are_not_among_the_columns() -> None:
         assert schema.metadata[b"exporter"] == b"shop-reviews 2.4"
 
 
-def test_files_are_laid_out_as_a_real_export_is() -> None:
+def test_files_are_laid_out_like_a_real_export() -> None:
     files = [pq.ParquetFile(path) for path in READABLE]
     assert sum(file.metadata.num_rows for file in files) == 4000
     assert max(file.metadata.num_row_groups for file in files) > 2
@@ -101,7 +101,7 @@ def test_files_are_laid_out_as_a_real_export_is() -> None:
         pq.ParquetFile(broken)
 
 
-def test_some_rows_cannot_be_answered_but_few(rows: list[dict[str, Any]], job: JobConfig) -> None:
+def test_a_few_rows_cannot_be_answered(rows: list[dict[str, Any]], job: JobConfig) -> None:
     tokenizer = load_tokenizer(CHECKPOINT)
     positions = json.loads((CHECKPOINT / "config.json").read_text())["seq_length"]
     no_text = sum(row["text"] is None for row in rows)
@@ -124,7 +124,7 @@ def test_ids_and_rows_repeat(rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("column", ["stars", "created", "tags", "attributes"])
-def test_every_other_column_has_nulls(rows: list[dict[str, Any]], column: str) -> None:
+def test_every_column_except_id_has_nulls(rows: list[dict[str, Any]], column: str) -> None:
     assert 0 < sum(row[column] is None for row in rows) < len(rows) / 5
 
 
@@ -135,11 +135,11 @@ AWKWARD = (
 
 
 @pytest.mark.parametrize("piece", AWKWARD)
-def test_texts_hold_what_breaks_naive_code(texts: list[str], piece: str) -> None:
+def test_texts_contain_what_breaks_naive_code(texts: list[str], piece: str) -> None:
     assert any(piece in text for text in texts)
 
 
-def test_held_out_reviews_are_in_the_job_and_not_in_training(rows: list[dict[str, Any]]) -> None:
+def test_held_out_rows_are_in_the_job_but_not_in_training(rows: list[dict[str, Any]]) -> None:
     held_out = read(SAMPLE / "labelled" / "held_out.parquet")
     train = {row["text"] for row in read(SAMPLE / "labelled" / "train.parquet")}
     by_id = {row["id"]: row["text"] for row in rows}
@@ -148,7 +148,7 @@ def test_held_out_reviews_are_in_the_job_and_not_in_training(rows: list[dict[str
     assert not train & {row["text"] for row in rows}
 
 
-def test_both_sides_of_the_split_use_the_same_words() -> None:
+def test_both_parts_of_the_split_use_the_same_words() -> None:
     words: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
     positive = Counter[bool]()
     for held_out in (False, True):
@@ -161,7 +161,7 @@ def test_both_sides_of_the_split_use_the_same_words() -> None:
     assert common <= words[False].keys()
 
 
-def test_the_job_file_asks_a_label_and_then_a_reply(job: JobConfig) -> None:
+def test_the_job_asks_for_a_label_and_then_a_reply(job: JobConfig) -> None:
     label, reply = job.steps
     assert isinstance(label, ClassifyStep)
     assert isinstance(reply, GenerateStep)
@@ -182,11 +182,11 @@ def test_the_checkpoint_has_the_published_layout() -> None:
     assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 6_000_000
     config = json.loads((CHECKPOINT / "config.json").read_text())
     assert config["torch_dtype"] == "float16"
-    # As in the published model, the padded vocabulary has ids that no token owns.
+    # As in the published model, the padded vocabulary has unused ids.
     assert load_tokenizer(CHECKPOINT).vocab_size < config["padded_vocab_size"]
 
 
-def test_the_checkpoint_finds_the_label_of_held_out_reviews(job: JobConfig) -> None:
+def test_the_checkpoint_classifies_held_out_reviews(job: JobConfig) -> None:
     label_step = job.steps[0]
     held_out = read(SAMPLE / "labelled" / "held_out.parquet")[:100]
     tokenizer = load_tokenizer(CHECKPOINT)
@@ -204,7 +204,7 @@ def test_the_checkpoint_finds_the_label_of_held_out_reviews(job: JobConfig) -> N
 
 
 @pytest.mark.slow
-def test_the_checkpoint_answers_held_out_reviews(job: JobConfig) -> None:
+def test_the_checkpoint_replies_to_held_out_reviews(job: JobConfig) -> None:
     from make_evaluation import evaluate
 
     scores = evaluate(CHECKPOINT, SAMPLE / "labelled" / "held_out.parquet", job, most_rows=300)
