@@ -1,12 +1,12 @@
-"""Our engine beside its peers, on the same rows, and beside what the machine can do.
+"""Compare our engine with its peers on the same rows, and with the limits of the machine.
 
     python benchmarks/engine.py         all tasks on one core, with every peer that is installed
     python benchmarks/engine.py --task generate --peers transformers,vllm
     python benchmarks/engine.py --shape 6b --dtype bfloat16 --device cuda --peers transformers
 
-Every contestant, ours too, is a process of its own. Random weights: only speed is measured. The
-last line is one JSON object. benchmarks/README.md says how peers are installed and how to read the
-numbers.
+Every contestant, including ours, runs in its own process. Weights are random, because only speed is
+measured. The last line printed is one JSON object. benchmarks/README.md explains how to install the
+peers and how to read the numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from roster import OURS, OURS_INT8, PEERS, REFERENCE, WAYS, Contestant, taking_p
 from worker import Worker
 from workload import LABEL_TEMPLATE_TOKENS, SHAPES, TASKS, Lengths, Shape, Work, make_work, part_of
 
-# Options that the report repeats.
+# Options that are copied into the report.
 KEPT = (
     "dtype",
     "device",
@@ -40,7 +40,7 @@ KEPT = (
     "prefix",
     "seed",
 )
-CEILING = Contestant("ceiling", "classify")  # takes part in no task, but speaks the same protocol
+CEILING = Contestant("ceiling", "classify")  # not in any task, but uses the same protocol
 
 
 def main() -> None:
@@ -51,14 +51,14 @@ def main() -> None:
     ceiling = _start(CEILING, sys.executable, SCRIPTS / "ceiling.py", None, asked, options)
     try:
         machine = ceiling.wait_until_ready()
-        # Before and after: a machine that others share is as fast as its better reading.
+        # Measured before and after. On a shared machine the better reading counts.
         first = measure_ceiling(ceiling)
         measured = {task: measure_task(task, shape, options) for task in options.task}
         last = measure_ceiling(ceiling)
     finally:
         ceiling.stop()
     best = {name: max(first[name], last[name]) for name in first}
-    # CPU seconds do not count what others do on a shared machine; a GPU has no such clock.
+    # CPU seconds exclude other users of a shared machine. GPUs have no such clock.
     clock = "wall_seconds" if options.device.startswith("cuda") else "cpu_seconds"
     limit = decode_limit(shape, options.slots, options.dtype, best)
     print(machine)
@@ -74,20 +74,20 @@ def main() -> None:
 
 
 def measure_ceiling(worker: Worker) -> dict[str, float]:
-    """Operations and bytes a second that the machine reaches."""
+    """Operations and bytes per second that the machine reaches."""
     flops, bandwidth = worker.run()["answers"]
     return {"gemm_flops": flops, "bytes_per_second": bandwidth}
 
 
 def measure_task(task: str, shape: Shape, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """For each contestant its work and all its runs (the first warms up), or why it is not here."""
+    """Each contestant's work and runs (the first is a warm-up), or why it is not available."""
     work = _work(task, shape, options)
     some_work = part_of(work, options.slow_rows)
     workers: dict[str, Worker] = {}
     results: dict[str, dict[str, Any]] = {}
     try:
         for contestant in taking_part(task, options.peers):
-            # Slow ones would take hours with all rows; rates are for each token.
+            # All rows would take slow contestants hours. Rates are per token, so fewer rows do.
             result: dict[str, Any] = {"work": some_work if contestant.slow else work, "runs": []}
             results[contestant.name] = result
             try:
@@ -95,7 +95,7 @@ def measure_task(task: str, shape: Shape, options: argparse.Namespace) -> dict[s
                 workers[contestant.name] = worker
             except NotHere as reason:
                 result["not_here"] = str(reason)
-        # All load at the same time, then each is waited for.
+        # All contestants load at the same time. Wait for each in turn.
         for name in list(workers):
             with_worker(workers, results, name, "version", Worker.wait_until_ready)
         for number in range(options.rounds + 1):
@@ -115,9 +115,9 @@ def with_worker(
     key: str,
     ask: Callable[[Worker], Any],
 ) -> None:
-    """Store what `ask` answers under `key`, appended to a list; a worker that fails is out.
+    """Store the result of `ask` under `key`, and drop the worker if it fails.
 
-    Ends the benchmark if the worker is ours or the reference: nothing could be compared.
+    A failure of our own worker or of the reference ends the benchmark.
     """
     try:
         answer = ask(workers[name])
@@ -134,7 +134,7 @@ def with_worker(
 
 
 def _rotated(names: list[str], turn: int) -> list[str]:
-    """`names` from another one on in each turn, so that nobody always runs after the same one."""
+    """`names`, starting with another one in each turn, so that no contestant is always first."""
     start = turn % max(1, len(names))
     return [*names[start:], *names[:start]]
 
@@ -154,7 +154,7 @@ def _work(task: str, shape: Shape, options: argparse.Namespace) -> Work:
 
 
 def _enter(contestant: Contestant, work: Work, shape: Shape, options: argparse.Namespace) -> Worker:
-    """Start the contestant's process; NotHere says why it cannot take part."""
+    """Start the contestant's process, or raise NotHere with the reason why it cannot run."""
     if contestant.cpu_only and options.device != "cpu":
         raise NotHere("set up for CPU only")
     python = find_python(contestant, options.peers_dir)
@@ -164,7 +164,7 @@ def _enter(contestant: Contestant, work: Work, shape: Shape, options: argparse.N
             contestant, shape, options.seed, options.cache, options.peers_dir
         )
     elif contestant.program not in {OURS, "transformers"}:
-        raise NotHere("reads a checkpoint: --build checkpoint")
+        raise NotHere("needs a checkpoint: set --build checkpoint")
     return _start(contestant, python, SCRIPTS / contestant.script, checkpoint, work, options)
 
 
@@ -176,7 +176,7 @@ def _start(
     work: Work,
     options: argparse.Namespace,
 ) -> Worker:
-    # Two benchmarks at once share the checkpoints, but not their questions.
+    # Benchmarks that run at the same time share checkpoints, but not work files.
     folder = options.cache / f"run-{os.getpid()}"
     folder.mkdir(exist_ok=True)
     name = f"{contestant.task}-{contestant.name.replace('/', '-')}"
@@ -199,48 +199,54 @@ def _options() -> argparse.Namespace:
     _add_model(parser)
     _add_rows(parser)
     parser.add_argument(
-        "--peers-dir", type=Path, default=HERE / ".peers", help="an environment for each peer"
+        "--peers-dir",
+        type=Path,
+        default=HERE / ".peers",
+        help="folder with one environment for each peer",
     )
     parser.add_argument(
-        "--cache", type=Path, default=HERE / ".cache", help="checkpoints, questions and logs"
+        "--cache",
+        type=Path,
+        default=HERE / ".cache",
+        help="folder for checkpoints, work files and logs",
     )
     options = parser.parse_args()
     on_cpu = options.device == "cpu"
     options.slots = options.slots or (16 if on_cpu else 512)
     options.slow_rows = options.slow_rows or max(1, min(16, options.rows // 4))
-    # Writing and reading the 6B shape takes minutes; on a GPU it is made in place.
+    # Writing and reading 6B weights takes minutes, so on a GPU each worker makes its own.
     options.build = options.build or ("checkpoint" if on_cpu else "seed")
     return options
 
 
 def _add_contest(parser: argparse.ArgumentParser) -> None:
-    """Who takes part, in what, how often."""
+    """Options for tasks, contestants and rounds."""
     parser.add_argument(
         "--task",
         type=_names(TASKS),
         default=list(TASKS),
-        help=f"of {', '.join(TASKS)}; default: all",
+        help=f"any of {', '.join(TASKS)}, separated by commas; default: all",
     )
     parser.add_argument(
         "--peers",
         type=_names([*PEERS, *WAYS]),
         default=[*PEERS, OURS_INT8],
-        help=f"of {', '.join(PEERS)}, or one/way",
+        help=f"any of {', '.join(PEERS)}, or one variant such as transformers/static",
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, help="after the warm-up, interleaved; medians are reported"
+        "--rounds", type=int, default=3, help="interleaved rounds after the warm-up"
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="of each contestant; 0: its own choice"
+        "--threads", type=int, default=1, help="threads of each contestant; 0: its own choice"
     )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    """The model's shape, numbers and place."""
+    """Options for the model's shape, dtype and device."""
     parser.add_argument("--shape", choices=SHAPES, default="mid")
     for name in asdict(SHAPES["mid"]):
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, help="instead of the shape's own"
+            f"--{name.replace('_', '-')}", type=int, help="replaces the shape's value"
         )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu")
@@ -248,17 +254,17 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--build",
         choices=("checkpoint", "seed"),
-        help="how workers get the weights; default: seed on a GPU",
+        help="source of the weights; default: checkpoint on CPU, seed on a GPU",
     )
 
 
 def _add_rows(parser: argparse.ArgumentParser) -> None:
-    """The rows, and how many of them go together."""
+    """Options for the rows and the sizes of batches."""
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument(
         "--slow-rows",
         type=int,
-        help="rows of slow contestants; default: a quarter, 16 at most",
+        help="rows for slow contestants; default: a quarter of the rows, at most 16",
     )
     lengths: dict[str, Any] = {"type": _lengths, "metavar": "MEAN,LEAST,MOST", "help": "tokens"}
     parser.add_argument("--prompts", default=Lengths(127, 8, 512), **lengths)
@@ -266,7 +272,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefix",
         type=int,
-        help=f"tokens that all rows share; default: {LABEL_TEMPLATE_TOKENS} for labels, else 0",
+        help=f"tokens shared by all rows; default: {LABEL_TEMPLATE_TOKENS} for labels, else 0",
     )
     parser.add_argument(
         "--slots", type=int, help="rows generated at once; default: 16 on CPU, 512 on a GPU"
@@ -294,7 +300,7 @@ def _lengths(text: str) -> Lengths:
 
 
 def _shape(options: argparse.Namespace) -> Shape:
-    """The named shape, with the numbers that the options replace."""
+    """The named shape, with the values that options replace."""
     shape = SHAPES[options.shape]
     given = {name: getattr(options, name) for name in asdict(shape)}
     return replace(shape, **{name: number for name, number in given.items() if number is not None})

@@ -1,4 +1,4 @@
-"""The Python of each contestant, and its checkpoint, which is made once and kept."""
+"""The Python interpreter of each contestant, and its checkpoint, which is cached."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from workload import Shape
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE / "contestants"
-# Other formats than transformers' own: a script writes them in the environment of their reader.
+# Formats other than transformers' own. A script in the reader's environment writes them.
 CONVERTERS = {"gguf": "write_gguf.py", "openvino": "export_openvino.py"}
 
 
 class NotHere(Exception):
-    """A contestant cannot take part; the message says why."""
+    """A contestant cannot run, for the reason in the message."""
 
 
 def find_python(contestant: Contestant, peers_dir: Path) -> str:
-    """The Python of the contestant's environment; for ours and transformers', this one."""
+    """The Python of the contestant's environment. Ours and transformers' use this one."""
     if contestant.program in {OURS, "transformers"}:
         return sys.executable
     python = peers_dir / contestant.program / "bin" / "python"
     if not python.exists():
-        raise NotHere(f"no {python}; benchmarks/README.md says how to make it")
+        raise NotHere(f"no {python}; see benchmarks/README.md to install it")
     return str(python)
 
 
 def find_checkpoint(
     contestant: Contestant, shape: Shape, seed: int, cache: Path, peers_dir: Path
 ) -> Path:
-    """The checkpoint of random weights in the contestant's format, made if the cache lacks it."""
+    """The checkpoint of random weights in the contestant's format, written if not yet cached."""
     folder = cache / f"{shape.name}-seed{seed}"
     kind = "classifier" if contestant.task == "classify" else "causal"
     native = folder / kind
@@ -52,24 +52,24 @@ def find_checkpoint(
 
 
 def environment(threads: int, python: str) -> dict[str, str]:
-    """The variables of a contestant's process: its threads, and no network."""
+    """Environment variables of a contestant's process. They set its threads and bar the network."""
     settings = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
     if threads:
         settings |= dict.fromkeys(
             ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)
         )
     openmp = Path(python).parent.parent / "lib" / "libiomp5.so"
-    if openmp.exists():  # only in vLLM's environment, which wants it preloaded
+    if openmp.exists():  # only in vLLM's environment, where it must be preloaded
         settings["LD_PRELOAD"] = str(openmp)
     return {**os.environ, **settings}
 
 
 def _make(path: Path, command: list[str]) -> None:
-    """Run `command` with a folder to write to, and rename that to `path` when it is complete."""
+    """Run `command` with a temporary folder to write to, and rename it to `path` at the end."""
     if path.exists():
         return
     print(f"making {path}", file=sys.stderr)
-    # A conversion that was killed leaves a folder that must not pass for a checkpoint.
+    # The folder of a killed conversion must not be mistaken for a checkpoint.
     part = path.with_name(f"{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -86,7 +86,7 @@ def _make(path: Path, command: list[str]) -> None:
 
 
 def last_line(log: str) -> str:
-    """The reason in a log: the last line that names an error, else the last line."""
+    """The last line of a log that names an error, or else its last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"(Error|Exception)\b", line)]
     return (errors or lines or ["no output"])[-1][:300]

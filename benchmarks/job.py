@@ -1,13 +1,17 @@
-"""The whole job beside its engine: what reading, tokenizing, writing and Prefect add.
+"""Compare the whole job with its engine: what reading, tokenizing, writing and Prefect add.
 
     python benchmarks/job.py               two steps over 4,000 reviews, the `mid` shape, on CPU
     python benchmarks/job.py --shape 6b --device cuda --dtype bfloat16 --rows 100000 \\
         --rows-per-fragment 10000
 
-Three in turn, on the same rows with the same loaded engine: the engine alone, on prompts made
-beforehand; the job in plain calls; the flow with a Prefect server, whose start is measured apart.
-Random weights, the sample's reviews and tokenizer. Wall seconds, medians; the answers are compared.
-The last line is one JSON object.
+Three variants take turns on the same rows with the same loaded engine:
+
+- the engine alone, on prompts that are already tokenized
+- the job in plain calls
+- the flow with a Prefect server; starting the server is timed separately
+
+Weights are random; reviews and tokenizer are the sample's. The figures are medians of wall seconds.
+All answers are compared. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -56,20 +60,20 @@ from glmbatch.run.triage import build_question_prompts, key_prompts
 SAMPLE = Path(__file__).resolve().parent.parent / "sample_data"
 ANSWER_TOKENS = 16
 ENGINE = "engine"
-# Options that the report repeats.
+# Options that are copied into the report.
 KEPT = ("shape", "device", "dtype", "threads", "rows", "rows_per_fragment")
 
 
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of engine processes on a cluster
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for engine processes on a cluster
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         os.environ["PREFECT_HOME"] = str(folder / "prefect")
         write_checkpoint(folder / "model", options.shape)
         write_input(folder / "in" / "reviews.parquet", options.rows)
-        # A user's server is up before the night begins, so its start is no part of the flow.
+        # In production the server is already up, so its start is not part of the flow.
         start = time.perf_counter()
         with (
             own_server() as client,
@@ -97,7 +101,10 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--shape", choices=(*SHAPES, "sample"), default="mid", help="sample: its trained checkpoint"
+        "--shape",
+        choices=(*SHAPES, "sample"),
+        default="mid",
+        help="sample: the sample's trained checkpoint",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -110,13 +117,13 @@ def _options() -> argparse.Namespace:
         type=int,
         nargs="*",
         default=[],
-        help="the flow on a Ray cluster too, with so many engines",
+        help="also run the flow on a Ray cluster with these numbers of engines",
     )
     return parser.parse_args()
 
 
 def write_checkpoint(directory: Path, shape: str) -> None:
-    """Random weights of that shape under the sample's tokenizer, or the sample's checkpoint."""
+    """Write random weights of that shape with the sample's tokenizer, or copy its checkpoint."""
     sample = SAMPLE / "tiny-chatglm2"
     if shape == "sample":
         shutil.copytree(sample, directory)
@@ -128,7 +135,7 @@ def write_checkpoint(directory: Path, shape: str) -> None:
 
 
 def write_input(file: Path, rows: int) -> None:
-    """The sample's reviews again and again, numbered, so that no prompt repeats."""
+    """Repeat the sample's reviews, numbered so that no two prompts are equal."""
     dataset = ds.dataset(SAMPLE / "labelled", format="parquet")
     reviews = dataset.to_table(columns=["text", "product"]).to_pylist()
     texts = []
@@ -142,7 +149,7 @@ def write_input(file: Path, rows: int) -> None:
 
 
 class Jobs:
-    """Jobs over the same rows, each into an output of its own, so that none finds known answers."""
+    """Jobs over the same rows, each into its own output, so that none finds known answers."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self._folder = folder
@@ -150,7 +157,7 @@ class Jobs:
         self._made = 0
 
     def make(self, **runtime: Any) -> JobConfig:
-        """The next job: the sample's, with short answers of one length."""
+        """The next job: the sample's job with short answers of one length."""
         self._made += 1
         settings = yaml.safe_load((SAMPLE / "reviews.yaml").read_text(encoding="utf-8"))
         settings["data"] = {
@@ -159,22 +166,22 @@ class Jobs:
             "rows_per_fragment": self._options.rows_per_fragment,
         }
         settings["model"] = {"path": str(self._folder / "model"), "dtype": self._options.dtype}
-        # Random weights rarely end an answer: without a limit they would write to the last place.
+        # Random weights rarely end an answer, so each would run to the last position.
         settings["steps"][1] |= {"max_tokens": ANSWER_TOKENS, "stop": []}
         settings["runtime"] = {"device": self._options.device, **runtime}
         return JobConfig.model_validate(settings)
 
     def answers(self) -> list[dict[str, Any]]:
-        """What the latest job published, by row."""
+        """The rows that the latest job published, in order."""
         table = ds.dataset(self._output(), partitioning=None).to_table(
             columns=["text", "sentiment", "reply"]
         )
         return sorted(table.to_pylist(), key=lambda row: str(row["text"]))
 
     def busy_seconds(self) -> float:
-        """Seconds of the latest job, from the first question to the last answer.
+        """Seconds from the first prompt to the last answer of the latest job.
 
-        Starts, loading and publication are outside.
+        Startup, loading and publication do not count.
         """
         return busy_seconds(Ledger(self._output()).published_receipts())
 
@@ -184,12 +191,12 @@ class Jobs:
 
 @contextmanager
 def engine_alone(job: JobConfig) -> Iterator[Callable[[], None]]:
-    """A call that asks the engine what `job` asks, fragment by fragment, and does nothing else."""
+    """A function that sends all prompts of `job` to the engine, fragment by fragment."""
     run = plan_run(job)
     with session(run) as opened:
         calls = []
         for assignment in assign(job, run, prepare_models(job)).in_passes():
-            # The prompts of the second step hold the answers of the first.
+            # The second step's prompts contain the answers of the first.
             answer(assignment)
             rows, _ = read_prompt_rows(assignment, opened.ledger)
             prompts = build_question_prompts(assignment.question, rows)
@@ -203,7 +210,7 @@ def engine_alone(job: JobConfig) -> Iterator[Callable[[], None]]:
 
 
 def measure(jobs: Jobs, options: argparse.Namespace) -> dict[str, Any]:
-    """Medians over the rounds, and whether all answers were the same."""
+    """Medians over the rounds, and whether all variants gave the same answers."""
 
     def on_cluster(workers: int) -> object:
         return annotate(jobs.make(cluster="ray", cluster_workers=workers))
@@ -214,7 +221,7 @@ def measure(jobs: Jobs, options: argparse.Namespace) -> dict[str, Any]:
     }
     for workers in options.cluster_workers:
         contestants[f"ray_{workers}"] = partial(on_cluster, workers)
-    # Also loads the engine, which stays in this process for all that follow.
+    # This also loads the engine, which stays loaded for all following runs.
     run_job(jobs.make())
     expected = jobs.answers()
     same = True
@@ -230,7 +237,7 @@ def measure(jobs: Jobs, options: argparse.Namespace) -> dict[str, Any]:
                 if name != ENGINE:
                     same = same and jobs.answers() == expected
                 if not turn:
-                    continue  # the first turn warms up
+                    continue  # the first turn is a warm-up
                 seconds[name].append(wall)
                 if name != ENGINE:
                     answering[name].append(jobs.busy_seconds())

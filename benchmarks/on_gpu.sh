@@ -1,18 +1,18 @@
 #!/bin/bash
-# The checks and measurements that need a GPU, the most telling first. Results go to the folder $OUT.
+# Checks and measurements that need a GPU, the most important first. Results go to the folder $OUT.
 #
-#     OUT=results bash benchmarks/on_gpu.sh correct     attention, CUDA graphs and bits beside the CPU (minutes)
-#     OUT=results bash benchmarks/on_gpu.sh small       the engine beside its peers on the middle shape
-#     OUT=results bash benchmarks/on_gpu.sh full        the full 6B shape in bfloat16: speed and memory
+#     OUT=results bash benchmarks/on_gpu.sh correct     tests of attention, CUDA graphs and int8, compared with the CPU (minutes)
+#     OUT=results bash benchmarks/on_gpu.sh small       the engine compared with transformers on the middle shape
+#     OUT=results bash benchmarks/on_gpu.sh full        speed and memory of the full 6B shape in bfloat16
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-# torch, transformers and pytest are enough: neither glmbatch nor Prefect needs to be installed.
+# Only torch, transformers and pytest are needed. glmbatch and Prefect need not be installed.
 export PYTHONPATH=$PWD
 mkdir -p "$OUT"
 case ${1:-correct} in
 correct)
-    # With tests/unit/glm as the root of fixtures, since tests/conftest.py imports pydantic and more.
+    # --confcutdir skips tests/conftest.py, which imports pydantic and more.
     files=$(grep -lr --include='test_*.py' 'mark.gpu' tests/unit/glm)
     "$python" -m pytest -p no:cacheprovider --confcutdir tests/unit/glm -W default -m gpu $files 2>&1 | tee "$OUT/correct.log"
     ;;

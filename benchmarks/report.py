@@ -1,4 +1,4 @@
-"""What the runs show: medians, shares of the limit, ratios to ours, and whether answers agree."""
+"""The report on all runs: medians, shares of the limit, ratios to ours, agreement of answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GIB = 1 << 30
 def decode_limit(
     shape: Shape, slots: int, dtype: str, ceiling: dict[str, float]
 ) -> dict[str, float]:
-    """New tokens a second with `slots` rows at once, by arithmetic and by reading the weights."""
+    """New tokens per second with `slots` rows at once, limited by arithmetic and by bandwidth."""
     weights = shape.body_weights + shape.head_weights
     return {
         "by_arithmetic": ceiling["gemm_flops"] / (2 * weights),
@@ -31,7 +31,7 @@ def judge(
     ceiling: dict[str, float],
     limit: dict[str, float],
 ) -> dict[str, dict[str, Any]]:
-    """For each contestant its rates, share of the limit, time over ours, and agreement."""
+    """Each contestant's rates, share of the limit, time relative to ours, and agreement."""
     judged: dict[str, dict[str, Any]] = {}
     for name, result in results.items():
         if "not_here" in result:
@@ -63,14 +63,14 @@ def judge(
 
 def _seconds(result: dict[str, Any], clock: str) -> list[float]:
     """The seconds of each round, without the warm-up."""
-    # The first run compiles, fills caches and touches memory for the first time.
+    # The first run is slower: it compiles, fills caches and touches new memory.
     return [run[clock] for run in result["runs"][1:]]
 
 
 def _times(theirs: dict[str, Any], ours: dict[str, Any], clock: str) -> float:
-    """How many times as long as ours a token takes.
+    """Time per token, as a multiple of ours.
 
-    The median over rounds of a ratio within one round, because the machine's speed drifts.
+    Ratios are taken within each round, because the machine's speed drifts. Returns their median.
     """
     per_token = tokens_of(ours["work"]) / tokens_of(theirs["work"])
     rounds = zip(_seconds(theirs, clock), _seconds(ours, clock), strict=True)
@@ -80,25 +80,25 @@ def _times(theirs: dict[str, Any], ours: dict[str, Any], clock: str) -> float:
 def _decode_seconds(
     work: dict[str, Any], shape: Shape, ceiling: dict[str, float], limit: dict[str, float]
 ) -> float:
-    """Least seconds: prompts at the speed of arithmetic, new tokens at the slower decode limit.
+    """Minimum seconds: prompts limited by arithmetic, new tokens by the slower decode limit.
 
-    Reading keys and values is left out.
+    Reads of keys and values do not count.
     """
     prompts = 2 * shape.body_weights * sum(len(row) for row in work["rows"]) / ceiling["gemm_flops"]
     return prompts + int(sum(work["answer_tokens"])) / min(limit.values())
 
 
 def _compared(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """How many answers agree with the plain loop's, over the rows that both had, in all rounds.
+    """How many answers agree with the reference, over the rows that both answered, in all rounds.
 
-    Scores agree when the best label is the same: they differ by rounding. Token ids must be equal.
+    Scores differ by rounding, so they agree if the best label is the same. Token ids must be equal.
     """
     expected = _by_row(reference, reference["runs"][0])
     generated = result["work"]["task"] == "generate"
     compared = 0
     same = 0
     difference = 0.0
-    # Every round, since an engine that batches differently each time must answer the same.
+    # Every round counts: an engine may batch differently, but must give the same answers.
     for run in result["runs"]:
         answers = _by_row(result, run)
         for index in answers.keys() & expected.keys():
@@ -120,33 +120,33 @@ def _by_row(result: dict[str, Any], run: dict[str, Any]) -> dict[int, Any]:
 
 
 def _best(scores: list[float]) -> int:
-    """The first of the highest scores."""
+    """Index of the highest score, the first one on a tie."""
     return scores.index(max(scores))
 
 
 def ceiling_table(
     first: dict[str, float], last: dict[str, float], limit: dict[str, float], slots: int
 ) -> str:
-    """For people: what the machine reached before and after, and what that allows."""
+    """Text: the speeds the machine reached before and after, and the limit they imply."""
     lines = ["ceiling"]
     for when, reading in (("before", first), ("after", last)):
         gflops = reading["gemm_flops"] / 1e9
         gigabytes = reading["bytes_per_second"] / 1e9
         lines.append(f"{when}: {gflops:.0f} GFLOP/s, {gigabytes:.1f} GB/s")
     allowed = ", ".join(f"{name.replace('_', ' ')} {rate:.0f}" for name, rate in limit.items())
-    lines.append(f"new tokens/s that {slots} slots allow: {allowed}")
+    lines.append(f"limit of new tokens/s with {slots} slots: {allowed}")
     return "\n".join(lines)
 
 
 def table(task: str, judged: dict[str, dict[str, Any]]) -> str:
-    """For people: one line for each contestant."""
+    """Text: a table with one line for each contestant."""
     unit = "new tokens/s" if task == "generate" else "rows/s"
     key = "new_tokens_per_second" if task == "generate" else "rows_per_second"
     heads = f"{'rows':>6}{'tokens/s':>10}{unit:>14}{'of limit':>10}{'ours is':>10}"
     lines = ["", f"{task:28}{heads}  same answers"]
     for name, result in judged.items():
         if "not_here" in result:
-            lines.append(f"{name:28}not here: {result['not_here']}")
+            lines.append(f"{name:28}not available: {result['not_here']}")
             continue
         share = result.get("of_decode_limit", result["of_gemm_limit"])
         rates = f"{result['rows']:6}{result['tokens_per_second']:10.0f}{result[key]:14.2f}"
@@ -155,6 +155,6 @@ def table(task: str, judged: dict[str, dict[str, Any]]) -> str:
         if "largest_score_difference" in result:
             answers += f", scores within {result['largest_score_difference']:.1e}"
         if result["peak_gpu_gib"]:
-            answers += f", {result['peak_gpu_gib']:.1f} GiB of the GPU"
+            answers += f", {result['peak_gpu_gib']:.1f} GiB of GPU memory"
         lines.append(f"{name:28}{rates}{ratios}  {answers}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Who takes part in which task, with which script, environment and checkpoint.
+"""The contestants of each task, with their scripts, environments and checkpoints.
 
 To add a contestant, add a line to ROSTER and a script to contestants/.
 """
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 OURS = "glmbatch"
 OURS_INT8 = "glmbatch/int8"
-# One row at a time cannot go wrong by padding or batching, so it is what others must agree with.
+# One row at a time has no padding or batching to get wrong, so the others must agree with it.
 REFERENCE = "transformers/row-by-row"
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A program, or a way of using it, in one task.
+    """A program, or one variant of its use, in one task.
 
-    `slow` contestants get a part of the rows. `cpu_only` ones are set up here for CPU only.
+    `slow` contestants get only some of the rows. `cpu_only` ones are set up for CPU only.
     """
 
     name: str
@@ -28,21 +28,21 @@ class Contestant:
 
     @property
     def program(self) -> str:
-        """What it is, and the name of its environment."""
+        """The program, which is also the name of its environment."""
         return self.name.partition("/")[0]
 
     @property
     def way(self) -> str:
-        """How it goes about the task; empty where it has one way."""
+        """The variant; empty if the program has only one."""
         return self.name.partition("/")[2]
 
     @property
     def script(self) -> str:
-        """Its file in contestants/."""
+        """The name of its script in contestants/."""
         return f"with_{self.program.replace('.', '_')}.py"
 
 
-# They are started and shown in this order.
+# Contestants start and are shown in this order.
 ROSTER = (
     Contestant(OURS, "classify"),
     Contestant(OURS_INT8, "classify", cpu_only=True),
@@ -71,7 +71,7 @@ PEERS = tuple(sorted({contestant.program for contestant in ROSTER} - {OURS}))
 
 
 def taking_part(task: str, peers: list[str]) -> list[Contestant]:
-    """Ours, the reference, and those of `peers` (program or program/way), in roster order."""
+    """Ours, the reference, and `peers` (program or program/variant), in roster order."""
     always = {OURS, REFERENCE}
     chosen = []
     for contestant in ROSTER:

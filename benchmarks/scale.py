@@ -1,12 +1,12 @@
-"""How time and memory of a run grow with its fragments, and with the bytes of its input.
+"""Measure how a run's time and memory grow with its fragments and with the size of its input.
 
     python benchmarks/scale.py fragments 1000 4000         a row each: Prefect's cost, on SQLite
     python benchmarks/scale.py fragments 1000 4000 --postgresql            the same on PostgreSQL
     python benchmarks/scale.py megabytes 20 2000           rows of 10 kB, a few words classified
 
-Each size is a process of its own: the flow with the sample's tiny checkpoint on CPU, under a server
-started for it. Memory is the peak of resident memory, read five times a second. The server's is the
-sum over its processes, without PostgreSQL. The last line is one JSON object.
+Each size runs in its own process: the flow with the sample's tiny checkpoint on CPU, and a server
+of its own. Memory is the peak resident memory, read five times a second. The server's figure is the
+sum over its processes, without PostgreSQL. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 SAMPLE = Path(__file__).resolve().parent.parent / "sample_data"
 ROW_BYTES = 10_000
 FILES = 10
-ROWS_WRITTEN = 1000  # at once: an input of 2 GB is never whole in memory, which is measured
+ROWS_WRITTEN = 1000  # at once, so that writing a 2 GB input does not add to the memory measured
 
 
 def main() -> None:
@@ -56,14 +56,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("of", choices=("fragments", "megabytes"))
     parser.add_argument("sizes", type=int, nargs="+")
     parser.add_argument(
-        "--postgresql", action="store_true", help="a server of its own, from the extra test"
+        "--postgresql", action="store_true", help="use PostgreSQL, from the `test` extra"
     )
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def measure_apart(of: str, size: int, postgresql: bool) -> dict[str, Any]:
-    """`measure` in a process, a folder and a database of its own."""
+    """Run `measure` in its own process, with its own folder and database."""
     command = [sys.executable, __file__, of, str(size), "--one"]
     with tempfile.TemporaryDirectory() as scratch, database_settings(postgresql) as settings:
         environment = {
@@ -83,7 +83,7 @@ def measure_apart(of: str, size: int, postgresql: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def database_settings(postgresql: bool) -> Iterator[dict[str, str]]:
-    """The variables that give a Prefect server a fresh PostgreSQL database; none for SQLite."""
+    """Environment variables for a Prefect server on a new PostgreSQL database; none for SQLite."""
     if not postgresql:
         yield {}
         return
@@ -94,7 +94,7 @@ def database_settings(postgresql: bool) -> Iterator[dict[str, str]]:
 
 
 def measure(of: str, size: int) -> dict[str, Any]:
-    """Run the flow over an input of that size; return seconds, and peak memory in MB."""
+    """Run the flow over an input of that size; return seconds and peak memory in MB."""
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     from glmbatch.cli.server import own_server
@@ -115,7 +115,7 @@ def measure(of: str, size: int) -> dict[str, Any]:
             }
         ),
     ):
-        # Here, since the parent process, which only starts this one, needs no Prefect.
+        # Imported here, because the parent process needs no Prefect.
         from flows.annotate import annotate
 
         peak = {"flow_mb": 0, "server_mb": 0}
@@ -145,14 +145,14 @@ def make_job(folder: Path, rows_per_fragment: int) -> Any:
 
 
 def write_input(folder: Path, rows: int, padding: int) -> None:
-    """Write `rows` distinct texts over ten Parquet files, each beside `padding` random bytes."""
+    """Write `rows` distinct texts to ten Parquet files, each with `padding` random bytes."""
     folder.mkdir(parents=True)
     numbers = random.Random(0)
     schema = pa.schema({"text": pa.string(), "notes": pa.string()})
     for file in range(min(FILES, rows)):
         path = folder / f"{file}.parquet"
         own_rows = range(file, rows, FILES)
-        # Not compressed, so that the padding is read as the bytes that it says.
+        # Not compressed, so that a run reads all bytes of the padding.
         with pq.ParquetWriter(path, schema, compression="none") as writer:
             for first in range(0, len(own_rows), ROWS_WRITTEN):
                 texts = [f"review {n} is good" for n in own_rows[first : first + ROWS_WRITTEN]]
@@ -161,10 +161,10 @@ def write_input(folder: Path, rows: int, padding: int) -> None:
 
 
 def watch(peak: dict[str, int]) -> None:
-    """Keep the peak memory of this process and of its children, the server's, in `peak`."""
+    """Record in `peak` the peak memory of this process and of its children (the server)."""
     flow = psutil.Process()
     while True:
-        with contextlib.suppress(psutil.Error):  # a child may end while it is read
+        with contextlib.suppress(psutil.Error):  # a child may end during the reading
             server = sum(child.memory_info().rss for child in flow.children(recursive=True))
             peak["server_mb"] = max(peak["server_mb"], server // 2**20)
         peak["flow_mb"] = max(peak["flow_mb"], flow.memory_info().rss // 2**20)

@@ -1,14 +1,15 @@
-"""Training beside a plain Trainer loop on the same rows: tokens a second, and peak memory.
+"""Compare training with a plain Trainer loop on the same rows: tokens per second and peak memory.
 
     python benchmarks/training.py                 all weights of a small model, float32 on CPU
     python benchmarks/training.py --shape mid --method lora
 
-Two ways in turn, each round in a process of its own: `glmbatch.tuning.train`, and transformers'
-Trainer as its documentation shows it, with rows in random order and batches padded to their longest
-row. Both have the same base, batch size, evaluations and saves. Seconds are the CPU time of all
-threads within `Trainer.train`; tokens are those of the rows, without padding. Weights are random,
-lengths are log-normal. The ceiling is the model's largest matrix product, measured in the same
-process. The last line is one JSON object.
+Two variants take turns, each round in its own process. One is `glmbatch.tuning.train`. The other is
+transformers' Trainer as its documentation shows it, with shuffled rows and padded batches. Both use
+the same base, batch size, evaluations and saves.
+
+Seconds are the CPU time of all threads within `Trainer.train`. Tokens do not include padding.
+Weights are random, and lengths are log-normal. The ceiling is the model's largest matrix product,
+measured in the same process. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SAMPLE = Path(__file__).resolve().parent.parent / "sample_data"
 LABELS = [f"label {number}" for number in range(4)]
 OURS = "glmbatch"
 PLAIN = "plain Trainer"
-KEPT = ("shape", "method", "rows", "batch", "threads", "rounds")  # options that the report repeats
+KEPT = ("shape", "method", "rows", "batch", "threads", "rounds")  # options copied into the report
 
 
 def main() -> None:
@@ -72,13 +73,13 @@ def _options() -> argparse.Namespace:
 
 
 def run_in_turn(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """What each way measured in each round."""
-    # In processes of their own: peak memory is that of a process, and Trainer.train is replaced.
+    """The figures of each variant and round."""
+    # Separate processes: peak memory is per process, and each replaces Trainer.train.
     command = [sys.executable, __file__, *sys.argv[1:], "--way"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     runs: dict[str, list[dict[str, float]]] = {OURS: [], PLAIN: []}
     for turn in range(options.rounds):
-        # The order changes, so that a machine that slows down slows both.
+        # The order alternates, so that a machine that slows down affects both.
         ways = (OURS, PLAIN) if turn % 2 else (PLAIN, OURS)
         for way in ways:
             done = subprocess.run(
@@ -90,12 +91,12 @@ def run_in_turn(options: argparse.Namespace) -> dict[str, list[dict[str, float]]
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """One epoch in this process."""
+    """Train one epoch in this process; return its rates and peak memory."""
     import torch
     from contestants.machine import product_flops
 
     torch.set_num_threads(options.threads)
-    # More ids than the tokenizer has, which the checkpoint must hold.
+    # The checkpoint needs more ids than the tokenizer has.
     shape = SHAPES[options.shape]
     shape = replace(shape, vocabulary=max(shape.vocabulary, 4096))
     rows = make_rows(shape, options)
@@ -107,8 +108,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         train = train_ours if options.way == OURS else train_plain
         train(options, folder, rows, valid)
     tokens = sum(len(row.ids) for row in rows)
-    # Two for each weight: the forward pass, the gradients of activations and, where all weights
-    # are trained, those of the weights.
+    # Two operations per weight in each pass: forward, gradients of activations and, if all weights
+    # are trained, gradients of weights.
     operations = (6 if options.method == "full" else 4) * shape.body_weights * tokens
     on_gpu = options.device.startswith("cuda")
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -124,7 +125,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def make_rows(shape: Shape, options: argparse.Namespace) -> list[Any]:
-    """Rows of random ids and labels, the same for every way."""
+    """Rows of random ids and labels, the same for both variants."""
     from glmbatch.tuning.encode import TrainingRow
 
     rng = random.Random(0)
@@ -136,9 +137,9 @@ def make_rows(shape: Shape, options: argparse.Namespace) -> list[Any]:
 
 
 def time_training() -> list[float]:
-    """A list to which each `Trainer.train` of this process adds its CPU seconds.
+    """Return a list to which each call of `Trainer.train` in this process adds its CPU seconds.
 
-    Both ways end in that call, which leaves out loading, saving the result and calibration.
+    Both variants end in that call. It excludes loading, saving the result and calibration.
     """
     from transformers import Trainer
 
@@ -156,7 +157,7 @@ def time_training() -> list[float]:
 
 
 def write_base(directory: Path, shape: Shape) -> None:
-    """A checkpoint of random weights in the published layout."""
+    """Write a checkpoint of random weights in the published layout."""
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
@@ -190,7 +191,7 @@ def train_ours(options: argparse.Namespace, folder: Path, rows: Any, valid: Any)
 
 
 def train_plain(options: argparse.Namespace, folder: Path, rows: Any, valid: Any) -> None:
-    """The same base and settings through transformers and peft alone."""
+    """Train the same base with the same settings through transformers and peft alone."""
     import torch
     from transformers import Trainer, TrainingArguments
 
@@ -238,7 +239,7 @@ def plain_model(base: Path, options: argparse.Namespace) -> Any:
 
     from glmbatch.glm.checkpoint.load import load_model
 
-    # Weights that are not trained need no more than bfloat16 on a GPU; ours does the same.
+    # On a GPU, frozen weights stay in bfloat16, as in our own training.
     half = options.device.startswith("cuda") and options.method != "full"
     loaded = load_model(base, "bfloat16" if half else "float32", options.device)
     config = loaded.config

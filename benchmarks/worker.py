@@ -1,4 +1,4 @@
-"""A contestant's process: started, asked to do its whole work again and again, stopped."""
+"""A contestant's process: start it, have it do its whole work in each round, stop it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from environments import NotHere, last_line
 
 
 class Worker:
-    """A running contestant, whose standard error goes to `log`.
+    """A running contestant. Its standard error goes to `log`.
 
-    Raises NotHere, with the reason from the log, if it ends before it answers.
+    Raises NotHere with the reason from the log if the process ends before it answers.
     """
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
@@ -29,22 +29,22 @@ class Worker:
             )
 
     def wait_until_ready(self) -> str:
-        """Return what it is, with versions, once it has loaded."""
+        """Wait until it has loaded; return its name and versions."""
         return str(self._answer()["version"])
 
     def run(self) -> dict[str, Any]:
-        """Have the whole work done once; return seconds, memory and answers."""
+        """Do the whole work once; return seconds, memory and answers."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write("run\n")
             self._process.stdin.flush()
-        except BrokenPipeError as error:  # it ended since its last answer
+        except BrokenPipeError as error:  # it ended after its last answer
             raise self._ended() from error
         return self._answer()
 
     def stop(self) -> None:
         """Kill the process."""
-        # Not asked first: it has nothing to save, and a library may hang in its own shutdown.
+        # No graceful stop: there is nothing to save, and some libraries hang in their shutdown.
         self._process.kill()
         self._process.communicate()
 

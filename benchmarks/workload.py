@@ -1,7 +1,7 @@
-"""The model's shape, the rows to answer, and the arithmetic that they take.
+"""The model's shape, the rows to answer, and the arithmetic that they need.
 
-Standard library only. Lengths are log-normal, as those of texts are. Everything follows from the
-seed.
+Standard library only. Lengths are log-normal, like those of real texts. The seed determines
+everything.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from math import log
 from typing import Any
 
 TASKS = ("classify", "labels", "generate")
-# Token ids of 8 labels, 1 to 6 tokens long; some begin alike, as words of one language do.
+# Token ids of 8 labels of 1 to 6 tokens. Some share a prefix, as words of one language do.
 LABELS = (
     (11,),
     (12, 13),
@@ -23,7 +23,7 @@ LABELS = (
     (23, 24),
     (25, 26, 27, 28, 29, 30),
 )
-FIRST_ID = 31  # of prompts: after padding, the end token and the labels
+FIRST_ID = 31  # first id in prompts, above those of padding, the end token and the labels
 LABEL_TEMPLATE_TOKENS = 100
 LABEL_TEXT_TOKENS = 40
 
@@ -32,8 +32,10 @@ Work = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """A ChatGLM2 model: fused gate and up projections, grouped-query attention, and rotary
-    positions on half of each head.
+    """Sizes of a ChatGLM2 model.
+
+    It has fused gate and up projections, grouped-query attention, and rotary positions on half of
+    each head.
     """
 
     hidden: int
@@ -48,18 +50,18 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """All numbers, to name its checkpoint in the cache."""
+        """All sizes joined: the name of the checkpoint in the cache."""
         return "-".join(f"{field}{number}" for field, number in asdict(self).items())
 
     @property
     def body_weights(self) -> int:
-        """Weights that every token is multiplied by."""
+        """Number of weights that every token is multiplied by."""
         attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.groups)
         return self.layers * (attention + 3 * self.hidden * self.inner)
 
     @property
     def head_weights(self) -> int:
-        """Weights of the token scores, used for each token that is chosen or scored."""
+        """Number of weights in the output layer, used for each token that is chosen or scored."""
         return self.hidden * self.vocabulary
 
     def config(self) -> dict[str, Any]:
@@ -90,14 +92,14 @@ SHAPES = {
     "tiny": Shape(128, 320, 2, 4, 2, 32, 512),
     "mid": Shape(512, 1712, 8, 8, 2, 64, 8192),
     "big": Shape(1024, 3424, 16, 16, 2, 64, 16384),
-    # Not 65,024 rows, which only the published tokenizer belongs to.
+    # 65,280 rather than 65,024 rows, which only the published tokenizer has.
     "6b": Shape(4096, 13696, 28, 32, 2, 128, 65280),
 }
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of prompts or answers, in tokens."""
+    """Distribution of the lengths of prompts or answers, in tokens."""
 
     mean: int
     least: int
@@ -116,7 +118,7 @@ class Lengths:
 def make_work(
     task: str, shape: Shape, rows: int, prompts: Lengths, answers: Lengths, prefix: int, seed: int
 ) -> Work:
-    """What a contestant is asked: rows of token ids, and what to do with them.
+    """Make the work of a contestant: rows of token ids, and what to do with them.
 
     All rows begin with the same `prefix` ids.
     """
@@ -142,14 +144,14 @@ def make_work(
 
 
 def part_of(work: Work, rows: int) -> Work:
-    """The work on `rows` of its rows, evenly from short to long, for slow contestants."""
+    """The work on only `rows` rows, spread evenly from short to long, for slow contestants."""
 
     def length(index: int) -> int:
         return len(work["rows"][index]) + int(work["answer_tokens"][index])
 
     by_length = sorted(work["indexes"], key=length)
     count = len(by_length)
-    # The middle one of each of `rows` equal parts.
+    # The middle row of each of `rows` equal parts.
     middles = [(2 * part + 1) * count // (2 * rows) for part in range(min(rows, count))]
     kept = sorted(by_length[at] for at in middles)
     return {
@@ -161,26 +163,26 @@ def part_of(work: Work, rows: int) -> Work:
 
 
 def tokens_of(work: Work) -> int:
-    """Prompt and generated tokens, without padding."""
+    """Number of prompt and generated tokens, without padding."""
     return sum(len(row) for row in work["rows"]) + int(sum(work["answer_tokens"]))
 
 
 def least_operations(work: Work, shape: Shape) -> int:
-    """Two for each weight that a token must be multiplied by.
+    """Minimum operations: two for each weight that a token must be multiplied by.
 
-    Attention, a few percent here, is left out. A shared prefix counts once. The last layer counts
-    for all tokens, though an engine can skip parts of it for tokens that nobody reads: that allows
-    1.1 of this limit at 8 layers, 1.04 at 28.
+    A shared prefix counts once. Attention, a few percent here, does not count. The last layer
+    counts for all tokens, although an engine can skip parts of it for tokens whose output is not
+    used. Such an engine can reach 1.1 of this limit at 8 layers, and 1.04 at 28.
     """
     rows = len(work["rows"])
     read: int = sum(map(len, work["rows"])) - work["prefix_tokens"] * (rows - 1)
     scored: int = 0
     if work["task"] == "generate":
         written = sum(work["answer_tokens"])
-        read += written - rows  # the last token of an answer is not read
+        read += written - rows  # the last token of an answer is never fed back
         scored = written
     if work["task"] == "labels":
-        # Labels that begin alike share those tokens: they form one tree.
+        # Labels with a common prefix share its tokens, as in a tree.
         beginnings = set()
         for label in work["labels"]:
             beginnings.update(tuple(label[:end]) for end in range(1, len(label)))

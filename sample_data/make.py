@@ -1,11 +1,12 @@
-"""Rebuilds the sample data: the reviews, and the tiny ChatGLM2 checkpoint that is trained on them.
+"""Rebuild the sample data: the reviews, and the tiny ChatGLM2 checkpoint trained on them.
 
     python sample_data/make.py               reviews, then checkpoint
     python sample_data/make.py reviews       the Parquet files, byte for byte
     python sample_data/make.py checkpoint    trains tiny-chatglm2/, about twenty minutes on one core
     python sample_data/make.py evaluate      scores the committed checkpoint on held-out reviews
 
-With --check, reviews and checkpoint are made elsewhere and compared. Exit code 1 if a byte differs.
+With --check, reviews and checkpoint are rebuilt in a temporary folder and compared. The exit code
+is 1 if any byte differs.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from glmbatch.settings.job import JobConfig
 
 FOLDER = Path(__file__).resolve().parent
 CHECKPOINT = FOLDER / "tiny-chatglm2"
-# The mathematics libraries read these when they load. Every x86 machine of the last ten years has
-# AVX2, and one thread adds up in the same order everywhere.
+# The mathematics libraries read these variables when they load. Every x86 machine of the last ten
+# years has AVX2, and a single thread adds in the same order everywhere.
 NUMERICS = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_CBWR": "AVX2,STRICT",
@@ -87,7 +88,7 @@ def _checkpoint(check: bool) -> int:
 
 
 def _evaluate(_check: bool) -> int:
-    """Print the scores; 1 when the checkpoint is not fit to be committed."""
+    """Print the scores; return 1 if the checkpoint is not good enough to be committed."""
     from make_evaluation import evaluate
 
     scores = evaluate(CHECKPOINT, FOLDER / "labelled" / "held_out.parquet", _job())
@@ -108,7 +109,7 @@ def _job() -> JobConfig:
 
 
 def _compare(rebuilt: Path, names: tuple[str, ...]) -> int:
-    """Print the files below `names` that differ between the two folders; 0 if none does, else 1."""
+    """Print the files below `names` that differ; return 0 if none does, else 1."""
     files = sorted(_files_below(rebuilt, names) | _files_below(FOLDER, names))
     equal = 0
     for file in files:

@@ -1,4 +1,4 @@
-"""A small ChatGLM2 with random weights and a tokenizer of given texts, in the published layout."""
+"""Write a small ChatGLM2 in the published layout: random weights, and a tokenizer for the texts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from glmbatch.glm.checkpoint.save import save_checkpoint
 
 HEADS = 4
 GROUPS = 2
-# Rows of the vocabulary that no token owns, as in the published model.
+# Unused rows of the vocabulary, as in the published model.
 UNUSED_ROWS = 8
 MOST_SENTENCES = 200_000
-# sentencepiece leaves out sentences of more than 4,192 bytes.
+# sentencepiece skips sentences of more than 4,192 bytes.
 MOST_CHARACTERS = 1000
 # The published tokenizer's settings.
 TOKENIZER_SETTINGS: dict[str, Any] = {
@@ -44,7 +44,7 @@ TOKENIZER_SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model. `vocabulary` is the most pieces; few texts may give fewer."""
+    """Sizes of the model. `vocabulary` is the maximum number of pieces; few texts give fewer."""
 
     hidden_size: int
     layers: int
@@ -53,7 +53,7 @@ class Shape:
 
 
 def make_base(directory: Path, texts: Sequence[str], shape: Shape, seed: int) -> None:
-    """Write the checkpoint into `directory`: the same bytes each time on one kind of machine."""
+    """Write the checkpoint to `directory`, with the same bytes each time on the same hardware."""
     from transformers import GlmConfig, GlmForCausalLM
 
     tokenizer, pieces = _train_tokenizer(texts, shape.vocabulary)
@@ -84,10 +84,10 @@ def make_base(directory: Path, texts: Sequence[str], shape: Shape, seed: int) ->
 
 
 def _first_scale(name: str, inputs: int) -> float:
-    """The standard deviation of a matrix's first weights.
+    """The standard deviation of a matrix's initial weights.
 
-    With small queries and keys attention begins as an even look at the whole text. So small a model
-    then learns many times faster.
+    With small queries and keys, attention starts out uniform over the whole text. Such a small
+    model then learns many times faster.
     """
     if "embed_tokens" in name:
         return 0.05
@@ -100,8 +100,8 @@ def _first_scale(name: str, inputs: int) -> float:
 def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> tuple[bytes, int]:
     """A sentencepiece model with the published settings, and its number of pieces.
 
-    sentencepiece raises RuntimeError when the texts have too few different pieces: then a smaller
-    vocabulary is tried, down to the 256 bytes and the characters.
+    sentencepiece raises RuntimeError if the texts have too few distinct pieces. Smaller
+    vocabularies are then tried, down to the 256 bytes and the characters.
     """
     lines = []
     for text in texts[:MOST_SENTENCES]:
@@ -124,9 +124,9 @@ def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> tuple[bytes, int]
 
 
 def _coverage(lines: Sequence[str], most: int) -> float:
-    """The share of the text that the `most` frequent characters make; the rest is spelled by bytes.
+    """The share of the text in the `most` frequent characters. All others are spelled as bytes.
 
-    Chinese texts have thousands of characters, most of them rare: pieces are better spent on words.
+    Chinese texts have thousands of mostly rare characters. Pieces are better spent on words.
     """
     counts = Counter[str]()
     for line in lines:

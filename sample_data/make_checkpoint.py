@@ -1,7 +1,7 @@
-"""Trains the sample's tiny ChatGLM2 from random weights, with the project's own training loop.
+"""Train the sample's tiny ChatGLM2 from random weights, with the project's own training loop.
 
-Each labelled review becomes two instructions: the prompts that `reviews.yaml` asks, with their true
-answers. Seeded, in float32, on one thread: the same bytes each time.
+Each labelled review becomes two instructions: the two prompts of `reviews.yaml` with their true
+answers. Training is seeded, in float32 and on one thread, so it gives the same bytes each time.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ TRAINING: dict[str, Any] = {
     "method": "full",
     "epochs": 2,
     "batch_rows": 32,
-    # Random weights bear a far higher rate than the default of 2e-5, which is for trained ones.
+    # Random weights tolerate a far higher rate than the default of 2e-5 for trained weights.
     "learning_rate": 3e-3,
     "gradient_checkpointing": False,
     "max_input_tokens": MAX_POSITIONS - MAX_ANSWER_TOKENS,
     "max_answer_tokens": MAX_ANSWER_TOKENS,
     "seed": 2,
 }
-# What the published config.json says beside the sizes, for tools that ask it.
+# Fields of the published config.json besides the sizes, for tools that read them.
 PUBLISHED_CONFIG = {
     "_name_or_path": "THUDM/chatglm2-6b",
     "auto_map": {
@@ -67,7 +67,7 @@ PUBLISHED_CONFIG = {
 def build_checkpoint(
     train_file: Path, job: JobConfig, directory: Path, most_rows: int | None = None
 ) -> None:
-    """Train on the first rows of `train_file`; write the checkpoint into the new `directory`."""
+    """Train on the first rows of `train_file`; write the checkpoint to the new `directory`."""
     rows = pq.ParquetFile(train_file).read().to_pylist()[:most_rows]
     with tempfile.TemporaryDirectory() as folder, _deterministic():
         work = Path(folder)
@@ -80,7 +80,7 @@ def build_checkpoint(
         base = Path(config.model.path)
         make_base(base, texts, SHAPE, config.training.seed)
         model = _train(config, labelled, work / "trainer")
-        # Two shards and an index, as published (there, seven).
+        # Two shards and an index. The published model has seven shards.
         save_checkpoint(
             model,
             directory,
@@ -96,7 +96,7 @@ def _settings(instructions: Path, work: Path) -> TuneConfig:
         "input": str(instructions),
         "text_column": "prompt",
         "response_column": "answer",
-        # The checkpoint is scored on other reviews; these shares only choose between two epochs.
+        # These shares only choose between two epochs. Other reviews score the checkpoint.
         "valid_share": 0.01,
         "test_share": 0.01,
     }
@@ -123,9 +123,9 @@ def _train(config: TuneConfig, labelled: Labelled, folder: Path) -> Any:
 
 
 def make_instructions(rows: Sequence[dict[str, Any]], job: JobConfig) -> Iterator[dict[str, str]]:
-    """What the job asks about each row, with the true answers.
+    """The prompts of the job about each row, with the true answers.
 
-    The reply's prompt has the true label in place of the first step's answer.
+    The reply's prompt contains the true label instead of the first step's answer.
     """
     label_step, reply_step = job.steps
     for row in rows:
@@ -136,7 +136,7 @@ def make_instructions(rows: Sequence[dict[str, Any]], job: JobConfig) -> Iterato
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """One thread, and no operation whose result varies. Restores the former settings at the end."""
+    """Use one thread and only deterministic operations. Restore the earlier settings at the end."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

@@ -1,11 +1,10 @@
-"""Scores a checkpoint on the held-out reviews, asked as `reviews.yaml` asks. Writes no files.
+"""Score a checkpoint on the held-out reviews, with the prompts of `reviews.yaml`. Writes no files.
 
-A reply is sensible when all of this holds:
+A reply is sensible if all of these are true:
 
 - it names the product;
-- it names an aspect that the review speaks of, or none where the review both praises and blames or
-  speaks of none;
-- it thanks or regrets as the true sentiment demands;
+- it names an aspect from the review, or no aspect if the review is mixed or mentions none;
+- it expresses thanks or regret to match the true sentiment;
 - it is in the review's language;
 - it ends with the end token.
 
@@ -38,7 +37,7 @@ TONES = {
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares of the held-out rows, 0 to 1; `checks` are the parts of `sensible`."""
+    """Shares of the held-out rows, from 0 to 1. `checks` are the parts of `sensible`."""
 
     rows: int
     label_accuracy: float
@@ -50,7 +49,7 @@ class Scores:
 def evaluate(
     checkpoint: Path, held_out_file: Path, job: JobConfig, most_rows: int | None = None
 ) -> Scores:
-    """Ask `checkpoint` both questions of `job` about the held-out rows, in float32 on the CPU."""
+    """Run both steps of `job` with `checkpoint` on the held-out rows, in float32 on the CPU."""
     rows = pq.ParquetFile(held_out_file).read().to_pylist()[:most_rows]
     label_step, reply_step = job.steps
     assert isinstance(label_step, ClassifyStep)
@@ -97,7 +96,7 @@ def _key(place: int) -> bytes:
 
 
 def check_reply(row: Mapping[str, Any], reply: str) -> dict[str, bool]:
-    """What is right about `reply` to a labelled row, each on its own."""
+    """The result of each single check of `reply` to a labelled row."""
     sides = [names for names in (row["good"], row["bad"], row["middling"]) if names]
     mentioned = [name for names in sides for name in names if name in reply]
     in_chinese = any("\u4e00" <= character <= "\u9fff" for character in reply)

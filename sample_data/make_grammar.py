@@ -1,10 +1,10 @@
-"""Writes customer reviews whose sentiment is known, and the reply a good shop would give. No files.
+"""Generate customer reviews of known sentiment, and the replies of a good shop. No files.
 
-A review is built from clauses. Each is one opinion of one aspect in one frame: "the sound is far
-from crisp" is the aspect `sound`, the word `crisp` and the frame `the {a} is far from {p}`. The
-combination decides the polarity; no word alone does. One combination in seven is held out:
-held-out reviews are made of these alone, and training reviews contain none of them, although
-training shows every frame, aspect and word by itself.
+A review consists of clauses. Each clause is an opinion about one aspect in one frame: "the sound
+is far from crisp" has the aspect `sound`, the word `crisp` and the frame `the {a} is far from {p}`.
+The combination decides the polarity; no single word does. One combination in seven is held out.
+Held-out reviews use only these combinations, and training reviews use none of them. Each frame,
+aspect and word on its own does occur in training.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _OPPOSITE: dict[Label, Label] = {"positive": "negative", "negative": "positive"}
 
 @dataclass(frozen=True)
 class Review:
-    """One review with what is true of it.
+    """One review with its true label and reply.
 
     `good`, `bad` and `middling` name its aspects in the language of `reply`.
     """
@@ -58,7 +58,7 @@ class Review:
 
 @dataclass
 class _Draft:
-    """A review while it is written; `language` is zh, en or mixed (Chinese with English words)."""
+    """A review in progress. `language` is zh, en or mixed (Chinese with English words)."""
 
     rng: random.Random
     language: str
@@ -71,7 +71,7 @@ class _Draft:
         return EN if self.language == "en" else ZH
 
     def name(self, aspect: Aspect) -> str:
-        """What the shop's reply calls `aspect`."""
+        """The name of `aspect` in the shop's reply."""
         return aspect.en.name if self.language == "en" else aspect.zh.name
 
     def pick(self, options: tuple[str, ...]) -> str:
@@ -82,7 +82,7 @@ class _Draft:
 
 
 def write_review(rng: random.Random, *, held_out: bool, clauses: int = 0) -> Review:
-    """A review from one side of the split, of one to three opinions, or of `clauses`."""
+    """A review from one part of the split, with one to three opinions or with `clauses`."""
     language = rng.choices(("zh", "en", "mixed"), (50, 42, 8))[0]
     label = rng.choices(LABELS, (42, 24, 34))[0]
     kind = rng.choice(KINDS)
@@ -102,12 +102,12 @@ def write_review(rng: random.Random, *, held_out: bool, clauses: int = 0) -> Rev
 
 
 def is_held_out(*parts: str) -> bool:
-    """Whether this combination is kept from training; the same on every machine."""
+    """Whether this combination is held out from training. The same on every machine."""
     return zlib.crc32("\0".join(parts).encode()) % 7 == 0
 
 
 def _polar_body(draft: _Draft, label: Label, clauses: int) -> str:
-    """Opinions that point one way; some with one concession, and a verdict that settles it."""
+    """Opinions of one polarity, sometimes with a concession and a verdict that outweighs it."""
     words = draft.words
     if not clauses and draft.chance(0.08):
         return words.comma.join(_fitting_pair(draft, words.openers, words.verdicts[label]))
@@ -122,7 +122,7 @@ def _polar_body(draft: _Draft, label: Label, clauses: int) -> str:
 
 
 def _neutral_body(draft: _Draft, clauses: int) -> str:
-    """Good and bad that balance, or nothing special, or no opinion yet."""
+    """Good and bad in balance, or indifference, or no opinion yet."""
     words = draft.words
     form = draft.rng.choices(("mixed", "middling", "unused"), (45, 35, 0 if clauses else 20))[0]
     if form == "unused":
@@ -141,7 +141,7 @@ def _neutral_body(draft: _Draft, clauses: int) -> str:
 def _fitting_pair(
     draft: _Draft, first: tuple[str, ...], second: tuple[str, ...]
 ) -> tuple[str, str]:
-    """One of each, whose combination is on the draft's side of the split."""
+    """One of each, such that the combination is in the draft's part of the split."""
     while True:
         pair = draft.pick(first), draft.pick(second)
         if is_held_out(*pair) == draft.held_out:
@@ -157,7 +157,7 @@ def _clauses(draft: _Draft, polarity: Label, count: int) -> str:
 
 
 def _clause(draft: _Draft, polarity: Label) -> str:
-    """One opinion of one aspect that the review has not spoken of yet, where there is one left."""
+    """An opinion about one aspect, if possible one that the review does not mention yet."""
     said = {aspect.key for _, aspect in draft.said}
     fresh = tuple(key for key in draft.kind.aspects if key not in said)
     while True:
@@ -175,7 +175,7 @@ def _clause(draft: _Draft, polarity: Label) -> str:
 
 
 def _opinion(draft: _Draft, aspect: Aspect, polarity: Label) -> tuple[str, str]:
-    """A frame and a word that together say `polarity` of `aspect`."""
+    """A frame and a word that together express `polarity` about `aspect`."""
     words = draft.words
     if polarity == "neutral":
         return draft.pick(words.middling_frames), draft.pick(words.middling)
@@ -195,12 +195,12 @@ def _opinion(draft: _Draft, aspect: Aspect, polarity: Label) -> tuple[str, str]:
 
 
 def _negatable(options: tuple[str, ...]) -> tuple[str, ...]:
-    """The words that can be negated: in Chinese not those with a negation, nor causatives."""
+    """The words that can be negated. In Chinese, negated words and causatives cannot."""
     return tuple(word for word in options if word[0] not in "不没让令" and "不" not in word)
 
 
 def _finish(draft: _Draft, body: str) -> str:
-    """The body, perhaps with an opener, a distraction and a full stop; in English with capitals."""
+    """The body, with an optional opener, distraction and full stop, and with English capitals."""
     words = draft.words
     text = body
     if draft.chance(0.3) and not text.startswith(words.openers):
@@ -216,7 +216,7 @@ def _finish(draft: _Draft, body: str) -> str:
 
 
 def _reply(draft: _Draft, label: Label, product: str) -> str:
-    """The shop's answer: it names the product and, if the review points one way, an aspect."""
+    """The shop's reply. It names the product and, if the review is not mixed, an aspect."""
     polarities = {polarity for polarity, _ in draft.said}
     aspect = draft.said[0][1] if draft.said else None
     if aspect is None:
@@ -230,7 +230,7 @@ def _reply(draft: _Draft, label: Label, product: str) -> str:
 
 
 def _spoil(draft: _Draft, text: str, label: Label) -> str:
-    """`text` as people and web forms leave it: typos, emoji, entities, stray markup."""
+    """`text` as people and web forms leave it, with typos, emoji, entities and stray markup."""
     chance, pick = draft.chance, draft.pick
     chinese = draft.words is ZH
     if chance(0.05):
@@ -250,7 +250,7 @@ def _spoil(draft: _Draft, text: str, label: Label) -> str:
     if chance(0.02):
         text = _insert(draft, text, pick(LOOK_ALIKES))
     if chance(0.02):
-        # Full-width letters, as some input methods write them, stand 0xFEE0 above the ASCII ones.
+        # Some input methods write full-width letters, which are 0xFEE0 above the ASCII ones.
         text += "".join(chr(ord(letter) + 0xFEE0) for letter in pick(WIDE_WORDS))
     if chance(0.02):
         text = text.replace(draft.words.stop, draft.words.stop.strip() + "\n", 1)
@@ -260,7 +260,7 @@ def _spoil(draft: _Draft, text: str, label: Label) -> str:
 
 
 def _insert(draft: _Draft, text: str, piece: str) -> str:
-    """`piece` at the front, at the end, or after the first sentence."""
+    """`text` with `piece` at the start, at the end, or after the first sentence."""
     mark = draft.words.stop
     if mark in text and draft.chance(0.5):
         return text.replace(mark, f"{mark}{piece}", 1)
@@ -268,7 +268,7 @@ def _insert(draft: _Draft, text: str, piece: str) -> str:
 
 
 def _typo(draft: _Draft, text: str) -> str:
-    """One slip: a wrong character of the same sound, or two letters that changed places."""
+    """`text` with one typo: a wrong character of the same sound, or two swapped letters."""
     if draft.words is ZH:
         places = [index for index, character in enumerate(text) if character in ZH_TYPOS]
         if not places:

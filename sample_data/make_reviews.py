@@ -1,8 +1,8 @@
-"""The sample's Parquet files: four days of reviews as a shop exports them, and labelled rows.
+"""Write the sample's Parquet files: four days of a shop's exported reviews, and labelled rows.
 
-`reviews/` is what a job reads: without true answers, and with the mess of real data. `labelled/`
-has the true answers: `train.parquet` for training, `held_out.parquet` for some rows of `reviews/`.
-No tensors here.
+A job reads `reviews/`, which has the mess of real data and no true answers. The true answers are in
+`labelled/`: `train.parquet` for training, `held_out.parquet` for some rows of `reviews/`. No
+tensors here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHANGHAI = timezone(timedelta(hours=8))
 
 @dataclass(frozen=True)
 class Part:
-    """One file of the export; a truncated one ends in the middle, like an interrupted copy."""
+    """One file of the export. A truncated one is cut off, like an interrupted copy."""
 
     path: str
     rows: int
@@ -45,7 +45,7 @@ PARTS = (
     Part("day=2026-11-04/part-1.parquet", 300, truncated=True),
 )
 
-# Rows per thousand with each fault. Those of the first four kinds cannot be answered: 22 in all.
+# Rows per thousand with each fault. The first four kinds (22 in total) cannot be answered.
 FAULTS = {
     "no text": 7,
     "blank text": 9,
@@ -100,9 +100,9 @@ LABELLED_SCHEMA = pa.schema(
 
 
 def write_parquet(folder: Path) -> list[Path]:
-    """Write `reviews/` and `labelled/` under `folder`, replacing them; return the files, sorted.
+    """Write or replace `reviews/` and `labelled/` under `folder`; return the sorted files.
 
-    One version of pyarrow writes the same bytes each time.
+    The same version of pyarrow writes the same bytes each time.
     """
     for name in ("reviews", "labelled"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -131,14 +131,14 @@ def write_parquet(folder: Path) -> list[Path]:
 def _day_rows(
     rng: random.Random, part: Part, first_id: int
 ) -> tuple[list[dict[str, Any]], dict[str, Review]]:
-    """The rows of one file, and what is true of their texts."""
+    """The rows of one file, and the true answers for their texts."""
     rows: list[dict[str, Any]] = []
     truth: dict[str, Review] = {}
     start = datetime.fromisoformat(part.path[4:14]).replace(tzinfo=SHANGHAI)
     fault_of: dict[int, str] = {}
     for kind, share in FAULTS.items():
         for _ in range(part.rows * share // 1000):
-            # Never the first row: some faults repeat an earlier one.
+            # Never the first row, because some faults repeat an earlier row.
             fault_of[rng.randrange(1, part.rows)] = kind
     for index in range(part.rows):
         fault = fault_of.get(index, "")
@@ -159,7 +159,7 @@ def _day_rows(
 
 
 def _changed_column(rng: random.Random, fault: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The column that `fault` spoils, with its new value; empty if the row stays as its review."""
+    """The column that `fault` changes, with its new value; empty if the row is unchanged."""
     match fault:
         case "no text":
             return {"text": None}
@@ -176,7 +176,7 @@ def _changed_column(rng: random.Random, fault: str, rows: list[dict[str, Any]]) 
 
 
 def _row(rng: random.Random, review: Review, number: int, created: datetime) -> dict[str, Any]:
-    """What the shop knows beside the text; the stars go with the opinion, but not always."""
+    """A row with the review and the shop's other columns. The stars usually match the opinion."""
     usual = {"positive": (4, 5, 5, 5), "neutral": (3, 3, 3, 4), "negative": (1, 1, 2, 2)}[
         review.label
     ]
@@ -210,7 +210,7 @@ def _row(rng: random.Random, review: Review, number: int, created: datetime) -> 
 
 
 def _sometimes_null(rng: random.Random, share: float, value: Any) -> Any:
-    """`value`, or None in `share` of the calls."""
+    """`value`, or None with probability `share`."""
     return None if rng.random() < share else value
 
 
@@ -224,7 +224,7 @@ def _export_note(part: Part) -> dict[str, str]:
 
 
 def _held_out_rows(rows: list[dict[str, Any]], truth: dict[str, Review]) -> list[dict[str, Any]]:
-    """Rows of `reviews/` whose id and text occur once and whose text fits the model."""
+    """Rows of `reviews/` with a unique id and a unique text that fits the model."""
     ids = Counter(row["id"] for row in rows)
     texts = Counter(row["text"] for row in rows)
     chosen = [
@@ -235,12 +235,12 @@ def _held_out_rows(rows: list[dict[str, Any]], truth: dict[str, Review]) -> list
         and len(row["text"]) < 1000
         and ids[row["id"]] == texts[row["text"]] == 1
     ]
-    # Every third: rows of all four days, not of the first alone.
+    # Every third row, to include all four days.
     return chosen[::3][:HELD_OUT_ROWS]
 
 
 def _training_rows(rng: random.Random) -> list[dict[str, Any]]:
-    """Distinct reviews, none of which holds a combination that a held-out review is made of."""
+    """Distinct reviews without any combination from held-out reviews."""
     reviews: dict[str, Review] = {}
     while len(reviews) < TRAIN_ROWS:
         clauses = rng.randrange(4, 16) if rng.random() < 0.02 else 0

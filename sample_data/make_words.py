@@ -11,7 +11,7 @@ import yaml
 
 @dataclass(frozen=True)
 class Opinions:
-    """What can be said of an aspect in one language; `good` and `bad` words need a frame."""
+    """Opinions about an aspect in one language. `good` and `bad` words need a frame."""
 
     name: str
     good: tuple[str, ...]
@@ -22,7 +22,7 @@ class Opinions:
 
 @dataclass(frozen=True)
 class Aspect:
-    """One side of a product; `team` answers for it and decides how the shop replies."""
+    """One aspect of a product. The `team` responsible for it decides how the shop replies."""
 
     key: str
     team: str
@@ -32,7 +32,7 @@ class Aspect:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of product: its names, and the keys of the aspects that reviews speak of."""
+    """A kind of product: its names, and the keys of the aspects that reviews mention."""
 
     category: str
     zh: str
@@ -42,7 +42,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Language:
-    """How one language says an opinion `{p}` of an aspect `{a}`, and what stands around it."""
+    """How one language expresses an opinion `{p}` about an aspect `{a}`, and the text around it."""
 
     good: tuple[str, ...]
     bad: tuple[str, ...]
@@ -82,7 +82,7 @@ KINDS = tuple(
 BRANDS: tuple[dict[str, str], ...] = _WORDS["brands"]
 ZH = Language(**_WORDS["languages"]["zh"])
 EN = Language(**_WORDS["languages"]["en"])
-# By language, then sentiment, then form.
+# Keyed by language, then sentiment, then form.
 REPLIES: dict[str, dict[str, dict[str, str]]] = _WORDS["replies"]
 EMOJI: dict[str, tuple[str, ...]] = _WORDS["emoji"]
 LOOK_ALIKES: tuple[str, ...] = _WORDS["look_alikes"]

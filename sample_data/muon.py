@@ -1,4 +1,4 @@
-"""Muon for the matrices of the layers, AdamW for the rest: for small models from scratch."""
+"""Optimizer for small models trained from scratch: Muon for layer matrices, AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-FASTER = 5  # the learning rate of the layers' matrices, in units of the others'
+FASTER = 5  # learning rate of the layers' matrices, as a multiple of the others'
 MOMENTUM = 0.95
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but the layers' matrices move along a nearly orthogonal momentum, at a higher rate.
+    """AdamW, except that layer matrices follow an orthogonalized momentum at a higher rate.
 
-    From https://kellerjordan.github.io/posts/muon. torch's own Muon computes in bfloat16: half a
-    second per step on a CPU held to AVX2, against 0.04 s here.
+    From https://kellerjordan.github.io/posts/muon. torch's own Muon computes in bfloat16, which
+    takes half a second per step on a CPU limited to AVX2, against 0.04 s here.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Move every weight; as torch's optimizers."""
+        """Update every weight, like torch's other optimizers."""
         for group in self.param_groups:
             if not group["orthogonal"]:
                 continue
@@ -61,10 +61,10 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix with the same row and column spaces whose singular values are all near 1."""
+    """A matrix with the same row and column spaces, but with all singular values near 1."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     result: torch.Tensor = wide / (wide.norm() + 1e-7)
-    for _ in range(5):  # Newton-Schulz, with the coefficients of Muon's author
+    for _ in range(5):  # Newton-Schulz iteration with the coefficients of Muon's author
         square = result @ result.T
         result = 3.4445 * result + (-4.7750 * square + 2.0315 * square @ square) @ result
     return result if wide is matrix else result.T

@@ -1,4 +1,4 @@
-"""The limit of every contestant: what the machine reaches in the model's largest products."""
+"""The limit of every contestant: the machine's speed in the model's largest matrix products."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
     inner = work["config"]["intermediate_size"]
 
     def run() -> list[float]:
-        """Operations a second, and bytes a second."""
+        """Operations per second and bytes per second."""
         up = product_flops(hidden, 2 * inner, dtype, options.device)
         down = product_flops(inner, hidden, dtype, options.device)
         return [max(up, down), bytes_per_second(options.device)]

@@ -1,6 +1,6 @@
-"""A causal checkpoint to OpenVINO's format: python export_openvino.py CHECKPOINT NUMBERS PATH.
+"""Convert a causal checkpoint to OpenVINO: python export_openvino.py CHECKPOINT NUMBERS PATH.
 
-NUMBERS is f32, or int8 for weights of 8 bits. Runs in OpenVINO's own environment.
+NUMBERS is f32, or int8 for 8-bit weights. Runs in OpenVINO's own environment.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from optimum.intel import (  # type: ignore[import-not-found]
 
 def export(checkpoint: Path, numbers: str, path: Path) -> None:
     quantization = OVWeightQuantizationConfig(bits=8) if numbers == "int8" else None
-    # `load_in_8bit` left out would compress large models unasked.
+    # Without `load_in_8bit`, optimum would compress large models by default.
     model = OVModelForCausalLM.from_pretrained(
         checkpoint,
         export=True,

@@ -1,4 +1,4 @@
-"""What this machine can do at best, in matrix products and in memory traffic."""
+"""The best speed of this machine in matrix products and in memory traffic."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import torch
 
 TOKENS = 2048
 READINGS = 16
-READING_SECONDS = 0.02  # shorter work is repeated within one reading: clocks tick in milliseconds
-PRODUCT_SECONDS = 2.0  # no more readings of one product after this
+READING_SECONDS = (
+    0.02  # shorter work is repeated within a reading, because clocks tick in milliseconds
+)
+PRODUCT_SECONDS = 2.0  # no further readings of a product after this
 BUFFER_BYTES = 1 << 29  # 512 MiB, far more than any cache
 
 
 def device_name(device: str) -> str:
-    """The name of the GPU, or of the processor."""
+    """The name of the GPU or the processor."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     if sys.platform == "linux":
@@ -32,17 +34,17 @@ def device_name(device: str) -> str:
 
 
 def product_flops(width: int, out: int, dtype: torch.dtype, device: str) -> float:
-    """Operations a second of [2048, width] x [width, out], in the fastest layout of the weight."""
+    """Operations per second of [2048, width] x [width, out], in the fastest weight layout."""
     left = torch.randn(TOKENS, width, device=device, dtype=dtype)
     right = torch.randn(out, width, device=device, dtype=dtype)
-    # Written to memory that exists: page faults of a fresh output cost a third of the time.
+    # Preallocate the output: page faults of fresh memory cost a third of the time.
     into = torch.empty(TOKENS, out, device=device, dtype=dtype)
     ways: list[Callable[[], Any]] = [
         partial(torch.mm, left, right.t(), out=into),
         partial(torch.mm, left, right.t().contiguous(), out=into),
     ]
     if device == "cpu" and torch._C._has_mkldnn:
-        # Its own layout of the weight: 1.15 of `mm` on AMD's processors, for which `mm` calls MKL.
+        # oneDNN's own weight layout: 1.15 times `mm` on AMD processors, where `mm` calls MKL.
         packed = torch.ops.mkldnn._reorder_linear_weight(right, TOKENS)
         ways.append(partial(torch.ops.mkldnn._linear_pointwise, left, packed, None, "none", [], ""))
     with torch.inference_mode():
@@ -51,7 +53,7 @@ def product_flops(width: int, out: int, dtype: torch.dtype, device: str) -> floa
 
 
 def bytes_per_second(device: str) -> float:
-    """Bytes read and written a second by a sum or by a copy of 512 MiB, whichever is faster."""
+    """Bytes per second of summing or copying 512 MiB, whichever is faster. A copy counts twice."""
     source = torch.ones(BUFFER_BYTES // 4, device=device)
     into = torch.empty_like(source)
     summed = BUFFER_BYTES / _best_seconds(source.sum, device)
@@ -60,7 +62,7 @@ def bytes_per_second(device: str) -> float:
 
 
 def _best_seconds(work: Callable[[], Any], device: str) -> float:
-    """Median of the faster half: on a shared machine the slower half shows what others did."""
+    """Median of the faster half. On a shared machine the slower half shows the load of others."""
     once = max(min(_seconds(work, device, 1) for _ in range(2)), 1e-6)
     repeats = max(1, round(READING_SECONDS / once))
     count = max(3, min(READINGS, int(PRODUCT_SECONDS / (once * repeats))))

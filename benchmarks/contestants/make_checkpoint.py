@@ -1,4 +1,4 @@
-"""A checkpoint of random weights in transformers' format.
+"""Write a checkpoint of random weights in transformers' format.
 
 python make_checkpoint.py KIND CONFIG_JSON SEED PATH
 """

@@ -13,7 +13,7 @@ CLASSES: dict[str, Any] = {"classifier": GlmForSequenceClassification, "causal":
 
 
 def load_model(options: argparse.Namespace, work: dict[str, Any]) -> Any:
-    """The model of the task, in eval mode on the device; torch's threads are set as asked."""
+    """The task's model in eval mode on the device. Also sets torch's number of threads."""
     if options.threads:
         torch.set_num_threads(options.threads)
     kind = "classifier" if options.task == "classify" else "causal"
@@ -26,7 +26,7 @@ def load_model(options: argparse.Namespace, work: dict[str, Any]) -> Any:
 def make_model(
     kind: str, config: dict[str, Any], seed: int, dtype: torch.dtype, device: str
 ) -> Any:
-    """Random weights, the same for the same seed, device and version of torch."""
+    """A model with random weights, reproducible for one seed, device and version of torch."""
     torch.manual_seed(seed)
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -35,7 +35,7 @@ def make_model(
             model = CLASSES[kind](GlmConfig(**config, dtype=dtype))
     finally:
         torch.set_default_dtype(usual)
-    # transformers leaves biases at zero: a format that lost them would give the same answers.
+    # transformers leaves biases at zero, which would hide a format that loses them.
     for name, weight in model.named_parameters():
         if name.endswith(".bias"):
             torch.nn.init.normal_(weight, std=0.02)
@@ -43,5 +43,5 @@ def make_model(
 
 
 def save_model(kind: str, config: dict[str, Any], seed: int, path: Path) -> None:
-    """A checkpoint of random float32 weights in transformers' format."""
+    """Write a checkpoint of random float32 weights in transformers' format."""
     make_model(kind, config, seed, torch.float32, "cpu").save_pretrained(path)

@@ -1,6 +1,6 @@
-"""The protocol of a contestant and the runner: one JSON line when ready, one for each `run`.
+"""The protocol between contestant and runner: one JSON line when ready, one for each `run`.
 
-Only the standard library is imported, because this runs in the environment of every contestant.
+Standard library only, because this module runs in the environment of every contestant.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Run = Callable[[], Sequence[Any]]
 
 
 def serve(load: Callable[[argparse.Namespace, Work], tuple[str, Run]]) -> None:
-    """Load once, then do the work once for each line `run`, until the input ends."""
-    # Whatever a library prints goes to the log; the answers have the output to themselves.
+    """Load once, then do the work for each input line `run`, until the input ends."""
+    # Standard output carries only answers. Whatever libraries print goes to the log.
     with os.fdopen(os.dup(1), "w", buffering=1) as output:
         os.dup2(2, 1)
         options = _options()
@@ -33,11 +33,11 @@ def serve(load: Callable[[argparse.Namespace, Work], tuple[str, Run]]) -> None:
         for line in sys.stdin:
             if line.strip() == "run":
                 output.write(json.dumps(_measured(run)) + "\n")
-    os._exit(0)  # threads that a library left running would keep the process
+    os._exit(0)  # a library's leftover threads would keep the process alive
 
 
 def _measured(run: Run) -> dict[str, Any]:
-    """The answers, CPU seconds of all threads, wall seconds, and peak memory in bytes."""
+    """The answers, CPU seconds of all threads, wall seconds and peak memory in bytes."""
     gc.collect()
     cpu = time.process_time()
     wall = time.perf_counter()
@@ -63,13 +63,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help="in the contestant's format; left out: random weights, seeded",
+        help="checkpoint in the contestant's format; default: random weights from the seed",
     )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--task", choices=("classify", "labels", "generate"), required=True)
-    parser.add_argument(
-        "--way", default="", help="which of a contestant's ways to go about the task"
-    )
+    parser.add_argument("--way", default="", help="variant, if the contestant has several")
     parser.add_argument("--threads", type=int, default=1, help="0: the library's own choice")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")

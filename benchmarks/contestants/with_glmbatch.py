@@ -1,4 +1,4 @@
-"""Our engine."""
+"""Contestant: our own engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from glmbatch.glm.engine.worker import TorchEngine
 def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
     engine = TorchEngine(
         load_model(options, work),
-        eos_id=-1,  # no id is the end token: answers have the lengths that the work says
+        eos_id=-1,  # no end token: answers have the lengths that the work prescribes
         token_count=work["config"]["vocab_size"],
         max_batch_tokens=work["batch_tokens"],
         max_slots=work["slots"],
@@ -47,7 +47,7 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
 
 
 def _in_order(results: Iterable[Any], field: str) -> list[Any]:
-    """The answers by row: the engine gives each as it is ready."""
+    """The answers in row order. The engine yields each one as soon as it is ready."""
     answers = {}
     for result in results:
         if result.error:

@@ -1,7 +1,7 @@
-"""llama.cpp through its C interface, with continuous batching as its server does it.
+"""Contestant: llama.cpp through its C interface, with continuous batching like its server's.
 
-Every step decodes one batch: the last token of each sequence being written, and prompts for the
-free slots.
+Each step decodes one batch: the last token of every running sequence, and prompts for the free
+slots.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from protocol import Run, serve
 @dataclass
 class _Sequence:
     row: int
-    ids: list[int]  # still to be read
-    position: int = 0  # ids read so far
+    ids: list[int]  # not yet decoded
+    position: int = 0  # ids decoded so far
     answer: list[int] = field(default_factory=list)
 
 
@@ -37,20 +37,20 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
     longest = max(len(row) + length for row, length in zip(rows, lengths, strict=True))
     params = llama_cpp.llama_context_default_params()
     params.n_seq_max = slots
-    params.n_ctx = slots * (-(-longest // 256) * 256)  # of all slots; llama.cpp pads to 256
-    # As its server does: a third faster here than one part for each sequence.
+    params.n_ctx = slots * (-(-longest // 256) * 256)  # for all slots; llama.cpp pads to 256
+    # As in its server: a third faster here than a separate cache for each sequence.
     params.kv_unified = True
     params.n_batch = work["batch_tokens"] or 2048
     if options.threads:
         params.n_threads = params.n_threads_batch = options.threads
     if options.way == "f32":
-        # 16 bits by default: about a tenth faster, and not quite the same tokens.
+        # The default of 16 bits is about a tenth faster, but changes some tokens.
         params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:
         raise RuntimeError(f"llama.cpp could not load {options.checkpoint}")
     engine = _Engine(context, slots, params.n_batch, work["config"]["vocab_size"])
-    kept = (silent, model)  # what Python may not collect while llama.cpp uses it
+    kept = (silent, model)  # keeps these alive while llama.cpp uses them
 
     def run() -> list[list[int]]:
         assert kept
@@ -60,7 +60,7 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
 
 
 class _Engine:
-    """Sequences by slot, and the batch that is decoded next."""
+    """The sequences in their slots, and the next batch to decode."""
 
     def __init__(self, context: Any, slots: int, batch_tokens: int, vocabulary: int) -> None:
         self._context = context
@@ -91,11 +91,11 @@ class _Engine:
         return [answers[row] for row in range(len(rows))]
 
     def _step(self, live: dict[int, _Sequence]) -> Iterator[tuple[int, int]]:
-        """Decode one batch; yield the next token of each slot whose ids are all read."""
+        """Decode one batch; yield the next token of each slot whose ids are all decoded."""
         batch = self._batch
         batch.n_tokens = 0
         asked = []
-        # Sequences that are being written come first: a long prompt must not stall them.
+        # Running sequences come first, so that a long prompt does not stall them.
         for slot in sorted(live, key=lambda slot: not live[slot].answer):
             sequence = live[slot]
             taken = min(len(sequence.ids), self._batch_tokens - batch.n_tokens)

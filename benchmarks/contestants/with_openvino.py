@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's continuous batching, on CPU."""
+"""Contestant: OpenVINO GenAI with continuous batching, on CPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_seqs = work["slots"]
     scheduler.max_num_batched_tokens = work["batch_tokens"] or 2048
-    scheduler.enable_prefix_caching = False  # rows of an earlier run would be found there
+    scheduler.enable_prefix_caching = False  # it would find the rows of earlier rounds
     scheduler.cache_size = 2  # GiB
     properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISIONS[options.dtype]}
     if options.way == "f32":
-        properties["KV_CACHE_PRECISION"] = "f32"  # 8 bits unless asked
+        properties["KV_CACHE_PRECISION"] = "f32"  # 8 bits by default
     if options.threads:
         properties |= {"INFERENCE_NUM_THREADS": options.threads, "ENABLE_CPU_PINNING": False}
     pipeline = openvino_genai.ContinuousBatchingPipeline(

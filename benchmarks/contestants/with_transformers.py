@@ -1,4 +1,4 @@
-"""transformers, in the ways that people run it. The others must agree with its row-by-row way."""
+"""Contestant: transformers in several variants. All others must agree with its row-by-row loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models import load_model
 from protocol import Run, serve
 
 PAD = 0
-BLOCK_TOKENS = 256  # of the cache of continuous batching, unless told otherwise
+BLOCK_TOKENS = 256  # default block of the cache in continuous batching
 generation: Any = transformers.generation
 pipelines: Any = transformers.pipelines
 
@@ -50,7 +50,7 @@ def _classify_row_by_row(model: Any, work: dict[str, Any], options: argparse.Nam
 
 
 class _Ids:
-    """Stands in for a tokenizer: takes token ids, and says how to pad them."""
+    """Replaces the tokenizer: accepts token ids and provides the settings for padding."""
 
     pad_token_id = PAD
     padding_side = "right"
@@ -61,7 +61,7 @@ class _Ids:
 
 
 def _pipeline(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run:
-    """`TextClassificationPipeline` itself: batches in the order given, each padded."""
+    """`TextClassificationPipeline` itself, with padded batches in the given order."""
     pipe: Any = pipelines.TextClassificationPipeline(
         model=model, tokenizer=_Ids(), device=options.device
     )
@@ -73,7 +73,7 @@ def _pipeline(model: Any, work: dict[str, Any], options: argparse.Namespace) -> 
         results = pipe(inputs, batch_size=work["batch"], top_k=None, function_to_apply="none")
         answers = []
         for scores in results:
-            # It returns the best label first; answers are compared in the order of the labels.
+            # The pipeline returns the best label first. Answers are compared in label order.
             by_label = sorted(scores, key=lambda score: str(score["label"]))
             answers.append([score["score"] for score in by_label])
         return _back(answers, order)
@@ -82,7 +82,7 @@ def _pipeline(model: Any, work: dict[str, Any], options: argparse.Namespace) -> 
 
 
 def _pairs(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run:
-    """Each label after each row, as a row of its own: padded batches, or one at a time."""
+    """Every (row, label) pair as a row of its own, in padded batches or one at a time."""
     labels: list[list[int]] = work["labels"]
     pairs = list(itertools.product(work["rows"], labels))
     order = _order([len(row) + len(label) for row, label in pairs], options.way)
@@ -110,7 +110,7 @@ def _pairs(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run
 
 
 def _static(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run:
-    """`generate` on left-padded batches, each until its longest answer ends; or row by row."""
+    """`generate` on left-padded batches, each until its longest answer ends, or row by row."""
     rows = work["rows"]
     lengths = work["answer_tokens"]
     order = _order(list(map(len, rows)), options.way)
@@ -134,7 +134,7 @@ def _static(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Ru
 
 
 def _continuous(model: Any, work: dict[str, Any], options: argparse.Namespace) -> Run:
-    """transformers' own continuous batching, whose manager stays up from one run to the next."""
+    """transformers' own continuous batching. Its manager stays up between rounds."""
     rows = work["rows"]
     lengths = work["answer_tokens"]
     slots = work["slots"]
@@ -147,7 +147,7 @@ def _continuous(model: Any, work: dict[str, Any], options: argparse.Namespace) -
             num_blocks=(blocks + 1) * slots,
             max_batch_tokens=work["batch_tokens"] or 2048,
             max_requests_per_batch=slots,
-            # Otherwise a round would find the rows of the round before in the cache.
+            # Otherwise each round would find the previous round's rows in the cache.
             allow_block_sharing=work["prefix_tokens"] > 0,
         ),
     )
@@ -156,7 +156,7 @@ def _continuous(model: Any, work: dict[str, Any], options: argparse.Namespace) -
     rounds = itertools.count()
 
     def run() -> list[list[int]]:
-        this = next(rounds)  # ids of requests must not repeat
+        this = next(rounds)  # request ids must not repeat
         for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             manager.add_request(
                 row, request_id=f"{this} {at}", max_new_tokens=length, eos_token_id=-1
@@ -181,7 +181,7 @@ def _order(lengths: list[int], way: str) -> list[int]:
 
 
 def _back(answers: list[Any], order: list[int]) -> list[Any]:
-    """`answers`, given in `order`, in the order of the rows."""
+    """`answers`, which are in `order`, rearranged to row order."""
     placed = dict(zip(order, answers, strict=True))
     return [placed[at] for at in range(len(answers))]
 

@@ -1,6 +1,6 @@
-"""vLLM's CPU build, which runs GLM through its transformers backend.
+"""Contestant: vLLM's CPU build, which runs GLM through its transformers backend.
 
-Its prefix cache is reset before each round, which has the same prompts as the round before.
+Its prefix cache is reset before each round, because every round has the same prompts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import os
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, whose seconds are counted
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # stay in this process, whose CPU seconds count
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the cores are shared
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB
 
@@ -21,15 +21,15 @@ from protocol import Run, serve
 def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
     if options.threads:
         torch.set_num_threads(options.threads)
-    os.environ["VLLM_CACHE_ROOT"] = str(options.checkpoint.parent / "vllm")  # what it compiles
+    os.environ["VLLM_CACHE_ROOT"] = str(options.checkpoint.parent / "vllm")  # for compiled code
     asks_class = options.task == "classify"
     model = vllm.LLM(
         str(options.checkpoint),
         runner="pooling" if asks_class else "generate",
         convert="classify" if asks_class else "auto",
         model_impl="transformers",
-        # vLLM 0.32 does not load the head of a GlmForSequenceClassification; this way the model
-        # gets a head of vLLM's own.
+        # vLLM 0.32 cannot load the head of a GlmForSequenceClassification. With this override
+        # it adds its own head.
         hf_overrides={"architectures": ["GlmForCausalLM"]},
         skip_tokenizer_init=True,
         dtype=options.dtype,

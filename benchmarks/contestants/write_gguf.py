@@ -1,7 +1,8 @@
-"""A causal checkpoint to llama.cpp's format: python write_gguf.py CHECKPOINT NUMBERS FOLDER.
+"""Convert a causal checkpoint to GGUF: python write_gguf.py CHECKPOINT NUMBERS FOLDER.
 
-NUMBERS is f32 or q8_0. llama.cpp's own converter knows only GLM's original names, so the tensors
-are named here; its architecture "chatglm" is the same model. Runs in llama.cpp's own environment.
+NUMBERS is f32 or q8_0. llama.cpp's own converter knows only GLM's original tensor names, so this
+script maps the names itself. The architecture "chatglm" is the same model. Runs in llama.cpp's own
+environment.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import gguf  # type: ignore[import-not-found]
 import numpy as np
 from safetensors import safe_open
 
-# After "model.layers.N." in transformers' names -> after "blk.N." in llama.cpp's.
+# Tensor names: transformers' after "model.layers.N." -> llama.cpp's after "blk.N.".
 LAYER = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.o_proj.weight": "attn_output.weight",
@@ -43,7 +44,7 @@ def write(checkpoint: Path, numbers: str, path: Path) -> None:
         data = np.concatenate([tensors.pop(name) for name in ours]).astype(np.float32)
         kind = _kind(data, numbers)
         writer.add_tensor(theirs, gguf.quants.quantize(data, kind), raw_dtype=kind)
-    assert not tensors, f"no place for {sorted(tensors)}"
+    assert not tensors, f"unknown tensors: {sorted(tensors)}"
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -68,14 +69,14 @@ def _describe(writer: Any, config: dict[str, Any]) -> None:
 
 
 def _names(layers: int) -> dict[str, list[str]]:
-    """llama.cpp's name of each tensor -> transformers' names of what it is made of."""
+    """llama.cpp's name of each tensor -> transformers' names of its parts."""
     names = {theirs: [ours] for ours, theirs in WHOLE.items()}
     for layer in range(layers):
         ours = f"model.layers.{layer}."
         theirs = f"blk.{layer}."
         names |= {theirs + after: [ours + before] for before, after in LAYER.items()}
         for part in ("weight", "bias"):
-            # llama.cpp has the three projections in one tensor.
+            # llama.cpp keeps the three projections in one tensor.
             names[f"{theirs}attn_qkv.{part}"] = [
                 f"{ours}self_attn.{letter}_proj.{part}" for letter in "qkv"
             ]
@@ -83,7 +84,10 @@ def _names(layers: int) -> dict[str, list[str]]:
 
 
 def _kind(data: Any, numbers: str) -> Any:
-    """As llama.cpp's quantizer chooses: blocks of 32 only in matrices whose rows they divide."""
+    """The type of a tensor, as llama.cpp's quantizer chooses it.
+
+    q8_0 needs rows that divide into blocks of 32.
+    """
     if numbers == "f32" or data.ndim == 1:
         return gguf.GGMLQuantizationType.F32
     return gguf.GGMLQuantizationType.F16 if data.shape[-1] % 32 else gguf.GGMLQuantizationType.Q8_0

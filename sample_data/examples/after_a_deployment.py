@@ -1,8 +1,8 @@
 """A flow that runs a deployment, waits for it, and continues with its answers.
 
-After `make up`, with the variables that it prints, from the root of the repository:
+Run `make up`, set the variables that it prints, then from the root of the repository:
 
-python sample_data/examples/after_a_deployment.py annotate/nightly
+    python sample_data/examples/after_a_deployment.py annotate/nightly
 """
 
 import sys
@@ -16,13 +16,13 @@ from prefect.states import raise_state_exception
 
 @flow(flow_run_name="after {deployment}")
 def after(deployment: str) -> int:
-    """Count the rows that a run of `deployment` published; if it failed, so does this run."""
-    # Outside of async flows it returns the run itself, once that has ended.
+    """Run `deployment` and count the rows it published. If its run fails, so does this one."""
+    # In a synchronous flow this call waits and returns the finished run.
     run: FlowRun = run_deployment(deployment)  # type: ignore[assignment]
     assert run.state is not None
     raise_state_exception(run.state)
     output = run.parameters["job"]["data"]["output"]
-    # Where the folder names hold days, `partitioning=None` keeps them from becoming columns.
+    # `partitioning=None` keeps folder names such as `day=1` from becoming columns.
     rows: int = ds.dataset(output, partitioning=None).count_rows()
     return rows
 

@@ -1,6 +1,8 @@
-"""The main job as one step of another Prefect flow, which uses what it published. From the root:
+"""Run the sample's job as a subflow of your own Prefect flow, then use the published answers.
 
-python sample_data/examples/in_a_flow.py OUTPUT
+From the root of the repository:
+
+    python sample_data/examples/in_a_flow.py OUTPUT
 """
 
 import sys
@@ -14,7 +16,7 @@ from glmbatch.settings.jobfile import load_job
 
 @task
 def count_by_product(output: str) -> dict[str, int]:
-    """Negative reviews of each product, of those that are published."""
+    """Count the published negative reviews of each product."""
     answers = pd.read_parquet(output, columns=["product", "sentiment"])
     negative = answers[answers["sentiment"] == "negative"]
     return {str(product): int(rows) for product, rows in negative["product"].value_counts().items()}
@@ -24,7 +26,7 @@ def count_by_product(output: str) -> dict[str, int]:
 def complaints(output: str, limit: int | None = None) -> dict[str, int]:
     """Answer the reviews, then count the complaints."""
     job = load_job("sample_data/reviews.yaml", {"data.output": output, "data.limit": limit})
-    summary = annotate(job)  # a flow in a flow: retries, cache and audits are its own
+    summary = annotate(job)  # a subflow with its own retries, cache and audits
     print(f"{summary.rows} rows, {summary.faulty_rows} failed")
     return count_by_product(summary.output)
 
