@@ -1,7 +1,7 @@
-"""Whether the columns of a source stand in an output as they are, row for row. Knows no manifest.
+"""Compare the columns of a source with an output, row by row. Knows no manifest.
 
-Both files are opened once and read batch by batch, all columns at once: each page is read once, and
-memory holds two batches.
+Both files are opened once and read in batches of all columns, so each page is read once and memory
+holds two batches.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from glmbatch.store.types import (
     written_type,
 )
 
-# A column's name, and its places in the output and in the source.
+# A column's name, and its positions in the output and in the source.
 Pair = tuple[str, int, int]
 
 
 @contextmanager
 def open_source(path: AnyPath, fragment: Fragment) -> Iterator[tuple[pq.ParquetFile, bool]]:
-    """The source of an output, and whether the output may have some column in another type.
+    """The open source file at `path`, and whether an output may have a column in another type.
 
-    INT96 times are read in the unit that holds them all.
+    INT96 times are read in the unit that holds those of `fragment`. UnusableFile when the file
+    cannot be read.
     """
     with ExitStack() as opened:
         file = opened.enter_context(open_parquet(path))
@@ -50,7 +51,7 @@ def open_source(path: AnyPath, fragment: Fragment) -> Iterator[tuple[pq.ParquetF
 
 
 def pair_columns(source: pq.ParquetFile, published: pq.ParquetFile) -> tuple[list[Pair], list[str]]:
-    """Each column of the source beside the one of the output, and the names that are not there."""
+    """Pairs of the source's columns with the output's, and the names that the output lacks."""
     ours = _places(published)
     pairs: list[Pair] = []
     lost: list[str] = []
@@ -63,7 +64,7 @@ def pair_columns(source: pq.ParquetFile, published: pq.ParquetFile) -> tuple[lis
 
 
 def _places(file: pq.ParquetFile) -> dict[tuple[str, int], int]:
-    """The place of each column by its name, and by how many of that name stand before it."""
+    """The position of each column, by its name and the number of earlier columns of that name."""
     places: dict[tuple[str, int], int] = {}
     counts: Counter[str] = Counter()
     for at, name in enumerate(file.schema_arrow.names):
@@ -79,9 +80,10 @@ def differences(
     *,
     other_types: bool,
 ) -> Iterator[tuple[str, int]]:
-    """The first row in which each column differs, with its name.
+    """For each column that differs, its name and the first row (from 0) that differs.
 
-    `other_types`: the output may have values in types other than the source's.
+    `ours` are batches of the output, `theirs` of the source. With `other_types`, the output may
+    store values in other types than the source.
     """
     first_row = 0
     pending = list(pairs)
@@ -92,7 +94,7 @@ def differences(
             row = _first_difference(one, other, other_types)
             if row is None:
                 same.append((name, our_place, their_place))
-            else:  # one finding for each column leads to the others
+            else:  # one row per column is enough
                 yield name, first_row + row
         pending = same
         first_row += our_batch.num_rows
@@ -101,7 +103,7 @@ def differences(
 def _aligned(
     ours: Iterator[pa.RecordBatch], theirs: Iterator[pa.RecordBatch]
 ) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]:
-    """Both, cut so that the parts have the same rows; what one has beyond the other is left."""
+    """Pairs of batches with the same rows. Ends with the shorter of the two."""
     one, other = next(ours, None), next(theirs, None)
     while one is not None and other is not None:
         rows = min(one.num_rows, other.num_rows)
@@ -111,7 +113,7 @@ def _aligned(
 
 
 def _first_difference(ours: pa.Array, theirs: pa.Array, other_types: bool) -> int | None:
-    """The first row in which two columns differ, where the output may have other types."""
+    """The first row in which two columns differ; None if they are equal."""
     if ours.type != theirs.type and (other_types or ours.type == written_type(theirs.type)):
         with suppress(pa.ArrowException):
             theirs = converted(theirs, ours.type)
@@ -119,7 +121,7 @@ def _first_difference(ours: pa.Array, theirs: pa.Array, other_types: bool) -> in
         return _first_unlike(ours.to_pylist(), theirs.to_pylist())
     if _same(ours, theirs):
         return None
-    # Python cannot hold every value, such as a day of the year 20000; so by halves.
+    # By bisection of Arrow slices: Python cannot hold every value, such as a day in year 20000.
     same, rows = 0, len(ours)
     while rows - same > 1:
         middle = (same + rows) // 2
@@ -138,7 +140,7 @@ def _first_unlike(ours: Sequence[object], theirs: Sequence[object]) -> int | Non
 
 
 def _same(ours: pa.Array, theirs: pa.Array) -> bool:
-    """Whether two arrays of one type hold the same, nan being the same as itself."""
+    """Whether two arrays of one type have the same values, with NaN equal to itself."""
     if ours.equals(theirs):
         return True
     kind = ours.type

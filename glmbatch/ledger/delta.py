@@ -1,9 +1,8 @@
-"""A Delta Lake table over published files, whose readers see a publication whole or not at all.
-
-Knows no jobs.
+"""A Delta Lake table over published files: its readers see a publication completely or not at all.
 
 The table is a log, OUTPUT/_delta_log, that names the Parquet files of each version. Files of
-earlier versions stay for those who still read them; Delta's own `vacuum` takes them away.
+earlier versions stay for their readers until Delta's own `vacuum` deletes them. Uses the library
+deltalake. Knows no jobs.
 """
 
 from __future__ import annotations
@@ -34,22 +33,23 @@ if TYPE_CHECKING:
     from deltalake.transaction import AddAction, RemoveAction
 
 LOG = "_delta_log"
-APPLICATION = "glmbatch"  # the name under which the log counts our publications
+APPLICATION = "glmbatch"  # the application id of our transactions in the log
 
 
 def check_sources(
     output: Address, sources: Mapping[str, Address], staying: Sequence[str]
 ) -> dict[str, str]:
-    """InputError when the Parquet files `sources` (name to path) do not fit the table of `output`.
+    """Check that the Parquet files `sources` (name to path) can be in one table in `output`.
 
-    The files `staying` of the table, by name, stay there beside them. Returns for each source which
-    types its columns without one get from the others (see `typed_text`).
+    Returns for each source the types that other files give to its columns without one, as
+    `typed_text`. The files `staying`, by name, stay in the table beside them. InputError when the
+    columns do not match, when the table is not ours, or when deltalake is not installed.
     """
     try:
         import deltalake  # noqa: F401
     except ImportError as error:
         raise InputError(
-            "data.format is delta, and deltalake is not installed. Run pip install "
+            "data.format is delta, but deltalake is not installed. Run pip install "
             "'glmbatch[delta]'."
         ) from error
     root = _local(output)
@@ -67,12 +67,15 @@ def check_sources(
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """The next version of a table: its columns, and how they replace those of the last one."""
+    """A plan for the next version of a table: its columns, and whether they replace the old ones.
+
+    `known` are the files of the current version, as names below the table's folder.
+    """
 
     columns: pa.Schema
     partitions: list[str]
     mode: Literal["overwrite", "append"]
-    known: frozenset[str]  # files of the last version
+    known: frozenset[str]
 
 
 def _local(root: Address) -> Path:
@@ -80,15 +83,16 @@ def _local(root: Address) -> Path:
     if local is not None:
         return local
     raise InputError(
-        f"{root}: a Delta table is written on this machine only. Set data.format to parquet, or "
-        "data.output."
+        f"{root}: a Delta table can be written only to a local folder. Set data.format to parquet, "
+        "or data.output."
     )
 
 
 def plan_commit(root: AnyPath, files: Mapping[str, AnyPath]) -> Commit:
-    """How the table in `root` comes to hold just `files` (name below `root` to where it lies now).
+    """Plan the version of the table in `root` that has exactly `files`; writes nothing.
 
-    InputError when they cannot stand in one table; nothing is written.
+    `files` maps names below `root` to the current paths. InputError when one table cannot hold them
+    all.
     """
     root = _local(root)
     with _delta_errors(root):
@@ -100,10 +104,11 @@ def plan_commit(root: AnyPath, files: Mapping[str, AnyPath]) -> Commit:
 
 
 def commit_table(root: AnyPath, rows: Mapping[str, int], commit: Commit) -> None:
-    """Make the table in `root` hold just the files `rows` (name to number of rows), in one commit.
+    """Commit a version of the table in `root` with exactly the files in `rows`.
 
-    Safe to repeat: a table that holds them is not committed again. The commit reaches the disk
-    before the return.
+    `rows` maps file names to numbers of rows. Safe to repeat: a table that has just these files is
+    not committed again. The commit is on disk when this returns. TransientError when another commit
+    came between, InputError when the table cannot be used.
     """
     from deltalake import CommitProperties, Schema, Transaction
     from deltalake.transaction import create_table_with_add_actions
@@ -114,7 +119,7 @@ def commit_table(root: AnyPath, rows: Mapping[str, int], commit: Commit) -> None
     with _delta_errors(root), writable(root / LOG):
         table = _open(root)
         version = table.transaction_version(APPLICATION) if table is not None else None
-        # For other tools, which count our publications by it.
+        # Other tools can tell from it how many publications there were.
         transaction = Transaction(APPLICATION, (version or 0) + 1, int(time.time() * 1000))
         properties = CommitProperties(app_transactions=[transaction])
         schema = Schema.from_arrow(commit.columns)
@@ -129,7 +134,7 @@ def commit_table(root: AnyPath, rows: Mapping[str, int], commit: Commit) -> None
             )
         else:
             _grow(table, commit)
-            # An overwrite removes all other files by itself.
+            # An overwrite removes all other files on its own.
             removes = _removes(rows, commit) if commit.mode == "append" else []
             table.create_write_transaction(
                 [*removes, *adds],
@@ -138,13 +143,13 @@ def commit_table(root: AnyPath, rows: Mapping[str, int], commit: Commit) -> None
                 commit.partitions,
                 commit_properties=properties,
             )
-        # The log's last entries: a new column joins in a commit of its own before the files.
+        # The last two entries: a new column is added in a commit of its own before the files.
         for path in (*sorted((root / LOG).glob("*.json"))[-2:], root / LOG, root):
             sync(path)
 
 
 def _adds(root: Path, rows: Mapping[str, int], commit: Commit) -> list[AddAction]:
-    """The log's entries for files that the last version lacks."""
+    """The log's entries for files that are not in the current version."""
     from deltalake.transaction import AddAction
 
     milliseconds = int(time.time() * 1000)
@@ -160,7 +165,7 @@ def _adds(root: Path, rows: Mapping[str, int], commit: Commit) -> list[AddAction
 
 
 def _removes(rows: Mapping[str, int], commit: Commit) -> list[RemoveAction]:
-    """The log's entries for files of the last version that the next one lacks."""
+    """The log's entries for files of the current version that are not in the next one."""
     from deltalake.transaction import RemoveAction
 
     milliseconds = int(time.time() * 1000)
@@ -172,7 +177,7 @@ def _removes(rows: Mapping[str, int], commit: Commit) -> list[RemoveAction]:
 
 
 def _grow(table: DeltaTable, commit: Commit) -> None:
-    """Give the table the columns that it lacks, and what its readers must know for its types."""
+    """Add the columns that the table lacks, and the reader features that its types need."""
     from deltalake import Schema, TableFeatures
 
     table_schema = pa.schema(table.schema().to_arrow())
@@ -187,7 +192,7 @@ def _grow(table: DeltaTable, commit: Commit) -> None:
 
 
 def table_files(root: AnyPath) -> set[str]:
-    """Names below `root` of the files in the table's latest version; none without a table."""
+    """The names below `root` of the files in the table's current version; none without a table."""
     with _delta_errors(_local(root)):
         return _live_files(_open(_local(root)))
 
@@ -214,28 +219,28 @@ def _open(root: Path) -> DeltaTable | None:
 
 @contextmanager
 def _delta_errors(root: Path) -> Iterator[None]:
-    """Turn the errors of deltalake into ours. A conflict with another commit is transient."""
+    """Turn errors of deltalake into ours. A conflict with another commit is transient."""
     try:
         yield
     except GlmbatchError:
         raise
-    except Exception as error:  # deltalake raises bare ones too
-        # Some of its errors carry a backtrace, which begins with number 0.
+    except Exception as error:  # deltalake also raises bare Exception
+        # Some of its errors include a backtrace, which begins with " 0: ".
         reason = one_line(error, limit=300).partition(" 0: ")[0]
         if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
             raise TransientError(f"{root}: cannot be read now: {error.strerror}.") from error
         if "conflict" in type(error).__name__.lower() or "conflict" in reason.lower():
             raise TransientError(f"{root}: another commit came between: {reason}") from error
         raise InputError(
-            f"{root}: the Delta table cannot be used: {reason}. Move its {LOG} away, so that the "
-            "next run begins its history anew with all its rows. Or else: Set data.output."
+            f"{root}: the Delta table cannot be used: {reason}. Move its {LOG} away, and the next "
+            "run starts a new history with all rows; or set data.output."
         ) from error
 
 
 def _fit(
     root: Path, table: DeltaTable | None, schemas: Mapping[str, pa.Schema], some_stay: bool
 ) -> tuple[pa.Schema, list[str], bool]:
-    """The table's columns and partition columns with these files, and whether columns only join."""
+    """The table's columns and partition columns with these files, and whether old ones all stay."""
     partitions = _partition_columns(schemas)
     columns = pa.schema(
         [*_one_schema(schemas), *(pa.field(name, pa.string()) for name in partitions)]
@@ -245,8 +250,7 @@ def _fit(
     if schemas and table.metadata().partition_columns != partitions:
         raise InputError(
             f"{root}: its partition columns are {table.metadata().partition_columns}, those of "
-            f"this run {partitions}. "
-            "Set data.output."
+            f"this run {partitions}. Set data.output."
         )
     table_schema = delta_schema(str(root), pa.schema(table.schema().to_arrow()))
     try:
@@ -255,18 +259,21 @@ def _fit(
     except InputError as error:
         if some_stay:
             raise InputError(f"{root}: {error}") from error
-        # Nothing stays, so columns may change as they like.
+        # No file stays, so the columns may change freely.
         return _all_typed(columns), partitions, False
 
 
 def partition_values(name: str, columns: list[str]) -> dict[str, str | None]:
-    """What the folders of the file `name` say of the partition `columns`."""
+    """The values of the partition `columns` from the folders of the file `name`, by column."""
     folders = folder_columns(name)
     return {column: folders[column] for column in columns}
 
 
 def _partition_columns(schemas: Mapping[str, pa.Schema]) -> list[str]:
-    """The columns that folders such as day=1 give to every file, and that no file holds itself."""
+    """The columns that come from folder names such as day=1 and are not in the files.
+
+    InputError when they differ between files.
+    """
     first: tuple[str, list[str]] | None = None
     for name, schema in schemas.items():
         columns = [column for column in folder_columns(name) if column not in schema.names]
@@ -274,8 +281,7 @@ def _partition_columns(schemas: Mapping[str, pa.Schema]) -> list[str]:
         if columns != first[1]:
             raise InputError(
                 f"{name}: its folders give the columns {columns}, those of {first[0]} give "
-                f"{first[1]}; a Delta table "
-                "has one set. Set data.format to parquet."
+                f"{first[1]}, but a Delta table has one set. Set data.format to parquet."
             )
     return first[1] if first else []
 
@@ -290,9 +296,10 @@ def _all_typed(schema: pa.Schema) -> pa.Schema:
 
 
 def _one_schema(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
-    """The columns of all files; a file without one reads as null there.
+    """The columns of all files together; a file that lacks a column reads as null there.
 
-    A column that is null in one file has the type of the others.
+    A column of type null in one file gets its type from the others. InputError when two files give
+    a column different types, or when names differ only in case.
     """
     kinds: dict[str, tuple[str, pa.DataType]] = {}
     folded: dict[str, str] = {}
@@ -300,17 +307,16 @@ def _one_schema(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
         for field in schema:
             if (other := folded.setdefault(field.name.casefold(), field.name)) != field.name:
                 raise InputError(
-                    f"{name}: a Delta table does not tell column {field.name!r} from {other!r}. "
-                    f"{HINT}"
+                    f"{name}: a Delta table cannot have both columns {field.name!r} and {other!r}: "
+                    f"it ignores case. {HINT}"
                 )
             first, kind = kinds.get(field.name, (name, field.type))
             common = joined(kind, field.type)
             if common is None:
                 raise InputError(
-                    f"{name}: column {field.name!r} holds {field.type}, in {first} it holds "
-                    f"{kind}; a Delta table has "
-                    "one type. Set data.format to parquet."
+                    f"{name}: column {field.name!r} has the type {field.type}, but {kind} in "
+                    f"{first}; a Delta table has one type. Set data.format to parquet."
                 )
-            # The file that first gave it a type is the one to be named beside another type.
+            # A message about another type names the file that gave the column its type.
             kinds[field.name] = (first if common == kind else name, common)
     return pa.schema([(name, kind) for name, (_, kind) in kinds.items()])

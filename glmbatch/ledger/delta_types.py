@@ -1,4 +1,4 @@
-"""Arrow types in the types of Delta Lake, which has fewer. Knows no tables and no files."""
+"""Convert Arrow types to those of Delta Lake, which has fewer. Knows no tables and no files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from glmbatch.errors import InputError
 from glmbatch.store.types import parts_of, with_parts
 from glmbatch.store.values import is_text, value_type
 
-# Delta has no unsigned integers and no milliseconds of a day; nothing is lost on the way.
+# Delta Lake has no unsigned integers, and no dates in milliseconds; these types lose no value.
 WIDER = {
     pa.uint8(): pa.int16(),
     pa.uint16(): pa.int32(),
@@ -34,10 +34,11 @@ HINT = "Set data.format to parquet, or leave the column out."
 
 
 def delta_schema(where: str, schema: pa.Schema, typed: pa.Schema | None = None) -> pa.Schema:
-    """`schema` in the types of Delta Lake. InputError, naming `where`, if a column has none.
+    """`schema` in the types of Delta Lake.
 
-    Unsigned integers become the next wider ones, times are cut to microseconds. A column without a
-    type becomes text, or what it is in `typed`.
+    Unsigned integers get the next wider type, and times get microseconds. A column without a type
+    (null) gets that of `typed`, else text. InputError, naming `where`, when Delta Lake has no type
+    for a column.
     """
     fields = []
     for field in open_schema(where, schema):
@@ -49,7 +50,7 @@ def delta_schema(where: str, schema: pa.Schema, typed: pa.Schema | None = None) 
 
 
 def open_schema(where: str, schema: pa.Schema) -> pa.Schema:
-    """As `delta_schema`, but what has no type yet stays so."""
+    """As `delta_schema`, but a column without a type stays so."""
     return pa.schema([_delta_field(where, field) for field in schema], schema.metadata)
 
 
@@ -57,14 +58,14 @@ def _delta_field(where: str, field: pa.Field) -> pa.Field:
     kind = _delta_type(field.type)
     if kind is None:
         raise InputError(
-            f"{where}: column {field.name!r} holds {field.type}, for which Delta Lake has no "
-            f"type. {HINT}"
+            f"{where}: column {field.name!r} has the type {field.type}, which Delta Lake does not "
+            f"have. {HINT}"
         )
     return pa.field(field.name, kind, nullable=True)
 
 
 def _delta_type(kind: pa.DataType) -> pa.DataType | None:
-    """The Arrow type that Delta Lake's type for `kind` reads as; None where there is none."""
+    """The Arrow type of Delta Lake's counterpart of `kind`; None if there is none."""
     if pa.types.is_null(kind):
         return kind
     kind = value_type(kind)
@@ -76,7 +77,7 @@ def _delta_type(kind: pa.DataType) -> pa.DataType | None:
         )
         return pa.binary() if holds_bytes else pa.string()
     if pa.types.is_timestamp(kind):
-        # The instant stays; Delta knows UTC and no zone, and microseconds and nothing finer.
+        # The instant stays. Delta Lake has only UTC or no zone, and only microseconds.
         return pa.timestamp("us", "UTC" if kind.tz else None)
     if pa.types.is_fixed_size_binary(kind):
         return pa.binary()
@@ -97,7 +98,7 @@ def _delta_nested(kind: pa.DataType) -> pa.DataType | None:
 
 
 def joined(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type of which both are, where null is of any type; None if there is none."""
+    """The type that `one` and `other` share, where null counts as any type; None without one."""
     if one == other or pa.types.is_null(other):
         return one
     if pa.types.is_null(one):
@@ -118,14 +119,17 @@ def joined(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def filled(kind: pa.DataType) -> pa.DataType:
-    """`kind` with text wherever it has no type."""
+    """`kind` with text in place of null, at any depth."""
     if pa.types.is_null(kind):
         return pa.string()
     return with_parts(kind, [part.with_type(filled(part.type)) for part in parts_of(kind)])
 
 
 def typed_text(columns: pa.Schema, types: pa.Schema) -> str:
-    """The columns without a type that have one in `types`, as text for `typed_columns`."""
+    """The types in `types` of those `columns` that have none, as text for `typed_columns`.
+
+    The text is an Arrow schema in base64; empty if there are none.
+    """
     fields = []
     for field in columns:
         kind = types.field(field.name).type
@@ -135,5 +139,5 @@ def typed_text(columns: pa.Schema, types: pa.Schema) -> str:
 
 
 def typed_columns(text: str) -> pa.Schema | None:
-    """What `typed_text` wrote down; None where that is nothing."""
+    """The schema in a text of `typed_text`; None if the text is empty."""
     return pa.ipc.read_schema(pa.py_buffer(b64decode(text))) if text else None

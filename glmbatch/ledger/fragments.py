@@ -1,7 +1,7 @@
-"""Which files there are, whether the job fits them, and how they are cut into fragments.
+"""Find the input's files, check them against the job, and cut them into fragments.
 
-A fragment is a row range of one file: the unit of work, of retry and of commit. Its name is the
-file's path below the input and its first row, so new files rename nothing.
+A fragment is a row range of one file: the unit of work, of retry and of commit. It is named by the
+file's path below the input and its first row, so adding files renames no fragment.
 """
 
 from __future__ import annotations
@@ -43,14 +43,16 @@ from glmbatch.store.types import check_carried, has_int96
 
 
 class Fragment(BaseModel, frozen=True, extra="forbid"):
-    """Rows `first_row` to `first_row + rows` of one file, and the row groups that hold them.
+    """A range of rows of one file, from `first_row`, and the row groups that hold them.
 
-    `skip_rows` of the first row group belong to the fragment before. `digest` is that of the whole
-    file, `stamp` its size in bytes and time of change in nanoseconds (in a store: the number of its
-    ETag) when it was planned. `form` says that the output has some column otherwise than the file,
-    `typed` which types a Delta table gives to columns without one, as Arrow writes a schema.
-    `partitions` are the columns that the job reads of its folders' names. `int96` is the unit in
-    which times of that kind are read and written, empty where the file has none.
+    - `source` is the file's path below the input, `path` its whole path or address.
+    - `skip_rows` rows of the first row group belong to the fragment before.
+    - `digest` is the SHA-256 of the whole file. `stamp` is its size in bytes and its modification
+      time in nanoseconds (in a store, a number made from its ETag) at planning.
+    - `form` is not empty if the output stores a column in another type than the file.
+    - `typed` holds the types that a Delta table gives to columns without one (see `typed_text`).
+    - `partitions` are the columns that the job reads from folder names such as `day=1`.
+    - `int96` is the unit in which INT96 times are read and written; empty if the file has none.
     """
 
     source: str
@@ -68,30 +70,31 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def name(self) -> str:
+        """The source and the first row, unique within the input."""
         return f"{self.source}@{self.first_row}"
 
     @property
     def unit(self) -> TimeUnit:
-        """The unit in which the file is to be read."""
+        """The unit in which the file's INT96 times are read."""
         return self.int96 or "us"
 
     @property
     def output_name(self) -> str:
-        """Path of the fragment's file below the output."""
+        """The path of the fragment's file below the output."""
         return output_name(self.source, self.first_row)
 
 
 def output_name(source: str, first_row: int) -> str:
-    """Path below the output of the file with the rows of `source` from `first_row` on."""
+    """The path below the output of the file with the rows of `source` from `first_row` on."""
     path = PurePosixPath(source)
     return str(path.parent / f"{path.name.removesuffix('.parquet')}-{first_row:010d}.parquet")
 
 
 class FileFault(BaseModel, frozen=True, extra="forbid"):
-    """A file that this run leaves out, or the fragment of it from `first_row` on, and why.
+    """A file that a run leaves out, or only its fragment from `first_row` on, and the reason.
 
-    For the error budget: `rows` of the file where its footer tells them; `size_bytes` where its
-    size says something of them, else 0.
+    `max_error_rate` counts its rows: `rows` is their number if the footer could be read. Otherwise
+    they are estimated from `size_bytes`, which is 0 if the size says nothing about them.
     """
 
     source: str
@@ -104,7 +107,8 @@ class FileFault(BaseModel, frozen=True, extra="forbid"):
 class Plan(BaseModel, frozen=True, extra="forbid"):
     """All fragments of a run, file by file, and the files that cannot be used.
 
-    Sources are named from the folder `root`. `skipped` are names that the input does not stand for.
+    Sources are paths below the folder `root`. `skipped` are names below the input that are no input
+    files, such as hidden ones. `limit` is `data.limit`, in rows.
     """
 
     root: str
@@ -115,17 +119,19 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def rows(self) -> int:
+        """The number of rows in all fragments."""
         return sum(fragment.rows for fragment in self.fragments)
 
 
 def plan_fragments(
     data: DataConfig, needs: SchemaNeeds, *, raise_faults: bool = False, digests: bool = True
 ) -> Plan:
-    """Check every file of the input against the job's `needs` and cut it into fragments.
+    """Check every file of the input against the job's `needs`, and cut it into fragments.
 
-    InputError when the job fits no file or an answer's name collides, or, with `raise_faults`, when
-    any file cannot be used; else such files are listed in the plan. Without `digests` nothing but
-    footers is read.
+    Fragments are in the order of file names, then of rows. Without `digests` only footers are read.
+    Files that cannot be used are listed in the plan; with `raise_faults`, the first one raises
+    UnusableFile. InputError when no file can be used, or when two files would have the same output
+    file.
     """
     found = find_files(data.input, follow_links=data.follow_links)
     root, names = found.root, found.names
@@ -157,14 +163,14 @@ def plan_fragments(
 
 
 def none_usable(where: str, faults: Sequence[FileFault]) -> InputError:
-    """What to raise when every file of an input is left out."""
+    """The error to raise when every file of an input is left out."""
     return InputError(
         f"{where}: none of {len(faults)} files can be used; the first: {faults[0].reason}"
     )
 
 
 def _fault(root: AnyPath, name: str, error: UnusableFile) -> FileFault:
-    """The file `name` as one that is left out."""
+    """The record of a file `name` that is left out because of `error`."""
     size_bytes = 0 if error.rows is not None else telling_size(root / name)
     reason = shown(error)
     return FileFault(source=name, reason=reason, size_bytes=size_bytes, rows=error.rows)
@@ -173,7 +179,7 @@ def _fault(root: AnyPath, name: str, error: UnusableFile) -> FileFault:
 def _each_file(
     root: AnyPath, names: list[str], data: DataConfig, needs: SchemaNeeds, digests: bool
 ) -> Iterator[list[Fragment] | UnusableFile]:
-    """The fragments of each file, or why it cannot be used; digests are taken side by side."""
+    """The fragments of each file in order, or why it cannot be used. Digests files in parallel."""
     given = real_path(data.input if exists(data.input) else root)
 
     def outcome(name: str) -> list[Fragment] | UnusableFile:
@@ -185,35 +191,34 @@ def _each_file(
             return error
         return [fragment.model_copy(update={"digest": digest}) for fragment in ranges]
 
-    # SHA-256 frees Python's lock, so four threads digest as fast as a disk reads.
+    # SHA-256 releases Python's lock, so four threads digest as fast as a disk reads.
     with ThreadPoolExecutor(4) as pool:
         yield from pool.map(outcome, names)
 
 
 def _refuse_same_output(ranges: list[Fragment]) -> None:
-    # Such as a.parquet and a, which a glob may both name.
+    # For example a.parquet and a, which one glob may match.
     sources: dict[str, str] = {}
     for fragment in ranges:
         first = sources.setdefault(fragment.output_name, fragment.source)
         if first != fragment.source:
             raise InputError(
                 f"{first} and {fragment.source} would both be written to {fragment.output_name}. "
-                "Rename one, or set "
-                "data.input to leave it out."
+                "Rename one, or set data.input to leave it out."
             )
 
 
 def _fragments_of(
     root: AnyPath, name: str, given: AnyPath, data: DataConfig, needs: SchemaNeeds
 ) -> list[Fragment]:
-    """The fragments of one file. No link may lead out of `given`, which the setting names."""
+    """The fragments of one file. UnusableFile if it is a link that leads out of `given`."""
     path = root / name
     if not data.follow_links and not real_path(path).is_relative_to(given):
         raise UnusableFile(
             f"{shown(path)}: is a link that leads out of the input. Copy the file, or set "
-            "data.follow_links if you trust all who can write there."
+            "data.follow_links if you trust everyone who can write there."
         )
-    # Before the footer is read: what changes after it is found when the rows are read.
+    # Before the footer, so that `read_fragment` detects every later change.
     with readable(path):
         stamp = stamp_file(path)
     schema, group_rows, written = _read_footer(path)
@@ -242,45 +247,46 @@ def _fragments_of(
 
 
 def _read_footer(path: AnyPath) -> tuple[pa.Schema, list[int], dict[str, Any]]:
-    """The columns of a file, the rows of each of its row groups, and how it will be written."""
+    """The columns of a file, the rows of each row group, and the fields of how it is written."""
     with open_parquet(path) as file:
         check_carried(str(path), file)
         metadata = file.metadata
         group_rows = [
             metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)
         ]
-        # Damaged footers say both; pyarrow checks neither against the other.
+        # A damaged footer may contradict itself; pyarrow does not compare the two numbers.
         if sum(group_rows) != metadata.num_rows:
             raise UnusableFile(
                 f"{shown(path)}: its row groups hold {sum(group_rows)} rows, its footer says "
-                "otherwise."
+                f"{metadata.num_rows}. Replace the file."
             )
         written = {"form": written_form(file), "int96": "us" if has_int96(file) else ""}
         return file.schema_arrow, group_rows, written
 
 
 def _check_output_name(name: str, data: DataConfig) -> None:
-    """UnusableFile when no file of the output can have the name that `name` leads to."""
+    """UnusableFile when the output file of `name` would have a name that is too long."""
     longest = output_name(name, 0)
     if data.format == "delta":
         longest = f"{longest}.{DIGEST_CHARS * '0'}"  # as run/publish.py adds it
     if problem := too_long(data.output, longest):
-        raise UnusableFile(f"{shown(name)}: its output's name {problem}. Rename the file.")
+        raise UnusableFile(f"{shown(name)}: the name of its output {problem}. Rename the file.")
 
 
 def read_fragment(
     fragment: Fragment, columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of `fragment`, in order; of all columns when `columns` is None.
+    """The rows of `fragment` in order, as batches of all columns or only `columns`.
 
-    UnusableFile when they cannot be read, or the file is no longer the one that was planned.
+    Columns of folder names come only if named in `columns`. UnusableFile when the rows cannot be
+    read, or, after the last batch, when the file changed since it was planned.
     """
     given = {name: value for name, value in fragment.partitions if name in (columns or ())}
     stored = None if columns is None else [name for name in columns if name not in given]
     rows = (fragment.row_groups, fragment.skip_rows, fragment.rows)
     for batch in read_rows(fragment.path, *rows, stored, int96=fragment.unit):
         yield with_constants(batch, given)
-    # Asked last, so that a file that changes during the reading is found too.
+    # Checked last, so that a change during the reading is detected too.
     with readable(fragment.path):
         if stamp_file(fragment.path) != fragment.stamp:
             raise UnusableFile(
@@ -292,12 +298,12 @@ def read_fragment(
 def cut(
     group_rows: list[int], rows_per_fragment: int
 ) -> Iterator[tuple[int, int, tuple[int, ...], int]]:
-    """Cut row groups of the given sizes into ranges.
+    """Cut row groups of the given sizes into ranges, in order.
 
     A range is (first row, rows, row groups, rows to skip in the first group).
 
-    Whole row groups are put together up to `rows_per_fragment`, so that none is read twice; only a
-    larger one is cut itself. A file without rows is one range of none, so that it has its place in
+    Whole row groups are joined up to `rows_per_fragment`, so that none is read twice. Only a row
+    group that is larger is cut. A file without rows gives one empty range, so that it has a file in
     the output.
     """
     first_row = 0

@@ -1,8 +1,8 @@
-"""Answers that need not be asked for again, by row key. Knows no prompts and no models.
+"""Known answers: an index by row key of answers to reuse. Knows no prompts and no models.
 
-Keys lie beside the answers, in published files and in files that killed runs committed. The index
-over them is in memory and is made from those files alone: losing it costs the time to read their
-key columns.
+Row keys are stored beside the answers, in published files and in files that killed runs committed.
+The index is built in memory from those files alone. Losing it costs the time to read their key
+columns.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from glmbatch.store.paths import AnyPath
 
 logger = logging.getLogger(__name__)
 
-# Tables of answers kept decoded: rows of one new file often come from the same old ones.
+# Decoded tables in the cache: the rows of a new file often come from the same few old ones.
 TABLES_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerFile:
-    """A file with the answers of `step`. `digest` begins the SHA-256 of its bytes."""
+    """A file with the answers of `step`. `digest` is its SHA-256, or the beginning of it."""
 
     path: AnyPath
     step: str
@@ -42,7 +42,7 @@ class AnswerFile:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Where keys lie: their first halves, sorted, each with its file's number and its row."""
+    """A sorted part of the index: the first half of each key [K], its file and row [K, 2]."""
 
     halves_K: np.ndarray
     places_K2: np.ndarray
@@ -51,7 +51,7 @@ class _Segment:
         return len(self.halves_K)
 
     def find(self, wanted: np.ndarray) -> np.ndarray:
-        """The places [found, 2] of those halves `wanted` that are here."""
+        """The places (file, row) of those halves in `wanted` that the segment has, [found, 2]."""
         at = np.searchsorted(self.halves_K, wanted)
         inside = at < len(self)
         at, wanted = at[inside], wanted[inside]
@@ -66,23 +66,23 @@ def _sorted_segment(halves_K: np.ndarray, places_K2: np.ndarray) -> _Segment:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Keys that one caller answers (`mine`), and the `earlier` callers that answer the others."""
+    """The keys that one caller answers (`mine`), and the `earlier` holds on its other keys."""
 
     mine: frozenset[bytes]
     earlier: tuple[Hold, ...]
     ended: threading.Event
 
     def wait_for_others(self) -> None:
-        """Return once the earlier callers have committed their keys, or failed to."""
+        """Wait until the earlier callers have committed their keys or failed."""
         for other in self.earlier:
             other.ended.wait()
 
 
 class KnownAnswers:
-    """The answers under one step key, by row key. Safe to use from several threads.
+    """An index by row key of the answers under one step key. Safe to use from several threads.
 
-    `schema` is that of the step's answer columns. Rows on which the model failed are among the
-    answers only with `include_failed`.
+    `schema` is that of the step's answer columns. Rows on which the model failed are included only
+    with `include_failed`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class KnownAnswers:
         self._lock = threading.Lock()
         self._holders: dict[bytes, Hold] = {}
         self._files: list[AnswerFile] = []
-        # Each at least twice as large as the next: a row is sorted again only log(rows) times.
+        # Each is at least twice as large as the next, so a row is sorted only log(rows) times.
         self._segments: list[_Segment] = []
         self._proved: set[int] = set()
         self._table = lru_cache(TABLES_KEPT)(self._read)
@@ -103,14 +103,14 @@ class KnownAnswers:
 
     @property
     def any_answer(self) -> bool:
-        """Whether a single row of the step was answered, in this run or before."""
+        """Whether at least one row of the step was answered, in this run or before."""
         with self._lock:
             return any(map(len, self._segments))
 
     def add(self, file: AnswerFile, table: pa.Table | None = None) -> None:
-        """Index the answers of one more file; one that cannot be read has none.
+        """Add the answers of a file to the index; a file that cannot be read is logged and skipped.
 
-        `table` holds its rows where the caller has just written them.
+        `table` has the rows of the file, if the caller has just written them.
         """
         try:
             halves, rows = _halves_and_rows(file, table, self._include_failed)
@@ -131,10 +131,10 @@ class KnownAnswers:
 
     @contextmanager
     def hold(self, keys: Collection[bytes]) -> Iterator[Hold]:
-        """Hold those of `keys` that no other caller holds, until the end of the block.
+        """Hold those of `keys` that no other caller holds, until the block ends.
 
-        All keys are taken at once, and a caller waits only for those that came before it, so
-        callers never wait for one another in a circle.
+        A caller takes all its keys at once and waits only for callers before it, so there is no
+        deadlock.
         """
         with self._lock:
             mine = frozenset(keys) - self._holders.keys()
@@ -153,7 +153,10 @@ class KnownAnswers:
             hold.ended.set()
 
     def find(self, keys: Collection[bytes]) -> pa.Table:
-        """The answers under `keys` that are known, each once, in any order."""
+        """The known answers under `keys` as a table with `schema`: each once, in any order.
+
+        Skips a file that changed since its commit, with a warning in the log.
+        """
         wanted: dict[int, list[int]] = {}
         for file, row in self._look_up(list(keys)):
             wanted.setdefault(file, []).append(row)
@@ -163,7 +166,7 @@ class KnownAnswers:
             if table is not None:
                 parts.append(table.take(pa.array(rows, pa.int64())))
         answers = pa.concat_tables(parts).combine_chunks()
-        # The index holds half of each key, which may be another's, and a key may lie in two files.
+        # The index has half of each key, which two keys may share, and a key may be in two files.
         missing = set(keys)
         wanted_rows = []
         for key in answers.column(Columns(self._step).key).to_pylist():
@@ -184,11 +187,11 @@ class KnownAnswers:
         return places
 
     def _read(self, number: int) -> pa.Table | None:
-        """The answers of a file; None when it is no longer what was committed."""
+        """The answers of a file; None if it changed since its commit."""
         file = self._files[number]
         try:
             if number not in self._proved and not digest_file(file.path).startswith(file.digest):
-                raise UnusableFile(f"{file.path}: was changed after it was written")
+                raise UnusableFile(f"{file.path}: was changed after it was committed")
             self._proved.add(number)
             names = [file.step + field.name.removeprefix(self._step) for field in self._schema]
             table = read_columns(file.path, names).rename_columns(self._schema.names)
@@ -201,17 +204,17 @@ class KnownAnswers:
 def _halves_and_rows(
     file: AnswerFile, table: pa.Table | None, include_failed: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first 8 bytes of the row keys of `file`, and the rows in which they are."""
+    """The first 8 bytes of each row key in `file` as numbers [K], and the row of each [K]."""
     names = [Columns(file.step).key, Columns(file.step).error]
     columns = read_columns(file.path, names) if table is None else table.select(names)
     try:
-        # Fixed width again: in a Delta table they have none.
+        # Cast to a fixed width, because a Delta table stores keys with a variable one.
         keys = columns.column(0).cast(pa.binary(KEY_BYTES)).combine_chunks()
     except pa.ArrowException as error:
-        raise UnusableFile(f"{file.path}: its keys are no keys: {error}") from error
+        raise UnusableFile(f"{file.path}: its row keys are invalid: {error}") from error
     usable = keys.is_valid()
     if not include_failed:
         usable = pc.and_(usable, columns.column(1).combine_chunks().is_null())
     rows = np.flatnonzero(usable.to_numpy(zero_copy_only=False)).astype(np.int64)
-    # Through a copy, whose buffer begins with its first value.
+    # Joined to a new buffer, because the array's own may begin before its first value.
     return np.frombuffer(b"".join(keys.filter(usable).to_pylist()), np.uint64)[::2].copy(), rows

@@ -1,11 +1,11 @@
-"""The output folder is the only memory of what is done. Nothing here knows of models.
+"""The ledger: the output folder as the only record of the work done. Knows no models.
 
     OUTPUT/_glmbatch/answers/<answers key>.<digest>.parquet    answers of one step over one fragment
     OUTPUT/_glmbatch/staged/<output key>.<digest>.parquet      output files before publication
     OUTPUT/_glmbatch/lock                                      of the run; in a store lock.<number>
 
-Each file carries its receipt in its footer and appears by one rename. A kill at any moment leaves
-it whole or absent, and the next run finds it. What is public lies beside these: see publication.py.
+Each file has its receipt in its footer and appears by one rename. A kill at any moment leaves the
+file complete or absent, and the next run finds it. See publication.py for the published files.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ LOCK = "_glmbatch/lock"
 
 
 class Ledger:
-    """The output folder of one job. Safe to use from threads; a run has one in each process."""
+    """The output folder of one job. Safe to use from several threads; one per run and process.
+
+    `folder` is the output folder, and `root` its path or address.
+    """
 
     def __init__(self, output: str | Path) -> None:
         self.folder = Folder(output)
@@ -64,20 +67,21 @@ class Ledger:
         self._recent = Recent()
 
     def open(self, run: str = "") -> None:
-        """Make the folder, prove that it can be written, and lock it for `run` until `close`.
+        """Create the folder, check that it can be written, and lock it for `run` until `close`.
 
-        InputError when it cannot be written or another run holds it. The lock of a process that
-        died is free; in a store, after some minutes.
+        The lock of a process that died is free: on a disk at once, in a store after some minutes.
+        InputError when the folder cannot be written or another run holds it. TransientError when
+        the machine failed.
         """
         self._refuse_links()
         hold(self.root / LOCK, run)
 
     def keep_private(self, sources: Iterable[str]) -> None:
-        """Let nobody look at what is kept for runs who may not read all of `sources`."""
+        """Restrict `_glmbatch` to users who may read all of `sources`; safe to repeat."""
         narrow(self.root / OWN, sources)
 
     def _refuse_links(self) -> None:
-        """InputError when a folder that is written to without being asked for leads elsewhere."""
+        """InputError when a folder that glmbatch writes to of its own accord is a link."""
         local = self.folder.local
         if local is None:
             return
@@ -87,37 +91,37 @@ class Ledger:
         for path in (own, *inside, local / LOG):
             if path.is_symlink() and path.is_dir():
                 raise InputError(
-                    f"{path}: is a link to a folder, and nothing is written or deleted behind one. "
-                    "Replace it by a folder, or set data.output."
+                    f"{path}: is a link to a folder, and glmbatch never writes or deletes through "
+                    "one. Replace it with a folder, or set data.output."
                 )
 
     def close(self, run: str = "") -> None:
-        """Let others write to the folder, if `run` holds it."""
+        """Release the lock if `run` holds it; safe to repeat."""
         release(self.root / LOCK, run)
 
     def results_folder(self) -> Path | None:
-        """Where Prefect may keep the results of the run's tasks; None where that is a store."""
+        """Where Prefect may keep the results of the run's tasks; None if the output is a store."""
         local = self.folder.local
         return None if local is None else local.resolve() / RESULTS
 
     def manifest(self) -> Manifest | None:
-        """What is published; None when nothing is."""
+        """What is published; None if nothing is. Raises as `read_manifest`."""
         return read_manifest(self.root)
 
     def find_answers(
         self, key: str, run: str, earlier: Mapping[str, str] | None = None
     ) -> AnswersReceipt | None:
-        """The answers under `key` that `run` may use: whole, and with nothing to ask again.
+        """The receipt of the answers under `key`, if they are whole and `run` need not ask again.
 
-        Rows on which the model failed are asked again by each new run; those of `run` stand. So are
-        rows that had no prompt because of such a failure: `earlier` maps the steps that the prompts
-        use to their answers keys.
+        Each new run asks again about rows on which the model failed, and about rows without a
+        prompt because of such a failure in an earlier step. `earlier` maps the steps that the
+        prompts use to their answers keys. Failures of `run` itself are not asked again.
         """
         whole = self._find(self.root / ANSWERS, key, AnswersReceipt)
         if whole is None:
             return None
         receipt, _, _ = whole
-        # A retried task of the same run takes its own failures as they are.
+        # A retried task of the same run keeps the failures that it committed.
         if "model_failed" in receipt.faults and receipt.run != run:
             return None
         if "earlier_step_failed" in receipt.faults:
@@ -128,19 +132,22 @@ class Ledger:
         return receipt
 
     def answers_receipt(self, key: str) -> AnswersReceipt:
-        """The receipt of the committed answers under `key`. TransientError if there are none."""
+        """The receipt of the committed answers under `key`. TransientError when there are none."""
         whole = self._find(self.root / ANSWERS, key, AnswersReceipt)
         if whole is None:
             raise self._missing(key)
         return whole[0]
 
     def read_answers(self, key: str) -> tuple[AnswersReceipt, pa.Table]:
-        """The receipt and the table of the answers under `key`. TransientError without any."""
+        """The receipt of the answers under `key`, and their table in the fragment's row order.
+
+        TransientError when there are none.
+        """
         whole = find_whole(self.root / ANSWERS, key)
         if whole is None:
             raise self._missing(key)
         path, _ = whole
-        # Its bytes were digested just now, so what is in memory is what is on disk.
+        # The file was digested just now, so the copy in memory matches it.
         content = self._recent.find(path.name)
         if content is not None and content.table is not None:
             return cast(AnswersReceipt, content.receipt), content.table
@@ -149,7 +156,7 @@ class Ledger:
         except UnusableFile:
             if path.exists():
                 raise
-            return self.read_answers(key)  # another process had committed the same
+            return self.read_answers(key)  # another process has just replaced it
         if read is None:
             path.unlink(missing_ok=True)
             raise self._missing(key)
@@ -157,16 +164,18 @@ class Ledger:
         return read
 
     def _missing(self, key: str) -> TransientError:
-        # Another machine of a cluster may have just written them, and a shared folder may not show
-        # them yet.
+        # Transient, because a shared folder may show another machine's new files late.
         return TransientError(
-            f"{self.root / ANSWERS}: the answers {key} are not there. Run the job again."
+            f"{self.root / ANSWERS}: the answers {key} are missing. Run the job again."
         )
 
     def _find(
         self, folder: AnyPath, key: str, kind: type[Receipt]
     ) -> tuple[Receipt, AnyPath, str] | None:
-        """The receipt, path and digest of the file under `key` in `folder`, if it is whole."""
+        """The receipt, path and digest of the file under `key` in `folder`; None without one.
+
+        Deletes a file whose receipt is not valid or has another key.
+        """
         whole = find_whole(folder, key)
         if whole is None:
             return None
@@ -177,10 +186,10 @@ class Ledger:
         if path.exists():
             path.unlink(missing_ok=True)
             return None
-        return self._find(folder, key, kind)  # another process had committed the same
+        return self._find(folder, key, kind)  # another process has just replaced it
 
     def _receipt_of(self, path: AnyPath, kind: type[Receipt]) -> Receipt | None:
-        """The receipt of a file whose bytes match its name; None when it has no sound one."""
+        """The receipt of a file whose bytes match its name; None if it has no valid one."""
         content = self._recent.find(path.name)
         if content is not None:
             return cast(Receipt, content.receipt)
@@ -190,7 +199,11 @@ class Ledger:
         return receipt
 
     def keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
-        """Commit the answers of a step over a fragment, replacing earlier ones; safe to repeat."""
+        """Commit the answers of a step over a fragment, in row order, and return their file.
+
+        Replaces the answers of earlier runs under the same key. Safe to repeat: answers that the
+        same run has committed stay. InputError when the output cannot be written.
+        """
         # Fragments with the same rows have the same key.
         with self._committing, writable(self.root / ANSWERS):
             return self._keep_answers(receipt, table)
@@ -204,7 +217,7 @@ class Ledger:
             write_with_receipt(partial, table.schema, iter(table.to_batches()), receipt)
             name = _file_name(receipt.key, digest_file(partial))
             commit(partial, folder / name)
-        # As the file has it, so that it is the same whether it comes from here or from there.
+        # Through JSON, so that the cached receipt equals the one in the file.
         written = AnswersReceipt.model_validate_json(receipt.model_dump_json())
         self._recent.keep(name, Content(written, table))
         mine: list[AnyPath] = []
@@ -212,8 +225,8 @@ class Ledger:
         for path in folder.glob(f"{receipt.key}.*.parquet"):
             other = self._receipt_of(path, AnswersReceipt)
             (mine if other is not None and other.run == receipt.run else others).append(path)
-        # Another process may commit the same at once: both keep the same one, so that neither
-        # deletes the last.
+        # Another process may commit the same answers now. Both keep the first by name, so that
+        # neither deletes the other's last file.
         first = min(mine)
         unlink_all(folder, [path for path in [*others, *mine] if path != first])
         return AnswerFile(first, receipt.step, digest_in_name(first))
@@ -221,8 +234,7 @@ class Ledger:
     def answer_files(self, step_key: str) -> Iterator[AnswerFile]:
         """Every committed file with answers under `step_key`, the unpublished ones first.
 
-        In this order since a killed publication may have put other bytes in the place of a
-        published file.
+        The order matters: a killed publication may have replaced the bytes of a published file.
         """
         for path, receipt in self._unpublished():
             if receipt.step_key == step_key:
@@ -233,14 +245,14 @@ class Ledger:
                     yield AnswerFile(self.root / file.output_name, step, file.digest)
 
     def unpublished_receipts(self) -> Iterator[AnswersReceipt]:
-        """Receipts of committed, unpublished answers, including retries of rows that failed."""
+        """The receipts of committed but unpublished answers, including retries of failed rows."""
         published = {(receipt.key, receipt.run) for receipt in self.published_receipts()}
         for _, receipt in self._receipts(self._answers(), AnswersReceipt):
             if (receipt.key, receipt.run) not in published:
                 yield receipt
 
     def published_receipts(self) -> Iterator[AnswersReceipt]:
-        """The receipts of all published answers, as their files' footers have them."""
+        """The receipts of all published answers, from the footers of their files."""
         paths = [self.root / file.output_name for file in self._published()]
         for _, receipt in self._receipts(paths, OutputReceipt):
             yield from receipt.answers
@@ -255,10 +267,10 @@ class Ledger:
     def _receipts(
         self, paths: Iterable[AnyPath], kind: type[Receipt]
     ) -> Iterator[tuple[AnyPath, Receipt]]:
-        """Each of `paths` that holds a sound receipt, with it."""
+        """Each of `paths` that has a valid receipt, with its receipt."""
 
         def read(path: AnyPath) -> tuple[AnyPath, Receipt | None]:
-            # Not digested here: whoever takes the answers themselves proves the file first.
+            # Not digested here: every reader of the answers checks the file first.
             content = self._recent.find(path.name)
             if content is not None:
                 return path, cast(Receipt, content.receipt)
@@ -278,7 +290,10 @@ class Ledger:
         return manifest.files if manifest else ()
 
     def find_output(self, key: str, answers: Sequence[AnswersReceipt]) -> OutputReceipt | None:
-        """The whole output file under `key`, staged or published, with just these `answers`."""
+        """The receipt of a whole file under `key`, staged or published, with exactly `answers`.
+
+        None if there is no such file.
+        """
         staged = self._find(self.root / STAGED, key, OutputReceipt)
         if staged is not None:
             receipt, _, digest = staged
@@ -292,7 +307,7 @@ class Ledger:
             if read is None or read.key != key or whole_digest(path) != digest:
                 return None
             receipt = read
-        # The footer cannot hold the digest of the bytes that it is a part of.
+        # Filled in here, because a footer cannot contain the digest of its own file.
         receipt = receipt.model_copy(update={"digest": digest})
         return receipt if receipt.answers == tuple(answers) else None
 
@@ -304,7 +319,12 @@ class Ledger:
         *,
         utc_times: bool = False,
     ) -> OutputReceipt:
-        """Commit an output file where no reader looks; returns its receipt, with its digest."""
+        """Commit an output file out of readers' sight; return its receipt with the digest.
+
+        Replaces an earlier file under the same key; safe to repeat. Users who may not read the
+        source may not read the file. InputError when it cannot be written; errors of `batches`
+        pass through, and then nothing is committed.
+        """
         folder = self.root / STAGED
         with writable(folder), partial_beside(folder / receipt.key) as partial:
             write_with_receipt(partial, schema, batches, receipt, utc_times=utc_times)
@@ -316,7 +336,7 @@ class Ledger:
         return receipt
 
     def output_path(self, output: OutputReceipt) -> AnyPath:
-        """Where the file of `output` lies: staged, or published already."""
+        """The path of the file of `output`: in the staging folder, or where it is published."""
         staged = self.root / STAGED / staged_name(output)
         return staged if staged.exists() else self.root / output.output_name
 
@@ -326,5 +346,5 @@ def _file_name(key: str, digest: str) -> str:
 
 
 def staged_name(output: OutputReceipt) -> str:
-    """The name of the file of `output` while it waits for publication."""
+    """The name of the staged file of `output`."""
     return _file_name(output.key, output.digest)

@@ -1,4 +1,4 @@
-"""The manifest: what is published, and which published files stay after a run. No models here."""
+"""The manifest: the published files, and which of them stay after a run. Knows no models."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from glmbatch.store.paths import AnyPath
 from glmbatch.store.seal import sealed, unsealed
 
 MANIFEST = "_manifest.json"
-# The same once more, for `glmbatch repair`; written after it.
+# A copy for `glmbatch repair`, written when the publication is complete.
 COPY = "_glmbatch/manifest.json"
 
 
 class PublishedFile(BaseModel, frozen=True, extra="forbid"):
-    """One line of the manifest."""
+    """One published file.
+
+    It has `rows` rows of `source` from `first_row` on, with the answers of `step_keys` (by step).
+    Digests are SHA-256. `faulty_rows` counts rows on which any step failed.
+    """
 
     output_name: Name
     output_key: str
@@ -40,7 +44,7 @@ class PublishedFile(BaseModel, frozen=True, extra="forbid"):
 
 
 class StepOrigin(BaseModel, frozen=True, extra="forbid"):
-    """What a step key was made of, for people: the step's settings, and its model's identity."""
+    """What a step key was made from, for people: the step's settings and its model's identity."""
 
     settings: dict[str, Any]
     model: str
@@ -49,10 +53,13 @@ class StepOrigin(BaseModel, frozen=True, extra="forbid"):
 class Manifest(BaseModel, frozen=True, extra="forbid"):
     """What is published. A run writes it last; a reader that wants all or nothing waits for it.
 
-    Sources are named from the folder `root`. `replaced` files no longer belong to it, and are gone
-    unless a run was killed. `limit` is that of the run: then these are not all rows. `steps` says
-    what its step keys were made of. With the format "delta" the same files are a Delta table, and
-    what was replaced stays for its older versions.
+    - Sources are paths below the folder `root`. `run` published last.
+    - `replaced` files are no longer published. They are deleted unless a run was killed.
+    - `unusable` lists the files that the run left out.
+    - `limit` is `data.limit` of the run: if set, the files do not have all rows.
+    - `steps` says what the step keys of the run were made from.
+    - With the `format` "delta" the same files form a Delta table. Replaced files then stay for the
+      older versions of the table.
     """
 
     run: str
@@ -66,9 +73,10 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
 
 
 def read_manifest(output: AnyPath) -> Manifest | None:
-    """The manifest in the folder `output`; None without one.
+    """The manifest in the folder `output`; None if nothing is published there.
 
-    InputError when it is damaged or not ours, or when it alone is gone.
+    InputError when it is damaged, not of glmbatch, or missing while its files are still there.
+    TransientError when the machine failed.
     """
     path = output / MANIFEST
     try:
@@ -88,18 +96,18 @@ def read_manifest(output: AnyPath) -> Manifest | None:
 
 
 def _refuse_loss(output: AnyPath) -> None:
-    """InputError when files are published in `output`, and the manifest that names them is gone."""
+    """InputError when published files are in `output` but their manifest is missing."""
     copy = read_copy(output)
     files = copy.files if copy is not None else ()
     if any((output / file.output_name).is_file() for file in files):
         raise InputError(
-            f"{output / MANIFEST}: is gone, and what it named is still there. Run glmbatch repair "
+            f"{output / MANIFEST}: is missing, but its files are still there. Run glmbatch repair "
             f"{output}, or set data.output."
         )
 
 
 def read_copy(output: AnyPath) -> Manifest | None:
-    """The manifest of the last completed publication; None where it cannot be read."""
+    """The manifest of the last completed publication, from its copy; None if it cannot be read."""
     try:
         return _parsed_bytes((output / COPY).read_bytes())
     except (OSError, ValueError):
@@ -108,7 +116,7 @@ def read_copy(output: AnyPath) -> Manifest | None:
 
 @lru_cache(maxsize=4)
 def _parsed(path: AnyPath, *stamp: int) -> Manifest:
-    """Parsed once for each `stamp`, since every fragment asks."""
+    """The manifest at `path`. Cached by `stamp`, because every fragment needs it."""
     return _parsed_bytes(path.read_bytes())
 
 
@@ -124,16 +132,16 @@ def _reason(error: Exception) -> str:
 
 
 def write_manifest(output: AnyPath, manifest: Manifest, name: str = MANIFEST) -> None:
-    """Write `manifest`, or its copy, into the folder `output`."""
+    """Write `manifest` to the file `name` in the folder `output`, by one rename; safe to repeat."""
     with committed(output / name) as partial:
         partial.write_text(sealed(manifest.model_dump(mode="json")), encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
 class Staying:
-    """The published files that a run leaves beside its own.
+    """The published files that stay beside those of a run.
 
-    `heirs` maps old names of sources to new ones.
+    `heirs` maps the old names of renamed sources to the new ones.
     """
 
     files: list[PublishedFile]
@@ -141,7 +149,7 @@ class Staying:
 
     @property
     def renamed(self) -> set[str]:
-        """The sources whose rows all stand under their new name."""
+        """The old names of renamed sources of which no file stays."""
         return set(self.heirs) - {file.source for file in self.files}
 
 
@@ -153,20 +161,23 @@ def staying(
     damaged: Collection[str] = (),
     drop_missing: bool = False,
 ) -> Staying:
-    """The published files that a run of `plan` leaves beside its own.
+    """The published files that stay beside those of a run of `plan`.
 
-    `written` are the fragments that it could write, all that are planned if None; `damaged` are the
-    sources of which it could not write all. Whoever asks refuses files of other settings.
+    `written` are the fragments that the run wrote, or all planned ones if None. `damaged` are the
+    sources of which it could not write every fragment. The caller refuses files that were made with
+    other settings (see `mixture`).
 
-    - replaced: the source is in the plan. Its files go.
-    - renamed: the source is gone, and the plan has its bytes under a name that is new, in the same
-      partition folders. Its files go. One new name replaces one old name, so that the rows of a
-      second copy do not go with it.
-    - missing: the source is gone and nothing took its place. They stay unless `drop_missing`.
-    - damaged: the source that replaces them could not be written whole. They stay if nothing of it
-      was written; else those of the same bytes stay whose rows no new file has.
+    - replaced: the source is in the plan. Its files are removed.
+    - renamed: the source is missing, and the plan has a file with the same bytes, in the same
+      partition folders, under a new name. Its files are removed. One new name replaces one old
+      name, so that a second copy keeps its rows.
+    - missing: the source is missing and no file replaces it. Its files stay unless `drop_missing`.
+    - damaged: the source was replaced or renamed, but not all of it could be written. If nothing
+      was written, its files stay. Otherwise files from the same bytes stay if no new file has
+      their rows.
 
-    All other files stay: this run does not read their source. A limited run leaves nothing.
+    All other files stay, because the run does not read their source. If the files before are those
+    of a limited run, none stays.
     """
     if before is None or before.limit is not None:
         return Staying([], {})
@@ -179,7 +190,7 @@ def staying(
     for file in before.files:
         heir = file.source if file.source in planned else heirs.get(file.source)
         if heir is None:
-            # Whether the file is there may cost a request, so it is asked last.
+            # Checked last, because a lookup in a store costs a request.
             if not (drop_missing and _is_gone(plan, file.source)):
                 stay.append(file)
         elif heir in damaged and _uncovered(file, new.get(heir, [])):
@@ -199,9 +210,9 @@ def mixture(
     *,
     drop_missing: bool,
 ) -> str | None:
-    """Why some files of `stay` do not go with answers under `step_keys`, and the ways out.
+    """A message if files in `stay` were not answered under `step_keys`, with the ways out.
 
-    None where all can. `damaged` are sources that could not be read whole.
+    None if all were. `damaged` are the sources that could not be read completely.
     """
     other = [file for file in stay if file.step_keys != step_keys]
     if not other:
@@ -218,20 +229,24 @@ def mixture(
     )
 
 
-# What lets a run with other settings go on, by what keeps a source and `missing_sources: drop`.
+# What to do about files that stay, by the reason why they do and by `missing_sources: drop`.
 _WAYS = {
-    ("gone", False): "Put what is gone back, or set data.missing_sources to drop: its rows go",
-    ("gone", True): "Put what is gone back",
-    ("damaged", False): "Mend what is damaged, or remove it and set data.missing_sources to drop",
-    ("damaged", True): "Mend what is damaged, or remove it: its rows go",
-    ("not read", False): "Let data.input cover all",
-    ("not read", True): "Let data.input cover all",
+    ("gone", False): (
+        "Restore the files that are gone, or set data.missing_sources to drop to remove their rows"
+    ),
+    ("gone", True): "Restore the files that are gone",
+    ("damaged", False): (
+        "Replace the damaged files, or delete them and set data.missing_sources to drop"
+    ),
+    ("damaged", True): "Replace the damaged files, or delete them to remove their rows",
+    ("not read", False): "Let data.input cover all sources",
+    ("not read", True): "Let data.input cover all sources",
 }
 
 
 def _uncovered(file: PublishedFile, fragments: Sequence[Fragment]) -> bool:
-    """Whether `file` may stay beside the `fragments` written of the same, damaged source."""
-    if not fragments:  # yesterday's rows are better than none
+    """Whether `file` stays beside the `fragments` that were written from its damaged source."""
+    if not fragments:  # the rows of an earlier run are better than none
         return True
     same_bytes = file.source_digest == fragments[0].digest
     return same_bytes and not any(overlap(file, fragment) for fragment in fragments)
@@ -243,14 +258,14 @@ def _heirs(before: Manifest, plan: Plan) -> dict[str, str]:
     for file in before.files:
         published.setdefault(file.source, []).append(file)
     digests = {fragment.source: fragment.digest for fragment in plan.fragments}
-    # Sources of this run by their bytes; in order of names, so that the choice is always the same.
+    # Sources of this run by digest, sorted by name so that the choice is always the same.
     candidates: dict[str, list[str]] = {}
     for source, digest in sorted(digests.items()):
         candidates.setdefault(digest, []).append(source)
     heirs: dict[str, str] = {}
     for source, files in sorted(published.items()):
         same_bytes = candidates.get(files[0].source_digest, [])
-        # One that still is there is not renamed, and takes no new name from one that is.
+        # A source that still exists was not renamed, so it must not take a new name.
         if source in digests or not same_bytes or not _is_gone(plan, source):
             continue
         for name in same_bytes:
@@ -264,11 +279,11 @@ def _heirs(before: Manifest, plan: Plan) -> dict[str, str]:
 
 
 def _is_new(published: Sequence[PublishedFile], files: Sequence[PublishedFile]) -> bool:
-    """Whether a source, with `published` files so far, may be a new name for the source of `files`.
+    """Whether a source with these `published` files may be a new name for the source of `files`.
 
-    One that was published with other bytes, or as a copy, is not: the rows of the one that is gone
-    must not go in silence. A source whose new name could be read only in part last night has some
-    rows public under either name.
+    It may not if it was published before with other bytes or as a copy: then the rows of the
+    missing source would disappear silently. If the last run could read only a part of the renamed
+    file, some rows are published under each name; that is no obstacle.
     """
     for other in published:
         if other.source_digest != files[0].source_digest:
@@ -279,7 +294,7 @@ def _is_new(published: Sequence[PublishedFile], files: Sequence[PublishedFile]) 
 
 
 def overlap(one: PublishedFile, other: PublishedFile | Fragment) -> bool:
-    """Whether two row ranges of files with the same bytes share a row."""
+    """Whether the row ranges of two files from the same bytes share a row."""
     return (
         one.first_row < other.first_row + other.rows and other.first_row < one.first_row + one.rows
     )
@@ -296,10 +311,14 @@ def next_manifest(  # noqa: PLR0913 - the run, and what is published before and 
     steps: Mapping[str, StepOrigin],
     format: Literal["parquet", "delta"] = "parquet",
 ) -> Manifest:
-    """What is published once the files of `written` are, beside those of `before` that `stay`."""
+    """The manifest for when the files of `written` are published beside those that `stay`.
+
+    `before` is the current manifest. `unusable` are the files that the run left out, and `steps`
+    the origins of its step keys.
+    """
     files = [*stay, *(published_file(output) for output in written)]
     replaced = set(before.replaced) if before else set()
-    # The files of an older version of a Delta table are not replaced: its readers need them.
+    # In a Delta table nothing is marked as replaced, because older versions need their files.
     if before is not None and before.format == "parquet":
         replaced |= {file.output_name for file in before.files}
     return Manifest(
@@ -315,6 +334,7 @@ def next_manifest(  # noqa: PLR0913 - the run, and what is published before and 
 
 
 def published_file(output: OutputReceipt) -> PublishedFile:
+    """The manifest's entry for the file of `output`."""
     return PublishedFile(
         output_name=output.output_name,
         output_key=output.key,

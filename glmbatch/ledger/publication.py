@@ -1,12 +1,12 @@
-"""How a run's files become public, all together and safe to repeat. Knows no steps and no models.
+"""Publish a run's files all together. Knows no steps and no models.
 
     OUTPUT/<the input's folders>/<file>-<first row>.parquet    published rows
-    OUTPUT/_manifest.json                  what is published; written last
+    OUTPUT/_manifest.json                  the published files; written last
     OUTPUT/_quarantine.parquet             rows that failed, with file, row and reason
     OUTPUT/_glmbatch/publishing.json       files of publications that were not completed
     OUTPUT/_glmbatch/refused.parquet       rows that failed in a run that published nothing
 
-A kill at any moment leaves what the next publication finds and completes.
+After a kill at any moment, the next publication finds what is there and completes it.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ _NAMES = TypeAdapter(list[Name])
 def publish(
     ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputReceipt], quarantine: Sequence[Line]
 ) -> None:
-    """Move staged files into place, write `manifest`, delete what was replaced; safe to repeat.
+    """Move staged files into place, write `manifest`, and delete replaced files; safe to repeat.
 
-    If it is killed halfway, the next publication finds in `publishing.json` and the manifest what
-    to delete. Interrupted when another run took over the lock; TransientError when a staged file is
-    gone.
+    If this is killed halfway, the next publication finds what to delete in `publishing.json` and
+    the manifest. `quarantine` replaces the list of failed rows. Interrupted when another run took
+    over the lock; TransientError when a staged file is missing or the machine failed; InputError
+    when the output cannot be written.
     """
     root = ledger.root
-    check_held(root / LOCK)  # in a store another run may have taken it over
-    # So that the list of what is replaced does not grow from run to run.
+    check_held(root / LOCK)  # in a store, another run may have taken over the lock
+    # Only files that still exist, so that the list does not grow with each run.
     manifest = manifest.model_copy(
         update={"replaced": tuple(ledger.folder.existing(manifest.replaced))}
     )
@@ -57,14 +58,14 @@ def publish(
     version = None
     if manifest.format == "delta":
         version = _delta_version(ledger, manifest, outputs)
-        stale -= version.known  # older versions of the table need theirs
-    # Before the first move: what is moved and then killed must be found again.
+        stale -= version.known  # older versions of the table need their files
+    # Before the first move, so that files moved before a kill are found again.
     _announce(root, stale | {output.output_name for output in outputs}, lost=announced.lost)
     _move_staged(ledger.folder, outputs)
     if version is not None:
         commit_table(root, {file.output_name: file.rows for file in manifest.files}, version)
     write_quarantine(root, quarantine)
-    # Moving may have taken longer than a lock in a store lives without a sign.
+    # Moving the files may have taken longer than a lock in a store lives without renewal.
     check_held(root / LOCK)
     write_manifest(root, manifest)
     with writable(root):
@@ -76,9 +77,9 @@ def publish(
 
 
 class Announced(NamedTuple):
-    """Names that killed publications were to move into place before they wrote their manifest.
+    """The names of files that killed publications had begun to move into place.
 
-    `lost` when a list of such names was damaged, and no publication was completed since.
+    `lost` is true if a list of such names was damaged and no publication was completed since.
     """
 
     names: set[str]
@@ -86,7 +87,10 @@ class Announced(NamedTuple):
 
 
 def read_announced(root: AnyPath) -> Announced:
-    """What killed publications announced; nothing where none was killed."""
+    """What killed publications announced in `publishing.json`; no names if none was killed.
+
+    TransientError when the file cannot be read now.
+    """
     path = root / PUBLISHING
     try:
         content = unsealed(path.read_bytes())
@@ -104,9 +108,9 @@ def read_announced(root: AnyPath) -> Announced:
 
 
 def _announce(root: AnyPath, names: Collection[str], *, lost: bool) -> None:
-    """Write down which files will be moved, for the next publication if this one is killed.
+    """Record the files to be moved, for the next publication if this one is killed.
 
-    And whether an earlier list was lost, until its files are looked for.
+    `lost` is recorded too, until a publication has searched for the files of a lost list.
     """
     listed: dict[str, Any] = {"names": sorted(names)}
     if lost:
@@ -116,15 +120,15 @@ def _announce(root: AnyPath, names: Collection[str], *, lost: bool) -> None:
 
 
 def put_strangers_aside(folder: Folder, named: Collection[str]) -> list[str]:
-    """Move our own files that `named` lacks to where no reader takes them for answers.
+    """Move our own files that are not in `named` out of readers' sight; return their names.
 
-    What a killed publication moved, when its list is lost. Returns their names.
+    They are what a killed publication moved into place, if its list of names is lost.
     """
     moved = []
     for name in sorted(folder.visible_files() - set(named)):
         path = folder / name
         if read_receipt(path, OutputReceipt) is not None:
-            logger.warning("%s: is of no publication; it is now %s", path, folder.put_aside(name))
+            logger.warning("%s: is not published; moved to %s", path, folder.put_aside(name))
             moved.append(name)
     return moved
 
@@ -145,14 +149,14 @@ def _move_staged(root: Folder, outputs: Sequence[OutputReceipt]) -> None:
         if staged_name(output) in staged:
             move(root / STAGED / staged_name(output), path)
             return
-        if path.is_file():  # earlier versions gave every file the rights of any new one
+        if path.is_file():  # earlier versions did not restrict who may read the file
             narrow(path, [output.fragment.path])
-        # A publication that was killed has moved it, unless this is an older file of the same name.
+        # Already moved by a killed publication, unless it is an older file of the same name.
         receipt = read_receipt(path, OutputReceipt) if path.is_file() else None
         if receipt is None or receipt.key != output.key:
-            raise TransientError(f"{path}: its staged file was taken away. Run the job again.")
+            raise TransientError(f"{path}: its staged file is missing. Run the job again.")
 
-    for _ in root.map(move_one, outputs):  # the moves happen as the results are taken
+    for _ in root.map(move_one, outputs):  # the results must be consumed: the map is lazy
         pass
 
 
@@ -160,28 +164,28 @@ def _delete_replaced(root: Folder, manifest: Manifest, stale: set[str]) -> None:
     names = {*manifest.replaced, *stale} - {file.output_name for file in manifest.files}
     for _ in root.map(lambda name: _delete_own(root, name), sorted(names)):
         pass
-    # The list of a refused run has no more use once another run has published.
+    # Once another run has published, the list of a refused run is out of date.
     unlink_all(root.path, [root / PUBLISHING, root / REFUSED])
     remove_tree(root / STAGED)
 
 
 def _delete_own(root: Folder, name: str) -> None:
-    """Delete the file `name`, which was published once; put it aside if it is no longer that."""
+    """Delete the formerly published file `name`; move it aside if it no longer has a receipt."""
     if not (root / name).is_file():
         return
     try:
         path = root.place(name)
     except InputError as error:
-        logger.warning("%s It is left there.", error)
+        logger.warning("%s It is not deleted.", error)
         return
     if read_receipt(path, OutputReceipt) is not None:
         path.unlink(missing_ok=True)
     else:
-        logger.warning("%s: is not what was published; it is now %s", path, root.put_aside(name))
+        logger.warning("%s: has no glmbatch receipt; moved to %s", path, root.put_aside(name))
 
 
 def _sweep(root: AnyPath, manifest: Manifest) -> None:
-    """Delete the answers that nothing published uses, and what killed runs left half-written."""
+    """Delete answers that no published file uses, and the partial files of killed runs."""
     used: set[str] = set()
     for file in manifest.files:
         used.update(file.answers_keys)

@@ -1,9 +1,9 @@
-"""The list of rows that failed and of files that were left out. For people; knows no models.
+"""The list of failed rows and left-out files, for people to read. Knows no models.
 
     OUTPUT/_quarantine.parquet         of what is published
     OUTPUT/_glmbatch/refused.parquet   of a run that published nothing
 
-The rows themselves carry their reasons in the published files, so the first list can be made again.
+Published files also record why each row failed, so the first list can be rebuilt from them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from glmbatch.store.paths import AnyPath
 
 logger = logging.getLogger(__name__)
 
-OWN = "_glmbatch"  # all that is not for readers
+OWN = "_glmbatch"  # everything in the output that is not for readers
 QUARANTINE = "_quarantine.parquet"
 REFUSED = "_glmbatch/refused.parquet"
 QUARANTINE_SCHEMA = pa.schema(
     [
         pa.field("source", pa.string()),
-        pa.field("row", pa.int64()),  # number in the file, from 0; null for a whole file
+        pa.field("row", pa.int64()),  # row number in the source, from 0; null for a whole file
         pa.field("id", pa.string()),
         pa.field("step", pa.string()),
         pa.field("error_type", pa.string()),
@@ -46,9 +46,10 @@ Line = dict[str, Any]
 def read_quarantine(
     output: AnyPath, files: Sequence[PublishedFile], told: Collection[str] = ()
 ) -> list[Line]:
-    """The lines of rows that failed in these published files, as far as the list can be read.
+    """The listed failures in these published `files`; none if the list cannot be read.
 
-    And those of whole files, but for the sources that this run has `told` of itself.
+    Includes entries for whole files and fragments, except for sources in `told`, whose faults the
+    caller knows already.
     """
     ranges: dict[str, list[range]] = {}
     for file in sorted(files, key=lambda file: file.first_row):
@@ -57,10 +58,10 @@ def read_quarantine(
 
     def is_of_files(line: Line) -> bool:
         source = line["source"]
-        if not line["step"]:  # why a file, or the rest of one, could not be read
+        if not line["step"]:  # an entry for a whole file or fragment
             return source in ranges and source not in told
         of_source = ranges.get(source, [])
-        # The last that begins at or before the row: no two hold the same.
+        # Ranges do not overlap, so only the last one that begins at or before the row can have it.
         place = bisect_right(of_source, line["row"], key=lambda rows: rows.start)
         return place > 0 and line["row"] in of_source[place - 1]
 
@@ -70,7 +71,10 @@ def read_quarantine(
 def mended_quarantine(
     output: AnyPath, files: Sequence[PublishedFile], told: Collection[str] = ()
 ) -> list[Line]:
-    """As `read_quarantine`, with the lines that the list lacks, from the files themselves."""
+    """As `read_quarantine`, completed from the published files with entries that the list lacks.
+
+    Entries from a file have no id. Logs a warning for a file that cannot be read.
+    """
     of_files: list[Line] = []
     listed: dict[str, list[Line]] = defaultdict(list)
     for line in read_quarantine(output, files, told):
@@ -87,7 +91,7 @@ def mended_quarantine(
         if len({line["row"] for line in lines}) != file.faulty_rows:
             try:
                 lines = list(_failed_rows(output, file))
-            except UnusableFile as error:  # what is listed is the best there is
+            except UnusableFile as error:  # keep the entries that the list has
                 logger.warning("%s: its failed rows cannot be listed", error)
         of_files += lines
     return of_files
@@ -98,22 +102,22 @@ def _row(line: Line) -> int:
 
 
 def read_lines(path: AnyPath) -> list[Line] | None:
-    """The lines of a list; none where there is no list, None where it is damaged."""
+    """The entries of the list at `path`; [] if there is no list, None if it is damaged."""
     try:
         if not path.exists():
             return []
         with open_parquet(path) as file:
             if not file.schema_arrow.equals(QUARANTINE_SCHEMA):
-                raise UnusableFile(f"{path}: has other columns than a list of failed rows")
+                raise UnusableFile(f"{path}: does not have the columns of a list of failed rows")
             lines: list[Line] = file.read().to_pylist()
             return lines
     except (UnusableFile, OSError) as error:
-        logger.warning("%s: the next run makes it again from the published rows", error)
+        logger.warning("%s: the next run rebuilds it from the published rows", error)
         return None
 
 
 def _failed_rows(output: AnyPath, file: PublishedFile) -> Iterator[Line]:
-    """A line for each step of each row of a published file that failed; without their ids."""
+    """An entry for each failure of a step on a row of a published file; without row ids."""
     for step in file.step_keys:
         columns = Columns(step)
         table = read_columns(output / file.output_name, [columns.error_type, columns.error])
@@ -130,7 +134,7 @@ def _failed_rows(output: AnyPath, file: PublishedFile) -> Iterator[Line]:
 
 
 def line_of_file(fault: FileFault) -> Line:
-    """The line of a file, or of the rest of one, that is left out."""
+    """The entry of a file or fragment that is left out."""
     return {
         "source": fault.source,
         "row": fault.first_row,
@@ -140,14 +144,14 @@ def line_of_file(fault: FileFault) -> Line:
 
 
 def write_quarantine(output: AnyPath, lines: Sequence[Line]) -> None:
-    """Write the list of what is published."""
+    """Replace the list of failed rows of the published files."""
     _write(output / QUARANTINE, lines)
 
 
 def write_refused(output: AnyPath, lines: Sequence[Line]) -> AnyPath:
-    """Write the list of a run that publishes nothing; returns its path.
+    """Write the list of a run that publishes nothing, and return its path.
 
-    The next publication deletes it.
+    Replaces the list of an earlier run. The next publication deletes it.
     """
     _write(output / REFUSED, lines)
     return output / REFUSED
@@ -157,5 +161,5 @@ def _write(path: AnyPath, lines: Sequence[Line]) -> None:
     rows = pa.Table.from_pylist(list(lines), QUARANTINE_SCHEMA)
     with committed(path) as partial:
         write_table(partial, rows.schema, iter(rows.to_batches()), {})
-        # Beside the answers, which the folder of the runs is kept as private as.
+        # As private as the folder `_glmbatch`, which is as private as the sources.
         narrow(partial, [path.parent / OWN])

@@ -1,4 +1,4 @@
-"""Receipts: what a committed file records about itself in its footer. No folders, no manifest."""
+"""Receipts: what a committed file records about itself in its footer. Knows no manifest."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from glmbatch.store.paths import AnyPath, unlink_all
 RECEIPT = "glmbatch.receipt"  # the footer's key
 LENGTH_BIN = 8  # tokens; prompt lengths are counted in bins of this width
 
-# What a damaged or foreign receipt may say instead ends here, not in the arithmetic of a report.
+# Bounds that refuse a damaged or foreign receipt here, before a report calculates with it.
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
-    """What became of one step over one fragment. `run` computed it; seconds are of wall time.
+    """The record of one step over one fragment, made by `run`.
 
-    `computed_rows` are the prompts that went through the model, `known_rows` those whose answers
-    were found under their row key; together fewer than `rows` where rows repeat or have no prompt.
-    `earlier` names the runs of the answers that the prompts use, by step. `unusable` says why the
-    fragment's rows cannot be read; then there are no answers.
+    - `computed_rows` counts the distinct prompts that the model was asked, `known_rows` those whose
+      answers were found by row key. Their sum is below `rows` if rows repeat or have no prompt.
+    - `faults`, `labels` and `finish_reasons` count rows by kind.
+    - `earlier` maps each step whose answers the prompts use to the run that made these.
+    - `began` is in seconds since 1970; `seconds` is wall time.
+    - `unusable` says why the fragment cannot be read; then there are no answers.
     """
 
     key: str
@@ -47,8 +49,8 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     labels: dict[str, Count] = {}
     finish_reasons: dict[str, Count] = {}
     empty_answers: Count = 0
-    answer_tokens: Count = 0  # of all answers, whoever computed them
-    # Rows by the tokens of their prompt, rounded down to LENGTH_BIN.
+    answer_tokens: Count = 0  # of all answers, also of known ones
+    # Numbers of rows by the tokens in their prompt, rounded down to a multiple of LENGTH_BIN.
     prompt_lengths: dict[Count, Count] = {}
     prompt_tokens: Count = 0
     completion_tokens: Count = 0
@@ -58,9 +60,11 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
 
 
 class OutputReceipt(BaseModel, frozen=True, extra="forbid"):
-    """What became of one fragment: its output file and the answers in it.
+    """The record of one fragment's output file and of the answers in it, made by `run`.
 
-    `digest` is that of the file's bytes.
+    `answers` are in step order. `digest` is the SHA-256 of the file, which its own footer cannot
+    hold: it is filled in afterwards. `faulty_rows` counts rows on which any step failed. `unusable`
+    says why the fragment cannot be read; then there is no file.
     """
 
     key: str
@@ -84,14 +88,17 @@ def write_with_receipt(
     *,
     utc_times: bool = False,
 ) -> None:
-    """Write `batches` to `path`, with `receipt` in the footer."""
+    """Write `batches` to the Parquet file `path`, with `receipt` in its footer.
+
+    InputError when `path` cannot be written, TransientError when the machine failed.
+    """
     with writable(path):
         footer = {RECEIPT: receipt.model_dump_json()}
         write_table(path, schema, batches, footer, utc_times=utc_times)
 
 
 def read_receipt(path: AnyPath, kind: type[Receipt]) -> Receipt | None:
-    """The receipt in the footer of `path`; None when there is no sound one."""
+    """The receipt in the footer of `path`; None if there is no valid one."""
     try:
         text = footer_metadata(path, RECEIPT)
         return None if text is None else kind.model_validate_json(text)
@@ -100,7 +107,7 @@ def read_receipt(path: AnyPath, kind: type[Receipt]) -> Receipt | None:
 
 
 def read_with_receipt(path: AnyPath, kind: type[Receipt]) -> tuple[Receipt, pa.Table] | None:
-    """The receipt and the rows of `path`, opened once; None when there is no sound receipt.
+    """The receipt and the rows of `path`, opened once; None if there is no valid receipt.
 
     UnusableFile when the rows cannot be read.
     """
@@ -110,7 +117,7 @@ def read_with_receipt(path: AnyPath, kind: type[Receipt]) -> tuple[Receipt, pa.T
 
 
 def receipt_of(file: pq.ParquetFile, kind: type[Receipt]) -> Receipt | None:
-    """The receipt of an opened file; None when there is no sound one."""
+    """The receipt of an open file; None if there is no valid one."""
     text = (file.metadata.metadata or {}).get(RECEIPT.encode())
     try:
         return kind.model_validate_json(text or b"")
@@ -119,17 +126,18 @@ def receipt_of(file: pq.ParquetFile, kind: type[Receipt]) -> Receipt | None:
 
 
 def find_whole(folder: AnyPath, key: str) -> tuple[AnyPath, str] | None:
-    """The file under `key` in `folder` whose bytes match the digest in its name, and their digest.
+    """The file under `key` in `folder` whose bytes match the digest in its name, and its digest.
 
-    One that does not match is deleted: it was damaged after it was committed.
+    None if there is none. Deletes files that do not match, because they were damaged after their
+    commit. InputError when a file may not be read, TransientError when the machine failed.
     """
     with reachable(folder):
         for path in folder.glob(f"{key}.*.parquet"):
             try:
-                # What a link leads to may go at any time, or not be there at all.
+                # A link does not count: its target may disappear at any time.
                 digest = None if is_link(path) else whole_digest(path, must_read=True)
             except FileNotFoundError:
-                # Replaced by a fragment with the same rows, whose answers have the same key.
+                # Just replaced for another fragment with the same rows, and so the same key.
                 return find_whole(folder, key)
             if digest is not None and digest.startswith(digest_in_name(path)):
                 return path, digest
@@ -138,19 +146,19 @@ def find_whole(folder: AnyPath, key: str) -> tuple[AnyPath, str] | None:
 
 
 def whole_digest(path: AnyPath, *, must_read: bool = False) -> str | None:
-    """The digest of a committed file; None where something else is in its place.
+    """The SHA-256 of a committed file; None if something else has its name.
 
-    FileNotFoundError when nothing is there, TransientError when the machine failed. A file that
-    this user may not read gives None too, or InputError if `must_read`.
+    A file that this user may not read gives None, or InputError if `must_read`. FileNotFoundError
+    when there is no file, TransientError when the machine failed, StoreRefused from a store.
     """
     try:
         with reachable(path):
             return digest_file(path)
-    except StoreRefused:  # no file is to blame
+    except StoreRefused:  # the file is not at fault
         raise
-    except InputError as error:  # a folder, a link in a circle, a file that may not be read
+    except InputError as error:  # a folder, a circular link, a file that may not be read
         if must_read and isinstance(error.__cause__, PermissionError):
-            # It may be whole and another user's, so it is not deleted.
+            # The caller deletes damaged files, but this one may be a whole file of another user.
             raise
         return None
 
@@ -161,5 +169,5 @@ def key_in_name(path: AnyPath) -> str:
 
 
 def digest_in_name(path: AnyPath) -> str:
-    """The digest of a file named `<key>.<digest>.parquet`, as far as its name has it."""
+    """The beginning of the digest of a file named `<key>.<digest>.parquet`."""
     return path.name.split(".")[1]

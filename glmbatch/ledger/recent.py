@@ -1,4 +1,4 @@
-"""Receipts and answers that this process has read or written lately. Reads no files."""
+"""A cache of receipts and answers that this process read or wrote recently. Reads no files."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from pydantic import BaseModel
 
 # A receipt takes some 2 KB: 2 MB in all.
 RECEIPTS = 1024
-# The answers of a few fragments: a later step and the output file read what the step before has
-# just committed.
+# The answers of a few fragments: the next step and the output file read what was just committed.
 TABLE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a committed file holds: its receipt, and its rows where they are kept in memory too."""
+    """The receipt of a committed file, and its rows if they are in memory too."""
 
     receipt: BaseModel
     table: pa.Table | None
 
 
 class Recent:
-    """The content of committed files by their names. Safe to use from several threads.
+    """The content of committed files, by file name. Safe to use from several threads.
 
-    A name holds a digest of the file's bytes, so what stands under it never changes. Whoever uses
-    it proves first that the file on disk still has that digest.
+    A name contains the file's digest, so the content of a name never changes. Callers must first
+    check that the file on disk still has that digest.
     """
 
     def __init__(self) -> None:
@@ -37,7 +36,7 @@ class Recent:
         self._lock = threading.Lock()
 
     def find(self, name: str) -> Content | None:
-        """The content of the file `name`, if it is still kept."""
+        """The content of the file `name`; None if it is not in the cache."""
         with self._lock:
             content = self._contents.get(name)
             if content is not None:
@@ -45,9 +44,9 @@ class Recent:
             return content
 
     def keep(self, name: str, content: Content) -> None:
-        """Keep the content of the file `name`, in place of what was used longest ago."""
+        """Keep the content of the file `name`, dropping the least recently used if needed."""
         with self._lock:
-            # The rows go before the receipts: they are large, and the receipt spares an opening.
+            # Rows are dropped before receipts: they are large, and a receipt saves opening a file.
             self._forget_table(self._contents.pop(name, None))
             self._contents[name] = content
             self._table_bytes += content.table.nbytes if content.table is not None else 0
@@ -60,7 +59,7 @@ class Recent:
                     self._contents[old_name] = Content(old.receipt, None)
 
     def _forget_table(self, content: Content | None) -> bool:
-        """Count the rows of `content` as gone; whether it had any."""
+        """Subtract the rows of `content` from the cache's size; return whether it had any."""
         if content is None or content.table is None:
             return False
         self._table_bytes -= content.table.nbytes

@@ -1,8 +1,8 @@
-"""`glmbatch repair`: make a manifest and a list of failed rows again that were damaged or are gone.
+"""`glmbatch repair`: rebuild a manifest or list of failed rows that is damaged or missing.
 
-The receipts in the footers of the published files say what is in them; the copy of the manifest
-beside the answers says the rest. Nothing is deleted: what cannot be accounted for is named, and
-moved to OUTPUT/_glmbatch/aside where readers would take it for answers. Asks no model.
+The receipts in the footers of the published files say what the files contain. The copy of the
+manifest in `_glmbatch` has the rest. Nothing is deleted. A file that cannot be accounted for is
+named, and moved to OUTPUT/_glmbatch/aside if its rows would appear twice. Asks no model.
 """
 
 from __future__ import annotations
@@ -43,11 +43,15 @@ from glmbatch.store.files import modified, whole_address
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import AnyPath
 
-RUN = "repair"  # the name under which it holds the lock
+RUN = "repair"  # the run id with which a repair holds the lock
 
 
 class Repair(BaseModel, frozen=True, extra="forbid"):
-    """What was made again, and a line for each thing that could not be known or accounted for."""
+    """The result of a repair.
+
+    `mended` names the lists that were rebuilt. `notes` has a sentence for each fact that could not
+    be recovered and each file that could not be accounted for. `files` and `rows` are published.
+    """
 
     output: str
     files: int
@@ -57,9 +61,9 @@ class Repair(BaseModel, frozen=True, extra="forbid"):
 
 
 def repair(output: str | Path) -> Repair:
-    """Make the manifest and the list of failed rows of `output` whole again. Safe to repeat.
+    """Rebuild the manifest and the list of failed rows of `output` where needed. Safe to repeat.
 
-    InputError when nothing is published there, or a run holds it.
+    InputError when nothing is published there, or a run holds the output.
     """
     ledger = Ledger(output)
     if not ledger.root.is_dir():
@@ -76,7 +80,7 @@ def repair(output: str | Path) -> Repair:
             mended.append(QUARANTINE)
         for file in manifest.files:
             if not _is_whole(ledger, file):
-                notes.append(f"{file.output_name}: is damaged or gone; run the job to make it anew")
+                notes.append(f"{file.output_name}: damaged or missing; run the job to rebuild it")
         return Repair(
             output=str(output),
             files=len(manifest.files),
@@ -96,10 +100,10 @@ def _is_whole(ledger: Ledger, file: PublishedFile) -> bool:
 
 
 def describe(repair: Repair) -> str:
-    """What was done, as text for a person."""
-    done = f"made again: {', '.join(repair.mended)}" if repair.mended else "both lists are whole"
+    """The result as text for people, in lines without a final newline."""
+    done = f"rebuilt: {', '.join(repair.mended)}" if repair.mended else "both lists are intact"
     end = f"{repair.output}: {repair.files} files, {repair.rows} rows; {done}"
-    look = f"Compare it with its sources: glmbatch verify {repair.output}"
+    look = f"Compare the output with its sources: glmbatch verify {repair.output}"
     return "\n".join([*repair.notes, end, *([look] if repair.mended else [])])
 
 
@@ -112,37 +116,40 @@ def _sound_manifest(ledger: Ledger) -> Manifest | None:
 
 @dataclass(slots=True)
 class _Found:
-    """A file with a receipt: its line, how far to trust it, and what its receipt says."""
+    """A file that may be published: its manifest entry, how far to trust it, and its receipt."""
 
     line: PublishedFile
-    known: bool  # the copy of the manifest has it with these bytes
-    written: float
+    known: bool  # whether the copy of the manifest has it with this digest
+    written: float  # modification time in seconds since 1970
     receipt: OutputReceipt | None = None
 
 
 def _rebuild(ledger: Ledger, notes: list[str]) -> Manifest:
-    """The manifest, from the footers and its copy; written. InputError when there are no files."""
+    """Rebuild the manifest from footers and its copy, write it, and return it.
+
+    InputError when there are no files.
+    """
     copy = read_copy(ledger.root)
     files = _choose(ledger, list(_find(ledger, copy, notes)), notes)
     if not files:
         raise InputError(
-            f"{ledger.root}: no published file has a receipt, so there is nothing to make a "
-            f"{MANIFEST} from. Give the job's data.output; if it is that, move the folder away, "
+            f"{ledger.root}: no published file has a receipt, so there is nothing to rebuild "
+            f"{MANIFEST} from. Give the job's data.output; if this is it, move the folder away, "
             "and run the job again."
         )
     manifest = _assemble(ledger, copy, files, notes)
     _note_mixture(manifest, notes)
     if ledger.folder.holds(MANIFEST):
-        notes.append(f"{MANIFEST}: as it was, it is {ledger.folder.put_aside(MANIFEST)}")
+        notes.append(f"{MANIFEST}: the old file is now {ledger.folder.put_aside(MANIFEST)}")
     if read_announced(ledger.root).lost:
-        notes.append(f"{PUBLISHING}: as it was, it is {ledger.folder.put_aside(PUBLISHING)}")
+        notes.append(f"{PUBLISHING}: the old file is now {ledger.folder.put_aside(PUBLISHING)}")
     write_manifest(ledger.root, manifest)
     write_manifest(ledger.root, manifest, COPY)
     return manifest
 
 
 def _find(ledger: Ledger, copy: Manifest | None, notes: list[str]) -> Iterable[_Found]:
-    """All files of ours that lie where their receipts say."""
+    """All our files at the place that their receipt names, and damaged ones that the copy lists."""
     lines = {file.output_name: file for file in copy.files} if copy is not None else {}
     delta = is_table(ledger.root)
     names = table_files(ledger.root) if delta else ledger.folder.visible_files()
@@ -151,21 +158,21 @@ def _find(ledger: Ledger, copy: Manifest | None, notes: list[str]) -> Iterable[_
         receipt = read_receipt(path, OutputReceipt) if path.is_file() else None
         line = lines.get(name)
         if receipt is None and line is not None and path.is_file():
-            notes.append(f"{name}: is damaged; the next run makes it again, if its source is there")
+            notes.append(f"{name}: is damaged; the next run replaces it if its source is there")
             yield _Found(line, False, modified(path))
             continue
         if receipt is None or not _is_at_its_place(name, receipt, delta=delta):
-            notes.append(f"{name}: {_what_it_is(path)}; it is left as it is")
+            notes.append(f"{name}: {_what_it_is(path)}; left unchanged")
             continue
         digest = whole_digest(path)
         if line is not None and line.output_key == receipt.key:
-            # Its digest may be another now: then `verify` says so, and the next run makes it again.
+            # If its digest differs now, `verify` reports it and the next run replaces the file.
             yield _Found(line, digest == line.digest, modified(path), receipt)
             continue
         try:
             _prove(path, receipt)
         except UnusableFile as error:
-            notes.append(f"{error} It is left as it is")
+            notes.append(f"{error} Left unchanged")
             continue
         found = receipt.model_copy(update={"digest": digest, "output_name": name})
         yield _Found(published_file(found), False, modified(path), receipt)
@@ -173,14 +180,14 @@ def _find(ledger: Ledger, copy: Manifest | None, notes: list[str]) -> Iterable[_
 
 def _what_it_is(path: AnyPath) -> str:
     if not path.exists():
-        return "was published, and is gone"
-    return "has no receipt of this place, so it is damaged or not of glmbatch"
+        return "was published, but is missing"
+    return "has no receipt for this place, so it is damaged or not of glmbatch"
 
 
 def _is_at_its_place(name: str, receipt: OutputReceipt, *, delta: bool) -> bool:
     if not delta:
         return name == receipt.output_name
-    # In a table the digest is part of the name.
+    # In a Delta table the digest is part of the name.
     return name.startswith(receipt.fragment.output_name.removesuffix(".parquet") + ".")
 
 
@@ -189,13 +196,13 @@ def _prove(path: AnyPath, receipt: OutputReceipt) -> None:
     with open_parquet(path) as file:
         rows = sum(batch.num_rows for batch in file.iter_batches())
     if rows != receipt.fragment.rows:
-        raise UnusableFile(f"{path}: holds {rows} rows, its receipt says {receipt.fragment.rows}.")
+        raise UnusableFile(f"{path}: has {rows} rows, its receipt says {receipt.fragment.rows}.")
 
 
 def _choose(ledger: Ledger, candidates: list[_Found], notes: list[str]) -> list[_Found]:
-    """Those that share no rows; the others are moved aside."""
+    """The candidates to publish, none with the rows of another; moves the others aside."""
     chosen: dict[str, list[_Found]] = defaultdict(list)
-    # What the copy knows first, then what was written last.
+    # First those that the copy knows, then the newest.
     for candidate in sorted(candidates, key=lambda one: (one.known, one.written), reverse=True):
         line = candidate.line
         beside = [other.line for other in chosen[line.source]]
@@ -204,7 +211,7 @@ def _choose(ledger: Ledger, candidates: list[_Found], notes: list[str]) -> list[
             chosen[line.source].append(candidate)
         else:
             place = ledger.folder.put_aside(line.output_name)
-            notes.append(f"{line.output_name}: other files have its rows too; it is now {place}")
+            notes.append(f"{line.output_name}: other files have its rows too; moved to {place}")
     return sorted(chain(*chosen.values()), key=lambda one: one.written, reverse=True)
 
 
@@ -215,8 +222,8 @@ def _assemble(
     if copy is not None:
         return copy.model_copy(update={"files": lines})
     notes.append(
-        f"{COPY}: is gone or damaged too, so it is not known whether the last run had a limit "
-        "(taken for one without) and what its steps were set to"
+        f"{COPY}: is missing or damaged too, so the steps' settings and the limit of the last run "
+        "are unknown; the manifest now says that there was no limit"
     )
     receipts = [one.receipt for one in files if one.receipt is not None]
     return Manifest(
@@ -229,7 +236,7 @@ def _assemble(
 
 
 def _root(receipts: Sequence[OutputReceipt], notes: list[str]) -> str:
-    """The folder that sources are named from: where most files came from, without their names."""
+    """The root of the sources: the folder that most files came from; "" if it is unknown."""
     roots: Counter[str] = Counter()
     for receipt in receipts:
         source, path = receipt.fragment.source, receipt.fragment.path
@@ -237,7 +244,7 @@ def _root(receipts: Sequence[OutputReceipt], notes: list[str]) -> str:
             roots[path.removesuffix(f"/{source}")] += 1
     root = next((name for name, _ in roots.most_common(1)), "")
     if not root or whole_address(root) != root:
-        notes.append(f"{MANIFEST}: the folder of the input is not known; the next run sets it")
+        notes.append(f"{MANIFEST}: the folder of the input is unknown; the next run sets it")
         return ""
     return root
 
@@ -255,13 +262,13 @@ def _note_mixture(manifest: Manifest, notes: list[str]) -> None:
     settings = Counter(str(sorted(file.step_keys.items())) for file in manifest.files)
     if len(settings) > 1:
         notes.append(
-            f"{len(settings)} different settings or weights answered these files, as after a "
-            "killed publication: run the job again"
+            f"these files were answered with {len(settings)} different settings or weights, as "
+            "after a killed publication; run the job again"
         )
 
 
 def _mend_quarantine(ledger: Ledger, manifest: Manifest) -> bool:
-    """Make the list of failed rows agree with the files; whether it had to be written."""
+    """Make the list of failed rows match the files; return whether it had to be rewritten."""
     lines = mended_quarantine(ledger.root, manifest.files)
     listed = {(line["source"], line["row"]) for line in lines if not line["step"]}
     for fault in manifest.unusable:

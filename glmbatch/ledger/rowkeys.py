@@ -1,11 +1,11 @@
-"""Identity: when two answers are the same answer. Pure hashing; reads no files.
+"""Keys that say when two answers are the same answer. Pure hashing; reads no files.
 
-    step key      what changes a step's answers: settings, weights, tokenizer, numerics, version
-    row key       step key + the row's rendered prompt; the same key is the same answer everywhere
-    answers key   step key + the rows of one fragment + the answers its prompts use
+    step key      all that changes a step's answers: settings, weights, tokenizer, numerics, version
+    row key       step key + the row's rendered prompt; the same key means the same answer
+    answers key   step key + the rows of one fragment + the earlier answers that its prompts use
     output key    a fragment's place and rows + the answers beside them
 
-A fragment's rows are named by the digest of their file.
+The digest of a file identifies its rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 from glmbatch.ledger.fragments import Fragment
 from glmbatch.settings.job import GenerateStep, Step
 
-# Raise it by hand when the same settings, weights and prompt give another answer than before.
+# Raise it by hand when a change of the code gives other answers for the same settings, weights and
+# prompt.
 ANSWERS_VERSION = 2
 KEY_BYTES = 16
 
@@ -29,10 +30,10 @@ def _digest(parts: object) -> str:
 
 
 def answer_settings(step: Step) -> dict[str, Any]:
-    """The settings of `step` that change its answers: not its name, audits or model's path."""
+    """The settings of `step` that change its answers, without its name, audits and model path."""
     settings = step.model_dump(mode="json", exclude={"name", "model", "audits"})
     if isinstance(step, GenerateStep):
-        # Keys of existing outputs hold what an empty `chat` of a generate step means.
+        # An unset `chat` counts as true: the keys of existing outputs contain the effective value.
         settings["chat"] = step.chat is not False
         if step.temperature == 0:
             for unused in ("top_p", "top_k", "seed"):
@@ -41,20 +42,20 @@ def answer_settings(step: Step) -> dict[str, Any]:
 
 
 def step_key(step: Step, model_identity: str) -> str:
-    """Key of all that changes the answers of `step`, except its rows.
+    """The key of everything that changes the answers of `step`, except its rows; 32 hex digits.
 
-    `model_identity` stands for weights, tokenizer and numerics.
+    `model_identity` identifies the weights, the tokenizer and the numerics.
     """
     return _digest([ANSWERS_VERSION, answer_settings(step), model_identity])
 
 
 def row_key(step_key: str, prompt: str) -> bytes:
-    """Key of one row's answer, 16 bytes."""
+    """The key of the answer to one rendered `prompt`, 16 bytes."""
     return hashlib.blake2b(prompt.encode(), key=step_key.encode(), digest_size=KEY_BYTES).digest()
 
 
 def row_seed(seed: int, key: bytes) -> int:
-    """Seed of one row's draws, 64 bits: the same wherever and whenever the row is answered."""
+    """The seed for sampling one row's answer, 64 bits. Depends only on `seed` and the row key."""
     mixed = hashlib.blake2b(key, key=seed.to_bytes(8, "big"), digest_size=8).digest()
     return int.from_bytes(mixed, "big")
 
@@ -66,28 +67,28 @@ def answers_key(
     columns: Mapping[str, str],
     earlier: Mapping[str, str],
 ) -> str:
-    """Key of the answers of the step named `step` over the rows of `fragment`.
+    """The key of the answers of the step named `step` over the rows of `fragment`, 32 hex digits.
 
     `columns` maps the placeholders of its prompt to source columns. `earlier` maps the steps that
-    its prompt uses to their answers keys. The file's name is no part of it: a renamed file has the
-    same answers. The step's name is: it names the columns.
+    its prompt uses to their answers keys. The key ignores the file's name, so a renamed file keeps
+    its answers. It includes the step's name, because that names the columns.
     """
     rows = [fragment.digest, fragment.first_row, fragment.rows]
     asked = {name: value for name, value in fragment.partitions if name in columns.values()}
-    # Of those that a folder's name gives: the bytes of the file do not tell them.
+    # Values from folder names are not in the file, so its digest does not cover them.
     given: list[object] = [asked] if asked else []
-    if fragment.int96:  # as which a prompt shows its times
+    if fragment.int96:  # the unit changes how a prompt shows times
         given.append(fragment.int96)
     return _digest([step, step_key, rows, dict(columns), dict(earlier), *given])
 
 
 def output_key(fragment: Fragment, answers: Mapping[str, str], format: str = "parquet") -> str:
-    """Key of the output file of `fragment`, from its place, its rows and its answers.
+    """The key of the output file of `fragment`, from its place, rows and answers; 32 hex digits.
 
-    `answers` maps steps to answers keys.
+    `answers` maps steps to their answers keys, in step order.
     """
     place = fragment.model_dump(mode="json", exclude={"path", "stamp", "partitions"})
-    # These and the format joined later, and keys of other outputs were to stay as they are.
+    # Left out when empty, as is the format: keys from before these fields existed stay valid.
     for later in ("form", "typed", "int96"):
         if not place[later]:
             del place[later]

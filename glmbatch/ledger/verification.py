@@ -1,6 +1,6 @@
-"""`glmbatch verify`: proof, without a model, that an output matches its manifest and its sources.
+"""`glmbatch verify`: check, without a model, that an output matches its manifest and its sources.
 
-Reads; changes nothing. A finding names the file, the row where one is to blame, and what is wrong.
+Changes nothing. A finding names the file, the row if there is one, and what is wrong.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from glmbatch.store.paths import AnyPath, is_hidden
 
 
 class Finding(BaseModel, frozen=True, extra="forbid"):
-    """`wrong`: the output is not as it should be. `unchecked`: its source is gone or has changed.
+    """One finding about a `file` of the output, and perhaps a `row` of the file, from 0.
 
-    `waiting`: not published, of a run that was refused or killed; what is published is not touched
-    by it.
+    - `wrong`: the output is damaged or contradicts its manifest or its source.
+    - `unchecked`: the source is missing or has changed, so the file could not be compared with it.
+    - `waiting`: staged by a run that was refused or killed; published files are not affected.
     """
 
     kind: Literal["wrong", "unchecked", "waiting"]
@@ -49,7 +50,7 @@ class Finding(BaseModel, frozen=True, extra="forbid"):
 
 
 class Verification(BaseModel, frozen=True, extra="forbid"):
-    """What was looked at, and what was found; sound without findings of kind "wrong"."""
+    """How much was checked, and the findings."""
 
     output: str
     files: int
@@ -58,11 +59,15 @@ class Verification(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def sound(self) -> bool:
+        """Whether no finding is of the kind `wrong`."""
         return all(finding.kind != "wrong" for finding in self.findings)
 
 
 def verify(output: str | Path) -> Verification:
-    """Look at everything that is published in `output`. InputError when nothing is."""
+    """Check everything that is published in `output`; reads all files and changes nothing.
+
+    InputError when nothing is published there.
+    """
     ledger = Ledger(output)
     manifest = ledger.manifest()
     if manifest is None:
@@ -70,7 +75,7 @@ def verify(output: str | Path) -> Verification:
             f"{output}: there is no {MANIFEST}, so nothing is published here. Give the job's "
             "data.output."
         )
-    _source_digest.cache_clear()  # a source may have changed since this process looked last
+    _source_digest.cache_clear()  # a source may have changed since this process last read it
     findings = [*_strangers(ledger, manifest), *_mixed_keys(manifest), *_gaps(manifest)]
     faulty: Counter[str] = Counter()
     for file in manifest.files:
@@ -85,18 +90,18 @@ def verify(output: str | Path) -> Verification:
 
 
 def describe(verification: Verification) -> str:
-    """The findings as text for a person."""
+    """The findings as text for people, in lines without a final newline."""
     counts = Counter(finding.kind for finding in verification.findings)
-    end = "sound" if verification.sound else f"{counts['wrong']} things are wrong"
+    end = "sound" if verification.sound else f"not sound ({counts['wrong']} wrong)"
     if counts["unchecked"]:
-        end += f"; not compared with {counts['unchecked']} sources, which are gone or newer"
+        end += f"; {counts['unchecked']} files not compared: their sources are gone or changed"
     head = f"{verification.output}: {verification.files} files, {verification.rows} rows: {end}"
     return "\n".join([*(str(finding) for finding in verification.findings), head])
 
 
 @lru_cache(maxsize=1024)
 def _source_digest(path: AnyPath) -> str:
-    """Taken once: a source has many fragments."""
+    """The digest of a source. Cached, because a source has many fragments."""
     return whole_digest(path) or ""
 
 
@@ -105,26 +110,26 @@ def _wrong(file: str, what: str, row: int | None = None) -> Finding:
 
 
 def _strangers(ledger: Ledger, manifest: Manifest) -> Iterator[Finding]:
-    """Files that a reader of the folder would take for answers, and what was left half-written."""
+    """Findings for files that readers would mistake for answers, and for unfinished files."""
     named = {file.output_name for file in manifest.files}
     if manifest.format == "delta":
         for name in sorted(named ^ table_files(ledger.root)):
             yield _wrong(
-                name, f"stands in {LOG if name not in named else MANIFEST} alone; run the job again"
+                name, f"is only in {LOG if name not in named else MANIFEST}; run the job again"
             )
     with reachable(ledger.root):
         paths = sorted(ledger.root.rglob("*"))
     for path in paths:
         name = path.relative_to(ledger.root).as_posix()
         if name == PUBLISHING:
-            yield _wrong(name, "a publication did not come to its end; run the job again")
+            yield _wrong(name, "a publication was not completed; run the job again")
         elif path.name.endswith(PARTIAL):
-            yield _wrong(name, "is half-written; the next run takes it away")
+            yield _wrong(name, "is incomplete; the next run deletes it")
         elif name.startswith(f"{STAGED}/"):
             yield Finding(
                 kind="waiting",
                 file=name,
-                what="is of a run that was refused or killed; the next one takes it",
+                what="is of a run that was refused or killed; the next run uses or deletes it",
             )
         elif (
             manifest.format == "parquet"
@@ -132,7 +137,7 @@ def _strangers(ledger: Ledger, manifest: Manifest) -> Iterator[Finding]:
             and _is_seen(path.relative_to(ledger.root))
         ):
             yield _wrong(
-                name, f"is not in {MANIFEST}: of a run that did not end, or not of glmbatch"
+                name, f"is not in {MANIFEST}: of a run that was killed, or not of glmbatch"
             )
 
 
@@ -151,7 +156,7 @@ def _mixed_keys(manifest: Manifest) -> Iterator[Finding]:
 
 
 def _gaps(manifest: Manifest) -> Iterator[Finding]:
-    """Rows of a source that no file has, or two files have."""
+    """Findings for rows of a source that are in no file or in two."""
     ranges: dict[str, list[PublishedFile]] = defaultdict(list)
     for file in manifest.files:
         ranges[file.source].append(file)
@@ -162,10 +167,10 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
             if file.first_row < next_row:
                 yield _wrong(
                     file.output_name,
-                    f"has rows of {source} that another file has too",
+                    f"has rows of {source} that are also in another file",
                     file.first_row,
                 )
-            # A damaged source may lack rows; its fault is in the manifest.
+            # A damaged source may lack rows; the manifest lists its fault.
             elif file.first_row > next_row and source not in damaged:
                 yield _wrong(
                     file.output_name,
@@ -173,7 +178,7 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
                 )
             next_row = max(next_row, file.first_row + file.rows)
         path = Folder(manifest.root) / source
-        # Rows behind the last file: only the source itself can tell of them.
+        # Only the source itself shows whether rows are missing after the last file.
         total = _rows_of(path)
         same = all(file.source_digest == files[0].source_digest for file in files)
         whole = manifest.limit is None and source not in damaged and same
@@ -181,7 +186,7 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
             whole
             and total is not None
             and next_row < total
-            # Digested last: only a source that is longer than its answers needs a second look.
+            # Checked last, because digesting reads the whole source.
             and _source_digest(path) == files[0].source_digest
         ):
             yield _wrong(
@@ -206,13 +211,13 @@ def _file_findings(
     if not path.is_file():
         yield _wrong(name, "is gone")
         return
-    # Looked at all the same: a changed file gets its other findings too.
+    # A changed file is still checked for other findings.
     if whole_digest(path) != file.digest:
         yield _wrong(
-            name, f"was changed after it was published: its digest is not that of {MANIFEST}"
+            name, f"was changed after it was published: its digest is not the one in {MANIFEST}"
         )
     try:
-        # Opened once: a footer of many columns takes long to read.
+        # Opened once, because a footer with many columns takes long to read.
         with open_parquet(path) as published:
             receipt = receipt_of(published, OutputReceipt)
             if receipt is None:
@@ -249,7 +254,10 @@ def _receipt_findings(file: PublishedFile, receipt: OutputReceipt) -> Iterator[F
 def _answer_findings(
     published: pq.ParquetFile, file: PublishedFile, receipt: OutputReceipt, faulty: Counter[str]
 ) -> Iterator[Finding]:
-    """Every row has an answer or a reason for every step, and the receipt counts the reasons."""
+    """Check that each row has an answer or a reason for each step, and that the counts match.
+
+    Adds the failures to `faulty`, by source.
+    """
     steps = [answers.step for answers in receipt.answers]
     names: list[str] = []
     for step in steps:
@@ -268,7 +276,7 @@ def _answer_findings(
         answered = table.column(columns.answer).is_valid()
         reason = table.column(columns.error).is_valid()
         key = table.column(columns.key).is_valid()
-        # One finding for each kind: the first row leads to the others.
+        # One finding of each kind, for the first such row, is enough.
         for row in _rows_where(pc.equal(answered, reason))[:1]:
             yield _wrong(
                 file.output_name, f"step {step!r} has neither an answer nor a reason, or both", row
@@ -291,7 +299,7 @@ def _rows_where(condition: pa.ChunkedArray | pa.Array) -> list[int]:
 def _source_findings(
     published: pq.ParquetFile, manifest: Manifest, file: PublishedFile, receipt: OutputReceipt
 ) -> Iterator[Finding]:
-    """The source's own columns stand in the output as they are, row for row."""
+    """Check that the output has the source's own columns unchanged, row by row."""
     source = Folder(manifest.root) / file.source
     if not source.is_file():
         yield Finding(kind="unchecked", file=file.output_name, what=f"{source} is gone")
@@ -318,7 +326,7 @@ def _source_findings(
         for name, row in differences(ours, theirs, pairs, other_types=other_types):
             yield _wrong(
                 file.output_name,
-                f"column {name!r} is not what row {file.first_row + row} of {source} has",
+                f"column {name!r} differs from row {file.first_row + row} of {source}",
                 row,
             )
 
@@ -333,5 +341,5 @@ def _quarantine_findings(
         if listed[source] != faulty[source]:
             yield _wrong(
                 QUARANTINE,
-                f"lists {listed[source]} failures of {source}; its files hold {faulty[source]}",
+                f"lists {listed[source]} failures of {source}; its files have {faulty[source]}",
             )

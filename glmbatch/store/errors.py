@@ -1,6 +1,6 @@
-"""Whose fault an error of a file or a store is: the caller's, to mend, or the machine's, to pass.
+"""Sort errors of files and stores: those that the caller must fix, and those that may pass.
 
-What a store's own package (s3fs, gcsfs, adlfs) raises becomes ours:
+Errors of a store's own package (s3fs, gcsfs, adlfs) become ours:
 
     FileNotFoundError, FileExistsError    as pathlib raises them
     StoreRefused                          denied, no credentials, another region
@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 
 from glmbatch.errors import StoreRefused, TransientError
 
-# Writing fails by what only the caller can mend; any other error of writing may pass by itself.
+# Errors of writing that only the caller can fix; any other one may pass.
 UNWRITABLE = frozenset(
     {
         errno.ENOENT,
@@ -31,21 +31,22 @@ UNWRITABLE = frozenset(
         errno.ELOOP,
     }
 )
-# Timeout, conflict of two writers, too many requests: these pass by themselves, as does all from
-# 500 on.
+# HTTP status codes that may pass: timeout, write conflict, too early, too many requests. So may all
+# from 500 on.
 PASSING_STATUS = frozenset({408, 409, 425, 429})
-CHANGED_STATUS = 412  # what a read on condition says when other bytes are there now
-EXISTS_STATUS = frozenset(
-    {409, CHANGED_STATUS}
-)  # what a conditional create says when it comes second
+CHANGED_STATUS = 412  # a conditional read found that the object has changed
+EXISTS_STATUS = frozenset({409, CHANGED_STATUS})  # a conditional create found an object
 NOT_IMPLEMENTED = 501
 
 
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in what deltalake says
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # deltalake colours its messages
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """The text of an error on one line, without its full stop; its class where it has no text."""
+    """The text of an error on one line without its full stop, or its class if it has no text.
+
+    At most `limit` characters, without colours and other unprintable characters.
+    """
     plain = "".join(
         character
         for character in _COLOURS.sub("", str(error))
@@ -57,7 +58,11 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 @contextmanager
 def store_errors(path: PurePath) -> Iterator[None]:
-    """Turn what a store's package raises into ours; FileNotFoundError and FileExistsError stay."""
+    """Turn errors of a store's package into ours, with `path` in the message.
+
+    Raises TransientError if the error may pass and StoreRefused if the store refuses the access.
+    Does not change FileNotFoundError, FileExistsError, or errors about a local path.
+    """
     try:
         yield
     except (FileNotFoundError, FileExistsError, StoreRefused, TransientError):
@@ -75,14 +80,13 @@ def store_errors(path: PurePath) -> Iterator[None]:
         if isinstance(error, (PermissionError, *_refusing())) or status is not None:
             raise StoreRefused(
                 f"{path}: the store refuses it ({_reason(error)}). Check the address, and "
-                "credentials and region in "
-                "the environment."
+                "credentials and region in the environment."
             ) from error
         raise
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, if there is one."""
+    """The HTTP status in an error or its causes; None without one."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
@@ -95,7 +99,7 @@ def status_of(error: BaseException | None) -> int | None:
 
 
 def _reason(error: BaseException) -> str:
-    """What happened, in a word or two: the package's text may hold more than a log should."""
+    """The error's code or class; never its text, which may contain secrets."""
     cause = error.__cause__ or error
     response = getattr(cause, "response", None)
     return (
@@ -105,7 +109,7 @@ def _reason(error: BaseException) -> str:
 
 @lru_cache
 def _passing() -> tuple[type[Exception], ...]:
-    """What the packages that are here raise when a connection fails."""
+    """The errors that the installed packages raise when a connection fails."""
     kinds: list[type[Exception]] = [ConnectionError, TimeoutError]
     with suppress(ImportError):
         from aiohttp import ClientError
@@ -125,7 +129,7 @@ def _passing() -> tuple[type[Exception], ...]:
 
 @lru_cache
 def _refusing() -> tuple[type[Exception], ...]:
-    """What they raise without credentials, or with settings of their own that cannot be used."""
+    """The errors that they raise without credentials, or if their own settings are not usable."""
     kinds: list[type[Exception]] = []
     with suppress(ImportError):
         from botocore.exceptions import BotoCoreError

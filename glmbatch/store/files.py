@@ -1,7 +1,4 @@
-"""Files by name, on this machine or in a store: committing outputs, digests.
-
-Knows nothing of what is in a file.
-"""
+"""Commit, move and digest files, on this machine or in a store. Knows nothing of their content."""
 
 from __future__ import annotations
 
@@ -19,16 +16,16 @@ from glmbatch.store.errors import UNWRITABLE, store_errors
 from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 
 PARTIAL = ".partial"
-# Something else stands where a file or a folder is to be.
+# Errors that mean: something else has the place of a file or folder.
 BLOCKED = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY})
-MAGIC = b"PAR1"  # of every Parquet file that is not encrypted
-DIGEST_CHARS = 32  # of a digest's 64, in a file's name
-KEY_BYTES = 1024  # of an object's key, in every store
+MAGIC = b"PAR1"  # begins every Parquet file that is not encrypted
+DIGEST_CHARS = 32  # a file's name contains this many of its digest's 64 hex digits
+KEY_BYTES = 1024  # the longest key of an object that every store accepts
 
 
 @contextmanager
 def naming(setting: str) -> Iterator[None]:
-    """Add to what a store refuses which `setting` led there."""
+    """Let StoreRefused errors of the block name the `setting` that led to the address."""
     try:
         yield
     except StoreRefused as error:
@@ -41,47 +38,52 @@ def exists(address: Address) -> bool:
 
 
 def stamp_file(address: Address) -> tuple[int, int]:
-    """A file's size in bytes and time of change in nanoseconds (in a store: its ETag's number)."""
+    """A file's size in bytes and modification time in nanoseconds; both change with its bytes.
+
+    In a store the second number is made from the object's ETag.
+    """
     status = location(address).stat()
     return status.st_size, status.st_mtime_ns
 
 
 def real_path(address: Address) -> AnyPath:
-    """The path that `address` leads to, whole and without links. A store has no links."""
+    """The absolute path of `address` with links resolved. A store has no links."""
     path = location(address)
-    # Unlike Path.resolve, realpath raises nothing where links go in a circle: opening the file
-    # does.
+    # Unlike Path.resolve, realpath does not raise for circular links; opening the file will.
     return Path(os.path.realpath(path)) if isinstance(path, Path) else path
 
 
 def telling_size(path: AnyPath) -> int:
-    """The bytes of a file that cannot be used, if they say something of its rows; else 0.
+    """The size in bytes of an unusable file, if it says something about the number of rows; else 0.
 
-    The bytes of a pointer to a large file, of an error page, or of blocks that were never written
-    say nothing; those of a Parquet file that was cut off do.
+    The size of a truncated Parquet file does. Those of a pointer to a large file, of an error page
+    or of a file of unwritten blocks do not.
     """
     try:
         if not path.is_file() or path.stat().st_size <= len(MAGIC):
             return 0
         with path.open("rb") as file:
             return path.stat().st_size if file.read(len(MAGIC)) == MAGIC else 0
-    except (OSError, GlmbatchError):  # gone by now, or out of reach
+    except (OSError, GlmbatchError):  # the file has disappeared or cannot be read
         return 0
 
 
 def whole_name(folder: AnyPath) -> str:
-    """The name of `folder` from the top, by the links that its user named it by.
+    """The absolute name of `folder`, with links as the user wrote them.
 
-    So a link that leads to another folder each night keeps its name.
+    Links are kept, so that an input named by a link has the same name when the link changes.
     """
     if not isinstance(folder, Path):
         return str(folder)
-    # Behind a link `..` is another folder than the one before it in the name.
+    # After a link, `..` does not mean the parent in the name, so links must be resolved.
     return str(folder.resolve()) if ".." in folder.parts else os.path.abspath(folder)
 
 
 def too_long(folder: Address, name: str) -> str | None:
-    """Why no file `name` below `folder` can be for its length, in bytes; None when it can."""
+    """Why the name of a file `name` below `folder` would be too long; None if it would not.
+
+    The reason continues a sentence such as "the name of its output ...".
+    """
     path = location(folder) / name
     if not isinstance(path, Path):
         size, most = len(str(path).split("/", 3)[-1].encode()), KEY_BYTES
@@ -99,24 +101,27 @@ def too_long(folder: Address, name: str) -> str | None:
 
 
 def is_link(path: AnyPath) -> bool:
-    """Whether `path` is a link, wherever that leads. A store has no links."""
+    """Whether `path` is a link, also one to nowhere. A store has no links."""
     return isinstance(path, Path) and path.is_symlink()
 
 
 def whole_address(address: str) -> str:
-    """`address` as processes in other folders of this machine, or on others, understand it."""
+    """`address` made absolute, so that it means the same in another working directory."""
     path = location(address)
     return os.path.abspath(path) if isinstance(path, Path) else address
 
 
 def url_of(address: str) -> str:
-    """A URL by which a browser finds the file `address`."""
+    """A URL with which a browser can open the file `address`."""
     path = real_path(address)
     return path.as_uri() if isinstance(path, Path) else str(path)
 
 
 def digest_file(address: Address) -> str:
-    """SHA-256 of the bytes of a file, in hexadecimal."""
+    """The SHA-256 of a file in hexadecimal.
+
+    FileNotFoundError without the file, OSError or our errors when it cannot be read.
+    """
     path = location(address)
     with store_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -124,33 +129,33 @@ def digest_file(address: Address) -> str:
 
 @contextmanager
 def partial_beside(address: Address) -> Iterator[Path]:
-    """Give a name beside the file `address` to write to; what is left there at the end is removed.
+    """A path beside the file `address` to write to; deleted at the end if it still exists.
 
-    The name starts with a dot, so no reader takes it for data. What is for a store is first written
-    on this machine.
+    The name starts with a dot, so readers ignore the file. A file for a store is first written to
+    this machine. InputError when the folder cannot be created.
     """
     path = location(address)
     if isinstance(path, ObjectPath):
         with TemporaryDirectory(prefix="glmbatch-") as folder:
             yield Path(folder) / path.name
         return
-    # Of this process and this call alone, whoever else writes the same file.
+    # Unique for this call, because other processes may write the same file.
     partial = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}{PARTIAL}")
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
     finally:
-        with suppress(OSError):  # what stopped the writing is what the caller must hear of
+        with suppress(OSError):  # must not hide the error that stopped the writing
             partial.unlink(missing_ok=True)
 
 
 def commit(partial: Path, path: AnyPath) -> None:
-    """Make the finished file `partial` be `path`.
+    """Move the finished file `partial` to `path`, atomically; replaces a file there.
 
-    The bytes reach the disk before the rename, and the rename before the return: after a power loss
-    `path` is whole or what it was before. In a store, where a name shows no bytes before it has
-    all, it is written by one upload.
+    The bytes are on disk before the rename, and the rename before this returns: after a power loss
+    `path` is either complete or unchanged. In a store it is one upload, which becomes visible only
+    when complete. InputError when `path` cannot be written, TransientError when the machine failed.
     """
     with writable(path):
         if isinstance(path, ObjectPath):
@@ -158,16 +163,16 @@ def commit(partial: Path, path: AnyPath) -> None:
             return
         sync(partial)
         if path.is_dir() and not path.is_symlink():
-            with suppress(OSError):  # an empty folder in its place holds nothing of anybody
+            with suppress(OSError):  # removes only an empty folder, so nothing is lost
                 path.rmdir()
         os.replace(partial, path)
-        sync(path.parent)  # the name itself is in the folder
+        sync(path.parent)  # the folder stores the name
 
 
 def move(source: AnyPath, path: AnyPath) -> None:
-    """Make the committed file `source` be `path`, on the same disk or in the same store.
+    """Move the committed file `source` to `path`, on the same disk or in the same store.
 
-    In a store the first name stays.
+    Creates folders; replaces a file there. In a store it is a copy, and `source` stays.
     """
     if isinstance(path, ObjectPath) and isinstance(source, ObjectPath):
         path.copy_from(source)
@@ -178,12 +183,12 @@ def move(source: AnyPath, path: AnyPath) -> None:
 
 
 def modified(path: AnyPath) -> float:
-    """When `path` was written last, in seconds."""
+    """When `path` was last written, in seconds since 1970."""
     return path.modified().timestamp() if isinstance(path, ObjectPath) else path.stat().st_mtime
 
 
 def remove_tree(folder: AnyPath) -> None:
-    """Remove all below `folder`, as far as that can be done."""
+    """Remove `folder` and everything in it; on this machine, errors are ignored."""
     if isinstance(folder, ObjectPath):
         folder.remove_tree()
     else:
@@ -192,9 +197,9 @@ def remove_tree(folder: AnyPath) -> None:
 
 @contextmanager
 def committed(address: Address) -> Iterator[Path]:
-    """Give a name to write to; it becomes the file `address` at the end, if nothing failed.
+    """A path to write to; committed as the file `address` at the end if the block did not fail.
 
-    Errors of writing are ours, as `writable` has them.
+    Turns errors of writing into ours, as `writable` does.
     """
     with partial_beside(address) as partial:
         with writable(address):
@@ -203,7 +208,7 @@ def committed(address: Address) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have what was written to the file or folder `path` reach the disk."""
+    """Flush the file or folder `path` to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -213,7 +218,11 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def reachable(path: Address) -> Iterator[None]:
-    """Turn the system's errors of reading or listing `path` into ours; that it is gone stays."""
+    """Turn the system's errors of reading or listing `path` into ours.
+
+    TransientError if the machine failed, else InputError. Does not change FileNotFoundError and
+    FileExistsError.
+    """
     try:
         yield
     except (FileNotFoundError, FileExistsError):
@@ -227,7 +236,10 @@ def reachable(path: Address) -> Iterator[None]:
 
 @contextmanager
 def writable(path: Address) -> Iterator[None]:
-    """Turn the system's errors of writing `path` into ours."""
+    """Turn the system's errors of writing `path` into ours.
+
+    InputError if only the caller can fix it, else TransientError, for example for a full disk.
+    """
     try:
         with naming("data.output"):
             yield
@@ -236,8 +248,6 @@ def writable(path: Address) -> Iterator[None]:
             str(error) if error.errno is None else os.strerror(error.errno)
         )  # Arrow's own text is three lines
         if error.errno in UNWRITABLE or isinstance(error, FileExistsError | FileNotFoundError):
-            way = (
-                "Remove what stands in its place, or else: Set" if error.errno in BLOCKED else "Set"
-            )
+            way = "Remove what is in its place, or set" if error.errno in BLOCKED else "Set"
             raise InputError(f"{path}: cannot be written: {reason}. {way} data.output.") from error
         raise TransientError(f"{path}: cannot be written: {reason}.") from error

@@ -285,7 +285,7 @@ def test_nothing_behind_a_link_is_written_or_deleted(
 ) -> None:
     shutil.rmtree(output / folder, ignore_errors=True)
     (output / folder).symlink_to(outside)
-    with pytest.raises(InputError, match=r"link.*Replace it by a folder, or set data\.output"):
+    with pytest.raises(InputError, match=r"link.*Replace it with a folder, or set data\.output"):
         run_job(job)
 
 
@@ -295,7 +295,7 @@ def test_a_link_in_the_output_is_reported_before_any_work(
     write_source("day=7/a.parquet", {"text": ["good"]})
     out.mkdir(exist_ok=True)
     (out / "day=7").symlink_to(outside)
-    with pytest.raises(InputError, match=r"link.*Replace it by a folder, or set data\.output"):
+    with pytest.raises(InputError, match=r"link.*Replace it with a folder, or set data\.output"):
         preview(JobConfig.model_validate(job_settings(steps=[CLASSIFY])))
 
 

@@ -167,7 +167,7 @@ def test_wrongly_published_values_are_rewritten(
         before.setattr("glmbatch.ledger.fragments.has_int96", lambda file: False)
         before.setattr(Fragment, "unit", "ns")
         run(job_settings(steps=[CLASSIFY]))
-    assert "column 'until' is not what row 0" in str(verify(out).findings[0])
+    assert "column 'until' differs from row 0" in str(verify(out).findings[0])
     assert run(job_settings(steps=[CLASSIFY])).computed == 0
     assert output_of(out).column("until").to_pylist() == [FAR[0]]
 

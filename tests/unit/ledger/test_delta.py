@@ -122,7 +122,9 @@ def test_the_next_run_ends_what_a_killed_one_began(
         run_job(delta_job())
     assert texts(tmp_path / "out") == sorted(rows[3:11])
     assert [
-        finding.kind for finding in verify(tmp_path / "out").findings if "alone" in finding.what
+        finding.kind
+        for finding in verify(tmp_path / "out").findings
+        if "is only in" in finding.what
     ] == ["wrong"] * 2
     assert not run_job(delta_job()).computed
     assert texts(tmp_path / "out") == sorted(rows[3:11])
@@ -214,7 +216,8 @@ def test_types_that_delta_lacks_are_widened_or_refused() -> None:
         pa.struct([]),
     ):
         with pytest.raises(
-            InputError, match=r"^a: column 'x' holds .* Delta Lake has no type. Set data.format"
+            InputError,
+            match=r"^a: column 'x' has the type .* Delta Lake does not have",
         ):
             delta_schema("a", pa.schema([("x", kind)]))
 
@@ -224,7 +227,7 @@ def test_files_that_are_no_one_table_are_refused_at_once(
 ) -> None:
     write_source("day=1/a.parquet", {"text": rows[:3], "n": [1, 2, 3]})
     write_source("day=2/b.parquet", {"text": rows[:3], "n": ["1", "2", "3"]})
-    with pytest.raises(InputError, match=r"'n' holds string, in .*a.parquet it holds int64"):
+    with pytest.raises(InputError, match=r"'n' has the type string, but int64 in .*a.parquet"):
         run_job(delta_job())
     write_source("b.parquet", {"text": rows[:3], "n": [1, 2, 3]})
     (tmp_path / "in" / "day=2" / "b.parquet").unlink()
@@ -278,12 +281,10 @@ def test_a_type_unlike_that_of_staying_files_is_refused(
     (tmp_path / "in/a.parquet").unlink()
     write_source("b.parquet", {"text": rows[:3], "n": ["1", "2", "3"]})
     before = {path for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="column 'n' holds"):
+    with pytest.raises(InputError, match="column 'n' has the type"):
         run_job(delta_job())
     write_source("b.parquet", {"text": rows[:3], "N": [1, 2, 3]})
-    with pytest.raises(
-        InputError, match=r"does not tell column 'n' from 'N'|does not tell column 'N' from 'n'"
-    ):
+    with pytest.raises(InputError, match=r"cannot have both columns '[nN]' and '[nN]'"):
         run_job(delta_job())
     assert {path for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
@@ -326,7 +327,7 @@ def test_a_damaged_log_is_told_and_may_be_moved_away(
     log.write_bytes(content)
     for call in (lambda: verify(out), lambda: run_job(delta_job())):
         with pytest.raises(
-            InputError, match=r"Move its _delta_log away.*Set data\.output\."
+            InputError, match=r"Move its _delta_log away.*set data\.output\."
         ) as told:
             call()
         assert "unknown>" not in str(told.value)

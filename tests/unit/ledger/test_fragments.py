@@ -221,7 +221,9 @@ def test_a_name_that_is_too_long_for_an_output_is_told_at_once(
     write_source("a.parquet", {"text": ["x"]})
     write_source(name, {"text": ["x"]})
     (fault,) = planned(job_settings()).unusable
-    assert re.search(r"output's name would have 2\d\d bytes, 255 .*Rename the file", fault.reason)
+    assert re.search(
+        r"name of its output would have 2\d\d bytes, 255 .*Rename the file", fault.reason
+    )
     assert fault.rows == 1
 
 

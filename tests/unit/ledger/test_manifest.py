@@ -287,6 +287,6 @@ def test_a_deleted_copy_of_other_settings_is_refused(
     asked = {**CLASSIFY, "prompt_template": "How does this sound? {text}"}
     with pytest.raises(
         InputError,
-        match=r"1 gone \(a\.parquet\)\. Put what is gone back, or set .*missing_sources to drop",
+        match=r"1 gone \(a\.parquet\)\. Restore the files .*, or set .*missing_sources to drop",
     ):
         run(job_settings(steps=[asked]))

@@ -97,7 +97,7 @@ def test_a_lost_manifest_is_not_taken_for_an_empty_output(
 ) -> None:
     nights()
     (out / MANIFEST).unlink()
-    with pytest.raises(InputError, match="is gone, and what it named is still there"):
+    with pytest.raises(InputError, match="is missing, but its files are still there"):
         run(job_settings(**JOB))
     for path in out.rglob("*.parquet"):
         if "_glmbatch" not in path.parts:
@@ -122,9 +122,9 @@ def test_what_cannot_be_accounted_for_is_named_and_kept(
     mended = repair(out)
     notes = "\n".join(mended.notes)
     assert "a-0000000000.parquet: other files have its rows too" in notes or "a-0000000001" in notes
-    assert "foreign.parquet: has no receipt of this place" in notes
-    assert "broken.parquet: has no receipt of this place" in notes
-    assert "it is not known whether the last run had a limit" in notes
+    assert "foreign.parquet: has no receipt for this place" in notes
+    assert "broken.parquet: has no receipt for this place" in notes
+    assert "the limit of the last run are unknown" in notes
     assert len(list((out / ASIDE).glob("a-*.parquet"))) == 1
     assert (out / "foreign.parquet").exists()
     assert {file.source for file in (Ledger(out).manifest() or pytest.fail()).files} == {
@@ -181,7 +181,7 @@ def test_the_command_says_what_it_did(
     assert main(["verify", str(out)]) == 2
     assert f"Run glmbatch repair {out}" in capsys.readouterr().err
     assert main(["repair", str(out)]) == 0
-    assert "2 files, 4 rows; made again: _manifest.json" in capsys.readouterr().out
+    assert "2 files, 4 rows; rebuilt: _manifest.json" in capsys.readouterr().out
     assert main(["verify", str(out)]) == 0
     capsys.readouterr()
     assert main(["repair", str(out), "--json"]) == 0
@@ -190,7 +190,7 @@ def test_the_command_says_what_it_did(
 
 def test_a_damaged_published_file_is_named(nights: Callable[[], Manifest], out: Path) -> None:
     flip(out / nights().files[0].output_name)
-    assert "run the job to make it anew" in "\n".join(repair(out).notes)
+    assert "run the job to rebuild it" in "\n".join(repair(out).notes)
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -103,7 +103,7 @@ def test_a_value_that_is_not_the_sources_is_found_with_its_row(out: Path, column
     other = {"id": "other", "value": 7.5, "odd": 7.5, "nested": {"a": [1, None], "b": 2.0}}[column]
     rewrite(out, name, lambda table: replaced(table, 3, column, other))
     (found,) = findings(out)
-    assert found.startswith(f"wrong: {name}: row 3: column {column!r} is not what row 11 of ")
+    assert found.startswith(f"wrong: {name}: row 3: column {column!r} differs from row 11 of ")
 
 
 def test_rows_in_another_order_are_found(out: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_reason_that_nothing_counts_is_found(out: Path) -> None:
     )
     found = findings(out)
     assert f"wrong: {name}: 1 of its rows failed, _manifest.json says 0" in found
-    assert "wrong: _quarantine.parquet: lists 0 failures of b.parquet; its files hold 1" in found
+    assert "wrong: _quarantine.parquet: lists 0 failures of b.parquet; its files have 1" in found
 
 
 def test_files_of_nobody_are_found(out: Path) -> None:
@@ -145,10 +145,10 @@ def test_files_of_nobody_are_found(out: Path) -> None:
     (out / "_glmbatch" / "staged").mkdir(exist_ok=True)
     (out / "_glmbatch" / "staged" / "k.d.parquet").write_bytes(b"")
     assert findings(out) == [
-        "wrong: .a.partial: is half-written; the next run takes it away",
+        "wrong: .a.partial: is incomplete; the next run deletes it",
         "waiting: _glmbatch/staged/k.d.parquet: is of a run that was refused or killed; "
-        "the next one takes it",
-        "wrong: day=1/extra.parquet: is not in _manifest.json: of a run that did not end, "
+        "the next run uses or deletes it",
+        "wrong: day=1/extra.parquet: is not in _manifest.json: of a run that was killed, "
         "or not of glmbatch",
     ]
 
@@ -220,7 +220,7 @@ def test_a_column_of_another_kind_is_found_and_not_a_traceback(out: Path) -> Non
         return table.set_column(at, "odd", pa.array([[1]] * len(table)))
 
     rewrite(out, "b-0000000000.parquet", as_lists)
-    assert any("column 'odd' is not what row" in finding for finding in findings(out))
+    assert any("column 'odd' differs from row" in finding for finding in findings(out))
 
 
 FAR = pa.array([2**49, None, 5], pa.duration("s"))  # more days than Python counts
