@@ -45,7 +45,7 @@ class Folder:
         return self.path if isinstance(self.path, Path) else None
 
     def map(self, work: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-        """The results of `work` for each of `items`, lazily and in order; in a store, in parallel."""
+        """The results of `work` for `items`, lazily and in order; in a store, in parallel."""
         yield from side_by_side(self.path, work, items)
 
     def place(self, name: str) -> AnyPath:
