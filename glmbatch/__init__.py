@@ -12,7 +12,7 @@ __all__ = ["__version__", "annotate", "annotate_table"]
 
 
 def __getattr__(name: str) -> Any:
-    """The two functions, whose imports take a second or more, at their first use."""
+    """Import the two functions at their first use, because that takes a second or more."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from glmbatch.run import table

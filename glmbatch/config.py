@@ -1,4 +1,4 @@
-"""The settings under their public name; `settings/` declares them."""
+"""The public name of the settings classes, which `settings/` declares."""
 
 from glmbatch.settings.job import (
     CanaryConfig,

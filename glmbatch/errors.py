@@ -1,16 +1,16 @@
-"""The errors a caller can meet. Knows nothing of Prefect, files or tensors.
+"""The exceptions that a caller can get. Knows nothing of Prefect, files or tensors.
 
     GlmbatchError
     ├── InputError          the caller must change something; never retried
-    │   ├── UnusableFile    a Parquet file, or a part of it, cannot be read or does not fit the job
+    │   ├── UnusableFile    a Parquet file or fragment cannot be read or does not match the job
     │   ├── BadRow          a row cannot be processed and on_error is "raise"
-    │   └── StoreRefused    an object store does not let us: no credentials, denied, another region
+    │   └── StoreRefused    an object store refused: no credentials, no permission, another region
     ├── TransientError      the machine failed; the same call may succeed later; retried
-    │   └── OutOfMemory     the device has no room for the weights
-    ├── Interrupted         the run was told to stop; run again, it goes on
-    └── AuditError          the work is done but not fit to be published
+    │   └── OutOfMemory     the device has too little memory for the weights
+    ├── Interrupted         the run was asked to stop; the next run resumes
+    └── AuditError          the answers failed an audit and were not published
 
-A message is one line and says where, what was seen, and which setting to change.
+A message is one line that says where, what was seen, and which setting to change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 
-# What a disk or a network file system reports when the same call may succeed later.
+# Errors of a disk or a network file system after which the same call may succeed later.
 MACHINE_ERRNOS = frozenset(
     {
         errno.EIO,
@@ -37,18 +37,18 @@ MACHINE_ERRNOS = frozenset(
 )
 
 
-# What would break a line, hide in it or turn it round, and bytes of a name that is not UTF-8.
+# Control characters, line breaks, marks that reverse text, and bytes of a name that is not UTF-8.
 UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 SHOWN_NAMES = 5
 SHOWN_CHARS = 120
 
 
 def shown(name: object) -> str:
-    """`name` on one line that every terminal, log and file of text can hold."""
+    """`name` on one line, with everything escaped that a terminal or a log could not show."""
 
     def escaped(match: re.Match[str]) -> str:
         code = ord(match.group())
-        if 0xDC80 <= code <= 0xDCFF:  # how Python carries a byte that is not UTF-8
+        if 0xDC80 <= code <= 0xDCFF:  # how Python stores a byte that is not UTF-8
             return f"\\x{code - 0xDC00:02x}"
         return match.group().encode("unicode_escape", "surrogatepass").decode()
 
@@ -56,13 +56,16 @@ def shown(name: object) -> str:
 
 
 def some_of(names: Sequence[object], near: str = "") -> str:
-    """`names` as a message lists them: all in short, else how many and those most like `near`."""
+    """`names` for a message: all of them if they are short, else the count and a few.
+
+    The few are those most like `near`, or the first ones.
+    """
     return _some_of(tuple(shown(name) for name in names), near)
 
 
 @lru_cache(64)
 def _some_of(names: tuple[str, ...], near: str) -> str:
-    """Kept, since a thousand files of a folder have the same columns."""
+    """Cached, because a thousand files of a folder usually have the same columns."""
     whole = str(list(names))
     if len(whole) <= SHOWN_CHARS:
         return whole
@@ -80,37 +83,37 @@ class GlmbatchError(Exception):
 
 
 class InputError(GlmbatchError):
-    """The caller must change something; trying again gives the same error."""
+    """The caller must change something; retrying gives the same error."""
 
 
 class UnusableFile(InputError):
-    """One Parquet file, or one fragment of it, cannot be read or does not fit the job.
+    """One Parquet file, or one fragment of it, cannot be read or does not match the job.
 
-    `rows` are those of the file, where its footer tells them.
+    `rows` is the number of rows in the file, or None if its footer cannot be read.
     """
 
     rows: int | None = None
 
 
 class BadRow(InputError):
-    """A row cannot be processed and the job says `on_error: raise`."""
+    """A row cannot be processed and the job sets `on_error: raise`."""
 
 
 class StoreRefused(InputError):
-    """An object store does not let us do this to an address, and would not later."""
+    """An object store refused a request, and would refuse it again."""
 
 
 class TransientError(GlmbatchError):
-    """The machine failed; trying the same call again may succeed."""
+    """The machine failed; retrying the same call may succeed."""
 
 
 class OutOfMemory(TransientError):
-    """The device has no room for the weights; other programs may leave some later."""
+    """The device has too little memory for the weights; other programs may free some later."""
 
 
 class Interrupted(GlmbatchError):
-    """The run was told to stop; what is committed stays, and running again goes on from there."""
+    """The run was asked to stop; committed answers stay, and the next run resumes from them."""
 
 
 class AuditError(GlmbatchError):
-    """The run's answers are not fit to be published; nothing was."""
+    """The run's answers failed an audit; nothing was published."""

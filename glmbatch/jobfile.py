@@ -1,4 +1,4 @@
-"""Job files under their public name; `settings/jobfile.py` reads them."""
+"""The public name of `load_job`, which `settings/jobfile.py` defines."""
 
 from glmbatch.settings.jobfile import load_job
 

@@ -1,4 +1,4 @@
-"""A whole job in one call, under its public name; `run/` holds it."""
+"""The public name of `run_job`, a whole job in one call, which `run/job.py` defines."""
 
 from glmbatch.run.job import run_job
 

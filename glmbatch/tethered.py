@@ -1,9 +1,9 @@
-"""A module run as a program that ends with the process that started it, however that one ends.
+"""Runs a module as a program that ends when the process that started it ends, however that happens.
 
     python -m glmbatch.tethered MODULE ARGUMENT...
 
-Standard input is a pipe whose other end the starting process holds open. The system closes it with
-that process, after kill -9 too, on any system.
+Standard input is a pipe, and the parent keeps its other end open. Every operating system closes it
+when the parent ends, even after kill -9.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 
-# A server closes its database first; torchrun waits so long for its own processes.
+# Time for a server to close its database, and for torchrun to wait for its own processes.
 GRACE_SECONDS = 40
 
 

@@ -1,17 +1,17 @@
-"""The command line over the same settings as the job file, the Prefect form and Python.
+"""The command line. Its settings are those of the job file, the Prefect form and Python.
 
-    glmbatch run JOB              answer every row, under Prefect
-    glmbatch plan JOB             what would run and why
-    glmbatch doctor MODEL         what a checkpoint is, and what is wrong with it
-    glmbatch verify OUTPUT        whether every row is there once, with its own values, whole
-    glmbatch repair OUTPUT        make a damaged manifest and list of failures again
-    glmbatch canary OUTPUT FILE   freeze a few published rows, for later runs to reproduce
-    glmbatch train FILE           fine-tune on labelled rows, and promote the result if better
-    glmbatch evaluate MODEL ROWS  how good a checkpoint is on labelled rows
-    glmbatch settings             every setting of a job and of a fine-tuning
+    glmbatch run JOB              answer every row and publish the answers, under Prefect
+    glmbatch plan JOB             show what would run and why
+    glmbatch doctor MODEL         describe a checkpoint and its problems
+    glmbatch verify OUTPUT        check that an output has every source row once, unchanged
+    glmbatch repair OUTPUT        rebuild a damaged manifest and list of failed rows
+    glmbatch canary OUTPUT FILE   save a few published answers for later runs to reproduce
+    glmbatch train FILE           fine-tune on labelled rows and promote the result if better
+    glmbatch evaluate MODEL ROWS  score a checkpoint on labelled rows
+    glmbatch settings             list every setting of a job and of a training
 
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined rows, 130/143
-interrupted (run again to go on). Results go to stdout, progress and errors to stderr. Each command
+interrupted (run again to resume). Results go to stdout, progress and errors to stderr. Each command
 imports what it needs when it runs, so that `--help` stays fast.
 """
 
@@ -41,11 +41,11 @@ QUARANTINED = 3
 INTERRUPTED = 130
 TERMINATED = 143
 
-# Used where the user has set nothing else.
+# Defaults that the user's environment overrides.
 PREFECT_DEFAULTS = {
-    # A failure is shown once: by us, on one line.
+    # We report a failure ourselves, on one line.
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
-    # A server that is stopped while it writes its records prints tracebacks.
+    # A server that is stopped while it writes to its database prints tracebacks.
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
@@ -53,10 +53,11 @@ PREFECT_DEFAULTS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # not where a test or a notebook catches them
-            stream.reconfigure(errors="backslashreplace")  # no name may end a run that is done
+        if isinstance(stream, TextIOWrapper):  # tests and notebooks replace the streams
+            # A file name that cannot be encoded must not fail a finished run.
+            stream.reconfigure(errors="backslashreplace")
     parsed = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
@@ -67,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GlmbatchError as error:
         return _complain(error, FAILED)
     except BrokenPipeError:
-        # `glmbatch ... | head` has read enough; the work is done. Python would complain once more
-        # when it flushes stdout at exit.
+        # `glmbatch ... | head` has read enough, and the work is done. Without this, Python would
+        # report the error again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except (KeyboardInterrupt, _Terminated) as error:
-        print("glmbatch: interrupted; run the same command again to go on.", file=sys.stderr)
+        print("glmbatch: interrupted; run the same command again to resume.", file=sys.stderr)
         return TERMINATED if isinstance(error, _Terminated) else INTERRUPTED
 
 
@@ -84,7 +85,7 @@ def _complain(error: Exception, code: int) -> int:
 
 @contextmanager
 def _logging_to_stderr(level: int) -> Iterator[None]:
-    """Print what glmbatch logs from `level` on; a flow may log more, for its page alone."""
+    """Print what glmbatch logs at `level` or above; a flow may log more, only for its page."""
     ours = logging.getLogger("glmbatch")
     handler = logging.StreamHandler()
     handler.setLevel(level)
@@ -92,7 +93,7 @@ def _logging_to_stderr(level: int) -> Iterator[None]:
     before = ours.level, ours.propagate
     ours.addHandler(handler)
     ours.setLevel(level)
-    ours.propagate = False  # else Prefect prints it once more
+    ours.propagate = False  # otherwise Prefect prints it again
     try:
         yield
     finally:
@@ -112,7 +113,7 @@ def _run(parsed: argparse.Namespace) -> int:
     from glmbatch.run.canary import check_canary_file
     from glmbatch.run.plan import check_job
 
-    # What is wrong with the settings is said before a server is started for ten seconds.
+    # Report wrong settings before starting a server, which takes about ten seconds.
     check_canary_file(job)
     check_job(job)
     from glmbatch.report.display import showing_progress
@@ -121,7 +122,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
     _set_prefect_defaults()
     with _raising_on_sigterm(), showing_progress(newest_progress), _prefect_server():
-        # The one place where glmbatch looks up: its command line runs the flow, which runs it.
+        # The only import from above: the command line runs the flow, which runs glmbatch.
         from flows.annotate import annotate
 
         summary = annotate(job)
@@ -143,7 +144,7 @@ def _doctor(parsed: argparse.Namespace) -> int:
     from glmbatch.run.models import local_adapter, local_checkpoint
     from glmbatch.settings.job import RuntimeConfig
 
-    # The folder that a job has by default, so that a checkpoint is fetched once for both.
+    # A job's default folder, so that both use one download of a checkpoint.
     cache = RuntimeConfig().cache
     adapter = parsed.adapter and local_adapter(parsed.adapter, cache)
     diagnosis = examine(local_checkpoint(parsed.model, parsed.revision, cache), adapter=adapter)
@@ -172,8 +173,8 @@ def _canary(parsed: argparse.Namespace) -> int:
 
     rows = freeze(parsed.output, parsed.file, parsed.rows)
     print(
-        f"{rows} rows of {parsed.output} with their answers are frozen in {parsed.file}. "
-        "Set canary to it in the job."
+        f"Saved {rows} rows of {parsed.output} with their answers in {parsed.file}. "
+        f"Set `canary: {parsed.file}` in the job."
     )
     return DONE
 
@@ -213,11 +214,10 @@ def _settings(_: argparse.Namespace) -> int:
     from glmbatch.settings.reference import describe_settings
     from glmbatch.settings.tuning import TuneConfig
 
-    print(describe_settings({"A job": JobConfig, "A fine-tuning": TuneConfig}))
+    print(describe_settings({"Job": JobConfig, "Training": TuneConfig}))
     return DONE
 
 
-# By the names that the parser knows.
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "plan": _plan,
@@ -232,7 +232,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 
 
 def _set_prefect_defaults() -> None:
-    # Read when prefect is imported, which must therefore come later.
+    # Prefect reads these when it is imported, so set them before.
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
 
@@ -241,8 +241,8 @@ def _set_prefect_defaults() -> None:
 def _prefect_server() -> Iterator[None]:
     """Use the server in PREFECT_API_URL, or start one for this block.
 
-    TransientError if the user's server does not answer, or ours does not start; InputError if the
-    user's does not let this client in.
+    TransientError if the user's server does not answer or ours does not start; InputError if the
+    user's server refuses this client.
     """
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
@@ -263,7 +263,9 @@ def _prefect_server() -> Iterator[None]:
 
 
 def _check_server(address: str) -> None:
-    """Ask the user's Prefect server as a run will: with its key, password, headers or proxy."""
+    """Send one request to the user's Prefect server, with the key, password, headers and proxy
+    that a run would use. Errors as in `_prefect_server`.
+    """
     from httpx import HTTPError, HTTPStatusError, InvalidURL
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
@@ -274,10 +276,11 @@ def _check_server(address: str) -> None:
             get_client({"timeout": 10}, sync_client=True) as client,
         ):
             client.read_flows(limit=1)
-    except (HTTPError, InvalidURL, ValueError) as error:  # the last: what is no answer of Prefect's
+    # ValueError: the answer is not one of Prefect's.
+    except (HTTPError, InvalidURL, ValueError) as error:
         if isinstance(error, HTTPStatusError) and error.response.status_code in {401, 403}:
             raise InputError(
-                f"{address}: the Prefect server does not let this client in. Set "
+                f"{address}: the Prefect server refuses this client. Set "
                 "PREFECT_API_AUTH_STRING to its password, or PREFECT_API_KEY."
             ) from error
         raise TransientError(
@@ -286,12 +289,12 @@ def _check_server(address: str) -> None:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+    """Raised on SIGTERM, as KeyboardInterrupt is on SIGINT."""
 
 
 @contextmanager
 def _raising_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that the run's own Prefect server is stopped with it."""
+    """Turn SIGTERM into an exception, so that the run stops its own Prefect server as well."""
 
     def stop(number: int, frame: object) -> None:
         raise _Terminated

@@ -1,4 +1,4 @@
-"""The commands with their arguments, and the settings they override. Runs nothing."""
+"""The commands, their arguments, and the settings that these override. Runs nothing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from glmbatch.errors import InputError
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.reading import MOST_REASON, parse_yaml
 
-# Flags of `run` and `plan`: what a first job needs, with the word for its value or, for None, its
-# choices.
-# All other settings go by `--set`, so that the help fits on one screen.
+# Settings with a flag of their own in `run` and `plan`, and the name of the value in the help; None
+# shows the choices. `--set` takes all the others, so that the help fits on one screen.
 EVERYDAY: dict[str, str | None] = {
     "data.input": "PATH",
     "data.output": "PATH",
@@ -31,39 +30,37 @@ EVERYDAY: dict[str, str | None] = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; it leaves the name of the command in `command`."""
+    """The parser of the whole command line; the result names the command in `command`."""
     parser = argparse.ArgumentParser(
         prog="glmbatch",
-        description="Classify and generate over Parquet with ChatGLM2-6B.",
+        description="Classify and generate over Parquet files with ChatGLM2-6B.",
         epilog="Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined "
-        "rows, 130/143 interrupted (run again to go on).",
+        "rows, 130/143 interrupted (run again to resume).",
     )
     parser.add_argument("--version", action="version", version=f"glmbatch {__version__}")
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="say on stderr what is being done"
-    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log each stage to stderr")
     commands = parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", dest="command"
     )
 
     def command(name: str, summary: str) -> argparse.ArgumentParser:
-        # Without abbreviations each flag has one name, also in scripts that outlive this version.
+        # Abbreviations would break scripts when a later version adds a similar flag.
         sentence = f"{summary[0].upper()}{summary[1:]}."
         return commands.add_parser(name, help=summary, description=sentence, allow_abbrev=False)
 
     run = command("run", "answer every row and publish the answers")
     run.add_argument(
-        "--dry-run", action="store_true", help="only say what would run, as `glmbatch plan` does"
+        "--dry-run", action="store_true", help="only show what would run, like `glmbatch plan`"
     )
     _add_job(run)
-    _add_job(command("plan", "say what would run and why; loads no model, writes nothing"))
-    _add_doctor(command("doctor", "say what a checkpoint is and what is wrong with it"))
-    _add_verify(command("verify", "prove that an output holds every row of its sources once"))
-    _add_repair(command("repair", "make a damaged manifest and list of failures again"))
-    _add_canary(command("canary", "freeze a few published rows with their answers"))
-    _add_train(command("train", "fine-tune on labelled rows, and promote the result if better"))
-    _add_evaluate(command("evaluate", "say how good a checkpoint is on labelled rows"))
-    command("settings", "print every setting of a job and of a fine-tuning")
+    _add_job(command("plan", "show what would run and why; loads no model, writes nothing"))
+    _add_doctor(command("doctor", "describe a checkpoint and its problems"))
+    _add_verify(command("verify", "check that an output has every source row once, unchanged"))
+    _add_repair(command("repair", "rebuild a damaged manifest and list of failed rows"))
+    _add_canary(command("canary", "save a few published answers for later runs to reproduce"))
+    _add_train(command("train", "fine-tune on labelled rows and promote the result if better"))
+    _add_evaluate(command("evaluate", "score a checkpoint on labelled rows"))
+    command("settings", "list every setting of a job and of a training, as Markdown")
     return parser
 
 
@@ -72,15 +69,15 @@ def _add_job(command: argparse.ArgumentParser) -> None:
     _add_json(command)
     settings = command.add_argument_group(
         "settings",
-        "Each overrides the job file; the default is what a job has without it. "
-        "`glmbatch settings` prints all settings.",
+        "Each overrides the job file. A default applies if neither sets it. "
+        "`glmbatch settings` lists all settings.",
     )
     for name, value in EVERYDAY.items():
         field = _field(JobConfig, name)
         flag = "model" if name == "model.path" else name.rpartition(".")[2]
         settings.add_argument(
             f"--{flag.replace('_', '-')}",
-            dest=name,  # dotted, as the settings are named everywhere else
+            dest=name,  # the dotted name, as in --set
             metavar=value or f"{{{','.join(get_args(field.annotation))}}}",
             help=_help(field),
         )
@@ -102,17 +99,21 @@ def _field(settings: type[BaseModel], name: str) -> FieldInfo:
     field = settings.model_fields[group]
     if not dot:
         return field
-    # Only a wrong line in EVERYDAY could fail here.
+    # Only a wrong name in EVERYDAY could fail here.
     kind = field.annotation
     assert isinstance(kind, type) and issubclass(kind, BaseModel), name
     return _field(kind, rest)
 
 
 def _add_doctor(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="directory of a checkpoint, or a hub id")
-    command.add_argument("--revision", help="commit of the hub repository")
     command.add_argument(
-        "--adapter", metavar="DIRECTORY", help="LoRA adapter to look at over the checkpoint"
+        "model", metavar="MODEL", help="directory or address of a checkpoint, or a hub id"
+    )
+    command.add_argument(
+        "--revision", metavar="COMMIT", help="commit of the hub repository, required with a hub id"
+    )
+    command.add_argument(
+        "--adapter", metavar="DIRECTORY", help="LoRA adapter to check against the checkpoint"
     )
 
 
@@ -128,15 +129,19 @@ def _add_repair(command: argparse.ArgumentParser) -> None:
 
 def _add_canary(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "output", metavar="OUTPUT", help="the data.output of a job whose answers are good"
+        "output", metavar="OUTPUT", help="the data.output of a job with correct answers"
     )
     command.add_argument("file", metavar="FILE", help="Parquet file to write")
-    command.add_argument("--rows", type=int, default=16, help="how many (default 16)")
+    command.add_argument(
+        "--rows", type=int, default=16, help="number of rows to save (default: 16)"
+    )
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "file", metavar="FILE", help="settings, YAML or JSON: see `glmbatch settings`"
+        "file",
+        metavar="FILE",
+        help="file of training settings, YAML or JSON; `glmbatch settings` lists them",
     )
     _add_set(command)
     _add_json(command)
@@ -146,20 +151,26 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model", metavar="MODEL", help="directory of a checkpoint with a trained head"
     )
-    command.add_argument("rows", metavar="ROWS", help="a Parquet file, a folder of them, or a glob")
     command.add_argument(
-        "--text-column", default="text", metavar="NAME", help="column of the texts (default text)"
+        "rows", metavar="ROWS", help="Parquet file, folder of Parquet files, or glob"
     )
     command.add_argument(
-        "--label-column", default="label", metavar="NAME", help="of the labels (default label)"
+        "--text-column", default="text", metavar="NAME", help="column with the text (default: text)"
+    )
+    command.add_argument(
+        "--label-column",
+        default="label",
+        metavar="NAME",
+        help="column with the correct label (default: label)",
     )
     command.add_argument(
         "--prompt-template",
         metavar="TEMPLATE",
-        help="default: the template it was trained with, if its report says",
+        help="prompt of a row; {text} inserts its text (default: the template in the report of the "
+        "model's training, else {text})",
     )
     command.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)"
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
     )
     _add_json(command)
 
@@ -174,13 +185,13 @@ def _add_set(command: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="Any setting by its dotted name, such as steps.0.max_tokens=32; VALUE as in YAML. "
+        help="Any setting by its dotted name, such as steps.0.max_tokens=32. VALUE is YAML. "
         "Can be repeated.",
     )
 
 
 def job_overrides(parsed: argparse.Namespace) -> dict[str, object]:
-    """Dotted settings of a job to their values: the flags, then `--set`, which wins."""
+    """The settings to override, dotted name to value; `--set` wins over the other flags."""
     overrides: dict[str, object] = {}
     for name in EVERYDAY:
         value = getattr(parsed, name)
@@ -190,12 +201,15 @@ def job_overrides(parsed: argparse.Namespace) -> dict[str, object]:
 
 
 def set_values(pairs: Sequence[str]) -> dict[str, object]:
-    """The NAME=VALUE pairs of `--set`. InputError when one is no pair or its value is not YAML."""
+    """The NAME=VALUE pairs of `--set` as a mapping.
+
+    InputError if one has no `=`, or its value is not YAML.
+    """
     values: dict[str, object] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise InputError(f"--set {name[:50]}: is not NAME=VALUE.")
+            raise InputError(f"--set {name[:50]}: has no `=`. Write --set NAME=VALUE.")
         try:
             values[name] = parse_yaml(value)
         except (yaml.YAMLError, ValueError, OverflowError, TypeError, RecursionError) as error:

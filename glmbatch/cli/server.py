@@ -1,7 +1,7 @@
-"""Prefect servers on loopback: one for a single run, or one that stays up (`make up`).
+"""Starts Prefect servers on loopback: one for a single run, or one that stays up (`make up`).
 
-Both answer only to clients that know their password, and to no page of another origin. No Prefect
-is imported here: it runs in a process of its own.
+Both answer only clients that know the password, and no pages of other origins. Prefect is not
+imported here; it runs in its own process.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ import psutil
 from glmbatch.errors import TransientError
 
 LOOPBACK = "127.0.0.1"
-# A start took 7 to 49 s where it was measured, depending on load.
+# Measured starts took 7 to 49 s, depending on the load.
 START_SECONDS = 180
 TETHERED = "glmbatch.tethered"
-# In the environment of a run's own server: the process id of the run.
+# Environment variable of a run's own server, with the process id of the run.
 RUN_PROCESS = "GLMBATCH_RUN_PROCESS"
 
 
 @contextmanager
 def own_server() -> Iterator[dict[str, str]]:
-    """Run a server without a UI or logs for the time of the block; yield the variables of a client.
+    """Run a server without UI and logs during the block; yield the variables that a client needs.
 
-    It ends with this process, even if that is killed. Servers of killed runs that are left all the
-    same are stopped first. Raises TransientError if it does not start.
+    The server ends with this process, even if that is killed. Leftover servers of killed runs are
+    stopped first. Raises TransientError if the server does not start.
     """
     end_leftovers()
     address, port = free_address()
@@ -50,8 +50,8 @@ def own_server() -> Iterator[dict[str, str]]:
     leader = psutil.Process(server.pid)
     family = [leader]
     try:
-        wait_until_ready(address, leader, "Set PREFECT_API_URL to use yours.")
-        # Noted while the leader lives: if it is killed, its children can no longer be found.
+        wait_until_ready(address, leader, "Set PREFECT_API_URL to use your own server.")
+        # Listed while the leader lives: after it is killed, its children cannot be found.
         family += leader.children(recursive=True)
         yield {"PREFECT_API_URL": address, "PREFECT_API_AUTH_STRING": password}
     finally:
@@ -62,7 +62,7 @@ def own_server() -> Iterator[dict[str, str]]:
 
 
 def end_leftovers() -> None:
-    """Stop the servers of killed runs of this user; those of living runs, and all others, stay."""
+    """Stop this user's servers of killed runs. Servers of live runs and all others stay."""
     for process in psutil.process_iter():
         if _is_leftover(process):
             with suppress(psutil.NoSuchProcess):
@@ -73,26 +73,26 @@ def _is_leftover(process: psutil.Process) -> bool:
     try:
         if TETHERED not in process.cmdline() or process.uids().real != os.getuid():
             return False
-        # Once its parent is dead, a process has another one for good.
+        # When its parent dies, a process gets another one for good.
         orphan = process.environ().get(RUN_PROCESS, str(process.ppid())) != str(process.ppid())
-        # A process in a container knows its parent by another number than we do.
-        numbers = Path(f"/proc/{process.pid}/ns/pid")  # on Linux alone
+        # Inside a container, the parent has a different process id than the one we see.
+        numbers = Path(f"/proc/{process.pid}/ns/pid")  # only on Linux
         return orphan and (not numbers.exists() or numbers.samefile("/proc/self/ns/pid"))
     except (psutil.Error, OSError):  # it ended, or belongs to another user
         return False
 
 
 def new_password() -> str:
-    """A password as Prefect takes it, with a user's name in front."""
+    """A new random password in Prefect's form, `user:password`."""
     return f"glmbatch:{secrets.token_urlsafe(24)}"
 
 
 def locked(port: int, password: str) -> dict[str, str]:
-    """The variables of a server on `port` that only clients with `password` can use.
+    """The environment of a server on `port` that only clients with `password` can use.
 
-    Without them any web page that a person of this machine looks at can read and start runs: its
-    scripts reach loopback. The password also keeps out pages that a name server leads to loopback
-    under a name of their own, and pages that open a web socket, for which no origin is asked.
+    Without these variables, any web page open on this machine can read and start runs, because its
+    scripts can reach loopback. The password also stops DNS rebinding, and web sockets, for which
+    the origin is not checked.
     """
     pages = f"http://{LOOPBACK}:{port},http://localhost:{port}"
     return {
@@ -103,7 +103,7 @@ def locked(port: int, password: str) -> dict[str, str]:
 
 
 def free_address() -> tuple[str, int]:
-    """The API address of a server on a free port, and that port."""
+    """The API address for a server on a free port, and the port."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
@@ -111,7 +111,7 @@ def free_address() -> tuple[str, int]:
 
 
 def api_address(port: int) -> str:
-    """The URL of the Prefect API on `port` of this machine."""
+    """The URL of the Prefect API on `port` of loopback."""
     return f"http://{LOOPBACK}:{port}/api"
 
 
@@ -123,13 +123,13 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a `prefect` command in the background and return its process.
 
-    If `tethered`, it ends with this process: when `stdin` of the returned one is closed.
+    If `tethered`, it ends when this process ends or closes the returned process's `stdin`.
     """
     module = [TETHERED, "prefect"] if tethered else ["prefect"]
     return subprocess.Popen(
         [sys.executable, "-m", *module, *command],
-        # A terminal sends Ctrl-C to its whole process group. In a session of its own the server
-        # outlives it, so that the run can end in order and then stop the server.
+        # A terminal sends Ctrl-C to its whole process group. In its own session, the server
+        # survives it, so that the run can finish cleanly and then stop the server.
         start_new_session=True,
         stdin=subprocess.PIPE if tethered else subprocess.DEVNULL,
         stdout=log,
@@ -148,9 +148,9 @@ def is_ready(address: str) -> bool:
 
 
 def accepts(address: str, password: str | None) -> bool:
-    """Whether the Prefect API at `address` lets a client with `password` in.
+    """Whether the Prefect API at `address` accepts a client with `password`.
 
-    TransientError when it does not answer.
+    TransientError if it does not answer.
     """
     request = urllib.request.Request(f"{address}/admin/version")
     if password is not None:
@@ -162,13 +162,18 @@ def accepts(address: str, password: str | None) -> bool:
     except urllib.error.HTTPError as error:
         return error.code != 401
     except OSError as error:
-        raise TransientError(f"{address}: the Prefect server does not answer now.") from error
+        raise TransientError(
+            f"{address}: the Prefect server does not answer. Try again later."
+        ) from error
 
 
 def wait_until_ready(
     address: str, server: psutil.Process, hint: str, seconds: float = START_SECONDS
 ) -> None:
-    """Return once the API answers; raise TransientError, which ends with `hint`, if it does not."""
+    """Return as soon as the API answers.
+
+    TransientError, with a message that ends in `hint`, if `server` ends or `seconds` pass first.
+    """
     until = time.monotonic() + seconds
     while not is_ready(address):
         if time.monotonic() > until or not _lives(server):

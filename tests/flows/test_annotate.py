@@ -204,7 +204,7 @@ def test_an_interrupted_run_exits_cleanly_and_resumes(
         _, printed = started.communicate(timeout=60)
     assert started.returncode == code, printed
     last_line = printed.splitlines()[-1]
-    assert last_line == "glmbatch: interrupted; run the same command again to go on."
+    assert last_line == "glmbatch: interrupted; run the same command again to resume."
     assert "Traceback" not in printed
     answered = len(committed(out))
     assert 3 <= answered < 40

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: outputs, exit codes, one line for what is wrong."""
+"""The command line as a user sees it: output, exit codes, and one line per error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def glmbatch(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def test_the_plan_says_what_would_run_and_writes_nothing(
+def test_plan_shows_what_would_run_and_writes_nothing(
     job_file: str, write_source: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_source("day=1/a.parquet", {"text": ["x"] * 20})
@@ -44,7 +44,7 @@ def test_the_plan_says_what_would_run_and_writes_nothing(
 
 
 @pytest.mark.slow
-def test_the_plan_says_why_rows_run_again(
+def test_plan_says_why_rows_run_again(
     job_file: str, write_source: Write, job_settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_source("a.parquet", {"text": [f"text {number}" for number in range(5)]})
@@ -78,7 +78,7 @@ def test_the_plan_says_why_rows_run_again(
     }
 
 
-def test_the_plan_counts_the_tokens_that_the_model_then_reads(
+def test_plan_counts_the_tokens_of_the_next_run(
     job_file: str, write_source: Write, job_settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_source("a.parquet", {"text": [f"text {number % 15}" for number in range(20)]})
@@ -103,7 +103,7 @@ def table(said: str, source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("flag", [["--text-column", "body"], ["--set", "data.text_column=body"]])
-def test_what_is_wrong_is_one_line_and_exit_code_2(
+def test_an_input_error_is_one_line_and_exit_code_2(
     job_file: str, write_source: Write, capsys: pytest.CaptureFixture[str], flag: list[str]
 ) -> None:
     source = write_source("a.parquet", {"text": ["x"]})
@@ -134,7 +134,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
         ["plan", "JOB", "--device", "cuda:99"],
     ],
 )
-def test_bad_usage_and_bad_input_exit_with_2_and_no_traceback(
+def test_bad_usage_exits_with_2_and_no_traceback(
     job_file: str, write_source: Write, arguments: list[str]
 ) -> None:
     write_source("a.parquet", {"text": ["x"]})
@@ -145,14 +145,14 @@ def test_bad_usage_and_bad_input_exit_with_2_and_no_traceback(
 
 
 @pytest.mark.parametrize(("model", "said"), [(CAUSAL, "4"), (CLASSIFIER, "正面")])
-def test_the_doctor_knows_a_sound_checkpoint(
+def test_doctor_accepts_a_valid_checkpoint(
     model: Path, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["doctor", str(model)]) == 0
     assert said in capsys.readouterr().out
 
 
-def test_the_doctor_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_lists_the_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for source in CAUSAL.iterdir():
         if source.name not in {"pytorch_model-00002-of-00003.bin", "tokenizer.model"}:
             (tmp_path / source.name).write_bytes(source.read_bytes())
@@ -163,7 +163,7 @@ def test_the_doctor_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("command", ["run", "plan", "doctor"])
-def test_a_bad_adapter_is_told_before_anything_is_loaded(
+def test_a_bad_adapter_is_refused_before_loading(
     job_file: str,
     write_source: Write,
     tmp_path: Path,
@@ -196,7 +196,7 @@ def test_the_help_of_a_job_fits_one_screen(
     assert max(map(len, lines)) <= 100
 
 
-def test_the_help_shows_kinds_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_shows_types_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     words = " ".join(help_of("run", capsys).split())
     for shown in (
         "--input PATH",

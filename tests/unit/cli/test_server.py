@@ -1,4 +1,4 @@
-"""Whether the Prefect server that a user named lets a run in, however the user logs in."""
+"""The check of the user's Prefect server accepts every kind of login."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from glmbatch.errors import GlmbatchError, InputError, TransientError
 
 
 class Guarded(BaseHTTPRequestHandler):
-    """Lets in who has the key, the password or the header of a proxy; others not even to /health.
+    """Accepts clients with the key, the password or a proxy's header; refuses /health to others.
 
-    As Prefect Cloud and proxies do. `/broken` is always at fault, and `/page` is of something else.
+    Prefect Cloud and proxies behave like this. `/broken` always fails; `/page` is not Prefect.
     """
 
     def answer(self) -> None:
@@ -57,7 +57,7 @@ LOGINS = {
 
 
 @pytest.mark.parametrize("login", LOGINS)
-def test_a_server_lets_a_run_in_by(guarded: str, login: str) -> None:
+def test_a_server_accepts_a_run_with(guarded: str, login: str) -> None:
     named = {settings.PREFECT_API_URL: f"{guarded}/api"}
     with temporary_settings(named | LOGINS[login]), _prefect_server():
         pass
@@ -66,14 +66,14 @@ def test_a_server_lets_a_run_in_by(guarded: str, login: str) -> None:
 @pytest.mark.parametrize(
     ("address", "kind", "seen"),
     [
-        ("{guarded}/api", InputError, "does not let this client in. Set PREFECT_API_AUTH_STRING"),
+        ("{guarded}/api", InputError, "refuses this client. Set PREFECT_API_AUTH_STRING"),
         ("{guarded}/broken", TransientError, "no Prefect server answers"),
         ("{guarded}/page", TransientError, "no Prefect server answers"),
         ("{free}", TransientError, "no Prefect server answers"),
         ("http://nobody.invalid/api", TransientError, "no Prefect server answers"),
     ],
 )
-def test_a_server_that_does_not_is_one_line(
+def test_a_refusing_or_silent_server_is_one_line(
     guarded: str, address: str, kind: type[GlmbatchError], seen: str
 ) -> None:
     address = address.format(guarded=guarded, free=free_address()[0])
@@ -85,6 +85,6 @@ def test_a_server_that_does_not_is_one_line(
     assert "\n" not in str(refused.value)
 
 
-def test_a_server_that_is_gone_is_one_line() -> None:
-    with pytest.raises(TransientError, match="does not answer now"):
+def test_a_server_that_is_down_is_one_line() -> None:
+    with pytest.raises(TransientError, match="the Prefect server does not answer"):
         accepts(free_address()[0], "me:secret")
