@@ -1,4 +1,4 @@
-"""Counts over receipts, and what may be read from them. Opens no file, knows no job."""
+"""Sums, times and drift computed from receipts. Opens no file and knows no job."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from glmbatch.ledger.receipts import AnswersReceipt
 
 
 class Audit(BaseModel, frozen=True, extra="forbid"):
-    """One check that the job asks for: what was measured, and the most that is allowed.
+    """The result of one audit: the measured value and the highest value allowed.
 
-    `seen` holds a few of the cases behind the number, for people.
+    `seen` lists a few of the cases behind the number, for people.
     """
 
     step: str
     what: str
     measured: float
     allowed: float
-    seen: tuple[str, ...] = ()  # the field's name is stored in reports
+    seen: tuple[str, ...] = ()  # stored reports contain this name
 
     @property
     def passed(self) -> bool:
-        """Whether the run may publish."""
+        """Whether the measured value is within the limit."""
         return self.measured <= self.allowed
 
     def __str__(self) -> str:
@@ -34,7 +34,7 @@ class Audit(BaseModel, frozen=True, extra="forbid"):
 
 
 def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The sums by name, largest first."""
+    """The sum of each name's counts, largest first."""
     sums: Counter[str] = Counter()
     for count in counts:
         sums.update(count)
@@ -42,13 +42,13 @@ def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def busy_seconds(receipts: Iterable[AnswersReceipt]) -> float:
-    """Seconds in which the model worked on `receipts`; 0.0 where it was not asked.
+    """Seconds in which the model worked on `receipts`; 0.0 if it computed nothing.
 
-    Fragments overlap, so this runs from the first start to the last end and is not a sum.
+    Fragments overlap, so this is the time from the first start to the last end, not a sum.
     """
-    # Answers that were found on disk took time too, but not the model's.
+    # Reading known answers took time too, but not the model's.
     busy = [receipt for receipt in receipts if receipt.computed_rows]
-    # The clocks of two machines may differ by any amount; no span is longer than all its parts.
+    # The clocks of two machines may differ, so the sum of the parts bounds the span.
     return max(0.0, min(span_seconds(busy), sum(receipt.seconds for receipt in busy)))
 
 
@@ -61,8 +61,9 @@ def span_seconds(receipts: Sequence[AnswersReceipt]) -> float:
 
 
 def population_stability(before: Mapping[str, int], now: Mapping[str, int]) -> float:
-    """The population stability index of two counts of labels: 0 for equal shares, 0.25 for a
-    large shift.
+    """The population stability index between two label counts.
+
+    0 means equal shares; 0.1 is a small shift and 0.25 a large one. The index is symmetric.
     """
     labels = before.keys() | now.keys()
     index = 0.0
@@ -74,5 +75,5 @@ def population_stability(before: Mapping[str, int], now: Mapping[str, int]) -> f
 
 
 def _share(counts: Mapping[str, int], label: str, labels: int) -> float:
-    # Half a row is added to each label: the logarithm needs a share even where nobody chose it.
+    # Add half a row to each label, because the logarithm needs a share above 0.
     return (counts.get(label, 0) + 0.5) / (sum(counts.values()) + 0.5 * labels)

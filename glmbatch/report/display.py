@@ -1,7 +1,7 @@
-"""Shows how far a run is: a bar on a terminal, key=value lines elsewhere. Writes to stderr only.
+"""Shows the progress of a run: a bar on a terminal, key=value lines elsewhere. Writes to stderr.
 
-A call over a table in memory shows the bar alone, in a notebook too, and nothing elsewhere. What it
-shows it asks of the caller, again and again.
+A call over a table in memory shows only the bar, on a terminal or in a notebook. A thread polls the
+caller for the newest counts.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from contextlib import contextmanager
 
 from glmbatch.report.progress import Snapshot
 
-# A log of one night then has about a thousand lines.
+# A run of eight hours then logs about a thousand lines.
 LINE_SECONDS = 30.0
 BAR_SECONDS = 0.2
-# A short call is over before anybody would read a bar.
+# A short call ends before anyone could read a bar.
 PATIENCE_SECONDS = 1.0
 BAR_CELLS = 20
 Newest = Callable[[], Snapshot]
 
-# Two bars would write over one another, and both would show the newest run.
+# Two bars would overwrite each other, and both would show the newest run.
 _SHOWING = threading.Lock()
 
 
 @contextmanager
 def showing_progress(newest: Newest) -> Iterator[None]:
-    """Show the `newest` progress of this process on stderr until the block ends."""
+    """Show the `newest` counts of this process on stderr until the block ends."""
     show = _bar if _on_terminal() else _lines
     with _shown_by(lambda ended: show(ended, newest)):
         yield
@@ -36,7 +36,7 @@ def showing_progress(newest: Newest) -> Iterator[None]:
 
 @contextmanager
 def showing_bar(newest: Newest) -> Iterator[None]:
-    """Show a bar until the block ends, where the caller has a terminal or a notebook to see it."""
+    """Show a bar until the block ends, if the caller has a terminal or a notebook."""
     bar = _bar if _on_terminal() else _cell if _in_notebook() else None
     if bar is None or not _SHOWING.acquire(blocking=False):
         yield
@@ -61,7 +61,7 @@ def _shown_by(show: Callable[[threading.Event], object]) -> Iterator[None]:
 
 
 def _on_terminal() -> bool:
-    # A program without a console has no stderr at all.
+    # A program without a console has no stderr.
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -71,7 +71,7 @@ def _in_notebook() -> bool:
 
 
 def _cell(ended: threading.Event, newest: Newest) -> None:
-    """A line of text below a notebook's cell, changed in place: it needs no widgets."""
+    """Show one line of text below a notebook's cell and update it in place, without widgets."""
     from IPython.display import display
 
     line = display({"text/plain": "starting"}, raw=True, display_id=True)
@@ -91,9 +91,9 @@ def _lines(ended: threading.Event, newest: Newest) -> None:
 
 
 def describe_progress(progress: Snapshot) -> str:
-    """One key=value line, for logs that machines read; answers are rows times steps."""
+    """One key=value line for machine-read logs. It counts answers, which are rows times steps."""
     rate = progress.per_second
-    # Too high where the rest is known already: only the model finds that out, row by row.
+    # An overestimate if many of the remaining answers are known: reuse is only found row by row.
     remaining = f"{(progress.total - progress.done) / rate:.0f}" if rate else "unknown"
     return (
         f"stage={progress.stage} answers={progress.done}/{progress.total} "
@@ -125,7 +125,7 @@ def _bar(ended: threading.Event, newest: Newest) -> None:
             bar.update(
                 task,
                 description=progress.stage,
-                # None shows a bar that only moves: the number of answers is not known yet.
+                # None shows a pulsing bar while the number of answers is unknown.
                 total=progress.total or None,
                 completed=progress.done,
                 rate=progress.per_second,

@@ -1,4 +1,4 @@
-"""The facts of one run, each stated once. The text, the page and the Markdown only arrange them."""
+"""The facts of one run. The text, the HTML page and the Markdown only arrange them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from glmbatch.report.summary import StepSummary, Summary
 
 
 class Report(BaseModel, frozen=True, extra="forbid"):
-    """All that is kept about one run. `device` is None when no model was asked.
+    """Everything recorded about one run.
 
-    `before` is the run that was published last when this one began, with its labels by step.
+    `device` is None if no model was used. `before` is the run that was published when this one
+    began; `labels_before` has its label counts by step.
     """
 
     input: str
@@ -30,7 +31,10 @@ class Report(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def cost(self) -> float | None:
-        """Of the whole time from plan to publication: a machine is paid for while it waits too."""
+        """Cost of the whole time from plan to publication, waiting included; None without a price.
+
+        In the currency of `price_per_hour`.
+        """
         if self.price_per_hour is None:
             return None
         return self.summary.seconds / 3600 * self.price_per_hour
@@ -38,7 +42,7 @@ class Report(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True, slots=True)
 class LabelShare:
-    """A label's rows and share of the labelled rows, in a run and in the one published before."""
+    """A label's rows and its share of the labelled rows, in a run and in the previous one."""
 
     label: str
     rows: int
@@ -48,17 +52,17 @@ class LabelShare:
 
 
 def outcome(summary: Summary) -> str:
-    """Whether the run published, and if not, why."""
+    """Whether the run was published and, if not, why."""
     return f"Refused: {summary.refused}" if summary.refused else "Published."
 
 
 def size(summary: Summary) -> str:
-    """The rows and fragments of the run."""
+    """The numbers of rows and fragments in the run, as text."""
     return f"{summary.rows:,} rows in {summary.fragments:,} fragments"
 
 
 def run_facts(report: Report) -> list[tuple[str, str]]:
-    """What the run was, in a few lines: name and value."""
+    """The main facts of the run, as pairs of name and value."""
     summary = report.summary
     sums: Counter[str] = Counter()
     for step in summary.steps:
@@ -74,29 +78,29 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
         ("sources kept, renamed", f"{summary.kept_sources:,}, {summary.renamed_sources:,}"),
         ("not read", ", ".join(map(str, summary.skipped)) or "0"),
         ("answers", f"{sums['answers']:,}"),
-        ("computed, reused, of repeated texts", sources),
+        ("computed, reused, repeated", sources),
         ("tokens", tokens(sums["read"], sums["written"])),
         ("time", f"{summary.seconds:.1f} s"),
-        ("device", report.device or "none: no model was asked"),
+        ("device", report.device or "none (no model was used)"),
     ]
     for name, path in report.models.items():
-        lines.append((f"model of {name}", path))
+        lines.append((f"model for {name}", path))
     lines += [("note", note) for note in summary.notes]
     if report.cost is not None:
-        lines.append(("cost", f"{report.cost:.4g} at {report.price_per_hour:g} for an hour"))
+        lines.append(("cost", f"{report.cost:.4g} at {report.price_per_hour:g} per hour"))
     return lines
 
 
 def answers(step: StepSummary) -> str:
-    """Where the answers of a step came from, and how fast the model was."""
+    """Where a step's answers came from and how fast the model was, as text."""
     parts = [
         f"{step.answers:,} answers",
         f"{step.computed:,} computed",
         f"{step.reused:,} reused",
     ]
-    # What a usual run does not have is left out.
+    # Leave out what most runs do not have.
     if step.repeated:
-        parts.append(f"{step.repeated:,} of repeated texts")
+        parts.append(f"{step.repeated:,} repeated")
     if step.failed:
         parts.append(f"{step.failed:,} failed")
     if step.rows_per_second is not None:
@@ -107,22 +111,22 @@ def answers(step: StepSummary) -> str:
 
 
 def _rate(per_second: float) -> str:
-    # A 6B model on a CPU answers less than one row a second; that must not read as 0.
+    # A 6B model on a CPU answers less than one row per second, which must not be shown as 0.
     return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
 
 
 def tokens(read: int, written: int) -> str:
-    """Tokens of prompts and of answers."""
-    return f"{read:,} read, {written:,} written"
+    """Numbers of prompt tokens and generated tokens, as text."""
+    return f"{read:,} read, {written:,} generated"
 
 
 def by_count(counts: Mapping[str, int]) -> str:
-    """Names with their numbers, on one line."""
+    """Names with their counts, on one line."""
     return ", ".join(f"{name} {number:,}" for name, number in counts.items())
 
 
 def errors_by_reason(summary: Summary) -> list[tuple[str, str, int]]:
-    """For each step and each reason why its rows failed, how many; then the files left out."""
+    """Step, reason and number of failed rows; then the number of files left out."""
     lines = []
     for step in summary.steps:
         for reason, rows in step.faults.items():
@@ -133,8 +137,8 @@ def errors_by_reason(summary: Summary) -> list[tuple[str, str, int]]:
 
 
 def label_shares(report: Report, step: StepSummary) -> list[LabelShare]:
-    """Each label of `step` in this run or the one before, the most frequent first."""
-    # A label that nobody chose tonight is worth a line most of all.
+    """Each label of `step` in this run or the previous one, most frequent first."""
+    # Keep labels that no longer occur: those matter most.
     before = report.labels_before.get(step.name, {})
     labels = dict.fromkeys([*step.labels, *before])
     return [_label_share(label, step.labels, before) for label in labels]
@@ -143,19 +147,19 @@ def label_shares(report: Report, step: StepSummary) -> list[LabelShare]:
 def _label_share(label: str, now: Mapping[str, int], before: Mapping[str, int]) -> LabelShare:
     rows = now.get(label, 0)
     rows_before = before.get(label, 0)
-    # At least 1: a step without labels in one of the runs has a share of 0 there.
+    # At least 1, so that a step without labels in one of the runs has a share of 0 there.
     share = rows / max(1, sum(now.values()))
     share_before = rows_before / max(1, sum(before.values()))
     return LabelShare(label, rows, share, rows_before, share_before)
 
 
 def label_drift(report: Report, step: StepSummary) -> str:
-    """How far the labels of `step` moved from the run before, as a sentence."""
+    """How far the label shares of `step` moved since the previous run, as a sentence."""
     before = report.labels_before.get(step.name)
     if not before:
-        return "Nothing was published before by this step, or its report is gone."
+        return "No comparison: no earlier run of this step was published, or its report is gone."
     drift = population_stability(before, step.labels)
     return (
-        f"Moved by {drift:.4f} from the run before, {report.before} "
-        "(0.1 is a small shift, 0.25 a large one)."
+        f"Label shift since the previous run, {report.before}: {drift:.4f} (population stability "
+        "index; 0.1 is a small shift, 0.25 a large one)."
     )

@@ -1,4 +1,4 @@
-"""The report of a run as one HTML page: which facts stand where. Escapes nothing itself."""
+"""The report of a run as one HTML page: the order of its sections. `page` does the escaping."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HISTOGRAMS = {
 
 
 def page(report: Report) -> str:
-    """The whole page."""
+    """The report as a complete HTML file."""
     return elements.page(f"Answers to {report.input}", _parts(report))
 
 
@@ -37,7 +37,7 @@ def _parts(report: Report) -> Iterator[str]:
     yield elements.facts(run_facts(report))
     yield from _errors(summary)
     yield from _throughput(report)
-    # Both are in the order of the job.
+    # Both are in the order of the job's steps.
     for step, measures in zip(summary.steps, report.measures, strict=True):
         yield from _step(report, step, measures)
     if summary.audits:
@@ -58,8 +58,8 @@ def _errors(summary: Summary) -> Iterator[str]:
 def _throughput(report: Report) -> Iterator[str]:
     yield elements.heading("Throughput")
     rates = [(measures.step, measures.rates) for measures in report.measures if measures.rates]
-    axes = ("seconds since the model began", "rows/s")
-    yield elements.lines("rows through the model", *axes, rates)
+    axes = ("seconds since the model started", "rows/s")
+    yield elements.lines("rows processed by the model", *axes, rates)
 
 
 def _step(report: Report, step: StepSummary, measures: Measures) -> Iterator[str]:
@@ -79,14 +79,14 @@ def _step(report: Report, step: StepSummary, measures: Measures) -> Iterator[str
 
 
 def _labels(report: Report, step: StepSummary) -> Iterator[str]:
-    """The shares of labels, beside those of the run that was published before."""
+    """The label shares, next to those of the previous published run."""
     shares = label_shares(report, step)
     series = [("this run", [share.share for share in shares])]
-    columns = 3  # without a run before, the last two would be all zeros
+    columns = 3  # without a previous run, the last two would be all zeros
     if report.labels_before.get(step.name):
-        series.append(("the run before", [share.share_before for share in shares]))
+        series.append(("previous run", [share.share_before for share in shares]))
         columns = 5
-    head = ["label", "rows", "share", "rows before", "share before"]
+    head = ["label", "rows", "share", "previous rows", "previous share"]
     rows = []
     for share in shares:
         cells = [share.label, share.rows, f"{share.share:.1%}"]
@@ -95,7 +95,7 @@ def _labels(report: Report, step: StepSummary) -> Iterator[str]:
     yield elements.table(head[:columns], rows)
     yield elements.paragraph(label_drift(report, step))
     names = [share.label for share in shares]
-    title = f"{step.name}: shares of labels"
+    title = f"{step.name}: label shares"
     yield elements.bars(title, "label", "share of rows", names, series)
 
 
@@ -108,7 +108,7 @@ def _bins(histogram: Histogram) -> list[str]:
 
 
 def _slowest(measures: Measures) -> str:
-    head = ["slowest fragments", "seconds", "rows through the model", "tokens"]
+    head = ["slowest fragments", "seconds", "rows processed", "tokens"]
     rows = []
     for slow in measures.slowest:
         rows.append([slow.fragment, f"{slow.seconds:.2f}", slow.computed_rows, slow.tokens])
@@ -116,10 +116,10 @@ def _slowest(measures: Measures) -> str:
 
 
 def _rows(summary: Summary) -> Iterator[str]:
-    """A few rows with their answers."""
+    """A table of a few rows with their answers."""
     names = list(summary.samples[0])
     rows = []
     for sample in summary.samples:
         rows.append([short(sample[name], SAMPLE_CHARS) for name in names])
-    yield elements.heading("A few rows")
+    yield elements.heading("Sample rows")
     yield elements.table(names, rows)

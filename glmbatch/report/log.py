@@ -1,4 +1,4 @@
-"""What a run does, as lines of its log: what it reads, each fragment, the audits and the end."""
+"""The log lines of a run: what it reads, each fragment, the audits and the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def log_plan(plan: Plan) -> None:
-    """Say how many rows there are, and which files are left out."""
+    """Log how many rows there are, and which files are left out."""
     files = len({fragment.source for fragment in plan.fragments})
     logger.info(
         "%s: %s rows of %s files in %s fragments; files left out: %s",
@@ -26,7 +26,7 @@ def log_plan(plan: Plan) -> None:
 
 
 def log_answers(receipt: AnswersReceipt, run: str) -> None:
-    """Say what became of one step over one fragment, for `run`."""
+    """Log the result of one step over one fragment, as seen by `run`."""
     if receipt.unusable is not None:
         logger.info("%s, %s: left out: %s", receipt.step, receipt.fragment, receipt.unusable)
         return
@@ -36,15 +36,15 @@ def log_answers(receipt: AnswersReceipt, run: str) -> None:
 
 
 def log_audits(audits: Sequence[Audit]) -> None:
-    """Say what each audit measured, and whether it passed."""
+    """Log what each audit measured and whether it passed."""
     for audit in audits:
         logger.info("audit %s: %s", "passed" if audit.passed else "failed", audit)
 
 
 def log_end(summary: Summary) -> None:
-    """Say what each step came to, and what is published, or why nothing is."""
+    """Log the totals of each step, and what was published or why nothing was."""
     for step in summary.steps:
-        logger.info("%s, in all: %s", step.name, _counts(step))
+        logger.info("%s, total: %s", step.name, _counts(step))
     if summary.refused is not None:
         logger.info("%s", summary.refused)
         return
@@ -67,7 +67,7 @@ def _log_left_out(faults: Sequence[FileFault]) -> None:
 def _counts(step: StepSummary) -> str:
     line = (
         f"{step.answers:,} rows, {step.computed:,} answered by the model, {step.reused:,} reused, "
-        f"{step.repeated:,} of repeated texts, {step.failed:,} failed"
+        f"{step.repeated:,} repeated, {step.failed:,} failed"
     )
     return f"{line} ({_reasons(step.faults)})" if step.faults else line
 

@@ -1,4 +1,4 @@
-"""The facts of a run as Markdown, for the page of a flow run. Shorter than the HTML page."""
+"""The facts of a run as Markdown, for Prefect's page of the flow run. Shorter than the report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from glmbatch.report.summary import StepSummary
 
 
 def markdown(report: Report) -> str:
-    """The outcome, the facts and the shares of labels; no text of the data is taken for markup."""
+    """The outcome, the facts and the label shares; all text is escaped, so none acts as markup."""
     parts = [_plain(outcome(report.summary)), _table(["", ""], run_facts(report))]
     for step in report.summary.steps:
         if step.labels:
@@ -19,12 +19,12 @@ def markdown(report: Report) -> str:
 
 
 def _labels(report: Report, step: StepSummary) -> str:
-    """The shares of labels, beside those of the run before where there is one."""
-    head = [step.name, "share", f"in the run before, {report.before}"]
+    """The label shares, next to those of the previous run if there is one."""
+    head = [step.name, "share", f"in the previous run, {report.before}"]
     rows = []
     for share in label_shares(report, step):
         rows.append([share.label, f"{share.share:.1%}", f"{share.share_before:.1%}"])
-    # Without a run before, the last column would be all zeros.
+    # Without a previous run, the last column would be all zeros.
     columns = 3 if report.labels_before.get(step.name) else 2
     return _table(head[:columns], [row[:columns] for row in rows])
 
@@ -40,6 +40,6 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """`text` on one line, without any mark that Markdown would read."""
-    # All of ASCII's punctuation: Markdown lets each of them be escaped, and HTML needs some.
+    """`text` on one line, with everything escaped that Markdown or HTML would interpret."""
+    # All ASCII punctuation: Markdown allows a backslash before each, and HTML needs some escaped.
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))

@@ -1,6 +1,6 @@
-"""What can be seen in a run's answers: how sure, how long, how fast, a few of each label.
+"""Measurements of a run's answers: confidence, lengths, throughput, and samples of each label.
 
-Takes receipts and what was read from the outputs; opens no file.
+Takes receipts and what was read from the outputs. Opens no file.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt, OutputReceipt
 from glmbatch.report.counts import span_seconds
 from glmbatch.report.outputs import CONFIDENCE_BINS, Reading, ReportedStep, Sample
 
-# Bars of a plot 350 pixels wide, and points of its lines.
+# Number of bars and of line points in a plot that is 350 pixels wide.
 LENGTH_BINS = 24
 RATE_BINS = 30
-# Fragments in the list of the slowest.
+# Number of fragments in the list of the slowest.
 SLOWEST = 5
 
 
 class Histogram(BaseModel, frozen=True, extra="forbid"):
-    """How many values lie in each bin of the width `width`, from 0 on."""
+    """How many values fall in each bin; bins are `width` wide and start at 0."""
 
     width: float
     counts: tuple[int, ...]
 
 
 class Slow(BaseModel, frozen=True, extra="forbid"):
-    """What one fragment took."""
+    """The time and work of one slow fragment."""
 
     fragment: str
     seconds: float
@@ -40,9 +40,9 @@ class Slow(BaseModel, frozen=True, extra="forbid"):
 
 
 class Measures(BaseModel, frozen=True, extra="forbid"):
-    """One step over a run.
+    """The measurements of one step.
 
-    `rates` are pairs: seconds since the run's model began, rows per second through it.
+    `rates` are pairs: seconds since the model started, and rows per second at that time.
     """
 
     step: str
@@ -55,9 +55,9 @@ class Measures(BaseModel, frozen=True, extra="forbid"):
 def measure(
     steps: Sequence[ReportedStep], run: str, outputs: Sequence[OutputReceipt], reading: Reading
 ) -> tuple[Measures, ...]:
-    """The measures of each step over `outputs`; rates and times are those of `run` alone."""
+    """The measures of each step over `outputs`; rates and times cover only the work of `run`."""
     busy = [_busy(run, outputs, index) for index in range(len(steps))]
-    # One origin for all steps, so that their lines can be compared.
+    # All steps share one origin, so that their lines can be compared.
     began = min((receipt.began for receipt in chain(*busy)), default=0.0)
     measures = []
     for index, step in enumerate(steps):
@@ -76,8 +76,8 @@ def measure(
 
 
 def _busy(run: str, outputs: Sequence[OutputReceipt], index: int) -> list[AnswersReceipt]:
-    """The receipts of a step for which `run` asked the model."""
-    # By key, since files with the same rows share one receipt.
+    """The receipts of a step for which `run` used the model."""
+    # By key, because files with the same rows share one receipt.
     receipts = {output.answers[index].key: output.answers[index] for output in outputs}
     busy = []
     for receipt in receipts.values():
@@ -106,7 +106,7 @@ def _histograms(
 
 
 def _confidence(counts: np.ndarray) -> Histogram:
-    """Counts of scores times CONFIDENCE_BINS as a histogram from 0 to 1."""
+    """A histogram from 0 to 1, of scores counted in units of 1 / CONFIDENCE_BINS."""
     padded = np.pad(counts, (0, CONFIDENCE_BINS + 1 - len(counts)))
     padded[-2] += padded[-1]  # a score of 1 belongs to the last bin
     return Histogram(width=1 / CONFIDENCE_BINS, counts=padded[:-1].tolist())
@@ -117,12 +117,12 @@ def _prompt_lengths(receipts: Iterable[AnswersReceipt]) -> Histogram:
     for receipt in receipts:
         rows.update(receipt.prompt_lengths)
     counts = np.zeros(max(rows, default=0) + 1, np.int64)
-    counts[list(rows)] = list(rows.values())  # receipts count by the first token of a bin
+    counts[list(rows)] = list(rows.values())  # receipts count by the first length of each bin
     return _lengths(counts, LENGTH_BIN)
 
 
 def _lengths(counts: np.ndarray, least: int) -> Histogram:
-    """Counts by token, put together in bins of equal width, a multiple of `least`."""
+    """Counts by length, merged into bins of equal width, which is a multiple of `least`."""
     width = max(1, -(-len(counts) // (LENGTH_BINS * least))) * least
     whole = np.pad(counts, (0, -len(counts) % width))
     return Histogram(width=width, counts=whole.reshape(-1, width).sum(1).tolist())
@@ -133,7 +133,7 @@ def _rates(receipts: Sequence[AnswersReceipt], began: float) -> list[tuple[float
     if not receipts:
         return []
     first = min(receipt.began for receipt in receipts)
-    # A clock that stood still must not make the width 0.
+    # A coarse clock must not make the width 0.
     width = max(span_seconds(receipts), 1e-6) / RATE_BINS
     points = []
     for number in range(RATE_BINS):
@@ -144,7 +144,7 @@ def _rates(receipts: Sequence[AnswersReceipt], began: float) -> list[tuple[float
 
 
 def _rows_between(receipt: AnswersReceipt, start: float, end: float) -> float:
-    """How many of the receipt's computed rows belong to the time from `start` to `end`."""
+    """The share of the receipt's computed rows between `start` and `end`, in rows."""
     if not receipt.seconds:
         return 0.0
     overlap = min(end, receipt.began + receipt.seconds) - max(start, receipt.began)

@@ -1,7 +1,7 @@
-"""One pass over the output files of a run: each is opened once, and only for the columns needed.
+"""One pass over the output files of a run: each is opened once, for only the columns needed.
 
-The receipts say beforehand which file holds rows of a label and which holds failed rows. So texts
-are read from a few files only, and memory does not grow with the rows.
+The receipts already say which files have rows of a label and which have failed rows. So only a few
+files are read for their texts, and memory does not grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import read_columns
 from glmbatch.store.values import prompt_values
 
-# What a page can show without scrolling for long.
+# Few enough to read on one page.
 SAMPLE_ROWS = 3
 SAMPLES_PER_LABEL = 2
 SAMPLE_CHARS = 300
 LABELS_SHOWN = 30
-# Steps of 0.05 from 0 to 1.
+# Bins of 0.05 from 0 to 1.
 CONFIDENCE_BINS = 20
 
 
 class Sample(BaseModel, frozen=True, extra="forbid"):
-    """One row: what its prompt was made of, its label, and how sure the model was."""
+    """One row: the texts in its prompt, its label, and the score of the label."""
 
     text: str
     label: str
@@ -44,7 +44,7 @@ class Sample(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True, slots=True)
 class ReportedStep:
-    """What a report must know of a step; `sources` are the source columns of its prompt."""
+    """What a report needs to know about a step; `sources` are the source columns of its prompt."""
 
     name: str
     classifies: bool
@@ -52,7 +52,7 @@ class ReportedStep:
 
     @property
     def measured(self) -> str:
-        """The column with a histogram."""
+        """Name of the column that the report shows as a histogram."""
         columns = Columns(self.name)
         return columns.score if self.classifies else columns.completion_tokens
 
@@ -61,11 +61,11 @@ class ReportedStep:
 class Reading:
     """What was read from one output file, or from all of them.
 
-    counts     how many values of a step lie at each whole number, by the step's name: tokens of its
-               texts, or scores of its labels times CONFIDENCE_BINS
-    labelled   a few rows of each label, by the step's name
-    rows       a few rows without fault, with the values of prompts and answers
-    failures   a line for each step of each row that failed
+    counts     by step: how often each whole number occurs, of generated tokens, or of scores
+               times CONFIDENCE_BINS
+    labelled   by step: a few rows of each label
+    rows       a few rows that every step answered, with the values of prompts and answers
+    failures   one entry for each failed row and step
     """
 
     counts: dict[str, np.ndarray] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What one output file is read for: `rows` without fault, and rows of labels by step."""
+    """What to read from one output file: a number of `rows`, and of rows per label by step."""
 
     output: OutputReceipt
     rows: int
@@ -90,10 +90,10 @@ def read_outputs(
     id_column: str | None,
     most_failures: int | None = None,
 ) -> Reading:
-    """Read what the report and the list of failed rows need from `outputs`, staged or published.
+    """What the report and the list of failed rows need from `outputs`, staged or published.
 
-    Keeps at most `most_failures` lines of failed rows; None: all. UnusableFile when a file cannot
-    be read or lacks a column.
+    Keeps at most `most_failures` failures, or all if it is None. UnusableFile if a file cannot be
+    read or lacks a column.
     """
 
     def read(wanted: _Wanted) -> Reading:
@@ -103,7 +103,7 @@ def read_outputs(
         return _read(table, wanted, steps, id_column)
 
     merged = Reading()
-    # On a disk one after the other, in a store several at once; in order in both.
+    # One at a time on a disk, several at once in an object store; always in order.
     for reading in ledger.folder.map(read, _plan(steps, outputs)):
         for name, counts in reading.counts.items():
             merged.counts[name] = _added(merged.counts.get(name), counts)
@@ -112,7 +112,7 @@ def read_outputs(
         merged.rows += reading.rows
         room = None if most_failures is None else most_failures - len(merged.failures)
         merged.failures += reading.failures[:room]
-    # Files come in the order of the rows; a page shows the most frequent label first.
+    # Files are in row order, but the page shows the most frequent label first.
     for index, step in enumerate(steps):
         if step.name in merged.labelled:
             order = _shown_labels(outputs, index)
@@ -121,17 +121,17 @@ def read_outputs(
 
 
 def _shown_labels(outputs: Sequence[OutputReceipt], index: int) -> list[str]:
-    """The most frequent labels of a step, the most frequent first."""
+    """The LABELS_SHOWN most frequent labels of a step, most frequent first."""
     return list(total(output.answers[index].labels for output in outputs))[:LABELS_SHOWN]
 
 
 def _plan(steps: Sequence[ReportedStep], outputs: Sequence[OutputReceipt]) -> Iterator[_Wanted]:
-    """What to read from each output: rows of a label come from the first files that hold some."""
+    """What to read from each output; samples of a label come from the first files that have it."""
     missing: dict[str, Counter[str]] = {}
     for index, step in enumerate(steps):
         labels = _shown_labels(outputs, index)
         missing[step.name] = Counter(dict.fromkeys(labels, SAMPLES_PER_LABEL))
-    # Prompts without any column have no text to show beside the answers.
+    # Prompts without columns have no text to show next to the answers.
     rows = SAMPLE_ROWS if any(step.sources for step in steps) else 0
     for output in outputs:
         labels_here = {}
@@ -142,16 +142,16 @@ def _plan(steps: Sequence[ReportedStep], outputs: Sequence[OutputReceipt]) -> It
         has_sound_rows = output.faulty_rows < output.fragment.rows
         yield _Wanted(output, rows if has_sound_rows else 0, labels_here)
         if has_sound_rows:
-            rows = 0  # the first such fragment shows enough
+            rows = 0  # the first such fragment is enough
 
 
 def _columns(wanted: _Wanted, steps: Sequence[ReportedStep], id_column: str | None) -> list[str]:
-    """The columns that `wanted` needs, each once."""
+    """The columns to read for `wanted`, each once."""
     names: list[str] = []
     for step in steps:
         columns = Columns(step.name)
         names.append(step.measured)
-        # Texts are most of a file's bytes; the other columns are small.
+        # Texts are most of a file; the other columns are small.
         if wanted.rows or wanted.labels[step.name]:
             names += [*step.sources, columns.answer]
         if wanted.rows or wanted.output.faulty_rows:
@@ -164,10 +164,10 @@ def _columns(wanted: _Wanted, steps: Sequence[ReportedStep], id_column: str | No
 def _read(
     table: pa.Table, wanted: _Wanted, steps: Sequence[ReportedStep], id_column: str | None
 ) -> Reading:
-    """The reading of one output, whose wanted columns are in `table`."""
+    """The reading of one output, from a `table` with the wanted columns."""
     reading = Reading()
     for step in steps:
-        # Counts, not values: 8 bytes for each bin, whatever the number of rows.
+        # Counts take 8 bytes per bin, however many rows there are.
         scale = CONFIDENCE_BINS if step.classifies else 1
         values = table.column(step.measured).drop_null().to_numpy()
         reading.counts[step.name] = np.bincount((values * scale).astype(np.int64))
@@ -181,7 +181,7 @@ def _read(
 
 
 def _samples(table: pa.Table, step: ReportedStep, numbers: Mapping[str, int]) -> Iterator[Sample]:
-    """The first rows of each label, as many as `numbers` says."""
+    """The first rows of each label; `numbers` says how many."""
     columns = Columns(step.name)
     for label, number in numbers.items():
         has_label = pc.equal(table.column(columns.answer), label)
@@ -213,7 +213,7 @@ def _failures(
     steps: Sequence[ReportedStep],
     id_column: str | None,
 ) -> Iterator[dict[str, Any]]:
-    """A line for each step of each row that failed."""
+    """One entry for each failed row and step."""
     fragment = output.fragment
     for step in steps:
         columns = Columns(step.name)
@@ -236,7 +236,7 @@ def _failures(
 
 
 def _numbers_of(mask: pa.ChunkedArray) -> list[int]:
-    """The numbers of the rows where `mask` is true."""
+    """The indexes of the rows where `mask` is true."""
     numbers: list[int] = pc.indices_nonzero(mask).to_pylist()
     return numbers
 

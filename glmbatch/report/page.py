@@ -1,6 +1,6 @@
-"""Elements of a page for people: one HTML file that loads nothing from elsewhere.
+"""HTML and SVG elements for reports: one self-contained file that loads nothing.
 
-Every text that is given here is escaped here. Knows nothing of runs, scores or files.
+Every function escapes the texts that it is given. Knows nothing of runs, scores or files.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-# A plot in pixels, and the margin around its axes.
+# Size of a plot in pixels, and the margin around its axes.
 WIDTH = 460
 HEIGHT = 280
 EDGE = 56
-# One for each series, in order. They differ in brightness too, for readers who see few colours.
+# One for each series. They also differ in brightness, for colour-blind readers.
 COLOURS = ("#06c", "#c40", "#888", "#383", "#939", "#a80")
-# With more bars than this their names would overlap, so only the first and the last are shown.
+# With more bars than this, names would overlap, so only the first and the last are shown.
 NAMED_BARS = 12
 # A character of the 11-pixel font is about 6 pixels wide.
 CHARACTER = 6
-# If some text were taken for markup after all, it could still load nothing.
+# Even if some text acted as markup, it could load nothing.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;"
@@ -31,16 +31,16 @@ STYLE = (
     ".warn{color:#a40}"
 )
 
-# A name and the points of one line.
+# Name and points of one line.
 Line = tuple[str, Sequence[tuple[float, float]]]
-# A name and the heights of one series of bars.
+# Name and heights of one series of bars.
 Bars = tuple[str, Sequence[float]]
-# What an axis shows, and the texts at its ends.
+# Name of an axis, and the texts at its ends.
 Axis = tuple[str, str, str]
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """The whole file: `parts`, made by the functions below, under the title."""
+    """A complete HTML file: the title, then `parts`, which the functions below return."""
     head = (
         f'<meta charset=utf-8><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<title>{escape(title)}</title><style>{STYLE}</style>"
@@ -55,23 +55,23 @@ def heading(text: str) -> str:
 
 
 def paragraph(text: str, *, warning: bool = False) -> str:
-    """A paragraph; a warning stands out by its colour."""
+    """A paragraph; a warning has another colour."""
     return f"<p{' class=warn' if warning else ''}>{escape(text)}</p>"
 
 
 def preformatted(text: str) -> str:
-    """Text that keeps its line breaks and blanks, such as JSON."""
+    """Text that keeps its line breaks and spaces, such as JSON."""
     return f"<pre>{escape(text)}</pre>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The rows below a line of names."""
+    """A table with `head` as its column names."""
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     return f"<table><tr>{names}</tr>{_rows(rows)}</table>"
 
 
 def facts(lines: Iterable[tuple[str, object]]) -> str:
-    """Names with their values, a line for each."""
+    """A table of names and values, without column names."""
     return f"<table class=facts>{_rows(lines)}</table>"
 
 
@@ -84,13 +84,13 @@ def _rows(rows: Iterable[Sequence[object]]) -> str:
 
 
 def lines(title: str, x_name: str, y_name: str, series: Sequence[Line]) -> str:
-    """Lines over common axes; "" when there is no point."""
+    """A line plot with shared axes; "" if there are no points."""
     points: list[tuple[float, float]] = []
     for _, line in series:
         points += line
     if not points:
         return ""
-    # All series share the axes, so the ranges are those of all points.
+    # All series share the axes, so the ranges cover all points.
     left, right = _range([x for x, _ in points])
     low, high = _range([y for _, y in points])
     drawn = []
@@ -111,7 +111,7 @@ def lines(title: str, x_name: str, y_name: str, series: Sequence[Line]) -> str:
 
 
 def bars(title: str, x_name: str, y_name: str, names: Sequence[str], series: Sequence[Bars]) -> str:
-    """For each of `names` a bar of every series, from 0 up; "" when all are 0."""
+    """A bar chart: for each of `names`, a bar of every series from 0 up; "" if all are 0."""
     high = max((max(values, default=0) for _, values in series), default=0)
     if not high:
         return ""
@@ -119,7 +119,7 @@ def bars(title: str, x_name: str, y_name: str, names: Sequence[str], series: Seq
     drawn = []
     for number, (series_name, values) in enumerate(series):
         for at, (name, value) in enumerate(zip(names, values, strict=True)):
-            # The bars of one name share 0.8 of its slot, side by side.
+            # The bars of one name share 80 percent of its slot.
             x = EDGE + slot * (at + 0.1 + 0.8 * number / len(series))
             tip = f"{name}, {series_name}: {value:.4g}"
             drawn.append(_bar(x, 0.8 * slot / len(series), value / high, number, tip))
@@ -134,7 +134,7 @@ def bars(title: str, x_name: str, y_name: str, names: Sequence[str], series: Seq
 
 
 def _bar(x: float, width: float, share: float, number: int, tip: str) -> str:
-    """A bar of `share` of the height from the axis up, in the colour of series `number`."""
+    """A bar that covers `share` of the height, in the colour of series `number`."""
     top = _y(share)
     place = f'x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" height="{_y(0) - top:.1f}"'
     colour = COLOURS[number % len(COLOURS)]
@@ -142,7 +142,7 @@ def _bar(x: float, width: float, share: float, number: int, tip: str) -> str:
 
 
 def _svg(title: str, x_axis: Axis, y_axis: Axis, drawn: Sequence[str]) -> str:
-    """A plot: what is `drawn`, with its title and axes."""
+    """A plot with its title and axes around the elements `drawn`."""
     middle = HEIGHT / 2
     bottom = HEIGHT - EDGE
     texts = [
@@ -154,7 +154,7 @@ def _svg(title: str, x_axis: Axis, y_axis: Axis, drawn: Sequence[str]) -> str:
         _text(EDGE - 18, bottom, y_axis[1]),
         _text(EDGE - 18, EDGE + 4, y_axis[2]),
     ]
-    # Screen readers say this instead of the picture.
+    # Screen readers read this instead of the picture.
     label = escape(f"{title}: {y_axis[0]} ({y_axis[1]} to {y_axis[2]}) over {x_axis[0]}")
     axes = f'<path d="M{EDGE} {EDGE}V{bottom}H{WIDTH - EDGE}" fill="none" stroke="#444"/>'
     return (
@@ -177,24 +177,24 @@ def _legend(names: Sequence[str]) -> list[str]:
 
 
 def _text(x: float, y: float, text: str, attributes: str = "") -> str:
-    """`text` with its middle at `x`; "" for no text."""
+    """`text` centred at `x`; "" if the text is empty."""
     if not text:
         return ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle" {attributes}>{escape(text)}</text>'
 
 
 def _x(share: float) -> float:
-    """The pixel at `share` of the x axis."""
+    """The horizontal pixel at `share` of the x axis."""
     return EDGE + (WIDTH - 2 * EDGE) * share
 
 
 def _y(share: float) -> float:
-    """The pixel at `share` of the y axis; pixels count from the top."""
+    """The vertical pixel at `share` of the y axis; pixels count from the top."""
     return HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * share
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """The least and the largest value, apart even where they are equal."""
+    """The smallest and the largest value, moved apart if they are equal."""
     low = min(values)
     high = max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)

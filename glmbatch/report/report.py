@@ -1,9 +1,9 @@
-"""The files that people look at after a run: its facts as JSON, and as a page.
+"""Writes the report of a run: a page for people, and the same facts as JSON.
 
-    OUTPUT/_glmbatch/reports/<run>.html    one file, which loads nothing from elsewhere
-    OUTPUT/_glmbatch/reports/<run>.json    the same facts; the next run compares itself with them
+    OUTPUT/_glmbatch/reports/<run>.html    a self-contained page
+    OUTPUT/_glmbatch/reports/<run>.json    the same facts, which the next run compares with its own
 
-The last reports are kept; each may be deleted at any time.
+Only the newest reports are kept. Any report can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from glmbatch.store.paths import AnyPath
 logger = logging.getLogger(__name__)
 
 REPORTS = "_glmbatch/reports"
-KEPT = 30  # a month of nights
+KEPT = 30  # a month of nightly runs
 
 
 def write_report(
     job: JobConfig, summary: Summary, measures: Sequence[Measures], before: str | None
 ) -> str | None:
-    """Write the report of a run, published or refused; returns the path of its page.
+    """Write the report of a run, published or refused, and return the path of its page.
 
-    `before` is the run that was published last. A report that cannot be written is a warning and
-    None: no run fails by it.
+    `before` is the run that was published last. If the report cannot be written, logs a warning and
+    returns None, because a report must not fail a run.
     """
     folder = Folder(job.data.output) / REPORTS
     path = folder / f"{summary.run}.html"
@@ -46,23 +46,23 @@ def write_report(
             summary=summary,
             measures=tuple(measures),
             models={step.name: job.model_of(step).path for step in job.steps},
-            # A run that asked no model has not even imported torch.
+            # A run that used no model has not even imported torch.
             device=_device(job.runtime) if summary.computed else None,
             price_per_hour=job.report.price_per_hour,
         )
         report = _beside(report, read_report(job.data.output, before))
-        # The page first: whoever finds the facts finds the page too.
+        # The page first, so that every JSON file has its page.
         _write(path, page(report))
         _write(path.with_suffix(".json"), report.model_dump_json(indent=1))
         _forget_old(folder, keep={summary.run, before})
     except (GlmbatchError, OSError) as error:
-        logger.warning("%s: the report of the run is not written: %s", path, error)
+        logger.warning("%s: the report of the run could not be written: %s", path, error)
         return None
     return str(path)
 
 
 def read_report(output: str, run: str | None) -> Report | None:
-    """The facts of `run`; None when there is no report of it, or none that can be read."""
+    """The facts of `run`; None if its report is missing or cannot be read."""
     path = Folder(output) / REPORTS / f"{run}.json"
     try:
         return Report.model_validate_json(path.read_bytes())
@@ -71,7 +71,7 @@ def read_report(output: str, run: str | None) -> Report | None:
 
 
 def _beside(report: Report, last: Report | None) -> Report:
-    """The report with the labels of the run that was published `last`, to compare with."""
+    """`report` with the label counts of the run that was published `last`, for comparison."""
     if last is None:
         return report
     labels = {step.name: step.labels for step in last.summary.steps}
@@ -80,7 +80,7 @@ def _beside(report: Report, last: Report | None) -> Report:
 
 def _device(runtime: RuntimeConfig) -> str:
     if runtime.cluster is not None:
-        return f"a cluster: {runtime.cluster}"
+        return f"cluster: {runtime.cluster}"
     from glmbatch.glm.device import describe_device
 
     return describe_device(runtime.device)
@@ -92,7 +92,7 @@ def _write(path: AnyPath, text: str) -> None:
 
 
 def _forget_old(folder: AnyPath, keep: set[str | None]) -> None:
-    """Delete all reports but the last KEPT and those of the runs `keep`."""
+    """Delete all reports except the newest KEPT and those of the runs in `keep`."""
     pages = sorted(folder.glob("*.html"), key=modified)
     for path in pages[:-KEPT]:
         if path.stem not in keep:

@@ -1,4 +1,4 @@
-"""What a run did, as counts. Reads nothing."""
+"""The counts of what a run did. Reads no files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from glmbatch.store.inputs.find import Skipped
 
 
 class StepSummary(BaseModel, frozen=True, extra="forbid"):
-    """One step over all rows.
+    """The counts of one step over all rows.
 
-    `computed` answers went through the model in this run; `reused` were found on disk, under their
-    fragment's key or their own. Tokens are those of this run. Rates are over the seconds in which
-    the engine worked for this step, without loading; None when it did not.
+    `computed` answers are from the model in this run; `reused` ones were found on disk, by fragment
+    or by row key. Tokens are those of this run. Rates cover the time in which the engine worked for
+    this step, without loading; they are None if it did not.
     """
 
     name: str
@@ -34,22 +34,26 @@ class StepSummary(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def failed(self) -> int:
-        """Rows without an answer."""
+        """Number of rows without an answer."""
         return sum(self.faults.values())
 
     @property
     def repeated(self) -> int:
-        """Answers of rows whose prompt another row of the run has too."""
+        """Number of answers copied from another row of the run with the same prompt."""
         return max(0, self.answers - self.computed - self.reused - self.failed)
 
 
 class Summary(BaseModel, frozen=True, extra="forbid"):
-    """What a run did, in `seconds` from its plan to its publication.
+    """What a run did.
 
-    `quarantined`: rows or files are listed as failed. `kept_sources` are not of this run, and stay
-    published; `renamed_sources` had other names when they were published last. `refused` says why
-    nothing was published. `report` is the path of the run's page, `notes` are what is odd about the
-    checkpoints. `skipped` are names below the input that it does not stand for.
+    quarantined      whether rows or files failed and `on_error` is quarantine
+    kept_sources     sources that are not in this run and stay published
+    renamed_sources  sources that were published under another name before
+    refused          why nothing was published; None if the run was published
+    report           path of the run's page
+    notes            remarks on the checkpoints
+    skipped          names inside the input that are not part of it
+    seconds          from plan to publication
     """
 
     run: str
@@ -72,16 +76,16 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def computed(self) -> int:
-        """Answers that went through a model in this run; 0 means that no model was loaded."""
+        """Number of answers that models computed in this run; 0 if no model was loaded."""
         return sum(step.computed for step in self.steps)
 
 
 def step_summary(name: str, run: str, receipts: Sequence[AnswersReceipt]) -> StepSummary:
-    """One step of `run`, by the receipts of its answers."""
-    # Files with the same rows share one receipt, whose work counts once.
+    """The summary of one step of `run`, from the receipts of its answers."""
+    # Files with the same rows share one receipt; its work counts once.
     by_key = {receipt.key: receipt for receipt in receipts if receipt.run == run}
     own = list(by_key.values())
-    seconds = busy_seconds(own)  # 0.0 where all was known, which has no rate
+    seconds = busy_seconds(own)  # 0.0 if all answers were known; then there is no rate
     computed = sum(receipt.computed_rows for receipt in own)
     prompt_tokens = sum(receipt.prompt_tokens for receipt in own)
     completion_tokens = sum(receipt.completion_tokens for receipt in own)
@@ -101,15 +105,15 @@ def step_summary(name: str, run: str, receipts: Sequence[AnswersReceipt]) -> Ste
 
 
 def _reused(receipt: AnswersReceipt, run: str) -> int:
-    """Answers that `run` did not compute: all of an earlier run's receipt, some of its own."""
+    """Answers that `run` reused: all in an earlier run's receipt, the known ones in its own."""
     if receipt.run == run:
         return receipt.known_rows
-    # Its failures are no answers, and are counted apart.
+    # Failed rows have no answer and are counted separately.
     return receipt.rows - sum(receipt.faults.values())
 
 
 def short(value: object, most: int = 100) -> str:
     """`value` on one line of at most `most` characters."""
-    # No more words than can be shown: a cell of 50 MB has millions.
+    # Split no more words than can be shown; a cell of 50 MB has millions.
     text = " ".join(str(value).split(None, most)[:most])
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,4 +1,4 @@
-"""A run as text for a terminal, with what to do next."""
+"""The summary of a run as text for a terminal."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from glmbatch.report.facts import answers, by_count, size, tokens
 from glmbatch.report.summary import StepSummary, Summary, short
 from glmbatch.store.folder import Folder
 
-LEFT_OUT_SHOWN = 20  # the others are counted: a whole landing folder may be damaged
+LEFT_OUT_SHOWN = 20  # the rest are only counted: a whole landing folder may be damaged
 
 
 def describe(summary: Summary) -> str:
-    """The summary as text for a person, with what to do next."""
+    """The summary as text for people; it ends with where to read the answers and the report."""
     return "\n\n".join("\n".join(block) for block in _blocks(summary))
 
 
 def _blocks(summary: Summary) -> Iterator[list[str]]:
-    """The paragraphs, as lines."""
+    """The paragraphs of the text, each a list of lines."""
     yield [
         f"{size(summary)}, {summary.seconds:.1f} s -> {summary.output}",
         f"run {summary.run}",
@@ -39,11 +39,11 @@ def _blocks(summary: Summary) -> Iterator[list[str]]:
         yield [f"note: {note}" for note in summary.notes]
     if summary.kept_sources:
         yield [
-            f"sources not in this run that stay published: {summary.kept_sources:,} "
-            "(data.missing_sources)"
+            f"sources of earlier runs that stay published: {summary.kept_sources:,} "
+            "(see data.missing_sources)"
         ]
     if summary.renamed_sources:
-        yield [f"sources with new names, in place of their old ones: {summary.renamed_sources:,}"]
+        yield [f"renamed sources: {summary.renamed_sources:,}"]
     for sample in summary.samples:
         yield [f"  {name}: {short(value)}" for name, value in sample.items()]
     yield _where_to_read(summary)
@@ -64,12 +64,15 @@ def _failures(summary: Summary) -> list[str]:
     return [
         f"{summary.faulty_rows:,} rows failed, files left out: {len(summary.unusable):,}",
         *left_out(summary.unusable, "  "),
-        f"  each row with its reason: {Folder(summary.output) / QUARANTINE}",
+        f"  list of failed rows: {Folder(summary.output) / QUARANTINE}",
     ]
 
 
 def left_out(faults: Sequence[FileFault], before: str) -> Iterator[str]:
-    """A line for each file that is left out, of very many for the first alone."""
+    """One line for each of the first LEFT_OUT_SHOWN files left out, and the number of the rest.
+
+    Each line begins with `before`.
+    """
     for fault in faults[:LEFT_OUT_SHOWN]:
         yield f"{before}{fault.reason}"
     if len(faults) > LEFT_OUT_SHOWN:
@@ -77,7 +80,7 @@ def left_out(faults: Sequence[FileFault], before: str) -> Iterator[str]:
 
 
 def _where_to_read(summary: Summary) -> list[str]:
-    # Listing the folder of a Delta table would show the rows of its older versions too.
+    # Listing the folder of a Delta table would also return rows of its older versions.
     if is_table(summary.output):
         reader = f"deltalake.DeltaTable({summary.output!r}).to_pandas()"
     else:

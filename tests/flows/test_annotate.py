@@ -103,7 +103,7 @@ def assert_log_shows_the_run(environment: dict[str, str], out: Path) -> None:
     assert re.search(rf"{CAUSAL.name}: loaded in \d+\.\d s", log), log
     assert re.search(r"mood, day=2/b.parquet@0: 2 rows, 2 answered by the model, .* in \d", log)
     assert "1 failed (null_value 1)" in log
-    assert "reply, in all: 15 rows, 14 answered by the model, 0 reused, 0 of repeated texts" in log
+    assert "reply, total: 15 rows, 14 answered by the model, 0 reused, 0 repeated" in log
     assert f"{out}: published 15 rows in 3 files; 1 failed, 0 files or fragments left out" in log
 
 

@@ -1,4 +1,4 @@
-"""Counts over receipts: sums, busy time, and how far shares of labels moved."""
+"""Counts over receipts: sums, busy time, and the drift of label shares."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def receipt(began: float, seconds: float, computed_rows: int) -> AnswersReceipt:
     )
 
 
-def test_busy_time_of_overlapping_fragments_counts_once() -> None:
+def test_overlapping_busy_time_counts_once() -> None:
     assert busy_seconds([receipt(100, 5, 8), receipt(103, 4, 8)]) == 7
 
 
-def test_fragments_that_asked_nothing_are_not_busy() -> None:
+def test_fragments_without_inference_are_not_busy() -> None:
     assert busy_seconds([receipt(100, 5, 8), receipt(10, 4, 0)]) == 5
     assert busy_seconds([receipt(10, 4, 0)]) == 0
     assert busy_seconds([]) == 0
 
 
-def test_sums_come_largest_first() -> None:
+def test_sums_are_listed_largest_first() -> None:
     assert list(total([{"a": 1, "b": 2}, {"b": 1, "c": 5}]).items()) == [
         ("c", 5),
         ("b", 3),
@@ -45,13 +45,13 @@ def test_sums_come_largest_first() -> None:
 
 
 def test_the_index_of_a_known_shift() -> None:
-    """Shares 0.8 and 0.2 that become 0.6 and 0.4: 0.2 ln(4/3) + 0.2 ln 2."""
+    """Shares move from 0.8 and 0.2 to 0.6 and 0.4: 0.2 ln(4/3) + 0.2 ln 2."""
     index = population_stability({"a": 80_000, "b": 20_000}, {"a": 60_000, "b": 40_000})
     assert index == pytest.approx(0.2 * 0.28768207 + 0.2 * 0.69314718, rel=1e-4)
 
 
 @given(before=COUNTS, now=COUNTS)
-def test_the_index_is_the_same_both_ways(before: dict[str, int], now: dict[str, int]) -> None:
+def test_the_index_is_symmetric(before: dict[str, int], now: dict[str, int]) -> None:
     index = population_stability(before, now)
     assert index >= 0
     assert index == pytest.approx(population_stability(now, before))

@@ -1,4 +1,4 @@
-"""A call over a table shows a bar where somebody can see one, and nothing elsewhere."""
+"""A call over a table shows a bar on a terminal or in a notebook, and nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("stderr", [io.StringIO(), None])
-def test_a_log_or_nothing_shows_none(stderr: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_or_no_stderr_shows_no_bar(stderr: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown_on(stderr, monkeypatch) == ""
 
 
-def test_a_dumb_terminal_and_a_short_call_show_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dumb_terminal_or_short_call_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "PATIENCE_SECONDS", 60.0)
     assert shown_on(Terminal(), monkeypatch) == ""
     monkeypatch.setattr(display, "PATIENCE_SECONDS", 0.0)
@@ -51,7 +51,7 @@ def test_a_dumb_terminal_and_a_short_call_show_none(monkeypatch: pytest.MonkeyPa
     assert shown_on(Terminal(), monkeypatch) == ""
 
 
-def test_a_notebook_shows_a_line_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_updates_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
 
     def show(content: dict[str, str], **_: object) -> Any:
@@ -68,7 +68,7 @@ def test_a_notebook_shows_a_line_that_changes(monkeypatch: pytest.MonkeyPatch) -
     assert "0/0 answers" in lines[1] and lines[-1] == ""
 
 
-def test_two_calls_at_once_show_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_calls_show_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     with display.showing_bar(newest_progress), display.showing_bar(newest_progress):
         bars = [thread for thread in threading.enumerate() if thread.name == "progress"]

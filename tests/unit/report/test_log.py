@@ -1,4 +1,4 @@
-"""What a run says about itself while it is on, for Prefect's page and for `-v`."""
+"""The log lines of a run, for Prefect's page and for `-v`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glmbatch.settings.job import JobConfig
 from tests.support import Settings, Write
 
 
-def test_a_run_tells_what_it_leaves_out_and_what_audits_find(
+def test_a_run_logs_left_out_files_and_audits(
     write_source: Write,
     job_settings: Settings,
     own_engines: None,
@@ -27,13 +27,13 @@ def test_a_run_tells_what_it_leaves_out_and_what_audits_find(
     assert "3 rows of 1 files in 1 fragments; files left out: 1" in caplog.text
     assert "b.parquet: left out: " in caplog.text
     assert ": loaded in " in caplog.text
-    first = "mood, a.parquet@0: 3 rows, 1 answered by the model, 0 reused, 1 of repeated texts, "
+    first = "mood, a.parquet@0: 3 rows, 1 answered by the model, 0 reused, 1 repeated, "
     assert f"{first}1 failed (null_value 1) in " in caplog.text
     assert "audit passed: reply: share of truncated answers" in caplog.text
     assert ": published 3 rows in 1 files; 1 failed, 1 files or fragments left out" in caplog.text
 
 
-def test_a_run_tells_what_it_reuses_and_why_it_is_refused(
+def test_a_run_logs_reuse_and_why_it_is_refused(
     write_source: Write, job_settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_source("a.parquet", {"text": ["one", "two"]})

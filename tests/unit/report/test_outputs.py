@@ -1,4 +1,4 @@
-"""What a report reads of the outputs: each file once, and only what is shown of it."""
+"""A report opens each output once and reads only what it shows."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_rows_of_each_label_come_from_several_files(
         assert published[sample.text]["mood_score"] == sample.score
 
 
-def test_samples_are_the_first_rows_without_fault(
+def test_samples_are_the_first_answered_rows(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     texts = [None] * 8 + ["one", None, "two", "three", "four"]

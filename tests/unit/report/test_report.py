@@ -1,4 +1,4 @@
-"""The page after a run says what the summary says, loads nothing, and escapes text of the data."""
+"""The report agrees with the summary, loads nothing, and escapes the texts of the data."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def page_of(summary: Summary) -> Page:
     return Page(summary.report)
 
 
-def test_the_page_says_what_the_summary_says(
+def test_the_page_agrees_with_the_summary(
     rows: list[str | None], write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     write_source("a.parquet", {"text": [rows[0], *rows, None, " "]})
@@ -73,12 +73,12 @@ def test_the_page_says_what_the_summary_says(
     assert facts["run"] == summary.run
     assert facts["size"] == "26 rows in 4 fragments"
     assert (facts["failed rows"], facts["answers"]) == ("2", "52")
-    assert facts["computed, reused, of repeated texts"] == "46, 0, 2"
+    assert facts["computed, reused, repeated"] == "46, 0, 2"
     tokens = [
         sum(getattr(step, name) for step in summary.steps)
         for name in ("prompt_tokens", "completion_tokens")
     ]
-    assert facts["tokens"] == f"{tokens[0]:,} read, {tokens[1]:,} written"
+    assert facts["tokens"] == f"{tokens[0]:,} read, {tokens[1]:,} generated"
     assert facts["device"].startswith("cpu, ")
     assert float(facts["cost"].split()[0]) == pytest.approx(2 * summary.seconds, rel=1e-3)
     for step in summary.steps:
@@ -90,7 +90,7 @@ def test_the_page_says_what_the_summary_says(
     assert verify(tmp_path / "out").findings == ()
 
 
-def test_plots_are_counts_of_the_published_columns(
+def test_plots_count_the_published_columns(
     rows: list[str | None], write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     write_source("a.parquet", {"text": rows})
@@ -131,7 +131,7 @@ def test_plots_are_counts_of_the_published_columns(
         )
 
 
-def test_the_labels_of_the_run_before_stand_beside(
+def test_labels_are_compared_with_the_previous_run(
     rows: list[str | None], write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     write_source("a.parquet", {"text": rows})
@@ -159,18 +159,18 @@ def test_the_labels_of_the_run_before_stand_beside(
     moved = population_stability(then, now)
     assert moved > 0.01
     assert any(
-        text.startswith(f"Moved by {moved:.4f} from the run before, {first.run} ")
+        text.startswith(f"Label shift since the previous run, {first.run}: {moved:.4f} ")
         for text in page.texts
     )
     third = page_of(run(job_settings(steps=[HEAD])))
-    assert ["device", "none: no model was asked"] in third.rows
+    assert ["device", "none (no model was used)"] in third.rows
     assert any(
-        text.startswith(f"Moved by 0.0000 from the run before, {second.run} ")
+        text.startswith(f"Label shift since the previous run, {second.run}: 0.0000 ")
         for text in third.texts
     )
 
 
-def test_a_refused_run_has_its_page(
+def test_a_refused_run_has_a_report(
     rows: list[str | None], write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     write_source("a.parquet", {"text": [*rows, None]})
@@ -191,7 +191,7 @@ HOSTILE = (
 )
 
 
-def test_text_of_the_data_is_never_markup(
+def test_texts_of_the_data_never_act_as_markup(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     name = "day=<b>1/<i>|a.parquet"
@@ -218,7 +218,7 @@ def test_text_of_the_data_is_never_markup(
     assert len(re.findall(r"(?<!\\)\|", line)) == 3, "two cells"
 
 
-def test_a_report_that_cannot_be_written_fails_no_run(
+def test_a_failed_report_does_not_fail_the_run(
     write_source: Write, job_settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_source("a.parquet", {"text": ["one", "two"]})
@@ -226,7 +226,7 @@ def test_a_report_that_cannot_be_written_fails_no_run(
     (tmp_path / "out" / "_glmbatch" / "reports").write_text("in the way")
     summary = run(job_settings())
     assert (summary.rows, summary.report) == (2, None)
-    assert "the report of the run is not written" in caplog.text
+    assert "the report of the run could not be written" in caplog.text
     assert verify(tmp_path / "out").sound
 
 
