@@ -1,7 +1,7 @@
 #!/bin/bash
 # Checks and measurements that need a GPU, the most important first. Results go to the folder $OUT.
 #
-#     OUT=results bash benchmarks/on_gpu.sh correct     tests of attention, CUDA graphs and int8, compared with the CPU (minutes)
+#     OUT=results bash benchmarks/on_gpu.sh correct     answers compared with the CPU, CUDA graphs, same bits in any batch (minutes)
 #     OUT=results bash benchmarks/on_gpu.sh small       the engine compared with transformers on the middle shape
 #     OUT=results bash benchmarks/on_gpu.sh full        speed and memory of the full 6B shape in bfloat16
 set -euo pipefail
