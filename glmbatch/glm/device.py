@@ -1,4 +1,4 @@
-"""Which device computes, and in which numbers. Imports torch, but loads no model."""
+"""Resolves the device and dtype settings. Imports torch, but loads no model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def resolve_device(name: str) -> str:
-    """The device that the setting names, "cpu" or "cuda:N"; InputError when there is none."""
+    """The device for the setting `name`: "cpu" or "cuda:N"; "auto" prefers the first GPU.
+
+    Raises InputError if this machine has no such CUDA device.
+    """
     if name == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -26,7 +29,10 @@ def resolve_device(name: str) -> str:
 
 
 def describe_device(name: str) -> str:
-    """The device that the setting names, in words for a report."""
+    """The device for the setting `name` as a report shows it: number of threads or GPU name.
+
+    Raises InputError if this machine has no such CUDA device.
+    """
     device = resolve_device(name)
     if device == "cpu":
         return f"cpu, {torch.get_num_threads()} threads"
@@ -34,15 +40,15 @@ def describe_device(name: str) -> str:
 
 
 def resolve_dtype(dtype: str, device: str) -> Dtype:
-    """The numbers that the setting names; "auto" depends on the device."""
-    # On CPUs without matrix units for it, bfloat16 runs at 0.6 of the speed of float32.
+    """The dtype for the setting `dtype`; "auto" is bfloat16 on CUDA and float32 on CPU."""
+    # On CPUs without bfloat16 matrix units, bfloat16 runs at 0.6 times the speed of float32.
     if dtype == "auto":
         return "bfloat16" if device.startswith("cuda") else "float32"
     return dtype  # type: ignore[return-value]
 
 
 def free_memory_bytes(device: str) -> int:
-    """Memory in bytes that is free on `device`."""
+    """Free memory of `device` in bytes; for "cpu", the memory available to new processes."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil

@@ -1,6 +1,6 @@
 """Text to token ids and back for ChatGLM2. No tensors.
 
-The only file that knows [gMASK], sop and the chat form.
+The only module that knows [gMASK], sop and the chat format.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ from glmbatch.errors import InputError
 from glmbatch.glm.files import read_bytes
 
 TOKENIZER_FILE = "tokenizer.model"
-# What may join with its neighbours where a text is cut: an accent, a blank at an end.
+# Characters at a cut that normalization may merge with others, such as accents and spaces.
 _EDGE_CHARS = 64
-# Their ids follow the sentencepiece vocabulary in this order.
+# Their ids follow those of the sentencepiece vocabulary, in this order.
 _SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
 _LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
-# White space, controls and zero-width marks: nothing that a reader would see between two lines.
+# White space, control characters and zero-width marks: invisible between two lines.
 _INVISIBLE = r"[\s\x00-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]"
 _TURN = r"(?:\[Round *\d+\]|[问答] *[：:])"
-# Possessive, and only from the start of a run: a million newlines take linear time.
+# Possessive, and anchored at the start of a run, so that a million newlines take linear time.
 _BEFORE_TURN = re.compile(rf"(?<!{_INVISIBLE}){_INVISIBLE}*+(?={_TURN})")
-
 
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. It keeps no state between calls, so threads may share it."""
+    """A checkpoint's tokenizer. It keeps no state between calls, so threads may share it.
+
+    `vocab_size` counts the sentencepiece vocabulary and the special tokens of `special_ids`.
+    """
 
     def __init__(self, processor: SentencePieceProcessor) -> None:
         self._processor = processor
@@ -47,18 +49,22 @@ class Tokenizer:
         self._silent = {self.eos_id, self.pad_id, processor.bos_id()}
         pieces = range(self._pieces)
         self._longest_piece = max(map(len, processor.id_to_piece(list(pieces))), default=1)
-        # Without them a run of unknown characters is one id, however long it is.
+        # Without byte tokens, a run of unknown characters of any length becomes one id.
         self._has_bytes = sum(map(processor.is_byte, pieces)) == 256
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Prompt ids of each text: [gMASK] sop, then its own.
+        """Token ids of each prompt: [gMASK] sop, then the ids of its text.
 
-        A special token written in a text stays text.
+        A special token spelled out in a text is encoded as text. Raises InputError for a text that
+        is not valid Unicode.
         """
         return [self._prefix + ids for ids in self.encode_plain(texts)]
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text without the prefix; InputError for a text that is not Unicode."""
+        """Token ids of each text, without [gMASK] sop.
+
+        Raises InputError for a text that is not valid Unicode.
+        """
         try:
             ids: list[list[int]] = self._processor.encode(list(texts))
         except (TypeError, UnicodeEncodeError) as error:
@@ -66,9 +72,10 @@ class Tokenizer:
         return ids
 
     def surely_exceeds(self, text: str, limit: int) -> bool:
-        """Whether `text` has more than `limit` ids, where its length alone says so.
+        """Whether `text` has more than `limit` token ids, judged by its length alone.
 
-        No id stands for more characters than the longest piece has. False says nothing.
+        No id covers more characters than the longest piece. True is certain; False means that the
+        text must be encoded to know.
         """
         most_chars = limit * self._longest_piece
         step = most_chars + _EDGE_CHARS
@@ -77,17 +84,17 @@ class Tokenizer:
         chars = 0
         for start in range(0, len(text), step):
             try:
-                # As the tokenizer sees it: some join blanks, or take characters out.
+                # Normalization comes first: some tokenizers merge spaces or drop characters.
                 part: str = self._processor.normalize(text[start : start + step])
             except (TypeError, UnicodeEncodeError):
-                return False  # encoding says what is wrong with it
+                return False  # `encode` raises the error that names the fault
             chars += max(0, len(part) - _EDGE_CHARS)
             if chars > most_chars:
                 return True
         return False
 
     def word_of(self, token_id: int) -> str | None:
-        """The text that an id stands for; None for one that is special or has no token."""
+        """The piece with this id, or None if the id is special, unused or out of range."""
         if token_id >= self._pieces or token_id in self._silent:
             return None
         if self._processor.is_control(token_id) or self._processor.is_unused(token_id):
@@ -98,8 +105,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, cut: bool = False) -> str:
         """The text of `ids`.
 
-        Special and out-of-range ids give nothing, bytes that are not a character give U+FFFD. Where
-        the ids were `cut`, the bytes at their end that begin a character give nothing either.
+        Special and out-of-range ids are skipped; bytes that form no character become U+FFFD. Set
+        `cut` if the ids were cut off: an incomplete character at their end is then skipped too.
         """
         text_ids = [int(i) for i in ids if 0 <= i < self._pieces and i not in self._silent]
         if cut and (begun := self._begun_bytes(text_ids)):
@@ -108,7 +115,7 @@ class Tokenizer:
         return text
 
     def _begun_bytes(self, ids: Sequence[int]) -> int:
-        """How many byte tokens at the end of `ids` begin a character that is not complete."""
+        """Number of byte tokens at the end of `ids` that form an incomplete UTF-8 character."""
         last = list(takewhile(self._processor.is_byte, reversed(ids)))
         pieces = [self._processor.id_to_piece(i) for i in reversed(last)]  # such as <0xF0>
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -119,33 +126,37 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of the checkpoint in directory `path`.
 
-    InputError when its file is missing or damaged.
+    Raises InputError if its tokenizer.model is missing, damaged or another model's.
     """
     file = Path(path) / TOKENIZER_FILE
     proto = read_bytes(file)
     processor = SentencePieceProcessor()
     if _TIKTOKEN.match(proto):
         raise InputError(
-            f"{file}: a tiktoken vocabulary, as GLM-4 has, and not the sentencepiece model of "
+            f"{file}: a tiktoken vocabulary (GLM-4 uses one), not the sentencepiece model of "
             "ChatGLM2. Set model.path to a ChatGLM2 checkpoint."
         )
     try:
         processor.LoadFromSerializedProto(proto)
-        # Reads every piece, so that a damaged one (not Unicode) is found here and not later.
+        # Decode every piece now, so that an invalid one fails here and not in a run.
         pieces = processor.id_to_piece(list(range(processor.vocab_size())))
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"{file}: damaged or not a sentencepiece model ({str(error)[:80]}). Copy it again."
         ) from error
-    # A word like "sop" may be a piece; in brackets it is a special token in another place.
+    # "sop" may also be an ordinary piece. A bracketed token, or one marked as control, is special,
+    # and its id would then differ from ChatGLM2's.
     for token in _SPECIAL_TOKENS:
         if token in pieces and (token[0] == "[" or processor.is_control(pieces.index(token))):
             raise InputError(
-                f"{file}: has {token} among its own pieces, where ChatGLM2's has it behind them. "
-                "It belongs to another model: copy the one of the base."
+                f"{file}: has {token} among its pieces; in ChatGLM2, its id follows them. "
+                "It belongs to another model: copy the tokenizer.model of the base."
             )
     if processor.eos_id() < 0:
-        raise InputError(f"{file}: a sentencepiece model without an end token; ChatGLM2's has one.")
+        raise InputError(
+            f"{file}: this sentencepiece model has no end token, and ChatGLM2's has one. "
+            "Copy the tokenizer.model of the base."
+        )
     return Tokenizer(processor)
 
 
@@ -156,16 +167,17 @@ def _first_fault(texts: Sequence[str]) -> str:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            return f"text {place} holds half a character (a lone surrogate) at {error.start}"
+            return f"text {place} has half a character (a lone surrogate) at {error.start}"
     raise AssertionError("every text is Unicode")
 
 
 def chat_prompt(
     query: str, history: Iterable[tuple[str, str]] = (), system_prompt: str | None = None
 ) -> str:
-    """The form that the model was trained on: numbered rounds, the last one open.
+    """`query` in the chat format of ChatGLM2's training: numbered rounds, the last one open.
 
-    ChatGLM2 has no role for a system prompt, so it comes before the first round.
+    `history` has the question and answer of each earlier round. ChatGLM2 has no role for a system
+    prompt, so it comes before the first round.
     """
     rounds = [_round(number, *past) for number, past in enumerate(history, 1)]
     rounds.append(_round(len(rounds) + 1, query, ""))
@@ -179,13 +191,13 @@ def _round(number: int, query: str, answer: str) -> str:
 
 
 def escape_turns(value: str) -> str:
-    """`value` so that nothing in it looks like a turn of the chat form.
+    """`value`, changed so that nothing in it looks like a turn of the chat format.
 
-    Every visible character is kept. A turn begins after a blank line: before `[Round N]`,
-    `问：` or `答：` a blank line becomes one line break. At the start of `value`, where the
-    template may end in a blank line, a space moves the mark off the beginning of its line.
+    Keeps every visible character. A turn starts after a blank line, so a blank line before
+    `[Round N]`, `问：` or `答：` becomes a single line break. At the start of `value`, where the
+    template may end in a blank line, a space precedes the mark instead.
     """
-    # Most texts hold none of these, and a long one takes seconds to be looked through.
+    # Most texts have none of these marks, and the regular expression takes seconds on a long text.
     if not any(mark in value for mark in ("[Round", "问", "答")):
         return value
     return _BEFORE_TURN.sub(_close_gap, value)
@@ -198,5 +210,8 @@ def _close_gap(gap: re.Match[str]) -> str:
 
 
 def clean_answer(text: str) -> str:
-    """An answer as the model's own chat shows it: stripped, with its date filled in."""
+    """The answer as ChatGLM2's own `process_response` shows it: stripped, with its date filled in.
+
+    The model writes [[训练时间]], "time of training", in its place.
+    """
     return text.strip().replace("[[训练时间]]", "2023年")

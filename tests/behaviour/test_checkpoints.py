@@ -56,7 +56,7 @@ def test_non_finite_weights_stop_a_job_before_its_rows(
     write_source("a.parquet", {"text": ["one", "two"]})
     settings = job_settings(model__path=str(model), steps=[CLASSIFY])
     for attempt in (run, lambda settings: preview(JobConfig.model_validate(settings))):
-        with pytest.raises(InputError, match=rf"'{key}' holds 1 of [\d,]+ values that are not"):
+        with pytest.raises(InputError, match=rf"'{key}' has 1 of [\d,]+ values that are not"):
             attempt(settings)
     assert not committed(out)
 
@@ -89,7 +89,9 @@ def test_a_job_stops_when_no_row_fits_in_memory(
     monkeypatch.setattr(Network, "prefill", full)
     texts = ["word " * (number % 9) + str(number) for number in range(90)]
     write_source("a.parquet", {"text": texts})
-    with pytest.raises(InputError, match=r"failed on all 30 rows .* no room on cpu for one prompt"):
+    with pytest.raises(
+        InputError, match=r"failed on all 30 rows .* not enough memory on cpu for one prompt"
+    ):
         run(job_settings(steps=[CLASSIFY], data__rows_per_fragment=15))
     assert len(committed(out)) == 1
 
@@ -155,7 +157,7 @@ def test_every_command_shows_checkpoint_notes(
     edit_config(model, _name_or_path="/data/out", rotary_percent=0.5)
     write_source("a.parquet", {"text": ["one", "two"]})
     settings = job_settings(model__path=str(model), steps=[CLASSIFY])
-    odd = ("config.json: 'rotary_percent' is not known here", "no file names the model")
+    odd = ("config.json: 'rotary_percent' is unknown", "no file names the model")
     plan = preview(JobConfig.model_validate(settings))
     summary = run(settings)
     assert summary.report is not None

@@ -1,4 +1,4 @@
-"""Checkpoints: what is in one, whether it is sound, and how it is loaded and saved."""
+"""Checkpoints and LoRA adapters: inspecting, loading and saving them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load_model` on first use, because it loads torch."""
+    """Import `load_model` on first use, because importing it loads torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from glmbatch.glm.checkpoint import load

@@ -1,9 +1,9 @@
-"""A LoRA adapter's directory, as peft writes it, compared with the checkpoint that it is to change.
+"""Reads a LoRA adapter as peft saves it and checks it against the checkpoint that it changes.
 
-Trusts nothing, as with a checkpoint. An adapter names its modules as either layout does, whichever
-layout the checkpoint has. Changes no weights itself.
+An adapter may name its modules in either layout, whatever the checkpoint's layout. Everything in
+its files is checked before use. See https://arxiv.org/abs/2106.09685 for LoRA.
 
-    R rank   I numbers in   O numbers out
+    R rank   I features in   O features out
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from glmbatch.glm.checkpoint.shards import Header, read_headers, read_tensors
 from glmbatch.glm.device import DTYPE_BYTES
 from glmbatch.glm.files import ADAPTER_CONFIG, ADAPTER_LABELS, ADAPTER_WEIGHTS, read_json
 
-# peft wraps the model twice, and every saved name begins with both wrappers.
+# peft wraps the model twice, and every saved name begins with the names of both wrappers.
 PREFIX = "base_model.model."
 _A = ".lora_A.weight"
 _B = ".lora_B.weight"
-_ADVICE = "Set model.adapter to one that was made on this model."
+_ADVICE = "Set model.adapter to one that was trained on this model."
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A sound adapter, without its weights. Tensors and modules have their names in `layout`.
+    """A valid adapter, without its weights. Tensors and modules have their names in `layout`.
 
-    `scales` has each linear module that it adds to, `whole` each tensor that it replaces. `labels`
-    are those of the head that it brings; empty when it brings none.
+    `scales` has the factor of each adapted linear module, `whole` the tensors that are replaced
+    entirely. `labels` are those of the adapter's classification head; empty without one.
     """
 
     path: Path
@@ -49,34 +49,34 @@ class Adapter:
 
     @property
     def file(self) -> Path:
-        """The file of its weights."""
+        """The path of its weights."""
         return self.path / ADAPTER_WEIGHTS
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The distinct ranks of its matrices, smallest first."""
+        """The distinct ranks of its modules, in ascending order."""
         return tuple(sorted({self.tensors[module + _A].shape[0] for module in self.scales}))
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What is added to one weight: a_RI and b_OR in float32, their product times `scale`."""
+    """The update of one weight: `scale` * b_OR @ a_RI, in float32."""
 
     a_RI: torch.Tensor
     b_OR: torch.Tensor
     scale: float
 
     def added_to(self, weight_OI: torch.Tensor) -> torch.Tensor:
-        """The sum [O, I], in float32 whatever `weight_OI` is stored in."""
+        """The updated weight [O, I] in float32, whatever the dtype of `weight_OI`."""
         return torch.addmm(weight_OI.float(), self.b_OR, self.a_RI, alpha=self.scale)
 
 
 def read_adapter(
     path: str | Path, architecture: Architecture, layout: Layout, has_head: bool
 ) -> Adapter:
-    """The adapter in directory `path` for a checkpoint of this kind.
+    """The adapter in directory `path`, checked against a checkpoint of this kind.
 
-    InputError that names the first thing wrong.
+    Raises InputError for the first problem.
     """
     directory = Path(path)
     _require_files(directory)
@@ -98,13 +98,13 @@ def read_adapter(
             "head. Set model.path to a checkpoint with one, or model.adapter to one that was saved "
             "with its head."
         )
-    # Against the layout it was made on, which may differ from the checkpoint's.
+    # In the layout that the adapter was trained in, which may differ from the checkpoint's.
     specs = _specs(replace(architecture, labels=labels or architecture.labels), made_on, has_head)
     _refuse_unfit(file, specs, tensors, config)
     _refuse_incomplete(file, specs, tensors, config)
     _refuse_non_finite(file, tensors)
     for key in config.unknown:
-        warnings.append(f"{ADAPTER_CONFIG}: {key!r} is not known here and has no effect")
+        warnings.append(f"{ADAPTER_CONFIG}: {key!r} is unknown and has no effect")
     modules = [_module(name) for name in tensors if name.endswith(_A)]
     return Adapter(
         path=directory,
@@ -120,30 +120,30 @@ def read_adapter(
 def load_adapter(
     adapter: Adapter, architecture: Architecture, has_head: bool
 ) -> tuple[dict[str, LowRank], dict[str, torch.Tensor]]:
-    """What is added to which native weight, and the native tensors that replace the checkpoint's.
+    """The updates of native weights, and the native tensors that replace the checkpoint's, by name.
 
-    `architecture` and `has_head` are those of the checkpoint with the adapter.
+    `architecture` and `has_head` describe the checkpoint with the adapter.
     """
     specs = _specs(architecture, adapter.layout, has_head)
-    # Cloned, because a tensor lives in its file's pages; an adapter is small.
+    # Cloned, because the tensors are mapped from the file. An adapter is small.
     held = {name: tensor.clone() for name, tensor in _read(adapter.file, adapter.tensors)}
     added: dict[str, LowRank] = {}
     for module, scale in adapter.scales.items():
         a_RI = held[module + _A].float()
         b_OR = held[module + _B].float()
-        # Only the second matrix has the rows of the fused weight: it is split as they are.
+        # Only the second matrix has the rows of the fused weight, so only it is split.
         for name, rows in split_rows(architecture, specs[f"{module}.weight"], b_OR):
             added[name] = LowRank(a_RI, rows, scale)
     replaced: dict[str, torch.Tensor] = {}
     for name in adapter.whole:
         replaced |= split_rows(architecture, specs[name], held[name])
-    if "score.weight" in replaced:  # the head of transformers' own class has no bias
+    if "score.weight" in replaced:  # the head of transformers' class has no bias
         replaced.setdefault("score.bias", torch.zeros(len(architecture.labels)))
     return added, replaced
 
 
 def _require_files(directory: Path) -> None:
-    # os.path, not pathlib: it takes a path that may not be looked at for a missing one.
+    # os.path treats a path without access rights as missing, where pathlib raises.
     if not os.path.isdir(directory):
         raise InputError(
             f"{directory}: not a directory. Set model.adapter to the adapter's directory."
@@ -164,28 +164,28 @@ def _require_files(directory: Path) -> None:
 
 
 def _tensors(file: Path) -> dict[str, Header]:
-    """What `file` holds, by its name in the model that the adapter was made on."""
+    """Headers of the tensors in `file`, by their names in the model that was trained."""
     headers = read_headers(file)
     for key, header in headers.items():
         if not key.startswith(PREFIX):
             raise InputError(
-                f"{file}: {key!r} does not begin with {PREFIX!r}, as peft writes it. "
-                "Set model.adapter."
+                f"{file}: {key!r} does not begin with {PREFIX!r}, as peft's names do. "
+                "Set model.adapter to a directory that peft saved."
             )
         if header.dtype not in DTYPE_BYTES:
             allowed = " or ".join(DTYPE_BYTES)
             raise InputError(
                 f"{file}: {key!r} is stored as {header.dtype}; it must be {allowed}. "
-                "Set model.adapter."
+                "Set model.adapter to another adapter."
             )
-    # It would load, and every answer would be the base's own.
+    # It would load, and every answer would be the base model's.
     if not headers:
-        raise InputError(f"{file}: holds no weights. Set model.adapter.")
+        raise InputError(f"{file}: has no weights. Set model.adapter to another adapter.")
     return {key.removeprefix(PREFIX): header for key, header in headers.items()}
 
 
 def _layout_of(tensors: Mapping[str, Header]) -> Layout:
-    """The layout of the model that the adapter was made on, by the names of its tensors."""
+    """The layout of the model that was trained, recognized by the names of its tensors."""
     original = ("transformer.", HEAD_KEYS["original"])
     return "original" if any(name.startswith(original) for name in tensors) else "native"
 
@@ -193,16 +193,16 @@ def _layout_of(tensors: Mapping[str, Header]) -> Layout:
 def _refuse_lost_order(
     file: Path, layout: Layout, made_on: Layout, architecture: Architecture
 ) -> None:
-    """InputError when the rows of fused heads cannot be matched with the adapter's.
+    """Raise InputError if the order of the rows of fused heads is unknown.
 
-    The original classes fuse them head by head without multi-query, which the native layout does
-    not record.
+    Without multi-query attention, the original classes interleave query, key and value head by
+    head. A checkpoint in the native layout does not record whether its base did.
     """
     every_head_a_group = architecture.groups == architecture.heads
     if (layout, made_on) == ("native", "original") and every_head_a_group:
         raise InputError(
-            f"{file}: made on the original classes, and the checkpoint no longer says in which "
-            "order their rows of heads were fused. Set model.path to the checkpoint in its "
+            f"{file}: trained on the original classes, but the checkpoint no longer records in "
+            "which order they fuse the rows of heads. Set model.path to the checkpoint in its "
             "original layout."
         )
 
@@ -216,12 +216,12 @@ def _read(file: Path, tensors: Mapping[str, Header]) -> Iterator[tuple[str, torc
 def _labels(
     directory: Path, architecture: Architecture, head: Header
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Names of the rows of the adapter's head, and warnings.
+    """The labels of the adapter's head, and warnings.
 
-    peft saves none; a config.json beside the adapter may have them.
+    peft does not save them; a config.json beside the adapter may name them.
     """
     rows = 0
-    # Else its shape is refused later, with the shape that it must have.
+    # Any other shape is refused later, in a message with the right one.
     if head.shape[1:] == (architecture.hidden_size,):
         rows = head.shape[0]
     file = directory / ADAPTER_LABELS
@@ -240,14 +240,15 @@ def _labels(
     if rows == len(architecture.labels):
         return architecture.labels, []
     warning = (
-        f"the adapter does not name its labels; 'id2label' of a {ADAPTER_LABELS} beside it would"
+        "the adapter does not name its labels; to name them, add a "
+        f"{ADAPTER_LABELS} with 'id2label' beside it"
     )
     return default_labels(rows), [warning]
 
 
 def _specs(architecture: Architecture, layout: Layout, has_head: bool) -> dict[str, TensorSpec]:
-    """Every tensor that the model computes with, by its name in `layout`."""
-    # An adapter adds to dequantized weights, and never to a prefix.
+    """Every tensor that an adapter may change, by its name in `layout`."""
+    # An adapter changes dequantized weights and never a prefix.
     return list_tensors(replace(architecture, quantization_bit=0, pre_seq_len=0), layout, has_head)
 
 
@@ -265,23 +266,23 @@ def _refuse_unfit(
         wanted = _shape(name, specs, config)
         if wanted is None:
             raise InputError(
-                f"{file}: {PREFIX + name!r} belongs to nothing that can be changed here. {_ADVICE}"
+                f"{file}: {PREFIX + name!r} changes nothing that this model has. {_ADVICE}"
             )
         if header.shape != wanted:
             raise InputError(
-                f"{file}: {PREFIX + name!r} has shape {list(header.shape)}; the checkpoint and "
-                f"{ADAPTER_CONFIG} make it {list(wanted)}. {_ADVICE}"
+                f"{file}: {PREFIX + name!r} has shape {list(header.shape)}; by the checkpoint and "
+                f"{ADAPTER_CONFIG}, it must be {list(wanted)}. {_ADVICE}"
             )
 
 
 def _shape(
     name: str, specs: Mapping[str, TensorSpec], config: AdapterConfig
 ) -> tuple[int, ...] | None:
-    """The shape that tensor `name` of an adapter must have; None when nothing can take it."""
+    """The shape that tensor `name` of an adapter must have; None if it changes nothing."""
     module = _module(name)
     if not name.endswith((_A, _B)):
         return specs[name].shape if name in specs and config.saves(module) else None
-    # Two matrices replace a product, so only a weight of two dimensions can have them.
+    # Two matrices update a linear layer, so its weight has two dimensions.
     spec = specs.get(f"{module}.weight")
     if spec is None or len(spec.shape) != 2:
         return None
@@ -295,13 +296,13 @@ def _refuse_incomplete(
     tensors: Mapping[str, Header],
     config: AdapterConfig,
 ) -> None:
-    """InputError when a matrix lacks its other, or something that the config says is there."""
+    """Raise InputError if one matrix of a pair is missing, or a tensor that the config requires."""
     needed: set[str] = set()
     for name in tensors:
         if name.endswith((_A, _B)):
             needed |= {_module(name) + _A, _module(name) + _B}
     for name in specs:
-        # A head of transformers' own class has no bias, so its absence is no fault.
+        # A head of transformers' class has no bias, so the bias may be missing.
         if config.saves(_module(name)) and name not in ("score.bias", "classifier_head.bias"):
             needed.add(name)
         elif name.endswith(".weight") and config.adapts(_module(name)):
@@ -310,15 +311,16 @@ def _refuse_incomplete(
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise InputError(
-            f"{file}: no {PREFIX + absent[0]!r}{more}: it is incomplete, or made on fewer layers. "
-            f"{_ADVICE}"
+            f"{file}: no {PREFIX + absent[0]!r}{more}. It is incomplete, or was trained on fewer "
+            f"layers. {_ADVICE}"
         )
 
 
 def _refuse_non_finite(file: Path, tensors: Mapping[str, Header]) -> None:
-    # Merged, a single nan would make every answer fail.
+    # A single nan, merged into the weights, makes every answer fail.
     for name, tensor in _read(file, tensors):
         if not tensor.isfinite().all():
             raise InputError(
-                f"{file}: {PREFIX + name!r} holds values that are not finite. Set model.adapter."
+                f"{file}: {PREFIX + name!r} has values that are not finite. "
+                "Set model.adapter to an earlier save."
             )

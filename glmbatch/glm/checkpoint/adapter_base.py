@@ -1,6 +1,6 @@
-"""Which weights an adapter was trained over: a few numbers of each, kept in a file beside it.
+"""Records a sample of the weights that an adapter was trained on, and checks it before merging.
 
-Over other weights of the same shapes an adapter loads, and answers nonsense.
+An adapter also loads on other weights of the same shapes, but its answers are then nonsense.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from glmbatch.glm.checkpoint.layout import TensorSpec, split_rows
 from glmbatch.glm.checkpoint.shards import Header, dequantized, read_tensors
 from glmbatch.glm.files import ADAPTER_BASE, ADAPTER_CONFIG, read_json
 
-# Of each weight: any other training changes some of so many numbers in each of all layers.
+# The sample of each weight: 8 numbers of row 3. Any other training changes some of them.
 _ROW, _COLUMNS = 3, 8
-# How far rounding moves a number at most, as a share of it; and float16 the small ones below 2^-14.
+# The largest relative rounding error of each dtype, and the absolute one of float16 below 2^-14.
 _ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 _SMALLEST = 2.0**-25
 
@@ -32,7 +32,10 @@ def sample_weights(
     specs: Mapping[str, TensorSpec],
     tensors: Mapping[Path, Mapping[str, Header]],
 ) -> Sample:
-    """Some numbers of each native weight of the body, and how far storing may have moved them."""
+    """A few numbers of each native weight, except heads, and the largest rounding error in them.
+
+    Both as they are in the dtype that the checkpoint is stored in.
+    """
     rows: dict[str, torch.Tensor] = {}
     scales: dict[str, torch.Tensor] = {}
     for file, headers in tensors.items():
@@ -40,7 +43,8 @@ def sample_weights(
             of_weight = key.removesuffix("_scale")
             place = rows if key == of_weight else scales
             for name, native in split_rows(architecture, specs[of_weight], stored):
-                # A language head is none of a classifier's; training may begin with a new head.
+                # Heads are left out: a classifier has no language head, and training may replace
+                # the classification head.
                 if name.startswith("model."):
                     place[name] = _row(native, is_scale=place is scales).clone()
     sample: dict[str, tuple[float, list[float]]] = {}
@@ -59,14 +63,17 @@ def _row(native: torch.Tensor, *, is_scale: bool) -> torch.Tensor:
 def _numbers(row: torch.Tensor, scale: torch.Tensor | None, bits: int) -> tuple[float, list[float]]:
     if scale is not None:
         values = dequantized(row, scale, bits, torch.float32)[0, :_COLUMNS].tolist()
-        return 0.51 * float(scale[0]), values  # half a step, and the rounding of the scale itself
+        return 0.51 * float(scale[0]), values  # half a step, plus the rounding of the scale
     values = row[0].float().tolist()
     share = _ROUNDING[str(row.dtype).removeprefix("torch.")]
     return max(map(abs, values)) * share + _SMALLEST, values
 
 
 def note_base(directory: Path, base: Path, sample: Sample) -> None:
-    """Note in an adapter's `directory` that it was trained over the checkpoint `base`."""
+    """Record in an adapter's `directory` that it was trained on the checkpoint `base`.
+
+    Writes ADAPTER_BASE, with `sample`, and 'base_model_name_or_path' of ADAPTER_CONFIG.
+    """
     config = read_json(directory / ADAPTER_CONFIG) | {"base_model_name_or_path": str(base)}
     write_config(directory, config)
     note = {
@@ -77,7 +84,7 @@ def note_base(directory: Path, base: Path, sample: Sample) -> None:
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """Write the config of the adapter in `directory`, laid out as peft does."""
+    """Write `config` as the ADAPTER_CONFIG of `directory`, formatted as peft does."""
     text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True)
     (directory / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
@@ -89,9 +96,10 @@ def check_base(
     specs: Mapping[str, TensorSpec],
     tensors: Mapping[Path, Mapping[str, Header]],
 ) -> Iterator[str]:
-    """Notes on whether the adapter in `directory` belongs to a checkpoint.
+    """Yield notes on whether the adapter in `directory` belongs to a checkpoint.
 
-    InputError when it was trained over other weights; of one that is not ours only a name tells.
+    Raises InputError if it was trained on other weights. An adapter that glmbatch did not train has
+    no sample, so only the names of the two bases are compared.
     """
     note = directory / ADAPTER_BASE
     if not note.is_file():
@@ -105,14 +113,14 @@ def check_base(
         far = [abs(a - b) for a, b in zip(values, here, strict=False)]
         if len(here) != len(values) or max(far) > moved + moved_here:
             raise InputError(
-                f"{directory}: was trained over {trained_over}, and {checkpoint} holds other "
+                f"{directory}: was trained over {trained_over}, but {checkpoint} has other "
                 f"weights ({name}). Set model.path to what it was trained over, or model.adapter."
             )
         rounded = rounded or max(far) > 0
     if rounded:
         yield (
-            f"the adapter was trained over {trained_over}; these weights are the same ones stored "
-            "in other numbers, so answers may differ a little"
+            f"the adapter was trained over {trained_over}; these are the same weights in another "
+            "dtype or quantization, so answers may differ slightly"
         )
 
 
@@ -125,11 +133,11 @@ def _read_note(file: Path) -> tuple[str, dict[str, tuple[float, list[float]]]]:
             expected[str(name)] = (off, row)
         return str(note["path"]), expected
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{file}: is damaged. Copy the adapter again.") from error
+        raise InputError(f"{file}: damaged. Copy the adapter again.") from error
 
 
 def _other_name(directory: Path, checkpoint: Path) -> Iterator[str]:
-    """A note where peft names another base than this checkpoint and its config do."""
+    """A note if peft's config names another base than this checkpoint and its config do."""
     stated = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
     named = read_json(checkpoint / "config.json").get("_name_or_path")
     if not isinstance(stated, str) or not stated:
@@ -137,6 +145,6 @@ def _other_name(directory: Path, checkpoint: Path) -> Iterator[str]:
     names = {checkpoint.resolve().name, checkpoint.name, PurePath(str(named)).name}
     if PurePath(stated).name.casefold() not in {name.casefold() for name in names}:
         yield (
-            f"{ADAPTER_CONFIG}: made on {stated!r}; over other weights than those its answers "
-            "mean nothing"
+            f"{ADAPTER_CONFIG}: trained on {stated!r}; on other weights, its answers are "
+            "meaningless"
         )

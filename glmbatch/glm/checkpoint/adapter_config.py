@@ -1,7 +1,4 @@
-"""What an adapter_config.json, as peft writes it, says of a LoRA adapter, checked.
-
-No tensors, no files.
-"""
+"""Reads and checks a LoRA adapter's adapter_config.json as peft writes it. No tensors, no files."""
 
 from __future__ import annotations
 
@@ -19,11 +16,12 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """How a LoRA adapter was made. A module is named as in the model that it was made on.
+    """How a LoRA adapter was trained. Modules are named as in the model that was trained.
 
-    `targets` is None when a regular expression chose the modules; then only the weights show which
-    they are. `layers` is None for all layers. `saved` names the modules that were trained and saved
-    whole. `unknown` are keys that are not read here.
+    `targets` is None if a regular expression chose the modules; then only the weights show which
+    they are. `layers` is None for all layers. `saved` names the modules that were trained in full
+    and saved whole. `ranks` and `alphas` have the exceptions, the first match counts. `unknown` has
+    the keys that are not read here.
     """
 
     rank: int
@@ -46,7 +44,10 @@ class AdapterConfig:
         return self.rank
 
     def scale_of(self, module: str) -> float:
-        """The factor of the product of the two matrices of `module`."""
+        """The factor of the product of the two matrices of `module`.
+
+        alpha / rank, or alpha / sqrt(rank) for rank-stabilized LoRA (arXiv:2312.03732).
+        """
         rank = self.rank_of(module)
         return self._alpha_of(module) / (sqrt(rank) if self.rank_stabilized else rank)
 
@@ -57,9 +58,9 @@ class AdapterConfig:
         return self.alpha
 
     def adapts(self, module: str) -> bool:
-        """Whether the adapter must hold two matrices for the linear `module`.
+        """Whether the adapter must have two matrices for the linear `module`.
 
-        False when the config alone does not say.
+        False if the config alone does not tell.
         """
         if self.targets is None or not _is_named(module, self.targets):
             return False
@@ -69,7 +70,7 @@ class AdapterConfig:
         return self.layers is None or (layer is not None and int(layer[1]) in self.layers)
 
     def saves(self, module: str) -> bool:
-        """Whether `module` was trained and saved whole."""
+        """Whether `module` was trained in full and saved whole."""
         return module.endswith(self.saved)
 
 
@@ -78,7 +79,7 @@ def _is_named(module: str, names: tuple[str, ...]) -> bool:
 
 
 # fmt: off
-# Each of these changes what the two matrices mean, or the base that they belong to.
+# Each of these changes what the two matrices mean, or the base weights that they belong to.
 _UNSUPPORTED = (
     "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "layer_replication",
     "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
@@ -96,21 +97,21 @@ _HARMLESS = frozenset({
     "peft_version", "qalora_group_size", "revision", "runtime_config", "velora_config",
 })
 # fmt: on
-# The other ways to start (pissa, olora, corda, loftq, ...) subtract something from the base
-# weights, so that the adapter alone does not belong to the published ones; peft's
-# `path_initial_model_for_weight_conversion` undoes that.
+# The other initializations (pissa, olora, corda, loftq, ...) change the base weights too, so that
+# the adapter does not belong to the published ones. peft converts it back when it is saved with
+# `path_initial_model_for_weight_conversion`.
 _INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 _MAX_RANK = 2**14
 _MAX_ALPHA = 2.0**24
-# A pattern is a regular expression of somebody else's: of this size it cannot take ages to match.
+# A pattern is an untrusted regular expression. Within these limits it cannot take ages to match.
 _MAX_PATTERN_LENGTH = 256
 _MAX_REPEATS = 3
 
 
 def read_adapter_config(config: Mapping[str, Any], where: str) -> AdapterConfig:
-    """What `config` states.
+    """The settings in `config`, the content of an adapter_config.json.
 
-    InputError that names `where` and the key when such an adapter cannot be merged.
+    Raises InputError, naming `where` and the key, if such an adapter cannot be merged.
     """
     check = ConfigCheck(config, where)
     if config.get("peft_type") != "LORA":
@@ -119,7 +120,7 @@ def read_adapter_config(config: Mapping[str, Any], where: str) -> AdapterConfig:
     check.choice("init_lora_weights", _INITIALIZATIONS, default=True)
     for key in _UNSUPPORTED:
         if config.get(key):
-            check.refuse(key, "empty or false: no such adapter can be merged into the weights")
+            check.refuse(key, "empty or false: such an adapter cannot be merged into the weights")
     targets = _module_names(check, "target_modules")
     excluded = _module_names(check, "exclude_modules")
     unknown = config.keys() - _READ - _HARMLESS - set(_UNSUPPORTED)
@@ -174,10 +175,7 @@ def _layers(check: ConfigCheck) -> frozenset[int] | None:
 def _by_pattern(
     check: ConfigCheck, key: str, read: Callable[[ConfigCheck, str], Number]
 ) -> tuple[tuple[re.Pattern[str], Number], ...]:
-    """The numbers that `key` gives for modules, each with what a module's name must match.
-
-    In the order in which the patterns are tried.
-    """
+    """The numbers that `key` gives, each with the pattern for names of modules, in order."""
     stated = check.config.get(key) or {}
     if not isinstance(stated, dict):
         check.refuse(key, "an object with a number for each module")
@@ -187,11 +185,11 @@ def _by_pattern(
 
 
 def _pattern(check: ConfigCheck, name: str) -> re.Pattern[str]:
-    """What peft makes of a module's name, which may be a regular expression.
+    """The pattern that peft compiles from a module's name, which may be a regular expression.
 
     One that could take ages to match is refused.
     """
-    repeats = re.findall(r"(?<!\()[*+?{]", name)  # those of (?:...) repeat nothing
+    repeats = re.findall(r"(?<!\()[*+?{]", name)  # the ? of (?:...) repeats nothing
     simple = len(name) <= _MAX_PATTERN_LENGTH and len(repeats) <= _MAX_REPEATS
     if simple and not re.search(r"\)[*+?{]", name):
         try:

@@ -1,9 +1,9 @@
-"""An adapter that peft saved, made one over the bare checkpoint, whatever it was trained over.
+"""Turns an adapter that peft saved into one that belongs to the base checkpoint alone.
 
-Training that goes on from an adapter adds a second one to the sum of base and first. Alone it would
-belong to no checkpoint that anybody has, so both are written as one.
+Training that continues from an adapter adds a second one, which belongs to the base with the first
+merged in. No such checkpoint exists on disk, so both adapters are saved as one.
 
-    R rank   I numbers in   O numbers out
+    R rank   I features in   O features out
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from glmbatch.glm.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_error, read
 
 
 def finish_adapter(directory: Path, base: Checkpoint) -> None:
-    """Make what peft saved in `directory` over `base` an adapter over its bare checkpoint.
+    """Make what peft saved in `directory` an adapter of the checkpoint `base` without its adapter.
 
-    It notes which that is. The adapter of `base`, if there is one, becomes part of it.
+    The adapter of `base`, if it has one, is combined with it, and a sample of the checkpoint's
+    weights is recorded. Raises InputError or TransientError if a file cannot be written.
     """
     bare = read_checkpoint(base.path)
     try:
         if base.adapter is not None:
             _join(base.adapter, directory, base)
-        # safetensors writes for the owner alone; a job may run as somebody else.
+        # safetensors makes its file readable for the owner only; a job may run as another user.
         shutil.copymode(directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS)
         note_base(directory, bare.path, sample_weights(bare.architecture, bare.specs, bare.tensors))
     except OSError as error:
@@ -41,7 +42,7 @@ def finish_adapter(directory: Path, base: Checkpoint) -> None:
 
 
 def _join(first: Adapter, directory: Path, base: Checkpoint) -> None:
-    """Add `first` to the adapter in `directory`, whose ranks become the sums of both."""
+    """Add `first` to the adapter in `directory`; the rank of each module is the sum of both."""
     second = read_adapter(directory, base.architecture, base.layout, base.has_head)
     with_labels = replace(base.architecture, labels=second.labels or base.architecture.labels)
     added, whole = load_adapter(first, base.architecture, base.has_head)
@@ -49,7 +50,7 @@ def _join(first: Adapter, directory: Path, base: Checkpoint) -> None:
         second, with_labels, base.has_head or bool(second.labels)
     )
     for name, low_rank in added_later.items():
-        if name in whole:  # the first adapter replaced it, and training went on from there
+        if name in whole:  # the first adapter replaced this weight, and training continued from it
             whole[name] = low_rank.added_to(whole[name])
         else:
             added[name] = _both(added.get(name), low_rank)
@@ -64,14 +65,14 @@ def _join(first: Adapter, directory: Path, base: Checkpoint) -> None:
     config = read_json(directory / ADAPTER_CONFIG)
     config |= _sizes(ranks)
     config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole}) or None
-    # The parts of a fused weight share their first matrix, which a file cannot.
+    # The parts of a fused weight share their first matrix; safetensors refuses shared tensors.
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     write_config(directory, config)
 
 
 def _both(first: LowRank | None, second: LowRank) -> LowRank:
-    """The sum of two products as one, of the rank of both."""
+    """The sum of two updates as one, whose rank is the sum of both ranks."""
     if first is None:
         return second
     a_RI = torch.cat([first.a_RI, second.a_RI])
@@ -80,7 +81,7 @@ def _both(first: LowRank | None, second: LowRank) -> LowRank:
 
 
 def _sizes(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The keys of an adapter's config that say which modules have which rank; each scale is 1."""
+    """The keys of an adapter's config that give each module its rank, with a scale of 1."""
     (usual, _), *_ = Counter(ranks.values()).most_common(1)
     unusual = {module: rank for module, rank in ranks.items() if rank != usual}
     return {
@@ -89,7 +90,7 @@ def _sizes(ranks: Mapping[str, int]) -> dict[str, Any]:
         "rank_pattern": unusual,
         "alpha_pattern": unusual,
         "use_rslora": False,
-        # Whole names, since the two adapters may have changed different layers.
+        # Full names, since the two adapters may have changed different layers.
         "target_modules": sorted(ranks),
         "exclude_modules": None,
         "layers_to_transform": None,

@@ -1,6 +1,6 @@
-"""What a config.json says of the model, checked: the published layout or transformers' native one.
+"""Reads and writes the config.json of ChatGLM2's published layout and of transformers' GLM.
 
-Both are read into one `Architecture`, and either is written back from it. No tensors, no files.
+Both layouts are checked and read into one `Architecture`. No tensors, no files.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ Layout = Literal["original", "native"]
 class Architecture:
     """Everything in a config that changes an answer.
 
-    `labels` name the rows of a trained head, if there is one. `max_positions` counts the tokens of
-    prompt and answer together; past it the native model would go on silently.
+    `groups` is the number of key/value heads, `kv_channels` the size of a head. `labels` name the
+    rows of a classification head. `max_positions` limits the tokens of prompt and answer together;
+    transformers' model does not enforce it.
     """
 
     vocab_size: int
@@ -45,13 +46,13 @@ class Architecture:
 
     @property
     def kv_numbers_per_token(self) -> int:
-        """Numbers in the keys and values of one token: 14,336 for ChatGLM2-6B."""
+        """Numbers in the KV cache per token: 14,336 for ChatGLM2-6B."""
         return 2 * self.layers * self.groups * self.kv_channels
 
 
 @dataclass(frozen=True, slots=True)
 class _Number:
-    """An integer of the config: its attribute here, its key in either layout, its largest value."""
+    """An integer of the config: its attribute, its key in each layout, its largest valid value."""
 
     attribute: str
     original: str
@@ -59,8 +60,8 @@ class _Number:
     maximum: int = 2**24
 
 
-# 1,000 layers and 2**24 of anything else are far above any such model. They keep a mistyped number
-# from filling memory with a list of tensors.
+# 1,000 layers and 2**24 of anything else are far above any such model. The bounds keep a mistyped
+# number from filling memory with a list of tensors.
 _NUMBERS = (
     _Number("layers", "num_layers", "num_hidden_layers", 1_000),
     _Number("vocab_size", "padded_vocab_size", "vocab_size"),
@@ -71,7 +72,7 @@ _NUMBERS = (
     _Number("max_positions", "seq_length", "max_position_embeddings"),
 )
 
-# The value that each key must have: transformers' GLM classes have no counterpart to the other.
+# The value that each key must have: transformers' GLM classes support no other.
 _FIXED: dict[Layout, dict[str, object]] = {
     "original": {
         "rmsnorm": True,
@@ -82,7 +83,7 @@ _FIXED: dict[Layout, dict[str, object]] = {
     "native": {"hidden_act": "silu", "tie_word_embeddings": False, "partial_rotary_factor": 0.5},
 }
 
-# Keys that are read below, beside _NUMBERS and _FIXED.
+# Keys that are read below, in addition to _NUMBERS and _FIXED.
 # fmt: off
 _READ: dict[Layout, frozenset[str]] = {
     "original": frozenset({
@@ -112,8 +113,11 @@ _ROTARY_SHARE = 0.5
 
 
 def detect_layout(config: Mapping[str, Any], where: str) -> Layout:
-    """The layout that `config` is written in; InputError when it is neither."""
-    # The first published revision has no model_type: its own key names identify it.
+    """The layout of `config`, recognized by its keys.
+
+    Raises InputError if it is neither; `where` names the config in the message.
+    """
+    # The first published revision has no model_type, but its key names are unique.
     multi_query = any(key.startswith("multi_query_") for key in config)
     if multi_query and {"num_layers", "padded_vocab_size"} <= config.keys():
         return "original"
@@ -127,9 +131,9 @@ def detect_layout(config: Mapping[str, Any], where: str) -> Layout:
 
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
-    """The architecture that `config` states.
+    """The architecture that `config` describes.
 
-    InputError that names `where` and the key when it cannot be run.
+    Raises InputError for the first problem, naming `where` and the key.
     """
     architecture, problems = examine_config(config, where)
     if architecture is None:
@@ -138,9 +142,9 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
 
 
 def examine_config(config: Mapping[str, Any], where: str) -> tuple[Architecture | None, list[str]]:
-    """The architecture that `config` states, or None and everything that is wrong with it.
+    """The architecture that `config` describes, or None, and a list of every problem in it.
 
-    InputError when `config` is in neither layout.
+    Raises InputError if `config` is in neither layout.
     """
     layout = detect_layout(config, where)
     check = ConfigCheck(config, where)
@@ -156,7 +160,7 @@ def examine_config(config: Mapping[str, Any], where: str) -> tuple[Architecture 
     else:
         values |= _read_native(check, heads=values["heads"])
     values["labels"] = check.labels()
-    # A refused value has a stand-in, about which nothing more can be said.
+    # A refused value was replaced by a placeholder, which must not be judged.
     if not check.problems and values["heads"] % values["groups"]:
         heads, groups = values["heads"], values["groups"]
         check.problems.append(f"{where}: {heads} heads cannot be shared among {groups} groups.")
@@ -185,21 +189,21 @@ def _read_original(check: ConfigCheck, heads: int) -> dict[str, Any]:
 
 
 def _rope_ratio(check: ConfigCheck) -> float:
-    """How many times positions are stretched: each is divided by it, as in chatglm2-6b-32k."""
+    """The number that every position is divided by; 16 in chatglm2-6b-32k."""
     ratio = check.real("rope_ratio", _MAX_STRETCH, default=1.0)
     if ratio == 1:
         return ratio
-    # chatglm3-6b-32k has the same key but multiplies the rotary base: read as ChatGLM2's, its
-    # logits are 10 off.
+    # chatglm3-6b-32k has the same key, but multiplies the rotary base by it. Run as a ChatGLM2
+    # checkpoint, its logits would be off by 10.
     if "chatglm3" in str(check.config.get("_name_or_path", "")).lower():
         check.problems.append(
             f"{check.where}: 'rope_ratio' is {ratio:g} and '_name_or_path' names chatglm3, which "
-            "stretches positions in another way than ChatGLM2. Set model.path to a ChatGLM2 "
+            "scales positions in another way than ChatGLM2. Set model.path to a ChatGLM2 "
             "checkpoint."
         )
-    # We wrote this key in earlier versions, with "ntk" for chatglm3's way.
+    # Earlier versions of glmbatch wrote this key, with "ntk" for the way of chatglm3.
     if check.config.get("rope_scaling", "linear") != "linear":
-        check.refuse("rope_scaling", "'linear', the only way in which ChatGLM2 stretches positions")
+        check.refuse("rope_scaling", "'linear', the only way in which ChatGLM2 scales positions")
     return ratio
 
 
@@ -213,7 +217,7 @@ def _read_native(check: ConfigCheck, heads: int) -> dict[str, Any]:
     kind = rope.choice("rope_type", ("default", "linear"))
     rope.fixed("partial_rotary_factor", _ROTARY_SHARE)
     if rope.config.get("rope_theta") != _ROPE_THETA:
-        rope.refuse("rope_theta", f"{_ROPE_THETA:g}: another base belongs to another model")
+        rope.refuse("rope_theta", f"{_ROPE_THETA:g}, the base of every ChatGLM2 checkpoint")
     ratio = 1.0
     if kind == "linear":
         ratio = rope.real("factor", _MAX_STRETCH)
@@ -231,13 +235,16 @@ def _read_native(check: ConfigCheck, heads: int) -> dict[str, Any]:
 
 
 def unknown_keys(config: Mapping[str, Any], layout: Layout) -> list[str]:
-    """Keys of `config`, sorted, that are neither read here nor known to be harmless."""
+    """The keys of `config`, sorted, that are neither read here nor known to be harmless."""
     numbers = {getattr(number, layout) for number in _NUMBERS}
     return sorted(config.keys() - _HARMLESS - _READ[layout] - _FIXED[layout].keys() - numbers)
 
 
 def native_config(architecture: Architecture) -> dict[str, Any]:
-    """Arguments of transformers' `GlmConfig`, including all whose defaults are another model's."""
+    """Arguments for transformers' `GlmConfig`.
+
+    All of them are given, because its defaults are those of another model (GLM-4-9B).
+    """
     rope: dict[str, Any] = {
         "rope_type": "default",
         "rope_theta": _ROPE_THETA,
@@ -253,7 +260,8 @@ def native_config(architecture: Architecture) -> dict[str, Any]:
         "rope_parameters": rope,
         "eos_token_id": architecture.eos_id,
         "pad_token_id": architecture.pad_id,
-        "tie_word_embeddings": False,  # the reference never ties, whatever its config says
+        # The published model never ties them, whatever its config says.
+        "tie_word_embeddings": False,
         "id2label": dict(enumerate(architecture.labels)),
         "label2id": {label: row for row, label in enumerate(architecture.labels)},
     }
@@ -263,14 +271,18 @@ def native_config(architecture: Architecture) -> dict[str, Any]:
 
 
 def original_config(architecture: Architecture) -> dict[str, Any]:
-    """The published config.json of `architecture`, without quantization."""
+    """The config.json of `architecture` in the published layout, without quantization.
+
+    A prefix is described without its projection, as `save_checkpoint` writes it.
+    """
     config = {number.original: getattr(architecture, number.attribute) for number in _NUMBERS}
     config |= _FIXED["original"]
     config |= {
         "model_type": "chatglm",
         "add_qkv_bias": architecture.qkv_bias,
         "layernorm_epsilon": architecture.epsilon,
-        # With as many groups as heads this is plain attention, without its interleaved rows.
+        # With as many groups as heads this is multi-head attention, but its fused rows are not
+        # interleaved head by head.
         "multi_query_attention": True,
         "multi_query_group_num": architecture.groups,
         "eos_token_id": architecture.eos_id,

@@ -1,4 +1,4 @@
-"""Reads the keys of a config that is not trusted: each value has its type and bounds.
+"""Reads the keys of an untrusted config, checking the type and bounds of each value.
 
 No tensors, no files.
 """
@@ -9,16 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Far above any head, so that a mistyped number does not make millions of names.
+# Far above any head. Keeps a mistyped number from creating millions of names.
 _MAX_LABELS = 2**16
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigCheck:
-    """Reads keys of one config and collects what is wrong in `problems`.
+    """Reads the keys of one config and collects every fault in `problems`.
 
-    A refused value is replaced by a stand-in, so that one pass finds all problems. `where` names
-    the config in them.
+    A refused value is replaced by a valid placeholder, so that one pass finds all problems. `where`
+    names the config in them. A key that is absent or null has its default; without a default, that
+    is a problem.
     """
 
     config: Mapping[str, Any]
@@ -26,14 +27,14 @@ class ConfigCheck:
     problems: list[str] = field(default_factory=list)
 
     def refuse(self, key: str, wanted: str) -> None:
-        """Note that the value of `key` must be `wanted`."""
+        """Add the problem that the value of `key` must be `wanted`."""
         stated = f"is {repr(self.config[key])[:60]}" if key in self.config else "is missing"
         self.problems.append(f"{self.where}: {key!r} {stated}; it must be {wanted}.")
 
     def integer(self, key: str, minimum: int, maximum: int, default: int | None = None) -> int:
         """The integer under `key`, from `minimum` to `maximum`."""
         value = self._value(key, default)
-        # bool is a subclass of int: `true` is not a number here.
+        # bool is a subclass of int, but `true` is not a number.
         if isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum:
             return value
         self.refuse(key, f"an integer from {minimum} to {maximum}")
@@ -42,21 +43,21 @@ class ConfigCheck:
     def real(self, key: str, maximum: float, default: float | None = None) -> float:
         """The number under `key`, above 0 and at most `maximum`."""
         value = self._value(key, default)
-        # False for nan and infinity too, which Python's JSON reader accepts.
+        # This also refuses nan and infinity, which Python's JSON reader accepts.
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= maximum:
             return float(value)
         self.refuse(key, f"a number above 0 and at most {maximum:g}")
         return maximum
 
     def flag(self, key: str, default: bool | None = None) -> bool:
-        """The true or false under `key`."""
+        """The boolean under `key`."""
         value = self._value(key, default)
         if not isinstance(value, bool):
             self.refuse(key, "true or false")
         return bool(value)
 
     def choice(self, key: str, allowed: tuple[Any, ...], default: Any = None) -> Any:
-        """The value of `key`, one of `allowed`. It may be absent if there is a default."""
+        """The value of `key`, which must be one of `allowed`."""
         value = self._value(key, default)
         if value in allowed:
             return allowed[allowed.index(value)]  # 4.0 becomes 4
@@ -65,14 +66,14 @@ class ConfigCheck:
         return default
 
     def fixed(self, key: str, wanted: object) -> None:
-        """Refuse any value of `key` but `wanted`; it may be absent."""
+        """Refuse any value of `key` except `wanted`; the key may be absent."""
         if self.config.get(key, wanted) != wanted:
-            self.refuse(key, f"{wanted}: the GLM classes have no counterpart to anything else")
+            self.refuse(key, f"{wanted}: transformers' GLM classes support nothing else")
 
     def labels(self) -> tuple[str, ...]:
-        """Names of the head's rows in order.
+        """The label of each row of the head, in order, from 'id2label'.
 
-        transformers' own default names when the config has none.
+        Without that key, transformers' default names for 'num_labels' rows, or for two.
         """
         stated = self.config.get("id2label")
         if stated is None:
@@ -89,30 +90,34 @@ class ConfigCheck:
         return labels
 
     def _value(self, key: str, default: Any) -> Any:
-        # null means absent: transformers writes it for a key that is not set.
+        # transformers writes null for a key that is not set.
         value = self.config.get(key)
         return default if value is None else value
 
 
 def other_losses(config: Mapping[str, Any], rows: int, where: str) -> list[str]:
-    """What a config says of a head of `rows` that was not trained to choose one label of them."""
+    """The problem with a head of `rows` rows that was not trained to choose one label; else [].
+
+    Multi-label and regression heads are recognized by 'problem_type', 'function_to_apply' and a
+    single row.
+    """
     stated = {key: config.get(key) for key in ("problem_type", "function_to_apply")}
     for key, value in stated.items():
         if value not in (None, "single_label_classification", "softmax"):
             return [
                 f"{where}: {key!r} is {str(value)[:60]!r}: the head was not trained to choose one "
-                "label by softmax, which is all that is served. Set model.path to a head that was."
+                "label by softmax. Set model.path to a checkpoint whose head was."
             ]
     if rows == 1:
         return [
-            f"{where}: the head has one row, which is a number (regression) and chooses no label. "
-            "Set model.path to a head of two labels or more."
+            f"{where}: the head has one row, so it predicts a number (regression), not a label. "
+            "Set model.path to a checkpoint whose head has two labels or more."
         ]
     return []
 
 
 def default_labels(count: int) -> tuple[str, ...]:
-    """transformers' own names for the rows of a head that has none: LABEL_0, LABEL_1, ..."""
+    """transformers' default labels for a head of `count` rows: LABEL_0, LABEL_1, ..."""
     return tuple(f"LABEL_{row}" for row in range(count))
 
 

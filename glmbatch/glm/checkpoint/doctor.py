@@ -1,6 +1,6 @@
-"""What a checkpoint directory is, what it needs to run, and everything that is wrong with it.
+"""Diagnoses a checkpoint directory: its model, the memory it needs, and every problem in it.
 
-Loads no weights.
+Loads no model.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from glmbatch.glm.checkpoint.load import (
 from glmbatch.glm.device import DTYPE_BYTES
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
-# A special token among them: written in a text it must stay text.
+# One is a special token: spelled out in a text, it must be encoded as text.
 _SAMPLES = ("你好", "Hello, world!", "[gMASK]")
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes that a model takes in one dtype: all weights, and the keys and values of one token."""
+    """Bytes that a model takes in one dtype: its weights, and the KV cache per token."""
 
     weights: int
     per_token: int
@@ -35,10 +35,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What was found in a directory.
+    """The result of `examine`.
 
-    When it cannot be run, `checkpoint` is None and `problems` say why. A digest that was not taken
-    is None.
+    If the checkpoint cannot run, `checkpoint` is None and `problems` has the reasons. A digest that
+    was not computed is None. `sample_ids` has the token ids of a few texts.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class Diagnosis:
 
     @property
     def memory(self) -> dict[str, Memory]:
-        """What the model takes, by dtype; empty when it cannot be run."""
+        """The memory that the model takes, by dtype; empty if it cannot run."""
         if self.checkpoint is None:
             return {}
         parameters = self.checkpoint.parameters
@@ -64,10 +64,10 @@ class Diagnosis:
 def examine(
     path: str | Path, *, digests: bool = True, adapter: str | Path | None = None
 ) -> Diagnosis:
-    """Look over the checkpoint in directory `path`, with `adapter` merged into it.
+    """The diagnosis of the checkpoint in directory `path`, with `adapter` merged into it.
 
-    Everything that is wrong with either is in the result; nothing is raised. Takes seconds for a
-    model of any size; `digests` read every byte, about a second for each gigabyte.
+    Every problem of either is in the result; no GlmbatchError is raised. Takes seconds for a model
+    of any size; `digests` read every byte, which takes about a second per gigabyte.
     """
     directory = Path(path)
     problems: list[str] = []
@@ -75,7 +75,7 @@ def examine(
     tokenizer: Tokenizer | None = None
     weights_digest: str | None = None
     tokenizer_digest: str | None = None
-    # Only errors of ours are collected: anything else is a bug and must show.
+    # Any other error is a bug and must not be hidden among the problems.
     try:
         checkpoint, problems = inspect_checkpoint(directory, adapter)
         if (directory / TOKENIZER_FILE).is_file():
@@ -83,13 +83,14 @@ def examine(
             tokenizer_digest = digest_tokenizer(directory) if digests else None
         elif directory.is_dir() and not os.path.lexists(directory / TOKENIZER_FILE):
             problems.append(
-                f"{directory / TOKENIZER_FILE}: is not there; no text can be read. Copy it too."
+                f"{directory / TOKENIZER_FILE}: no such file, so no text can be encoded. "
+                "Copy it too."
             )
         if checkpoint and digests:
             weights_digest = digest_weights(directory, adapter, checkpoint)
     except GlmbatchError as error:
         checkpoint = None
-        # The inspection has met the same damaged tokenizer already.
+        # The inspection has already reported a damaged tokenizer.
         if str(error) not in problems:
             problems.append(str(error))
     samples: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -106,7 +107,7 @@ def _sample(tokenizer: Tokenizer) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def describe(diagnosis: Diagnosis) -> str:
-    """`diagnosis` as lines of text."""
+    """`diagnosis` as text: the verdict, then an indented line for each problem and fact."""
     return "\n".join(_lines(diagnosis))
 
 
@@ -125,7 +126,7 @@ def _lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield from _facts(diagnosis.checkpoint)
     for dtype, memory in diagnosis.memory.items():
         weights = f"{memory.weights / 2**30:.2f} GiB of weights"
-        per_token = f"{memory.per_token / 2**10:g} KiB of keys and values for each token"
+        per_token = f"{memory.per_token / 2**10:g} KiB of KV cache per token"
         yield _line(dtype, f"{weights}, {per_token}")
     if diagnosis.weights_digest:
         yield _line("weights", f"sha256 {diagnosis.weights_digest}")
@@ -143,9 +144,9 @@ def _facts(checkpoint: Checkpoint) -> Iterator[str]:
     sizes = f"{model.layers} layers, hidden {model.hidden_size}"
     heads = f"{model.heads} heads in {model.groups} groups, {model.max_positions:,} positions"
     yield _line("model", f"{checkpoint.parameters:,} parameters: {sizes}, {heads}")
-    ids = f"{checkpoint.tokenizer_size} of the tokenizer, padded to {model.vocab_size}"
+    ids = f"{checkpoint.tokenizer_size} in the tokenizer, padded to {model.vocab_size}"
     yield _line("ids", ids)
-    # A quantized checkpoint has two: int8 weights, and float scales and embeddings.
+    # A quantized checkpoint has two dtypes: int8 weights, and float scales and embeddings.
     dtypes: set[str] = set()
     for headers in checkpoint.tensors.values():
         dtypes |= {header.dtype for header in headers.values()}
@@ -159,7 +160,7 @@ def _facts(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _changes(adapter: Adapter) -> Iterator[str]:
     classes = "original" if adapter.layout == "original" else "transformers"
-    yield f"{adapter.path}: made on the {classes} classes"
+    yield f"{adapter.path}: trained on the {classes} classes"
     # Several ranks come from peft's `rank_pattern`.
     if adapter.scales:
         ranks = " and ".join(map(str, adapter.ranks))
@@ -181,4 +182,4 @@ def _kind(checkpoint: Checkpoint) -> Iterator[str]:
     if model.pre_seq_len:
         yield f"P-Tuning v2 prefix of {model.pre_seq_len}"
     if model.rope_ratio != 1:
-        yield f"positions stretched {model.rope_ratio:g} times"
+        yield f"positions divided by {model.rope_ratio:g}"

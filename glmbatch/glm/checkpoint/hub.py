@@ -1,4 +1,4 @@
-"""A model setting becomes a checkpoint directory: a local one, or a pinned download."""
+"""Locates the checkpoint of a model setting: a local directory or a pinned download of the hub."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from glmbatch.errors import InputError, TransientError
 from glmbatch.glm.files import index_names
 from glmbatch.glm.tokenizer import TOKENIZER_FILE
 
-# Owner and name on the hub; anything else is taken for a mistyped path.
+# Owner and name on the Hugging Face hub. Anything else counts as a mistyped path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL_FILES = ["config.json", TOKENIZER_FILE, "tokenizer_config.json", "*.index.json"]
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def locate_checkpoint(path: str, revision: str | None = None) -> Path:
-    """The directory of checkpoint `path`.
+    """The directory of the checkpoint `path`: a directory, or an id on the Hugging Face hub.
 
-    A hub id is downloaded at `revision`: weights and tokenizer only, never code. InputError when
-    there is no such checkpoint, TransientError when the network fails.
+    An id is downloaded at `revision`: config, weights and tokenizer, never code. Raises InputError
+    if there is no such checkpoint, TransientError if the network fails.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -33,8 +33,7 @@ def locate_checkpoint(path: str, revision: str | None = None) -> Path:
         return local
     if local.exists():
         raise InputError(
-            f"{path}: a file, not a directory. Set model.path to the directory that holds the "
-            "checkpoint."
+            f"{path}: a file, not a directory. Set model.path to the checkpoint's directory."
         )
     if not _HUB_ID.fullmatch(path):
         raise InputError(
@@ -46,15 +45,15 @@ def locate_checkpoint(path: str, revision: str | None = None) -> Path:
             "same weights. Set model.revision to a commit of the repository."
         )
     directory = _download(path, revision, SMALL_FILES)
-    commit = directory.name  # a branch may move between two downloads
+    commit = directory.name  # pinned, because a branch may move between two downloads
     return fetch_weights(directory, partial(_download, path, commit), f"{path} at {commit}")
 
 
 def fetch_weights(directory: Path, fetch: Callable[[list[str]], Path], where: str) -> Path:
-    """The directory that `fetch` fills with the weight files of a checkpoint.
+    """The directory into which `fetch` has downloaded the weight files of a checkpoint.
 
-    `directory` holds the checkpoint's small files, `where` names it in the InputError when there
-    are no weights.
+    `directory` has the checkpoint's small files. `fetch` takes file names and returns the directory
+    that it downloads them to. Raises InputError, naming `where`, if there are no weights.
     """
     for single in _SINGLE_FILES:
         index = directory / f"{single}.index.json"
@@ -67,7 +66,7 @@ def fetch_weights(directory: Path, fetch: Callable[[list[str]], Path], where: st
 
 
 def _download(path: str, revision: str, files: list[str]) -> Path:
-    """The snapshot of `revision` with `files` in it, from the hub's cache where it has them."""
+    """The directory of the snapshot `revision` with `files` in it, cached if possible."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -76,8 +75,7 @@ def _download(path: str, revision: str, files: list[str]) -> Path:
         RevisionNotFoundError,
     )
 
-    # The hub's error derives from OSError and from the base error of whichever HTTP library it
-    # uses.
+    # The hub's error derives from OSError and from the base error of the HTTP library that it uses.
     network_errors = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
     where = f"{path} at {revision}"
     try:

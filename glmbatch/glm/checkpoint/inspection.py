@@ -1,7 +1,6 @@
-"""What a checkpoint directory holds, compared with what its config needs, before a weight is read.
+"""Checks a checkpoint directory against its config before any weight is loaded.
 
-Trusts nothing: config, index, and the key, shape and dtype of every tensor are checked. Loads and
-writes nothing.
+Checks config, index, tokenizer, and the key, shape and dtype of every tensor. Writes nothing.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A sound checkpoint, without its weights.
+    """A valid checkpoint, without its weights.
 
-    `tensors` says what to load from each weight file. `tokenizer_size` is None when there is no
-    tokenizer.model; ids from there on have scores but no token. A head that an `adapter` brings
-    counts as the checkpoint's own.
+    `tensors` lists what to load from each weight file. `tokenizer_size` is the number of token ids,
+    or None without a tokenizer.model; the rows of the vocabulary beyond it are padding. A head that
+    an `adapter` brings counts as the checkpoint's own.
     """
 
     path: Path
@@ -65,17 +64,17 @@ class Checkpoint:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Labels of the trained head in the order of its rows; empty without one."""
+        """Labels of the classification head in the order of its rows; empty without a head."""
         return self.architecture.labels if self.has_head else ()
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """What each tensor to load must be, and what it becomes."""
+        """Stored shape and native counterparts of each tensor to load, by its key."""
         return list_tensors(self.architecture, self.layout, self.has_head)
 
     @property
     def parameters(self) -> int:
-        """Numbers in the loaded model, without a prefix."""
+        """Number of parameters of the loaded model, without a prefix."""
         total = 0
         for spec in self.specs.values():
             total += sum(prod(shape) for _, shape in spec.parts)
@@ -83,9 +82,9 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Checkpoint:
-    """What directory `path` holds, with the LoRA `adapter` over it. Keeps no weights in memory.
+    """The checkpoint in directory `path`, with the LoRA adapter in directory `adapter` if given.
 
-    InputError that names the first thing wrong.
+    Keeps no weights in memory. Raises InputError for the first problem.
     """
     checkpoint, problems = inspect_checkpoint(path, adapter)
     if checkpoint is None:
@@ -96,9 +95,10 @@ def read_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Chec
 def inspect_checkpoint(
     path: str | Path, adapter: str | Path | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """What directory `path` holds, with `adapter` over it, or None and all that is wrong.
+    """The checkpoint in directory `path`, with `adapter`, or None, and a list of every problem.
 
-    InputError when it is something else altogether, which has no faults of ours.
+    Raises InputError if the directory contains no ChatGLM2 checkpoint at all: another model,
+    another format, an adapter or Git LFS pointers.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -122,14 +122,14 @@ def inspect_checkpoint(
 
 def _inspect_base(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     refuse_pointers(directory)
-    # Each part is read even if an earlier one failed, so that one look finds everything.
+    # Read each part even if an earlier one failed, so that one pass finds all problems.
     problems: list[str] = []
     config: dict[str, Any] = {}
     with _noting(problems):
         config = read_json(directory / "config.json")
     if not list_weight_files(directory):
         refuse_other_folders(directory)
-    # Damage to the config says nothing of whose it is.
+    # A damaged config does not show which model it belongs to.
     family, warnings = family_of(directory, config) if config else ("ChatGLM2", [])
     architecture: Architecture | None = None
     where = str(directory / "config.json")
@@ -144,8 +144,8 @@ def _inspect_base(directory: Path) -> tuple[Checkpoint | None, list[str]]:
         return None, problems
 
     layout = detect_layout(config, where)
-    # A config that says classifier is believed even without the weights of a head, so that a lost
-    # head is reported as missing and not taken for a language model.
+    # If the config names a classifier, a missing head is reported as missing. Without this, the
+    # checkpoint would be mistaken for a language model.
     has_head = _says_classifier(config) or _has_key(headers, HEAD_KEYS[layout])
     kind = Kind(architecture, layout, has_head)
     match = match_tensors(directory, config, kind, headers, complete)
@@ -170,7 +170,7 @@ def _inspect_base(directory: Path) -> tuple[Checkpoint | None, list[str]]:
 def _read_headers(
     directory: Path, problems: list[str]
 ) -> tuple[dict[Path, dict[str, Header]], bool, list[str]]:
-    """Headers of each weight file, whether all could be read, and which files are not used."""
+    """Headers of each weight file, whether all could be read, and notes on files not used."""
     shards: list[Shard] = []
     unused: list[str] = []
     with _noting(problems):
@@ -200,7 +200,7 @@ def _adapted(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
         return adapted
     architecture = replace(checkpoint.architecture, labels=adapter.labels)
     with_head = replace(adapted, has_head=True, architecture=architecture)
-    # The base's own head is replaced, so its tensors need not be read, nor have its shape.
+    # The adapter's head replaces the base's, whose tensors are not read and may have other shapes.
     own = {key for key, spec in with_head.specs.items() if not _is_of_head(spec)}
     tensors: dict[Path, dict[str, Header]] = {}
     for file, headers in checkpoint.tensors.items():
@@ -214,7 +214,7 @@ def _is_of_head(spec: TensorSpec) -> bool:
 
 @contextmanager
 def _noting(problems: list[str]) -> Iterator[None]:
-    """Add an InputError to `problems` and go on."""
+    """Append the message of an InputError to `problems` instead of raising it."""
     try:
         yield
     except InputError as error:
@@ -233,18 +233,20 @@ def _has_key(headers: Headers, key: str) -> bool:
 
 
 def _assigned_headers(shard: Shard) -> dict[str, Header]:
-    """Headers of `shard`; InputError unless they are the keys that its index assigns to it."""
-    # An index and shards of two different downloads differ here.
+    """Headers of `shard`; raises InputError unless its keys are those that the index assigns to it.
+
+    They differ if index and shards come from two downloads.
+    """
     headers = read_headers(shard.file)
     if shard.keys is None:
         return headers
     if absent := sorted(shard.keys - headers.keys()):
         raise InputError(
-            f"{shard.file}: lacks {absent[0]!r}, which the index assigns to it. Copy both again."
+            f"{shard.file}: has no {absent[0]!r}, which the index assigns to it. Copy both again."
         )
     if extra := sorted(headers.keys() - shard.keys):
         raise InputError(
-            f"{shard.file}: holds {extra[0]!r}, which the index does not assign to it. "
+            f"{shard.file}: has {extra[0]!r}, which the index does not assign to it. "
             "Copy both again."
         )
     return headers
@@ -256,12 +258,12 @@ def _doubts(
     architecture: Architecture,
     tokenizer: Tokenizer | None,
 ) -> Iterator[str]:
-    """What does not stop the checkpoint from running, and is shown as notes."""
-    # A key that we do not know may belong to a variant of the model that computes something else.
+    """Notes on what looks wrong but does not keep the checkpoint from running."""
+    # An unknown key may belong to a variant of the model that computes something else.
     for key in unknown_keys(config, layout):
-        yield f"config.json: {key!r} is not known here and has no effect"
+        yield f"config.json: {key!r} is unknown and has no effect"
     if architecture.fp32_residual:
-        yield "config.json: 'fp32_residual_connection' is true, so it runs in float32 only"
+        yield "config.json: 'fp32_residual_connection' is true, so the model runs in float32 only"
     if tokenizer is None:
         yield f"no {TOKENIZER_FILE}"
     else:

@@ -1,6 +1,6 @@
-"""Every tensor of a checkpoint, and what it becomes in transformers' GLM classes.
+"""The table that maps the tensors of ChatGLM2's published layout to those of transformers' GLM.
 
-One table, read both ways. Holds no tensors, reads no files. Letters of a shape:
+Loading and saving both use it. Holds no tensors, reads no files. Letters of a shape:
 
     V padded vocabulary   D hidden size   F feed-forward size   U = 2F   L labels
     A = heads x kv channels   G = groups x kv channels   Q = A + 2G
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 class TensorSpec:
     """One tensor of a checkpoint: its key and its stored shape.
 
-    `parts` are the names and shapes of the native tensors that its rows become, in order.
+    `parts` has the names and shapes of the native tensors that its rows are split into, in order.
+    It is empty for a scale and for the tensors of a prefix, which become no weight by themselves.
+    `stored` is "int8" for an int8 weight and for an int4 one, packed two to a byte.
     """
 
     key: str
@@ -34,7 +36,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One row of the table; {n} in a name is the number of the layer."""
+    """One row of the table; {n} in a name stands for the layer number."""
 
     original: str
     shape: str
@@ -64,7 +66,7 @@ _ROWS = (
         ((f"{_NATIVE_LAYER}.input_layernorm.weight", "D"),),
     ),
     _Row(
-        # The published layout fuses query, key and value; transformers has them apart.
+        # The published layout fuses query, key and value; transformers keeps them separate.
         f"{_QKV}.weight",
         "QD",
         (
@@ -109,11 +111,11 @@ _ROWS = (
         quantizable=True,
     ),
     _Row("transformer.encoder.final_layernorm.weight", "D", (("model.norm.weight", "D"),)),
-    # A trained head takes the place of the language head.
+    # A classification head replaces the language head.
     _Row("transformer.output_layer.weight", "VD", (("lm_head.weight", "VD"),), when="causal"),
     _Row(HEAD_KEYS["original"], "LD", (("score.weight", "LD"),), when="head"),
     _Row("classifier_head.bias", "L", (("score.bias", "L"),), when="head"),
-    # P-Tuning v2: these make the native prefix_kv together, not one by one.
+    # P-Tuning v2: together, these tensors become the native prefix_kv.
     _Row(f"{PREFIX_KEYS}embedding.weight", "PW", (), when="prefix"),
     _Row(f"{PREFIX_KEYS}trans.0.weight", "DW", (), when="projection"),
     _Row(f"{PREFIX_KEYS}trans.0.bias", "D", (), when="projection"),
@@ -121,7 +123,7 @@ _ROWS = (
     _Row(f"{PREFIX_KEYS}trans.2.bias", "W", (), when="projection"),
 )
 
-# Allowed and not used: a buffer of early revisions, and the language head of a classifier.
+# Allowed but not used: a buffer of early revisions, and a classifier's language head.
 _DROPPED = ("transformer.rotary_pos_emb.inv_freq",)
 _DROPPED_BESIDE_HEAD = ("transformer.output_layer.weight", "lm_head.weight")
 
@@ -129,30 +131,34 @@ _DROPPED_BESIDE_HEAD = ("transformer.output_layer.weight", "lm_head.weight")
 def list_tensors(
     architecture: Architecture, layout: Layout, has_head: bool
 ) -> dict[str, TensorSpec]:
-    """Every tensor that a checkpoint of this kind must hold, by its key there, layer by layer."""
+    """Every tensor that such a checkpoint must have, by its key in `layout`, layer by layer."""
     specs = (_original_specs if layout == "original" else _native_specs)(architecture, has_head)
     return {spec.key: spec for spec in specs}
 
 
 def dropped_keys(has_head: bool) -> frozenset[str]:
-    """Keys of the published layout that are allowed and not used."""
+    """Keys that a checkpoint in the published layout may have and that are not loaded."""
     return frozenset(_DROPPED + (_DROPPED_BESIDE_HEAD if has_head else ()))
 
 
 def split_rows(
     architecture: Architecture, spec: TensorSpec, stored: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The names and values of the native tensors that the rows of `stored` become; views of it."""
+    """Names and values of the native tensors that the rows of `stored` are split into.
+
+    The values are views of `stored`, or copies where its rows are interleaved head by head.
+    """
     names = [name for name, _ in spec.parts]
     if len(names) > 1 and architecture.qkv_per_head:
-        # Without multi-query, rows are query, key and value of one head, then those of the next.
+        # Without multi-query attention, the rows are the query, key and value of the first head,
+        # then those of the next.
         heads = stored.view(
             architecture.heads, len(names), architecture.kv_channels, *stored.shape[1:]
         )
         for name, rows in zip(names, heads.unbind(1), strict=True):
             yield name, rows.flatten(0, 1)
     elif names:
-        # With multi-query all rows of the query come first, then those of key and value.
+        # With it, all rows of the query come first, then those of key and value.
         sizes = [shape[0] for _, shape in spec.parts]
         yield from zip(names, stored.split_with_sizes(sizes), strict=True)
 
@@ -168,7 +174,7 @@ def _original_specs(architecture: Architecture, has_head: bool) -> Iterator[Tens
         if bits and row.quantizable:
             # int4 packs two input columns into one byte.
             yield TensorSpec(key, (shape[0], shape[1] * bits // 8), parts, "int8")
-            # It becomes nothing of its own: the weight is dequantized with it.
+            # The scale becomes no tensor of the model: its weight is dequantized with it.
             yield TensorSpec(f"{key}_scale", shape[:1], ())
         else:
             yield TensorSpec(key, shape, parts)
@@ -185,7 +191,7 @@ def _native_specs(architecture: Architecture, has_head: bool) -> Iterator[Tensor
 
 
 def prefix_shape(architecture: Architecture) -> tuple[int, ...]:
-    """Shape of the native prefix: [layers, key and value, groups, prefix length, kv channels]."""
+    """Shape of the native prefix: [layers, 2 (key, value), groups, prefix length, kv channels]."""
     return (
         architecture.layers,
         2,
@@ -196,7 +202,7 @@ def prefix_shape(architecture: Architecture) -> tuple[int, ...]:
 
 
 def _rows(architecture: Architecture, has_head: bool) -> Iterator[tuple[_Row, int]]:
-    """The rows that apply, each with its layer: before the layers, layer by layer, behind them."""
+    """The rows of the table that apply, with their layer: embedding, layer by layer, the rest."""
     applies = {
         "always": True,
         "bias": architecture.qkv_bias,

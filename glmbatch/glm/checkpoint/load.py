@@ -1,7 +1,7 @@
-"""A ChatGLM2 checkpoint directory to transformers' GLM model, and its identity.
+"""Loads a ChatGLM2 checkpoint directory into transformers' GLM model, and digests it.
 
-Strict, safe, one copy in memory. Reading, locating and saving have their own modules and are
-offered here too. Knows no prompts and no batches.
+Every tensor must be present and fit, and memory peaks near one copy of the weights. Also exports
+what the modules for locating, reading and saving offer. Knows no prompts and no batches.
 
     B rows   T tokens   D hidden size
 """
@@ -56,24 +56,25 @@ __all__ = [
 def digest_weights(
     path: str | Path, adapter: str | Path | None = None, checked: Checkpoint | None = None
 ) -> str:
-    """Hex sha256 of everything in a checkpoint that changes the model's answers.
+    """SHA-256 in hex of everything in a checkpoint that changes the model's answers.
 
-    That is its config, and the bytes of its weight files whatever their names. With an adapter it
-    includes how much of it is added to which weight, its labels, and the bytes of its weights.
+    That is its config and the bytes of its weight files, whatever their names. With an adapter, it
+    is also the scale of each adapted weight, the labels, and the bytes of the adapter's weights.
 
-    Of `checked`, the same checkpoint, each file's numbers are checked as soon as it is digested,
-    while its bytes are in memory; InputError as `refuse_non_finite` says.
+    If `checked`, the same checkpoint as already inspected, is given, the values of each file are
+    checked right after its digest, while its bytes are in memory; raises InputError if a weight is
+    not finite.
     """
     directory = Path(path)
     config = read_json(directory / "config.json")
     architecture = read_architecture(config, str(directory / "config.json"))
-    # The key is no longer read, but stays in the digest: without it every published answer would be
-    # asked again.
+    # This key is no longer read. It stays in the digest, since without it every published answer
+    # would be computed again.
     scaling = "linear" if architecture.rope_ratio != 1 else None
     facts = [asdict(architecture) | {"rope_scaling": scaling}, config.get("rope_scaling")]
     shards, _ = find_shards(directory)
     files = [shard.file for shard in shards]
-    one_at_a_time = Lock()  # torch uses all cores for one, and an old .bin is in memory whole
+    one_at_a_time = Lock()  # one check uses all cores, and an old .bin is read into memory whole
 
     def digest_one(file: Path) -> tuple[str, list[str]]:
         content = digest_file(file)
@@ -100,20 +101,20 @@ def _digest(lines: list[str]) -> str:
 
 
 def refuse_non_finite(checkpoint: Checkpoint) -> None:
-    """InputError when a weight of `checkpoint` is nan or infinite; names the first tensor.
+    """Raise InputError if any weight of `checkpoint` is nan or infinite, naming the first tensor.
 
-    Every answer would fail. Reads all weights.
+    Such a model would fail on every row. Reads all weights.
     """
     files = checkpoint.tensors.items()
     _refuse_broken(chain.from_iterable(_broken_tensors(*file) for file in files))
 
 
 def _broken_tensors(file: Path, headers: Mapping[str, Header]) -> list[str]:
-    """A line for each tensor in `file` that is not finite."""
+    """The start of a message for each tensor in `file` with values that are not finite."""
     broken: list[str] = []
     for key, tensor in read_tensors(file, headers):
         if count := count_non_finite(tensor):
-            broken.append(f"{file}: {key!r} holds {count:,} of {tensor.numel():,} values")
+            broken.append(f"{file}: {key!r} has {count:,} of {tensor.numel():,} values")
     return broken
 
 
@@ -123,12 +124,15 @@ def _refuse_broken(tensors: Iterable[str]) -> None:
         more = f"; {len(broken) - 1:,} more tensors have such values" if len(broken) > 1 else ""
         raise InputError(
             f"{broken[0]} that are not finite (nan or inf){more}. The training or conversion that "
-            "wrote it failed: set model.path to an earlier save."
+            "wrote it failed. Set model.path to an earlier save."
         )
 
 
 def digest_tokenizer(path: str | Path) -> str:
-    """Hex sha256 of the tokenizer's bytes."""
+    """SHA-256 in hex of the bytes of the tokenizer.model in directory `path`.
+
+    Raises InputError if there is none.
+    """
     return digest_file(Path(path) / TOKENIZER_FILE)
 
 
@@ -138,15 +142,17 @@ def load_model(
     device: str | torch.device = "cpu",
     adapter: str | Path | None = None,
 ) -> Any:
-    """A checkpoint's `GlmForSequenceClassification` if it has a head, else its `GlmForCausalLM`.
+    """The `GlmForSequenceClassification` of a checkpoint with a head, else its `GlmForCausalLM`.
 
-    In eval mode and without gradients. Memory peaks near one copy of the loaded weights.
+    The model is in eval mode and needs no gradients. Memory peaks near one copy of its weights.
 
-    The weights of a LoRA `adapter` (a directory as peft writes it) are merged in; a head that it
-    brings counts as the checkpoint's own. `model.prefix_kv` holds the keys and values of a P-Tuning
-    v2 prefix, or None: `Network` puts them before every prompt, the model's own forward does not.
+    The weights of a LoRA `adapter` (a directory as peft writes it) are merged in, and a head that
+    it brings replaces the checkpoint's. `model.prefix_kv` has the keys and values of a P-Tuning v2
+    prefix [layers, 2, groups, prefix length, kv channels], or is None. `Network` puts them before
+    every prompt; the model's own forward ignores them.
 
-    InputError when the checkpoint or the adapter is not sound, OutOfMemory when it does not fit.
+    Raises InputError if the checkpoint or the adapter is invalid, or if its values do not fit
+    `dtype`; OutOfMemory if the weights do not fit on `device`.
     """
     checkpoint = read_checkpoint(path, adapter)
     name = str(dtype).removeprefix("torch.")
@@ -155,13 +161,13 @@ def load_model(
         raise InputError(f"{path}: cannot compute in {name}. Set model.dtype to one of {allowed}.")
     if checkpoint.architecture.fp32_residual and name != "float32":
         raise InputError(
-            f"{checkpoint.path / 'config.json'}: 'fp32_residual_connection' is true, and GLM has "
-            f"no counterpart to it in {name}. Set model.dtype to float32."
+            f"{checkpoint.path / 'config.json'}: 'fp32_residual_connection' is true, which "
+            f"transformers' GLM does not support in {name}. Set model.dtype to float32."
         )
     try:
         return _load(checkpoint, getattr(torch, name), torch.device(device))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutOfMemory(f"{path}: no room for its weights on {device} in {name}.") from error
+        raise OutOfMemory(f"{path}: its weights in {name} do not fit on {device}.") from error
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
@@ -175,7 +181,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> A
             prefix[spec.key] = stored.to(torch.float32, copy=True)
         for name, rows in split_rows(architecture, spec, stored):
             merged = added[name].added_to(rows) if name in added else rows
-            # Each is copied: nothing may stay backed by the file.
+            # Copied, so that no tensor stays mapped from the file.
             state[name] = merged.to(
                 device, _dtype_of(name, dtype), copy=True, memory_format=torch.contiguous_format
             )
@@ -187,7 +193,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> A
         _refuse_unfit_numbers(checkpoint, {PREFIX_KEY: prefix_kv}, dtype)
     _refuse_unfit_numbers(checkpoint, state, dtype)
     model.load_state_dict(state, strict=True, assign=True)
-    # The rotary tables are computed, not stored: those made on the meta device are empty.
+    # The rotary frequencies are computed, not stored: those from the meta device are empty.
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=rotary.config).to(device)
     model.register_buffer(PREFIX_KEY, prefix_kv)
@@ -197,7 +203,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> A
 def _refuse_unfit_numbers(
     checkpoint: Checkpoint, loaded: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> None:
-    """InputError when a loaded tensor is not finite: as it is stored, or in `dtype` only."""
+    """Raise InputError if a loaded tensor is not finite, in the file or only in `dtype`."""
     for name, tensor in loaded.items():
         if count_non_finite(tensor):
             refuse_non_finite(checkpoint)
@@ -216,21 +222,21 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         if not checkpoint.has_head:
             return GlmForCausalLM(config)
         model: Any = GlmForSequenceClassification(config)  # type: ignore[no-untyped-call]
-        # The reference's head has a bias. transformers' class would drop it with only a log line,
-        # and logits would be 3.2 off.
+        # The published head has a bias. transformers' class would drop it with only a log message,
+        # and logits would be off by 3.2.
         model.score = ClassifierHead(config.hidden_size, len(checkpoint.labels))
     return model
 
 
 class ClassifierHead(nn.Linear):
-    """A head with a bias, kept and computed in float32 whatever the body computes in.
+    """A classification head with a bias, stored and computed in float32 in a model of any dtype.
 
-    It has only a few thousand numbers.
+    With a few thousand parameters, that costs nothing.
     """
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Scores [B, T, labels] in float32."""
-        with torch.autocast(hidden_BTD.device.type, enabled=False):  # in training too
+        """Logits [B, T, labels] in float32."""
+        with torch.autocast(hidden_BTD.device.type, enabled=False):  # also in mixed training
             return nn.functional.linear(hidden_BTD.float(), self.weight.float(), self.bias.float())
 
 
@@ -247,10 +253,10 @@ def _adapter_weights(checkpoint: Checkpoint) -> tuple[dict[str, LowRank], dict[s
 def _stored_tensors(
     checkpoint: Checkpoint, dtype: torch.dtype, added: Collection[str]
 ) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-    """Each tensor to load. Quantized ones are dequantized in the dtype that is computed in.
+    """Each tensor to load; a quantized one is dequantized to `dtype`.
 
-    Dequantized through float16, logits would be 8.9e-3 off. Weights to which something is `added`
-    (native names) come in float32.
+    Dequantized to float16 first, logits would be off by 8.9e-3. Weights in `added` (native names),
+    to which an adapter is added, are dequantized to float32.
     """
     specs = checkpoint.specs
     bits = checkpoint.architecture.quantization_bit
@@ -268,7 +274,7 @@ def _stored_tensors(
 
 
 def _read_scales(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The scales of all quantized weights; a weight and its scale may be in two files."""
+    """The scales of all quantized weights. A weight and its scale may be in different files."""
     scales: dict[str, torch.Tensor] = {}
     for file, headers in checkpoint.tensors.items():
         wanted = {key: header for key, header in headers.items() if key.endswith("_scale")}

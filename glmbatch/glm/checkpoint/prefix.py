@@ -1,8 +1,9 @@
-"""P-Tuning v2: learned keys and values that come before every prompt, in the form of either layout.
+"""Converts a P-Tuning v2 prefix, learned keys and values before every prompt, between layouts.
 
     N layers   G groups   P prefix length   H kv channels
 
-They are not rotated, and the positions of the text still start at 0.
+The keys are not rotated, and the positions of the text still start at 0.
+See https://arxiv.org/abs/2110.07602.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from glmbatch.glm.checkpoint.layout import PREFIX_KEY, PREFIX_KEYS, prefix_shape
 
 
 def native_prefix(architecture: Architecture, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """prefix_kv_N2GPH in float32 from a checkpoint's prefix tensors, of either layout."""
+    """prefix_kv_N2GPH from a checkpoint's prefix tensors in float32, in either layout."""
     if PREFIX_KEY in stored:
         return stored[PREFIX_KEY]
     by_name = {key.removeprefix(PREFIX_KEYS): tensor for key, tensor in stored.items()}
-    # A projection is part of training only: applied once, it gives the keys and values themselves.
+    # The projection only serves training: applied once, it yields the keys and values.
     flat = by_name["embedding.weight"]
     if architecture.prefix_projection:
         hidden = linear(flat, by_name["trans.0.weight"], by_name["trans.0.bias"]).tanh()
@@ -32,5 +33,5 @@ def native_prefix(architecture: Architecture, stored: Mapping[str, torch.Tensor]
 
 
 def original_prefix(prefix_kv_N2GPH: torch.Tensor) -> torch.Tensor:
-    """The published `prefix_encoder.embedding.weight` [P, N * 2 * G * H] of a prefix."""
+    """A prefix as the published `prefix_encoder.embedding.weight` [P, N * 2 * G * H]."""
     return prefix_kv_N2GPH.permute(3, 0, 1, 2, 4).flatten(1)

@@ -1,6 +1,6 @@
-"""A GLM model to a checkpoint directory in ChatGLM2's published layout, by the table that loads it.
+"""Saves a GLM model as a checkpoint directory in ChatGLM2's published layout.
 
-The same model gives the same bytes. Holds the copy of one shard at a time.
+Uses the same table as loading. The same model gives the same bytes. Copies one shard at a time.
 
     N layers   G groups   P prefix length   H kv channels
 """
@@ -31,7 +31,7 @@ from glmbatch.glm.files import file_error, read_bytes
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, load_tokenizer
 
 StoredDtype = Literal["float32", "bfloat16", "float16"]
-# Tools that read the published layout look for this file beside tokenizer.model.
+# Tools that read the published layout expect this file beside tokenizer.model.
 _TOKENIZER_CONFIG = {
     "name_or_path": "THUDM/chatglm2-6b",
     "remove_space": False,
@@ -40,7 +40,7 @@ _TOKENIZER_CONFIG = {
 }
 
 
-def save_checkpoint(  # noqa: PLR0913 - each is a choice of the caller and none belongs to another
+def save_checkpoint(  # noqa: PLR0913 - independent choices of the caller
     model: Any,
     directory: str | Path,
     *,
@@ -50,11 +50,14 @@ def save_checkpoint(  # noqa: PLR0913 - each is a choice of the caller and none 
     shard_size_bytes: int = 2 * 10**9,
     safetensors: bool = False,
 ) -> None:
-    """Write `model` so that `load_model` gives the same weights back, rounded to `dtype`.
+    """Write `model` so that `load_model` returns the same weights, rounded to `dtype`.
 
-    `extra_config` adds keys to config.json and may not change one. config.json is moved into place
-    last: a directory without it is an unfinished save. InputError when the directory already holds
-    a checkpoint or part of one, or when a value does not fit `dtype`.
+    `tokenizer_model` is the content of a tokenizer.model or its path. `extra_config` adds keys to
+    config.json but must not change any. config.json is moved into place last: a directory without
+    it is an unfinished save.
+
+    Raises InputError if the directory already contains a checkpoint or part of one, or if a value
+    does not fit `dtype`; TransientError if the disk fails.
     """
     target = Path(directory)
     has_head = hasattr(model, "score")
@@ -80,12 +83,12 @@ def save_checkpoint(  # noqa: PLR0913 - each is a choice of the caller and none 
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A folder to write into; its files move into `target` at the end, or go after an error."""
+    """A folder to write into. Its files move into `target` at the end; an error deletes them."""
     if (target / "config.json").exists() or list_weight_files(target):
         raise InputError(
-            f"{target}: already holds a checkpoint. Choose another directory or remove it."
+            f"{target}: already contains a checkpoint. Choose another directory or remove it."
         )
-    # Inside the target, so that moving a file is a rename within one file system.
+    # Inside the target, so that each move is a rename within one file system.
     folder = target / ".partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -102,14 +105,15 @@ def _require_fitting_tokenizer(folder: Path, target: Path, architecture: Archite
     size = load_tokenizer(folder).vocab_size
     if size > architecture.vocab_size:
         raise InputError(
-            f"{target}: the tokenizer has {size} ids, the model only {architecture.vocab_size}."
+            f"{target}: the tokenizer has {size} ids, the model only {architecture.vocab_size}. "
+            "Pass the tokenizer.model of the base."
         )
 
 
 def _architecture_of(model: Any) -> Architecture:
     stated = model.config.to_dict()
     labels = stated.get("id2label", {})
-    stated["id2label"] = {str(row): label for row, label in labels.items()}  # as JSON has it
+    stated["id2label"] = {str(row): label for row, label in labels.items()}  # JSON keys are text
     prefix_N2GPH = getattr(model, PREFIX_KEY, None)
     stated["pre_seq_len"] = 0 if prefix_N2GPH is None else prefix_N2GPH.shape[3]
     return read_architecture(stated, "model.config")
@@ -123,18 +127,18 @@ def _config(
     if has_head:
         config["id2label"] = {str(row): label for row, label in enumerate(architecture.labels)}
         config["label2id"] = {label: row for row, label in enumerate(architecture.labels)}
-    # A key of the model with another value would make the checkpoint another model.
+    # Changing the value of a key would describe another model.
     for key, value in extra.items():
         if config.setdefault(key, value) != value:
             raise InputError(
-                f"extra_config: {key!r} is {value!r}, but the model's is {config[key]!r}."
+                f"extra_config: {key!r} is {value!r}, but {config[key]!r} in the model. Remove it."
             )
     return config
 
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor of the published layout, made only when its shard is written."""
+    """A tensor of the published layout, created only when its shard is written."""
 
     key: str
     size_bytes: int
@@ -144,7 +148,7 @@ class _Tensor:
 def _tensors(model: Any, architecture: Architecture, has_head: bool, dtype: str) -> list[_Tensor]:
     stored: torch.dtype = getattr(torch, dtype)
     state = model.state_dict()
-    if has_head:  # transformers' own head has no bias; the published one always does
+    if has_head:  # transformers' head has no bias; the published one always does
         state.setdefault("score.bias", torch.zeros(len(architecture.labels)))
     tensors = []
     for spec in list_tensors(architecture, "original", has_head).values():
@@ -156,7 +160,7 @@ def _tensors(model: Any, architecture: Architecture, has_head: bool, dtype: str)
 def _original_tensor(
     state: Mapping[str, torch.Tensor], spec: TensorSpec, dtype: torch.dtype
 ) -> torch.Tensor:
-    # Only the prefix has no parts here: what is saved is never quantized, so there are no scales.
+    # Only the prefix has no parts: nothing is saved quantized, so there are no scales.
     parts = [state[name] for name, _ in spec.parts] or [original_prefix(state[PREFIX_KEY])]
     whole = torch.cat(parts).detach() if len(parts) > 1 else parts[0].detach()
     stored = whole.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
@@ -181,7 +185,7 @@ def _write_shards(
         shard = {tensor.key: tensor.make() for tensor in group}
         if safetensors:
             save_file(shard, directory / name, metadata={"format": "pt"})
-            # It is written for its owner alone, the files beside it as the process's umask says.
+            # safetensors makes its file readable for the owner only; the others follow the umask.
             shutil.copymode(directory / TOKENIZER_FILE, directory / name)
         else:
             torch.save(shard, directory / name)

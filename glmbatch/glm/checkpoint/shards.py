@@ -1,6 +1,7 @@
-"""The weight files of a checkpoint: which there are, their headers, and their tensors.
+"""The weight files of a checkpoint: finding them, and reading their headers and tensors.
 
-Nothing in a file is executed, and nothing in it is trusted unchecked. Knows nothing of the model.
+Safetensors and PyTorch .bin files. Executes nothing in a file and checks everything that it uses.
+Knows nothing of the model.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ from glmbatch.glm.files import file_error, index_names, refuse_stand_in
 
 Item = TypeVar("Item")
 
-# Name of a whole checkpoint's file and pattern of its shards', in transformers' order of
-# preference.
+# The name of a single weight file and the pattern of shards, in transformers' order of preference.
 _KINDS = {"model.safetensors": "model*.safetensors", "pytorch_model.bin": "pytorch_model*.bin"}
-# The pages of a tensor stay mapped while its file is open: it is reopened after so many bytes, so
-# that memory does not grow with the file.
+# The pages of a tensor stay mapped while its file is open. The file is reopened after this many
+# bytes, so that memory does not grow with the size of the file.
 _BYTES_PER_OPENING = 32 * 2**20
 # fmt: off
 _SAFETENSORS_DTYPES = {
@@ -37,7 +37,7 @@ _SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of one tensor."""
+    """Shape and dtype of one tensor in a weight file; the dtype as torch names it ("float16")."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -45,14 +45,14 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One weight file and the keys that its index assigns to it; None when there is no index."""
+    """One weight file and the keys that the index assigns to it; None without an index."""
 
     file: Path
     keys: frozenset[str] | None
 
 
 def list_weight_files(directory: Path) -> list[Path]:
-    """Every file in `directory` with the name of a weight file, loaded or not."""
+    """Every file in `directory` named like a weight file, sorted, whether it is loaded or not."""
     files: list[Path] = []
     for pattern in _KINDS.values():
         files += directory.glob(pattern)
@@ -60,9 +60,9 @@ def list_weight_files(directory: Path) -> list[Path]:
 
 
 def find_shards(directory: Path) -> tuple[list[Shard], list[str]]:
-    """The weight files to load, and warnings.
+    """The weight files to load, and a warning for each file that is not used.
 
-    InputError when there are none, or when it is unclear which are meant.
+    Raises InputError if there are none, if some are missing, or if it is unclear which to load.
     """
     prefixes = _prefix_files(list_weight_files(directory))
     files: dict[str, list[Path]] = {}
@@ -74,7 +74,7 @@ def find_shards(directory: Path) -> tuple[list[Shard], list[str]]:
         patterns = " or ".join(_KINDS.values())
         raise InputError(f"{directory}: no weights ({patterns}). Set model.path.")
     chosen, *others = files
-    warnings = [f"weights are there as {kind} too, which is not used" for kind in others]
+    warnings = [f"the weights are also stored as {kind}, which is not used" for kind in others]
     single = directory / chosen
     index = _index_of(single)
     shards = _indexed_shards(index) if index.exists() else [Shard(single, None)]
@@ -82,14 +82,15 @@ def find_shards(directory: Path) -> tuple[list[Shard], list[str]]:
     extra = [file.name for file in files[chosen] if file not in assigned]
     if index.exists() and single.name in extra:
         raise InputError(
-            f"{directory}: both {single.name} and {index.name}; it is unclear which is meant. "
-            "Remove one."
+            f"{directory}: has both {single.name} and {index.name}, and it is unclear which to "
+            "load. Remove one."
         )
     if not index.exists() and extra:
         raise InputError(
-            f"{directory}: {', '.join(extra)}, but no {index.name} that says what each holds."
+            f"{directory}: has {', '.join(extra)}, but no {index.name} for them. "
+            "Copy the index too."
         )
-    warnings += [f"{name} is not named in {index.name} and not used" for name in extra]
+    warnings += [f"{name} is not listed in {index.name}, so it is not used" for name in extra]
     return [*shards, *(Shard(file, None) for file in prefixes)], warnings
 
 
@@ -98,9 +99,9 @@ def _index_of(single: Path) -> Path:
 
 
 def _prefix_files(files: list[Path]) -> list[Path]:
-    """Files that hold only a P-Tuning v2 prefix, as its official training saves it.
+    """The files that contain only a P-Tuning v2 prefix, as ChatGLM2's ptuning scripts save it.
 
-    Such a file has the name of a whole checkpoint's and lies beside the base's own.
+    Such a file is named like a single weight file and is copied beside the base model's shards.
     """
     if len(files) < 2:
         return []
@@ -122,8 +123,7 @@ def _indexed_shards(index: Path) -> list[Shard]:
     missing = [shard.file.name for shard in shards if not shard.file.is_file()]
     if missing:
         raise InputError(
-            f"{index}: {', '.join(missing)} is named in it but is not there. "
-            "Copy the missing shards."
+            f"{index}: lists {', '.join(missing)}, which does not exist. Copy the missing shards."
         )
     return shards
 
@@ -131,8 +131,8 @@ def _indexed_shards(index: Path) -> list[Shard]:
 def read_headers(file: Path) -> dict[str, Header]:
     """Shape and dtype of each tensor in `file`, by key.
 
-    The numbers stay on disk; only a .bin that torch before 1.6 wrote is read whole. InputError when
-    the file is damaged.
+    Reads no values, except from a .bin written by torch before 1.6, which can only be read whole.
+    Raises InputError if the file is damaged.
     """
     headers: dict[str, Header] = {}
     refuse_stand_in(file, _first_bytes(file))
@@ -148,9 +148,9 @@ def read_headers(file: Path) -> dict[str, Header]:
 
 
 def read_tensors(file: Path, headers: Mapping[str, Header]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor of `headers` in `file`.
+    """The tensors of `file` that `headers` lists, one by one, as stored.
 
-    A tensor lives in the file's pages: copy it before taking the next.
+    A tensor is mapped from the file: copy what you need of it before you take the next.
     """
     if file.suffix == ".bin" and not _is_zip(file):
         state = _load_bin(file)
@@ -171,19 +171,19 @@ def read_tensors(file: Path, headers: Mapping[str, Header]) -> Iterator[tuple[st
 
 
 def count_non_finite(tensor: torch.Tensor) -> int:
-    """How many numbers of `tensor` are nan or infinite."""
+    """Number of values in `tensor` that are nan or infinite."""
     if not tensor.is_floating_point() or not tensor.numel():
         return 0
-    # Either is nan where any number is, and a mask of all numbers takes 30 times as long.
+    # Minimum and maximum are nan if any value is. A mask of all values would take 30 times as long.
     if all(map(math.isfinite, map(float, tensor.aminmax()))):
         return 0
     return int((~tensor.isfinite()).sum())
 
 
 def group_by_size(sizes: Iterable[tuple[Item, int]], most_bytes: int) -> Iterator[list[Item]]:
-    """The items of `sizes` in order, in groups of at most `most_bytes`.
+    """The items of `sizes` (item, bytes) in order, in groups of at most `most_bytes`.
 
-    An item that is larger has a group of its own.
+    A larger item gets a group of its own.
     """
     group: list[Item] = []
     group_bytes = 0
@@ -201,9 +201,13 @@ def group_by_size(sizes: Iterable[tuple[Item, int]], most_bytes: int) -> Iterato
 def dequantized(
     stored: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """[out, in] of an int8 [out, in] or an int4 [out, in / 2], with one scale for each row."""
+    """The weight [out, in] in `dtype` from its int8 values [out, in] and a scale per row [out].
+
+    With `bits` 4, `stored` is [out, in / 2], two values to a byte. Both are the formats of the int4
+    and int8 releases of ChatGLM2 (quantization.py of the checkpoint).
+    """
     if bits == 4:
-        # The high four bits are the even input column, the low four the odd one, both signed.
+        # Both signed: the high four bits are the even input column, the low four the odd one.
         stored = torch.stack((stored >> 4, (stored << 4) >> 4), dim=-1).flatten(1)
     return stored.to(dtype) * scale.to(dtype)[:, None]
 
@@ -227,26 +231,27 @@ def _is_zip(file: Path) -> bool:
 
 def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     try:
-        # Only the zip form can be mapped; torch wrote another one before version 1.6.
+        # Only zip files can be memory-mapped; torch wrote another format before version 1.6.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{file}: damaged, or holds something other than tensors; nothing in it was run."
+            f"{file}: damaged, or contains something other than tensors. "
+            "Nothing in it was executed."
         ) from error
     except OSError as error:
         raise file_error(file, error) from error
     except MemoryError as error:
-        raise OutOfMemory(f"{file}: no memory left to read it.") from error
+        raise OutOfMemory(f"{file}: not enough memory to read it.") from error
     except Exception as error:
-        # A damaged file can make torch's reader raise anything.
+        # torch.load may raise any exception on a damaged file.
         raise InputError(f"{file}: damaged or cut short ({type(error).__name__}).") from error
     if not isinstance(state, dict):
         kind = type(state).__name__
-        raise InputError(f"{file}: a dictionary of tensors is expected; it holds a {kind}.")
+        raise InputError(f"{file}: expected a dictionary of tensors, found a {kind}.")
     for key, value in state.items():
         if not isinstance(key, str) or not _is_plain_tensor(value):
             kind = type(value).__name__
-            raise InputError(f"{file}: {key!r} holds a {kind}, not a plain tensor.")
+            raise InputError(f"{file}: {key!r} is a {kind}, not a plain tensor.")
     return state
 
 
@@ -264,6 +269,6 @@ def _open_safetensors(file: Path) -> Any:
 
 
 def _safetensors_header(view: Any) -> Header:
-    # One that is not named here is refused with the others that no weight may have.
+    # Any other dtype is refused later, by the check for the dtypes that a weight may have.
     dtype = _SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
     return Header(tuple(view.get_shape()), dtype)

@@ -1,7 +1,7 @@
-"""Answers classify requests batch by batch: scores of the trained head, or of whole labels.
+"""Runs classify requests in packed batches: logits of the trained head, or scores of whole labels.
 
-Shapes: R tokens read, C hidden size, V tokens, M the largest number of continuations of any of
-them.
+Shapes: R tokens whose final states are read, C hidden size, V tokens, M the largest number of
+continuations of a read token.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from glmbatch.glm.model.label_tree import LabelTree, label_tree
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
 
-# Rows of 65,024 float32 scores computed at once: 67 MB.
+# Rows of logits computed at once: 67 MB for 65,024 tokens in float32.
 HEAD_ROWS = 256
 
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """One request as it waits: its shared prefix, and what of it goes into a packed batch."""
+    """One waiting request: its shared prefix, and the rest of it, for a packed batch."""
 
     pending: PendingRequest[ClassifyRequest]
     prefix: tuple[int, ...]
@@ -34,10 +34,10 @@ class _Waiting:
 
 
 class Classification:
-    """The classify requests that wait for the model, and the forward that answers a batch of them.
+    """The waiting queue of classify requests, and the forward that answers a batch of them.
 
-    `preempt_generation` is called when there is no memory for even one prompt; it returns whether
-    it freed any.
+    `preempt_generation` is called if memory does not suffice for even one prompt; it returns
+    whether it freed any.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Classification:
         self._limits = limits
         self._preempt_generation = preempt_generation
         self._waiting: WaitingQueue[_Waiting] = WaitingQueue(
-            # Without padding the order costs nothing: first come, first served.
+            # First come, first served: without padding, no order is faster.
             rank=lambda item: (item.pending.arrival,),
             tokens=lambda item: len(item.prompt),
             group=lambda item: item.prefix,
@@ -68,7 +68,7 @@ class Classification:
         self._waiting.push(_Waiting(pending, prefix, prompt))
 
     def run_batch(self) -> None:
-        """Answer one batch. When it does not fit into memory, put it back and lower the limits."""
+        """Answer one batch. If it does not fit in memory, put it back and lower the limits."""
         batch = self._waiting.take(self._limits.batch_tokens)
         if not batch:
             return
@@ -85,7 +85,7 @@ class Classification:
             item.pending.call.deliver(result)
 
     def _handle_out_of_memory(self, batch: Sequence[_Waiting]) -> None:
-        """Try smaller batches, then no generation, then chunks; at last fail the one prompt."""
+        """Next, try smaller batches, then preempt generation, then chunks; then fail the prompt."""
         self._network.release_memory()
         first = batch[0]
         tokens = sum(len(item.prompt) for item in batch)
@@ -94,20 +94,20 @@ class Classification:
         elif not self._preempt_generation():
             first.budget = first.budget or self._limits.batch_tokens
             if not self._limits.halve_chunk(tokens):
-                # This prompt alone is at fault: later ones get their token budget back.
+                # Only this prompt is too long: later ones get the original token budget back.
                 self._limits.batch_tokens = first.budget
                 request = first.pending.request
                 length, device = len(request.prompt_ids), self._network.device
-                fault = f"no room on {device} for one prompt of {length} tokens"
+                fault = f"not enough memory on {device} for one prompt of {length} tokens"
                 first.pending.call.deliver(ClassifyResult(request.index, (), fault))
                 return
         for item in batch:
             self._waiting.push(item)
 
     def _score(self, batch: Sequence[_Waiting], chunk_tokens: int) -> list[list[float]]:
-        """Scores of each item of `batch`, all of one prefix.
+        """Scores of each item of `batch`; all items have the same prefix.
 
-        A prompt over the token budget comes alone and is prefilled in chunks.
+        A prompt over the token budget is a batch of its own and is prefilled in chunks.
         """
         prefix = self._network.cached_prefix(batch[0].prefix, chunk_tokens)
         prompts = [item.prompt for item in batch]
@@ -123,7 +123,10 @@ class Classification:
 def _label_scores(
     network: Network, trees: Sequence[LabelTree | None], hidden_RC: torch.Tensor
 ) -> list[list[float]]:
-    """For each tree the log-likelihood of each label, as asked. R is in the order of `prefill`."""
+    """For each tree, the log-likelihood of each label, in the order of the request.
+
+    `hidden_RC` is the result of `Network.prefill`.
+    """
     asked = [tree for tree in trees if tree is not None]
     continuations = [tree.children[0] for tree in asked]
     for tree in asked:
@@ -134,25 +137,25 @@ def _label_scores(
     for prompt_row, tree in enumerate(asked):
         rows = [log_probs_RM[prompt_row], *log_probs_RM[first_node : first_node + len(tree)]]
         scores.append([_path_score(path, rows) for path in tree.paths])
-        # Reads are ordered prompts first, then all nodes, tree by tree.
+        # The prompts are read first, then all nodes, tree by tree.
         first_node += len(tree)
     return scores
 
 
 def _path_score(path: Sequence[tuple[int, int]], rows: Sequence[Sequence[float]]) -> float:
-    # fsum does not depend on the order, so neither do the scores on the order of labels.
+    # fsum rounds only once, so scores do not depend on the order of the labels.
     return math.fsum(rows[row][child] for row, child in path)
 
 
 def _log_probs(
     network: Network, hidden_RC: torch.Tensor, continuations: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """For each row the log-probability of each of its `continuations`; what follows is padding."""
+    """For each row, the log-probability of each of its `continuations`, padded to M."""
     width = max(map(len, continuations))
     padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in continuations]
     tokens_RM = torch.tensor(padded, device=network.device)
     parts = []
-    # In pieces, for the scores of all tokens would take far more memory than the batch itself.
+    # In parts, because the logits of all rows would take far more memory than the batch itself.
     for first in range(0, len(hidden_RC), HEAD_ROWS):
         rows = slice(first, first + HEAD_ROWS)
         logits_RV = network.token_logits(hidden_RC[rows])

@@ -1,10 +1,10 @@
-"""Continuous batching over the slots of the cache.
+"""Continuous batching over the slots of the KV cache.
 
-Waiting prompts are admitted into free slots, each decode step adds one token to every live slot,
-and a finished slot is filled again. A preempted sequence keeps the ids generated so far and is
-prefilled again behind them, so that nothing is lost and no token is drawn twice.
+Waiting sequences are admitted into free slots by prefill, each decode step adds one token to every
+live slot, and a finished slot is filled again. A preempted sequence keeps its generated ids, which
+are prefilled with the prompt when it is admitted again; no token is drawn twice.
 
-Shapes: R rows read, T tokens, G key/value groups, D head size, C hidden size.
+Shapes: R rows, T tokens, G key/value groups, D head size, C hidden size.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
 from glmbatch.glm.model.sampling import NOT_FINITE, Draw, Uniforms, next_tokens
 
-# Among so many consecutive requests the longest go first, so that the last to finish began early.
-# It also bounds how often a short one can be overtaken.
+# Within a window of this many consecutive requests, the longest go first, so that no long one is
+# left to run alone at the end. The window bounds how long a short request can wait.
 WINDOW = 4096
 
 
@@ -36,7 +36,7 @@ class _Sequence:
     uniforms: Uniforms | None
     ids: list[int] = field(default_factory=list)
     failed: bool = False
-    budget: int | None = None  # the token budget before this sequence alone proved too much
+    budget: int | None = None  # the token budget before it was lowered for this sequence alone
 
     @property
     def request(self) -> GenerateRequest:
@@ -44,25 +44,25 @@ class _Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and of what is generated so far."""
+        """Tokens of the prompt and of the answer so far."""
         return len(self.request.prompt_ids) + len(self.ids)
 
     @property
     def max_length(self) -> int:
-        """Its length if nothing ends it early."""
+        """Tokens of the prompt and of the longest answer allowed."""
         return len(self.request.prompt_ids) + self.request.max_tokens
 
     @property
     def prefill_tokens(self) -> int:
-        """Tokens to prefill behind the shared prefix."""
+        """Tokens to prefill after the shared prefix."""
         return self.length - len(self.prefix)
 
     def prompt(self) -> PackedPrompt:
-        """What is prefilled: the prompt behind the shared prefix, and the ids generated so far."""
+        """The ids to prefill: the prompt after the shared prefix, then the ids generated so far."""
         return PackedPrompt([*self.request.prompt_ids[len(self.prefix) :], *self.ids])
 
     def draw(self, row: int) -> Draw | None:
-        """How to sample its next token at `row` of a batch; None when it is greedy."""
+        """How to sample its next token at `row` of a batch; None for greedy decoding."""
         if self.uniforms is None:
             return None
         request = self.request
@@ -71,7 +71,10 @@ class _Sequence:
 
 
 class Generation:
-    """The generate requests that wait for the model, and those in the slots of the cache."""
+    """The waiting queue of generate requests, and the sequences in the slots of the cache.
+
+    `cache_bytes` limits the memory of the KV cache.
+    """
 
     def __init__(self, network: Network, limits: Limits, eos_id: int, cache_bytes: int) -> None:
         self._network = network
@@ -80,7 +83,7 @@ class Generation:
         max_places = network.trained_places + network.max_positions
         self._cache = SlotCache(network.kv_shape, max_places, cache_bytes)
         self._sequences: list[_Sequence | None] = []  # by slot; None is a free slot among live ones
-        # Found no memory in one of many slots, and is tried in a cache of one slot.
+        # A sequence that ran out of memory among others and is tried in a cache of one slot.
         self._alone: _Sequence | None = None
         self._waiting: WaitingQueue[_Sequence] = WaitingQueue(
             rank=lambda seq: (seq.pending.arrival // WINDOW, -seq.max_length, seq.pending.arrival),
@@ -112,7 +115,10 @@ class Generation:
             self._decode_step(sequences)
 
     def preempt(self) -> bool:
-        """Free the cache for others and halve the slots; False when there was none to free."""
+        """Free the cache for classify requests and halve the slots.
+
+        Returns False if the cache was empty. All sequences return to the waiting queue.
+        """
         if not self._cache.slots:
             return False
         if self._sequences:
@@ -138,7 +144,7 @@ class Generation:
     def _admit(self, batch: Sequence[_Sequence]) -> None:
         """Prefill each of `batch` into a free slot and choose its next token."""
         if not any(self._sequences) and self._cache.slots != self._max_slots:
-            self._cache.drop()  # one long sequence had cost the others their slots: start over
+            self._cache.drop()  # a long sequence had reduced the slots: start over with all of them
         if not catch_oom(lambda: self._grow_cache(max(seq.length for seq in batch))):
             self._handle_out_of_memory(batch)
             return
@@ -148,13 +154,13 @@ class Generation:
         admitted = batch[: len(slots)]
         tokens = catch_oom(lambda: self._prefill(admitted, slots)) if admitted else []
         if tokens is None:
-            self._cache.wipe(slots)  # half written, perhaps with values that are not finite
+            self._cache.wipe(slots)  # partly written, perhaps with values that are not finite
             self._handle_out_of_memory(admitted, in_prefill=True)
             return
         self._sequences += [None] * (max(slots, default=-1) + 1 - len(self._sequences))
         for slot, seq in zip(slots, admitted, strict=True):
             self._sequences[slot] = seq
-        # Prefill has already chosen the first token: it needs no decode step of its own.
+        # Prefill yields the first token without a decode step.
         self._append_tokens(slots, tokens)
 
     def _free_slots(self) -> list[int]:
@@ -162,11 +168,11 @@ class Generation:
         return [slot for slot, seq in enumerate(self._sequences) if seq is None] + list(beyond)
 
     def _prefill(self, batch: Sequence[_Sequence], slots: Sequence[int]) -> list[int]:
-        """Read `batch` into `slots` of the cache; returns the next token of each."""
+        """Prefill `batch` into `slots` of the cache; returns the next token of each sequence."""
         chunk_tokens = self._limits.batch_tokens
         prefix = self._network.cached_prefix(batch[0].prefix, chunk_tokens)
         prompts = [seq.prompt() for seq in batch]
-        if len(batch) == 1:  # a prompt over the token budget comes alone, and goes in chunks
+        if len(batch) == 1:  # a prompt over the token budget is alone, and is prefilled in chunks
             prompts[0], prefix = self._network.prefill_ahead(prompts[0], prefix, chunk_tokens)
         first = 0
         if prefix is not None:
@@ -186,7 +192,7 @@ class Generation:
         return self._choose(self._network.prefill(prompts, prefix, store), batch)
 
     def _decode_step(self, sequences: Sequence[_Sequence]) -> None:
-        """Generate one more token for each of `sequences`, which fill the first slots."""
+        """Generate one more token for each of `sequences`, which are in the first slots."""
         if not catch_oom(lambda: self._grow_cache(max(seq.length for seq in sequences))):
             self._handle_out_of_memory()
             return
@@ -208,7 +214,7 @@ class Generation:
         return next_tokens(self._network.token_logits(hidden_RC), draws)
 
     def _append_tokens(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """Give each slot's sequence its token; a sequence that is finished leaves its slot."""
+        """Append each token to the sequence in its slot; deliver and remove finished sequences."""
         for slot, token in zip(slots, tokens, strict=True):
             seq = self._sequences[slot]
             assert seq is not None
@@ -246,12 +252,12 @@ class Generation:
             return False
         try:
             return should_stop(seq.ids)
-        except Exception as error:  # noqa: BLE001 - the caller's code: raised to that caller alone
+        except Exception as error:  # noqa: BLE001 - the caller's code: raised in that caller only
             seq.pending.call.fail(error)
             return False
 
     def _compact_slots(self) -> list[_Sequence]:
-        """Move the last sequences into free slots, so that live slots come first; returns them."""
+        """Move sequences so that the live slots come first; returns all sequences by slot."""
         live = len(self._live())
         beyond = self._sequences[live:]
         sources = [live + at for at, seq in enumerate(beyond) if seq is not None]
@@ -265,9 +271,9 @@ class Generation:
         return self._live()
 
     def _grow_cache(self, length: int) -> bool:
-        """Grow the cache to `length` tokens for each slot, preempting sequences that no longer fit.
+        """Grow the cache to `length` tokens per slot, preempting sequences that no longer fit.
 
-        Always True, so that `catch_oom` gives None only when it fails.
+        Returns True, to distinguish success from the None of `catch_oom`.
         """
         places = self._network.trained_places + length
         if places > self._cache.length:
@@ -283,9 +289,9 @@ class Generation:
     def _handle_out_of_memory(
         self, batch: Sequence[_Sequence] = (), in_prefill: bool = False
     ) -> None:
-        """Try with less: a smaller prefill, then half the slots, then one sequence alone.
+        """Next, try a smaller prefill, then half the slots, then one sequence alone.
 
-        A sequence that finds no room even alone fails.
+        A sequence that runs out of memory even alone fails.
         """
         self._network.release_memory()
         for seq in batch:
@@ -308,15 +314,16 @@ class Generation:
         self._preempt_all()
 
     def _fail_without_room(self, seq: _Sequence) -> None:
-        fault = f"no room on {self._network.device} to generate for one row of {seq.length} tokens"
+        device = self._network.device
+        fault = f"not enough memory on {device} to generate for one row of {seq.length} tokens"
         seq.pending.call.deliver(GenerateResult(seq.request.index, (), "error", fault))
-        seq.failed = True  # it is in the waiting queue, which then skips it
+        seq.failed = True  # the waiting queue drops it
         self._alone = None
-        # This sequence alone is at fault: later ones get their token budget back.
+        # Only this sequence is too long: later ones get the original token budget back.
         self._limits.batch_tokens = seq.budget or self._limits.batch_tokens
 
     def _preempt_all(self) -> None:
-        """Move every sequence back to the waiting queue and free the cache's memory."""
+        """Return every sequence to the waiting queue and free the memory of the cache."""
         for seq in self._live():
             self._waiting.push(seq)
         self._sequences = []

@@ -1,7 +1,4 @@
-"""The model settings of a job become an engine on this machine.
-
-Importing this module loads no torch.
-"""
+"""Loads an engine from the model settings of a job. Importing this module loads no torch."""
 
 from __future__ import annotations
 
@@ -9,16 +6,16 @@ from typing import TYPE_CHECKING
 
 from glmbatch.glm.engine.protocol import Engine
 
-if TYPE_CHECKING:  # the model also runs without pydantic
+if TYPE_CHECKING:  # not at run time, so that the model also runs without pydantic
     from glmbatch.settings.job import ModelConfig, RuntimeConfig
 
 
 def load_engine(model: ModelConfig, runtime: RuntimeConfig, models_at_once: int = 1) -> Engine:
-    """Load the checkpoint in directory `model.path` onto the device and return an engine over it.
+    """An engine over the checkpoint in directory `model.path`, loaded onto the device.
 
-    The engine's cache leaves room for the caches of `models_at_once` engines on the same device.
+    The size of its KV cache leaves room for `models_at_once` engines on that device.
 
-    InputError when the checkpoint is not sound, TransientError when the machine fails.
+    Raises InputError if the checkpoint is invalid, TransientError if the machine fails.
     """
     from glmbatch.glm.checkpoint.load import load_model, read_checkpoint
     from glmbatch.glm.device import resolve_device, resolve_dtype

@@ -1,4 +1,4 @@
-"""What counts as "the device is out of memory", and how to go on after it."""
+"""Recognizes that the device is out of memory, and recovers from it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# torch has its own error class only for CUDA; the CPU allocator and cuBLAS raise a bare
-# RuntimeError.
+# torch has an error class only for CUDA; the CPU allocator and cuBLAS raise a bare RuntimeError.
 _OOM_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -22,9 +21,9 @@ _OOM_MESSAGES = (
 
 
 def catch_oom(work: Callable[[], Result]) -> Result | None:
-    """The result of `work`, or None when the device runs out of memory.
+    """The result of `work`, or None if the device runs out of memory.
 
-    `work` must be safe to repeat.
+    Frees torch's cached CUDA memory before it returns None. `work` must be safe to repeat.
     """
     try:
         return work()
@@ -32,14 +31,14 @@ def catch_oom(work: Callable[[], Result]) -> Result | None:
         if not is_out_of_memory(error):
             raise
         logger.warning("out of memory: %s", str(error).partition("\n")[0])
-    # The traceback keeps the failed forward's tensors alive; outside the handler it is gone.
+    # Outside the handler, because the traceback would keep the failed forward's tensors alive.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device or the machine has no memory left."""
+    """Whether `error` means that the device or the machine is out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if not isinstance(error, RuntimeError):

@@ -1,4 +1,4 @@
-"""The engines of this process: loaded once, shared by threads and runs, closed for room."""
+"""The engines of this process: loaded once, shared by threads and runs, closed to make room."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 class Owner(Protocol):
-    """A run that leases an engine. It may be stopped while other runs go on."""
+    """A run that leases an engine. It may be stopped while other runs continue."""
 
     def check_running(self) -> None:
-        """Raise when the owner was stopped."""
+        """Raise if the owner was stopped."""
 
 
 class EnginePool:
-    """Loads an engine on first use and keeps it for the next. Safe to call from several threads."""
+    """Loads an engine on first use and keeps it for later. Safe to call from several threads."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -34,18 +34,18 @@ class EnginePool:
     def lease(
         self, key: Hashable, load: Callable[[], Engine], max_engines: int, owner: Owner
     ) -> Iterator[Engine]:
-        """The engine under `key` for `owner`, which `load` makes if it is not in the pool yet.
+        """The engine under `key`, leased to `owner`; `load` creates it if it is not in the pool.
 
-        At most `max_engines` engines stay loaded. The idle one that was unused for longest is
-        closed to make room; while all are in use, the caller waits. Raises what
-        `owner.check_running` raises.
+        At most `max_engines` engines stay loaded. The least recently used idle one is closed to
+        make room; if all are in use, the caller waits. Raises what `load` and
+        `owner.check_running` raise.
         """
         engine = self._take(key, load, max_engines, owner)
         try:
             yield engine
         finally:
             with self._changed:
-                # Subtracting drops owners without a lease, which would stay in memory otherwise.
+                # Subtracting Counters drops owners without a lease, so none is kept in memory.
                 self._leases[key] -= Counter([owner])
                 self._changed.notify_all()
 
@@ -56,8 +56,7 @@ class EnginePool:
             owner.check_running()
             while key not in self._engines:
                 if len(self._engines) < max_engines:
-                    # Loaded under the lock, so that a second thread waits instead of loading it
-                    # too.
+                    # Loaded under the lock, so that a second thread waits instead of loading too.
                     self._engines[key] = load()
                 elif not self._close_idle():
                     self._changed.wait()
@@ -67,7 +66,7 @@ class EnginePool:
             return self._engines[key]
 
     def _close_idle(self) -> bool:
-        """Close the engine that was unused for longest; False when all are in use."""
+        """Close the least recently used idle engine; returns False if all are in use."""
         for key in self._engines:
             if not self._owners(key):
                 logger.info("closing an engine to make room for another")
@@ -76,11 +75,11 @@ class EnginePool:
         return False
 
     def _owners(self, key: Hashable) -> list[Owner]:
-        # Each once, however many fragments of it are in flight.
+        # Each owner once, however many of its fragments are in flight.
         return list(self._leases.get(key, ()))
 
     def discard(self, engine: Engine) -> None:
-        """Close `engine` and remove it, so that its next user loads it again."""
+        """Close `engine` and remove it from the pool, so that its next user loads it again."""
         with self._changed:
             for key in list(self._engines):
                 if self._engines[key] is engine:
@@ -89,15 +88,15 @@ class EnginePool:
         engine.close()
 
     def close_unshared(self, owner: Owner) -> None:
-        """Close the engines that only `owner` uses, which ends its calls with a TransientError.
+        """Close the engines that only `owner` uses; its calls then raise TransientError.
 
-        An engine that others use too goes on; there `owner` ends its calls itself, at its next
-        answer.
+        An engine that other owners use too stays open. There, the calls of `owner` end at its next
+        result, because it was stopped.
         """
         engines = []
         # The lock also waits for an engine that is being loaded.
         with self._changed:
-            # Taken out at once: closing takes a forward each, and nobody may lease one meanwhile.
+            # All are removed first: closing takes time, and none may be leased meanwhile.
             for key in list(self._engines):
                 if self._owners(key) == [owner]:
                     engines.append(self._engines.pop(key))

@@ -1,8 +1,7 @@
-"""The seam between steps and the model: token ids in, scores or token ids out. Loads no torch.
+"""The interface between steps and the model: token ids in, scores or token ids out.
 
-The engine never sees text, rows or files. Several threads may hand over requests at once; the
-engine batches across them and returns each result, as soon as it is ready, to the caller that
-asked.
+Loads no torch. The engine never sees text, rows or files. Several threads may submit requests at
+once; the engine batches across them and returns each result to its caller as soon as it is ready.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from typing import Protocol
 class ClassifyRequest:
     """One prompt to score.
 
-    `label_ids` holds the token ids of each label, for zero-shot scoring; None asks the checkpoint's
+    `label_ids` has the token ids of each label, for zero-shot scoring; None uses the checkpoint's
     trained head. `shared_tokens` is the number of leading ids that many requests have in common
-    (the template before the text); their keys and values are then computed once. It changes only
-    speed, and scores by no more than rounding.
+    (the template before the text): their keys and values are computed once. It affects speed, and
+    scores only by rounding.
     """
 
-    # Chosen by the caller, and unique within one call: results come in another order.
+    # Chosen by the caller and unique within one call, because results arrive in any order.
     index: int
     prompt_ids: Sequence[int]
     label_ids: tuple[tuple[int, ...], ...] | None = None
@@ -31,15 +30,15 @@ class ClassifyRequest:
 
 @dataclass(frozen=True, slots=True)
 class ClassifyResult:
-    """Scores of one prompt, or the `error` for which there are none.
+    """Scores of one prompt, or the `error` that prevented them.
 
-    `scores` are logits of the trained head, or the log-likelihood of each whole label (natural
-    logarithm, summed over its tokens). With an `error` they are empty; the rest of the batch is not
-    affected.
+    `scores` are the logits of the trained head, or the log-likelihood of each whole label (natural
+    logarithm, summed over its tokens). With an `error` they are empty; the rest of the batch is
+    unaffected.
     """
 
     index: int
-    # Of a head in the order of its rows, of labels in the order asked.
+    # In the order of the head's rows, or of the request's labels.
     scores: tuple[float, ...]
     error: str | None = None
 
@@ -48,9 +47,9 @@ class ClassifyResult:
 class GenerateRequest:
     """One prompt to continue.
 
-    `temperature` 0 is greedy. `seed` (64 bits) fixes the draws of this request in any batch.
-    `should_stop` is called after each token with all ids so far; it must not keep the sequence.
-    `shared_tokens` is as in `ClassifyRequest`.
+    `temperature` 0 is greedy. `seed` (64 bits) determines the draws of this request, whatever its
+    batch. `should_stop` is called after each token with all generated ids so far, and must not keep
+    that list. `shared_tokens` is as in `ClassifyRequest`.
     """
 
     index: int
@@ -67,10 +66,10 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """The generated `ids`, without the end token, and why they end.
+    """The generated `ids`, without the end token, and why generation ended.
 
     `finish_reason` is "stop" (end token or `should_stop`), "length" (`max_tokens`, or the model's
-    last position) or "error"; then there is an `error` and there are no ids.
+    last position) or "error", with the reason in `error` and no ids.
     """
 
     index: int
@@ -80,10 +79,10 @@ class GenerateResult:
 
 
 def not_finite(dtype: str, tokens: int = 0) -> str:
-    """The `error` of a request whose scores are nan or infinite, after `tokens` of an answer.
+    """The `error` of a request whose scores became nan or infinite after `tokens` generated tokens.
 
-    The weights are finite, which is checked before they are loaded: in half precision it is an
-    overflow.
+    In half precision, the cause is an overflow, since weights are checked to be finite before they
+    are loaded. The message then names a wider dtype.
     """
     wider = {"float16": "float32 or bfloat16", "bfloat16": "float32"}.get(dtype)
     advice = f": set model.dtype to {wider}" if wider else ""
@@ -92,18 +91,19 @@ def not_finite(dtype: str, tokens: int = 0) -> str:
 
 
 class Engine(Protocol):
-    """The whole surface between steps and a model. Safe to call from several threads.
+    """All that steps use of a model. Safe to call from several threads.
 
-    Results come as they are ready, one for each request, matched by `index` (unique within a call).
-    TransientError when the machine fails. A request that alone is at fault (non-finite scores, say)
-    comes back with its own `error`.
+    Returns one result per request as soon as it is ready, matched by `index` (unique within a
+    call). A failure of one request, such as non-finite scores, is in the `error` of its result.
+    Raises TransientError if the machine fails, and InputError if the model cannot run such requests
+    at all.
     """
 
     def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
-        """Score each request; closing the iterator early cancels the rest."""
+        """Yield the scores of each request. Closing the iterator early cancels the rest."""
 
     def generate(self, requests: Iterable[GenerateRequest]) -> Iterator[GenerateResult]:
-        """Continue each request; closing the iterator early cancels the rest."""
+        """Yield the answer to each request. Closing the iterator early cancels the rest."""
 
     def close(self) -> None:
-        """Stop and free the device; callers that wait for a result get a TransientError."""
+        """Stop and free the device. Raises TransientError in callers that wait for a result."""

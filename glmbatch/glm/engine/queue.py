@@ -22,7 +22,7 @@ from glmbatch.glm.engine.protocol import (
 
 logger = logging.getLogger(__name__)
 
-# Prefill chunks are not halved below this: a device without room for them has none for the prompt.
+# Prefill chunks are not halved below this: if they do not fit in memory, no prompt does.
 MIN_CHUNK_TOKENS = 32
 # A prefix shorter than this costs more in its own forward than it saves.
 MIN_SHARED_TOKENS = 16
@@ -32,18 +32,18 @@ Result = TypeVar("Result", ClassifyResult, GenerateResult)
 
 
 class Call(Generic[Result]):
-    """One caller's results on their way from the worker.
+    """One call of `classify` or `generate`, and its results on their way from the worker.
 
-    `cancelled` tells the worker that the caller no longer waits.
+    `cancelled` tells the worker that the caller no longer waits for results.
     """
 
     def __init__(self) -> None:
-        # A queue of its own for each call: callers never see, or wait for, each other's results.
+        # One queue per call, so that callers never wait for each other's results.
         self.results: SimpleQueue[Result | Exception] = SimpleQueue()
         self.cancelled = False
 
     def deliver(self, result: Result) -> None:
-        """Hand `result` to the caller."""
+        """Put `result` in the caller's queue."""
         self.results.put(result)
 
     def fail(self, error: Exception) -> None:
@@ -54,7 +54,7 @@ class Call(Generic[Result]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PendingRequest(Generic[Request]):
-    """One request of one call. `arrival` numbers all requests of an engine."""
+    """One request of a call. `arrival` numbers all requests of an engine in order of arrival."""
 
     call: Call[Any]
     request: Request
@@ -63,35 +63,38 @@ class PendingRequest(Generic[Request]):
 
 @dataclass(slots=True)
 class Limits:
-    """How much the device is given at once. Only ever lowered, after it ran out of memory."""
+    """Limits of one batch: its tokens, and the slots of the cache.
+
+    They are lowered when the device runs out of memory.
+    """
 
     batch_tokens: int
     slots: int
 
     def halve_batch(self, tokens: int) -> None:
-        """Halve the token budget after a forward of `tokens` was too large."""
-        # From what was really asked: the budget may be far above it.
+        """Halve the token budget after a batch of `tokens` tokens was too large."""
+        # Half of the batch, because the budget may be far above what the batch used.
         self.batch_tokens = max(1, min(self.batch_tokens, tokens) // 2)
-        logger.warning("forwards now take at most %d tokens", self.batch_tokens)
+        logger.warning("out of memory: batches now have at most %d tokens", self.batch_tokens)
 
     def halve_chunk(self, tokens: int) -> bool:
-        """Halve the token budget for one prompt of `tokens`; False when it is at its minimum."""
+        """Halve the token budget for one prompt of `tokens`; returns False at its minimum."""
         if min(tokens, self.batch_tokens) <= MIN_CHUNK_TOKENS:
             return False
         self.halve_batch(tokens)
         return True
 
     def halve_slots(self, slots: int) -> None:
-        """Halve the number of slots after `slots` at once were too many."""
+        """Halve the number of slots after `slots` slots were too many."""
         self.slots = max(1, min(self.slots, slots) // 2)
-        logger.warning("at most %d rows are now generated at once", self.slots)
+        logger.warning("out of memory: the cache now has at most %d slots", self.slots)
 
 
 def shared_prefix(request: ClassifyRequest | GenerateRequest) -> tuple[int, ...]:
-    """The leading ids whose keys and values are computed once for all requests with them.
+    """The leading ids of `request` whose keys and values are cached and shared; may be empty.
 
-    It depends on the request alone, so that a row is computed in the same pieces in every batch. At
-    least one id is left over, because the answer is read at the last one.
+    They depend on the request alone, so that a row is computed in the same pieces in every batch.
+    At least one id is left for the batch, because the answer is read at the last one.
     """
     shared = min(request.shared_tokens, len(request.prompt_ids) - 1)
     if shared < MIN_SHARED_TOKENS:
@@ -103,9 +106,10 @@ Item = TypeVar("Item")
 
 
 class WaitingQueue(Generic[Item]):
-    """Waiting items, smallest `rank` first, taken in batches of one `group` within a token budget.
+    """A priority queue, smallest `rank` first, that hands out batches within a token budget.
 
-    `rank` must be unique. Items for which `cancelled` is true are never handed out.
+    A batch has items of one `group` only. `rank` must be unique. Items for which `cancelled` is
+    true are dropped.
     """
 
     def __init__(
@@ -120,24 +124,24 @@ class WaitingQueue(Generic[Item]):
         self._tokens = tokens
         self._group = group
         self._cancelled = cancelled
-        # A heap for each group, because a batch shares one prefix.
+        # One heap per group, because a batch shares one prefix.
         self._heaps: dict[Hashable, list[tuple[tuple[int, ...], int, Item]]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._heaps)
 
     def push(self, item: Item) -> None:
-        """Add `item`, or put it back in its old place."""
+        """Add `item`, or put it back; its rank determines its place."""
         heap = self._heaps.setdefault(self._group(item), [])
         heapq.heappush(heap, (self._rank(item), self._tokens(item), item))
 
     def take(self, budget: int, max_items: int = sys.maxsize) -> list[Item]:
         """Remove and return up to `max_items` of the first item's group, within `budget` tokens.
 
-        The first item is taken even if it alone is over the budget. Empty when nothing waits.
+        The first item is taken even if it exceeds the budget alone. Returns [] if nothing waits.
         """
         batch: list[Item] = []
-        # A group that held only cancelled items gives an empty batch; then the next one is tried.
+        # A group with only cancelled items yields an empty batch; then the next group is tried.
         while self._heaps and not batch:
             group = min(self._heaps, key=lambda group: self._heaps[group][0][0])
             heap = self._heaps[group]

@@ -1,6 +1,6 @@
-"""Answers requests that need no model: they cannot run, or leave nothing to generate.
+"""Validates requests: answers those that cannot run, or have nothing to generate, at once.
 
-Such a request gets its own error here; in a forward it would fail the whole batch. No tensors.
+An invalid request gets an error of its own; in a forward it would fail the whole batch. No tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from glmbatch.glm.engine.protocol import (
 
 
 class ModelLimits(Protocol):
-    """What a model can take in. Ids from `token_count` on have scores but no token."""
+    """The limits of a model. Ids from `token_count` up to `vocab_size` are padding, not tokens."""
 
     has_head: bool
     max_positions: int
@@ -28,18 +28,18 @@ class ModelLimits(Protocol):
 
 
 def refuse_classify(request: ClassifyRequest, model: ModelLimits) -> ClassifyResult | None:
-    """The result of a request that cannot run, else None.
+    """The result of an invalid request, or None if the request can run.
 
-    InputError when the model can run no such request at all.
+    Raises InputError if the model cannot run such requests at all.
     """
     if model.has_head and request.label_ids is not None:
         raise InputError(
-            "the checkpoint has a trained head, which has labels of its own; ask without label_ids"
+            "the checkpoint has a trained head with its own labels. Leave label_ids out."
         )
     if not model.has_head and request.label_ids is None:
-        raise InputError("the checkpoint has no trained head; ask with label_ids")
+        raise InputError("the checkpoint has no trained head. Set label_ids.")
     labels = request.label_ids or ()
-    # The last token of a label is only scored; those before it take positions.
+    # The last token of a label is only scored; the ones before it take positions.
     positions = max(map(len, labels), default=1) - 1
     fault = _prompt_fault(request.prompt_ids, positions, model)
     if fault is None and request.label_ids is not None:
@@ -48,16 +48,16 @@ def refuse_classify(request: ClassifyRequest, model: ModelLimits) -> ClassifyRes
 
 
 def refuse_generate(request: GenerateRequest, model: ModelLimits) -> GenerateResult | None:
-    """The result of a request that cannot run or has no room for an answer, else None.
+    """The result of a request that is invalid or leaves no room for an answer, else None.
 
-    InputError when the model can run no such request at all.
+    Raises InputError if the model cannot generate at all.
     """
     if model.has_head:
         raise InputError(
-            "the checkpoint has a trained head and cannot generate; "
-            "name another model for this step"
+            "the checkpoint has a trained head and cannot generate. "
+            "Set another model for this step."
         )
-    # An answer may be cut off at the last position, so it needs no room of its own here.
+    # No positions for the answer: it may be cut off at the model's last position.
     fault = _prompt_fault(request.prompt_ids, 0, model)
     if fault is not None:
         return GenerateResult(request.index, (), "error", fault)
@@ -77,20 +77,20 @@ def _prompt_fault(
         return (
             f"the prompt has {tokens} tokens{label}; the model has {model.max_positions} positions"
         )
-    # Checked on the host: on CUDA an index out of range ends the process's use of the device.
+    # Checked on the host: an index out of range on CUDA makes the device unusable for the process.
     if not _all_within(prompt_ids, model.vocab_size):
-        return f"the prompt has an id that is none of the model's {model.vocab_size}"
+        return f"the prompt has an id outside the model's vocabulary of {model.vocab_size}"
     return None
 
 
 def _label_fault(labels: Sequence[Sequence[int]], model: ModelLimits) -> str | None:
     if not labels or not all(labels):
-        return "there is no label, or one without tokens"
+        return "there is no label, or a label has no tokens"
     if not _all_within(chain.from_iterable(labels), model.token_count):
-        return f"a label has an id that is none of the model's {model.token_count} tokens"
+        return f"a label has an id outside the model's {model.token_count} tokens"
     return None
 
 
 def _all_within(ids: Iterable[int], end: int) -> bool:
-    distinct = set(ids)  # in C: this runs over every token of every prompt
+    distinct = set(ids)  # runs in C, since it sees every token of every prompt
     return min(distinct) >= 0 and max(distinct) < end

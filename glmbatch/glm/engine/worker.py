@@ -1,6 +1,6 @@
-"""The engine on one device: any thread hands in requests, one worker thread runs the model for all.
+"""The engine on one device: threads submit requests, one worker thread runs the model for all.
 
-Knows no tensors: the model is behind `Classification` and `Generation`, which take turns.
+Knows no tensors: `Classification` and `Generation` run the model and take turns.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from glmbatch.glm.model.network import Network
 
 logger = logging.getLogger(__name__)
 
-# Requests of one call in the engine at once: enough to pack batches well, few enough to hold.
+# Requests of one call in the engine at once: enough to pack batches well, few enough for memory.
 LOOK_AHEAD = 4096
-# At least so many requests are taken in between two results, so that a slow reader starves nobody.
+# A call submits at least this many requests between two results, so that the engine stays busy
+# while results are waiting to be read.
 STRIDE = 16
 
 Request = TypeVar("Request", ClassifyRequest, GenerateRequest)
@@ -41,7 +42,7 @@ Result = TypeVar("Result", ClassifyResult, GenerateResult)
 
 
 class TorchEngine:
-    """An `Engine` over a loaded GLM model, whose weights it takes over."""
+    """An `Engine` over a loaded GLM model, whose weights it takes over from `model`."""
 
     def __init__(  # noqa: PLR0913 - three limits and two facts about the tokenizer
         self,
@@ -55,14 +56,16 @@ class TorchEngine:
         models_at_once: int = 1,
         quantization: str = "none",
     ) -> None:
-        """Start the worker thread. A limit of None is chosen for the model's device.
+        """Start the worker thread. A limit of None gets a default for the model's device.
 
-        Ids from `token_count` on have scores but no token, and are never generated.
+        Ids from `token_count` on are padding of the vocabulary and are never generated.
+        `cache_bytes` limits the KV cache. `models_at_once` is the number of engines that share the
+        device's memory, and `quantization` is as in `Network`.
         """
         self._network = Network(model.eval(), token_count, quantization)
         on_cuda = self._network.device.type == "cuda"
         if cache_bytes is None:
-            # On CUDA the rest is for forwards; on CPU other processes need memory too.
+            # On CUDA, the rest is for activations; on CPU, other processes need memory too.
             share = (0.8 if on_cuda else 0.25) / models_at_once
             cache_bytes = int(free_memory_bytes(str(self._network.device)) * share)
         limits = Limits(
@@ -71,7 +74,7 @@ class TorchEngine:
         )
         self._generation = Generation(self._network, limits, eos_id, cache_bytes)
         self._classification = Classification(self._network, limits, self._generation.preempt)
-        # Seconds of the device that each kind of request has used.
+        # Seconds of device time that each kind of request has used.
         self._seconds: dict[Classification | Generation, float] = {
             self._classification: 0.0,
             self._generation: 0.0,
@@ -86,13 +89,13 @@ class TorchEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes calls. Once it stops, by `close` or a failure, it never does again."""
+        """Whether the engine takes calls. Once closed or failed, it never does again."""
         return self._stopped is None
 
     def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
-        """Scores of each request, as they are ready.
+        """Yield the scores of each request as soon as they are ready.
 
-        Closing the iterator early cancels the rest.
+        Closing the iterator early cancels the rest. Raises as `Engine` describes.
         """
         self._check_running()
         return self._serve(
@@ -102,9 +105,9 @@ class TorchEngine:
         )
 
     def generate(self, requests: Iterable[GenerateRequest]) -> Iterator[GenerateResult]:
-        """Generated ids of each request, as they end.
+        """Yield the generated ids of each request as soon as it is finished.
 
-        Closing the iterator early cancels the rest.
+        Closing the iterator early cancels the rest. Raises as `Engine` describes.
         """
         self._check_running()
         return self._serve(
@@ -116,14 +119,14 @@ class TorchEngine:
     def close(self) -> None:
         """Stop the worker after its current forward.
 
-        Callers that still wait for a result get a TransientError.
+        Raises TransientError in callers that still wait for a result.
         """
         with self._changed:
-            self._stopped = self._stopped or TransientError("the engine was closed; load it again")
+            self._stopped = self._stopped or TransientError("the engine was closed. Load it again.")
             self._changed.notify_all()
         self._worker.join()
 
-    # The caller's side: runs in the thread that asks.
+    # The caller's side: runs in the thread of the caller.
 
     def _serve(
         self,
@@ -179,12 +182,12 @@ class TorchEngine:
         if self._stopped is not None:
             raise _copy_of(self._stopped)
 
-    # The worker's side: runs in the engine's own thread.
+    # The worker's side: runs in the worker thread.
 
     def _work(self) -> None:
         try:
             if self._network.device.type == "cuda":
-                # Streams and graphs are made on the thread's current device.
+                # Streams and graphs are created on the thread's current device.
                 torch.cuda.set_device(self._network.device)
             with torch.inference_mode():
                 while self._receive():
@@ -199,7 +202,7 @@ class TorchEngine:
                     call.fail(_copy_of(self._stopped))
 
     def _receive(self) -> bool:
-        """Take in new requests, waiting while there is nothing to do; False once closed."""
+        """Queue new requests, waiting while there is nothing to do; returns False once closed."""
         with self._changed:
             while not (self._stopped or self._inbox or self._busy_kinds()):
                 self._changed.wait()
@@ -215,30 +218,30 @@ class TorchEngine:
         return [kind for kind in self._seconds if kind.busy]
 
     def _run_batch(self) -> None:
-        """Run one batch of the kind of request that has used less of the device's time so far."""
+        """Run one batch of the kind of request that has used less device time so far."""
         busy = self._busy_kinds()
         kind = min(busy, key=self._seconds.__getitem__)
         began = perf_counter()
         kind.run_batch()
         self._seconds[kind] += perf_counter() - began
         if len(busy) == 1:
-            # An idle kind saves up no time: it would stall the other for as long as it was idle.
+            # Do not let an idle kind save up time: it would stall the other for as long.
             self._seconds = dict.fromkeys(self._seconds, self._seconds[kind])
 
     def _stop(self, error: BaseException) -> None:
-        # The failed forward's frames would keep its tensors on the device while the error is kept.
+        # While the error is kept, its frames would keep the failed forward's tensors on the device.
         traceback.clear_frames(error.__traceback__)
         with self._changed:
             if isinstance(error, GlmbatchError):
                 self._stopped = error
             else:
                 reason = f"{type(error).__name__}: {error}"
-                self._stopped = TransientError(f"the engine stopped: {reason}; load it again")
+                self._stopped = TransientError(f"the engine stopped: {reason}. Load it again.")
                 self._stopped.__cause__ = error
 
 
 def _copy_of(error: GlmbatchError) -> GlmbatchError:
-    """A copy of `error`, since each thread that raises it writes its own traceback."""
+    """A copy of `error`, because each thread that raises it adds its own traceback."""
     copy = type(error)(*error.args)
     copy.__cause__ = error.__cause__
     return copy

@@ -1,10 +1,10 @@
-"""How tokens attend to one another. Knows no requests and no model.
+"""Attention of packed batches and of decode steps. Knows no requests and no model.
 
-A plan is made once for a forward and used by every layer. `PackedPlan`: several prompts in one
-batch, each seeing only itself. `SlotPlan` and `SlotLoop`: one new token for each slot of the cache.
+A plan is made once per forward and used by every layer. `PackedPlan`: several prompts in one batch,
+each attending only to itself. `SlotPlan` and `SlotLoop`: one new token per slot of the KV cache.
 
-Shapes: T tokens of a packed batch, S live slots, L places, H query heads, G key/value groups, D
-head size; Q queries and K keys of one call.
+Shapes: T tokens of a packed batch, S live slots, L places of a slot, H query heads, G key/value
+groups, D head size, N layers, F places of a prefix; Q queries and K keys of one call.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from glmbatch.glm.model.kv_cache import KvPrefix, SlotCache
 
-# Called with a layer's number and its new keys and values [T, G, D].
+# Called with the number of a layer and its new keys and values [T, G, D].
 Store = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class AttentionPlan(Protocol):
-    """Which tokens of one forward see which."""
+    """Which tokens attend to which in one forward."""
 
     def attend(
         self,
@@ -33,11 +33,11 @@ class AttentionPlan(Protocol):
         value: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Attention of one layer, [T, H, D], from query [T, H, D] and key and value [T, G, D]."""
+        """The attention output [T, H, D] of one layer; query [T, H, D], key and value [T, G, D]."""
 
 
 class AttentionCall(Protocol):
-    """Some queries of a packed batch, and the keys that they see."""
+    """Some queries of a packed batch, and the keys that they attend to."""
 
     def attend(
         self,
@@ -47,14 +47,17 @@ class AttentionCall(Protocol):
         scaling: float,
         out: torch.Tensor,
     ) -> None:
-        """Write the attention of these queries into their part of `out` [T, H, D]."""
+        """Write the attention output of these queries into their rows of `out` [T, H, D].
+
+        query [T, H, D]; key and value of the prefix and the batch, [F + T, G, D].
+        """
 
 
 class PackedPlan:
-    """Several prompts in one batch, without padding and without a mask over the whole batch.
+    """Attention of several prompts in one batch, without padding or a mask over the whole batch.
 
-    The prefix comes before the batch's keys, so `calls` count keys from its start. `store` gets the
-    batch's own keys and values of every layer.
+    The keys of `prefix` precede those of the batch, so `calls` index keys from the prefix's start.
+    `store` receives the batch's own keys and values of every layer.
     """
 
     def __init__(
@@ -72,13 +75,13 @@ class PackedPlan:
         value: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Attention of one layer, [T, H, D]; see `AttentionPlan`."""
+        """The attention output [T, H, D] of one layer; see `AttentionPlan`."""
         if self._store is not None:
             self._store(layer, key, value)
         if self._prefix is not None:
             key = torch.cat((self._prefix.kv_N2FGD[layer, 0], key))
             value = torch.cat((self._prefix.kv_N2FGD[layer, 1], value))
-        # Not zeros: the calls together write every row.
+        # Not zeros, because the calls together write every row.
         out_THD = torch.empty_like(query)
         for call in self._calls:
             call.attend(query, key, value, scaling, out_THD)
@@ -87,10 +90,10 @@ class PackedPlan:
 
 @dataclass(frozen=True, slots=True)
 class SpanCall:
-    """A run of queries and the ranges of keys that they see.
+    """Consecutive queries and the ranges of keys that they attend to.
 
     `causal`: queries and keys are the same tokens. `mask_QK` is added to the scores. With neither,
-    every query sees all keys.
+    every query attends to all keys.
     """
 
     queries: slice
@@ -106,7 +109,7 @@ class SpanCall:
         scaling: float,
         out: torch.Tensor,
     ) -> None:
-        """Write the attention of these queries into `out`; see `AttentionCall`."""
+        """Write the attention output of these queries into `out`; see `AttentionCall`."""
         attended_1HQD = scaled_dot_product_attention(
             query[self.queries].transpose(0, 1)[None],
             _select(key, self.keys),
@@ -114,35 +117,36 @@ class SpanCall:
             attn_mask=self.mask_QK,
             is_causal=self.causal,
             scale=scaling,
-            enable_gqa=True,  # fewer groups of keys than query heads, without copies of them
+            enable_gqa=True,  # grouped queries, without copies of the keys
         )
         out[self.queries] = attended_1HQD[0].transpose(0, 1)
 
 
 def _select(tokens_TGD: torch.Tensor, ranges: tuple[slice, ...]) -> torch.Tensor:
-    """[1, G, K, D] of the tokens in `ranges`."""
+    """The tokens in `ranges`, [1, G, K, D]; a view if there is one range."""
     parts = [tokens_TGD[part] for part in ranges]
-    selected_KGD = parts[0] if len(parts) == 1 else torch.cat(parts)  # a view where one will do
+    selected_KGD = parts[0] if len(parts) == 1 else torch.cat(parts)
     return selected_KGD.transpose(0, 1)[None]
 
 
 class SlotPlan:
-    """One new token for each of the first S slots, stored before it attends.
+    """Attention of one new token in each of the first S slots, in one call of a fixed shape.
 
-    One call for all slots, of one shape whatever their lengths, as CUDA graphs need: every slot
-    looks at `places` places, and those beyond its own are masked. The query heads of a group become
-    that group's queries, so that keys and values are never repeated.
+    CUDA graphs need shapes that do not depend on lengths: every slot attends over `places` places,
+    and those after its own are masked. `places_S` has the place of each new token, whose key and
+    value are stored first. The query heads of a group become that group's queries, so that keys and
+    values are not repeated.
     """
 
     def __init__(self, cache: SlotCache, places_S: torch.Tensor, places: int) -> None:
         self._cache = cache
         self._places_S = places_S
         self._places = places
-        # Made once for a forward, since every layer needs the same index and mask.
+        # Computed once per forward, since every layer needs the same index and mask.
         self._slots_S = torch.arange(len(places_S), device=places_S.device)
         places_L = torch.arange(places, device=places_S.device)
         beyond_S11L = places_L > places_S[:, None, None, None]
-        # Scores, not booleans: attention would convert those again in every layer.
+        # Not a boolean mask, which attention would convert to this one in every layer.
         mask_S11L = torch.zeros_like(beyond_S11L, dtype=cache.dtype)
         self._mask_S11L = mask_S11L.masked_fill_(beyond_S11L, -torch.inf)
 
@@ -154,7 +158,7 @@ class SlotPlan:
         value: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Attention of one layer, [S, H, D]; see `AttentionPlan`."""
+        """The attention output [S, H, D] of one layer; see `AttentionPlan`."""
         slots, heads, head_dim = query.shape
         self._cache.write(layer, self._slots_S, self._places_S, key, value)
         out = scaled_dot_product_attention(
@@ -168,7 +172,7 @@ class SlotPlan:
 
 
 class SlotLoop:
-    """As `SlotPlan`, but slot by slot: on CPU a call costs less than padding."""
+    """Like `SlotPlan`, but with a call per slot: on CPU, calls cost less than padding."""
 
     def __init__(self, cache: SlotCache, places: Sequence[int]) -> None:
         self._cache = cache
@@ -184,10 +188,10 @@ class SlotLoop:
         value: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Attention of one layer, [S, H, D]; see `AttentionPlan`."""
+        """The attention output [S, H, D] of one layer; see `AttentionPlan`."""
         self._cache.write(layer, self._slots_S, self._places_S, key, value)
         slots, heads, head_dim = query.shape
-        # Split once for all slots: making a view of one costs as much as part of its attention.
+        # Split once for all slots, because indexing one by one costs a good part of its attention.
         inputs = zip(
             torch.split(query.view(slots, key.shape[1], -1, head_dim), 1),
             torch.split(self._cache.keys_SGLD[layer], 1),

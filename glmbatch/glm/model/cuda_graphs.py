@@ -1,7 +1,7 @@
-"""Decode steps recorded as CUDA graphs and replayed: one launch instead of some 500.
+"""Records decode steps as CUDA graphs and replays them: one launch instead of some 500.
 
-A graph holds its shapes and addresses. So there is one for each number of slots and of places, both
-rounded up, and a cache whose tensors are replaced takes its graphs with it. Knows no requests.
+A graph has fixed shapes and addresses. So there is one for each number of slots and of places, both
+rounded up, and all are dropped when the tensors of the cache are replaced. Knows no requests.
 
 Shapes: S slots, C hidden size. 2: the token of a slot and its position.
 """
@@ -20,9 +20,9 @@ from glmbatch.glm.model.kv_cache import BLOCK, SlotCache
 
 logger = logging.getLogger(__name__)
 
-# Each graph holds some megabytes of the device.
+# Each graph takes some megabytes of device memory.
 MAX_GRAPHS = 96
-# Two engines that record at once would disturb each other.
+# Two engines must not record at the same time.
 _RECORDING = threading.Lock()
 
 Step = Callable[[torch.Tensor, int, SlotCache], torch.Tensor]
@@ -38,9 +38,9 @@ class _Recording:
 
 
 class StepGraphs:
-    """`step(inputs_2S, places, cache)`, replayed from recordings.
+    """Calls `step(inputs_2S, places, cache)` by replaying recordings of it.
 
-    `recorder` makes a recorder, which runs a function once and returns how to run it again.
+    `recorder` creates a recorder, `CudaRecorder` by default.
     """
 
     def __init__(self, step: Step, recorder: Callable[[], Record] | None = None) -> None:
@@ -51,7 +51,10 @@ class StepGraphs:
         self.clear()
 
     def __call__(self, inputs_2S: torch.Tensor, places: int, cache: SlotCache) -> torch.Tensor:
-        """What `step` returns for the first S slots, [S, C]; valid only until the next call."""
+        """The result [S, C] of `step` for the first S slots; valid only until the next call.
+
+        Records the step if there is no graph of its shape; if that fails, calls `step` directly.
+        """
         if self._version != cache.version or len(self._recordings) > MAX_GRAPHS:
             self.clear()
             self._version = cache.version
@@ -65,8 +68,7 @@ class StepGraphs:
         recording = self._recordings.get(shape)
         if recording is None:
             return self._step(inputs_2S, places, cache)
-        # Slots beyond the live ones are free: prefill overwrites what is written to their first
-        # place.
+        # The slots after the live ones are free: a prefill overwrites what the graph writes there.
         recording.inputs_2S[:, slots:] = 0
         recording.inputs_2S[:, :slots] = inputs_2S
         recording.replay()
@@ -75,20 +77,20 @@ class StepGraphs:
     def clear(self) -> None:
         """Drop all graphs and free their memory."""
         self._recordings: dict[tuple[int, int], _Recording] = {}
-        # A new recorder too: a memory pool whose graphs are all gone cannot be used again.
+        # With a new recorder, because a memory pool without graphs cannot be reused.
         self._record = self._recorder()
 
     def _record_step(
         self, slots: int, places: int, inputs_2S: torch.Tensor, cache: SlotCache
     ) -> None:
-        """Record a step of this shape; if it fails (out of memory, say), never try again."""
+        """Record a step of this shape. If that fails (out of memory, say), never try it again."""
         static_2S = inputs_2S.new_zeros(2, slots)
         static_2S[:, : inputs_2S.shape[1]] = inputs_2S
         try:
             replay, hidden_SC = self._record(lambda: self._step(static_2S, places, cache))
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
-            logger.warning("a step of %d slots is not recorded: %s", slots, reason)
+            logger.warning("decode steps of %d slots run without a CUDA graph: %s", slots, reason)
             self._refused.add((slots, places))
             self.clear()
         else:
@@ -96,26 +98,29 @@ class StepGraphs:
 
 
 class CudaRecorder:
-    """Records CUDA graphs in one memory pool and stream, on the thread's current device."""
+    """Records CUDA graphs with one memory pool and stream, on the thread's current device."""
 
     def __init__(self) -> None:
         self._pool: Any = None
         self._stream: Any = None
 
     def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
-        """Run `work` and record it; returns how to replay it, and the tensor of its result."""
+        """Run `work` once and record it; returns its replay and the tensor that it writes.
+
+        Raises RuntimeError if it cannot be recorded.
+        """
         with _RECORDING:
             if self._stream is None:
                 self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
                 self._pool = torch.cuda.graph_pool_handle()
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                # Kernels allocate workspaces on a stream's first run, which no recording may
-                # include.
+                # On their first run on a stream, kernels allocate workspaces, which must not be
+                # recorded.
                 work()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # "thread_local": the engine of a second model may go on allocating in its own thread.
+            # "thread_local" lets the engine of a second model allocate in its own thread.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
@@ -124,7 +129,7 @@ class CudaRecorder:
 
 
 def slot_bucket(slots: int) -> int:
-    """`slots` rounded up: to a power of two up to 16, above that by at most an eighth."""
+    """`slots` rounded up: to a power of two up to 16, by at most an eighth above."""
     bits = (slots - 1).bit_length()
     if slots <= 16:
         return 1 << bits
@@ -133,7 +138,7 @@ def slot_bucket(slots: int) -> int:
 
 
 def place_bucket(places: int) -> int:
-    """`places` rounded up to whole blocks, above four blocks by at most a quarter."""
+    """`places` rounded up: to a multiple of BLOCK, and by at most a quarter above four blocks."""
     blocks = -(-places // BLOCK)
     coarse = 1 << max(0, (blocks - 1).bit_length() - 3)
     return -(-blocks // coarse) * coarse * BLOCK

@@ -1,6 +1,7 @@
-"""Keys and values that outlive a forward: slots of generated sequences, and prefixes.
+"""The KV cache: keys and values of generated sequences, one slot each, and of shared prefixes.
 
-Knows no requests and no model. Places are counted from the start of a slot.
+A place is the index of a token in its slot. It differs from the position behind a trained prefix,
+which takes places but no positions. Knows no requests and no model.
 
 Shapes: S slots, L places of a slot, T tokens, F places of a prefix, G key/value groups, D head
 size, N layers.
@@ -13,20 +14,20 @@ from dataclasses import dataclass
 
 import torch
 
-# Attention reads whole blocks of places, so that its shapes change only once in so many steps.
+# Attention reads whole blocks of places, so that its shapes change only once in 64 decode steps.
 BLOCK = 64
 
 
 def round_up(places: int) -> int:
-    """`places` rounded up to whole blocks."""
+    """`places` rounded up to a multiple of BLOCK."""
     return -(-places // BLOCK) * BLOCK
 
 
 @dataclass(frozen=True, slots=True)
 class KvPrefix:
-    """Keys and values before a sequence's own tokens, which start at `next_position`.
+    """Keys and values that precede a sequence's own tokens, which start at `next_position`.
 
-    A trained prefix has no positions: the text behind it still starts at 0.
+    A trained prefix has no positions: the text after it still starts at 0.
     """
 
     kv_N2FGD: torch.Tensor
@@ -34,13 +35,13 @@ class KvPrefix:
 
     @property
     def places(self) -> int:
-        """Places that it takes in a slot."""
+        """Number of places that the prefix takes in a slot."""
         return self.kv_N2FGD.shape[2]
 
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """What one place of a cache holds, and on which device."""
+    """Sizes, dtype and device of the keys and values in a cache."""
 
     layers: int
     groups: int
@@ -58,7 +59,8 @@ class KvShape:
 class SlotCache:
     """Keys and values [S, G, L, D] of each layer. Empty until the first `resize`.
 
-    `version` counts how often the tensors were replaced: what holds their addresses is then stale.
+    A slot has at most `max_places` places; `max_bytes` limits all keys and values. `version`
+    changes whenever the tensors are replaced, which invalidates recorded CUDA graphs.
     """
 
     def __init__(self, shape: KvShape, max_places: int, max_bytes: int) -> None:
@@ -70,11 +72,11 @@ class SlotCache:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of its numbers."""
+        """The dtype of keys and values."""
         return self._shape.dtype
 
     def drop(self) -> None:
-        """Free all memory."""
+        """Free all memory; the cache then has no slots."""
         self.version += 1
         self.slots = 0
         self.length = 0
@@ -82,22 +84,22 @@ class SlotCache:
         self.values_SGLD: list[torch.Tensor] = []
 
     def next_length(self, places: int) -> int:
-        """The length to grow to so that a slot holds `places`.
+        """The length to grow slots to for `places` places.
 
-        At least doubled, so that copies stay rare, unless that would cost slots.
+        At least twice the present length, so that copies are rare, unless that would cost slots.
         """
         doubled = min(self._max_length, round_up(max(places, 2 * self.length)))
         # Losing a slot means preempting a sequence, which costs more than another copy.
         return doubled if self.slots_within(doubled) >= self.slots else round_up(places)
 
     def slots_within(self, length: int) -> int:
-        """How many slots of `length` places fit into the memory of the cache; at least one."""
+        """Number of slots of `length` places that fit in `max_bytes`; at least one."""
         return max(1, self._max_bytes // (length * self._shape.place_bytes))
 
     def resize(self, slots: int, length: int) -> None:
-        """Change to `slots` of `length`, keeping what fits.
+        """Resize to `slots` slots of `length` places, keeping the contents that fit.
 
-        Layer by layer, so that memory peaks at the copy of one layer.
+        Works layer by layer, so that memory peaks at the copy of one layer.
         """
         self.version += 1
         kept_slots = min(slots, self.slots)
@@ -115,7 +117,7 @@ class SlotCache:
         self.length = length
 
     def _zeros(self, slots: int, length: int) -> torch.Tensor:
-        # Zeros, not empty: masked places weigh 0, and 0 times leftover garbage could be nan.
+        # Zeros, because masked places have weight 0, and 0 times garbage may be nan.
         return torch.zeros(
             (slots, self._shape.groups, length, self._shape.head_dim),
             dtype=self._shape.dtype,
@@ -130,27 +132,30 @@ class SlotCache:
         key_TGD: torch.Tensor,
         value_TGD: torch.Tensor,
     ) -> None:
-        """Store the keys and values of token t at place `places_T[t]` of slot `slots_T[t]`."""
-        # Two indexes with a slice between them put the tokens first: [T, G, D].
+        """Store the key and value of each token t at place `places_T[t]` of slot `slots_T[t]`."""
+        # Two index tensors with a slice between them put the tokens first: [T, G, D].
         self.keys_SGLD[layer][slots_T, :, places_T] = key_TGD
         self.values_SGLD[layer][slots_T, :, places_T] = value_TGD
 
     def write_prefix(self, slots: Sequence[int], prefix: KvPrefix) -> None:
-        """Store `prefix` at the head of each of `slots`."""
+        """Store `prefix` in the first places of each of `slots`."""
         index = torch.tensor(slots, device=self._shape.device)
         for layer, (key_FGD, value_FGD) in enumerate(prefix.kv_N2FGD):
             self.keys_SGLD[layer][index, :, : prefix.places] = key_FGD.transpose(0, 1)
             self.values_SGLD[layer][index, :, : prefix.places] = value_FGD.transpose(0, 1)
 
     def move(self, sources: Sequence[int], targets: Sequence[int], places: int) -> None:
-        """Copy the first `places` of each slot of `sources` over its counterpart in `targets`."""
+        """Copy the first `places` places of each slot in `sources` to the slot in `targets`."""
         source = torch.tensor(sources, device=self._shape.device)
         target = torch.tensor(targets, device=self._shape.device)
         for tensor in (*self.keys_SGLD, *self.values_SGLD):
-            # Indexing copies the sources before anything is written, so both may overlap.
+            # Indexing copies all sources before the first write, so both may overlap.
             tensor[target, :, :places] = tensor[source, :, :places]
 
     def wipe(self, slots: Sequence[int]) -> None:
-        """Zero `slots`: leftovers of nan would reach the next sequence through masked places."""
+        """Zero `slots`, because a nan in them would reach the next sequence through masked places.
+
+        0, the weight of a masked place, times nan is nan.
+        """
         for tensor in (*self.keys_SGLD, *self.values_SGLD):
             tensor[slots] = 0

@@ -1,4 +1,4 @@
-"""All labels of a request as one tree of tokens, so that shared beginnings are computed once.
+"""All labels of a request as one tree of tokens, so that shared first tokens are computed once.
 
 No tensors.
 """
@@ -14,15 +14,17 @@ Labels = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class LabelTree:
-    """The inner nodes of the labels' trie, parents first; the labels' order does not matter.
+    """The inner nodes of the trie of the labels, parents before children.
 
-    Row 0 is the end of the prompt, row 1 + n is node n. The last token of a label is never fed to
-    the model, so labels of one token have no nodes.
+    The last token of a label is only scored, never fed to the model, so labels of one token have no
+    nodes. Row 0 is the last token of the prompt, row 1 + n is node n. Except for `paths`, nothing
+    depends on the order of the labels.
 
-    `tokens`, `depths`: of each node, its token and its distance from the prompt's end, from 1.
-    `lineage`: of each node, the nodes that it sees, itself included.
-    `children`: of each row, in ascending order, the tokens that continue some label from there.
-    `paths`: of each label, as asked, the (row, child) pairs whose log-probabilities make its score.
+    `tokens`, `depths`: for each node, its token and its distance from the end of the prompt, from 1
+    `lineage`: for each node, the nodes that it attends to: its ancestors and itself
+    `children`: for each row, the tokens that continue a label from there, ascending
+    `paths`: for each label, in the order given, the (row, index of child) pairs whose
+    log-probabilities add up to its score
     """
 
     tokens: tuple[int, ...]
@@ -37,8 +39,11 @@ class LabelTree:
 
 @lru_cache(maxsize=64)
 def label_tree(labels: Labels) -> LabelTree:
-    """The tree of `labels`. Cached, because all rows of a step ask for the same labels."""
-    # By each beginning of a label, the tokens that follow it in some label.
+    """The tree of `labels`, each a tuple of token ids.
+
+    Cached, because all rows of a step have the same labels.
+    """
+    # For each prefix of a label, the tokens that follow it in some label.
     continued: dict[tuple[int, ...], set[int]] = {(): set()}
     for label in labels:
         for depth, token in enumerate(label):
@@ -46,7 +51,7 @@ def label_tree(labels: Labels) -> LabelTree:
     heads = sorted(continued)  # lexicographic: a parent sorts before its children
     row_of = {head: row for row, head in enumerate(heads)}
     children = tuple(tuple(sorted(tokens)) for _, tokens in sorted(continued.items()))
-    nodes = heads[1:]  # the first is the empty beginning: the prompt itself
+    nodes = heads[1:]  # the first is the empty prefix: the prompt itself
     return LabelTree(
         tokens=tuple(head[-1] for head in nodes),
         depths=tuple(len(head) for head in nodes),

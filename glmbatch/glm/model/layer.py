@@ -1,10 +1,8 @@
-"""One GLM layer over tokens, with the weights of transformers' module.
+"""One GLM layer over a batch of tokens, with the weights of transformers' module.
 
-Knows no requests and no cache.
-
-transformers' own forward defines what is computed, and a test compares the two. Here each product
-also takes in the elementwise work around it, rotation is in place, and the last layer computes only
-the tokens that are read.
+Knows no requests and no cache. It computes what transformers' forward does, as a test checks, but
+faster: query, key and value share one product, elementwise work is fused into products, rotation is
+in place, and the last layer computes only the tokens whose states are read.
 
 Shapes: T tokens, R of them read, C hidden size, H query heads, G key/value groups, D head size,
 P rotated pairs.
@@ -24,7 +22,8 @@ from glmbatch.glm.model.linear import Form, product, swiglu
 class Layer:
     """Attention and feed-forward of one layer.
 
-    It takes the weights over and empties `module`, so that at most one layer exists twice.
+    Takes over the weights of `module`, a `GlmDecoderLayer`, and empties it, so that at most one
+    layer is in memory twice.
     """
 
     def __init__(self, module: Any, form: Form) -> None:
@@ -55,13 +54,14 @@ class Layer:
         plan: AttentionPlan,
         reads_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The layer's output [T, C].
+        """The layer's output [T, C], or [R, C] for the tokens `reads_R`.
 
-        With `reads_R` it is [R, C] for those tokens; the others only provide keys and values.
+        With `reads_R`, the other tokens only provide keys and values. `rotary_TP` comes from
+        `rotary_factors`.
         """
         projected = self._query_key_value(self._norm(hidden_TC))
         heads_THD = projected.view(len(hidden_TC), -1, self._head_dim)
-        values = self._heads[-1]  # the last heads, which carry no position
+        values = self._heads[-1]  # the last heads are the values, which are not rotated
         rotate(heads_THD[:, :-values], rotary_TP)
         query_THD, key_TGD, value_TGD = torch.split(heads_THD, self._heads, dim=1)
         if reads_R is not None:
@@ -80,24 +80,27 @@ class Norm:
         self._epsilon = module.variance_epsilon
 
     def __call__(self, hidden_TC: torch.Tensor) -> torch.Tensor:
-        """`hidden_TC` normalised, [T, C]."""
+        """`hidden_TC`, normalized, [T, C]."""
         return rms_norm(hidden_TC, self._weight_C.shape, self._weight_C, self._epsilon)
 
 
 def rotary_factors(positions_T: torch.Tensor, inverse_frequencies_P: torch.Tensor) -> torch.Tensor:
-    """The rotation [T, P] of each pair at each position, as complex numbers of length 1."""
+    """The rotations [T, P] of all pairs at the given positions, as complex numbers of length 1.
+
+    Rotary position embedding, arXiv:2104.09864. `inverse_frequencies_P` is in radians per position.
+    """
     angles_TP = positions_T[:, None] * inverse_frequencies_P
     return torch.polar(torch.ones_like(angles_TP), angles_TP)
 
 
 def rotate(heads_THD: torch.Tensor, rotary_TP: torch.Tensor) -> None:
-    """Rotate neighbouring pairs of the first 2P channels of each head, in place."""
+    """Rotate adjacent pairs of the first 2P channels of each head, in place."""
     tokens, heads, _ = heads_THD.shape
     # ChatGLM2 rotates only the first half of each head; the other half carries no position.
     pairs_THP2 = heads_THD[..., : 2 * rotary_TP.shape[-1]].view(tokens, heads, -1, 2)
     if pairs_THP2.dtype == torch.float32:
         torch.view_as_complex(pairs_THP2).mul_(rotary_TP[:, None])
     else:
-        # There are no complex numbers of half precision that can be multiplied.
+        # torch cannot multiply complex numbers of half precision.
         rotated = torch.view_as_complex(pairs_THP2.float()).mul_(rotary_TP[:, None])
         pairs_THP2.copy_(torch.view_as_real(rotated))

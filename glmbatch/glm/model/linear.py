@@ -1,10 +1,10 @@
-"""Matrix products in the form that the device runs fastest.
+"""Linear layers in the form that the device runs fastest.
 
 Knows no layers, no attention and no requests.
 
-`plain`: torch's own, for CUDA and any other machine.
-`packed`: weights laid out once for oneDNN, which also computes the elementwise work around a
-product. On CPU it runs a few rows at twice the plain speed.
+`plain`: torch's own product, for CUDA and for CPUs without the others.
+`packed`: weights reordered once for oneDNN, which also fuses the elementwise work around a product.
+On CPU, a few rows run at twice the plain speed.
 `int8`: weights and activations in 8 bits, also by oneDNN, in a quarter of the memory. It changes
 answers, so it is used only on request.
 
@@ -26,52 +26,53 @@ Form = Literal["plain", "packed", "int8"]
 
 
 class Product(Protocol):
-    """A product with one weight and its bias."""
+    """A linear layer: the product with one weight, plus a bias if it has one."""
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         """x_TI @ weight_OI.T + bias_O, [T, O]."""
 
     def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
-        """The product plus `residual_TO`, which is not changed, [T, O]."""
+        """The product plus `residual_TO`, which stays unchanged, [T, O]."""
 
 
 Swiglu = Callable[[torch.Tensor], torch.Tensor]
 
 
 def choose_form(quantization: str, device: str, dtype: str) -> Form:
-    """The fastest form on `device` that keeps weights exact, unless `quantization` is "int8".
+    """The fastest form on `device` that keeps weights exact; "int8" if `quantization` asks for it.
 
-    InputError where products in 8 bits are not available.
+    Raises InputError if 8-bit products are not available, or `dtype` is not float32 with them.
     """
     on_cpu = device == "cpu"
     if quantization == "int8":
         if not on_cpu or not _has_int8():
             raise InputError(
-                f"{device}: no exact products in 8 bits here. Set model.quantization to none."
+                f"{device}: has no exact 8-bit products. Set model.quantization to none."
             )
         if dtype != "float32":
             raise InputError(
-                f"int8 needs float32, not {dtype}. Set model.dtype to float32 or auto."
+                f"model.quantization: int8 needs float32, not {dtype}. "
+                "Set model.dtype to float32 or auto."
             )
         return "int8"
-    # Half precision stays plain: there a row gives the same bits in every batch.
+    # Half precision stays plain, which gives a row the same bits in every batch.
     return "packed" if on_cpu and dtype == "float32" and _has_packed() else "plain"
 
 
 def product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None, form: Form) -> Product:
-    """The product with a weight; only the plain form keeps the weight that it is given."""
+    """The linear layer of a weight and bias. Only the plain form keeps `weight_OI` itself."""
     return _FORMS[form](weight_OI, bias_O)
 
 
 def swiglu(gate_up_2FI: torch.Tensor, form: Form) -> Swiglu:
-    """The function x_TI -> silu(x @ gate.T) * (x @ up.T), [T, F].
+    """The function x_TI -> silu(x @ gate.T) * (x @ up.T), [T, F] (SwiGLU, arXiv:2002.05202).
 
-    `gate_up_2FI` holds the rows of gate, then those of up.
+    `gate_up_2FI` has the rows of gate, then those of up.
     """
     if form != "packed":
         gate_up = product(gate_up_2FI, None, form)
         return lambda x_TI: _gated(gate_up(x_TI))
-    # Two products, so that silu and the multiplication each run inside one of them.
+    # Two products, so that silu is fused into one and the multiplication into the other.
     gate, up = (PackedProduct(half, None) for half in gate_up_2FI.chunk(2))
     return lambda x_TI: up.times(x_TI, gate.swish(x_TI))
 
@@ -82,7 +83,7 @@ def _gated(gate_up_T2F: torch.Tensor) -> torch.Tensor:
 
 
 class PlainProduct:
-    """torch's own product. Keeps the weight that it is given."""
+    """torch's own product. Keeps the given weight."""
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         self._weight_OI = weight_OI
@@ -99,13 +100,14 @@ class PlainProduct:
 
 
 class PackedProduct:
-    """oneDNN's product over a weight in its own blocked layout.
+    """oneDNN's product with a weight in its blocked layout.
 
-    Elementwise steps run while the results are still in the processor's cache.
+    Fused elementwise steps run while the results are still in the processor's cache. The operators
+    are private to torch, whose compiler emits them.
     """
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
-        # Without a batch size, so that the layout suits one row as well as many.
+        # Without a batch size, so that the layout suits any number of rows.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), None)
         self._bias_O = bias_O
 
@@ -114,7 +116,7 @@ class PackedProduct:
         return self._unary(x_TI, "none")
 
     def swish(self, x_TI: torch.Tensor) -> torch.Tensor:
-        """silu of the product, [T, O]."""
+        """The silu of the product, [T, O]."""
         return self._unary(x_TI, "swish")
 
     def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
@@ -139,15 +141,14 @@ class PackedProduct:
 
 
 class Int8Product:
-    """Weights and activations in 8 bits, with a scale for each row and for each token.
+    """A product of 8-bit weights and activations, with a scale per output feature and per token.
 
-    Each token has its own scale, and sums of 8-bit products are exact, so that a row's result does
-    not depend on its batch.
+    Sums of 8-bit products are exact, so the result of a token does not depend on its batch.
     """
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         weight_OI = weight_OI.float()
-        # Symmetric: the largest magnitude of a row becomes 127.
+        # Symmetric quantization: the largest magnitude of a row becomes 127.
         self._scale_O = _largest(weight_OI).squeeze(-1).div_(127)
         rounded_OI = (weight_OI / self._scale_O[:, None]).round_().to(torch.int8)
         self._weight = torch.ops.onednn.qlinear_prepack(rounded_OI, None)
@@ -155,9 +156,9 @@ class Int8Product:
         self._bias_O = bias_O
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
-        """x_TI @ weight_OI.T + bias_O, each in 8 bits, [T, O] in float32."""
+        """x_TI @ weight_OI.T + bias_O, with both factors in 8 bits, [T, O] in float32."""
         scale_T1 = _largest(x_TI).div_(127)
-        # Unsigned with zero at 128: kernels for signed activations are hundreds of times slower.
+        # Unsigned, with 128 as zero: kernels for signed activations are hundreds of times slower.
         shifted_TI = (x_TI / scale_T1).add_(128.5).to(torch.uint8)
         out_TO: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
             shifted_TI,
@@ -183,7 +184,7 @@ class Int8Product:
 
 
 def _largest(rows: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of each row, at least 1e-30, so that it can divide."""
+    """The largest magnitude of each row, at least 1e-30 so that it can be a divisor."""
     lowest, highest = rows.aminmax(dim=-1, keepdim=True)
     return torch.maximum(highest, lowest.neg()).clamp_(min=1e-30)
 
@@ -197,10 +198,10 @@ _FORMS: dict[Form, type[PlainProduct | PackedProduct | Int8Product]] = {
 
 @cache
 def _has_packed() -> bool:
-    """Whether this build of torch has the products of `PackedProduct`."""
+    """Whether this build of torch supports `PackedProduct`."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    # Private operators: they are tried once, so that another torch falls back to the plain form.
+    # The operators are private, so they are tried once. Without them, the plain form is used.
     weight = torch.eye(4)
     try:
         packed = PackedProduct(weight, None)
@@ -212,14 +213,14 @@ def _has_packed() -> bool:
 
 @cache
 def _has_int8() -> bool:
-    """Whether sums of 8-bit products are exact.
+    """Whether this build of torch supports `Int8Product` and its sums are exact.
 
-    On processors without VNNI, sums of two products saturate.
+    On processors without VNNI, the sum of two 8-bit products saturates at 16 bits.
     """
     if not _has_packed():
         return False
     try:
-        # Ones everywhere are the largest 8-bit values, whose sums would saturate.
+        # Quantized, all of these values are the largest of 8 bits, whose sums would saturate.
         full = torch.full((64, 64), 1.0)
         return bool((Int8Product(full, None)(full) - 64).abs().max() < 1e-3)
     except (RuntimeError, AttributeError):

@@ -1,6 +1,6 @@
-"""The GLM model over packed batches and slots: token ids in, final states out.
+"""The GLM model: prefill of packed batches and decode steps over slots, then logits.
 
-Knows no requests.
+Token ids in, final states and logits out. Knows no requests.
 
 Shapes: T tokens of a packed batch, R of them read, S live slots, F places of a prefix, C hidden
 size, V tokens, G key/value groups, D head size, P rotated pairs, N layers.
@@ -25,16 +25,16 @@ from glmbatch.glm.model.packing import PackedPrompt, pack
 
 logger = logging.getLogger(__name__)
 
-# Prefixes kept for later batches: a step has one, and few steps run at once.
+# Prefixes cached for later batches: a step has one, and few steps run at once.
 PREFIXES = 8
 
 
 class Network:
-    """A `GlmForCausalLM` or `GlmForSequenceClassification`, taken over layer by layer.
+    """Runs a `GlmForCausalLM` or `GlmForSequenceClassification`, whose weights it takes over.
 
-    `has_head`: it classifies with a trained head; otherwise it predicts tokens. Ids from
-    `token_count` on have scores but no token. `quantization` is "int8" or "none" and applies to the
-    layers; the scores of tokens stay exact.
+    With `has_head` it classifies by a trained head, otherwise it predicts tokens. Ids from
+    `token_count` on are padding of the vocabulary. `quantization` is "int8" or "none"; it applies
+    to the layers, not to the language head. Raises InputError if the device does not support it.
     """
 
     def __init__(self, model: Any, token_count: int, quantization: str = "none") -> None:
@@ -56,17 +56,17 @@ class Network:
         device = str(self.device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         form = choose_form(quantization, device, self.dtype_name)
-        # In float32 always: in half precision angles far into a text would be off by whole radians.
+        # Always float32: in half precision, angles far into a text would be off by whole radians.
         self._inverse_frequencies_P = model.model.rotary_emb.inv_freq.to(self.device, torch.float32)
         self._layers = [Layer(module, form) for module in model.model.layers]
         self._norm = Norm(model.model.norm)
         if self.has_head:
             self._score: Any = model.score
         else:
-            # Ids without a token are cut off here, so that they can never be chosen.
+            # The rows of padding ids are cut off, so that these ids can never be chosen.
             exact = choose_form("none", device, self.dtype_name)
             self._lm_head = product(model.lm_head.weight[:token_count], None, exact)
-            model.lm_head = None  # the product may hold a copy of its own
+            model.lm_head = None  # the product may have a copy of its own
         self._trained_prefix = self._take_prefix(model)
         self._prefixes: OrderedDict[tuple[int, ...], KvPrefix] = OrderedDict()
         self._graphs = StepGraphs(self._padded_step) if self.device.type == "cuda" else None
@@ -81,13 +81,13 @@ class Network:
 
     @property
     def trained_places(self) -> int:
-        """Places that a trained prefix takes at the head of every slot; 0 without one."""
+        """Number of places that the trained prefix takes at the start of every slot; 0 without."""
         return 0 if self._trained_prefix is None else self._trained_prefix.places
 
     def cached_prefix(self, ids: tuple[int, ...], chunk_tokens: int) -> KvPrefix | None:
-        """Keys and values of the trained prefix and of `ids` behind it; None without either.
+        """Keys and values of the trained prefix and of `ids` after it; None without either.
 
-        Computed on first use, in forwards of at most `chunk_tokens`; the last few stay cached.
+        Computed on first use, in chunks of at most `chunk_tokens`; the PREFIXES used last are kept.
         """
         if not ids:
             return self._trained_prefix
@@ -95,11 +95,11 @@ class Network:
             self._prefixes[ids] = self._extend_prefix(self._trained_prefix, ids, chunk_tokens)
             if len(self._prefixes) > PREFIXES:
                 self._prefixes.popitem(last=False)
-        self._prefixes.move_to_end(ids)  # the one unused for longest is dropped first
+        self._prefixes.move_to_end(ids)  # the least recently used one is dropped first
         return self._prefixes[ids]
 
     def release_memory(self) -> None:
-        """Free what can be computed again: cached prefixes and recorded CUDA graphs."""
+        """Free cached prefixes and CUDA graphs, which are recomputed when needed."""
         self._prefixes.clear()
         if self._graphs is not None:
             self._graphs.clear()
@@ -107,9 +107,9 @@ class Network:
     def _extend_prefix(
         self, prefix: KvPrefix | None, ids: Sequence[int], chunk_tokens: int
     ) -> KvPrefix:
-        """`prefix` with keys and values of `ids` behind it."""
+        """`prefix` extended by the keys and values of `ids`."""
         assert ids
-        # Each chunk attends to the ones before it through the prefix made so far.
+        # Each chunk attends to the earlier ones as part of its prefix.
         for first in range(0, len(ids), chunk_tokens):
             chunk = ids[first : first + chunk_tokens]
             kv_N2FGD = self._keys_and_values(chunk, prefix)
@@ -122,7 +122,7 @@ class Network:
         return prefix
 
     def _keys_and_values(self, ids: Sequence[int], prefix: KvPrefix | None) -> torch.Tensor:
-        """[N, 2, F, G, D] of `ids` behind `prefix`."""
+        """Keys and values [N, 2, F, G, D] of `ids` after `prefix`."""
         layers: list[torch.Tensor] = []
 
         def store(layer: int, key_FGD: torch.Tensor, value_FGD: torch.Tensor) -> None:
@@ -134,9 +134,9 @@ class Network:
     def prefill_ahead(
         self, prompt: PackedPrompt, prefix: KvPrefix | None, chunk_tokens: int
     ) -> tuple[PackedPrompt, KvPrefix | None]:
-        """Prefill all but the last `chunk_tokens` of `prompt`, in chunks.
+        """Prefill all but the last `chunk_tokens` tokens of `prompt`, in chunks.
 
-        Returns what is left of it and the prefix that holds the rest.
+        Returns the rest of the prompt, and `prefix` extended by the tokens that were prefilled.
         """
         ahead = len(prompt.ids) - chunk_tokens
         if ahead <= 0:
@@ -147,24 +147,28 @@ class Network:
     def prefill(
         self, prompts: Sequence[PackedPrompt], prefix: KvPrefix | None, store: Store | None = None
     ) -> torch.Tensor:
-        """Final states [R, C]: of the last token of each prompt, then of all tree nodes, by prompt.
+        """Run one forward over `prompts`, each after `prefix`, as a packed batch.
 
-        `store` is called with the keys and values of every layer.
+        Returns final states [R, C]: of the last token of each prompt, then of all nodes of the
+        label trees, prompt by prompt. `store` is called with the keys and values of every layer.
         """
         batch = pack(prompts, prefix, store, self.device, self.dtype)
         hidden_TC = self._embed(batch.ids_T[None])[0]
         rotary_TP = rotary_factors(batch.positions_T, self._inverse_frequencies_P)
         for layer in self._layers[:-1]:
             hidden_TC = layer(hidden_TC, rotary_TP, batch.plan)
-        # The last layer needs keys and values of all tokens, but results only of those that are
-        # read.
+        # The last layer needs the keys and values of all tokens, but the states of few.
         hidden_RC = self._layers[-1](hidden_TC, rotary_TP, batch.last_plan, batch.reads_R)
         return self._norm(hidden_RC)
 
     def decode(
         self, ids: Sequence[int], positions: Sequence[int], cache: SlotCache
     ) -> torch.Tensor:
-        """Final states [S, C] of one more token for each of the first S slots."""
+        """Run one decode step: returns final states [S, C] of one new token in each of S slots.
+
+        `ids` are the last tokens of the sequences in the first S slots of `cache`, and `positions`
+        their positions. Their keys and values are stored in the cache.
+        """
         inputs_2S = torch.tensor([ids, positions], device=self.device)
         # A trained prefix fills the first places of a slot but has no positions.
         places = [self.trained_places + position for position in positions]
@@ -174,12 +178,12 @@ class Network:
 
     @cached_property
     def _slot_plan(self) -> Callable[[SlotCache, Sequence[int]], AttentionPlan]:
-        """How slots attend outside CUDA graphs: compiled for float32 on CPU, given numba."""
+        """The attention of decode steps without CUDA graphs: `SlotKernel` if it can run here."""
         if self.device.type == "cpu" and self.dtype == torch.float32:
             try:
                 from glmbatch.glm.model.slot_kernel import SlotKernel
             except ImportError as error:
-                logger.info("attention is not compiled: %s", error)
+                logger.info("decode steps use torch's attention: %s", error)
             else:
                 return SlotKernel
         return SlotLoop
@@ -195,10 +199,10 @@ class Network:
         return self._norm(hidden_SC)
 
     def token_logits(self, hidden_RC: torch.Tensor) -> torch.Tensor:
-        """Scores [R, V] in float32 of the ids that have a token."""
+        """Logits [R, V] in float32 of the `token_count` ids that are tokens."""
         return self._lm_head(hidden_RC).float()
 
     def class_logits(self, hidden_RC: torch.Tensor) -> torch.Tensor:
-        """Scores [R, labels] of the trained head in float32."""
+        """Logits [R, labels] of the trained head in float32."""
         logits: torch.Tensor = self._score(hidden_RC)
         return logits.float()

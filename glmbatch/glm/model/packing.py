@@ -1,4 +1,4 @@
-"""Packs several prompts, and the label trees behind them, into one batch without padding.
+"""Packs several prompts, and the label trees that continue them, into one batch without padding.
 
 Token order: all prompts, then all trees. Read order: the last token of each prompt, then all nodes.
 
@@ -19,14 +19,17 @@ from glmbatch.glm.model.kv_cache import KvPrefix
 from glmbatch.glm.model.label_tree import LabelTree
 from glmbatch.glm.model.varlen import PromptCall, TreeCall
 
-# Behind a prefix, queries are masked in blocks of this size: the mask stays below 70 MB at 32k
-# places.
+# With a prefix, queries are masked in blocks of this size, so that the mask stays below 70 MB at
+# 32k places.
 QUERY_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
 class PackedPrompt:
-    """One prompt of a packed batch: its ids behind the shared prefix, and its labels."""
+    """One prompt of a packed batch: its ids after the shared prefix, and the tree of its labels.
+
+    Its length counts the ids and the nodes of the tree.
+    """
 
     ids: Sequence[int]
     tree: LabelTree | None = None
@@ -39,7 +42,8 @@ class PackedPrompt:
 class PackedBatch:
     """The input of one forward.
 
-    In the last layer, `last_plan` lets only the tokens that are read ask.
+    `reads_R` has the indexes of the tokens whose final states are read. `last_plan` is the
+    attention of the last layer, where only those tokens have queries.
     """
 
     ids_T: torch.Tensor
@@ -56,11 +60,11 @@ def pack(
     device: torch.device,
     dtype: torch.dtype,
 ) -> PackedBatch:
-    """One batch of all `prompts`, each behind `prefix`.
+    """One packed batch of all `prompts`, each after `prefix`.
 
-    `store` gets each layer's keys and values.
+    `store` receives the keys and values of each layer. `dtype` is the model's, for the masks.
     """
-    # Every prompt starts at the same position: it sees nothing of its neighbours.
+    # Every prompt starts at the same position, since it does not attend to the others.
     start = 0 if prefix is None else prefix.next_position
     lengths = [len(prompt.ids) for prompt in prompts]
     ids: list[int] = []
@@ -72,7 +76,7 @@ def pack(
     for prompt, length in zip(prompts, lengths, strict=True):
         if prompt.tree:
             ids += prompt.tree.tokens
-            # Siblings share a position, as each is the next token of the same text.
+            # Siblings share a position: each is a possible next token of the same text.
             last_position = start + length - 1
             positions += [last_position + depth for depth in prompt.tree.depths]
     ends = list(accumulate(lengths))
@@ -91,9 +95,10 @@ def pack(
 
 @dataclass(frozen=True, slots=True)
 class _Visibility:
-    """Which tokens of a packed batch see which; its keys come behind `prefix_places` of the prefix.
+    """Which tokens of a packed batch attend to which.
 
-    `ends[n]` is the index in the batch just behind prompt n.
+    The keys of the batch follow the `prefix_places` keys of the prefix. `ends[n]` is the index in
+    the batch after the last token of prompt n.
     """
 
     prompts: Sequence[PackedPrompt]
@@ -104,12 +109,12 @@ class _Visibility:
     dtype: torch.dtype
 
     def calls(self) -> tuple[list[AttentionCall], list[AttentionCall]]:
-        """The attention calls of all layers but the last, then those of the last.
+        """The attention calls of all layers but the last, then those of the last layer.
 
-        In the last layer only the tokens that are read have queries.
+        In the last layer, only the tokens that are read have queries.
         """
         masks = [self._tree_mask(number, prompt.tree) for number, prompt in enumerate(self.prompts)]
-        # In the last layer, queries are numbered among the tokens that are read.
+        # In the last layer, queries are indexed among the tokens that are read.
         trees = self._tree_calls(masks, first_query=self.ends[-1])
         last_trees = self._tree_calls(masks, first_query=len(self.prompts))
         calls: list[AttentionCall]
@@ -126,7 +131,7 @@ class _Visibility:
         return calls, last_calls
 
     def _prompt_calls(self) -> list[SpanCall]:
-        """Every token of each prompt sees the prefix and its prompt up to itself."""
+        """Every token of a prompt attends to the prefix and to its prompt up to itself."""
         if self.prefix_places:
             return self._masked_calls()
         calls = []
@@ -136,7 +141,7 @@ class _Visibility:
         return calls
 
     def _last_token_calls(self) -> list[SpanCall]:
-        """The last token of each prompt sees the prefix and its whole prompt."""
+        """The last token of a prompt attends to the prefix and to its whole prompt."""
         calls = []
         for number, end in enumerate(self.ends):
             query = slice(number, number + 1)
@@ -144,10 +149,10 @@ class _Visibility:
         return calls
 
     def _masked_calls(self) -> list[SpanCall]:
-        """Causal attention behind a prefix.
+        """Causal attention after a prefix.
 
-        torch's own knows no keys ahead of the queries' own, so the end of the keys is masked. One
-        mask serves all blocks: each takes the window of it that fits its keys.
+        torch's causal mode does not support keys before those of the queries, so a mask hides the
+        last keys. One mask serves all blocks: each takes the window of it that fits its keys.
         """
         max_keys = self.prefix_places + max(self.lengths)
         corner_QK = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=self.dtype).triu(1)
@@ -164,9 +169,9 @@ class _Visibility:
         return calls
 
     def _tree_calls(self, masks: Sequence[torch.Tensor | None], first_query: int) -> list[SpanCall]:
-        """The nodes of each tree see the prefix, their prompt, and the nodes that they continue."""
+        """The nodes of a tree attend to the prefix, to their prompt and to their lineage."""
         calls = []
-        # The trees' own keys come behind those of all prompts.
+        # The keys of the trees follow those of all prompts.
         first_key = self.prefix_places + self.ends[-1]
         for number, mask_QK in enumerate(masks):
             if mask_QK is None:
@@ -180,28 +185,28 @@ class _Visibility:
         return calls
 
     def _tree_mask(self, number: int, tree: LabelTree | None) -> torch.Tensor | None:
-        """What is added to the scores of a tree's nodes: 0 where a node sees a key, else -inf."""
+        """The mask of a tree's nodes: 0 where a node attends to a key, -inf elsewhere."""
         if not tree:
             return None
         before = self.prefix_places + self.lengths[number]
-        # Siblings must not see each other: only a node's own lineage is visible.
+        # Siblings must not attend to each other, only to their own lineage.
         mask_QK = torch.zeros(len(tree), before + len(tree), dtype=self.dtype)
         mask_QK[:, before:] = -torch.inf
         for node, lineage in enumerate(tree.lineage):
             mask_QK[node, [before + ancestor for ancestor in lineage]] = 0
-        # `TreeCall` pads the masks on the host and moves them to the device at once.
+        # `TreeCall` pads the masks on the host and moves them to the device in one copy.
         return mask_QK if varlen.serves(self.device, self.dtype) else mask_QK.to(self.device)
 
     def _keys_before(self, number: int, end: int) -> tuple[slice, ...]:
-        """The prefix, and prompt `number` up to index `end` of the batch."""
+        """The keys of the prefix and of prompt `number` up to index `end` of the batch."""
         start = self.ends[number] - self.lengths[number]
         own = slice(self.prefix_places + start, self.prefix_places + end)
         return (slice(0, self.prefix_places), own) if self.prefix_places else (own,)
 
     def _varlen_call(self, queries: Sequence[int]) -> PromptCall:
-        """All prompts in one call, the last `queries[n]` tokens of prompt n asking."""
+        """All prompts in one call, with queries for the last `queries[n]` tokens of prompt n."""
         key_index: list[int] | None = None
-        if self.prefix_places:  # without a prefix the keys already lie prompt by prompt
+        if self.prefix_places:  # without a prefix, the keys are already in the order of the prompts
             key_index = []
             for number, end in enumerate(self.ends):
                 for keys in self._keys_before(number, end):

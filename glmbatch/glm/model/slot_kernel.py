@@ -1,11 +1,11 @@
-"""Attention of one new token for each slot of the cache, compiled by numba: float32 on CPU.
+"""Attention of one new token per slot of the KV cache, compiled by numba: float32 on CPU.
 
-There, torch computes a small product for each slot and reads keys and values at a fifth of the
-speed of memory. Here one call stores the new keys and values and attends for all slots. Head size
-and heads of a group are constants of the compiled code, so that its inner loops are whole vectors.
+With torch, each slot is a small product, which reads keys and values at a fifth of the speed of
+memory. The kernel stores the new keys and values and attends for all slots in one call. Head size
+and heads per group are constants of the compiled code, so that its inner loops vectorize fully.
 
-Compiling takes some seconds at the first step; the code is cached on disk for the next process
-where that is possible. One thread: the work of a layer is too small for two to be faster. Knows no
+Compiling takes a few seconds at the first decode step; numba caches the code on disk for later
+processes if it can. It uses one thread, since the work of a layer is too small for two. Knows no
 requests and no model.
 
 Shapes: S live slots, L places, H query heads, G key/value groups, D head size; h heads of a group.
@@ -23,27 +23,27 @@ import torch
 
 from glmbatch.glm.model.kv_cache import SlotCache
 
-# Sums may be taken in any order, but nan and inf must survive: a row that is not finite must show.
+# Sums may be reordered, but nan and inf must propagate, so that a row with them is noticed.
 _OPTIONS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "arcp", "nsz"},
     "error_model": "numpy",
 }
-# New queries, keys and values are parts of one tensor, so of any strides. With one signature, the
-# code is compiled only once.
+# New queries, keys and values are views of one tensor and may have any strides. With a single
+# signature, the code is compiled only once.
 _SIGNATURE = (
     "void(UniTuple(float32[:,:,:], 3), UniTuple(float32[:,:,:,::1], 2), "
     "int64[::1], float32, float32[:,:,::1])"
 )
-# Inlined into the caller, where lengths are constants.
+# Inlined into the caller, where head size and heads per group are constants.
 _inlined: Callable[[Callable[..., Any]], Any] = numba.njit(forceinline=True, **_OPTIONS)
 
 
 @_inlined
 def _exp(x: Any) -> Any:
-    """e**x for x <= 0, within two units in the last place; 0 where that is not a normal number.
+    """e**x for x <= 0 within two units in the last place; 0 for x < -87.
 
-    By arithmetic alone, so that loops over it become vectors. e**x is 2**r * e**f with r whole and
-    f within half of log(2); the polynomial and the split of log(2) are those of Cephes' expf.
+    Uses arithmetic alone, so that loops over it vectorize. e**x is 2**r * e**f with an integer r
+    and |f| <= log(2) / 2. The polynomial and the split of log(2) are those of Cephes' expf.
     """
     least = np.float32(-87)
     vanishes = x < least  # False for nan, which stays nan
@@ -73,7 +73,7 @@ def _score(query_hD: Any, keys_LD: Any, places: Any, scores_hL: Any) -> None:
 
 @_inlined
 def _weigh(scores_L: Any, places: Any) -> Any:
-    """Turn scores into weights in place; returns their sum."""
+    """Turn scores into unnormalized softmax weights in place; returns their sum."""
     top = scores_L[0]
     total = np.float32(0)
     for place in range(places):
@@ -86,9 +86,9 @@ def _weigh(scores_L: Any, places: Any) -> Any:
 
 @_inlined
 def _mix(weights_hL: Any, values_LD: Any, places: Any, out_hD: Any) -> None:
-    """Weighted sums of the values.
+    """Write the weighted sums of the values into `out_hD`.
 
-    Four places at once, so that a sum is loaded and stored a quarter as often.
+    Takes four places at a time, so that a sum is loaded and stored a quarter as often.
     """
     out_hD[:] = 0
     fours = places // 4 * 4
@@ -109,7 +109,7 @@ def _mix(weights_hL: Any, values_LD: Any, places: Any, out_hD: Any) -> None:
 
 @functools.cache
 def _kernel(of_group: int, head_dim: int) -> Callable[..., None]:
-    """The compiled function for `of_group` query heads in each group of keys and values."""
+    """The compiled kernel for `of_group` query heads per key/value group."""
 
     def attend(new: Any, cached: Any, places_S: Any, scaling: Any, out_SHD: Any) -> None:
         (q_SHD, k_SGD, v_SGD), (keys_SGLD, values_SGLD) = new, cached
@@ -135,7 +135,7 @@ def _kernel(of_group: int, head_dim: int) -> Callable[..., None]:
 
     try:
         return _compile(attend, cache=True)
-    except (RuntimeError, OSError):  # no folder to cache it in, or no space there
+    except (RuntimeError, OSError):  # no writable cache folder, or no space in it
         return _compile(attend, cache=False)
 
 
@@ -147,10 +147,10 @@ def _compile(attend: Callable[..., None], cache: bool) -> Callable[..., None]:
 
 
 class SlotKernel:
-    """As `SlotLoop`, in one compiled call for all slots."""
+    """Like `SlotLoop`, but one compiled call for all slots."""
 
     def __init__(self, cache: SlotCache, places: Sequence[int]) -> None:
-        # The compiled code does not check bounds.
+        # Checked here, because the compiled code does not check bounds.
         assert len(places) <= cache.slots and max(places) < cache.length
         self._cache = cache
         self._places_S = np.array(places, np.int64)
@@ -163,7 +163,7 @@ class SlotKernel:
         value: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Attention of one layer, [S, H, D]; see `AttentionPlan`."""
+        """The attention output [S, H, D] of one layer; see `AttentionPlan`."""
         out = torch.empty(query.shape, dtype=query.dtype)
         _kernel(query.shape[1] // key.shape[1], query.shape[2])(
             (query.numpy(), key.numpy(), value.numpy()),

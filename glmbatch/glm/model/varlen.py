@@ -1,10 +1,10 @@
-"""Attention of a whole packed batch in two calls, instead of one for each prompt and tree.
+"""Attention of a whole packed batch in two calls, instead of one per prompt and per tree.
 
-On CUDA, where launching kernels costs most, and in half precision, which alone has kernels for it.
-Knows no requests.
+Used on CUDA, where launching kernels is costly, and in half precision, for which alone torch has
+variable-length kernels. Knows no requests.
 
 Shapes: T tokens, H query heads, G key/value groups, D head size, Q queries; R trees of at most N
-nodes that see at most K keys.
+nodes that attend to at most K keys.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from glmbatch.glm.model.kv_cache import round_up
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there are kernels for these calls."""
+    """Whether torch has kernels for these calls on `device` in `dtype`."""
     return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
 class PromptCall:
-    """All prompts in one variable-length call.
+    """Attention of all prompts in one variable-length call.
 
-    `lengths` has the numbers of queries and of keys of each prompt; both end together. `key_index`
-    gathers the keys prompt by prompt where they do not already lie so.
+    `lengths` has the numbers of queries and of keys of each prompt; both end at the same token.
+    `key_index` orders the keys prompt by prompt; None if they already are.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PromptCall:
         scaling: float,
         out: torch.Tensor,
     ) -> None:
-        """Write the attention of all prompts into the head of `out`; see `AttentionCall`."""
+        """Write the attention output of all prompts into `out`; see `AttentionCall`."""
         repeats = query.shape[1] // key.shape[1]
         attended_QHD: torch.Tensor = varlen_attn(  # type: ignore[assignment]  # a pair on request
             query[: self._queries],
@@ -71,7 +71,7 @@ class PromptCall:
 
     def _gather(self, key_TGD: torch.Tensor, repeats: int) -> torch.Tensor:
         key_TGD = key_TGD[: self._keys] if self._key_index is None else key_TGD[self._key_index]
-        # torch 2.11 has no grouped queries here; copying two groups costs about 1 % of the forward.
+        # torch 2.11's call has no grouped queries. Copying two groups costs 1 % of the forward.
         return key_TGD.repeat_interleave(repeats, dim=1)
 
 
@@ -80,9 +80,9 @@ def _ends(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
 
 
 class TreeCall:
-    """All label trees in one call, padded to one shape; with few queries padding is cheap.
+    """Attention of all label trees in one call, padded to one shape.
 
-    `spans` are masked, and their queries follow one another.
+    Trees have few queries, so padding is cheap. `spans` have masks, and their queries are adjacent.
     """
 
     def __init__(self, spans: Sequence[SpanCall], device: torch.device) -> None:
@@ -90,13 +90,13 @@ class TreeCall:
         keys = [_indexes(span.keys) for span in spans]
         most_queries = max(map(len, queries))
         most_keys = round_up(max(map(len, keys)))
-        # Everything is hidden until a span's own mask is copied in; padding keys stay so.
+        # Everything is masked until a span's mask is copied in; padding keys stay masked.
         mask_RNK = torch.full((len(spans), most_queries, most_keys), -torch.inf)
         node_rows: list[int] = []
         for number, span in enumerate(spans):
             assert span.mask_QK is not None
             nodes, width = span.mask_QK.shape
-            # Padding queries see what the first node sees: a row of only -inf would give nan.
+            # Padding queries attend like the first node, because a row of only -inf gives nan.
             mask_RNK[number, :, :width] = span.mask_QK[0].float()
             mask_RNK[number, :nodes, :width] = span.mask_QK.float()
             first = number * most_queries
@@ -116,11 +116,11 @@ class TreeCall:
         scaling: float,
         out: torch.Tensor,
     ) -> None:
-        """Write the attention of all nodes into their part of `out`; see `AttentionCall`."""
+        """Write the attention output of all nodes into their rows of `out`; see `AttentionCall`."""
         trees, nodes = self._query_index_RN.shape
         heads, groups = query.shape[1], key.shape[1]
-        # The query heads of a group become its queries: kernels with a mask have no grouped
-        # queries.
+        # The query heads of a group become its queries, because kernels with a mask have no
+        # grouped queries.
         query_RHND = query[self._query_index_RN].transpose(1, 2)
         mask = self._mask_R11NK.expand(-1, 1, heads // groups, -1, -1).flatten(2, 3)
         attended = scaled_dot_product_attention(
@@ -142,6 +142,6 @@ def _indexes(ranges: Sequence[slice]) -> list[int]:
 
 
 def _padded(rows: Sequence[list[int]], length: int, device: torch.device) -> torch.Tensor:
-    """`rows` of equal length, each filled up with its own first index."""
+    """`rows` [R, length], each padded with its own first index."""
     filled = [row + row[:1] * (length - len(row)) for row in rows]
     return torch.tensor(filled, device=device)

@@ -112,7 +112,7 @@ def test_an_adapter_trained_over_an_adapter_stands_alone(tune: Tune) -> None:
     # For whoever runs the job, as the umask says.
     modes = {file.stat().st_mode for file in Path(second).glob("*/*") if file.is_file()}
     assert len(modes) == 1
-    with pytest.raises(InputError, match="holds other weights"):
+    with pytest.raises(InputError, match="has other weights"):
         load_model(first / "checkpoint", adapter=Path(second) / "adapter")
 
 

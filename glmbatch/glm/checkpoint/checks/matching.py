@@ -1,7 +1,7 @@
-"""The tensors in a checkpoint's files, compared with those that its config asks for.
+"""Compares the tensors in a checkpoint's files with those that its config requires.
 
-A fault that all tensors of a folder share is one line, not one for each tensor. Reads the numbers
-of two tensors only where one may repeat the other.
+Works on keys, shapes and dtypes. A fault that all tensors share is reported once. Reads the values
+of two tensors only to see whether one is a copy of the other.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from glmbatch.glm.checkpoint.architecture import Architecture, Layout
 from glmbatch.glm.checkpoint.layout import PREFIX_KEYS, TensorSpec, dropped_keys, list_tensors
 from glmbatch.glm.checkpoint.shards import Header, read_tensors
 
-# Weights may be stored in these, and computed in these.
+# The dtypes in which weights may be stored and computed.
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 Headers = Mapping[Path, Mapping[str, Header]]
 
 OUTPUT = "transformer.output_layer.weight"
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
-# Some trainings name the output layer a second time, as other models do.
+# Some trainers save the output layer a second time, under the name that other models use.
 _LANGUAGE_HEAD = "lm_head.weight"
-# How the tensors end that other tools make of a weight when they quantize it.
+# Last parts of the names of tensors that other tools write for a quantized weight.
 _QUANTIZED = {
     "qweight": "GPTQ or AWQ",
     "qzeros": "GPTQ or AWQ",
@@ -46,7 +46,7 @@ _LORA = re.compile(r"\.(?:lora_[AB]|lora_embedding_[AB]|base_layer)\.")
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a config describes."""
+    """The kind of checkpoint that a config describes."""
 
     architecture: Architecture
     layout: Layout
@@ -55,7 +55,10 @@ class Kind:
     def specs(
         self, *, layout: Layout | None = None, quantization_bit: int | None = None
     ) -> dict[str, TensorSpec]:
-        """The tensors that it must hold; in another layout or quantization, where one is given."""
+        """The tensors that such a checkpoint must have, by key.
+
+        `layout` and `quantization_bit` (0, 4 or 8) replace those of the config.
+        """
         architecture = self.architecture
         if quantization_bit is not None:
             architecture = replace(architecture, quantization_bit=quantization_bit)
@@ -64,7 +67,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The tensors to load from each file, all that is wrong with them, and what is odd."""
+    """The tensors to load from each file, every problem, and notes on tensors not used."""
 
     tensors: dict[Path, dict[str, Header]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -73,7 +76,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """The tensors that are there, and those that must be."""
+    """The tensors in the files (`found`) and those that the config requires (`specs`)."""
 
     path: Path
     config: Mapping[str, Any]
@@ -95,9 +98,9 @@ class _Folder:
 def match_tensors(
     directory: Path, config: Mapping[str, Any], kind: Kind, headers: Headers, complete: bool
 ) -> Match:
-    """Compare `headers` with what a checkpoint of this `kind` must hold.
+    """Compare `headers` with the tensors that a checkpoint of this `kind` must have.
 
-    Unless they are `complete`, what is missing may be in a file that could not be read.
+    Unless `complete`, some files could not be read, and missing tensors are not reported.
     """
     specs = kind.specs()
     found: list[tuple[Path, str, Header]] = []
@@ -119,12 +122,12 @@ def match_tensors(
 
 
 def _add_faults(match: Match, folder: _Folder) -> None:
-    """Each kind of fault once, with the first tensor that has it."""
+    """Add each kind of fault once, with the first tensor that has it."""
     repeated: list[str] = []
     unfit: dict[str, list[str]] = {"dtype": [], "shape": []}
     seen: dict[str, Path] = {}
     for file, key, header in folder.found:
-        # Two values for one tensor: which of them counts would depend on the order of files.
+        # With two values for one tensor, the order of the files would decide.
         if key in seen:
             repeated.append(f"{file}: {key!r} is also in {seen[key].name}. Keep one of the two.")
         elif key in folder.specs:
@@ -135,11 +138,11 @@ def _add_faults(match: Match, folder: _Folder) -> None:
     for file, key, header in folder.unknown:
         twin = _twin(folder, key, header)
         if twin is not None:
-            match.notes.append(f"{key!r} repeats {twin!r} and is not used")
+            match.notes.append(f"{key!r} is a copy of {twin!r} and is not used")
         elif key.endswith(_LANGUAGE_HEAD):
             unknown.append(
-                f"{file}: {key!r} is {OUTPUT!r} of ChatGLM2 under another name, and differs from "
-                "it. Remove the one that was not trained."
+                f"{file}: {key!r} is another name for {OUTPUT!r}, which it differs from. "
+                "Remove the one that was not trained."
             )
         else:
             unknown.append(
@@ -151,7 +154,7 @@ def _add_faults(match: Match, folder: _Folder) -> None:
 
 def _once(lines: list[str]) -> Iterator[str]:
     if lines:
-        yield lines[0] + (f" The same of {len(lines) - 1} more." if len(lines) > 1 else "")
+        yield lines[0] + (f" The same holds for {len(lines) - 1} more." if len(lines) > 1 else "")
 
 
 def _differences(file: Path, spec: TensorSpec, header: Header) -> Iterator[tuple[str, str]]:
@@ -163,15 +166,15 @@ def _differences(file: Path, spec: TensorSpec, header: Header) -> Iterator[tuple
         yield (
             "shape",
             f"{file}: {spec.key!r} has shape {list(header.shape)}; "
-            f"config.json makes it {list(spec.shape)}.",
+            f"by config.json, it must be {list(spec.shape)}.",
         )
 
 
 def _twin(folder: _Folder, key: str, header: Header) -> str | None:
-    """The embedding or output layer that `key` repeats number for number, if it does."""
+    """The embedding or output layer that `key` is an exact copy of, or None."""
     for twin in (OUTPUT, EMBEDDING):
         spec = folder.specs.get(twin)
-        # These two alone: small tensors of ones or zeros are alike and no copies.
+        # Only these two: small tensors of ones or zeros are equal without being copies.
         if spec and header.shape == spec.shape and twin not in folder.missing:
             first, second = _tensor(folder, key), _tensor(folder, twin)
             if torch.equal(first, second.to(first.dtype)):
@@ -188,20 +191,21 @@ def _tensor(folder: _Folder, wanted: str) -> torch.Tensor:
 
 def _incomplete(folder: _Folder) -> str:
     missing = folder.missing
-    # The usual mistake after P-Tuning, whose training saves only what it trained.
+    # The usual mistake after P-Tuning, which saves only the trained prefix.
     if folder.found and all(key.startswith(PREFIX_KEYS) for _, key, _ in folder.found):
         return (
-            f"{folder.path}: holds only the trained prefix of P-Tuning v2, and the base model's "
-            "weights are missing. Copy the base checkpoint's weight files and index beside it."
+            f"{folder.path}: has only the trained prefix of P-Tuning v2; the base model's weights "
+            "are missing. Copy the base checkpoint's weight files and index into it."
         )
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return (
-        f"{folder.path}: no {missing[0]!r}{more} in its weight files. The checkpoint is incomplete."
+        f"{folder.path}: no {missing[0]!r}{more} in its weight files. The checkpoint is "
+        "incomplete: copy it again."
     )
 
 
 def _causes(folder: _Folder, kind: Kind) -> Iterator[str]:
-    """What is wrong with all tensors alike."""
+    """Problems that all tensors have in common."""
     yield from _quantized_elsewhere(folder)
     yield from _unmerged(folder)
     yield from _empty(folder)
@@ -217,14 +221,14 @@ def _quantized_elsewhere(folder: _Folder) -> Iterator[str]:
         method = _QUANTIZED.get(key.rpartition(".")[2])
         if method is not None:
             yield (
-                f"{file}: quantized by {stated or method} ({key!r}), which is not read. Set "
-                "model.path to the checkpoint before that, or to THUDM's own int4 or int8."
+                f"{file}: quantized by {stated or method} ({key!r}), which is not supported. Set "
+                "model.path to the checkpoint before quantization, or to THUDM's int4 or int8."
             )
     if stated and folder.missing:
         yield (
             f"{folder.path / 'config.json'}: quantized by {stated} ('quantization_config'), which "
-            "is not read. Set model.path to the checkpoint before that, or to THUDM's own int4 or "
-            "int8."
+            "is not supported. Set model.path to the checkpoint before quantization, or to "
+            "THUDM's int4 or int8."
         )
 
 
@@ -232,8 +236,9 @@ def _unmerged(folder: _Folder) -> Iterator[str]:
     for file, key, _ in folder.unknown:
         if _LORA.search(key):
             yield (
-                f"{file}: holds a LoRA adapter within the model ({key!r}). Save it merged "
-                "(peft's merge_and_unload), or the adapter alone and set model.adapter."
+                f"{file}: contains a LoRA adapter inside the model ({key!r}). Save the model "
+                "merged (peft's merge_and_unload), or save the adapter alone and set "
+                "model.adapter."
             )
 
 
@@ -243,7 +248,8 @@ def _empty(folder: _Folder) -> Iterator[str]:
         file, key = empty[0]
         yield (
             f"{file}: {len(empty)} of {len(folder.found)} tensors are empty ({key!r} first), as "
-            "DeepSpeed ZeRO-3 saves what it has not gathered. Make the file by its zero_to_fp32.py."
+            "DeepSpeed ZeRO-3 saves them without gathering. Convert its own checkpoint with "
+            "zero_to_fp32.py."
         )
 
 
@@ -251,15 +257,15 @@ def _other_layout(folder: _Folder, kind: Kind) -> Iterator[str]:
     other: Layout = "native" if kind.layout == "original" else "original"
     keys = {key for _, key, _ in folder.found}
     if keys and keys <= kind.specs(layout=other).keys():
-        names = {"original": "ChatGLM2's own", "native": "transformers' GLM"}
+        names = {"original": "ChatGLM2's published", "native": "transformers' GLM"}
         yield (
             f"{folder.path}: config.json is in {names[kind.layout]} layout, the weights in "
-            f"{names[other]} ({min(keys)!r}). Copy the config.json that was saved with them."
+            f"{names[other]} layout ({min(keys)!r}). Copy the config.json that was saved with them."
         )
 
 
 def _renamed(folder: _Folder) -> Iterator[str]:
-    """Tensors under a longer or a shorter name than the one that is missing."""
+    """Tensors that have a longer or shorter name than the one that is missing."""
     pairs: list[tuple[Path, str, str]] = []
     missing = folder.missing
     for file, key, header in folder.unknown:
@@ -275,21 +281,21 @@ def _renamed(folder: _Folder) -> Iterator[str]:
     lacking = wanted.removesuffix(key)
     if begin != key and all(key == begin + wanted for _, key, wanted in pairs):
         yield (
-            f"{file}: {count} keys begin with {begin!r}, which a wrapper of the training put "
-            "there. Strip it from the keys."
+            f"{file}: {count} keys begin with {begin!r}, which a wrapper in training added. "
+            "Strip it from the keys."
         )
     elif lacking != wanted and all(wanted == lacking + key for _, key, wanted in pairs):
         yield (
-            f"{file}: {count} keys lack {lacking!r} at their beginning, as of a part of the model "
-            "that was saved alone. Add it to the keys."
+            f"{file}: {count} keys lack the prefix {lacking!r}, as if a part of the model was "
+            "saved alone. Add it to the keys."
         )
     else:
         more = f" ({len(pairs)} such keys)" if len(pairs) > 1 else ""
-        yield f"{file}: {key!r} must be named {wanted!r}{more}: a training renamed it. Rename it."
+        yield f"{file}: {key!r} must be named {wanted!r}{more}: training renamed it. Rename it."
 
 
 def _is_renamed(key: str, wanted: str) -> bool:
-    """Whether one name is the other with parts put in, as wrappers of a module do."""
+    """Whether one name is the other with parts inserted, as wrappers of a module do."""
     if key.endswith(_LANGUAGE_HEAD) and wanted == OUTPUT:
         return True
     longer, shorter = key.split("."), wanted.split(".")
@@ -300,9 +306,9 @@ def _is_renamed(key: str, wanted: str) -> bool:
 
 
 def _otherwise_quantized(folder: _Folder, kind: Kind) -> Iterator[str]:
-    """A config that states another quantization than the weights have, as P-Tuning's may."""
+    """A config whose 'quantization_bit' is not that of the weights, as P-Tuning's may be."""
     specs = kind.specs(quantization_bit=8)
-    # Shapes in 8 bits are those of the weights themselves.
+    # An int8 weight has the shape of the weight itself.
     whole = {key: spec.shape for key, spec in specs.items() if spec.stored == "int8"}
     stored: dict[int | None, str] = {}
     for file, key, header in folder.found:
@@ -320,7 +326,7 @@ def _otherwise_quantized(folder: _Folder, kind: Kind) -> Iterator[str]:
 
 
 def _bits(header: Header, whole: tuple[int, ...]) -> int | None:
-    """Bits in which a weight of shape `whole` is stored, 0 if it is not quantized."""
+    """Bits in which a weight of shape `whole` is stored: 0 if not quantized, None if unclear."""
     if header.dtype in WEIGHT_DTYPES:
         return 0 if header.shape == whole else None
     if header.dtype != "int8":

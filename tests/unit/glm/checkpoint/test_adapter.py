@@ -443,7 +443,7 @@ def test_what_is_not_known_in_a_config_is_a_warning(tmp_path: Path) -> None:
     directory = make_variant(tmp_path / "base", "plain")
     make_original_adapter(tmp_path / "adapter", novelty=True, dormant=None)
     assert read_checkpoint(directory, adapter=tmp_path / "adapter").warnings == (
-        f"{CONFIG}: 'novelty' is not known here and has no effect",
+        f"{CONFIG}: 'novelty' is unknown and has no effect",
     )
 
 

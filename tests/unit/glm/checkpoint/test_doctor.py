@@ -38,7 +38,7 @@ def test_a_sound_checkpoint_is_described_in_full() -> None:
         "负面, 中性, 正面",
         "152,259 parameters",
         "512 positions",
-        "1218 of the tokenizer, padded to 1280",
+        "1218 in the tokenizer, padded to 1280",
         "pytorch_model.bin (float32)",
         digest_weights(directory),
         digest_tokenizer(directory),
@@ -53,7 +53,7 @@ def test_kinds_are_told_apart(tmp_path: Path) -> None:
     kinds = {
         "int4": "int4",
         "prefix": "P-Tuning v2 prefix of 7",
-        "32k": "positions stretched 16 times",
+        "32k": "positions divided by 16",
     }
     for name, kind in kinds.items():
         assert kind in describe(examine(make_variant(tmp_path / name, name)))
@@ -72,7 +72,7 @@ def test_an_adapter_is_examined_over_its_checkpoint(tmp_path: Path) -> None:
         "classifier of 3 labels",
         "LABEL_0, LABEL_1, LABEL_2",
         "does not name its labels",
-        f"{adapter}: made on the original classes",
+        f"{adapter}: trained on the original classes",
         "rank 4 in 8 linear modules, whole classifier_head.weight",
         digest_weights(directory, adapter),
     ):
@@ -135,7 +135,7 @@ def test_a_tokenizer_of_the_published_size_gives_published_ids(tmp_path: Path) -
         tokenizer.read_bytes() + b"".join(b"\x0a\x0c\x0a\x0a" + name for name in names)
     )
     (problem,) = examine(directory).problems
-    assert f"{tokenizer}: has the size of the published tokenizer, but 你好 gives" in problem
+    assert f"{tokenizer}: has the size of the published tokenizer, but encodes 你好" in problem
     assert "(36474, 54591)" in problem
 
 

@@ -125,13 +125,13 @@ def test_chatglm3_is_known_by_any_file_of_its_folder(
 ) -> None:
     directory = make_checkpoint(tmp_path / "model", config={"_name_or_path": "/data/out/step-900"})
     (directory / file).write_text(content)
-    assert "that of ChatGLM3: " in problem_of(directory)
+    assert "one of ChatGLM3: " in problem_of(directory)
 
 
 def test_chatglm3_is_known_by_its_folders_name(tmp_path: Path) -> None:
     for name in ("chatglm3-6b", "models--THUDM--chatglm3-6b/snapshots/a10da4c"):
         directory = make_checkpoint(tmp_path / name, config={"_name_or_path": None})
-        assert "that of ChatGLM3: its folder is" in problem_of(directory)
+        assert "one of ChatGLM3: its folder is" in problem_of(directory)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_folder_that_names_no_model_is_noted(tmp_path: Path) -> None:
     assert read_checkpoint(directory).warnings == ()
     # Its tokenizer's files may have been copied from ChatGLM3, whose tokenizer is the same.
     write_json(directory / "added_tokens.json", {"<|user|>": 64795})
-    assert "roles such as <|user|>" in read_checkpoint(directory).warnings[0]
+    assert "roles of ChatGLM3 such as <|user|>" in read_checkpoint(directory).warnings[0]
 
 
 @pytest.mark.parametrize("name", ["THUDM/codegeex2-6b", "/models/CodeGeeX2_6B"])
@@ -205,7 +205,9 @@ def test_a_second_name_of_the_output_layer_is_dropped(
 ) -> None:
     directory = make_variant(tmp_path, "plain")
     rewrite(directory, lambda state: state.update({alias: state[OUTPUT].to(dtype).clone()}))
-    assert read_checkpoint(directory).warnings == (f"{alias!r} repeats {OUTPUT!r} and is not used",)
+    assert read_checkpoint(directory).warnings == (
+        f"{alias!r} is a copy of {OUTPUT!r} and is not used",
+    )
     expected = reference_logits(read_state(directory), CONFIG, IDS)
     torch.testing.assert_close(
         whole_logits(load_model(directory), IDS), expected, atol=1e-4, rtol=0
@@ -248,7 +250,7 @@ ALIKE: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], list[str]]
     "a part of the model": (
         "plain",
         lambda state: {key.removeprefix("transformer."): state[key] for key in state},
-        ["keys lack 'transformer.' at their beginning"],
+        ["keys lack the prefix 'transformer.'"],
     ),
     "cast output": (
         "plain",
@@ -275,22 +277,22 @@ ALIKE: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], list[str]]
     "an adapter within": (
         "plain",
         rename(f"{DENSE}.weight", f"{DENSE}.base_layer.weight"),
-        ["holds a LoRA adapter within", "merge_and_unload"],
+        ["contains a LoRA adapter inside", "merge_and_unload"],
     ),
     "all float64": (
         "plain",
         lambda state: {key: state[key].double() for key in state},
-        ["is stored as float64", "The same of 16 more."],
+        ["is stored as float64", "The same holds for 16 more."],
     ),
     "another width": (
         "plain",
         lambda state: {key: torch.zeros(1, *state[key].shape) for key in state},
-        ["has shape [1, 1024, 32]", "The same of 16 more."],
+        ["has shape [1, 1024, 32]", "The same holds for 16 more."],
     ),
     "many strangers": (
         "plain",
         lambda state: {**state, **{f"v_head.{number}": torch.zeros(2) for number in range(9)}},
-        ["'v_head.0' is not a tensor of the model", "The same of 8 more."],
+        ["'v_head.0' is not a tensor of the model", "The same holds for 8 more."],
     ),
 }
 
@@ -387,10 +389,10 @@ def test_what_lies_in_a_files_place_is_named(tmp_path: Path, name: str, made: st
     if made == "folder":
         file.mkdir()
         (file / "inside.bin").write_bytes(b"x")
-        said = "a folder (with inside.bin in it), not a file"
+        said = "a folder (containing inside.bin), not a file"
     elif made == "link":
         file.symlink_to(tmp_path / "gone")
-        said = f"a link to {tmp_path / 'gone'}, which is not there"
+        said = f"a broken link to {tmp_path / 'gone'}"
     else:
         file.write_text("<!DOCTYPE html><html><body>429</body></html>")
         said = "a web page"
@@ -405,7 +407,7 @@ def test_what_lies_in_a_files_place_is_named(tmp_path: Path, name: str, made: st
         ("chatglm2-ggml.bin", "chatglm.cpp"),
         ("model.onnx", "ONNX"),
         ("global_step900", "zero_to_fp32.py"),
-        ("checkpoint-900", "a folder of a training"),
+        ("checkpoint-900", "checkpoint folder"),
     ],
 )
 def test_other_formats_are_named(tmp_path: Path, name: str, said: str) -> None:
@@ -452,7 +454,7 @@ def test_a_tokenizer_far_below_the_weights_is_noted(tmp_path: Path) -> None:
 def test_weights_of_the_published_size_have_its_tokenizer(tmp_path: Path, pieces: int) -> None:
     directory = make_checkpoint(tmp_path, config={"padded_vocab_size": 65024})
     other_tokenizer(directory, pieces)
-    assert "have the published tokenizer of 64,794" in problem_of(directory)
+    assert "need the published tokenizer of 64,794" in problem_of(directory)
 
 
 def tokenizer_of(words: dict[int, str], size: int) -> bytes:
@@ -488,7 +490,7 @@ def test_published_words_in_other_places_are_refused(tmp_path: Path) -> None:
     words = PUBLISHED_WORDS | {54_591: "x", 7: "你好"}
     (directory / "tokenizer.model").write_bytes(tokenizer_of(words, 64_800))
     problem = problem_of(directory)
-    assert "is larger than the published tokenizer, but 你好 gives (36474, 7)" in problem
+    assert "is larger than the published tokenizer, but encodes 你好 as (36474, 7)" in problem
 
 
 @pytest.mark.parametrize(
@@ -515,7 +517,7 @@ def test_a_tokenizer_of_conflicting_pieces_is_refused(tmp_path: Path) -> None:
     file.write_bytes(sound + b"\x0a\x07\x0a\x05piece" * 2)
     assert "piece is already defined" in problem_of(directory)
     file.write_bytes(sound + b"\x0a\x09\x0a\x07[gMASK]")
-    assert "has [gMASK] among its own pieces" in problem_of(directory)
+    assert "has [gMASK] among its pieces" in problem_of(directory)
     shutil.copy(file, directory / "copy.model")
     file.write_bytes(b"IQ== 0\nIg== 1\n")
     assert "a tiktoken vocabulary" in problem_of(directory)

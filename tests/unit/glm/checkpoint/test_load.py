@@ -386,7 +386,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, variant: str, key
     with pytest.raises(InputError) as refused:
         load_model(directory)
     assert str(refused.value) == problem
-    assert f"'{key}' holds 1 of" in problem
+    assert f"'{key}' has 1 of" in problem
     assert len(problem) - len(str(tmp_path)) < 300
 
 

@@ -153,7 +153,7 @@ def test_a_save_never_mixes_with_what_is_there(tmp_path: Path) -> None:
     model = load_model(GOLDENS / "base-sharded")
     save_checkpoint(model, tmp_path, tokenizer_model=TOKENIZER)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(InputError, match="already holds a checkpoint"):
+    with pytest.raises(InputError, match="already contains a checkpoint"):
         save_checkpoint(model, tmp_path, tokenizer_model=TOKENIZER)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 

@@ -163,11 +163,11 @@ def test_a_row_with_non_finite_scores_fails_alone(
     [
         (ClassifyRequest(0, [], LABELS), "no tokens"),
         (ClassifyRequest(0, [5] * (POSITIONS - 2), LABELS), f"{POSITIONS} positions"),
-        (ClassifyRequest(0, [5, -1], LABELS), "none of the model's"),
-        (ClassifyRequest(0, [5, 160], LABELS), "none of the model's"),
+        (ClassifyRequest(0, [5, -1], LABELS), "outside the model's"),
+        (ClassifyRequest(0, [5, 160], LABELS), "outside the model's"),
         (ClassifyRequest(0, [5], ()), "no label"),
         (ClassifyRequest(0, [5], ((5,), ())), "without tokens"),
-        (ClassifyRequest(0, [5], ((TOKENS,),)), "none of the model's"),
+        (ClassifyRequest(0, [5], ((TOKENS,),)), "outside the model's"),
     ],
 )
 def test_a_request_that_cannot_run_fails_alone(

@@ -149,7 +149,7 @@ def test_an_answer_ends_where_the_positions_end(model: Any) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "reason"),
-    [([], "no tokens"), ([5] * (POSITIONS + 1), "positions"), ([5, 160], "none of the model's")],
+    [([], "no tokens"), ([5] * (POSITIONS + 1), "positions"), ([5, 160], "outside the model's")],
 )
 def test_a_request_that_cannot_run_fails_alone(model: Any, prompt: list[int], reason: str) -> None:
     with engine_over(model) as engine:

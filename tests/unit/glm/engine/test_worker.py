@@ -142,12 +142,18 @@ def test_a_row_that_never_fits_fails_alone() -> None:
         expected = {result.index: result for result in engine.generate(few)}
     engine = TorchEngine(full_above(causal_model(), tokens=12), eos_id=EOS, token_count=TOKENS)
     (scored,) = engine.classify([ClassifyRequest(0, [5] * 80, LABELS)])
-    assert (scored.scores, scored.error) == ((), "no room on cpu for one prompt of 80 tokens")
+    assert (scored.scores, scored.error) == (
+        (),
+        "not enough memory on cpu for one prompt of 80 tokens",
+    )
     written = {
         result.index: result for result in engine.generate([GenerateRequest(99, [5] * 80, 4), *few])
     }
     failed = written.pop(99)
-    assert (failed.ids, failed.error) == ((), "no room on cpu to generate for one row of 80 tokens")
+    assert (failed.ids, failed.error) == (
+        (),
+        "not enough memory on cpu to generate for one row of 80 tokens",
+    )
     assert written == expected
     engine.close()
 

@@ -75,7 +75,7 @@ def test_rows_of_zeros_stay_zero() -> None:
 
 
 def test_8_bits_are_refused_where_they_cannot_be_had() -> None:
-    with pytest.raises(InputError, match="cuda:0: no exact products in 8 bits here"):
+    with pytest.raises(InputError, match="cuda:0: has no exact 8-bit products"):
         choose_form("int8", "cuda:0", "float32")
     with pytest.raises(InputError, match="int8 needs float32, not bfloat16"):
         choose_form("int8", "cpu", "bfloat16")
