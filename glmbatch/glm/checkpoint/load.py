@@ -61,9 +61,9 @@ def digest_weights(
     That is its config and the bytes of its weight files, whatever their names. With an adapter, it
     is also the scale of each adapted weight, the labels, and the bytes of the adapter's weights.
 
-    If `checked`, the same checkpoint as already inspected, is given, the values of each file are
-    checked right after its digest, while its bytes are in memory; raises InputError if a weight is
-    not finite.
+    `checked` is the same checkpoint, already inspected. If it is given, the values of each file are
+    checked right after its digest, while its bytes are in memory. Raises InputError if a weight is
+    then not finite.
     """
     directory = Path(path)
     config = read_json(directory / "config.json")

@@ -30,7 +30,7 @@ class _Waiting:
     pending: PendingRequest[ClassifyRequest]
     prefix: tuple[int, ...]
     prompt: PackedPrompt
-    budget: int | None = None  # the token budget before this prompt alone proved too much
+    budget: int | None = None  # the token budget before it was lowered for this prompt alone
 
 
 class Classification:

@@ -38,7 +38,7 @@ class _Recording:
 
 
 class StepGraphs:
-    """Calls `step(inputs_2S, places, cache)` by replaying recordings of it.
+    """Runs `step(inputs_2S, places, cache)` by replaying a recording of it.
 
     `recorder` creates a recorder, `CudaRecorder` by default.
     """

@@ -1,8 +1,8 @@
 """One GLM layer over a batch of tokens, with the weights of transformers' module.
 
-Knows no requests and no cache. It computes what transformers' forward does, as a test checks, but
-faster: query, key and value share one product, elementwise work is fused into products, rotation is
-in place, and the last layer computes only the tokens whose states are read.
+Knows no requests and no cache. A test checks that it computes what transformers' forward does. It
+is faster: query, key and value share one product, and elementwise work is fused into products.
+Rotation is in place, and the last layer computes only the tokens whose states are read.
 
 Shapes: T tokens, R of them read, C hidden size, H query heads, G key/value groups, D head size,
 P rotated pairs.

@@ -1,4 +1,4 @@
-"""LoRA adapters for the small checkpoints: by peft, or by hand with the original names."""
+"""LoRA adapters for the small checkpoints: made by peft, or by hand with the original names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ORIGINAL = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 
 def peft_model(base: Any, **settings: Any) -> Any:
-    """`base` with an untrained peft adapter over it, all of whose numbers are random."""
+    """`base` with a peft adapter whose weights are all random."""
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(
@@ -33,7 +33,7 @@ def peft_model(base: Any, **settings: Any) -> Any:
 def original_modules(
     config: Mapping[str, Any], names: Sequence[str] = ORIGINAL
 ) -> dict[str, tuple[int, int]]:
-    """Rows and columns of the linear modules of the original classes, by their names there."""
+    """Rows and columns of the linear modules of the original classes, by name."""
     hidden, ffn, channels = config["hidden_size"], config["ffn_hidden_size"], config["kv_channels"]
     heads = config["num_attention_heads"]
     groups = config["multi_query_group_num"] if config["multi_query_attention"] else heads
@@ -59,7 +59,7 @@ def make_original_adapter(
     seed: int = 0,
     **settings: Any,
 ) -> dict[str, torch.Tensor]:
-    """Write an adapter of rank 4 and alpha 6 over the original classes; returns each B @ A."""
+    """Write an adapter of rank 4 and alpha 6 for the original classes; returns each B @ A."""
     random = torch.Generator().manual_seed(seed)
     state: dict[str, torch.Tensor] = {}
     products: dict[str, torch.Tensor] = {}

@@ -1,6 +1,6 @@
-"""Small checkpoints in ChatGLM2's published layout, of every kind there is, with random weights.
+"""Small checkpoints of every kind in ChatGLM2's published layout, with random weights.
 
-Written by hand here, not by the code under test.
+Shares no code with the code under test.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ CLASSIFIER = {
     "label2id": {label: row for row, label in enumerate(LABELS)},
 }
 
-# Every kind of checkpoint, by what it changes in the config and in its files.
+# Every kind of checkpoint: what differs in its config and its files.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "sharded": {"files": "sharded"},
@@ -166,14 +166,14 @@ def _values(key: str, shape: tuple[int, ...], random: torch.Generator) -> torch.
         return 1 + 0.2 * values
     if "prefix_encoder.embedding" in key or "bias" in key:
         return values
-    # Wide enough that logits differ by whole units: a wrong detail then shows far above rounding.
+    # Large enough that logits differ by whole units, so that a mistake is far above rounding.
     return values * (
         2.0 / math.sqrt(shape[-1]) if len(shape) == 2 and "embeddings" not in key else 1.0
     )
 
 
 def quantized(state: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
-    """`state` with each layer's linears in int8, or two signed int4 in a byte, high one first."""
+    """`state` with linear layers in int8, or in signed int4, two to a byte, the high one first."""
     packed: dict[str, torch.Tensor] = {}
     for key, tensor in state.items():
         if not key.endswith(QUANTIZED):
@@ -193,7 +193,7 @@ def quantized(state: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.T
 
 
 def write_weights(directory: Path, state: dict[str, torch.Tensor], files: str = "bin") -> None:
-    """Write `state` as one .bin (of either form) or .safetensors, or three with an index."""
+    """Write `state` as one .bin (in either format) or .safetensors, or as three with an index."""
     if files == "bin":
         torch.save(state, directory / "pytorch_model.bin")
     elif files == "legacy":
@@ -230,7 +230,7 @@ def read_state(directory: Path) -> dict[str, torch.Tensor]:
 def change_tensor(
     directory: Path, key: str, change: Callable[[torch.Tensor], object], files: str = "*"
 ) -> None:
-    """Apply `change` to tensor `key` in its file, whatever the file's form."""
+    """Apply `change` to tensor `key` in its file, whatever the file's format."""
     for file in [*directory.glob(f"{files}.bin"), *directory.glob(f"{files}.safetensors")]:
         is_bin = file.suffix == ".bin"
         state = torch.load(file, weights_only=True) if is_bin else load_file(file)

@@ -1,6 +1,6 @@
-"""ChatGLM2 for one sequence in plain torch, read off the published keys.
+"""A reference forward of ChatGLM2 for one sequence, in plain torch over the published tensors.
 
-Shares nothing with the code under test.
+Shares no code with the code under test.
 
 T tokens   D hidden   H heads   G groups   C channels of a head   P prefix length   S = P + T
 """
@@ -70,7 +70,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, config: Mapping[str, Any]) -> t
 
 
 def _rotate(x_TGC: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    """Turn neighbouring pairs of the first half of each head's channels; the other half stays."""
+    """Rotate adjacent pairs of the first half of each head's channels; the other half stays."""
     ratio, half = config.get("rope_ratio", 1), config["kv_channels"] // 2
     frequencies = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
     positions = torch.arange(len(x_TGC), dtype=torch.float64) / ratio
@@ -108,7 +108,7 @@ def _prefix(
 
 
 class LayerWeights:
-    """Weights of one layer by name, with int8 and int4 taken back to float32."""
+    """Weights of one layer by name, with int8 and int4 dequantized to float32."""
 
     def __init__(self, state: Mapping[str, torch.Tensor], layer: str, bits: int) -> None:
         self.state, self.layer, self.bits = state, layer, bits

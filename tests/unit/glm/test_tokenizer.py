@@ -1,4 +1,4 @@
-"""Token ids, text and chat form equal the recorded ones; texts imitate no token or turn."""
+"""Token ids, text and chat prompts equal the recorded ones; text cannot pose as a token or turn."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_special_ids_equal_the_recorded_ones(name: str) -> None:
     assert tokenizer.pad_id == recorded["special_ids"]["<unk>/<pad>"]
 
 
-def test_ids_without_a_text_give_nothing(tokenizer: Tokenizer) -> None:
+def test_special_and_unknown_ids_decode_to_nothing(tokenizer: Tokenizer) -> None:
     silent = [-1, 0, 1, 2, *tokenizer.special_ids.values(), tokenizer.vocab_size, 65_023, 10**30]
     assert tokenizer.decode(silent) == ""
     assert tokenizer.decode([]) == ""
@@ -85,7 +85,7 @@ def test_an_answer_cut_inside_a_character_keeps_the_rest(tokenizer: Tokenizer) -
     assert tokenizer.decode(ids[:-1]) == "一\n" + "\ufffd" * 3
 
 
-def test_a_look_alike_of_a_special_token_stays_text(tokenizer: Tokenizer) -> None:
+def test_a_special_token_spelled_out_stays_text(tokenizer: Tokenizer) -> None:
     texts = ["[gMASK]", "sop", "eop", "people", "</s>", "<unk>", "<0x0A>", "[gMASK] sop 你好"]
     special = {0, 1, 2, *tokenizer.special_ids.values()}
     for text, ids in zip(texts, tokenizer.encode_plain(texts), strict=True):
@@ -95,7 +95,7 @@ def test_a_look_alike_of_a_special_token_stays_text(tokenizer: Tokenizer) -> Non
 
 @settings(deadline=None, database=None)
 @given(text=st.text())
-def test_a_text_comes_back_as_it_was(text: str, tokenizer: Tokenizer) -> None:
+def test_decoding_restores_any_text(text: str, tokenizer: Tokenizer) -> None:
     (ids,) = tokenizer.encode([text])
     assert ids[:2] == [1001, 1003]
     assert tokenizer.decode(ids) == text
@@ -104,7 +104,7 @@ def test_a_text_comes_back_as_it_was(text: str, tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("text", "named"), [("a\ud800", "lone surrogate.* at 1"), (None, "NoneType"), (7, "int")]
 )
-def test_what_is_no_text_is_refused(tokenizer: Tokenizer, text: Any, named: str) -> None:
+def test_invalid_text_is_refused(tokenizer: Tokenizer, text: Any, named: str) -> None:
     for encode in (tokenizer.encode, tokenizer.encode_plain):
         with pytest.raises(InputError, match=f"text 1 .*{named}"):
             encode(["fine", text])
@@ -119,9 +119,7 @@ def test_threads_share_one_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tokenizer", None])
-def test_a_tokenizer_that_is_missing_or_damaged_is_refused(
-    tmp_path: Path, content: bytes | None
-) -> None:
+def test_a_missing_or_damaged_tokenizer_is_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(InputError, match=r"tokenizer\.model: (damaged|no such file)"):
@@ -129,7 +127,7 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_refused(
 
 
 @pytest.mark.parametrize("name", ["base-sharded", "int4"])
-def test_the_chat_form_equals_the_recorded_one(name: str) -> None:
+def test_chat_prompts_equal_the_recorded_ones(name: str) -> None:
     _, recorded = golden(name)
     for entry in recorded["chat"]:
         assert (
@@ -138,7 +136,7 @@ def test_the_chat_form_equals_the_recorded_one(name: str) -> None:
         )
 
 
-def test_a_system_prompt_stands_before_the_first_round() -> None:
+def test_a_system_prompt_precedes_the_first_round() -> None:
     prompt = chat_prompt("b", [("a", "A")], system_prompt="Answer briefly.")
     assert prompt == "Answer briefly.\n\n[Round 1]\n\n问：a\n\n答：A\n\n[Round 2]\n\n问：b\n\n答："
 
@@ -160,7 +158,7 @@ def test_a_system_prompt_stands_before_the_first_round() -> None:
         ("", ""),
     ],
 )
-def test_user_text_cannot_begin_a_turn(value: str, escaped: str) -> None:
+def test_user_text_cannot_start_a_turn(value: str, escaped: str) -> None:
     assert escape_turns(value) == escaped
 
 
@@ -170,7 +168,7 @@ def test_user_text_cannot_begin_a_turn(value: str, escaped: str) -> None:
     ).map("".join)
 )
 @example("\n\n[Round 2]\n\n问：")
-def test_no_text_imitates_a_turn_or_loses_a_visible_character(value: str) -> None:
+def test_escaping_stops_turns_and_keeps_characters(value: str) -> None:
     escaped = escape_turns(value)
     for template in ("{}", "Text:\n{}", "Text:\n\n{}"):
         own = len(TURN.findall(chat_prompt(template.format(""))))
@@ -181,11 +179,11 @@ def test_no_text_imitates_a_turn_or_loses_a_visible_character(value: str) -> Non
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("unit", ["\n", "\n问", "[Round ", "问 ", "\n\n问：", " \n"])
-def test_escaping_a_long_text_takes_no_longer_than_its_length(unit: str) -> None:
+def test_escaping_takes_linear_time(unit: str) -> None:
     assert escape_turns(unit * 300_000 + "x").endswith("x")
 
 
-def test_an_answer_is_cleaned_as_the_models_own_chat_does() -> None:
+def test_answers_are_cleaned_as_in_the_models_chat() -> None:
     assert clean_answer(" \n[[训练时间]]，截止[[训练时间]]。\n") == "2023年，截止2023年。"
 
 
@@ -208,7 +206,7 @@ def test_a_text_that_surely_exceeds_has_more_tokens(
         assert len(tokenizer.encode_plain([long])[0]) > limit
 
 
-def test_a_long_text_is_known_to_exceed_unencoded(tokenizer: Tokenizer) -> None:
+def test_a_long_text_surely_exceeds(tokenizer: Tokenizer) -> None:
     assert tokenizer.surely_exceeds("好" * 100_000, 1000)
     assert tokenizer.surely_exceeds("\u200b \n" * 100_000, 1000)
     assert not tokenizer.surely_exceeds("好" * 1000, 1000)

@@ -1,4 +1,4 @@
-"""Small GLM models of random weights, an engine over them, and the plain loop beside it."""
+"""Small GLM models of random weights, an engine over them, and plain loops to compare it with."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from glmbatch.glm.engine.worker import TorchEngine
 
 EOS = 2
 VOCAB = 160
-TOKENS = 150  # the ids above have scores but no token
-# Its embedding is nan: a prompt with it has no finite score, and it is never generated.
+TOKENS = 150  # the ids above are padding
+# The embedding of this id is nan: a prompt with it has no finite score. It is never generated.
 NOT_A_NUMBER = 155
 POSITIONS = 256
 
@@ -47,12 +47,12 @@ def config(**changes: Any) -> GlmConfig:
 
 
 def causal_model(prefix_places: int = 0) -> Any:
-    """A language model whose weights are so large that prompts get different answers."""
+    """A language model with weights large enough that different prompts get different answers."""
     return _filled(GlmForCausalLM(config()), prefix_places)
 
 
 def head_model(prefix_places: int = 0, labels: int = 3) -> Any:
-    """A classifier with a biased head."""
+    """A classifier whose head has a bias."""
     settings = config(num_labels=labels)
     model: Any = GlmForSequenceClassification(settings)  # type: ignore[no-untyped-call]
     model.score = torch.nn.Linear(64, labels)
@@ -92,19 +92,19 @@ def prompts(count: int, longest: int = 60, seed: int = 0) -> list[list[int]]:
 
 
 def cache_argument(model: Any) -> str:
-    """The name under which the model's forward takes a filled cache.
+    """The name of the argument with which the model's forward takes a filled cache.
 
-    transformers 5.24 renamed it and warns of the old name; later a forward would ignore that, as
-    any name it does not know, and the prefix with it.
+    transformers 5.24 renamed it and warns about the old name. A later version would ignore the old
+    name, as it does any unknown one, and with it the prefix.
     """
     names = inspect.signature(model.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
 
 
 def behind_prefix(model: Any, length: int) -> dict[str, Any]:
-    """Arguments of a forward over `length` tokens of one sequence behind the model's prefix.
+    """Arguments of a forward over `length` tokens of one sequence after the model's prefix.
 
-    The published way to run a prefix: a filled cache, and positions of the text from 0.
+    As the published code runs a prefix: a filled cache, and positions of the text from 0.
     """
     cache = DynamicCache(config=model.config)
     for layer, (key, value) in enumerate(model.prefix_kv):
@@ -119,7 +119,7 @@ def behind_prefix(model: Any, length: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def whole_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
-    """Logits of one sequence by the model's own forward, behind its prefix where it has one."""
+    """Logits of one sequence from the model's own forward, after its prefix if it has one."""
     has_prefix = getattr(model, "prefix_kv", None) is not None
     settings = behind_prefix(model, len(ids)) if has_prefix else {}
     logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)]), **settings).logits[0]
@@ -128,7 +128,7 @@ def whole_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
 
 @torch.inference_mode()
 def plain_states(model: Any, ids: Sequence[int]) -> torch.Tensor:
-    """Final states of one sequence through the model's ordinary forward, in one piece."""
+    """Final states of one sequence from one call of the model's own forward."""
     settings: dict[str, Any] = {"use_cache": False}
     if model.prefix_kv is not None:
         settings = behind_prefix(model, len(ids))
@@ -144,7 +144,7 @@ def plain_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
 
 
 def plain_greedy(model: Any, ids: Sequence[int], max_tokens: int) -> tuple[tuple[int, ...], str]:
-    """Likeliest tokens one at a time, the whole sequence through the model for each."""
+    """Greedy generation with a forward over the whole sequence for each token."""
     written: list[int] = []
     while len(written) < max_tokens and len(ids) + len(written) < POSITIONS:
         token = int(plain_logits(model, [*ids, *written])[-1].argmax())
@@ -155,7 +155,7 @@ def plain_greedy(model: Any, ids: Sequence[int], max_tokens: int) -> tuple[tuple
 
 
 def plain_label_score(model: Any, ids: Sequence[int], label: Sequence[int]) -> float:
-    """Log-likelihood of one label, prompt and label through the model together."""
+    """Log-likelihood of one label, from one forward over prompt and label."""
     log_probs = plain_logits(model, [*ids, *label]).log_softmax(-1)
     return sum(float(log_probs[len(ids) - 1 + at, token]) for at, token in enumerate(label))
 

@@ -236,9 +236,8 @@ def _unmerged(folder: _Folder) -> Iterator[str]:
     for file, key, _ in folder.unknown:
         if _LORA.search(key):
             yield (
-                f"{file}: contains a LoRA adapter inside the model ({key!r}). Save the model "
-                "merged (peft's merge_and_unload), or save the adapter alone and set "
-                "model.adapter."
+                f"{file}: contains a LoRA adapter inside the model ({key!r}). Merge it "
+                "(peft's merge_and_unload), or save the adapter alone and set model.adapter."
             )
 
 

@@ -1,4 +1,4 @@
-"""A merged LoRA adapter answers as peft's own does; an unsound one is refused in a line."""
+"""A merged LoRA adapter answers as with peft; an invalid one is refused with one message."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.unit.glm.checkpoints import (
 from tests.unit.glm.reference import LayerWeights, reference_logits
 from tests.unit.glm.tiny_glm import whole_logits
 
-# What peft 0.21 asks of a model is on its way out of transformers.
+# peft 0.21 still uses attributes of a model that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 IDS = [1001, 1003, 623, 94, 85, 627, 645, 7, 9, 333, 13, 13, 809]
@@ -44,7 +44,7 @@ QUERY = "base_model.model.transformer.encoder.layers.1.self_attention.query_key_
 
 
 def logits_of(model: Any) -> torch.Tensor:
-    """Logits in float64: in float32, peft merged and peft beside the weights differ by 1.5e-5."""
+    """Logits in float64: in float32, peft's merged and unmerged models differ by 1.5e-5."""
     return whole_logits(model.double(), IDS).double()
 
 
@@ -53,7 +53,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def native_classifier(directory: Path, labels: int = 3) -> Any:
-    """What `GlmForSequenceClassification.from_pretrained` makes of a checkpoint without a head."""
+    """What `GlmForSequenceClassification.from_pretrained` returns for a checkpoint with no head."""
     base = load_model(directory)
     base.config.num_labels = labels
     model = GlmForSequenceClassification(base.config)  # type: ignore[no-untyped-call]
@@ -64,7 +64,7 @@ def native_classifier(directory: Path, labels: int = 3) -> Any:
 def merged_state(
     directory: Path, products: Mapping[str, torch.Tensor], scale: float
 ) -> dict[str, torch.Tensor]:
-    """The published tensors with an adapter added by hand to the fused weights, in float32."""
+    """The published tensors in float32, with an adapter added by hand to the fused weights."""
     state, config = read_state(directory), read_json(directory / "config.json")
     for module, product in products.items():
         layer, name = (
@@ -98,7 +98,7 @@ def merged_state(
     ids="-".join,
 )
 @pytest.mark.parametrize("name", ["plain", "multi-head", "no-qkv-bias"])
-def test_logits_equal_those_of_peft_beside_the_weights(
+def test_merged_logits_equal_those_of_peft(
     tmp_path: Path, name: str, settings: dict[str, Any]
 ) -> None:
     directory = make_variant(tmp_path / "base", name)
@@ -130,7 +130,7 @@ def test_a_head_saved_with_the_adapter_makes_a_classifier(tmp_path: Path, base: 
     assert checkpoint.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_labels_come_from_the_adapters_config_or_the_bases(tmp_path: Path) -> None:
+def test_labels_come_from_the_adapter_or_the_base(tmp_path: Path) -> None:
     directory, adapter = make_variant(tmp_path / "base", "plain"), tmp_path / "adapter"
     peft_model(native_classifier(directory), task_type="SEQ_CLS").save_pretrained(adapter)
     before = digest_weights(directory, adapter)
@@ -147,9 +147,7 @@ def test_labels_come_from_the_adapters_config_or_the_bases(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("saved", [[], ["score"]])
-def test_an_adapter_over_a_trained_head_keeps_or_replaces_it(
-    tmp_path: Path, saved: list[str]
-) -> None:
+def test_an_adapter_keeps_or_replaces_a_trained_head(tmp_path: Path, saved: list[str]) -> None:
     directory = make_variant(tmp_path / "base", "classifier")
     adapted = peft_model(load_model(directory), modules_to_save=saved)
     adapted.save_pretrained(tmp_path / "adapter")
@@ -190,7 +188,7 @@ def test_an_original_adapter_is_added_to_the_fused_weights(
     config = read_json(directory / "config.json")
     products = make_original_adapter(tmp_path / "adapter", config, use_rslora=rank_stabilized)
     state = merged_state(directory, products, 6 / (2 if rank_stabilized else 4))
-    # As wide as without an adapter: the reference computes in float32.
+    # The same tolerance as without an adapter: the reference computes in float32.
     actual = logits_of(load_model(directory, adapter=tmp_path / "adapter"))
     torch.testing.assert_close(
         actual, reference_logits(state, config, IDS).double(), atol=1e-4, rtol=0
@@ -198,7 +196,7 @@ def test_an_original_adapter_is_added_to_the_fused_weights(
 
 
 def test_an_original_adapter_equals_the_same_one_split(tmp_path: Path) -> None:
-    """What peft makes of the split matrices, with the shared one in each of the three."""
+    """Compared with peft's result for the split matrices, with the shared one in all three."""
     directory = make_variant(tmp_path / "base", "plain")
     make_original_adapter(tmp_path / "adapter")
     names = {
@@ -228,7 +226,7 @@ def test_an_original_adapter_equals_the_same_one_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "int4"])
-def test_in_half_precision_the_sum_alone_is_rounded(tmp_path: Path, name: str) -> None:
+def test_in_half_precision_only_the_sum_is_rounded(tmp_path: Path, name: str) -> None:
     directory = make_variant(tmp_path / "base", name)
     make_original_adapter(tmp_path / "adapter")
     exact = load_model(directory, adapter=tmp_path / "adapter").state_dict()
@@ -254,7 +252,7 @@ def test_an_adapter_of_zeros_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(merged[key], expected[key]) for key in expected)
 
 
-def test_the_digest_follows_only_what_changes_answers(tmp_path: Path) -> None:
+def test_the_digest_depends_on_what_changes_answers(tmp_path: Path) -> None:
     directory, adapter = make_variant(tmp_path / "base", "plain"), tmp_path / "adapter"
     make_original_adapter(adapter)
     bare, first = digest_weights(directory), digest_weights(directory, adapter)
@@ -306,7 +304,7 @@ def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None
 
 
 A, B = f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight"
-# What is done to a sound adapter, and what the refusal must name.
+# The change to a valid adapter, and what the message must name.
 FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "another method": (edit(peft_type="PREFIX_TUNING"), [CONFIG, "'peft_type'", "'PREFIX_TUNING'"]),
     "no method": (edit(peft_type=None), [CONFIG, "'peft_type'"]),
@@ -375,7 +373,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["1.self_attn.q_proj", "model.dtype"],
     ),
     "nothing": (reshape(lambda state: state.clear()), [WEIGHTS, "no weights"]),
-    "a whole module that is not said to be saved": (
+    "a whole module that the config does not save": (
         reshape(lambda state: state.update({QUERY + ".bias": torch.zeros(128)})),
         [WEIGHTS, "query_key_value.bias"],
     ),
@@ -408,7 +406,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_unsound_adapter_is_refused_by_name(tmp_path: Path, fault: str) -> None:
+def test_an_invalid_adapter_is_refused_by_name(tmp_path: Path, fault: str) -> None:
     directory, adapter = make_variant(tmp_path / "base", "plain"), tmp_path / "adapter"
     make_original_adapter(adapter)
     load_model(directory, adapter=adapter)
@@ -429,7 +427,7 @@ def test_an_adapter_that_is_no_directory_is_refused(tmp_path: Path) -> None:
             load_model(directory, adapter=adapter)
 
 
-def test_fused_rows_whose_order_is_no_longer_known_are_refused(tmp_path: Path) -> None:
+def test_fused_rows_of_unknown_order_are_refused(tmp_path: Path) -> None:
     load_model(make_variant(tmp_path / "original", "multi-head")).save_pretrained(
         tmp_path / "native"
     )
@@ -439,7 +437,7 @@ def test_fused_rows_whose_order_is_no_longer_known_are_refused(tmp_path: Path) -
         load_model(tmp_path / "native", adapter=tmp_path / "adapter")
 
 
-def test_what_is_not_known_in_a_config_is_a_warning(tmp_path: Path) -> None:
+def test_an_unknown_config_key_is_a_warning(tmp_path: Path) -> None:
     directory = make_variant(tmp_path / "base", "plain")
     make_original_adapter(tmp_path / "adapter", novelty=True, dormant=None)
     assert read_checkpoint(directory, adapter=tmp_path / "adapter").warnings == (
@@ -468,7 +466,7 @@ RUBBISH = (
 )
 
 
-def test_a_damaged_adapter_is_refused_or_loaded_only(tmp_path: Path) -> None:
+def test_a_damaged_adapter_is_refused_or_loads(tmp_path: Path) -> None:
     small = {
         "num_layers": 1,
         "hidden_size": 8,
@@ -505,7 +503,7 @@ def test_a_damaged_adapter_is_refused_or_loaded_only(tmp_path: Path) -> None:
                 del spoiled[dice.randrange(len(spoiled)) :]
             else:
                 for _ in range(dice.choice((1, 1, 20))):
-                    # The header stands at the beginning; the numbers after it are most of the file.
+                    # The header is at the beginning; most of the file is numbers.
                     place = int(
                         dice.choice((dice.expovariate(1 / 600), dice.randrange(len(spoiled))))
                     )

@@ -1,4 +1,4 @@
-"""An adapter says which weights it was trained over, and is refused over others."""
+"""An adapter records the weights that it was trained on, and is refused on others."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.unit.glm.adapters import make_original_adapter, peft_model
 from tests.unit.glm.checkpoint.test_adapter import assert_close, logits_of
 from tests.unit.glm.checkpoints import TOKENIZER, edit_config, make_variant
 
-# What peft 0.21 asks of a model is on its way out of transformers.
+# peft 0.21 still uses attributes of a model that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
 def finished(base: Path, folder: Path, first: Path | None = None, **settings: Any) -> Any:
-    """Save an adapter over `base` with `first`, as a training does; the model that it made."""
+    """Save an adapter of `base` with `first`, as training does; returns the trained model."""
     adapted = peft_model(load_model(base, adapter=first), **settings)
     adapted.save_pretrained(folder, save_embedding_layers=False)
     finish_adapter(folder, read_checkpoint(base, first))
@@ -41,7 +41,7 @@ def finished(base: Path, folder: Path, first: Path | None = None, **settings: An
 )
 @pytest.mark.parametrize("first_kind", ["original", "peft", "whole"])
 @pytest.mark.parametrize("name", ["plain", "int8", "multi-head"])
-def test_an_adapter_over_an_adapter_becomes_one(
+def test_two_adapters_are_saved_as_one(
     tmp_path: Path, name: str, first_kind: str, settings: dict[str, Any]
 ) -> None:
     base, first, both = make_variant(tmp_path / "base", name), tmp_path / "1", tmp_path / "2"
@@ -70,7 +70,7 @@ def resaved(base: Path, folder: Path, dtype: str, **changes: float) -> Path:
 
 @pytest.mark.parametrize("trained", ["plain", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("used", ["plain", "float32", "bfloat16", "int8", "int4"])
-def test_the_same_weights_in_other_numbers_are_allowed(
+def test_the_same_weights_in_another_dtype_are_allowed(
     tmp_path: Path, trained: str, used: str
 ) -> None:
     base = make_variant(tmp_path / "a", trained)
@@ -100,7 +100,7 @@ def test_the_same_weights_in_other_files_are_the_same(tmp_path: Path, form: str)
     ],
     ids=str,
 )
-def test_an_adapter_is_refused_over_other_weights(tmp_path: Path, other: dict[str, Any]) -> None:
+def test_an_adapter_is_refused_on_other_weights(tmp_path: Path, other: dict[str, Any]) -> None:
     base, adapter = make_variant(tmp_path / "a", "plain"), tmp_path / "adapter"
     finished(base, adapter)
     wrong = tmp_path / "b"
@@ -108,7 +108,7 @@ def test_an_adapter_is_refused_over_other_weights(tmp_path: Path, other: dict[st
         make_variant(wrong, "plain", seed=1)
     elif "changed" in other:
         resaved(base, wrong, "float16", **{other["changed"]: 1.05})
-    else:  # the sum with another adapter, as a training writes it
+    else:  # with another adapter merged in, as training writes it
         make_original_adapter(tmp_path / "first")
         merged = load_model(base, adapter=tmp_path / "first")
         save_checkpoint(merged, wrong, tokenizer_model=TOKENIZER)
@@ -130,7 +130,9 @@ def test_an_adapter_is_refused_over_other_weights(tmp_path: Path, other: dict[st
         (7, 0),
     ],
 )
-def test_a_foreign_adapters_own_word_is_a_note(tmp_path: Path, stated: Any, notes: int) -> None:
+def test_another_base_name_in_peft_config_is_a_note(
+    tmp_path: Path, stated: Any, notes: int
+) -> None:
     base = make_variant(tmp_path / "base", "plain")
     make_original_adapter(tmp_path / "adapter", base_model_name_or_path=stated)
     warnings = read_checkpoint(base, tmp_path / "adapter").warnings
@@ -138,7 +140,7 @@ def test_a_foreign_adapters_own_word_is_a_note(tmp_path: Path, stated: Any, note
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"path": "x"}', '{"path": 1, "weights": {"a": 3}}'])
-def test_a_damaged_note_is_told(tmp_path: Path, text: str) -> None:
+def test_a_damaged_base_note_is_an_error(tmp_path: Path, text: str) -> None:
     base = make_variant(tmp_path / "base", "plain")
     finished(base, tmp_path / "adapter")
     (tmp_path / "adapter" / "glmbatch_base.json").write_text(text)
@@ -147,7 +149,7 @@ def test_a_damaged_note_is_told(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_name_in_its_config_is_that_of_its_base(tmp_path: Path) -> None:
+def test_the_config_names_the_base(tmp_path: Path) -> None:
     base = make_variant(tmp_path / "base", "plain")
     edit_config(base, _name_or_path="THUDM/chatglm2-6b")
     finished(base, tmp_path / "adapter")

@@ -1,7 +1,7 @@
-"""CodeGeeX2, ChatGLM2's sibling that writes code, answers as recorded: bare prompts, no rounds.
+"""CodeGeeX2, ChatGLM2's sibling for code, answers as recorded: prompts without a chat format.
 
-`python -m tests.unit.glm.checkpoint.test_codegeex2` records again, by the plain forward of
-reference.py alone.
+`python -m tests.unit.glm.checkpoint.test_codegeex2` records the answers again, with the plain
+forward of reference.py only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.unit.glm.reference import reference_logits
 from tests.unit.glm.tiny_glm import whole_logits
 
 GOLDEN = GOLDENS / "codegeex2"
-# What the published config has beside ChatGLM2's own keys and values.
+# What the published config has in addition to ChatGLM2's keys and values.
 PUBLISHED = {"_name_or_path": "THUDM/codegeex2-6b", "torch_dtype": "bfloat16", "seq_length": 8192}
 TASKS = ("# write a bubble sort", "# 写一个快速排序", "def add(a, b):", "# print 'hello'")
 TEMPLATE = "# language: Python\n{text}\n"
@@ -35,7 +35,7 @@ NEW_TOKENS = 16
 
 
 def record() -> None:
-    """Write the golden set: weights, prompts, and what the reference makes of them."""
+    """Write the golden set: weights, prompts, and the reference's answers to them."""
     shutil.rmtree(GOLDEN, ignore_errors=True)
     make_checkpoint(GOLDEN, config=PUBLISHED, dtype=torch.bfloat16, seed=7)
     state = read_state(GOLDEN)
@@ -44,7 +44,7 @@ def record() -> None:
     rows = []
     for task in TASKS:
         prompt = TEMPLATE.format(text=task)
-        # [gMASK] and sop stand behind the pieces, after [MASK] and before eop.
+        # The ids of [gMASK] and sop follow the pieces, after [MASK] and before eop.
         ids = [pieces + 1, pieces + 3, *processor.encode(prompt)]
         written: list[int] = []
         last_logits: list[float] = []
@@ -62,7 +62,7 @@ def golden() -> list[dict[str, Any]]:
     return rows
 
 
-def test_its_logits_equal_the_recorded_ones() -> None:
+def test_codegeex2_logits_equal_the_recorded_ones() -> None:
     model = load_model(GOLDEN)
     tokenizer = load_tokenizer(GOLDEN)
     for row in golden():
@@ -72,7 +72,7 @@ def test_its_logits_equal_the_recorded_ones() -> None:
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_its_answers_equal_the_recorded_ones() -> None:
+def test_codegeex2_answers_equal_the_recorded_ones() -> None:
     step = {
         "kind": "generate",
         "name": "code",
@@ -93,11 +93,11 @@ def test_its_answers_equal_the_recorded_ones() -> None:
 
 
 @pytest.mark.parametrize("name", ["THUDM/chatglm2-6b", "THUDM/codegeex2-6b"])
-def test_its_name_alone_changes_the_form_of_prompts(tmp_path: Path, name: str) -> None:
+def test_only_the_name_changes_the_prompt_format(tmp_path: Path, name: str) -> None:
     directory = make_checkpoint(tmp_path, config={"_name_or_path": name})
     model = prepare_model(locate_model(ModelConfig(path=str(directory)), RuntimeConfig()))
     assert model.chats == (name == "THUDM/chatglm2-6b")
-    # Answers to prompts of another form are other answers.
+    # With another prompt format, the answers differ.
     assert model.identity.endswith("/default" if model.chats else "/bare")
     assert ("CodeGeeX2" in describe(examine(directory))) != model.chats
 

@@ -1,4 +1,4 @@
-"""The doctor says what a directory is and everything that is wrong with it, and never raises."""
+"""The doctor describes a directory, lists every problem in it, and never raises."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.unit.glm.checkpoints import (
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_sound_variant_is_found_sound(tmp_path: Path, name: str) -> None:
+def test_every_valid_variant_is_sound(tmp_path: Path, name: str) -> None:
     diagnosis = examine(make_variant(tmp_path, name))
     assert diagnosis.problems == ()
     assert diagnosis.checkpoint is not None
     assert describe(diagnosis).splitlines()[0] == f"{tmp_path}: sound"
 
 
-def test_a_sound_checkpoint_is_described_in_full() -> None:
+def test_a_valid_checkpoint_is_described_in_full() -> None:
     directory = GOLDENS / "classifier"
     diagnosis = examine(directory)
     text = describe(diagnosis)
@@ -49,7 +49,7 @@ def test_a_sound_checkpoint_is_described_in_full() -> None:
     assert diagnosis.memory["bfloat16"].per_token == 2 * (2 * 2 * 2 * 8)
 
 
-def test_kinds_are_told_apart(tmp_path: Path) -> None:
+def test_kinds_of_checkpoints_are_distinguished(tmp_path: Path) -> None:
     kinds = {
         "int4": "int4",
         "prefix": "P-Tuning v2 prefix of 7",
@@ -59,7 +59,7 @@ def test_kinds_are_told_apart(tmp_path: Path) -> None:
         assert kind in describe(examine(make_variant(tmp_path / name, name)))
 
 
-def test_an_adapter_is_examined_over_its_checkpoint(tmp_path: Path) -> None:
+def test_an_adapter_is_examined_with_its_checkpoint(tmp_path: Path) -> None:
     directory, adapter = make_variant(tmp_path / "base", "plain"), tmp_path / "adapter"
     head = {"classifier_head.weight": torch.ones(3, 32)}
     make_original_adapter(
@@ -88,7 +88,7 @@ def test_digests_can_be_left_out(tmp_path: Path) -> None:
     assert "sha256" not in describe(diagnosis)
 
 
-def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     directory = make_variant(tmp_path, "plain")
     state = read_state(directory) | {"surplus": torch.zeros(1)}
     del state["transformer.encoder.final_layernorm.weight"]
@@ -105,7 +105,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("made", ["nothing", "file", "empty", "rubbish"])
-def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, made: str) -> None:
+def test_what_is_not_a_checkpoint_is_refused(tmp_path: Path, made: str) -> None:
     directory = tmp_path / "model"
     if made == "file":
         directory.write_text("")
@@ -125,11 +125,11 @@ def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, made: str) -> 
     assert "sound" not in describe(diagnosis)
 
 
-def test_a_tokenizer_of_the_published_size_gives_published_ids(tmp_path: Path) -> None:
+def test_a_tokenizer_of_published_size_has_published_ids(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, config={"padded_vocab_size": 65024})
     tokenizer = directory / "tokenizer.model"
-    # Protobuf messages concatenate: pieces appended in its wire form make the vocabulary as large
-    # as the published one.
+    # Protobuf messages can be concatenated: appended pieces make the vocabulary as large as the
+    # published one.
     names = [f"piece{number:05}".encode() for number in range(64_789 - 1_000)]
     tokenizer.write_bytes(
         tokenizer.read_bytes() + b"".join(b"\x0a\x0c\x0a\x0a" + name for name in names)
@@ -141,7 +141,7 @@ def test_a_tokenizer_of_the_published_size_gives_published_ids(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_large_checkpoint_takes_seconds(tmp_path: Path) -> None:
-    """As many tensors as ChatGLM2-6B has, almost a gigabyte of them, none of which is read."""
+    """As many tensors as ChatGLM2-6B has, almost a gigabyte, whose values are not read."""
     wide = {
         "num_layers": 28,
         "hidden_size": 1024,

@@ -1,6 +1,6 @@
-"""Folders as users make them: a sound load that equals the reference's forward, or one line.
+"""Folders as users make them load and equal the reference's forward, or fail with one message.
 
-FOLDERS sets how many are made; FOLDERS_SEED where they begin.
+FOLDERS sets the number of folders, FOLDERS_SEED the first seed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def load_file_state(file: Path) -> State:
 
 
 def edit_states(directory: Path, change: Callable[[State], State]) -> None:
-    """Apply `change` to the tensors of each .bin file, as a trainer that saves shards would."""
+    """Apply `change` to the tensors of each .bin file, as a trainer that saves shards does."""
     for file in weights_of(directory):
         if file.suffix == ".bin":
             torch.save(change(load_file_state(file)), file)
@@ -251,7 +251,7 @@ EDITS = (
 
 
 def stored_state(directory: Path) -> State:
-    """The tensors of the files that a checkpoint of this folder has, for the reference."""
+    """The tensors of the weight files in `directory`, for the reference."""
     from safetensors.torch import load_file
 
     names = {path.name: path for path in weights_of(directory)}
@@ -271,37 +271,37 @@ def stored_state(directory: Path) -> State:
     return state
 
 
-def test_folders_load_as_the_reference_or_say_why_not(tmp_path: Path) -> None:
-    sound = 0
+def test_folders_equal_the_reference_or_are_refused(tmp_path: Path) -> None:
+    loaded = 0
     for seed in range(FIRST_SEED, FIRST_SEED + FOLDERS):
         dice = random.Random(seed)
         directory = make_variant(tmp_path / "model", dice.choice(list(VARIANTS)), seed=seed)
         edits = dice.sample(EDITS, dice.choice([1, 1, 1, 2, 3]))
-        told = f"seed {seed}: {[edit.__name__ for edit in edits]}"
+        label = f"seed {seed}: {[edit.__name__ for edit in edits]}"
         for edit in edits:
             try:
                 edit(directory, dice)
             except (OSError, ValueError, KeyError, IndexError, RuntimeError):
-                continue  # an edit of what another has taken away
-        sound += holds(directory, told)
+                continue  # an earlier edit removed what this one changes
+        loaded += loads_like_reference(directory, label)
         shutil.rmtree(directory)
-    assert sound >= FOLDERS / 10
+    assert loaded >= FOLDERS / 10
 
 
-def holds(directory: Path, told: str) -> bool:
-    """Whether the folder loads, then with the reference's scores; asserts that else it says why."""
+def loads_like_reference(directory: Path, label: str) -> bool:
+    """Whether the folder loads. Asserts that it equals the reference, or else that it says why."""
     diagnosis = examine(directory)
     try:
         model = load_model(directory)
     except InputError as error:
         for problem in (str(error), *diagnosis.problems):
             line = problem.replace(str(directory), "model")
-            assert "\n" not in line and len(line) <= 300, f"{told}: {line}"
-        # Without a tokenizer alone weights load, and nothing can be asked of them.
-        assert diagnosis.problems, f"{told}: {error}"
+            assert "\n" not in line and len(line) <= 300, f"{label}: {line}"
+        # Without a tokenizer, the weights load, but the doctor reports it as a problem.
+        assert diagnosis.problems, f"{label}: {error}"
         return False
-    said = [line for line in diagnosis.problems if "tokenizer.model" not in line]
-    assert said == [], f"{told}: {said}"
+    other_problems = [line for line in diagnosis.problems if "tokenizer.model" not in line]
+    assert other_problems == [], f"{label}: {other_problems}"
     state = {key: tensor for key, tensor in stored_state(directory).items()}
     config = read_json(directory / "config.json")
     if "id2label" not in config:
@@ -309,6 +309,6 @@ def holds(directory: Path, told: str) -> bool:
     expected = reference_logits(state, config, IDS)
     logits = whole_logits(model, IDS)
     torch.testing.assert_close(
-        logits, expected.view_as(logits), atol=1e-4, rtol=0, msg=lambda text: f"{told}: {text}"
+        logits, expected.view_as(logits), atol=1e-4, rtol=0, msg=lambda text: f"{label}: {text}"
     )
     return True

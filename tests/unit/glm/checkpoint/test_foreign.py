@@ -1,4 +1,4 @@
-"""What people take for a ChatGLM2 checkpoint is told by its name, in one line."""
+"""What people mistake for a ChatGLM2 checkpoint is named, in one message of one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ IDS = [1001, 1003, 623, 94, 85, 627, 645]
 
 
 def problem_of(directory: Path, **settings: Any) -> str:
-    """The one problem that the doctor finds, which loading names too."""
+    """The only problem that the doctor finds; loading fails with the same message."""
     (problem,) = examine(directory, **settings).problems
     with pytest.raises(InputError) as refused:
         load_model(directory, **settings)
@@ -60,7 +60,7 @@ GLM4 = {"padded_vocab_size": 151552, "eos_token_id": [151329, 151336, 151338]}
 HF = {"model_type": "glm", "num_hidden_layers": 40, "vocab_size": 151552}
 FIRST = {"model_type": "chatglm", "inner_hidden_size": 16384, "vocab_size": 130528}
 PLACELESS = {"_name_or_path": None}
-# What is told of a config: the model's name, what is changed in ours, or the whole config.
+# The model named, and its config: changes to ChatGLM2's, or the whole config.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "chatglm3": ("ChatGLM3", {"_name_or_path": "THUDM/chatglm3-6b"}),
     "chatglm3-32k": ("ChatGLM3", {"_name_or_path": "/mnt/ChatGLM3_6B_32k", "rope_ratio": 50}),
@@ -94,7 +94,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", [*FAMILIES, *WHOLE])
-def test_other_models_are_refused_by_their_name(tmp_path: Path, case: str) -> None:
+def test_other_models_are_refused_by_name(tmp_path: Path, case: str) -> None:
     named, config = (FAMILIES | WHOLE)[case]
     directory = make_checkpoint(tmp_path / "model", config={} if case in WHOLE else None)
     if case in WHOLE:
@@ -120,7 +120,7 @@ def test_other_models_are_refused_by_their_name(tmp_path: Path, case: str) -> No
         ("generation_config.json", '{"eos_token_id": [2, 64795, 64797]}'),
     ],
 )
-def test_chatglm3_is_known_by_any_file_of_its_folder(
+def test_chatglm3_is_recognized_by_any_of_its_files(
     tmp_path: Path, file: str, content: str
 ) -> None:
     directory = make_checkpoint(tmp_path / "model", config={"_name_or_path": "/data/out/step-900"})
@@ -128,7 +128,7 @@ def test_chatglm3_is_known_by_any_file_of_its_folder(
     assert "one of ChatGLM3: " in problem_of(directory)
 
 
-def test_chatglm3_is_known_by_its_folders_name(tmp_path: Path) -> None:
+def test_chatglm3_is_recognized_by_its_folders_name(tmp_path: Path) -> None:
     for name in ("chatglm3-6b", "models--THUDM--chatglm3-6b/snapshots/a10da4c"):
         directory = make_checkpoint(tmp_path / name, config={"_name_or_path": None})
         assert "one of ChatGLM3: its folder is" in problem_of(directory)
@@ -144,7 +144,7 @@ def test_chatglm3_is_known_by_its_folders_name(tmp_path: Path) -> None:
         ("vs-chatglm3-6b", "ChatGLM3"),
     ],
 )
-def test_a_folders_own_name_alone_refuses_no_model(tmp_path: Path, folder: str, model: str) -> None:
+def test_a_folder_named_otherwise_refuses_no_model(tmp_path: Path, folder: str, model: str) -> None:
     directory = make_checkpoint(tmp_path / folder, config={"_name_or_path": None})
     (note,) = read_checkpoint(directory).warnings
     assert f"its folder '{folder}' names {model}; " in note
@@ -158,13 +158,13 @@ def test_a_folder_that_names_no_model_is_noted(tmp_path: Path) -> None:
     assert "no file names the model" in note and "ChatGLM3 has the same layout" in note
     edit_config(directory, _name_or_path="/data/chatglm2-6b-int4-tuned")
     assert read_checkpoint(directory).warnings == ()
-    # Its tokenizer's files may have been copied from ChatGLM3, whose tokenizer is the same.
+    # The tokenizer's files may have been copied from ChatGLM3, which has the same tokenizer.
     write_json(directory / "added_tokens.json", {"<|user|>": 64795})
     assert "roles of ChatGLM3 such as <|user|>" in read_checkpoint(directory).warnings[0]
 
 
 @pytest.mark.parametrize("name", ["THUDM/codegeex2-6b", "/models/CodeGeeX2_6B"])
-def test_codegeex2_is_known_by_its_name(tmp_path: Path, name: str) -> None:
+def test_codegeex2_is_recognized_by_its_name(tmp_path: Path, name: str) -> None:
     directory = make_checkpoint(tmp_path / "model", config={"_name_or_path": name})
     assert (read_checkpoint(directory).family, examine(directory).problems) == ("CodeGeeX2", ())
 
@@ -185,7 +185,7 @@ def test_a_head_of_another_loss_is_refused(tmp_path: Path, loss: dict[str, Any])
     directory = make_checkpoint(tmp_path, config=names | {"label2id": None})
     edit_config(directory, **loss)
     assert "head" in problem_of(directory)
-    # A language model has no head: what its config says of one has no effect.
+    # A language model has no head, so the keys about one have no effect.
     plain = make_checkpoint(tmp_path / "plain", config={"problem_type": "regression"})
     assert examine(plain).problems == ()
 
@@ -200,7 +200,7 @@ def test_an_adapters_head_of_another_loss_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alias", ["lm_head.weight", "transformer.lm_head.weight", "tied.weight"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_second_name_of_the_output_layer_is_dropped(
+def test_a_copy_of_the_output_layer_is_dropped(
     tmp_path: Path, alias: str, dtype: torch.dtype
 ) -> None:
     directory = make_variant(tmp_path, "plain")
@@ -240,7 +240,7 @@ def quantize(*ends: str) -> Callable[[dict[str, torch.Tensor]], None]:
     return change
 
 
-# What was done to all tensors alike: the kind of checkpoint, the change, and what is said once.
+# Changes to all tensors: the kind of checkpoint, the change, and what the one message says.
 ALIKE: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], list[str]]] = {
     "module.": ("plain", wrap("module."), ["keys begin with 'module.'", "Strip it"]),
     "peft": ("plain", wrap("base_model.model."), ["begin with 'base_model.model.'"]),
@@ -298,14 +298,14 @@ ALIKE: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], list[str]]
 
 
 @pytest.mark.parametrize("case", ALIKE)
-def test_what_is_wrong_with_all_tensors_is_said_once(tmp_path: Path, case: str) -> None:
-    variant, change, said = ALIKE[case]
+def test_a_problem_of_all_tensors_is_reported_once(tmp_path: Path, case: str) -> None:
+    variant, change, message = ALIKE[case]
     problem = problem_of(rewrite(make_variant(tmp_path, variant), change))
-    assert [words for words in said if words not in problem] == []
+    assert [words for words in message if words not in problem] == []
 
 
 @pytest.mark.parametrize(
-    ("weights", "stated", "said"),
+    ("weights", "stated", "message"),
     [
         ("plain", 4, "the weights are not quantized"),
         ("plain", 8, "the weights are not quantized"),
@@ -315,20 +315,20 @@ def test_what_is_wrong_with_all_tensors_is_said_once(tmp_path: Path, case: str) 
         ("int4", 8, "the weights are int4"),
     ],
 )
-def test_a_quantization_that_is_not_theirs_is_said_once(
-    tmp_path: Path, weights: str, stated: int, said: str
+def test_a_foreign_quantization_is_reported_once(
+    tmp_path: Path, weights: str, stated: int, message: str
 ) -> None:
     directory = make_variant(tmp_path, weights)
     edit_config(directory, quantization_bit=stated)
     problem = problem_of(directory)
-    assert f"'quantization_bit' is {stated}, but {said}" in problem
+    assert f"'quantization_bit' is {stated}, but {message}" in problem
     right = problem.removesuffix(".").rpartition(" ")[2]
     edit_config(directory, quantization_bit=int(right))
     load_model(directory)
 
 
-def test_a_trained_prefix_beside_its_base_is_told_of_its_config(tmp_path: Path) -> None:
-    """P-Tuning's script quantizes, and saves that in the config beside the prefix alone."""
+def test_a_wrong_config_beside_a_prefix_is_named(tmp_path: Path) -> None:
+    """P-Tuning's script quantizes the base, and records that only in the config it saves."""
     directory = make_variant(tmp_path, "sharded")
     edit_config(directory, pre_seq_len=6, quantization_bit=4)
     prefix = torch.randn(6, 2 * 2 * 2 * 16)
@@ -360,7 +360,7 @@ def test_a_config_of_another_quantization_is_named(tmp_path: Path, method: str) 
         ["config.json", "tokenizer.model", "pytorch_model-00002-of-00003.bin"],
     ],
 )
-def test_pointers_of_git_lfs_are_told_from_damage(tmp_path: Path, files: list[str]) -> None:
+def test_git_lfs_pointers_are_recognized(tmp_path: Path, files: list[str]) -> None:
     directory = make_variant(tmp_path, "sharded")
     for file in files:
         (directory / file).write_text(POINTER)
@@ -370,7 +370,7 @@ def test_pointers_of_git_lfs_are_told_from_damage(tmp_path: Path, files: list[st
     assert (f"and {len(files) - 1} more files" in problem) == (len(files) > 1)
 
 
-def test_pointers_in_safetensors_and_adapters_are_named_too(tmp_path: Path) -> None:
+def test_pointers_of_safetensors_and_adapters_are_named(tmp_path: Path) -> None:
     directory, adapter = make_variant(tmp_path / "model", "safetensors"), tmp_path / "adapter"
     make_original_adapter(adapter)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -382,26 +382,26 @@ def test_pointers_in_safetensors_and_adapters_are_named_too(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "pytorch_model.bin"])
 @pytest.mark.parametrize("made", ["folder", "link", "page"])
-def test_what_lies_in_a_files_place_is_named(tmp_path: Path, name: str, made: str) -> None:
+def test_what_replaces_a_file_is_named(tmp_path: Path, name: str, made: str) -> None:
     directory = make_variant(tmp_path, "plain")
     file = directory / name
     file.unlink()
     if made == "folder":
         file.mkdir()
         (file / "inside.bin").write_bytes(b"x")
-        said = "a folder (containing inside.bin), not a file"
+        message = "a folder (containing inside.bin), not a file"
     elif made == "link":
         file.symlink_to(tmp_path / "gone")
-        said = f"a broken link to {tmp_path / 'gone'}"
+        message = f"a broken link to {tmp_path / 'gone'}"
     else:
         file.write_text("<!DOCTYPE html><html><body>429</body></html>")
-        said = "a web page"
+        message = "a web page"
     problem = problem_of(directory)
-    assert f"{file}: {said}" in problem
+    assert f"{file}: {message}" in problem
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("chatglm2-6b-q4_0.gguf", "llama.cpp"),
         ("chatglm2-ggml.bin", "chatglm.cpp"),
@@ -410,11 +410,11 @@ def test_what_lies_in_a_files_place_is_named(tmp_path: Path, name: str, made: st
         ("checkpoint-900", "checkpoint folder"),
     ],
 )
-def test_other_formats_are_named(tmp_path: Path, name: str, said: str) -> None:
+def test_other_formats_are_named(tmp_path: Path, name: str, message: str) -> None:
     directory = make_variant(tmp_path, "plain")
     (directory / "pytorch_model.bin").rename(directory / name)
     problem = problem_of(directory)
-    assert name in problem and said in problem
+    assert name in problem and message in problem
 
 
 def test_an_adapter_in_place_of_a_model_is_named(tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def test_an_adapter_in_place_of_a_model_is_named(tmp_path: Path) -> None:
     assert "a LoRA adapter, not a checkpoint" in problem_of(tmp_path)
 
 
-def test_weights_in_the_other_layout_than_their_config(tmp_path: Path) -> None:
+def test_weights_and_config_of_two_layouts_are_refused(tmp_path: Path) -> None:
     directory = make_variant(tmp_path, "plain")
     save_file(load_model(directory).state_dict(), directory / "model.safetensors")
     (directory / "pytorch_model.bin").unlink()
@@ -435,13 +435,13 @@ def test_weights_in_the_other_layout_than_their_config(tmp_path: Path) -> None:
 
 
 def other_tokenizer(directory: Path, pieces: int) -> None:
-    """Append pieces to the tokenizer, in its wire form: Protobuf messages concatenate."""
+    """Append pieces to the tokenizer as bytes: Protobuf messages can be concatenated."""
     names = [f"piece{number:05}".encode() for number in range(pieces)]
     with (directory / "tokenizer.model").open("ab") as file:
         file.write(b"".join(b"\x0a\x0c\x0a\x0a" + name for name in names))
 
 
-def test_a_tokenizer_far_below_the_weights_is_noted(tmp_path: Path) -> None:
+def test_a_tokenizer_much_too_small_is_noted(tmp_path: Path) -> None:
     for rows, doubtful in ((1024, False), (1100, False), (1200, True), (2808, True)):
         directory = make_checkpoint(tmp_path / str(rows), config={"padded_vocab_size": rows})
         diagnosis = examine(directory)
@@ -451,14 +451,14 @@ def test_a_tokenizer_far_below_the_weights_is_noted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pieces", [0, 31_000, 63_000])
-def test_weights_of_the_published_size_have_its_tokenizer(tmp_path: Path, pieces: int) -> None:
+def test_published_weights_need_the_published_tokenizer(tmp_path: Path, pieces: int) -> None:
     directory = make_checkpoint(tmp_path, config={"padded_vocab_size": 65024})
     other_tokenizer(directory, pieces)
     assert "need the published tokenizer of 64,794" in problem_of(directory)
 
 
 def tokenizer_of(words: dict[int, str], size: int) -> bytes:
-    """A sentencepiece model of `size` pieces, with `words` at their ids, in its wire form."""
+    """The bytes of a sentencepiece model of `size` pieces, with `words` at their ids."""
 
     def field(number: int, content: bytes) -> bytes:
         return bytes([number << 3 | 2, len(content)]) + content
@@ -475,7 +475,7 @@ PUBLISHED_WORDS = {0: "<unk>", 1: "<s>", 2: "</s>", 36_474: "▁", 54_591: "你�
 
 
 @pytest.mark.parametrize("added", [0, 1, 230, 231])
-def test_words_that_a_user_added_are_noted(tmp_path: Path, added: int) -> None:
+def test_pieces_that_a_user_added_are_noted(tmp_path: Path, added: int) -> None:
     directory = make_checkpoint(tmp_path, config={"padded_vocab_size": 65024})
     tokenizer = directory / "tokenizer.model"
     tokenizer.write_bytes(tokenizer_of(PUBLISHED_WORDS, 64_789 + added))
@@ -485,7 +485,7 @@ def test_words_that_a_user_added_are_noted(tmp_path: Path, added: int) -> None:
     assert len(diagnosis.problems) == (added == 231)  # more than there are rows of weights
 
 
-def test_published_words_in_other_places_are_refused(tmp_path: Path) -> None:
+def test_published_pieces_with_other_ids_are_refused(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, config={"padded_vocab_size": 65024})
     words = PUBLISHED_WORDS | {54_591: "x", 7: "你好"}
     (directory / "tokenizer.model").write_bytes(tokenizer_of(words, 64_800))
@@ -501,7 +501,7 @@ def test_published_words_in_other_places_are_refused(tmp_path: Path) -> None:
         ("config.json", {"eos_token_id": 700}),
     ],
 )
-def test_ids_that_mean_other_words_are_refused(
+def test_ids_of_other_pieces_are_refused(
     tmp_path: Path, file: str, content: dict[str, Any]
 ) -> None:
     directory = make_variant(tmp_path, "plain")
@@ -510,7 +510,7 @@ def test_ids_that_mean_other_words_are_refused(
     assert "It belongs to another checkpoint" in problem_of(directory)
 
 
-def test_a_tokenizer_of_conflicting_pieces_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_with_conflicting_pieces_is_refused(tmp_path: Path) -> None:
     directory = make_variant(tmp_path, "plain")
     file = directory / "tokenizer.model"
     sound = file.read_bytes()
@@ -523,7 +523,7 @@ def test_a_tokenizer_of_conflicting_pieces_is_refused(tmp_path: Path) -> None:
     assert "a tiktoken vocabulary" in problem_of(directory)
 
 
-def test_damaged_small_files_of_no_effect_are_no_hindrance(tmp_path: Path) -> None:
+def test_damaged_optional_files_are_ignored(tmp_path: Path) -> None:
     directory = make_variant(tmp_path, "plain")
     for name in ("tokenizer_config.json", "generation_config.json", "added_tokens.json"):
         (directory / name).write_bytes(b"\xff\x00[")

@@ -1,4 +1,4 @@
-"""A model setting becomes a directory: as it is, or downloaded from a hub that runs here."""
+"""A model setting names a directory, or a repository of a hub, which runs in the test."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ except GlmbatchError as error:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What a download asks of a model hub; owner/model at COMMIT is a directory."""
+    """Answers a download like a model hub; owner/model at COMMIT is a local directory."""
 
     directory: Path
     asked: list[str]
@@ -85,7 +85,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], dict[str, str]]]:
-    """A hub at work and the environment that points a process at it."""
+    """A running hub and the environment that points a process to it."""
 
     class Here(Hub):
         directory = tmp_path / "repository"
@@ -135,7 +135,7 @@ def test_a_hub_id_is_downloaded_once_and_without_code(
 
 
 @pytest.mark.slow
-def test_failures_of_the_hub_are_told_from_mistakes(hub: tuple[type[Hub], dict[str, str]]) -> None:
+def test_hub_failures_differ_from_users_mistakes(hub: tuple[type[Hub], dict[str, str]]) -> None:
     server, environment = hub
     make_variant(server.directory, "plain")
     assert locate(environment, revision="2" * 40).startswith("InputError: owner/model at 2222")
@@ -152,14 +152,14 @@ def test_failures_of_the_hub_are_told_from_mistakes(hub: tuple[type[Hub], dict[s
     assert locate(unreachable).startswith("TransientError: owner/model at 1111")
 
 
-def test_a_directory_is_taken_as_it_is() -> None:
+def test_a_directory_is_used_as_it_is() -> None:
     directory = GOLDENS / "base-sharded"
     assert locate_checkpoint(str(directory)) == directory
     with pytest.raises(InputError, match=r"no revision 'main'.*model\.revision"):
         locate_checkpoint(str(directory), "main")
 
 
-def test_a_path_that_is_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"a file, not a directory\. Set model\.path"):
         locate_checkpoint(str(tmp_path / "file"))

@@ -1,4 +1,4 @@
-"""Every unsound checkpoint is refused in one line with file and key, before it is used."""
+"""Every invalid checkpoint is refused before use, with one message that names file and key."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def edit_shard(directory: Path) -> None:
 
 
 def repeat_a_tensor(directory: Path) -> None:
-    """Index and shards agree, but a prefix's own file holds a tensor that a shard holds too."""
+    """Index and shards match, but the prefix's file has a tensor that is also in a shard."""
     edit_config(directory, pre_seq_len=2)
     key = "transformer.prefix_encoder.embedding.weight"
     edit_index(lambda names: names.update({key: "pytorch_model-00002-of-00003.bin"}))(directory)
@@ -82,7 +82,7 @@ def truncate(name: str, keep: float) -> Callable[[Path], None]:
     return cut
 
 
-# What is done to a sound checkpoint of some kind, and what the refusal must name.
+# The kind of valid checkpoint, the change to it, and what the message must name.
 FAULTS: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "unknown tensor": (
         "plain",
@@ -238,7 +238,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_unsound_checkpoint_is_refused_by_name(tmp_path: Path, fault: str) -> None:
+def test_an_invalid_checkpoint_is_refused_by_name(tmp_path: Path, fault: str) -> None:
     variant, spoil, named = FAULTS[fault]
     directory = make_variant(tmp_path, variant)
     read_checkpoint(directory)
@@ -251,7 +251,7 @@ def test_an_unsound_checkpoint_is_refused_by_name(tmp_path: Path, fault: str) ->
     assert [name for name in named if name not in message] == []
 
 
-def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "nothing"):
         with pytest.raises(InputError, match=r"not a directory\. Set model\.path"):
@@ -259,7 +259,7 @@ def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:
 
 
 class Intruder:
-    """A pickle of this writes a file when it is loaded without care."""
+    """A pickle of this class writes a file when it is loaded unsafely."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -269,7 +269,7 @@ class Intruder:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_weights_file_never_runs(tmp_path: Path, zipped: bool) -> None:
+def test_code_in_a_weight_file_never_runs(tmp_path: Path, zipped: bool) -> None:
     directory = make_variant(tmp_path / "model", "plain")
     spoiled = read_state(directory) | {"surplus": Intruder(tmp_path / "trace")}
     torch.save(spoiled, directory / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
@@ -282,7 +282,7 @@ def test_code_in_a_weights_file_never_runs(tmp_path: Path, zipped: bool) -> None
     assert not (tmp_path / "trace").exists()
 
 
-def test_everything_wrong_is_found_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_found_at_once(tmp_path: Path) -> None:
     directory = make_variant(tmp_path, "plain")
     edit_weights(lambda state: state.update({QKV: torch.zeros(1), "surplus": torch.zeros(1)}))(
         directory
@@ -298,7 +298,7 @@ def test_everything_wrong_is_found_at_once(tmp_path: Path) -> None:
         assert any(key in problem for problem in problems)
 
 
-def test_what_is_odd_but_harmless_is_a_warning(tmp_path: Path) -> None:
+def test_harmless_oddities_are_warnings(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, config=CLASSIFIER | {"interleaved_qkv": False})
     save_file(read_state(directory), directory / "model.safetensors")
     (directory / "tokenizer.model").unlink()
@@ -315,7 +315,7 @@ def test_a_classifier_needs_no_language_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "legacy", "safetensors", "sharded"])
-def test_damaged_bytes_are_refused_or_loaded_and_nothing_else(tmp_path: Path, name: str) -> None:
+def test_damaged_bytes_are_refused_or_load(tmp_path: Path, name: str) -> None:
     directory = make_checkpoint(tmp_path, config=SMALL, files=VARIANTS[name].get("files", "bin"))
     sound = {file: file.read_bytes() for file in sorted(directory.iterdir())}
     for seed in range(int(os.environ.get("FUZZ", "40"))):
@@ -326,7 +326,7 @@ def test_damaged_bytes_are_refused_or_loaded_and_nothing_else(tmp_path: Path, na
             del spoiled[dice.randrange(len(spoiled)) :]
         else:
             for _ in range(dice.choice((1, 1, 20))):
-                # Headers and directories stand at the two ends of a file.
+                # Headers and directories are at the two ends of a file.
                 place = min(int(dice.expovariate(1 / 600)), len(spoiled) - 1)
                 spoiled[place if dice.random() < 0.5 else -1 - place] = dice.randrange(256)
         file.write_bytes(spoiled)
@@ -337,7 +337,7 @@ def test_damaged_bytes_are_refused_or_loaded_and_nothing_else(tmp_path: Path, na
         file.write_bytes(sound[file])
 
 
-def test_only_files_that_the_index_names_are_loaded(
+def test_only_files_in_the_index_are_loaded(
     tmp_path: Path,
 ) -> None:
     directory = make_variant(tmp_path, "sharded")
@@ -350,8 +350,8 @@ def test_only_files_that_the_index_names_are_loaded(
         read_checkpoint(directory)
 
 
-def test_weights_whose_numbers_lie_scattered_load_as_they_read(tmp_path: Path) -> None:
-    """A tensor saved as a transposed view keeps its strides in the file."""
+def test_transposed_weights_load_correctly(tmp_path: Path) -> None:
+    """A tensor that was saved as a transposed view keeps its strides in the file."""
     directory = make_variant(tmp_path, "multi-head")
     expected = load_model(directory).state_dict()
     edit_weights(lambda state: state.update({QKV: state[QKV].T.contiguous().T}))(directory)

@@ -1,4 +1,4 @@
-"""The published config is read key by key, and what it cannot mean is refused by name."""
+"""The published config is read key by key, and an invalid value is refused by its key."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_published_config_becomes_the_native_one() -> None:
     }
 
 
-def test_the_published_model_has_its_published_tensors_and_size() -> None:
+def test_the_published_model_has_its_tensors_and_size() -> None:
     specs = list_tensors(read(), "original", has_head=False)
     assert len(specs) == 199  # the published index has one more, the rotary buffer
     sizes = [
@@ -77,7 +77,7 @@ def test_the_published_model_has_its_published_tensors_and_size() -> None:
         CLASSIFIER,
     ],
 )
-def test_both_layouts_state_the_same_architecture(changes: dict[str, Any]) -> None:
+def test_both_layouts_give_the_same_architecture(changes: dict[str, Any]) -> None:
     architecture = read(**changes)
     labelled = {key: changes[key] for key in ("id2label",) if key in changes}
     assert (
@@ -88,7 +88,7 @@ def test_both_layouts_state_the_same_architecture(changes: dict[str, Any]) -> No
     assert read_architecture(native, "config.json") == architecture
 
 
-def test_every_tensor_of_one_layout_becomes_one_of_the_other() -> None:
+def test_every_tensor_has_its_counterparts() -> None:
     architecture = read(**CLASSIFIER)
     original = list_tensors(architecture, "original", has_head=True)
     native = list_tensors(architecture, "native", has_head=True)
@@ -147,7 +147,7 @@ def test_every_tensor_of_one_layout_becomes_one_of_the_other() -> None:
         ("fp32_residual_connection", 7),
     ],
 )
-def test_a_value_that_makes_no_sense_is_refused_by_key(key: str, value: object) -> None:
+def test_an_invalid_value_is_refused_by_key(key: str, value: object) -> None:
     with pytest.raises(InputError, match=rf"^config\.json: '{key}' is [^\n]*; it must be [^\n]*$"):
         read(**{key: value})
 
@@ -157,7 +157,7 @@ def test_heads_that_do_not_divide_into_groups_are_refused() -> None:
         read(multi_query_group_num=3)
 
 
-def test_positions_stretched_in_another_way_are_refused() -> None:
+def test_positions_scaled_in_another_way_are_refused() -> None:
     for scaling in ("ntk", {"type": "linear"}):
         with pytest.raises(InputError, match=r"'rope_scaling' is .*; it must be 'linear'"):
             read(rope_ratio=16, rope_scaling=scaling)
@@ -200,6 +200,6 @@ def test_a_native_config_that_is_not_chatglm2_is_refused(key: str, value: object
         read_architecture(native, "config.json")
 
 
-def test_keys_that_might_matter_are_told_apart_from_bookkeeping() -> None:
+def test_unknown_keys_exclude_bookkeeping() -> None:
     assert unknown_keys(CHATGLM2_6B, "original") == []
     assert unknown_keys(CHATGLM2_6B | {"interleaved_qkv": True}, "original") == ["interleaved_qkv"]

@@ -1,4 +1,4 @@
-"""A loaded checkpoint answers as ChatGLM2 does: recorded logits, and a reference."""
+"""A loaded checkpoint answers like ChatGLM2: compared with recorded logits and a reference."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from tests.unit.glm.tiny_glm import TOKENS, engine_over, whole_logits
 CAUSAL = ("base-sharded", "int4")
 IDS = [1001, 1003, 623, 94, 85, 627, 645, 7, 9, 333, 13, 13, 809]
 BASE = GOLDENS / "base-sharded"
-TOLERANCE = 1e-4  # absolute, in float32; a relative part would hide a wrong epsilon
+TOLERANCE = 1e-4  # absolute, in float32; a relative tolerance would hide a wrong epsilon
 
 
 def prepare(directory: Path) -> Model:
@@ -167,7 +167,7 @@ def test_generate_from_a_padded_batch_equals_the_reference(tmp_path: Path, name:
 
 
 @torch.no_grad()
-def test_the_prefix_is_kept_beside_the_model_not_in_its_forward(tmp_path: Path) -> None:
+def test_the_models_own_forward_ignores_the_prefix(tmp_path: Path) -> None:
     directory = make_variant(tmp_path / "prefix", "prefix")
     model = load_model(directory)
     config = read_json(directory / "config.json")
@@ -188,7 +188,7 @@ def test_the_prefix_is_kept_beside_the_model_not_in_its_forward(tmp_path: Path) 
 
 
 def test_a_prefix_saved_alone_loads_beside_the_base_files(tmp_path: Path) -> None:
-    """The official P-Tuning saves its prefix as a pytorch_model.bin of its own."""
+    """The official P-Tuning script saves its prefix as a separate pytorch_model.bin."""
     state = read_state(make_variant(tmp_path / "whole", "prefix"))
     trained = {key: value for key, value in state.items() if "prefix_encoder" in key}
     base = {key: value for key, value in state.items() if key not in trained}
@@ -223,7 +223,7 @@ def test_half_precision_stays_near_float32(name: str, dtype: str | torch.dtype) 
     assert (whole_logits(half, ids).float() - expected).std() < 0.03 * expected.std()
 
 
-def test_a_head_keeps_its_float32_numbers_in_half_precision() -> None:
+def test_a_head_stays_float32_in_half_precision() -> None:
     head = load_model(GOLDENS / "classifier", dtype="bfloat16").score
     stored = read_state(GOLDENS / "classifier")
     assert torch.equal(head.weight, stored["classifier_head.weight"])
@@ -231,7 +231,7 @@ def test_a_head_keeps_its_float32_numbers_in_half_precision() -> None:
     assert head(torch.ones(1, 1, head.in_features, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-def test_numbers_the_model_cannot_compute_in_are_refused(tmp_path: Path) -> None:
+def test_unsupported_dtypes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"float64.*model\.dtype"):
         load_model(GOLDENS / "classifier", dtype="float64")
     directory = make_checkpoint(tmp_path, config={"fp32_residual_connection": True})
@@ -240,7 +240,7 @@ def test_numbers_the_model_cannot_compute_in_are_refused(tmp_path: Path) -> None
         load_model(directory, dtype="bfloat16")
 
 
-def test_digests_follow_what_changes_answers_and_nothing_else(tmp_path: Path) -> None:
+def test_digests_depend_on_what_changes_answers(tmp_path: Path) -> None:
     directory = make_variant(tmp_path / "a", "sharded")
     first = digest_weights(directory)
     edit_config(
@@ -268,7 +268,7 @@ def test_digests_follow_what_changes_answers_and_nothing_else(tmp_path: Path) ->
 def test_a_file_is_checked_while_its_bytes_are_in_memory(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checks: Callable[[Path], object]
 ) -> None:
-    # A copy, since what a process knows of a checkpoint it does not check again.
+    # A copy, because a process does not check the same checkpoint twice.
     directory = Path(shutil.copytree(BASE, tmp_path / "base"))
     checked = Event()
     files: list[Path] = []
@@ -276,7 +276,7 @@ def test_a_file_is_checked_while_its_bytes_are_in_memory(
     def digest(file: Path) -> str:
         if file.suffix == ".bin":
             files.append(file)
-            # The last file is digested once another has been checked.
+            # The last file is digested after another one has been checked.
             assert len(files) < len(list(BASE.glob("*.bin"))) or checked.wait(10)
         return digest_file(file)
 
@@ -290,8 +290,8 @@ def test_a_file_is_checked_while_its_bytes_are_in_memory(
     assert len(files) == len(set(files)) > 1
 
 
-def test_digests_stay_those_of_earlier_versions(tmp_path: Path) -> None:
-    """Another digest of the same weights would have every published answer computed again."""
+def test_digests_equal_those_of_earlier_versions(tmp_path: Path) -> None:
+    """Another digest of the same weights would recompute every published answer."""
     source = GOLDENS / "base-sharded"
     digest = "1e67d794e721d84353115041a99a8213b7b3a90d6b4d981e5275f16409ce4f0b"
     assert digest_weights(source) == digest
@@ -301,7 +301,7 @@ def test_digests_stay_those_of_earlier_versions(tmp_path: Path) -> None:
     assert digest_weights(stretched) == digest
 
 
-def test_a_description_says_what_the_checkpoint_is(tmp_path: Path) -> None:
+def test_a_checkpoint_is_described(tmp_path: Path) -> None:
     base = read_checkpoint(GOLDENS / "base-sharded")
     assert (base.layout, base.has_head, base.labels, base.architecture.max_positions) == (
         "original",
@@ -379,7 +379,7 @@ def test_loading_peaks_near_one_copy_of_the_weights(tmp_path: Path, files: str, 
         ("legacy", "transformer.embedding.word_embeddings.weight"),
     ],
 )
-def test_weights_that_are_not_finite_are_named(tmp_path: Path, variant: str, key: str) -> None:
+def test_non_finite_weights_are_named(tmp_path: Path, variant: str, key: str) -> None:
     directory = make_variant(tmp_path, variant)
     change_tensor(directory, key, lambda tensor: tensor.view(-1)[:1].fill_(torch.nan))
     (problem,) = examine(directory).problems
@@ -390,7 +390,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, variant: str, key
     assert len(problem) - len(str(tmp_path)) < 300
 
 
-def test_the_tensors_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+def test_non_finite_tensors_are_counted(tmp_path: Path) -> None:
     directory = make_variant(tmp_path, "plain")
     for layer in (0, 1):
         key = f"transformer.encoder.layers.{layer}.mlp.dense_4h_to_h.weight"
@@ -399,7 +399,7 @@ def test_the_tensors_that_are_not_finite_are_counted(tmp_path: Path) -> None:
         load_model(directory)
 
 
-def test_finite_weights_that_do_not_fit_the_dtype_are_named(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_dtype_are_named(tmp_path: Path) -> None:
     directory = make_variant(tmp_path, "bfloat16")
     key = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
     change_tensor(directory, key, lambda tensor: tensor.fill_(1e6))
@@ -409,8 +409,8 @@ def test_finite_weights_that_do_not_fit_the_dtype_are_named(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("variant", ["prefix", "prefix-projection"])
-def test_a_trained_prefix_acts_in_any_transformers(tmp_path: Path, variant: str) -> None:
-    """Its name for a filled cache changed, and a forward drops what it does not know."""
+def test_a_prefix_works_in_any_transformers_version(tmp_path: Path, variant: str) -> None:
+    """transformers renamed the argument for a filled cache, and ignores unknown arguments."""
     model = load_model(make_variant(tmp_path, variant))
     behind = whole_logits(model, IDS)
     expected = reference_logits(read_state(tmp_path), read_json(tmp_path / "config.json"), IDS)

@@ -1,4 +1,4 @@
-"""What is saved loads as the same model, in the published layout, with the same bytes."""
+"""A saved model loads as the same model, in the published layout, always with the same bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def assert_same_model(one: Any, other: Any) -> None:
 
 
 def stated_config(model: Any) -> dict[str, Any]:
-    """The model's config without its bookkeeping."""
+    """The config of the model without bookkeeping keys."""
     config: dict[str, Any] = model.config.to_dict()
     for key in ("architectures", "dtype"):
         config.pop(key, None)
@@ -51,7 +51,7 @@ def test_a_saved_model_loads_bit_for_bit(tmp_path: Path, name: str, safetensors:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_weights_that_were_in_a_dtype_survive_being_saved_in_it(tmp_path: Path, dtype: str) -> None:
+def test_weights_saved_in_their_dtype_stay_the_same(tmp_path: Path, dtype: str) -> None:
     directory = make_checkpoint(tmp_path / "from", dtype=getattr(torch, dtype))
     save_checkpoint(
         load_model(directory), tmp_path / "to", tokenizer_model=TOKENIZER.read_bytes(), dtype=dtype
@@ -61,7 +61,7 @@ def test_weights_that_were_in_a_dtype_survive_being_saved_in_it(tmp_path: Path, 
     assert all(torch.equal(before[key], after[key]) for key in after)
 
 
-def test_the_config_that_is_saved_is_the_published_one(tmp_path: Path) -> None:
+def test_the_saved_config_is_the_published_one(tmp_path: Path) -> None:
     source = GOLDENS / "base-sharded"
     save_checkpoint(
         load_model(source),
@@ -72,8 +72,7 @@ def test_the_config_that_is_saved_is_the_published_one(tmp_path: Path) -> None:
     published, saved = read_json(source / "config.json"), read_json(tmp_path / "config.json")
     assert saved.items() <= published.items()
     assert "auto_map" not in saved, "it would have transformers ask to run code"
-    # What is left out is what the published code has as its own default, or nothing that changes an
-    # answer.
+    # Keys that are left out have their default in the published code, or change no answer.
     assert published.keys() - saved.keys() == {
         "apply_query_key_layer_scaling",
         "attention_dropout",
@@ -119,7 +118,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path, safetensors: bool) 
 
 @pytest.mark.parametrize("name", ["plain", "multi-head", "32k", "classifier", "prefix", "int4"])
 @torch.no_grad()
-def test_what_save_pretrained_writes_loads_whole(tmp_path: Path, name: str) -> None:
+def test_a_save_pretrained_folder_loads(tmp_path: Path, name: str) -> None:
     model = load_model(make_variant(tmp_path / "from", name))
     model.save_pretrained(tmp_path / "to")
     checkpoint = read_checkpoint(tmp_path / "to")
@@ -131,7 +130,7 @@ def test_what_save_pretrained_writes_loads_whole(tmp_path: Path, name: str) -> N
 
 
 def test_a_native_head_without_its_bias_is_refused(tmp_path: Path) -> None:
-    """What a stock class saves after it dropped the bias with a log line."""
+    """What transformers' class saves after it dropped the bias with only a log message."""
     model = load_model(make_variant(tmp_path / "from", "classifier"))
     model.score = torch.nn.Linear(model.score.in_features, len(LABELS), bias=False)
     model.save_pretrained(tmp_path / "to")
@@ -139,7 +138,7 @@ def test_a_native_head_without_its_bias_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "to")
 
 
-def test_values_that_a_dtype_cannot_hold_are_not_saved(tmp_path: Path) -> None:
+def test_values_that_do_not_fit_the_dtype_are_not_saved(tmp_path: Path) -> None:
     model = load_model(make_variant(tmp_path / "from", "plain"))
     model.lm_head.weight[0, 0] = 1e5
     with pytest.raises(InputError, match=r"output_layer\.weight.*float16"):
@@ -149,7 +148,7 @@ def test_values_that_a_dtype_cannot_hold_are_not_saved(tmp_path: Path) -> None:
     read_checkpoint(tmp_path / "to")
 
 
-def test_a_save_never_mixes_with_what_is_there(tmp_path: Path) -> None:
+def test_saving_into_a_checkpoint_is_refused(tmp_path: Path) -> None:
     model = load_model(GOLDENS / "base-sharded")
     save_checkpoint(model, tmp_path, tokenizer_model=TOKENIZER)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}

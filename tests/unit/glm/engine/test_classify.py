@@ -1,4 +1,4 @@
-"""Scores of a head and of labels equal those of one row at a time by the model itself."""
+"""Scores of a head and of labels equal those of the model's own forward, row by row."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.unit.glm.tiny_glm import (
     prompts,
 )
 
-# A label that begins another, shared beginnings of one and two tokens, labels of one token, and one
-# that repeats.
+# A label that is a prefix of another, shared prefixes of one and two tokens, labels of one token,
+# and a repeated label.
 LABELS: Labels = ((5,), (5, 6), (7, 8, 9), (7, 8, 10), (11,), (5, 6, 7, 8), (11,))
 
 
@@ -66,7 +66,7 @@ def test_head_scores_equal_the_ordinary_forward(budget: int, prefix_places: int)
 
 @pytest.mark.parametrize("budget", [16, 100, 2048])
 @pytest.mark.parametrize("prefix_places", [0, 5])
-def test_label_scores_equal_one_forward_for_each_label(budget: int, prefix_places: int) -> None:
+def test_label_scores_equal_one_forward_per_label(budget: int, prefix_places: int) -> None:
     model, rows = causal_model(prefix_places), prompts(8)
     with engine_over(model, max_batch_tokens=budget) as engine:
         for row, scored in zip(rows, scores(engine, rows, LABELS), strict=True):
@@ -96,7 +96,7 @@ def test_shared_tokens_may_be_the_whole_prompt_or_more() -> None:
             )
 
 
-def test_a_long_prompt_behind_a_template_is_masked_in_blocks() -> None:
+def test_a_long_prompt_after_a_template_scores_the_same() -> None:
     model = causal_model()
     model.config.max_position_embeddings = 2000
     row = (prompts(1, longest=60, seed=3)[0] * 60)[:1300]
@@ -129,7 +129,7 @@ def test_the_order_of_labels_changes_no_bit(model: Any) -> None:
     assert one == [row[::-1] for row in other]
 
 
-def test_rows_of_one_batch_may_have_labels_of_their_own(model: Any) -> None:
+def test_rows_of_one_batch_may_have_different_labels(model: Any) -> None:
     rows = prompts(9)
     labels = [LABELS, ((20, 21),), ((30,), (31, 32, 33))] * 3
     with engine_over(model) as engine:
@@ -166,13 +166,11 @@ def test_a_row_with_non_finite_scores_fails_alone(
         (ClassifyRequest(0, [5, -1], LABELS), "outside the model's"),
         (ClassifyRequest(0, [5, 160], LABELS), "outside the model's"),
         (ClassifyRequest(0, [5], ()), "no label"),
-        (ClassifyRequest(0, [5], ((5,), ())), "without tokens"),
+        (ClassifyRequest(0, [5], ((5,), ())), "has no tokens"),
         (ClassifyRequest(0, [5], ((TOKENS,),)), "outside the model's"),
     ],
 )
-def test_a_request_that_cannot_run_fails_alone(
-    model: Any, request_: ClassifyRequest, reason: str
-) -> None:
+def test_an_invalid_request_fails_alone(model: Any, request_: ClassifyRequest, reason: str) -> None:
     with engine_over(model) as engine:
         results = classify(engine, [request_, ClassifyRequest(1, [5, 6], LABELS)])
     assert reason in (results[0].error or "")
@@ -188,10 +186,10 @@ def test_the_longest_prompt_that_fits_is_scored(model: Any) -> None:
     )
 
 
-def test_asking_for_the_wrong_kind_of_scores_is_an_input_error(model: Any, classifier: Any) -> None:
+def test_the_wrong_kind_of_scores_is_an_input_error(model: Any, classifier: Any) -> None:
     with engine_over(model) as engine, pytest.raises(InputError, match="no trained head"):
         list(engine.classify([ClassifyRequest(0, [5])]))
-    with engine_over(classifier) as engine, pytest.raises(InputError, match="labels of its own"):
+    with engine_over(classifier) as engine, pytest.raises(InputError, match="its own labels"):
         list(engine.classify([ClassifyRequest(0, [5], LABELS)]))
 
 
@@ -210,7 +208,7 @@ NEEDS_CUDA = [
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_in_half_precision_a_row_has_the_same_bits_in_any_batch(dtype: str, device: str) -> None:
+def test_a_half_precision_row_is_the_same_in_any_batch(dtype: str, device: str) -> None:
     model = head_model().to(device, getattr(torch, dtype))
     requests = [ClassifyRequest(at, row) for at, row in enumerate(prompts(40))]
     with engine_over(model) as engine:

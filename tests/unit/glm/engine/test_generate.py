@@ -1,4 +1,4 @@
-"""Continuous batching gives the tokens of the plain loop for any slots, budget and order."""
+"""Continuous batching generates the tokens of a plain loop, for any slots, budget and order."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def greedy_requests(count: int = 24) -> list[GenerateRequest]:
 
 
 def sampled_requests(count: int = 24) -> list[GenerateRequest]:
-    """Every third is greedy, the others sample in ways of their own."""
+    """Requests of which every third is greedy; the others have various sampling settings."""
     return [
         dataclasses.replace(
             request,
@@ -68,7 +68,7 @@ def test_greedy_tokens_equal_the_plain_loop(slots: int, budget: int, prefix_plac
         )
 
 
-def test_sampled_tokens_depend_on_the_request_alone(model: Any) -> None:
+def test_sampled_tokens_depend_on_the_request_only(model: Any) -> None:
     requests = sampled_requests()
     with engine_over(model, max_slots=1) as engine:
         expected = generate(engine, requests)
@@ -98,7 +98,7 @@ def test_a_shared_template_changes_no_token(prefix_places: int) -> None:
         assert results[request.index].ids == plain_greedy(model, request.prompt_ids, 8)[0]
 
 
-def test_the_end_token_ends_an_answer_and_is_left_out(model: Any) -> None:
+def test_the_end_token_ends_an_answer_and_is_omitted(model: Any) -> None:
     requests = [
         GenerateRequest(at, row, 60, temperature=1.5, seed=at) for at, row in enumerate(prompts(30))
     ]
@@ -125,7 +125,7 @@ def test_should_stop_sees_all_ids_and_ends_the_answer(model: Any) -> None:
     assert calls == [written[:count] for count in range(1, 5)]
 
 
-def test_an_error_of_should_stop_reaches_its_caller_alone(model: Any) -> None:
+def test_an_error_in_should_stop_reaches_its_caller_only(model: Any) -> None:
     def should_stop(ids: Sequence[int]) -> bool:
         raise LookupError("mine")
 
@@ -136,7 +136,7 @@ def test_an_error_of_should_stop_reaches_its_caller_alone(model: Any) -> None:
         assert len(list(other)) == 1
 
 
-def test_an_answer_ends_where_the_positions_end(model: Any) -> None:
+def test_an_answer_ends_at_the_last_position(model: Any) -> None:
     rows = [[5, 6, 7] * POSITIONS for _ in range(4)]
     requests = [GenerateRequest(at, row[: POSITIONS - at], 50) for at, row in enumerate(rows)]
     with engine_over(model, max_slots=2) as engine:
@@ -151,7 +151,7 @@ def test_an_answer_ends_where_the_positions_end(model: Any) -> None:
     ("prompt", "reason"),
     [([], "no tokens"), ([5] * (POSITIONS + 1), "positions"), ([5, 160], "outside the model's")],
 )
-def test_a_request_that_cannot_run_fails_alone(model: Any, prompt: list[int], reason: str) -> None:
+def test_an_invalid_request_fails_alone(model: Any, prompt: list[int], reason: str) -> None:
     with engine_over(model) as engine:
         results = generate(engine, [GenerateRequest(0, prompt, 3), GenerateRequest(1, [5], 3)])
     assert reason in (results[0].error or "")
@@ -159,7 +159,7 @@ def test_a_request_that_cannot_run_fails_alone(model: Any, prompt: list[int], re
     assert results[1].error is None
 
 
-def test_a_non_finite_row_fails_alone_and_spoils_no_later_one(model: Any) -> None:
+def test_a_non_finite_row_fails_alone(model: Any) -> None:
     requests = greedy_requests()
     spoiled = [
         dataclasses.replace(request, prompt_ids=[*request.prompt_ids, NOT_A_NUMBER] * 3)
@@ -178,7 +178,7 @@ def test_a_non_finite_row_fails_alone_and_spoils_no_later_one(model: Any) -> Non
             assert result == expected[index]
 
 
-def test_the_cache_grows_and_gives_up_slots_for_length(model: Any) -> None:
+def test_a_longer_cache_has_fewer_slots(model: Any) -> None:
     place_bytes = 2 * 3 * 2 * 16 * 4
     requests = [
         GenerateRequest(0, [5, 6, 7] * 20, 120),

@@ -1,4 +1,4 @@
-"""The engines of a process: shared, closed for room, and closed for one run alone."""
+"""The engines of a process are shared, closed to make room, and closed for one run only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from glmbatch.glm.engine.pool import EnginePool
 
 
 class SlowEngine:
-    """An engine whose `close` waits, as one that is in the midst of a forward."""
+    """An engine whose `close` waits, as if for its current forward."""
 
     def __init__(self) -> None:
         self.closing = threading.Event()
@@ -20,7 +20,7 @@ class SlowEngine:
 
 
 class Run:
-    """An owner that was never told to stop."""
+    """An owner that is never stopped."""
 
     def check_running(self) -> None:
         """Nothing."""
@@ -32,7 +32,7 @@ def lease(pool: EnginePool, key: str, owner: Run) -> SlowEngine:
         return engine
 
 
-def test_an_engine_that_is_being_closed_is_not_leased() -> None:
+def test_an_engine_being_closed_is_not_leased() -> None:
     pool = EnginePool()
     stopped, other = Run(), Run()
     with (
@@ -42,7 +42,7 @@ def test_an_engine_that_is_being_closed_is_not_leased() -> None:
         closer = threading.Thread(target=pool.close_unshared, args=(stopped,))
         closer.start()
         assert first.closing.wait(10)
-        # The second one waits for the first to close, and is nobody's any more.
+        # The second engine waits for the first to close, and nobody can lease it any more.
         assert lease(pool, "b", other) is not second
         first.may_close.set()
         second.may_close.set()
@@ -50,7 +50,7 @@ def test_an_engine_that_is_being_closed_is_not_leased() -> None:
         assert second.closing.is_set()
 
 
-def test_an_engine_that_two_runs_use_stays_open() -> None:
+def test_an_engine_used_by_two_runs_stays_open() -> None:
     pool = EnginePool()
     stopped, other = Run(), Run()
     with (
@@ -63,7 +63,7 @@ def test_an_engine_that_two_runs_use_stays_open() -> None:
     assert lease(pool, "a", other) is engine
 
 
-def test_a_run_that_ended_is_forgotten() -> None:
+def test_a_run_that_ended_is_not_kept_in_memory() -> None:
     pool = EnginePool()
     lease(pool, "a", Run())
     assert not any(pool._leases.values())

@@ -43,7 +43,7 @@ def drain(queue: WaitingQueue[Item], budget: int, most: int) -> list[list[Item]]
 
 
 @given(items=items, budget=st.integers(1, 120), most=st.integers(1, 9))
-def test_every_item_is_taken_once_within_budget_and_group(
+def test_items_are_taken_once_within_budget_and_group(
     items: list[Item], budget: int, most: int
 ) -> None:
     batches = drain(queue_of(items), budget, most)
@@ -55,7 +55,7 @@ def test_every_item_is_taken_once_within_budget_and_group(
 
 
 @given(items=items, budget=st.integers(1, 120))
-def test_the_first_in_line_is_in_the_next_batch(items: list[Item], budget: int) -> None:
+def test_the_first_item_is_in_the_next_batch(items: list[Item], budget: int) -> None:
     waiting = set(items)
     for batch in drain(queue_of(items), budget, 99):
         assert min(waiting) == batch[0]
@@ -72,7 +72,7 @@ def test_cancelled_items_are_never_taken(items: list[Item], cancelled: set[int])
 
 
 @given(items=items, budget=st.integers(1, 120))
-def test_items_put_back_are_taken_again_in_their_old_place(items: list[Item], budget: int) -> None:
+def test_items_put_back_keep_their_place(items: list[Item], budget: int) -> None:
     queue = queue_of(items)
     first = queue.take(budget)
     for item in first:
@@ -94,7 +94,7 @@ def spelled(tree: LabelTree, nodes: Sequence[int]) -> tuple[int, ...]:
 
 
 @given(labels=labels)
-def test_the_tree_holds_each_shared_beginning_once(labels: tuple[tuple[int, ...], ...]) -> None:
+def test_the_tree_has_each_shared_prefix_once(labels: tuple[tuple[int, ...], ...]) -> None:
     tree = label_tree(labels)
     beginnings = set()
     for label in labels:
@@ -118,7 +118,7 @@ def test_labels_of_one_token_need_no_node() -> None:
 
 
 @given(prompt=st.lists(st.integers(0, 9), min_size=1, max_size=40), shared=st.integers(0, 60))
-def test_a_shared_prefix_leaves_a_token_and_is_never_short(prompt: list[int], shared: int) -> None:
+def test_a_shared_prefix_leaves_a_token_and_is_not_short(prompt: list[int], shared: int) -> None:
     for request in (
         ClassifyRequest(0, prompt, shared_tokens=shared),
         GenerateRequest(0, prompt, 1, shared_tokens=shared),
@@ -128,7 +128,7 @@ def test_a_shared_prefix_leaves_a_token_and_is_never_short(prompt: list[int], sh
         assert len(prefix) == 0 or MIN_SHARED_TOKENS <= len(prefix) < len(prompt)
 
 
-def test_limits_are_halved_step_by_step_down_to_one() -> None:
+def test_limits_are_halved_down_to_one() -> None:
     limits = Limits(batch_tokens=100, slots=8)
     limits.halve_batch(900)
     assert limits.batch_tokens == 50

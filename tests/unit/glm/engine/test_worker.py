@@ -1,4 +1,4 @@
-"""The engine as its callers see it: threads, early ends, failures, full devices, goldens."""
+"""The engine as callers see it: threads, cancellation, failures, out of memory, golden answers."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ LABELS = ((5,), (6, 7), (6, 8))
 
 
 class FullAbove(torch.nn.Module):
-    """An embedding on a device that has room for `tokens` tokens in `rows` rows and no more.
+    """An embedding that runs out of memory above `tokens` tokens or `rows` rows.
 
-    After `refusals` there is room for anything.
+    After `refusals` failures, anything fits.
     """
 
     def __init__(self, embedding: torch.nn.Module, tokens: int, rows: int, refusals: int) -> None:
@@ -61,7 +61,7 @@ def generate_requests(count: int = 20) -> list[GenerateRequest]:
     ]
 
 
-def test_importing_the_seam_loads_no_torch() -> None:
+def test_importing_the_protocol_loads_no_torch() -> None:
     modules = "glmbatch.glm.engine.loading, glmbatch.glm.engine.pool"
     code = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -77,7 +77,7 @@ def test_importing_the_seam_loads_no_torch() -> None:
         MemoryError(),
     ],
 )
-def test_a_full_device_makes_classify_batches_smaller(error: Exception) -> None:
+def test_out_of_memory_makes_classify_batches_smaller(error: Exception) -> None:
     rows = prompts(30)
     requests = [ClassifyRequest(at, row, LABELS) for at, row in enumerate(rows)]
     with engine_over(causal_model()) as engine:
@@ -96,7 +96,7 @@ def test_a_full_device_makes_classify_batches_smaller(error: Exception) -> None:
     engine.close()
 
 
-def test_a_full_device_makes_generate_lose_and_repeat_nothing() -> None:
+def test_out_of_memory_loses_and_repeats_no_token() -> None:
     requests = generate_requests()
     with engine_over(causal_model(), max_slots=8) as engine:
         expected = {result.index: result for result in engine.generate(requests)}
@@ -111,7 +111,7 @@ def test_a_full_device_makes_generate_lose_and_repeat_nothing() -> None:
     engine.close()
 
 
-def test_a_row_that_fits_only_alone_costs_the_others_no_slot() -> None:
+def test_a_row_that_fits_only_alone_takes_no_slots() -> None:
     requests = [GenerateRequest(99, [5, 6] * 40, 12), *generate_requests()]
     with engine_over(causal_model(), max_slots=8) as engine:
         expected = {result.index: result for result in engine.generate(requests)}
@@ -124,7 +124,7 @@ def test_a_row_that_fits_only_alone_costs_the_others_no_slot() -> None:
     engine.close()
 
 
-def test_a_prompt_too_large_for_one_forward_goes_in_chunks() -> None:
+def test_a_prompt_too_long_for_a_forward_is_chunked() -> None:
     asked = [5, 6, 7, 8] * 20
     with engine_over(causal_model()) as engine:
         (scored,) = engine.classify([ClassifyRequest(0, asked, LABELS)])
@@ -158,7 +158,7 @@ def test_a_row_that_never_fits_fails_alone() -> None:
     engine.close()
 
 
-def test_callers_of_several_threads_each_get_their_own_results() -> None:
+def test_each_thread_gets_its_own_results() -> None:
     rows = prompts(40)
     with engine_over(causal_model(), max_slots=6, max_batch_tokens=200) as engine:
 
@@ -207,7 +207,7 @@ def test_classify_and_generate_share_the_device_fairly() -> None:
     assert ended.count("generate") == 8
 
 
-def test_requests_are_taken_from_the_caller_as_they_are_needed() -> None:
+def test_requests_are_read_only_as_needed() -> None:
     taken = 0
 
     def requests() -> Iterator[ClassifyRequest]:
@@ -225,7 +225,7 @@ def test_requests_are_taken_from_the_caller_as_they_are_needed() -> None:
         assert len(list(engine.generate([GenerateRequest(0, [5], 3)]))) == 1
 
 
-def test_a_caller_that_stops_early_cancels_what_it_asked_for() -> None:
+def test_closing_the_iterator_cancels_its_requests() -> None:
     model = full_above(causal_model(), tokens=10**6)
     engine = TorchEngine(model, eos_id=EOS, token_count=TOKENS, max_slots=2)
     requests = (GenerateRequest(at, [5, 6], 200 if at else 1) for at in range(500))
@@ -237,7 +237,7 @@ def test_a_caller_that_stops_early_cancels_what_it_asked_for() -> None:
     engine.close()
 
 
-def test_an_error_of_the_callers_own_iterable_is_raised_to_it() -> None:
+def test_an_error_in_the_callers_iterable_is_raised() -> None:
     def requests() -> Iterator[GenerateRequest]:
         yield GenerateRequest(0, [5], 200)
         raise LookupError("mine")
@@ -253,7 +253,7 @@ def test_no_requests_give_no_results() -> None:
         assert list(engine.classify([])) == []
 
 
-def test_a_failure_reaches_every_waiting_and_every_later_caller() -> None:
+def test_a_failure_reaches_waiting_and_later_callers() -> None:
     model = full_above(causal_model(), tokens=10**6)
     engine = TorchEngine(model, eos_id=EOS, token_count=TOKENS, max_slots=2)
 
@@ -275,7 +275,7 @@ def test_a_failure_reaches_every_waiting_and_every_later_caller() -> None:
     engine.close()
 
 
-def test_closing_ends_the_worker_and_tells_who_still_waits() -> None:
+def test_closing_ends_the_worker_and_waiting_calls() -> None:
     before = set(threading.enumerate())
     with engine_over(causal_model(), max_slots=1) as engine:
         results = engine.generate(
@@ -298,7 +298,7 @@ def load_golden(name: str, **runtime: Any) -> tuple[Any, Any, Any]:
     return engine, json.loads((folder / "golden.json").read_text()), np.load(folder / "golden.npz")
 
 
-def test_golden_class_logits_alone_and_together() -> None:
+def test_golden_class_logits_alone_and_in_a_batch() -> None:
     engine, golden, arrays = load_golden("classifier")
     requests = [ClassifyRequest(at, row["input_ids"]) for at, row in enumerate(golden["rows"])]
     together = {result.index: result.scores for result in engine.classify(requests)}

@@ -1,4 +1,4 @@
-"""Recorded steps: on CPU behind a stand-in for the recorder, on a CUDA device as they are."""
+"""Recorded decode steps equal plain ones; on CPU, with a substitute for the recorder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.glm.tiny_glm import causal_model, engine_over, prompts
 
 
 class Recorder:
-    """Does what a recording promises: the same work again, on the same tensors."""
+    """Behaves like a recording: repeats the same work on the same tensors."""
 
     def __init__(self) -> None:
         self.recorded = 0
@@ -51,7 +51,7 @@ def with_graphs(engine: TorchEngine, recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize("prefix_places", [0, 5])
-def test_a_recorded_step_writes_what_the_plain_one_does(prefix_places: int) -> None:
+def test_a_replayed_step_equals_a_plain_one(prefix_places: int) -> None:
     model, recorder = causal_model(prefix_places), Recorder()
     with engine_over(model, max_slots=11) as engine:
         plain = {result.index: result for result in engine.generate(requests())}
@@ -62,7 +62,7 @@ def test_a_recorded_step_writes_what_the_plain_one_does(prefix_places: int) -> N
     assert 3 * recorder.recorded < recorder.replayed, "a step is recorded once for many replays"
 
 
-def test_a_step_that_cannot_be_recorded_is_run_as_it_is() -> None:
+def test_a_step_that_cannot_be_recorded_runs_plain() -> None:
     def refuse(work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
         raise RuntimeError("CUDA error: out of memory")
 
@@ -75,14 +75,14 @@ def test_a_step_that_cannot_be_recorded_is_run_as_it_is() -> None:
         assert {result.index: result for result in engine.generate(requests())} == plain
 
 
-def test_slots_are_rounded_up_by_an_eighth_at_most() -> None:
+def test_slots_are_rounded_up_by_at_most_an_eighth() -> None:
     assert [slot_bucket(slots) for slots in (1, 2, 3, 5, 9, 16)] == [1, 2, 4, 8, 16, 16]
     for slots in range(17, 2000):
         assert slots <= slot_bucket(slots) <= slots * 1.125
     assert len({slot_bucket(slots) for slots in range(1, 1025)}) < 60
 
 
-def test_places_are_rounded_up_to_blocks_by_a_quarter_at_most() -> None:
+def test_places_are_rounded_up_by_at_most_a_quarter() -> None:
     assert [place_bucket(places) for places in (1, 64, 65, 256)] == [
         BLOCK,
         BLOCK,
@@ -97,7 +97,7 @@ def test_places_are_rounded_up_to_blocks_by_a_quarter_at_most() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cuda_graphs_write_what_plain_steps_do(dtype: str) -> None:
+def test_cuda_graphs_equal_plain_steps(dtype: str) -> None:
     model = causal_model().to("cuda", getattr(torch, dtype))
     with engine_over(model, max_slots=11) as engine:
         recorded = {result.index: result for result in engine.generate(requests())}

@@ -1,4 +1,4 @@
-"""The slot cache keeps each row through growth and moves, within its memory."""
+"""The slot cache keeps its contents when it grows and moves slots, and its memory is limited."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLACE_BYTES = 2 * 2 * 2 * 4 * 4
 
 
 def filled(slots: int = 3, length: int = 64) -> SlotCache:
-    """A cache whose every number tells its layer, slot and place."""
+    """A cache in which every number encodes its layer, slot and place."""
     cache = SlotCache(SHAPE, max_places=1000, max_bytes=PLACE_BYTES * 64 * 8)
     cache.resize(slots, length)
     owners = torch.arange(slots).repeat_interleave(length)
@@ -36,7 +36,7 @@ def expected(slot: int, places: int) -> list[float]:
     return [10_000 + slot * 1_000 + place for place in range(places)]
 
 
-def test_a_row_keeps_what_was_written_when_the_cache_grows() -> None:
+def test_growing_the_cache_keeps_its_contents() -> None:
     cache = filled()
     cache.resize(5, 128)
     assert [row(cache, slot, 64) for slot in range(3)] == [expected(slot, 64) for slot in range(3)]
@@ -44,27 +44,27 @@ def test_a_row_keeps_what_was_written_when_the_cache_grows() -> None:
     assert not cache.keys_SGLD[1][:, :, 64:].any()
 
 
-def test_the_first_rows_are_kept_when_slots_are_given_up() -> None:
+def test_shrinking_keeps_the_first_slots() -> None:
     cache = filled()
     cache.resize(2, 128)
     assert [row(cache, slot, 64) for slot in range(2)] == [expected(slot, 64) for slot in range(2)]
 
 
-def test_moved_rows_replace_those_of_their_targets() -> None:
+def test_moved_slots_overwrite_their_targets() -> None:
     cache = filled(slots=4)
     cache.move([3, 2], [0, 1], 50)
     assert row(cache, 0, 50) == expected(3, 50)
     assert row(cache, 1, 50) == expected(2, 50)
 
 
-def test_a_wiped_slot_holds_nothing_of_its_row() -> None:
+def test_a_wiped_slot_is_all_zeros() -> None:
     cache = filled()
     cache.wipe([1])
     assert row(cache, 1, 64) == [0.0] * 64
     assert row(cache, 2, 64) == expected(2, 64)
 
 
-def test_a_prefix_is_put_at_the_head_of_its_slots_alone() -> None:
+def test_a_prefix_is_written_to_its_slots_only() -> None:
     cache = filled()
     prefix = KvPrefix(torch.full((2, 2, 5, 2, 4), 7.0), next_position=0)
     cache.write_prefix([0, 2], prefix)
@@ -74,7 +74,7 @@ def test_a_prefix_is_put_at_the_head_of_its_slots_alone() -> None:
     assert row(cache, 1, 64) == expected(1, 64)
 
 
-def test_dropping_gives_everything_back() -> None:
+def test_dropping_frees_all_memory() -> None:
     cache = filled()
     cache.drop()
     assert (cache.slots, cache.length, cache.keys_SGLD, cache.values_SGLD) == (0, 0, [], [])
@@ -85,9 +85,7 @@ def test_dropping_gives_everything_back() -> None:
     slots=st.integers(1, 8),
     length=st.integers(1, 8).map(lambda blocks: blocks * BLOCK),
 )
-def test_the_next_length_holds_what_is_asked_within_memory(
-    places: int, slots: int, length: int
-) -> None:
+def test_the_next_length_fits_the_places_and_memory(places: int, slots: int, length: int) -> None:
     cache = SlotCache(SHAPE, max_places=1000, max_bytes=PLACE_BYTES * 64 * 8)
     cache.slots, cache.length = slots, length
     longer = cache.next_length(places)
@@ -96,7 +94,7 @@ def test_the_next_length_holds_what_is_asked_within_memory(
     assert longer <= round_up(1000)
     allowed = cache.slots_within(longer)
     assert allowed == 1 or allowed * longer * PLACE_BYTES <= PLACE_BYTES * 64 * 8
-    # No slot is given up for room that is not needed yet.
+    # No slot is lost for places that are not needed yet.
     assert allowed >= min(slots, cache.slots_within(round_up(places)))
 
 

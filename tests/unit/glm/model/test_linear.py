@@ -1,4 +1,4 @@
-"""Products of every form beside torch's own."""
+"""Linear layers of every form, compared with torch's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from glmbatch.glm.engine.protocol import ClassifyRequest
 from glmbatch.glm.model.linear import Form, choose_form, product, swiglu
 from tests.unit.glm.tiny_glm import engine_over, head_model, prompts
 
-# The largest share of a result's scale by which rounding may move it.
+# The largest rounding error of each form, as a share of the scale of the results.
 TOLERANCE: dict[Form, float] = {"plain": 1e-6, "packed": 1e-6, "int8": 0.03}
 FORMS: tuple[Form, ...] = ("plain", "packed", "int8")
 
@@ -27,7 +27,7 @@ def assert_near(one: torch.Tensor, other: torch.Tensor, form: Form) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tokens", [1, 3, 64, 300])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_each_form_multiplies(form: Form, tokens: int, has_bias: bool) -> None:
+def test_each_form_computes_the_product(form: Form, tokens: int, has_bias: bool) -> None:
     weight, bias = filled(48, 96), filled(48, seed=1) if has_bias else None
     x, residual = filled(tokens, 96, seed=2), filled(tokens, 48, seed=3)
     before = residual.clone()
@@ -39,7 +39,7 @@ def test_each_form_multiplies(form: Form, tokens: int, has_bias: bool) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_each_form_gates(form: Form) -> None:
+def test_each_form_computes_swiglu(form: Form) -> None:
     weight, x = filled(64, 96) * 0.2, filled(7, 96, seed=2)
     gate, up = linear(x, weight).chunk(2, dim=-1)
     with torch.inference_mode():
@@ -47,7 +47,7 @@ def test_each_form_gates(form: Form) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_row_that_is_not_finite_stays_so_and_touches_no_other(form: Form) -> None:
+def test_a_non_finite_row_affects_no_other(form: Form) -> None:
     weight, x = filled(48, 96), filled(9, 96, seed=2)
     spoilt = x.clone()
     spoilt[3, 5], spoilt[6, 0] = torch.nan, torch.inf
@@ -59,7 +59,7 @@ def test_a_row_that_is_not_finite_stays_so_and_touches_no_other(form: Form) -> N
     assert not dirty[6].isfinite().any()
 
 
-def test_a_row_in_8_bits_is_the_same_bits_in_any_batch() -> None:
+def test_an_int8_row_has_the_same_bits_in_any_batch() -> None:
     weight, x = filled(200, 96), filled(300, 96, seed=2)
     with torch.inference_mode():
         asked = product(weight, None, "int8")
@@ -74,14 +74,14 @@ def test_rows_of_zeros_stay_zero() -> None:
         assert not product(filled(8, 96), None, "int8")(torch.zeros(4, 96)).any()
 
 
-def test_8_bits_are_refused_where_they_cannot_be_had() -> None:
+def test_int8_is_refused_where_it_is_not_supported() -> None:
     with pytest.raises(InputError, match="cuda:0: has no exact 8-bit products"):
         choose_form("int8", "cuda:0", "float32")
     with pytest.raises(InputError, match="int8 needs float32, not bfloat16"):
         choose_form("int8", "cpu", "bfloat16")
 
 
-def test_an_engine_in_8_bits_scores_close_to_one_in_float32() -> None:
+def test_int8_scores_are_close_to_float32_scores() -> None:
     rows = prompts(20)
     scores = []
     for quantization in ("none", "int8"):

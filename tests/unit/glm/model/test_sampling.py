@@ -1,4 +1,4 @@
-"""Sampling: which tokens can be drawn, how often, and what a row's draw may depend on."""
+"""Sampling: which tokens can be drawn, how often, and what a draw may depend on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def kept_by_transformers(logits_V: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """Probabilities after transformers' own warpers, in its order."""
+    """Probabilities after transformers' own logits warpers, in its order."""
     scores = TemperatureLogitsWarper(draw.temperature)(None, logits_V[None])
     if draw.top_k:
         scores = TopKLogitsWarper(draw.top_k)(None, scores)
@@ -31,7 +31,7 @@ def kept_by_transformers(logits_V: torch.Tensor, draw: Draw) -> torch.Tensor:
 
 
 def draw_many(logits_V: torch.Tensor, draw: Draw, count: int) -> torch.Tensor:
-    """How often each token comes out of `count` evenly spaced uniform numbers."""
+    """The share of each token among draws with `count` evenly spaced uniform numbers."""
     draws = [dataclasses.replace(draw, row=at, uniform=(at + 0.5) / count) for at in range(count)]
     tokens = next_tokens(logits_V.expand(count, -1), draws)
     return torch.bincount(torch.tensor(tokens), minlength=VOCAB) / count
@@ -44,7 +44,7 @@ def draw_many(logits_V: torch.Tensor, draw: Draw, count: int) -> torch.Tensor:
     top_k=st.sampled_from([0, 1, 2, 10, VOCAB, 500]),
     top_p=st.sampled_from([0.01, 0.3, 0.8, 0.95, 1.0]),
 )
-def test_draws_follow_the_distribution_that_transformers_cuts(
+def test_draws_follow_the_distribution_of_transformers(
     seed: int, temperature: float, top_k: int, top_p: float
 ) -> None:
     logits_V, draw = random_logits(1, seed)[0], Draw(0, temperature, top_k, top_p, 0.0)
@@ -54,7 +54,7 @@ def test_draws_follow_the_distribution_that_transformers_cuts(
     assert torch.allclose(drawn, expected, atol=2 / 2000)
 
 
-def test_no_number_draws_a_token_that_was_cut() -> None:
+def test_a_token_that_was_cut_is_never_drawn() -> None:
     logits_V = random_logits(1)[0]
     likeliest = int(logits_V.argmax())
     for uniform in (0.0, 0.5, 1 - 2.0**-32):
@@ -66,7 +66,7 @@ def test_no_number_draws_a_token_that_was_cut() -> None:
             assert next_tokens(logits_V[None], [draw]) == [likeliest]
 
 
-def test_equal_scores_at_a_cut_are_kept_together() -> None:
+def test_equal_logits_at_a_cut_are_kept_together() -> None:
     logits_V = torch.zeros(VOCAB)
     logits_V[[3, 7, 9]] = 5.0
     assert set(
@@ -99,7 +99,7 @@ def test_a_row_is_drawn_the_same_in_any_batch(seed: int, rows: int, data: st.Dat
         assert next_tokens(logits_RV[row : row + 1], alone) == [together[row]]
 
 
-def test_rows_without_a_draw_take_the_likeliest_token() -> None:
+def test_rows_without_a_draw_are_greedy() -> None:
     logits_RV = random_logits(3)
     tokens = next_tokens(logits_RV, [Draw(1, 5.0, 0, 1.0, 0.999)])
     assert [tokens[0], tokens[2]] == logits_RV.argmax(-1)[[0, 2]].tolist()
@@ -107,7 +107,7 @@ def test_rows_without_a_draw_take_the_likeliest_token() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_a_non_finite_row_is_marked_and_changes_no_other(bad: float, sampled: bool) -> None:
+def test_a_non_finite_row_is_marked_and_affects_no_other(bad: float, sampled: bool) -> None:
     logits_RV = random_logits(3)
     draws = [Draw(row, 1.0, 5, 0.9, 0.4) for row in range(3)] if sampled else []
     expected = next_tokens(logits_RV, draws)
@@ -116,7 +116,7 @@ def test_a_non_finite_row_is_marked_and_changes_no_other(bad: float, sampled: bo
 
 
 @given(seed=st.integers(0, 2**64 - 1))
-def test_uniform_numbers_depend_on_seed_and_place_alone(seed: int) -> None:
+def test_uniforms_depend_on_seed_and_index_only(seed: int) -> None:
     forward, backward = Uniforms(seed), Uniforms(seed)
     numbers = [forward.number(n) for n in range(130)]
     assert [backward.number(n) for n in reversed(range(130))] == numbers[::-1]
@@ -125,7 +125,7 @@ def test_uniform_numbers_depend_on_seed_and_place_alone(seed: int) -> None:
     assert Uniforms(seed ^ 1).number(0) != numbers[0]
 
 
-def test_uniform_numbers_never_change_between_releases() -> None:
+def test_uniforms_equal_those_of_earlier_releases() -> None:
     assert [Uniforms(7).number(n) * 2**32 for n in (0, 1, 64)] == [
         3745526968,
         1268584653,

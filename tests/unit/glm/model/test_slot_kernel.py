@@ -1,4 +1,4 @@
-"""The compiled attention of slots: as torch's for any shape and length; nothing is hidden."""
+"""The compiled attention of decode steps equals torch's for any shape, length and values."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def cache(groups: int, head_dim: int) -> SlotCache:
 
 
 def new(heads: int, groups: int, head_dim: int) -> list[torch.Tensor]:
-    """Query, key and value as a layer has them: parts of one tensor."""
+    """Query, key and value as in a layer: views of one tensor."""
     random = torch.Generator().manual_seed(2)
     projected = torch.randn((len(PLACES), heads + 2 * groups, head_dim), generator=random)
     return list(torch.split(projected, [heads, groups, groups], dim=1))
 
 
 @pytest.mark.parametrize(("heads", "groups", "head_dim"), [(8, 2, 16), (3, 3, 10)])
-def test_it_attends_and_stores_as_torch_does(heads: int, groups: int, head_dim: int) -> None:
+def test_the_kernel_equals_attention_by_torch(heads: int, groups: int, head_dim: int) -> None:
     ours, theirs = cache(groups, head_dim), cache(groups, head_dim)
     query, key, value = new(heads, groups, head_dim)
     for layer in range(2):
@@ -52,16 +52,16 @@ def test_it_attends_and_stores_as_torch_does(heads: int, groups: int, head_dim: 
 
 
 @pytest.mark.parametrize(("size", "tolerance"), [(1e-30, 1e-6), (60.0, 1e-4), (1e4, 1e-2)])
-def test_weights_stay_right_for_scores_of_any_size(size: float, tolerance: float) -> None:
+def test_attention_is_accurate_for_scores_of_any_size(size: float, tolerance: float) -> None:
     query, key, value = new(8, 2, 16)
     query = query * size
     expected = SlotLoop(cache(2, 16), PLACES).attend(0, query, key, value, SCALING)
     attended = SlotKernel(cache(2, 16), PLACES).attend(0, query, key, value, SCALING)
-    # A score of size s is right to s times 1e-7, and its weight with it.
+    # A score of size s has an error of up to s * 1e-7, and so has its weight.
     torch.testing.assert_close(attended, expected, rtol=0, atol=tolerance)
 
 
-def test_exponentials_are_right_to_two_units_in_the_last_place() -> None:
+def test_exp_is_accurate_to_two_units_in_the_last_place() -> None:
     def compute(x: np.ndarray) -> np.ndarray:
         exponentials = numba.njit(**_OPTIONS)(
             lambda values: np.array([_exp(value) for value in values])
@@ -79,20 +79,20 @@ def test_exponentials_are_right_to_two_units_in_the_last_place() -> None:
 
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("part", [0, 1, 2])
-def test_what_is_not_finite_shows_in_its_own_slot_alone(part: int, fault: float) -> None:
+def test_a_non_finite_value_affects_its_slot_only(part: int, fault: float) -> None:
     parts = new(8, 2, 16)
     sound = SlotKernel(cache(2, 16), PLACES).attend(0, *parts, SCALING)  # type: ignore[misc]
     parts[part][5, 1, 3] = fault
     expected = SlotLoop(cache(2, 16), PLACES).attend(0, *parts, SCALING)  # type: ignore[misc]
     attended = SlotKernel(cache(2, 16), PLACES).attend(0, *parts, SCALING)  # type: ignore[misc]
     assert torch.equal(attended.isfinite(), expected.isfinite())
-    assert part == 1 or not attended[5].isfinite().all()  # a key may weigh nothing
+    assert part == 1 or not attended[5].isfinite().all()  # a key may have no weight
     others = torch.arange(len(PLACES)) != 5
     assert torch.equal(attended[others], sound[others])
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_without_numba_torch_attends_and_writes_the_same(
+def test_without_numba_the_results_are_the_same(
     monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
     if not installed:
@@ -107,7 +107,7 @@ def test_without_numba_torch_attends_and_writes_the_same(
 
 
 @pytest.mark.slow
-def test_it_works_where_no_compiled_code_can_be_kept() -> None:
+def test_the_kernel_runs_without_a_cache_folder() -> None:
     code = (
         "from glmbatch.glm.model.slot_kernel import _kernel; print(_kernel(2, 4).stats.cache_path)"
     )

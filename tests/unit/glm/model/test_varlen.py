@@ -1,4 +1,4 @@
-"""Attention of a whole batch in two calls: on CPU with a stand-in for torch's kernel."""
+"""Attention of a whole batch in two calls, on CPU with a substitute for torch's kernel."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_varlen_calls_equal_a_loop_over_spans(
     ("dtype", "tolerance"), [("float32", 1e-3), ("float16", 0.05), ("bfloat16", 0.5)]
 )
 @pytest.mark.parametrize("shared", [0, TEMPLATE])
-def test_cuda_answers_as_the_cpu_does(dtype: str, tolerance: float, shared: int) -> None:
+def test_cuda_and_cpu_give_the_same_answers(dtype: str, tolerance: float, shared: int) -> None:
     model = causal_model(5)
     on_cuda = copy.deepcopy(model).to("cuda", getattr(torch, dtype))
     expected, actual = all_answers(model, LABELS, shared), all_answers(on_cuda, LABELS, shared)
