@@ -5,6 +5,7 @@ Every function escapes the texts that it is given. Knows nothing of runs, scores
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -21,12 +22,12 @@ CHARACTER = 6
 # Even if some text acted as markup, it could load nothing.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:66em;margin:2em auto;padding:0 1em;"
     "color:#222}"
     "table{border-collapse:collapse;margin:1em 0}"
-    "td,th{border:1px solid #ccc;padding:.25em .6em;text-align:right;max-width:36em;"
+    "td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left;max-width:36em;"
     "overflow-wrap:break-word}"
-    "td:first-child,th:first-child,.facts td{text-align:left}"
+    "td.number{text-align:right}.facts td{text-align:left}"
     "svg{background:#fafafa;margin:.3em;font-size:11px}"
     ".warn{color:#a40}"
 )
@@ -35,6 +36,8 @@ STYLE = (
 Line = tuple[str, Sequence[tuple[float, float]]]
 # Name and heights of one series of bars.
 Bars = tuple[str, Sequence[float]]
+# A cell with nothing but a number is aligned to the right.
+NUMBER = re.compile(r"[\d.,%+-]+")
 # Name of an axis, and the texts at its ends.
 Axis = tuple[str, str, str]
 
@@ -78,9 +81,14 @@ def facts(lines: Iterable[tuple[str, object]]) -> str:
 def _rows(rows: Iterable[Sequence[object]]) -> str:
     lines = []
     for row in rows:
-        cells = "".join(f"<td>{escape(str(value))}</td>" for value in row)
+        cells = "".join(_cell(str(value)) for value in row)
         lines.append(f"<tr>{cells}</tr>")
     return "".join(lines)
+
+
+def _cell(text: str) -> str:
+    kind = " class=number" if NUMBER.fullmatch(text) else ""
+    return f"<td{kind}>{escape(text)}</td>"
 
 
 def lines(title: str, x_name: str, y_name: str, series: Sequence[Line]) -> str:
@@ -105,8 +113,8 @@ def lines(title: str, x_name: str, y_name: str, series: Sequence[Line]) -> str:
         for x, y in places:
             drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>')
     drawn += _legend([name for name, _ in series])
-    x_axis = (x_name, f"{left:.4g}", f"{right:.4g}")
-    y_axis = (y_name, f"{low:.3g}", f"{high:.3g}")
+    x_axis = (x_name, _number(left), _number(right))
+    y_axis = (y_name, _number(low), _number(high))
     return _svg(title, x_axis, y_axis, drawn)
 
 
@@ -130,7 +138,7 @@ def bars(title: str, x_name: str, y_name: str, names: Sequence[str], series: Seq
         for at, name in enumerate(names):
             drawn.append(_text(EDGE + slot * (at + 0.5), _y(0) + 14, name[:fits]))
     drawn += _legend([name for name, _ in series])
-    return _svg(title, (x_name, *ends), (y_name, "0", f"{high:.3g}"), drawn)
+    return _svg(title, (x_name, *ends), (y_name, "0", _number(high)), drawn)
 
 
 def _bar(x: float, width: float, share: float, number: int, tip: str) -> str:
@@ -191,6 +199,11 @@ def _x(share: float) -> float:
 def _y(share: float) -> float:
     """The vertical pixel at `share` of the y axis; pixels count from the top."""
     return HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * share
+
+
+def _number(value: float) -> str:
+    """Three digits of `value`, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
