@@ -1,7 +1,9 @@
 # make demo    set up and run the main job over the sample           make check    format, lint, types, plain tests (seconds)
 # make test    set up and pass all tests                             make newest   plain tests on the newest of everything
 # make up      Prefect with its UI, the deployments and a worker, in the background       make down     stop them
-# make constraints    pin the newest of everything                   make help     this list
+# make docs    build the site into build/site                       make diagrams    draw docs/img again (needs Graphviz)
+# make release    build the wheel and try it in an empty place      make constraints    pin the newest of everything
+# make help    this list
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
@@ -14,7 +16,10 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 # With it set, every process would compile all packages again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo up down test check lint newest sample constraints clean
+# Material for MkDocs warns of a successor at each build.
+export NO_MKDOCS_2_WARNING := 1
+
+.PHONY: help setup demo up down test check lint docs diagrams newest sample release constraints clean
 
 help:
 	@grep '^# make' Makefile | sed 's/^# //'
@@ -57,6 +62,13 @@ lint: setup
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 
+# A broken link or a page outside the navigation is an error.
+docs: setup
+	$(RUN)/mkdocs build --strict
+
+diagrams:
+	for source in docs/diagrams/*.dot; do dot -Tsvg $$source -o docs/img/$$(basename $$source .dot).svg || exit 1; done
+
 sample: setup
 	$(RUN)/python sample_data/make.py
 
@@ -69,6 +81,13 @@ newest:
 	.venv-newest/bin/uv pip install --quiet --python .venv-newest/bin/python --upgrade -C editable_mode=compat '$(TORCH)' -e '.[test]'
 	.venv-newest/bin/python -m pytest $(IN_TWO) -m "not slow and not prefect and not gpu"
 
+# The wheel and the source archive, then the wheel alone in empty environments, one for each Python in PYTHONS.
+PYTHONS ?= $(PYTHON)
+release: setup
+	rm -rf dist
+	$(RUN)/uv build --quiet
+	for python in $(PYTHONS); do bash deployments/try_wheel.sh $$python || exit 1; done
+
 constraints: | $(RUN)/uv
 	@mkdir -p build && echo '$(TORCH)' > build/torch.txt
 	# Without the wheels of this machine, whose local versions nobody else has.
@@ -76,4 +95,4 @@ constraints: | $(RUN)/uv
 	  --python-version 3.11 --no-annotate --custom-compile-command 'make constraints' -o constraints.txt > build/constraints.log
 
 clean:
-	rm -rf $(VENV) .venv-newest .prefect sample_data/out
+	rm -rf $(VENV) .venv-newest .prefect sample_data/out build dist

@@ -64,8 +64,8 @@ def test_every_reader_finds_all_rows_and_answers(folder: Path, reader: str) -> N
     assert list(rows(found)) == list(rows(expected))
 
 
-def test_the_readme_says_how_each_reader_reads() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_documents_say_how_each_reader_reads() -> None:
+    page = (ROOT / "docs/answers.md").read_text()
     for call in (
         "pandas.read_parquet('out')",
         "spark.read.parquet('out')",
@@ -75,4 +75,4 @@ def test_the_readme_says_how_each_reader_reads() -> None:
         f"daft.read_parquet('{GLOB}')",
         f"datasets.load_dataset('parquet', data_files='{GLOB}')",
     ):
-        assert call in readme
+        assert call in page

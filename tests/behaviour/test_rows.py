@@ -226,6 +226,6 @@ def test_duckdb_finds_every_row_once_by_the_readme_glob(
     write_source("b.parquet", {"text": ["flat"]})
     run(job_settings(steps=[CLASSIFY], max_error_rate=0.5))
     glob = "out/**/*-??????????.parquet"
-    assert glob in (ROOT / "README.md").read_text()
+    assert glob in (ROOT / "docs/answers.md").read_text()
     table = f"read_parquet('{tmp_path}/{glob}', union_by_name=true)"
     assert duckdb.sql(f"select count(*) from {table}").fetchall() == [(12,)]

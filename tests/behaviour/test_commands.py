@@ -1,0 +1,113 @@
+"""Every command of the documents runs, and what the README shows is what is printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from glmbatch.settings.job import JobConfig
+from tests.support import ROOT
+
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/**/*.md")))]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    lines = "\n".join(blocks(page, "sh")).splitlines()
+    shown = [line.split(" #")[0].strip() for line in lines if line.strip()]
+    return [line for line in shown if not line.startswith("make")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One for each page: a later command may look at what an earlier one wrote."""
+    return {page: tmp_path_factory.mktemp("page") for page in PAGES}
+
+
+def run(command: str | list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `command` from the checkout's root, with `folder` in place of /tmp."""
+    programs = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PREFECT_HOME": str(folder / "prefect"),
+    }
+    shell = isinstance(command, str)
+    return subprocess.run(
+        command.replace("/tmp/", f"{folder}/") if isinstance(command, str) else command,
+        shell=shell,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        check=False,
+        timeout=500,
+    )
+
+
+def test_the_two_commands_come_first_and_ci_runs_the_second() -> None:
+    lines = "\n".join(blocks("README.md", "sh")).splitlines()
+    assert [line.split(" #")[0].strip() for line in lines[:2]] == ["make demo", "make test"]
+    assert "make test" in (ROOT / ".ci/run").read_text().splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "command"), [(page, command) for page in PAGES for command in commands(page)]
+)
+def test_each_command_runs(page: str, command: str, folders: dict[str, Path]) -> None:
+    done = run(command, folders[page])
+    assert done.returncode in {0, 3}, done.stderr
+    assert done.stdout
+
+
+def without_numbers(text: str) -> list[str]:
+    """The lines without what differs from run to run or between processors.
+
+    Times and names of runs do, and a few labels.
+    """
+    text = re.sub(r"[0-9a-f]{32}", "N", text)
+    text = re.sub(r"(?<![\w-])[0-9][0-9,.]*(?![\w-])", "N", text)
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.prefect
+def test_the_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    job = "glmbatch run sample_data/reviews.yaml"
+    assert f"$(RUN)/{job}" in (ROOT / "Makefile").read_text()
+    done = run(f"{job} --output {tmp_path / 'answers'}", tmp_path)
+    assert done.returncode == 3, done.stderr
+    printed = done.stdout.replace(str(tmp_path / "answers"), "sample_data/out")
+    shown = blocks("README.md", "text")[0]
+    # The README leaves lines out, but shows the others in their order.
+    rest = iter(without_numbers(printed))
+    for line in without_numbers(shown):
+        assert line in rest, line
+    assert printed.split(" fragments")[0] == shown.split(" fragments")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_the_python_examples_run(page: str, tmp_path: Path) -> None:
+    for code in blocks(page, "python"):
+        done = run([sys.executable, "-c", code.replace("/tmp/", f"{tmp_path}/")], tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_jobs_shown_are_jobs() -> None:
+    shown = [yaml.safe_load(block) for page in PAGES for block in blocks(page, "yaml")]
+    jobs = [job for job in shown if {"data", "model", "steps"} <= set(job)]
+    assert jobs
+    for job in jobs:
+        JobConfig.model_validate(job)
