@@ -99,7 +99,7 @@ def test_a_job_stops_when_no_row_fits_in_memory(
 def test_some_failed_rows_do_not_stop_a_job(
     write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither when one file fails as a whole, nor when the same rows fail again the next night."""
+    """The job continues if every row of one file fails, and if they fail again the next night."""
     prefill = Network.prefill
 
     def short_of_memory(self: Network, prompts: Any, prefix: Any, *store: Any) -> Any:

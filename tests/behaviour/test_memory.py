@@ -42,7 +42,9 @@ def write_wide_rows(path: Path, rows: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_tenfold_file_needs_little_more_memory(tmp_path: Path, job_settings: Settings) -> None:
+def test_a_file_ten_times_larger_needs_little_more_memory(
+    tmp_path: Path, job_settings: Settings
+) -> None:
     peaks = {}
     for rows in (10_000, 100_000):
         folder = tmp_path / str(rows)

@@ -116,7 +116,7 @@ def test_a_renamed_step_renames_its_columns(
         assert "reply" not in row
 
 
-def test_fewer_fragments_replace_a_files_many_fragments(
+def test_larger_fragments_replace_smaller_ones(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("a.parquet", {"text": [f"row {n}" for n in range(20)]})

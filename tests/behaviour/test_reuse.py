@@ -19,7 +19,7 @@ from glmbatch.ledger.verification import verify
 from tests.support import CAUSAL, CLASSIFY, Settings, Write, rows_of, run
 
 ROWS = 40
-FAILED = 10  # two of each fragment of 8
+FAILED = 10  # two in each fragment of 8 rows
 
 
 def computed(settings: dict[str, Any]) -> list[int]:
@@ -141,7 +141,7 @@ def test_answers_in_a_changed_file_are_not_trusted(
 
 
 @pytest.mark.parametrize("changed", ["weights", "labels", "dtype"])
-def test_settings_that_change_answers_ask_again(
+def test_changes_that_affect_answers_ask_again(
     changed: str, published: dict[str, Any], job_settings: Settings, tmp_path: Path
 ) -> None:
     settings = job_settings()

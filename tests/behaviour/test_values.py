@@ -50,7 +50,7 @@ def test_another_tools_footer_does_not_hide_the_answers(
 
 
 @pytest.mark.parametrize("inside", ["column", "list", "struct"])
-def test_int96_times_keep_their_instant(
+def test_int96_times_keep_their_value(
     write_source: Write, job_settings: Settings, out: Path, inside: str
 ) -> None:
     times = pa.array(FAR, pa.timestamp("us"))

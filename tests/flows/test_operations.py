@@ -371,7 +371,7 @@ def test_a_schedule_starts_runs_and_cancels_overlaps(
     assert verify(out).findings == ()
 
 
-def test_a_delivery_starts_a_run_whose_failed_audit_alerts(
+def test_a_delivery_starts_a_run_and_a_failed_audit_alerts(
     here: Local, api: Api, job: Callable[..., dict[str, Any]], inbox: Inbox, out: Path
 ) -> None:
     api.set_parameters("notify/alerts", block=inbox.block(api))
@@ -436,7 +436,7 @@ def test_a_cancelled_run_stops_and_the_next_resumes(
     assert len(rows_of(out)) == 200
 
 
-def test_a_users_flow_runs_a_deployment(
+def test_a_user_flow_can_run_a_deployment(
     here: Local, api: Api, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
     api.set_parameters("annotate/arrivals", job=job())
@@ -454,7 +454,7 @@ def test_a_users_flow_runs_a_deployment(
     assert len(rows_of(out)) == 40
 
 
-def test_it_also_starts_on_sqlite(
+def test_the_local_server_also_runs_on_sqlite(
     tmp_path: Path, job: Callable[..., dict[str, Any]], out: Path
 ) -> None:
     plain = Local(tmp_path / "home", free_port())

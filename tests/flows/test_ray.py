@@ -67,7 +67,7 @@ def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> Cal
 
 
 def busy_engine(run: subprocess.Popen[bytes]) -> psutil.Process:
-    """An engine process of `run` that is busy now. Between two calls there is none."""
+    """Wait for an engine process of `run` that is in the middle of a call."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         for child in psutil.Process(run.pid).children(recursive=True):
