@@ -7,13 +7,13 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
-# uv does not read pip's settings; a folder of wheels given to pip is given to uv too.
+# uv ignores pip's settings, so give it pip's folder of wheels.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-# A file's tests stay together in one process, each of which has a Prefect server of its own.
+# Each process has its own Prefect server, and all tests of a file run in one process.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
-# Prefect's database and settings for this checkout alone.
+# Prefect's database and settings, only for this checkout.
 export PREFECT_HOME ?= $(CURDIR)/.prefect
-# With it set, every process would compile all packages again.
+# If it were set, every process would compile all packages again.
 unexport PYTHONDONTWRITEBYTECODE
 
 # Material for MkDocs warns of a successor at each build.
@@ -24,7 +24,7 @@ export NO_MKDOCS_2_WARNING := 1
 help:
 	@grep '^# make' Makefile | sed 's/^# //'
 
-# As a path: else a script beside the checkout takes the checkout's folder for the package, which has the same name.
+# Installed as a path entry; otherwise a script next to the checkout imports its folder, which has the package's name.
 INSTALL = $(RUN)/uv pip install --quiet --python $(RUN)/python -C editable_mode=compat
 
 $(RUN)/uv:
@@ -32,7 +32,7 @@ $(RUN)/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet 'uv>=0.9,<1'
 
-# What running needs; `ready` has what the tests need on top.
+# What a run needs; `ready` adds what the tests need.
 $(VENV)/ready-to-run: pyproject.toml constraints.txt | $(RUN)/uv
 	$(INSTALL) -c constraints.txt -e '.[cpu,train]'
 	@touch $@
@@ -43,14 +43,14 @@ $(VENV)/ready: pyproject.toml constraints.txt | $(RUN)/uv
 
 setup: $(VENV)/ready
 
-# Exit code 3 says that rows were quarantined: the sample holds some on purpose.
+# Exit code 3 means that rows were quarantined; the sample has some on purpose.
 demo: $(VENV)/ready-to-run
 	$(RUN)/glmbatch run sample_data/reviews.yaml || test $$? -eq 3
 
 up down: $(VENV)/ready-to-run
 	@$(RUN)/python -m deployments.local $@
 
-# Two processes: the suite waits for servers and schedules about as long as it computes.
+# Two processes, because the tests wait for servers and schedules about half of the time.
 test: setup
 	$(RUN)/python -m pytest $(IN_TWO)
 
@@ -72,10 +72,10 @@ diagrams:
 sample: setup
 	$(RUN)/python sample_data/make.py
 
-# torch is raised by hand, where builds of it for CPU and GPU are at hand; everything else is taken as new as it gets.
+# torch is upgraded by hand, because it needs builds for CPU and GPU. Everything else is upgraded to the newest version.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-# In an environment of its own, which stays for a closer look.
+# In a separate environment, which is kept for inspection.
 newest:
 	$(MAKE) VENV=.venv-newest .venv-newest/bin/uv
 	.venv-newest/bin/uv pip install --quiet --python .venv-newest/bin/python --upgrade -C editable_mode=compat '$(TORCH)' -e '.[test]'
@@ -90,7 +90,7 @@ release: setup
 
 constraints: | $(RUN)/uv
 	@mkdir -p build && echo '$(TORCH)' > build/torch.txt
-	# Without the wheels of this machine, whose local versions nobody else has.
+	# Without this machine's own wheels, whose local versions exist nowhere else.
 	UV_FIND_LINKS= $(RUN)/uv pip compile pyproject.toml --upgrade -c build/torch.txt --universal --all-extras \
 	  --python-version 3.11 --no-annotate --custom-compile-command 'make constraints' -o constraints.txt > build/constraints.log
 

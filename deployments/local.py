@@ -1,12 +1,12 @@
-"""Prefect on one machine, in the background: a server with its UI, the deployments, and a worker.
+"""Runs Prefect in the background on one machine: a server with its UI, a worker, the deployments.
 
     python -m deployments.local up|down|status     (`make up`, `make down`)
-    python -m deployments.local deploy             the deployments alone, on PREFECT_API_URL
+    python -m deployments.local deploy             only the deployments, on PREFECT_API_URL
 
-Everything listens on loopback, on port PREFECT_SERVER_API_PORT (4200), and writes to PREFECT_HOME
-(.prefect), where the server's password is kept. Processes are found by their environment, which
-their children inherit. So a run is found even after the worker that started it was killed, which a
-stored process id cannot do.
+The server listens only on loopback, on port PREFECT_SERVER_API_PORT (4200). Everything is stored in
+PREFECT_HOME (.prefect), also the server's password. Processes are found by their environment, which
+their children inherit. Unlike a stored process id, this finds a run even after its worker was
+killed.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ ROOT = Path(__file__).resolve().parent.parent
 POOL = "glmbatch"
 DEPLOYMENTS = ROOT / "deployments" / "prefect.yaml"
 SILENT_RUNS = ROOT / "deployments" / "silent_runs.yaml"
-# A worker that is asked to end stops its runs first, and waits for them.
+# A worker that is asked to stop first stops its runs and waits for them.
 GRACE_SECONDS = 30
 
-# Each applies only where the user's environment has no value of its own.
+# Defaults that the user's environment overrides.
 DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    # The second UI of Prefect 3.9 asks a company for its settings, whatever the others say.
+    # The second UI of Prefect 3.9 loads its settings from a company's server, despite the others.
     "PREFECT_SERVER_UI_V2_ENABLED": "false",
     "DO_NOT_TRACK": "1",
-    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; Prefect accepts no less
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds, Prefect's minimum
     "PREFECT_WORKER_QUERY_SECONDS": "5",
-    # By default a server that was down for over a minute forgets which runs owe it a heartbeat.
+    # By default, a server that was down for over a minute forgets which runs owe a heartbeat.
     "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P7D",
 }
 
@@ -74,12 +74,12 @@ class Local:
 
     @property
     def ui(self) -> str:
-        """The address of the UI."""
+        """The URL of the UI."""
         return f"http://{LOOPBACK}:{self.port}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables of every process here, and of a shell that talks to the server."""
+        """The environment of the server, the worker, and a shell that uses the server."""
         password = self._password
         ours = {
             "PREFECT_HOME": str(self.home),
@@ -92,69 +92,69 @@ class Local:
 
     @property
     def password_file(self) -> Path:
-        """The file with the password, which its owner alone can read."""
+        """The file with the server's password; only its owner can read it."""
         return self.home / "password"
 
     def up(self) -> None:
         """Start what is not running, and update the deployments from prefect.yaml.
 
-        Returns once the worker asks for runs of every deployment. Raises InputError if the port is
-        taken, TransientError if the server or the worker does not start.
+        Returns once the worker polls for runs of every deployment. Raises InputError if the port is
+        in use, TransientError if the server or the worker does not start.
         """
         self._start_server()
         deploy(self.environment)
         asked_after = datetime.min.replace(tzinfo=UTC)
         if self.leader("worker") is None:
-            # Until a minute later the server takes a killed worker for one that lives.
+            # The server counts a killed worker as alive for a minute.
             asked_after = datetime.now(UTC)
             pool = ("--pool", POOL, "--type", "process", "--install-policy", "never")
             self._start("worker", "worker", "start", *pool)
         self._wait_for_worker(asked_after)
 
     def down(self) -> list[str]:
-        """Stop the worker with its runs, then the server; what was stopped.
+        """Stop the worker with its runs, then the server; returns what was stopped.
 
-        Runs that were cut off are still "running" in the database. After the next `up` the
-        heartbeat automation marks them as crashed.
+        Interrupted runs are still "running" in the database. After the next `up`, the heartbeat
+        automation marks them as crashed.
         """
         stopped = []
         for name in ("worker", "server"):
             leader = self.leader(name)
             family = self.processes(name)
             if leader is not None:
-                # Alone at first: it stops its own children in order.
+                # The leader alone first, so that it stops its own children cleanly.
                 stop([leader], GRACE_SECONDS)
                 stopped.append(f"{name} (process {leader.pid})")
             elif family:
-                stopped.append(f"what a killed {name} left ({len(family)} processes)")
+                stopped.append(f"{len(family)} leftover processes of a killed {name}")
             stop(self.processes(name))
         return stopped
 
     def leader(self, name: str) -> psutil.Process | None:
-        """The living process that `up` started as "server" or "worker"; None without one."""
+        """The live process that `up` started as "server" or "worker"; None if there is none."""
         for process in self.processes(name):
-            with suppress(psutil.Error):  # it may end at any moment
+            with suppress(psutil.Error):  # it may end at any time
                 # Its children have the same environment, but other commands.
                 if name in process.cmdline():
                     return process
         return None
 
     def processes(self, name: str) -> list[psutil.Process]:
-        """The living processes of the "server" or the "worker", with the worker's runs."""
+        """All live processes of the "server" or the "worker", including the worker's runs."""
         return [process for process in psutil.process_iter() if self._is(name, process)]
 
     def log(self, name: str) -> Path:
-        """The file that the "server" or the "worker" logs to."""
+        """The log file of the "server" or the "worker"."""
         return self.home / f"{name}.log"
 
     @property
     def _password(self) -> str:
-        """The password in the environment, or else in the file, which is made once."""
+        """The password in the environment, or else in the file, which is created once."""
         if given := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
             return given
         if not self.password_file.exists():
             self.home.mkdir(parents=True, exist_ok=True)
-            # For this user alone from its first moment, and there whole or not at all.
+            # mkstemp makes it readable only for this user; the link makes it appear complete.
             descriptor, name = tempfile.mkstemp(dir=self.home)
             with open(descriptor, "w", encoding="utf-8") as file:
                 file.write(new_password() + "\n")
@@ -172,20 +172,19 @@ class Local:
             server = psutil.Process(self._start("server", "server", "start", *place).pid)
             wait_until_ready(address, server, f"See {self.log('server')}.")
             return
-        # One that a killed `up` started may still be on its way.
+        # A server that a killed `up` started may still be starting.
         seconds = START_SECONDS - (time.time() - leader.create_time())
         hint = f"See {self.log('server')}, and run make down first."
         wait_until_ready(address, leader, hint, seconds)
         if accepts(address, None) or not accepts(address, self._password):
             raise InputError(
-                f"{address}: the server was started without a password, or with another one. "
-                "Run make down first."
+                f"{address}: the running server has another password, or none. Run make down first."
             )
 
     def _wait_for_worker(self, asked_after: datetime) -> None:
-        """Return once the worker has asked for runs since then, and its deployments are ready.
+        """Return once the worker has polled every deployment since `asked_after`.
 
-        Raises TransientError if it does not.
+        TransientError if it does not in START_SECONDS.
         """
         until = time.monotonic() + START_SECONDS
         with client_of(self.environment) as client:
@@ -194,13 +193,13 @@ class Local:
                     return
                 time.sleep(0.5)
         raise TransientError(
-            f"{self.ui}: the worker does not ask for runs. See {self.log('worker')}."
+            f"{self.ui}: the worker does not poll for runs. See {self.log('worker')}."
         )
 
     def _check_port(self) -> None:
-        """Raise InputError if something else listens on the port: Prefect would only log it."""
+        """Raise InputError if the port is in use, because Prefect would only log that."""
         with socket.socket() as probe:
-            # As the server does: else a port is taken for a minute after its last connection.
+            # As the server does. Otherwise a port stays in use for a minute after it is closed.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((LOOPBACK, self.port))
@@ -223,13 +222,13 @@ class Local:
             return False
         return (
             environment.get("GLMBATCH_PROCESS") == name
-            # Another checkout has a PREFECT_HOME, a server and a worker of its own.
+            # Another checkout has its own PREFECT_HOME, server and worker.
             and environment.get("PREFECT_HOME") == str(self.home)
         )
 
 
 def local() -> Local:
-    """The server and worker that the environment names; InputError for a port that is none."""
+    """The server and worker that the environment describes. InputError if its port is invalid."""
     port = os.environ.get("PREFECT_SERVER_API_PORT", "4200")
     if not port.isdigit():
         raise InputError(f"PREFECT_SERVER_API_PORT: must be a port number, not {port!r}.")
@@ -238,13 +237,14 @@ def local() -> Local:
 
 
 def deploy(environment: Mapping[str, str]) -> None:
-    """Put the work pool, the heartbeat automation and the deployments on PREFECT_API_URL.
+    """Create the work pool, the heartbeat automation and the deployments on a server.
 
-    `environment` names the server. Safe to repeat. Raises TransientError if Prefect refuses.
+    `environment` has its PREFECT_API_URL and password. Safe to repeat. Raises TransientError if
+    Prefect refuses.
     """
     with client_of(environment) as client:
         _create_pool_and_watch(client)
-    # Prefect reads prefect.yaml in its command alone, not in a function that we could call.
+    # Only Prefect's command reads prefect.yaml; it has no public function for that.
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     command += ["--prefect-file", str(DEPLOYMENTS)]
     done = subprocess.run(
@@ -252,13 +252,13 @@ def deploy(environment: Mapping[str, str]) -> None:
     )
     if done.returncode:
         output = " ".join((done.stdout + done.stderr).split())
-        raise TransientError(f"{DEPLOYMENTS}: not deployed: {output}")
+        raise TransientError(f"{DEPLOYMENTS}: the deployments were not created: {output}")
 
 
 @contextmanager
 def client_of(environment: Mapping[str, str]) -> Iterator[SyncPrefectClient]:
-    """A client of the server that `environment` names, with its password if it has one."""
-    # Loading Prefect takes seconds, which `status` and `down` save.
+    """A client of the server in PREFECT_API_URL of `environment`, with its password if set."""
+    # Imported here, because it takes seconds that `status` and `down` can save.
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
@@ -271,7 +271,7 @@ def client_of(environment: Mapping[str, str]) -> Iterator[SyncPrefectClient]:
 
 
 def _create_pool_and_watch(client: SyncPrefectClient) -> None:
-    """Create the work pool and the heartbeat automation, unless the server has them."""
+    """Create the work pool and the heartbeat automation if the server does not have them."""
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.events.schemas.automations import AutomationCore
     from prefect.exceptions import ObjectAlreadyExists
@@ -279,13 +279,13 @@ def _create_pool_and_watch(client: SyncPrefectClient) -> None:
     watch = AutomationCore.model_validate(yaml.safe_load(SILENT_RUNS.read_text(encoding="utf-8")))
     with suppress(ObjectAlreadyExists):
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-    # Never updated: an update drops the runs it tracks, and what a person changed in the UI.
+    # Never updated: an update would drop the runs it tracks and all changes made in the UI.
     if not client.read_automations_by_name(watch.name):
         client.create_automation(watch)
 
 
 def is_served(client: SyncPrefectClient, asked_after: datetime) -> bool:
-    """Whether a worker has asked for runs of every deployment of the pool since `asked_after`."""
+    """Whether a worker has polled every deployment of the pool since `asked_after`."""
     from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
 
     ours = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
@@ -297,7 +297,7 @@ def is_served(client: SyncPrefectClient, asked_after: datetime) -> bool:
 
 
 def describe(services: Local) -> str:
-    """What is running, where to look, and what to do next."""
+    """What is running, where its logs and UI are, and how to use it from a shell."""
     lines = []
     for name in ("server", "worker"):
         leader = services.leader(name)
@@ -307,8 +307,8 @@ def describe(services: Local) -> str:
     if is_ready(address):
         password = f'"$(cat {services.password_file})"'
         lines += [
-            f"UI: {services.ui} (Deployments, a name, Run: with other settings in its form)",
-            f"password: the line in {services.password_file}, which the UI asks for once",
+            f"UI: {services.ui} (choose one under Deployments; Run shows a form with its settings)",
+            f"password: the line in {services.password_file}; the UI asks for it once",
             f"in a shell: export PREFECT_API_URL={address}",
             f"            export PREFECT_API_AUTH_STRING={password}",
             "            .venv/bin/prefect deployment run annotate/nightly",
@@ -317,14 +317,14 @@ def describe(services: Local) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command; return the exit code: 0 done, 1 failed, 2 usage."""
+    """Run one command and return its exit code: 0 done, 1 failed, 2 usage or bad input."""
     try:
         match arguments:
             case ["up"]:
                 local().up()
             case ["down"]:
                 stopped = local().down()
-                print("stopped: " + ", ".join(stopped or ["nothing, since nothing was running"]))
+                print("stopped: " + ", ".join(stopped or ["nothing was running"]))
                 return 0
             case ["status"]:
                 pass
@@ -333,7 +333,7 @@ def main(arguments: Sequence[str]) -> int:
                     raise InputError(
                         "PREFECT_API_URL: is not set. Set it to the API of the server to deploy to."
                     )
-                # GLMBATCH_HOME: where the workers of that server have the checkout.
+                # GLMBATCH_HOME is the path of the checkout on that server's workers.
                 deploy({"GLMBATCH_HOME": str(ROOT), **os.environ})
                 return 0
             case _:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Build the CPU image and run in it, as its own user: the demo, then a server, a worker and a flow run.
+# Builds the CPU image and runs in it, as the image's user, the demo, then a server, a worker and a flow run.
 #
 #     deployments/try_images.sh [FOLDER WITH A WHEEL OF TORCH]
 #
-# As root on Debian, without Docker: apt-get install buildah debootstrap. The folder stands in for PyTorch's index where that
-# cannot be reached. With BASE=debian the base is made here from Debian's packages, under the name of the official image.
+# Needs root on Debian, and no Docker: apt-get install buildah debootstrap. The folder replaces PyTorch's index if that
+# cannot be reached. BASE=debian builds the base from Debian's packages, under the name of the official image.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
@@ -12,12 +12,12 @@ IMAGE=glmbatch:cpu
 PYTHON_IMAGE=$(sed -n 's/^FROM //p' deployments/Dockerfile)
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
-# Where registries are reached through a proxy, this machine knows its certificate.
+# If this machine reaches registries through a proxy, these include the proxy's certificate.
 CERTIFICATES=/etc/ssl/certs/ca-certificates.crt
 
 if [ "${BASE:-}" = debian ] && ! buildah inspect --type image "$PYTHON_IMAGE" > "$WORK/base.json" 2>&1; then
   debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates bookworm "$WORK/base" > "$WORK/log"
-  # As in the official image, `python` and `pip` install for everybody.
+  # As in the official image, `python` exists and `pip` installs for all users.
   ln -s python3 "$WORK/base/usr/bin/python"
   rm -rf "$WORK"/base/usr/lib/python3*/EXTERNALLY-MANAGED "$WORK"/base/var/cache/apt/archives/*.deb
   printf 'FROM scratch\nCOPY base /\n' > "$WORK/Dockerfile"
@@ -36,16 +36,16 @@ container=$(buildah from --pull=never "$IMAGE")
 trap 'rm -rf "$WORK"; buildah rm "$container" > /dev/null' EXIT
 in_image() { buildah run --user glmbatch "$container" -- "$@"; }
 
-# Its code belongs to root, and no compiler is there.
+# The code belongs to root, and there is no compiler.
 in_image sh -c 'test "$(id -u)" = 1000 && test ! -w glmbatch && ! command -v gcc'
 began=$SECONDS
 code=0
 in_image python -m glmbatch.cli.main run sample_data/reviews.yaml || code=$?
-test "$code" -eq 3  # the sample holds bad rows on purpose
+test "$code" -eq 3  # the sample has bad rows on purpose
 echo "the demo took $((SECONDS - began)) s"
 
 began=$SECONDS
-# One process group, as a container is: the server, the worker and the one who asks for a run.
+# One process group, like a container: the server, the worker and the client that starts a run.
 in_image bash -c '
   set -euo pipefail
   trap "kill \$(jobs -p)" EXIT

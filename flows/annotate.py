@@ -1,4 +1,4 @@
-"""The main job: every row answered by every step, beside its own columns in the output."""
+"""The flow of a job: every step answers every row, and the answers are published."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.page import logged_on_page
 
 @flow(name="annotate", flow_run_name="annotate {job.data.input}")
 def annotate(job: JobConfig) -> Summary:
-    """Run the job and return what happened; a run that fails publishes nothing."""
+    """Run a job and return its summary. A run that fails publishes nothing."""
     tasks = JobTasks(with_whole_paths(job))
     with logged_on_page():
         run = tasks.ingest()
@@ -25,5 +25,5 @@ def annotate(job: JobConfig) -> Summary:
                 work = tasks.assign(run, models, places[0])
                 outputs = tasks.answer_fragments(work, places)
                 canaries = tasks.check_canary(run, work, places[0])
-            # The engines are given back first.
+            # Publishing needs no engine, so the cluster is released first.
             return tasks.publish(run, work, outputs, canaries)

@@ -1,4 +1,4 @@
-"""Fine-tuning: from labelled rows to a checkpoint for `annotate`, promoted only if it is better."""
+"""The flow of a training: from labelled rows to a checkpoint, promoted if it scores higher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tasks.policies import retried
 
 @flow(name="finetune", flow_run_name="finetune {config.data.input}")
 def finetune(config: TuneConfig) -> Report:
-    """Train, evaluate and promote; the report, whether or not the run was promoted."""
+    """Train and evaluate a checkpoint, promote it if it scores higher, and return the report."""
     runtime = config.runtime
     with logged_on_page():
         folder = retried(tasks.begin, runtime)(config)

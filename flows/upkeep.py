@@ -1,4 +1,4 @@
-"""What `deployments/prefect.yaml` triggers when a run fails, crashes, or publishes nothing."""
+"""The flows that `deployments/prefect.yaml` starts when a run fails, crashes or is refused."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ from tasks import upkeep as tasks
 def notify(event: str, run: str, message: str, block: str | None = None) -> str:
     """Report an event of a run in PREFECT_HOME/alerts.log and through a notification block.
 
+    Returns the line in the log.
+
     Args:
         event: Name of the event.
         run: Name of the run.
         message: The message of the event.
-        block: A notification block of this server as TYPE/NAME, such as slack-webhook/data-team.
-            Empty: the log alone.
+        block: Notification block on this server as TYPE/NAME, such as slack-webhook/data-team.
+            Empty: only the log.
     """
     return tasks.send_alert(event, run, message, block)
 
 
 @flow(name="resume", flow_run_name="resume {run}")
 def resume(run: UUID, most_attempts: Annotated[int, Field(ge=1, le=20)] = 3) -> bool:
-    """Restart a crashed run of a deployment with its own parameters; committed work is reused.
+    """Restart a crashed run of a deployment with the same parameters; committed work is reused.
+
+    Returns whether it was restarted.
 
     Args:
         run: Id of the run.
-        most_attempts: Total attempts, so a run that kills its machine is not retried for ever.
+        most_attempts: Maximum number of starts, so that a run that kills its machine does not
+            restart for ever.
     """
     return tasks.restart(run, most_attempts)

@@ -1,4 +1,4 @@
-"""The tasks of one job, each with the job's retries and its results kept in the job's output."""
+"""The tasks of one job, with the job's retries; their results are stored in the job's output."""
 
 from __future__ import annotations
 
@@ -25,49 +25,52 @@ from tasks.window import in_window
 
 
 class JobTasks:
-    """Calls that are task runs of the flow under way.
+    """The task runs of one job, called in the order of the flow.
 
-    Large values go to Prefect quoted: it would walk each of their fragments.
+    Large values are passed to Prefect with `quote`; otherwise it would walk all their fragments.
     """
 
     def __init__(self, job: JobConfig) -> None:
         self._job = job
 
     def ingest(self) -> Run:
-        """Which rows there are, in which fragments."""
+        """Plan the run: check the input files and cut them into fragments."""
         run: Run = self._configured(prepare.ingest)(self._job)
         return run
 
     def prepare_models(self, place: Place) -> list[Model]:
-        """The job's checkpoints, found and checked."""
+        """The job's checkpoints, located and checked."""
         models = []
         for model in job_models(self._job):
             located = self._configured(prepare.locate_model)(model, self._job.runtime, place)
             prepared = self._configured(prepare.prepare_model)(located)
-            # A stored result may have been put in the place of another.
+            # A stored result may have been swapped with another one.
             if not isinstance(prepared, Model) or prepared.config != located:
                 prepared = self._configured(prepare.prepare_model, refresh=True)(located)
             models.append(prepared)
         return models
 
     def assign(self, run: Run, models: Sequence[Model], place: Place) -> Work:
-        """What there is to do for each fragment."""
+        """The work of each fragment: its questions and step keys."""
         work: Work = self._configured(prepare.assign)(self._job, quote(run), models, place)
         return work
 
     def answer_fragments(self, work: Work, places: Sequence[Place]) -> list[OutputReceipt]:
-        """Answer and write every fragment, several at once at each of `places`, pass after pass."""
+        """Answer and write every fragment, pass by pass; the receipts of the outputs, in order.
+
+        Each of `places` works on several fragments at once.
+        """
         progress = FragmentProgress(len(work.passes) * len(work.fragments))
-        # Place by place, so that every engine has a fragment before one has two.
+        # Round-robin, so that every engine has one fragment before any has two.
         seats = [*places] * self._job.runtime.fragments_in_flight
-        # The answer tasks of each fragment so far, in step order: later steps wait for them.
+        # The answer tasks submitted for each fragment, by step. Later steps wait for them.
         answers: dict[str, dict[int, PrefectFuture[Any]]] = defaultdict(dict)
         results: list[list[Any]] = []
         for steps in work.passes:
 
             def submit(fragment: FragmentWork, place: Place) -> list[PrefectFuture[Any]]:
                 earlier = answers[fragment.fragment.name]
-                # Called within this pass, so it sees the steps of this one.
+                # Only called within this pass, so `steps` is the right one.
                 return self._submit(fragment, steps, earlier, place)  # noqa: B023
 
             def ended(fragment: FragmentWork, place: Place, receipts: list[Any]) -> None:
@@ -79,7 +82,7 @@ class JobTasks:
         return [receipts[-1] for receipts in results]
 
     def check_canary(self, run: Run, work: Work, place: Place) -> list[Audit]:
-        """How the loaded models answer the job's canary rows; nothing without a canary."""
+        """The audits of the canary, which the loaded models answer; [] without a canary."""
         if self._job.canary is None:
             return []
         audits: list[Audit] = self._configured(publish.check_canary)(
@@ -90,7 +93,9 @@ class JobTasks:
     def publish(
         self, run: Run, work: Work, outputs: list[OutputReceipt], canaries: list[Audit]
     ) -> Summary:
-        """Audit what is staged, then make it public or refuse it."""
+        """Audit the staged outputs and publish them. AuditError, with nothing published, if one
+        fails.
+        """
         summary: Summary = self._configured(publish.publish)(
             self._job, quote(run), quote(work.questions), quote(outputs), canaries
         )
@@ -105,11 +110,11 @@ class JobTasks:
     ) -> list[PrefectFuture[Any]]:
         """Submit the given steps of a fragment, and its output file once every step is submitted.
 
-        Bypass Prefect's cache if a file is missing or damaged, and always for outputs in object
+        Bypasses Prefect's cache if a file is missing or damaged, and always for outputs in object
         stores.
         """
         ledger = session_of(work.run).ledger
-        # What Prefect keeps in its own home may be of another output, or older than what another
+        # Results in Prefect's own home may belong to another output, or be older than what another
         # machine wrote.
         in_store = ledger.results_folder() is None
         receipts = []
@@ -118,12 +123,12 @@ class JobTasks:
         submitted: list[PrefectFuture[Any]] = []
         for index in steps:
             answering = self._configured(answer.answer, refresh=in_store or receipts[index] is None)
-            # Prefect waits for these and draws them as the task's parents.
+            # Prefect waits for these and shows them as the task's parents.
             earlier = [answers[before] for before in sorted(answers)]
             answers[index] = answering.submit(work.assignments[index], earlier, place)
             submitted.append(answers[index])
         if len(answers) == len(work.assignments):
-            # Of this run's own receipts the output is not made yet.
+            # With receipts of this run, the output cannot exist yet.
             old = [receipt for receipt in receipts if receipt and receipt.run != work.run.id]
             missing = len(old) < len(receipts) or ledger.find_output(work.key, old) is None
             writing = self._configured(publish.write, refresh=in_store or missing)
@@ -136,7 +141,7 @@ class JobTasks:
 
 
 def _tell_answers(work: FragmentWork, receipts: Sequence[Any]) -> None:
-    """Count and log what an engine process answered; this process does so as answers come."""
+    """Count and log what an engine process answered. In this process, the answer itself does so."""
     progress = session_of(work.run).progress
     for receipt in receipts:
         if isinstance(receipt, AnswersReceipt):

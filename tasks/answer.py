@@ -1,4 +1,4 @@
-"""Answer one step for every row of a fragment, shown under the name of the step's kind."""
+"""The task that answers one step for every row of a fragment, named after the step's kind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tasks.results import SealedResult
 
 
 def answers_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """Key of the answers of one step over one fragment."""
+    """Cache key of the answers of one step over one fragment."""
     assignment: Assignment = parameters["assignment"]
     return f"answers-{RESULTS_VERSION}-{assignment.key}"
 
@@ -35,5 +35,8 @@ def answers_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
 def answer(
     assignment: Assignment, earlier: Sequence[AnswersReceipt], place: Place
 ) -> AnswersReceipt:
-    """Answer a step for every row of a fragment at `place`, after the `earlier` steps."""
+    """Answer a step for every row of a fragment, at `place`; the receipt of the answers.
+
+    `earlier` is not used; it makes Prefect wait for the steps that the prompt uses.
+    """
     return place.call(answer_assignment, assignment)

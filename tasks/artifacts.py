@@ -1,6 +1,6 @@
-"""What the page of a flow run shows beside its tasks: the progress, and the facts of the report.
+"""The artifacts on the page of a flow run: its progress and the facts of its report.
 
-An artifact that cannot be written is a warning in the log. No run fails by it.
+An artifact that cannot be written is logged as a warning and never fails a run.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from glmbatch.store.files import url_of
 
 logger = logging.getLogger(__name__)
 
-# Each update is a request to the server, and a night may have thousands of fragments.
+# Each update is a request to the server, and a run may have thousands of fragments.
 UPDATE_SECONDS = 5.0
 
 
 class FragmentProgress:
-    """A progress artifact of the flow run, in percent of `total` fragments."""
+    """The progress artifact of the flow run, in percent of `total` fragments."""
 
     def __init__(self, total: int) -> None:
         self._total = total
         self._done = 0
         self._updated = time.monotonic()
-        self._artifact: Any = None  # stays None where the server did not take it
+        self._artifact: Any = None  # stays None if the server refuses it
         with _optional():
             self._artifact = create_progress_artifact(
                 0.0, key="annotate-progress", description=self._described()
             )
 
     def add(self) -> None:
-        """Count a fragment as finished; the page follows after UPDATE_SECONDS, or at the end."""
+        """Count a finished fragment. The page is updated every UPDATE_SECONDS and at the end."""
         self._done += 1
         if self._artifact is None:
             return
@@ -64,7 +64,7 @@ class FragmentProgress:
 
 
 def show_report(output: str, run: str) -> None:
-    """Show the facts of `run`, its errors, and a link to its page; nothing without a report."""
+    """Show the facts and errors of `run` and a link to its report; nothing if it has no report."""
     report = read_report(output, run)
     if report is None or report.summary.report is None:
         return
@@ -72,7 +72,7 @@ def show_report(output: str, run: str) -> None:
     for step, reason, rows in errors_by_reason(report.summary):
         errors.append({"step": step, "reason": reason, "rows": rows})
     with _optional():
-        # Keys are fixed: the artifacts of all runs under one key are a history in the UI.
+        # Keys are fixed, because the UI shows all artifacts with the same key as a history.
         create_markdown_artifact(markdown(report), key="annotate", description=f"run {run}")
         create_table_artifact(errors, key="annotate-errors", description="errors by reason")
         create_link_artifact(
@@ -88,4 +88,4 @@ def _optional() -> Iterator[None]:
     try:
         yield
     except (PrefectException, httpx.HTTPError) as error:
-        logger.warning("not shown on the page of the run: %s", error)
+        logger.warning("could not update the page of the flow run: %s", error)

@@ -2,9 +2,9 @@
 
     flow --submit--> RayTaskRunner, a light process --call--> EngineProcess, with its own GPU
 
-An engine process is an actor, which keeps its process and its GPU as long as it lives; from one
-task of Ray to the next a process may be given another GPU, which CUDA cannot follow. Ray starts a
-lost one again; its tasks are retried.
+An engine process is a Ray actor, because an actor keeps its process and its GPU for its lifetime.
+A Ray task may get another GPU than the one before it in the same process, which CUDA cannot handle.
+Ray restarts a lost actor; the tasks that it was running are retried.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from glmbatch.store.folder import Folder
 from glmbatch.store.locks import read_sign, shows
 
 Result = TypeVar("Result")
-# Of Ray, not of ours: only references travel, and its own default is 30 % of the memory.
+# Size of Ray's object store. Only references are passed, and Ray's default is 30 % of the memory.
 OBJECT_STORE_BYTES = 100_000_000
 
 
 class Place(Protocol):
-    """Where a call does its work: this process, or an engine process of a cluster."""
+    """Where a call runs: this process, or an engine process of a cluster."""
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """`function(*arguments)` there. TransientError when that process was lost."""
+        """The result of `function(*arguments)` there. TransientError if that process was lost."""
 
 
 class ThisProcess:
@@ -52,7 +52,7 @@ HERE = ThisProcess()
 
 
 class EngineProcess:
-    """The actor: works off the calls of one run in threads that share the loaded engine."""
+    """The Ray actor: runs the calls of one run in threads that share the loaded engine."""
 
     def __init__(self, run: RunContext) -> None:
         join(run)
@@ -63,21 +63,20 @@ class EngineProcess:
 
 
 class EngineHandle:
-    """An engine process, seen from another process."""
+    """A handle to an engine process, for use in other processes."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """`function(*arguments)` in the engine process.
+        """The result of `function(*arguments)` in the engine process.
 
-        TransientError when that process was lost; the next call waits until Ray has started it
-        again.
+        TransientError if that process was lost. The next call waits until Ray has restarted it.
         """
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        # A lost call is the task's to retry, which looks in the ledger first.
+        # Prefect's task retries a lost call, because it looks in the ledger first.
         call = self.actor.call.options(max_task_retries=0)
         try:
             result: Result = ray.get(call.remote(function, *arguments))
@@ -92,10 +91,11 @@ class EngineHandle:
 
 @contextmanager
 def places_of(run: RunContext) -> Iterator[list[Place]]:
-    """The engine processes of a run, which end with it; without a cluster, this process.
+    """The engine processes of a run, which end with the block; without a cluster, this process.
 
-    Tasks that are submitted meanwhile wait for them in light processes on this machine. InputError
-    when the cluster does not fit the job or does not see its output, TransientError when it fails.
+    On a cluster, tasks submitted in the block wait for the engines in light processes on this
+    machine. InputError if the cluster is too small or does not see the output; TransientError if
+    it fails.
     """
     runtime = run.runtime
     if runtime.cluster is None:
@@ -103,7 +103,7 @@ def places_of(run: RunContext) -> Iterator[list[Place]]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if runtime.cluster_address is None:
-        # On any system: Ray's servers listen on loopback alone.
+        # Makes Ray's servers listen only on loopback, on every operating system.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray
@@ -112,7 +112,7 @@ def places_of(run: RunContext) -> Iterator[list[Place]]:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     except ImportError as error:
         raise InputError(
-            "runtime.cluster is ray, and it is not installed. Run pip install 'glmbatch[ray]'."
+            "runtime.cluster is ray, but Ray is not installed. Run pip install 'glmbatch[ray]'."
         ) from error
     try:
         with _submitting_to_ray(runtime):
@@ -130,13 +130,13 @@ def places_of(run: RunContext) -> Iterator[list[Place]]:
 
 @contextmanager
 def _submitting_to_ray(runtime: RuntimeConfig) -> Iterator[None]:
-    """Connect to the cluster, or start one on loopback, and let the flow submit its tasks to it."""
+    """Connect to the cluster, or start one on loopback; the flow submits its tasks to it."""
     from prefect_ray.task_runners import RayTaskRunner
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if runtime.cluster_address is None:
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    # The flow is defined with threads; this run of it submits to the cluster.
+    # The flow's default runner uses threads; replace it for this run.
     flow = FlowRunContext.get()
     assert flow is not None
     with ExitStack() as entered:
@@ -148,7 +148,7 @@ def _submitting_to_ray(runtime: RuntimeConfig) -> Iterator[None]:
             where = runtime.cluster_address or "this machine"
             raise TransientError(
                 f"{where}: no Ray cluster answers: {one_line(error)}. "
-                "Set RAY_AUTH_MODE if it wants a token."
+                "Set RAY_AUTH_MODE if it requires a token."
             ) from error
         entered.enter_context(flow.model_copy(update={"task_runner": runner}))
         yield
@@ -167,15 +167,13 @@ def _start_engines(run: RunContext) -> list[Any]:
     if runtime.device == "cpu":
         gpus = 0
     workers = runtime.cluster_workers or gpus or len(cpus)
-    # Ray gives the threads of torch the number of CPUs that it gives the process, unless
-    # OMP_NUM_THREADS is set.
+    # Ray limits torch's threads to the CPUs of the process, unless OMP_NUM_THREADS is set.
     needs = {"num_gpus": 1} if gpus else {"num_cpus": share_of_cpus(cpus, workers)}
     if workers > (gpus or sum(cpus)):
         raise InputError(
-            f"the cluster has {gpus} GPUs and {sum(cpus)} CPUs. "
-            "Set runtime.cluster_workers to fewer."
+            f"the cluster has {gpus} GPUs and {sum(cpus)} CPUs. Lower runtime.cluster_workers."
         )
-    # Lost actors start again without end; what is lost with one is retried by its task.
+    # Restart lost actors without limit; Prefect's tasks retry the calls that were lost.
     actor = ray.remote(EngineProcess).options(
         **needs, max_restarts=-1, max_task_retries=-1, max_concurrency=runtime.fragments_in_flight
     )
@@ -183,7 +181,7 @@ def _start_engines(run: RunContext) -> list[Any]:
 
 
 def share_of_cpus(cpus: Sequence[int], workers: int) -> int:
-    """The most CPUs that each of `workers` processes can have on machines with so many."""
+    """The most CPUs that each of `workers` processes can have on machines with `cpus` CPUs each."""
     share = max(1, *cpus)
     while share > 1 and sum(machine // share for machine in cpus) < workers:
         share -= 1
@@ -191,11 +189,11 @@ def share_of_cpus(cpus: Sequence[int], workers: int) -> int:
 
 
 def _refuse_apart(output: str, engines: Sequence[Any]) -> None:
-    """InputError when an engine process does not start, or does not see this one's output."""
+    """InputError if an engine process does not start or does not see this process's output."""
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
-    # An output in a store is seen from everywhere; the call still shows that the process started.
+    # Every machine sees an object store, but the call also shows that the process has started.
     lock = str(Folder(output) / LOCK)
     sign = read_sign(lock)
     try:
@@ -210,18 +208,18 @@ def _refuse_apart(output: str, engines: Sequence[Any]) -> None:
 
 
 def _complaint(lock: str, sign: str) -> str | None:
-    """Why this machine cannot take part: it does not see the `sign` in the file `lock`."""
+    """Why this machine cannot take part: it does not see `sign` in the file `lock`. Else None."""
     if shows(lock, sign):
         return None
     return (
         f"{socket.gethostname()}: does not see the files that {sign} writes to "
-        f"{Path(lock).parent.parent}. Input, output and checkpoints must lie on a file system "
+        f"{Path(lock).parent.parent}. Put input, output and checkpoints on a file system "
         "that all machines of the cluster share."
     )
 
 
 def with_whole_paths(job: JobConfig) -> JobConfig:
-    """The job with absolute paths where it has a cluster, whose processes run in other folders."""
+    """`job` with absolute paths if it uses a cluster, whose processes run in other folders."""
     if job.runtime.cluster is None:
         return job
     data = {"input": whole_address(job.data.input), "output": whole_address(job.data.output)}
@@ -242,7 +240,7 @@ def with_whole_paths(job: JobConfig) -> JobConfig:
 
 def _whole_model(model: ModelConfig) -> ModelConfig:
     path = os.path.expanduser(model.path)
-    if os.path.isdir(path):  # else it is a hub id, or in a store
+    if os.path.isdir(path):  # otherwise it is a hub id or an address
         model = model.model_copy(update={"path": os.path.abspath(path)})
     if model.adapter is not None:
         adapter = whole_address(os.path.expanduser(model.adapter))

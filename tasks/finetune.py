@@ -1,4 +1,4 @@
-"""The steps of a fine-tuning. They pass on the run's folder; each task reads the rows itself."""
+"""The tasks of a training. They pass the run's folder to each other, and each reads the rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tasks.policies import machine_failed
     retry_condition_fn=machine_failed,
 )
 def begin(config: TuneConfig) -> str:
-    """Read and audit the labelled rows, and make the run's folder; its path."""
+    """Read and audit the labelled rows and create the run's folder; returns its path."""
     return tuning.begin(config)
 
 
@@ -31,7 +31,7 @@ def begin(config: TuneConfig) -> str:
     retry_condition_fn=machine_failed,
 )
 def train(config: TuneConfig, folder: str) -> int:
-    """Train, or resume a killed training; the number of steps."""
+    """Train, or resume a killed training; returns the number of optimizer steps."""
     return int(tuning.train_run(config, folder)["steps"])
 
 
@@ -42,7 +42,7 @@ def train(config: TuneConfig, folder: str) -> int:
     retry_condition_fn=machine_failed,
 )
 def evaluate(config: TuneConfig, folder: str) -> Report:
-    """Score the result on held-out rows, next to the current checkpoint and a baseline."""
+    """Score the result on held-out rows, along with the current checkpoint and a baseline."""
     return tuning.evaluate_run(config, folder)
 
 
@@ -53,6 +53,6 @@ def evaluate(config: TuneConfig, folder: str) -> Report:
     retry_condition_fn=machine_failed,
 )
 def promote(config: TuneConfig, report: Report) -> Report:
-    """Show the report on the run's page, and make the checkpoint current if it is better."""
+    """Promote the checkpoint if it scores higher, and show the report on the flow run's page."""
     create_markdown_artifact(card(report), key="finetune", description=report.reason)
     return tuning.promote(config, report)

@@ -1,4 +1,4 @@
-"""What glmbatch logs, shown on the page of the flow run and in its task runs."""
+"""Sends the log of glmbatch to the pages of the flow run and its task runs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ OURS = logging.getLogger("glmbatch")
 
 
 class _PageHandler(APILogHandler):
-    """Sends records to the page of one flow run; those of other runs in this process are not its.
+    """Sends the records of one flow run to its page; skips those of other runs in this process.
 
-    Prefect's own handler finds the run by the thread, and the engine's threads belong to none.
+    Prefect's own handler finds the run by thread, but the engine's threads belong to no run.
     """
 
     def __init__(self, run: str) -> None:
@@ -35,7 +35,7 @@ class _PageHandler(APILogHandler):
 
 @contextmanager
 def logged_on_page() -> Iterator[None]:
-    """Within the block, what glmbatch does is told on the page of the flow run under way."""
+    """Within the block, the page of the current flow run shows the log of glmbatch."""
     handler = _PageHandler(str(flow_run.id))
     level = OURS.level
     OURS.addHandler(handler)
@@ -45,4 +45,4 @@ def logged_on_page() -> Iterator[None]:
     finally:
         OURS.setLevel(level)
         OURS.removeHandler(handler)
-        handler.flush()  # the server of this run alone ends with it
+        handler.flush()  # a server started for this run stops after it

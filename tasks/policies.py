@@ -1,9 +1,8 @@
-"""How tasks are retried and cached; the work itself is in `glmbatch`.
+"""How tasks are retried and cached. The work itself is in `glmbatch`.
 
-Retried: TransientError alone, with exponential delay and jitter. Cached: under keys made of
-identities (step, weights, rows), never by hashing data, with the small receipt as the result and
-the data in files of the output. A task whose file is gone or damaged runs again, whatever the cache
-says.
+Only TransientError is retried, with exponential delay and jitter. Cache keys are made of identities
+(step, weights, rows), never of hashed data. The cached result is the small receipt; the data is in
+the output's files. If a file is missing or damaged, the task runs again despite the cache.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from glmbatch.errors import TransientError
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.settings.job import RuntimeConfig
 
-# Part of every cache key. Raise it when the class of a cached result moves or changes: Prefect
-# finds the class by the module's name that it stored.
+# Part of every cache key. Raise it when the class of a cached result moves or changes, because
+# Prefect stores the name of its module.
 RESULTS_VERSION = 3
 
 
 def machine_failed(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether a failed task is worth another try."""
+    """Whether to retry a failed task."""
     return isinstance(state.result(raise_on_failure=False), TransientError)
 
 
 def configured(
     task: Task[..., Any], runtime: RuntimeConfig, output: str, *, refresh: bool = False
 ) -> Any:
-    """`task` with its retries, its results in `output`; `refresh` ignores cached ones.
+    """`task` with the retries of `runtime` and its results stored in `output`.
 
-    For an output in an object store, results stay where Prefect keeps them: the ledger alone says
-    what is done. Typed Any because Prefect takes futures and quoted values where the task itself
-    takes plain ones.
+    `refresh` ignores cached results. For an output in an object store, results stay in Prefect's
+    home, and only the ledger decides what is done. Typed Any because Prefect accepts futures and
+    quoted values in place of the task's own arguments.
     """
     results = Ledger(output).results_folder()
     task = retried(task, runtime).with_options(refresh_cache=refresh)
@@ -43,7 +42,7 @@ def configured(
 
 
 def retried(task: Task[..., Any], runtime: RuntimeConfig) -> Any:
-    """`task` with the retries that the settings ask for."""
+    """`task` with the retries of `runtime`."""
     return task.with_options(
         retries=runtime.retries,
         retry_delay_seconds=exponential_backoff(runtime.retry_delay_seconds)(runtime.retries),

@@ -1,6 +1,6 @@
-"""What comes before the first row: the plan, the checkpoints, and a key for each step and fragment.
+"""The tasks before the first row: the plan, the checkpoints, and the keys of steps and fragments.
 
-Weights are loaded by the first task that needs them, once in each process.
+The first task that needs weights loads them, once per process.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from tasks.results import SealedResult
     retry_condition_fn=machine_failed,
 )
 def ingest(job: JobConfig) -> Run:
-    """Discover and check the files, and cut them into fragments."""
-    canary.check_canary_file(job)  # a wrong file would else be found when all is answered
+    """Find and check the input files, and cut them into fragments."""
+    canary.check_canary_file(job)  # otherwise a wrong file would fail the run at its end
     return plan.plan_run(job)
 
 
 def checkpoint_key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
-    """Key of a located checkpoint: its files and its adapter's with size and time of change."""
+    """Cache key of a located checkpoint: the sizes and times of its files and its adapter's."""
     model: ModelConfig = parameters["model"]
-    # Sizes and times, not digests, which are what the cached task takes.
+    # Not digests, because computing those is the work that the cache saves.
     stamp = models.stamp_checkpoint(model)
     return hash_objects("checkpoint", RESULTS_VERSION, model.model_dump_json(), stamp)
 
@@ -47,7 +47,10 @@ def checkpoint_key(context: TaskRunContext, parameters: dict[str, Any]) -> str |
     retry_condition_fn=machine_failed,
 )
 def locate_model(model: ModelConfig, runtime: RuntimeConfig, place: Place) -> ModelConfig:
-    """Make the checkpoint a directory, and settle the dtype for the device at `place`."""
+    """Download the checkpoint if needed, and choose the dtype for the device at `place`.
+
+    The result's path is a local directory.
+    """
     return place.call(models.locate_model, model, runtime)
 
 
@@ -55,12 +58,12 @@ def locate_model(model: ModelConfig, runtime: RuntimeConfig, place: Place) -> Mo
     name="prepare model",
     task_run_name="prepare {model.path}",
     cache_key_fn=checkpoint_key,
-    persist_result=True,  # digests of 12 GB take a minute, each night
+    persist_result=True,  # digesting 12 GB takes a minute
     result_serializer=SealedResult(),
     retry_condition_fn=machine_failed,
 )
 def prepare_model(model: ModelConfig) -> Model:
-    """Check the checkpoint and digest it."""
+    """Check the checkpoint and compute its digest."""
     return models.prepare_model(model)
 
 
@@ -71,5 +74,5 @@ def prepare_model(model: ModelConfig) -> Model:
     retry_condition_fn=machine_failed,
 )
 def assign(job: JobConfig, run: Run, models: list[Model], place: Place) -> Work:
-    """Give each step of each fragment its question and key; memory is measured at `place`."""
+    """The work of each fragment: question and step key of each step. Measures memory at `place`."""
     return place.call(plan.assign, job, run, models)

@@ -1,4 +1,4 @@
-"""Write a fragment's rows with their answers, hold the run to its canary, and publish it whole."""
+"""The tasks that write a fragment's output file, check the canary, and publish the run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tasks.results import SealedResult
 
 
 def output_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """Key of a fragment's output file."""
+    """Cache key of a fragment's output file."""
     work: FragmentWork = parameters["work"]
     return f"output-{RESULTS_VERSION}-{work.key}"
 
@@ -41,7 +41,7 @@ def output_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     retry_condition_fn=machine_failed,
 )
 def write(work: FragmentWork, answers: list[AnswersReceipt]) -> OutputReceipt:
-    """Stage the output file of a fragment."""
+    """Stage the output file of a fragment: its rows with their answers. Returns the receipt."""
     return run_write.write_output(work, answers, ledger_of(work.run))
 
 
@@ -54,7 +54,7 @@ def write(work: FragmentWork, answers: list[AnswersReceipt]) -> OutputReceipt:
 def check_canary(
     canary: CanaryConfig, questions: Sequence[Question], run: RunContext, place: Place
 ) -> list[Audit]:
-    """Ask the models that are loaded at `place` about the frozen rows, and compare."""
+    """Answer the canary rows with the models loaded at `place`; the resulting audits."""
     return place.call(check, canary, questions, run)
 
 
@@ -71,9 +71,9 @@ def publish(
     outputs: list[OutputReceipt],
     canaries: list[Audit],
 ) -> Summary:
-    """Audit what is staged, make it public, and say what happened, also when it was refused.
+    """Audit the staged outputs, publish them, and show the report on the flow run's page.
 
-    An audit that fails is an event of the output.
+    If an audit fails, raises AuditError and emits the event `glmbatch.audit.failed`.
     """
     output = job.data.output
     try:
@@ -86,5 +86,5 @@ def publish(
         emit_event("glmbatch.audit.failed", resource=resource, payload={"message": str(error)})
         raise
     finally:
-        # A refused run has a report too, and most need of one.
+        # A refused run needs its report most.
         show_report(output, run.context.id)

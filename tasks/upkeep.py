@@ -1,4 +1,4 @@
-"""What is done about runs that ended badly: report them, and restart them."""
+"""The tasks that report and restart failed runs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ALERTS = "alerts.log"  # in PREFECT_HOME
 
 @task(name="send alert", cache_policy=NO_CACHE, retry_condition_fn=machine_failed)
 def send_alert(event: str, run: str, message: str, block: str | None) -> str:
-    """Append a line to the alerts log, send it through `block` if there is one, and return it.
+    """Append a line to the alerts log, send it through `block` if given, and return it.
 
-    Raises InputError for a block that sends no notifications.
+    InputError if `block` cannot send notifications.
     """
-    # One line for each alert, whatever the message holds, so that the log can be searched.
+    # Always one line per alert, so that the log can be searched.
     line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {event} {run}: {' '.join(message.split())}"
     with (Path(PREFECT_HOME.value()) / ALERTS).open("a", encoding="utf-8") as log:
         log.write(line + "\n")
@@ -37,8 +37,8 @@ def send_alert(event: str, run: str, message: str, block: str | None) -> str:
         notification = Block.load(block)
         if not isinstance(notification, NotificationBlock):
             raise InputError(
-                f"{block}: sends no notifications. "
-                "Set block to one that does, such as slack-webhook/NAME."
+                f"{block}: this block cannot send notifications. "
+                "Set block to one that can, such as slack-webhook/NAME."
             )
         notification.notify(line, subject=f"glmbatch: {event}")  # type: ignore[unused-coroutine]
     return line
@@ -46,10 +46,13 @@ def send_alert(event: str, run: str, message: str, block: str | None) -> str:
 
 @task(name="restart", cache_policy=NO_CACHE, retry_condition_fn=machine_failed)
 def restart(run: UUID, most_attempts: int) -> bool:
-    """Reschedule a crashed run for now, up to `most_attempts` starts in all; whether it was."""
+    """Reschedule a crashed run, up to `most_attempts` starts in total; returns whether it was.
+
+    It starts as soon as its output's lock is free.
+    """
     with get_client(sync_client=True) as client:
         flow_run = client.read_flow_run(run)
-        # An automation may fire twice for one event: the second time, the run is not crashed.
+        # An automation may fire twice for one event. The second time, the run is not crashed.
         crashed = flow_run.state is not None and flow_run.state.is_crashed()
         again = crashed and flow_run.run_count < most_attempts
         if again:
@@ -57,7 +60,7 @@ def restart(run: UUID, most_attempts: int) -> bool:
             start = datetime.now(UTC) + _wait_for_lock(flow_run)
             client.set_flow_run_state(run, Scheduled(scheduled_time=start, message=message))
     get_run_logger().info(
-        "%s: started %s of at most %s times; again: %s",
+        "%s: started %s of at most %s times; restarted: %s",
         flow_run.name,
         flow_run.run_count,
         most_attempts,
@@ -69,13 +72,13 @@ def restart(run: UUID, most_attempts: int) -> bool:
 def _wait_for_lock(flow_run: FlowRun) -> timedelta:
     """How long the dead process may still hold its output's lock.
 
-    On a disk the system frees the lock with the process; in a store the lock has to expire.
+    On a disk, the system releases the lock when the process ends; in a store, it must expire.
     """
     return timedelta(seconds=seconds_until_free(_output(flow_run.parameters)))
 
 
 def _output(parameters: dict[str, Any]) -> str:
-    """The output of a run of `annotate` or of `finetune`, the two flows that are restarted."""
+    """The output of a run of `annotate` or `finetune`, the two flows that are restarted."""
     if "job" in parameters:
         return str(parameters["job"]["data"]["output"])
     return str(parameters["config"]["output"])

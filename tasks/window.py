@@ -1,4 +1,4 @@
-"""A window over the fragments: as many in flight as seats, the next as soon as one ends."""
+"""Submits fragments in a sliding window: one per seat, the next as soon as one ends."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def in_window(
     seats: Iterable[Seat],
     ended: Callable[[Item, Seat, list[Any]], None],
 ) -> list[list[Any]]:
-    """Submit the tasks of each item once a seat is free; it is kept until the last one ends.
+    """Submit the tasks of each item as soon as a seat is free; the results of each item, in order.
 
-    Returns the results of each item in order, and calls `ended` as they come. Raises the first
-    failure at once, with the error that the task itself raised.
+    An item keeps its seat until its last task ends. Calls `ended` for each item when it ends.
+    Raises the error of the first failed task at once, without waiting for the others.
     """
     results: dict[int, list[Any]] = {}
     free = deque(seats)
     in_flight: dict[int, tuple[Item, Seat, Sequence[PrefectFuture[Any]]]] = {}
-    # Filled by the threads of the tasks, read by the flow's.
+    # The tasks' threads fill it; the flow's thread reads it.
     finished: SimpleQueue[int] = SimpleQueue()
 
     def finish(number: int) -> Callable[[PrefectFuture[Any]], None]:
@@ -36,7 +36,7 @@ def in_window(
     def collect() -> None:
         number = finished.get()
         item, seat, futures = in_flight.pop(number)
-        # Raises what the first failed task raised, without waiting for other items.
+        # Raises the error of the first failed task, without waiting for other items.
         results[number] = [future.result() for future in futures]
         free.append(seat)
         ended(item, seat, results[number])
@@ -47,7 +47,7 @@ def in_window(
         seat = free.popleft()
         futures = submit(item, seat)
         in_flight[number] = item, seat, futures
-        # The last one waits for the others, so its end is the item's.
+        # The last task waits for the others, so the item ends with it.
         futures[-1].add_done_callback(finish(number))
     while in_flight:
         collect()

@@ -139,7 +139,7 @@ def test_a_machine_that_cannot_see_the_output_is_named(tmp_path: Path) -> None:
     assert "does not see the files that process 2 of here writes to" in str(
         _complaint(str(lock), "process 2 of here")
     )
-    assert "must lie on a file system" in str(
+    assert "on a file system that all machines" in str(
         _complaint(str(tmp_path / "none" / "_glmbatch" / "lock"), "process 1 of another")
     )
 

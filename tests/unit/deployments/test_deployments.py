@@ -1,4 +1,4 @@
-"""Every deployment's parameters fit its flow, and no two runs of one overlap."""
+"""The parameters of each deployment are valid for its flow, and its runs never overlap."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEPLOYMENTS: dict[str, dict[str, Any]] = {
 def parameter_sets(name: str) -> list[dict[str, Any]]:
     """The parameters of a run by schedule or by hand, or of a run by each trigger.
 
-    Templates of triggers are filled in with a text that is also a run's id.
+    Templates in triggers are replaced by a string that is also valid as a run's id.
     """
     own = DEPLOYMENTS[name].get("parameters", {})
     sets = []
@@ -38,7 +38,7 @@ def parameter_sets(name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
-def test_the_parameters_fit_the_flow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parameters_are_valid_for_the_flow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     flow = load_flow_from_entrypoint(DEPLOYMENTS[name]["entrypoint"])
     schema = parameter_schema(flow).model_dump()
@@ -65,7 +65,7 @@ def test_prefect_knows_every_key_of_the_triggers(name: str) -> None:
     ("name", "strategy"),
     [("nightly", "CANCEL_NEW"), ("weekly", "CANCEL_NEW"), ("arrivals", "ENQUEUE")],
 )
-def test_no_two_runs_of_a_deployment_overlap(name: str, strategy: str) -> None:
+def test_runs_of_a_deployment_do_not_overlap(name: str, strategy: str) -> None:
     assert DEPLOYMENTS[name]["concurrency_limit"] == {"limit": 1, "collision_strategy": strategy}
 
 
@@ -74,12 +74,12 @@ def scheduled_jobs() -> list[JobConfig]:
     return [JobConfig.model_validate(values["job"]) for values in parameters]
 
 
-def test_scheduled_jobs_ask_what_the_sample_job_asks() -> None:
+def test_scheduled_jobs_have_the_steps_of_the_sample() -> None:
     sample = load_settings(str(ROOT / "sample_data/reviews.yaml"), JobConfig)
     assert [job.steps for job in scheduled_jobs()] == [sample.steps] * 2
 
 
-def test_each_scheduled_job_has_an_output_of_its_own() -> None:
+def test_each_scheduled_job_has_its_own_output() -> None:
     sample = load_settings(str(ROOT / "sample_data/reviews.yaml"), JobConfig)
     assert len({job.data.output for job in (sample, *scheduled_jobs())}) == 3
 

@@ -1,4 +1,4 @@
-"""The window in which fragments are submitted."""
+"""Fragments are submitted in a sliding window."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def window(
     return in_window(range(items), submit_one, seats, lambda *_: None)
 
 
-def test_a_slow_item_holds_its_own_seat_and_no_other() -> None:
+def test_a_slow_item_occupies_only_its_own_seat() -> None:
     slow: Future[int] = Future()
     given: list[tuple[int, str]] = []
 
