@@ -1,4 +1,4 @@
-"""The columns that every step writes: answer, reason of a failure, row key. Reads no files."""
+"""The columns that every step writes: answer, reason for a failure, row key. Reads no files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from glmbatch.steps.prompt import RowFault
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The outcome of one row. A row that could not be asked has a fault and no key."""
+    """The outcome of one row, and its row key. A row without a prompt has a fault and no key."""
 
     value: Choice | Writing | RowFault
     key: bytes | None = None
 
 
 def answers_schema(step: AnyStep, head_labels: Sequence[str]) -> pa.Schema:
-    """Fields of a step's answers, in the order of `answer_columns`.
+    """The fields of a step's answers, in the order of `answer_columns`.
 
-    Settings and checkpoint alone decide them, so all files of an output have the same.
+    They depend only on the settings and the checkpoint, so they are the same in all files of an
+    output. `head_labels` are the labels of a trained head, used if the step has none.
     """
     columns = Columns(step.name)
     if isinstance(step, ClassifyStep):
@@ -42,8 +43,8 @@ def answers_schema(step: AnyStep, head_labels: Sequence[str]) -> pa.Schema:
 
 
 def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[Answer]) -> pa.Table:
-    """The answers of a step as columns, a row for each answer, in their order."""
-    # Each row has one value of the three kinds, and null in the columns of the others.
+    """A table with `answers_schema` and a row for each of `answers`, in their order."""
+    # Each row has one value of three kinds, and null in the columns of the other kinds.
     choices: list[Choice | None] = []
     writings: list[Writing | None] = []
     reasons: list[object] = []
@@ -62,7 +63,6 @@ def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[A
     schema = answers_schema(step, head_labels)
     arrays = []
     for column, field in zip(columns, schema, strict=True):
-        # The field's type, not the values': a fragment of failures alone has no value to tell it
-        # by.
+        # With the field's type: a fragment in which every row failed has no values to infer it.
         arrays.append(pa.array(column, field.type))
     return pa.Table.from_arrays(arrays, schema=schema)

@@ -1,4 +1,4 @@
-"""A classify step: which label, how sure. Scores in, columns out; no tensors, no files."""
+"""A classify step: the label and its score. Scores in, columns out; no tensors, no files."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from glmbatch.steps.prompt import Prompt, RowFault
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The chosen label and the probability of each label; they sum to 1."""
+    """The chosen label, and the probability of each label in `scores`; they sum to 1."""
 
     label: str
     scores: Mapping[str, float]
 
     @property
     def margin(self) -> float:
-        """How far the chosen label is above the next one."""
+        """The chosen label's probability minus that of the next one."""
         first, second = sorted(self.scores.values(), reverse=True)[:2]
         return first - second
 
 
 def choice_fields(step: ClassifyStep, labels: Sequence[str]) -> list[pa.Field]:
-    """Fields of the answer; fixed by the settings, never by the answers."""
+    """The fields of a choice: label, score, all scores, margin. `labels` are the score fields."""
     columns = Columns(step.name)
     scores = pa.struct([pa.field(label, pa.float64()) for label in labels])
     return [
@@ -43,7 +43,7 @@ def choice_fields(step: ClassifyStep, labels: Sequence[str]) -> list[pa.Field]:
 
 
 def choice_columns(choices: Sequence[Choice | None]) -> list[list[object]]:
-    """Values of `choice_fields`, null where there is no choice."""
+    """The values of each field of `choice_fields`, row by row; None where there is no choice."""
     columns: list[list[object]] = [[], [], [], []]
     for choice in choices:
         values: tuple[object, ...] = (None, None, None, None)
@@ -61,15 +61,15 @@ def ask_choices(
     engine: Engine,
     tokenizer: Tokenizer,
 ) -> Iterator[tuple[bytes, Choice | RowFault]]:
-    """Ask the engine about each prompt; yield pairs of row key and choice as they are ready, in any
-    order.
+    """Ask the engine about each prompt; yield pairs of row key and choice, in any order.
 
-    A checkpoint with `head_labels` answers by its trained head, any other by the likelihood of the
-    step's labels.
+    A checkpoint with `head_labels` answers with its trained head, any other by the likelihood of
+    the step's labels. A prompt on which the model failed has a RowFault. InputError when labels
+    have no tokens or the same tokens.
     """
     labels = head_labels or step.labels or ()
     label_ids = None if head_labels else encode_labels(labels, tokenizer)
-    keys = list(prompts)  # the engine knows requests by number
+    keys = list(prompts)  # the engine numbers its requests
     requests = (
         ClassifyRequest(index, prompts[key].ids, label_ids, prompts[key].shared_tokens)
         for index, key in enumerate(keys)
@@ -84,9 +84,9 @@ def ask_choices(
 
 
 def encode_labels(labels: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each label, encoded alone, as the answers of the model's own training are.
+    """The token ids of each label, in order, encoded as the answers in the model's training are.
 
-    InputError when two labels have the same ids: the model could not tell them apart.
+    InputError when a label has no ids, or two labels have the same ids.
     """
     encoded = tuple(tuple(ids) for ids in tokenizer.encode_plain(list(labels)))
     by_ids: dict[tuple[int, ...], str] = {}
@@ -106,10 +106,10 @@ def choose_by_likelihood(
 ) -> Choice:
     """The choice among whole labels, from the log-likelihood of each label's tokens.
 
-    A label that begins another one ("good", "good enough") would always be the likelier of the two,
-    since every answer with the longer begins with it. Its score is the likelihood that the answer
-    begins with it and with no longer label, so that the labels exclude one another and the longer
-    can win.
+    If one label begins another ("good", "good enough"), the shorter one is always likelier, because
+    every answer with the longer one begins with it. Its score is therefore the likelihood that the
+    answer begins with it but not with a longer label. So labels exclude each other, and a longer
+    one can win.
     """
     exclusive = []
     for index in range(len(label_ids)):
@@ -119,37 +119,37 @@ def choose_by_likelihood(
 
 
 def _next_longer(label_ids: Sequence[tuple[int, ...]], index: int) -> list[int]:
-    """Labels that continue label `index`, less those that continue one of these."""
+    """The labels that continue label `index`, without those that continue another of these."""
     longer = [other for other in range(len(label_ids)) if _begins(label_ids, index, other)]
     nearest = []
     for other in longer:
-        # "good" is continued by "good enough", and that by "good enough indeed". Only the first
-        # counts, since its likelihood includes that of the second.
+        # "good enough" continues "good", and "good enough indeed" continues both. Only the first
+        # counts, because its likelihood includes that of the second.
         if not any(_begins(label_ids, between, other) for between in longer):
             nearest.append(other)
     return nearest
 
 
 def _begins(label_ids: Sequence[tuple[int, ...]], index: int, other: int) -> bool:
-    """Whether label `other` is longer than label `index` and begins with it."""
+    """Whether label `other` begins with label `index` and is longer."""
     start = label_ids[index]
     return len(label_ids[other]) > len(start) and label_ids[other][: len(start)] == start
 
 
 def _log_subtract(whole: float, parts: Sequence[float]) -> float:
-    """log(exp(whole) - sum(exp(parts))); the parts are shares of the whole, up to rounding."""
+    """log(exp(whole) - sum(exp(parts))); the parts are shares of the whole, but for rounding."""
     share = math.fsum(math.exp(part - whole) for part in parts)
     return whole + math.log1p(-share) if share < 1 else -math.inf
 
 
 def choose(labels: Sequence[str], log_weights: Sequence[float]) -> Choice:
-    """The likeliest label, whatever the order of the labels.
+    """The likeliest label and the softmax of `log_weights`, independent of the order of labels.
 
     `log_weights` are logits or log-likelihoods, one for each label.
     """
-    top = max(log_weights)  # taken off first, so that no exponent overflows
+    top = max(log_weights)  # subtracted so that no exponential overflows
     weights = [math.exp(weight - top) for weight in log_weights]
-    total = math.fsum(weights)  # exact, so no order of the labels changes the last bit of a score
+    total = math.fsum(weights)  # exact, so the order of labels cannot change the last bit
     scores = {label: weight / total for label, weight in zip(labels, weights, strict=True)}
-    # Ties go to the first label of the alphabet.
+    # A tie goes to the label that is first in alphabetical order.
     return Choice(min(labels, key=lambda label: (-scores[label], label)), scores)

@@ -1,4 +1,4 @@
-"""A generate step: the text, why it ended, what it cost. Token ids in, columns out; no tensors."""
+"""A generate step: text, finish reason, tokens. Token ids in, columns out; no tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from glmbatch.steps.prompt import Prompt, RowFault
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """What the model wrote for one row."""
+    """The text that the model wrote for one row.
+
+    `finish_reason` is "stop" or "length". `completion_tokens` counts all generated tokens, also
+    those that are cut off at a stop text.
+    """
 
     text: str
     finish_reason: str
@@ -26,7 +30,7 @@ class Writing:
 
 
 def writing_fields(step: GenerateStep) -> list[pa.Field]:
-    """Fields of the answer; fixed by the settings, never by the answers."""
+    """The fields of a written answer: text, finish reason, prompt and completion tokens."""
     columns = Columns(step.name)
     return [
         pa.field(columns.answer, pa.string()),
@@ -37,7 +41,7 @@ def writing_fields(step: GenerateStep) -> list[pa.Field]:
 
 
 def writing_columns(writings: Sequence[Writing | None]) -> list[list[object]]:
-    """Values of `writing_fields`, null where nothing was written."""
+    """The values of each field of `writing_fields`, row by row; None where nothing was written."""
     columns: list[list[object]] = [[], [], [], []]
     for writing in writings:
         values = (None, None, None, None) if writing is None else astuple(writing)
@@ -49,8 +53,11 @@ def writing_columns(writings: Sequence[Writing | None]) -> list[list[object]]:
 def ask_writings(
     step: GenerateStep, prompts: Mapping[bytes, Prompt], engine: Engine, tokenizer: Tokenizer
 ) -> Iterator[tuple[bytes, Writing | RowFault]]:
-    """Ask the engine to continue each prompt; yield keys and answers as they end, in any order."""
-    keys = list(prompts)  # the engine knows requests by number
+    """Ask the engine to continue each prompt; yield pairs of row key and answer, in any order.
+
+    A prompt on which the model failed has a RowFault.
+    """
+    keys = list(prompts)  # the engine numbers its requests
     should_stop = stop_check(step, tokenizer)
     requests = (
         GenerateRequest(
@@ -60,7 +67,7 @@ def ask_writings(
             temperature=step.temperature,
             top_p=step.top_p,
             top_k=step.top_k,
-            seed=row_seed(step.seed, key),  # a row's draws do not depend on its batch
+            seed=row_seed(step.seed, key),  # so sampling does not depend on the batch
             should_stop=should_stop,
             shared_tokens=prompts[key].shared_tokens,
         )
@@ -84,21 +91,25 @@ def write_up(
     prompt_tokens: int,
     tokenizer: Tokenizer,
 ) -> Writing:
-    """The answer as text, cut before the first stop text. Its tokens count all that was written."""
-    # Only the cut makes a character incomplete; one that the model left so, and went on, stays.
+    """The answer to one prompt, from the generated `ids`; cut before the first stop text.
+
+    `prompt_tokens` is the number of the prompt's token ids.
+    """
+    # An incomplete last character is dropped only if the length limit cut it off.
     text = tokenizer.decode(ids, cut=finish_reason == "length")
     ends = [text.find(stop) for stop in step.stop if stop in text]
     if ends:
-        # The first in the text, not the first in the list.
+        # The one that is first in the text, not in the list.
         text, finish_reason = text[: min(ends)], "stop"
     return Writing(clean_answer(text), finish_reason, prompt_tokens, len(ids))
 
 
 def stop_check(step: GenerateStep, tokenizer: Tokenizer) -> Callable[[Sequence[int]], bool] | None:
-    """Whether the ids so far end in a stop text; None when the step has none.
+    """A function that tells whether generated ids contain a stop text; None if the step has none.
 
-    Each token stands for at least one byte, so the tokens that could hold the newest stop text are
-    as many as its bytes; four more cover a character whose bytes began before them.
+    It decodes only the last tokens. Each token stands for at least one byte, so a stop text at the
+    end has at most as many tokens as bytes. Four more tokens complete a first character that would
+    be cut.
     """
     if not step.stop:
         return None

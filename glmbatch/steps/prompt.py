@@ -1,4 +1,4 @@
-"""From a row's values to its prompt, and why a row has none. Text only: no tensors, no files."""
+"""Turn a row's values into its prompt, or say why it has none. Text only: no tensors, no files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 from glmbatch.glm.tokenizer import Tokenizer, chat_prompt, escape_turns
 from glmbatch.settings.job import TEXT, Step, placeholders
 
-# Stands for a value where only the template counts; a private-use character that no template holds.
+# Stands for any value when only the template matters; no template has this private-use character.
 VALUE = "\ue000"
 
 FaultKind = Literal[
@@ -21,7 +21,7 @@ FaultKind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """Why one row of one step has no answer."""
+    """Why one row has no answer to one step: a `kind` to count, and the `reason` as text."""
 
     kind: FaultKind
     reason: str
@@ -29,10 +29,10 @@ class RowFault:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked of one row: the text, and its token ids with the model's prefix.
+    """The prompt of one row: its text, and its token ids with the model's prefix.
 
-    The first `shared_tokens` ids come from the template alone, so all rows of the step begin with
-    them. `is_cut`: the end of the row's text is not in it.
+    The first `shared_tokens` ids come from the template, so all prompts of the step share them.
+    `is_cut` is true if the end of the row's text was cut off.
     """
 
     text: str
@@ -45,16 +45,19 @@ RowValues = Mapping[str, str | bytes | RowFault | None]
 
 
 def uses_chat(step: Step, *, has_head: bool, chats: bool = True) -> bool:
-    """Whether prompts of `step` are put in the chat form.
+    """Whether prompts of `step` get the chat form.
 
-    Unless the step says, a trained head reads the prompt bare, and so does a model that no chat was
-    taught to.
+    If the step does not say, they get it unless the model has a trained head (`has_head`) or was
+    not trained on chats (`chats`).
     """
     return (chats and not has_head) if step.chat is None else step.chat
 
 
 def longest_prompt(step: Step, max_positions: int, answer_tokens: int) -> int:
-    """Most tokens of a prompt: the setting, within the positions that the answer leaves."""
+    """The most tokens that a prompt may have: the setting, limited by the positions left.
+
+    The answer takes `answer_tokens` of the model's `max_positions`.
+    """
     room = max_positions - answer_tokens
     return room if step.max_input_tokens is None else min(room, step.max_input_tokens)
 
@@ -68,20 +71,19 @@ def build_prompts(  # noqa: PLR0913 - facts about model and data beside the rows
     max_input_tokens: int,
     texts: Sequence[str] = (TEXT,),
 ) -> list[Prompt | RowFault]:
-    """The prompt of each row, in the order of `rows`, or why it has none.
+    """The prompt of each row, in the order of `rows`, or the fault that prevents one.
 
-    A row maps each placeholder of the template to its value. A value is never taken for a turn of
-    the chat form, a placeholder or a special token. `texts` are the placeholders that hold the
-    text: `on_too_long: truncate` cuts it at its end until the prompt fits.
+    A row maps each placeholder of the template to its value. A value never acts as a chat turn, a
+    placeholder or a special token. `texts` are the placeholders of the text column:
+    `on_too_long: truncate` cuts the end of the text until the prompt has `max_input_tokens`.
     """
-
     needed = placeholders(step.prompt_template)
     render = partial(_render, step, chat)
     head = _head_ids(render(dict.fromkeys(needed, VALUE)).partition(VALUE)[0], tokenizer)
     checked = [_check_row(row, needed, texts) for row in rows]
-    # Encoded all at once, with an empty text where a row has none: one call for each fragment.
+    # One call to the tokenizer per fragment, with an empty text for a row without a prompt.
     rendered = ["" if isinstance(row, RowFault) else render(row) for row in checked]
-    # A cell of 50 MB would take 2 GB and 18 s to be encoded.
+    # Texts that are surely too long are not encoded: 50 MB would take 2 GB and 18 s.
     endless = [tokenizer.surely_exceeds(text, max_input_tokens) for text in rendered]
     known = zip(rendered, endless, strict=True)
     encoded = tokenizer.encode(["" if is_endless else text for text, is_endless in known])
@@ -104,7 +106,7 @@ def build_prompts(  # noqa: PLR0913 - facts about model and data beside the rows
 
 
 def _render(step: Step, chat: bool, row: Mapping[str, str]) -> str:
-    """The template of `step` with the values of `row`, in the form that the model reads."""
+    """The template of `step` filled with the values of `row`, in the form that the model reads."""
     if not chat:
         filled = step.prompt_template.format_map(row)
         return filled if step.system_prompt is None else f"{step.system_prompt}\n\n{filled}"
@@ -114,8 +116,8 @@ def _render(step: Step, chat: bool, row: Mapping[str, str]) -> str:
 
 
 def _head_ids(head: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of the template's text before the first value that no value can join or change."""
-    # Values of several kinds: what all of them leave as it is, any value does.
+    """The ids of `head`, the template before its first value, that no value can change."""
+    # Tried with values of several kinds: ids that are the same for all of them always are.
     tried = tokenizer.encode([head + value for value in ("a", "B", "1", "好", "。", " ", "\n")])
     return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*tried, strict=False))]
 
@@ -123,7 +125,7 @@ def _head_ids(head: str, tokenizer: Tokenizer) -> list[int]:
 def _check_row(
     row: RowValues, needed: Sequence[str], texts: Sequence[str]
 ) -> Mapping[str, str] | RowFault:
-    """The row with text alone in it, or the first reason why it cannot be asked."""
+    """The values of the `needed` placeholders as text, or the first fault among them."""
     values: dict[str, str] = {}
     for name in needed:
         value = row[name]
@@ -133,7 +135,7 @@ def _check_row(
             return RowFault("null_value", f"{name} is null")
         if isinstance(value, bytes):
             return RowFault("not_utf8", f"{name} is not UTF-8")
-        # Only the text must say something: other columns may be blank on purpose.
+        # Only the text must not be blank: other columns may be blank on purpose.
         if name in texts and not value.strip():
             return RowFault("empty_text", f"{name} is empty")
         values[name] = value
@@ -147,9 +149,8 @@ def _longest(
     render: Callable[[Mapping[str, str]], str],
     tokenizer: Tokenizer,
 ) -> Prompt | None:
-    """The prompt with as much of the text as fits `limit` tokens; None when none of it does."""
-    # Tokens are no fixed number of characters: the longest text that fits lies between two lengths
-    # that close in.
+    """The prompt with as much of the text as fits into `limit` tokens; None if none fits."""
+    # By bisection over the length, because the number of characters per token varies.
     whole = row[texts[0]]
     fits, over = 0, len(whole)
     best: Prompt | None = None

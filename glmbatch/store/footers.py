@@ -1,14 +1,14 @@
-"""What a source's footer says that stays true beside columns of ours. Reads no rows.
+"""Decide which metadata of a source's footer the output keeps. Reads no rows.
 
-Other tools keep a description of the columns under keys of their own, and some of them (Spark,
-Avro, Iceberg, `datasets`) believe it before the file's own schema: our columns would not exist for
-them. So nothing is copied but what is known to stay true:
+Other tools describe the columns under footer keys of their own. Some (Spark, Avro, Iceberg,
+`datasets`) trust that description more than the file's schema, so they would not see our columns.
+An output therefore keeps only what stays true beside the new columns:
 
     pandas                 extended by our columns
-    how values are stored  GeoParquet's columns, the calendar in which Spark wrote days
+    how values are stored  GeoParquet's columns, the calendar in which Spark wrote dates
     notes                  text that describes no columns, such as a team or a licence
 
-Ids of columns go too (types.py).
+The ids of columns are dropped as well (types.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from glmbatch.store.types import written_fields
 
 PANDAS = b"pandas"
-# They speak of named columns or of values alone, and both are still there.
+# These keys describe only named columns or values, which the output has unchanged.
 STAYING = re.compile(rb"geo|PANDAS_ATTRS|org\.apache\.spark\.(version|timeZone|legacy\w*)")
 DESCRIBING_KEY = re.compile(
     r"schema|struct|column|field|feature|dtype|descriptor|metadata|model|class|arrow|avro|proto"
@@ -36,10 +36,10 @@ MAX_NOTE_BYTES = 64 << 10
 
 
 def written_form(file: pq.ParquetFile) -> str:
-    """What tells a file whose columns or footer the output has otherwise; empty for any other.
+    """ "1" if the output changes a column's type or drops metadata of the file; "" if it does not.
 
-    It is a part of the output's key: what was published before such columns were mended is written
-    again. pandas' key is none of them, since what it said stays true.
+    It is part of the output key, so that outputs of versions that did not do so are written again.
+    The pandas key does not count, because earlier versions kept it correctly.
     """
     source = file.schema_arrow
     fields = written_fields(file)
@@ -52,7 +52,10 @@ def written_form(file: pq.ParquetFile) -> str:
 def kept_metadata(
     source: pa.Schema, columns: Sequence[pa.Field], rows: range
 ) -> dict[bytes, bytes]:
-    """What stays true of the metadata of `source` in a file of its `rows` and these `columns`."""
+    """The footer metadata of `source` that stays true in a file of its `rows` with `columns`.
+
+    Keys and values are as Parquet stores them.
+    """
     kept: dict[bytes, bytes] = {}
     for key, value in (source.metadata or {}).items():
         if key == PANDAS:
@@ -65,7 +68,7 @@ def kept_metadata(
 
 
 def _is_note(key: bytes, value: bytes, names: Sequence[str]) -> bool:
-    """Whether this is text that describes no columns, as far as can be told."""
+    """Whether this is text that, as far as we can tell, describes no columns."""
     try:
         name, text = key.decode(), value.decode()
     except UnicodeDecodeError:
@@ -95,9 +98,9 @@ def _texts_of(value: Any) -> Iterator[str]:
 
 
 def _names_columns(text: str, names: Sequence[str]) -> bool:
-    """Whether a text that is no JSON describes columns: all of them, by whole words.
+    """Whether a text that is not JSON describes columns, that is, contains all names as words.
 
-    One name alone may be a word of a sentence, as `a` or `text` is.
+    The name of a single column does not count: it may be a word of a sentence, such as `text`.
     """
     words = set(re.findall(r"\w+", text))
     if any(mark in text for mark in "{[<(;\0") and DESCRIBING_WORDS & words:
@@ -109,7 +112,10 @@ def _names_columns(text: str, names: Sequence[str]) -> bool:
 def _pandas(
     value: bytes, source: pa.Schema, columns: Sequence[pa.Field], rows: range
 ) -> bytes | None:
-    """pandas' own description, which also names its index; None if it is none of pandas' making."""
+    """The description that pandas writes, extended by our columns; None if it is not valid.
+
+    It also says which columns are the index.
+    """
     try:
         described = json.loads(value)
         entries = {entry["field_name"]: entry for entry in described["columns"]}
@@ -117,7 +123,7 @@ def _pandas(
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     described["index_columns"] = [part for part in index if part is not None]
-    # Of a frame with numbers or tuples for names pandas would make such of our names too, and fail.
+    # If the frame's names were numbers or tuples, pandas would convert our names too, and fail.
     labels = described.get("column_indexes") or []
     if [label.get("pandas_type") for label in labels] != ["unicode"]:
         described["column_indexes"] = []
@@ -126,11 +132,11 @@ def _pandas(
 
 
 def _index_part(part: Any, rows: range) -> Any:
-    """A column that is the index, or the part of a counted one that these rows have."""
+    """The name of an index column, or the part of a range index that these rows have."""
     if not isinstance(part, dict):
         return part
     counted = range(part["start"], part["stop"], part["step"])
-    if len(counted) < rows.stop:  # it did not fit the file
+    if len(counted) < rows.stop:  # the range does not match the file
         return None
     own = counted[rows.start : rows.stop]
     return {**part, "start": own.start, "stop": own.stop, "step": own.step}
@@ -148,7 +154,7 @@ def _entries(
 
 
 def _entry(field: pa.Field) -> dict[str, Any]:
-    """A column as pandas describes one: numbers by their type, all else as objects."""
+    """The description of a column as pandas writes it: numbers by type, all else as objects."""
     kind = field.type
     if pa.types.is_string(kind):
         names = ("unicode", "object")

@@ -1,7 +1,7 @@
-"""A caller's table in memory: its columns as Arrow, and new columns set beside them.
+"""A caller's table in memory: its columns as Arrow, and new columns beside them.
 
-A pandas or polars DataFrame comes back as one; whatever hands out an Arrow stream, as an Arrow
-table. Columns are known by their place, since pandas lets anything be a name. Knows no jobs.
+A pandas or polars DataFrame is returned as one, anything else with an Arrow stream as an Arrow
+table. Columns are addressed by position, because any object may be a name in pandas. Knows no jobs.
 """
 
 from __future__ import annotations
@@ -20,33 +20,36 @@ from glmbatch.store.footers import kept_metadata
 if TYPE_CHECKING:
     import pandas as pd
 
-# What errors call a caller's table.
+# The name of the caller's table in messages.
 WHERE = "the table"
-# How other packages' tables become Arrow ones.
+# Methods with which other packages convert their tables to Arrow.
 CONVERSIONS = ("to_arrow", "toArrow", "to_pyarrow_table", "collect", "compute", "to_pandas")
 
 
 class Frame(Protocol):
-    """All that is asked of a caller's table."""
+    """The whole interface to a caller's table; its length is the number of rows."""
 
     @property
     def names(self) -> list[str]:
-        """The names of its columns as text, in order; two may be the same."""
+        """The names of its columns as text, in order, perhaps with duplicates."""
 
     def column(self, place: int) -> pa.Array | pa.ChunkedArray:
-        """The column at `place`. InputError when it has no one type."""
+        """The column at position `place`. InputError when its values have no common type."""
 
     def beside(self, answers: pa.Table) -> Any:
-        """The caller's table, of its own kind, with the columns of `answers` after its own."""
+        """The caller's table, in its own type, with the columns of `answers` after its own.
+
+        `answers` has a row for each row of the table, in the same order.
+        """
 
     def __len__(self) -> int: ...
 
 
 def as_frame(table: Any) -> Frame:
-    """The caller's `table`, of whatever kind. InputError when it is none."""
+    """A `Frame` over the caller's `table`. InputError when it is not a table that we can read."""
     if isinstance(table, pa.Table):
         return _Arrow(table)
-    # A caller who has a frame of a package has imported it.
+    # Not imported here: if the caller has a frame of a package, it is already imported.
     pandas, polars = sys.modules.get("pandas"), sys.modules.get("polars")
     if pandas is not None and isinstance(table, pandas.DataFrame):
         return _Pandas(table)
@@ -56,7 +59,7 @@ def as_frame(table: Any) -> Frame:
 
 
 def _read(table: Any) -> pa.Table:
-    """The rows of anything that hands out an Arrow stream, all in memory."""
+    """The rows of anything with an Arrow stream, read into memory."""
     kind = f"{type(table).__module__.partition('.')[0]}.{type(table).__name__}"
     dataset, hub = sys.modules.get("pyarrow.dataset"), sys.modules.get("datasets")
     try:
@@ -68,11 +71,11 @@ def _read(table: Any) -> pa.Table:
             return pa.table(table)
     except (pa.ArrowException, OSError, TypeError, ValueError) as error:
         raise InputError(
-            f"{WHERE}: the Arrow stream of this {kind} is no table that can be read: "
+            f"{WHERE}: the Arrow stream of this {kind} cannot be read as a table: "
             f"{one_line(error)}."
         ) from error
     ways = [f"{name}()" for name in CONVERSIONS if callable(getattr(table, name, None))]
-    hint = f" Its {ways[0]} gives one." if ways else ""
+    hint = f" Convert it with {ways[0]}." if ways else ""
     kind = kind.removeprefix("builtins.")
     raise InputError(
         f"{WHERE}: is a {kind}, not a pandas DataFrame or an Arrow table, and has no Arrow stream "
@@ -133,26 +136,26 @@ class _Pandas:
         column = self.table.iloc[:, place]
         try:
             values = pa.Array.from_pandas(_storable(column))
-        except Exception as error:  # whatever pandas' and other packages' own types raise
+        except Exception as error:  # pandas and extension types raise errors of any class
             raise InputError(
-                f"{WHERE}: column {self._name(column.name)!r} has no one type: {one_line(error)}. "
-                "Make it text."
+                f"{WHERE}: column {self._name(column.name)!r} has no single type: "
+                f"{one_line(error)}. Convert it to text."
             ) from error
-        # A pandas column without any value is one of floats, whatever it was to hold.
+        # pandas stores a column without values as floats, so the type says nothing.
         return pa.nulls(len(values)) if values.null_count == len(values) else values
 
     def beside(self, answers: pa.Table) -> pd.DataFrame:
         import pandas as pd
 
-        # Nullable, since a column of whole numbers would else be one of floats after a failure.
+        # Nullable types: with a null for a failure, pandas would turn integers into floats.
         nullable = {pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype()}
         added: pd.DataFrame = answers.to_pandas(types_mapper=nullable.get)
-        # As arrays, so that nothing is matched by index, which may repeat.
+        # As arrays, so that pandas does not match rows by index, which may have duplicates.
         arrays = {name: column.array for name, column in added.items()}
         levels = self.table.columns.nlevels
         if levels == 1:
             return self.table.assign(**arrays)
-        # By whole keys: `assign` would write over whatever is below a name.
+        # By complete keys: `assign` would overwrite all columns below a first-level name.
         joined = self.table.copy(deep=False)
         for name, array in arrays.items():
             joined[(name, *[""] * (levels - 1))] = array
@@ -160,7 +163,7 @@ class _Pandas:
 
     def _name(self, name: Hashable) -> str:
         """A column's name as settings and messages spell it."""
-        # pandas itself calls a key ("text", "") by "text".
+        # pandas itself accepts "text" for the key ("text", "").
         if self.table.columns.nlevels > 1 and isinstance(name, tuple) and not any(name[1:]):
             name = name[0]
         return str(name).encode("utf-8", "backslashreplace").decode()
@@ -170,7 +173,7 @@ class _Pandas:
 
 
 def _storable(column: pd.Series) -> pd.Series:
-    """`column` in a type that Arrow has too; what pandas alone has becomes its text."""
+    """`column` in a type that Arrow has too; types that only pandas has become text."""
     import pandas as pd
 
     kind = column.dtype

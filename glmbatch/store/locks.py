@@ -1,13 +1,13 @@
-"""One run at a time writes to an output. Knows no receipts and no files of it but its own.
+"""The lock of an output: only one run at a time writes to it. Knows only its own files.
 
-On this machine the system holds the lock (`flock`) and frees it when the process ends, however it
-ends. A store has no such thing. There a lock is an object of its own number,
-OUTPUT/_glmbatch/lock.00000001, and the highest number holds:
+On this machine the lock is the system's `flock`, which is released whenever the process ends. A
+store has no such lock. There, locks are numbered objects, OUTPUT/_glmbatch/lock.00000001, and the
+one with the highest number is valid:
 
-    take      create the next number, on the condition that it is not there; only one of several can
-    keep      write it again every half minute
+    take      create the object with the next number if it does not exist; only one process can
+    keep      write the object again every 20 seconds
     lose      a higher number exists: another run took over after minutes without a renewal
-    let go    write that it is free; it stays, so that no number ever comes twice
+    release   write that the lock is free; the object stays, so that no number is used twice
 """
 
 from __future__ import annotations
@@ -35,17 +35,20 @@ from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 20.0
-# Nine heartbeats: a store that is slow for a while must not cost a living run its lock.
+# Nine heartbeats, so that a live run does not lose its lock when the store is slow for a while.
 STALE_SECONDS = 180.0
-# The locks that this process holds, by path, and for which run.
+# The locks that this process holds, by path, each with its run.
 _LOCKS: dict[str, tuple[str, FileLock | StoreLock]] = {}
 _TAKING = threading.Lock()
-# Names this process in a store, so that it knows its own lock when the answer to a write was lost.
+# Identifies this process in a store: it recognizes its own lock if the response to a write is lost.
 _TOKEN = uuid.uuid4().hex
 
 
 def hold(path: AnyPath, run: str) -> None:
-    """Take the lock `path` for `run` until `release`. InputError when another holds it."""
+    """Take the lock `path` for `run` until `release`; safe to repeat.
+
+    InputError when another run or process holds it, or when the output cannot be written.
+    """
     name = _name(path)
     with _TAKING:
         holder = _LOCKS[name][0] if name in _LOCKS else run
@@ -61,32 +64,41 @@ def hold(path: AnyPath, run: str) -> None:
 
 
 def _name(path: AnyPath) -> str:
-    """One name for one lock, whatever stands in its place."""
+    """One name for each lock, with links in the folder resolved but not in the lock itself."""
     return str(real_path(path.parent) / path.name)
 
 
 def release(path: AnyPath, run: str) -> None:
-    """Let others take the lock `path`, if `run` holds it."""
+    """Release the lock `path` if `run` holds it; safe to repeat."""
     name = _name(path)
     if name in _LOCKS and _LOCKS[name][0] == run:
         _LOCKS.pop(name)[1].let_go()
 
 
 def check_held(path: AnyPath) -> None:
-    """Interrupted when the lock that this process took at `path` is another's by now."""
+    """Interrupted when this process has lost the lock `path`, or may have lost it.
+
+    Does nothing if this process never took it.
+    """
     held = _LOCKS.get(_name(path))
     if held is not None:
         held[1].check()
 
 
 def read_sign(path: Address) -> str:
-    """What the holder wrote into the lock `path`; empty in a store, which all machines share."""
+    """The text that the holder wrote to the lock `path`; empty in a store, which all machines see.
+
+    OSError when the lock cannot be read.
+    """
     place = location(path)
     return place.read_text(errors="replace") if isinstance(place, Path) else ""
 
 
 def shows(path: Address, sign: str) -> bool:
-    """Whether this machine sees `sign` in the lock `path`, as on a shared file system."""
+    """Whether this machine reads `sign` in the lock `path`, as it does on a shared file system.
+
+    True for an empty `sign`, as of a store.
+    """
     try:
         return not sign or read_sign(path) == sign
     except OSError:
@@ -94,13 +106,16 @@ def shows(path: Address, sign: str) -> bool:
 
 
 def seconds_until_free(path: Address) -> float:
-    """How long a lock stays taken after its process died: in a store, until it is stale."""
+    """The time in seconds for which the lock `path` stays taken after its process died.
+
+    0 on this machine; in a store, until the lock is stale.
+    """
     return 0 if isinstance(location(path), Path) else STALE_SECONDS + HEARTBEAT_SECONDS / 2
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the file `path` against other processes; waits for the one that has it."""
+    """Lock the file `path` against other processes, waiting until it is free."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -111,19 +126,19 @@ def _this_process() -> str:
 
 
 class FileLock:
-    """A lock on this machine."""
+    """A lock on this machine, by `flock`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._handle = -1
 
     def take(self) -> None:
-        """InputError when the folder cannot be written, or another process holds the lock."""
+        """Take the lock. InputError when another process has it or the folder cannot be written."""
         with committed(self._path.with_name("writable")) as partial:
             partial.write_bytes(b"")
         with writable(self._path):
             self._path.with_name("writable").unlink(missing_ok=True)
-            # Never through a link, whose file is perhaps no lock.
+            # Never through a link: its target may be any file.
             if self._path.is_symlink():
                 self._path.unlink()
             self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -140,25 +155,25 @@ class FileLock:
             sign = os.read(self._handle, 200).decode(errors="replace").strip("\0")
             holder = " ".join(sign.split()) or "another process"
             raise InputError(
-                f"{self._path.parent.parent}: {holder} is writing to it. Wait for its end, or "
+                f"{self._path.parent.parent}: {holder} is writing to it. Wait until it ends, or "
                 "set data.output."
             ) from error
         os.ftruncate(self._handle, 0)
         os.write(self._handle, _this_process().encode())
 
     def check(self) -> None:
-        """Nothing: the system takes it from no living process."""
+        """Do nothing: a live process never loses an `flock`."""
 
     def let_go(self) -> None:
-        """Free it; so does the end of the process."""
+        """Release the lock; the end of the process does so too."""
         os.close(self._handle)
 
 
 class StoreLock:
-    """A lock in a store, kept by a thread from `take` to `let_go`.
+    """A lock in a store, renewed by a thread from `take` to `let_go`.
 
-    Only the store's clock says how old another's renewal is. A process that stood still for
-    too long finds out by `check`, which it asks before it makes anything public.
+    The age of another process's renewal is measured only by the store's clock. A process that was
+    suspended for too long detects it with `check`, which every publication calls first.
     """
 
     def __init__(
@@ -177,13 +192,16 @@ class StoreLock:
         self._thread = threading.Thread(target=self._keep, name="store lock", daemon=True)
 
     def take(self) -> None:
-        """InputError when the store cannot be written, or another run holds or takes the lock."""
+        """Take the lock. InputError when another run holds or takes it.
+
+        Also InputError when the store cannot be written. TransientError when it cannot be reached.
+        """
         now, numbers = self._probe(), self._numbers()
         if numbers and (age := self._age(numbers[-1], now)) <= self._stale_seconds:
             self._refuse(numbers[-1], age)
         self._number = numbers[-1] + 1 if numbers else 1
-        # It may be there by our own first try, whose answer was lost; so what it holds decides, not
-        # what `create` says.
+        # Decided by the content of the lock, not by the result of `create`: if the response to a
+        # first attempt was lost, the object exists and is ours.
         self._heard = time.monotonic()
         self._path(self._number).create(self._content())
         numbers_now = self._numbers()
@@ -198,13 +216,13 @@ class StoreLock:
         silent = time.monotonic() - self._heard > self._stale_seconds
         if silent or self._numbers()[-1:] != [self._number]:
             raise Interrupted(
-                f"{self._output}: nothing more is written: nothing was heard of this run for "
-                f"{self._stale_seconds:.0f} s, and another one may have taken over. Run again "
+                f"{self._output}: this run stopped writing: its lock was not renewed for "
+                f"{self._stale_seconds:.0f} s, and another run may have taken over. Run again "
                 "when that has ended."
             )
 
     def let_go(self) -> None:
-        """Free it for the next run; where that fails now, it is free when it is stale."""
+        """Release the lock; if that fails, with a warning, it is free once it is stale."""
         self._ended.set()
         self._thread.join()
         try:
@@ -218,9 +236,8 @@ class StoreLock:
         while not self._ended.wait(self._heartbeat_seconds):
             try:
                 self._write_sign()
-            except (
-                GlmbatchError
-            ) as error:  # the next one may come through; `check` knows for how long none did
+            except GlmbatchError as error:
+                # The next attempt may succeed; `check` knows the time since the last success.
                 logger.warning("%s: the lock was not renewed: %s", self._output, error)
 
     def _write_sign(self, *, free: bool = False) -> None:
@@ -230,15 +247,14 @@ class StoreLock:
             self._heard = began
 
     def _probe(self) -> datetime:
-        """The store's time. Proves that it can be written; warns if it ignores conditions."""
+        """The store's time. Checks that it can be written; warns if it ignores conditions."""
         path = self._folder / f"writable.{self._token}"
         with writable(self._output):
             path.create(b"")
             if path.create(b""):
                 logger.warning(
-                    "%s: the store ignores If-None-Match, so it cannot be told which of two runs "
-                    "that start at the "
-                    "same moment is first. Start one at a time.",
+                    "%s: the store ignores If-None-Match, so two runs that start at the same "
+                    "moment may both get the lock. Start one at a time.",
                     self._output,
                 )
             now = path.modified()
@@ -254,7 +270,7 @@ class StoreLock:
                 if sign["free"] or sign["token"] == self._token
                 else (now - self._path(number).modified()).total_seconds()
             )
-        except FileNotFoundError:  # a higher one took its place just now
+        except FileNotFoundError:  # just replaced by a higher number
             return 0
 
     def _refuse(self, number: int, age: float) -> None:
@@ -263,10 +279,9 @@ class StoreLock:
         except FileNotFoundError:
             holder = "another process"
         raise InputError(
-            f"{self._output}: {holder} is writing to it, last heard of {max(age, 0):.0f} s ago. "
-            "Wait for its end, or "
-            f"set data.output. If it was killed, it holds nothing {self._stale_seconds:.0f} s "
-            "after that."
+            f"{self._output}: {holder} is writing to it; it renewed its lock {max(age, 0):.0f} s "
+            "ago. Wait until it ends, or set data.output. If it was killed, the lock is free "
+            f"{self._stale_seconds:.0f} s after that."
         )
 
     def _numbers(self) -> list[int]:
@@ -277,7 +292,7 @@ class StoreLock:
         return self._folder / f"{self._name}.{number:08d}"
 
     def _read(self, number: int) -> dict[str, Any]:
-        """What its holder wrote; of a damaged lock only its age tells."""
+        """The holder's text in lock `number`; defaults for a damaged one, which counts by age."""
         sign = {"holder": "another process", "token": "", "free": False}
         with suppress(ValueError):
             content = from_json(self._path(number).read_bytes())

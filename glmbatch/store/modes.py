@@ -1,7 +1,7 @@
-"""Who may read what is written: nobody who may not read what it was made of.
+"""File modes of what is written: users who may not read its sources may not read it either.
 
-By the rights of files alone; those of folders are their owner's to set. A store has rights of its
-own.
+Only the modes of files are changed; those of folders are up to their owner. A store has its own
+access control.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def narrow(path: AnyPath, sources: Iterable[Address]) -> None:
-    """Take from `path` the rights of its group and of others that any of `sources` does not give.
+    """Remove access to `path` for the group and for others if any of `sources` does not allow it.
 
-    A right of a group counts where both belong to the same group. Gives no right; a source that is
-    gone says nothing.
+    The group keeps access if a source allows its group to read and both files have the same group.
+    Never adds access. Ignores missing sources. Logs a warning if `path` belongs to another user.
     """
     if not isinstance(path, Path):
         return
@@ -33,8 +33,8 @@ def narrow(path: AnyPath, sources: Iterable[Address]) -> None:
     if mode & taken:
         try:
             os.chmod(path, mode & ~taken)
-        except PermissionError:  # somebody else's, who decides
-            logger.warning("%s: may be read by more people than what it was made of", path)
+        except PermissionError:  # another user owns the file
+            logger.warning("%s: more users may read it than its sources", path)
 
 
 def _not_given(source: AnyPath, group: int) -> int:

@@ -1,7 +1,7 @@
-"""Read and write columns of Parquet files. Stays in Arrow: no pandas, no tensors, no prompts.
+"""Read and write columns of Parquet files with pyarrow. No pandas, no tensors, no prompts.
 
-Readers verify page checksums and do not pre-buffer: of a 2 GB file that keeps 0.3-0.5 GB in memory
-instead of 2.5.
+Readers verify page checksums and do not pre-buffer, so that a 2 GB file takes 0.3 to 0.5 GB of
+memory instead of 2.5.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 from glmbatch.store.values import is_plain, is_text
 
 Rows = TypeVar("Rows", pa.RecordBatch, pa.Table)
-ROW_GROUP_ROWS = 10_000  # of a file that is written
-# Bytes of a batch in memory, and of a row group that is written: columns that nobody asks about may
+ROW_GROUP_ROWS = 10_000  # most rows in a row group that is written
+# Bytes of a batch in memory and of a row group that is written: columns that no prompt uses may
 # hold pictures.
 BATCH_BYTES = 32 << 20
-# Rows that are decoded at once: a million short rows take 0.4 s, and 0.1 s less by 10,000.
+# Most rows decoded at once: a million short rows take 0.4 s; with 10,000 they would take 0.3 s.
 MOST_DECODED_ROWS = 1_000
-# Where one repeated value may be long: a million short rows then take 1.1 s.
+# The limit where one repeated value may be long: a million short rows then take 1.1 s.
 FEWEST_DECODED_ROWS = 250
-SMALL_BYTES = 32 << 20  # an object up to this size may be buffered whole: fewer requests
+SMALL_BYTES = 32 << 20  # an object up to this size is pre-buffered: fewer requests
 TimeUnit = Literal["us", "ns"]
 
 
 @contextmanager
 def readable(address: Address) -> Iterator[None]:
-    """Turn what reading a file raises into UnusableFile, or TransientError if the device failed.
+    """Turn errors of reading a file into UnusableFile, or TransientError if the machine failed.
 
-    What a store refuses stays StoreRefused: credentials may expire during a run, and no file is to
-    blame.
+    A refusal by a store stays StoreRefused: credentials may expire during a run, which is not the
+    fault of the file. An object that changed during the reading is UnusableFile.
     """
     path = location(address)
     try:
@@ -70,7 +70,7 @@ def readable(address: Address) -> Iterator[None]:
         ValueError,
         OverflowError,
     ) as error:
-        # pyarrow raises OSError for damaged bytes too, but then without an errno of the system.
+        # pyarrow also raises OSError for damaged bytes, but without a system errno.
         if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
             raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error
         raise UnusableFile(f"{path}: not readable as Parquet: {one_line(error)}.") from error
@@ -78,14 +78,14 @@ def readable(address: Address) -> Iterator[None]:
 
 @contextmanager
 def open_parquet(address: Address, int96: TimeUnit = "us") -> Iterator[pq.ParquetFile]:
-    """The opened file; reading it inside the `with` raises only our errors.
+    """The open file; reading inside the `with` raises only our errors (see `readable`).
 
-    Of an object only the parts that are read are fetched, and the parts of a small one side by
-    side. Times of the old kind INT96 are read in the unit `int96`: nanoseconds reach from the year
-    1677 to 2262 alone, and what lies outside would read as another time.
+    From an object in a store, only the parts that are read are fetched; those of a small object are
+    fetched in parallel. INT96 times are read in the unit `int96`. Nanoseconds only cover the years
+    1677 to 2262: a time outside would be read as another time.
     """
     path = location(address)
-    if isinstance(path, Path) and path.exists() and not path.is_file():  # a pipe would never end
+    if isinstance(path, Path) and path.exists() and not path.is_file():  # a pipe would block
         kind = "folder" if path.is_dir() else "pipe or device"
         raise UnusableFile(f"{shown(path)}: is a {kind} where a Parquet file is expected.")
     with readable(path), ExitStack() as opened:
@@ -113,8 +113,8 @@ def read_rows(  # noqa: PLR0913 - which rows of which columns, and in which unit
 ) -> Iterator[pa.RecordBatch]:
     """Rows `skip_rows` to `skip_rows + rows` of the given row groups, in order, in batches.
 
-    Only `columns` are read (all when None). A batch is bounded by its rows and by its bytes.
-    UnusableFile when the bytes are damaged or rows are missing.
+    Reads only `columns`, or all if None. Batches are limited in rows and in bytes. INT96 times are
+    read in the unit `int96`. UnusableFile when the bytes are damaged or rows are missing.
     """
     if not rows:
         return
@@ -131,7 +131,7 @@ def read_opened(  # noqa: PLR0913 - the rows of read_rows, in a file that is ope
     columns: Sequence[str] | None = None,
     where: Address,
 ) -> Iterator[pa.RecordBatch]:
-    """As `read_rows`, from the opened `file`, which errors call `where`."""
+    """As `read_rows`, from the open `file`; messages name it `where`."""
     missing = rows
     if not rows:
         return
@@ -149,15 +149,16 @@ def read_opened(  # noqa: PLR0913 - the rows of read_rows, in a file that is ope
         yield part
         if not missing:  # the rest of the row group belongs to the next fragment
             return
-    raise UnusableFile(f"{where}: {missing} rows fewer than its footer says.")
+    raise UnusableFile(f"{where}: has {missing} rows fewer than its footer says. Replace the file.")
 
 
 def _batch_rows(
     file: pq.ParquetFile, row_groups: Sequence[int], names: Sequence[str] | None
 ) -> int:
-    """How many rows of these columns are decoded at once: about BATCH_BYTES, as the footer has it.
+    """The number of rows of these columns to decode at once: about BATCH_BYTES by the footer.
 
-    Never many, since the footer tells means alone, and all that is heavy may stand at the end.
+    At most MOST_DECODED_ROWS, because the footer only gives means, and all large values may be at
+    the end.
     """
     wanted = None if names is None else set(names)
     heaviest = dictionary_bytes = 1.0
@@ -168,20 +169,20 @@ def _batch_rows(
             column = group.column(at)
             if wanted is not None and not _belongs(column.path_in_schema, wanted):
                 continue
-            # In memory a number takes its width, however well its repetitions were packed.
+            # In memory a number has its full width, however well the file packs repetitions.
             size_bytes += max(column.total_uncompressed_size, 8 * column.num_values)
             is_bytes = column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
             if is_bytes and column.has_dictionary_page:
                 dictionary_bytes = max(dictionary_bytes, column.total_uncompressed_size)
         heaviest = max(heaviest, size_bytes / max(group.num_rows, 1))
-    # A dictionary has each of its values once. One value may be all of it, and in memory each row
-    # has its own.
+    # A dictionary stores each value once. A single long value may fill it, and in memory every row
+    # has a copy.
     repeated = max(FEWEST_DECODED_ROWS, BATCH_BYTES / dictionary_bytes)
     return max(1, int(min(MOST_DECODED_ROWS, BATCH_BYTES / heaviest, repeated)))
 
 
 def _belongs(path: str, names: set[str]) -> bool:
-    """Whether the leaf column `path` is of one of the columns `names`, which may hold dots."""
+    """Whether the leaf column `path` belongs to one of the columns `names`, which may have dots."""
     ends = [place for place, letter in enumerate(path) if letter == "."]
     return path in names or any(path[:end] in names for end in ends)
 
@@ -189,9 +190,10 @@ def _belongs(path: str, names: set[str]) -> bool:
 def read_columns(
     path: Address, names: Sequence[str], constants: Mapping[str, str | None] | None = None
 ) -> pa.Table:
-    """The named columns of a whole file, in that order; UnusableFile when one is not there.
+    """The columns `names` of a whole file, in that order.
 
-    A column that the file lacks has its value of `constants` in all rows.
+    A column that the file lacks has its value in `constants` in all rows. UnusableFile when a
+    column is in neither, or when the file cannot be read.
     """
     constants = constants or {}
     with open_parquet(path) as file:
@@ -199,7 +201,7 @@ def read_columns(
         unknown = [name for name in missing if name not in constants]
         if unknown:
             raise UnusableFile(f"{path}: has no column {unknown[0]!r}")
-        # Selected again, since Parquet gives columns in its own order.
+        # Selected again, because pyarrow returns columns in the file's order.
         table = file.read(columns=[name for name in names if name not in missing])
         return with_constants(table, {name: constants[name] for name in missing}).select(
             list(names)
@@ -207,7 +209,7 @@ def read_columns(
 
 
 def with_constants(rows: Rows, constants: Mapping[str, str | None]) -> Rows:
-    """`rows` with a column of text for each of `constants`, the same in all rows."""
+    """`rows` with a text column appended for each of `constants`, the same in all rows."""
     for name, value in constants.items():
         rows = rows.append_column(name, pa.repeat(pa.scalar(value, pa.string()), rows.num_rows))
     return rows
@@ -221,9 +223,11 @@ def write_table(
     *,
     utc_times: bool = False,
 ) -> int:
-    """Write `batches` to `path`, with `metadata` in the footer; returns the number of rows.
+    """Write `batches` to the local file `path`, and return the number of rows.
 
-    `utc_times`: times of a day count from midnight in UTC.
+    `metadata` is added to that of `schema` in the footer. Compressed with zstd, with page
+    checksums. With `utc_times`, times of day are marked as UTC. OSError or pa.ArrowException when
+    writing fails.
     """
     footer: dict[Any, Any] = dict(schema.metadata or {})
     for key, value in metadata.items():
@@ -243,7 +247,7 @@ def write_table(
 
 
 def _row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Batches put together while they fit into a row group."""
+    """The batches, joined as long as they fit into a row group."""
     pending: list[pa.RecordBatch] = []
     rows = size_bytes = 0
     for batch in batches:
@@ -259,15 +263,15 @@ def _row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
 
 
 def footer_metadata(path: AnyPath, key: str) -> str | None:
-    """The text under `key` in the footer of `path`; None when the file or the key is not there.
+    """The text under `key` in the footer of `path`; None if the local file or the key is missing.
 
-    UnusableFile where it cannot be read; of an object, to be there is a part of that.
+    UnusableFile when it cannot be read, or when an object in a store is missing.
     """
     if isinstance(path, Path) and not path.is_file():
         return None
     with open_parquet(path) as file:
         value = (file.metadata.metadata or {}).get(key.encode())
-        # Inside, since a damaged byte of the text is a damaged byte of the file.
+        # Decoded inside the `with`, because a damaged byte of the text makes the file unusable.
         return None if value is None else value.decode()
 
 
@@ -280,9 +284,10 @@ def check_column(  # noqa: PLR0913 - what is asked of the column, and how a mess
     text: bool,
     folders: Sequence[str] = (),
 ) -> None:
-    """InputError unless `schema` has one column `name` that reads as text (is text, if `text`).
+    """InputError unless `schema` has exactly one column `name`, with values that read as text.
 
-    `folders` are columns beside it that folders give, for the message.
+    With `text`, the column itself must be text. `setting` is the setting that names the column.
+    `folders` are the columns from folder names, which the message lists too.
     """
     if schema.names.count(name) != 1:
         problem = (

@@ -1,7 +1,7 @@
-"""Names in an object store, with the part of pathlib's interface that this code uses.
+"""Paths in an object store, with the part of pathlib's interface that this project uses.
 
 fsspec and the store's own package (s3fs, gcsfs, adlfs) do the work, find the credentials and retry
-what fails; their errors become ours in errors.py.
+failed requests. errors.py turns their errors into ours.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from glmbatch.errors import InputError, StoreRefused, TransientError, shown
 from glmbatch.settings.addresses import has_credentials, misspelt
 from glmbatch.store.errors import EXISTS_STATUS, NOT_IMPLEMENTED, status_of, store_errors
 
-# Scheme of an address to what is to be installed for it.
+# The scheme of an address, and the package to install for it.
 STORES = {"s3": "'glmbatch[s3]'", "gs": "gcsfs", "az": "adlfs"}
 SCHEMES = tuple(f"{scheme}:/" for scheme in STORES)
 GLOB_MARKS = frozenset("*?[")
-AHEAD_BYTES = 8 << 20
+AHEAD_BYTES = 8 << 20  # fetched with each request when an object is read from start to end
 REQUESTS_AT_ONCE = 16
+# The cache of small objects: the largest size in bytes, and how many of them.
 KEPT_BYTES, KEPT_OBJECTS = 1 << 20, 64
 
 
 def location(address: Address) -> AnyPath:
-    """Where `address` leads: `s3://bucket/name` to a store, all else to this machine's files.
+    """The path of `address`: an ObjectPath for `s3://bucket/name`, else a path on this machine.
 
-    InputError for a scheme that is not known.
+    InputError for an unknown scheme, an address with credentials, or a name that is not UTF-8.
     """
     if isinstance(address, Path | ObjectPath):
         return address
@@ -46,7 +47,8 @@ def location(address: Address) -> AnyPath:
         raise InputError(f"{shown(address)}: the name is not UTF-8. Rename it.") from error
     if has_credentials(str(address)):
         raise InputError(
-            "an address of an object store holds credentials. Set them in the environment instead."
+            "an address in an object store must not contain credentials. Set them in the "
+            "environment."
         )
     if reason := misspelt(str(address)):
         raise InputError(f"{address}: {reason}.")
@@ -55,10 +57,10 @@ def location(address: Address) -> AnyPath:
         return Path(address)
     if not rest.strip("/"):
         raise InputError(
-            f"{address}: is no address of an object store; write s3://bucket/name (or gs://, "
+            f"{address}: is not an address in an object store. Write s3://bucket/name (or gs://, "
             "az://)."
         )
-    # To a store these are names of other objects, which no path on this machine could keep apart.
+    # A store treats a//b and a/b as two objects, but in a path they would be the same.
     if part := odd_part(rest.removesuffix("/")):
         raise InputError(
             f"{shown(address)}: has {part}, so it names other objects than the address without it. "
@@ -68,7 +70,10 @@ def location(address: Address) -> AnyPath:
 
 
 def is_hidden(name: PurePath | str) -> bool:
-    """Whether readers of a folder skip the file or folder `name`, as Spark does."""
+    """Whether readers of a folder skip the file or folder `name`: the rule of Spark.
+
+    A part is hidden if it begins with a dot, or with an underscore and has no `=`.
+    """
     for part in name.split("/") if isinstance(name, str) else name.parts:
         if part[:1] == "." or (part[:1] == "_" and "=" not in part):
             return True
@@ -76,7 +81,7 @@ def is_hidden(name: PurePath | str) -> bool:
 
 
 def odd_part(key: str) -> str | None:
-    """What stands between the slashes of `key` that is no name of a file; None when all are."""
+    """A part of `key` between slashes that a path cannot keep, in words; None if there is none."""
     for part in key.split("/"):
         if part in ("", ".", ".."):
             return f"a part {part!r}" if part else "an empty part between slashes"
@@ -84,7 +89,7 @@ def odd_part(key: str) -> str | None:
 
 
 def is_remote(address: str) -> bool:
-    """Whether `address` leads out of this machine's files."""
+    """Whether `address` is in a store or has another scheme, not a local path."""
     return "://" in address
 
 
@@ -95,19 +100,19 @@ Made = TypeVar("Made")
 def side_by_side(
     root: AnyPath, work: Callable[[Item], Made], items: Iterable[Item]
 ) -> Iterator[Made]:
-    """What `work` makes of each of `items` below `root`, in order; in a store, several at once."""
+    """The results of `work` for `items`, lazily, in order; in parallel if `root` is in a store."""
     if isinstance(root, Path):
         yield from map(work, items)
         return
     waiting = iter(items)
-    # In windows, so that a caller that stops early has not asked about everything.
+    # In windows, so that a caller that stops early does not cause requests for all items.
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         while window := list(islice(waiting, 4 * REQUESTS_AT_ONCE)):
             yield from pool.map(work, window)
 
 
 def unlink_all(root: AnyPath, paths: Iterable[AnyPath]) -> None:
-    """Remove the files `paths` below `root`, as far as they are there; no folder in their place."""
+    """Remove the files `paths` below `root`; ignores missing files and folders; safe to repeat."""
 
     def unlink(path: AnyPath) -> None:
         with suppress(IsADirectoryError):
@@ -119,10 +124,10 @@ def unlink_all(root: AnyPath, paths: Iterable[AnyPath]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ObjectStatus:
-    """What `stat` says of an object.
+    """The `stat` of an object, with its size in bytes.
 
-    `st_mtime_ns` is not a time, since a store's times have whole seconds. It is a number made of
-    the object's ETag, which changes whenever other bytes are written.
+    `st_mtime_ns` is not a time, because a store's times have only whole seconds. It is a number
+    made from the object's ETag, which changes whenever other bytes are written.
     """
 
     st_size: int
@@ -131,75 +136,91 @@ class ObjectStatus:
 
 
 class ObjectPath(PurePosixPath):
-    """An object in a store, or the folder that objects' names make. Holds nothing but its name."""
+    """The path of an object in a store, or of a folder, which exists only in objects' names.
+
+    Methods have the meaning of pathlib's. FileNotFoundError when an object is missing, StoreRefused
+    when the store refuses the access, TransientError when it cannot be reached.
+    """
 
     __slots__ = ()
 
     def __str__(self) -> str:
-        text = super().__str__()  # where the two slashes of s3:// are one
+        text = super().__str__()  # pathlib has turned s3:// into s3:/
         return text.replace(":/", "://", 1) if text.startswith(SCHEMES) else text
 
     def __fspath__(self) -> str:
-        raise TypeError(f"{self} has no place among the files of this machine")
+        raise TypeError(f"{self} is not a file on this machine")
 
     def resolve(self) -> ObjectPath:
+        """The path itself, because a store has no links."""
         return self
 
     def exists(self) -> bool:
+        """Whether there is an object of this name, or one below it."""
         return self._kind() is not None
 
     def is_file(self) -> bool:
+        """Whether there is an object of this name."""
         return self._kind() == "file"
 
     def is_dir(self) -> bool:
+        """Whether there are objects below this name, but none of this name."""
         return self._kind() == "directory"
 
     def stat(self) -> ObjectStatus:
+        """The size of the object, and a number that changes with its bytes."""
         info = self.info()
         return ObjectStatus(
             int(info["size"] or 0), int(sha256(version_of(info).encode()).hexdigest()[:15], 16)
         )
 
     def info(self) -> dict[str, Any]:
+        """The facts about the object, as fsspec's `info` gives them."""
         return cast(dict[str, Any], self._call("info"))
 
     def modified(self) -> datetime:
-        """When it was written last, by the clock of the store."""
+        """When it was last written, by the store's clock."""
         return cast(datetime, self._call("modified"))
 
     def open(self, mode: str = "rb") -> Any:
-        """For reading from its begin to its end, some megabytes with each request."""
+        """A file object for reading from start to end; each request fetches AHEAD_BYTES."""
         return self._opened(cache_type="readahead", block_size=AHEAD_BYTES)
 
     def open_ranges(self) -> Any:
-        """For reading here and there: each read is one request for just its bytes."""
+        """A file object for random access: each read is one request for exactly its bytes."""
         return self._opened(cache_type="none")
 
     def _opened(self, **options: object) -> Any:
         info = self.info()
-        # The ledger reads small objects several times; by version, so a new version is read again.
+        # The ledger reads small objects several times. Cached by version: a new one is read again.
         if info["type"] == "file" and info["size"] <= KEPT_BYTES:
             return BytesIO(_content(self, version_of(info)))
         return self._call("open", "rb", **options)
 
     def read_bytes(self) -> bytes:
+        """The bytes of the object."""
         return cast(bytes, self._call("cat_file"))
 
     def read_text(self, encoding: str = "utf-8") -> str:
+        """The text of the object. UnicodeDecodeError when it does not have this encoding."""
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, content: bytes) -> None:
+        """Write the object in one request; replaces an earlier one."""
         self._call("pipe_file", content)
 
     def create(self, content: bytes) -> bool:
-        """Write it unless it exists; whether it was written. A store may ignore the condition."""
+        """Write the object unless it exists; return whether it was written.
+
+        A store may ignore the condition, and then replaces the object.
+        """
         try:
             self._call("pipe_file", content, mode="create")
         except FileExistsError:
             return False
         except (StoreRefused, TransientError) as error:
             status = status_of(error)
-            if status == NOT_IMPLEMENTED:  # the store knows no conditions at all
+            if status == NOT_IMPLEMENTED:  # the store has no conditional writes
                 self.write_bytes(content)
             elif status in EXISTS_STATUS:
                 return False
@@ -208,43 +229,46 @@ class ObjectPath(PurePosixPath):
         return True
 
     def upload(self, file: Path) -> None:
-        """Make it the bytes of `file`, in one request or in parts: visible once it is whole."""
+        """Write the bytes of the local `file`, perhaps in parts; visible only when complete."""
         with store_errors(self):
             self._store().put_file(str(file), str(self))
 
     def copy_from(self, other: ObjectPath) -> None:
-        """Make it the bytes of `other`, inside the store."""
+        """Write the bytes of the object `other`, copied inside the store."""
         with store_errors(self):
             self._store().cp_file(str(other), str(self))
 
     def download(self, file: Path) -> None:
+        """Write the bytes of the object to the local `file`."""
         with store_errors(self):
             self._store().get_file(str(self), str(file))
 
     def unlink(self, missing_ok: bool = False) -> None:
+        """Delete the object."""
         with suppress(*([FileNotFoundError] if missing_ok else [])):
             self._call("rm_file")
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: names alone make folders."""
+        """Do nothing: folders exist only in objects' names."""
 
     def remove_tree(self) -> None:
-        unlink_all(self, self.listed())  # by name: the store's package takes a folder for a pattern
+        """Delete all objects below it."""
+        # One by one, because the store's package reads a folder's name as a pattern.
+        unlink_all(self, self.listed())
 
     def listed(self, prefix: str = "") -> dict[ObjectPath, dict[str, Any]]:
-        """All objects below it whose names begin with `prefix`, in order, with the store's facts.
+        """All objects below it whose names begin with `prefix`, sorted, with the facts of `info`.
 
-        Not those whose keys a path cannot hold as they are, such as a/ or a//b: it would be the
-        path of another object.
+        Leaves out keys such as a/ or a//b, which a path would turn into that of another object.
         """
         scheme = self.parts[0]
         files = sorted(self._infos(prefix).items())
         return {ObjectPath(f"{scheme}//{name}"): info for name, info in files if not odd_part(name)}
 
     def keys(self, prefix: str = "", most: int | None = None) -> dict[str, int]:
-        """The keys of all objects below it as they are, without its own, and their sizes.
+        """The keys of all objects below it, relative to it and sorted, with sizes in bytes.
 
-        From S3 only the first `most`; the packages of other stores know no such limit.
+        From S3 only the first `most`; the packages of other stores have no such limit.
         """
         base = len(str(self).partition("://")[2]) + 1
         infos = sorted(self._infos(prefix, max_items=most).items())
@@ -254,22 +278,22 @@ class ObjectPath(PurePosixPath):
         try:
             found = self._call("find", prefix=prefix, detail=True, **options)
             return cast(dict[str, dict[str, Any]], found)
-        except FileNotFoundError:  # there is no such bucket
+        except FileNotFoundError:  # no such bucket
             return {}
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
-        """Objects that `pattern` names; `**` stands for any folders. Lists by its fixed prefix."""
+        """The objects below it that match `pattern`, in which `**` matches any folders."""
         from fsspec.utils import glob_translate
 
         matches = re.compile(glob_translate(pattern)).fullmatch
-        # Only names with the pattern's plain beginning are listed.
+        # Lists only keys that begin like the pattern up to its first wildcard.
         plain = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
         for path in self.listed(plain):
             if matches(str(path.relative_to(self))):
                 yield path
 
     def rglob(self, pattern: str) -> Iterator[ObjectPath]:
-        """Objects at any depth whose last name `pattern` fits."""
+        """The objects below it, at any depth, whose last name matches `pattern`."""
         return (path for path in self.listed() if fnmatchcase(path.name, pattern))
 
     def _kind(self) -> str | None:
@@ -287,24 +311,27 @@ class ObjectPath(PurePosixPath):
 
 
 AnyPath: TypeAlias = Path | ObjectPath
-# What callers name a file or folder by: a setting's text, or a path that was made of one.
+# How callers name a file or folder: the text of a setting, or a path made from it.
 Address: TypeAlias = str | Path | ObjectPath
 
 
 def version_of(info: dict[str, Any]) -> str:
-    """What tells versions of an object apart: its ETag, by whichever name the package gives it."""
+    """The version of an object from its `info`: its ETag, whose name differs between packages."""
     return str(info.get("ETag") or info.get("etag") or info)
 
 
 @lru_cache(KEPT_OBJECTS)
 def _content(path: ObjectPath, version: str) -> bytes:
-    """The bytes of a small object, which the ledger may read again: each part is a request."""
+    """The bytes of a small object. Cached, because the ledger may read it again."""
     return path.read_bytes()
 
 
 @lru_cache
 def _filesystem(scheme: str) -> Any:
-    """One for all threads of the process, which share its connections. Listings are not cached."""
+    """The fsspec file system of `scheme`, with connections that all threads share.
+
+    Listings are not cached. InputError when its package is not installed.
+    """
     try:
         import fsspec
 

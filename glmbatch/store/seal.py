@@ -1,7 +1,4 @@
-"""Small files of JSON that prove themselves: they hold a digest of all the rest of them.
-
-Knows nothing of what they say.
-"""
+"""Small JSON files with a digest of their content, so that damage is detected on reading."""
 
 from __future__ import annotations
 
@@ -15,24 +12,24 @@ DIGEST = "digest"
 
 
 def sealed(content: dict[str, Any]) -> str:
-    """`content` as JSON, with its digest in it."""
+    """`content` as JSON text, with its digest added."""
     return json.dumps({**content, DIGEST: digest_of(content)}, indent=1, ensure_ascii=False)
 
 
 def unsealed(text: bytes | str) -> Any:
-    """What the JSON `text` says, without its digest; ValueError when it is not what was sealed.
+    """The content of the JSON `text`, without its digest. ValueError when it was changed.
 
-    What was never sealed, as files of earlier versions, is taken as it is.
+    Text without a digest, as in files of earlier versions, is accepted.
     """
-    content = from_json(text)  # unlike json.loads, one error for all that is wrong, deep lists too
+    content = from_json(text)  # unlike json.loads, raises ValueError also for deep nesting
     if isinstance(content, dict) and DIGEST in content:
         seal = content.pop(DIGEST)
         if seal != digest_of(content):
-            raise ValueError("its digest is not that of its content")
+            raise ValueError("its digest does not match its content")
     return content
 
 
 def digest_of(content: Any) -> str:
-    """SHA-256 of a value of JSON, however it is laid out."""
+    """The SHA-256 of a JSON value in hexadecimal, whatever its layout and order of keys."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return sha256(canonical.encode()).hexdigest()

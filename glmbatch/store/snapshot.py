@@ -1,10 +1,10 @@
-"""A folder in a store becomes a directory on this machine, fetched once for all its processes.
+"""Fetch a folder from a store into a local directory, once for all processes of this machine.
 
-    CACHE/<name>-<digest of names, sizes and ETags>/    each file by one rename, once whole
+    CACHE/<name>-<digest of names, sizes and ETags>/    each file appears by one rename
 
-A folder that changed in its store is another directory. What a killed process has fetched is kept,
-file by file; to delete any of it costs the time to fetch it again. Knows nothing of what is in the
-files.
+If the folder changes in its store, it gets a new directory. Files that a killed process fetched
+completely are kept. The cache may be deleted; its files are then fetched again. Knows nothing of
+their content.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from glmbatch.store.paths import ObjectPath, location, version_of
 
 @dataclass(frozen=True, slots=True)
 class SnapshotFile:
-    """An object of the folder, and which version of it belongs to the snapshot."""
+    """An object of the folder, and the version of it that belongs to the snapshot."""
 
     path: ObjectPath
     size_bytes: int
@@ -35,17 +35,18 @@ class SnapshotFile:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The objects of a folder by name, and the directory of those that were fetched."""
+    """The objects of a folder by name, and the local directory for those that are fetched."""
 
     directory: Path
     files: dict[str, SnapshotFile]
 
     def fetch(self, patterns: Sequence[str]) -> Path:
-        """The directory, with the files whose names `patterns` fit; other processes wait meanwhile.
+        """Fetch the files that match `patterns`, and return the directory. Safe to repeat.
 
-        TransientError when an object is no longer the one of the snapshot.
+        Files that are there are not fetched again; other processes wait meanwhile. TransientError
+        when an object has changed since the snapshot, InputError when the cache cannot be written.
         """
-        # Several processes of a cluster may share the cache; the first one fetches.
+        # Processes of a cluster may share the cache; the first one fetches.
         with _held(self.directory):
             for name, file in self.files.items():
                 wanted = any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -55,9 +56,9 @@ class Snapshot:
 
 
 def snapshot_of(address: str, cache: str, patterns: Sequence[str]) -> Snapshot | None:
-    """What the folder `address` holds now, of names that `patterns` fit; fetches nothing.
+    """The objects directly in the folder `address` that match `patterns`; fetches nothing.
 
-    Objects further down are no part of it. None when there are none.
+    `cache` is the local folder for all snapshots. None if there are no such objects.
     """
     folder = location(address)
     files: dict[str, SnapshotFile] = {}
@@ -68,7 +69,7 @@ def snapshot_of(address: str, cache: str, patterns: Sequence[str]) -> Snapshot |
     if not files:
         return None
     facts = [(name, file.size_bytes, file.version) for name, file in sorted(files.items())]
-    # The address too: two folders may hold the same names and versions.
+    # With the address, because two folders may have the same names and versions.
     digest = sha256(json.dumps([address, *facts]).encode()).hexdigest()
     return Snapshot(Path(cache).expanduser() / f"{folder.name}-{digest[:16]}", files)
 
@@ -77,7 +78,7 @@ def _download(file: SnapshotFile, target: Path) -> None:
     partial = target.with_name(f".{target.name}{PARTIAL}")
     try:
         file.path.download(partial)
-        # Asked after the download, so that a change during it is found.
+        # Checked after the download, so that a change during it is detected.
         same_size = partial.stat().st_size == file.size_bytes
         same = same_size and version_of(file.path.info()) == file.version
     except FileNotFoundError:
@@ -90,7 +91,7 @@ def _download(file: SnapshotFile, target: Path) -> None:
 
 @contextmanager
 def _held(directory: Path) -> Iterator[None]:
-    """Make `directory`, and hold it against other processes."""
+    """Create `directory`, and lock it against other processes."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with exclusive(directory.with_name(f"{directory.name}.lock")):

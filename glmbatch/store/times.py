@@ -1,6 +1,6 @@
-"""Times of the old kind INT96, which have no unit of their own: which unit holds them all.
+"""Choose the unit for INT96 times, a deprecated Parquet type without a unit of its own.
 
-Microseconds hold every year, nanoseconds every digit; no type of Parquet's holds both.
+Microseconds cover every year, nanoseconds keep every digit; no Parquet type does both.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from glmbatch.store.parquet import TimeUnit, open_parquet, read_rows
 from glmbatch.store.paths import Address
 from glmbatch.store.types import has_int96, inner_arrays
 
-MAX_MICROSECONDS = (2**63 - 1) // 1000  # since or before 1970, that nanoseconds reach
+MAX_MICROSECONDS = (2**63 - 1) // 1000  # before and after 1970, the range of nanoseconds
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """The INT96 times in some rows of a file, and the `columns` that have them.
+    """The range and precision of INT96 times in some rows of a file, and the `columns` with them.
 
-    `finer`: some have digits below a microsecond. `far`: some lie where nanoseconds do not reach.
+    `finer`: some have digits below a microsecond. `far`: some are outside the range of nanoseconds.
     """
 
     columns: tuple[str, ...] = ()
@@ -32,32 +32,35 @@ class Times:
     far: bool = False
 
     def joined(self, other: Times) -> Times:
-        """These times and those of other rows of the same file."""
+        """These times together with those of other rows of the same file."""
         return Times(self.columns, self.finer or other.finer, self.far or other.far)
 
     def misfit(self, unit: TimeUnit) -> str | None:
-        """Why `unit` does not hold these times; None when it does."""
-        end = "no one type holds both. Write them as another type."
+        """Why `unit` cannot hold these times; None if it can."""
+        end = "no type holds both. Write them as another type."
         if self.finer and self.far:
             return (
-                f"its INT96 times {list(self.columns)} are finer than microseconds, and some lie "
+                f"its INT96 times {list(self.columns)} are finer than microseconds, and some are "
                 f"outside the years 1677 to 2262; {end}"
             )
         if self.finer and unit == "us":
             return (
-                f"its INT96 times {list(self.columns)} are finer than the microseconds that this "
-                f"output has of other files; {end}"
+                f"its INT96 times {list(self.columns)} are finer than microseconds, in which this "
+                f"output has those of other files; {end}"
             )
         if self.far and unit == "ns":
             return (
-                f"its INT96 times {list(self.columns)} lie outside the years 1677 to 2262, and "
-                f"this output has nanoseconds of other files; {end}"
+                f"its INT96 times {list(self.columns)} are outside the years 1677 to 2262, but "
+                f"this output has those of other files in nanoseconds; {end}"
             )
         return None
 
 
 def look_at_times(path: Address, row_groups: Sequence[int], skip_rows: int, rows: int) -> Times:
-    """The INT96 times in these rows. UnusableFile where they cannot be read."""
+    """The INT96 times in these rows, which it reads twice, once in each unit.
+
+    Rows are given as to `read_rows`. UnusableFile when they cannot be read.
+    """
     names = int96_columns(path)
     coarse = read_rows(path, row_groups, skip_rows, rows, names)
     fine = read_rows(path, row_groups, skip_rows, rows, names, int96="ns")
@@ -71,7 +74,7 @@ def look_at_times(path: Address, row_groups: Sequence[int], skip_rows: int, rows
 
 
 def int96_columns(path: Address) -> list[str]:
-    """The columns in which INT96 times are, at whatever depth."""
+    """The names of the columns that contain INT96 times, at any depth."""
     with open_parquet(path) as file:
         if not has_int96(file):
             return []
@@ -84,7 +87,7 @@ def int96_columns(path: Address) -> list[str]:
 def int96_unit(path: Address, row_groups: Sequence[int], skip_rows: int, rows: int) -> TimeUnit:
     """The unit that holds every INT96 time of these rows: microseconds, unless one is finer.
 
-    UnusableFile when none does.
+    Rows are given as to `read_rows`. UnusableFile when neither unit holds them all.
     """
     times = look_at_times(path, row_groups, skip_rows, rows)
     unit: TimeUnit = "ns" if times.finer else "us"
@@ -94,7 +97,7 @@ def int96_unit(path: Address, row_groups: Sequence[int], skip_rows: int, rows: i
 
 
 def with_common_columns(times: Mapping[str, Times]) -> list[dict[str, Times]]:
-    """The times of each source, put together where sources have a column in common."""
+    """The times by source, in groups: sources that share a column are in the same group."""
     groups: list[tuple[set[str], dict[str, Times]]] = []
     for source, its_times in times.items():
         columns = set(its_times.columns)
@@ -115,11 +118,11 @@ def with_common_columns(times: Mapping[str, Times]) -> list[dict[str, Times]]:
 def one_unit(
     times: Collection[Times], kept: Iterable[Address], published: Iterable[Address]
 ) -> TimeUnit:
-    """The unit for all of `times`: microseconds, unless one is finer and none is far.
+    """The unit for all of `times`: microseconds, unless some are finer and none is far.
 
-    Files of the output that are `kept` decide, since nothing writes them anew. Where no unit holds
-    all times, those of any `published` file do: what fits neither unit is left out, and what is
-    published of it stays as it is.
+    The unit of `kept` files of the output decides first, because they are not rewritten. If neither
+    unit holds all times, the unit of any `published` file decides: sources that do not fit it are
+    left out, and their published files stay.
     """
     columns = set().union(*(its_times.columns for its_times in times))
     finer = any(its_times.finer for its_times in times)
@@ -131,7 +134,7 @@ def one_unit(
 
 
 def _unit_written(paths: Iterable[Address], columns: Collection[str]) -> TimeUnit | None:
-    """The unit of the times in `columns`, by the first file that has some; None where none has."""
+    """The unit of times in `columns` in the first file that has some; None if none has."""
     for path in paths:
         with suppress(UnusableFile), open_parquet(path) as file:
             for field in file.schema_arrow:
@@ -141,13 +144,16 @@ def _unit_written(paths: Iterable[Address], columns: Collection[str]) -> TimeUni
 
 
 def _digits(coarse: pa.Array, fine: pa.Array) -> tuple[bool, bool]:
-    """Whether any of these times is finer than a microsecond, and whether nanoseconds reach all."""
+    """Whether any time is finer than a microsecond, and whether nanoseconds hold all.
+
+    `coarse` and `fine` are the same times, read as microseconds and as nanoseconds.
+    """
     if not pa.types.is_timestamp(coarse.type):
         parts = zip(inner_arrays(coarse), inner_arrays(fine), strict=True)
         pairs = [_digits(*part) for part in parts]
         return any(pair[0] for pair in pairs), all(pair[1] for pair in pairs)
     micros = coarse.drop_null().cast(pa.int64()).to_numpy()
     nanos = fine.drop_null().cast(pa.int64()).to_numpy()
-    # Both wrap around alike, so the difference is exact where nanoseconds do not reach.
+    # Both wrap around in the same way, so the difference is exact even outside the range.
     finer = bool(np.any(nanos - micros * 1000))
     return finer, bool(np.all(np.abs(micros) < MAX_MICROSECONDS))

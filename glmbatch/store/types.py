@@ -1,9 +1,8 @@
-"""Which type a source's column has in the output, and its values in it. Reads no rows.
+"""The type of a source's column in the output, and the conversion of its values. Reads no rows.
 
-A type stays as it is where Arrow can write it. A UUID becomes its 36 characters, since Spark
-refuses every file with a UUID in it; an ENUM becomes the text that it is, which Arrow reads as
-bytes. What Arrow would read and write as something less than it is, such as DuckDB's intervals, is
-refused by name.
+A type stays the same if Arrow can write it. A UUID becomes its text of 36 characters, because Spark
+refuses every file that contains a UUID. An ENUM becomes text, because Arrow reads it as bytes.
+Types that Arrow would write as bare bytes, such as DuckDB's intervals, are refused by name.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 from glmbatch.errors import UnusableFile
 
 COLUMN_ID = re.compile(rb"field.?id|columnMapping|iceberg", re.IGNORECASE)
-# Parquet's types that Arrow reads as what they are, or as bytes which every reader takes for such.
+# Parquet's logical types that Arrow reads as what they are, or as bytes that no reader mistakes.
 CARRIED = frozenset(
     {"None", "Null", "String", "Enum", "JSON", "BSON", "UUID", "List", "Map"}
     | {"Int", "Decimal", "Float16", "Date", "Time", "Timestamp"}
@@ -29,7 +28,7 @@ GROUP = re.compile(r"^ *\w+ group field_id=-?\d+ (.*?)(?: \((\w+).*\))? \{$", re
 
 
 def parts_of(kind: pa.DataType) -> list[pa.Field]:
-    """The fields of which a nested type is made; none of any other type."""
+    """The fields that a nested type consists of; [] for any other type."""
     if pa.types.is_map(kind):
         return [kind.key_field, kind.item_field]
     if not pa.types.is_nested(kind):
@@ -38,7 +37,7 @@ def parts_of(kind: pa.DataType) -> list[pa.Field]:
 
 
 def with_parts(kind: pa.DataType, parts: Sequence[pa.Field]) -> pa.DataType:
-    """The nested type `kind` made of other `parts`; `kind` itself where it has none."""
+    """The nested type `kind` with other `parts`; `kind` itself if it is not nested."""
     if pa.types.is_struct(kind):
         return pa.struct(parts)
     if pa.types.is_map(kind):
@@ -57,9 +56,9 @@ def with_parts(kind: pa.DataType, parts: Sequence[pa.Field]) -> pa.DataType:
 
 
 def written_field(field: pa.Field) -> pa.Field:
-    """`field` as the output has it, without the ids by which some readers look columns up.
+    """`field` as the output has it, without the ids with which some readers look up columns.
 
-    A reader that goes by ids would not find our columns, which have none.
+    Such a reader would not find our own columns, which have no ids.
     """
     metadata = {k: v for k, v in (field.metadata or {}).items() if not COLUMN_ID.search(k)}
     return pa.field(field.name, written_type(field.type), field.nullable, metadata or None)
@@ -76,14 +75,14 @@ def written_fields(file: pq.ParquetFile) -> list[pa.Field]:
 
 
 def written_type(kind: pa.DataType) -> pa.DataType:
-    """The type that values of `kind` have in the output."""
+    """The type of values of `kind` in the output."""
     if isinstance(kind, pa.UuidType):
         return pa.string()
     return with_parts(kind, [written_field(part) for part in parts_of(kind)])
 
 
 def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    """The values of `array` as `kind`. pa.ArrowException where one of them would change."""
+    """The values of `array` in the type `kind`. pa.ArrowException when a value would change."""
     if array.type == kind:
         return array
     if not _needs_parts(array.type):
@@ -97,14 +96,14 @@ def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
 
 
 def _needs_parts(kind: pa.DataType) -> bool:
-    """Whether Arrow itself casts no such type."""
+    """Whether Arrow cannot cast the type itself, so that its parts must be converted."""
     if isinstance(kind, pa.BaseExtensionType) or _is_view(kind):
         return True
     return any(_needs_parts(part.type) for part in parts_of(kind))
 
 
 def _converted_nested(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Part by part, since Arrow casts neither extension types inside others nor views."""
+    """Convert part by part, because Arrow casts neither nested extension types nor views."""
     is_null = array.is_null()
     if pa.types.is_struct(array.type):
         columns = []
@@ -118,7 +117,7 @@ def _converted_nested(array: pa.Array, kind: pa.DataType) -> pa.Array:
         same_size = pa.list_(kind.value_field, size)
         lists = pa.FixedSizeListArray.from_arrays(inner, type=same_size, mask=is_null)
         return lists.cast(kind)
-    # Copied: offsets of a slice do not go together with a mask.
+    # Offsets are copied, because Arrow does not accept those of a slice together with a mask.
     if pa.types.is_map(array.type):
         offsets = pa.array(array.offsets.to_numpy())
         keys = converted(array.keys, kind.key_type)
@@ -128,7 +127,7 @@ def _converted_nested(array: pa.Array, kind: pa.DataType) -> pa.Array:
         view = _converted_view(array, kind.value_field, is_null)
         if view.type == kind:
             return view
-        # Arrow's own cast of a view makes an array that is not valid.
+        # Not cast, because Arrow's own cast of a view gives an invalid array.
         lengths = pc.fill_null(pc.list_value_length(view), 0)
         ends = pc.cumulative_sum(lengths.cast(pa.int64()))
         offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends])
@@ -145,17 +144,17 @@ def _is_view(kind: pa.DataType) -> bool:
 
 
 def _converted_view(array: pa.Array, items: pa.Field, is_null: pa.Array) -> pa.Array:
-    """The same view over other items: Arrow takes no extension types out of their order."""
+    """The same view over converted items: Arrow cannot reorder extension types."""
     is_large = pa.types.is_large_list_view(array.type)
     make = pa.LargeListViewArray if is_large else pa.ListViewArray
-    # Copied, as above.
+    # Copied, as in `_converted_nested`.
     places = [pa.array(part.to_numpy()) for part in (array.offsets, array.sizes)]
     inner = converted(array.values, items.type)
     return make.from_arrays(*places, inner, type=with_parts(array.type, [items]), mask=is_null)
 
 
 def inner_arrays(array: pa.Array) -> list[pa.Array]:
-    """The arrays inside a nested one, of its own rows alone; none of any other."""
+    """The arrays inside a nested array, limited to its own rows; [] for any other array."""
     if pa.types.is_struct(array.type):
         return list(array.flatten())
     if pa.types.is_map(array.type):
@@ -163,7 +162,7 @@ def inner_arrays(array: pa.Array) -> list[pa.Array]:
         return [part.slice(first, last - first) for part in (array.keys, array.items)]
     if not pa.types.is_nested(array.type):
         return []
-    # Arrow puts no extension types of a view in a row.
+    # Without extension types, because Arrow cannot flatten views of them.
     return [converted(array, _stored_type(array.type)).flatten()]
 
 
@@ -176,40 +175,38 @@ def _stored_type(kind: pa.DataType) -> pa.DataType:
 
 
 def check_carried(where: str, file: pq.ParquetFile) -> None:
-    """UnusableFile for a column that Arrow cannot write as what it is: its readers would not know
-    it any more.
-    """
+    """UnusableFile when Arrow cannot write a column of `file` with its type; `where` names it."""
     for column, kind in _lost(file):
         raise UnusableFile(
-            f"{where}: column {column!r} is of Parquet's type {kind}, which would come out as "
+            f"{where}: column {column!r} is of Parquet's type {kind}, which would be written as "
             "bare bytes. Cast it to another type, or leave it out."
         )
     adjusted = {kind for kind in map(_adjusted_time, leaves(file)) if kind is not None}
     if len(adjusted) > 1:
         raise UnusableFile(
-            f"{where}: holds times of a day both in UTC and without a zone, which Arrow cannot "
-            "write into one file. Cast one column to another type, or leave it out."
+            f"{where}: has times of day both in UTC and without a zone, which Arrow cannot write "
+            "to one file. Cast one column to another type, or leave it out."
         )
 
 
 def leaves(file: pq.ParquetFile) -> Iterator[Any]:
-    """The columns of the Parquet file itself, in which nested ones come apart."""
+    """The leaf columns of the Parquet schema, into which nested columns are split."""
     for at in range(len(file.schema)):
         yield file.schema.column(at)
 
 
 def is_int96(leaf: Any) -> bool:
-    """Whether a column holds times as Spark and Impala write them, of a kind that is no more."""
+    """Whether a leaf column has INT96 times, the deprecated type that Spark and Impala write."""
     return bool(leaf.physical_type == "INT96")
 
 
 def has_int96(file: pq.ParquetFile) -> bool:
-    """Whether `file` holds such times in any column, at whatever depth."""
+    """Whether `file` has INT96 times in any column, at any depth."""
     return any(map(is_int96, leaves(file)))
 
 
 def changes_type(leaf: Any) -> bool:
-    """Whether Arrow reads a column in a type that the output may not have."""
+    """Whether the output may have a leaf column in another type than Arrow reads."""
     return is_int96(leaf) or _kind(leaf) == "Enum"
 
 
@@ -229,12 +226,12 @@ def _lost(file: pq.ParquetFile) -> Iterator[tuple[str, str]]:
 
 
 def _adjusted_time(leaf: Any) -> bool | None:
-    """Whether a time of a day counts from midnight in UTC; None for what is no time."""
+    """Whether a leaf column of times of day is in UTC; None if it has another type."""
     if leaf.logical_type.type != "TIME":
         return None
     return "isAdjustedToUTC=true" in str(leaf.logical_type)
 
 
 def times_in_utc(file: pq.ParquetFile) -> bool:
-    """Whether the times of a day in `file` count from midnight in UTC."""
+    """Whether the times of day in `file` are in UTC; False if it has none."""
     return any(map(_adjusted_time, leaves(file)))

@@ -1,4 +1,4 @@
-"""Values of a column as text, as a person would write them. Knows no files and no prompts."""
+"""The values of a column as text, as a person would write them. Knows no files and no prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ DAY_SECONDS = 86_400
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether values of this type read as text; so does what pandas writes for no values at all."""
+    """Whether this type is text, or the null type that pandas writes for a column without values.
+
+    Bytes count as text.
+    """
     kind = value_type(kind)
     return bool(
         pa.types.is_null(kind)
@@ -31,7 +34,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def value_type(kind: pa.DataType) -> pa.DataType:
-    """The type of the values themselves: of a dictionary, or under an extension type."""
+    """The type of the values themselves, without dictionaries and extension types."""
     while True:
         if isinstance(kind, pa.UuidType):
             return pa.string()
@@ -44,7 +47,7 @@ def value_type(kind: pa.DataType) -> pa.DataType:
 
 
 def is_plain(kind: pa.DataType) -> bool:
-    """Whether a value of this type reads as text: text, number, truth value, date or time."""
+    """Whether values of this type can be written as text: text, number, boolean, date or time."""
     kind = value_type(kind)
     return is_text(kind) or bool(
         pa.types.is_integer(kind)
@@ -56,7 +59,7 @@ def is_plain(kind: pa.DataType) -> bool:
 
 
 def prompt_values(column: pa.ChunkedArray) -> list[str | bytes | None]:
-    """The values of a column as text; bytes where they are not UTF-8, None where null or NaN."""
+    """The values of a column as text, in order; bytes if not UTF-8, None for null and NaN."""
     values: list[str | bytes | None] = []
     for chunk in column.chunks:
         values += _values(chunk)
@@ -80,7 +83,7 @@ def _values(array: pa.Array) -> list[str | bytes | None]:
         return [None if value is None else _plain(value) for value in array.to_pylist()]
     if pa.types.is_string_view(inner):
         array = array.cast(pa.large_string())
-    # As bytes first: Arrow trusts a text column, and one byte that is no UTF-8 would end the run.
+    # As bytes first: Arrow does not check text, and one byte that is not UTF-8 would end the run.
     return [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
 
 
@@ -89,8 +92,8 @@ def _plain(value: object) -> str:
 
 
 def _floats(array: pa.Array) -> list[str | bytes | None]:
-    """The shortest text that is this number in its own precision; NaN is no value."""
-    # Python's own float has the precision of the widest alone.
+    """The shortest text of each number in its own precision; None for NaN."""
+    # Python's float is a double, so narrower types need NumPy's.
     narrow = {pa.float32(): np.float32, pa.float16(): np.float16}.get(array.type, float)
     texts: list[str | bytes | None] = []
     for value in array.to_pylist():
@@ -99,10 +102,10 @@ def _floats(array: pa.Array) -> list[str | bytes | None]:
 
 
 def _times(array: pa.Array) -> pa.Array:
-    """As Arrow writes them: Python has no date after the year 9999."""
+    """The text of each time, from Arrow, because Python has no dates after the year 9999."""
     try:
         return array.cast(pa.string())
-    except pa.ArrowInvalid:  # a zone that this machine does not know
+    except pa.ArrowInvalid:  # a time zone that this machine does not know
         return array.cast(pa.timestamp(array.type.unit, "UTC")).cast(pa.string())
 
 
@@ -113,7 +116,7 @@ def _short_time(value: str | None) -> str | None:
 
 
 def _duration(ticks: int | None, unit: str) -> str | None:
-    """Days, hours, minutes and seconds: `1 day 02:03:04.5`."""
+    """A duration of `ticks` in `unit` as text, such as `1 day 02:03:04.5`."""
     if ticks is None:
         return None
     seconds, rest = divmod(abs(ticks), TICKS[unit])

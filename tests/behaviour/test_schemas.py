@@ -48,7 +48,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
     }
     summary = run(settings)
     for fault in summary.unusable:  # the only reason allowed: times that fit no single type
-        assert "no one type holds both" in fault.reason, fault.reason
+        assert "no type holds both" in fault.reason, fault.reason
     left_out = {fault.source for fault in summary.unusable}
     found = []
     for source in sorted((folder / "in").iterdir()):

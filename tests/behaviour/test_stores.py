@@ -262,7 +262,7 @@ def test_a_run_that_lost_its_lock_publishes_nothing(store: Store, settings: Sett
             store.path("out/_glmbatch/lock.00000002").write_bytes(b"{}")
 
     store.harm = harm
-    with pytest.raises(Interrupted, match="another one may have taken over"):
+    with pytest.raises(Interrupted, match="another run may have taken over"):
         run(settings(steps=settings()["steps"][:1]))
     assert not [name for name in store.names("out") if "/_glmbatch/" not in name]
 

@@ -78,7 +78,7 @@ def test_int96_nanoseconds_are_not_truncated(
     write_source("a.parquet", columns, use_deprecated_int96_timestamps=True)
     write_source("b.parquet", {"text": ["fine"] * 20})
     summary = run(job_settings(steps=[CLASSIFY], max_error_rate=0.9))
-    assert "no one type holds both" in summary.unusable[0].reason
+    assert "no type holds both" in summary.unusable[0].reason
 
 
 FINE = [1, 2**62]  # nanoseconds since 1970
@@ -137,7 +137,7 @@ def test_int96_times_that_fit_no_type_are_left_out(
     (tmp_path / "in" / "b.parquet").unlink()
     write_times("c.parquet", PLAIN)
     summary = run(settings)
-    assert "no one type holds both" in summary.unusable[0].reason
+    assert "no type holds both" in summary.unusable[0].reason
     assert [fault.source for fault in summary.unusable] == ["a.parquet"]
     assert pq.read_table(out).num_rows == 4
 

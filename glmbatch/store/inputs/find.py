@@ -1,6 +1,6 @@
-"""Which files an input names, and what of it is not read, by reason. Opens none of them.
+"""Find the files that an input names, and the names that are skipped. Opens no file.
 
-A folder stands for all files below it that end in `.parquet`, a glob for what it matches.
+A folder means all files below it that end in `.parquet`; a glob means what it matches.
 """
 
 from __future__ import annotations
@@ -25,29 +25,30 @@ from glmbatch.store.inputs.tables import (
 from glmbatch.store.paths import GLOB_MARKS, AnyPath, is_hidden, odd_part
 
 SETTING = "data.input"
-# Why a name is not read, as the end of "3 ...".
-OTHER_ENDING = "of another ending than .parquet"
+# Why names are not read; continues "3 ...".
+OTHER_ENDING = "that do not end in .parquet"
 HIDDEN = "with a name that begins with . or _"
 LINKED_FOLDER = "behind a link to a folder"
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """How many names of an input are not read for one reason, and the first of them."""
+    """The number of names of an input that are not read for one `reason`, and the first name."""
 
     reason: str
     count: int
     first: str
 
     def __str__(self) -> str:
-        return f"{self.count:,} {self.reason} (such as {self.first})"
+        return f"{self.count:,} {self.reason} (for example {self.first})"
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """The files that an input names, as sorted POSIX paths below the folder `root`.
 
-    `refused` are files that cannot be read under their names, with the reason.
+    `refused` maps files that cannot be read because of their names to the reason. `skipped` counts
+    the names that are not input files.
     """
 
     root: AnyPath
@@ -57,18 +58,18 @@ class Found:
 
 
 def find_files(pattern: str, *, follow_links: bool = False) -> Found:
-    """The files that `pattern` names: a file, a folder, or a glob.
+    """The files that `pattern` names; it is a file, a folder or a glob.
 
-    A folder stands for every `.parquet` file below it. Names that start with a dot or an underscore
-    are skipped, as Arrow, Spark and DuckDB skip them, but for `_x=1`, which is a partition. Links
-    to folders are followed with `follow_links` alone. Files are named from above the partition
-    folders (`day=1`), so a run over one day names them as a run over all days does. InputError when
-    nothing matches, or where the files are those of a table of another format.
+    A folder means every `.parquet` file below it. Names that start with a dot or an underscore are
+    skipped, as by Arrow, Spark and DuckDB, except `_x=1`, which is a partition. Links to folders
+    are followed only with `follow_links`. Names begin above the partition folders (`day=1`), so
+    that a run over one day gives files the same names as a run over all days. InputError when
+    nothing matches, or when the files belong to a table of another format.
     """
     with naming(SETTING):
         whole = Folder(pattern).path
         listing = _list(whole, pattern, follow_links)
-        # What lies in a folder that was listed whole was seen there.
+        # A folder that was listed completely has been checked itself.
         refuse_tables_above(listing.root, SETTING, itself=listing.root != whole)
     if not listing.names and not listing.refused:
         raise InputError(
@@ -79,9 +80,10 @@ def find_files(pattern: str, *, follow_links: bool = False) -> Found:
 
 @dataclass(slots=True)
 class _Listing:
-    """What lies below `root`, as far as it was looked at; each folder is looked at once.
+    """The names found below `root` so far. Each folder is listed only once.
 
-    `skipped` has the reason of each name that is not read.
+    `skipped` maps each name that is not read to the reason. `entered` are the folders that links
+    may not lead back into.
     """
 
     root: AnyPath
@@ -93,21 +95,21 @@ class _Listing:
     entered: list[AnyPath] = field(default_factory=list)
 
     def add(self, name: str) -> None:
-        """A file that the input names; left out by its name if that cannot be used."""
+        """Add a file that the input names, or refuse it if its name cannot be used."""
         if fault := _name_fault(name):
             self.refused[name] = f"{shown(self.root)}/{shown(name)}: {fault}"
         else:
             self.names.add(name)
 
     def add_by_ending(self, name: str) -> None:
-        """A file below a folder that the input names."""
+        """Add a file below a folder that the input names, or skip it by its ending."""
         if name.casefold().endswith(".parquet"):
             self.add(name)
         else:
             self.skipped[name] = OTHER_ENDING
 
     def skip_hidden(self, name: str, *, is_folder: bool) -> bool:
-        """Count a hidden name once, by its first part that is hidden; whether it was one."""
+        """Skip a hidden name, counted once per first hidden part; return whether it was hidden."""
         parts = name.split("/")
         for place, part in enumerate(parts, 1):
             if is_hidden(part):
@@ -117,7 +119,7 @@ class _Listing:
         return False
 
     def walk(self, folder: str) -> None:
-        """All below `folder` of this machine's files, except below folders seen before."""
+        """Add all local files below `folder`, except in folders that were listed before."""
         pending = [folder]
         while pending:
             current = pending.pop()
@@ -140,7 +142,7 @@ class _Listing:
                     pending.append(name)
 
     def _may_enter(self, link: Path) -> bool:
-        """Whether to go on behind a link: not into a folder that is read, or that holds one."""
+        """Whether to follow a link to a folder: not into a folder that is read or contains one."""
         target = real_path(link)
         self.entered = self.entered or [real_path(self.root)]
         for folder in self.entered:
@@ -153,13 +155,13 @@ class _Listing:
 
 
 def _name_fault(name: str) -> str | None:
-    """Why a file cannot be used under its `name`; None when it can."""
+    """Why a file cannot be used under its `name`; None if it can."""
     try:
         name.encode()
     except UnicodeEncodeError:
         return "its name is not UTF-8. Rename the file."
     if part := odd_part(name):
-        return f"its key has {part}, for which no file can have a name. Rename the object."
+        return f"its key has {part}, which no file name can have. Rename the object."
     return None
 
 
@@ -177,7 +179,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads in a circle
+    except OSError:  # a circular link
         return False
 
 
@@ -205,7 +207,7 @@ def _list_matches(pattern: AnyPath, follow_links: bool) -> _Listing:
         raise InputError(f"{shown(pattern)}: there is no folder {shown(root)}. Set {SETTING}.")
     listing = _Listing(root, follow_links)
     if not isinstance(root, Path):
-        # Only names with the pattern's plain beginning are listed.
+        # Lists only keys that begin like the pattern up to its first wildcard.
         _list_objects(listing, root.keys(re.split(r"[*?\[]", rest, maxsplit=1)[0]), rest)
         return listing
     try:
@@ -227,7 +229,7 @@ def _list_matches(pattern: AnyPath, follow_links: bool) -> _Listing:
 
 
 def _refuse_tables_between(listing: _Listing) -> None:
-    """InputError if a glob reached into a table, of which it named files or folders alone."""
+    """InputError if a glob matched single files or folders inside a table of another format."""
     looked_at = set(listing.folders)
     for name in listing.names | listing.folders:
         for folder in PurePath(name).parents:
@@ -238,14 +240,14 @@ def _refuse_tables_between(listing: _Listing) -> None:
 
 
 def _list_objects(listing: _Listing, objects: Mapping[str, int], pattern: str | None) -> None:
-    """The `objects` (key to size); with a pattern those that it names, or whose folder it names."""
+    """Add the `objects` (key to size); with a `pattern`, only those that `Matches` names."""
     if table := first_table(objects):
         folder, what = table
         refuse_table(listing.root / folder, what, SETTING)
     matches = Matches(pattern)
     for name, size in objects.items():
         if name.endswith("/") and not size:
-            continue  # by such an object some tools mark a folder
+            continue  # some tools mark a folder with such an object
         by_name = matches.file(name)
         if not by_name and not matches.folder_of(name):
             continue
@@ -259,21 +261,22 @@ def _list_objects(listing: _Listing, objects: Mapping[str, int], pattern: str | 
 
 
 class Matches:
-    """Which objects a pattern names, by themselves or by a folder above; no pattern names all."""
+    """Tells which objects a glob names, directly or by a folder; None names all objects."""
 
     def __init__(self, pattern: str | None) -> None:
         from fsspec.utils import glob_translate
 
         self._matches = None if pattern is None else re.compile(glob_translate(pattern)).fullmatch
-        # A pattern that ends in ** names folders alone, as pathlib has it.
+        # A pattern that ends in ** names only folders, as in pathlib.
         self._names_files = pattern is not None and not pattern.endswith("**")
         self._folders: dict[str, bool] = {"": pattern in (None, "**")}
 
     def file(self, name: str) -> bool:
+        """Whether the pattern names the object itself."""
         return self._names_files and self._matches is not None and bool(self._matches(name))
 
     def folder_of(self, name: str) -> bool:
-        """Whether a folder above the object is named."""
+        """Whether the pattern names a folder above the object."""
         folder = name.rpartition("/")[0]
         if folder not in self._folders:
             named = self._matches is None or bool(self._matches(folder))
@@ -282,12 +285,12 @@ class Matches:
 
 
 def is_glob(pattern: str) -> bool:
-    """Whether `pattern` may name several files; a file or folder may still have that name."""
+    """Whether `pattern` has wildcards; a file or folder may still have that very name."""
     return not GLOB_MARKS.isdisjoint(pattern)
 
 
 def split_glob(pattern: AnyPath) -> tuple[AnyPath, str]:
-    """The folder that a glob begins in, and what it names below."""
+    """The folder in which a glob begins, and the pattern below it."""
     parts = pattern.parts
     fixed = len(list(takewhile(lambda part: not is_glob(part), parts)))
     root = type(pattern)(*parts[:fixed]) if fixed else Path()
@@ -295,17 +298,17 @@ def split_glob(pattern: AnyPath) -> tuple[AnyPath, str]:
 
 
 def _instead(listing: _Listing) -> str:
-    """What there is in place of files that could be read, and what to do."""
+    """The end of a message: the names that are not read, and what to do."""
     if not listing.skipped:
         return ""
     parts = ", ".join(map(str, _counted(listing)))
-    return f"; not read: {parts}. Rename them, or name them by a glob"
+    return f"; not read: {parts}. Rename them, or name them with a glob"
 
 
 def _counted(listing: _Listing) -> list[Skipped]:
     names: dict[str, list[str]] = {}
     for name, reason in listing.skipped.items():
-        if name not in listing.names:  # a glob may name what its folder does not stand for
+        if name not in listing.names:  # a glob may name a file that its folder would skip
             names.setdefault(reason, []).append(name)
     return [Skipped(reason, len(some), shown(min(some))) for reason, some in sorted(names.items())]
 
@@ -313,7 +316,6 @@ def _counted(listing: _Listing) -> list[Skipped]:
 def _from_above_partitions(listing: _Listing) -> Found:
     root = listing.root
     above = ""
-    # From above the partition folders: a run over one day names files as one over all days does.
     while "=" in root.name:
         above = f"{root.name}/{above}"
         root = root.parent

@@ -1,6 +1,6 @@
-"""What a job asks of a file's columns, its own and those that its folders' names give.
+"""Check a file's columns against the job's needs, including columns from folder names.
 
-Readers take a folder `day=1` for a column `day` of every file below it. So do prompts, where the
+Readers treat a folder `day=1` as a column `day` of every file below it. Prompts do the same if the
 file has no such column itself.
 """
 
@@ -22,7 +22,7 @@ NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 @dataclass(frozen=True, slots=True)
 class NeededColumn:
-    """A column that a job reads, and the setting that names it; `is_text` if it must hold text."""
+    """A column that a job reads, and the setting that names it; `is_text` if it must be text."""
 
     name: str
     setting: str
@@ -31,9 +31,9 @@ class NeededColumn:
 
 @dataclass(frozen=True, slots=True)
 class SchemaNeeds:
-    """What a job asks of each file's schema.
+    """The columns that a job reads from each file, and those that it writes.
 
-    `read` are the columns it reads, `written` the step of each column that it writes.
+    `written` maps each column that the job writes to its step.
     """
 
     read: tuple[NeededColumn, ...]
@@ -41,9 +41,9 @@ class SchemaNeeds:
 
 
 def folder_columns(name: str | PurePosixPath) -> dict[str, str | None]:
-    """The columns that the folders of the file `name` give it, with their value, None for null.
+    """The columns that the folders of the file `name` give, with their values; None for null.
 
-    Hive and Spark write what a folder's name cannot hold as %XX.
+    Decodes %XX, with which Hive and Spark write characters that a folder name cannot have.
     """
     columns: dict[str, str | None] = {}
     for part in PurePosixPath(name).parts[:-1]:
@@ -56,26 +56,29 @@ def folder_columns(name: str | PurePosixPath) -> dict[str, str | None]:
 def _decoded(value: str) -> str:
     try:
         return unquote_to_bytes(value).decode()
-    except UnicodeDecodeError:  # Spark takes each such byte for a character
+    except UnicodeDecodeError:  # Spark reads each such byte as a character
         return unquote(value, "latin-1")
 
 
 def from_folders(
     name: str, columns: Iterable[str], schema: pa.Schema
 ) -> tuple[tuple[str, str | None], ...]:
-    """Those of `columns` that the file `name` has from its folders, as its `schema` lacks them."""
+    """Those of `columns` that only the folders of the file `name` give, not its `schema`.
+
+    Pairs of name and value, sorted by name.
+    """
     folders = folder_columns(name)
     given = sorted({*columns} & folders.keys() - set(schema.names))
     return tuple((column, folders[column]) for column in given)
 
 
 def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds) -> None:
-    """UnusableFile unless the job's prompts and answers fit a file of this schema.
+    """UnusableFile unless a file with this schema has all columns to read and none to write.
 
-    Other files may fit, so it stops no run that allows for some that do not.
+    It is UnusableFile rather than InputError, because other files of the input may be usable.
     """
     folders = folder_columns(name)
-    # Readers take a folder day=1 for a column, and do not tell Mood from mood.
+    # Readers treat a folder day=1 as a column, and some ignore the case of names.
     taken = {column.casefold(): column for column in [*folders, *schema.names]}
     for written, step in needs.written.items():
         column = taken.get(written.casefold())

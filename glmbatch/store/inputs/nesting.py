@@ -1,4 +1,4 @@
-"""Whether an output would be read as input: neither may lie where the other is read or written."""
+"""Refuse an output that would be read as input, or that contains the input."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from glmbatch.store.paths import is_hidden
 
 
 def refuse_nesting(found: Found, pattern: str, output: str) -> None:
-    """InputError for an `output` that is read with the input `pattern`, or holds the `found`."""
+    """InputError when `output` is read with the input `pattern`, or contains `found` files."""
     place = real_path(output)
     with naming("data.output"):
         is_file = place.exists() and not place.is_dir()
     if is_file:
         raise InputError(f"{shown(output)}: is a file where a folder is expected. Set data.output.")
-    # Which files a glob reaches is asked once their names are known.
+    # Other globs are checked by `refuse_reach`, once the names of the output files are known.
     recursive = real_path(pattern).is_dir() or "**" in pattern
     if recursive and place.is_relative_to(real_path(found.root)):
         raise _inside(output, str(found.root))
@@ -26,12 +26,12 @@ def refuse_nesting(found: Found, pattern: str, output: str) -> None:
         if place in real_path(found.root / name).parents:
             raise InputError(
                 f"{shown(output)}: holds the input file {shown(found.root / name)}. Set "
-                "data.output to a folder of its own."
+                "data.output to a separate folder."
             )
 
 
 def refuse_reach(pattern: str, output: str, names: Iterable[str]) -> None:
-    """InputError where the glob `pattern` names a file of `names` that is written to `output`."""
+    """InputError when the glob `pattern` matches one of the files `names` written to `output`."""
     if exists(pattern) or not is_glob(pattern):
         return
     root, rest = split_glob(Folder(pattern).path)

@@ -1,7 +1,7 @@
-"""Folders that are tables of another format: files lie in them that count no longer, or not yet.
+"""Detect folders that are tables of another format (Delta, Hudi, Iceberg, Paimon, Spark streams).
 
-Which files count is written beside them. Reading all as Parquet would answer deleted and replaced
-rows too. Knows such a table by names alone.
+Such a table has files whose rows were deleted or replaced; its own metadata says which files count.
+Reading all of them as Parquet would also answer the old rows. Looks only at names.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from glmbatch.errors import InputError, StoreRefused, shown
 from glmbatch.store.folder import Folder
 from glmbatch.store.paths import AnyPath, is_hidden
 
-# A name in the table's folder, what the table is, which names below that name make it one, and how
-# one of these begins in each such table. A data file of Iceberg belongs to a snapshot.
+# For each mark, a name in a table's folder: the kind of table, the pattern of names below the mark,
+# and their prefixes. Every such table has a name below the mark that matches the pattern and begins
+# with a prefix; None if the mark itself is enough. Each Iceberg data file belongs to a snapshot.
 MARKS = {
     "_delta_log": ("a Delta table", ".*", ("",)),
     ".hoodie": ("a Hudi table", ".*", ("",)),
@@ -30,29 +31,29 @@ MARKS = {
     "snapshot": ("a Paimon table", r"snapshot-\d+", ("snapshot-",)),
     "_spark_metadata": ("an output of a Spark stream", ".*", ("",)),
 }
-# Keys that are looked at for each beginning. Folders above an input in a store may hold millions
-# under such a name, and what makes a table is among the first.
+# At most this many keys are listed for each prefix. A folder above an input in a store may have
+# millions of them, and the ones that make it a table are among the first.
 MOST_KEYS = 100
 
 
 def refuse_table(folder: AnyPath, table: tuple[str, str] | None, setting: str) -> None:
-    """InputError if there is a `table` (mark, kind) in `folder`, which `setting` led to."""
+    """InputError if `table` (mark, kind) is not None; `setting` led to the `folder` it is in."""
     if table is not None:
         mark, kind = table
         raise InputError(
             f"{shown(folder)}: is {kind} ({mark}), whose files hold deleted and replaced rows too. "
-            f"Write its rows as they are now to a folder of their own, and set {setting} to it."
+            f"Export its current rows to a separate folder, and set {setting} to that."
         )
 
 
 def refuse_tables_above(folder: AnyPath, setting: str, *, itself: bool = True) -> None:
-    """InputError if a folder that holds `folder`, or `itself`, is a table of another format."""
+    """InputError if a folder above `folder`, or `itself`, is a table of another format."""
     if isinstance(folder, Path):
         whole = Path(os.path.abspath(folder))
         real = Path(os.path.realpath(folder))
         folders: Sequence[AnyPath] = [*whole.parents, *real.parents, *([whole] if itself else [])]
     else:
-        # The last two are the scheme, and no name at all.
+        # Without the last two parents: the scheme and the empty path.
         folders = [*([folder] if itself else []), *folder.parents][:-2]
     places = []
     for place in dict.fromkeys(folders):
@@ -63,34 +64,34 @@ def refuse_tables_above(folder: AnyPath, setting: str, *, itself: bool = True) -
 
 
 def table_of(folder: AnyPath) -> tuple[str, str] | None:
-    """The mark and the kind of the table that `folder` is; None when it is none."""
+    """The mark and the kind of the table that `folder` is; None if it is not a table."""
     tables = (_table(folder, mark) for mark in MARKS)
     return next((table for table in tables if table), None)
 
 
 def _table(folder: AnyPath, mark: str) -> tuple[str, str] | None:
-    """The mark and the kind of the table that `mark` makes of `folder`; None when none."""
+    """`mark` and the kind of the table, if `mark` makes `folder` a table; else None."""
     if any(is_mark(mark, name) for name in _below(folder, mark)):
         return mark, MARKS[mark][0]
     return None
 
 
 def is_mark(mark: str, name: str) -> bool:
-    """Whether `name` below the name `mark` makes the folder of `mark` a table."""
+    """Whether `name`, below `mark`, makes the folder that contains `mark` a table."""
     return mark in MARKS and re.fullmatch(MARKS[mark][1], name) is not None
 
 
 def _below(folder: AnyPath, mark: str) -> Iterable[str]:
-    """Names below `mark` in `folder`; an empty one where it stands alone."""
+    """The names below `mark` in `folder`, and an empty name for `mark` itself."""
     if isinstance(folder, Path):
         place = folder / mark
         if os.path.lexists(place):
             yield ""
-            with suppress(OSError):  # what cannot be looked into, or is no folder
+            with suppress(OSError):  # not a folder, or not readable
                 yield from os.listdir(place)
         return
     beginnings = MARKS[mark][2]
-    # Who may read a folder may not always list the ones above it.
+    # A user who may read a folder may not be allowed to list the folders above it.
     with suppress(StoreRefused):
         for prefix in [mark] if beginnings is None else [f"{mark}/{name}" for name in beginnings]:
             for key in folder.keys(prefix, MOST_KEYS):
@@ -100,11 +101,11 @@ def _below(folder: AnyPath, mark: str) -> Iterable[str]:
 
 
 def first_table(names: Iterable[str]) -> tuple[str, tuple[str, str]] | None:
-    """The folder of the first table that objects of these `names` show, and what it is."""
+    """The first table among objects with these `names`: its folder, and (mark, kind)."""
     for name in names:
         for place, part in enumerate(parts := name.split("/")):
             if is_mark(part, "/".join(parts[place + 1 :])):
                 return str(PurePosixPath(*parts[:place])), (part, MARKS[part][0])
             if is_hidden(part):
-                break  # nothing below is read
+                break  # nothing below a hidden name is read
     return None

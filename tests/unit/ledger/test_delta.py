@@ -1,6 +1,4 @@
-"""The output as a Delta Lake table: one commit a publication, read by DuckDB and pandas, never seen
-half.
-"""
+"""A Delta Lake table as output: each publication is one commit, read by DuckDB and pandas."""
 
 from __future__ import annotations
 
@@ -61,7 +59,7 @@ def test_pandas_and_duckdb_read_rows_answers_and_partitions(
     assert verify(tmp_path / "out").findings == ()
 
 
-def test_each_night_is_one_commit_that_is_not_made_twice(
+def test_each_run_is_one_commit_and_is_never_repeated(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
 ) -> None:
     write_source("a.parquet", {"text": rows[:8]})
@@ -70,16 +68,16 @@ def test_each_night_is_one_commit_that_is_not_made_twice(
     run_job(delta_job())
     assert DeltaTable(tmp_path / "out").version() == 0
     write_source("b.parquet", {"text": rows[9:17]})
-    assert run_job(delta_job()).computed == 1, "the answers in the table are known"
+    assert run_job(delta_job()).computed == 1, "the answers in the table are reused"
     table = DeltaTable(tmp_path / "out")
     assert (table.version(), table.transaction_version(APPLICATION)) == (1, 2)
     assert texts(tmp_path / "out") == sorted(rows[:8] + rows[9:17])
     assert table_files(tmp_path / "out") == {file.output_name for file in manifest(tmp_path).files}
     old = DeltaTable(tmp_path / "out", version=0).to_pyarrow_table().column("text").to_pylist()
-    assert sorted(old) == sorted(rows[:16]), "who still reads the night before, reads all of it"
+    assert sorted(old) == sorted(rows[:16]), "the version before can still be read completely"
     added, removed = actions(tmp_path / "out", 1)
     assert len(added) == len(removed) == 1
-    # Delta's own clean-up knows what is not of the table, and leaves it.
+    # Delta's own `vacuum` keeps files that do not belong to the table.
     gone = table.vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
     assert [Path(name).name for name in gone] == removed
     assert verify(tmp_path / "out").findings == ()
@@ -102,7 +100,7 @@ def actions(out: Path, version: int) -> tuple[list[str], list[str]]:
     ]
 
 
-def test_the_next_run_ends_what_a_killed_one_began(
+def test_the_next_run_completes_a_killed_publication(
     write_source: Write,
     delta_job: Callable[..., JobConfig],
     tmp_path: Path,
@@ -132,7 +130,7 @@ def test_the_next_run_ends_what_a_killed_one_began(
 
 
 @pytest.mark.slow
-def test_a_reader_in_a_loop_sees_one_night_or_the_other(
+def test_a_reader_sees_one_version_or_the_other(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path
 ) -> None:
     def night(number: int) -> list[str]:
@@ -157,7 +155,7 @@ def test_a_reader_in_a_loop_sees_one_night_or_the_other(
     reader.join()
     assert all(each in nights for each in seen), "never mixed, never a file missing"
     assert seen[0] == nights[0]
-    assert len({tuple(each) for each in seen}) > 1, "it read while nights were published"
+    assert len({tuple(each) for each in seen}) > 1, "it read while versions were published"
 
 
 def test_a_new_column_joins_the_table_while_other_files_stay(
@@ -173,7 +171,7 @@ def test_a_new_column_joins_the_table_while_other_files_stay(
     assert (len(added), len(removed)) == (1, 0)
 
 
-def test_a_folder_becomes_a_table_and_stays_one(
+def test_an_output_becomes_a_table_and_stays_one(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
 ) -> None:
     write_source("a.parquet", {"text": rows[:9]})
@@ -222,7 +220,7 @@ def test_types_that_delta_lacks_are_widened_or_refused() -> None:
             delta_schema("a", pa.schema([("x", kind)]))
 
 
-def test_files_that_are_no_one_table_are_refused_at_once(
+def test_files_that_do_not_form_one_table_are_refused(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
 ) -> None:
     write_source("day=1/a.parquet", {"text": rows[:3], "n": [1, 2, 3]})
@@ -236,7 +234,7 @@ def test_files_that_are_no_one_table_are_refused_at_once(
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
-def test_a_time_that_would_lose_nanoseconds_costs_its_file(
+def test_a_file_that_would_lose_nanoseconds_is_left_out(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
 ) -> None:
     fine = pa.array([datetime.datetime(2026, 1, 2, 3, 4, 5, 678)] * 3, pa.timestamp("ns"))
@@ -273,7 +271,7 @@ def test_a_full_snapshot_may_change_types(
     assert verify(tmp_path / "out").sound
 
 
-def test_a_type_unlike_that_of_staying_files_is_refused(
+def test_a_type_other_than_in_kept_files_is_refused(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
 ) -> None:
     write_source("a.parquet", {"text": rows[:3], "n": [1, 2, 3]})
@@ -289,7 +287,7 @@ def test_a_type_unlike_that_of_staying_files_is_refused(
     assert {path for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
-def test_a_table_of_somebody_else_is_left_alone(
+def test_a_foreign_table_is_left_alone(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
 ) -> None:
     write_source("a.parquet", {"text": rows[:3]})
@@ -300,7 +298,7 @@ def test_a_table_of_somebody_else_is_left_alone(
     assert DeltaTable(tmp_path / "out").to_pyarrow_table().column("mine").to_pylist() == [1]
 
 
-def test_a_log_that_a_kill_left_empty_is_begun_anew(
+def test_an_empty_log_after_a_kill_starts_over(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
 ) -> None:
     write_source("a.parquet", {"text": rows[:3]})
@@ -312,7 +310,7 @@ def test_a_log_that_a_kill_left_empty_is_begun_anew(
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{", bytes(99), b"\xff\xfe", b'{"add": {"path": 1}}']
 )
-def test_a_damaged_log_is_told_and_may_be_moved_away(
+def test_a_damaged_log_is_named_and_may_be_moved_away(
     content: bytes,
     write_source: Write,
     delta_job: Callable[..., JobConfig],
@@ -338,7 +336,7 @@ def test_a_damaged_log_is_told_and_may_be_moved_away(
 
 
 @pytest.mark.parametrize("form", ["parquet", "delta"])
-def test_what_a_killed_publication_moved_is_deleted_later(
+def test_files_of_a_killed_publication_are_deleted_later(
     write_source: Write,
     delta_job: Callable[..., JobConfig],
     tmp_path: Path,

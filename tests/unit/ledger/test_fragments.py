@@ -1,4 +1,4 @@
-"""How files are checked against a job and cut; what is left out and what stops the run."""
+"""Files are checked against the job and cut into fragments; bad ones are left out or refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def planned(settings: dict[str, Any]) -> Plan:
 
 
 @given(group_rows=st.lists(st.integers(0, 50), max_size=12), size=st.integers(1, 40))
-def test_every_row_is_in_one_fragment_none_too_large(group_rows: list[int], size: int) -> None:
+def test_each_row_is_in_one_fragment_of_limited_size(group_rows: list[int], size: int) -> None:
     starts = [sum(group_rows[:index]) for index in range(len(group_rows))]
     expected = 0
     for first_row, rows, groups, skip in cut(group_rows, size):
@@ -46,7 +46,9 @@ def test_only_row_groups_that_are_too_large_are_cut() -> None:
     ]
 
 
-def test_a_file_without_rows_keeps_its_place(write_source: Write, job_settings: Settings) -> None:
+def test_a_file_without_rows_is_one_empty_fragment(
+    write_source: Write, job_settings: Settings
+) -> None:
     write_source("empty.parquet", {"text": pa.array([], pa.string())})
     plan = planned(job_settings())
     assert [(each.name, each.rows) for each in plan.fragments] == [("empty.parquet@0", 0)]
@@ -129,7 +131,7 @@ def test_a_prompt_that_names_an_unknown_column_says_which_step(
 
 
 @pytest.mark.parametrize("name", ["mood", "MOOD", "reply_error", "mood_scores"])
-def test_a_name_that_collides_is_refused_before_any_work(
+def test_a_colliding_column_is_refused_before_any_work(
     write_source: Write, job_settings: Settings, name: str
 ) -> None:
     write_source("a.parquet", {"text": ["x"], name: ["y"]})
@@ -146,7 +148,7 @@ def test_a_name_like_a_partition_folder_is_refused(
 
 
 @pytest.mark.parametrize("on_error", ["quarantine", "null"])
-def test_a_damaged_file_costs_only_itself(
+def test_a_damaged_file_loses_only_itself(
     write_source: Write, job_settings: Settings, on_error: str
 ) -> None:
     write_source("good.parquet", {"text": ["x"]})
@@ -173,7 +175,7 @@ def test_an_output_inside_the_input_is_refused(
     )
 
 
-def test_files_are_named_from_above_their_partitions(
+def test_file_names_include_partition_folders(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     write_source("year=1/day=2/a.parquet", {"text": ["x"]})
@@ -188,7 +190,7 @@ def test_files_are_named_from_above_their_partitions(
         assert [each.source for each in plan.fragments] == ["year=1/day=2/a.parquet"]
 
 
-def test_two_files_that_would_be_written_to_one_are_refused(
+def test_two_files_with_the_same_output_are_refused(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     write_source("a.parquet", {"text": ["x"]})
@@ -215,7 +217,7 @@ TOO_LONG = [f"{CHINESE}.parquet", f"{'x' * 245}.parquet", f"{'é' * 119}abc.parq
 
 
 @pytest.mark.parametrize("name", TOO_LONG)
-def test_a_name_that_is_too_long_for_an_output_is_told_at_once(
+def test_a_name_too_long_for_an_output_is_reported_at_once(
     write_source: Write, job_settings: Settings, name: str
 ) -> None:
     write_source("a.parquet", {"text": ["x"]})
@@ -230,18 +232,18 @@ def test_a_name_that_is_too_long_for_an_output_is_told_at_once(
 def test_a_name_that_just_fits_is_read(write_source: Write, job_settings: Settings) -> None:
     write_source(f"{'x' * 236}.parquet", {"text": ["x"]})
     assert not planned(job_settings()).unusable
-    with pytest.raises(InputError, match="would have 288 bytes"):  # a digest stands in the name
+    with pytest.raises(InputError, match="would have 288 bytes"):  # the name includes a digest
         planned(job_settings(data__format="delta"))
 
 
-def test_a_path_or_a_key_may_be_too_long(tmp_path: Path) -> None:
+def test_paths_and_keys_have_a_longest_length(tmp_path: Path) -> None:
     deep = "/".join(["d" * 200] * 20)
     assert "with its folders" in (too_long(tmp_path, f"{deep}/a.parquet") or "")
     assert "1024 are allowed" in (too_long("s3://bucket/out", f"{'d' * 1021}") or "")
     assert too_long("s3://bucket/out", f"{'d' * 1020}") is None
 
 
-def test_a_root_is_named_as_its_user_names_it(
+def test_a_root_keeps_the_name_that_its_user_gave_it(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     for version in ("v1", "v2"):
@@ -255,10 +257,10 @@ def test_a_root_is_named_as_its_user_names_it(
     assert planned(settings).root == str(link)
     summary = run(settings)
     assert (summary.computed, summary.kept_sources) == (0, 0)
-    # The folder that the link leads to is the same root, as it was for earlier manifests.
+    # The link's target counts as the same root, as in manifests of earlier versions.
     assert run(job_settings(data__input=str(link.resolve()), steps=[CLASSIFY])).computed == 0
     assert run(settings).computed == 0
-    # Behind a link `..` is another folder.
+    # After a link, `..` is another folder.
     (tmp_path / "link").symlink_to(tmp_path / "in" / "v1")
     above = planned(job_settings(data__input=f"{tmp_path}/link/../v2", data__output="o"))
     assert above.root == str(tmp_path / "in" / "v2")
@@ -285,7 +287,7 @@ BESIDE = [
 
 
 @pytest.mark.parametrize("in_store", [False, True])
-def test_an_output_within_reach_of_its_input_is_refused(
+def test_an_output_that_the_input_would_match_is_refused(
     write_source: Write, job_settings: Settings, tmp_path: Path, store: Store, in_store: bool
 ) -> None:
     table = pa.table({"text": ["x"]})
@@ -307,7 +309,7 @@ def test_an_output_within_reach_of_its_input_is_refused(
         assert planned(settings(places)).rows == 1
 
 
-def test_links_out_of_the_input_are_read_where_they_are_trusted(
+def test_links_out_of_the_input_are_read_if_trusted(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     blob = write_source("blobs/5f3a", {"text": ["x"]})
@@ -322,7 +324,7 @@ def test_links_out_of_the_input_are_read_where_they_are_trusted(
 
 
 @pytest.mark.parametrize("name", ["a\nb.parquet", "a\x1b[31m.parquet", "a\u202eb.parquet"])
-def test_odd_characters_of_a_name_break_no_line(
+def test_odd_characters_in_a_name_break_no_line(
     write_source: Write, job_settings: Settings, name: str
 ) -> None:
     write_source(name, {"body": ["x"]})

@@ -1,4 +1,4 @@
-"""The index of known answers gives back just what stands under the keys that are asked for."""
+"""The index of known answers returns exactly the answers under the given keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ONE, TWO, THREE = (bytes([number]) * 16 for number in range(1, 4))
 def write(
     path: Path, keys: list[bytes | None], errors: list[str | None] | None = None, step: str = "mood"
 ) -> AnswerFile:
-    """A file whose answer to each key is the key in hexadecimal."""
+    """A file in which the answer to each key is the key in hexadecimal."""
     errors = errors or [None] * len(keys)
     answers = [
         None if error or key is None else key.hex() for key, error in zip(keys, errors, strict=True)
@@ -47,7 +47,7 @@ def found(known: KnownAnswers, keys: set[bytes]) -> dict[bytes, str | None]:
 
 
 HASHED = st.integers(0, 60).map(lambda number: blake2b(bytes([number]), digest_size=16).digest())
-# Keys that share their first half now and then: the index goes by it.
+# Keys that sometimes share their first half, by which the index finds them.
 KEYS = st.builds(
     lambda half, rest: bytes([half]) * 8 + bytes([rest]) * 8, st.integers(0, 3), st.integers(0, 40)
 )
@@ -57,7 +57,7 @@ KEYS = st.builds(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(files=st.lists(st.lists(st.one_of(st.none(), HASHED), max_size=12), max_size=4))
-def test_all_keys_of_all_files_are_found_and_no_others(
+def test_exactly_the_keys_of_all_files_are_found(
     files: list[list[bytes | None]], tmp_path: Path
 ) -> None:
     known = KnownAnswers([], "mood", SCHEMA, include_failed=False)
@@ -74,7 +74,7 @@ def test_all_keys_of_all_files_are_found_and_no_others(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(keys=st.lists(KEYS, max_size=20), asked=st.sets(KEYS))
-def test_keys_with_the_same_first_half_stay_apart(
+def test_keys_with_the_same_first_half_are_distinguished(
     keys: list[bytes], asked: set[bytes], tmp_path: Path
 ) -> None:
     known = KnownAnswers(
@@ -85,7 +85,7 @@ def test_keys_with_the_same_first_half_stay_apart(
         assert answer == key.hex()
 
 
-def test_failed_rows_are_found_only_if_asked_for(tmp_path: Path) -> None:
+def test_failed_rows_are_found_only_on_request(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", [ONE, TWO, None], [None, "not finite", "empty"])
     assert found(KnownAnswers([file], "mood", SCHEMA, include_failed=False), {ONE, TWO}) == {
         ONE: ONE.hex()
@@ -96,7 +96,7 @@ def test_failed_rows_are_found_only_if_asked_for(tmp_path: Path) -> None:
     }
 
 
-def test_columns_of_another_name_are_read_as_this_steps(tmp_path: Path) -> None:
+def test_answers_of_a_renamed_step_are_found(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", [ONE], step="tone")
     assert found(KnownAnswers([file], "mood", SCHEMA, include_failed=False), {ONE}) == {
         ONE: ONE.hex()
@@ -116,7 +116,7 @@ def test_a_damaged_or_missing_file_has_no_answers(tmp_path: Path) -> None:
 
 
 def test_later_callers_wait_for_the_holder_of_a_key() -> None:
-    """The third caller holds, again, what the second waits for; neither may wait for the other."""
+    """The third caller holds a key that the second waits for; there must be no deadlock."""
     known = KnownAnswers([], "mood", SCHEMA, include_failed=False)
     ended: list[str] = []
     with known.hold([ONE]) as first:
@@ -135,12 +135,12 @@ def test_later_callers_wait_for_the_holder_of_a_key() -> None:
     with known.hold([ONE, TWO]) as third:
         assert (third.mine, third.earlier) == ({ONE}, (held,))
         thread.join(5)
-        assert ended == ["second"], "it waits for the first, not for who holds the key now"
+        assert ended == ["second"], "it waits for the first caller, not the present holder"
         second.__exit__(None, None, None)
         third.wait_for_others()
 
 
-def test_a_caller_that_fails_lets_its_keys_go() -> None:
+def test_a_caller_that_fails_releases_its_keys() -> None:
     known = KnownAnswers([], "mood", SCHEMA, include_failed=False)
     with pytest.raises(LookupError), known.hold([ONE]):
         raise LookupError
@@ -148,7 +148,7 @@ def test_a_caller_that_fails_lets_its_keys_go() -> None:
         assert (hold.mine, hold.earlier) == ({ONE}, ())
 
 
-def test_files_without_sound_keys_have_no_answers(tmp_path: Path) -> None:
+def test_files_without_valid_keys_have_no_answers(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", [ONE])
     table = pq.read_table(file.path)
     for number, changed in enumerate(

@@ -1,5 +1,6 @@
-"""Killed at any step, run again, the output is that of an undisturbed run; nothing that is whole is
-done twice.
+"""After a kill at any step, the next run gives the output of an undisturbed run.
+
+No finished work is done twice.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.support import ROOT, Settings, Write
 
-# Runs each job in a process of its own that dies, as by kill -9, before or after its n-th change of
-# a name on disk.
+# Runs each job in its own process, which dies, as by kill -9, before or after its n-th change of a
+# name on disk.
 DYING_RUNS = """
 import json, os, sys
 from glmbatch.settings.job import JobConfig
 from glmbatch.run.job import run_job
-# Once, before the processes part: all that a run would import.
+# Once, before the processes are forked: everything that a run imports.
 from glmbatch.glm.checkpoint import load
 from glmbatch.glm import tokenizer
 from glmbatch.glm.engine import worker
@@ -76,7 +77,7 @@ def published(folder: Path) -> pa.Table:
 
 
 @pytest.mark.slow
-def test_killed_anywhere_and_run_again_the_output_is_the_same(
+def test_killed_anywhere_the_next_run_gives_the_same_output(
     write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     earlier = job_settings(data__output=str(tmp_path / "killed-0"))
@@ -134,7 +135,7 @@ def receipt(run: str = "r", **fields: Any) -> AnswersReceipt:
     )
 
 
-def test_answers_are_found_again_only_when_they_are_whole(tmp_path: Path) -> None:
+def test_only_undamaged_answers_are_found_again(tmp_path: Path) -> None:
     ledger, table = Ledger(tmp_path), pa.table({"mood": ["a", None]})
     assert ledger.find_answers(receipt().key, "r") is None
     ledger.keep_answers(receipt(), table)
@@ -148,7 +149,7 @@ def test_answers_are_found_again_only_when_they_are_whole(tmp_path: Path) -> Non
         assert not path.exists()
 
 
-def test_a_committed_file_is_opened_once_and_proven_each_time(
+def test_a_committed_file_is_opened_once_but_always_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []
@@ -185,7 +186,7 @@ def test_the_next_run_asks_again_about_failed_rows(tmp_path: Path) -> None:
     assert ledger.find_answers(receipt().key, "third") == receipt("second")
 
 
-def test_a_living_process_holds_the_lock_a_dead_one_does_not(tmp_path: Path) -> None:
+def test_a_live_process_holds_the_lock_a_dead_one_does_not(tmp_path: Path) -> None:
     hold = (
         "from glmbatch.ledger.ledger import Ledger; "
         f"Ledger({str(tmp_path)!r}).open(); print('held', flush=True); input()"
@@ -215,7 +216,7 @@ def keep_many(folder: str, process: int) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_commit_the_same_leave_one_file(
+def test_processes_that_commit_the_same_key_leave_one_file(
     tmp_path: Path,
 ) -> None:
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:

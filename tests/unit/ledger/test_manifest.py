@@ -1,6 +1,4 @@
-"""Which published files stay after a run: the four cases, alone and together, and any sequence of
-nights.
-"""
+"""Which published files stay after a run: each of the four cases, and any sequence of runs."""
 
 from __future__ import annotations
 
@@ -50,7 +48,7 @@ def merged(
     drop_missing: bool = False,
     limit: int | None = None,
 ) -> Manifest:
-    """The manifest after a run that wrote `outputs`, and could not write `planned`."""
+    """The manifest after a run that wrote `outputs` but could not write `planned`."""
     unusable = [FileFault(source=source, reason="x") for source in damaged]
     fragments = tuple(output.fragment for output in [*outputs, *planned])
     plan = Plan(root=str(root), fragments=fragments, unusable=(), limit=limit)
@@ -73,14 +71,14 @@ def names(manifest: Manifest) -> list[str]:
 BEFORE = merged(None, output("a", 0, 5), output("a", 5, 5), output("b", 0, 3, "e"))
 
 
-def test_new_files_replace_those_of_their_source_alone() -> None:
+def test_new_files_replace_only_those_of_their_source() -> None:
     after = merged(BEFORE, output("a", 0, 9))
     assert names(after) == ["a@0+9", "b@0+3"]
     assert after.replaced == ("a-0000000005.parquet",)
     assert "a-0000000005.parquet" in merged(after, output("b", 0, 3)).replaced
 
 
-def test_a_damaged_source_keeps_rows_that_nothing_covers() -> None:
+def test_a_damaged_source_keeps_rows_without_a_new_file() -> None:
     assert names(merged(BEFORE, output("a", 0, 5), damaged="ab")) == ["a@0+5", "a@5+5", "b@0+3"]
     assert names(merged(BEFORE, output("a", 4, 3), damaged="ab")) == ["a@4+3", "b@0+3"]
 
@@ -89,7 +87,7 @@ def test_rows_of_an_older_version_never_stay_beside_new_ones() -> None:
     assert names(merged(BEFORE, output("a", 0, 5, "changed"), damaged="a")) == ["a@0+5", "b@0+3"]
 
 
-def test_a_renamed_file_is_not_there_twice(tmp_path: Path) -> None:
+def test_a_renamed_file_is_published_once(tmp_path: Path) -> None:
     assert names(merged(BEFORE, output("c", 0, 3, "e"))) == ["a@0+5", "a@5+5", "c@0+3"]
     (tmp_path / "b").touch()  # still there: a copy, not a new name
     after = merged(BEFORE, output("c", 0, 3, "e"), root=tmp_path)
@@ -99,7 +97,7 @@ def test_a_renamed_file_is_not_there_twice(tmp_path: Path) -> None:
 def test_rows_of_a_deleted_original_stay_beside_its_copy() -> None:
     before = merged(None, output("a", 0, 3), output("copy", 0, 3))
     assert names(merged(before, output("copy", 0, 3))) == ["a@0+3", "copy@0+3"]
-    # Cut in another way, it is the same old copy.
+    # With other fragments, it is still the same old copy.
     halves = [output("copy", 0, 2), output("copy", 2, 1)]
     assert names(merged(before, *halves)) == ["a@0+3", "copy@0+2", "copy@2+1"]
 
@@ -119,7 +117,7 @@ def test_files_that_swap_names_are_replaced() -> None:
     ]
 
 
-def test_a_file_that_was_there_before_is_no_new_name() -> None:
+def test_a_file_published_before_is_not_a_new_name() -> None:
     before = merged(None, output("a", 0, 3, "d"), output("b", 0, 5, "e"))
     assert names(merged(before, output("b", 0, 3, "d"))) == ["a@0+3", "b@0+3"]
 
@@ -136,7 +134,7 @@ def test_a_file_that_was_there_before_is_no_new_name() -> None:
         ("x/p", "y/p", True),
     ],
 )
-def test_nothing_is_renamed_into_another_partition(old: str, new: str, renamed: bool) -> None:
+def test_a_move_to_another_partition_is_no_rename(old: str, new: str, renamed: bool) -> None:
     before = merged(None, output(old, 0, 3), output("other", 0, 4, "e"))
     after = merged(before, output(new, 0, 3), output("other", 0, 4, "e"))
     assert {file.source for file in after.files} == {"other", new, *([] if renamed else [old])}
@@ -155,18 +153,18 @@ def test_rows_stay_when_nothing_of_the_new_name_is_readable() -> None:
     assert names(none) == ["a@0+5", "b@0+3"]
 
 
-def test_missing_rows_go_where_the_job_drops_them() -> None:
+def test_missing_rows_are_removed_if_the_job_says_so() -> None:
     assert names(merged(BEFORE, output("c", 0, 4, "x"))) == ["a@0+5", "a@5+5", "b@0+3", "c@0+4"]
     assert names(merged(BEFORE, output("c", 0, 4, "x"), drop_missing=True)) == ["c@0+4"]
 
 
-def test_a_source_of_which_nothing_was_written_keeps_its_rows() -> None:
+def test_a_source_without_new_files_keeps_its_rows() -> None:
     planned = [output("b", 0, 3, "e")]
     same = merged(BEFORE, output("a", 0, 10), planned=planned, damaged="b")
     assert names(same) == ["a@0+10", "b@0+3"]
 
 
-def test_a_limited_run_is_replaced_whole() -> None:
+def test_a_limited_run_is_replaced_completely() -> None:
     limited = merged(None, output("a", 0, 2), limit=2)
     assert names(merged(limited, output("b", 0, 3))) == ["b@0+3"]
 
@@ -174,8 +172,8 @@ def test_a_limited_run_is_replaced_whole() -> None:
 ROWS = {
     "1": 5,
     "2": 8,
-}  # of each version of a file; sources of the same version have the same bytes
-# For each source of a night: its version, the rows of a fragment, and which fragments cannot be
+}  # of each version of a file; sources with the same version have the same bytes
+# For each source of a run: its version, the rows of a fragment, and the fragments that cannot be
 # read.
 Night = dict[str, tuple[str, int, set[int]]]
 NIGHTS: st.SearchStrategy[list[Night]] = st.lists(
@@ -199,7 +197,7 @@ def outputs_of(night: Night) -> tuple[list[OutputReceipt], list[OutputReceipt]]:
 
 
 def rows_by_source(manifest: Manifest | None) -> Counter[tuple[str, str]]:
-    """How many rows of each source and version are published."""
+    """The number of published rows of each source and version."""
     rows: Counter[tuple[str, str]] = Counter()
     for file in manifest.files if manifest else ():
         rows[file.source, file.source_digest] += file.rows
@@ -207,7 +205,7 @@ def rows_by_source(manifest: Manifest | None) -> Counter[tuple[str, str]]:
 
 
 def assert_rows_stand_once(manifest: Manifest) -> None:
-    """No row of a source is there twice, and two versions of a source never mix."""
+    """Check that no row is published twice and that two versions of a source never mix."""
     rows: set[tuple[str, int]] = set()
     versions: dict[str, str] = {}
     for file in manifest.files:
@@ -218,7 +216,7 @@ def assert_rows_stand_once(manifest: Manifest) -> None:
 
 
 @given(nights=NIGHTS)
-def test_after_any_nights_each_row_stands_once(nights: list[Night]) -> None:
+def test_after_any_runs_each_row_is_published_once(nights: list[Night]) -> None:
     manifest = None
     on_disk: set[str] = set()
     for night in nights:
@@ -235,7 +233,7 @@ def test_after_any_nights_each_row_stands_once(nights: list[Night]) -> None:
 
 
 @given(nights=NIGHTS)
-def test_rows_of_a_missing_file_go_only_to_a_new_name(nights: list[Night]) -> None:
+def test_rows_of_a_missing_file_move_only_to_a_new_name(nights: list[Night]) -> None:
     manifest = None
     for night in nights:
         written, unreadable = outputs_of(night)
@@ -250,7 +248,7 @@ def test_rows_of_a_missing_file_go_only_to_a_new_name(nights: list[Night]) -> No
             assert -sum(missing) <= sum(rows for rows in gained if rows > 0)
 
 
-def test_a_manifest_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_foreign_manifest_is_refused(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text('{"rows": 1}')
     with pytest.raises(
         InputError,
@@ -260,7 +258,7 @@ def test_a_manifest_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_file_renamed_as_the_prompt_changes_is_answered_anew(
+def test_a_file_renamed_with_a_new_prompt_is_asked_again(
     kept: bool, write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
     source = write_source("a.parquet", {"text": ["one", "two"]})

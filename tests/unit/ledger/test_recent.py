@@ -1,4 +1,4 @@
-"""What is kept in memory of committed files stays small, whatever a run commits."""
+"""The cache of committed files stays small, whatever a run commits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from glmbatch.ledger.recent import Content, Recent
 from tests.unit.ledger.test_ledger import receipt
 
 
-def test_old_tables_go_first_and_their_receipts_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_tables_are_dropped_and_their_receipts_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recent, "TABLE_BYTES", 3 * 800)
     table = pa.table({"number": range(100)})
     files = Recent()
@@ -28,7 +28,7 @@ def test_old_tables_go_first_and_their_receipts_stay(monkeypatch: pytest.MonkeyP
     assert all(content is not None for content in contents)
 
 
-def test_only_so_many_receipts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_receipts_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recent, "RECEIPTS", 2)
     files = Recent()
     for number in range(4):

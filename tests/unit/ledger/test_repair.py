@@ -1,4 +1,4 @@
-"""A damaged manifest is made again from the footers: no row is lost, and none is asked again."""
+"""A damaged manifest is rebuilt from the footers: no row is lost, and none is asked again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Break = Callable[[Path], object]
 
 @pytest.fixture
 def nights(write_source: Write, job_settings: Settings, out: Path) -> Callable[[], Manifest]:
-    """Two nights: the first one's source is gone in the second, and its rows stay."""
+    """Two runs: in the second, a source of the first is missing, and its rows stay."""
     write_source("a.parquet", {"text": ["one", None]})
     gone = write_source("day=1/b.parquet", {"text": ["two", ""]})
     run(job_settings(**JOB))
@@ -65,7 +65,7 @@ def change_a_value(path: Path) -> None:
     "damage", [flip, change_a_value, Path.unlink, lambda path: path.write_text("")]
 )
 @pytest.mark.parametrize("copy_is_there", [True, False])
-def test_a_manifest_is_made_again_from_the_footers(
+def test_a_manifest_is_rebuilt_from_the_footers(
     damage: Break,
     copy_is_there: bool,
     nights: Callable[[], Manifest],
@@ -92,7 +92,7 @@ def test_a_manifest_is_made_again_from_the_footers(
     assert rows_of(out) == rows
 
 
-def test_a_lost_manifest_is_not_taken_for_an_empty_output(
+def test_a_lost_manifest_is_not_an_empty_output(
     nights: Callable[[], Manifest], job_settings: Settings, out: Path
 ) -> None:
     nights()
@@ -102,12 +102,10 @@ def test_a_lost_manifest_is_not_taken_for_an_empty_output(
     for path in out.rglob("*.parquet"):
         if "_glmbatch" not in path.parts:
             path.unlink()
-    assert run(job_settings(**JOB)).computed == 0, "an output that was cleared begins anew"
+    assert run(job_settings(**JOB)).computed == 0, "an empty output starts over"
 
 
-def test_what_cannot_be_accounted_for_is_named_and_kept(
-    nights: Callable[[], Manifest], out: Path
-) -> None:
+def test_unknown_files_are_named_and_kept(nights: Callable[[], Manifest], out: Path) -> None:
     nights()
     for path in (MANIFEST, COPY):
         (out / path).unlink()
@@ -133,7 +131,7 @@ def test_what_cannot_be_accounted_for_is_named_and_kept(
     }
 
 
-def test_a_damaged_page_is_not_taken_for_sound(nights: Callable[[], Manifest], out: Path) -> None:
+def test_a_damaged_page_is_detected(nights: Callable[[], Manifest], out: Path) -> None:
     nights()
     (out / COPY).unlink()
     (out / MANIFEST).write_text("{")
@@ -147,7 +145,7 @@ def test_a_damaged_page_is_not_taken_for_sound(nights: Callable[[], Manifest], o
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(b"x")])
-def test_the_list_of_failures_is_made_again(
+def test_the_list_of_failures_is_rebuilt(
     damage: Break, nights: Callable[[], Manifest], out: Path
 ) -> None:
     nights()
@@ -157,11 +155,11 @@ def test_the_list_of_failures_is_made_again(
     if repair(out).mended:
         assert sorted(map(str, read_quarantine(out))) == sorted(map(str, lines))
     assert verify(out).sound
-    assert repair(out).mended == (), "a second one has nothing to do"
+    assert repair(out).mended == (), "a second repair has nothing to do"
 
 
 @pytest.mark.parametrize("format", ["parquet", "delta"])
-def test_an_output_of_before_is_repaired(format: str, tmp_path: Path) -> None:
+def test_an_output_of_an_earlier_version_is_repaired(format: str, tmp_path: Path) -> None:
     output = copy_earlier(tmp_path) / format
     before = Ledger(output).manifest()
     assert before is not None
@@ -194,7 +192,7 @@ def test_a_damaged_published_file_is_named(nights: Callable[[], Manifest], out: 
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_where_nothing_is_published_nothing_is_repaired(there: bool, tmp_path: Path) -> None:
+def test_a_folder_without_answers_is_not_repaired(there: bool, tmp_path: Path) -> None:
     if there:
         (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match=r"no such folder|no published file has a receipt"):
@@ -202,7 +200,7 @@ def test_where_nothing_is_published_nothing_is_repaired(there: bool, tmp_path: P
 
 
 @pytest.mark.parametrize("killed_again", [False, True])
-def test_a_damaged_list_of_moved_files_hides_no_stranger(
+def test_a_damaged_list_of_moved_files_hides_no_file(
     killed_again: bool, nights: Callable[[], Manifest], job_settings: Settings, out: Path
 ) -> None:
     manifest = nights()
@@ -213,7 +211,7 @@ def test_a_damaged_list_of_moved_files_hides_no_stranger(
     )
     run_killed(other)
     (out / PUBLISHING).write_text("[")
-    if killed_again:  # its own list takes the place of the damaged one
+    if killed_again:  # its own list replaces the damaged one
         run_killed(job_settings(**JOB))
     run(job_settings(**JOB))
     after = Ledger(out).manifest()
@@ -222,11 +220,11 @@ def test_a_damaged_list_of_moved_files_hides_no_stranger(
         file.output_name for file in manifest.files
     }
     assert verify(out).sound
-    assert list((out / ASIDE).rglob("*.parquet")), "nothing is deleted on a guess"
+    assert list((out / ASIDE).rglob("*.parquet")), "a file of unknown origin is not deleted"
 
 
 def run_killed(job: JobConfig) -> None:
-    """Run until the files are moved, and no further."""
+    """Run until the files are moved, then fail."""
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("glmbatch.ledger.publication.write_manifest", killed)
         run(job)
@@ -236,7 +234,7 @@ def killed(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_rows_of_every_partition_are_found_again(
+def test_rows_of_every_partition_are_recovered(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("_x=1/a.parquet", {"text": ["one", None]})

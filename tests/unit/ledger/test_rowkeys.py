@@ -1,4 +1,4 @@
-"""What changes a key and what does not."""
+"""Which changes give a new key and which do not."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ SAMPLED = GenerateStep(name="reply", temperature=0.7)
         {"max_input_tokens": 100},
     ],
 )
-def test_whatever_changes_an_answer_changes_the_step_key(change: dict[str, Any]) -> None:
+def test_all_that_changes_an_answer_changes_the_step_key(change: dict[str, Any]) -> None:
     assert step_key(GREEDY.model_copy(update=change), "weights") != step_key(GREEDY, "weights")
 
 
-def test_audits_and_an_empty_chat_form_are_in_no_key() -> None:
+def test_audits_and_an_unset_chat_change_no_key() -> None:
     audits = GenerateAudits(max_empty_rate=0.5)
     assert step_key(GREEDY.model_copy(update={"audits": audits}), "w") == step_key(GREEDY, "w")
     assert step_key(GREEDY.model_copy(update={"chat": True}), "w") == step_key(GREEDY, "w")
@@ -50,7 +50,7 @@ def test_audits_and_an_empty_chat_form_are_in_no_key() -> None:
     assert answer_settings(ClassifyStep(name="mood"))["chat"] is None
 
 
-def test_other_weights_are_another_step_key() -> None:
+def test_other_weights_give_another_step_key() -> None:
     assert step_key(GREEDY, "weights") != step_key(GREEDY, "other weights")
 
 
@@ -59,12 +59,12 @@ def test_a_renamed_step_keeps_its_key() -> None:
 
 
 @pytest.mark.parametrize("change", [{"seed": 5}, {"top_p": 0.1}, {"top_k": 2}])
-def test_settings_of_sampling_count_only_where_it_samples(change: dict[str, Any]) -> None:
+def test_sampling_settings_count_only_when_sampling(change: dict[str, Any]) -> None:
     assert step_key(GREEDY.model_copy(update=change), "w") == step_key(GREEDY, "w")
     assert step_key(SAMPLED.model_copy(update=change), "w") != step_key(SAMPLED, "w")
 
 
-def test_speed_settings_and_paths_are_in_no_key(tmp_path: Path) -> None:
+def test_speed_settings_and_paths_change_no_key(tmp_path: Path) -> None:
     keys = set()
     for runtime, folder in [({}, "a"), ({"max_batch_tokens": 99, "retries": 0}, "b")]:
         step = ClassifyStep(name="mood", labels=["x", "y"])
@@ -90,7 +90,7 @@ def test_speed_settings_and_paths_are_in_no_key(tmp_path: Path) -> None:
     assert len(keys) == 1
 
 
-def test_the_output_key_follows_rows_and_order_of_steps() -> None:
+def test_the_output_key_depends_on_rows_and_step_order() -> None:
     fragment = Fragment(
         source="a.parquet",
         path="",
@@ -106,14 +106,14 @@ def test_the_output_key_follows_rows_and_order_of_steps() -> None:
     assert len(keys | {output_key(renamed, {"x": "1", "y": "2"})}) == 3
 
 
-def test_a_row_key_is_of_the_step_and_the_prompt() -> None:
+def test_a_row_key_depends_on_the_step_and_the_prompt() -> None:
     keys = {row_key("a", "prompt"), row_key("b", "prompt"), row_key("a", "prompt ")}
     assert len(keys) == 3
     assert row_key("a", "prompt") in keys
     assert {len(key) for key in keys} == {16}
 
 
-def test_the_seed_of_a_row_follows_its_key_and_the_steps_seed() -> None:
+def test_a_rows_seed_depends_on_its_key_and_the_steps_seed() -> None:
     seeds = {row_seed(0, b"a"), row_seed(1, b"a"), row_seed(0, b"b")}
     assert len(seeds) == 3
     assert all(0 <= seed < 2**64 for seed in seeds)

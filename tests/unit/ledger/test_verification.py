@@ -1,4 +1,4 @@
-"""Each way in which an output can be wrong is found, with the file and the row."""
+"""Every kind of damage to an output is found, with its file and row."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Rows = Callable[[pa.Table], pa.Table]
 def out(
     write_source: Write, job_settings: Settings, rows: list[str | None], tmp_path: Path
 ) -> Path:
-    """An output over two files: nested, null and nan values, a row without text, a file without
-    rows.
+    """An output over several files, with nested, null and NaN values, a row without text, and a
+    file without rows.
     """
     values = [None if number % 4 == 0 else number / 3 for number in range(23)]
     odd = [float("nan") if number % 5 == 0 else float(number) for number in range(23)]
@@ -54,9 +54,7 @@ def findings(out: Path) -> list[str]:
 
 
 def rewrite(out: Path, name: str, change: Rows, *, in_manifest: bool = True) -> None:
-    """Change the rows of a published file and, as one who hides it would, the digest in the
-    manifest.
-    """
+    """Change the rows of a published file, and its digest in the manifest to hide that."""
     path = out / name
     table = pq.read_table(path, partitioning=None)
     changed = change(table)
@@ -79,9 +77,7 @@ def replaced(table: pa.Table, row: int, column: str, value: object) -> pa.Table:
     )
 
 
-def test_an_output_as_it_was_published_is_sound(
-    out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unchanged_output_is_sound(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert findings(out) == []
     assert main(["verify", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: 5 files, 28 rows: sound\n"
@@ -98,7 +94,7 @@ def test_a_changed_byte_is_found(out: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["id", "value", "odd", "nested"])
-def test_a_value_that_is_not_the_sources_is_found_with_its_row(out: Path, column: str) -> None:
+def test_a_changed_value_is_found_with_its_row(out: Path, column: str) -> None:
     name = "day=1/a-0000000008.parquet"
     other = {"id": "other", "value": 7.5, "odd": 7.5, "nested": {"a": [1, None], "b": 2.0}}[column]
     rewrite(out, name, lambda table: replaced(table, 3, column, other))
@@ -118,7 +114,7 @@ def test_a_missing_row_is_found(out: Path) -> None:
     assert any(f"{name}: has 6 rows, _manifest.json says 7" in each for each in findings(out))
 
 
-def test_an_answer_that_is_gone_is_found(out: Path) -> None:
+def test_a_missing_answer_is_found(out: Path) -> None:
     name = "day=1/a-0000000008.parquet"
     rewrite(out, name, lambda table: replaced(table, 2, "mood", None))
     assert (
@@ -127,7 +123,7 @@ def test_an_answer_that_is_gone_is_found(out: Path) -> None:
     )
 
 
-def test_a_reason_that_nothing_counts_is_found(out: Path) -> None:
+def test_an_uncounted_failure_is_found(out: Path) -> None:
     name = "b-0000000000.parquet"
     rewrite(
         out,
@@ -139,7 +135,7 @@ def test_a_reason_that_nothing_counts_is_found(out: Path) -> None:
     assert "wrong: _quarantine.parquet: lists 0 failures of b.parquet; its files have 1" in found
 
 
-def test_files_of_nobody_are_found(out: Path) -> None:
+def test_files_that_are_not_published_are_found(out: Path) -> None:
     (out / "day=1" / "extra.parquet").write_bytes((out / "b-0000000000.parquet").read_bytes())
     (out / ".a.partial").write_bytes(b"half")
     (out / "_glmbatch" / "staged").mkdir(exist_ok=True)
@@ -153,7 +149,7 @@ def test_files_of_nobody_are_found(out: Path) -> None:
     ]
 
 
-def test_a_file_that_is_gone_is_found(out: Path) -> None:
+def test_a_missing_file_is_found(out: Path) -> None:
     os.unlink(out / "day=1" / "a-0000000008.parquet")
     assert "wrong: day=1/a-0000000008.parquet: is gone" in findings(out)
 
@@ -166,17 +162,17 @@ def edited(out: Path, change: Callable[[dict[str, Any]], None]) -> list[str]:
     return findings(out)
 
 
-def test_a_fragment_that_is_missing_from_the_manifest_is_found(out: Path) -> None:
+def test_a_fragment_missing_from_the_manifest_is_found(out: Path) -> None:
     found = edited(out, lambda manifest: manifest["files"].pop(3))
     assert any("rows 8 to 15 of day=1/a.parquet are in no file" in each for each in found)
 
 
-def test_the_last_fragment_missing_is_found(out: Path) -> None:
+def test_a_missing_last_fragment_is_found(out: Path) -> None:
     found = edited(out, lambda manifest: manifest["files"].pop())
     assert any("rows 16 to 22 of day=1/a.parquet are in no file" in each for each in found)
 
 
-def test_other_keys_in_one_file_are_found(out: Path) -> None:
+def test_a_file_with_other_step_keys_is_found(out: Path) -> None:
     found = edited(out, lambda manifest: manifest["files"][1]["step_keys"].update(mood="other"))
     assert any(
         "was answered with other settings or weights than b-0000000000.parquet" in each
@@ -185,7 +181,7 @@ def test_other_keys_in_one_file_are_found(out: Path) -> None:
     assert any("differ in the step keys" in each for each in found)
 
 
-def test_sources_that_are_gone_or_newer_are_no_fault(out: Path, write_source: Write) -> None:
+def test_missing_or_changed_sources_are_not_wrong(out: Path, write_source: Write) -> None:
     source = write_source("b.parquet", {"text": ["a new night"]})
     (source.parent / "day=1" / "a.parquet").unlink()
     verification = verify(out)
@@ -194,7 +190,7 @@ def test_sources_that_are_gone_or_newer_are_no_fault(out: Path, write_source: Wr
     assert len(verification.findings) == 4
 
 
-def test_the_command_ends_with_1_when_something_is_wrong(
+def test_the_command_exits_with_1_when_anything_is_wrong(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.unlink(out / "b-0000000000.parquet")
@@ -208,13 +204,13 @@ def test_the_command_ends_with_1_when_something_is_wrong(
     } in told["findings"]
 
 
-def test_a_folder_without_a_manifest_is_bad_input(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no _manifest"):
         verify(tmp_path)
     assert main(["verify", str(tmp_path)]) == 2
 
 
-def test_a_column_of_another_kind_is_found_and_not_a_traceback(out: Path) -> None:
+def test_a_column_of_another_type_is_a_finding_not_an_error(out: Path) -> None:
     def as_lists(table: pa.Table) -> pa.Table:
         at = table.schema.get_field_index("odd")
         return table.set_column(at, "odd", pa.array([[1]] * len(table)))
@@ -223,7 +219,7 @@ def test_a_column_of_another_kind_is_found_and_not_a_traceback(out: Path) -> Non
     assert any("column 'odd' differs from row" in finding for finding in findings(out))
 
 
-FAR = pa.array([2**49, None, 5], pa.duration("s"))  # more days than Python counts
+FAR = pa.array([2**49, None, 5], pa.duration("s"))  # more days than Python's timedelta holds
 NANS = pa.array([float("nan"), None, 0.5])
 
 

@@ -1,4 +1,4 @@
-"""What is unfit is not published: shares of labels that moved, answers cut off, empty or long."""
+"""Answers that fail an audit are not published: drifted labels, truncated, empty or long texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def published(out: Path) -> dict[Path, bytes]:
     return files
 
 
-def test_labels_whose_shares_moved_are_not_published(
+def test_labels_whose_shares_drifted_are_not_published(
     write_source: Write, job_settings: Settings, out: Path, rows: list[str | None]
 ) -> None:
     settings = job_settings()
@@ -32,7 +32,7 @@ def test_labels_whose_shares_moved_are_not_published(
     settings["steps"] = [head]
     write_source("a.parquet", {"text": rows})
     first = run(settings)
-    assert first.audits == (), "there is nothing to compare a first night with"
+    assert first.audits == (), "there is nothing to compare the first run with"
     (again,) = run(settings).audits
     assert again.measured == 0
     counts = first.steps[0].labels
@@ -47,11 +47,11 @@ def test_labels_whose_shares_moved_are_not_published(
     assert published(out) == before
     settings["steps"][0]["audits"]["max_label_drift"] = 100.0
     passed = run(settings)
-    assert passed.computed == 0, "a limit is no part of what makes an answer"
+    assert passed.computed == 0, "a limit does not change the answers"
     assert f"audit {passed.audits[0]}" in describe(passed)
 
 
-def test_answers_that_are_cut_off_are_not_published(
+def test_truncated_answers_are_not_published(
     write_source: Write, job_settings: Settings, out: Path, rows: list[str | None]
 ) -> None:
     write_source("a.parquet", {"text": rows})
@@ -85,13 +85,13 @@ def test_empty_answers_are_counted(
         run(settings)
 
 
-def test_answers_that_became_much_longer_are_not_published(
+def test_much_longer_answers_are_not_published(
     write_source: Write, job_settings: Settings, out: Path, rows: list[str | None]
 ) -> None:
     write_source("a.parquet", {"text": rows})
     settings = job_settings()
     settings["steps"][1] |= {"max_tokens": 3, "audits": {"max_length_drift": 0.5}}
-    assert run(settings).audits == (), "there is nothing to compare a first night with"
+    assert run(settings).audits == (), "there is nothing to compare the first run with"
     (again,) = run(settings).audits
     assert (again.what, again.measured) == ("drift of the mean length", 0)
     before = published(out)

@@ -1,4 +1,4 @@
-"""A model that answers the frozen rows otherwise publishes nothing."""
+"""A model that answers the frozen rows differently publishes nothing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def published(tmp_path: Path) -> dict[Path, bytes]:
     }
 
 
-def test_rows_without_fault_of_all_files_are_frozen(frozen: dict[str, Any]) -> None:
+def test_rows_without_faults_from_all_files_are_frozen(frozen: dict[str, Any]) -> None:
     table = pq.read_table(frozen["canary"]["file"])
     assert len(table) == 6
     assert {row // 8 for row in table.column("id").to_pylist()} == {0, 1, 2}
@@ -67,7 +67,9 @@ def test_the_same_model_passes_its_canary(
     ]
 
 
-def test_a_layer_of_zeros_publishes_nothing(frozen: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_with_a_zeroed_layer_publishes_nothing(
+    frozen: dict[str, Any], tmp_path: Path
+) -> None:
     shutil.copytree(CAUSAL, tmp_path / "model")
     for shard in (tmp_path / "model").glob("*.bin"):
         tensors = torch.load(shard)
@@ -80,7 +82,7 @@ def test_a_layer_of_zeros_publishes_nothing(frozen: dict[str, Any], tmp_path: Pa
         )
     before = published(tmp_path)
     broken = {**frozen, "model": {"path": str(tmp_path / "model")}}
-    for _ in range(2):  # what failed once is not let through by running it again
+    for _ in range(2):  # a run that failed must not pass when repeated
         message = (
             r"nothing published: .*share of 6 canary rows that changed [\d.]+, "
             r"at most 0 allowed \(row \d.*\)"
@@ -92,7 +94,7 @@ def test_a_layer_of_zeros_publishes_nothing(frozen: dict[str, Any], tmp_path: Pa
         path: content for path, content in before.items() if "_glmbatch" not in path.parts
     }
     broken["canary"]["max_change"] = 1.0
-    assert run(broken).computed == 0, "the answers were kept, and are now allowed"
+    assert run(broken).computed == 0, "the answers were kept and are now allowed"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_a_layer_of_zeros_publishes_nothing(frozen: dict[str, Any], tmp_path: Pa
         (None, "not readable as Parquet|No such file"),
     ],
 )
-def test_a_canary_that_does_not_fit_is_told(
+def test_a_canary_that_does_not_match_is_refused(
     content: pa.Table | None, message: str, frozen: dict[str, Any], write_source: Write
 ) -> None:
     Path(frozen["canary"]["file"]).unlink()
@@ -114,14 +116,14 @@ def test_a_canary_that_does_not_fit_is_told(
         run(frozen)
 
 
-def test_freezing_needs_answers_and_a_place_outside(tmp_path: Path, frozen: dict[str, Any]) -> None:
+def test_freezing_needs_answers_and_an_outside_path(tmp_path: Path, frozen: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="so there are no answers to freeze"):
         freeze(tmp_path, tmp_path / "c.parquet", 3)
     with pytest.raises(InputError, match="is inside the output"):
         freeze(tmp_path / "out", tmp_path / "out" / "c.parquet", 3)
 
 
-def test_a_night_of_retried_rows_is_held_to_it_too(
+def test_a_run_of_retried_rows_is_checked_too(
     frozen: dict[str, Any], write_source: Write, rows: list[str | None]
 ) -> None:
     real = TorchEngine.classify
@@ -143,7 +145,7 @@ def test_a_night_of_retried_rows_is_held_to_it_too(
         run(frozen)
 
 
-def test_files_without_rows_are_no_hindrance(
+def test_freezing_ignores_files_without_rows(
     frozen: dict[str, Any], write_source: Write, tmp_path: Path
 ) -> None:
     write_source(

@@ -1,4 +1,4 @@
-"""A time of day that is set during a run makes no duration negative, or years long."""
+"""A change of the system time during a run makes no duration negative or years long."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support import CLASSIFY, Settings, Write, run
 
 
 @pytest.mark.parametrize("jump", [-400 * 86_400.0, 400 * 86_400.0])
-def test_durations_are_those_of_a_clock_that_never_jumps(
+def test_durations_come_from_a_clock_that_never_jumps(
     jump: float, monkeypatch: pytest.MonkeyPatch, write_source: Write, job_settings: Settings
 ) -> None:
     def jumping(since: float = time.time()) -> Iterator[float]:
@@ -40,7 +40,7 @@ def test_durations_are_those_of_a_clock_that_never_jumps(
 
 
 @pytest.mark.parametrize("apart", [-1e9, 0.0, 1e9])
-def test_clocks_that_do_not_agree_make_no_long_span(apart: float) -> None:
+def test_clocks_that_disagree_do_not_lengthen_a_run(apart: float) -> None:
     one = AnswersReceipt(
         key="k", run="r", fragment="f", step="s", step_key="k", rows=1, computed_rows=1, seconds=2
     )

@@ -1,4 +1,4 @@
-"""A checkpoint in an object store becomes a directory here, whole, once."""
+"""A checkpoint in an object store is fetched to a local directory, completely and once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fetched(store: Store) -> list[str]:
     return sorted(names)
 
 
-def test_it_is_the_same_model_fetched_once_without_its_code(
+def test_a_model_is_fetched_once_without_its_code(
     store: Store, model: ModelConfig, runtime: RuntimeConfig
 ) -> None:
     with ThreadPoolExecutor(2) as pool:
@@ -60,7 +60,7 @@ def test_it_is_the_same_model_fetched_once_without_its_code(
     assert fetched(store) == []
 
 
-def test_what_a_broken_fetch_left_is_gone_on_with(
+def test_an_interrupted_fetch_resumes(
     store: Store, model: ModelConfig, runtime: RuntimeConfig
 ) -> None:
     store.harm = lambda request: (
@@ -77,7 +77,7 @@ def test_what_a_broken_fetch_left_is_gone_on_with(
     assert not list(Path(located.path).glob(".*"))
 
 
-def test_a_checkpoint_that_changed_is_another_directory(
+def test_a_changed_checkpoint_gets_another_directory(
     store: Store, model: ModelConfig, runtime: RuntimeConfig
 ) -> None:
     first = locate_model(model, runtime)
@@ -96,7 +96,7 @@ def test_an_adapter_is_fetched_too(
     assert prepare_model(adapted).identity == prepare_model(locate_model(here, runtime)).identity
 
 
-def test_what_cannot_be_fetched_names_the_setting(
+def test_a_failed_fetch_names_the_setting(
     store: Store, model: ModelConfig, runtime: RuntimeConfig
 ) -> None:
     refused = {

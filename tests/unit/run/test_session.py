@@ -1,6 +1,4 @@
-"""One owner for each run: what begins and ends with it, and that runs in one process leave one
-another alone.
-"""
+"""A session owns the state of one run; runs in one process do not disturb each other."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ LONG = {**GENERATE, "prompt_template": "{text}", "max_tokens": 400}
 
 @pytest.fixture
 def planned(write_source: Write, job_settings: Settings, tmp_path: Path) -> Any:
-    """A planned run over rows of its own, and its only assignment."""
+    """A planned run over its own rows, and its only assignment."""
 
     def plan(name: str, rows: int) -> tuple[Run, Assignment]:
         texts = [f"{name} {number}" for number in range(rows)]
@@ -55,7 +53,7 @@ def wait_until(condition: Any) -> None:
         time.sleep(0.005)
 
 
-def test_stopping_a_run_leaves_another_of_the_process_alone(planned: Any) -> None:
+def test_stopping_a_run_does_not_stop_another_one(planned: Any) -> None:
     """Both runs ask the same loaded engine at the same time."""
     stopped_run, stopped_work = planned("stopped", 400)
     other_run, other_work = planned("other", 12)
@@ -70,7 +68,7 @@ def test_stopping_a_run_leaves_another_of_the_process_alone(planned: Any) -> Non
         assert other_answers.result(timeout=60).computed_rows == 12
 
 
-def test_beginning_a_run_does_not_revive_one_that_is_stopped(planned: Any) -> None:
+def test_a_new_run_does_not_revive_a_stopped_one(planned: Any) -> None:
     stopped_run, stopped_work = planned("stopped", 2)
     other_run, other_work = planned("other", 2)
     with session(stopped_run) as stopped:
@@ -81,7 +79,7 @@ def test_beginning_a_run_does_not_revive_one_that_is_stopped(planned: Any) -> No
                 answer(stopped_work)
 
 
-def test_a_block_that_fails_ends_the_inference_under_way(planned: Any) -> None:
+def test_a_block_that_fails_stops_inference(planned: Any) -> None:
     run, work = planned("stopped", 400)
     with pytest.raises(KeyboardInterrupt), session(run) as opened:
         answers = in_a_thread(work)

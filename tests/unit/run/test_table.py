@@ -1,4 +1,4 @@
-"""A table in memory gets the answers of a file run, and is otherwise as it was."""
+"""A table in memory gets the answers of a file run and is otherwise unchanged."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def test_a_table_and_a_dataframe_get_the_answers_of_a_file_run(
     frame = table.to_pandas().set_index(index)
     seen = annotate_table(frame, file)
     assert seen.index.equals(index)
-    # Whole numbers of a file turn into floats where pandas reads a null among them.
+    # pandas reads a file's integers as floats if there is a null among them.
     counts = dict.fromkeys(["reply_prompt_tokens", "reply_completion_tokens"], "Int32")
     pd.testing.assert_frame_equal(seen.reset_index(drop=True), published.astype(counts))
-    assert list(frame.columns) == ["id", "text"], "the caller's own table is left alone"
+    assert list(frame.columns) == ["id", "text"], "the caller's own table is unchanged"
 
 
 def test_columns_that_no_prompt_names_need_no_arrow_type(
@@ -113,7 +113,7 @@ def test_a_table_without_rows_gets_the_columns(empty: Any) -> None:
         (
             pd.DataFrame({"text": ["a", 1]}),
             {},
-            "the table: column 'text' has no one type: .*int.* Make it text.",
+            "the table: column 'text' has no single type: .*int.* Convert it to text.",
         ),
         (
             pd.DataFrame({"text": [["a"]]}),
@@ -121,9 +121,9 @@ def test_a_table_without_rows_gets_the_columns(empty: Any) -> None:
             "the table: column 'text' holds list.*, not text. Set data.text_column.",
         ),
         (["a"], {}, "the table: is a list, not a pandas DataFrame or an Arrow table, and has no"),
-        (pl.LazyFrame({"text": ["a"]}), {}, r"is a polars.LazyFrame.* Its collect\(\) gives one."),
-        (pd.Series(["a"]), {}, "stream of this pandas.Series is no table that can be read: "),
-        (pa.array(["a"]), {}, "this pyarrow.StringArray is no table"),
+        (pl.LazyFrame({"text": ["a"]}), {}, r"polars.LazyFrame.* Convert it with collect\(\)."),
+        (pd.Series(["a"]), {}, "stream of this pandas.Series cannot be read as a table: "),
+        (pa.array(["a"]), {}, "this pyarrow.StringArray cannot be read"),
         (None, {}, "the table: is a NoneType, not"),
         (
             pa.table({"text": ["x"]}),
@@ -142,13 +142,13 @@ def test_a_table_without_rows_gets_the_columns(empty: Any) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_told_in_one_line(
+def test_a_bad_table_gives_an_error_of_one_line(
     table: Any, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
         annotate_table(table, {**JOB, **settings})
     assert "\n" not in str(caught.value)
-    assert "/" not in str(caught.value), "no file of ours"
+    assert "/" not in str(caught.value), "names no file of ours"
 
 
 def from_duckdb(table: pa.Table) -> Any:
@@ -158,7 +158,7 @@ def from_duckdb(table: pa.Table) -> Any:
 
 
 def from_hub(table: pa.Table) -> Any:
-    import datasets  # some seconds
+    import datasets  # takes some seconds
 
     return datasets.Dataset(table)
 
@@ -176,7 +176,7 @@ def from_hub(table: pa.Table) -> Any:
     ],
     ids=["batch", "reader", "dataset", "scanner", "duckdb", "hub", "polars"],
 )
-def test_other_tables_are_taken_and_polars_comes_back(make: Any, kind: type) -> None:
+def test_other_tables_are_accepted_and_polars_comes_back(make: Any, kind: type) -> None:
     table = pa.table({"id": [1, 2, 3], "text": ["good", None, "so so"]})
     expected = annotate_table(table, JOB)
     answered = annotate_table(make(table), JOB)
@@ -204,7 +204,7 @@ def test_other_tables_are_taken_and_polars_comes_back(make: Any, kind: type) -> 
     ],
     ids=repr,
 )
-def test_any_name_of_a_column_is_taken(columns: Any, setting: str | None) -> None:
+def test_any_column_name_is_accepted(columns: Any, setting: str | None) -> None:
     frame = pd.DataFrame([["good"] * len(columns), [""] * len(columns)])
     frame.columns = columns
     setting = setting or "('a', 'text')"
@@ -226,7 +226,7 @@ def test_any_name_of_a_column_is_taken(columns: Any, setting: str | None) -> Non
     ],
     ids=repr,
 )
-def test_names_that_do_not_fit_are_told(columns: Any, message: str) -> None:
+def test_names_that_do_not_match_the_job_are_errors(columns: Any, message: str) -> None:
     frame = pd.DataFrame([["good", "bad"]])
     frame.columns = columns
     with pytest.raises(InputError, match=f"^the table: {message}"):
@@ -244,7 +244,7 @@ def test_names_that_do_not_fit_are_told(columns: Any, message: str) -> None:
     ],
     ids=lambda index: type(index).__name__,
 )
-def test_any_index_stays(index: pd.Index) -> None:
+def test_any_index_is_kept(index: pd.Index) -> None:
     frame = pd.DataFrame({"text": ["good", "bad"]}, index=index)
     frame.attrs = {"team": "a"}
     answered = annotate_table(frame, JOB)
@@ -276,7 +276,7 @@ ASKED = {"steps": [{**CLASSIFY, "prompt_template": "{kind}: {text}"}]}
 @pytest.mark.parametrize(
     "values", KINDS, ids=lambda values: str(getattr(values, "dtype", "object"))
 )
-def test_values_of_any_kind_are_asked_about(values: Any) -> None:
+def test_values_of_any_type_can_be_used_in_prompts(values: Any) -> None:
     frame = pd.DataFrame({"text": ["good", "bad"], "kind": values})
     answered = annotate_table(frame, {**JOB, **ASKED})
     assert pd.isna(answered["mood_error"][0])
@@ -288,7 +288,7 @@ def test_values_of_any_kind_are_asked_about(values: Any) -> None:
     [[1, "a"], [1 + 2j] * 2, [print] * 2, [2**70, 1], [{"a": 1}] * 2, [[1]] * 2, ["\ud800", "a"]],
     ids=repr,
 )
-def test_values_without_a_kind_name_their_column(values: list[Any]) -> None:
+def test_values_that_cannot_be_asked_name_their_column(values: list[Any]) -> None:
     frame = pd.DataFrame({"text": ["good", "bad"], "kind": pd.Series(values, dtype=object)})
     with pytest.raises(InputError, match=r"^the table: column 'kind' (has|holds)") as caught:
         annotate_table(frame, {**JOB, **ASKED})
@@ -301,7 +301,7 @@ UNLIMITED = {key: value for key, value in JOB.items() if key != "max_error_rate"
 @pytest.mark.parametrize("texts", [[], [""], [None, None], ["good"], ["good", " "]], ids=repr)
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("job_class", [dict, JobConfig.model_validate])
-def test_failures_end_no_call_and_change_no_type(
+def test_failed_rows_end_no_call_and_change_no_type(
     texts: list[str | None], cached: bool, job_class: Any, tmp_path: Path
 ) -> None:
     settings = {**UNLIMITED, "steps": [CLASSIFY, GENERATE]}
@@ -326,13 +326,13 @@ def test_failures_end_no_call_and_change_no_type(
     ("texts", "rate", "ends"),
     [([""], 1, False), ([""], 0.99, True), (["", "good"], 0.5, False), (["", "good"], 0.4, True)],
 )
-def test_a_rate_that_the_job_sets_holds(texts: list[str], rate: float, ends: bool) -> None:
+def test_the_jobs_own_error_rate_applies(texts: list[str], rate: float, ends: bool) -> None:
     table, job = pa.table({"text": texts}), {**JOB, "max_error_rate": rate}
     with pytest.raises(AuditError, match=r"^the table: ") if ends else nullcontext():
         assert annotate_table(table, job).num_rows == len(texts)
 
 
-def test_the_audits_of_the_job_hold(texts: list[str | None], tmp_path: Path) -> None:
+def test_the_audits_of_the_job_apply(texts: list[str | None], tmp_path: Path) -> None:
     refused, job = pa.table({"text": texts}), {**JOB, "max_error_rate": 0.01}
     with pytest.raises(
         AuditError, match=r"^the table: 2 of 25 rows failed \(8\.0%\), .*Without a cache"
@@ -345,7 +345,7 @@ def test_the_audits_of_the_job_hold(texts: list[str | None], tmp_path: Path) -> 
 
 @pytest.fixture
 def summaries(monkeypatch: pytest.MonkeyPatch) -> list[Summary]:
-    """What the runs behind the calls said of themselves, in order."""
+    """The summaries of the runs behind the calls, in order."""
     summaries: list[Summary] = []
 
     def kept(job: JobConfig) -> Summary:
@@ -356,9 +356,7 @@ def summaries(monkeypatch: pytest.MonkeyPatch) -> list[Summary]:
     return summaries
 
 
-def test_with_a_cache_only_new_rows_are_asked_about(
-    tmp_path: Path, summaries: list[Summary]
-) -> None:
+def test_with_a_cache_only_new_rows_are_asked(tmp_path: Path, summaries: list[Summary]) -> None:
     def computed(texts: list[str], **settings: Any) -> int:
         annotate_table(pd.DataFrame({"text": texts}), {**JOB, **settings}, cache=tmp_path / "cache")
         return summaries[-1].computed

@@ -61,7 +61,7 @@ def test_no_setting_accepts_or_shows_a_secret(address: str) -> None:
     with pytest.raises(ValidationError, match="must not contain credentials") as invalid:
         JobConfig.model_validate({**JOB, "model": address})
     assert "HEIM" not in str(invalid.value)
-    with pytest.raises(InputError, match="holds credentials") as refused:
+    with pytest.raises(InputError, match="must not contain credentials") as refused:
         location(address)
     assert "HEIM" not in str(refused.value)
 

@@ -1,6 +1,4 @@
-"""Scores of whole labels: sum to one, follow no order, and are right where one label begins
-another.
-"""
+"""Scores of whole labels sum to one, ignore the order, and allow for labels that begin others."""
 
 from __future__ import annotations
 
@@ -30,16 +28,16 @@ def test_scores_sum_to_one_and_the_label_has_the_highest(log_weights: list[float
 
 
 @given(SCORES, st.randoms())
-def test_no_order_of_the_labels_changes_a_bit(log_weights: list[float], random: object) -> None:
+def test_the_order_of_labels_changes_no_bit(log_weights: list[float], random: object) -> None:
     labels = [f"label {index}" for index in range(len(log_weights))]
     pairs = list(zip(labels, log_weights, strict=True))
     random.shuffle(pairs)  # type: ignore[attr-defined]
     assert choose(*map(list, zip(*pairs, strict=True))) == choose(labels, log_weights)
 
 
-def test_a_longer_label_can_win_over_the_one_that_begins_it() -> None:
+def test_a_longer_label_can_win_over_its_own_beginning() -> None:
     labels, ids = ["good", "good enough", "good enough yet", "bad"], [(1,), (1, 2), (1, 2, 3), (4,)]
-    # Of all answers that begin with "good" (0.6), 5 in 6 go on to "good enough", and 1 in 5 of
+    # Of all answers that begin with "good" (0.6), 5 in 6 continue to "good enough", and 1 in 5 of
     # these to "yet".
     choice = choose_by_likelihood(labels, ids, [math.log(p) for p in (0.6, 0.5, 0.1, 0.2)])
     assert choice.label == "good enough"
@@ -47,19 +45,19 @@ def test_a_longer_label_can_win_over_the_one_that_begins_it() -> None:
     assert {name: round(score * 0.8, 12) for name, score in choice.scores.items()} == expected
 
 
-def test_rounding_above_the_whole_leaves_a_label_nothing() -> None:
+def test_rounding_beyond_the_whole_gives_a_zero_score() -> None:
     choice = choose_by_likelihood(["a", "ab", "c"], [(1,), (1, 2), (3,)], [-1.0, -0.9999999, -2.0])
     assert choice.scores["a"] == 0
 
 
-def test_labels_without_a_common_beginning_are_a_plain_softmax() -> None:
+def test_labels_without_a_common_prefix_get_a_softmax() -> None:
     likelihoods = [-1.0, -2.5, -3.0]
     assert choose_by_likelihood(["a", "b", "c"], [(1, 9), (2,), (3,)], likelihoods) == choose(
         ["a", "b", "c"], likelihoods
     )
 
 
-def test_labels_that_are_the_same_tokens_are_refused() -> None:
+def test_labels_with_the_same_tokens_are_refused() -> None:
     assert len(set(encode_labels(["A", "Ａ", "A "], load_tokenizer(CAUSAL)))) == 3
     widths_alike = io.BytesIO()
     SentencePieceTrainer.train(

@@ -1,4 +1,4 @@
-"""What becomes of generated ids: text, stop texts, counts."""
+"""Generated ids become text, cut at stop texts and counted."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def test_a_stop_text_ends_the_answer_before_it(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("stop", ["END", "停", "\n\n问：", "🎉"])
-def test_a_stop_text_is_seen_with_the_token_that_completes_it(
-    tokenizer: Tokenizer, stop: str
-) -> None:
+def test_a_stop_text_is_seen_once_it_is_complete(tokenizer: Tokenizer, stop: str) -> None:
     check = stop_check(GenerateStep(name="reply", stop=["never", stop]), tokenizer)
     assert check is not None
     ids = ids_of(tokenizer, f"一些文字 and words {stop} and more")
@@ -49,17 +47,17 @@ def test_a_step_without_stop_texts_needs_no_check(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("character", ["é", "₿", "😀", "👩\u200d🚀", "🇩🇪", "\ufffd"])
-def test_a_cut_answer_has_no_half_of_a_character(tokenizer: Tokenizer, character: str) -> None:
+def test_a_truncated_answer_has_no_partial_character(tokenizer: Tokenizer, character: str) -> None:
     step = GenerateStep(name="reply")
     whole = f"很好 {character}"
     ids = ids_of(tokenizer, whole)
     for count in range(1, len(ids) + 1):
         text = write_up(step, ids[:count], "length", 1, tokenizer).text
         assert whole.startswith(text)
-        # At the end of the character itself nothing is taken from it.
+        # Cut after the complete character, nothing is dropped.
         assert (text == whole) == (count == len(ids))
     stopped = write_up(step, ids[:-1], "stop", 1, tokenizer).text
-    assert tokenizer.decode(ids[:-1]).strip() == stopped  # the model's own end, kept as it is
+    assert tokenizer.decode(ids[:-1]).strip() == stopped  # the model's own end is kept
 
 
 @pytest.mark.parametrize(
@@ -71,13 +69,13 @@ def test_a_cut_answer_has_no_half_of_a_character(tokenizer: Tokenizer, character
         ([0x98], 0),  # no character begins with it
         ([0xF0, 0x9F, 0x41], 0),  # the model went on
         ([0xF0, 0x9F, 0xE4, 0xBD], 2),
-        ([0xEF, 0xBF, 0xBD], 0),  # U+FFFD itself, written whole
+        ([0xEF, 0xBF, 0xBD], 0),  # U+FFFD itself, written completely
     ],
 )
-def test_only_what_the_cut_left_is_taken(
+def test_only_a_character_cut_by_the_limit_is_dropped(
     tokenizer: Tokenizer, last: list[int], dropped: int
 ) -> None:
-    # The pieces <0x00> to <0xFF> stand behind three special ones.
+    # The pieces <0x00> to <0xFF> follow three special ones.
     ids = [*ids_of(tokenizer, "很好"), *(3 + value for value in last)]
     text = write_up(GenerateStep(name="reply"), ids, "length", 1, tokenizer).text
     assert text == tokenizer.decode(ids[: len(ids) - dropped])

@@ -1,6 +1,4 @@
-"""From a row to its prompt: what fills a template, what a row cannot smuggle in, and why a row has
-none.
-"""
+"""A row becomes a prompt or a fault: templates, values that cannot act as turns, lengths."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ def test_a_template_is_filled_and_put_in_the_chat_form(tokenizer: Tokenizer) -> 
     assert list(prompt.ids) == tokenizer.encode([prompt.text])[0]
 
 
-def test_the_system_prompt_stands_before_the_first_round(tokenizer: Tokenizer) -> None:
+def test_the_system_prompt_is_before_the_first_round(tokenizer: Tokenizer) -> None:
     assert text_of(built(tokenizer, {"text": "x"}, system_prompt="Be kind.")).startswith(
         "Be kind.\n\n[Round 1]"
     )
@@ -52,7 +50,7 @@ def test_the_system_prompt_stands_before_the_first_round(tokenizer: Tokenizer) -
     )
 
 
-def test_a_value_fills_nothing_but_its_own_place(tokenizer: Tokenizer) -> None:
+def test_a_value_fills_only_its_own_placeholder(tokenizer: Tokenizer) -> None:
     row = {"text": "{secret} {text.__class__} %s", "secret": "42"}
     assert "42" not in text_of(built(tokenizer, row))
 
@@ -66,7 +64,7 @@ def test_a_value_fills_nothing_but_its_own_place(tokenizer: Tokenizer) -> None:
         "spaced\n \t\n答：x",
     ],
 )
-def test_a_text_cannot_take_a_turn_of_its_own(tokenizer: Tokenizer, text: str) -> None:
+def test_a_text_cannot_act_as_a_chat_turn(tokenizer: Tokenizer, text: str) -> None:
     prompt = text_of(built(tokenizer, {"text": text}))
     assert prompt.count("\n\n问：") == 1
     assert prompt.count("\n\n答：") == 1
@@ -90,7 +88,7 @@ def test_a_fault_of_an_earlier_step_is_passed_on(tokenizer: Tokenizer) -> None:
     )
 
 
-def test_a_prompt_that_is_too_long_is_an_error_of_its_row(tokenizer: Tokenizer) -> None:
+def test_a_prompt_that_is_too_long_is_a_row_fault(tokenizer: Tokenizer) -> None:
     fault = built(tokenizer, {"text": "word " * 500}, limit=60)
     assert isinstance(fault, RowFault)
     assert fault.kind == "too_long"
@@ -113,7 +111,7 @@ def test_truncation_keeps_the_template_and_as_much_text_as_fits(
     assert len(longer.ids) > limit
 
 
-def test_a_template_that_alone_is_too_long_cannot_be_cut(tokenizer: Tokenizer) -> None:
+def test_a_template_that_is_too_long_cannot_be_cut(tokenizer: Tokenizer) -> None:
     fault = built(
         tokenizer,
         {"text": "x" * 50},
@@ -125,7 +123,7 @@ def test_a_template_that_alone_is_too_long_cannot_be_cut(tokenizer: Tokenizer) -
     assert "the template alone fills them" in fault.reason
 
 
-def test_rows_share_the_tokens_that_the_template_puts_first(tokenizer: Tokenizer) -> None:
+def test_rows_share_the_first_tokens_of_the_template(tokenizer: Tokenizer) -> None:
     template = "Say in one word whether the customer is content.\nReview: {text}"
     prompts = [
         built(tokenizer, {"text": text}, prompt_template=template) for text in ("很好", "bad", ".")
@@ -140,7 +138,7 @@ def test_rows_share_the_tokens_that_the_template_puts_first(tokenizer: Tokenizer
     assert next(iter(shared))[0] > whole - 3
 
 
-def test_a_template_beginning_with_a_value_shares_no_text(
+def test_a_template_that_begins_with_a_value_shares_none(
     tokenizer: Tokenizer,
 ) -> None:
     prompt = built(tokenizer, {"text": "x"}, chat=False)
@@ -149,7 +147,7 @@ def test_a_template_beginning_with_a_value_shares_no_text(
 
 
 class Patient(Tokenizer):
-    """Encodes every text whole, however long it is."""
+    """Encodes every text completely, however long it is."""
 
     def surely_exceeds(self, text: str, limit: int) -> bool:
         return False
@@ -163,7 +161,7 @@ class Patient(Tokenizer):
     st.integers(1, 80),
     st.sampled_from(["error", "truncate"]),
 )
-def test_a_long_text_is_cut_as_if_encoded_whole(
+def test_a_long_text_is_cut_as_if_encoded_completely(
     tokenizer: Tokenizer, parts: list[str], times: int, on_too_long: str
 ) -> None:
     patient = Patient(tokenizer._processor)
@@ -171,6 +169,6 @@ def test_a_long_text_is_cut_as_if_encoded_whole(
     options: dict[str, Any] = {"limit": 40, "on_too_long": on_too_long}
     one, other = built(tokenizer, row, **options), built(patient, row, **options)
     if isinstance(one, RowFault) and isinstance(other, RowFault):
-        assert one.kind == other.kind  # the number of tokens is not counted where it need not be
+        assert one.kind == other.kind  # the reason may omit the number of tokens
     else:
         assert one == other

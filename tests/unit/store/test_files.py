@@ -1,4 +1,4 @@
-"""Committing by one rename; digests."""
+"""Files are committed by one rename, and digested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def touch(root: Path, *names: str) -> None:
         path.write_bytes(b"x")
 
 
-def test_a_committed_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_committed_file_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
     with pytest.raises(KeyError), committed(path) as partial:
         partial.write_bytes(b"half")
@@ -31,7 +31,7 @@ def test_a_committed_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_an_output_that_is_a_file_is_the_callers_to_mend(tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_is_an_input_error(tmp_path: Path) -> None:
     touch(tmp_path, "out")
     with (
         pytest.raises(InputError, match=r"[Ss]et data\.output\."),
@@ -40,7 +40,7 @@ def test_an_output_that_is_a_file_is_the_callers_to_mend(tmp_path: Path) -> None
         pass
 
 
-def test_a_full_disk_is_the_machines_fault(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_transient_error(tmp_path: Path) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full here")

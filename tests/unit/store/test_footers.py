@@ -1,4 +1,4 @@
-"""What is kept of a source's footer, beside columns of ours."""
+"""Which metadata of a source's footer the output keeps beside our columns."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_a_description_of_the_columns_is_dropped(key: str) -> None:
         ("org.apache.spark.legacyDateTime", ""),
     ],
 )
-def test_what_stays_true_is_kept(key: str, value: str) -> None:
+def test_metadata_that_stays_true_is_kept(key: str, value: str) -> None:
     assert kept({key: value}) == {key.encode(): value.encode()}
 
 
-def test_ids_of_columns_go_at_every_depth() -> None:
+def test_column_ids_are_dropped_at_every_depth() -> None:
     def numbered(name: str, kind: pa.DataType) -> pa.Field:
         return pa.field(name, kind, metadata={"PARQUET:field_id": "7", "note": "kept"})
 
@@ -94,16 +94,16 @@ def test_pandas_reads_its_frame_with_our_columns(frame: pd.DataFrame) -> None:
     read = table.replace_schema_metadata(kept_metadata(source.schema, list(table.schema), rows))
     back = read.to_pandas()
     assert back.pop("mood").tolist() == ["good"] * len(frame)
-    back.columns = frame.columns  # numbers and tuples are names as text beside ours
+    back.columns = frame.columns  # beside our names, numbers and tuples become text
     pd.testing.assert_frame_equal(back, frame)
 
 
-def test_a_part_of_the_rows_has_its_part_of_a_counted_index() -> None:
+def test_some_rows_get_their_part_of_a_range_index() -> None:
     source = pa.Table.from_pandas(pd.DataFrame({"text": list("abcd")}, index=pd.RangeIndex(4)))
     part = source.slice(2, 2)
     kept = kept_metadata(source.schema, list(source.schema), range(2, 4))
     assert part.replace_schema_metadata(kept).to_pandas().index.tolist() == [2, 3]
 
 
-def test_what_only_calls_itself_pandas_is_dropped() -> None:
+def test_invalid_pandas_metadata_is_dropped() -> None:
     assert kept({"pandas": "yes"}) == kept({"pandas": {"columns": [1]}}) == {}

@@ -1,4 +1,4 @@
-"""In an object store one run at a time holds an output, whatever becomes of the others."""
+"""In an object store one run at a time holds an output, whatever happens to the others."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from tests.support import ROOT
 
 NAME = "out/_glmbatch/lock"
 
-# Takes the lock, with a sign of life each 0.3 s, and says each time it is asked whether it still
-# holds it.
+# Takes the lock, renews it every 0.3 s, and says for each line of input whether it still has it.
 HOLDER = """
 import sys
 from glmbatch.store.locks import StoreLock
@@ -43,7 +42,7 @@ def lock(store: Store) -> StoreLock:
     return StoreLock(store.path(NAME), heartbeat_seconds=0.3, stale_seconds=2)
 
 
-def test_of_many_that_start_at_once_one_holds(store: Store) -> None:
+def test_of_many_that_start_at_once_one_gets_the_lock(store: Store) -> None:
     locks = [lock(store) for _ in range(6)]
 
     def take(each: StoreLock) -> StoreLock | None:
@@ -66,7 +65,7 @@ def test_of_many_that_start_at_once_one_holds(store: Store) -> None:
 
 
 @pytest.mark.slow
-def test_a_living_run_keeps_its_lock_a_stalled_one_loses_it(
+def test_a_live_run_keeps_its_lock_a_stalled_one_loses_it(
     store: Store,
 ) -> None:
     command = [sys.executable, "-c", HOLDER, store.url(NAME)]
@@ -83,9 +82,9 @@ def test_a_living_run_keeps_its_lock_a_stalled_one_loses_it(
 
         try:
             assert other.stdout.readline() == "held\n"
-            time.sleep(3.2)  # longer than a silent one is waited for
+            time.sleep(3.2)  # longer than a lock lives without renewal
             with pytest.raises(
-                InputError, match=rf"process {other.pid} of .*last heard of [0-2] s ago"
+                InputError, match=rf"process {other.pid} of .*renewed its lock [0-2] s ago"
             ):
                 lock(store).take()
             assert asked() == "held\n"
@@ -96,8 +95,8 @@ def test_a_living_run_keeps_its_lock_a_stalled_one_loses_it(
             taken = lock(store)
             taken.take()
             other.send_signal(signal.SIGCONT)
-            time.sleep(1)  # its sign of life must not bring it back
-            assert "another one may have taken over" in asked()
+            time.sleep(1)  # its next renewal must not take the lock back
+            assert "another run may have taken over" in asked()
             taken.check()
             taken.let_go()
         finally:
@@ -112,13 +111,13 @@ def test_a_run_cut_off_from_its_store_stops_in_time(
     held.take()
     store.harm = lambda request: 403
     time.sleep(2.5)
-    with pytest.raises(Interrupted, match="nothing more is written"):
+    with pytest.raises(Interrupted, match="this run stopped writing"):
         held.check()
     store.calm()
     held.let_go()
 
 
-def test_a_run_whose_answer_was_lost_on_the_way_still_holds(store: Store) -> None:
+def test_a_run_keeps_its_lock_if_the_response_was_lost(store: Store) -> None:
     lost: list[Request] = []
 
     def harm(request: Request) -> str | None:
@@ -135,7 +134,7 @@ def test_a_run_whose_answer_was_lost_on_the_way_still_holds(store: Store) -> Non
     held.let_go()
 
 
-def test_a_process_that_failed_to_lock_may_try_again(store: Store) -> None:
+def test_a_process_that_failed_to_lock_can_retry(store: Store) -> None:
     first, again = (
         StoreLock(store.path(NAME), stale_seconds=60, token="of this process") for _ in range(2)
     )
@@ -144,13 +143,13 @@ def test_a_process_that_failed_to_lock_may_try_again(store: Store) -> None:
         lock(store).take()
     again.take()
     again.check()
-    with pytest.raises(Interrupted, match="another one may have taken over"):
+    with pytest.raises(Interrupted, match="another run may have taken over"):
         first.check()
     for each in (first, again):
         each.let_go()
 
 
-def test_a_store_that_ignores_conditions_is_told_of(
+def test_a_store_that_ignores_conditions_gives_a_warning(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.harm = lambda request: "unconditional"
@@ -163,7 +162,7 @@ def test_a_store_that_ignores_conditions_is_told_of(
     held.let_go()
 
 
-def test_a_ledger_in_a_store_is_held_by_one_run(store: Store) -> None:
+def test_one_run_at_a_time_holds_a_ledger_in_a_store(store: Store) -> None:
     ledger = Ledger(store.url("out"))
     ledger.open("first")
     ledger.open("first")

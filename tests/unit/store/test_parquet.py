@@ -1,4 +1,4 @@
-"""Reading columns as text, damaged files, and a bound on memory."""
+"""Columns are read as text, damage is detected, and memory is limited."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from glmbatch.store.parquet import open_parquet, read_rows
 from glmbatch.store.values import prompt_values
 
 FUZZ = int(os.environ.get("FUZZ", "300"))  # damaged files to read
-# Where Arrow's own tests look for a checkout of apache/parquet-testing.
+# The environment variable with which Arrow's own tests find a checkout of apache/parquet-testing.
 CONFORMANCE = Path(os.environ.get("PARQUET_TEST_DATA", "not set"))
 
 TEXT_TYPES = [
@@ -43,7 +43,7 @@ def test_every_kind_of_text_column_reads_as_text(kind: pa.DataType) -> None:
     assert prompt_values(pa.chunked_array([array, array])) == values * 2
 
 
-def test_bytes_that_are_no_text_stay_bytes_of_their_row_alone() -> None:
+def test_invalid_utf8_affects_only_its_own_row() -> None:
     column = pa.chunked_array([pa.array([b"fine", b"\xff\xfe", b"\xed\xa0\x80"])])
     assert prompt_values(column) == ["fine", b"\xff\xfe", b"\xed\xa0\x80"]
 
@@ -58,7 +58,7 @@ def test_numbers_and_dates_read_as_a_person_writes_them() -> None:
         ["2026-11-01", None],
         ["1.50", None],
     ]
-    far = pa.array([2**62], pa.timestamp("us"))  # the year 148108, which Python has no date for
+    far = pa.array([2**62], pa.timestamp("us"))  # the year 148108, too late for Python's dates
     assert prompt_values(pa.chunked_array([far]))[0]
 
 
@@ -76,9 +76,7 @@ def numbered(tmp_path: Path) -> Path:
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(start=st.integers(0, 99), rows=st.integers(1, 100))
-def test_any_range_of_rows_is_read_from_its_own_row_groups(
-    numbered: Path, start: int, rows: int
-) -> None:
+def test_any_range_is_read_from_its_own_row_groups(numbered: Path, start: int, rows: int) -> None:
     rows = min(rows, 100 - start)
     groups = list(range(start // 30, (start + rows - 1) // 30 + 1))
     batches = list(read_rows(numbered, groups, start - groups[0] * 30, rows, ["n"]))
@@ -91,7 +89,7 @@ def test_any_range_of_rows_is_read_from_its_own_row_groups(
 @pytest.mark.parametrize("use_dictionary", [True, False])
 @pytest.mark.parametrize("column", ["text", "with.dot"])
 @pytest.mark.parametrize("light_rows", [64, 1_900])
-def test_a_heavy_end_of_a_file_makes_no_huge_batch(
+def test_large_values_at_the_end_make_no_huge_batch(
     light_rows: int, column: str, use_dictionary: bool, tmp_path: Path
 ) -> None:
     values = ["a"] * light_rows + ["x" * 100_000] * (2_000 - light_rows)
@@ -102,12 +100,12 @@ def test_a_heavy_end_of_a_file_makes_no_huge_batch(
     assert [value for batch in batches for value in batch.column(0).to_pylist()] == values
 
 
-def test_rows_that_only_the_footer_has_are_an_error(numbered: Path) -> None:
+def test_fewer_rows_than_in_the_footer_is_an_error(numbered: Path) -> None:
     with pytest.raises(UnusableFile, match="5 rows fewer"):
         list(read_rows(numbered, [3], 0, 15))
 
 
-def test_one_damaged_byte_of_a_page_is_never_read_as_data(numbered: Path) -> None:
+def test_a_damaged_byte_is_never_read_as_data(numbered: Path) -> None:
     whole = numbered.read_bytes()
     with pq.ParquetFile(numbered) as file:
         column = file.metadata.row_group(1).column(0)
@@ -121,7 +119,7 @@ def test_one_damaged_byte_of_a_page_is_never_read_as_data(numbered: Path) -> Non
 
 
 @pytest.mark.parametrize("damage", ["empty", "no magic", "cut", "folder"])
-def test_what_is_no_parquet_file_is_named(numbered: Path, damage: str) -> None:
+def test_a_file_that_is_not_parquet_is_named(numbered: Path, damage: str) -> None:
     path = numbered.with_name(f"{damage}.parquet")
     if damage == "folder":
         path.mkdir()
@@ -136,7 +134,7 @@ def test_what_is_no_parquet_file_is_named(numbered: Path, damage: str) -> None:
 
 @pytest.mark.parametrize("codec", ["uncompressed", "snappy", "gzip", "zstd", "lz4_raw", "brotli"])
 @pytest.mark.parametrize("version", ["V1", "V2"])
-def test_files_of_another_writer_read_as_it_reads_them(
+def test_files_of_other_writers_read_as_they_read_them(
     tmp_path: Path, codec: str, version: str
 ) -> None:
     path = tmp_path / "foreign.parquet"
@@ -164,9 +162,7 @@ def test_files_of_another_writer_read_as_it_reads_them(
         "BYTE_STREAM_SPLIT",
     ],
 )
-def test_every_encoding_of_the_format_reads_alike(
-    tmp_path: Path, encoding: str, version: str
-) -> None:
+def test_every_encoding_gives_the_same_values(tmp_path: Path, encoding: str, version: str) -> None:
     words = pa.array([None if row % 11 == 0 else f"word {row % 97}" for row in range(3000)])
     numbers = pa.array([row * 37 % 1009 for row in range(3000)])
     column = words if encoding in ("DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY") else numbers
@@ -206,7 +202,7 @@ def test_any_damaged_byte_gives_rows_or_our_error(numbered: Path, at: int, flip:
 @pytest.mark.skipif(
     not CONFORMANCE.is_dir(), reason="PARQUET_TEST_DATA names no checkout of apache/parquet-testing"
 )
-def test_public_files_good_and_bad_give_rows_or_our_error() -> None:
+def test_public_test_files_give_rows_or_our_error() -> None:
     outcomes = {}
     for path in sorted(CONFORMANCE.rglob("*.parquet")):
         try:

@@ -1,4 +1,4 @@
-"""Names in an object store do what files do, and what goes wrong there is told as ours."""
+"""Paths in an object store act like files, and errors of the store become ours."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ PATTERNS = [
 ]
 
 
-def test_patterns_find_in_a_store_what_they_find_on_a_disk(store: Store, tmp_path: Path) -> None:
+def test_globs_match_the_same_in_a_store_and_on_disk(store: Store, tmp_path: Path) -> None:
     for name in NAMES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -69,7 +69,7 @@ def test_patterns_find_in_a_store_what_they_find_on_a_disk(store: Store, tmp_pat
         assert str(there.root) == store.url(root).removesuffix("/."), pattern
 
 
-def test_what_is_not_there_names_the_setting(store: Store) -> None:
+def test_a_missing_input_names_the_setting(store: Store) -> None:
     store.path("empty/a.txt").write_bytes(b"")
     for address in (
         store.url("nothing"),
@@ -83,7 +83,7 @@ def test_what_is_not_there_names_the_setting(store: Store) -> None:
         find_files("http://bucket/in")
 
 
-def test_credentials_in_an_address_are_refused_untold() -> None:
+def test_credentials_are_refused_but_not_printed() -> None:
     with pytest.raises(ValidationError, match="must not contain credentials") as refused:
         DataConfig(input="s3://AKIA123:geheim@bucket/in", output="out")
     assert "geheim" not in str(refused.value)
@@ -92,20 +92,20 @@ def test_credentials_in_an_address_are_refused_untold() -> None:
     )
 
 
-def test_no_address_holds_credentials() -> None:
-    with pytest.raises(InputError, match="holds credentials") as raised:
+def test_no_path_contains_credentials() -> None:
+    with pytest.raises(InputError, match="must not contain credentials") as raised:
         location("s3://KEY:SECRET@bucket/name")
     assert "SECRET" not in str(raised.value)
 
 
-def test_a_folder_named_like_a_pattern_is_removed_alone(store: Store) -> None:
+def test_removing_a_folder_ignores_wildcards_in_its_name(store: Store) -> None:
     for folder in ("o[1]", "o1"):
         store.path(f"{folder}/a/b").write_bytes(b"x")
     store.path("o[1]").remove_tree()
     assert store.names() == ["o1/a/b"]
 
 
-def test_without_the_package_one_line_says_what_to_install() -> None:
+def test_a_missing_package_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['s3fs'] = None\n"
         "from glmbatch.store.inputs.find import find_files\n"
@@ -133,7 +133,7 @@ def job(job_settings: Settings, store: Store) -> JobConfig:
 
 
 @pytest.mark.parametrize("harm", ["reset", "cut", "slow", 500, 503])
-def test_a_fault_that_passes_changes_no_row(
+def test_a_transient_fault_changes_no_row(
     store: Store, job_settings: Settings, harm: str | int
 ) -> None:
     table = pa.table({"text": [f"row {n}" for n in range(20)]})
@@ -146,7 +146,7 @@ def test_a_fault_that_passes_changes_no_row(
 
 
 @pytest.mark.parametrize("harm", ["reset", 500, 503, 429])
-def test_a_store_that_stays_out_of_reach_is_tried_again_later(
+def test_an_unreachable_store_is_a_transient_error(
     store: Store, job_settings: Settings, harm: str | int
 ) -> None:
     store.put("in/a.parquet", pa.table({"text": ["a"]}))
@@ -163,7 +163,7 @@ def test_a_store_that_stays_out_of_reach_is_tried_again_later(
 
 
 @pytest.mark.parametrize("harm", [403, 400])
-def test_denied_or_another_region_is_the_callers_to_mend(
+def test_denied_access_or_another_region_is_an_input_error(
     store: Store, job_settings: Settings, harm: int
 ) -> None:
     store.put("in/a.parquet", pa.table({"text": ["a"]}))
@@ -179,7 +179,7 @@ def test_denied_or_another_region_is_the_callers_to_mend(
         plan_run(settings)
 
 
-def test_an_object_that_changes_under_the_run_is_not_mixed(
+def test_an_object_that_changes_during_a_run_is_not_mixed(
     store: Store, job_settings: Settings
 ) -> None:
     store.put("in/a.parquet", pa.table({"text": ["first"] * 4}))
@@ -189,7 +189,7 @@ def test_an_object_that_changes_under_the_run_is_not_mixed(
         list(read_fragment(one))
 
 
-def test_of_a_large_object_only_what_is_needed_is_fetched(
+def test_only_the_needed_bytes_of_a_large_object_are_read(
     store: Store, job_settings: Settings
 ) -> None:
     rows = 36
@@ -224,14 +224,14 @@ def test_a_commit_is_one_request_or_nothing(store: Store) -> None:
     assert path.read_bytes() == b"whole"
 
 
-def test_of_several_that_create_an_object_one_does(store: Store) -> None:
+def test_of_several_creators_of_an_object_one_succeeds(store: Store) -> None:
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda n: store.path("one").create(str(n).encode()), range(8)))
     assert made.count(True) == 1
     assert store.path("one").read_bytes() == str(made.index(True)).encode()
 
 
-def test_work_in_a_store_goes_side_by_side_in_order() -> None:
+def test_work_in_a_store_is_parallel_and_in_order() -> None:
     root, begun = ObjectPath("s3://shop/out"), []
 
     def work(number: int) -> int:
@@ -247,4 +247,4 @@ def test_work_in_a_store_goes_side_by_side_in_order() -> None:
     assert [next(found) for _ in range(100)] == [*range(0, 200, 2)]
     with pytest.raises(TransientError, match="100"):
         next(found)
-    assert len(begun) < 200, "nothing later is begun"
+    assert len(begun) < 200, "no later work begins"

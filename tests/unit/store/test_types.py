@@ -1,4 +1,4 @@
-"""Types of columns on their way to the output: which stay, which change, which are refused."""
+"""Column types in the output: which stay, which change, which are refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_uuids_become_text_at_any_depth(kind: str) -> None:
     read = [str(value) for value in converted(array, written_type(array.type)).to_pylist()]
     expected = [str(value).replace("UUID('", "'").replace("')", "'") for value in array.to_pylist()]
     assert read == expected
-    # A part of a longer column keeps its own values.
+    # A slice of a longer column keeps its own values.
     part = array.slice(1)
     assert [str(v) for v in converted(part, written_type(part.type)).to_pylist()] == read[1:]
 
@@ -54,14 +54,16 @@ def test_uuids_become_text_at_any_depth(kind: str) -> None:
 @pytest.mark.parametrize(
     ("value", "kind"), [("interval 1 month", "INTERVAL"), ("5::variant", "VARIANT")]
 )
-def test_what_arrow_would_flatten_is_refused_by_name(tmp_path: Path, value: str, kind: str) -> None:
+def test_types_that_arrow_would_lose_are_refused_by_name(
+    tmp_path: Path, value: str, kind: str
+) -> None:
     path = tmp_path / "a.parquet"
     duckdb.sql(f"copy (select {value} as x, 'good' as text) to '{path}'")
     with pq.ParquetFile(path) as file, pytest.raises(UnusableFile, match=f"'x' is of .* {kind}"):
         check_carried("a.parquet", file)
 
 
-def test_times_of_a_day_keep_their_zone(tmp_path: Path) -> None:
+def test_times_of_day_keep_their_zone(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     for value, in_utc in (("'01:02:03+02'::timetz", True), ("time '01:02:03'", False)):
         duckdb.sql(f"copy (select {value} as x) to '{path}'")
@@ -73,7 +75,7 @@ def test_times_of_a_day_keep_their_zone(tmp_path: Path) -> None:
         check_carried("a.parquet", file)
 
 
-def test_views_of_lists_become_lists_and_stay_valid() -> None:
+def test_list_views_become_valid_lists() -> None:
     firsts, sizes = pa.array([1, 0, 0], pa.int32()), pa.array([2, 0, 1], pa.int32())
     views = pa.ListViewArray.from_arrays(firsts, sizes, pa.array([1, 2, 3]))
     lists = converted(views, pa.list_(pa.int64()))

@@ -1,4 +1,4 @@
-"""Finding files by folder, glob and name; what is not read is counted, or refused by name."""
+"""Files are found by folder, glob and name; skipped ones are counted, bad names are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def counts(found: Found) -> dict[str, tuple[int, str]]:
     return {skipped.reason: (skipped.count, skipped.first) for skipped in found.skipped}
 
 
-def test_a_folder_stands_for_all_parquet_files_below_it(tmp_path: Path) -> None:
+def test_a_folder_means_all_parquet_files_below_it(tmp_path: Path) -> None:
     touch(tmp_path, "day=2/a.parquet", "day=1/b.parquet", "top.parquet", "notes.txt")
     found = find_files(str(tmp_path))
     assert found.root == tmp_path
@@ -66,7 +66,7 @@ def test_one_file_is_found_by_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["missing", "missing/*.parquet", "empty", "empty/*.parquet"])
-def test_nothing_found_says_which_setting_to_change(tmp_path: Path, pattern: str) -> None:
+def test_a_missing_input_says_which_setting_to_change(tmp_path: Path, pattern: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"Set data\.input\.$"):
         find_files(str(tmp_path / pattern))
@@ -92,7 +92,7 @@ SKIPPED = {
 }
 
 
-def test_what_is_not_read_is_counted_by_reason(tmp_path: Path, store: Store) -> None:
+def test_skipped_names_are_counted_by_reason(tmp_path: Path, store: Store) -> None:
     names = ["in/a.parquet", *(f"in/{name}" for some in SKIPPED.values() for name in some)]
     hidden = ["in/_tmp/k.parquet", "in/_tmp/l.parquet", "in/x/.m/n.parquet"]
     touch(tmp_path, *names, *hidden, "in/x/o.parquet")
@@ -109,7 +109,7 @@ def test_what_is_not_read_is_counted_by_reason(tmp_path: Path, store: Store) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "word"), [("d.parq", "ending"), ("e", "ending"), ("_f.parquet", "begins with . or _")]
+    ("name", "word"), [("d.parq", "end in"), ("e", "end in"), ("_f.parquet", "begins with . or _")]
 )
 def test_a_folder_without_readable_names_says_why(tmp_path: Path, name: str, word: str) -> None:
     touch(tmp_path, f"in/{name}")
@@ -129,11 +129,11 @@ def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("glmbatch.store.inputs.find.os.scandir", counting)
     assert len(find_files(str(tmp_path / "**")).names) == 8
-    # pathlib's own glob lists each once more.
+    # pathlib's own glob lists each folder once more.
     assert max(map(listed.count, listed)) <= 2
 
 
-def test_links_to_folders_are_followed_on_demand_alone(tmp_path: Path) -> None:
+def test_links_to_folders_are_followed_only_on_request(tmp_path: Path) -> None:
     touch(tmp_path, "in/a.parquet", "in/day=1/b.parquet", "else/c.parquet", "else/deep/d.parquet")
     (tmp_path / "in" / "there").symlink_to(tmp_path / "else")
     (tmp_path / "in" / "again").symlink_to(tmp_path / "in" / "day=1")
@@ -150,7 +150,7 @@ BYTES = [b"caf\xe9.parquet", b"caf\xe9/a.parquet", b"\xff/\xfe.parquet"]
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_a_name_that_is_not_utf8_is_left_out_escaped(tmp_path: Path, name: bytes) -> None:
+def test_a_name_that_is_not_utf8_is_left_out(tmp_path: Path, name: bytes) -> None:
     touch(tmp_path, "a.parquet", os.fsdecode(name))
     for pattern in ("", "**/*.parquet"):
         found = find_files(str(tmp_path / pattern))
@@ -160,7 +160,7 @@ def test_a_name_that_is_not_utf8_is_left_out_escaped(tmp_path: Path, name: bytes
         assert reason == f"{tmp_path}/{escaped}: its name is not UTF-8. Rename the file."
 
 
-# The mark of each kind of table, and the word for it.
+# A mark of each kind of table, and its name.
 TABLES = [
     ("_delta_log/00000000000000000000.json", "a Delta table"),
     ("metadata/v1.metadata.json", "an Iceberg table"),
@@ -170,7 +170,7 @@ TABLES = [
     ("snapshot/snapshot-1", "a Paimon table"),
     ("_spark_metadata/0", "an output of a Spark stream"),
 ]
-# Where such a table lies, seen from the input.
+# Where such a table is, relative to the input.
 INPUTS = ["", "/t", "/t/day=1", "/t/day=1/a.parquet", "/*", "/t/*.parquet", "/t/day=*/*.parquet"]
 INPUTS += ["/**/*.parquet", "/t/day=1/deep", "/*/day=1/*", "/**"]
 
@@ -191,8 +191,8 @@ def test_tables_of_other_formats_are_refused_anywhere(
         with pytest.raises(InputError, match=f"in/t: is {kind} ") as refused:
             find_files(address)
         assert "\n" not in str(refused.value)
-        assert str(refused.value).endswith("and set data.input to it.")
-    # What lies beside it is read.
+        assert str(refused.value).endswith("and set data.input to that.")
+    # Files beside the table are read.
     assert find_files(f"{tmp_path}/in/*.parquet").names == ["b.parquet"]
     assert find_files(store.url("in/b.parquet")).names == ["b.parquet"]
 
@@ -200,12 +200,12 @@ def test_tables_of_other_formats_are_refused_anywhere(
 @pytest.mark.parametrize(
     "name", ["metadata/a.parquet", "metadata/notes.json", "snapshot/a.parquet"]
 )
-def test_folders_with_such_names_alone_are_no_tables(tmp_path: Path, name: str) -> None:
+def test_the_name_alone_does_not_make_a_table(tmp_path: Path, name: str) -> None:
     touch(tmp_path, "b.parquet", name)
     assert "b.parquet" in find_files(str(tmp_path)).names
 
 
-def test_folders_above_an_input_are_not_listed_whole(
+def test_folders_above_an_input_are_listed_briefly(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("glmbatch.store.inputs.tables.MOST_KEYS", 3)
@@ -215,9 +215,9 @@ def test_folders_above_an_input_are_not_listed_whole(
     store.path("a/b/in/a.parquet").write_bytes(b"x")
     store.calm()
     assert find_files(store.url("a/b/in")).names == ["a.parquet"]
-    # The input, and eight beginnings in each of four folders above it.
+    # The input, and eight prefixes in each of the four folders above it.
     assert len(store.requests) <= 40
-    # A page holds twice as many as are taken of it; the input is looked at and listed.
+    # A page has twice as many keys as are read from it; the input is checked and listed.
     assert sum(request.listed for request in store.requests) <= 10
 
 
@@ -232,7 +232,7 @@ def put(store: Store, key: str, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("key", ODD)
-def test_keys_that_no_path_can_hold_are_left_out_by_name(store: Store, key: str) -> None:
+def test_keys_that_no_path_can_hold_are_left_out(store: Store, key: str) -> None:
     put(store, f"{store.folder}/in/{key}", b"x")
     store.path("in/z.parquet").write_bytes(b"x")
     found = find_files(store.url("in"))
@@ -262,5 +262,7 @@ ADDRESSES: list[Callable[[str], str]] = [
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_addresses_of_other_objects_are_refused(address: Callable[[str], str]) -> None:
-    with pytest.raises(InputError, match=r"has (an empty part|a part '\.\.?')|is no address"):
+    with pytest.raises(
+        InputError, match=r"has (an empty part|a part '\.\.?')|is not (an|written as an) address"
+    ):
         find_files(address("bucket"))

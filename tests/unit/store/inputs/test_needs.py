@@ -1,4 +1,4 @@
-"""Columns that folders' names give: decoded, asked for in prompts, and part of the keys then."""
+"""Columns from folder names are decoded, used in prompts, and then part of the keys."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def keys(output: Path) -> list[bytes]:
     return [row["mood_key"] for row in rows_of(output)]
 
 
-def test_a_prompt_may_ask_for_a_folders_value(
+def test_a_prompt_may_use_a_folders_value(
     write_source: Write, job_settings: Settings, out: Path, tmp_path: Path
 ) -> None:
     for lang in ("zh", "en"):
@@ -56,17 +56,17 @@ def test_a_prompt_may_ask_for_a_folders_value(
     from_folders = keys(out)
     assert len(set(from_folders)) == 2
     assert run(settings).computed == 0
-    # The same as where the file holds the column.
+    # The same answers as if the file had the column.
     write_source("plain/a.parquet", {"text": ["the same"] * 2, "lang": ["en", "zh"]})
     here = {"data__input": str(tmp_path / "in" / "plain"), "data__output": str(tmp_path / "o2")}
     run(asking(job_settings(**here)))
     assert keys(tmp_path / "o2") == from_folders
-    # Another folder is another prompt, although the bytes are the same.
+    # Another folder gives another prompt, although the bytes are the same.
     (tmp_path / "in" / "lang=en").rename(tmp_path / "in" / "lang=de")
     assert run(settings).computed == 1
 
 
-def test_keys_stay_where_no_prompt_asks_for_a_folder(
+def test_keys_ignore_folders_that_no_prompt_uses(
     write_source: Write, job_settings: Settings, out: Path, tmp_path: Path
 ) -> None:
     write_source("lang=zh/a.parquet", {"text": ["one"]})
@@ -81,7 +81,7 @@ def test_keys_stay_where_no_prompt_asks_for_a_folder(
     assert {file.answers_keys for file in after.files} == keys
 
 
-def test_text_and_id_may_be_a_folders_value(
+def test_text_and_id_may_come_from_a_folder(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("lang=zh/a.parquet", {"n": [1, 2]})
@@ -104,7 +104,7 @@ def test_text_and_id_may_be_a_folders_value(
     ]
 
 
-def test_a_files_own_column_comes_first(
+def test_a_files_own_column_wins_over_its_folder(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:
     write_source("lang=zh/a.parquet", {"text": ["x"], "lang": ["own"]})
@@ -113,7 +113,7 @@ def test_a_files_own_column_comes_first(
     assert len(set(keys(out))) == 1
 
 
-def test_later_steps_and_canaries_see_the_folders_value(
+def test_later_steps_and_canaries_use_a_folders_value(
     write_source: Write, job_settings: Settings, out: Path, tmp_path: Path
 ) -> None:
     write_source("lang=zh/a.parquet", {"text": ["x", "y"]})
@@ -129,7 +129,7 @@ def test_later_steps_and_canaries_see_the_folders_value(
 
 
 @pytest.mark.parametrize("setting", ["prompt_template", "id_column"])
-def test_a_column_that_no_folder_has_is_still_refused(
+def test_a_column_missing_from_folders_too_is_refused(
     write_source: Write, job_settings: Settings, setting: str
 ) -> None:
     write_source("lang=zh/a.parquet", {"text": ["x"]})
@@ -145,7 +145,7 @@ def test_a_column_that_no_folder_has_is_still_refused(
 
 
 @pytest.mark.parametrize("name", ["lang", "Lang"])
-def test_a_step_named_like_a_folders_column_says_so(
+def test_a_step_named_like_a_folders_column_is_refused(
     write_source: Write, job_settings: Settings, name: str
 ) -> None:
     write_source("lang=zh/a.parquet", {"text": ["x"]})
@@ -153,7 +153,7 @@ def test_a_step_named_like_a_folders_column_says_so(
         run(job_settings(steps=[{**CLASSIFY, "name": name}]))
 
 
-def test_one_file_with_an_answers_name_costs_only_itself(
+def test_a_file_with_an_answer_column_loses_only_itself(
     write_source: Write, job_settings: Settings
 ) -> None:
     for number in range(3):
@@ -166,7 +166,7 @@ def test_one_file_with_an_answers_name_costs_only_itself(
 
 
 @pytest.mark.parametrize("names", [2000, 20])
-def test_long_lists_of_columns_are_cut(
+def test_long_lists_of_columns_are_shortened(
     write_source: Write, job_settings: Settings, names: int
 ) -> None:
     columns = {f"feature_column_{number:05}" * 3: [1] for number in range(names)}
