@@ -92,9 +92,13 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_bytes(file))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not valid JSON ({error}).") from error
+        raise InputError(
+            f"{file}: not valid JSON ({error}). Correct it, or copy it again."
+        ) from error
     if not isinstance(content, dict):
-        raise InputError(f"{file}: expected a JSON object, found a {type(content).__name__}.")
+        raise InputError(
+            f"{file}: expected a JSON object, found a {type(content).__name__}. Correct it."
+        )
     return content
 
 
@@ -116,7 +120,7 @@ def index_names(index: Path) -> dict[str, str]:
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: has no 'weight_map' object.")
+        raise InputError(f"{index}: has no 'weight_map' object. Copy it again.")
     # "pytorch_model.bin.index.json" gives "bin".
     suffix = index.name.removesuffix(".index.json").rpartition(".")[2]
     plain_name = re.compile(rf"[\w-][\w.-]*\.{suffix}")  # without a folder: it stays in this one

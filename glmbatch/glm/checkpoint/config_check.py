@@ -106,12 +106,12 @@ def other_losses(config: Mapping[str, Any], rows: int, where: str) -> list[str]:
         if value not in (None, "single_label_classification", "softmax"):
             return [
                 f"{where}: {key!r} is {str(value)[:60]!r}: the head was not trained to choose one "
-                "label by softmax. Set model.path to a checkpoint whose head was."
+                "label by softmax. Set model.path to one whose head was."
             ]
     if rows == 1:
         return [
             f"{where}: the head has one row, so it predicts a number (regression), not a label. "
-            "Set model.path to a checkpoint whose head has two labels or more."
+            "Set model.path to one whose head has two labels or more."
         ]
     return []
 

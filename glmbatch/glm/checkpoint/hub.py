@@ -88,6 +88,7 @@ def _download(path: str, revision: str, files: list[str]) -> Path:
     except network_errors as error:
         if constants.HF_HUB_OFFLINE:
             raise InputError(
-                f"{where}: not in the hub's cache, and HF_HUB_OFFLINE is set."
+                f"{where}: not in the hub's cache, and HF_HUB_OFFLINE is set. "
+                "Unset it, or download the checkpoint first."
             ) from error
         raise TransientError(f"{where}: the download failed ({type(error).__name__}).") from error

@@ -72,7 +72,9 @@ def find_shards(directory: Path) -> tuple[list[Shard], list[str]]:
             files[kind] = candidates
     if not files:
         patterns = " or ".join(_KINDS.values())
-        raise InputError(f"{directory}: no weights ({patterns}). Set model.path.")
+        raise InputError(
+            f"{directory}: no weights ({patterns}). Set model.path to a directory that has them."
+        )
     chosen, *others = files
     warnings = [f"the weights are also stored as {kind}, which is not used" for kind in others]
     single = directory / chosen
@@ -244,7 +246,9 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
         raise OutOfMemory(f"{file}: not enough memory to read it.") from error
     except Exception as error:
         # torch.load may raise any exception on a damaged file.
-        raise InputError(f"{file}: damaged or cut short ({type(error).__name__}).") from error
+        raise InputError(
+            f"{file}: damaged or cut short ({type(error).__name__}). Copy it again."
+        ) from error
     if not isinstance(state, dict):
         kind = type(state).__name__
         raise InputError(f"{file}: expected a dictionary of tensors, found a {kind}.")
@@ -263,7 +267,7 @@ def _open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise InputError(f"{file}: damaged or cut short ({error}).") from error
+        raise InputError(f"{file}: damaged or cut short ({error}). Copy it again.") from error
     except OSError as error:
         raise file_error(file, error) from error
 

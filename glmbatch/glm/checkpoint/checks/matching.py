@@ -146,7 +146,8 @@ def _add_faults(match: Match, folder: _Folder) -> None:
             )
         else:
             unknown.append(
-                f"{file}: {key!r} is not a tensor of the model that config.json describes."
+                f"{file}: {key!r} is not a tensor of the model that config.json describes. "
+                "Copy the config.json that was saved with it."
             )
     for lines in (repeated, *unfit.values(), unknown):
         match.problems.extend(_once(lines))
@@ -166,7 +167,8 @@ def _differences(file: Path, spec: TensorSpec, header: Header) -> Iterator[tuple
         yield (
             "shape",
             f"{file}: {spec.key!r} has shape {list(header.shape)}; "
-            f"by config.json, it must be {list(spec.shape)}.",
+            f"by config.json, it must be {list(spec.shape)}. "
+            "Copy the config.json that was saved with it.",
         )
 
 
