@@ -1,4 +1,4 @@
-"""What a team has without a language model: TF-IDF and logistic regression on the same split."""
+"""The baseline without a language model: TF-IDF and logistic regression on the same split."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from glmbatch.tuning.examples import Example, Part
 from glmbatch.tuning.scores import Scores, score
 
-# They take a minute and 3 GiB; more rows hardly change such a baseline.
+# These take a minute and 3 GiB. More rows hardly improve such a baseline.
 MOST_ROWS = 100_000
 MOST_FEATURES = 200_000
-# C of 10, not the default of 1: texts are short and features many, so they need less of it.
+# C of 10 instead of 1: short texts with many features need less regularisation.
 REGULARISATION = 10.0
 WAYS: Mapping[str, dict[str, Any]] = {
     "words": {"analyzer": "word", "ngram_range": (1, 2), "min_df": 1},
-    # For languages without spaces. A character n-gram of one text alone is noise.
+    # For languages without spaces. A character n-gram that occurs in only one text is noise.
     "characters": {"analyzer": "char", "ngram_range": (1, 3), "min_df": 2},
 }
 
@@ -23,7 +23,10 @@ WAYS: Mapping[str, dict[str, Any]] = {
 def score_baseline(
     parts: Mapping[Part, Sequence[Example]], labels: Sequence[str]
 ) -> tuple[str, Scores]:
-    """The better baseline on the validation rows: its name and its scores on the test rows."""
+    """Name and test scores of the baseline that is better on the validation rows.
+
+    The most frequent label is the baseline if the texts share no features.
+    """
     parts = {**parts, "train": parts["train"][:MOST_ROWS]}
     best_accuracy = -1.0
     best: tuple[str, Scores] | None = None
@@ -39,7 +42,7 @@ def score_baseline(
             best = f"TF-IDF of {name} and logistic regression", scores
     if best is not None:
         return best
-    # Neither way found a feature, as in texts that share nothing: the trivial baseline is left.
+    # Neither variant found a feature, because the texts share nothing.
     trained = _labels(parts["train"])
     guess = max(labels, key=trained.count)
     test = _labels(parts["test"])
@@ -47,7 +50,7 @@ def score_baseline(
 
 
 def _fitted(examples: Sequence[Example], way: Mapping[str, Any]) -> Any:
-    """A trained scikit-learn pipeline; None where the texts share no feature."""
+    """A trained scikit-learn pipeline; None if the texts share no feature."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

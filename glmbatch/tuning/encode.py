@@ -1,4 +1,7 @@
-"""From labelled rows to token ids, exactly as the job that uses the model will ask. No tensors."""
+"""Encodes labelled rows as token ids, with the prompts of the job that will use the model.
+
+No tensors.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from glmbatch.settings.job import ClassifyStep, GenerateStep
 from glmbatch.steps.prompt import Prompt, build_prompts
 from glmbatch.tuning.examples import Example
 
-STEP = "predicted"  # the step's name, and so the column of answers when a checkpoint is scored
+STEP = "predicted"  # name of the step, and of the answer column when a checkpoint is scored
 
 
 class TrainingRow(NamedTuple):
-    """Token ids of a prompt, then what to learn: the number of its label, or the ids of an answer.
+    """Token ids of a prompt and what to learn: the index of a label, or the ids of an answer.
 
-    `place` is where the row comes from. An answer ends with the end token; it is empty for labels.
-    Of a text or an answer that is cut, the end is not learned from.
+    `place` is the row's file and number. An answer ends with the end token, and is empty for a
+    classifier. `text_is_cut` and `answer_is_cut` say whether the limits cut off an end.
     """
 
     ids: Any  # a sequence of ints; a numpy array takes a tenth of a list's memory
@@ -32,15 +35,15 @@ class TrainingRow(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and answer together."""
+        """Number of tokens of prompt and answer together."""
         return len(self.ids) + len(self.answer)
 
 
 def step_of(settings: Mapping[str, Any]) -> ClassifyStep | GenerateStep:
-    """The step that asks what a training with these settings asks.
+    """The step with the same prompts as a training with these settings.
 
-    It reads a dumped `TuneConfig` or the `settings` of a report. A report may come from an earlier
-    version with other settings, so only the few that matter here are looked at.
+    `settings` is a dumped `TuneConfig` or the `settings` of a report. A report may be of an earlier
+    version with other settings, so only those needed here are read.
     """
     training = settings["training"]
     asked: dict[str, Any] = {
@@ -62,16 +65,17 @@ def encode_rows(
     tokenizer: Tokenizer,
     max_positions: int,
 ) -> list[TrainingRow]:
-    """Training rows of `examples`, in order. InputError for a row without a prompt.
+    """Training rows of `examples`, in order.
 
-    Prompt and answer fit `max_positions` together.
+    Prompt and answer together have at most `max_positions` tokens. InputError if a row's prompt
+    cannot be built.
     """
     writes = isinstance(step, GenerateStep)
     answers = [np.empty(0, np.int32)] * len(examples)
     room = max_positions
     if isinstance(step, GenerateStep):
         answers = _answers(examples, tokenizer, step.max_tokens)
-        room -= step.max_tokens  # the longest answer must fit behind any prompt
+        room -= step.max_tokens  # the longest answer must fit after any prompt
     prompts = build_prompts(
         step,
         [{"text": example.text} for example in examples],
@@ -84,10 +88,11 @@ def encode_rows(
     for example, prompt, answer in zip(examples, prompts, answers, strict=True):
         if not isinstance(prompt, Prompt):
             raise InputError(
-                f"{example.place}: has no prompt: {prompt.reason}. Set training.max_input_tokens."
+                f"{example.place}: its prompt cannot be built: {prompt.reason}. "
+                "Raise training.max_input_tokens."
             )
         ids = np.array(prompt.ids, np.int32)
-        # A whole answer ends with the end token, which no text contains.
+        # A complete answer ends with the end token, which no text contains.
         cut = len(answer) > 0 and int(answer[-1]) != tokenizer.eos_id
         label = numbers.get(example.label, 0)
         rows.append(TrainingRow(ids, label, example.place, answer, prompt.is_cut, cut))
@@ -97,9 +102,9 @@ def encode_rows(
 def _answers(
     examples: Sequence[Example], tokenizer: Tokenizer, max_tokens: int
 ) -> list[np.ndarray]:
-    """The ids of each answer and the end token, cut to `max_tokens`.
+    """The ids of each answer with the end token, cut to `max_tokens`.
 
-    Answers are encoded without the model's prefix, as the published model was fine-tuned.
+    Answers are encoded without the tokenizer's prefix, as in the published fine-tuning of ChatGLM2.
     """
     encoded = tokenizer.encode_plain([example.label for example in examples])
     return [np.array([*ids, tokenizer.eos_id][:max_tokens], np.int32) for ids in encoded]

@@ -1,4 +1,4 @@
-"""How good a checkpoint is on held-out rows, through the job that will use it. Promotes nothing."""
+"""Scores a checkpoint on held-out rows, through the job that will use it. Promotes nothing."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ from glmbatch.tuning.report import (
 from glmbatch.tuning.scores import Scores, TextScores, score, score_texts
 from glmbatch.tuning.split import Labelled, read_labelled
 
-MISTAKES_KEPT = 20  # what a person reads through
+MISTAKES_KEPT = 20  # few enough to read
 MISTAKE_CHARACTERS = 500
 
 
 class HeldOut(NamedTuple):
-    """Rows to score on, and all labels that they or the checkpoint have."""
+    """The rows to score on, and all labels of these rows and of the checkpoint."""
 
     rows: Sequence[Example]
     labels: Sequence[str]
 
 
 def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
-    """Scores of the run, of the `current` checkpoint and of the baseline on the same test rows.
+    """The report of a run: its scores, and those of `current` and the baseline on the same rows.
 
-    The report says nothing of a promotion yet.
+    The decision on the promotion is still missing.
     """
     labelled = _without_learned(read_labelled(config.data), current, config.data.input)
-    # Both checkpoints are asked about the same rows, each as it was trained.
+    # Both checkpoints answer the same rows, each with the prompts of its own training.
     held_out = HeldOut(labelled.parts["test"], labelled.labels)
     step = step_of(config.model_dump())
     scores, mistakes = evaluate(run / CHECKPOINT, step, held_out, config.runtime, run / "test")
@@ -68,7 +68,7 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
     if not config.writes:
         baseline_name, baseline = score_baseline(labelled.parts, labelled.labels)
         if training.get("cut_texts"):
-            baseline_name += " (over the whole texts)"
+            baseline_name += " (on the full texts)"
     current_scores = None
     if current is not None:
         current_scores = _score_current(current, config, held_out, run / "current")
@@ -95,9 +95,9 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
 def _without_learned(labelled: Labelled, current: Path | None, source: str) -> Labelled:
     """`labelled` without the test rows that the current checkpoint was trained on.
 
-    With another seed, split or input, its training rows may be among them. InputError if all are.
+    They overlap if that checkpoint had another seed, split or input. InputError if no row is left.
     """
-    # A run of an early version has no list of what it learned.
+    # Runs of early versions have no list of the texts they learned.
     if current is None or not (current / LEARNED).is_file():
         return labelled
     test = labelled.parts["test"]
@@ -105,7 +105,8 @@ def _without_learned(labelled: Labelled, current: Path | None, source: str) -> L
     new = [row for row, is_learned in zip(test, learned, strict=True) if not is_learned]
     if not new:
         raise InputError(
-            f"{source}: {current} was trained on all test rows. Set data.seed as it had, or output."
+            f"{source}: {current} was trained on all test rows. Set data.seed to the value it had, "
+            "or set another output."
         )
     if len(new) == len(test):
         return labelled
@@ -120,19 +121,19 @@ def _without_learned(labelled: Labelled, current: Path | None, source: str) -> L
 def _score_current(
     current: Path, config: TuneConfig, held_out: HeldOut, folder: Path
 ) -> Scores | TextScores:
-    """Scores of the checkpoint that is promoted now. InputError if it cannot be compared."""
+    """Scores of the currently promoted checkpoint. InputError if it cannot be compared."""
     report = read_report(current)
     if report is None:
         raise InputError(
-            f"{current}: has no {REPORT}, so nothing can be compared with it. Set output."
+            f"{current}: has no {REPORT}, so nothing can be compared with it. Set another output."
         )
     step = step_of(report.settings)
     if isinstance(step, GenerateStep) != config.writes:
         raise InputError(
             f"{current}: is a model of another kind, so nothing can be compared with it. "
-            "Set output."
+            "Set another output."
         )
-    # It may know labels that tonight's rows lack, and lack some that they have.
+    # It may have labels that these rows lack, and lack some that they have.
     labels = sorted({*held_out.labels, *report.labels})
     everything = HeldOut(held_out.rows, labels)
     scores, _ = evaluate(current / CHECKPOINT, step, everything, config.runtime, folder)
@@ -147,8 +148,8 @@ def evaluate_rows(
 ) -> Scores | TextScores:
     """Scores of the classifier in directory `model` on all rows of `data`.
 
-    The labels are its own and those of the rows. Without a `prompt_template` it is asked as it was
-    trained, if the report of its run is in the folder above.
+    The labels are its own and those of the rows. Without `prompt_template`, the prompt is that of
+    its training, if the folder above has its report. InputError if it has no trained head.
     """
     runtime = runtime or RuntimeConfig()
     prepared = prepare_model(locate_model(ModelConfig(path=model), runtime))
@@ -179,11 +180,11 @@ def evaluate(
     runtime: RuntimeConfig,
     folder: Path,
 ) -> tuple[Scores | TextScores, list[Mistake]]:
-    """Scores of `checkpoint` on the held-out rows, and its mistakes, the most confident first.
+    """Scores of `checkpoint` on the held-out rows, and its mistakes, most confident first.
 
-    `folder` is for the job's files and is removed at the end.
+    The job's files are in `folder`, which is deleted at the end.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # of a killed evaluation
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed evaluation
     folder.mkdir(parents=True)
     texts = [row.text for row in held_out.rows]
     pq.write_table(pa.table({"text": texts}), folder / "rows.parquet")
@@ -196,7 +197,7 @@ def evaluate(
     )
     run_job(job)
     answers, confidence = _read_answers(folder / "answers", step)
-    shutil.rmtree(folder)  # it holds held-out texts
+    shutil.rmtree(folder)  # because it has held-out texts
     mistakes = _mistakes(held_out.rows, answers, confidence)
     truth = [row.label for row in held_out.rows]
     if isinstance(step, GenerateStep):
@@ -205,7 +206,7 @@ def evaluate(
 
 
 def _read_answers(folder: Path, step: ClassifyStep | GenerateStep) -> tuple[list[str], list[float]]:
-    """The answers in the order of the rows, "" for none, and the probability of each, or 0."""
+    """The answers in row order, "" for none, and the probability of each, 0 if it has none."""
     columns = [STEP]
     if isinstance(step, ClassifyStep):
         columns.append(Columns(STEP).score)

@@ -1,4 +1,4 @@
-"""Labelled rows as they lie in the files: text, label, place. No splits, no tensors."""
+"""Reads labelled rows from files: text, label and place. No splits, no tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Value = str | bytes | None
 
 
 class Example(NamedTuple):
-    """A text with its label (or the answer to learn) and its place, such as "a.parquet row 7"."""
+    """A text, its label or the answer to learn, and its place, such as "a.parquet row 7"."""
 
     place: str
     text: str
@@ -45,9 +45,10 @@ class Example(NamedTuple):
 class Rows(NamedTuple):
     """All usable rows of the input.
 
-    `given` maps a row's place to the part that the split column names; empty without one. `skipped`
-    counts the unusable rows by what they lack, "text" or "label". `files` has the SHA-256 digest of
-    each file.
+    examples  the rows, in order
+    given     part of each row by its place, from the split column; empty without one
+    skipped   number of unusable rows by what they lack, "text" or "label"
+    files     SHA-256 digest of each file
     """
 
     examples: list[Example]
@@ -57,7 +58,7 @@ class Rows(NamedTuple):
 
 
 def read_examples(data: LabelledData) -> Rows:
-    """Read every row that has a text and a label. InputError when there is none."""
+    """All rows that have a text and a label. InputError if there are none."""
     found = find_files(data.input)
     for reason in found.refused.values():
         raise InputError(reason)
@@ -69,7 +70,7 @@ def read_examples(data: LabelledData) -> Rows:
     given: dict[str, Part] = {}
     skipped = Counter[str]()
     for name in names:
-        # The digests name the run, so a changed file makes another run.
+        # The run's id includes the digests, so a changed file makes another run.
         files[name] = digest_file(root / name)
         for row, values in enumerate(_read_rows(root / name, data)):
             place = f"{name} row {row}"
@@ -86,7 +87,7 @@ def read_examples(data: LabelledData) -> Rows:
 
 
 def _nothing_to_read(data: LabelledData, skipped: Mapping[str, int]) -> InputError:
-    """The error for rows that all lack something: it names the setting of what they lack."""
+    """The error if no row is usable; it names the setting of what the rows lack."""
     learned, setting = "a label", "data.label_column"
     if data.response_column is not None:
         learned, setting = "an answer", "data.response_column"
@@ -99,7 +100,7 @@ def _nothing_to_read(data: LabelledData, skipped: Mapping[str, int]) -> InputErr
     elif not without_label:
         lack, setting = "all lack a text", "data.text_column"
     else:
-        lack = f"{without_text} lack a text, the others {learned}"
+        lack = f"{without_text} lack a text, the others lack {learned}"
         setting = f"data.text_column or {setting}"
     return InputError(
         f"{data.input}: none of {rows} rows has a text and {learned}: {lack}. Set {setting}."
@@ -107,7 +108,7 @@ def _nothing_to_read(data: LabelledData, skipped: Mapping[str, int]) -> InputErr
 
 
 def text_keys(examples: Sequence[Example]) -> np.ndarray:
-    """A 64-bit key of each example's normalised text, as an array of uint64 in the same order."""
+    """A 64-bit key of each example's normalised text, as a uint64 array in the same order."""
     digests = []
     for example in examples:
         text = example.same.encode(errors="replace")
@@ -122,7 +123,7 @@ def _example(place: str, values: Sequence[Value], data: LabelledData) -> Example
         return "text"
     if not isinstance(label, str) or not label.strip():
         return "label"
-    # An answer's own spaces are part of what is learned; a label is a name.
+    # Spaces around an answer are learned with it, but a label is a name.
     return Example(place, text, label if data.response_column is not None else label.strip())
 
 
@@ -136,7 +137,7 @@ def _part(place: str, value: Value, column: str) -> Part:
 
 
 def _column_names(data: LabelledData) -> dict[str, str]:
-    """The columns to read, by the setting that names each: text, label or answer, then split."""
+    """The columns to read, by the setting that names each: text, label or answer, split."""
     names = {"text_column": data.text_column}
     if data.response_column is None:
         names["label_column"] = data.label_column
@@ -148,16 +149,16 @@ def _column_names(data: LabelledData) -> dict[str, str]:
 
 
 def _read_rows(where: AnyPath, data: LabelledData) -> Iterator[tuple[Value, ...]]:
-    """Rows of one file as (text, label, part); without a split column as (text, label).
+    """Rows of one file as (text, label, part), or (text, label) without a split column.
 
-    A folder `name=value` above the file is a column, too.
+    A folder `name=value` above the file is a column as well.
     """
     with open_parquet(where) as file:
         schema = file.schema_arrow
         groups = list(range(file.metadata.num_row_groups))
         rows = file.metadata.num_rows
     given = folder_columns(str(where))
-    # As Spark and Arrow read partition folders.
+    # A stored column wins over a folder of the same name, as in Spark and Arrow.
     folders = {name: given[name] for name in given if name not in schema.names}
     names = _column_names(data)
     for setting, name in names.items():
@@ -179,7 +180,7 @@ def _read_rows(where: AnyPath, data: LabelledData) -> Iterator[tuple[Value, ...]
 def _check_column(
     where: AnyPath, schema: pa.Schema, folders: Mapping[str, Any], column: tuple[str, str]
 ) -> None:
-    """InputError unless the file has `column` (setting, name) once and with a usable type."""
+    """InputError unless the file has `column` (setting, name) exactly once, with a usable type."""
     setting, name = column
     if schema.names.count(name) != 1:
         raise InputError(
@@ -190,22 +191,22 @@ def _check_column(
     if setting != "label_column":
         if not is_text(kind):
             raise InputError(
-                f"{where}: column {name!r} holds {kind}, not text. Set data.{setting}."
+                f"{where}: column {name!r} has type {kind}, not text. Set data.{setting}."
             )
         return
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
     is_number = pa.types.is_integer(values) or pa.types.is_floating(values)
     if not (is_text(kind) or is_number or pa.types.is_decimal(values) or values == pa.bool_()):
         raise InputError(
-            f"{where}: column {name!r} holds {kind}, not text or whole numbers. "
+            f"{where}: column {name!r} has type {kind}, not text or whole numbers. "
             f"Cast it to text, or set data.{setting}."
         )
 
 
 def _whole(where: AnyPath, name: str, column: pa.Array) -> pa.Array:
-    """A column of labels, whose numbers are whole: 1.0 is the label "1".
+    """A column of labels with numbers as integers: 1.0 is the label "1".
 
-    pandas makes whole numbers with a gap floats. InputError for a number that is not whole.
+    pandas stores integers with a missing value as floats. InputError if a number is not whole.
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -218,7 +219,7 @@ def _whole(where: AnyPath, name: str, column: pa.Array) -> pa.Array:
             column = column.cast(pa.int64())
     except pa.ArrowInvalid as error:
         raise InputError(
-            f"{where}: column {name!r} holds {kind}, not text or whole numbers alone. Cast it "
-            "to one of them, or set data.label_column."
+            f"{where}: column {name!r} has type {kind} and some numbers are not whole. Cast it "
+            "to text or whole numbers, or set data.label_column."
         ) from error
     return column

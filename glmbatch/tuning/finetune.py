@@ -1,17 +1,18 @@
-"""Read this first: a fine-tuning from labelled rows to a promoted checkpoint, in plain calls.
+"""Read this first: a training from labelled rows to a promoted checkpoint, in plain calls.
 
-    begin     examples, split      read and audit the rows; name the run
-    train     train, trainer       token ids to trained weights, in one process or several
+    begin     examples, split      read and audit the rows; choose the run's folder
+    train     train, trainer       token ids to trained weights, in one or several processes
     evaluate  evaluate, baseline   score on held-out rows, through the job that will use it
-    promote   promote              make it the current checkpoint, if it is better
+    promote   promote              make it the current checkpoint if it scores higher
 
     OUTPUT/runs/<id>/checkpoint/   the new checkpoint, in the published layout
-    OUTPUT/runs/<id>/adapter/      with LoRA: what was merged into it
-    OUTPUT/runs/<id>/report.html   for people; the same facts are in report.json and the model card
+    OUTPUT/runs/<id>/adapter/      with LoRA: the adapter that was merged into it
+    OUTPUT/runs/<id>/report.html   for people; report.json and the model card have the same facts
     OUTPUT/runs/<id>/trainer/      what a killed training resumes from
-    OUTPUT/current -> runs/<id>    the promoted run; a job's model is OUTPUT/current/checkpoint
+    OUTPUT/current -> runs/<id>    the promoted run; jobs use OUTPUT/current/checkpoint
 
-A run's id is a digest of its settings, rows and base. Run again, it is resumed or found done.
+A run's id is a digest of its settings, rows and base. Started again, a run resumes or is already
+done.
 """
 
 from __future__ import annotations
@@ -37,30 +38,35 @@ from glmbatch.tuning.split import read_labelled
 
 
 def finetune(config: TuneConfig) -> Report:
-    """Train, evaluate and promote; the report. InputError when rows or settings cannot be used."""
+    """Train and evaluate, promote if better, and return the report.
+
+    InputError if rows or settings cannot be used.
+    """
     run = begin(config)
     train_run(config, run)
     return promote(config, evaluate_run(config, run))
 
 
 def check(config: TuneConfig) -> None:
-    """InputError for what is wrong with packages, rows or model, before a server is started."""
+    """Check packages, rows and model before a server is started. InputError if one is wrong."""
     for package in ("accelerate", "peft", "sklearn"):
         if importlib.util.find_spec(package) is None:
             raise InputError(
-                f"{package} is not installed, which training needs. "
+                f"training needs {package}, which is not installed. "
                 "Run pip install 'glmbatch[train]'."
             )
     read_labelled(config.data)
-    if config.model.revision is None:  # a hub id may need the network, which the flow retries
+    if (
+        config.model.revision is None
+    ):  # a hub id may need the network, whose errors the flow retries
         locate_model(config.model, config.runtime)
 
 
 def begin(config: TuneConfig) -> str:
-    """Make the folder of this run and return its path; the same run has the same folder."""
+    """Create the run's folder and return its path. The same run always has the same folder."""
     files = read_labelled(config.data).audit.files
     base = prepare_model(locate_model(config.model, config.runtime)).identity
-    # What changes only where the result goes, or how fast, does not make another run.
+    # Settings that change only the place of the result or the speed do not make another run.
     settings = config.model_dump(mode="json", exclude={"output", "runtime"})
     facts = json.dumps([settings, dict(files), base], sort_keys=True)
     run = Path(config.output) / RUNS / hashlib.sha256(facts.encode()).hexdigest()[:16]
@@ -70,14 +76,14 @@ def begin(config: TuneConfig) -> str:
 
 
 def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
-    """Train, or find the training done; the fields of `Trained`."""
+    """Train, unless that is already done; returns the fields of `Trained`."""
     run = Path(folder)
     trained = run / TRAINED
     if not trained.is_file():
         if config.training.processes > 1:
             train_together(config, run)
         else:
-            # It imports torch, which the flow itself must not load.
+            # Imported here, because it loads torch, which importing the flow must not.
             from glmbatch.tuning.train import train_here
 
             train_here(config, run)
@@ -88,15 +94,15 @@ def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
 
 
 def evaluate_run(config: TuneConfig, folder: str) -> Report:
-    """Score the run beside the current checkpoint and a baseline, and write its report.
+    """Score the run, the current checkpoint and a baseline; write and return the run's report.
 
-    The report says whether the run is to be promoted. A promoted run, or one that was compared with
-    this current checkpoint before, is not scored again.
+    The report says whether to promote the run. A run that is promoted, or was already compared with
+    the current checkpoint, is not scored again.
     """
     run = Path(folder)
     current = current_run(config.output)
     report = read_report(run)
-    if report is not None and current == run.resolve():  # it would be compared with itself
+    if report is not None and current == run.resolve():  # do not compare it with itself
         return report
     if report is None or report.compared_with != (None if current is None else current.name):
         report = score_run(config, run, current)
@@ -107,12 +113,12 @@ def evaluate_run(config: TuneConfig, folder: str) -> Report:
 
 
 def promote(config: TuneConfig, report: Report) -> Report:
-    """Make the run of `report` the current one if it is to be promoted; the report.
+    """Make the run of `report` the current one if its report says so, and return the report.
 
-    If another run was promoted since the evaluation, this one is compared with that run first.
+    If another run was promoted since the evaluation, this run is compared with that one first.
     """
     output = Path(config.output)
-    # One promotion at a time; the system frees the lock of a process that dies.
+    # One promotion at a time. The system releases the lock of a process that dies.
     with exclusive(output / ".lock"):
         current = current_run(config.output)
         compared = None if current is None else current.name

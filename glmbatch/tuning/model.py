@@ -1,4 +1,4 @@
-"""The model to train: the base with a head, an adapter or neither, on a device with room for it."""
+"""The model to train: the base with a head, an adapter or neither. Checks the memory first."""
 
 from __future__ import annotations
 
@@ -17,67 +17,69 @@ from glmbatch.settings.job import ModelConfig
 from glmbatch.settings.tuning import TrainingConfig, TuneConfig
 from glmbatch.tuning.encode import TrainingRow
 
-PAD_ID = 0  # the unknown token, which no encoded text contains: bytes spell every character
-# Every matrix of a layer: adapting attention alone learns less (QLoRA, Dettmers et al., 2023).
+PAD_ID = 0  # the unknown token; no encoded text contains it, because bytes encode every character
+# All matrices of a layer: adapting only attention learns less (QLoRA, Dettmers et al., 2023).
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
-# Bytes of each trained weight: itself, its gradient and two moments, in float32.
+# Bytes per trained weight: the weight, its gradient and two moments, in float32.
 BYTES_TRAINED = 16
-# Numbers that a layer keeps per token for the backward pass, in units of the hidden size.
-# Measured and rounded up.
+# Values that a layer keeps per token for the backward pass, in units of the hidden size; measured
+# and rounded up.
 KEPT_NUMBERS = 40
 
 
 def local_rank() -> int:
-    """Number of this training process among those of the machine, from 0; 0 if it is alone."""
+    """Rank of this training process on its machine, from 0; 0 if it is the only one."""
     # torchrun sets it for each process that it starts.
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def training_device(name: str, processes: int) -> str:
-    """The device of this process: "cpu", or the GPU of its rank. InputError if it is not there."""
+    """The device of this process: "cpu", or the GPU of its rank. InputError if there is none."""
     device = resolve_device(name)
     if device not in ("cpu", "cuda:0"):
         raise InputError(
-            f"{device}: training takes the first visible GPUs. Set CUDA_VISIBLE_DEVICES."
+            f"{device}: training uses the first visible GPUs. Set runtime.device to cuda and "
+            "choose GPUs by CUDA_VISIBLE_DEVICES."
         )
     if device == "cpu":
         return device
     if processes > torch.cuda.device_count():
         raise InputError(
-            f"{torch.cuda.device_count()} CUDA devices are visible. "
-            "Set training.processes to at most that."
+            f"only {torch.cuda.device_count()} CUDA devices are visible. "
+            "Lower training.processes to that number."
         )
     return f"cuda:{local_rank()}"
 
 
 def read_base(model: ModelConfig) -> Checkpoint:
-    """The checked base checkpoint, without its weights; `model` is on this machine."""
+    """The checked base checkpoint without its weights; `model` must be a local directory."""
     return read_checkpoint(model.path, model.adapter)
 
 
 def build_model(config: TuneConfig, labels: Sequence[str], device: str) -> Any:
-    """The base of `config`, with a head for `labels`; exactly what the method trains is trainable.
+    """The base of `config`, with a head for `labels` if it learns to classify.
 
-    A model that generates stays as it is. InputError for a base that cannot be trained.
+    Only the weights that the method trains require gradients. InputError if the base cannot be
+    trained.
     """
     training = config.training
-    # Weights that stay frozen need no more than the 16 bits they are published in.
+    # Frozen weights are published in 16 bits and need no more.
     frozen = training.method != "full" and device.startswith("cuda")
     base = _load(config.model, "bfloat16" if frozen else "float32", device)
     if config.writes:
         if hasattr(base, "score"):
             raise InputError(
                 f"{config.model.path}: has a classification head and cannot learn to generate. "
-                "Set model."
+                "Set model to one without a head."
             )
         model = base
     else:
         model = _with_head(base, labels, device)
-    # Keys and values of earlier tokens serve generation; here they would only take memory.
+    # The cache of keys and values is for generation; here it would only take memory.
     model.config.use_cache = False
     model.requires_grad_(True)
     if training.gradient_checkpointing:
-        # Frozen embeddings have no gradient, and a checkpointed layer needs one at its input.
+        # Frozen embeddings have no gradient, but a checkpointed layer needs one at its input.
         model.enable_input_require_grads()
     if training.method == "head":
         model.model.requires_grad_(False)
@@ -88,33 +90,34 @@ def _load(model: ModelConfig, dtype: str, device: str) -> Any:
     base = load_model(model.path, dtype, device, model.adapter)
     if base.prefix_kv is not None:
         raise InputError(
-            f"{model.path}: has a trained prefix, which training cannot continue. Set model."
+            f"{model.path}: has a trained prefix (P-Tuning), which training does not support. "
+            "Set model to one without."
         )
     return base
 
 
 def _with_head(base: Any, labels: Sequence[str], device: str) -> Any:
-    """A classifier over the weights of `base`, with its head if that has these labels."""
+    """A classifier with the weights of `base`; keeps its head if that has the same labels."""
     config = base.config
     keeps_head = hasattr(base, "score") and tuple(config.id2label.values()) == tuple(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
     config.pad_token_id = PAD_ID
-    with torch.device("meta"):  # its weights are those of the base: allocate none
+    with torch.device("meta"):  # allocates nothing, because it takes the weights of the base
         model: Any = GlmForSequenceClassification(config)  # type: ignore[no-untyped-call]
     model.model = base.model
     if keeps_head:
         model.score = base.score
         return model
     model.score = ClassifierHead(config.hidden_size, len(labels)).to(device)
-    # As transformers starts a head: small, so that all labels begin about equally likely.
+    # As in transformers: small weights, so that all labels are about equally likely at first.
     torch.nn.init.normal_(model.score.weight, 0.0, 0.02)
     torch.nn.init.zeros_(model.score.bias)
     return model
 
 
 def _with_adapter(model: Any, training: TrainingConfig, writes: bool) -> Any:
-    """`model` wrapped by peft: a LoRA adapter, and a classifier's head, are trainable."""
+    """`model` wrapped by peft: only a LoRA adapter and a classifier's head are trainable."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     adapter = LoraConfig(
@@ -126,15 +129,15 @@ def _with_adapter(model: Any, training: TrainingConfig, writes: bool) -> Any:
         modules_to_save=None if writes else ["score"],
     )
     with warnings.catch_warnings():
-        # peft still asks transformers by a deprecated name.
+        # peft still uses a deprecated name of transformers.
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, adapter)
 
 
 def check_memory(config: TuneConfig, rows: Sequence[TrainingRow], device: str) -> None:
-    """InputError, before any weight is loaded, if training is estimated not to fit the free memory.
+    """Estimate the memory of training before loading weights. InputError if it exceeds the free.
 
-    The message names a setting that would make it fit.
+    The message names a setting that would make training fit.
     """
     training = config.training
     base = read_base(config.model)
@@ -143,7 +146,7 @@ def check_memory(config: TuneConfig, rows: Sequence[TrainingRow], device: str) -
     if config.writes:  # logits of every token and their gradients, in float32
         row += 8 * max(row.length for row in rows) * base.architecture.vocab_size
     free = free_memory_bytes(device)
-    if device == "cpu":  # processes share the memory of the machine, but not that of a GPU
+    if device == "cpu":  # processes share the machine's memory, but each has its own GPU
         free //= training.processes
     needed = weights + training.batch_rows * row
     if needed <= free:
@@ -156,7 +159,7 @@ def check_memory(config: TuneConfig, rows: Sequence[TrainingRow], device: str) -
         if not training.gradient_checkpointing:
             advice += ", or training.gradient_checkpointing to true"
     raise InputError(
-        f"{device}: training needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free. "
+        f"{device}: training needs about {needed / 2**30:.1f} GiB; {free / 2**30:.1f} are free. "
         f"Set {advice}."
     )
 
@@ -166,13 +169,13 @@ def _number_bytes(device: str) -> int:
 
 
 def _weight_bytes(base: Checkpoint, training: TrainingConfig, device: str) -> int:
-    """Bytes of the weights and of what the optimizer keeps for the trained ones."""
+    """Bytes of the weights, and of gradients and optimizer state for the trained ones."""
     if training.method == "full":
         return base.parameters * BYTES_TRAINED
     weights = base.parameters * _number_bytes(device)
     if training.method == "lora":
         shape = base.architecture
-        # A pair of matrices has the rank times the inputs and outputs of what it adapts.
+        # A LoRA pair has rank times (inputs + outputs) weights for each matrix that it adapts.
         sides = shape.layers * (8 * shape.hidden_size + 3 * shape.ffn_size)
         weights += BYTES_TRAINED * training.lora_rank * sides
     return weights
@@ -183,6 +186,6 @@ def _row_bytes(base: Checkpoint, training: TrainingConfig, device: str, length: 
     shape = base.architecture
     kept = shape.layers * KEPT_NUMBERS
     if training.gradient_checkpointing:
-        # The input of each layer, and everything of the one that is computed again.
+        # The input of each layer, and all activations of the layer that is being recomputed.
         kept = shape.layers + KEPT_NUMBERS
     return _number_bytes(device) * length * shape.hidden_size * kept

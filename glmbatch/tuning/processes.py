@@ -1,7 +1,7 @@
-"""One training in several processes of this machine, each with a GPU of its own.
+"""One training in several processes on this machine, each with its own GPU.
 
-torchrun starts this module in each, and ends all of them when one fails. The Trainer shares out the
-batches and averages the gradients.
+torchrun starts this module in each process, and ends all of them if one fails. The Trainer
+distributes the batches and averages the gradients.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pathlib import Path
 from glmbatch.errors import GlmbatchError, InputError, TransientError
 from glmbatch.settings.tuning import TuneConfig
 
-FAILED = "failed.json"  # how an error of a process reaches the one that started it
+FAILED = "failed.json"  # passes an error of a process to the one that started it
 
 
 def train_together(config: TuneConfig, run: Path) -> None:
     """Train in `config.training.processes` processes. Raises the error of the first that failed."""
     failed = run / FAILED
-    failed.unlink(missing_ok=True)  # of an earlier attempt
+    failed.unlink(missing_ok=True)  # left by an earlier attempt
     processes = config.training.processes
-    # Tethered: of a training that is killed, no process is left that trains and holds its GPU.
+    # Tethered, so that a killed training leaves no process that occupies a GPU.
     launcher = ["-m", "glmbatch.tethered", "torch.distributed.run"]
     launcher += ["--standalone", "--nproc-per-node", str(processes)]
     worker = ["-m", __name__, config.model_dump_json(), str(run)]
-    # Their output is for whoever looks into a failure; the terminal is the flow's.
+    # Their output goes to a log, because the terminal belongs to the flow.
     log = run / "processes.log"
     with log.open("wb") as output:
         command = [sys.executable, *launcher, *worker]
@@ -37,12 +37,12 @@ def train_together(config: TuneConfig, run: Path) -> None:
     if failed.is_file():
         failure = json.loads(failed.read_text(encoding="utf-8"))
         raise (InputError if failure["input"] else TransientError)(failure["message"])
-    if code:  # killed, so it left no reason
+    if code:  # killed, so there is no file with the reason
         raise TransientError(f"{log}: one of {processes} processes ended with code {code}.")
 
 
 def main() -> int:
-    """Train in this process as one of several; the exit code."""
+    """Train in this process as one of several; returns the exit code."""
     import torch.distributed
 
     from glmbatch.tuning.train import train_here
@@ -54,7 +54,7 @@ def main() -> int:
         failure = {"input": isinstance(error, InputError), "message": str(error)}
         (run / FAILED).write_text(json.dumps(failure), encoding="utf-8")
         return 1
-    # The backend's threads would outlive the interpreter and now and then abort a finished process.
+    # Otherwise the backend's threads outlive the interpreter and sometimes abort a done process.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0

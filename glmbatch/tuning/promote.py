@@ -1,4 +1,4 @@
-"""Which run is the current one, and when another takes its place. Loads no model."""
+"""Decides whether a run replaces the current one, and switches to it. Loads no model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def current_run(output: str) -> Path | None:
 
 
 def make_current(output: Path, run: str) -> None:
-    """Point OUTPUT/current to the run of this name. A reader finds the old run or the new one."""
-    # A link cannot be changed in place, but a rename replaces one at once.
+    """Point OUTPUT/current to the run of this name; readers see either the old or the new run."""
+    # A link cannot be changed in place, but a rename replaces it atomically.
     link = output / f".{CURRENT}"
     with writable(output / CURRENT):
         link.unlink(missing_ok=True)
@@ -28,10 +28,10 @@ def make_current(output: Path, run: str) -> None:
 
 
 def decide(report: Report, metric: str) -> tuple[bool, str]:
-    """Whether the run is to be promoted, and why or why not; `metric` names a score of the report.
+    """Whether to promote the run, and the reason; `metric` names a score in the report.
 
-    It must beat the current checkpoint on the same rows and lack none of its labels. The first
-    classifier must beat the most frequent label; the first generator must get anything right.
+    It must beat the current checkpoint on the same rows and have all of its labels. A first
+    classifier must beat the most frequent label; a first generator must score above 0.
     """
     new = getattr(report.scores, metric)
     if report.current is None:
@@ -39,24 +39,24 @@ def decide(report: Report, metric: str) -> tuple[bool, str]:
         floor = 0.0
         if isinstance(report.scores, Scores):
             label, floor = _most_frequent(report.scores, metric)
-            reason += f", always {label!r} would have {floor:.4f}"
-        return new > floor, f"{reason}; nothing was promoted before"
+            reason += f"; always answering {label!r} would score {floor:.4f}"
+        return new > floor, f"{reason}; no checkpoint was promoted before"
     if isinstance(report.current, Scores):
         lacking = sorted(set(report.current.labels) - set(report.labels))
         if lacking:
             return False, (
                 f"it lacks the labels {some_of(lacking)}, which the current checkpoint has. "
-                "Set output to start over"
+                "Set another output to start over"
             )
     old = getattr(report.current, metric)
-    reason = f"{metric} {new:.4f}, the current checkpoint has {old:.4f} on the same rows"
+    reason = f"{metric} {new:.4f}; the current checkpoint has {old:.4f} on the same rows"
     if new > old:
         return True, reason
-    return False, f"{reason}; it must be better"
+    return False, f"{reason}, and the new one must score higher"
 
 
 def _most_frequent(scores: Scores, metric: str) -> tuple[str, float]:
-    """The most frequent label of the rows, and the score of always giving it."""
+    """The most frequent label of the rows, and the score of always answering it."""
     counts = {label: of_label.rows for label, of_label in scores.labels.items()}
     always = max(counts, key=counts.__getitem__)
     truth: list[str] = []

@@ -1,4 +1,4 @@
-"""A report for people: the facts once, then as text, as a Markdown card and as an HTML page."""
+"""Renders a training's report as text, as a Markdown model card and as an HTML page."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from glmbatch.store.files import committed
 from glmbatch.tuning.report import CARD, CHECKPOINT, PAGE, REPORT, Report
 from glmbatch.tuning.scores import Scores, TextScores
 
-# A few long rows teach little less without their end.
+# Below this share, rows that lost their end hardly matter.
 CUT_SHARE = 0.02
 
 
 class Facts(NamedTuple):
-    """What every rendering says, each a line of text; `rows` are names with their counts."""
+    """The facts that every rendering shows, as lines of text; `rows` are names with counts."""
 
     title: str
     origin: str
@@ -29,13 +29,13 @@ class Facts(NamedTuple):
 
 
 def facts_of(report: Report) -> Facts:
-    """The facts of a report."""
+    """The facts of a report, as text."""
     training = report.training
     audit = report.audit
     rows = {"rows": audit.rows, "used": audit.used}
     rows |= {"without text": audit.without_text, "without label": audit.without_label}
     rows |= {"repeated": audit.repeated, "conflicting": audit.conflicting, "leaking": audit.leaking}
-    # A report of an earlier version does not say.
+    # Reports of earlier versions lack these.
     if "cut_texts" in training:
         rows["cut texts"] = training["cut_texts"]
         if not report.labels:
@@ -45,9 +45,9 @@ def facts_of(report: Report) -> Facts:
         origin=f"Run {report.run} from {report.base}",
         outcome=f"{'promoted' if report.promoted else 'not promoted'}: {report.reason}",
         scores=_score_lines(report),
-        training=f"{training['steps']} steps, best at {training['best_step']}; "
+        training=f"{training['steps']} steps, best at step {training['best_step']}; "
         f"{training['trained_parameters']:,} of {training['parameters']:,} parameters trained; "
-        f"temperature {training['temperature']:.3f}, in the head",
+        f"temperature {training['temperature']:.3f}, folded into the head",
         warnings=_warnings(report),
         rows=[*rows.items(), *audit.parts.items()],
         settings=report.model_dump_json(include={"settings", "versions"}, indent=1),
@@ -55,7 +55,7 @@ def facts_of(report: Report) -> Facts:
 
 
 def describe_scores(name: str, scores: Scores | TextScores) -> str:
-    """The scores of `name` in one line."""
+    """The scores of the model called `name`, on one line."""
     if isinstance(scores, TextScores):
         return (
             f"{name}: exact match {scores.exact_match:.4f}, ROUGE-L {scores.rouge_l:.4f} "
@@ -69,7 +69,7 @@ def describe_scores(name: str, scores: Scores | TextScores) -> str:
 
 
 def _score_lines(report: Report) -> list[str]:
-    """Scores of the run, of the baseline and of the checkpoint promoted before, a line each."""
+    """One line each for the scores of the run, the baseline and the current checkpoint."""
     lines = [describe_scores("this run", report.scores)]
     if report.baseline is not None:
         lines.append(describe_scores(report.baseline_name, report.baseline))
@@ -80,11 +80,11 @@ def _score_lines(report: Report) -> list[str]:
 
 def _warnings(report: Report) -> list[str]:
     warnings = [*report.audit.warnings, *_cut_warnings(report.training)]
-    # A promotion asks only for more than the current one; that counting words does better is for
-    # a person to judge.
+    # A promotion only requires a higher score than the current checkpoint's. If the baseline is
+    # better still, a person has to judge.
     scores, baseline = report.scores, report.baseline
     if isinstance(scores, Scores) and baseline is not None:
-        # By the score that decides the promotion: of rare labels accuracy alone says little.
+        # Compare by the score that decides the promotion; accuracy hides mistakes on rare labels.
         metric = report.settings.get("metric") or "accuracy"
         if getattr(baseline, metric) > getattr(scores, metric):
             warnings.append(f"{report.baseline_name} scores higher ({metric})")
@@ -97,8 +97,8 @@ def _cut_warnings(training: Mapping[str, Any]) -> Iterator[str]:
         cut = training.get(f"cut_{what}s", 0)
         if learned and cut > CUT_SHARE * learned:
             yield (
-                f"{cut} of {learned} {what}s that were learned from are longer than "
-                f"training.{setting} and lost their end"
+                f"{cut} of {learned} {what}s in training are longer than training.{setting} "
+                "and lost their end"
             )
 
 
@@ -108,7 +108,7 @@ def describe(report: Report) -> str:
     counts = ", ".join(f"{name} {count}" for name, count in facts.rows)
     lines = [
         counts,
-        *(f"  look at: {warning}" for warning in facts.warnings),
+        *(f"  warning: {warning}" for warning in facts.warnings),
         facts.origin,
         facts.training,
         *facts.scores,
@@ -120,15 +120,15 @@ def describe(report: Report) -> str:
 
 
 def card(report: Report) -> str:
-    """The model card, as Markdown: where the checkpoint comes from and how good it is."""
+    """The model card as Markdown: the checkpoint's origin, scores and settings."""
     facts = facts_of(report)
     lines = [
         f"# {facts.title}",
         "",
-        f"A ChatGLM2 by glmbatch. {facts.origin}.",
+        f"A ChatGLM2 fine-tuned by glmbatch. {facts.origin}.",
         "",
         *(f"- {line}" for line in (*facts.scores, facts.outcome, facts.training)),
-        *(f"- look at: {warning}" for warning in facts.warnings),
+        *(f"- warning: {warning}" for warning in facts.warnings),
         "",
         "## Rows",
         "",
@@ -146,7 +146,7 @@ def card(report: Report) -> str:
 
 
 def page(report: Report) -> str:
-    """The report as one HTML file, with plots; it loads nothing."""
+    """The report as a self-contained HTML file with plots."""
     facts = facts_of(report)
     parts = [
         html.paragraph(f"{facts.outcome}."),
@@ -164,7 +164,7 @@ def page(report: Report) -> str:
         html.heading("Rows"),
         html.facts(facts.rows),
         html.table(["label", "rows"], list(report.audit.labels.items())),
-        html.heading("Worst mistakes"),
+        html.heading("Most confident mistakes"),
         _mistake_table(report),
         html.heading("Settings"),
         html.preformatted(facts.settings),
@@ -173,7 +173,7 @@ def page(report: Report) -> str:
 
 
 def _classifier_parts(labels: tuple[str, ...], scores: Scores) -> list[str]:
-    """Scores by label, the confusion matrix and the calibration."""
+    """The scores by label, the confusion matrix and the calibration plot."""
     by_label = []
     for label, of_label in scores.labels.items():
         numbers = [of_label.precision, of_label.recall, of_label.f1]
@@ -182,7 +182,7 @@ def _classifier_parts(labels: tuple[str, ...], scores: Scores) -> list[str]:
     for label in labels:
         counts = [scores.confusion[label][guess] for guess in (*labels, "")]
         confusion.append([label, *counts])
-    # The diagonal is a model whose confidence is its accuracy.
+    # On the diagonal, confidence equals accuracy.
     calibration = [(confidence, accuracy) for _, confidence, accuracy in scores.bins]
     ideal = [(0, 0), (1, 1)]
     return [
@@ -203,7 +203,7 @@ def _learning_plots(history: list[dict[str, float]]) -> list[str]:
     def points(key: str) -> list[tuple[float, float]]:
         return [(line["step"], line[key]) for line in history if key in line]
 
-    # Training loss is logged at other steps than validation.
+    # Training loss and validation are logged at different steps.
     loss, valid_loss, accuracy = points("loss"), points("eval_loss"), points("eval_accuracy")
     return [
         html.lines("loss by step", "step", "loss", [("train", loss), ("valid", valid_loss)]),
@@ -212,13 +212,13 @@ def _learning_plots(history: list[dict[str, float]]) -> list[str]:
 
 
 def _mistake_table(report: Report) -> str:
-    """The mistakes, the most confident first."""
+    """The mistakes, most confident first."""
     rows = []
     for mistake in report.mistakes:
         answer = mistake.predicted or "none"
         confidence = _four_digits(mistake.confidence)
         rows.append([mistake.text, mistake.label, answer, confidence, mistake.place])
-    return html.table(["text", "expected", "given", "confidence", "row"], rows)
+    return html.table(["text", "expected", "answer", "confidence", "row"], rows)
 
 
 def _four_digits(value: float) -> str:
@@ -226,8 +226,8 @@ def _four_digits(value: float) -> str:
 
 
 def write_report(report: Report, run: Path) -> None:
-    """Write report.html, the model card, and then report.json: with that the run is evaluated."""
-    # Whoever finds report.json takes the run for evaluated, so it comes last.
+    """Write report.html, the model card and report.json into the folders of the run."""
+    # report.json marks the run as evaluated, so it comes last.
     texts = {
         run / PAGE: page(report),
         run / CHECKPOINT / CARD: card(report),

@@ -1,4 +1,7 @@
-"""A run's report as a value, and the names of the files in a run's folder. Renders no text."""
+"""The report of a training as a value, and the names of the files in a run's folder.
+
+Renders no text.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ CHECKPOINT = "checkpoint"
 ADAPTER = "adapter"
 TRAINER = "trainer"
 TRAINED = "trained.json"
-LEARNED = "learned.npy"  # keys of the texts trained on, so that no later run tests on them
+LEARNED = "learned.npy"  # keys of the learned texts, so that no later run tests on them
 REPORT = "report.json"
 PAGE = "report.html"
 CARD = "README.md"
-# Those whose version can change a score.
+# Packages whose version can change a score.
 PACKAGES = (
     "glmbatch",
     "torch",
@@ -37,10 +40,13 @@ PACKAGES = (
 
 
 class Trained(BaseModel, frozen=True, extra="forbid"):
-    """What training did.
+    """The result of a training.
 
-    `history` has its losses and scores by step. `temperature` is folded into the head. Of the
-    `learned` rows, which trained or chose the weights, so many texts and answers lost their end.
+    history      losses and scores by step
+    temperature  divisor of the logits, already folded into the head
+    learned      number of training and validation rows
+    cut_texts    how many of those lost the end of their text
+    cut_answers  how many of those lost the end of their answer
     """
 
     steps: int
@@ -55,7 +61,7 @@ class Trained(BaseModel, frozen=True, extra="forbid"):
 
 
 class Mistake(BaseModel, frozen=True, extra="forbid"):
-    """A held-out row with a wrong answer, and the probability that the model gave it."""
+    """A held-out row with a wrong answer, and the probability that the model gave that answer."""
 
     place: str
     text: str
@@ -65,10 +71,10 @@ class Mistake(BaseModel, frozen=True, extra="forbid"):
 
 
 class Report(BaseModel, frozen=True, extra="forbid"):
-    """What a run made, how good it is, and whether it was promoted; `reason` says why or why not.
+    """The report of a training run.
 
-    `baseline` is for classifiers alone. `current` has the scores, on the same rows, of the
-    checkpoint promoted before: that of the run `compared_with`.
+    `baseline` exists only for classifiers. `current` has the scores of the previously promoted
+    checkpoint, of the run `compared_with`, on the same rows. `reason` explains `promoted`.
     """
 
     run: str
@@ -90,18 +96,18 @@ class Report(BaseModel, frozen=True, extra="forbid"):
 
 
 def read_report(run: Path) -> Report | None:
-    """The report in folder `run`, None where there is none. InputError for a damaged one."""
+    """The report in folder `run`; None if there is none. InputError if it is damaged."""
     path = run / REPORT
     try:
         return Report.model_validate_json(path.read_bytes()) if path.is_file() else None
     except ValidationError as error:
         raise InputError(
-            f"{path}: is not a report of glmbatch: {error.errors()[0]['msg']}. Remove it."
+            f"{path}: is not a valid report: {error.errors()[0]['msg']}. Remove it."
         ) from error
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that can change a result."""
+    """The installed versions of PACKAGES, by name."""
     versions = {}
     for name in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""How good predictions are: counts and probabilities in, scores out. No model, no files.
+"""Computes scores from predictions and probabilities. No model, no files.
 
 Shapes: R rows, L labels.
 """
@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel
 
-BINS = 10  # as in Guo et al., 2017; with some hundred rows more bins would be nearly empty
-# A temperature lies between 1/20 and 20: past that the logits say nothing, or all is certain.
+BINS = 10  # few, because more would be nearly empty with a few hundred rows
+# The temperature is between 1/20 and 20; beyond, probabilities are all equal or all certain.
 HIGHEST_TEMPERATURE = 20
-# Golden-section search keeps this share of the interval in each step; 60 steps give 12 digits.
+# Each step of golden-section search keeps this share of the interval; 60 steps give 12 digits.
 GOLDEN = 0.618034
 SEARCH_STEPS = 60
 
 
 class LabelScore(BaseModel, frozen=True, extra="forbid"):
-    """Precision, recall and F1 of one label, over `rows` that truly have it."""
+    """Precision, recall and F1 of one label, from 0 to 1; `rows` is how many rows truly have it."""
 
     precision: float
     recall: float
@@ -29,11 +29,13 @@ class LabelScore(BaseModel, frozen=True, extra="forbid"):
 
 
 class Scores(BaseModel, frozen=True, extra="forbid"):
-    """Scores of a classifier. Macro-F1 is over the labels that rows have or were given.
+    """Scores of a classifier, from 0 to 1.
 
-    `confusion[true][predicted]` counts rows; "" is the prediction of a row without an answer. `ece`
+    `macro_f1` is the mean over the labels that occur in the truth or the predictions.
+    `confusion[true][predicted]` counts rows; a row without an answer has the prediction "". `ece`
     is the expected calibration error over ten bins of the highest probability (Guo et al., 2017).
-    `bins` has rows, mean probability and accuracy of each. Both are empty without probabilities.
+    `bins` has the rows, mean probability and accuracy of each bin. Without probabilities, `ece` is
+    None and `bins` is empty.
     """
 
     rows: int
@@ -46,10 +48,10 @@ class Scores(BaseModel, frozen=True, extra="forbid"):
 
 
 class TextScores(BaseModel, frozen=True, extra="forbid"):
-    """Scores of generated answers: the share of exact matches, and the mean ROUGE-L (Lin, 2004).
+    """Scores of generated answers: the share of exact matches and the mean ROUGE-L (Lin, 2004).
 
-    ROUGE-L is the F1 of the longest common subsequence. Here it is one of characters, for which no
-    language needs a tokenizer.
+    ROUGE-L is the F1 of the longest common subsequence, here of characters, so that no language
+    needs a tokenizer. Both are from 0 to 1.
     """
 
     rows: int
@@ -58,7 +60,7 @@ class TextScores(BaseModel, frozen=True, extra="forbid"):
 
 
 def score_texts(truth: Sequence[str], answers: Sequence[str]) -> TextScores:
-    """Scores of `answers` against `truth`, row by row. White space at both ends does not count."""
+    """Scores of `answers` against `truth`, row by row; white space at both ends is ignored."""
     exact = 0
     rouge = []
     for expected, answer in zip(truth, answers, strict=True):
@@ -75,7 +77,7 @@ def _rouge_l(expected: str, answer: str) -> float:
     """F1 of the longest common subsequence of two texts, from 0 to 1."""
     if not expected or not answer:
         return float(expected == answer)
-    # row[n] is the length of that subsequence of the characters so far and the first n of `answer`.
+    # row[n]: length of the subsequence common to the characters so far and `answer[:n]`.
     row = [0] * (len(answer) + 1)
     for character in expected:
         previous, row = row, [0]
@@ -94,7 +96,7 @@ def score(
     confidence: Sequence[float] | None = None,
 ) -> Scores:
     """Scores of `predicted` against `truth`; `confidence` is the probability of each prediction."""
-    # A row without an answer is wrong, but no label's false positive: it has a column of its own.
+    # A row without an answer is wrong, but no label's false positive, so it has its own column.
     confusion = {label: dict.fromkeys([*labels, ""], 0) for label in labels}
     for label, guess in zip(truth, predicted, strict=True):
         confusion[label][guess] += 1
@@ -120,7 +122,7 @@ def score(
 
 
 def _guesses(label: str, confusion: Mapping[str, Mapping[str, int]]) -> int:
-    """Rows that were given `label`."""
+    """Number of rows with the prediction `label`."""
     return sum(row[label] for row in confusion.values())
 
 
@@ -150,10 +152,10 @@ def _bins(right_R: np.ndarray, confidence_R: np.ndarray) -> list[tuple[int, floa
 
 
 def fit_temperature(logits_RL: np.ndarray, truth_R: np.ndarray) -> float:
-    """The number to divide logits by that makes the true labels (by number) most likely.
+    """The divisor of the logits that makes the true labels (by number) most likely.
 
-    It cannot change which label is the likeliest (Guo et al., 2017). The loss is convex in its
-    inverse, so a search over the inverse's logarithm finds the one minimum.
+    Temperature scaling never changes which label is likeliest (Guo et al., 2017). The loss is
+    convex in the inverse temperature, so a search over its logarithm finds the only minimum.
     """
     # The highest logit of a row becomes 0, so that no exponential overflows.
     logits_RL = logits_RL.astype(np.float64) - logits_RL.max(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Labelled rows, audited and split so that no text is on both sides. Text only; no tensors."""
+"""Audits labelled rows and splits them so that no text is in two parts. No tensors."""
 
 from __future__ import annotations
 
@@ -13,22 +13,30 @@ from glmbatch.errors import InputError
 from glmbatch.settings.tuning import LabelledData
 from glmbatch.tuning.examples import PARTS, Example, Part, read_examples
 
-# A label column with more values than this is an id or a free text taken for a label.
+# A label column with more values than this is an id or free text.
 MOST_LABELS = 1000
 # With fewer rows of a label, one row changes its recall by 5 points or more.
 FEW_ROWS = 20
-# From this ratio on, the most frequent label begins to drown the rarest.
+# From this ratio on, the most frequent label begins to dominate the rarest.
 UNBALANCED = 10
-# Labels that an error message lists.
+# Number of labels that an error message lists.
 SHOWN = 5
 
 
 class LabelAudit(BaseModel, frozen=True, extra="forbid"):
-    """What the labelled rows hold. `warnings` say what a person should look at.
+    """The audit of the labelled rows. All numbers count rows.
 
-    Of `rows` read, `used` are in the split. Left out are `without_text`, `without_label`,
-    `conflicting` (one text with two labels) and `leaking` (one text in two parts). `repeated` rows
-    equal an earlier row in text and label; they are used, in the same part as that row.
+    files          SHA-256 digest of each file
+    rows           all rows read
+    used           rows in the split
+    without_text   left out, because the text is missing
+    without_label  left out, because the label or answer is missing
+    repeated       same text and label as an earlier row; used, in the same part as that row
+    conflicting    left out, because the text has two labels
+    leaking        left out, because the split column puts the text into two parts
+    labels         used rows by label, most frequent first
+    parts          used rows by part
+    warnings       sentences for a person to check
     """
 
     files: Mapping[str, str]
@@ -45,22 +53,22 @@ class LabelAudit(BaseModel, frozen=True, extra="forbid"):
 
 
 class Labelled(NamedTuple):
-    """The rows of each part, and their audit."""
+    """The rows of each part, and the audit."""
 
     parts: Mapping[Part, list[Example]]
     audit: LabelAudit
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels in sorted order, as the rows of a new head; empty for answers."""
+        """The labels in sorted order, which is the order in the head; empty for answers."""
         return tuple(sorted(self.audit.labels))
 
 
 def read_labelled(data: LabelledData) -> Labelled:
-    """Read, audit and split all rows. InputError when nothing sound can be trained on them."""
+    """Read, audit and split all rows. InputError if they cannot be trained on."""
     rows = read_examples(data)
     used, conflicting = rows.examples, 0
-    if data.response_column is None:  # a text may well have several good answers
+    if data.response_column is None:  # a text may have several good answers, but only one label
         used = _without_conflicts(rows.examples)
         conflicting = len(rows.examples) - len(used)
         _check_labels(data, used)
@@ -86,10 +94,10 @@ def read_labelled(data: LabelledData) -> Labelled:
 
 
 def split_by_text(examples: Iterable[Example], data: LabelledData) -> dict[Part, list[Example]]:
-    """Split each label's texts by a seeded hash of the text.
+    """The rows of each part, after splitting each label's texts by a seeded hash of the text.
 
-    All rows of one text get the same part. Adding or moving rows moves other rows only where the
-    cuts between the parts shift.
+    All rows with the same text are in the same part. Adding rows moves only rows near the
+    boundaries between parts; the order of rows does not matter.
     """
     examples = list(examples)
     texts: dict[str, set[str]] = defaultdict(set)
@@ -98,14 +106,14 @@ def split_by_text(examples: Iterable[Example], data: LabelledData) -> dict[Part,
     part_of: dict[str, Part] = {}
     for label in sorted(texts):
         ordered = _shuffled(texts[label], data.seed)
-        # Every label is scored and validated on at least one text.
+        # At least one text per label for test and for validation.
         test = max(1, round(len(ordered) * data.test_share))
         held_out = test + max(1, round(len(ordered) * data.valid_share))
         for position, text in enumerate(ordered):
             part: Part = "train"
             if position < held_out:
                 part = "test" if position < test else "valid"
-            # Should a text have two labels, the first decides for all its rows.
+            # If a text has two labels, the first decides for all its rows.
             part_of.setdefault(text, part)
     split: dict[Part, list[Example]] = {part: [] for part in PARTS}
     for example in examples:
@@ -125,7 +133,7 @@ def _shuffled(texts: Iterable[str], seed: int) -> list[str]:
 def _split_as_given(
     examples: Sequence[Example], given: Mapping[str, Part]
 ) -> dict[Part, list[Example]]:
-    """The split that the data names. A text in two parts goes to test before valid before train."""
+    """The split in the data. A text in two parts stays in test before valid before train."""
     part_of: dict[str, Part] = {}
     for example in examples:
         part = given[example.place]
@@ -139,7 +147,7 @@ def _split_as_given(
 
 
 def _without_conflicts(examples: Sequence[Example]) -> list[Example]:
-    """The examples whose text has one label only; the others would contradict one another."""
+    """The examples whose text has only one label; the others contradict each other."""
     labels: dict[str, set[str]] = defaultdict(set)
     for example in examples:
         labels[example.same].add(example.label)
@@ -151,7 +159,7 @@ def _repeated(examples: Sequence[Example]) -> int:
 
 
 def _count_labels(split: Mapping[Part, Sequence[Example]]) -> dict[str, int]:
-    """Rows of each label, the most frequent first."""
+    """Number of rows of each label, most frequent first."""
     counts = Counter[str]()
     for examples in split.values():
         counts.update(example.label for example in examples)
@@ -164,21 +172,21 @@ def _check_labels(data: LabelledData, examples: Sequence[Example]) -> None:
         texts[example.label].add(example.same)
     if len(texts) < 2:
         raise InputError(
-            f"{data.input}: all rows have the label {next(iter(texts), None)!r}; "
-            "a choice needs two."
+            f"{data.input}: all rows have the label {next(iter(texts), None)!r}. "
+            "Add rows with another label."
         )
     if len(texts) > MOST_LABELS:
         raise InputError(
-            f"{data.input}: {len(texts)} labels, as if {data.label_column!r} were no label. "
-            "Set data.label_column."
+            f"{data.input}: column {data.label_column!r} has {len(texts)} different values, too "
+            "many for labels. Set data.label_column."
         )
     if data.split_column is not None:
         return
     for label, distinct in texts.items():
         if len(distinct) < len(PARTS):
             raise InputError(
-                f"{data.input}: {label!r} has {len(distinct)} different texts, it needs "
-                f"{len(PARTS)}: one to train on, two to hold out. Add rows of it, or leave it out."
+                f"{data.input}: label {label!r} has {len(distinct)} different texts, but needs "
+                f"{len(PARTS)}: one each for train, valid and test. Add rows, or leave it out."
             )
 
 
@@ -187,13 +195,13 @@ def _check_split(data: LabelledData, split: Mapping[Part, Sequence[Example]]) ->
     for part in PARTS:
         if not split[part]:
             raise InputError(
-                f"{data.input}: no row is left for {part}. Add rows, or set data.{part}_share."
+                f"{data.input}: no rows are left for {part}. Add rows, or set data.{part}_share."
             )
         unseen = sorted({example.label for example in split[part]} - trained)
         if unseen and data.response_column is None:
             raise InputError(
-                f"{data.input}: {part} has the labels {unseen[:SHOWN]}, which no training row has. "
-                "Add rows of them, or leave them out."
+                f"{data.input}: {part} has labels {unseen[:SHOWN]}, which no training row has. "
+                "Add training rows with them, or leave them out."
             )
 
 
@@ -204,17 +212,17 @@ def _warnings(audit: LabelAudit) -> list[str]:
         most = max(audit.labels.values())
         if most >= UNBALANCED * fewest:
             warnings.append(
-                f"{rarest!r} has {fewest} rows, the most frequent label {most}; "
-                "metric macro_f1 counts each label alike"
+                f"{rarest!r} has {fewest} rows, but the most frequent label {most}; "
+                "metric macro_f1 weights all labels equally"
             )
         if fewest < FEW_ROWS:
-            warnings.append(f"{rarest!r} has {fewest} rows: its scores say little")
+            warnings.append(f"{rarest!r} has only {fewest} rows, so its scores are unreliable")
     if audit.conflicting:
         warnings.append(
             f"{audit.conflicting} of {audit.rows} rows were left out: their text has two labels"
         )
     if audit.leaking:
-        warnings.append(f"{audit.leaking} rows were left out: their text is in a held-out part too")
+        warnings.append(f"{audit.leaking} rows were left out: their text is also in another part")
     unusable = audit.without_text + audit.without_label
     if unusable:
         warnings.append(f"{unusable} of {audit.rows} rows have no text or no label")

@@ -1,6 +1,6 @@
-"""One training, from labelled rows to a saved checkpoint. A killed one resumes when run again.
+"""One training, from labelled rows to a saved checkpoint. A killed training resumes when run again.
 
-A resumed training ends with the same bits as an undisturbed one (float32, one device).
+The result is bit for bit that of an uninterrupted training (float32, one device).
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ from glmbatch.tuning.trainer import RowDataset, RowTrainer, is_stale, make_train
 
 logger = logging.getLogger(__name__)
 
-# As the published checkpoint: half of float32's size, and a GPU computes in 16 bits anyway.
+# As in the published checkpoint: half the size of float32, and a GPU computes in 16 bits anyway.
 STORED: StoredDtype = "float16"
 
 
 def train_here(config: TuneConfig, run: Path) -> None:
     """Train in this process, alone or as one of several, and write the result into `run`.
 
-    Of several processes the first writes. `trained.json` is last: with it the training is done.
+    Of several processes, only the first writes. `trained.json` is written last and marks the
+    training as done.
     """
-    # In an object store lies perhaps the base, perhaps the adapter: from here on both are files.
+    # The base or the adapter may be in an object store; from here on, both are local.
     config = config.model_copy(update={"model": locate_model(config.model, config.runtime)})
     labelled = read_labelled(config.data)
     rows, valid = encode_parts(config, labelled)
@@ -73,18 +74,18 @@ def train_here(config: TuneConfig, run: Path) -> None:
 def encode_parts(
     config: TuneConfig, labelled: Labelled
 ) -> tuple[list[TrainingRow], list[TrainingRow]]:
-    """The training rows and the validation rows as token ids; the base is on this machine.
+    """The training rows and the validation rows as token ids; the base must be local.
 
-    InputError when a writer is trained over a base that knows no chat rounds.
+    InputError if a model that generates is trained over CodeGeeX2, which has no chat format.
     """
     tokenizer = load_tokenizer(config.model.path)
     step = step_of(config.model_dump())
     base = read_base(config.model)
     if base.family == "CodeGeeX2" and isinstance(step, GenerateStep):
-        # A job over that base asks bare prompts, and a merged checkpoint names no family.
+        # A job over that base uses bare prompts, but a merged checkpoint names no family.
         raise InputError(
-            f"{config.model.path}: CodeGeeX2 knows no chat rounds, in which training asks for "
-            "answers. Set model to a ChatGLM2 checkpoint."
+            f"{config.model.path}: CodeGeeX2 has no chat format, which training of answers uses. "
+            "Set model to a ChatGLM2 checkpoint."
         )
     positions = base.architecture.max_positions
     rows, valid = (
@@ -95,12 +96,12 @@ def encode_parts(
 
 
 def _count_cut(rows: Sequence[TrainingRow]) -> dict[str, int]:
-    """The fields of `Trained` that count what was cut; told at once, before hours of training."""
+    """The fields of `Trained` that count cut rows; also logged, before hours of training."""
     texts = sum(row.text_is_cut for row in rows)
     answers = sum(row.answer_is_cut for row in rows)
     if texts or answers:
         logger.warning(
-            "of %d rows, %d texts and %d answers are cut: see training.max_input_tokens",
+            "of %d rows, %d texts and %d answers are cut off. See training.max_input_tokens.",
             len(rows),
             texts,
             answers,
@@ -117,13 +118,13 @@ def train(
 ) -> Trained:
     """Train on `rows`, keep the weights that are best on `valid`, and save them in `run`.
 
-    `run`/checkpoint has the published layout. With LoRA, `run`/adapter holds the adapter that was
-    merged into it. InputError when memory is too small or the loss is not finite; what was saved
-    before stays, and the next call resumes from it.
+    `run`/checkpoint has the published layout. With LoRA, `run`/adapter has the adapter that was
+    merged into it. InputError if memory is too small or the loss is not finite; saved checkpoints
+    stay, and the next call resumes from the last one.
     """
     device = training_device(config.runtime.device, config.training.processes)
     check_memory(config, rows, device)
-    # A new head, the adapter and dropout draw from it.
+    # For a new head, the adapter and dropout.
     torch.manual_seed(config.training.seed)
     model = build_model(config, labels, device)
     trainer = make_trainer(config, model, rows, valid, run / TRAINER)
@@ -137,13 +138,13 @@ def train(
 
 
 def _resume(trainer: RowTrainer, config: TuneConfig, folder: Path) -> None:
-    """Train from the last whole checkpoint in `folder`, or from the start, to the end."""
-    # Incomplete checkpoints are deleted by one process before the others look.
+    """Train to the end, from the last complete checkpoint in `folder` or from the start."""
+    # One process deletes incomplete checkpoints before the others look.
     with trainer.args.main_process_first():
         last = _last_whole(folder)
     if last is not None:
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-        if is_stale(state, config):  # it had stopped early, and was killed before it was saved
+        if is_stale(state, config):  # it stopped early, but was killed before the result was saved
             trainer.state = state
             trainer._load_best_model()
             return
@@ -153,25 +154,25 @@ def _resume(trainer: RowTrainer, config: TuneConfig, folder: Path) -> None:
         if not is_out_of_memory(error):
             raise
         raise InputError(
-            f"{trainer.args.device}: out of memory while training. Set training.batch_rows lower, "
-            "or training.gradient_checkpointing to true."
+            f"{trainer.args.device}: out of memory while training. Lower training.batch_rows, "
+            "or set training.gradient_checkpointing to true."
         ) from error
 
 
 def _last_whole(folder: Path) -> Path | None:
-    """The last completely saved checkpoint, or None. Deletes incomplete ones."""
+    """The last complete checkpoint, or None. Deletes incomplete ones."""
     while folder.is_dir():
         name: str | None = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
         if name is None:
             return None
         last = Path(name)
-        try:  # the Trainer writes its state last, so a readable state means a whole checkpoint
+        try:  # the Trainer writes its state last, so a readable state means a complete checkpoint
             state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             shutil.rmtree(last)
             continue
         if state.get("best_global_step"):
-            # The state names the best checkpoint by its path, but the folder may have moved since.
+            # The state names the best checkpoint by path, but the folder may have moved since.
             state["best_model_checkpoint"] = str(folder / f"checkpoint-{state['best_global_step']}")
             with committed(last / "trainer_state.json") as partial:
                 partial.write_text(json.dumps(state, indent=2), encoding="utf-8")
@@ -186,9 +187,9 @@ def _temperature(trainer: RowTrainer, valid: Sequence[TrainingRow]) -> float:
 
 
 def save_result(config: TuneConfig, model: Any, temperature: float, run: Path) -> None:
-    """Write the trained `model` as `run`/checkpoint, and with LoRA its adapter as `run`/adapter.
+    """Write the trained `model` to `run`/checkpoint and, with LoRA, its adapter to `run`/adapter.
 
-    A classifier's logits are divided by `temperature` first. Replaces what a killed run left.
+    A classifier's logits are divided by `temperature` first. Replaces files of a killed run.
     """
     for folder in (run / ADAPTER, run / CHECKPOINT):
         shutil.rmtree(folder, ignore_errors=True)
@@ -209,20 +210,20 @@ def save_result(config: TuneConfig, model: Any, temperature: float, run: Path) -
 
 @torch.no_grad()
 def _divide(head: Any, temperature: float) -> None:
-    """Fold the temperature into the head: a setting beside the weights could be forgotten."""
+    """Fold the temperature into the head, because a separate setting could be forgotten."""
     head.weight.div_(temperature)
     head.bias.div_(temperature)
 
 
 def _merged(config: TuneConfig, model: Any, folder: Path) -> Any:
-    """Save the adapter of `model` into `folder`, and merge it into the weights of the base."""
-    model.save_pretrained(folder)  # for peft, and for a job that names base and adapter
+    """Save the adapter of `model` in `folder`; returns the base with the adapter merged in."""
+    model.save_pretrained(folder)  # for peft, and for jobs that set both base and adapter
     if not config.writes:  # peft saves the head, but not its labels
         labels = json.dumps({"id2label": model.config.id2label}, ensure_ascii=False, indent=2)
         (folder / "config.json").write_text(labels, encoding="utf-8")
-    # An adapter of the base becomes part of the new one, which alone makes the checkpoint.
+    # If the base has an adapter, it becomes part of the new one, so that one adapter is enough.
     finish_adapter(folder, read_base(config.model))
-    # Merged by the same code as a job that names base and adapter: the same bits.
+    # Merged by the code that a job with base and adapter uses, so the weights are the same bits.
     return load_model(config.model.path, STORED, adapter=folder)
 
 

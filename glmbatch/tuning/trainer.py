@@ -1,4 +1,4 @@
-"""transformers' Trainer over token ids: our order of rows, padding and loss. Knows no texts.
+"""transformers' Trainer over token ids, with our row order, padding and loss. Knows no texts.
 
 Shapes: B rows of a batch, T tokens of its longest row, L labels, V vocabulary.
 """
@@ -30,20 +30,20 @@ from glmbatch.tuning.scores import score
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # the label of a token without loss, as in torch and transformers
-# Share of the steps in which the rate rises: the first gradients of a new head are its largest.
+IGNORED = -100  # label of a token without loss, as in torch and transformers
+# Share of the steps with a rising rate, because the first gradients of a new head are its largest.
 WARM_UP_SHARE = 0.05
-# Of matrices alone: the Trainer exempts vectors. Between the usual 0.01 and 0.1.
+# Only for matrices, because the Trainer exempts vectors. Between the usual 0.01 and 0.1.
 WEIGHT_DECAY = 0.05
-# Second moments average over 50 steps; AdamW's 0.999 would take 1,000, more than a small table has.
+# Second moments average over 50 steps. AdamW's 0.999 means 1,000, more than small data has.
 BETA2 = 0.98
-# Rows of so many batches are sorted by length together: little padding, and still a random order.
+# Number of batches to sort by length together: little padding, and the order is still random.
 BATCHES_SORTED = 50
 LOGS_PER_EPOCH = 10
 
 
 class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Training rows as `pad` takes them; `at` is a row's number, which an error message needs."""
+    """Training rows as `pad` takes them; `at` is the row's number, for error messages."""
 
     def __init__(self, rows: Sequence[TrainingRow]) -> None:
         self.rows = rows
@@ -62,9 +62,9 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
-    """Every row once, neighbours alike in length, in an order that (seed, epoch) alone decide.
+    """Every row once, with neighbours of similar length; the order depends only on (seed, epoch).
 
-    transformers' own draws from the global generator, so a resumed epoch would see other batches.
+    transformers' sampler uses the global generator, so a resumed epoch would get other batches.
     """
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
@@ -77,7 +77,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
         return len(self._lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer when an epoch begins, also a resumed one."""
+        """Set the epoch. The Trainer calls it when an epoch begins or resumes."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -97,8 +97,8 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
 def pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Rows of `RowDataset` as one batch, padded on the right.
 
-    Causal attention never looks to the right, so padding changes no row. `labels` is B numbers of
-    labels, or BT token ids: at each place the next token of the answer, elsewhere IGNORED.
+    Causal attention never looks to the right, so padding does not change a row. `labels` has B
+    label numbers, or BT token ids: the next token of the answer at each position, else IGNORED.
     """
     longest = max(len(row["ids"]) for row in batch)
     # GLM's classifier reads the last id that is not PAD_ID.
@@ -123,14 +123,14 @@ def pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 class RowTrainer(Trainer):
-    """transformers' Trainer with our order of rows. The first loss that is not finite stops it."""
+    """transformers' Trainer with our row order. It stops at the first loss that is not finite."""
 
     def __init__(self, rows: Sequence[TrainingRow], **options: Any) -> None:
         super().__init__(train_dataset=RowDataset(rows), data_collator=pad, **options)
         self._rows = rows
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        # Sorted by whole steps, so that the batches of one step, on all devices, are alike.
+        # Sorted by whole steps, so that the batches of a step are of similar length on all devices.
         step_rows = (
             self.args.train_batch_size
             * self.args.gradient_accumulation_steps
@@ -141,16 +141,19 @@ class RowTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean cross entropy of the labels, or of the tokens of the answers."""
+        """The mean cross entropy over labels, or over the tokens of answers.
+
+        InputError if it is not finite.
+        """
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         labels = inputs["labels"]
         loss_B = _row_losses(outputs.logits, labels)
-        # Before the backward pass: one such gradient would spoil all weights.
+        # Checked before the backward pass, because one such gradient would ruin all weights.
         self._check_finite(loss_B.detach(), inputs.pop("at"), model.training)
         if num_items_in_batch is None:
             loss = loss_B.sum() / (labels != IGNORED).sum()
         else:
-            # The count is that of all processes, but gradients are averaged over them.
+            # The count covers all processes, but gradients are averaged over them.
             loss = loss_B.sum() / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -162,13 +165,13 @@ class RowTrainer(Trainer):
         place = self._rows[row].place if training else f"validation row {row}"
         raise InputError(
             f"step {self.state.global_step + 1}: the loss is {float(loss_B.sum())}, "
-            f"first at {place}. Set training.learning_rate lower; the last checkpoint is kept."
+            f"first at {place}. Lower training.learning_rate; the last checkpoint is kept."
         )
 
 
 def _row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The loss of each row (B), of logits BL and labels B, or of logits BTV and labels BT."""
-    logits = logits.float()  # in bfloat16 a sum over a vocabulary loses the third digit
+    """The loss of each row (B), from logits BL and labels B, or logits BTV and labels BT."""
+    logits = logits.float()  # in bfloat16, a sum over a vocabulary loses the third digit
     if labels.dim() == 1:
         return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     loss_BT = torch.nn.functional.cross_entropy(
@@ -184,7 +187,7 @@ def make_trainer(
     valid: Sequence[TrainingRow],
     folder: Path,
 ) -> RowTrainer:
-    """A Trainer that saves into `folder` after each epoch and loads the best weights at the end."""
+    """A Trainer that saves to `folder` after each epoch and loads the best weights at the end."""
     arguments = _arguments(config, len(rows), folder, model.device.type)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     trainer = RowTrainer(
@@ -195,7 +198,7 @@ def make_trainer(
         compute_metrics=None if config.writes else _measure,
         callbacks=[_ProgressLog(), _EarlyStop(config)],
     )
-    # With several GPUs visible the Trainer's DataParallel would change batches, steps and the loss.
+    # If several GPUs are visible, the Trainer's DataParallel would change batches, steps and loss.
     arguments._n_gpu = 1
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -206,7 +209,7 @@ def _arguments(config: TuneConfig, rows: int, folder: Path, device: str) -> Trai
     step_rows = training.batch_rows * training.gradient_accumulation * training.processes
     epoch_steps = math.ceil(rows / step_rows)
     return TrainingArguments(
-        # The schedule: one rise, then a cosine down to 0 at the last step.
+        # The schedule is a linear warm-up, then a cosine that ends at 0 with the last step.
         output_dir=str(folder),
         per_device_train_batch_size=training.batch_rows,
         per_device_eval_batch_size=training.batch_rows,
@@ -217,12 +220,12 @@ def _arguments(config: TuneConfig, rows: int, folder: Path, device: str) -> Trai
         warmup_steps=max(1, round(WARM_UP_SHARE * epoch_steps * training.epochs)),
         weight_decay=WEIGHT_DECAY,
         adam_beta2=BETA2,
-        max_grad_norm=1.0,  # one bad batch moves the weights no further than a good one
+        max_grad_norm=1.0,  # so that a bad batch moves the weights no further than a good one
         bf16=device == "cuda" and torch.cuda.is_bf16_supported(),
         use_cpu=device == "cpu",
         seed=training.seed,
-        dataloader_pin_memory=False,  # token ids are small, and CPU runs would warn
-        remove_unused_columns=False,  # the Trainer would drop `at`, which no model takes
+        dataloader_pin_memory=False,  # token ids are small, and pinning warns on CPU
+        remove_unused_columns=False,  # otherwise the Trainer drops `at`, which models do not take
         label_names=["labels"],
         **_checkpointing(training.gradient_checkpointing),
         **_evaluations(config, epoch_steps),
@@ -231,14 +234,14 @@ def _arguments(config: TuneConfig, rows: int, folder: Path, device: str) -> Trai
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """Gradient checkpointing, under its name in this release: transformers 6 renames it."""
+    """Gradient checkpointing under its name in the installed release; transformers 6 renames it."""
     names = TrainingArguments.__dataclass_fields__
     current = "activation_checkpointing"
     return {current if current in names else "gradient_checkpointing": True} if wanted else {}
 
 
 def _evaluations(config: TuneConfig, epoch_steps: int) -> dict[str, Any]:
-    """Evaluate and save once per epoch; keep the last checkpoint, and the best if it is another."""
+    """Evaluate and save once per epoch; keep the last checkpoint and the best one."""
     return {
         "eval_strategy": "steps",
         "eval_steps": epoch_steps,
@@ -248,7 +251,7 @@ def _evaluations(config: TuneConfig, epoch_steps: int) -> dict[str, Any]:
         "load_best_model_at_end": True,
         "metric_for_best_model": "loss" if config.writes else config.promoted_by,
         "greater_is_better": not config.writes,
-        # Logits of all tokens of all validation rows fit no memory.
+        # The logits of all tokens of all validation rows do not fit in memory.
         "prediction_loss_only": config.writes,
     }
 
@@ -256,7 +259,7 @@ def _evaluations(config: TuneConfig, epoch_steps: int) -> dict[str, Any]:
 def _logs(epoch_steps: int) -> dict[str, Any]:
     return {
         "logging_steps": max(1, epoch_steps // LOGS_PER_EPOCH),
-        "logging_nan_inf_filter": False,  # it would hide what _check_finite looks for
+        "logging_nan_inf_filter": False,  # it would hide the losses that _check_finite looks for
         "report_to": [],
         "disable_tqdm": True,
     }
@@ -272,7 +275,7 @@ def _measure(prediction: Any) -> dict[str, float]:
 
 
 class _ProgressLog(TrainerCallback):
-    """Logs what the Trainer would print."""
+    """Logs the numbers that the Trainer would print."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         values = []
@@ -283,9 +286,9 @@ class _ProgressLog(TrainerCallback):
 
 
 class _EarlyStop(TrainerCallback):
-    """Stops when evaluations no longer improve.
+    """Stops the training when evaluations no longer improve.
 
-    transformers' own callback counts in memory, so a resumed run would start its count again.
+    transformers' callback counts in memory, so a resumed run would start counting from 0.
     """
 
     def __init__(self, config: TuneConfig) -> None:
@@ -296,12 +299,12 @@ class _EarlyStop(TrainerCallback):
 
 
 def is_stale(state: TrainerState, config: TuneConfig) -> bool:
-    """Whether the last `training.patience` evaluations were no better than those before."""
+    """Whether the last `training.patience` evaluations did not improve on the best before them."""
     patience = config.training.patience
     if patience is None:
         return False
     key = "eval_loss" if config.writes else f"eval_{config.promoted_by}"
-    sign = -1 if config.writes else 1  # the lowest loss is the best
+    sign = -1 if config.writes else 1  # the lowest loss is best
     measured = [sign * line[key] for line in state.log_history if key in line]
     if not measured:
         return False

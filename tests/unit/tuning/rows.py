@@ -14,7 +14,7 @@ FILLERS = ["the", "a", "room", "food", "服务", "price", "and", "was", "it", "d
 
 
 def labelled(rows: int, seed: int = 0) -> dict[str, list[Any]]:
-    """Texts with one telling word among others, and their labels."""
+    """Texts in which one word decides the label, and the labels."""
     dice = random.Random(seed)
     labels = [dice.choice(list(WORDS)) for _ in range(rows)]
     texts = []
@@ -26,7 +26,7 @@ def labelled(rows: int, seed: int = 0) -> dict[str, list[Any]]:
 
 
 def without_label(label: str) -> dict[str, list[Any]]:
-    """The 240 rows of the `tune` fixture, less those of one label."""
+    """The 240 rows of the `tune` fixture without those of one label."""
     rows = labelled(240)
     pairs = [pair for pair in zip(rows["text"], rows["label"], strict=True) if pair[1] != label]
     return {"text": [text for text, _ in pairs], "label": [name for _, name in pairs]}

@@ -1,4 +1,4 @@
-"""Runs of a fine-tuning that stop before their evaluation."""
+"""Training runs that stop before their evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glmbatch.tuning.finetune import begin, train_run
 
 
 def trained(config: TuneConfig) -> Path:
-    """The folder of a run that has been trained, and not evaluated."""
+    """The folder of a run that is trained but not evaluated."""
     run = begin(config)
     train_run(config, run)
     return Path(run)

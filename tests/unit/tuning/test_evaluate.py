@@ -1,4 +1,4 @@
-"""Scoring a checkpoint on rows of its own."""
+"""Scoring a checkpoint on other labelled rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.tuning.rows import labelled
 pytestmark = pytest.mark.slow
 
 
-def test_other_rows_are_scored_with_labels_it_lacks(
+def test_rows_with_unknown_labels_are_scored(
     tune: Tune, tmp_path: Path, write_source: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finetune(tune(training__epochs=6))

@@ -1,4 +1,4 @@
-"""The whole of a fine-tuning: labelled rows to a report and a checkpoint that a job uses."""
+"""A whole training: from labelled rows to a report and a checkpoint that a job uses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WRITES = {
 
 
 def job_over(tmp_path: Path, name: str, **step: Any) -> dict[str, Any]:
-    """Settings of a job that asks the promoted checkpoint about the rows in `name`."""
+    """Settings of a job that answers the rows in `name` with the promoted checkpoint."""
     return {
         "data": {"input": str(tmp_path / name), "output": str(tmp_path / "out")},
         "model": str(tmp_path / "tuned" / "current" / "checkpoint"),
@@ -67,7 +67,7 @@ def test_the_page_and_the_card_show_the_report(tune: Tune) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_must_ask_what_training_asked(tune: Tune, tmp_path: Path) -> None:
+def test_a_step_must_use_the_prompt_of_training(tune: Tune, tmp_path: Path) -> None:
     finetune(tune(training__epochs=4, prompt_template="Review: {text}"))
     with pytest.raises(InputError, match="was trained with the prompt_template"):
         run_job(JobConfig.model_validate(job_over(tmp_path, "in")))
@@ -91,7 +91,7 @@ def test_a_model_learns_to_write_and_answers_a_job(tune: Tune, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("writes", [False, True], ids=["labels", "answers"])
-def test_texts_and_answers_that_are_cut_are_told(
+def test_cut_texts_and_answers_are_reported(
     tune: Tune, writes: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers = {"data__response_column": "label", "training__max_answer_tokens": 1}
@@ -111,10 +111,10 @@ def test_texts_and_answers_that_are_cut_are_told(
     page, card = (run / "report.html").read_text(), (run / "checkpoint" / "README.md").read_text()
     for text in (page, card, describe(report)):
         assert told in text and "lost their end" in text
-    assert "are cut" in caplog.text
-    assert writes or "over the whole texts" in report.baseline_name
+    assert "are cut off" in caplog.text
+    assert writes or "on the full texts" in report.baseline_name
 
 
-def test_a_model_that_is_not_there_is_an_error(tune: Tune) -> None:
+def test_a_missing_model_is_an_error(tune: Tune) -> None:
     with pytest.raises(InputError, match="no such"):
         finetune(tune(model={"path": "/nowhere"}))

@@ -1,4 +1,4 @@
-"""Promotion: a run takes the current one's place only if it is better on the same rows."""
+"""A run replaces the current one only if it scores higher on the same rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POOR = {"training__epochs": 1, "training__learning_rate": 1e-6}
 
 
 @pytest.mark.slow
-def test_a_run_that_is_done_is_found(tune: Tune, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated(tune: Tune, tmp_path: Path) -> None:
     report = finetune(tune(**GOOD))
     summary = tmp_path / "tuned" / "current" / "trained.json"
     before = summary.stat().st_mtime_ns
@@ -40,7 +40,7 @@ def test_a_worse_run_is_not_promoted(tune: Tune, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_no_test_row_is_one_that_current_has_learned(tune: Tune) -> None:
+def test_rows_that_current_learned_are_not_tested_on(tune: Tune) -> None:
     first = finetune(tune(**GOOD))
     again = finetune(tune(**POOR, data__seed=1))
     assert again.current is not None
@@ -51,12 +51,12 @@ def test_no_test_row_is_one_that_current_has_learned(tune: Tune) -> None:
 
 
 @pytest.mark.parametrize(("predicted", "promoted"), [("aaaa", False), ("aaab", True)])
-def test_the_first_must_beat_always_one_label(predicted: str, promoted: bool) -> None:
+def test_the_first_run_must_beat_the_constant_label(predicted: str, promoted: bool) -> None:
     scores = score(list("aabb"), list(predicted), ["a", "b"])
     report = Report.model_construct(scores=scores, current=None, labels=("a", "b"))
     decision, reason = decide(report, "accuracy")
     assert decision == promoted
-    assert "always 'a' would have 0.5000; nothing was promoted before" in reason
+    assert "always answering 'a' would score 0.5000; no checkpoint was promoted" in reason
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_a_run_that_lacks_a_label_is_not_promoted(tune: Tune, write_source: Writ
 
 
 @pytest.mark.slow
-def test_a_run_promoted_in_between_is_compared_with(tune: Tune, tmp_path: Path) -> None:
+def test_a_run_promoted_meanwhile_is_compared(tune: Tune, tmp_path: Path) -> None:
     weak = tune(training__epochs=2, training__learning_rate=5e-4)
     report = evaluate_run(weak, str(trained(weak)))
     best = finetune(tune(**GOOD))
@@ -81,7 +81,7 @@ def test_a_run_promoted_in_between_is_compared_with(tune: Tune, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_report_of_an_earlier_version_is_compared_with(tune: Tune, tmp_path: Path) -> None:
+def test_a_report_of_an_earlier_version_is_compared(tune: Tune, tmp_path: Path) -> None:
     good = finetune(tune(**GOOD))
     path = tmp_path / "tuned" / "current" / "report.json"
     dropped = {"stored": "float16", "scratch": {"layers": 2}, "min_gain": 0.0}

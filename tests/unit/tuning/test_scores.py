@@ -1,4 +1,4 @@
-"""Scores by hand, and beside scikit-learn's."""
+"""Scores compared with scikit-learn and with values computed by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score, log_loss, precision_recall_fscore_support
 from glmbatch.tuning.scores import fit_temperature, score, score_texts
 
 
-def test_scores_are_those_of_scikit_learn() -> None:
+def test_scores_equal_those_of_scikit_learn() -> None:
     dice = random.Random(3)
     labels = ["a", "b", "c", "never"]
     truth = [dice.choice("abc") for _ in range(300)]
@@ -29,7 +29,7 @@ def test_scores_are_those_of_scikit_learn() -> None:
     assert found.ece == pytest.approx(abs(found.accuracy - 0.5))
 
 
-def test_rows_without_an_answer_are_wrong_and_nobodys_label() -> None:
+def test_rows_without_an_answer_are_wrong() -> None:
     found = score(["a", "b"], ["a", ""], ["a", "b"])
     assert (found.accuracy, found.confusion["b"][""], found.ece) == (0.5, 1, None)
 
@@ -41,7 +41,7 @@ def test_calibration_is_measured_in_bins() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
-def test_the_temperature_of_sampled_labels_is_found_again(temperature: float) -> None:
+def test_the_temperature_of_sampled_labels_is_recovered(temperature: float) -> None:
     dice = np.random.default_rng(0)
     logits = dice.normal(size=(20_000, 3)) * 3
     chances = np.exp(logits / temperature)
@@ -57,7 +57,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(chances / chances.sum(axis=1, keepdims=True))
 
 
-def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
+def test_rouge_l_is_the_f1_of_the_common_subsequence() -> None:
     found = score_texts(["abcd", "same ", "", "x"], ["axcy", "same", "", ""])
     assert found.exact_match == 0.5
     assert found.rouge_l == pytest.approx((2 * 2 / 8 + 1 + 1 + 0) / 4)

@@ -1,4 +1,4 @@
-"""The audit of labelled rows, and that no text is on both sides of a split."""
+"""The audit of labelled rows; no text is in two parts of a split."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read(tmp_path: Path, **fields: Any) -> Labelled:
     return read_labelled(LabelledData(input=str(tmp_path / "in"), **fields))
 
 
-def test_each_row_that_is_left_out_is_counted(tmp_path: Path, write_source: Write) -> None:
+def test_rows_left_out_are_counted(tmp_path: Path, write_source: Write) -> None:
     rows = labelled(60)
     rows["text"] += [None, " ", rows["text"][0], rows["text"][1], "twice", "twice"]
     rows["label"] += ["good", "bad", rows["label"][0], None, "good", "bad"]
@@ -61,9 +61,7 @@ def normalised(examples: list[Example]) -> set[str]:
 
 
 @given(rows=LABELLED, seed=st.integers(0, 3))
-def test_a_text_is_in_one_part_however_it_is_written(
-    rows: list[tuple[str, str]], seed: int
-) -> None:
+def test_spellings_of_a_text_are_in_one_part(rows: list[tuple[str, str]], seed: int) -> None:
     examples = [Example(str(at), text, label) for at, (text, label) in enumerate(rows)]
     split = split_by_text(examples, LabelledData(input="x", seed=seed))
     assert sum(map(len, split.values())) == len(rows)
@@ -72,7 +70,9 @@ def test_a_text_is_in_one_part_however_it_is_written(
 
 
 @given(rows=LABELLED, seed=st.integers(0, 3))
-def test_the_order_of_the_rows_moves_no_text(rows: list[tuple[str, str]], seed: int) -> None:
+def test_the_order_of_rows_does_not_change_the_split(
+    rows: list[tuple[str, str]], seed: int
+) -> None:
     examples = [Example(str(at), text, label) for at, (text, label) in enumerate(rows)]
     data = LabelledData(input="x", seed=seed)
     split = split_by_text(examples, data)
@@ -97,21 +97,21 @@ def test_a_rare_label_is_a_warning(tmp_path: Path, write_source: Write) -> None:
     write_source("a.parquet", rows)
     warnings = " ".join(read(tmp_path).audit.warnings)
     assert "'rare' has 10 rows" in warnings
-    assert "macro_f1" in warnings and "scores say little" in warnings
+    assert "macro_f1" in warnings and "scores are unreliable" in warnings
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         ({"text": ["a", "b", "c"], "label": ["x"] * 3}, "all rows have the label 'x'"),
-        ({"text": ["a", "b"], "label": ["x", "y"]}, "'x' has 1 different texts, it needs 3"),
+        ({"text": ["a", "b"], "label": ["x", "y"]}, "'x' has 1 different texts, but needs 3"),
         (
             {"text": [f"t{n}" for n in range(2000)], "label": [str(n) for n in range(2000)]},
-            "2000 labels, as if",
+            "has 2000 different values, too many for labels",
         ),
     ],
 )
-def test_labels_that_teach_nothing_are_an_error(
+def test_unusable_labels_are_an_error(
     tmp_path: Path, write_source: Write, columns: dict[str, list[str]], message: str
 ) -> None:
     write_source("a.parquet", columns)
@@ -124,6 +124,6 @@ def test_a_label_without_training_rows_is_an_error(tmp_path: Path, write_source:
     rows = labelled(30)
     write_source("a.parquet", {**rows, "part": ["train"] * 20 + ["valid"] * 5 + ["test"] * 5})
     write_source("b.parquet", {"text": ["new"], "label": ["never seen"], "part": ["test"]})
-    message = r"test has the labels \['never seen'\], which no training row has"
+    message = r"test has labels \['never seen'\], which no training row has"
     with pytest.raises(InputError, match=message):
         read(tmp_path, split_column="part")

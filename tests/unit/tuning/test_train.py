@@ -1,4 +1,4 @@
-"""Training: what each method changes, what is saved, and that a killed run loses nothing."""
+"""What each training method changes and saves; a killed training loses nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.unit.tuning.runs import trained, weights
 
 pytestmark = [
     pytest.mark.slow,
-    # peft still asks transformers by a deprecated name.
+    # peft still uses a deprecated name of transformers.
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
 BASE = {"path": str(CAUSAL)}
@@ -40,7 +40,7 @@ LORA: dict[str, Any] = {"model": BASE, "training__method": "lora"}
 
 
 @pytest.mark.parametrize("method", ["lora", "head", "full"])
-def test_a_method_trains_what_it_names_alone(tune: Tune, method: str) -> None:
+def test_a_method_trains_only_its_weights(tune: Tune, method: str) -> None:
     config = tune(model=BASE, training__method=method, training__epochs=1)
     run = begin(config)
     summary = train_run(config, run)
@@ -62,7 +62,7 @@ def test_a_method_trains_what_it_names_alone(tune: Tune, method: str) -> None:
 
 
 def assert_merged(run: Path) -> None:
-    """The checkpoint is the base with the adapter, loaded as a job does, rounded once."""
+    """The checkpoint equals the base with the adapter, loaded as a job does and rounded once."""
     merged = load_model(run / "checkpoint").state_dict()
     again = load_model(CAUSAL, adapter=run / "adapter").state_dict()
     assert merged.keys() == again.keys()
@@ -70,7 +70,7 @@ def assert_merged(run: Path) -> None:
         assert torch.equal(weight, again[name].half().float()), name
 
 
-def test_a_merged_adapter_acts_as_on_the_fly(tune: Tune) -> None:
+def test_a_merged_adapter_equals_an_unmerged_one(tune: Tune) -> None:
     config = tune(**LORA, training__epochs=1, training__learning_rate=5e-3)
     run = trained(config)
     assert_merged(run)
@@ -85,7 +85,7 @@ def test_a_merged_adapter_acts_as_on_the_fly(tune: Tune) -> None:
         assert (merged(input_ids=ids).logits - on_the_fly).abs().max() < 1e-5
 
 
-def test_an_adapter_for_writing_is_merged_too(tune: Tune) -> None:
+def test_an_adapter_of_a_generator_is_merged(tune: Tune) -> None:
     config = tune(
         **LORA,
         training__epochs=1,
@@ -99,7 +99,7 @@ def test_an_adapter_for_writing_is_merged_too(tune: Tune) -> None:
     assert_merged(Path(run))
 
 
-def test_an_adapter_trained_over_an_adapter_stands_alone(tune: Tune) -> None:
+def test_an_adapter_over_an_adapter_includes_both(tune: Tune) -> None:
     fast = {**LORA, "training__epochs": 1, "training__learning_rate": 5e-3}
     first = trained(tune(**fast))
     config = tune(**fast | {"model": {**BASE, "adapter": str(first / "adapter")}})
@@ -109,7 +109,7 @@ def test_an_adapter_trained_over_an_adapter_stands_alone(tune: Tune) -> None:
     assert_merged(Path(second))
     alone = read_checkpoint(CAUSAL, Path(second) / "adapter")
     assert (alone.warnings, alone.adapter.ranks if alone.adapter else ()) == ((), (32,))
-    # For whoever runs the job, as the umask says.
+    # Readable for the job's user, as the umask allows.
     modes = {file.stat().st_mode for file in Path(second).glob("*/*") if file.is_file()}
     assert len(modes) == 1
     with pytest.raises(InputError, match="has other weights"):
@@ -130,7 +130,7 @@ def saved(run: Path) -> set[str]:
 
 
 def kill_after_a_save(config: TuneConfig, run: Path, delay_seconds: float) -> bool:
-    """Train in a process, and kill it `delay_seconds` after a new checkpoint; False if it ended."""
+    """Train in a process, and kill it `delay_seconds` after a checkpoint; False if it ended."""
     process = subprocess.Popen([sys.executable, "-c", KILLED, config.model_dump_json()], cwd=ROOT)
     before = saved(run)
     while process.poll() is None and not saved(run) - before:
@@ -158,7 +158,7 @@ def test_a_killed_training_ends_with_the_same_bits(
     steps = train_run(undisturbed, expected)["steps"]
     config = tune(output=str(tmp_path / "killed"), **more)
     run = Path(begin(config))
-    for kill in range(3):  # while it saves, and after it
+    for kill in range(3):  # during and after a save
         assert kill_after_a_save(config, run, 0.02 * kill)
     assert train_run(config, str(run))["steps"] == steps
     for name, weight in weights(expected).items():
@@ -166,15 +166,15 @@ def test_a_killed_training_ends_with_the_same_bits(
 
 
 def last_weights(run: Path) -> dict[str, torch.Tensor]:
-    """What the Trainer saved last, in float32: the result itself is rounded to 16 bits."""
+    """The weights that the Trainer saved last, in float32; the result is rounded to 16 bits."""
     (folder,) = run.glob(f"{TRAINER}/checkpoint-*")
     (file,) = folder.glob("*.safetensors")
     return load_file(file)
 
 
 @pytest.mark.parametrize("more", [{}, LORA | {"training__lora_dropout": 0.0}], ids=["full", "lora"])
-def test_two_processes_equal_one_of_twice_the_batches(tune: Tune, more: dict[str, Any]) -> None:
-    # Batches that neither dropout nor the rest of an epoch makes different.
+def test_two_processes_equal_one_with_larger_batches(tune: Tune, more: dict[str, Any]) -> None:
+    # No dropout and no short last batch, so the batches are the same.
     more = more | {"training__epochs": 1, "training__batch_rows": 6}
     alone = tune(training__gradient_accumulation=2, **more)
     one = Path(begin(alone))
@@ -187,7 +187,7 @@ def test_two_processes_equal_one_of_twice_the_batches(tune: Tune, more: dict[str
     assert train_run(together, str(two))["steps"] == train_run(alone, str(one))["steps"]
 
 
-def test_no_process_outlives_a_training_that_was_killed(tune: Tune) -> None:
+def test_no_process_outlives_a_killed_training(tune: Tune) -> None:
     config = tune(training__processes=2, training__epochs=100)
     code = (
         "import sys; from pathlib import Path; from glmbatch.settings.tuning import TuneConfig\n"
@@ -199,7 +199,7 @@ def test_no_process_outlives_a_training_that_was_killed(tune: Tune) -> None:
         training = psutil.Process(started.pid)
         family: list[psutil.Process] = []
         until = time.monotonic() + 120
-        while len(family) < 3 and time.monotonic() < until:  # torchrun and its two
+        while len(family) < 3 and time.monotonic() < until:  # torchrun and two processes
             time.sleep(0.1)
             family = training.children(recursive=True)
         started.kill()
@@ -207,15 +207,13 @@ def test_no_process_outlives_a_training_that_was_killed(tune: Tune) -> None:
     assert len(family) >= 3 and not alive
 
 
-def test_an_error_of_one_of_two_processes_is_raised(tune: Tune) -> None:
+def test_an_error_of_one_process_is_raised(tune: Tune) -> None:
     config = tune(training__processes=2, training__batch_rows=65_536)
     with pytest.raises(InputError, match="training needs about"):
         train_run(config, begin(config))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    tune: Tune, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_non_finite_loss_stops_the_run(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tune(training__epochs=3)
     run = Path(begin(config))
     cross_entropy = torch.nn.functional.cross_entropy
@@ -234,19 +232,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     train_run(config, str(run))
 
 
-def test_a_base_without_chat_rounds_is_no_writers(tune: Tune, tmp_path: Path) -> None:
+def test_a_base_without_chat_cannot_learn_to_generate(tune: Tune, tmp_path: Path) -> None:
     base = shutil.copytree(CAUSAL, tmp_path / "codegeex2-6b")
     edit_config(base, _name_or_path="THUDM/codegeex2-6b")
     config = tune(**{**LORA, "model": {"path": str(base)}}, data__response_column="label")
-    with pytest.raises(InputError, match="CodeGeeX2 knows no chat rounds"):
+    with pytest.raises(InputError, match="CodeGeeX2 has no chat format"):
         train_run(config, begin(config))
 
 
-def test_too_little_memory_is_an_error_at_the_start(
+def test_too_little_memory_is_refused_at_the_start(
     tune: Tune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("glmbatch.tuning.model.free_memory_bytes", lambda device: 100 * 2**20)
     config = tune(training__batch_rows=10_000)
-    message = r"needs about .* GiB, 0\.1 are free\. Set training\.batch_rows to \d+, or"
+    message = r"needs about .* GiB; 0\.1 are free\. Set training\.batch_rows to \d+, or"
     with pytest.raises(InputError, match=message):
         train_run(config, begin(config))

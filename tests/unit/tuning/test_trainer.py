@@ -1,4 +1,4 @@
-"""Batches and their loss: padding, the answer alone, and every row once in each epoch."""
+"""Batches and their loss: padding, loss only on answers, and every row once per epoch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def batch_of(*rows: TrainingRow) -> dict[str, torch.Tensor]:
     return pad([dataset[at] for at in range(len(rows))])
 
 
-def test_only_the_tokens_of_the_answer_have_labels() -> None:
+def test_only_answer_tokens_have_labels() -> None:
     batch = batch_of(TrainingRow([5, 6, 7], 0, "a", [8, 9]), TrainingRow([5], 0, "b", [6, 7, 8]))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 8, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 8, 9, -100], [6, 7, 8, -100, -100]]
 
 
-def test_the_loss_of_answers_is_that_of_transformers() -> None:
+def test_the_loss_of_answers_equals_transformers() -> None:
     batch = batch_of(TrainingRow([5, 6, 7], 0, "a", [8, 9]), TrainingRow([11], 0, "b", [6, 7, 8]))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     model = load_model(CAUSAL)
@@ -31,7 +31,7 @@ def test_the_loss_of_answers_is_that_of_transformers() -> None:
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
 
 
-def test_each_epoch_has_every_row_once_in_its_own_order() -> None:
+def test_each_epoch_has_every_row_once_reordered() -> None:
     lengths = [7 * at % 50 for at in range(103)]
     sampler = LengthGroupedSampler(lengths, batch=8, seed=1)
     orders = []
@@ -42,7 +42,7 @@ def test_each_epoch_has_every_row_once_in_its_own_order() -> None:
     assert orders[0] == orders[2] != orders[1]
 
 
-def test_a_batch_has_rows_of_one_length_or_nearly() -> None:
+def test_rows_of_a_batch_have_similar_lengths() -> None:
     lengths = [7 * at % 50 for at in range(400)]
     order = list(LengthGroupedSampler(lengths, batch=8, seed=1))
     for first in range(0, 400, 8):
