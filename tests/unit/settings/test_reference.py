@@ -1,4 +1,4 @@
-"""SETTINGS.md agrees with the settings classes."""
+"""docs/settings.md agrees with the settings classes."""
 
 from __future__ import annotations
 
