@@ -18,7 +18,7 @@ from typing import cast
 import pyarrow as pa
 
 from glmbatch.errors import InputError, TransientError, UnusableFile
-from glmbatch.ledger.delta import LOG
+from glmbatch.ledger.delta.table import LOG
 from glmbatch.ledger.known import AnswerFile
 from glmbatch.ledger.manifest import Manifest, PublishedFile, read_manifest
 from glmbatch.ledger.quarantine import OWN

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter
 
 from glmbatch.errors import MACHINE_ERRNOS, InputError, TransientError
-from glmbatch.ledger.delta import Commit, commit_table, plan_commit
+from glmbatch.ledger.delta.table import Commit, commit_table, plan_commit
 from glmbatch.ledger.ledger import ANSWERS, LOCK, STAGED, Ledger, staged_name
 from glmbatch.ledger.manifest import COPY, Manifest, write_manifest
 from glmbatch.ledger.quarantine import REFUSED, Line, write_quarantine

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from glmbatch.errors import InputError, UnusableFile
-from glmbatch.ledger.delta import is_table, table_files
+from glmbatch.ledger.delta.table import is_table, table_files
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import (

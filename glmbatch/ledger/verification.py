@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.comparison import differences, open_source, pair_columns
-from glmbatch.ledger.delta import LOG, table_files
+from glmbatch.ledger.delta.table import LOG, table_files
 from glmbatch.ledger.ledger import STAGED, Ledger
 from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile
 from glmbatch.ledger.publication import PUBLISHING

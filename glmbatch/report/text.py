@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from glmbatch.ledger.delta import is_table
+from glmbatch.ledger.delta.table import is_table
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.quarantine import QUARANTINE
 from glmbatch.report.facts import answers, by_count, size, tokens

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from glmbatch.errors import InputError, UnusableFile, shown
-from glmbatch.ledger.delta import check_sources, is_table
+from glmbatch.ledger.delta.table import check_sources, is_table
 from glmbatch.ledger.fragments import FileFault, Fragment, Plan, none_usable, plan_fragments
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, mixture, staying

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glmbatch.errors import InputError, UnusableFile
-from glmbatch.ledger.delta_types import delta_schema, typed_columns
+from glmbatch.ledger.delta.types import delta_schema, typed_columns
 from glmbatch.ledger.fragments import read_fragment
 from glmbatch.ledger.ledger import RESULTS, Ledger
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt

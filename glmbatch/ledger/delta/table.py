@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from glmbatch.errors import MACHINE_ERRNOS, GlmbatchError, InputError, TransientError
-from glmbatch.ledger.delta_types import HINT, delta_schema, filled, joined, open_schema, typed_text
+from glmbatch.ledger.delta.types import HINT, delta_schema, filled, joined, open_schema, typed_text
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import exists, sync, writable
 from glmbatch.store.folder import Folder

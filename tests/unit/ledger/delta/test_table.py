@@ -16,8 +16,8 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from glmbatch.errors import InputError
-from glmbatch.ledger.delta import APPLICATION, commit_table, table_files
-from glmbatch.ledger.delta_types import delta_schema
+from glmbatch.ledger.delta.table import APPLICATION, commit_table, table_files
+from glmbatch.ledger.delta.types import delta_schema
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.verification import verify
 from glmbatch.run.job import run_job
