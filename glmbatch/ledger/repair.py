@@ -24,7 +24,6 @@ from glmbatch.ledger.manifest import (
     MANIFEST,
     Manifest,
     PublishedFile,
-    overlap,
     published_file,
     read_copy,
     write_manifest,
@@ -39,6 +38,7 @@ from glmbatch.ledger.quarantine import (
     write_quarantine,
 )
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt, whole_digest
+from glmbatch.ledger.staying import overlap
 from glmbatch.store.files import modified, whole_address
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import AnyPath

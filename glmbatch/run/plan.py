@@ -15,8 +15,9 @@ from glmbatch.errors import InputError, UnusableFile, shown
 from glmbatch.ledger.delta.table import check_sources, is_table
 from glmbatch.ledger.fragments import FileFault, Fragment, Plan, none_usable, plan_fragments
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import Manifest, mixture, staying
+from glmbatch.ledger.manifest import Manifest
 from glmbatch.ledger.rowkeys import answers_key, output_key, step_key
+from glmbatch.ledger.staying import mixture, staying
 from glmbatch.report.log import log_plan
 from glmbatch.run.models import (
     check_step,

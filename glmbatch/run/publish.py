@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 from glmbatch.errors import AuditError, BadRow, GlmbatchError, shown
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import Manifest, Staying, StepOrigin, mixture, next_manifest, staying
+from glmbatch.ledger.manifest import Manifest, StepOrigin, next_manifest
 from glmbatch.ledger.publication import publish as make_public
 from glmbatch.ledger.quarantine import line_of_file, mended_quarantine, write_refused
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.ledger.rowkeys import answer_settings
+from glmbatch.ledger.staying import Staying, mixture, staying
 from glmbatch.report.counts import Audit
 from glmbatch.report.log import log_audits, log_end
 from glmbatch.report.measures import Measures, measure

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from glmbatch.errors import InputError
 from glmbatch.ledger.fragments import FileFault, Fragment, Plan
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import MANIFEST, Manifest, next_manifest, staying
+from glmbatch.ledger.manifest import MANIFEST, Manifest, next_manifest
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
+from glmbatch.ledger.staying import staying
 from tests.support import CLASSIFY, Settings, Write, rows_of, run
 
 

@@ -1,0 +1,174 @@
+"""Which published files stay beside those of a run, and whether they may. Knows no models."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from glmbatch.ledger.fragments import Fragment, Plan
+from glmbatch.ledger.manifest import Manifest, PublishedFile
+from glmbatch.store.folder import Folder
+from glmbatch.store.inputs.needs import folder_columns
+
+
+@dataclass(frozen=True, slots=True)
+class Staying:
+    """The published files that stay beside those of a run.
+
+    `heirs` maps the old names of renamed sources to the new ones.
+    """
+
+    files: list[PublishedFile]
+    heirs: dict[str, str]
+
+    @property
+    def renamed(self) -> set[str]:
+        """The old names of renamed sources of which no file stays."""
+        return set(self.heirs) - {file.source for file in self.files}
+
+
+def staying(
+    before: Manifest | None,
+    plan: Plan,
+    *,
+    written: Sequence[Fragment] | None = None,
+    damaged: Collection[str] = (),
+    drop_missing: bool = False,
+) -> Staying:
+    """The published files that stay beside those of a run of `plan`.
+
+    `written` are the fragments that the run wrote, or all planned ones if None. `damaged` are the
+    sources of which it could not write every fragment. The caller refuses files that were made with
+    other settings (see `mixture`).
+
+    - replaced: the source is in the plan. Its files are removed.
+    - renamed: the source is missing, and the plan has a file with the same bytes, in the same
+      partition folders, under a new name. Its files are removed. One new name replaces one old
+      name, so that a second copy keeps its rows.
+    - missing: the source is missing and no file replaces it. Its files stay unless `drop_missing`.
+    - damaged: the source was replaced or renamed, but not all of it could be written. If nothing
+      was written, its files stay. Otherwise files from the same bytes stay if no new file has
+      their rows.
+
+    All other files stay, because the run does not read their source. If the files before are those
+    of a limited run, none stays.
+    """
+    if before is None or before.limit is not None:
+        return Staying([], {})
+    heirs = _heirs(before, plan)
+    new: dict[str, list[Fragment]] = {}
+    for fragment in plan.fragments if written is None else written:
+        new.setdefault(fragment.source, []).append(fragment)
+    planned = {fragment.source for fragment in plan.fragments}
+    stay = []
+    for file in before.files:
+        heir = file.source if file.source in planned else heirs.get(file.source)
+        if heir is None:
+            # Checked last, because a lookup in a store costs a request.
+            if not (drop_missing and _is_gone(plan, file.source)):
+                stay.append(file)
+        elif heir in damaged and _uncovered(file, new.get(heir, [])):
+            stay.append(file)
+    return Staying(stay, heirs)
+
+
+def _is_gone(plan: Plan, source: str) -> bool:
+    return not (Folder(plan.root) / source).exists()
+
+
+def mixture(
+    stay: Sequence[PublishedFile],
+    step_keys: Mapping[str, str],
+    plan: Plan,
+    damaged: Collection[str],
+    *,
+    drop_missing: bool,
+) -> str | None:
+    """A message if files in `stay` were not answered under `step_keys`, with the ways out.
+
+    None if all were. `damaged` are the sources that could not be read completely.
+    """
+    other = [file for file in stay if file.step_keys != step_keys]
+    if not other:
+        return None
+    rules: dict[str, list[str]] = {}
+    for source in sorted({file.source for file in other}):
+        rule = "damaged" if source in damaged else "gone" if _is_gone(plan, source) else "not read"
+        rules.setdefault(rule, []).append(source)
+    counts = ", ".join(f"{len(names)} {rule} ({names[0]})" for rule, names in rules.items())
+    ways = [f"{_WAYS[rule, drop_missing]}." for rule in rules]
+    return (
+        f"{other[0].output_name} was answered with other settings or weights, and this run cannot "
+        f"replace it. Sources: {counts}. {' '.join(ways)} Or set data.output to another folder."
+    )
+
+
+# What to do about files that stay, by the reason why they do and by `missing_sources: drop`.
+_WAYS = {
+    ("gone", False): (
+        "Restore the files that are gone, or set data.missing_sources to drop to remove their rows"
+    ),
+    ("gone", True): "Restore the files that are gone",
+    ("damaged", False): (
+        "Replace the damaged files, or delete them and set data.missing_sources to drop"
+    ),
+    ("damaged", True): "Replace the damaged files, or delete them to remove their rows",
+    ("not read", False): "Let data.input cover all sources",
+    ("not read", True): "Let data.input cover all sources",
+}
+
+
+def _uncovered(file: PublishedFile, fragments: Sequence[Fragment]) -> bool:
+    """Whether `file` stays beside the `fragments` that were written from its damaged source."""
+    if not fragments:  # the rows of an earlier run are better than none
+        return True
+    same_bytes = file.source_digest == fragments[0].digest
+    return same_bytes and not any(overlap(file, fragment) for fragment in fragments)
+
+
+def _heirs(before: Manifest, plan: Plan) -> dict[str, str]:
+    """For each published source that the plan does not read, a new source with its bytes."""
+    published: dict[str, list[PublishedFile]] = {}
+    for file in before.files:
+        published.setdefault(file.source, []).append(file)
+    digests = {fragment.source: fragment.digest for fragment in plan.fragments}
+    # Sources of this run by digest, sorted by name so that the choice is always the same.
+    candidates: dict[str, list[str]] = {}
+    for source, digest in sorted(digests.items()):
+        candidates.setdefault(digest, []).append(source)
+    heirs: dict[str, str] = {}
+    for source, files in sorted(published.items()):
+        same_bytes = candidates.get(files[0].source_digest, [])
+        # A source that still exists was not renamed, so it must not take a new name.
+        if source in digests or not same_bytes or not _is_gone(plan, source):
+            continue
+        for name in same_bytes:
+            if folder_columns(name) == folder_columns(source) and _is_new(
+                published.get(name, []), files
+            ):
+                heirs[source] = name
+                same_bytes.remove(name)
+                break
+    return heirs
+
+
+def _is_new(published: Sequence[PublishedFile], files: Sequence[PublishedFile]) -> bool:
+    """Whether a source with these `published` files may be a new name for the source of `files`.
+
+    It may not if it was published before with other bytes or as a copy: then the rows of the
+    missing source would disappear silently. If the last run could read only a part of the renamed
+    file, some rows are published under each name; that is no obstacle.
+    """
+    for other in published:
+        if other.source_digest != files[0].source_digest:
+            return False
+        if any(overlap(file, other) for file in files):
+            return False
+    return True
+
+
+def overlap(one: PublishedFile, other: PublishedFile | Fragment) -> bool:
+    """Whether the row ranges of two files from the same bytes share a row."""
+    return (
+        one.first_row < other.first_row + other.rows and other.first_row < one.first_row + one.rows
+    )
