@@ -6,7 +6,7 @@
     OUTPUT/_glmbatch/publishing.json       files of publications that were not completed
     OUTPUT/_glmbatch/refused.parquet       rows that failed in a run that published nothing
 
-After a kill at any moment, the next publication finds what is there and completes it.
+After a kill at any moment, the next publication completes what it finds.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def written_form(file: pq.ParquetFile) -> str:
     """ "1" if the output changes a column's type or drops metadata of the file; "" if it does not.
 
     It is part of the output key, so that outputs of versions that did not do so are written again.
-    The pandas key does not count, because earlier versions kept it correctly.
+    The pandas key does not count, because what it says stays true.
     """
     source = file.schema_arrow
     fields = written_fields(file)
