@@ -173,7 +173,7 @@ def test_a_committed_file_is_opened_once_but_always_checked(
     damaged[7] ^= 4
     Path(path).write_bytes(damaged)
     for ledger in (writer, reader):
-        with pytest.raises(TransientError, match="are not there"):
+        with pytest.raises(TransientError, match="are missing"):
             ledger.read_answers(receipt().key)
 
 

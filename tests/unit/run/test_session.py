@@ -63,7 +63,7 @@ def test_stopping_a_run_does_not_stop_another_one(planned: Any) -> None:
         other_answers = in_a_thread(other_work)
         wait_until(lambda: other.progress.snapshot().computed)
         stopped.stop()
-        with pytest.raises(Interrupted, match="told to stop"):
+        with pytest.raises(Interrupted, match="was stopped"):
             stopped_answers.result(timeout=60)
         assert other_answers.result(timeout=60).computed_rows == 12
 
@@ -75,7 +75,7 @@ def test_a_new_run_does_not_revive_a_stopped_one(planned: Any) -> None:
         stopped.stop()
         with session(other_run):
             assert answer(other_work).computed_rows == 2
-            with pytest.raises(Interrupted, match="told to stop"):
+            with pytest.raises(Interrupted, match="was stopped"):
                 answer(stopped_work)
 
 
