@@ -38,8 +38,15 @@ def describe_settings(pages: Mapping[str, type[BaseModel]]) -> str:
     lines = [
         "# Settings",
         "",
-        "`glmbatch settings` generates this page from the settings classes. `--set` takes dotted "
-        "names, such as `--set data.limit=100`.",
+        "This page lists every setting of a [job](jobs.md) and of a [training](training.md). "
+        "`glmbatch settings` prints it.",
+        "",
+        "Each table is one group of settings. The keys at the top of a job file are those of "
+        "JobConfig; a link in the type column leads to the keys inside a group. `empty` means "
+        "that the setting is left out or `null`.",
+        "",
+        "`--set` overrides any of them for one run by its dotted name, such as "
+        "`--set data.limit=100` or `--set steps.0.max_input_tokens=512`; steps count from 0.",
         "",
     ]
     shown: set[str] = set()
@@ -122,6 +129,6 @@ def _kind(field: Mapping[str, Any]) -> str:
 def _default(field: Mapping[str, Any]) -> str:
     # The schema of a group does not repeat the defaults inside it.
     if "default" not in field:
-        return "its own defaults"
+        return "`[]`" if field.get("type") == "array" else "those of the group"
     value = field["default"]
     return "empty" if value is None else f"`{json.dumps(value, ensure_ascii=False)}`"

@@ -71,7 +71,9 @@ class ClassifyAudits(Settings):
 class ClassifyStep(Step):
     """Choose one label for each row."""
 
-    kind: Literal["classify"] = Field("classify", description="Kind of step.")
+    kind: Literal["classify"] = Field(
+        "classify", description="Makes this a step that chooses a label for each row."
+    )
     labels: list[str] | None = Field(
         None,
         description="Labels to choose from. Empty: the labels of the checkpoint's trained head.",
@@ -118,7 +120,9 @@ class GenerateAudits(Settings):
 class GenerateStep(Step):
     """Generate a text for each row."""
 
-    kind: Literal["generate"] = Field("generate", description="Kind of step.")
+    kind: Literal["generate"] = Field(
+        "generate", description="Makes this a step that generates a text for each row."
+    )
     max_tokens: int = Field(
         256,
         ge=1,
