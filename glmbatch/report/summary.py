@@ -39,7 +39,7 @@ class StepSummary(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def repeated(self) -> int:
-        """Number of answers copied from another row of the run with the same prompt."""
+        """Number of answers copied from another row of the fragment with the same prompt."""
         return max(0, self.answers - self.computed - self.reused - self.failed)
 
 
