@@ -35,7 +35,7 @@ def test_a_worse_run_is_not_promoted(tune: Tune, tmp_path: Path) -> None:
     poor = finetune(tune(**POOR))
     assert not poor.promoted
     assert poor.current is not None and poor.current.accuracy == good.scores.accuracy
-    assert "must be better" in poor.reason
+    assert "must score higher" in poor.reason
     assert (tmp_path / "tuned" / "current").resolve().name == good.run
 
 
