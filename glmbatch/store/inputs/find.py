@@ -211,7 +211,8 @@ def _list_matches(pattern: AnyPath, follow_links: bool) -> _Listing:
         _list_objects(listing, root.keys(re.split(r"[*?\[]", rest, maxsplit=1)[0]), rest)
         return listing
     try:
-        matches = list(root.glob(rest))
+        # From Python 3.13 on, a final ** matches files too, unless a slash follows it.
+        matches = list(root.glob(f"{rest}/" if rest.endswith("**") else rest))
     except ValueError as error:
         raise InputError(f"{shown(pattern)}: {error}. Set {SETTING}.") from error
     for match in matches:
