@@ -55,6 +55,11 @@ def shown(name: object) -> str:
     return UNSHOWN.sub(escaped, str(name))
 
 
+def counted(number: int, noun: str) -> str:
+    """`number` with `noun`, for example "1 file" or "2,000 files"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def some_of(names: Sequence[object], near: str = "") -> str:
     """`names` for a message: all of them if they are short, else the count and a few.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from glmbatch.errors import InputError, UnusableFile
+from glmbatch.errors import InputError, UnusableFile, counted
 from glmbatch.ledger.delta.table import is_table, table_files
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.ledger import Ledger
@@ -102,7 +102,8 @@ def _is_whole(ledger: Ledger, file: PublishedFile) -> bool:
 def describe(repair: Repair) -> str:
     """The result as text for people, in lines without a final newline."""
     done = f"rebuilt: {', '.join(repair.mended)}" if repair.mended else "both lists are intact"
-    end = f"{repair.output}: {repair.files} files, {repair.rows} rows; {done}"
+    size = f"{counted(repair.files, 'file')}, {counted(repair.rows, 'row')}"
+    end = f"{repair.output}: {size}; {done}"
     look = f"Compare the output with its sources: glmbatch verify {repair.output}"
     return "\n".join([*repair.notes, end, *([look] if repair.mended else [])])
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from glmbatch.errors import InputError, UnusableFile
+from glmbatch.errors import InputError, UnusableFile, counted
 from glmbatch.ledger.comparison import differences, open_source, pair_columns
 from glmbatch.ledger.delta.table import LOG, table_files
 from glmbatch.ledger.ledger import STAGED, Ledger
@@ -95,7 +95,8 @@ def describe(verification: Verification) -> str:
     end = "sound" if verification.sound else f"not sound ({counts['wrong']} wrong)"
     if counts["unchecked"]:
         end += f"; {counts['unchecked']} files not compared: their sources are gone or changed"
-    head = f"{verification.output}: {verification.files} files, {verification.rows} rows: {end}"
+    size = f"{counted(verification.files, 'file')}, {counted(verification.rows, 'row')}"
+    head = f"{verification.output}: {size}: {end}"
     return "\n".join([*(str(finding) for finding in verification.findings), head])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from glmbatch.errors import counted
 from glmbatch.report.counts import population_stability
 from glmbatch.report.measures import Measures
 from glmbatch.report.summary import StepSummary, Summary
@@ -58,7 +59,7 @@ def outcome(summary: Summary) -> str:
 
 def size(summary: Summary) -> str:
     """The numbers of rows and fragments in the run, as text."""
-    return f"{summary.rows:,} rows in {summary.fragments:,} fragments"
+    return f"{counted(summary.rows, 'row')} in {counted(summary.fragments, 'fragment')}"
 
 
 def run_facts(report: Report) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
+from glmbatch.errors import counted
 from glmbatch.ledger.fragments import FileFault, Plan
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.report.counts import Audit
@@ -18,9 +19,9 @@ def log_plan(plan: Plan) -> None:
     """Log how many rows there are, and which files are left out."""
     files = len({fragment.source for fragment in plan.fragments})
     logger.info(
-        "%s: %s rows of %s files in %s fragments; files left out: %s",
-        *(plan.root, f"{plan.rows:,}", f"{files:,}", f"{len(plan.fragments):,}"),
-        len(plan.unusable),
+        "%s: %s of %s in %s; files left out: %s",
+        *(plan.root, counted(plan.rows, "row"), counted(files, "file")),
+        *(counted(len(plan.fragments), "fragment"), len(plan.unusable)),
     )
     _log_left_out(plan.unusable)
 

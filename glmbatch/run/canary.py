@@ -195,7 +195,9 @@ def _audit(question: Question, table: pa.Table, run: RunContext, max_change: flo
 def _case(step: AnyStep, row: int, before: dict[str, object], outcome: Outcome | None) -> str:
     """A changed row for a message: its labels, but never its texts, because alerts go anywhere."""
     if isinstance(outcome, Choice):
-        return f"row {row} was {before[step.name]!r}, is {outcome.label!r}"
+        if outcome.label != before[step.name]:
+            return f"row {row} was {before[step.name]!r}, is {outcome.label!r}"
+        return f"row {row} is {outcome.label!r} still, with another score"
     return f"row {row}"
 
 

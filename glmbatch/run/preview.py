@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import pyarrow as pa
 from pydantic import BaseModel
 
-from glmbatch.errors import AuditError, UnusableFile, shown
+from glmbatch.errors import AuditError, UnusableFile, counted, shown
 from glmbatch.ledger.fragments import FileFault, Plan
 from glmbatch.ledger.known import KnownAnswers
 from glmbatch.ledger.ledger import Ledger
@@ -273,7 +273,8 @@ def _rows_per_second(receipts: Sequence[AnswersReceipt]) -> float | None:
 
 def describe_plan(plan: Preview) -> str:
     """The preview as text for people, in lines without a final newline."""
-    lines = [f"{plan.rows} rows in {plan.fragments} fragments -> {plan.output}"]
+    size = f"{counted(plan.rows, 'row')} in {counted(plan.fragments, 'fragment')}"
+    lines = [f"{size} -> {plan.output}"]
     for model in plan.models:
         size = (
             f"{model.parameters / 1e6:,.1f} million parameters, "

@@ -45,7 +45,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         kind = {type(None): "nothing", list: "a list"}.get(type(settings), "a single value")
         raise InputError(
             f"{path}: expected settings, but the file contains {kind}. "
-            "Write `name: value` pairs, as in the README."
+            "Write `name: value` pairs, as in docs/jobs.md."
         )
     return settings
 
