@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from glmbatch.errors import MACHINE_ERRNOS, InputError, TransientError
+from glmbatch.ledger.filelist import FileList, ListMissing, commit_list, read_list
 from glmbatch.ledger.fragments import FileFault, Plan
 from glmbatch.ledger.receipts import OutputReceipt
 from glmbatch.store.errors import one_line
-from glmbatch.store.files import committed, naming
-from glmbatch.store.folder import Name
-from glmbatch.store.paths import AnyPath
+from glmbatch.store.files import committed, naming, reachable, writable
+from glmbatch.store.folder import Folder, Name
+from glmbatch.store.paths import AnyPath, unlink_all
 from glmbatch.store.seal import sealed, unsealed
 
 MANIFEST = "_manifest.json"
 # A copy for `glmbatch repair`, written when the publication is complete.
 COPY = "_glmbatch/manifest.json"
+# Of more published files the manifest names a list; up to here readers find them in its JSON.
+INLINE_FILES = 1_000
+LIST = "list"  # the key that stands for `files` in the JSON
 
 
-class PublishedFile(BaseModel, frozen=True, extra="forbid"):
+@dataclass(frozen=True, slots=True)
+class PublishedFile:
     """One published file.
 
     It has `rows` rows of `source` from `first_row` on, with the answers of `step_keys` (by step).
-    Digests are SHA-256. `faulty_rows` counts rows on which any step failed.
+    Digests are SHA-256. `faulty_rows` counts rows on which any step failed. A new field needs a
+    default, which older manifests get.
     """
+
+    # A plain dataclass, because 100,000 models take three times the memory and the time.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     output_name: Name
     output_key: str
@@ -70,6 +80,13 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     format: Literal["parquet", "delta"] = "parquet"
 
 
+class Copy(NamedTuple):
+    """The manifest of the last completed publication, without files if `list_lost`."""
+
+    manifest: Manifest
+    list_lost: bool
+
+
 def read_manifest(output: AnyPath) -> Manifest | None:
     """The manifest in the folder `output`; None if nothing is published there.
 
@@ -77,16 +94,19 @@ def read_manifest(output: AnyPath) -> Manifest | None:
     TransientError when the machine failed.
     """
     path = output / MANIFEST
+    stamp: tuple[int, ...] = ()
     try:
         with naming("data.output"):
-            status = path.stat()
-        return _parsed(path, status.st_mtime_ns, status.st_size, status.st_ino)
+            stamp = _stamp(path)
+        return _parsed(output, stamp)
     except (FileNotFoundError, NotADirectoryError):
         _refuse_loss(output)
         return None
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
             raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error
+        if isinstance(error, ListMissing) and stamp != _stamp(path):
+            return read_manifest(output)  # a run has just published, and deleted the older list
         raise InputError(
             f"{path}: is damaged, or not of glmbatch: {_reason(error)}. Run glmbatch repair "
             f"{output}, or set data.output."
@@ -96,30 +116,62 @@ def read_manifest(output: AnyPath) -> Manifest | None:
 def _refuse_loss(output: AnyPath) -> None:
     """InputError when published files are in `output` but their manifest is missing."""
     copy = read_copy(output)
-    files = copy.files if copy is not None else ()
-    if any((output / file.output_name).is_file() for file in files):
+    if copy is None:
+        return
+    if copy.list_lost:
+        remain = bool(Folder(output).visible_files())
+    else:
+        remain = any((output / file.output_name).is_file() for file in copy.manifest.files)
+    if remain:
         raise InputError(
             f"{output / MANIFEST}: is missing, but its files are still there. Run glmbatch repair "
             f"{output}, or set data.output."
         )
 
 
-def read_copy(output: AnyPath) -> Manifest | None:
+def read_copy(output: AnyPath) -> Copy | None:
     """The manifest of the last completed publication, from its copy; None if it cannot be read."""
     try:
-        return _parsed_bytes((output / COPY).read_bytes())
+        manifest, file_list = _unsealed((output / COPY).read_bytes())
     except (OSError, ValueError):
         return None
+    try:
+        return Copy(_with_files(output, manifest, file_list), list_lost=False)
+    except (OSError, ValueError):
+        return Copy(manifest, list_lost=True)
 
 
-@lru_cache(maxsize=4)
-def _parsed(path: AnyPath, *stamp: int) -> Manifest:
-    """The manifest at `path`. Cached by `stamp`, because every fragment needs it."""
-    return _parsed_bytes(path.read_bytes())
+def _stamp(path: AnyPath) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def _parsed_bytes(content: bytes) -> Manifest:
-    return Manifest.model_validate(unsealed(content))
+# Two, because one of 100,000 files takes 80 MB.
+@lru_cache(maxsize=2)
+def _parsed(output: AnyPath, stamp: tuple[int, ...]) -> Manifest:
+    """The manifest in `output`. Cached by its `stamp`, because every fragment needs it."""
+    return _with_files(output, *_unsealed((output / MANIFEST).read_bytes()))
+
+
+def forget_manifests() -> None:
+    """Drop the manifests in memory, so that the next reader proves them and their lists again."""
+    _parsed.cache_clear()
+
+
+def _unsealed(content: bytes) -> tuple[Manifest, FileList | None]:
+    """The manifest in the JSON `content`, without files if a list has them, and that list."""
+    said = unsealed(content)
+    if not isinstance(said, dict) or LIST not in said or "files" in said:
+        return Manifest.model_validate(said), None
+    file_list = FileList.model_validate(said.pop(LIST))
+    return Manifest.model_validate({**said, "files": ()}), file_list
+
+
+def _with_files(output: AnyPath, manifest: Manifest, file_list: FileList | None) -> Manifest:
+    if file_list is None:
+        return manifest
+    files = read_list(output, file_list, PublishedFile)
+    return manifest.model_copy(update={"files": files})
 
 
 def _reason(error: Exception) -> str:
@@ -129,10 +181,38 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
 
 
-def write_manifest(output: AnyPath, manifest: Manifest, name: str = MANIFEST) -> None:
-    """Write `manifest` to the file `name` in the folder `output`, by one rename; safe to repeat."""
-    with committed(output / name) as partial:
-        partial.write_text(sealed(manifest.model_dump(mode="json")), encoding="utf-8")
+def write_manifest(output: AnyPath, manifest: Manifest) -> None:
+    """Write `manifest` to the folder `output`, by one rename; safe to repeat.
+
+    More than INLINE_FILES files are committed before as a list, which the manifest names. The list
+    of the manifest before stays (see `copy_manifest`).
+    """
+    files = manifest.files
+    if len(files) <= INLINE_FILES:
+        content = manifest.model_dump(mode="json")
+    else:
+        file_list = commit_list(output, files, sum(file.rows for file in files))
+        content = manifest.model_copy(update={"files": ()}).model_dump(mode="json")
+        del content["files"]
+        content[LIST] = file_list.model_dump()
+    with committed(output / MANIFEST) as partial:
+        partial.write_text(sealed(content), encoding="utf-8")
+
+
+def copy_manifest(output: AnyPath, old_lists: Iterable[AnyPath] = ()) -> None:
+    """Copy the manifest for `glmbatch repair`, then delete those `old_lists` that it does not name.
+
+    `old_lists` are from before the manifest was written: a run that took over the lock may by now
+    have committed the list of its own manifest.
+    """
+    with reachable(output):
+        content = (output / MANIFEST).read_bytes()
+    with committed(output / COPY) as partial:
+        partial.write_bytes(content)
+    _, file_list = _unsealed(content)
+    named = None if file_list is None else output / file_list.name
+    with writable(output):
+        unlink_all(output, [path for path in old_lists if path != named])
 
 
 def next_manifest(  # noqa: PLR0913 - the run, and what is published before and after it

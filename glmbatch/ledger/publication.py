@@ -2,6 +2,7 @@
 
     OUTPUT/<the input's folders>/<file>-<first row>.parquet    published rows
     OUTPUT/_manifest.json                  the published files; written last
+    OUTPUT/_glmbatch/files/*.parquet       the list that the manifest names, if it is long
     OUTPUT/_quarantine.parquet             rows that failed, with file, row and reason
     OUTPUT/_glmbatch/publishing.json       files of publications that were not completed
     OUTPUT/_glmbatch/refused.parquet       rows that failed in a run that published nothing
@@ -19,8 +20,9 @@ from pydantic import TypeAdapter
 
 from glmbatch.errors import MACHINE_ERRNOS, InputError, TransientError
 from glmbatch.ledger.delta.table import Commit, commit_table, plan_commit
+from glmbatch.ledger.filelist import find_lists
 from glmbatch.ledger.ledger import ANSWERS, LOCK, STAGED, Ledger, staged_name
-from glmbatch.ledger.manifest import COPY, Manifest, write_manifest
+from glmbatch.ledger.manifest import Manifest, copy_manifest, write_manifest
 from glmbatch.ledger.quarantine import REFUSED, Line, write_quarantine
 from glmbatch.ledger.receipts import OutputReceipt, key_in_name, read_receipt
 from glmbatch.store.errors import one_line
@@ -65,6 +67,7 @@ def publish(
     if version is not None:
         commit_table(root, {file.output_name: file.rows for file in manifest.files}, version)
     write_quarantine(root, quarantine)
+    old_lists = find_lists(root)
     # Moving the files may have taken longer than a lock in a store lives without renewal.
     check_held(root / LOCK)
     write_manifest(root, manifest)
@@ -73,7 +76,7 @@ def publish(
             put_strangers_aside(ledger.folder, {file.output_name for file in manifest.files})
         _delete_replaced(ledger.folder, manifest, stale)
         _sweep(root, manifest)
-    write_manifest(root, manifest, COPY)
+    copy_manifest(root, old_lists)
 
 
 class Announced(NamedTuple):

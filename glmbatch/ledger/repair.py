@@ -24,6 +24,7 @@ from glmbatch.ledger.manifest import (
     MANIFEST,
     Manifest,
     PublishedFile,
+    copy_manifest,
     published_file,
     read_copy,
     write_manifest,
@@ -130,7 +131,8 @@ def _rebuild(ledger: Ledger, notes: list[str]) -> Manifest:
 
     InputError when there are no files.
     """
-    copy = read_copy(ledger.root)
+    last = read_copy(ledger.root)
+    copy = None if last is None else last.manifest
     files = _choose(ledger, list(_find(ledger, copy, notes)), notes)
     if not files:
         raise InputError(
@@ -145,7 +147,7 @@ def _rebuild(ledger: Ledger, notes: list[str]) -> Manifest:
     if read_announced(ledger.root).lost:
         notes.append(f"{PUBLISHING}: the old file is now {ledger.folder.put_aside(PUBLISHING)}")
     write_manifest(ledger.root, manifest)
-    write_manifest(ledger.root, manifest, COPY)
+    copy_manifest(ledger.root)
     return manifest
 
 

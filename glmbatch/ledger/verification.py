@@ -20,7 +20,7 @@ from glmbatch.errors import InputError, UnusableFile, counted
 from glmbatch.ledger.comparison import differences, open_source, pair_columns
 from glmbatch.ledger.delta.table import LOG, table_files
 from glmbatch.ledger.ledger import STAGED, Ledger
-from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile
+from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile, forget_manifests
 from glmbatch.ledger.publication import PUBLISHING
 from glmbatch.ledger.quarantine import QUARANTINE, read_quarantine
 from glmbatch.ledger.receipts import OutputReceipt, receipt_of, whole_digest
@@ -69,6 +69,7 @@ def verify(output: str | Path) -> Verification:
     InputError when nothing is published there.
     """
     ledger = Ledger(output)
+    forget_manifests()
     manifest = ledger.manifest()
     if manifest is None:
         raise InputError(

@@ -10,7 +10,7 @@ from pydantic import AfterValidator
 
 from glmbatch.errors import InputError
 from glmbatch.store.files import is_link, move, reachable, real_path, writable
-from glmbatch.store.paths import Address, AnyPath, is_hidden, location, side_by_side
+from glmbatch.store.paths import Address, AnyPath, is_hidden, location, odd_part, side_by_side
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -20,8 +20,8 @@ ASIDE = "_glmbatch/aside"
 
 
 def _inner(name: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or str(path) != name or "\0" in name or name == ".":
+    # Split, because a manifest has 100,000 names and making a path of each takes half a second.
+    if odd_part(name) or "\0" in name:
         raise ValueError("is not a name below a folder")
     return name
 
