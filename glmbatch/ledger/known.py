@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +27,8 @@ from glmbatch.store.paths import AnyPath
 
 logger = logging.getLogger(__name__)
 
-# Decoded tables in the cache: the rows of a new file often come from the same few old ones.
-TABLES_KEPT = 8
+# Decoded tables in memory: the rows of a new file often come from the same few old ones.
+TABLE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +96,10 @@ class KnownAnswers:
         self._files: list[AnswerFile] = []
         # Each is at least twice as large as the next, so a row is sorted only log(rows) times.
         self._segments: list[_Segment] = []
+        # By file number, the most recently used last; the last one stays whatever its size.
+        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        self._table_bytes = 0
         self._proved: set[int] = set()
-        self._table = lru_cache(TABLES_KEPT)(self._read)
         for file in files:
             self.add(file)
 
@@ -128,6 +130,8 @@ class KnownAnswers:
                     np.concatenate((last.places_K2, segment.places_K2)),
                 )
             self._segments.append(segment)
+            if table is not None:
+                self._keep_table(number, self._as_own(file, table))
 
     @contextmanager
     def hold(self, keys: Collection[bytes]) -> Iterator[Hold]:
@@ -157,34 +161,55 @@ class KnownAnswers:
 
         Skips a file that changed since its commit, with a warning in the log.
         """
-        wanted: dict[int, list[int]] = {}
-        for file, row in self._look_up(list(keys)):
-            wanted.setdefault(file, []).append(row)
-        parts = [self._schema.empty_table()]
-        for file, rows in sorted(wanted.items()):
-            table = self._table(file)
-            if table is not None:
-                parts.append(table.take(pa.array(rows, pa.int64())))
-        answers = pa.concat_tables(parts).combine_chunks()
-        # The index has half of each key, which two keys may share, and a key may be in two files.
-        missing = set(keys)
-        wanted_rows = []
-        for key in answers.column(Columns(self._step).key).to_pylist():
-            wanted_rows.append(key in missing)
-            missing.discard(key)
-        return answers.filter(pa.array(wanted_rows, pa.bool_()))
-
-    def _look_up(self, keys: Sequence[bytes]) -> list[tuple[int, int]]:
-        if not keys:
-            return []
-        wanted = np.unique(np.frombuffer(b"".join(keys), np.uint64)[::2])
         with self._lock:
             segments = list(self._segments)
-        places: list[tuple[int, int]] = []
+        missing = set(keys)
+        parts = [self._schema.empty_table()]
+        # The first segment is the largest. A key that it has is not looked up in the others, so
+        # that a text which many files hold is read from one of them.
         for segment in segments:
-            for file, row in segment.find(wanted):
-                places.append((int(file), int(row)))
-        return places
+            if not missing:
+                break
+            wanted = np.unique(np.frombuffer(b"".join(missing), np.uint64)[::2])
+            parts += self._take(segment.find(wanted), missing)
+        return pa.concat_tables(parts).combine_chunks()
+
+    def _take(self, places: np.ndarray, missing: set[bytes]) -> Iterator[pa.Table]:
+        """The rows at `places` (file, row) whose keys are in `missing`, which they leave."""
+        wanted: dict[int, list[int]] = {}
+        for file, row in places.tolist():
+            wanted.setdefault(file, []).append(row)
+        for file, rows in sorted(wanted.items()):
+            table = self._table(file)
+            if table is None:
+                continue
+            part = table.take(pa.array(rows, pa.int64()))
+            # The index has half of each key, which two keys may share, and a file a key twice.
+            is_wanted = []
+            for key in part.column(Columns(self._step).key).to_pylist():
+                is_wanted.append(key in missing)
+                missing.discard(key)
+            yield part.filter(pa.array(is_wanted, pa.bool_()))
+
+    def _table(self, number: int) -> pa.Table | None:
+        """The answers of a file, from memory or read; None if it changed since its commit."""
+        with self._lock:
+            table = self._tables.get(number)
+            if table is not None:
+                self._tables.move_to_end(number)
+                return table
+        table = self._read(number)
+        if table is not None:
+            with self._lock:
+                self._keep_table(number, table)
+        return table
+
+    def _keep_table(self, number: int, table: pa.Table) -> None:
+        replaced = self._tables.pop(number, None)
+        self._tables[number] = table
+        self._table_bytes += table.nbytes - (0 if replaced is None else replaced.nbytes)
+        while self._table_bytes > TABLE_BYTES and len(self._tables) > 1:
+            self._table_bytes -= self._tables.popitem(last=False)[1].nbytes
 
     def _read(self, number: int) -> pa.Table | None:
         """The answers of a file; None if it changed since its commit."""
@@ -193,12 +218,19 @@ class KnownAnswers:
             if number not in self._proved and not digest_file(file.path).startswith(file.digest):
                 raise UnusableFile(f"{file.path}: was changed after it was committed")
             self._proved.add(number)
-            names = [file.step + field.name.removeprefix(self._step) for field in self._schema]
-            table = read_columns(file.path, names).rename_columns(self._schema.names)
-            return table.cast(self._schema)
+            return self._as_own(file, read_columns(file.path, self._names_in(file)))
         except (UnusableFile, OSError, pa.ArrowException) as error:
             logger.warning("%s: its answers are not reused", error)
             return None
+
+    def _names_in(self, file: AnswerFile) -> list[str]:
+        """The answer columns as `file` calls them."""
+        return [file.step + field.name.removeprefix(self._step) for field in self._schema]
+
+    def _as_own(self, file: AnswerFile, table: pa.Table) -> pa.Table:
+        """The answers in `table`, which has the columns of `file`, with this step's schema."""
+        own = table.select(self._names_in(file)).rename_columns(self._schema.names)
+        return own.cast(self._schema)
 
 
 def _halves_and_rows(

@@ -13,11 +13,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import pyarrow as pa
 
-from glmbatch.errors import InputError, TransientError, UnusableFile
+from glmbatch.errors import InputError, TransientError
+from glmbatch.ledger.committed import CommittedFiles, Content, Recent
 from glmbatch.ledger.delta.table import LOG
 from glmbatch.ledger.known import AnswerFile
 from glmbatch.ledger.manifest import Manifest, PublishedFile, read_manifest
@@ -25,28 +25,18 @@ from glmbatch.ledger.quarantine import OWN
 from glmbatch.ledger.receipts import (
     AnswersReceipt,
     OutputReceipt,
-    Receipt,
     digest_in_name,
-    find_whole,
+    file_name,
     key_in_name,
     read_receipt,
-    read_with_receipt,
     whole_digest,
     write_with_receipt,
 )
-from glmbatch.ledger.recent import Content, Recent
-from glmbatch.store.files import (
-    DIGEST_CHARS,
-    commit,
-    digest_file,
-    partial_beside,
-    reachable,
-    writable,
-)
+from glmbatch.store.files import Digests, digest_file, partial_beside, writable
 from glmbatch.store.folder import Folder
 from glmbatch.store.locks import hold, release
 from glmbatch.store.modes import narrow
-from glmbatch.store.paths import AnyPath, unlink_all
+from glmbatch.store.paths import AnyPath
 
 ANSWERS = "_glmbatch/answers"
 STAGED = "_glmbatch/staged"
@@ -63,18 +53,28 @@ class Ledger:
     def __init__(self, output: str | Path) -> None:
         self.folder = Folder(output)
         self.root = self.folder.path
+        self._digests = Digests()
+        self._answers = CommittedFiles(self.root / ANSWERS, AnswersReceipt, self._digests)
+        self._staged = CommittedFiles(self.root / STAGED, OutputReceipt, self._digests)
+        self._published_receipts: Recent[OutputReceipt] = Recent()
+        self._by_key: tuple[Manifest | None, dict[str, PublishedFile]] = None, {}
         self._committing = threading.Lock()
-        self._recent = Recent()
 
-    def open(self, run: str = "") -> None:
+    def open(self, run: str = "", *, shared: bool = False) -> None:
         """Create the folder, check that it can be written, and lock it for `run` until `close`.
 
-        The lock of a process that died is free: on a disk at once, in a store after some minutes.
-        InputError when the folder cannot be written or another run holds it. TransientError when
-        the machine failed.
+        `shared`: other processes of the run commit files to it too. The lock of a process that died
+        is free: on a disk at once, in a store after some minutes. InputError when the folder cannot
+        be written or another run holds it. TransientError when the machine failed.
         """
         self._refuse_links()
         hold(self.root / LOCK, run)
+        self._trust_listings(not shared)
+
+    def _trust_listings(self, alone: bool) -> None:
+        for files in (self._answers, self._staged):
+            files.names.forget()
+            files.names.alone = alone
 
     def keep_private(self, sources: Iterable[str]) -> None:
         """Restrict `_glmbatch` to users who may read all of `sources`; safe to repeat."""
@@ -97,6 +97,7 @@ class Ledger:
 
     def close(self, run: str = "") -> None:
         """Release the lock if `run` holds it; safe to repeat."""
+        self._trust_listings(False)
         release(self.root / LOCK, run)
 
     def results_folder(self) -> Path | None:
@@ -117,10 +118,10 @@ class Ledger:
         prompt because of such a failure in an earlier step. `earlier` maps the steps that the
         prompts use to their answers keys. Failures of `run` itself are not asked again.
         """
-        whole = self._find(self.root / ANSWERS, key, AnswersReceipt)
+        whole = self._answers.find(key)
         if whole is None:
             return None
-        receipt, _, _ = whole
+        receipt = whole.receipt
         # A retried task of the same run keeps the failures that it committed.
         if "model_failed" in receipt.faults and receipt.run != run:
             return None
@@ -133,34 +134,19 @@ class Ledger:
 
     def answers_receipt(self, key: str) -> AnswersReceipt:
         """The receipt of the committed answers under `key`. TransientError when there are none."""
-        whole = self._find(self.root / ANSWERS, key, AnswersReceipt)
+        whole = self._answers.find(key)
         if whole is None:
             raise self._missing(key)
-        return whole[0]
+        return whole.receipt
 
     def read_answers(self, key: str) -> tuple[AnswersReceipt, pa.Table]:
         """The receipt of the answers under `key`, and their table in the fragment's row order.
 
         TransientError when there are none.
         """
-        whole = find_whole(self.root / ANSWERS, key)
-        if whole is None:
-            raise self._missing(key)
-        path, _ = whole
-        # The file was digested just now, so the copy in memory matches it.
-        content = self._recent.find(path.name)
-        if content is not None and content.table is not None:
-            return cast(AnswersReceipt, content.receipt), content.table
-        try:
-            read = read_with_receipt(path, AnswersReceipt)
-        except UnusableFile:
-            if path.exists():
-                raise
-            return self.read_answers(key)  # another process has just replaced it
+        read = self._answers.read(key)
         if read is None:
-            path.unlink(missing_ok=True)
             raise self._missing(key)
-        self._recent.keep(path.name, Content(*read))
         return read
 
     def _missing(self, key: str) -> TransientError:
@@ -168,35 +154,6 @@ class Ledger:
         return TransientError(
             f"{self.root / ANSWERS}: the answers {key} are missing. Run the job again."
         )
-
-    def _find(
-        self, folder: AnyPath, key: str, kind: type[Receipt]
-    ) -> tuple[Receipt, AnyPath, str] | None:
-        """The receipt, path and digest of the file under `key` in `folder`; None without one.
-
-        Deletes a file whose receipt is not valid or has another key.
-        """
-        whole = find_whole(folder, key)
-        if whole is None:
-            return None
-        path, digest = whole
-        receipt = self._receipt_of(path, kind)
-        if receipt is not None and getattr(receipt, "key", None) == key:
-            return receipt, path, digest
-        if path.exists():
-            path.unlink(missing_ok=True)
-            return None
-        return self._find(folder, key, kind)  # another process has just replaced it
-
-    def _receipt_of(self, path: AnyPath, kind: type[Receipt]) -> Receipt | None:
-        """The receipt of a file whose bytes match its name; None if it has no valid one."""
-        content = self._recent.find(path.name)
-        if content is not None:
-            return cast(Receipt, content.receipt)
-        receipt = read_receipt(path, kind)
-        if receipt is not None:
-            self._recent.keep(path.name, Content(receipt, None))
-        return receipt
 
     def keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
         """Commit the answers of a step over a fragment, in row order, and return their file.
@@ -209,26 +166,24 @@ class Ledger:
             return self._keep_answers(receipt, table)
 
     def _keep_answers(self, receipt: AnswersReceipt, table: pa.Table) -> AnswerFile:
-        folder = self.root / ANSWERS
-        whole = self._find(folder, receipt.key, AnswersReceipt)
-        if whole is not None and whole[0].run == receipt.run:
-            return AnswerFile(whole[1], receipt.step, digest_in_name(whole[1]))
-        with partial_beside(folder / receipt.key) as partial:
+        files = self._answers
+        whole = files.find(receipt.key)
+        if whole is not None and whole.receipt.run == receipt.run:
+            return AnswerFile(whole.path, receipt.step, digest_in_name(whole.path))
+        with partial_beside(files.folder / receipt.key) as partial:
             write_with_receipt(partial, table.schema, iter(table.to_batches()), receipt)
-            name = _file_name(receipt.key, digest_file(partial))
-            commit(partial, folder / name)
-        # Through JSON, so that the cached receipt equals the one in the file.
-        written = AnswersReceipt.model_validate_json(receipt.model_dump_json())
-        self._recent.keep(name, Content(written, table))
+            # Through JSON, so that the cached receipt equals the one in the file.
+            written = AnswersReceipt.model_validate_json(receipt.model_dump_json())
+            files.commit(partial, receipt.key, digest_file(partial), Content(written, table))
         mine: list[AnyPath] = []
         others: list[AnyPath] = []
-        for path in folder.glob(f"{receipt.key}.*.parquet"):
-            other = self._receipt_of(path, AnswersReceipt)
+        for path in files.paths(receipt.key):
+            other = files.receipt(path)
             (mine if other is not None and other.run == receipt.run else others).append(path)
         # Another process may commit the same answers now. Both keep the first by name, so that
         # neither deletes the other's last file.
         first = min(mine)
-        unlink_all(folder, [path for path in [*others, *mine] if path != first])
+        files.remove(path for path in [*others, *mine] if path != first)
         return AnswerFile(first, receipt.step, digest_in_name(first))
 
     def answer_files(self, step_key: str) -> Iterator[AnswerFile]:
@@ -247,69 +202,77 @@ class Ledger:
     def unpublished_receipts(self) -> Iterator[AnswersReceipt]:
         """The receipts of committed but unpublished answers, including retries of failed rows."""
         published = {(receipt.key, receipt.run) for receipt in self.published_receipts()}
-        for _, receipt in self._receipts(self._answers(), AnswersReceipt):
+        for _, receipt in self._receipts(self._answers.paths()):
             if (receipt.key, receipt.run) not in published:
                 yield receipt
 
     def published_receipts(self) -> Iterator[AnswersReceipt]:
         """The receipts of all published answers, from the footers of their files."""
         paths = [self.root / file.output_name for file in self._published()]
-        for _, receipt in self._receipts(paths, OutputReceipt):
-            yield from receipt.answers
+        for receipt in self.folder.map(lambda path: read_receipt(path, OutputReceipt), paths):
+            if receipt is not None:
+                yield from receipt.answers
 
     def _unpublished(self) -> Iterator[tuple[AnyPath, AnswersReceipt]]:
         published: set[str] = set()
         for file in self._published():
             published.update(file.answers_keys)
-        paths = [path for path in self._answers() if key_in_name(path) not in published]
-        yield from self._receipts(paths, AnswersReceipt)
+        paths = [path for path in self._answers.paths() if key_in_name(path) not in published]
+        yield from self._receipts(paths)
 
-    def _receipts(
-        self, paths: Iterable[AnyPath], kind: type[Receipt]
-    ) -> Iterator[tuple[AnyPath, Receipt]]:
-        """Each of `paths` that has a valid receipt, with its receipt."""
-
-        def read(path: AnyPath) -> tuple[AnyPath, Receipt | None]:
-            # Not digested here: every reader of the answers checks the file first.
-            content = self._recent.find(path.name)
-            if content is not None:
-                return path, cast(Receipt, content.receipt)
-            return path, read_receipt(path, kind)
-
-        for path, receipt in self.folder.map(read, paths):
+    def _receipts(self, paths: Iterable[AnyPath]) -> Iterator[tuple[AnyPath, AnswersReceipt]]:
+        """Each of the answers `paths` that has a valid receipt, with its receipt."""
+        for path, receipt in self.folder.map(
+            lambda path: (path, self._answers.receipt(path)), paths
+        ):
             if receipt is not None:
                 yield path, receipt
-
-    def _answers(self) -> list[AnyPath]:
-        with reachable(self.root / ANSWERS):
-            paths: list[AnyPath] = [*(self.root / ANSWERS).glob("*.parquet")]
-            return sorted(paths)
 
     def _published(self) -> tuple[PublishedFile, ...]:
         manifest = self.manifest()
         return manifest.files if manifest else ()
+
+    def _published_as(self, key: str) -> PublishedFile | None:
+        manifest, by_key = self._by_key
+        now = self.manifest()
+        if now is not manifest:
+            by_key = {file.output_key: file for file in now.files} if now else {}
+            self._by_key = now, by_key
+        return by_key.get(key)
 
     def find_output(self, key: str, answers: Sequence[AnswersReceipt]) -> OutputReceipt | None:
         """The receipt of a whole file under `key`, staged or published, with exactly `answers`.
 
         None if there is no such file.
         """
-        staged = self._find(self.root / STAGED, key, OutputReceipt)
+        staged = self._staged.find(key)
         if staged is not None:
-            receipt, _, digest = staged
+            # Filled in here, because a footer cannot contain the digest of its own file.
+            receipt = staged.receipt.model_copy(update={"digest": staged.digest})
         else:
-            published = {file.output_key: file for file in self._published()}.get(key)
-            if published is None:
+            file = self._published_as(key)
+            published = None if file is None else self.published(file.output_name, file.digest)
+            if published is None or published.key != key:
                 return None
-            path = self.root / published.output_name
-            read = read_receipt(path, OutputReceipt)
-            digest = published.digest
-            if read is None or read.key != key or whole_digest(path) != digest:
-                return None
-            receipt = read
-        # Filled in here, because a footer cannot contain the digest of its own file.
-        receipt = receipt.model_copy(update={"digest": digest})
+            receipt = published
         return receipt if receipt.answers == tuple(answers) else None
+
+    def published(self, name: str, digest: str) -> OutputReceipt | None:
+        """The receipt of the published file `name` if its SHA-256 is `digest`, else None."""
+        path = self.root / name
+        try:
+            if whole_digest(path, self._digests) != digest:
+                return None
+        except FileNotFoundError:
+            return None
+        content = self._published_receipts.find(digest)
+        if content is not None:
+            return content.receipt
+        receipt = read_receipt(path, OutputReceipt)
+        if receipt is not None:
+            receipt = receipt.model_copy(update={"digest": digest})
+            self._published_receipts.keep(digest, Content(receipt, None))
+        return receipt
 
     def stage_output(
         self,
@@ -325,15 +288,14 @@ class Ledger:
         source may not read the file. InputError when it cannot be written; errors of `batches`
         pass through, and then nothing is committed.
         """
-        folder = self.root / STAGED
-        with writable(folder), partial_beside(folder / receipt.key) as partial:
+        files = self._staged
+        with writable(files.folder), partial_beside(files.folder / receipt.key) as partial:
             write_with_receipt(partial, schema, batches, receipt, utc_times=utc_times)
             narrow(partial, [receipt.fragment.path])
             digest = digest_file(partial)
-            unlink_all(folder, folder.glob(f"{receipt.key}.*.parquet"))
-            receipt = receipt.model_copy(update={"digest": digest})
-            commit(partial, folder / staged_name(receipt))
-        return receipt
+            files.remove(files.paths(receipt.key))
+            files.commit(partial, receipt.key, digest, Content(receipt, None))
+        return receipt.model_copy(update={"digest": digest})
 
     def output_path(self, output: OutputReceipt) -> AnyPath:
         """The path of the file of `output`: in the staging folder, or where it is published."""
@@ -341,10 +303,6 @@ class Ledger:
         return staged if staged.exists() else self.root / output.output_name
 
 
-def _file_name(key: str, digest: str) -> str:
-    return f"{key}.{digest[:DIGEST_CHARS]}.parquet"
-
-
 def staged_name(output: OutputReceipt) -> str:
     """The name of the staged file of `output`."""
-    return _file_name(output.key, output.digest)
+    return file_name(output.key, output.digest)

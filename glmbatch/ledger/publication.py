@@ -63,7 +63,7 @@ def publish(
         stale -= version.known  # older versions of the table need their files
     # Before the first move, so that files moved before a kill are found again.
     _announce(root, stale | {output.output_name for output in outputs}, lost=announced.lost)
-    _move_staged(ledger.folder, outputs)
+    _move_staged(ledger, outputs)
     if version is not None:
         commit_table(root, {file.output_name: file.rows for file in manifest.files}, version)
     write_quarantine(root, quarantine)
@@ -143,7 +143,8 @@ def _delta_version(ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputR
     return plan_commit(ledger.root, places)
 
 
-def _move_staged(root: Folder, outputs: Sequence[OutputReceipt]) -> None:
+def _move_staged(ledger: Ledger, outputs: Sequence[OutputReceipt]) -> None:
+    root = ledger.folder
     with reachable(root / STAGED):
         staged = {path.name for path in (root / STAGED).glob("*.parquet")}
 
@@ -155,7 +156,7 @@ def _move_staged(root: Folder, outputs: Sequence[OutputReceipt]) -> None:
         if path.is_file():  # earlier versions did not restrict who may read the file
             narrow(path, [output.fragment.path])
         # Already moved by a killed publication, unless it is an older file of the same name.
-        receipt = read_receipt(path, OutputReceipt) if path.is_file() else None
+        receipt = ledger.published(output.output_name, output.digest)
         if receipt is None or receipt.key != output.key:
             raise TransientError(f"{path}: its staged file is missing. Run the job again.")
 

@@ -12,10 +12,10 @@ from pydantic import BaseModel, Field, ValidationError
 
 from glmbatch.errors import InputError, StoreRefused, UnusableFile
 from glmbatch.ledger.fragments import Fragment
-from glmbatch.store.files import digest_file, is_link, reachable, writable
+from glmbatch.store.files import DIGEST_CHARS, Digests, digest_file, reachable, writable
 from glmbatch.store.folder import Name
 from glmbatch.store.parquet import footer_metadata, open_parquet, write_table
-from glmbatch.store.paths import AnyPath, unlink_all
+from glmbatch.store.paths import AnyPath
 
 RECEIPT = "glmbatch.receipt"  # the footer's key
 LENGTH_BIN = 8  # tokens; prompt lengths are counted in bins of this width
@@ -125,35 +125,17 @@ def receipt_of(file: pq.ParquetFile, kind: type[Receipt]) -> Receipt | None:
         return None
 
 
-def find_whole(folder: AnyPath, key: str) -> tuple[AnyPath, str] | None:
-    """The file under `key` in `folder` whose bytes match the digest in its name, and its digest.
-
-    None if there is none. Deletes files that do not match, because they were damaged after their
-    commit. InputError when a file may not be read, TransientError when the machine failed.
-    """
-    with reachable(folder):
-        for path in folder.glob(f"{key}.*.parquet"):
-            try:
-                # A link does not count: its target may disappear at any time.
-                digest = None if is_link(path) else whole_digest(path, must_read=True)
-            except FileNotFoundError:
-                # Just replaced for another fragment with the same rows, and so the same key.
-                return find_whole(folder, key)
-            if digest is not None and digest.startswith(digest_in_name(path)):
-                return path, digest
-            unlink_all(folder, [path])
-        return None
-
-
-def whole_digest(path: AnyPath, *, must_read: bool = False) -> str | None:
-    """The SHA-256 of a committed file; None if something else has its name.
+def whole_digest(
+    path: AnyPath, digests: Digests | None = None, *, must_read: bool = False
+) -> str | None:
+    """The SHA-256 of a committed file, from `digests` if given; None if it is no such file.
 
     A file that this user may not read gives None, or InputError if `must_read`. FileNotFoundError
     when there is no file, TransientError when the machine failed, StoreRefused from a store.
     """
     try:
         with reachable(path):
-            return digest_file(path)
+            return digest_file(path) if digests is None else digests.of(path)
     except StoreRefused:  # the file is not at fault
         raise
     except InputError as error:  # a folder, a circular link, a file that may not be read
@@ -161,6 +143,11 @@ def whole_digest(path: AnyPath, *, must_read: bool = False) -> str | None:
             # The caller deletes damaged files, but this one may be a whole file of another user.
             raise
         return None
+
+
+def file_name(key: str, digest: str) -> str:
+    """The name of the committed file under `key` with the SHA-256 `digest`."""
+    return f"{key}.{digest[:DIGEST_CHARS]}.parquet"
 
 
 def key_in_name(path: AnyPath) -> str:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 from glmbatch.errors import InputError, Interrupted, TransientError, UnusableFile
 from glmbatch.glm.engine.loading import load_engine
@@ -170,14 +171,14 @@ def _lock(opened: Session) -> None:
     delay = run.runtime.retry_delay_seconds
     for _ in range(run.runtime.retries):
         try:
-            opened.ledger.open(run.id)
+            opened.ledger.open(run.id, shared=run.runtime.cluster is not None)
             return
         except TransientError as error:
             logger.warning("%s; trying again in %.1f s", error, delay)
             time.sleep(delay)
             delay *= 2
     # The last attempt: its error goes to the caller.
-    opened.ledger.open(run.id)
+    opened.ledger.open(run.id, shared=run.runtime.cluster is not None)
 
 
 def join(run: RunContext) -> None:
@@ -198,12 +199,18 @@ def ledger_of(run: RunContext) -> Ledger:
     """The ledger of the open session of `run`; Interrupted when the run has ended.
 
     The light processes that submit to a cluster's engines write output files but have no session:
-    they get a new ledger.
+    they get a ledger without the lock.
     """
     # Without a cluster, a missing session means that the run has ended and released its lock.
     if run.runtime.cluster is not None and run.id not in _SESSIONS:
-        return Ledger(run.output)
+        return _ledger_at(run.output, run.id)
     return session_of(run).ledger
+
+
+@lru_cache(1)
+def _ledger_at(output: str, run: str) -> Ledger:
+    """One ledger for all calls of a run in this process, so that its listings are made once."""
+    return Ledger(output)
 
 
 def newest_progress() -> Snapshot:

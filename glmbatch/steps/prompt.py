@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import takewhile
 from typing import Literal
 
@@ -115,6 +115,7 @@ def _render(step: Step, chat: bool, row: Mapping[str, str]) -> str:
     return chat_prompt(filled, system_prompt=step.system_prompt)
 
 
+@lru_cache(64)  # the same for all fragments of a step
 def _head_ids(head: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of `head`, the template before its first value, that no value can change."""
     # Tried with values of several kinds: ids that are the same for all of them always are.

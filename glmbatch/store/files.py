@@ -6,6 +6,8 @@ import errno
 import hashlib
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +23,9 @@ BLOCKED = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, err
 MAGIC = b"PAR1"  # begins every Parquet file that is not encrypted
 DIGEST_CHARS = 32  # a file's name contains this many of its digest's 64 hex digits
 KEY_BYTES = 1024  # the longest key of an object that every store accepts
+# A file may change twice within one tick of a file system's clock and then keep its times. The
+# coarsest of these clocks, that of FAT, ticks every two seconds.
+TICK_NS = 2_000_000_000
 
 
 @contextmanager
@@ -125,6 +130,45 @@ def digest_file(address: Address) -> str:
     path = location(address)
     with store_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Digests:
+    """The SHA-256 of files, computed again only when their status changed. Safe between threads.
+
+    A change that keeps a file's times is noticed too, unless somebody sets the clock back.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[AnyPath, tuple[tuple[int, ...], str]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, path: AnyPath) -> str:
+        """The digest of a file, as `digest_file`."""
+        # In a store the status costs as many requests as a small object, which is kept in memory.
+        if not isinstance(path, Path):
+            return digest_file(path)
+        stamp = _stamp(path)
+        with self._lock:
+            known = self._known.get(path)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        digest = digest_file(path)
+        with self._lock:
+            if settled(max(stamp[1:3])) and _stamp(path) == stamp:
+                self._known[path] = stamp, digest
+            else:
+                self._known.pop(path, None)
+        return digest
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def settled(time_ns: int) -> bool:
+    """Whether a file or folder whose status says `time_ns` will show its next change there."""
+    return time.time_ns() - time_ns > TICK_NS
 
 
 @contextmanager

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator
 
 from glmbatch.errors import InputError
-from glmbatch.store.files import is_link, move, reachable, real_path, writable
+from glmbatch.store.files import is_link, move, reachable, real_path, settled, writable
 from glmbatch.store.paths import Address, AnyPath, is_hidden, location, odd_part, side_by_side
 
 Item = TypeVar("Item")
@@ -102,3 +105,102 @@ class Folder:
             paths: list[AnyPath] = [*self.path.rglob("*.parquet")]
         names = (path.relative_to(self.path).as_posix() for path in paths)
         return {name for name in names if not is_hidden(name)}
+
+
+class Listing:
+    """The Parquet files `<stem>.<anything>` of a folder, listed once. Safe to use from threads.
+
+    Its owner calls `add` and `discard` for its own changes. With `alone` there are no others, so a
+    stem without a name has no file. Otherwise each lookup of such a stem asks the folder again.
+    """
+
+    def __init__(self, folder: AnyPath) -> None:
+        self.alone = False
+        self._folder = folder
+        self._names: dict[str, tuple[str, ...]] = {}
+        self._is_listed = False
+        # The folder's time when it was listed; None if a later change might not show in it.
+        self._listed_at: int | None = None
+        self._lock = threading.Lock()
+
+    def find(self, stem: str, *, again: bool = False) -> tuple[str, ...]:
+        """The names with `stem`, in any order; `again` asks the folder even if some are known."""
+        with self._lock:
+            is_new = not self._is_listed
+            if is_new:
+                self._list()
+            names = self._names.get(stem, ())
+            if is_new or (not again and (names or self.alone)):
+                return names
+        return self._look_again(stem)
+
+    def all(self) -> list[str]:
+        """All names, in order, from the folder itself."""
+        with self._lock:
+            self._list()
+            return sorted(chain(*self._names.values()))
+
+    def add(self, name: str) -> None:
+        """Note the new file `name`."""
+        with self._lock:
+            self._add(name)
+
+    def discard(self, name: str) -> None:
+        """Note that there is no file `name`."""
+        with self._lock:
+            stem = _stem(name)
+            names = tuple(other for other in self._names.pop(stem, ()) if other != name)
+            if names:
+                self._names[stem] = names
+
+    def forget(self) -> None:
+        """Ask the folder at the next lookup."""
+        with self._lock:
+            self._is_listed = False
+
+    def _look_again(self, stem: str) -> tuple[str, ...]:
+        if isinstance(self._folder, Path):
+            with self._lock:
+                # The time of the folder tells of new names, and costs less than listing it.
+                if self._listed_at is None or self._listed_at != _time_of(self._folder):
+                    self._list()
+                return self._names.get(stem, ())
+        found = [path.name for path in self._folder.glob(f"{stem}.*.parquet")]
+        with self._lock:
+            for name in found:
+                self._add(name)
+            return self._names.get(stem, ())
+
+    def _list(self) -> None:
+        if isinstance(self._folder, Path):
+            listed_at = _time_of(self._folder)
+            self._listed_at = listed_at if settled(listed_at) else None
+            try:
+                names = os.listdir(self._folder)
+            except (FileNotFoundError, NotADirectoryError):
+                names = []
+        else:
+            names = [path.name for path in self._folder.glob("*.parquet")]
+        self._names = {}
+        self._is_listed = True
+        for name in names:
+            if name.endswith(".parquet"):
+                self._add(name)
+
+    def _add(self, name: str) -> None:
+        stem = _stem(name)
+        names = self._names.get(stem, ())
+        if name not in names:
+            self._names[stem] = (*names, name)
+
+
+def _stem(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _time_of(folder: Path) -> int:
+    """When the names in `folder` changed last, in nanoseconds; 0 if there is no folder."""
+    try:
+        return folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0

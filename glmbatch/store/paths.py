@@ -39,20 +39,23 @@ def location(address: Address) -> AnyPath:
 
     InputError for an unknown scheme, an address with credentials, or a name that is not UTF-8.
     """
-    if isinstance(address, Path | ObjectPath):
-        return address
+    return address if isinstance(address, Path | ObjectPath) else _checked(address)
+
+
+@lru_cache(1024)  # a fragment's file is opened several times by its name
+def _checked(address: str) -> AnyPath:
     try:
         address.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{shown(address)}: the name is not UTF-8. Rename it.") from error
-    if has_credentials(str(address)):
+    if has_credentials(address):
         raise InputError(
             "an address in an object store must not contain credentials. Set them in the "
             "environment."
         )
-    if reason := misspelt(str(address)):
+    if reason := misspelt(address):
         raise InputError(f"{address}: {reason}.")
-    _, mark, rest = str(address).partition("://")
+    _, mark, rest = address.partition("://")
     if not mark:
         return Path(address)
     if not rest.strip("/"):
@@ -66,7 +69,7 @@ def location(address: Address) -> AnyPath:
             f"{shown(address)}: has {part}, so it names other objects than the address without it. "
             "Leave it out, or rename the objects."
         )
-    return ObjectPath(str(address))
+    return ObjectPath(address)
 
 
 def is_hidden(name: PurePath | str) -> bool:

@@ -11,9 +11,11 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from glmbatch.errors import InputError
+from glmbatch.ledger.committed import CommittedFiles
 from glmbatch.ledger.quarantine import QUARANTINE
-from glmbatch.ledger.receipts import find_whole
+from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.run.canary import freeze
+from glmbatch.store.files import Digests
 from tests.support import CLASSIFY, Settings, Write, run
 
 OTHER_GROUP = 1234
@@ -128,7 +130,7 @@ def test_answers_of_another_user_are_not_deleted() -> None:
         os.seteuid(65534)
         try:
             with pytest.raises(InputError, match="cannot be read: Permission denied"):
-                find_whole(folder, "key")
+                CommittedFiles(folder, AnswersReceipt, Digests()).find_whole("key")
         finally:
             os.seteuid(0)
-        assert find_whole(folder, "key") is not None
+        assert CommittedFiles(folder, AnswersReceipt, Digests()).find_whole("key") is not None

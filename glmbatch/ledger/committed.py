@@ -1,0 +1,217 @@
+"""The files `<key>.<digest>.parquet` that runs committed to one folder. Knows no manifest.
+
+The folder is listed once, a file is digested again only when its status changed, and receipts are
+read once while anybody uses them. So a run takes no step that grows with all fragments for each.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, NamedTuple
+from weakref import WeakValueDictionary
+
+import pyarrow as pa
+
+from glmbatch.errors import UnusableFile
+from glmbatch.ledger.receipts import (
+    Receipt,
+    digest_in_name,
+    file_name,
+    read_receipt,
+    read_with_receipt,
+    whole_digest,
+)
+from glmbatch.store.files import Digests, commit, is_link, reachable
+from glmbatch.store.folder import Listing
+from glmbatch.store.paths import AnyPath, unlink_all
+
+# A receipt takes some 2 KB: 2 MB in all.
+RECEIPTS = 1024
+# The answers of a few fragments: the next step and the output file read what was just committed.
+TABLE_BYTES = 32 << 20
+
+
+class Committed(NamedTuple, Generic[Receipt]):
+    """A committed file: its receipt, its path, and the SHA-256 of its bytes."""
+
+    receipt: Receipt
+    path: AnyPath
+    digest: str
+
+
+class CommittedFiles(Generic[Receipt]):
+    """The committed files of `folder`, whose receipts are of class `kind`.
+
+    Safe to use from several threads. `names` lists them; other processes may change the folder
+    unless `names.alone`.
+    """
+
+    def __init__(self, folder: AnyPath, kind: type[Receipt], digests: Digests) -> None:
+        self.folder = folder
+        self.names = Listing(folder)
+        self._kind = kind
+        self._digests = digests
+        self._recent: Recent[Receipt] = Recent()
+
+    def find(self, key: str) -> Committed[Receipt] | None:
+        """The file under `key` whose bytes match its name; None without one.
+
+        Deletes a file that does not match, or whose receipt is not valid or has another key.
+        """
+        whole = self.find_whole(key)
+        if whole is None:
+            return None
+        path, digest = whole
+        receipt = self.receipt(path)
+        if receipt is not None and getattr(receipt, "key", None) == key:
+            return Committed(receipt, path, digest)
+        if path.exists():
+            self.remove([path])
+            return None
+        self.names.discard(path.name)
+        return self.find(key)  # another process has just replaced it
+
+    def find_whole(self, key: str, *, again: bool = False) -> tuple[AnyPath, str] | None:
+        """The file under `key` whose bytes match the digest in its name, and its digest.
+
+        None if there is none. Deletes files that do not match, because they were damaged after
+        their commit. InputError when a file may not be read, TransientError when the machine
+        failed.
+        """
+        with reachable(self.folder):
+            for name in self.names.find(key, again=again):
+                path = self.folder / name
+                try:
+                    # A link does not count: its target may disappear at any time.
+                    linked = is_link(path)
+                    digest = None if linked else whole_digest(path, self._digests, must_read=True)
+                except FileNotFoundError:
+                    # Just replaced for another fragment with the same rows, and so the same key.
+                    self.names.discard(name)
+                    return self.find_whole(key, again=True)
+                if digest is not None and digest.startswith(digest_in_name(path)):
+                    return path, digest
+                self.remove([path])
+        return None
+
+    def read(self, key: str) -> tuple[Receipt, pa.Table] | None:
+        """The receipt and the rows of the file under `key`; None without one.
+
+        Deletes a file without a valid receipt. UnusableFile when the rows cannot be read.
+        """
+        whole = self.find_whole(key)
+        if whole is None:
+            return None
+        path, _ = whole
+        # The file was proven just now, so the copy in memory matches it.
+        content = self._recent.find(path.name)
+        if content is not None and content.table is not None:
+            return content.receipt, content.table
+        try:
+            read = read_with_receipt(path, self._kind)
+        except UnusableFile:
+            if path.exists():
+                raise
+            self.names.discard(path.name)
+            return self.read(key)  # another process has just replaced it
+        if read is None:
+            self.remove([path])
+            return None
+        self._recent.keep(path.name, Content(*read))
+        return read
+
+    def receipt(self, path: AnyPath) -> Receipt | None:
+        """The receipt of a file; None if it has no valid one. The file itself is not proven."""
+        content = self._recent.find(path.name)
+        if content is not None:
+            return content.receipt
+        receipt = read_receipt(path, self._kind)
+        if receipt is not None:
+            self._recent.keep(path.name, Content(receipt, None))
+        return receipt
+
+    def paths(self, key: str | None = None) -> list[AnyPath]:
+        """All files in order, or those under `key`, also of other processes. None is proven."""
+        with reachable(self.folder):
+            if key is None:
+                names = self.names.all()
+            else:
+                names = list(self.names.find(key, again=not self.names.alone))
+        return [self.folder / name for name in names]
+
+    def commit(self, partial: Path, key: str, digest: str, content: Content[Receipt]) -> AnyPath:
+        """Move the finished file `partial` to its place under `key`; return its path.
+
+        `content` is what the file holds.
+        """
+        path = self.folder / file_name(key, digest)
+        commit(partial, path)
+        self.names.add(path.name)
+        self._recent.keep(path.name, content)
+        return path
+
+    def remove(self, paths: Iterable[AnyPath]) -> None:
+        """Delete the files `paths`, as far as they exist."""
+        gone = list(paths)
+        unlink_all(self.folder, gone)
+        for path in gone:
+            self.names.discard(path.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Content(Generic[Receipt]):
+    """The receipt of a committed file, and its rows if they are in memory too."""
+
+    receipt: Receipt
+    table: pa.Table | None
+
+
+class Recent(Generic[Receipt]):
+    """The content of files that this process read or wrote, by a name that contains the digest.
+
+    Keeps the newest, and every receipt that is in use elsewhere. Safe to use from several threads.
+    Callers must first check that the file on disk still has that digest.
+    """
+
+    def __init__(self) -> None:
+        self._contents: OrderedDict[str, Content[Receipt]] = OrderedDict()
+        self._used: WeakValueDictionary[str, Receipt] = WeakValueDictionary()
+        self._table_bytes = 0
+        self._lock = threading.Lock()
+
+    def find(self, name: str) -> Content[Receipt] | None:
+        """The content of the file `name`; None if it is not in memory."""
+        with self._lock:
+            content = self._contents.get(name)
+            if content is not None:
+                self._contents.move_to_end(name)
+                return content
+            receipt = self._used.get(name)
+            return None if receipt is None else Content(receipt, None)
+
+    def keep(self, name: str, content: Content[Receipt]) -> None:
+        """Keep the content of the file `name`, dropping the least recently used if needed."""
+        with self._lock:
+            # Rows are dropped before receipts: they are large, and a receipt saves opening a file.
+            self._forget_table(self._contents.pop(name, None))
+            self._contents[name] = content
+            self._used[name] = content.receipt
+            self._table_bytes += content.table.nbytes if content.table is not None else 0
+            while len(self._contents) > RECEIPTS:
+                self._forget_table(self._contents.popitem(last=False)[1])
+            for old_name, old in list(self._contents.items()):
+                if self._table_bytes <= TABLE_BYTES:
+                    break
+                if self._forget_table(old):
+                    self._contents[old_name] = Content(old.receipt, None)
+
+    def _forget_table(self, content: Content[Receipt] | None) -> bool:
+        """Subtract the rows of `content` from the cache's size; return whether it had any."""
+        if content is None or content.table is None:
+            return False
+        self._table_bytes -= content.table.nbytes
+        return True
