@@ -23,8 +23,8 @@ from glmbatch.ledger.delta.table import Commit, commit_table, plan_commit
 from glmbatch.ledger.filelist import find_lists
 from glmbatch.ledger.ledger import ANSWERS, LOCK, STAGED, Ledger, staged_name
 from glmbatch.ledger.manifest import Manifest, copy_manifest, write_manifest
-from glmbatch.ledger.quarantine import REFUSED, Line, write_quarantine
-from glmbatch.ledger.receipts import OutputReceipt, key_in_name, read_receipt
+from glmbatch.ledger.quarantine import OWN, REFUSED, Line, write_quarantine
+from glmbatch.ledger.receipts import OutputReceipt, read_receipt
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import PARTIAL, committed, move, reachable, remove_tree, writable
 from glmbatch.store.folder import Folder, Name
@@ -75,7 +75,7 @@ def publish(
         if announced.lost and manifest.format == "parquet":
             put_strangers_aside(ledger.folder, {file.output_name for file in manifest.files})
         _delete_replaced(ledger.folder, manifest, stale)
-        _sweep(root, manifest)
+        _sweep(ledger.folder, manifest)
     copy_manifest(root, old_lists)
 
 
@@ -188,13 +188,19 @@ def _delete_own(root: Folder, name: str) -> None:
         logger.warning("%s: has no glmbatch receipt; moved to %s", path, root.put_aside(name))
 
 
-def _sweep(root: AnyPath, manifest: Manifest) -> None:
+def _sweep(root: Folder, manifest: Manifest) -> None:
     """Delete answers that no published file uses, and the partial files of killed runs."""
     used: set[str] = set()
     for file in manifest.files:
         used.update(file.answers_keys)
-    answers: list[AnyPath] = [*(root / ANSWERS).glob("*.parquet")]
-    unlink_all(root, [path for path in answers if key_in_name(path) not in used])
-    # The lock is held, so no other run is writing them.
-    partials = [*root.glob(f".*{PARTIAL}"), *(root / "_glmbatch").rglob(f".*{PARTIAL}")]
-    unlink_all(root, partials)
+    stale = [*root.path.glob(f".*{PARTIAL}")]
+    for name in root.names(OWN):
+        folder, _, last = name.rpartition("/")
+        if folder == ANSWERS and last.endswith(".parquet"):
+            unused = last.split(".")[0] not in used  # its key, without a path for each name
+        else:
+            # The lock is held, so no other run is writing it.
+            unused = last.startswith(".") and last.endswith(PARTIAL)
+        if unused:
+            stale.append(root / name)
+    unlink_all(root.path, stale)

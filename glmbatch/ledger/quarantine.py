@@ -85,6 +85,8 @@ def mended_quarantine(
     for lines in listed.values():
         lines.sort(key=_row)
     for file in files:
+        if not file.faulty_rows and file.source not in listed:
+            continue
         of_source = listed[file.source]
         begin = bisect_left(of_source, file.first_row, key=_row)
         lines = of_source[begin : bisect_left(of_source, file.first_row + file.rows, key=_row)]

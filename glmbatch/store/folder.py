@@ -99,12 +99,42 @@ class Folder:
 
         return [name for name in self.map(find, names) if name is not None]
 
+    def names(self, below: str = "", *, visible: bool = False) -> Iterator[str]:
+        """The names of all files below the folder `below`, in no order; links are not followed.
+
+        With `visible` only those that readers of the folder see. Lists each folder once and makes
+        no paths, because there may be 100,000 files.
+        """
+        if isinstance(self.path, Path):
+            names = _names(self.path, below, visible=visible)
+        else:
+            begin = len(str(self.path)) + 1
+            names = (str(path)[begin:] for path in (self.path / below).listed())
+        for name in names:
+            if not (visible and is_hidden(name)):
+                yield name
+
     def visible_files(self) -> set[str]:
         """The names of the Parquet files, at any depth, that readers of the folder see."""
         with reachable(self.path):
-            paths: list[AnyPath] = [*self.path.rglob("*.parquet")]
-        names = (path.relative_to(self.path).as_posix() for path in paths)
-        return {name for name in names if not is_hidden(name)}
+            return {name for name in self.names(visible=True) if name.endswith(".parquet")}
+
+
+def _names(root: Path, below: str, *, visible: bool) -> Iterator[str]:
+    folders = [below]
+    while folders:
+        folder = folders.pop()
+        try:
+            entries = os.scandir(root / folder)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
+        with entries:
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if not entry.is_dir(follow_symlinks=False):
+                    yield name
+                elif not (visible and is_hidden(entry.name)):
+                    folders.append(name)
 
 
 class Listing:

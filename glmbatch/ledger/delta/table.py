@@ -59,7 +59,9 @@ def check_sources(
             raise InputError(
                 f"{root}: is a Delta table that glmbatch did not write. Set data.output."
             )
-        files = {**sources, **{name: root / name for name in staying}}
+        # The table has the columns of its files, so their footers are not read.
+        others = set(staying) - _live_files(table)
+        files = {**sources, **{name: root / name for name in others}}
         schemas = {name: _schema_of(path) for name, path in files.items() if exists(path)}
         columns, _, _ = _fit(root, table, schemas, bool(staying))
         return {name: typed_text(schemas[name], columns) for name in sources if name in schemas}
@@ -98,7 +100,8 @@ def plan_commit(root: AnyPath, files: Mapping[str, AnyPath]) -> Commit:
     with _delta_errors(root):
         table = _open(root)
         known = _live_files(table)
-        schemas = {name: _schema_of(path) for name, path in files.items()}
+        # The table has the columns of its files, so only the footers of new ones are read.
+        schemas = {name: _schema_of(path) for name, path in files.items() if name not in known}
         columns, partitions, grows = _fit(root, table, schemas, bool(known & files.keys()))
         return Commit(columns, partitions, "append" if grows else "overwrite", frozenset(known))
 
@@ -242,6 +245,8 @@ def _fit(
 ) -> tuple[pa.Schema, list[str], bool]:
     """The table's columns and partition columns with these files, and whether old ones all stay."""
     partitions = _partition_columns(schemas)
+    if table is not None and not schemas:
+        partitions = table.metadata().partition_columns
     columns = pa.schema(
         [*_one_schema(schemas), *(pa.field(name, pa.string()) for name in partitions)]
     )
