@@ -3,10 +3,13 @@
     python benchmarks/scale.py fragments 1000 4000         a row each: Prefect's cost, on SQLite
     python benchmarks/scale.py fragments 1000 4000 --postgresql            the same on PostgreSQL
     python benchmarks/scale.py megabytes 20 2000           rows of 10 kB, a few words classified
+    python benchmarks/scale.py manifest 1000 100000        what is published: write, open, extend
 
 Each size runs in its own process: the flow with the sample's tiny checkpoint on CPU, and a server
 of its own. Memory is the peak resident memory, read five times a second. The server's figure is the
-sum over its processes, without PostgreSQL. The last line printed is one JSON object.
+sum over its processes, without PostgreSQL. `manifest` runs no flow: it publishes empty files with
+two steps' answers, and one more beside them; its seconds are CPU time. The last line printed is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ import contextlib
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +43,9 @@ ROWS_WRITTEN = 1000  # at once, so that writing a 2 GB input does not add to the
 def main() -> None:
     options = _options()
     if options.one:
-        print(json.dumps(measure(options.of, options.sizes[0])))
+        size = options.sizes[0]
+        manifest = options.of == "manifest"
+        print(json.dumps(measure_manifest(size) if manifest else measure(options.of, size)))
         return
     sizes: dict[str, Any] = {}
     for size in options.sizes:
@@ -53,7 +60,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("of", choices=("fragments", "megabytes"))
+    parser.add_argument("of", choices=("fragments", "megabytes", "manifest"))
     parser.add_argument("sizes", type=int, nargs="+")
     parser.add_argument(
         "--postgresql", action="store_true", help="use PostgreSQL, from the `test` extra"
@@ -124,6 +131,93 @@ def measure(of: str, size: int) -> dict[str, Any]:
         summary = annotate(job)
         seconds = time.perf_counter() - start
     return {"fragments": summary.fragments, "seconds": round(seconds, 1), **peak}
+
+
+def measure_manifest(size: int) -> dict[str, Any]:
+    """Write, open and extend a manifest of `size` files; CPU seconds, peak MB, bytes on disk."""
+    from glmbatch.ledger.filelist import LISTS
+    from glmbatch.ledger.ledger import ANSWERS, STAGED, Ledger, staged_name
+    from glmbatch.ledger.manifest import MANIFEST, Manifest, published_file, write_manifest
+    from glmbatch.ledger.publication import publish
+
+    output = Path(tempfile.mkdtemp())
+    new = make_receipt(size)
+    files = tuple(published_file(make_receipt(number)) for number in range(size))
+    names = [file.output_name for file in files]
+    for file in files:
+        names += [f"{ANSWERS}/{key}.{key}.parquet" for key in file.answers_keys]
+    for name in (*names, f"{STAGED}/{staged_name(new)}"):
+        path = output / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.touch()
+    manifest = Manifest(run="first", root="/in", files=files)
+    peak_mb = {"before_mb": peak()}
+    seconds = {}
+    pa.array([""])  # pyarrow now imports pandas, which takes a second once in a process
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        begin = time.process_time()
+        made = call()
+        seconds[f"{name}_seconds"] = round(time.process_time() - begin, 2)
+        return made
+
+    timed("write", lambda: write_manifest(output, manifest))
+    ledger = Ledger(output)
+    ledger.open("second")
+    before = timed("open", ledger.manifest)
+    assert before == manifest
+    after = before.model_copy(update={"files": (*before.files, published_file(new))})
+    timed("extend", lambda: publish(ledger, after, [new], []))
+    ledger.close("second")
+    list_bytes = sum(path.stat().st_size for path in (output / LISTS).glob("*"))
+    manifest_bytes = (output / MANIFEST).stat().st_size
+    return {**seconds, **peak_mb, "peak_mb": peak(), "json": manifest_bytes, "list": list_bytes}
+
+
+def peak() -> int:
+    """The peak memory of this process until now, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def make_receipt(number: int) -> Any:
+    """The receipt of a published file of 3 rows and two steps, with digests of its number."""
+    from glmbatch.ledger.fragments import Fragment
+    from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
+
+    def digest(what: str) -> str:
+        return sha256(f"{what} {number}".encode()).hexdigest()
+
+    fragment = Fragment(
+        source=f"day={number // 1000}/part-{number}.parquet",
+        path="",
+        digest=digest("source"),
+        stamp=(0, 0),
+        first_row=0,
+        rows=3,
+        row_groups=(),
+        skip_rows=0,
+    )
+    answers = []
+    for step in ("sentiment", "reply"):
+        step_key = sha256(step.encode()).hexdigest()[:32]
+        answers.append(
+            AnswersReceipt(
+                key=digest(step)[:32],
+                run="first",
+                fragment=fragment.name,
+                step=step,
+                step_key=step_key,
+                rows=3,
+            )
+        )
+    return OutputReceipt(
+        key=digest("output")[:32],
+        run="first",
+        fragment=fragment,
+        output_name=fragment.output_name,
+        answers=tuple(answers),
+        digest=digest("file"),
+    )
 
 
 def make_job(folder: Path, rows_per_fragment: int) -> Any:

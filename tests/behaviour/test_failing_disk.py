@@ -75,8 +75,14 @@ def failing(folder: Path, at: int | None, number: int, *, reading: bool = False)
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
 def test_a_failing_disk_costs_only_the_current_run(
-    number: int, write_source: Write, job_settings: Settings, tmp_path: Path
+    number: int,
+    write_source: Write,
+    job_settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if number in (errno.EIO, errno.EDQUOT):  # the manifest names a list of its files
+        monkeypatch.setattr("glmbatch.ledger.manifest.INLINE_FILES", 0)
     source = write_source("a.parquet", {"text": ["one", None, "two"]})
     gone = write_source("day=1/b.parquet", {"text": ["three"]})
     before = tmp_path / "before"

@@ -182,8 +182,9 @@ def run_again(store: Store, job: dict[str, Any], output: str) -> pa.Table:
 
 
 def test_the_next_run_finishes_after_any_refused_change(
-    store: Store, changed: Callable[[str], dict[str, Any]]
+    store: Store, changed: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("glmbatch.ledger.manifest.INLINE_FILES", 0)  # a list beside the manifest
     run(changed("undisturbed"))
     expected = published(store, "undisturbed")
     assert expected.column("text").to_pylist() == [*(f"changed {n}" for n in range(12)), *DAYS[2]]

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from glmbatch.errors import InputError, TransientError
+from glmbatch.ledger.filelist import LISTS
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.run.job import run_job
@@ -30,8 +31,10 @@ from tests.support import ROOT, Settings, Write
 # name on disk.
 DYING_RUNS = """
 import json, os, sys
+from glmbatch.ledger import manifest
 from glmbatch.settings.job import JobConfig
 from glmbatch.run.job import run_job
+manifest.INLINE_FILES = 0
 # Once, before the processes are forked: everything that a run imports.
 from glmbatch.glm.checkpoint import load
 from glmbatch.glm import tokenizer
@@ -78,12 +81,13 @@ def published(folder: Path) -> pa.Table:
 
 @pytest.mark.slow
 def test_killed_anywhere_the_next_run_gives_the_same_output(
-    write_source: Write, job_settings: Settings, tmp_path: Path
+    write_source: Write, job_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("glmbatch.ledger.manifest.INLINE_FILES", 0)  # a list beside the manifest
     earlier = job_settings(data__output=str(tmp_path / "killed-0"))
     write_source("day=1/a.parquet", {"text": [f"earlier row {n}" for n in range(17)]})
     run_job(JobConfig.model_validate({**earlier, "steps": earlier["steps"][:1]}))
-    for number in range(1, 45):
+    for number in range(1, 50):
         shutil.copytree(tmp_path / "killed-0", tmp_path / f"killed-{number}")
     write_source("day=1/a.parquet", {"text": [f"row {n}" for n in range(12)]})
     write_source("day=2/b.parquet", {"text": ["one", None, "three"]})
@@ -95,7 +99,7 @@ def test_killed_anywhere_the_next_run_gives_the_same_output(
             (job_settings(max_error_rate=0.5, data__output=str(tmp_path / "killed-0")), 0, "before")
         )
     )
-    assert 12 < steps < 45
+    assert 12 < steps < 50
     folders = [tmp_path / f"killed-{deadly}" for deadly in range(1, steps + 1)]
     runs = [
         (
@@ -121,6 +125,7 @@ def test_killed_anywhere_the_next_run_gives_the_same_output(
         }
         assert published(folder).equals(expected)
         assert not list(folder.rglob(".*"))
+        assert len(list((folder / LISTS).iterdir())) == 1
 
 
 def keys_of(path: Path) -> set[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from glmbatch.cli.main import main
 from glmbatch.errors import InputError
+from glmbatch.ledger.filelist import LISTS
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import COPY, MANIFEST, Manifest
 from glmbatch.ledger.publication import PUBLISHING
@@ -92,11 +94,46 @@ def test_a_manifest_is_rebuilt_from_the_footers(
     assert rows_of(out) == rows
 
 
-def test_a_lost_manifest_is_not_an_empty_output(
-    nights: Callable[[], Manifest], job_settings: Settings, out: Path
+@pytest.mark.parametrize(
+    "damage", [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])]
+)
+def test_a_damaged_list_of_files_is_rebuilt(
+    damage: Break,
+    nights: Callable[[], Manifest],
+    job_settings: Settings,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("glmbatch.ledger.manifest.INLINE_FILES", 0)
+    manifest, rows = nights(), rows_of(out)
+    (path,) = (out / LISTS).iterdir()
+    damage(path)
+    with pytest.raises(
+        InputError, match=rf"json: is damaged.*its list {LISTS}/{path.name}.*Run glmbatch repair"
+    ):
+        verify(out)
+    assert repair(out).mended == (MANIFEST,)
+    assert Ledger(out).manifest() == manifest, "the copy has what no footer says"
+    assert verify(out).sound
+    summary = run(job_settings(**JOB))
+    assert (summary.computed, summary.kept_sources) == (0, 1)
+    assert rows_of(out) == rows
+
+
+@pytest.mark.parametrize(("inline", "list_is_there"), [(1_000, False), (0, True), (0, False)])
+def test_a_lost_manifest_is_not_an_empty_output(
+    inline: int,
+    list_is_there: bool,
+    nights: Callable[[], Manifest],
+    job_settings: Settings,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("glmbatch.ledger.manifest.INLINE_FILES", inline)
     nights()
     (out / MANIFEST).unlink()
+    if not list_is_there:
+        shutil.rmtree(out / LISTS, ignore_errors=True)
     with pytest.raises(InputError, match="is missing, but its files are still there"):
         run(job_settings(**JOB))
     for path in out.rglob("*.parquet"):
