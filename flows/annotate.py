@@ -24,6 +24,6 @@ def annotate(job: JobConfig) -> Summary:
                 models = tasks.prepare_models(places[0])
                 work = tasks.assign(run, models, places[0])
                 outputs = tasks.answer_fragments(work, places)
-                canaries = tasks.check_canary(run, work, places[0])
+                canaries = tasks.check_canary(work, places[0])
             # Publishing needs no engine, so the cluster is released first.
-            return tasks.publish(run, work, outputs, canaries)
+            return tasks.publish(work, outputs, canaries)

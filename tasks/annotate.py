@@ -14,7 +14,7 @@ from glmbatch.report.counts import Audit
 from glmbatch.report.log import log_answers
 from glmbatch.report.summary import Summary
 from glmbatch.run.models import job_models
-from glmbatch.run.session import session_of
+from glmbatch.run.session import count_rows, session_of
 from glmbatch.run.work import FragmentWork, Model, Run, Work
 from glmbatch.settings.job import JobConfig
 from tasks import answer, prepare, publish
@@ -53,6 +53,7 @@ class JobTasks:
     def assign(self, run: Run, models: Sequence[Model], place: Place) -> Work:
         """The work of each fragment: its questions and step keys."""
         work: Work = self._configured(prepare.assign)(self._job, quote(run), models, place)
+        count_rows(work.run)
         return work
 
     def answer_fragments(self, work: Work, places: Sequence[Place]) -> list[OutputReceipt]:
@@ -81,23 +82,21 @@ class JobTasks:
             results = in_window(work.fragments, submit, seats, ended)
         return [receipts[-1] for receipts in results]
 
-    def check_canary(self, run: Run, work: Work, place: Place) -> list[Audit]:
+    def check_canary(self, work: Work, place: Place) -> list[Audit]:
         """The audits of the canary, which the loaded models answer; [] without a canary."""
         if self._job.canary is None:
             return []
         audits: list[Audit] = self._configured(publish.check_canary)(
-            self._job.canary, quote(work.questions), run.context, place
+            self._job.canary, quote(work.questions), work.run.context, place
         )
         return audits
 
-    def publish(
-        self, run: Run, work: Work, outputs: list[OutputReceipt], canaries: list[Audit]
-    ) -> Summary:
+    def publish(self, work: Work, outputs: list[OutputReceipt], canaries: list[Audit]) -> Summary:
         """Audit the staged outputs and publish them. AuditError, with nothing published, if one
         fails.
         """
         summary: Summary = self._configured(publish.publish)(
-            self._job, quote(run), quote(work.questions), quote(outputs), canaries
+            self._job, quote(work.run), quote(work.questions), quote(outputs), canaries
         )
         return summary
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from glmbatch.errors import MACHINE_ERRNOS, InputError, TransientError
 from glmbatch.ledger.filelist import FileList, ListMissing, commit_list, read_list
 from glmbatch.ledger.fragments import FileFault, Plan
-from glmbatch.ledger.receipts import OutputReceipt
+from glmbatch.ledger.receipts import AnswerCounts, OutputReceipt
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import committed, naming, reachable, writable
 from glmbatch.store.folder import Folder, Name
@@ -32,8 +32,11 @@ class PublishedFile:
     """One published file.
 
     It has `rows` rows of `source` from `first_row` on, with the answers of `step_keys` (by step).
-    Digests are SHA-256. `faulty_rows` counts rows on which any step failed. A new field needs a
-    default, which older manifests get.
+    Digests are SHA-256. `faulty_rows` counts rows on which any step failed. The last four fields
+    let a run leave an unchanged source alone (see input/unchanged.py): `basis` identifies what
+    decided the file besides its source, `stamp` and `place` are the stamps of the source and of the
+    file, and `counts` has what is known of its answers, by step. A new field needs a default, which
+    older manifests get.
     """
 
     # A plain dataclass, because 100,000 models take three times the memory and the time.
@@ -49,6 +52,10 @@ class PublishedFile:
     digest: str
     step_keys: dict[str, str]
     answers_keys: tuple[str, ...]
+    basis: str = ""
+    stamp: tuple[int, ...] | None = None
+    place: tuple[int, ...] | None = None
+    counts: dict[str, AnswerCounts] = field(default_factory=dict)
 
 
 class StepOrigin(BaseModel, frozen=True, extra="forbid"):

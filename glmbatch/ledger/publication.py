@@ -13,7 +13,7 @@ After a kill at any moment, the next publication completes what it finds.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
@@ -40,14 +40,19 @@ _NAMES = TypeAdapter(list[Name])
 
 
 def publish(
-    ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputReceipt], quarantine: Sequence[Line]
+    ledger: Ledger,
+    manifest: Manifest,
+    outputs: Sequence[OutputReceipt],
+    quarantine: Sequence[Line],
+    leave_alone: Callable[[Manifest], Manifest],
 ) -> None:
     """Move staged files into place, write `manifest`, and delete replaced files; safe to repeat.
 
     If this is killed halfway, the next publication finds what to delete in `publishing.json` and
-    the manifest. `quarantine` replaces the list of failed rows. Interrupted when another run took
-    over the lock; TransientError when a staged file is missing or the machine failed; InputError
-    when the output cannot be written.
+    the manifest. `quarantine` replaces the list of failed rows. `leave_alone` adds to the manifest
+    what lets the next run leave sources alone, once all files are in their places. Interrupted when
+    another run took over the lock; TransientError when a staged file is missing or the machine
+    failed; InputError when the output cannot be written.
     """
     root = ledger.root
     check_held(root / LOCK)  # in a store, another run may have taken over the lock
@@ -64,6 +69,7 @@ def publish(
     # Before the first move, so that files moved before a kill are found again.
     _announce(root, stale | {output.output_name for output in outputs}, lost=announced.lost)
     _move_staged(ledger, outputs)
+    manifest = leave_alone(manifest)
     if version is not None:
         commit_table(root, {file.output_name: file.rows for file in manifest.files}, version)
     write_quarantine(root, quarantine)

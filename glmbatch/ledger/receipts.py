@@ -59,6 +59,17 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     unusable: str | None = None
 
 
+class AnswerCounts(BaseModel, frozen=True, extra="forbid"):
+    """What is known of the answers of one step without opening a file, as in AnswersReceipt."""
+
+    rows: Count
+    faults: dict[str, Count] = {}
+    labels: dict[str, Count] = {}
+    finish_reasons: dict[str, Count] = {}
+    empty_answers: Count = 0
+    answer_tokens: Count = 0
+
+
 class OutputReceipt(BaseModel, frozen=True, extra="forbid"):
     """The record of one fragment's output file and of the answers in it, made by `run`.
 

@@ -41,6 +41,7 @@ def staying(
     sources of which it could not write every fragment. The caller refuses files that were made with
     other settings (see `mixture`).
 
+    - unchanged: the plan leaves the source alone. Its files stay.
     - replaced: the source is in the plan. Its files are removed.
     - renamed: the source is missing, and the plan has a file with the same bytes, in the same
       partition folders, under a new name. Its files are removed. One new name replaces one old
@@ -63,7 +64,9 @@ def staying(
     stay = []
     for file in before.files:
         heir = file.source if file.source in planned else heirs.get(file.source)
-        if heir is None:
+        if file.source in plan.unchanged:
+            stay.append(file)
+        elif heir is None:
             # Checked last, because a lookup in a store costs a request.
             if not (drop_missing and _is_gone(plan, file.source)):
                 stay.append(file)
@@ -140,7 +143,8 @@ def _heirs(before: Manifest, plan: Plan) -> dict[str, str]:
     for source, files in sorted(published.items()):
         same_bytes = candidates.get(files[0].source_digest, [])
         # A source that still exists was not renamed, so it must not take a new name.
-        if source in digests or not same_bytes or not _is_gone(plan, source):
+        exists = source in digests or source in plan.unchanged
+        if exists or not same_bytes or not _is_gone(plan, source):
             continue
         for name in same_bytes:
             if folder_columns(name) == folder_columns(source) and _is_new(

@@ -62,6 +62,11 @@ def size(summary: Summary) -> str:
     return f"{counted(summary.rows, 'row')} in {counted(summary.fragments, 'fragment')}"
 
 
+def unchanged(summary: Summary) -> str:
+    """How many sources were left alone, and how many of them were digested again, as text."""
+    return f"{summary.unchanged_sources:,} ({summary.rechecked_sources:,} digested again)"
+
+
 def run_facts(report: Report) -> list[tuple[str, str]]:
     """The main facts of the run, as pairs of name and value."""
     summary = report.summary
@@ -76,6 +81,8 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
         ("size", size(summary)),
         ("failed rows", f"{summary.faulty_rows:,}"),
         ("files left out", f"{len(summary.unusable):,}"),
+        ("unchanged sources", unchanged(summary)),
+        ("changed silently", ", ".join(summary.silently_changed[:5]) or "0"),
         ("sources kept, renamed", f"{summary.kept_sources:,}, {summary.renamed_sources:,}"),
         ("not read", ", ".join(map(str, summary.skipped)) or "0"),
         ("answers", f"{sums['answers']:,}"),

@@ -19,10 +19,13 @@ def log_plan(plan: Plan) -> None:
     """Log how many rows there are, and which files are left out."""
     files = len({fragment.source for fragment in plan.fragments})
     logger.info(
-        "%s: %s of %s in %s; files left out: %s",
+        "%s: %s of %s in %s; unchanged files: %s; files left out: %s",
         *(plan.root, counted(plan.rows, "row"), counted(files, "file")),
-        *(counted(len(plan.fragments), "fragment"), len(plan.unusable)),
+        *(counted(len(plan.fragments), "fragment"), f"{len(plan.unchanged):,}"),
+        len(plan.unusable),
     )
+    for source in plan.silent[:LEFT_OUT_SHOWN]:
+        logger.warning("%s: has other bytes under the same size and times; read again", source)
     _log_left_out(plan.unusable)
 
 

@@ -54,6 +54,9 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     notes            remarks on the checkpoints
     skipped          names inside the input that are not part of it
     seconds          from plan to publication
+    unchanged_sources  sources that were neither read nor asked about; their rows count as reused
+    rechecked_sources  those of them that were digested again all the same
+    silently_changed   sources that had other bytes under the same size and times
     """
 
     run: str
@@ -73,6 +76,9 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     report: str | None = None
     notes: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    unchanged_sources: int = 0
+    rechecked_sources: int = 0
+    silently_changed: tuple[str, ...] = ()
 
     @property
     def computed(self) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from glmbatch.errors import some_of
 from glmbatch.ledger.delta.table import is_table
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.quarantine import QUARANTINE
-from glmbatch.report.facts import answers, by_count, size, tokens
+from glmbatch.report.facts import answers, by_count, size, tokens, unchanged
 from glmbatch.report.summary import StepSummary, Summary, short
 from glmbatch.store.folder import Folder
 
@@ -37,6 +38,11 @@ def _blocks(summary: Summary) -> Iterator[list[str]]:
         yield [f"audit {audit}" for audit in summary.audits]
     if summary.notes:
         yield [f"note: {note}" for note in summary.notes]
+    if summary.unchanged_sources:
+        yield [f"unchanged sources: {unchanged(summary)}"]
+    if summary.silently_changed:
+        names = some_of(summary.silently_changed)
+        yield [f"other bytes under the same size and times: {names}. Check the disk."]
     if summary.kept_sources:
         yield [
             f"sources of earlier runs that stay published: {summary.kept_sources:,} "

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from glmbatch.errors import AuditError
 from glmbatch.ledger.fragments import Plan
+from glmbatch.ledger.input.unchanged import receipts_of
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import Manifest, PublishedFile
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.report.counts import Audit, population_stability, total
 from glmbatch.settings.job import AnyStep, ClassifyStep, GenerateStep
@@ -28,17 +32,24 @@ def check_complete(plan: Plan, outputs: Sequence[OutputReceipt]) -> None:
         raise AuditError(f"fragments without output: {missing[:5]}.")
 
 
-def check_errors(plan: Plan, outputs: Sequence[OutputReceipt], max_error_rate: float) -> None:
+def check_errors(
+    plan: Plan,
+    outputs: Sequence[OutputReceipt],
+    max_error_rate: float,
+    unchanged: Sequence[PublishedFile] = (),
+) -> None:
     """AuditError when the share of failed rows is above `max_error_rate`.
 
-    Rows of unreadable files count as failed, by estimate if their number is unknown.
+    Rows of unreadable files count as failed, by estimate if their number is unknown. `unchanged`
+    are the files of unchanged sources, whose rows count too.
     """
-    out_of_reach = _rows_out_of_reach(plan)
-    rows = plan.rows + out_of_reach
-    failed = out_of_reach
+    unchanged_rows = sum(file.rows for file in unchanged)
+    out_of_reach = _rows_out_of_reach(plan, unchanged_rows)
+    rows = plan.rows + unchanged_rows + out_of_reach
+    failed = out_of_reach + sum(file.faulty_rows for file in unchanged)
     for output in outputs:
         failed += output.faulty_rows if output.unusable is None else output.fragment.rows
-    reasons = _most_frequent(outputs, out_of_reach)
+    reasons = _most_frequent(outputs, receipts_of(unchanged), out_of_reach)
     # Divided, not multiplied: in floating point 0.29 times 100 is less than 29.
     if rows and failed / rows > max_error_rate:
         # The number of rows is unknown if a footer cannot be read.
@@ -51,7 +62,7 @@ def check_errors(plan: Plan, outputs: Sequence[OutputReceipt], max_error_rate: f
         )
 
 
-def _rows_out_of_reach(plan: Plan) -> int:
+def _rows_out_of_reach(plan: Plan, unchanged_rows: int) -> int:
     """The number of rows in files that cannot be used.
 
     Exact if the file's footer was read. Otherwise estimated from the file's size, or as the mean of
@@ -62,8 +73,11 @@ def _rows_out_of_reach(plan: Plan) -> int:
         return 0
     # By source, because each fragment's stamp holds the size of the whole file.
     sizes = {fragment.source: fragment.stamp[0] for fragment in plan.fragments}
-    rows_per_byte = plan.rows / max(1, sum(sizes.values()))
-    rows_per_file = plan.rows / max(1, len(sizes))
+    for source, stamp in plan.unchanged.items():
+        sizes[source] = stamp[0] if stamp else 0
+    rows = plan.rows + unchanged_rows
+    rows_per_byte = rows / max(1, sum(sizes.values()))
+    rows_per_file = rows / max(1, len(sizes))
     lost = 0
     for fault in plan.unusable:
         estimate = fault.size_bytes * rows_per_byte if fault.size_bytes else rows_per_file
@@ -71,7 +85,9 @@ def _rows_out_of_reach(plan: Plan) -> int:
     return lost
 
 
-def _most_frequent(outputs: Sequence[OutputReceipt], out_of_reach: int) -> str:
+def _most_frequent(
+    outputs: Sequence[OutputReceipt], unchanged: Sequence[AnswersReceipt], out_of_reach: int
+) -> str:
     """The three most frequent reasons with their numbers of rows, as text."""
     faults: Counter[str] = Counter({UNREADABLE: out_of_reach})
     for output in outputs:
@@ -79,9 +95,27 @@ def _most_frequent(outputs: Sequence[OutputReceipt], out_of_reach: int) -> str:
             faults[UNREADABLE] += output.fragment.rows
         for receipt in output.answers:
             faults.update(receipt.faults)
+    for receipt in unchanged:
+        faults.update(receipt.faults)
     # These rows are already counted under the earlier step's reason.
     del faults["earlier_step_failed"]
     return ", ".join(f"{count} {kind}" for kind, count in faults.most_common(3) if count)
+
+
+def model_reason(failures: Sequence[dict[str, Any]]) -> str:
+    """The model's most frequent failure as a sentence, if the model failed on most failed rows."""
+    reasons = Counter(line["error"] for line in failures if line["error_type"] == "model_failed")
+    if 2 * reasons.total() <= len(failures):
+        return ""
+    return f" The model failed: {reasons.most_common(1)[0][0]}."
+
+
+def published_counts(ledger: Ledger, manifest: Manifest | None) -> list[AnswersReceipt]:
+    """The receipts of all published answers, or one for each step that stands for them."""
+    files = manifest.files if manifest is not None else ()
+    if all(file.counts for file in files):
+        return receipts_of(files)
+    return list(ledger.published_receipts())  # from the footers, which earlier versions need
 
 
 def check_audits(audits: Sequence[Audit]) -> None:
@@ -105,17 +139,19 @@ def audit_steps(
     steps: Sequence[AnyStep],
     outputs: Sequence[OutputReceipt],
     published: Sequence[AnswersReceipt],
+    unchanged: Sequence[AnswersReceipt] = (),
 ) -> list[Audit]:
     """The audits that the steps set, measured over the answers in `outputs`, in step order.
 
-    `published` are the receipts of the currently published answers. Drift is not audited for a step
-    that has none there.
+    The answers of `unchanged` sources count too. `published` are the receipts of the currently
+    published answers. Drift is not audited for a step that has none there.
     """
     audits: list[Audit] = []
     # A fragment that could not be read has no answers. `check_errors` counts its rows.
     readable = [output for output in outputs if output.unusable is None]
     for index, step in enumerate(steps):
         now = [output.answers[index] for output in readable]
+        now += [receipt for receipt in unchanged if receipt.step == step.name]
         before = [receipt for receipt in published if receipt.step == step.name]
         if isinstance(step, ClassifyStep):
             audits += _label_audits(step, now, before)

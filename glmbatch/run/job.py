@@ -12,7 +12,7 @@ from glmbatch.run.canary import check_canary, check_canary_file
 from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import assign, plan_run
 from glmbatch.run.publish import publish
-from glmbatch.run.session import session
+from glmbatch.run.session import count_rows, session
 from glmbatch.run.write import write_output
 from glmbatch.settings.job import JobConfig
 
@@ -29,6 +29,7 @@ def run_job(job: JobConfig) -> Summary:
     with session(run) as opened:  # the output's lock, engines, known answers, progress
         models = prepare_models(job)
         work = assign(job, run, models)  # a question and a key for each step and fragment
+        count_rows(work.run)
         receipts = {}  # by answers key, which fragments with the same rows share
         for assignment in work.in_passes():
             receipts[assignment.key] = answer(assignment)
@@ -37,4 +38,4 @@ def run_job(job: JobConfig) -> Summary:
             answers = [receipts[assignment.key] for assignment in fragment.assignments]
             staged.append(write_output(fragment, answers, opened.ledger))
         canaries = check_canary(job.canary, work.questions, run.context)
-        return publish(job, run, work.questions, staged, canaries)
+        return publish(job, work.run, work.questions, staged, canaries)

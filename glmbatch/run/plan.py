@@ -7,13 +7,13 @@ writes nothing to the output but its lock.
 from __future__ import annotations
 
 import uuid
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
 
-from glmbatch.errors import InputError, UnusableFile, shown
-from glmbatch.ledger.delta.table import check_sources, is_table
-from glmbatch.ledger.fragments import FileFault, Fragment, Plan, none_usable, plan_fragments
+from glmbatch.errors import InputError
+from glmbatch.ledger.fragments import Fragment, Plan
+from glmbatch.ledger.input.cutting import plan_fragments
+from glmbatch.ledger.input.fitting import fit_format, fit_times
+from glmbatch.ledger.input.unchanged import basis_of, published_sources
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest
 from glmbatch.ledger.rowkeys import answers_key, output_key, step_key
@@ -50,10 +50,7 @@ from glmbatch.settings.job import (
 from glmbatch.steps.classify import encode_labels
 from glmbatch.steps.prompt import longest_prompt, uses_chat
 from glmbatch.store.files import real_path
-from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.needs import NeededColumn, SchemaNeeds
-from glmbatch.store.parquet import TimeUnit
-from glmbatch.store.times import Times, look_at_times, one_unit, with_common_columns
 
 
 def check_job(job: JobConfig) -> None:
@@ -104,8 +101,8 @@ def schema_needs(job: JobConfig, inputs: dict[str, PromptInputs]) -> SchemaNeeds
 def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
     """Cut the input into fragments, after checking it against the job and the output.
 
-    Without `digests` only footers are read: such a plan can be inspected but not run. InputError
-    when nothing can be run.
+    Sources that did not change since they were published make none. Without `digests` only footers
+    are read: such a plan can be inspected but not run. InputError when nothing can be run.
     """
     context = RunContext(
         id=uuid.uuid4().hex,
@@ -116,19 +113,41 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
         runtime=job.runtime,
     )
     inputs = prompt_inputs(job)
+    plan = _plan_sources(job, context, inputs, digests=digests)
+    if digests:
+        log_plan(plan)
+    return Run(context=context, plan=plan, inputs=inputs)
+
+
+def _plan_sources(
+    job: JobConfig,
+    context: RunContext,
+    inputs: dict[str, PromptInputs],
+    *,
+    again: Collection[str] = (),
+    digests: bool = True,
+) -> Plan:
+    """The plan of `plan_run`; `again` are sources to plan although they did not change."""
+    ledger = Ledger(job.data.output)
+    manifest = ledger.manifest()
+    # A limited run answers the first rows, whoever has answered them before.
+    known = {} if job.data.limit else published_sources(ledger.folder, manifest)
     plan = plan_fragments(
-        job.data, schema_needs(job, inputs), raise_faults=context.raises, digests=digests
+        job.data,
+        schema_needs(job, inputs),
+        known,
+        again=again,
+        seed=context.id,
+        raise_faults=context.raises,
+        digests=digests,
     )
     # Checked now, because a publication that fails halfway leaves files of two runs.
-    Folder(job.data.output).check_places(fragment.output_name for fragment in plan.fragments)
-    manifest = Ledger(job.data.output).manifest()
+    ledger.folder.check_places(fragment.output_name for fragment in plan.fragments)
     if manifest is not None:
         _check_published(job.data, plan, manifest)
     if digests:
-        plan = _fit_times(job.data, plan, manifest, raise_faults=context.raises)
-        log_plan(plan)
-    plan = _fit_format(job.data, plan, manifest)
-    return Run(context=context, plan=plan, inputs=inputs)
+        plan = fit_times(job.data, plan, manifest, raise_faults=context.raises)
+    return fit_format(job.data, plan, manifest)
 
 
 def _check_published(data: DataConfig, plan: Plan, manifest: Manifest) -> None:
@@ -147,107 +166,6 @@ def _check_published(data: DataConfig, plan: Plan, manifest: Manifest) -> None:
         )
 
 
-def _fit_times(
-    data: DataConfig, plan: Plan, manifest: Manifest | None, *, raise_faults: bool
-) -> Plan:
-    """The plan with one unit for each INT96 column, without files whose times the unit cannot hold.
-
-    A column needs one unit: a folder with two types for a column cannot be read as one table.
-    """
-    times, reasons = _times_of_sources(plan)
-    if not times and not reasons:
-        return plan
-    plan = _without(plan, reasons, raise_faults)
-    stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop").files
-    kept = [Folder(data.output) / file.output_name for file in stay]
-    files = manifest.files if manifest is not None else ()
-    published = [Folder(data.output) / file.output_name for file in files]
-    units: dict[str, TimeUnit] = {}
-    misfits = {}
-    for group in with_common_columns(times):
-        # Delta Lake's only timestamp unit is the microsecond.
-        unit = "us" if data.format == "delta" else one_unit(group.values(), kept, published)
-        units.update(dict.fromkeys(group, unit))
-        for source, its_times in group.items():
-            if problem := its_times.misfit(unit):
-                misfits[source] = f"{Folder(plan.root) / source}: {problem}"
-    plan = _without(plan, misfits, raise_faults)
-    fragments = []
-    for fragment in plan.fragments:
-        fragments.append(fragment.model_copy(update={"int96": units.get(fragment.source, "")}))
-    return plan.model_copy(update={"fragments": tuple(fragments)})
-
-
-def _times_of_sources(plan: Plan) -> tuple[dict[str, Times], dict[str, str]]:
-    """The INT96 times of each source that has any, and why other sources cannot be used."""
-    # Fragments of one large row group share one scan.
-    rows: dict[tuple[str, str, tuple[int, ...]], int] = {}
-    for fragment in plan.fragments:
-        if fragment.int96:
-            place = (fragment.source, fragment.path, fragment.row_groups)
-            rows[place] = max(rows.get(place, 0), fragment.skip_rows + fragment.rows)
-
-    def look(place: tuple[str, str, tuple[int, ...]]) -> Times | str:
-        try:
-            found = look_at_times(place[1], place[2], 0, rows[place])
-        except UnusableFile as error:
-            return str(error)
-        return found
-
-    times: dict[str, Times] = {}
-    reasons: dict[str, str] = {}
-    with ThreadPoolExecutor(4) as pool:
-        for (source, path, _), outcome in zip(rows, pool.map(look, rows), strict=True):
-            if isinstance(outcome, str):
-                reasons[source] = outcome
-                continue
-            times[source] = times.get(source, outcome).joined(outcome)
-            if times[source].finer and times[source].far:
-                reasons[source] = f"{path}: {times[source].misfit('us')}"
-    for source in reasons:
-        times.pop(source, None)
-    return times, reasons
-
-
-def _without(plan: Plan, reasons: Mapping[str, str], raise_faults: bool) -> Plan:
-    """The plan without the sources in `reasons`. UnusableFile instead if `raise_faults`."""
-    if raise_faults:
-        for reason in reasons.values():
-            raise UnusableFile(reason)
-    rows: Counter[str] = Counter()
-    fragments = []
-    for fragment in plan.fragments:
-        rows[fragment.source] += fragment.rows
-        if fragment.source not in reasons:
-            fragments.append(fragment)
-    faults = list(plan.unusable)
-    for source, reason in reasons.items():
-        faults.append(FileFault(source=source, reason=shown(reason), rows=rows[source]))
-    if not fragments:
-        raise none_usable(plan.root, faults)
-    return plan.model_copy(update={"fragments": tuple(fragments), "unusable": tuple(faults)})
-
-
-def _fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
-    """The plan with the types that a Delta table gives to each fragment's columns.
-
-    InputError if the output is a Delta table and the job writes plain Parquet.
-    """
-    if data.format == "parquet":
-        if is_table(data.output):
-            raise InputError(
-                f"{data.output}: is a Delta table. Set data.format to delta, or data.output."
-            )
-        return plan
-    sources = {fragment.source: fragment.path for fragment in plan.fragments}
-    stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop").files
-    typed = check_sources(data.output, sources, [file.output_name for file in stay])
-    fragments = []
-    for fragment in plan.fragments:
-        fragments.append(fragment.model_copy(update={"typed": typed.get(fragment.source, "")}))
-    return plan.model_copy(update={"fragments": tuple(fragments)})
-
-
 def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
     """A question for each step, and an assignment for each question and fragment.
 
@@ -255,6 +173,7 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
     answer its step, or when answers made with other settings would stay beside the run's own.
     """
     questions = resolve_questions(job, run.inputs, models)
+    run = _with_changed_settings(job, run, questions)
     step_keys = {question.name: question.key for question in questions}
     _refuse_mixing(job.data, run.plan, step_keys)
     fragments = []
@@ -262,10 +181,42 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
     for fragment in run.plan.fragments:
         fragments.append(_fragment_work(run.context, fragment, questions))
     return Work(
+        run=run,
         questions=questions,
         fragments=tuple(fragments),
         passes=plan_passes(questions, together=questions[0].models_at_once >= len(models)),
     )
+
+
+def _with_changed_settings(job: JobConfig, run: Run, questions: Sequence[Question]) -> Run:
+    """The run with fragments for unchanged sources that were published under other settings.
+
+    Also for those with failed rows under `on_error: raise`, which must name the first of them.
+    """
+    manifest = Ledger(job.data.output).manifest()
+    basis = basis_of_run(job.data, questions)
+    left = dict.fromkeys(run.plan.unchanged, False)
+    again = set()
+    for file in manifest.files if manifest is not None else ():
+        if file.source in left:
+            left[file.source] = True
+            if file.basis != basis or (run.context.raises and file.faulty_rows):
+                again.add(file.source)
+    # Another run may have published since the plan was made.
+    again |= {source for source, is_published in left.items() if not is_published}
+    if not again:
+        return run
+    plan = _plan_sources(job, run.context, run.inputs, again=again)
+    log_plan(plan)
+    return run.model_copy(update={"plan": plan})
+
+
+def basis_of_run(data: DataConfig, questions: Sequence[Question]) -> str:
+    """What decides, besides a source, the files that a run of `questions` publishes for it."""
+    steps = []
+    for question in questions:
+        steps.append([question.name, question.key, question.inputs.model_dump(mode="json")])
+    return basis_of([steps, data.rows_per_fragment, data.format, data.id_column, data.follow_links])
 
 
 def resolve_questions(

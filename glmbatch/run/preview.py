@@ -14,9 +14,10 @@ from pydantic import BaseModel
 
 from glmbatch.errors import AuditError, UnusableFile, counted, shown
 from glmbatch.ledger.fragments import FileFault, Plan
+from glmbatch.ledger.input.unchanged import receipts_of
 from glmbatch.ledger.known import KnownAnswers
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import Manifest, StepOrigin
+from glmbatch.ledger.manifest import Manifest, PublishedFile, StepOrigin
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.ledger.rowkeys import answer_settings
 from glmbatch.report.counts import busy_seconds
@@ -78,6 +79,7 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
     steps: tuple[StepPreview, ...]
     seconds: float | None
     skipped: tuple[Skipped, ...] = ()
+    unchanged_sources: int = 0
     refused: str | None = None
 
 
@@ -87,9 +89,10 @@ def preview(job: JobConfig) -> Preview:
     run = plan_run(job)
     models = prepare_models(job)
     work = assign(job, run, models)
+    plan = work.run.plan
     ledger = Ledger(job.data.output)
     counted = _Counted(ledger, work.questions)
-    unusable = list(run.plan.unusable)
+    unusable = list(plan.unusable)
     for fragment in work.fragments:
         try:
             counted.add(fragment)
@@ -98,24 +101,45 @@ def preview(job: JobConfig) -> Preview:
             unusable.append(
                 FileFault(source=place.source, first_row=place.first_row, reason=shown(error))
             )
-    steps = counted.steps()
+    manifest = ledger.manifest()
+    published = manifest.files if manifest is not None else ()
+    unchanged = [file for file in published if file.source in plan.unchanged]
+    steps = (*counted.steps(), *_unchanged_steps(len(plan.unchanged), unchanged))
     return Preview(
         output=job.data.output,
-        rows=run.plan.rows,
-        fragments=len(work.fragments),
+        rows=plan.rows + sum(file.rows for file in unchanged),
+        fragments=len(work.fragments) + len(unchanged),
         unusable=tuple(unusable),
         models=tuple(models),
         passes=len(work.passes),
         steps=steps,
         seconds=_estimate(steps, ledger),
-        skipped=run.plan.skipped,
-        refused=_refusal(run.plan, job.max_error_rate),
+        skipped=plan.skipped,
+        unchanged_sources=len(plan.unchanged),
+        refused=_refusal(plan, job.max_error_rate, unchanged),
     )
 
 
-def _refusal(plan: Plan, max_error_rate: float) -> str | None:
+def _unchanged_steps(sources: int, files: Sequence[PublishedFile]) -> Iterator[StepPreview]:
+    """The rows of unchanged sources, one preview for each step."""
+    for receipt in receipts_of(files):
+        failed = sum(receipt.faults.values())
+        yield StepPreview(
+            source=f"{sources:,} unchanged files",
+            step=receipt.step,
+            rows=receipt.rows,
+            to_run=0,
+            reused=receipt.rows - failed,
+            skipped=failed,
+            waiting=0,
+            prompt_tokens=0,
+            reasons=dict(receipt.faults),
+        )
+
+
+def _refusal(plan: Plan, max_error_rate: float, unchanged: Sequence[PublishedFile]) -> str | None:
     try:
-        check_errors(plan, [], max_error_rate)
+        check_errors(plan, [], max_error_rate, unchanged)
     except AuditError as error:
         return str(error)
     return None

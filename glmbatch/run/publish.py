@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from glmbatch.errors import AuditError, BadRow, GlmbatchError, shown
 from glmbatch.ledger.fragments import FileFault
+from glmbatch.ledger.input.unchanged import receipts_of, with_stamps
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import Manifest, StepOrigin, next_manifest
+from glmbatch.ledger.manifest import Manifest, PublishedFile, StepOrigin, next_manifest
 from glmbatch.ledger.publication import publish as make_public
 from glmbatch.ledger.quarantine import line_of_file, mended_quarantine, write_refused
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
@@ -28,8 +28,11 @@ from glmbatch.run.audits import (
     check_complete,
     check_errors,
     compares,
+    model_reason,
+    published_counts,
 )
 from glmbatch.run.models import model_notes
+from glmbatch.run.plan import basis_of_run
 from glmbatch.run.session import session_of
 from glmbatch.run.work import Question, Run, now
 from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
@@ -45,7 +48,8 @@ class Collected:
 
     `outputs` has one receipt per fragment. `written` has those with a staged file, `unusable` the
     files and fragments that are left out. `before` is the current manifest, and `last_run` its run,
-    unless that is this one. `staying` has the published files that stay.
+    unless that is this one. `staying` has the published files that stay, and `unchanged` those of
+    unchanged sources among them.
     """
 
     ledger: Ledger
@@ -55,6 +59,7 @@ class Collected:
     written: list[OutputReceipt]
     unusable: list[FileFault]
     staying: Staying
+    unchanged: list[PublishedFile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +97,12 @@ def publish(
     # An earlier run may have committed the failed answers under another `on_error`.
     if results.failures and run.context.raises:
         raise _bad_row(run, results.failures[0])
-    kept_sources = _release(run, questions, collected, results.failures)
+    basis = basis_of_run(job.data, questions)
+    kept_sources = _release(run, questions, collected, results.failures, basis)
     summary = results.summary.model_copy(
         update={
-            "quarantined": job.on_error == "quarantine" and bool(results.failures),
+            "quarantined": job.on_error == "quarantine"
+            and bool(results.failures or results.summary.faulty_rows),
             "kept_sources": kept_sources,
             "renamed_sources": len(collected.staying.renamed),
             "audits": audits,
@@ -142,7 +149,7 @@ def _refuse_publishing(
         results = _measure_run(run, questions, collected, job.data.id_column, MOST_REFUSED)
     except GlmbatchError as unread:  # the audit's error matters more
         raise AuditError(f"{reason} Its rows cannot be listed: {unread}") from error
-    why = _model_reason(results.failures)
+    why = model_reason(results.failures)
     reason += why
     listed = _list_refused(collected, results.failures[:MOST_REFUSED])
     summary = results.summary.model_copy(update={"refused": reason})
@@ -154,14 +161,6 @@ def _refuse_publishing(
     raise AuditError(f"{reason}{listed}{about}") from found
 
 
-def _model_reason(failures: Sequence[dict[str, Any]]) -> str:
-    """The model's most frequent failure as a sentence, if the model failed on most failed rows."""
-    reasons = Counter(line["error"] for line in failures if line["error_type"] == "model_failed")
-    if 2 * reasons.total() <= len(failures):
-        return ""
-    return f" The model failed: {reasons.most_common(1)[0][0]}."
-
-
 def _review(
     steps: Sequence[AnyStep],
     max_error_rate: float,
@@ -171,12 +170,12 @@ def _review(
 ) -> tuple[Audit, ...]:
     """All audits of the run. AuditError when one failed."""
     check_complete(run.plan, collected.outputs)
-    check_errors(run.plan, collected.outputs, max_error_rate)
+    check_errors(run.plan, collected.outputs, max_error_rate, collected.unchanged)
     published: list[AnswersReceipt] = []
     if any(compares(step) for step in steps):
-        # Only if needed, because this reads the footers of all published files.
-        published = list(collected.ledger.published_receipts())
-    audits = [*canaries, *audit_steps(steps, collected.outputs, published)]
+        published = published_counts(collected.ledger, collected.before)
+    unchanged = receipts_of(collected.unchanged)
+    audits = [*canaries, *audit_steps(steps, collected.outputs, published, unchanged)]
     log_audits(audits)
     check_audits(audits)
     return tuple(audits)
@@ -207,7 +206,8 @@ def _collect(run: Run, outputs: Sequence[OutputReceipt], *, drop_missing: bool) 
         damaged={fault.source for fault in unusable},
         drop_missing=drop_missing,
     )
-    return Collected(ledger, before, last_run, current, written, unusable, stay)
+    unchanged = [file for file in stay.files if file.source in run.plan.unchanged]
+    return Collected(ledger, before, last_run, current, written, unusable, stay, unchanged)
 
 
 def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
@@ -258,16 +258,20 @@ def _summarize(
 ) -> Summary:
     """The summary of the run as it is before publication."""
     written = collected.written
+    unchanged = collected.unchanged
+    kept = receipts_of(unchanged)
     steps = []
     for index, question in enumerate(questions):
         receipts = [output.answers[index] for output in written]
+        receipts += [receipt for receipt in kept if receipt.step == question.name]
         steps.append(step_summary(question.name, run.context.id, receipts))
+    faulty_rows = sum(output.faulty_rows for output in written)
     return Summary(
         run=run.context.id,
         output=run.context.output,
-        rows=sum(output.fragment.rows for output in written),
-        faulty_rows=sum(output.faulty_rows for output in written),
-        fragments=len(written),
+        rows=sum(output.fragment.rows for output in written) + sum(f.rows for f in unchanged),
+        faulty_rows=faulty_rows + sum(file.faulty_rows for file in unchanged),
+        fragments=len(written) + len(unchanged),
         unusable=tuple(collected.unusable),
         quarantined=False,
         kept_sources=0,
@@ -277,6 +281,9 @@ def _summarize(
         seconds=max(0.0, now() - run.context.began),
         notes=model_notes([question.model for question in questions]),
         skipped=run.plan.skipped,
+        unchanged_sources=len(run.plan.unchanged),
+        rechecked_sources=run.plan.rechecked,
+        silently_changed=run.plan.silent,
     )
 
 
@@ -303,6 +310,7 @@ def _release(
     questions: Sequence[Question],
     collected: Collected,
     faults: Sequence[dict[str, Any]],
+    basis: str,
 ) -> int:
     """Publish the staged outputs; return how many sources of earlier runs stay published."""
     origins = {}
@@ -325,8 +333,15 @@ def _release(
     # This run's faults replace the listed ones of its own sources; others stay listed.
     told = read | {fault.source for fault in collected.unusable}
     lines = [*mended_quarantine(ledger.root, collected.staying.files, told), *faults]
-    make_public(ledger, manifest, collected.written, lines)
-    tonight = {output.fragment.source for output in collected.written}
+    written = collected.written
+    make_public(
+        ledger,
+        manifest,
+        written,
+        lines,
+        lambda moved: with_stamps(ledger.folder, moved, written, run.plan, basis),
+    )
+    tonight = {output.fragment.source for output in collected.written} | run.plan.unchanged.keys()
     return len({file.source for file in collected.staying.files} - tonight)
 
 

@@ -153,7 +153,7 @@ def session(run: Run) -> Iterator[Session]:
     opened.ledger.keep_private({fragment.path for fragment in run.plan.fragments})
     with _CHANGING:
         _SESSIONS[run.context.id] = opened
-    opened.progress.start("annotate", run.plan.rows * len(run.inputs))
+    count_rows(run)
     try:
         yield opened
     except BaseException:  # includes interrupts and cancellations
@@ -163,6 +163,13 @@ def session(run: Run) -> Iterator[Session]:
         with _CHANGING:
             del _SESSIONS[run.context.id]
         opened.ledger.close(run.context.id)
+
+
+def count_rows(run: Run) -> None:
+    """Set the progress of the open session of `run` to none of its rows; nothing without one."""
+    opened = _SESSIONS.get(run.context.id)
+    if opened is not None:
+        opened.progress.start("annotate", run.plan.rows * len(run.inputs))
 
 
 def _lock(opened: Session) -> None:

@@ -138,12 +138,13 @@ class FragmentWork(BaseModel, frozen=True, extra="forbid"):
 
 
 class Work(BaseModel, frozen=True, extra="forbid"):
-    """Everything a run does.
+    """Everything that `run` does.
 
     Each pass in `passes` is a tuple of step indexes. Its steps run over all fragments before the
     next pass begins.
     """
 
+    run: Run
     questions: tuple[Question, ...]
     fragments: tuple[FragmentWork, ...]
     passes: tuple[tuple[int, ...], ...]

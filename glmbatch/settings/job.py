@@ -87,6 +87,14 @@ class DataConfig(Settings):
         description="Follow symbolic links that lead out of the input, as in a Hugging Face cache. "
         "Anyone who can write to the input can then make the job read any file on this machine.",
     )
+    recheck_share: float = Field(
+        0.01,
+        ge=0.0,
+        le=1.0,
+        description="Share of the unchanged files to digest again in each run, chosen at random. "
+        "It detects bytes that changed under the same size and times, as on a failing disk. 1 "
+        "reads every file every night; 0 trusts sizes and times.",
+    )
     limit: int | None = Field(
         None, ge=1, description="Process only the first N rows, for a trial. Empty: all rows."
     )

@@ -22,6 +22,8 @@ PARTIAL = ".partial"
 BLOCKED = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY})
 MAGIC = b"PAR1"  # begins every Parquet file that is not encrypted
 DIGEST_CHARS = 32  # a file's name contains this many of its digest's 64 hex digits
+# The coarsest clock of a file system in use (FAT) counts in steps of two seconds.
+GRAIN_NS = 2_000_000_000
 KEY_BYTES = 1024  # the longest key of an object that every store accepts
 # A file may change twice within one tick of a file system's clock and then keep its times. The
 # coarsest of these clocks, that of FAT, ticks every two seconds.
@@ -49,6 +51,28 @@ def stamp_file(address: Address) -> tuple[int, int]:
     """
     status = location(address).stat()
     return status.st_size, status.st_mtime_ns
+
+
+def version_stamp(address: Address) -> tuple[int, ...]:
+    """Numbers that change when a file is written or replaced, for comparison with later ones.
+
+    On a disk: size, modification time, time of the last change of the inode (which no program can
+    set), and inode number. In a store: size and a number made from the object's version.
+    """
+    path = location(address)
+    if not isinstance(path, Path):
+        return stamp_file(path)
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def is_settled(stamp: tuple[int, ...], looked_ns: int) -> bool:
+    """Whether a later write must change `stamp`, which was taken at `looked_ns` since 1970.
+
+    A write within the clock's grain of the look may leave all times as they are.
+    """
+    times = stamp[1:3] if len(stamp) == 4 else ()  # a store's version has no grain
+    return all(time < looked_ns - GRAIN_NS for time in times)
 
 
 def real_path(address: Address) -> AnyPath:

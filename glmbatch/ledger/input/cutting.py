@@ -1,0 +1,308 @@
+"""Find the input's files, check them against the job, and cut those that changed into fragments."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from glmbatch.errors import InputError, UnusableFile, shown
+from glmbatch.ledger.fragments import FileFault, Fragment, Plan, output_name
+from glmbatch.ledger.input.unchanged import Look, PublishedSource, is_sampled, look_at
+from glmbatch.settings.job import DataConfig
+from glmbatch.store.files import (
+    DIGEST_CHARS,
+    digest_file,
+    exists,
+    naming,
+    real_path,
+    telling_size,
+    too_long,
+    version_stamp,
+    whole_name,
+)
+from glmbatch.store.footers import written_form
+from glmbatch.store.inputs.find import find_files
+from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, from_folders
+from glmbatch.store.inputs.nesting import refuse_nesting, refuse_reach
+from glmbatch.store.parquet import open_parquet, readable
+from glmbatch.store.paths import AnyPath
+from glmbatch.store.types import check_carried, has_int96
+
+
+class _Outcome(NamedTuple):
+    """What became of one usable file: its stamp, and its fragments unless it is unchanged.
+
+    `rechecked` files were digested although their stamp is the recorded one; `silent` ones have
+    other bytes than their stamp says.
+    """
+
+    look: Look
+    fragments: list[Fragment] | None
+    rechecked: bool = False
+    silent: bool = False
+
+
+def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how much to read
+    data: DataConfig,
+    needs: SchemaNeeds,
+    published: Mapping[str, PublishedSource],
+    *,
+    again: Collection[str] = (),
+    seed: str = "",
+    raise_faults: bool = False,
+    digests: bool = True,
+) -> Plan:
+    """Check every file of the input against the job's `needs`, and cut it into fragments.
+
+    A `published` source is left alone if its stamp or its bytes are the recorded ones, unless it is
+    in `again`; then its digest is known if its stamp is the same. `seed` draws the sources to
+    digest again all the same. Fragments are in the order of file names, then of rows. Without
+    `digests` only footers are read.
+
+    Files that cannot be used are listed in the plan; with `raise_faults`, the first one raises
+    UnusableFile. InputError when no file can be used, or when two files would have the same output
+    file.
+    """
+    found = find_files(data.input, follow_links=data.follow_links)
+    root, names = found.root, found.names
+    refuse_nesting(found, data.input, data.output)
+    faults = []
+    for name, reason in found.refused.items():
+        if raise_faults:
+            raise UnusableFile(reason)
+        faults.append(FileFault(source=shown(name), reason=reason))
+    look = _Looker(root, data, needs, published, frozenset(again), seed, digests)
+    outcomes: dict[str, _Outcome] = {}
+    for name, outcome in zip(names, look.at_all(names), strict=True):
+        if isinstance(outcome, _Outcome):
+            outcomes[name] = outcome
+        elif raise_faults:
+            raise outcome
+        else:
+            faults.append(_fault(root, name, outcome))
+    if not outcomes:
+        raise none_usable(shown(data.input), faults)
+    ranges: list[Fragment] = []
+    stamps: dict[str, tuple[int, ...]] = {}
+    unchanged: dict[str, tuple[int, ...]] = {}
+    for name, outcome in outcomes.items():
+        ranges += outcome.fragments or []
+        kind = unchanged if outcome.fragments is None else stamps
+        kind[name] = outcome.look.recorded
+    _refuse_same_output(ranges, unchanged)
+    refuse_reach(data.input, data.output, (fragment.output_name for fragment in ranges))
+    return Plan(
+        root=whole_name(root),
+        fragments=tuple(_limited(ranges, data.limit)),
+        unusable=tuple(faults),
+        limit=data.limit,
+        skipped=tuple(found.skipped),
+        unchanged=unchanged,
+        stamps=stamps,
+        rechecked=sum(outcome.rechecked for outcome in outcomes.values()),
+        silent=tuple(name for name, outcome in outcomes.items() if outcome.silent),
+    )
+
+
+def none_usable(where: str, faults: Sequence[FileFault]) -> InputError:
+    """The error to raise when every file of an input is left out."""
+    return InputError(
+        f"{where}: none of {len(faults)} files can be used; the first: {faults[0].reason}"
+    )
+
+
+def _fault(root: AnyPath, name: str, error: UnusableFile) -> FileFault:
+    """The record of a file `name` that is left out because of `error`."""
+    size_bytes = 0 if error.rows is not None else telling_size(root / name)
+    reason = shown(error)
+    return FileFault(source=name, reason=reason, size_bytes=size_bytes, rows=error.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Looker:
+    """Looks at the files of an input; the fields are those of `plan_fragments`."""
+
+    root: AnyPath
+    data: DataConfig
+    needs: SchemaNeeds
+    published: Mapping[str, PublishedSource]
+    again: frozenset[str]
+    seed: str
+    digests: bool
+
+    def at_all(self, names: Sequence[str]) -> Iterator[_Outcome | UnusableFile]:
+        """What became of each file, or why it cannot be used, in order."""
+        data = self.data
+        given = real_path(data.input if exists(data.input) else self.root)
+
+        def outcome(name: str) -> _Outcome | UnusableFile:
+            try:
+                with naming("data.input"):
+                    return self._at(name, given)
+            except UnusableFile as error:
+                return error
+
+        # SHA-256 releases Python's lock, so four threads digest as fast as a disk reads.
+        with ThreadPoolExecutor(4) as pool:
+            yield from pool.map(outcome, names)
+
+    def _at(self, name: str, given: AnyPath) -> _Outcome:
+        """One file. UnusableFile if it is a link that leads out of `given`."""
+        path = self.root / name
+        source = self.published.get(name)
+        leave = source is not None and name not in self.again
+        drawn = self.digests and is_sampled(name, self.seed, self.data.recheck_share)
+        if source is not None and leave and not drawn and _stamp_now(path) == source.stamp:
+            # Its bytes, links and columns were checked when it was published.
+            return _Outcome(Look(source.stamp, settled=True), None)
+        self._refuse_link(path, given)
+        # Before the footer, so that `read_fragment` detects every later change.
+        with readable(path):
+            look = look_at(path)
+        same_stamp = source is not None and look.stamp == source.stamp
+        if not self.digests:
+            digest = ""
+        elif source is not None and same_stamp and not (leave and drawn):
+            digest = source.digest
+        else:
+            digest = _digest(path)
+        if source is not None and leave and digest == source.digest:
+            return _Outcome(look, None, rechecked=same_stamp)
+        silent = same_stamp and source is not None and digest not in ("", source.digest)
+        return _Outcome(look, self._cut(path, name, look, digest), silent=silent)
+
+    def _refuse_link(self, path: AnyPath, given: AnyPath) -> None:
+        if not self.data.follow_links and not real_path(path).is_relative_to(given):
+            raise UnusableFile(
+                f"{shown(path)}: is a link that leads out of the input. Copy the file, or set "
+                "data.follow_links if you trust everyone who can write there."
+            )
+
+    def _cut(self, path: AnyPath, name: str, look: Look, digest: str) -> list[Fragment]:
+        """The fragments of one file."""
+        schema, group_rows, written = _read_footer(path)
+        try:
+            check_schema(path, name, schema, self.needs)
+            _check_output_name(name, self.data)
+        except UnusableFile as error:
+            error.rows = sum(group_rows)
+            raise
+        partitions = from_folders(name, [needed.name for needed in self.needs.read], schema)
+        fragments = []
+        for first_row, rows, groups, skip_rows in cut(group_rows, self.data.rows_per_fragment):
+            fragments.append(
+                Fragment(
+                    source=name,
+                    path=str(path),
+                    digest=digest,
+                    stamp=(look.stamp[0], look.stamp[1]),
+                    first_row=first_row,
+                    rows=rows,
+                    row_groups=groups,
+                    skip_rows=skip_rows,
+                    partitions=partitions,
+                    **written,
+                )
+            )
+        return fragments
+
+
+def _stamp_now(path: AnyPath) -> tuple[int, ...] | None:
+    """The stamp of a file; None if it cannot be read, which `_at` reports."""
+    try:
+        return version_stamp(path)
+    except OSError:
+        return None
+
+
+def _refuse_same_output(ranges: list[Fragment], unchanged: Iterable[str]) -> None:
+    # For example a.parquet and a, which one glob may match.
+    sources: dict[str, str] = {}
+    if ranges:
+        sources = {output_name(source, 0): source for source in unchanged}
+    for fragment in ranges:
+        name = output_name(fragment.source, 0)
+        first = sources.setdefault(name, fragment.source)
+        if first != fragment.source:
+            raise InputError(
+                f"{first} and {fragment.source} would both be written to {name}. "
+                "Rename one, or set data.input to leave it out."
+            )
+
+
+def _read_footer(path: AnyPath) -> tuple[pa.Schema, list[int], dict[str, Any]]:
+    """The columns of a file, the rows of each row group, and the fields of how it is written."""
+    with open_parquet(path) as file:
+        check_carried(str(path), file)
+        metadata = file.metadata
+        group_rows = [
+            metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)
+        ]
+        # A damaged footer may contradict itself; pyarrow does not compare the two numbers.
+        if sum(group_rows) != metadata.num_rows:
+            raise UnusableFile(
+                f"{shown(path)}: its row groups hold {sum(group_rows)} rows, its footer says "
+                f"{metadata.num_rows}. Replace the file."
+            )
+        written = {"form": written_form(file), "int96": "us" if has_int96(file) else ""}
+        return file.schema_arrow, group_rows, written
+
+
+def _check_output_name(name: str, data: DataConfig) -> None:
+    """UnusableFile when the output file of `name` would have a name that is too long."""
+    longest = output_name(name, 0)
+    if data.format == "delta":
+        longest = f"{longest}.{DIGEST_CHARS * '0'}"  # as run/publish.py adds it
+    if problem := too_long(data.output, longest):
+        raise UnusableFile(f"{shown(name)}: the name of its output {problem}. Rename the file.")
+
+
+def cut(
+    group_rows: list[int], rows_per_fragment: int
+) -> Iterator[tuple[int, int, tuple[int, ...], int]]:
+    """Cut row groups of the given sizes into ranges, in order.
+
+    A range is (first row, rows, row groups, rows to skip in the first group).
+
+    Whole row groups are joined up to `rows_per_fragment`, so that none is read twice. Only a row
+    group that is larger is cut. A file without rows gives one empty range, so that it has a file in
+    the output.
+    """
+    first_row = 0
+    pending: list[int] = []
+    pending_rows = 0
+    for group, size in enumerate(group_rows):
+        if pending and pending_rows + size > rows_per_fragment:
+            yield first_row, pending_rows, tuple(pending), 0
+            first_row += pending_rows
+            pending = []
+            pending_rows = 0
+        if size > rows_per_fragment:
+            for skip in range(0, size, rows_per_fragment):
+                yield first_row + skip, min(rows_per_fragment, size - skip), (group,), skip
+            first_row += size
+        elif size:
+            pending.append(group)
+            pending_rows += size
+    if pending or not first_row:
+        yield first_row, pending_rows, tuple(pending), 0
+
+
+def _digest(path: AnyPath) -> str:
+    with readable(path):
+        return digest_file(path)
+
+
+def _limited(ranges: list[Fragment], limit: int | None) -> Iterator[Fragment]:
+    missing = sum(fragment.rows for fragment in ranges) if limit is None else limit
+    for fragment in ranges:
+        if limit is not None and not missing:
+            return
+        yield (
+            fragment if fragment.rows <= missing else fragment.model_copy(update={"rows": missing})
+        )
+        missing -= min(missing, fragment.rows)

@@ -1,0 +1,119 @@
+"""Fit a plan to its output: one unit for each INT96 column, and a Delta table's types."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from glmbatch.errors import InputError, UnusableFile, shown
+from glmbatch.ledger.delta.table import check_sources, is_table
+from glmbatch.ledger.fragments import FileFault, Plan
+from glmbatch.ledger.input.cutting import none_usable
+from glmbatch.ledger.manifest import Manifest
+from glmbatch.ledger.staying import staying
+from glmbatch.settings.job import DataConfig
+from glmbatch.store.folder import Folder
+from glmbatch.store.parquet import TimeUnit
+from glmbatch.store.times import Times, look_at_times, one_unit, with_common_columns
+
+
+def fit_times(
+    data: DataConfig, plan: Plan, manifest: Manifest | None, *, raise_faults: bool
+) -> Plan:
+    """The plan with one unit for each INT96 column, without files whose times the unit cannot hold.
+
+    A column needs one unit: a folder with two types for a column cannot be read as one table.
+    """
+    times, reasons = _times_of_sources(plan)
+    if not times and not reasons:
+        return plan
+    plan = _without(plan, reasons, raise_faults)
+    stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop").files
+    kept = [Folder(data.output) / file.output_name for file in stay]
+    files = manifest.files if manifest is not None else ()
+    published = [Folder(data.output) / file.output_name for file in files]
+    units: dict[str, TimeUnit] = {}
+    misfits = {}
+    for group in with_common_columns(times):
+        # Delta Lake's only timestamp unit is the microsecond.
+        unit = "us" if data.format == "delta" else one_unit(group.values(), kept, published)
+        units.update(dict.fromkeys(group, unit))
+        for source, its_times in group.items():
+            if problem := its_times.misfit(unit):
+                misfits[source] = f"{Folder(plan.root) / source}: {problem}"
+    plan = _without(plan, misfits, raise_faults)
+    fragments = []
+    for fragment in plan.fragments:
+        fragments.append(fragment.model_copy(update={"int96": units.get(fragment.source, "")}))
+    return plan.model_copy(update={"fragments": tuple(fragments)})
+
+
+def _times_of_sources(plan: Plan) -> tuple[dict[str, Times], dict[str, str]]:
+    """The INT96 times of each source that has any, and why other sources cannot be used."""
+    # Fragments of one large row group share one scan.
+    rows: dict[tuple[str, str, tuple[int, ...]], int] = {}
+    for fragment in plan.fragments:
+        if fragment.int96:
+            place = (fragment.source, fragment.path, fragment.row_groups)
+            rows[place] = max(rows.get(place, 0), fragment.skip_rows + fragment.rows)
+
+    def look(place: tuple[str, str, tuple[int, ...]]) -> Times | str:
+        try:
+            found = look_at_times(place[1], place[2], 0, rows[place])
+        except UnusableFile as error:
+            return str(error)
+        return found
+
+    times: dict[str, Times] = {}
+    reasons: dict[str, str] = {}
+    with ThreadPoolExecutor(4) as pool:
+        for (source, path, _), outcome in zip(rows, pool.map(look, rows), strict=True):
+            if isinstance(outcome, str):
+                reasons[source] = outcome
+                continue
+            times[source] = times.get(source, outcome).joined(outcome)
+            if times[source].finer and times[source].far:
+                reasons[source] = f"{path}: {times[source].misfit('us')}"
+    for source in reasons:
+        times.pop(source, None)
+    return times, reasons
+
+
+def _without(plan: Plan, reasons: Mapping[str, str], raise_faults: bool) -> Plan:
+    """The plan without the sources in `reasons`. UnusableFile instead if `raise_faults`."""
+    if raise_faults:
+        for reason in reasons.values():
+            raise UnusableFile(reason)
+    rows: Counter[str] = Counter()
+    fragments = []
+    for fragment in plan.fragments:
+        rows[fragment.source] += fragment.rows
+        if fragment.source not in reasons:
+            fragments.append(fragment)
+    faults = list(plan.unusable)
+    for source, reason in reasons.items():
+        faults.append(FileFault(source=source, reason=shown(reason), rows=rows[source]))
+    if not fragments and not plan.unchanged:
+        raise none_usable(plan.root, faults)
+    return plan.model_copy(update={"fragments": tuple(fragments), "unusable": tuple(faults)})
+
+
+def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
+    """The plan with the types that a Delta table gives to each fragment's columns.
+
+    InputError if the output is a Delta table and the job writes plain Parquet.
+    """
+    if data.format == "parquet":
+        if is_table(data.output):
+            raise InputError(
+                f"{data.output}: is a Delta table. Set data.format to delta, or data.output."
+            )
+        return plan
+    sources = {fragment.source: fragment.path for fragment in plan.fragments}
+    stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop").files
+    typed = check_sources(data.output, sources, [file.output_name for file in stay])
+    fragments = []
+    for fragment in plan.fragments:
+        fragments.append(fragment.model_copy(update={"typed": typed.get(fragment.source, "")}))
+    return plan.model_copy(update={"fragments": tuple(fragments)})
