@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from glmbatch.errors import InputError, shown
-from glmbatch.store.files import exists, naming, real_path
+from glmbatch.store.files import exists, is_link, naming, real_path
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.find import Found, Matches, is_glob, split_glob
-from glmbatch.store.paths import is_hidden
+from glmbatch.store.paths import AnyPath, is_hidden
 
 
 def refuse_nesting(found: Found, pattern: str, output: str) -> None:
@@ -22,12 +22,23 @@ def refuse_nesting(found: Found, pattern: str, output: str) -> None:
     recursive = real_path(pattern).is_dir() or "**" in pattern
     if recursive and place.is_relative_to(real_path(found.root)):
         raise _inside(output, str(found.root))
+    # A folder is resolved once for all its files, and a file only if it is a link itself.
+    inside: dict[str, bool] = {}
     for name in found.names:
-        if place in real_path(found.root / name).parents:
+        path = found.root / name
+        folder = name.rpartition("/")[0]
+        if folder not in inside:
+            inside[folder] = _is_within(found.root / folder, place)
+        if inside[folder] or (is_link(path) and _is_within(path, place)):
             raise InputError(
-                f"{shown(output)}: holds the input file {shown(found.root / name)}. Set "
-                "data.output to a separate folder."
+                f"{shown(output)}: holds the input file {shown(path)}. Set data.output to a "
+                "separate folder."
             )
+
+
+def _is_within(path: AnyPath, place: AnyPath) -> bool:
+    resolved = real_path(path)
+    return resolved == place or place in resolved.parents
 
 
 def refuse_reach(pattern: str, output: str, names: Iterable[str]) -> None:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmbatch.errors import InputError, UnusableFile
-from glmbatch.ledger.fragments import Plan, cut, read_fragment
+from glmbatch.ledger.fragments import Plan, read_fragment
+from glmbatch.ledger.input.cutting import cut
 from glmbatch.run.plan import plan_run
 from glmbatch.settings.job import JobConfig
 from glmbatch.store.files import too_long
