@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def make_history(folder: Path, size: int) -> None:
             "stamp": version_stamp(path),
             "place": version_stamp(published),
         }
-        files.append(first.model_copy(update=update))
+        files.append(replace(first, **update))
     write_manifest(folder / "out", manifest.model_copy(update={"files": tuple(files)}))
 
 

@@ -15,6 +15,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from glmbatch.ledger.fragments import Plan
 from glmbatch.ledger.manifest import Manifest, PublishedFile
@@ -109,7 +110,7 @@ def with_stamps(
     receipts = {published.output_name: published for published in outputs}
     again = {fault.source for fault in manifest.unusable}
     again |= {published.fragment.source for published in outputs if _is_asked_again(published)}
-    fresh = {}
+    fresh: dict[str, dict[str, Any]] = {}
     for file in manifest.files:
         receipt = receipts.get(file.output_name)
         stamp = plan.unchanged.get(file.source)

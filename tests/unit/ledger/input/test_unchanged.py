@@ -1,0 +1,276 @@
+"""Sources that did not change are left alone, and never wrongly."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from glmbatch.errors import AuditError
+from glmbatch.ledger.input import cutting
+from glmbatch.ledger.input.unchanged import is_sampled, receipts_of
+from glmbatch.ledger.manifest import read_manifest, write_manifest
+from glmbatch.ledger.verification import verify
+from glmbatch.run.preview import preview
+from glmbatch.settings.job import JobConfig
+from glmbatch.store import files
+from glmbatch.store.files import is_settled, version_stamp
+from tests.support import CLASSIFY, Settings, Write, rows_of, run
+
+TEXTS = ["很好", "bad thing", None, "so so"]
+
+
+@pytest.fixture
+def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the sources that runs digest from now on."""
+    names: list[str] = []
+    digest = cutting.digest_file
+
+    def counting(path: Path) -> str:
+        names.append(path.name)
+        return digest(path)
+
+    monkeypatch.setattr(cutting, "digest_file", counting)
+    return names
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trust stamps at once, as of files that are older than the clock's grain."""
+    monkeypatch.setattr(files, "GRAIN_NS", -1)
+
+
+@pytest.fixture
+def settings(job_settings: Settings) -> Callable[..., dict[str, Any]]:
+    def make(**overrides: Any) -> dict[str, Any]:
+        chosen: dict[str, Any] = {"steps": [CLASSIFY], "max_error_rate": 0.5}
+        return job_settings(**{**chosen, "data__recheck_share": 0.0, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def published(
+    settings: Settings, write_source: Write, at_once: None, digested: list[str]
+) -> Iterator[dict[str, Any]]:
+    """The settings of a run that has published three files."""
+    for name in ("a", "b", "c"):
+        write_source(f"day=1/{name}.parquet", {"text": [f"{name} {text}" for text in TEXTS]})
+    write_source("day=1/c.parquet", {"text": TEXTS})
+    run(settings())
+    digested.clear()
+    yield settings()
+
+
+def source(tmp_path: Path, name: str) -> Path:
+    return tmp_path / "in" / "day=1" / f"{name}.parquet"
+
+
+def test_unchanged_sources_are_not_read(
+    published: dict[str, Any], digested: list[str], out: Path
+) -> None:
+    before = rows_of(out)
+    summary = run(published)
+    assert digested == []
+    assert (summary.unchanged_sources, summary.computed) == (3, 0)
+    assert (summary.rows, summary.fragments, summary.faulty_rows) == (12, 3, 1)
+    step = summary.steps[0]
+    assert (step.answers, step.reused, step.failed) == (12, 11, 1)
+    assert sum(step.labels.values()) == 11
+    assert summary.quarantined
+    assert rows_of(out) == before
+    assert verify(out).findings == ()
+
+
+def test_a_new_file_is_the_only_one_read(
+    published: dict[str, Any], write_source: Write, digested: list[str], out: Path
+) -> None:
+    write_source("day=2/d.parquet", {"text": ["new"]})
+    summary = run(published)
+    assert digested == ["d.parquet"]
+    assert (summary.unchanged_sources, summary.rows, summary.computed) == (3, 13, 1)
+    assert len(rows_of(out)) == 13
+
+
+def test_a_touched_source_costs_one_digest(
+    published: dict[str, Any], digested: list[str], tmp_path: Path
+) -> None:
+    os.utime(source(tmp_path, "a"), ns=(1, 1))
+    assert run(published).unchanged_sources == 3
+    assert digested == ["a.parquet"]
+    assert run(published).unchanged_sources == 3
+    assert digested == ["a.parquet"]
+
+
+def test_rights_that_a_source_loses_are_lost(
+    published: dict[str, Any], tmp_path: Path, out: Path
+) -> None:
+    source(tmp_path, "a").chmod(0o600)
+    assert run(published).unchanged_sources == 3
+    assert (out / "day=1" / "a-0000000000.parquet").stat().st_mode & 0o077 == 0
+
+
+def test_swapped_names_are_both_read(published: dict[str, Any], tmp_path: Path, out: Path) -> None:
+    a, b = source(tmp_path, "a"), source(tmp_path, "b")
+    a.rename(tmp_path / "aside")
+    b.rename(a)
+    (tmp_path / "aside").rename(b)
+    assert run(published).unchanged_sources == 1
+    assert verify(out).findings == ()
+
+
+def test_other_settings_plan_all_sources(
+    published: dict[str, Any], digested: list[str], settings: Settings, out: Path
+) -> None:
+    other = {**CLASSIFY, "labels": ["yes", "nope"]}
+    summary = run(settings(steps=[other]))
+    assert (summary.unchanged_sources, summary.rows) == (0, 12)
+    assert digested == []  # the stamps say which bytes they are
+    assert {row["mood"] for row in rows_of(out)} <= {"yes", "nope", None}
+    assert run(settings(steps=[other], data__rows_per_fragment=2)).unchanged_sources == 0
+
+
+@pytest.mark.parametrize("harm", ["delete", "flip", "replace"])
+def test_a_harmed_published_file_is_rebuilt(
+    published: dict[str, Any], out: Path, harm: str
+) -> None:
+    before = rows_of(out)
+    path = out / "day=1" / "b-0000000000.parquet"
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if harm == "flip":
+        content[40] ^= 4
+    if harm != "delete":
+        path.write_bytes(content)
+    summary = run(published)
+    assert (summary.unchanged_sources, summary.computed) == (2, 0)
+    assert rows_of(out) == before
+    assert verify(out).findings == ()
+
+
+def test_a_write_within_the_clocks_grain_is_digested(
+    settings: Settings, write_source: Write, digested: list[str]
+) -> None:
+    write_source("a.parquet", {"text": ["one"]})
+    run(settings())
+    digested.clear()
+    # The file was written just before the last look, so its stamp proves nothing.
+    assert run(settings()).unchanged_sources == 1
+    assert digested == ["a.parquet"]
+
+
+def test_times_in_the_future_prove_nothing() -> None:
+    now = time.time_ns()
+    assert is_settled((1, now - 10**10, now - 10**10, 7), now)
+    assert not is_settled((1, now + 10**12, now - 10**10, 7), now)
+    assert not is_settled((1, now - 10**10, now - 10**6, 7), now)
+    assert is_settled((1, now), now)  # a version in a store
+
+
+def lie(out: Path, path: Path) -> None:
+    """Let the manifest record the present stamp of `path`, whatever its bytes."""
+    manifest = read_manifest(out)
+    assert manifest is not None
+    listed = []
+    for file in manifest.files:
+        is_it = file.source.endswith(path.name)
+        listed.append(replace(file, stamp=version_stamp(path)) if is_it else file)
+    write_manifest(out, manifest.model_copy(update={"files": tuple(listed)}))
+
+
+def test_bytes_that_change_silently_are_found(
+    published: dict[str, Any], settings: Settings, write_source: Write, tmp_path: Path, out: Path
+) -> None:
+    path = write_source("day=1/a.parquet", {"text": ["other", "bytes"]})
+    lie(out, path)
+    assert run(published).unchanged_sources == 3
+    assert "day=1/a-0000000000.parquet" in str(verify(out).findings)
+    summary = run(settings(data__recheck_share=1.0))
+    assert summary.silently_changed == ("day=1/a.parquet",)
+    assert (summary.unchanged_sources, summary.rechecked_sources) == (2, 2)
+    assert verify(out).findings == ()
+
+
+def test_the_share_of_rechecked_sources_is_the_one_set() -> None:
+    drawn = sum(is_sampled(f"{number}.parquet", "run", 0.1) for number in range(10_000))
+    assert 900 < drawn < 1100
+    assert not any(is_sampled(f"{number}", "run", 0.0) for number in range(100))
+    assert all(is_sampled(f"{number}", "run", 1.0) for number in range(100))
+
+
+def test_a_source_replaced_while_it_is_read_is_read_again(
+    published: dict[str, Any],
+    write_source: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    out: Path,
+) -> None:
+    write_source("day=1/a.parquet", {"text": ["first"]})
+    digest = cutting.digest_file
+
+    def slow(path: Path) -> str:
+        result = digest(path)
+        if path.name == "a.parquet":  # between its stamp and the reading of its rows
+            write_source("day=1/a.parquet", {"text": ["second", "and longer"]})
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cutting, "digest_file", slow)
+        assert run(published).unusable[0].source == "day=1/a.parquet"
+    summary = run(published)
+    assert (summary.unchanged_sources, summary.unusable) == (2, ())
+    assert [row["text"] for row in rows_of(out) if row["text"] == "second"] == ["second"]
+    assert verify(out).findings == ()
+
+
+def test_rows_of_unchanged_sources_count_in_audits(
+    published: dict[str, Any], write_source: Write, settings: Settings, out: Path
+) -> None:
+    write_source("day=2/d.parquet", {"text": [None]})
+    # One row of one fails, but two of thirteen in all.
+    assert run(settings(max_error_rate=0.2)).faulty_rows == 2
+    write_source("day=2/e.parquet", {"text": [None, None]})
+    with pytest.raises(AuditError, match="4 of 15 rows failed"):
+        run(settings(max_error_rate=0.2))
+    manifest = read_manifest(out)
+    assert manifest is not None
+    (receipt,) = receipts_of(manifest.files)
+    assert (receipt.rows, receipt.faults) == (13, {"null_value": 2})
+
+
+def test_a_failed_row_under_raise_is_still_refused(
+    published: dict[str, Any], settings: Settings
+) -> None:
+    with pytest.raises(Exception, match="text is null"):
+        run(settings(on_error="raise"))
+
+
+def test_the_plan_counts_unchanged_sources(
+    published: dict[str, Any], write_source: Write, digested: list[str]
+) -> None:
+    write_source("day=2/d.parquet", {"text": ["new"]})
+    plan = preview(JobConfig.model_validate(published))
+    assert (plan.unchanged_sources, plan.rows) == (3, 13)
+    assert digested == ["d.parquet"]
+    counts = {step.source: (step.rows, step.to_run, step.reused) for step in plan.steps}
+    assert counts == {"day=2/d.parquet": (1, 1, 0), "3 unchanged files": (12, 0, 11)}
+
+
+def test_a_name_that_would_take_an_unchanged_files_place_is_refused(
+    published: dict[str, Any], settings: Settings, tmp_path: Path
+) -> None:
+    pq.write_table(pq.read_table(source(tmp_path, "a")), tmp_path / "in" / "day=1" / "a")
+    with pytest.raises(Exception, match="would both be written to"):
+        run(settings(data__input=str(tmp_path / "in" / "day=1" / "a*")))
+
+
+def test_a_limited_run_reads_its_rows(settings: Settings, write_source: Write) -> None:
+    write_source("a.parquet", {"text": TEXTS})
+    run(settings(data__limit=2))
+    summary = run(settings(data__limit=2))
+    assert (summary.unchanged_sources, summary.rows) == (0, 2)
