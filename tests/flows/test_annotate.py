@@ -78,10 +78,20 @@ def test_a_second_run_takes_its_tasks_from_the_cache(
     second = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
     assert second.returncode == 3, second.stderr
     assert "no inference was executed and no model was loaded" in second.stdout
+    assert "unchanged sources: 2" in second.stdout
+    tasks = task_runs(prefect_server, 5)
+    assert not states(tasks, "classify", "generate", "write"), "unchanged files made tasks"
+    assert states(tasks, "prepare") == {"Cached"}
+    assert ds.dataset(out, partitioning=None).to_table().equals(answers)
+
+    touch_published(out)
+    again = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
+    assert again.returncode == 3, again.stderr
     tasks = task_runs(prefect_server, 14)
     assert states(tasks, "classify", "generate", "write", "prepare") == {"Cached"}
     assert ds.dataset(out, partitioning=None).to_table().equals(answers)
 
+    touch_published(out)
     for path in out.glob("_glmbatch/answers/*"):
         path.unlink()
     third = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
@@ -89,6 +99,12 @@ def test_a_second_run_takes_its_tasks_from_the_cache(
     tasks = task_runs(prefect_server, 14)
     assert states(tasks, "classify") == {"Completed"}, "cached results without files were used"
     assert ds.dataset(out, partitioning=None).to_table().equals(answers)
+
+
+def touch_published(out: Path) -> None:
+    """Give published files other times, so that a run looks at their sources again."""
+    for path in out.glob("day=*/*.parquet"):
+        path.touch()
 
 
 def states(tasks: dict[str, dict[str, Any]], *kinds: str) -> set[str]:
@@ -99,7 +115,7 @@ def states(tasks: dict[str, dict[str, Any]], *kinds: str) -> set[str]:
 def assert_log_shows_the_run(environment: dict[str, str], out: Path) -> None:
     """The log of the last flow run reports input, loading, answers, failures and publication."""
     log = "\n".join(log_lines(environment))
-    assert "/in: 15 rows of 2 files in 3 fragments; files left out: 0" in log
+    assert "/in: 15 rows of 2 files in 3 fragments; unchanged files: 0; files left out: 0" in log
     assert re.search(rf"{CAUSAL.name}: loaded in \d+\.\d s", log), log
     assert re.search(r"mood, day=2/b.parquet@0: 2 rows, 2 answered by the model, .* in \d", log)
     assert "1 failed (null_value 1)" in log

@@ -39,7 +39,7 @@ def test_a_run_over_a_store_leaves_no_local_files(
     assert "9 rows in 2 fragments" in first.stdout
     second = run(prefect_server, *command)
     assert "no inference was executed and no model was loaded" in second.stdout, second.stderr
-    tasks = task_runs(prefect_server, 11)
+    tasks = task_runs(prefect_server, 5)
     prepared = [row["state_name"] for name, row in tasks.items() if name.startswith("prepare")]
     assert prepared == ["Cached"]
     assert verify(store.url("out")).sound

@@ -164,16 +164,19 @@ class _Looker:
         with readable(path):
             look = look_at(path)
         same_stamp = source is not None and look.stamp == source.stamp
-        if not self.digests:
-            digest = ""
-        elif source is not None and same_stamp and not (leave and drawn):
-            digest = source.digest
-        else:
+        digest = ""
+        # Nothing but a file is digested: reading a pipe would wait for its writer.
+        if source is not None and self.digests and path.is_file():
+            trusted = same_stamp and not (leave and drawn)
+            digest = source.digest if trusted else _digest(path)
+            if leave and digest == source.digest:
+                return _Outcome(look, None, rechecked=same_stamp)
+        fragments = self._cut(path, name, look)
+        if self.digests and not digest:
             digest = _digest(path)
-        if source is not None and leave and digest == source.digest:
-            return _Outcome(look, None, rechecked=same_stamp)
+        fragments = [fragment.model_copy(update={"digest": digest}) for fragment in fragments]
         silent = same_stamp and source is not None and digest not in ("", source.digest)
-        return _Outcome(look, self._cut(path, name, look, digest), silent=silent)
+        return _Outcome(look, fragments, silent=silent)
 
     def _refuse_link(self, path: AnyPath, given: AnyPath) -> None:
         if not self.data.follow_links and not real_path(path).is_relative_to(given):
@@ -182,8 +185,8 @@ class _Looker:
                 "data.follow_links if you trust everyone who can write there."
             )
 
-    def _cut(self, path: AnyPath, name: str, look: Look, digest: str) -> list[Fragment]:
-        """The fragments of one file."""
+    def _cut(self, path: AnyPath, name: str, look: Look) -> list[Fragment]:
+        """The fragments of one file, without its digest."""
         schema, group_rows, written = _read_footer(path)
         try:
             check_schema(path, name, schema, self.needs)
@@ -198,7 +201,7 @@ class _Looker:
                 Fragment(
                     source=name,
                     path=str(path),
-                    digest=digest,
+                    digest="",
                     stamp=(look.stamp[0], look.stamp[1]),
                     first_row=first_row,
                     rows=rows,

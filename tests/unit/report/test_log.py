@@ -24,7 +24,7 @@ def test_a_run_logs_left_out_files_and_audits(
     settings["steps"][1]["audits"] = {"max_truncated_rate": 1.0}
     caplog.set_level(logging.INFO, "glmbatch")
     run_job(JobConfig.model_validate(settings))
-    assert "3 rows of 1 file in 1 fragment; files left out: 1" in caplog.text
+    assert "3 rows of 1 file in 1 fragment; unchanged files: 0; files left out: 1" in caplog.text
     assert "b.parquet: left out: " in caplog.text
     assert ": loaded in " in caplog.text
     first = "mood, a.parquet@0: 3 rows, 1 answered by the model, 0 reused, 1 repeated, "
