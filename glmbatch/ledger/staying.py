@@ -64,11 +64,10 @@ def staying(
     stay = []
     for file in before.files:
         heir = file.source if file.source in planned else heirs.get(file.source)
-        if file.source in plan.unchanged:
-            stay.append(file)
-        elif heir is None:
+        if heir is None:
+            exists = file.source in plan.unchanged
             # Checked last, because a lookup in a store costs a request.
-            if not (drop_missing and _is_gone(plan, file.source)):
+            if exists or not drop_missing or not _is_gone(plan, file.source):
                 stay.append(file)
         elif heir in damaged and _uncovered(file, new.get(heir, [])):
             stay.append(file)

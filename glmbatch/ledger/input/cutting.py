@@ -70,13 +70,13 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
     found = find_files(data.input, follow_links=data.follow_links)
     root, names = found.root, found.names
     refuse_nesting(found, data.input, data.output)
-    faults = []
-    for name, reason in found.refused.items():
-        if raise_faults:
-            raise UnusableFile(reason)
-        faults.append(FileFault(source=shown(name), reason=reason))
     look = _Looker(root, data, needs, published, frozenset(again), seed, digests)
     outcomes: dict[str, _Outcome] = {}
+    faults = [
+        FileFault(source=shown(name), reason=reason) for name, reason in found.refused.items()
+    ]
+    if raise_faults and faults:
+        raise UnusableFile(faults[0].reason)
     for name, outcome in zip(names, look.at_all(names), strict=True):
         if isinstance(outcome, _Outcome):
             outcomes[name] = outcome
@@ -86,6 +86,14 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
             faults.append(_fault(root, name, outcome))
     if not outcomes:
         raise none_usable(shown(data.input), faults)
+    plan = _joined(outcomes, data)
+    refuse_reach(data.input, data.output, (fragment.output_name for fragment in plan.fragments))
+    update = {"root": whole_name(root), "unusable": tuple(faults), "skipped": tuple(found.skipped)}
+    return plan.model_copy(update=update)
+
+
+def _joined(outcomes: Mapping[str, _Outcome], data: DataConfig) -> Plan:
+    """The plan of all usable files, by name. InputError when two would have the same output."""
     ranges: list[Fragment] = []
     stamps: dict[str, tuple[int, ...]] = {}
     unchanged: dict[str, tuple[int, ...]] = {}
@@ -94,13 +102,11 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
         kind = unchanged if outcome.fragments is None else stamps
         kind[name] = outcome.look.recorded
     _refuse_same_output(ranges, unchanged)
-    refuse_reach(data.input, data.output, (fragment.output_name for fragment in ranges))
     return Plan(
-        root=whole_name(root),
+        root="",
         fragments=tuple(_limited(ranges, data.limit)),
-        unusable=tuple(faults),
+        unusable=(),
         limit=data.limit,
-        skipped=tuple(found.skipped),
         unchanged=unchanged,
         stamps=stamps,
         rechecked=sum(outcome.rechecked for outcome in outcomes.values()),
