@@ -113,28 +113,29 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
         runtime=job.runtime,
     )
     inputs = prompt_inputs(job)
-    plan = _plan_sources(job, context, inputs, digests=digests)
+    needs = schema_needs(job, inputs)
+    plan = _plan_sources(job.data, needs, context, digests=digests)
     if digests:
         log_plan(plan)
-    return Run(context=context, plan=plan, inputs=inputs)
+    return Run(context=context, plan=plan, inputs=inputs, needs=needs)
 
 
 def _plan_sources(
-    job: JobConfig,
+    data: DataConfig,
+    needs: SchemaNeeds,
     context: RunContext,
-    inputs: dict[str, PromptInputs],
     *,
     again: Collection[str] = (),
     digests: bool = True,
 ) -> Plan:
     """The plan of `plan_run`; `again` are sources to plan although they did not change."""
-    ledger = Ledger(job.data.output)
+    ledger = Ledger(data.output)
     manifest = ledger.manifest()
     # A limited run answers the first rows, whoever has answered them before.
-    known = {} if job.data.limit else published_sources(ledger.folder, manifest)
+    known = {} if data.limit else published_sources(ledger.folder, manifest)
     plan = plan_fragments(
-        job.data,
-        schema_needs(job, inputs),
+        data,
+        needs,
         known,
         again=again,
         seed=context.id,
@@ -144,10 +145,10 @@ def _plan_sources(
     # Checked now, because a publication that fails halfway leaves files of two runs.
     ledger.folder.check_places(fragment.output_name for fragment in plan.fragments)
     if manifest is not None:
-        _check_published(job.data, plan, manifest)
+        _check_published(data, plan, manifest)
     if digests:
-        plan = fit_times(job.data, plan, manifest, raise_faults=context.raises)
-    return fit_format(job.data, plan, manifest)
+        plan = fit_times(data, plan, manifest, raise_faults=context.raises)
+    return fit_format(data, plan, manifest)
 
 
 def _check_published(data: DataConfig, plan: Plan, manifest: Manifest) -> None:
@@ -173,7 +174,7 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
     answer its step, or when answers made with other settings would stay beside the run's own.
     """
     questions = resolve_questions(job, run.inputs, models)
-    run = _with_changed_settings(job, run, questions)
+    run = _with_changed_settings(job.data, run, questions)
     step_keys = {question.name: question.key for question in questions}
     _refuse_mixing(job.data, run.plan, step_keys)
     fragments = []
@@ -188,13 +189,13 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
     )
 
 
-def _with_changed_settings(job: JobConfig, run: Run, questions: Sequence[Question]) -> Run:
+def _with_changed_settings(data: DataConfig, run: Run, questions: Sequence[Question]) -> Run:
     """The run with fragments for unchanged sources that were published under other settings.
 
     Also for those with failed rows under `on_error: raise`, which must name the first of them.
     """
-    manifest = Ledger(job.data.output).manifest()
-    basis = basis_of_run(job.data, questions)
+    manifest = Ledger(data.output).manifest()
+    basis = basis_of_run(data, questions)
     left = dict.fromkeys(run.plan.unchanged, False)
     again = set()
     for file in manifest.files if manifest is not None else ():
@@ -206,7 +207,7 @@ def _with_changed_settings(job: JobConfig, run: Run, questions: Sequence[Questio
     again |= {source for source, is_published in left.items() if not is_published}
     if not again:
         return run
-    plan = _plan_sources(job, run.context, run.inputs, again=again)
+    plan = _plan_sources(data, run.needs, run.context, again=again)
     log_plan(plan)
     return run.model_copy(update={"plan": plan})
 

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 from glmbatch.ledger.fragments import Fragment, Plan
 from glmbatch.settings.job import AnyStep, ModelConfig, RuntimeConfig
+from glmbatch.store.inputs.needs import SchemaNeeds
 
 # Both clocks are read once, together: the system time may be changed while the process runs.
 _STARTED = time.time() - time.monotonic()
@@ -86,11 +87,15 @@ class PromptInputs(BaseModel, frozen=True, extra="forbid"):
 
 
 class Run(BaseModel, frozen=True, extra="forbid"):
-    """One run of a job: its context, its fragments, and each step's prompt inputs by step name."""
+    """One run of a job: its context, its fragments, and each step's prompt inputs by step name.
+
+    `needs` are the columns that the job reads and writes.
+    """
 
     context: RunContext
     plan: Plan
     inputs: dict[str, PromptInputs]
+    needs: SchemaNeeds
 
 
 class Question(BaseModel, frozen=True, extra="forbid"):

@@ -261,7 +261,7 @@ def test_the_plan_counts_unchanged_sources(
     assert counts == {"day=2/d.parquet": (1, 1, 0), "3 unchanged files": (12, 0, 11)}
 
 
-def test_a_name_that_would_take_an_unchanged_files_place_is_refused(
+def test_a_name_for_an_unchanged_files_place_is_refused(
     published: dict[str, Any], settings: Settings, tmp_path: Path
 ) -> None:
     pq.write_table(pq.read_table(source(tmp_path, "a")), tmp_path / "in" / "day=1" / "a")
