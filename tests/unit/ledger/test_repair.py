@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +17,7 @@ from glmbatch.cli.main import main
 from glmbatch.errors import InputError
 from glmbatch.ledger.filelist import LISTS
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import COPY, MANIFEST, Manifest
+from glmbatch.ledger.manifest import COPY, MANIFEST, Manifest, PublishedFile
 from glmbatch.ledger.publication import PUBLISHING
 from glmbatch.ledger.quarantine import QUARANTINE
 from glmbatch.ledger.repair import repair
@@ -53,6 +55,12 @@ def nights(write_source: Write, job_settings: Settings, out: Path) -> Callable[[
     return second
 
 
+def proved(manifest: Manifest) -> list[PublishedFile]:
+    """What the footers prove of each file: not the stamps that let a run leave its source alone."""
+    bare: dict[str, Any] = {"basis": "", "stamp": None, "place": None, "counts": {}}
+    return [replace(file, **bare) for file in manifest.files]
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x80
@@ -86,7 +94,7 @@ def test_a_manifest_is_rebuilt_from_the_footers(
     assert mended.files == len(manifest.files)
     again = Ledger(out).manifest()
     assert again is not None
-    assert again.files == manifest.files
+    assert proved(again) == proved(manifest)
     assert again.root == manifest.root
     assert verify(out).sound
     summary = run(job_settings(**JOB))
@@ -113,7 +121,10 @@ def test_a_damaged_list_of_files_is_rebuilt(
     ):
         verify(out)
     assert repair(out).mended == (MANIFEST,)
-    assert Ledger(out).manifest() == manifest, "the copy has what no footer says"
+    again = Ledger(out).manifest()
+    assert again is not None
+    assert proved(again) == proved(manifest)
+    assert again.steps == manifest.steps, "the copy has what no footer says"
     assert verify(out).sound
     summary = run(job_settings(**JOB))
     assert (summary.computed, summary.kept_sources) == (0, 1)
