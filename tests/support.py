@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import Manifest, PublishedFile
 from glmbatch.ledger.quarantine import QUARANTINE
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.tuning import TuneConfig
@@ -63,6 +65,18 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
     """All rows that a reader of the output folder finds."""
     rows: list[dict[str, Any]] = ds.dataset(output, partitioning=None).to_table().to_pylist()
     return rows
+
+
+def touch_published(output: Path) -> None:
+    """Give published files other times, so that a run looks at their sources again."""
+    for path in output.glob("**/*-??????????.parquet"):
+        path.touch()
+
+
+def proved(manifest: Manifest) -> list[PublishedFile]:
+    """What the footers prove of each file: not the stamps that let a run leave its source alone."""
+    bare: dict[str, Any] = {"basis": "", "stamp": None, "place": None, "counts": {}}
+    return [replace(file, **bare) for file in manifest.files]
 
 
 def committed(output: Path) -> set[str]:

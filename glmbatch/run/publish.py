@@ -315,7 +315,7 @@ def _release(
     """Publish the staged outputs; return how many sources of earlier runs stay published."""
     origins = {}
     # A run that wrote nothing has no answers, and so no origin to record.
-    for question in questions if collected.written else ():
+    for question in questions if collected.written or collected.unchanged else ():
         settings = answer_settings(question.step)
         origins[question.name] = StepOrigin(settings=settings, model=question.model.identity)
     manifest = next_manifest(

@@ -19,7 +19,7 @@ import yaml
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.flows.commands import artifacts, last_flow_run, log_lines, query, run, task_runs
-from tests.support import CAUSAL, ROOT, Settings, Write, committed
+from tests.support import CAUSAL, ROOT, Settings, Write, committed, touch_published
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
@@ -99,12 +99,6 @@ def test_a_second_run_takes_its_tasks_from_the_cache(
     tasks = task_runs(prefect_server, 14)
     assert states(tasks, "classify") == {"Completed"}, "cached results without files were used"
     assert ds.dataset(out, partitioning=None).to_table().equals(answers)
-
-
-def touch_published(out: Path) -> None:
-    """Give published files other times, so that a run looks at their sources again."""
-    for path in out.glob("day=*/*.parquet"):
-        path.touch()
 
 
 def states(tasks: dict[str, dict[str, Any]], *kinds: str) -> set[str]:

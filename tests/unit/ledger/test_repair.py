@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +15,7 @@ from glmbatch.cli.main import main
 from glmbatch.errors import InputError
 from glmbatch.ledger.filelist import LISTS
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import COPY, MANIFEST, Manifest, PublishedFile
+from glmbatch.ledger.manifest import COPY, MANIFEST, Manifest
 from glmbatch.ledger.publication import PUBLISHING
 from glmbatch.ledger.quarantine import QUARANTINE
 from glmbatch.ledger.repair import repair
@@ -29,6 +27,7 @@ from tests.support import (
     Settings,
     Write,
     copy_earlier,
+    proved,
     read_quarantine,
     rows_of,
     run,
@@ -53,12 +52,6 @@ def nights(write_source: Write, job_settings: Settings, out: Path) -> Callable[[
         return manifest
 
     return second
-
-
-def proved(manifest: Manifest) -> list[PublishedFile]:
-    """What the footers prove of each file: not the stamps that let a run leave its source alone."""
-    bare: dict[str, Any] = {"basis": "", "stamp": None, "place": None, "counts": {}}
-    return [replace(file, **bare) for file in manifest.files]
 
 
 def flip(path: Path) -> None:
