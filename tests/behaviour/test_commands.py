@@ -35,17 +35,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def run(command: str | list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run `command` from the checkout's root, with `folder` in place of /tmp."""
+    """Run `command` from the checkout's root, with Prefect's home in `folder`."""
     programs = Path(sys.executable).parent
     environment = {
         **os.environ,
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "PREFECT_HOME": str(folder / "prefect"),
     }
-    shell = isinstance(command, str)
     return subprocess.run(
-        command.replace("/tmp/", f"{folder}/") if isinstance(command, str) else command,
-        shell=shell,
+        command,
+        shell=isinstance(command, str),
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -66,7 +65,7 @@ def test_the_two_commands_come_first_and_ci_runs_the_second() -> None:
     ("page", "command"), [(page, command) for page in PAGES for command in commands(page)]
 )
 def test_each_command_runs(page: str, command: str, folders: dict[str, Path]) -> None:
-    done = run(command, folders[page])
+    done = run(command.replace("/tmp/", f"{folders[page]}/"), folders[page])
     assert done.returncode in {0, 3}, done.stderr
     assert done.stdout
 
