@@ -125,7 +125,7 @@ def _unchanged_steps(sources: int, files: Sequence[PublishedFile]) -> Iterator[S
     for receipt in receipts_of(files):
         failed = sum(receipt.faults.values())
         yield StepPreview(
-            source=f"{sources:,} unchanged files",
+            source=counted(sources, "unchanged file"),
             step=receipt.step,
             rows=receipt.rows,
             to_run=0,

@@ -172,7 +172,7 @@ def test_damage_under_a_new_prompt_loses_no_rows(
     settings = job_settings(max_error_rate=0.9)
     settings["steps"][0]["prompt_template"] = "Mood? {text}"
     with pytest.raises(
-        AuditError, match=r"answered with other settings.*1 damaged \(a\.parquet\)\. Mend"
+        AuditError, match=r"answered with other settings.*1 damaged \(a\.parquet\)\. Replace"
     ):
         run(settings)
     assert column_of(out, "text") == published

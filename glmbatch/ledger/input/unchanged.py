@@ -120,9 +120,9 @@ def with_stamps(
                 "stamp": None if file.source in again else plan.stamps.get(file.source),
                 "counts": {answers.step: counts_of(answers) for answers in receipt.answers},
             }
-        elif stamp and stamp != file.stamp:
+        elif stamp is not None and (not stamp or stamp != file.stamp):
             narrow(output / file.output_name, [Folder(plan.root) / file.source])
-            fresh[file.output_name] = {"stamp": stamp}
+            fresh[file.output_name] = {"stamp": stamp or file.stamp}
     named = [file for file in manifest.files if file.output_name in fresh]
     for file, place in zip(named, places(output, named), strict=True):
         fresh[file.output_name]["place"] = place

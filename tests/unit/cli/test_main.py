@@ -52,7 +52,10 @@ def test_plan_says_why_rows_run_again(
     write_source("b.parquet", {"text": ["text 3", "new", "new", None]})
     cli.main(["run", job_file, "--dry-run"])
     said = capsys.readouterr().out
-    assert table(said, "a.parquet") == ["mood 5 0 5 0 0", "reply 5 0 5 0 0"]
+    assert table(said, "1 unchanged file") == [
+        "unchanged file mood 5 0 5 0 0",
+        "unchanged file reply 5 0 5 0 0",
+    ]
     tokens = table(said, "b.parquet")[0].split()[5]
     assert table(said, "b.parquet") == [
         f"mood 4 1 2 1 {tokens} new text 1, null_value 1",
