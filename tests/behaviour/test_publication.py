@@ -241,7 +241,9 @@ def test_readers_see_whole_files_during_publication(
     def read_all() -> None:
         while not stop.is_set():
             for file in range(6):
-                table = pq.read_table(out / f"{file}-0000000000.parquet")
+                # Opened once: given a path, read_table opens the file twice, perhaps two files.
+                with (out / f"{file}-0000000000.parquet").open("rb") as opened:
+                    table = pq.read_table(opened)
                 read.append(table.column("text").to_pylist())
 
     reader = threading.Thread(target=read_all)
