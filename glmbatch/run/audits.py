@@ -49,9 +49,9 @@ def check_errors(
     failed = out_of_reach + sum(file.faulty_rows for file in unchanged)
     for output in outputs:
         failed += output.faulty_rows if output.unusable is None else output.fragment.rows
-    reasons = _most_frequent(outputs, receipts_of(unchanged), out_of_reach)
     # Divided, not multiplied: in floating point 0.29 times 100 is less than 29.
     if rows and failed / rows > max_error_rate:
+        reasons = _most_frequent(outputs, receipts_of(unchanged), out_of_reach)
         # The number of rows is unknown if a footer cannot be read.
         estimated = "some " if any(fault.rows is None for fault in plan.unusable) else ""
         some = f"{failed} of {estimated}{rows} rows failed ({failed / rows:.1%})"

@@ -49,7 +49,7 @@ class Collected:
     `outputs` has one receipt per fragment. `written` has those with a staged file, `unusable` the
     files and fragments that are left out. `before` is the current manifest, and `last_run` its run,
     unless that is this one. `staying` has the published files that stay, and `unchanged` those of
-    unchanged sources among them.
+    unchanged sources among them; `kept` has a receipt for each step that stands for their answers.
     """
 
     ledger: Ledger
@@ -60,6 +60,7 @@ class Collected:
     unusable: list[FileFault]
     staying: Staying
     unchanged: list[PublishedFile]
+    kept: list[AnswersReceipt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +175,7 @@ def _review(
     published: list[AnswersReceipt] = []
     if any(compares(step) for step in steps):
         published = published_counts(collected.ledger, collected.before)
-    unchanged = receipts_of(collected.unchanged)
-    audits = [*canaries, *audit_steps(steps, collected.outputs, published, unchanged)]
+    audits = [*canaries, *audit_steps(steps, collected.outputs, published, collected.kept)]
     log_audits(audits)
     check_audits(audits)
     return tuple(audits)
@@ -207,7 +207,8 @@ def _collect(run: Run, outputs: Sequence[OutputReceipt], *, drop_missing: bool) 
         drop_missing=drop_missing,
     )
     unchanged = [file for file in stay.files if file.source in run.plan.unchanged]
-    return Collected(ledger, before, last_run, current, written, unusable, stay, unchanged)
+    kept = receipts_of(unchanged)
+    return Collected(ledger, before, last_run, current, written, unusable, stay, unchanged, kept)
 
 
 def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
@@ -259,11 +260,10 @@ def _summarize(
     """The summary of the run as it is before publication."""
     written = collected.written
     unchanged = collected.unchanged
-    kept = receipts_of(unchanged)
     steps = []
     for index, question in enumerate(questions):
         receipts = [output.answers[index] for output in written]
-        receipts += [receipt for receipt in kept if receipt.step == question.name]
+        receipts += [receipt for receipt in collected.kept if receipt.step == question.name]
         steps.append(step_summary(question.name, run.context.id, receipts))
     faulty_rows = sum(output.faulty_rows for output in written)
     return Summary(

@@ -22,8 +22,6 @@ PARTIAL = ".partial"
 BLOCKED = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY})
 MAGIC = b"PAR1"  # begins every Parquet file that is not encrypted
 DIGEST_CHARS = 32  # a file's name contains this many of its digest's 64 hex digits
-# The coarsest clock of a file system in use (FAT) counts in steps of two seconds.
-GRAIN_NS = 2_000_000_000
 KEY_BYTES = 1024  # the longest key of an object that every store accepts
 # A file may change twice within one tick of a file system's clock and then keep its times. The
 # coarsest of these clocks, that of FAT, ticks every two seconds.
@@ -69,10 +67,15 @@ def version_stamp(address: Address) -> tuple[int, ...]:
 def is_settled(stamp: tuple[int, ...], looked_ns: int) -> bool:
     """Whether a later write must change `stamp`, which was taken at `looked_ns` since 1970.
 
-    A write within the clock's grain of the look may leave all times as they are.
+    A write within a tick of the clock may leave all times as they are.
     """
-    times = stamp[1:3] if len(stamp) == 4 else ()  # a store's version has no grain
-    return all(time < looked_ns - GRAIN_NS for time in times)
+    times = stamp[1:3] if len(stamp) == 4 else ()  # a store's version has no clock
+    return all(settled(time_ns, looked_ns) for time_ns in times)
+
+
+def settled(time_ns: int, looked_ns: int) -> bool:
+    """Whether a change after `looked_ns` must show in a file's or folder's time `time_ns`."""
+    return looked_ns - time_ns > TICK_NS
 
 
 def real_path(address: Address) -> AnyPath:
@@ -171,28 +174,18 @@ class Digests:
         # In a store the status costs as many requests as a small object, which is kept in memory.
         if not isinstance(path, Path):
             return digest_file(path)
-        stamp = _stamp(path)
+        stamp = version_stamp(path)
         with self._lock:
             known = self._known.get(path)
         if known is not None and known[0] == stamp:
             return known[1]
         digest = digest_file(path)
         with self._lock:
-            if settled(max(stamp[1:3])) and _stamp(path) == stamp:
+            if is_settled(stamp, time.time_ns()) and version_stamp(path) == stamp:
                 self._known[path] = stamp, digest
             else:
                 self._known.pop(path, None)
         return digest
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-
-
-def settled(time_ns: int) -> bool:
-    """Whether a file or folder whose status says `time_ns` will show its next change there."""
-    return time.time_ns() - time_ns > TICK_NS
 
 
 @contextmanager

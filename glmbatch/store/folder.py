@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -204,7 +205,7 @@ class Listing:
     def _list(self) -> None:
         if isinstance(self._folder, Path):
             listed_at = _time_of(self._folder)
-            self._listed_at = listed_at if settled(listed_at) else None
+            self._listed_at = listed_at if settled(listed_at, time.time_ns()) else None
             try:
                 names = os.listdir(self._folder)
             except (FileNotFoundError, NotADirectoryError):

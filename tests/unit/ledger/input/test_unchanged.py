@@ -43,7 +43,7 @@ def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trust stamps at once, as of files that are older than the clock's grain."""
-    monkeypatch.setattr(files, "GRAIN_NS", -1)
+    monkeypatch.setattr(files, "TICK_NS", -1)
 
 
 @pytest.fixture
