@@ -203,11 +203,16 @@ class Recent(Generic[Receipt]):
             self._table_bytes += content.table.nbytes if content.table is not None else 0
             while len(self._contents) > RECEIPTS:
                 self._forget_table(self._contents.popitem(last=False)[1])
-            for old_name, old in list(self._contents.items()):
-                if self._table_bytes <= TABLE_BYTES:
-                    break
-                if self._forget_table(old):
-                    self._contents[old_name] = Content(old.receipt, None)
+            if self._table_bytes > TABLE_BYTES:
+                self._forget_tables()
+
+    def _forget_tables(self) -> None:
+        """Drop the rows of the least recently used files until the others are small enough."""
+        for name, content in list(self._contents.items()):
+            if self._table_bytes <= TABLE_BYTES:
+                break
+            if self._forget_table(content):
+                self._contents[name] = Content(content.receipt, None)
 
     def _forget_table(self, content: Content[Receipt] | None) -> bool:
         """Subtract the rows of `content` from the cache's size; return whether it had any."""

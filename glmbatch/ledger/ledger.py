@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +20,9 @@ import pyarrow as pa
 from glmbatch.errors import InputError, TransientError
 from glmbatch.ledger.committed import CommittedFiles, Content, Recent
 from glmbatch.ledger.delta.table import LOG
-from glmbatch.ledger.known import AnswerFile
+from glmbatch.ledger.known.keeping import StoredKeys
+from glmbatch.ledger.known.keys import AnswerFile, keys_of
+from glmbatch.ledger.known.stored import KEYS, StoredSegment
 from glmbatch.ledger.manifest import Manifest, PublishedFile, read_manifest
 from glmbatch.ledger.quarantine import OWN
 from glmbatch.ledger.receipts import (
@@ -58,6 +61,9 @@ class Ledger:
         self._staged = CommittedFiles(self.root / STAGED, OutputReceipt, self._digests)
         self._published_receipts: Recent[OutputReceipt] = Recent()
         self._by_key: tuple[Manifest | None, dict[str, PublishedFile]] = None, {}
+        local = self.folder.local
+        # In a store the index of known answers is in memory alone.
+        self._keys = None if local is None else StoredKeys(local / KEYS)
         self._committing = threading.Lock()
 
     def open(self, run: str = "", *, shared: bool = False) -> None:
@@ -70,6 +76,8 @@ class Ledger:
         self._refuse_links()
         hold(self.root / LOCK, run)
         self._trust_listings(not shared)
+        if self._keys is not None:
+            self._keys.is_writer = True
 
     def _trust_listings(self, alone: bool) -> None:
         for files in (self._answers, self._staged):
@@ -98,6 +106,8 @@ class Ledger:
     def close(self, run: str = "") -> None:
         """Release the lock if `run` holds it; safe to repeat."""
         self._trust_listings(False)
+        if self._keys is not None:
+            self._keys.is_writer = False
         release(self.root / LOCK, run)
 
     def results_folder(self) -> Path | None:
@@ -194,10 +204,40 @@ class Ledger:
         for path, receipt in self._unpublished():
             if receipt.step_key == step_key:
                 yield AnswerFile(path, receipt.step, digest_in_name(path))
-        for file in self._published():
+        yield from self._published_answers(step_key, self._published())
+
+    def _published_answers(
+        self, step_key: str, files: Iterable[PublishedFile]
+    ) -> Iterator[AnswerFile]:
+        for file in files:
             for step, key in file.step_keys.items():
                 if key == step_key:
-                    yield AnswerFile(self.root / file.output_name, step, file.digest)
+                    path = self.root / file.output_name
+                    yield AnswerFile(path, step, file.digest, is_published=True)
+
+    def stored_keys(self, step_key: str, files: Sequence[AnswerFile]) -> list[StoredSegment]:
+        """The segments on disk over the published ones of `files`, which have all of a step key."""
+        if self._keys is None:
+            return []
+        return self._keys.cover(step_key, [file for file in files if file.is_published])
+
+    def note_keys(self, output: OutputReceipt, tables: Sequence[pa.Table]) -> None:
+        """Note the row keys of a staged file, which has the answers `tables`, for the index."""
+        if self._keys is not None:
+            for answers, table in zip(output.answers, tables, strict=True):
+                keys = keys_of(table, answers.step, output.output_name)
+                self._keys.note(answers.step_key, output.digest, keys)
+
+    def index_keys(self, manifest: Manifest) -> None:
+        """Write the row keys of what was published just now to the index on disk."""
+        self._by_key = None, {}  # takes memory, and is out of date
+        if self._keys is None:
+            return
+        step_keys = set(chain(*(file.step_keys.values() for file in manifest.files)))
+        self._keys.write_noted(step_keys)
+        if not self._answers.names.alone:  # other processes wrote the files, and noted nothing
+            for step_key in step_keys:
+                self._keys.cover(step_key, list(self._published_answers(step_key, manifest.files)))
 
     def unpublished_receipts(self) -> Iterator[AnswersReceipt]:
         """The receipts of committed but unpublished answers, including retries of failed rows."""

@@ -83,6 +83,7 @@ def publish(
         _delete_replaced(ledger.folder, manifest, stale)
         _sweep(ledger.folder, manifest)
     copy_manifest(root, old_lists)
+    ledger.index_keys(manifest)
 
 
 class Announced(NamedTuple):
@@ -154,8 +155,10 @@ def _move_staged(ledger: Ledger, outputs: Sequence[OutputReceipt]) -> None:
     with reachable(root / STAGED):
         staged = {path.name for path in (root / STAGED).glob("*.parquet")}
 
+    root.check_places(output.output_name for output in outputs)
+
     def move_one(output: OutputReceipt) -> None:
-        path = root.place(output.output_name)
+        path = root / output.output_name
         if staged_name(output) in staged:
             move(root / STAGED / staged_name(output), path)
             return

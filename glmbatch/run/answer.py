@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from glmbatch.errors import BadRow, InputError, UnusableFile
 from glmbatch.ledger.fragments import Fragment, read_fragment
-from glmbatch.ledger.known import Hold, KnownAnswers
+from glmbatch.ledger.known.answers import Hold, KnownAnswers
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt
 from glmbatch.report.log import log_answers

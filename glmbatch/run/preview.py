@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from glmbatch.errors import AuditError, UnusableFile, counted, shown
 from glmbatch.ledger.fragments import FileFault, Plan
 from glmbatch.ledger.input.unchanged import receipts_of
-from glmbatch.ledger.known import KnownAnswers
+from glmbatch.ledger.known.answers import KnownAnswers
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, PublishedFile, StepOrigin
 from glmbatch.ledger.receipts import AnswersReceipt

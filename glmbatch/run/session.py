@@ -19,7 +19,7 @@ from glmbatch.glm.engine.loading import load_engine
 from glmbatch.glm.engine.pool import EnginePool
 from glmbatch.glm.engine.protocol import Engine
 from glmbatch.ledger.fragments import Fragment
-from glmbatch.ledger.known import KnownAnswers
+from glmbatch.ledger.known.answers import KnownAnswers
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.report.progress import Progress, Snapshot
 from glmbatch.run.models import describe_model, stamp_checkpoint
@@ -232,9 +232,11 @@ def index_answers(
     ledger: Ledger, question: Question, *, include_failed: bool = False
 ) -> KnownAnswers:
     """A new index of all committed answers to `question`; with failures if `include_failed`."""
+    files = list(ledger.answer_files(question.key))
     return KnownAnswers(
-        list(ledger.answer_files(question.key)),
+        files,
         question.name,
         answers_schema(question.step, question.model.labels),
         include_failed=include_failed,
+        stored=ledger.stored_keys(question.key, files),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glmbatch.ledger.known import KnownAnswers
+from glmbatch.ledger.known.answers import KnownAnswers
 from glmbatch.ledger.rowkeys import row_key
 from glmbatch.run.models import tokenizer_of
 from glmbatch.run.work import Question

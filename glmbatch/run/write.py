@@ -55,7 +55,9 @@ def write_output(
     try:
         schema, utc_times = _output_schema(work, tables)
         batches = _rows_with_answers(work, schema, tables)
-        return ledger.stage_output(receipt, schema, batches, utc_times=utc_times)
+        staged = ledger.stage_output(receipt, schema, batches, utc_times=utc_times)
+        ledger.note_keys(staged, tables)
+        return staged
     except UnusableFile as error:
         if work.run.raises:
             raise

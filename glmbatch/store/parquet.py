@@ -30,6 +30,7 @@ from glmbatch.store.errors import (
     store_errors,
 )
 from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
+from glmbatch.store.types import leaves
 from glmbatch.store.values import is_plain, is_text
 
 Rows = TypeVar("Rows", pa.RecordBatch, pa.Table)
@@ -206,6 +207,31 @@ def read_columns(
         return with_constants(table, {name: constants[name] for name in missing}).select(
             list(names)
         )
+
+
+def read_valued_columns(path: Address, names: Sequence[str], optional: Sequence[str]) -> pa.Table:
+    """The named columns of a whole file, without those of `optional` that have no value at all.
+
+    UnusableFile when one of `names` is not there.
+    """
+    with open_parquet(path) as file:
+        for name in names:
+            if name not in file.schema_arrow.names:
+                raise UnusableFile(f"{path}: has no column {name!r}")
+        read = [name for name in names if name not in optional or not _is_null(file, name)]
+        return file.read(columns=read)
+
+
+def _is_null(file: pq.ParquetFile, name: str) -> bool:
+    """Whether the statistics in the footer say that the column `name` has no value."""
+    places = [at for at, leaf in enumerate(leaves(file)) if leaf.path == name]
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        for at in places:
+            counts = group.column(at).statistics
+            if counts is None or not counts.has_null_count or counts.null_count < group.num_rows:
+                return False
+    return bool(places)
 
 
 def with_constants(rows: Rows, constants: Mapping[str, str | None]) -> Rows:

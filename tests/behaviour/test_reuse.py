@@ -14,7 +14,7 @@ import pytest
 
 from glmbatch.glm.engine.protocol import ClassifyResult
 from glmbatch.glm.engine.worker import TorchEngine
-from glmbatch.ledger.known import Hold, KnownAnswers
+from glmbatch.ledger.known.answers import Hold, KnownAnswers
 from glmbatch.ledger.verification import verify
 from tests.support import CAUSAL, CLASSIFY, Settings, Write, rows_of, run
 

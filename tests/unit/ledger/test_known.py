@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from glmbatch.ledger.known import AnswerFile, KnownAnswers
+from glmbatch.ledger.known.answers import AnswerFile, KnownAnswers
 from glmbatch.store.files import digest_file
 
 SCHEMA = pa.schema(

@@ -1,8 +1,8 @@
 """Known answers: an index by row key of answers to reuse. Knows no prompts and no models.
 
 Row keys are stored beside the answers, in published files and in files that killed runs committed.
-The index is built in memory from those files alone. Losing it costs the time to read their key
-columns.
+The index is built from those files alone: from segments on disk for published ones (stored.py), in
+memory for the others. Losing it costs the time to read their key columns.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from glmbatch.errors import UnusableFile
-from glmbatch.ledger.rowkeys import KEY_BYTES
+from glmbatch.ledger.known.keys import AnswerFile, Keys, keys_of, read_keys
+from glmbatch.ledger.known.segments import Entries, Segment, files_of, in_order, places_of, rows_of
+from glmbatch.ledger.known.stored import GONE, StoredSegment, covered_as
 from glmbatch.settings.columns import Columns
 from glmbatch.store.files import digest_file
 from glmbatch.store.parquet import read_columns
-from glmbatch.store.paths import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -31,37 +31,19 @@ logger = logging.getLogger(__name__)
 TABLE_BYTES = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerFile:
-    """A file with the answers of `step`. `digest` is its SHA-256, or the beginning of it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Mapped:
+    """A segment on disk, and the number in the index of each file that it covers, or GONE."""
 
-    path: AnyPath
-    step: str
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """A sorted part of the index: the first half of each key [K], its file and row [K, 2]."""
-
-    halves_K: np.ndarray
-    places_K2: np.ndarray
+    segment: StoredSegment
+    numbers: np.ndarray
+    include_failed: bool
 
     def __len__(self) -> int:
-        return len(self.halves_K)
+        return len(self.segment) if (self.numbers != GONE).any() else 0
 
     def find(self, wanted: np.ndarray) -> np.ndarray:
-        """The places (file, row) of those halves in `wanted` that the segment has, [found, 2]."""
-        at = np.searchsorted(self.halves_K, wanted)
-        inside = at < len(self)
-        at, wanted = at[inside], wanted[inside]
-        places: np.ndarray = self.places_K2[at[self.halves_K[at] == wanted]]
-        return places
-
-
-def _sorted_segment(halves_K: np.ndarray, places_K2: np.ndarray) -> _Segment:
-    order = np.argsort(halves_K, kind="stable")
-    return _Segment(halves_K[order], places_K2[order])
+        return self.segment.find(wanted, self.numbers, failed=self.include_failed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +64,18 @@ class KnownAnswers:
     """An index by row key of the answers under one step key. Safe to use from several threads.
 
     `schema` is that of the step's answer columns. Rows on which the model failed are included only
-    with `include_failed`.
+    with `include_failed`. `stored` are segments over published files, the largest first; only
+    `files` that they do not cover are read.
     """
 
     def __init__(
-        self, files: Sequence[AnswerFile], step: str, schema: pa.Schema, *, include_failed: bool
+        self,
+        files: Sequence[AnswerFile],
+        step: str,
+        schema: pa.Schema,
+        *,
+        include_failed: bool,
+        stored: Sequence[StoredSegment] = (),
     ) -> None:
         self._step = step
         self._schema = schema
@@ -94,20 +83,42 @@ class KnownAnswers:
         self._lock = threading.Lock()
         self._holders: dict[bytes, Hold] = {}
         self._files: list[AnswerFile] = []
+        self._stored: list[_Mapped] = []
         # Each is at least twice as large as the next, so a row is sorted only log(rows) times.
-        self._segments: list[_Segment] = []
+        self._segments: list[Segment] = []
         # By file number, the most recently used last; the last one stays whatever its size.
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         self._table_bytes = 0
         self._proved: set[int] = set()
-        for file in files:
+        for file in self._map(files, stored):
             self.add(file)
 
     @property
     def any_answer(self) -> bool:
         """Whether at least one row of the step was answered, in this run or before."""
         with self._lock:
-            return any(map(len, self._segments))
+            return any(map(len, self._stored)) or any(map(len, self._segments))
+
+    def _map(
+        self, files: Sequence[AnswerFile], stored: Sequence[StoredSegment]
+    ) -> list[AnswerFile]:
+        """Take the segments that cover some of `files`; return the files that none covers."""
+        numbers: dict[bytes, int] = {}
+        others = []
+        for file in files:
+            if not stored or not file.is_published:
+                others.append(file)
+            elif (digest := covered_as(file.digest)) not in numbers:
+                numbers[digest] = len(self._files)
+                self._files.append(file)
+        missing = set(numbers)
+        for segment in stored:
+            if missing.isdisjoint(segment.covered):
+                continue  # a killed run left it beside the one that it was merged into
+            missing.difference_update(segment.covered)
+            mapped = np.array([numbers.get(digest, GONE) for digest in segment.covered], np.int64)
+            self._stored.append(_Mapped(segment, mapped, self._include_failed))
+        return [*others, *(self._files[numbers[digest]] for digest in sorted(missing))]
 
     def add(self, file: AnswerFile, table: pa.Table | None = None) -> None:
         """Add the answers of a file to the index; a file that cannot be read is logged and skipped.
@@ -115,21 +126,22 @@ class KnownAnswers:
         `table` has the rows of the file, if the caller has just written them.
         """
         try:
-            halves, rows = _halves_and_rows(file, table, self._include_failed)
+            keys = read_keys(file) if table is None else keys_of(table, file.step, str(file.path))
         except UnusableFile as error:
             logger.warning("%s: its answers are not reused", error)
             return
+        if not self._include_failed:
+            keys = Keys(*(column[~keys.failed_K] for column in keys))
         with self._lock:
             number = len(self._files)
             self._files.append(file)
-            segment = _sorted_segment(halves, np.stack((np.full_like(rows, number), rows), axis=1))
-            while self._segments and len(self._segments[-1]) < 2 * len(segment):
+            parts = [Entries(keys.halves_K, places_of(number, keys.rows_K))]
+            size = len(keys.halves_K)
+            while self._segments and len(self._segments[-1]) < 2 * size:
                 last = self._segments.pop()
-                segment = _sorted_segment(
-                    np.concatenate((last.halves_K, segment.halves_K)),
-                    np.concatenate((last.places_K2, segment.places_K2)),
-                )
-            self._segments.append(segment)
+                parts.insert(0, last.part(0, len(last)))
+                size += len(last)
+            self._segments.append(Segment(in_order(parts)))
             if table is not None:
                 self._keep_table(number, self._as_own(file, table))
 
@@ -161,23 +173,44 @@ class KnownAnswers:
 
         Skips a file that changed since its commit, with a warning in the log.
         """
-        with self._lock:
-            segments = list(self._segments)
         missing = set(keys)
         parts = [self._schema.empty_table()]
+        while True:
+            with self._lock:
+                segments: list[_Mapped | Segment] = [*self._stored, *self._segments]
+            try:
+                for segment in segments:
+                    parts += self._find_in(segment, missing)
+            except (UnusableFile, OSError) as error:
+                self._replace(segment, error)
+            else:
+                return pa.concat_tables(parts).combine_chunks()
+
+    def _find_in(self, segment: _Mapped | Segment, missing: set[bytes]) -> Iterator[pa.Table]:
+        """The rows of `segment` whose keys are in `missing`, which they leave."""
         # The first segment is the largest. A key that it has is not looked up in the others, so
         # that a text which many files hold is read from one of them.
-        for segment in segments:
-            if not missing:
-                break
+        if missing:
             wanted = np.unique(np.frombuffer(b"".join(missing), np.uint64)[::2])
-            parts += self._take(segment.find(wanted), missing)
-        return pa.concat_tables(parts).combine_chunks()
+            yield from self._take(segment.find(wanted), missing)
+
+    def _replace(self, segment: _Mapped | Segment, error: Exception) -> None:
+        """Read the keys of the files that a damaged segment covers from the files."""
+        if not isinstance(segment, _Mapped):
+            raise error
+        logger.warning("%s: is left out, and its keys are read again", error)
+        with self._lock:
+            if segment not in self._stored:  # another thread has found it too
+                return
+            self._stored.remove(segment)
+        segment.segment.discard()
+        for number in segment.numbers[segment.numbers != GONE].tolist():
+            self.add(self._files[number])
 
     def _take(self, places: np.ndarray, missing: set[bytes]) -> Iterator[pa.Table]:
         """The rows at `places` (file, row) whose keys are in `missing`, which they leave."""
         wanted: dict[int, list[int]] = {}
-        for file, row in places.tolist():
+        for file, row in zip(files_of(places).tolist(), rows_of(places).tolist(), strict=True):
             wanted.setdefault(file, []).append(row)
         for file, rows in sorted(wanted.items()):
             table = self._table(file)
@@ -231,22 +264,3 @@ class KnownAnswers:
         """The answers in `table`, which has the columns of `file`, with this step's schema."""
         own = table.select(self._names_in(file)).rename_columns(self._schema.names)
         return own.cast(self._schema)
-
-
-def _halves_and_rows(
-    file: AnswerFile, table: pa.Table | None, include_failed: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """The first 8 bytes of each row key in `file` as numbers [K], and the row of each [K]."""
-    names = [Columns(file.step).key, Columns(file.step).error]
-    columns = read_columns(file.path, names) if table is None else table.select(names)
-    try:
-        # Cast to a fixed width, because a Delta table stores keys with a variable one.
-        keys = columns.column(0).cast(pa.binary(KEY_BYTES)).combine_chunks()
-    except pa.ArrowException as error:
-        raise UnusableFile(f"{file.path}: its row keys are invalid: {error}") from error
-    usable = keys.is_valid()
-    if not include_failed:
-        usable = pc.and_(usable, columns.column(1).combine_chunks().is_null())
-    rows = np.flatnonzero(usable.to_numpy(zero_copy_only=False)).astype(np.int64)
-    # Joined to a new buffer, because the array's own may begin before its first value.
-    return np.frombuffer(b"".join(keys.filter(usable).to_pylist()), np.uint64)[::2].copy(), rows
