@@ -26,8 +26,8 @@ from glmbatch.ledger.receipts import (
     whole_digest,
 )
 from glmbatch.store.files import Digests, commit, is_link, reachable
-from glmbatch.store.folder import Listing
-from glmbatch.store.paths import AnyPath, unlink_all
+from glmbatch.store.folder import Listing, unlink_all
+from glmbatch.store.paths import AnyPath
 
 # A receipt takes some 2 KB: 2 MB in all.
 RECEIPTS = 1024

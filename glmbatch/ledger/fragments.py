@@ -13,10 +13,9 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import BaseModel
 
-from glmbatch.errors import UnusableFile
-from glmbatch.store.files import stamp_file
+from glmbatch.store.files import refuse_change
 from glmbatch.store.inputs.find import Skipped
-from glmbatch.store.parquet import TimeUnit, read_rows, readable, with_constants
+from glmbatch.store.parquet import TimeUnit, open_parquet, read_opened, readable, with_constants
 
 
 class Fragment(BaseModel, frozen=True, extra="forbid"):
@@ -120,12 +119,11 @@ def read_fragment(
     given = {name: value for name, value in fragment.partitions if name in (columns or ())}
     stored = None if columns is None else [name for name in columns if name not in given]
     rows = (fragment.row_groups, fragment.skip_rows, fragment.rows)
-    for batch in read_rows(fragment.path, *rows, stored, int96=fragment.unit):
-        yield with_constants(batch, given)
-    # Checked last, so that a change during the reading is detected too.
+    if fragment.rows:
+        with open_parquet(fragment.path, fragment.unit) as file:
+            # Now and last: a file that is replaced, and put back while it is read, shows only now.
+            refuse_change(fragment.path, fragment.stamp)
+            for batch in read_opened(file, *rows, columns=stored, where=fragment.path):
+                yield with_constants(batch, given)
     with readable(fragment.path):
-        if stamp_file(fragment.path) != fragment.stamp:
-            raise UnusableFile(
-                f"{fragment.path}: was changed while the run read it. Run again when it is "
-                "complete."
-            )
+        refuse_change(fragment.path, fragment.stamp)

@@ -15,8 +15,8 @@ from glmbatch.ledger.fragments import FileFault, Plan
 from glmbatch.ledger.receipts import AnswerCounts, OutputReceipt
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import committed, naming, reachable, writable
-from glmbatch.store.folder import Folder, Name
-from glmbatch.store.paths import AnyPath, unlink_all
+from glmbatch.store.folder import Folder, Name, unlink_all
+from glmbatch.store.paths import AnyPath
 from glmbatch.store.seal import sealed, unsealed
 
 MANIFEST = "_manifest.json"

@@ -26,11 +26,11 @@ from glmbatch.ledger.manifest import Manifest, copy_manifest, write_manifest
 from glmbatch.ledger.quarantine import OWN, REFUSED, Line, write_quarantine
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt
 from glmbatch.store.errors import one_line
-from glmbatch.store.files import PARTIAL, committed, move, reachable, remove_tree, writable
-from glmbatch.store.folder import Folder, Name
+from glmbatch.store.files import PARTIAL, committed, move, reachable, writable
+from glmbatch.store.folder import Folder, Name, remove_tree, unlink_all
 from glmbatch.store.locks import check_held
 from glmbatch.store.modes import narrow
-from glmbatch.store.paths import AnyPath, unlink_all
+from glmbatch.store.paths import AnyPath
 from glmbatch.store.seal import sealed, unsealed
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,8 @@ def _announce(root: AnyPath, names: Collection[str], *, lost: bool) -> None:
 
     `lost` is recorded too, until a publication has searched for the files of a lost list.
     """
+    if not names and not lost:  # nothing is moved, and nothing was announced before
+        return
     listed: dict[str, Any] = {"names": sorted(names)}
     if lost:
         listed["lost"] = True
@@ -152,6 +154,8 @@ def _delta_version(ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputR
 
 def _move_staged(ledger: Ledger, outputs: Sequence[OutputReceipt]) -> None:
     root = ledger.folder
+    if not outputs:
+        return
     with reachable(root / STAGED):
         staged = {path.name for path in (root / STAGED).glob("*.parquet")}
 
@@ -202,7 +206,7 @@ def _sweep(root: Folder, manifest: Manifest) -> None:
     used: set[str] = set()
     for file in manifest.files:
         used.update(file.answers_keys)
-    stale = [*root.path.glob(f".*{PARTIAL}")]
+    stale = root.partials()
     for name in root.names(OWN):
         folder, _, last = name.rpartition("/")
         if folder == ANSWERS and last.endswith(".parquet"):

@@ -19,8 +19,8 @@ from glmbatch.report.html import page
 from glmbatch.report.measures import Measures
 from glmbatch.report.summary import Summary
 from glmbatch.settings.job import JobConfig, RuntimeConfig
-from glmbatch.store.files import committed, modified
-from glmbatch.store.folder import Folder
+from glmbatch.store.files import committed
+from glmbatch.store.folder import Folder, by_age
 from glmbatch.store.paths import AnyPath
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def _write(path: AnyPath, text: str) -> None:
 
 def _forget_old(folder: AnyPath, keep: set[str | None]) -> None:
     """Delete all reports except the newest KEPT and those of the runs in `keep`."""
-    pages = sorted(folder.glob("*.html"), key=modified)
+    pages = by_age(folder, "*.html")
     for path in pages[:-KEPT]:
         if path.stem not in keep:
             path.unlink(missing_ok=True)

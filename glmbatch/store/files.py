@@ -5,17 +5,25 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
-from glmbatch.errors import MACHINE_ERRNOS, GlmbatchError, InputError, StoreRefused, TransientError
+from glmbatch.errors import (
+    MACHINE_ERRNOS,
+    GlmbatchError,
+    InputError,
+    StoreRefused,
+    TransientError,
+    UnusableFile,
+    shown,
+)
 from glmbatch.store.errors import UNWRITABLE, store_errors
-from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
+from glmbatch.store.paths import Address, AnyPath, ObjectPath, ObjectStatus, location
 
 PARTIAL = ".partial"
 # Errors that mean: something else has the place of a file or folder.
@@ -42,6 +50,15 @@ def exists(address: Address) -> bool:
     return location(address).exists()
 
 
+def kind_of(path: AnyPath) -> Literal["file", "folder", "other"] | None:
+    """What has the name `path`, with links followed; None if nothing. In a store, one question."""
+    if isinstance(path, ObjectPath):
+        return path.kind()
+    if path.is_dir():
+        return "folder"
+    return ("file" if path.is_file() else "other") if path.exists() else None
+
+
 def stamp_file(address: Address) -> tuple[int, int]:
     """A file's size in bytes and modification time in nanoseconds; both change with its bytes.
 
@@ -57,11 +74,30 @@ def version_stamp(address: Address) -> tuple[int, ...]:
     On a disk: size, modification time, time of the last change of the inode (which no program can
     set), and inode number. In a store: size and a number made from the object's version.
     """
-    path = location(address)
-    if not isinstance(path, Path):
-        return stamp_file(path)
-    status = os.stat(path)
+    return stamp_of(location(address).stat())
+
+
+def stamp_if_any(address: Address) -> tuple[int, ...] | None:
+    """The `version_stamp` of a file; None without one, or if it cannot be read."""
+    try:
+        return version_stamp(address)
+    except OSError:
+        return None
+
+
+def stamp_of(status: os.stat_result | ObjectStatus) -> tuple[int, ...]:
+    """The `version_stamp` of the file or object that has this `status`, also from a listing."""
+    if isinstance(status, ObjectStatus):
+        return status.st_size, status.st_mtime_ns
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def refuse_change(address: Address, stamp: tuple[int, ...]) -> None:
+    """UnusableFile if the size and time of a file (see `stamp_file`) are not those of `stamp`."""
+    if stamp_file(address) != stamp[:2]:
+        raise UnusableFile(
+            f"{shown(address)}: was changed while the run read it. Run again when it is complete."
+        )
 
 
 def is_settled(stamp: tuple[int, ...], looked_ns: int) -> bool:
@@ -149,13 +185,16 @@ def url_of(address: str) -> str:
     return path.as_uri() if isinstance(path, Path) else str(path)
 
 
-def digest_file(address: Address) -> str:
+def digest_file(address: Address, stamp: tuple[int, ...] | None = None) -> str:
     """The SHA-256 of a file in hexadecimal.
 
-    FileNotFoundError without the file, OSError or our errors when it cannot be read.
+    FileNotFoundError without the file, OSError or our errors when it cannot be read; UnusableFile
+    when the opened file has not the `stamp`.
     """
     path = location(address)
     with store_errors(path), path.open("rb") as file:
+        if stamp is not None:
+            refuse_change(path, stamp)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -246,14 +285,6 @@ def move(source: AnyPath, path: AnyPath) -> None:
 def modified(path: AnyPath) -> float:
     """When `path` was last written, in seconds since 1970."""
     return path.modified().timestamp() if isinstance(path, ObjectPath) else path.stat().st_mtime
-
-
-def remove_tree(folder: AnyPath) -> None:
-    """Remove `folder` and everything in it; on this machine, errors are ignored."""
-    if isinstance(folder, ObjectPath):
-        folder.remove_tree()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

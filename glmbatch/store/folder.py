@@ -3,24 +3,82 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import chain, islice, takewhile
 from pathlib import Path, PurePosixPath
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator
 
 from glmbatch.errors import InputError
-from glmbatch.store.files import is_link, move, reachable, real_path, settled, writable
-from glmbatch.store.paths import Address, AnyPath, is_hidden, location, odd_part, side_by_side
+from glmbatch.store.files import (
+    PARTIAL,
+    is_link,
+    modified,
+    move,
+    reachable,
+    real_path,
+    settled,
+    stamp_if_any,
+    stamp_of,
+    writable,
+)
+from glmbatch.store.paths import Address, AnyPath, is_hidden, location, odd_part
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
+REQUESTS_AT_ONCE = 16
+# A listing of a store's folder costs a request for each 1,000 keys, the price of some 12 others.
+KEYS_OF_A_LISTING, PRICE_OF_A_LISTING = 1000, 12
 # Files of unknown origin are moved here; glmbatch deletes nothing in it.
 ASIDE = "_glmbatch/aside"
+
+
+def side_by_side(
+    root: AnyPath, work: Callable[[Item], Made], items: Iterable[Item]
+) -> Iterator[Made]:
+    """The results of `work` for `items`, lazily, in order; in parallel if `root` is in a store."""
+    if isinstance(root, Path):
+        yield from map(work, items)
+        return
+    waiting = iter(items)
+    # In windows, so that a caller that stops early does not cause requests for all items.
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        while window := list(islice(waiting, 4 * REQUESTS_AT_ONCE)):
+            yield from pool.map(work, window)
+
+
+def unlink_all(root: AnyPath, paths: Iterable[AnyPath]) -> None:
+    """Remove the files `paths` below `root`; ignores missing files and folders; safe to repeat."""
+
+    def unlink(path: AnyPath) -> None:
+        with suppress(IsADirectoryError):
+            path.unlink(missing_ok=True)
+
+    for _ in side_by_side(root, unlink, paths):
+        pass
+
+
+def remove_tree(folder: AnyPath) -> None:
+    """Remove `folder` and everything in it; on this machine, errors are ignored."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        # One by one, because the store's package reads a folder's name as a pattern.
+        unlink_all(folder, folder.listed())
+
+
+def by_age(folder: AnyPath, pattern: str) -> list[AnyPath]:
+    """The files in `folder` that match `pattern`, the one that was written first at the front."""
+    if isinstance(folder, Path):
+        return sorted(folder.glob(pattern), key=modified)
+    return [*folder.by_age(pattern)]
 
 
 def _inner(name: str) -> str:
@@ -99,6 +157,26 @@ class Folder:
             return name if (self.path / name).exists() else None
 
         return [name for name in self.map(find, names) if name is not None]
+
+    def stamps(self, names: Sequence[str], among: int) -> Iterator[tuple[int, ...] | None]:
+        """The `version_stamp` of each of the files `names`, in order; None for one that is missing.
+
+        In a store they come from a listing if that is cheaper; `among` is about how many files the
+        folder has.
+        """
+        pages = 1 + among // KEYS_OF_A_LISTING
+        if not isinstance(self.path, Path) and len(names) > PRICE_OF_A_LISTING * pages:
+            # Names in partition folders have a beginning that _glmbatch does not share.
+            first, last = min(names), max(names)
+            shared = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+            found = self.path.keys("".join(letter for letter, _ in shared))
+            yield from (stamp_of(found[name]) if name in found else None for name in names)
+        else:
+            yield from self.map(lambda name: stamp_if_any(self.path / name), names)
+
+    def partials(self) -> list[AnyPath]:
+        """Unfinished files in the folder itself; a store has none."""
+        return [*self.path.glob(f".*{PARTIAL}")] if isinstance(self.path, Path) else []
 
     def names(self, below: str = "", *, visible: bool = False) -> Iterator[str]:
         """The names of all files below the folder `below`, in no order; links are not followed.

@@ -7,8 +7,7 @@ failed requests. errors.py turns their errors into ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,9 +15,8 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
-from itertools import islice
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from glmbatch.errors import InputError, StoreRefused, TransientError, shown
 from glmbatch.settings.addresses import has_credentials, misspelt
@@ -29,9 +27,13 @@ STORES = {"s3": "'glmbatch[s3]'", "gs": "gcsfs", "az": "adlfs"}
 SCHEMES = tuple(f"{scheme}:/" for scheme in STORES)
 GLOB_MARKS = frozenset("*?[")
 AHEAD_BYTES = 8 << 20  # fetched with each request when an object is read from start to end
-REQUESTS_AT_ONCE = 16
+BUCKET_PARTS = 2  # the parts of a bucket's own path: its scheme and its name
 # The cache of small objects: the largest size in bytes, and how many of them.
 KEPT_BYTES, KEPT_OBJECTS = 1 << 20, 64
+# Options with which a whole object costs one request: by default s3fs asks for its size before.
+WHOLE = {"s3:": {"max_concurrency": 1}}
+# When an object was last written, in the `info` of s3fs, gcsfs and adlfs.
+TIMES = ("LastModified", "mtime", "last_modified")
 
 
 def location(address: Address) -> AnyPath:
@@ -96,35 +98,6 @@ def is_remote(address: str) -> bool:
     return "://" in address
 
 
-Item = TypeVar("Item")
-Made = TypeVar("Made")
-
-
-def side_by_side(
-    root: AnyPath, work: Callable[[Item], Made], items: Iterable[Item]
-) -> Iterator[Made]:
-    """The results of `work` for `items`, lazily, in order; in parallel if `root` is in a store."""
-    if isinstance(root, Path):
-        yield from map(work, items)
-        return
-    waiting = iter(items)
-    # In windows, so that a caller that stops early does not cause requests for all items.
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        while window := list(islice(waiting, 4 * REQUESTS_AT_ONCE)):
-            yield from pool.map(work, window)
-
-
-def unlink_all(root: AnyPath, paths: Iterable[AnyPath]) -> None:
-    """Remove the files `paths` below `root`; ignores missing files and folders; safe to repeat."""
-
-    def unlink(path: AnyPath) -> None:
-        with suppress(IsADirectoryError):
-            path.unlink(missing_ok=True)
-
-    for _ in side_by_side(root, unlink, paths):
-        pass
-
-
 @dataclass(frozen=True, slots=True)
 class ObjectStatus:
     """The `stat` of an object, with its size in bytes.
@@ -160,22 +133,26 @@ class ObjectPath(PurePosixPath):
 
     def exists(self) -> bool:
         """Whether there is an object of this name, or one below it."""
-        return self._kind() is not None
+        return self.kind() is not None
 
     def is_file(self) -> bool:
         """Whether there is an object of this name."""
-        return self._kind() == "file"
+        return self.kind() == "file"
 
     def is_dir(self) -> bool:
         """Whether there are objects below this name, but none of this name."""
-        return self._kind() == "directory"
+        return self.kind() == "folder"
+
+    def kind(self) -> Literal["file", "folder"] | None:
+        """`file` for an object, `folder` for a name with objects below it, else None."""
+        try:
+            return "file" if self.info()["type"] == "file" else "folder"
+        except FileNotFoundError:
+            return None
 
     def stat(self) -> ObjectStatus:
         """The size of the object, and a number that changes with its bytes."""
-        info = self.info()
-        return ObjectStatus(
-            int(info["size"] or 0), int(sha256(version_of(info).encode()).hexdigest()[:15], 16)
-        )
+        return _status(self.info())
 
     def info(self) -> dict[str, Any]:
         """The facts about the object, as fsspec's `info` gives them."""
@@ -194,15 +171,21 @@ class ObjectPath(PurePosixPath):
         return self._opened(cache_type="none")
 
     def _opened(self, **options: object) -> Any:
-        info = self.info()
-        # The ledger reads small objects several times. Cached by version: a new one is read again.
-        if info["type"] == "file" and info["size"] <= KEPT_BYTES:
-            return BytesIO(_content(self, version_of(info)))
-        return self._call("open", "rb", **options)
+        with store_errors(self):
+            file = self._store().open(str(self), "rb", **options)
+            info = file.details
+            if info["type"] != "file" or file.size > KEPT_BYTES:
+                return file
+            # The ledger reads small objects several times. Kept by version: another one is read
+            # again. Read through `file`, because s3fs then refuses bytes of another version.
+            kept = _kept(self, version_of(info))
+            if not kept:
+                kept.append(file.read())
+            return BytesIO(kept[0])
 
     def read_bytes(self) -> bytes:
         """The bytes of the object."""
-        return cast(bytes, self._call("cat_file"))
+        return cast(bytes, self._call("cat_file", **WHOLE.get(self.parts[0], {})))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """The text of the object. UnicodeDecodeError when it does not have this encoding."""
@@ -254,11 +237,6 @@ class ObjectPath(PurePosixPath):
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: folders exist only in objects' names."""
 
-    def remove_tree(self) -> None:
-        """Delete all objects below it."""
-        # One by one, because the store's package reads a folder's name as a pattern.
-        unlink_all(self, self.listed())
-
     def listed(self, prefix: str = "") -> dict[ObjectPath, dict[str, Any]]:
         """All objects below it whose names begin with `prefix`, sorted, with the facts of `info`.
 
@@ -268,42 +246,47 @@ class ObjectPath(PurePosixPath):
         files = sorted(self._infos(prefix).items())
         return {ObjectPath(f"{scheme}//{name}"): info for name, info in files if not odd_part(name)}
 
-    def keys(self, prefix: str = "", most: int | None = None) -> dict[str, int]:
-        """The keys of all objects below it, relative to it and sorted, with sizes in bytes.
+    def keys(self, prefix: str = "", most: int | None = None) -> dict[str, ObjectStatus]:
+        """The keys of all objects below it, relative to it and sorted, as `stat` would see them.
 
         From S3 only the first `most`; the packages of other stores have no such limit.
         """
         base = len(str(self).partition("://")[2]) + 1
         infos = sorted(self._infos(prefix, max_items=most).items())
-        return {name[base:]: int(info["size"] or 0) for name, info in infos if name[base:]}
+        return {name[base:]: _status(info) for name, info in infos if name[base:]}
+
+    def by_age(self, pattern: str) -> list[ObjectPath]:
+        """The objects below it that match `pattern`, the oldest first, from the listing itself."""
+        infos = self._matching(pattern)
+        return sorted(infos, key=lambda path: next(filter(None, map(infos[path].get, TIMES))))
 
     def _infos(self, prefix: str, **options: object) -> dict[str, dict[str, Any]]:
+        place = self
+        # Without a prefix, s3fs sends two requests more to learn that there is nothing below.
+        if not prefix and self.parts[0] == "s3:" and len(self.parts) > BUCKET_PARTS:
+            place, prefix = self.parent, f"{self.name}/"
         try:
-            found = self._call("find", prefix=prefix, detail=True, **options)
+            found = place._call("find", prefix=prefix, detail=True, **options)
             return cast(dict[str, dict[str, Any]], found)
         except FileNotFoundError:  # no such bucket
             return {}
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
         """The objects below it that match `pattern`, in which `**` matches any folders."""
+        yield from self._matching(pattern)
+
+    def _matching(self, pattern: str) -> dict[ObjectPath, dict[str, Any]]:
         from fsspec.utils import glob_translate
 
         matches = re.compile(glob_translate(pattern)).fullmatch
         # Lists only keys that begin like the pattern up to its first wildcard.
         plain = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
-        for path in self.listed(plain):
-            if matches(str(path.relative_to(self))):
-                yield path
+        listed = self.listed(plain).items()
+        return {path: info for path, info in listed if matches(str(path.relative_to(self)))}
 
     def rglob(self, pattern: str) -> Iterator[ObjectPath]:
         """The objects below it, at any depth, whose last name matches `pattern`."""
         return (path for path in self.listed() if fnmatchcase(path.name, pattern))
-
-    def _kind(self) -> str | None:
-        try:
-            return str(self.info()["type"])
-        except FileNotFoundError:
-            return None
 
     def _store(self) -> Any:
         return _filesystem(self.parts[0].removesuffix(":"))
@@ -319,14 +302,24 @@ Address: TypeAlias = str | Path | ObjectPath
 
 
 def version_of(info: dict[str, Any]) -> str:
-    """The version of an object from its `info`: its ETag, whose name differs between packages."""
-    return str(info.get("ETag") or info.get("etag") or info)
+    """The version of an object: its ETag, the same from a listing as from a look at the object.
+
+    Its name differs between packages. Some stores leave out its quotes in listings of S3.
+    """
+    if tag := info.get("ETag"):
+        return '"{}"'.format(str(tag).strip('"'))
+    return str(info.get("etag") or info)
+
+
+def _status(info: dict[str, Any]) -> ObjectStatus:
+    digest = sha256(version_of(info).encode()).hexdigest()
+    return ObjectStatus(int(info["size"] or 0), int(digest[:15], 16))
 
 
 @lru_cache(KEPT_OBJECTS)
-def _content(path: ObjectPath, version: str) -> bytes:
-    """The bytes of a small object. Cached, because the ledger may read it again."""
-    return path.read_bytes()
+def _kept(path: ObjectPath, version: str) -> list[bytes]:
+    """The bytes of a small object, once its reader has put them here."""
+    return []
 
 
 @lru_cache

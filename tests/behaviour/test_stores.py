@@ -26,7 +26,7 @@ from glmbatch.run.plan import plan_run
 from glmbatch.run.preview import preview
 from glmbatch.settings.job import JobConfig
 from glmbatch.store.files import digest_file
-from glmbatch.store.paths import _content
+from glmbatch.store.paths import _kept
 from tests.stores import Request, Store
 from tests.support import CAUSAL, ROOT, Settings, Write, run
 
@@ -246,7 +246,7 @@ def test_refused_reads_are_not_mistaken_for_damage(store: Store, settings: Setti
     lost = next(name for name in store.names("out") if name.endswith("-0000000000.parquet"))
     store.path(lost).unlink()
     before = store.names("out")
-    _content.cache_clear()  # as if in another process
+    _kept.cache_clear()  # as if in another process
 
     def harm(request: Request) -> int | None:
         return 403 if request.method == "GET" and "/answers/" in request.key else None

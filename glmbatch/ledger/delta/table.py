@@ -211,7 +211,8 @@ def _live_files(table: DeltaTable | None) -> set[str]:
 
 def is_table(root: Address) -> bool:
     """Whether a Delta table was ever committed in `root`."""
-    return any((Folder(root) / LOG).glob("*.json"))
+    # A commit's name is its number in 20 digits. With a prefix, a store looks for nothing else.
+    return any((Folder(root) / LOG).glob("0*.json"))
 
 
 def _open(root: Path) -> DeltaTable | None:

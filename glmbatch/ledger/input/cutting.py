@@ -16,16 +16,14 @@ from glmbatch.settings.job import DataConfig
 from glmbatch.store.files import (
     DIGEST_CHARS,
     digest_file,
-    exists,
     naming,
     real_path,
     telling_size,
     too_long,
-    version_stamp,
     whole_name,
 )
 from glmbatch.store.footers import written_form
-from glmbatch.store.inputs.find import find_files
+from glmbatch.store.inputs.find import Found, find_files
 from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, from_folders
 from glmbatch.store.inputs.nesting import refuse_nesting, refuse_reach
 from glmbatch.store.parquet import open_parquet, readable
@@ -64,17 +62,15 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
     `digests` only footers are read.
 
     Files that cannot be used are listed in the plan; with `raise_faults`, the first one raises
-    UnusableFile. InputError when no file can be used, or when two files would have the same output
-    file.
+    UnusableFile. InputError when no file can be used, or two would have the same output file.
     """
     found = find_files(data.input, follow_links=data.follow_links)
-    root, names = found.root, found.names
     refuse_nesting(found, data.input, data.output)
-    look = _Looker(root, data, needs, published, frozenset(again), seed, digests)
-    outcomes: dict[str, _Outcome] = {}
-    faults = [
-        FileFault(source=shown(name), reason=reason) for name, reason in found.refused.items()
-    ]
+    look = _Looker(found, data, needs, published, frozenset(again), seed, digests)
+    outcomes = look.left_alone()
+    names = [name for name in found.names if name not in outcomes]
+    refused = found.refused.items()
+    faults = [FileFault(source=shown(name), reason=reason) for name, reason in refused]
     if raise_faults and faults:
         raise UnusableFile(faults[0].reason)
     for name, outcome in zip(names, look.at_all(names), strict=True):
@@ -83,13 +79,13 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
         elif raise_faults:
             raise outcome
         else:
-            faults.append(_fault(root, name, outcome))
+            faults.append(_fault(found.root, name, outcome))
     if not outcomes:
         raise none_usable(shown(data.input), faults)
     plan = _joined(outcomes, data)
-    refuse_reach(data.input, data.output, (fragment.output_name for fragment in plan.fragments))
-    update = {"root": whole_name(root), "unusable": tuple(faults), "skipped": tuple(found.skipped)}
-    return plan.model_copy(update=update)
+    refuse_reach(found, data.input, data.output, (part.output_name for part in plan.fragments))
+    told = {"unusable": tuple(faults), "skipped": tuple(found.skipped)}
+    return plan.model_copy(update={"root": whole_name(found.root), **told})
 
 
 def _joined(outcomes: Mapping[str, _Outcome], data: DataConfig) -> Plan:
@@ -130,9 +126,9 @@ def _fault(root: AnyPath, name: str, error: UnusableFile) -> FileFault:
 
 @dataclass(frozen=True, slots=True)
 class _Looker:
-    """Looks at the files of an input; the fields are those of `plan_fragments`."""
+    """Looks at the files `found` in an input; the other fields are those of `plan_fragments`."""
 
-    root: AnyPath
+    found: Found
     data: DataConfig
     needs: SchemaNeeds
     published: Mapping[str, PublishedSource]
@@ -140,10 +136,23 @@ class _Looker:
     seed: str
     digests: bool
 
+    def left_alone(self) -> dict[str, _Outcome]:
+        """The files whose stamps when they were found are the recorded ones, without a look.
+
+        Their bytes, links and columns were checked when they were published.
+        """
+        outcomes = {}
+        for name, stamp in self.found.stamps.items():
+            source = self.published.get(name)
+            same = source is not None and stamp == source.stamp
+            if same and name not in self.again and not self._is_drawn(name):
+                outcomes[name] = _Outcome(Look(stamp, settled=True), None)
+        return outcomes
+
     def at_all(self, names: Sequence[str]) -> Iterator[_Outcome | UnusableFile]:
         """What became of each file, or why it cannot be used, in order."""
-        data = self.data
-        given = real_path(data.input if exists(data.input) else self.root)
+        is_glob = self.found.kind == "glob"
+        given = real_path(self.found.root if is_glob else self.data.input)
 
         def outcome(name: str) -> _Outcome | UnusableFile:
             try:
@@ -158,13 +167,10 @@ class _Looker:
 
     def _at(self, name: str, given: AnyPath) -> _Outcome:
         """One file. UnusableFile if it is a link that leads out of `given`."""
-        path = self.root / name
+        path = self.found.root / name
         source = self.published.get(name)
         leave = source is not None and name not in self.again
-        drawn = self.digests and is_sampled(name, self.seed, self.data.recheck_share)
-        if source is not None and leave and not drawn and _stamp_now(path) == source.stamp:
-            # Its bytes, links and columns were checked when it was published.
-            return _Outcome(Look(source.stamp, settled=True), None)
+        drawn = leave and self._is_drawn(name)
         self._refuse_link(path, given)
         # Before the footer, so that `read_fragment` detects every later change.
         with readable(path):
@@ -173,16 +179,20 @@ class _Looker:
         digest = ""
         # Nothing but a file is digested: reading a pipe would wait for its writer.
         if source is not None and self.digests and path.is_file():
-            trusted = same_stamp and not (leave and drawn)
-            digest = source.digest if trusted else _digest(path)
+            trusted = same_stamp and not drawn
+            digest = source.digest if trusted else _digest(path, look)
             if leave and digest == source.digest:
-                return _Outcome(look, None, rechecked=same_stamp)
+                return _Outcome(look, None, rechecked=same_stamp and drawn)
         fragments = self._cut(path, name, look)
         if self.digests and not digest:
-            digest = _digest(path)
+            digest = _digest(path, look)
         fragments = [fragment.model_copy(update={"digest": digest}) for fragment in fragments]
         silent = same_stamp and source is not None and digest not in ("", source.digest)
         return _Outcome(look, fragments, silent=silent)
+
+    def _is_drawn(self, name: str) -> bool:
+        """Whether the unchanged source `name` is to be digested again in this run."""
+        return self.digests and is_sampled(name, self.seed, self.data.recheck_share)
 
     def _refuse_link(self, path: AnyPath, given: AnyPath) -> None:
         if not self.data.follow_links and not real_path(path).is_relative_to(given):
@@ -218,14 +228,6 @@ class _Looker:
                 )
             )
         return fragments
-
-
-def _stamp_now(path: AnyPath) -> tuple[int, ...] | None:
-    """The stamp of a file; None if it cannot be read, which `_at` reports."""
-    try:
-        return version_stamp(path)
-    except OSError:
-        return None
 
 
 def _refuse_same_output(ranges: list[Fragment], unchanged: Iterable[str]) -> None:
@@ -301,9 +303,10 @@ def cut(
         yield first_row, pending_rows, tuple(pending), 0
 
 
-def _digest(path: AnyPath) -> str:
+def _digest(path: AnyPath, look: Look) -> str:
+    """The digest of the bytes that have the stamp of `look`. UnusableFile if they were replaced."""
     with readable(path):
-        return digest_file(path)
+        return digest_file(path, look.stamp)
 
 
 def _limited(ranges: list[Fragment], limit: int | None) -> Iterator[Fragment]:

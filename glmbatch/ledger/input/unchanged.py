@@ -45,24 +45,13 @@ def published_sources(output: Folder, manifest: Manifest | None) -> dict[str, Pu
         return {}
     sources: dict[str, PublishedSource] = {}
     lost: set[str] = set()
-    for file, place in zip(manifest.files, places(output, manifest.files), strict=True):
+    places = output.stamps([file.output_name for file in manifest.files], len(manifest.files))
+    for file, place in zip(manifest.files, places, strict=True):
         if file.stamp is None or not file.basis or place is None or place != file.place:
             lost.add(file.source)
         else:
             sources[file.source] = PublishedSource(file.source_digest, file.stamp)
     return {name: source for name, source in sources.items() if name not in lost}
-
-
-def places(output: Folder, files: Sequence[PublishedFile]) -> Iterable[tuple[int, ...] | None]:
-    """The stamp of each published file in `output`; None for one that is not there."""
-
-    def look(file: PublishedFile) -> tuple[int, ...] | None:
-        try:
-            return version_stamp(output / file.output_name)
-        except OSError:
-            return None
-
-    return output.map(look, files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +112,9 @@ def with_stamps(
         elif stamp is not None and (not stamp or stamp != file.stamp):
             narrow(output / file.output_name, [Folder(plan.root) / file.source])
             fresh[file.output_name] = {"stamp": stamp or file.stamp}
-    named = [file for file in manifest.files if file.output_name in fresh]
-    for file, place in zip(named, places(output, named), strict=True):
-        fresh[file.output_name]["place"] = place
+    names = [file.output_name for file in manifest.files if file.output_name in fresh]
+    for name, place in zip(names, output.stamps(names, len(manifest.files)), strict=True):
+        fresh[name]["place"] = place
     files = []
     for file in manifest.files:
         update = fresh.get(file.output_name)

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path, PurePath
+from typing import Literal
 
 from glmbatch.errors import MACHINE_ERRNOS, InputError, TransientError, shown
-from glmbatch.store.files import naming, real_path
+from glmbatch.store.files import is_link, kind_of, naming, real_path, stamp_if_any, stamp_of
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.tables import (
     MARKS,
@@ -22,7 +23,7 @@ from glmbatch.store.inputs.tables import (
     refuse_tables_above,
     table_of,
 )
-from glmbatch.store.paths import GLOB_MARKS, AnyPath, is_hidden, odd_part
+from glmbatch.store.paths import GLOB_MARKS, AnyPath, ObjectStatus, is_hidden, odd_part
 
 SETTING = "data.input"
 # Why names are not read; continues "3 ...".
@@ -47,12 +48,16 @@ class Skipped:
 class Found:
     """The files that an input names, as sorted POSIX paths below the folder `root`.
 
-    `refused` maps files that cannot be read because of their names to the reason. `skipped` counts
-    the names that are not input files.
+    `kind` says what the input itself is. `stamps` are the files' own (see `version_stamp`) when
+    they were found, and `links` those files that are links. `refused` maps files that cannot be
+    read because of their names to the reason. `skipped` counts the names that are not input files.
     """
 
     root: AnyPath
+    kind: Literal["file", "folder", "glob"]
     names: list[str]
+    stamps: dict[str, tuple[int, ...]]
+    links: frozenset[str]
     refused: dict[str, str]
     skipped: list[Skipped]
 
@@ -71,7 +76,7 @@ def find_files(pattern: str, *, follow_links: bool = False) -> Found:
         listing = _list(whole, pattern, follow_links)
         # A folder that was listed completely has been checked itself.
         refuse_tables_above(listing.root, SETTING, itself=listing.root != whole)
-    if not listing.names and not listing.refused:
+    if not listing.stamps and not listing.refused:
         raise InputError(
             f"{shown(pattern)}: no Parquet file matches{_instead(listing)}. Set {SETTING}."
         )
@@ -82,31 +87,34 @@ def find_files(pattern: str, *, follow_links: bool = False) -> Found:
 class _Listing:
     """The names found below `root` so far. Each folder is listed only once.
 
-    `skipped` maps each name that is not read to the reason. `entered` are the folders that links
-    may not lead back into.
+    `stamps` maps them to their stamps, or to None. `skipped` maps each name that is not read to the
+    reason. `entered` are the folders that links may not lead back into.
     """
 
     root: AnyPath
     follow_links: bool
-    names: set[str] = field(default_factory=set)
+    kind: Literal["file", "folder", "glob"]
+    stamps: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+    links: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
     entered: list[AnyPath] = field(default_factory=list)
 
-    def add(self, name: str) -> None:
+    def add(self, name: str, stamp: tuple[int, ...] | None, *, is_link: bool = False) -> None:
         """Add a file that the input names, or refuse it if its name cannot be used."""
         if fault := _name_fault(name):
             self.refused[name] = f"{shown(self.root)}/{shown(name)}: {fault}"
-        else:
-            self.names.add(name)
+            return
+        self.stamps[name] = stamp
+        if is_link:
+            self.links.add(name)
 
-    def add_by_ending(self, name: str) -> None:
-        """Add a file below a folder that the input names, or skip it by its ending."""
-        if name.casefold().endswith(".parquet"):
-            self.add(name)
-        else:
+    def skip_by_ending(self, name: str) -> bool:
+        """Skip a file below a folder that the input names by its ending; return whether it was."""
+        if is_other := not name.casefold().endswith(".parquet"):
             self.skipped[name] = OTHER_ENDING
+        return is_other
 
     def skip_hidden(self, name: str, *, is_folder: bool) -> bool:
         """Skip a hidden name, counted once per first hidden part; return whether it was hidden."""
@@ -135,7 +143,8 @@ class _Listing:
                 if is_hidden(entry.name):
                     self.skipped[name + "/" * is_folder] = HIDDEN
                 elif not is_folder:
-                    self.add_by_ending(name)
+                    if not self.skip_by_ending(name):
+                        self.add(name, _stamp_of(entry), is_link=entry.is_symlink())
                 elif entry.is_symlink() and not self._may_enter(place / entry.name):
                     self.skipped[name] = LINKED_FOLDER
                 else:
@@ -183,12 +192,20 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _stamp_of(entry: os.DirEntry[str]) -> tuple[int, ...] | None:
+    try:
+        return stamp_of(entry.stat())
+    except OSError:  # a link to nowhere
+        return None
+
+
 def _list(whole: AnyPath, pattern: str, follow_links: bool) -> _Listing:
-    if whole.is_file():
-        listing = _Listing(whole.parent, follow_links)
-        listing.add(whole.name)
-    elif whole.is_dir():
-        listing = _Listing(whole, follow_links)
+    kind = kind_of(whole)
+    if kind == "file":
+        listing = _Listing(whole.parent, follow_links, kind)
+        listing.add(whole.name, stamp_if_any(whole), is_link=is_link(whole))
+    elif kind == "folder":
+        listing = _Listing(whole, follow_links, kind)
         if isinstance(whole, Path):
             listing.walk("")
         else:
@@ -203,9 +220,9 @@ def _list(whole: AnyPath, pattern: str, follow_links: bool) -> _Listing:
 
 def _list_matches(pattern: AnyPath, follow_links: bool) -> _Listing:
     root, rest = split_glob(pattern)
-    if not root.is_dir():
+    if kind_of(root) != "folder":
         raise InputError(f"{shown(pattern)}: there is no folder {shown(root)}. Set {SETTING}.")
-    listing = _Listing(root, follow_links)
+    listing = _Listing(root, follow_links, "glob")
     if not isinstance(root, Path):
         # Lists only keys that begin like the pattern up to its first wildcard.
         _list_objects(listing, root.keys(re.split(r"[*?\[]", rest, maxsplit=1)[0]), rest)
@@ -224,7 +241,7 @@ def _list_matches(pattern: AnyPath, follow_links: bool) -> _Listing:
         if is_folder:
             listing.walk(name)
         else:
-            listing.add(name)
+            listing.add(name, stamp_if_any(match), is_link=is_link(match))
     _refuse_tables_between(listing)
     return listing
 
@@ -232,7 +249,7 @@ def _list_matches(pattern: AnyPath, follow_links: bool) -> _Listing:
 def _refuse_tables_between(listing: _Listing) -> None:
     """InputError if a glob matched single files or folders inside a table of another format."""
     looked_at = set(listing.folders)
-    for name in listing.names | listing.folders:
+    for name in listing.stamps.keys() | listing.folders:
         for folder in PurePath(name).parents:
             if (place := folder.as_posix()) in looked_at:
                 continue
@@ -240,25 +257,26 @@ def _refuse_tables_between(listing: _Listing) -> None:
             refuse_table(listing.root / folder, table_of(listing.root / folder), SETTING)
 
 
-def _list_objects(listing: _Listing, objects: Mapping[str, int], pattern: str | None) -> None:
-    """Add the `objects` (key to size); with a `pattern`, only those that `Matches` names."""
+def _list_objects(
+    listing: _Listing, objects: Mapping[str, ObjectStatus], pattern: str | None
+) -> None:
+    """Add the `objects` by their keys; with a `pattern`, only those that `Matches` names."""
     if table := first_table(objects):
         folder, what = table
         refuse_table(listing.root / folder, what, SETTING)
     matches = Matches(pattern)
-    for name, size in objects.items():
-        if name.endswith("/") and not size:
+    for name, status in objects.items():
+        if name.endswith("/") and not status.st_size:
             continue  # some tools mark a folder with such an object
         by_name = matches.file(name)
         if not by_name and not matches.folder_of(name):
             continue
         if odd_part(name) and name.casefold().rstrip("/").endswith(".parquet"):
-            listing.add(name)
-        elif not listing.skip_hidden(name, is_folder=False):
-            if by_name:
-                listing.add(name)
-            else:
-                listing.add_by_ending(name)
+            listing.add(name, None)
+        elif listing.skip_hidden(name, is_folder=False):
+            continue
+        elif by_name or not listing.skip_by_ending(name):
+            listing.add(name, stamp_of(status))
 
 
 class Matches:
@@ -309,7 +327,7 @@ def _instead(listing: _Listing) -> str:
 def _counted(listing: _Listing) -> list[Skipped]:
     names: dict[str, list[str]] = {}
     for name, reason in listing.skipped.items():
-        if name not in listing.names:  # a glob may name a file that its folder would skip
+        if name not in listing.stamps:  # a glob may name a file that its folder would skip
             names.setdefault(reason, []).append(name)
     return [Skipped(reason, len(some), shown(min(some))) for reason, some in sorted(names.items())]
 
@@ -321,5 +339,7 @@ def _from_above_partitions(listing: _Listing) -> Found:
         above = f"{root.name}/{above}"
         root = root.parent
     refused = {above + name: reason for name, reason in sorted(listing.refused.items())}
-    names = sorted(above + name for name in listing.names)
-    return Found(root, names, refused, _counted(listing))
+    names = sorted(above + name for name in listing.stamps)
+    stamps = {above + name: stamp for name, stamp in listing.stamps.items() if stamp is not None}
+    links = frozenset(above + name for name in listing.links)
+    return Found(root, listing.kind, names, stamps, links, refused, _counted(listing))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from glmbatch.errors import InputError, shown
-from glmbatch.store.files import exists, is_link, naming, real_path
+from glmbatch.store.files import kind_of, naming, real_path
 from glmbatch.store.folder import Folder
-from glmbatch.store.inputs.find import Found, Matches, is_glob, split_glob
+from glmbatch.store.inputs.find import Found, Matches, split_glob
 from glmbatch.store.paths import AnyPath, is_hidden
 
 
@@ -15,21 +15,21 @@ def refuse_nesting(found: Found, pattern: str, output: str) -> None:
     """InputError when `output` is read with the input `pattern`, or contains `found` files."""
     place = real_path(output)
     with naming("data.output"):
-        is_file = place.exists() and not place.is_dir()
-    if is_file:
+        kind = kind_of(place)
+    if kind not in ("folder", None):
         raise InputError(f"{shown(output)}: is a file where a folder is expected. Set data.output.")
     # Other globs are checked by `refuse_reach`, once the names of the output files are known.
-    recursive = real_path(pattern).is_dir() or "**" in pattern
+    recursive = found.kind == "folder" or "**" in pattern
     if recursive and place.is_relative_to(real_path(found.root)):
         raise _inside(output, str(found.root))
     # A folder is resolved once for all its files, and a file only if it is a link itself.
     inside: dict[str, bool] = {}
     for name in found.names:
-        path = found.root / name
         folder = name.rpartition("/")[0]
         if folder not in inside:
             inside[folder] = _is_within(found.root / folder, place)
-        if inside[folder] or (is_link(path) and _is_within(path, place)):
+        if inside[folder] or (name in found.links and _is_within(found.root / name, place)):
+            path = found.root / name
             raise InputError(
                 f"{shown(output)}: holds the input file {shown(path)}. Set data.output to a "
                 "separate folder."
@@ -41,9 +41,9 @@ def _is_within(path: AnyPath, place: AnyPath) -> bool:
     return resolved == place or place in resolved.parents
 
 
-def refuse_reach(pattern: str, output: str, names: Iterable[str]) -> None:
+def refuse_reach(found: Found, pattern: str, output: str, names: Iterable[str]) -> None:
     """InputError when the glob `pattern` matches one of the files `names` written to `output`."""
-    if exists(pattern) or not is_glob(pattern):
+    if found.kind != "glob":
         return
     root, rest = split_glob(Folder(pattern).path)
     place, base = real_path(output), real_path(root)

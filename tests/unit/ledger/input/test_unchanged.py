@@ -32,9 +32,9 @@ def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     digest = cutting.digest_file
 
-    def counting(path: Path) -> str:
+    def counting(path: Path, *stamp: Any) -> str:
         names.append(path.name)
-        return digest(path)
+        return digest(path, *stamp)
 
     monkeypatch.setattr(cutting, "digest_file", counting)
     return names
@@ -213,8 +213,8 @@ def test_a_source_replaced_while_it_is_read_is_read_again(
     write_source("day=1/a.parquet", {"text": ["first"]})
     digest = cutting.digest_file
 
-    def slow(path: Path) -> str:
-        result = digest(path)
+    def slow(path: Path, *stamp: Any) -> str:
+        result = digest(path, *stamp)
         if path.name == "a.parquet":  # between its stamp and the reading of its rows
             write_source("day=1/a.parquet", {"text": ["second", "and longer"]})
         return result
