@@ -49,13 +49,13 @@ from glmbatch.config import JobConfig
 from glmbatch.glm.checkpoint.save import save_checkpoint
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.report.counts import busy_seconds
-from glmbatch.run.answer import answer, read_prompt_rows
+from glmbatch.run.answer import answer, read_parts
 from glmbatch.run.ask import ask
 from glmbatch.run.job import run_job
 from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import assign, plan_run
+from glmbatch.run.prompts import build_question_prompts, key_prompts
 from glmbatch.run.session import session
-from glmbatch.run.triage import build_question_prompts, key_prompts
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample_data"
 ANSWER_TOKENS = 16
@@ -191,14 +191,15 @@ class Jobs:
 
 @contextmanager
 def engine_alone(job: JobConfig) -> Iterator[Callable[[], None]]:
-    """A function that sends all prompts of `job` to the engine, fragment by fragment."""
+    """A function that sends all prompts of `job` to the engine, bundle by bundle."""
     run = plan_run(job)
     with session(run) as opened:
         calls = []
         for assignment in assign(job, run, prepare_models(job)).in_passes():
             # The second step's prompts contain the answers of the first.
             answer(assignment)
-            rows, _ = read_prompt_rows(assignment, opened.ledger)
+            parts, _ = read_parts(assignment, opened)
+            rows = [row for part in parts for row in part.rows]
             prompts = build_question_prompts(assignment.question, rows)
             calls.append((assignment.question, key_prompts(assignment.question, prompts)[1]))
 

@@ -136,8 +136,9 @@ def measure(of: str, size: int) -> dict[str, Any]:
 def measure_manifest(size: int) -> dict[str, Any]:
     """Write, open and extend a manifest of `size` files; CPU seconds, peak MB, bytes on disk."""
     from glmbatch.ledger.filelist import LISTS
-    from glmbatch.ledger.ledger import ANSWERS, STAGED, Ledger, staged_name
+    from glmbatch.ledger.ledger import ANSWERS, Ledger
     from glmbatch.ledger.manifest import MANIFEST, Manifest, published_file, write_manifest
+    from glmbatch.ledger.outputs import STAGED, staged_name
     from glmbatch.ledger.publication import publish
 
     output = Path(tempfile.mkdtemp())

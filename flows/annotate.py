@@ -22,7 +22,7 @@ def annotate(job: JobConfig) -> Summary:
             # A place is this process, or an engine process of a cluster.
             with places_of(run.context) as places:
                 models = tasks.prepare_models(places[0])
-                work = tasks.assign(run, models, places[0])
+                work = tasks.assign(run, models, places)
                 outputs = tasks.answer_fragments(work, places)
                 canaries = tasks.check_canary(work, places[0])
             # Publishing needs no engine, so the cluster is released first.

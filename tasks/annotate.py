@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from prefect.futures import PrefectFuture
@@ -13,9 +14,11 @@ from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.report.counts import Audit
 from glmbatch.report.log import log_answers
 from glmbatch.report.summary import Summary
+from glmbatch.run.answer import find_answers
 from glmbatch.run.models import job_models
 from glmbatch.run.session import count_rows, session_of
-from glmbatch.run.work import FragmentWork, Model, Run, Work
+from glmbatch.run.work import Bundle, Model, Run, Work
+from glmbatch.run.write import all_written
 from glmbatch.settings.job import JobConfig
 from tasks import answer, prepare, publish
 from tasks.artifacts import FragmentProgress
@@ -50,37 +53,38 @@ class JobTasks:
             models.append(prepared)
         return models
 
-    def assign(self, run: Run, models: Sequence[Model], place: Place) -> Work:
-        """The work of each fragment: its questions and step keys."""
-        work: Work = self._configured(prepare.assign)(self._job, quote(run), models, place)
+    def assign(self, run: Run, models: Sequence[Model], places: Sequence[Place]) -> Work:
+        """The work of each bundle of fragments: its questions and step keys."""
+        work: Work = self._configured(prepare.assign)(
+            self._job, quote(run), models, places[0], len(places)
+        )
         count_rows(work.run)
         return work
 
     def answer_fragments(self, work: Work, places: Sequence[Place]) -> list[OutputReceipt]:
-        """Answer and write every fragment, pass by pass; the receipts of the outputs, in order.
+        """Answer and write every bundle, pass by pass; the receipts of the outputs, in order.
 
-        Each of `places` works on several fragments at once.
+        Each of `places` works on several bundles at once.
         """
-        progress = FragmentProgress(len(work.passes) * len(work.fragments))
-        # Round-robin, so that every engine has one fragment before any has two.
+        progress = FragmentProgress(len(work.passes) * len(work.run.plan.fragments))
+        # Round-robin, so that every engine has one bundle before any has two.
         seats = [*places] * self._job.runtime.fragments_in_flight
-        # The answer tasks submitted for each fragment, by step. Later steps wait for them.
+        # The answer tasks submitted for each bundle, by step. Later steps wait for them.
         answers: dict[str, dict[int, PrefectFuture[Any]]] = defaultdict(dict)
         results: list[list[Any]] = []
         for steps in work.passes:
 
-            def submit(fragment: FragmentWork, place: Place) -> list[PrefectFuture[Any]]:
-                earlier = answers[fragment.fragment.name]
+            def submit(bundle: Bundle, place: Place) -> list[PrefectFuture[Any]]:
                 # Only called within this pass, so `steps` is the right one.
-                return self._submit(fragment, steps, earlier, place)  # noqa: B023
+                return self._submit(bundle, steps, answers[bundle.name], place)  # noqa: B023
 
-            def ended(fragment: FragmentWork, place: Place, receipts: list[Any]) -> None:
-                progress.add()
+            def ended(bundle: Bundle, place: Place, receipts: list[list[Any]]) -> None:
+                progress.add(len(bundle.fragments))
                 if place is not HERE:
-                    _tell_answers(fragment, receipts)
+                    _tell_answers(bundle, receipts)
 
-            results = in_window(work.fragments, submit, seats, ended)
-        return [receipts[-1] for receipts in results]
+            results = in_window(work.bundles, submit, seats, ended)
+        return list(chain(*(receipts[-1] for receipts in results)))
 
     def check_canary(self, work: Work, place: Place) -> list[Audit]:
         """The audits of the canary, which the loaded models answer; [] without a canary."""
@@ -102,36 +106,37 @@ class JobTasks:
 
     def _submit(
         self,
-        work: FragmentWork,
+        bundle: Bundle,
         steps: Sequence[int],
         answers: dict[int, PrefectFuture[Any]],
         place: Place,
     ) -> list[PrefectFuture[Any]]:
-        """Submit the given steps of a fragment, and its output file once every step is submitted.
+        """Submit the given steps of a bundle, and its output files once every step is submitted.
 
         Bypasses Prefect's cache if a file is missing or damaged, and always for outputs in object
         stores.
         """
-        ledger = session_of(work.run).ledger
+        ledger = session_of(bundle.run).ledger
         # Results in Prefect's own home may belong to another output, or be older than what another
         # machine wrote.
         in_store = ledger.results_folder() is None
         receipts = []
-        for assignment in work.assignments:
-            receipts.append(ledger.find_answers(assignment.key, work.run.id, assignment.earlier))
+        for assignment in bundle.assignments:
+            receipts.append(find_answers(assignment, ledger))
         submitted: list[PrefectFuture[Any]] = []
         for index in steps:
             answering = self._configured(answer.answer, refresh=in_store or receipts[index] is None)
             # Prefect waits for these and shows them as the task's parents.
             earlier = [answers[before] for before in sorted(answers)]
-            answers[index] = answering.submit(work.assignments[index], earlier, place)
+            answers[index] = answering.submit(quote(bundle.assignments[index]), earlier, place)
             submitted.append(answers[index])
-        if len(answers) == len(work.assignments):
-            # With receipts of this run, the output cannot exist yet.
-            old = [receipt for receipt in receipts if receipt and receipt.run != work.run.id]
-            missing = len(old) < len(receipts) or ledger.find_output(work.key, old) is None
+        if len(answers) == len(bundle.assignments):
+            # With receipts of this run, the outputs cannot exist yet.
+            old = [receipt for receipt in receipts if receipt and receipt.run != bundle.run.id]
+            missing = len(old) < len(receipts) or not all_written(bundle, old, ledger)
             writing = self._configured(publish.write, refresh=in_store or missing)
-            submitted.append(writing.submit(work, [answers[index] for index in sorted(answers)]))
+            earlier = [answers[index] for index in sorted(answers)]
+            submitted.append(writing.submit(quote(bundle), earlier))
         return submitted
 
     def _configured(self, task: Any, *, refresh: bool = False) -> Any:
@@ -139,12 +144,15 @@ class JobTasks:
         return configured(task, self._job.runtime, output, refresh=refresh)
 
 
-def _tell_answers(work: FragmentWork, receipts: Sequence[Any]) -> None:
+def _tell_answers(bundle: Bundle, results: Sequence[list[Any]]) -> None:
     """Count and log what an engine process answered. In this process, the answer itself does so."""
-    progress = session_of(work.run).progress
-    for receipt in receipts:
-        if isinstance(receipt, AnswersReceipt):
-            computed = receipt.computed_rows if receipt.run == work.run.id else 0
-            progress.add(computed, computed=True)
-            progress.add(receipt.rows - computed, computed=False)
-            log_answers(receipt, work.run.id)
+    progress = session_of(bundle.run).progress
+    for receipts in results:
+        answered = [receipt for receipt in receipts if isinstance(receipt, AnswersReceipt)]
+        rows = sum(receipt.rows for receipt in answered)
+        # Fragments with the same rows share one receipt.
+        distinct = list({receipt.key: receipt for receipt in answered}.values())
+        own = [receipt.computed_rows for receipt in distinct if receipt.run == bundle.run.id]
+        progress.add(sum(own), computed=True)
+        progress.add(rows - sum(own), computed=False)
+        log_answers(distinct, bundle.run.id)

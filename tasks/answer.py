@@ -1,4 +1,4 @@
-"""The task that answers one step for every row of a fragment, named after the step's kind."""
+"""The task that answers one step for every row of a bundle, named after the step's kind."""
 
 from __future__ import annotations
 
@@ -17,25 +17,23 @@ from tasks.results import SealedResult
 
 
 def answers_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """Cache key of the answers of one step over one fragment."""
+    """Cache key of the answers of one step over one bundle."""
     assignment: Assignment = parameters["assignment"]
-    return f"answers-{RESULTS_VERSION}-{assignment.key}"
+    return f"answers-{RESULTS_VERSION}-{assignment.keys.file}"
 
 
 @task(
     name="answer",
-    task_run_name=(
-        "{assignment.question.step.kind} {assignment.question.name} {assignment.fragment.name}"
-    ),
+    task_run_name="{assignment.question.step.kind} {assignment.question.name} {assignment.name}",
     cache_key_fn=answers_key,
-    persist_result=True,  # the receipt; the answers are in the output's own files
+    persist_result=True,  # the receipts; the answers are in the output's own files
     result_serializer=SealedResult(),
     retry_condition_fn=machine_failed,
 )
 def answer(
-    assignment: Assignment, earlier: Sequence[AnswersReceipt], place: Place
-) -> AnswersReceipt:
-    """Answer a step for every row of a fragment, at `place`; the receipt of the answers.
+    assignment: Assignment, earlier: Sequence[list[AnswersReceipt]], place: Place
+) -> list[AnswersReceipt]:
+    """Answer a step for every row of a bundle, at `place`; the receipt of each fragment's answers.
 
     `earlier` is not used; it makes Prefect wait for the steps that the prompt uses.
     """

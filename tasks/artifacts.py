@@ -45,9 +45,9 @@ class FragmentProgress:
                 0.0, key="annotate-progress", description=self._described()
             )
 
-    def add(self) -> None:
-        """Count a finished fragment. The page is updated every UPDATE_SECONDS and at the end."""
-        self._done += 1
+    def add(self, fragments: int) -> None:
+        """Count finished fragments. The page is updated every UPDATE_SECONDS and at the end."""
+        self._done += fragments
         if self._artifact is None:
             return
         now = time.monotonic()

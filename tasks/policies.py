@@ -19,7 +19,7 @@ from glmbatch.settings.job import RuntimeConfig
 
 # Part of every cache key. Raise it when the class of a cached result moves or changes, because
 # Prefect stores the name of its module.
-RESULTS_VERSION = 3
+RESULTS_VERSION = 4
 
 
 def machine_failed(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:

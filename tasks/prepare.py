@@ -73,6 +73,6 @@ def prepare_model(model: ModelConfig) -> Model:
     cache_policy=NO_CACHE,
     retry_condition_fn=machine_failed,
 )
-def assign(job: JobConfig, run: Run, models: list[Model], place: Place) -> Work:
-    """The work of each fragment: question and step key of each step. Measures memory at `place`."""
-    return place.call(plan.assign, job, run, models)
+def assign(job: JobConfig, run: Run, models: list[Model], place: Place, engines: int) -> Work:
+    """The work of each bundle: question and step key of each step. Measures memory at `place`."""
+    return place.call(plan.assign, job, run, models, engines)

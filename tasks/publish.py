@@ -1,4 +1,4 @@
-"""The tasks that write a fragment's output file, check the canary, and publish the run."""
+"""The tasks that write output files, check the canary, and publish the run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from prefect.events import emit_event
 
 from glmbatch.errors import AuditError
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
+from glmbatch.ledger.rowkeys import bundle_key
 from glmbatch.report.counts import Audit
 from glmbatch.report.summary import Summary
 from glmbatch.run import publish as run_publish
 from glmbatch.run import write as run_write
 from glmbatch.run.canary import check_canary as check
 from glmbatch.run.session import ledger_of
-from glmbatch.run.work import FragmentWork, Question, Run, RunContext
+from glmbatch.run.work import Bundle, Question, Run, RunContext
 from glmbatch.settings.job import CanaryConfig, JobConfig
 from tasks.artifacts import show_report
 from tasks.cluster import Place
@@ -27,22 +28,22 @@ from tasks.results import SealedResult
 
 
 def output_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """Cache key of a fragment's output file."""
-    work: FragmentWork = parameters["work"]
-    return f"output-{RESULTS_VERSION}-{work.key}"
+    """Cache key of the output files of a bundle."""
+    bundle: Bundle = parameters["bundle"]
+    return f"output-{RESULTS_VERSION}-{bundle_key(bundle.output_keys)}"
 
 
 @task(
     name="write",
-    task_run_name="write {work.fragment.name}",
+    task_run_name="write {bundle.name}",
     cache_key_fn=output_key,
-    persist_result=True,  # the receipt; the file is staged in the output
+    persist_result=True,  # the receipts; the files are staged in the output
     result_serializer=SealedResult(),
     retry_condition_fn=machine_failed,
 )
-def write(work: FragmentWork, answers: list[AnswersReceipt]) -> OutputReceipt:
-    """Stage the output file of a fragment: its rows with their answers. Returns the receipt."""
-    return run_write.write_output(work, answers, ledger_of(work.run))
+def write(bundle: Bundle, answers: list[list[AnswersReceipt]]) -> list[OutputReceipt]:
+    """Stage the output file of each fragment: its rows with their answers. Returns the receipts."""
+    return run_write.write_outputs(bundle, answers, ledger_of(bundle.run))
 
 
 @task(

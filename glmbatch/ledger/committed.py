@@ -25,8 +25,8 @@ from glmbatch.ledger.receipts import (
     read_with_receipt,
     whole_digest,
 )
-from glmbatch.store.files import Digests, commit, is_link, reachable
-from glmbatch.store.folder import Listing, unlink_all
+from glmbatch.store.files import Digests, is_link, reachable
+from glmbatch.store.folder import Listing, commit_all, unlink_all
 from glmbatch.store.paths import AnyPath
 
 # A receipt takes some 2 KB: 2 MB in all.
@@ -143,16 +143,18 @@ class CommittedFiles(Generic[Receipt]):
                 names = list(self.names.find(key, again=not self.names.alone))
         return [self.folder / name for name in names]
 
-    def commit(self, partial: Path, key: str, digest: str, content: Content[Receipt]) -> AnyPath:
-        """Move the finished file `partial` to its place under `key`; return its path.
-
-        `content` is what the file holds.
-        """
-        path = self.folder / file_name(key, digest)
-        commit(partial, path)
-        self.names.add(path.name)
-        self._recent.keep(path.name, content)
-        return path
+    def commit_all(self, files: Iterable[tuple[Path, str, str, Content[Receipt]]]) -> None:
+        """Move finished files to their places: for each its path, key, digest and content."""
+        moves = []
+        contents = []
+        for partial, key, digest, content in files:
+            path = self.folder / file_name(key, digest)
+            moves.append((partial, path))
+            contents.append((path.name, content))
+        commit_all(moves)
+        for name, content in contents:
+            self.names.add(name)
+            self._recent.keep(name, content)
 
     def remove(self, paths: Iterable[AnyPath]) -> None:
         """Delete the files `paths`, as far as they exist."""

@@ -13,6 +13,7 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import BaseModel
 
+from glmbatch.errors import counted
 from glmbatch.store.files import refuse_change
 from glmbatch.store.inputs.find import Skipped
 from glmbatch.store.parquet import TimeUnit, open_parquet, read_opened, readable, with_constants
@@ -58,6 +59,12 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     def output_name(self) -> str:
         """The path of the fragment's file below the output."""
         return output_name(self.source, self.first_row)
+
+
+def bundle_name(fragments: Sequence[str]) -> str:
+    """Fragments that share tasks, for people: the name of the first, and how many more."""
+    others = len(fragments) - 1
+    return fragments[0] + (f" and {counted(others, 'more fragment')}" if others else "")
 
 
 def output_name(source: str, first_row: int) -> str:
@@ -109,12 +116,13 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
 
 
 def read_fragment(
-    fragment: Fragment, columns: Sequence[str] | None = None
+    fragment: Fragment, columns: Sequence[str] | None = None, *, whole: bool = False
 ) -> Iterator[pa.RecordBatch]:
     """The rows of `fragment` in order, as batches of all columns or only `columns`.
 
-    Columns of folder names come only if named in `columns`. UnusableFile when the rows cannot be
-    read, or, after the last batch, when the file changed since it was planned.
+    Columns of folder names come only if named in `columns`. With `whole`, the other columns are
+    decoded too, so that damage in them is found. UnusableFile when the rows cannot be read, or,
+    after the last batch, when the file changed since it was planned.
     """
     given = {name: value for name, value in fragment.partitions if name in (columns or ())}
     stored = None if columns is None else [name for name in columns if name not in given]
@@ -123,7 +131,8 @@ def read_fragment(
         with open_parquet(fragment.path, fragment.unit) as file:
             # Now and last: a file that is replaced, and put back while it is read, shows only now.
             refuse_change(fragment.path, fragment.stamp)
-            for batch in read_opened(file, *rows, columns=stored, where=fragment.path):
-                yield with_constants(batch, given)
+            read = None if whole else stored
+            for batch in read_opened(file, *rows, columns=read, where=fragment.path):
+                yield with_constants(batch if stored is None else batch.select(stored), given)
     with readable(fragment.path):
         refuse_change(fragment.path, fragment.stamp)

@@ -267,5 +267,5 @@ def published_file(output: OutputReceipt) -> PublishedFile:
         faulty_rows=output.faulty_rows,
         digest=output.digest,
         step_keys={answers.step: answers.step_key for answers in output.answers},
-        answers_keys=tuple(answers.key for answers in output.answers),
+        answers_keys=tuple(answers.file_key for answers in output.answers),
     )

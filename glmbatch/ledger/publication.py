@@ -21,13 +21,14 @@ from pydantic import TypeAdapter
 from glmbatch.errors import MACHINE_ERRNOS, InputError, TransientError
 from glmbatch.ledger.delta.table import Commit, commit_table, plan_commit
 from glmbatch.ledger.filelist import find_lists
-from glmbatch.ledger.ledger import ANSWERS, LOCK, STAGED, Ledger, staged_name
+from glmbatch.ledger.ledger import ANSWERS, LOCK, Ledger
 from glmbatch.ledger.manifest import Manifest, copy_manifest, write_manifest
+from glmbatch.ledger.outputs import STAGED, staged_name
 from glmbatch.ledger.quarantine import OWN, REFUSED, Line, write_quarantine
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt
 from glmbatch.store.errors import one_line
-from glmbatch.store.files import PARTIAL, committed, move, reachable, writable
-from glmbatch.store.folder import Folder, Name, remove_tree, unlink_all
+from glmbatch.store.files import PARTIAL, committed, reachable, writable
+from glmbatch.store.folder import Folder, Name, commit_all, remove_tree, unlink_all
 from glmbatch.store.locks import check_held
 from glmbatch.store.modes import narrow
 from glmbatch.store.paths import AnyPath
@@ -148,7 +149,7 @@ def put_strangers_aside(folder: Folder, named: Collection[str]) -> list[str]:
 def _delta_version(ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputReceipt]) -> Commit:
     places = {file.output_name: ledger.root / file.output_name for file in manifest.files}
     for output in outputs:
-        places[output.output_name] = ledger.output_path(output)
+        places[output.output_name] = ledger.outputs.path(output)
     return plan_commit(ledger.root, places)
 
 
@@ -160,21 +161,27 @@ def _move_staged(ledger: Ledger, outputs: Sequence[OutputReceipt]) -> None:
         staged = {path.name for path in (root / STAGED).glob("*.parquet")}
 
     root.check_places(output.output_name for output in outputs)
+    moves = []
+    others = []
+    for output in outputs:
+        name = staged_name(output)
+        if name in staged:
+            moves.append((root / STAGED / name, root / output.output_name))
+        else:
+            others.append(output)
 
-    def move_one(output: OutputReceipt) -> None:
+    def check(output: OutputReceipt) -> None:
         path = root / output.output_name
-        if staged_name(output) in staged:
-            move(root / STAGED / staged_name(output), path)
-            return
         if path.is_file():  # earlier versions did not restrict who may read the file
             narrow(path, [output.fragment.path])
         # Already moved by a killed publication, unless it is an older file of the same name.
-        receipt = ledger.published(output.output_name, output.digest)
+        receipt = ledger.outputs.published(output.output_name, output.digest)
         if receipt is None or receipt.key != output.key:
             raise TransientError(f"{path}: its staged file is missing. Run the job again.")
 
-    for _ in root.map(move_one, outputs):  # the results must be consumed: the map is lazy
+    for _ in root.map(check, others):  # the results must be consumed: the map is lazy
         pass
+    commit_all(moves)
 
 
 def _delete_replaced(root: Folder, manifest: Manifest, stale: set[str]) -> None:

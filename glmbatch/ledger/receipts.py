@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from glmbatch.errors import InputError, StoreRefused, UnusableFile
 from glmbatch.ledger.fragments import Fragment
@@ -33,9 +33,11 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     - `earlier` maps each step whose answers the prompts use to the run that made these.
     - `began` is in seconds since 1970; `seconds` is wall time.
     - `unusable` says why the fragment cannot be read; then there are no answers.
+    - `bundle` is the key of the file with the answers; empty if the file has the receipt's own key.
     """
 
     key: str
+    bundle: str = ""
     run: str
     fragment: str
     step: str
@@ -57,6 +59,43 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     began: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     seconds: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     unusable: str | None = None
+
+    @property
+    def file_key(self) -> str:
+        """The key of the file with the answers."""
+        return self.bundle or self.key
+
+
+class BundleReceipt(BaseModel, frozen=True, extra="forbid"):
+    """The record of one step over the fragments of a bundle, made by `run`: an answers file.
+
+    The file has the rows of each of `parts`, in this order. Fragments with the same rows share a
+    part, and fragments that cannot be read have none.
+    """
+
+    key: str
+    run: str
+    step: str
+    step_key: str
+    parts: Annotated[tuple[AnswersReceipt, ...], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_earlier(cls, content: Any) -> Any:
+        # Earlier versions wrote one fragment to each file, with its receipt alone.
+        if not isinstance(content, dict) or "parts" in content:
+            return content
+        own = {name: content.get(name) for name in ("key", "run", "step", "step_key")}
+        return {**own, "parts": [content]}
+
+    def split(self, table: pa.Table) -> dict[str, pa.Table]:
+        """The rows of each part in `table`, the rows of the file, by the part's key."""
+        tables = {}
+        start = 0
+        for part in self.parts:
+            tables[part.key] = table.slice(start, part.rows)
+            start += part.rows
+        return tables
 
 
 class AnswerCounts(BaseModel, frozen=True, extra="forbid"):

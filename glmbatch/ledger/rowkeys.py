@@ -4,6 +4,7 @@
     row key       step key + the row's rendered prompt; the same key means the same answer
     answers key   step key + the rows of one fragment + the earlier answers that its prompts use
     output key    a fragment's place and rows + the answers beside them
+    bundle key    the keys of fragments that share their tasks
 
 The digest of a file identifies its rows.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glmbatch.ledger.fragments import Fragment
@@ -80,6 +81,14 @@ def answers_key(
     if fragment.int96:  # the unit changes how a prompt shows times
         given.append(fragment.int96)
     return _digest([step, step_key, rows, dict(columns), dict(earlier), *given])
+
+
+def bundle_key(keys: Sequence[str]) -> str:
+    """The key of what is made for several fragments at once, each of which has one of `keys`.
+
+    What is made for one fragment has the fragment's own key.
+    """
+    return keys[0] if len(keys) == 1 else _digest(list(keys))
 
 
 def output_key(fragment: Fragment, answers: Mapping[str, str], format: str = "parquet") -> str:

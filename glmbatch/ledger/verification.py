@@ -19,8 +19,9 @@ from pydantic import BaseModel
 from glmbatch.errors import InputError, UnusableFile, counted
 from glmbatch.ledger.comparison import differences, open_source, pair_columns
 from glmbatch.ledger.delta.table import LOG, table_files
-from glmbatch.ledger.ledger import STAGED, Ledger
+from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile, forget_manifests
+from glmbatch.ledger.outputs import STAGED
 from glmbatch.ledger.publication import PUBLISHING
 from glmbatch.ledger.quarantine import QUARANTINE, read_quarantine
 from glmbatch.ledger.receipts import OutputReceipt, receipt_of, whole_digest

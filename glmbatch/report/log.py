@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from glmbatch.errors import counted
-from glmbatch.ledger.fragments import FileFault, Plan
+from glmbatch.ledger.fragments import FileFault, Plan, bundle_name
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.report.counts import Audit
 from glmbatch.report.summary import StepSummary, Summary, short, step_summary
@@ -29,14 +29,21 @@ def log_plan(plan: Plan) -> None:
     _log_left_out(plan.unusable)
 
 
-def log_answers(receipt: AnswersReceipt, run: str) -> None:
-    """Log the result of one step over one fragment, as seen by `run`."""
-    if receipt.unusable is not None:
-        logger.info("%s, %s: left out: %s", receipt.step, receipt.fragment, receipt.unusable)
+def log_answers(receipts: Sequence[AnswersReceipt], run: str) -> None:
+    """Log the result of one step over one bundle of fragments, as seen by `run`."""
+    answered = []
+    for receipt in receipts:
+        if receipt.unusable is None:
+            answered.append(receipt)
+        else:
+            logger.info("%s, %s: left out: %s", receipt.step, receipt.fragment, receipt.unusable)
+    if not answered:
         return
-    step = step_summary(receipt.step, run, [receipt])
-    seconds = f" in {receipt.seconds:.1f} s" if step.computed else ""
-    logger.info("%s, %s: %s%s", receipt.step, receipt.fragment, _counts(step), seconds)
+    first = answered[0]
+    name = bundle_name([receipt.fragment for receipt in answered])
+    step = step_summary(first.step, run, answered)
+    seconds = f" in {sum(r.seconds for r in answered):.1f} s" if step.computed else ""
+    logger.info("%s, %s: %s%s", first.step, name, _counts(step), seconds)
 
 
 def log_audits(audits: Sequence[Audit]) -> None:

@@ -77,13 +77,13 @@ def measure(
 
 def _busy(run: str, outputs: Sequence[OutputReceipt], index: int) -> list[AnswersReceipt]:
     """The receipts of a step for which `run` used the model."""
-    # By key, because files with the same rows share one receipt.
-    receipts = {output.answers[index].key: output.answers[index] for output in outputs}
-    busy = []
-    for receipt in receipts.values():
+    # By key, because fragments with the same rows share one receipt.
+    receipts = {}
+    for output in outputs:
+        receipt = output.answers[index]
         if receipt.run == run and receipt.computed_rows:
-            busy.append(receipt)
-    return busy
+            receipts[receipt.file_key, receipt.key] = receipt
+    return list(receipts.values())
 
 
 def _slow(receipt: AnswersReceipt) -> Slow:

@@ -97,7 +97,7 @@ def read_outputs(
     """
 
     def read(wanted: _Wanted) -> Reading:
-        path = ledger.output_path(wanted.output)
+        path = ledger.outputs.path(wanted.output)
         given = folder_columns(wanted.output.fragment.source)
         table = read_columns(path, _columns(wanted, steps, id_column), given)
         return _read(table, wanted, steps, id_column)

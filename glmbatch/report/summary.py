@@ -88,8 +88,8 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
 
 def step_summary(name: str, run: str, receipts: Sequence[AnswersReceipt]) -> StepSummary:
     """The summary of one step of `run`, from the receipts of its answers."""
-    # Files with the same rows share one receipt; its work counts once.
-    by_key = {receipt.key: receipt for receipt in receipts if receipt.run == run}
+    # Fragments of a bundle with the same rows share one receipt; its work counts once.
+    by_key = {(part.file_key, part.key): part for part in receipts if part.run == run}
     own = list(by_key.values())
     seconds = busy_seconds(own)  # 0.0 if all answers were known; then there is no rate
     computed = sum(receipt.computed_rows for receipt in own)

@@ -1,4 +1,4 @@
-"""Answer one question over one fragment: rows, prompts, known or asked answers, commit.
+"""Answer one question over one bundle: rows, prompts, known or asked answers, commit.
 
 The public calls take and return small references; rows, tables and models stay inside. Each call is
 safe to repeat: committed answers are found and reused.
@@ -7,30 +7,34 @@ safe to repeat: committed answers are found and reused.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import count
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, count, islice
 from typing import Any
 
 import pyarrow as pa
 
 from glmbatch.errors import BadRow, InputError, UnusableFile
-from glmbatch.ledger.fragments import Fragment, read_fragment
+from glmbatch.ledger.fragments import Fragment
 from glmbatch.ledger.known.answers import Hold, KnownAnswers
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt
+from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt, BundleReceipt
 from glmbatch.report.log import log_answers
-from glmbatch.run.ask import Asked, ask
+from glmbatch.run.ask import Asked, Outcome, ask
 from glmbatch.run.models import describe_model
+from glmbatch.run.prompts import (
+    build_question_prompts,
+    key_prompts,
+    read_prompt_rows,
+    triage,
+)
 from glmbatch.run.session import Session, session_of
-from glmbatch.run.triage import build_question_prompts, key_prompts, triage
 from glmbatch.run.work import Assignment, Question, now
 from glmbatch.settings.columns import Columns
-from glmbatch.settings.job import ClassifyStep
-from glmbatch.steps.answers import Answer, answers_table
+from glmbatch.steps.answers import Answer, AnswerCounter, answers_table
 from glmbatch.steps.generate import Writing
 from glmbatch.steps.prompt import Prompt, RowFault, RowValues
 from glmbatch.store.folder import Folder
-from glmbatch.store.values import prompt_values
 
 # A run stops when the model has failed on this many whole fragments and distinct rows without one
 # answer. Both limits must be reached, so one odd file of rows too long for memory stops no job.
@@ -38,79 +42,149 @@ HOPELESS_FRAGMENTS = 2
 HOPELESS_ROWS = 20
 
 
-def answer(assignment: Assignment) -> AnswersReceipt:
-    """Answer one question for every row of one fragment, commit the answers, return their receipt.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A fragment of a bundle: its answers key, and the placeholder values of its rows.
 
-    Safe to repeat: if the answers are committed already, returns their receipt. A fragment that
-    cannot be read gives a receipt with the reason in `unusable`. Under `on_error: raise` such a
-    fragment, or a bad row, raises InputError. TransientError when the machine failed.
+    `earlier` maps each step whose answers the prompts use to the run that made these. It is kept in
+    the receipt: if the earlier step is asked again, the answers are out of date.
     """
-    run = assignment.run
-    rows = assignment.fragment.rows
-    session = session_of(run)
-    ledger = session.ledger
-    committed = ledger.find_answers(assignment.key, run.id, assignment.earlier)
+
+    fragment: Fragment
+    key: str
+    rows: list[RowValues]
+    earlier: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """The rows of all parts, in order: their prompts, row keys and answers.
+
+    `asked` has what the model was asked, by row key.
+    """
+
+    prompts: Sequence[Prompt | RowFault]
+    keys: Sequence[bytes | None]
+    table: pa.Table
+    asked: Asked
+
+
+def answer(assignment: Assignment) -> list[AnswersReceipt]:
+    """Answer one question for every row of a bundle, and commit the answers.
+
+    Returns a receipt for each fragment. Safe to repeat: if the answers are committed already,
+    returns their receipts. A fragment that cannot be read gives a receipt with the reason in
+    `unusable`. Under `on_error: raise` such a fragment, or a bad row, raises InputError.
+    TransientError when the machine failed.
+    """
+    session = session_of(assignment.run)
+    committed = find_answers(assignment, session.ledger)
     if committed is not None:
         # From this run if the task is a retry, else from an earlier run over the same rows.
-        session.progress.add(rows, computed=False)
-        log_answers(committed, run.id)
-        return committed
-    try:
-        values, earlier_runs = read_prompt_rows(assignment, ledger)
-        session.walk_once(assignment.fragment, _read_through)
-    except UnusableFile as error:
-        if run.raises:
-            raise
-        # Not committed, because the file may be repaired before the next run.
-        session.progress.add(rows, computed=False)
-        receipt = _receipt(assignment, unusable=str(error))
-        log_answers(receipt, run.id)
-        return receipt
-    prompts = build_question_prompts(assignment.question, values)
-    # Before inference, so that under `on_error: raise` a bad row costs none.
-    _refuse_faults(assignment, map(_reason, prompts))
-    return _answer_prompts(assignment, prompts, earlier_runs, session)
+        receipts = list(committed.parts)
+        done = 0
+    else:
+        parts, receipts = read_parts(assignment, session)
+        if parts:
+            receipts += _answer_parts(assignment, parts, session)
+        done = sum(len(part.rows) for part in parts)
+    rows = sum(fragment.rows for fragment in assignment.fragments)
+    session.progress.add(rows - done, computed=False)
+    log_answers(receipts, assignment.run.id)
+    by_key = {receipt.key: receipt for receipt in receipts}
+    return [by_key[key] for key in assignment.keys.fragments]
 
 
-def _read_through(fragment: Fragment) -> None:
-    """Read all columns of a local file. UnusableFile when one cannot be read.
+def find_answers(assignment: Assignment, ledger: Ledger) -> BundleReceipt | None:
+    """The receipt of the committed answers, if they are whole and need not be asked again."""
+    keys = assignment.keys
+    earlier = {name: before.file for name, before in assignment.earlier.items()}
+    return ledger.find_answers(keys.file, assignment.run.id, earlier, keys.fragments)
 
-    The output needs every column, also those that no prompt names. An object in a store is not read
-    here, because that would fetch all its bytes twice: there, damage is found when writing.
+
+def read_parts(assignment: Assignment, session: Session) -> tuple[list[Part], list[AnswersReceipt]]:
+    """The fragments with their rows, and the receipts of those that cannot be read.
+
+    Fragments with the same rows have the same answers key, and give one part.
     """
-    if Folder(fragment.path).local is not None:
-        for _ in read_fragment(fragment):
-            pass
+    earlier = {}
+    runs = {}
+    for name, keys in assignment.earlier.items():
+        receipt, table = session.ledger.read_answers(keys.file)
+        earlier[name] = receipt.split(table)
+        runs[name] = receipt.run
+    parts: dict[str, Part] = {}
+    unusable: dict[str, AnswersReceipt] = {}
+    for number, fragment in enumerate(assignment.fragments):
+        key = assignment.keys.fragments[number]
+        if key in parts or key in unusable:
+            continue
+        try:
+            before = {}
+            for name, keys in assignment.earlier.items():
+                before[name] = earlier[name].get(keys.fragments[number])
+            rows = _read_rows(fragment, assignment.question, before, session)
+        except UnusableFile as error:
+            if assignment.run.raises:
+                raise
+            # Not committed, because the file may be repaired before the next run.
+            unusable[key] = _receipt(assignment, fragment, key, unusable=str(error))
+        else:
+            parts[key] = Part(fragment, key, rows, runs)
+    return list(parts.values()), list(unusable.values())
 
 
-def _answer_prompts(
-    assignment: Assignment,
-    prompts: Sequence[Prompt | RowFault],
-    earlier_runs: dict[str, str],
+def _read_rows(
+    fragment: Fragment,
+    question: Question,
+    earlier: Mapping[str, pa.Table | None],
     session: Session,
-) -> AnswersReceipt:
+) -> list[RowValues]:
+    """The placeholder values of each row. UnusableFile when the fragment cannot be read.
+
+    The first step reads all columns of a local file, because the output needs also those that no
+    prompt names. An object in a store is not read in full here, because that would fetch all its
+    bytes twice: there, damage is found when writing.
+    """
+    rows = None
+    if Folder(fragment.path).local is not None:
+        rows = session.read_once(
+            fragment, lambda: read_prompt_rows(fragment, question, earlier, whole=True)
+        )
+    return read_prompt_rows(fragment, question, earlier) if rows is None else rows
+
+
+def _answer_parts(
+    assignment: Assignment, parts: Sequence[Part], session: Session
+) -> list[AnswersReceipt]:
+    """Answer all rows of `parts` together and commit the answers; a receipt for each part."""
     question = assignment.question
+    prompts = build_question_prompts(question, list(chain(*(part.rows for part in parts))))
+    # Before inference, so that under `on_error: raise` a bad row costs none.
+    _refuse_faults(assignment, parts, map(_reason, prompts))
     keys, distinct = key_prompts(question, prompts)
     session.progress.add(len(prompts) - len(distinct), computed=False)
     known = session.known_answers(question)
-    # Held before the lookup, so that answers which another fragment commits in between are found.
+    # Held before the lookup, so that answers which another bundle commits in between are found.
     with known.hold(distinct) as hold:
         answers, asked = _answers(question, distinct, known, hold, session)
         table = _in_row_order(question, answers, prompts, keys)
         # Before the commit, so that under `on_error: raise` a failed row is asked again next time.
-        _refuse_faults(assignment, table.column(Columns(question.name).error).to_pylist())
-        _refuse_hopeless(question, asked, known, session)
-        receipt = _receipt(
-            assignment,
-            earlier=earlier_runs,
-            prompt_lengths=_prompt_lengths(prompts),
-            **_counts(question, table),
-            **_measured(distinct, asked),
+        faults = table.column(Columns(question.name).error).to_pylist()
+        _refuse_faults(assignment, parts, faults)
+        answered = _Answered(prompts, keys, table, asked)
+        receipts = list(_receipts(assignment, parts, answered))
+        _refuse_hopeless(question, asked, receipts, known, session)
+        receipt = BundleReceipt(
+            key=assignment.keys.file,
+            run=assignment.run.id,
+            step=question.name,
+            step_key=question.key,
+            parts=tuple(receipts),
         )
-        # While the keys are held: a fragment that waits for them reads this index next.
+        # While the keys are held: a bundle that waits for them reads this index next.
         known.add(session.ledger.keep_answers(receipt, table), table)
-    log_answers(receipt, assignment.run.id)
-    return receipt
+    return receipts
 
 
 def _answers(
@@ -122,8 +196,8 @@ def _answers(
 ) -> tuple[pa.Table, Asked]:
     """The answers to `distinct` prompts, each once, in any order; and what the model was asked.
 
-    Uses known answers. Asks the model about the keys that this fragment holds, and about another
-    fragment's keys only if that fragment failed to commit them.
+    Uses known answers. Asks the model about the keys that this bundle holds, and about another
+    bundle's keys only if that bundle failed to commit them.
     """
     sorted_out = triage(question, distinct, known)
     mine: dict[bytes, Prompt] = {}
@@ -136,7 +210,7 @@ def _answers(
     asked = ask(question, mine, session) if mine else Asked(now(), {})
     parts = [sorted_out.known]
     if others:
-        # Fragments in flight may share texts; only one of them asks about each.
+        # Bundles in flight may share texts; only one of them asks about each.
         hold.wait_for_others()
         second_look = triage(question, others, known)
         parts.append(second_look.known)
@@ -149,7 +223,11 @@ def _answers(
 
 
 def _refuse_hopeless(
-    question: Question, asked: Asked, known: KnownAnswers, session: Session
+    question: Question,
+    asked: Asked,
+    receipts: Sequence[AnswersReceipt],
+    known: KnownAnswers,
+    session: Session,
 ) -> None:
     """InputError once the model has failed on every row for one reason: the run must stop.
 
@@ -158,87 +236,13 @@ def _refuse_hopeless(
     reason = asked.only_reason
     if reason is None or known.any_answer:
         return
-    fragments, rows = session.count_hopeless(question, reason, len(asked.outcomes))
+    fragments = sum(receipt.computed_rows > 0 for receipt in receipts)
+    fragments, rows = session.count_hopeless(question, reason, fragments, len(asked.outcomes))
     if fragments >= HOPELESS_FRAGMENTS and rows >= HOPELESS_ROWS:
         raise InputError(
             f"step {question.name!r}: the model {describe_model(question.model.config)} failed on "
             f"all {rows} rows that it was asked, so the run stopped: {reason}."
         )
-
-
-def _measured(distinct: dict[bytes, Prompt], asked: Asked) -> dict[str, Any]:
-    """The fields of a receipt that measure the work: rows, seconds and tokens."""
-    completion_tokens = 0
-    for outcome in asked.outcomes.values():
-        if isinstance(outcome, Writing):
-            completion_tokens += outcome.completion_tokens
-    return {
-        "computed_rows": len(asked.outcomes),
-        "known_rows": len(distinct) - len(asked.outcomes),
-        "began": asked.began,
-        "seconds": now() - asked.began,
-        "prompt_tokens": sum(len(distinct[key].ids) for key in asked.outcomes),
-        "completion_tokens": completion_tokens,
-    }
-
-
-def read_prompt_rows(
-    assignment: Assignment, ledger: Ledger
-) -> tuple[list[RowValues], dict[str, str]]:
-    """The placeholder values of each row in order; and, by earlier step, the run of its answers.
-
-    Reads only the columns that the prompt names. If an earlier step failed on a row, a RowFault
-    takes the value's place. UnusableFile when the fragment cannot be read.
-    """
-    values: dict[str, Sequence[str | bytes | RowFault | None]] = dict(source_values(assignment))
-    runs: dict[str, str] = {}
-    for name, key in assignment.earlier.items():
-        receipt, table = ledger.read_answers(key)
-        # Kept in the receipt: if the earlier step is asked again, these answers are out of date.
-        values[name] = earlier_values(table, name)
-        runs[name] = receipt.run
-    return rows_of(values, assignment.fragment.rows), runs
-
-
-def rows_of(
-    values: Mapping[str, Sequence[str | bytes | RowFault | None]], length: int
-) -> list[RowValues]:
-    """The rows of columns of `length` values, in order, each with the columns' names as keys."""
-    rows: list[RowValues] = []
-    for row in range(length):
-        rows.append({name: column[row] for name, column in values.items()})
-    return rows
-
-
-def source_values(assignment: Assignment) -> dict[str, list[str | bytes | None]]:
-    """For each placeholder with a source column, the values of the fragment's rows in order.
-
-    UnusableFile when the fragment cannot be read.
-    """
-    columns = assignment.question.inputs.columns
-    if not columns:
-        return {}
-    # Several placeholders may stand for one column, which is read once.
-    batches = list(read_fragment(assignment.fragment, sorted(set(columns.values()))))
-    if not batches:
-        return {name: [] for name in columns}
-    table = pa.Table.from_batches(batches)
-    return {name: prompt_values(table.column(column)) for name, column in columns.items()}
-
-
-def earlier_values(table: pa.Table, step: str) -> list[str | RowFault]:
-    """The values that a later prompt takes from the answers of `step`, in row order.
-
-    A row on which `step` failed has a RowFault instead.
-    """
-    values: list[str | RowFault] = []
-    faults = table.column(Columns(step).error).to_pylist()
-    for value, fault in zip(table.column(step).to_pylist(), faults, strict=True):
-        if fault is None:
-            values.append(value)
-        else:
-            values.append(RowFault("earlier_step_failed", f"{step} failed: {fault}"))
-    return values
 
 
 def _in_row_order(
@@ -260,17 +264,60 @@ def _in_row_order(
     return table.take(pa.array(places, pa.int64()))
 
 
-def _receipt(assignment: Assignment, **facts: Any) -> AnswersReceipt:
+def _receipts(
+    assignment: Assignment, parts: Sequence[Part], answered: _Answered
+) -> Iterator[AnswersReceipt]:
+    """The receipt of each part. Their seconds are in proportion to the prompts asked for them."""
+    began = answered.asked.began
+    seconds = now() - began
+    new = dict(answered.asked.outcomes)
+    each = seconds / max(1, len(new))
+    counter = AnswerCounter(assignment.question.step, answered.table)
+    start = 0
+    for part in parts:
+        rows = slice(start, start + len(part.rows))
+        prompts = answered.prompts[rows]
+        distinct: dict[bytes, Prompt] = {}
+        for key, prompt in zip(answered.keys[rows], prompts, strict=True):
+            if key is not None and isinstance(prompt, Prompt):
+                distinct[key] = prompt
+        # A prompt that several parts have was asked for the first of them.
+        outcomes = {key: new.pop(key) for key in distinct if key in new}
+        yield _receipt(
+            assignment,
+            part.fragment,
+            part.key,
+            earlier=part.earlier,
+            prompt_lengths=_prompt_lengths(prompts),
+            computed_rows=len(outcomes),
+            known_rows=len(distinct) - len(outcomes),
+            began=began,
+            seconds=each * len(outcomes),
+            prompt_tokens=sum(len(distinct[key].ids) for key in outcomes),
+            completion_tokens=sum(map(_completion_tokens, outcomes.values())),
+            **counter.count(rows),
+        )
+        began += each * len(outcomes)
+        start = rows.stop
+
+
+def _receipt(assignment: Assignment, fragment: Fragment, key: str, **facts: Any) -> AnswersReceipt:
+    file_key = assignment.keys.file
     return AnswersReceipt(
-        key=assignment.key,
+        key=key,
+        bundle="" if key == file_key else file_key,
         run=assignment.run.id,
-        fragment=assignment.fragment.name,
+        fragment=fragment.name,
         step=assignment.question.name,
         step_key=assignment.question.key,
         model=assignment.question.model.identity,
-        rows=assignment.fragment.rows,
+        rows=fragment.rows,
         **facts,
     )
+
+
+def _completion_tokens(outcome: Outcome) -> int:
+    return outcome.completion_tokens if isinstance(outcome, Writing) else 0
 
 
 def _prompt_lengths(prompts: Sequence[Prompt | RowFault]) -> dict[int, int]:
@@ -281,38 +328,22 @@ def _prompt_lengths(prompts: Sequence[Prompt | RowFault]) -> dict[int, int]:
     return lengths
 
 
-def _counts(question: Question, table: pa.Table) -> dict[str, Any]:
-    """The fields of a receipt that count answers by kind."""
-    columns = Columns(question.name)
-
-    def values(column: str) -> list[Any]:
-        present: list[Any] = table.column(column).drop_null().to_pylist()
-        return present
-
-    faults = Counter(values(columns.error_type))
-    if isinstance(question.step, ClassifyStep):
-        return {"faults": faults, "labels": Counter(values(columns.answer))}
-    # Blank counts as empty: an answer of spaces alone is useless to a reader.
-    empty = [text for text in values(columns.answer) if not text.strip()]
-    return {
-        "faults": faults,
-        "finish_reasons": Counter(values(columns.finish_reason)),
-        "empty_answers": len(empty),
-        "answer_tokens": sum(values(columns.completion_tokens)),
-    }
-
-
 def _reason(prompt: Prompt | RowFault) -> str | None:
     return prompt.reason if isinstance(prompt, RowFault) else None
 
 
-def _refuse_faults(assignment: Assignment, reasons: Iterable[str | None]) -> None:
+def _refuse_faults(
+    assignment: Assignment, parts: Sequence[Part], reasons: Iterable[str | None]
+) -> None:
     """Under `on_error: raise`, BadRow for the first row with a reason."""
     if not assignment.run.raises:
         return
-    for number, reason in enumerate(reasons, assignment.fragment.first_row):
-        if reason is not None:
-            raise BadRow(
-                f"{assignment.fragment.path}: row {number}, step {assignment.question.name!r}: "
-                f"{reason}. Fix the row, or set on_error to quarantine."
-            )
+    left = iter(reasons)
+    for part in parts:
+        fragment = part.fragment
+        for number, reason in enumerate(islice(left, fragment.rows), fragment.first_row):
+            if reason is not None:
+                raise BadRow(
+                    f"{fragment.path}: row {number}, step {assignment.question.name!r}: {reason}. "
+                    "Fix the row, or set on_error to quarantine."
+                )

@@ -17,11 +17,10 @@ from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import MANIFEST, PublishedFile
 from glmbatch.ledger.receipts import whole_digest
 from glmbatch.report.counts import Audit
-from glmbatch.run.answer import rows_of
 from glmbatch.run.ask import Outcome, ask
 from glmbatch.run.plan import prompt_inputs
+from glmbatch.run.prompts import build_question_prompts, key_prompts, rows_of
 from glmbatch.run.session import session_of
-from glmbatch.run.triage import build_question_prompts, key_prompts
 from glmbatch.run.work import PromptInputs, Question, RunContext
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, CanaryConfig, ClassifyStep, JobConfig, answer_columns

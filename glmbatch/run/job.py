@@ -13,7 +13,7 @@ from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import assign, plan_run
 from glmbatch.run.publish import publish
 from glmbatch.run.session import count_rows, session
-from glmbatch.run.write import write_output
+from glmbatch.run.write import write_outputs
 from glmbatch.settings.job import JobConfig
 
 
@@ -30,12 +30,12 @@ def run_job(job: JobConfig) -> Summary:
         models = prepare_models(job)
         work = assign(job, run, models)  # a question and a key for each step and fragment
         count_rows(work.run)
-        receipts = {}  # by answers key, which fragments with the same rows share
+        receipts = {}  # by the key of the answers file, which bundles with the same rows share
         for assignment in work.in_passes():
-            receipts[assignment.key] = answer(assignment)
+            receipts[assignment.keys.file] = answer(assignment)
         staged = []
-        for fragment in work.fragments:
-            answers = [receipts[assignment.key] for assignment in fragment.assignments]
-            staged.append(write_output(fragment, answers, opened.ledger))
+        for bundle in work.bundles:
+            answers = [receipts[assignment.keys.file] for assignment in bundle.assignments]
+            staged += write_outputs(bundle, answers, opened.ledger)
         canaries = check_canary(job.canary, work.questions, run.context)
         return publish(job, work.run, work.questions, staged, canaries)

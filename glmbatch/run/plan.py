@@ -6,8 +6,9 @@ writes nothing to the output but its lock.
 
 from __future__ import annotations
 
+import math
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from glmbatch.errors import InputError
 from glmbatch.ledger.fragments import Fragment, Plan
@@ -16,7 +17,7 @@ from glmbatch.ledger.input.fitting import fit_format, fit_times
 from glmbatch.ledger.input.unchanged import basis_of, published_sources
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest
-from glmbatch.ledger.rowkeys import answers_key, output_key, step_key
+from glmbatch.ledger.rowkeys import answers_key, bundle_key, output_key, step_key
 from glmbatch.ledger.staying import mixture, staying
 from glmbatch.report.log import log_plan
 from glmbatch.run.models import (
@@ -29,8 +30,9 @@ from glmbatch.run.models import (
 )
 from glmbatch.run.session import session
 from glmbatch.run.work import (
+    AnswersKeys,
     Assignment,
-    FragmentWork,
+    Bundle,
     Model,
     PromptInputs,
     Question,
@@ -52,25 +54,23 @@ from glmbatch.steps.prompt import longest_prompt, uses_chat
 from glmbatch.store.files import real_path
 from glmbatch.store.inputs.needs import NeededColumn, SchemaNeeds
 
+# Small fragments share tasks as soon as there are more of them for each engine process. Each task
+# costs Prefect some 20 ms, and too few of them would leave engines without work.
+BUNDLES = 64
+
 
 def check_job(job: JobConfig) -> None:
-    """Check a job without network, digests or server. InputError when a run could not start.
+    """Check a job without network, digests or server. InputError when a run could not start."""
+    from glmbatch.glm.checkpoint.load import read_checkpoint
 
-    Reads the headers of a checkpoint only if there are rows to answer, because that takes torch;
-    without such rows the run itself reads those of a checkpoint that changed.
-    """
-    run = plan_run(job, digests=False)
-    with session(run):
+    with session(plan_run(job, digests=False)):
         pass  # proves that the output can be written and that no other run holds it
     for model in job_models(job):
         # The flow retries what needs the network, and only the cluster may have the device.
         elsewhere = needs_network(model.path, model.revision, model.adapter)
         if not elsewhere and job.runtime.cluster is None:
             located = locate_model(model, job.runtime)
-            if run.plan.fragments:
-                from glmbatch.glm.checkpoint.load import read_checkpoint
-
-                read_checkpoint(located.path, located.adapter)
+            read_checkpoint(located.path, located.adapter)
 
 
 def prompt_inputs(job: JobConfig) -> dict[str, PromptInputs]:
@@ -173,24 +173,25 @@ def _check_published(data: DataConfig, plan: Plan, manifest: Manifest) -> None:
         )
 
 
-def assign(job: JobConfig, run: Run, models: Sequence[Model]) -> Work:
-    """A question for each step, and an assignment for each question and fragment.
+def assign(job: JobConfig, run: Run, models: Sequence[Model], engines: int = 1) -> Work:
+    """A question for each step, and an assignment for each question and bundle.
 
-    `models` are the prepared models of `job_models`, in that order. InputError when a model cannot
+    `models` are the prepared models of `job_models`, in that order. Small fragments are bundled so
+    that each of `engines` engine processes has many bundles still. InputError when a model cannot
     answer its step, or when answers made with other settings would stay beside the run's own.
     """
     questions = resolve_questions(job, run.inputs, models)
     run = _with_changed_settings(job.data, run, questions)
     step_keys = {question.name: question.key for question in questions}
     _refuse_mixing(job.data, run.plan, step_keys)
-    fragments = []
+    bundles = []
     # In the order of the plan; an audit compares it with the order of the outputs.
-    for fragment in run.plan.fragments:
-        fragments.append(_fragment_work(run.context, fragment, questions))
+    for fragments in bundled(run.plan.fragments, job.data.rows_per_fragment, engines * BUNDLES):
+        bundles.append(_bundle(run.context, fragments, questions))
     return Work(
         run=run,
         questions=questions,
-        fragments=tuple(fragments),
+        bundles=tuple(bundles),
         passes=plan_passes(questions, together=questions[0].models_at_once >= len(models)),
     )
 
@@ -266,23 +267,61 @@ def _answer_tokens(step: AnyStep, model: Model) -> int:
     return len(max(label_ids, key=len))
 
 
-def _fragment_work(
-    context: RunContext, fragment: Fragment, questions: Sequence[Question]
-) -> FragmentWork:
-    answers: dict[str, str] = {}
+def bundled(
+    fragments: Sequence[Fragment], most_rows: int, bundles: int
+) -> Iterator[tuple[Fragment, ...]]:
+    """The fragments in order, in bundles of at most `most_rows` rows.
+
+    Fragments are bundled only where there would be more than some number of `bundles`.
+    """
+    # A fragment without rows costs its files all the same.
+    weights = [max(fragment.rows, 1) for fragment in fragments]
+    most = min(most_rows, math.ceil(sum(weights) / bundles))
+    bundle: list[Fragment] = []
+    room = most
+    for fragment, weight in zip(fragments, weights, strict=True):
+        if bundle and weight > room:
+            yield tuple(bundle)
+            bundle, room = [], most
+        bundle.append(fragment)
+        room -= weight
+    if bundle:
+        yield tuple(bundle)
+
+
+def _bundle(
+    context: RunContext, fragments: tuple[Fragment, ...], questions: Sequence[Question]
+) -> Bundle:
+    # By fragment: the answers keys of the steps so far.
+    answers: list[dict[str, str]] = [{} for _ in fragments]
+    keys: dict[str, AnswersKeys] = {}
     assignments = []
     for question in questions:
-        # The key includes those of the earlier steps, whose answers are part of the prompts.
-        earlier = {name: answers[name] for name in question.inputs.earlier}
-        key = answers_key(fragment, question.name, question.key, question.inputs.columns, earlier)
-        answers[question.name] = key
+        for fragment, own in zip(fragments, answers, strict=True):
+            # The key includes those of the earlier steps, whose answers are part of the prompts.
+            earlier = {name: own[name] for name in question.inputs.earlier}
+            columns = question.inputs.columns
+            own[question.name] = answers_key(
+                fragment, question.name, question.key, columns, earlier
+            )
+        own_keys = tuple(own[question.name] for own in answers)
+        keys[question.name] = AnswersKeys(file=bundle_key(own_keys), fragments=own_keys)
         assignments.append(
-            Assignment(run=context, fragment=fragment, question=question, key=key, earlier=earlier)
+            Assignment(
+                run=context,
+                fragments=fragments,
+                question=question,
+                keys=keys[question.name],
+                earlier={name: keys[name] for name in question.inputs.earlier},
+            )
         )
-    return FragmentWork(
+    output_keys = []
+    for fragment, own in zip(fragments, answers, strict=True):
+        output_keys.append(output_key(fragment, own, context.format))
+    return Bundle(
         run=context,
-        fragment=fragment,
-        key=output_key(fragment, answers, context.format),
+        fragments=fragments,
+        output_keys=tuple(output_keys),
         assignments=tuple(assignments),
     )
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from glmbatch.errors import AuditError, UnusableFile, counted, shown
-from glmbatch.ledger.fragments import FileFault, Plan
+from glmbatch.ledger.fragments import FileFault, Fragment, Plan
 from glmbatch.ledger.input.unchanged import receipts_of
 from glmbatch.ledger.known.answers import KnownAnswers
 from glmbatch.ledger.ledger import Ledger
@@ -22,14 +22,20 @@ from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.ledger.rowkeys import answer_settings
 from glmbatch.report.counts import busy_seconds
 from glmbatch.report.text import left_out
-from glmbatch.run.answer import earlier_values, rows_of, source_values
 from glmbatch.run.audits import check_errors
 from glmbatch.run.canary import check_canary_file
 from glmbatch.run.models import describe_model, prepare_models
 from glmbatch.run.plan import assign, plan_run
+from glmbatch.run.prompts import (
+    build_question_prompts,
+    earlier_values,
+    key_prompts,
+    rows_of,
+    source_values,
+    triage,
+)
 from glmbatch.run.session import index_answers
-from glmbatch.run.triage import build_question_prompts, key_prompts, triage
-from glmbatch.run.work import Assignment, FragmentWork, Model, Question
+from glmbatch.run.work import Model, Question
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, JobConfig
 from glmbatch.steps.prompt import Prompt, RowFault
@@ -93,13 +99,12 @@ def preview(job: JobConfig) -> Preview:
     ledger = Ledger(job.data.output)
     counted = _Counted(ledger, work.questions)
     unusable = list(plan.unusable)
-    for fragment in work.fragments:
+    for fragment in plan.fragments:
         try:
             counted.add(fragment)
         except UnusableFile as error:
-            place = fragment.fragment
             unusable.append(
-                FileFault(source=place.source, first_row=place.first_row, reason=shown(error))
+                FileFault(source=fragment.source, first_row=fragment.first_row, reason=shown(error))
             )
     manifest = ledger.manifest()
     published = manifest.files if manifest is not None else ()
@@ -108,7 +113,7 @@ def preview(job: JobConfig) -> Preview:
     return Preview(
         output=job.data.output,
         rows=plan.rows + sum(file.rows for file in unchanged),
-        fragments=len(work.fragments) + len(unchanged),
+        fragments=len(plan.fragments) + len(unchanged),
         unusable=tuple(unusable),
         models=tuple(models),
         passes=len(work.passes),
@@ -150,6 +155,7 @@ class _Counted:
 
     def __init__(self, ledger: Ledger, questions: Sequence[Question]) -> None:
         manifest = ledger.manifest()
+        self._questions = questions
         self._known: dict[tuple[str, str], KnownAnswers] = {}
         self._changes: dict[str, str | None] = {}
         for question in questions:
@@ -162,20 +168,19 @@ class _Counted:
         self._counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         self._reasons: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
 
-    def add(self, work: FragmentWork) -> None:
+    def add(self, fragment: Fragment) -> None:
         """Count the rows of one fragment, step by step. UnusableFile when it cannot be read."""
         answers: dict[str, Known] = {}
-        for assignment in work.assignments:
-            answers[assignment.question.name] = self._add(assignment, answers)
+        for question in self._questions:
+            answers[question.name] = self._add(fragment, question, answers)
 
-    def _add(self, assignment: Assignment, answers: Mapping[str, Known]) -> Known:
+    def _add(self, fragment: Fragment, question: Question, answers: Mapping[str, Known]) -> Known:
         """Count the rows of one step; return the known answers, in row order."""
-        question = assignment.question
-        prompts = _prompts(assignment, answers)
+        prompts = _prompts(fragment, question, answers)
         keys, distinct = key_prompts(question, prompts)
         sorted_out = triage(question, distinct, self._known[question.name, question.key])
         known = _values_by_key(question, sorted_out.known)
-        place = (assignment.fragment.source, question.name)
+        place = (fragment.source, question.name)
         self._counts[place]["rows"] += len(prompts)
         values: list[str | RowFault | None] = []
         for key, prompt in zip(keys, prompts, strict=True):
@@ -215,23 +220,24 @@ class _Counted:
 
 
 def _prompts(
-    assignment: Assignment, answers: Mapping[str, Known]
+    fragment: Fragment, question: Question, answers: Mapping[str, Known]
 ) -> list[Prompt | RowFault | None]:
     """The prompt of each row in order: a fault if it has none, None if it waits for an answer."""
-    values: dict[str, Sequence[str | bytes | RowFault | None]] = dict(source_values(assignment))
-    for name in assignment.earlier:
+    values: dict[str, Sequence[str | bytes | RowFault | None]] = {}
+    values.update(source_values(fragment, question.inputs.columns))
+    for name in question.inputs.earlier:
         values[name] = answers[name]
     ready = []
     places = []
-    rows = rows_of(values, assignment.fragment.rows)
+    rows = rows_of(values, fragment.rows)
     for place, row in enumerate(rows):
         # None in a source column is a null, which is a fault of the row. None from an earlier step
         # is an answer that a run would ask for first.
-        if not any(row[name] is None for name in assignment.earlier):
+        if not any(row[name] is None for name in question.inputs.earlier):
             ready.append(row)
             places.append(place)
     prompts: list[Prompt | RowFault | None] = [None] * len(rows)
-    built = build_question_prompts(assignment.question, ready)
+    built = build_question_prompts(question, ready)
     for place, prompt in zip(places, built, strict=True):
         prompts[place] = prompt
     return prompts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NoReturn
 
 from glmbatch.errors import AuditError, BadRow, GlmbatchError, shown
@@ -38,8 +39,7 @@ from glmbatch.run.work import Question, Run, now
 from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
 from glmbatch.store.files import DIGEST_CHARS
 
-# At most this many rows are listed for a refused run, in which perhaps every row failed.
-MOST_REFUSED = 100_000
+MOST_REFUSED = 100_000  # rows listed for a refused run, in which perhaps every row failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +95,13 @@ def publish(
         _refuse_publishing(job, run, questions, collected, error)
     # Before publication moves the files from where their receipts say.
     results = _measure_run(run, questions, collected, job.data.id_column)
-    # An earlier run may have committed the failed answers under another `on_error`.
-    if results.failures and run.context.raises:
-        raise _bad_row(run, results.failures[0])
+    if results.failures and run.context.raises:  # committed under another `on_error`
+        first = results.failures[0]
+        raise BadRow(
+            f"{run.context.output}: nothing published: {first['source']}: row {first.get('row')}, "
+            f"step {first.get('step')!r}: {first['error']}. "
+            "Fix the row, or set on_error to quarantine."
+        )
     basis = basis_of_run(job.data, questions)
     kept_sources = _release(run, questions, collected, results.failures, basis)
     summary = results.summary.model_copy(
@@ -183,7 +187,7 @@ def _review(
 
 def _collect(run: Run, outputs: Sequence[OutputReceipt], *, drop_missing: bool) -> Collected:
     ledger = session_of(run.context).ledger
-    current = list(ledger.folder.map(lambda output: _with_receipts(ledger, output), outputs))
+    current = _with_receipts(ledger, outputs)
     written = []
     unusable = list(run.plan.unusable)
     for output in current:
@@ -211,12 +215,20 @@ def _collect(run: Run, outputs: Sequence[OutputReceipt], *, drop_missing: bool) 
     return Collected(ledger, before, last_run, current, written, unusable, stay, unchanged, kept)
 
 
-def _with_receipts(ledger: Ledger, output: OutputReceipt) -> OutputReceipt:
-    """The output with its receipts as on disk; one from a task's cache may hold older receipts."""
-    if output.unusable is not None:
-        return output
-    receipts = tuple(ledger.answers_receipt(receipt.key) for receipt in output.answers)
-    return output.model_copy(update={"answers": receipts})
+def _with_receipts(ledger: Ledger, outputs: Sequence[OutputReceipt]) -> list[OutputReceipt]:
+    """The outputs with their receipts as on disk; a task's cache may hold older ones."""
+    answers = chain(*(output.answers for output in outputs if output.unusable is None))
+    files = sorted({receipt.file_key for receipt in answers})
+    parts = {}
+    for receipt in ledger.folder.map(ledger.answers_receipt, files):
+        for part in receipt.parts:
+            parts[receipt.key, part.key] = part
+    current = []
+    for output in outputs:
+        # A fragment that could not be read has no answers on disk.
+        own = tuple(parts.get((part.file_key, part.key), part) for part in output.answers)
+        current.append(output.model_copy(update={"answers": own}))
+    return current
 
 
 def _with_published_name(run: Run, output: OutputReceipt) -> OutputReceipt:
@@ -247,7 +259,7 @@ def _measure_run(
     return Results(
         summary=_summarize(run, questions, collected, reading.rows),
         measures=measure(steps, run.context.id, written, reading),
-        failures=[*_files_left_out(collected), *reading.failures],
+        failures=[*map(line_of_file, collected.unusable), *reading.failures],
     )
 
 
@@ -298,13 +310,6 @@ def _list_refused(collected: Collected, lines: Sequence[dict[str, Any]]) -> str:
     return f" The failed rows: {path}."
 
 
-def _bad_row(run: Run, fault: dict[str, Any]) -> BadRow:
-    return BadRow(
-        f"{run.context.output}: nothing published: {fault['source']}: row {fault.get('row')}, step "
-        f"{fault.get('step')!r}: {fault['error']}. Fix the row, or set on_error to quarantine."
-    )
-
-
 def _release(
     run: Run,
     questions: Sequence[Question],
@@ -343,8 +348,3 @@ def _release(
     )
     tonight = {output.fragment.source for output in collected.written} | run.plan.unchanged.keys()
     return len({file.source for file in collected.staying.files} - tonight)
-
-
-def _files_left_out(collected: Collected) -> list[dict[str, Any]]:
-    """An entry for each file or fragment that is left out."""
-    return list(map(line_of_file, collected.unusable))

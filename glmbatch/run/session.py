@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TypeVar
 
 from glmbatch.errors import InputError, Interrupted, TransientError, UnusableFile
 from glmbatch.glm.engine.loading import load_engine
@@ -27,6 +28,8 @@ from glmbatch.run.work import Question, Run, RunContext
 from glmbatch.steps.answers import answers_schema
 
 logger = logging.getLogger(__name__)
+
+Read = TypeVar("Read")
 
 # The engines loaded in this process, shared by all runs.
 _ENGINES = EnginePool()
@@ -51,8 +54,8 @@ class Session:
         # Fragments on which the model failed entirely, and their rows, by step key and reason.
         self._hopeless: dict[tuple[str, str], tuple[int, int]] = {}
         # By fragment name: why its rows cannot be read, or None if all of them can.
-        self._walked: dict[str, str | None] = {}
-        self._walking: dict[str, threading.Lock] = {}
+        self._read: dict[str, str | None] = {}
+        self._reading: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def known_answers(self, question: Question) -> KnownAnswers:
@@ -63,35 +66,40 @@ class Session:
                 self._known[key] = index_answers(self.ledger, question)
             return self._known[key]
 
-    def count_hopeless(self, question: Question, reason: str, rows: int) -> tuple[int, int]:
-        """Count a fragment in which the model failed on all `rows` for the same reason.
+    def count_hopeless(
+        self, question: Question, reason: str, fragments: int, rows: int
+    ) -> tuple[int, int]:
+        """Count `fragments` in which the model failed on all `rows` for the same reason.
 
         Returns the number of such fragments and of their rows so far.
         """
         with self._lock:
-            fragments, before = self._hopeless.get((question.key, reason), (0, 0))
-            counted = (fragments + 1, before + rows)
+            before = self._hopeless.get((question.key, reason), (0, 0))
+            counted = (before[0] + fragments, before[1] + rows)
             self._hopeless[question.key, reason] = counted
             return counted
 
-    def walk_once(self, fragment: Fragment, walk: Callable[[Fragment], None]) -> None:
-        """Call `walk` on `fragment`, once for all steps of the run.
+    def read_once(self, fragment: Fragment, read: Callable[[], Read]) -> Read | None:
+        """What `read` returns, for the first step that comes to `fragment`; None for the others.
 
-        An UnusableFile from `walk` is remembered and raised again for the other steps. Other errors
-        are not: the next step calls `walk` again.
+        An UnusableFile from `read` is remembered and raised again for the other steps. Other errors
+        are not: the next step calls its own `read`.
         """
         with self._lock:
-            walking = self._walking.setdefault(fragment.name, threading.Lock())
-        with walking:  # another step of the same fragment may be walking
-            if fragment.name not in self._walked:
+            reading = self._reading.setdefault(fragment.name, threading.Lock())
+        with reading:  # another step of the same fragment may be reading
+            if fragment.name not in self._read:
                 try:
-                    walk(fragment)
-                    self._walked[fragment.name] = None
+                    values = read()
+                    self._read[fragment.name] = None
+                    return values
                 except UnusableFile as error:
-                    self._walked[fragment.name] = str(error)
-        reason = self._walked[fragment.name]
+                    self._read[fragment.name] = str(error)
+                    raise
+        reason = self._read[fragment.name]
         if reason is not None:
             raise UnusableFile(reason)
+        return None
 
     @contextmanager
     def engine(self, question: Question) -> Iterator[Engine]:
@@ -239,4 +247,5 @@ def index_answers(
         answers_schema(question.step, question.model.labels),
         include_failed=include_failed,
         stored=ledger.stored_keys(question.key, files),
+        find_spare=ledger.find_spare,
     )

@@ -5,8 +5,8 @@
     Model         a checkpoint that was checked and digested
     PromptInputs  where the placeholders of one template get their values
     Question      one resolved step: all that is needed to ask it about any row
-    Assignment    one question over one fragment
-    FragmentWork  all assignments of one fragment, and its output file
+    Bundle        a large fragment, or small ones that share their tasks, and all its assignments
+    Assignment    one question over one bundle
     Work          everything a run does, and the order of its passes (plan_passes); made by assign
 
 Knows no engine and no files.
@@ -20,7 +20,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from glmbatch.ledger.fragments import Fragment, Plan
+from glmbatch.ledger.fragments import Fragment, Plan, bundle_name
 from glmbatch.settings.job import AnyStep, ModelConfig, RuntimeConfig
 from glmbatch.store.inputs.needs import SchemaNeeds
 
@@ -119,51 +119,70 @@ class Question(BaseModel, frozen=True, extra="forbid"):
         return self.step.name
 
 
-class Assignment(BaseModel, frozen=True, extra="forbid"):
-    """One question over one fragment.
+class AnswersKeys(BaseModel, frozen=True, extra="forbid"):
+    """The key of an answers file, and the answers key of each fragment of its bundle, in order."""
 
-    `key` is the answers key. `earlier` maps each step whose answers the prompts use to its answers
-    key.
+    file: str
+    fragments: tuple[str, ...]
+
+
+class Assignment(BaseModel, frozen=True, extra="forbid"):
+    """One question over the fragments of one bundle.
+
+    `earlier` has the keys of each step whose answers the prompts use.
     """
 
     run: RunContext  # included so that a task needs no other argument
-    fragment: Fragment
+    fragments: tuple[Fragment, ...]
     question: Question
-    key: str
-    earlier: dict[str, str]
+    keys: AnswersKeys
+    earlier: dict[str, AnswersKeys]
+
+    @property
+    def name(self) -> str:
+        """The names of its fragments, for people."""
+        return bundle_name([fragment.name for fragment in self.fragments])
 
 
-class FragmentWork(BaseModel, frozen=True, extra="forbid"):
-    """The work on one fragment: its assignments in step order, and the key of its output file."""
+class Bundle(BaseModel, frozen=True, extra="forbid"):
+    """The work on fragments that share their tasks: assignments in step order, then the outputs.
+
+    `output_keys` are those of the fragments' output files, in order.
+    """
 
     run: RunContext
-    fragment: Fragment
-    key: str
+    fragments: tuple[Fragment, ...]
+    output_keys: tuple[str, ...]
     assignments: tuple[Assignment, ...]
+
+    @property
+    def name(self) -> str:
+        """The names of its fragments, for people."""
+        return bundle_name([fragment.name for fragment in self.fragments])
 
 
 class Work(BaseModel, frozen=True, extra="forbid"):
     """Everything that `run` does.
 
-    Each pass in `passes` is a tuple of step indexes. Its steps run over all fragments before the
-    next pass begins.
+    Each pass in `passes` is a tuple of step indexes. Its steps run over all bundles before the next
+    pass begins.
     """
 
     run: Run
     questions: tuple[Question, ...]
-    fragments: tuple[FragmentWork, ...]
+    bundles: tuple[Bundle, ...]
     passes: tuple[tuple[int, ...], ...]
 
     def in_passes(self) -> Iterator[Assignment]:
         """Every assignment, pass by pass; an assignment comes after those whose answers it uses."""
         for steps in self.passes:
-            for fragment in self.fragments:
+            for bundle in self.bundles:
                 for index in steps:
-                    yield fragment.assignments[index]
+                    yield bundle.assignments[index]
 
 
 def plan_passes(questions: Sequence[Question], *, together: bool) -> tuple[tuple[int, ...], ...]:
-    """The passes of a run: for each, the indexes of the steps that run over all fragments.
+    """The passes of a run: for each, the indexes of the steps that run over all bundles.
 
     One pass if all models stay loaded `together`. Otherwise one pass per model, so that each model
     is loaded once. A model is loaded again only when a step needs an answer that another model

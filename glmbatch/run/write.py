@@ -1,4 +1,4 @@
-"""Write the file to publish later: a fragment's rows, unchanged, with all answers beside them."""
+"""Write the files to publish later: a fragment's rows, unchanged, with all answers beside them."""
 
 from __future__ import annotations
 
@@ -9,64 +9,111 @@ import pyarrow.compute as pc
 
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.delta.types import delta_schema, typed_columns
-from glmbatch.ledger.fragments import read_fragment
+from glmbatch.ledger.fragments import Fragment, read_fragment
 from glmbatch.ledger.ledger import RESULTS, Ledger
-from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
-from glmbatch.run.work import FragmentWork
+from glmbatch.ledger.outputs import Staging
+from glmbatch.ledger.receipts import AnswersReceipt, BundleReceipt, OutputReceipt
+from glmbatch.run.work import Bundle, RunContext
 from glmbatch.settings.columns import Columns
 from glmbatch.store.footers import kept_metadata
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.types import converted, times_in_utc, written_fields
 
 
-def write_output(
-    work: FragmentWork, answers: Sequence[AnswersReceipt], ledger: Ledger
-) -> OutputReceipt:
-    """Stage a file of the fragment's rows with `answers` beside them, and return its receipt.
+def write_outputs(
+    bundle: Bundle, answers: Sequence[Sequence[AnswersReceipt]], ledger: Ledger
+) -> list[OutputReceipt]:
+    """Stage a file for each fragment: its rows with `answers` beside them; return the receipts.
 
-    `answers` are the receipts of the fragment's assignments, in step order. Safe to repeat: a file
-    that is already staged or published is reused. A fragment that cannot be read gives a receipt
-    with the reason in `unusable`; under `on_error: raise` it raises InputError.
+    `answers` are the receipts of each assignment of the bundle, in step order. Safe to repeat: a
+    file that is already staged or published is reused. A fragment that cannot be read gives a
+    receipt with the reason in `unusable`; under `on_error: raise` it raises InputError.
     """
-    keys = [assignment.key for assignment in work.assignments]
-    if [answered.key for answered in answers] != keys:
-        raise InputError(
-            f"{ledger.root / RESULTS}: a stored result is not the one that its name says, so the "
-            f"answers to {work.fragment.name} are unknown. Delete this folder, and run again."
-        )
-    receipt = OutputReceipt(
-        key=work.key,
-        run=work.run.id,
-        fragment=work.fragment,
-        output_name=work.fragment.output_name,
-        answers=tuple(answers),
-    )
+    for assignment, receipts in zip(bundle.assignments, answers, strict=True):
+        if tuple(receipt.key for receipt in receipts) != assignment.keys.fragments:
+            raise InputError(
+                f"{ledger.root / RESULTS}: a stored result is not the one that its name says, so "
+                f"the answers to {bundle.name} are unknown. Delete this folder, and run again."
+            )
+    tables = _Tables(ledger)
+    outputs = []
+    with ledger.outputs.staging() as staging:
+        for key, fragment, *receipts in zip(
+            bundle.output_keys, bundle.fragments, *answers, strict=True
+        ):
+            receipt = OutputReceipt(
+                key=key,
+                run=bundle.run.id,
+                fragment=fragment,
+                output_name=fragment.output_name,
+                answers=tuple(receipts),
+            )
+            outputs.append(_write_output(receipt, bundle.run, ledger, tables, staging))
+    return outputs
+
+
+def all_written(bundle: Bundle, answers: Sequence[BundleReceipt], ledger: Ledger) -> bool:
+    """Whether each fragment has a file, staged or published, with exactly these answers.
+
+    `answers` are the receipts of the bundle's answers files, in step order.
+    """
+    steps = []
+    for assignment, receipt in zip(bundle.assignments, answers, strict=True):
+        by_key = {part.key: part for part in receipt.parts}
+        steps.append([by_key[key] for key in assignment.keys.fragments])
+    for output_key, *parts in zip(bundle.output_keys, *steps, strict=True):
+        if ledger.outputs.find(output_key, parts) is None:
+            return False
+    return True
+
+
+class _Tables:
+    """The answers of a bundle, read when they are needed, each file once."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._read: dict[str, dict[str, pa.Table]] = {}
+
+    def of(self, receipt: AnswersReceipt) -> pa.Table:
+        """The answers that `receipt` is about. TransientError when there are none."""
+        key = receipt.file_key
+        if key not in self._read:
+            committed, table = self._ledger.read_answers(key)
+            self._read[key] = committed.split(table)
+        return self._read[key][receipt.key]
+
+
+def _write_output(
+    receipt: OutputReceipt, run: RunContext, ledger: Ledger, answers: _Tables, staging: Staging
+) -> OutputReceipt:
+    """Stage the file of one fragment, unless it is staged or published."""
     # A fragment that could not be read for a prompt is not read again for the output.
-    for answered in answers:
+    for answered in receipt.answers:
         if answered.unusable is not None:
             return receipt.model_copy(update={"unusable": answered.unusable})
     # Staged by this run if the task is a retry, else already published with exactly these answers.
-    staged = ledger.find_output(work.key, answers)
+    staged = ledger.outputs.find(receipt.key, receipt.answers)
     if staged is not None:
         return staged
-    tables = [ledger.read_answers(answered.key)[1] for answered in answers]
-    faulty_rows = _count_faulty(tables, [answered.step for answered in answers])
+    tables = [answers.of(answered) for answered in receipt.answers]
+    faulty_rows = _count_faulty(tables, [answered.step for answered in receipt.answers])
     receipt = receipt.model_copy(update={"faulty_rows": faulty_rows})
     try:
-        schema, utc_times = _output_schema(work, tables)
-        batches = _rows_with_answers(work, schema, tables)
-        staged = ledger.stage_output(receipt, schema, batches, utc_times=utc_times)
+        schema, utc_times = _output_schema(receipt.fragment, run, tables)
+        batches = _rows_with_answers(receipt.fragment, schema, tables)
+        staged = staging.write(receipt, schema, batches, utc_times=utc_times)
         ledger.note_keys(staged, tables)
         return staged
     except UnusableFile as error:
-        if work.run.raises:
+        if run.raises:
             raise
         return receipt.model_copy(update={"unusable": str(error)})
 
 
-def _output_schema(work: FragmentWork, tables: Sequence[pa.Table]) -> tuple[pa.Schema, bool]:
+def _output_schema(
+    fragment: Fragment, run: RunContext, tables: Sequence[pa.Table]
+) -> tuple[pa.Schema, bool]:
     """The source's fields, then those of each step's answers; and whether its times are in UTC."""
-    fragment = work.fragment
     # From the footer, because a fragment without rows has no batch to take a schema from.
     with open_parquet(fragment.path, fragment.unit) as file:
         source = file.schema_arrow
@@ -76,7 +123,7 @@ def _output_schema(work: FragmentWork, tables: Sequence[pa.Table]) -> tuple[pa.S
         fields += list(table.schema)
     rows = range(fragment.first_row, fragment.first_row + fragment.rows)
     schema = pa.schema(fields, kept_metadata(source, fields, rows))
-    if work.run.format == "delta":
+    if run.format == "delta":
         schema = delta_schema(fragment.path, schema, typed_columns(fragment.typed))
     return schema, utc_times
 
@@ -92,11 +139,11 @@ def _count_faulty(tables: Sequence[pa.Table], steps: Sequence[str]) -> int:
 
 
 def _rows_with_answers(
-    work: FragmentWork, schema: pa.Schema, tables: Sequence[pa.Table]
+    fragment: Fragment, schema: pa.Schema, tables: Sequence[pa.Table]
 ) -> Iterator[pa.RecordBatch]:
     """The source's batches, each with its part of the answers beside it."""
     first_row = 0
-    for batch in read_fragment(work.fragment):
+    for batch in read_fragment(fragment):
         columns = list(batch.columns)
         for table in tables:
             # Answers are in row order, so the same slice holds the same rows.
@@ -105,15 +152,15 @@ def _rows_with_answers(
                 columns.append(pa.concat_arrays(column.chunks))
         fitting = []
         for column, field in zip(columns, schema, strict=True):
-            fitting.append(_cast(work, column, field))
+            fitting.append(_cast(fragment, column, field))
         yield pa.RecordBatch.from_arrays(fitting, schema=schema)
         first_row += batch.num_rows
 
 
-def _cast(work: FragmentWork, column: pa.Array, field: pa.Field) -> pa.Array:
+def _cast(fragment: Fragment, column: pa.Array, field: pa.Field) -> pa.Array:
     try:
         return converted(column, field.type)
     except pa.ArrowException as error:  # better a refusal than a silent rounding
         raise UnusableFile(
-            f"{work.fragment.path}: column {field.name!r} as {field.type}: {error}"
+            f"{fragment.path}: column {field.name!r} as {field.type}: {error}"
         ) from error

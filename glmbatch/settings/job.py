@@ -73,8 +73,8 @@ class DataConfig(Settings):
         10_000,  # minutes of work on a GPU, and some MB of answers
         ge=1,
         le=10_000_000,
-        description="Rows per fragment, the unit of work, retry and commit. Small fragments lose "
-        "less work in a crash; large ones make fewer, larger files.",
+        description="The most rows of a file, and of a task, its retry and its commit. Fewer rows "
+        "lose less work in a crash; more make fewer, larger files.",
     )
     missing_sources: Literal["keep", "drop"] = Field(
         "keep",

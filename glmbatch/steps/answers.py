@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -66,3 +68,35 @@ def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[A
         # With the field's type: a fragment in which every row failed has no values to infer it.
         arrays.append(pa.array(column, field.type))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+class AnswerCounter:
+    """Counts the answers to `step` in a table by kind, for any range of its rows."""
+
+    def __init__(self, step: AnyStep, table: pa.Table) -> None:
+        columns = Columns(step.name)
+        self._classifies = isinstance(step, ClassifyStep)
+        names = [columns.error_type, columns.answer]
+        if not self._classifies:
+            names += [columns.finish_reason, columns.completion_tokens]
+        # Python lists, because each Arrow call on a part of a few rows costs more than its rows.
+        self._columns = [table.column(name).to_pylist() for name in names]
+
+    def count(self, rows: slice) -> dict[str, Any]:
+        """The fields of a receipt that count the answers in `rows`."""
+        faults, answers, *rest = (_present(column[rows]) for column in self._columns)
+        if self._classifies:
+            return {"faults": Counter(faults), "labels": Counter(answers)}
+        finish_reasons, tokens = rest
+        # Blank counts as empty: an answer of spaces alone is useless to a reader.
+        empty = [text for text in answers if not text.strip()]
+        return {
+            "faults": Counter(faults),
+            "finish_reasons": Counter(finish_reasons),
+            "empty_answers": len(empty),
+            "answer_tokens": sum(tokens),
+        }
+
+
+def _present(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if value is not None]

@@ -257,29 +257,33 @@ def commit(partial: Path, path: AnyPath) -> None:
     `path` is either complete or unchanged. In a store it is one upload, which becomes visible only
     when complete. InputError when `path` cannot be written, TransientError when the machine failed.
     """
-    with writable(path):
-        if isinstance(path, ObjectPath):
-            path.upload(partial)
-            return
-        sync(partial)
-        if path.is_dir() and not path.is_symlink():
-            with suppress(OSError):  # removes only an empty folder, so nothing is lost
-                path.rmdir()
-        os.replace(partial, path)
-        sync(path.parent)  # the folder stores the name
+    sync_for(path, partial)
+    put(partial, path)
+    sync_for(path, path.parent)  # the folder stores the name
 
 
-def move(source: AnyPath, path: AnyPath) -> None:
-    """Move the committed file `source` to `path`, on the same disk or in the same store.
+def put(source: AnyPath, path: AnyPath) -> None:
+    """Give the file `source` the path `path`, or copy it there in a store; replaces a file there.
 
-    Creates folders; replaces a file there. In a store it is a copy, and `source` stays.
+    What `sync_for` writes to the disk survives a power loss.
     """
-    if isinstance(path, ObjectPath) and isinstance(source, ObjectPath):
-        path.copy_from(source)
-    elif isinstance(source, Path):
+    with writable(path):
+        if isinstance(path, Path):
+            if path.is_dir() and not path.is_symlink():
+                with suppress(OSError):  # removes only an empty folder, so nothing is lost
+                    path.rmdir()
+            os.replace(str(source), path)
+        elif isinstance(source, Path):
+            path.upload(source)
+        else:
+            path.copy_from(source)
+
+
+def sync_for(path: AnyPath, changed: AnyPath) -> None:
+    """Flush the file or folder `changed` to disk, because `path` is written; nothing in a store."""
+    if isinstance(path, Path) and isinstance(changed, Path):
         with writable(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        commit(source, path)
+            sync(changed)
 
 
 def modified(path: AnyPath) -> float:

@@ -20,12 +20,13 @@ from glmbatch.store.files import (
     PARTIAL,
     is_link,
     modified,
-    move,
+    put,
     reachable,
     real_path,
     settled,
     stamp_if_any,
     stamp_of,
+    sync_for,
     writable,
 )
 from glmbatch.store.paths import Address, AnyPath, is_hidden, location, odd_part
@@ -52,6 +53,26 @@ def side_by_side(
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         while window := list(islice(waiting, 4 * REQUESTS_AT_ONCE)):
             yield from pool.map(work, window)
+
+
+def commit_all(files: Sequence[tuple[AnyPath, AnyPath]]) -> None:
+    """Move finished files to their paths as `commit` does, many at once; creates folders.
+
+    Files of the same store are copied, and stay.
+    """
+    # All were written before the first is synced: a disk takes a fraction of the time for each.
+    for source, path in files:
+        sync_for(path, source)
+    folders = dict.fromkeys(path.parent for _, path in files)
+    for folder in folders:
+        if isinstance(folder, Path):
+            with writable(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+    # All paths are on this machine, or none is.
+    for _ in side_by_side(next(iter(folders), Path()), lambda file: put(*file), files):
+        pass
+    for folder in folders:
+        sync_for(folder, folder)  # the folder stores the names
 
 
 def unlink_all(root: AnyPath, paths: Iterable[AnyPath]) -> None:
@@ -146,7 +167,7 @@ class Folder:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 source.rename(path)
         else:
-            move(source, path)
+            put(source, path)
             source.unlink(missing_ok=True)
         return path
 

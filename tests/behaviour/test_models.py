@@ -163,7 +163,7 @@ def test_weights_changed_between_plan_and_load_are_refused(
     os.utime(model / "pytorch_model-00001-of-00003.bin")
     changed = pytest.raises(InputError, match="was changed after this run digested it")
     with changed, session(run):
-        answer(work.fragments[0].assignments[0])
+        answer(work.bundles[0].assignments[0])
 
 
 @pytest.mark.parametrize(
@@ -181,4 +181,4 @@ def test_an_adapter_changed_between_plan_and_load_is_refused(
     (tmp_path / "adapter" / name).touch()
     message = r"with the adapter .* was changed after this run digested it"
     with pytest.raises(InputError, match=message), session(run):
-        answer(work.fragments[0].assignments[0])
+        answer(work.bundles[0].assignments[0])

@@ -17,9 +17,9 @@ from deltalake import DeltaTable
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.fragments import Fragment, read_fragment
 from glmbatch.ledger.verification import verify
-from glmbatch.run.answer import source_values
 from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import assign, plan_run
+from glmbatch.run.prompts import source_values
 from glmbatch.settings.job import JobConfig
 from glmbatch.store.values import prompt_values
 from tests.support import CLASSIFY, Settings, Write, read_quarantine, run
@@ -150,8 +150,8 @@ def test_prompts_show_the_same_times_as_the_output(
         job_settings(steps=[{**CLASSIFY, "prompt_template": "{at} {text}"}])
     )
     planned = plan_run(job)
-    (work,) = assign(job, planned, prepare_models(job)).fragments
-    shown = source_values(work.assignments[0])["at"]
+    (question,) = assign(job, planned, prepare_models(job)).questions
+    shown = source_values(planned.plan.fragments[0], question.inputs.columns)["at"]
     run(job)
     assert shown == prompt_values(output_of(out).column("at"))
     assert str(shown[0]).endswith("0.000000001")
@@ -282,14 +282,14 @@ def test_a_fragment_is_read_in_full_once_for_all_steps(
     steps = [CLASSIFY, {**CLASSIFY, "name": "tone"}]
     walks: list[str] = []
 
-    def counted(fragment: Fragment, columns: list[str] | None = None) -> Any:
-        if columns is None:
+    def counted(fragment: Fragment, columns: list[str], *, whole: bool) -> Any:
+        if whole:
             walks.append(fragment.name)
             if fragment.source == "b.parquet":
                 raise UnusableFile("b.parquet: damaged where no prompt looks")
-        return read_fragment(fragment, columns)
+        return read_fragment(fragment, columns, whole=whole)
 
-    monkeypatch.setattr("glmbatch.run.answer.read_fragment", counted)
+    monkeypatch.setattr("glmbatch.run.prompts.read_fragment", counted)
     settings = job_settings(steps=steps, data__rows_per_fragment=1, max_error_rate=0.9)
     assert [fault.source for fault in run(settings).unusable] == ["b.parquet"]
     assert sorted(walks) == ["a.parquet@0", "a.parquet@1", "b.parquet@0"]

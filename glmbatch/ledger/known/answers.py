@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -65,10 +65,11 @@ class KnownAnswers:
 
     `schema` is that of the step's answer columns. Rows on which the model failed are included only
     with `include_failed`. `stored` are segments over published files, the largest first; only
-    `files` that they do not cover are read.
+    `files` that they do not cover are read. `find_spare` gives the file to use if a published one
+    was changed or deleted.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the files, the rows that count, and where to look instead
         self,
         files: Sequence[AnswerFile],
         step: str,
@@ -76,6 +77,7 @@ class KnownAnswers:
         *,
         include_failed: bool,
         stored: Sequence[StoredSegment] = (),
+        find_spare: Callable[[AnswerFile], AnswerFile | None] = lambda _: None,
     ) -> None:
         self._step = step
         self._schema = schema
@@ -90,6 +92,10 @@ class KnownAnswers:
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         self._table_bytes = 0
         self._proved: set[int] = set()
+        self._lost: set[int] = set()
+        self._find_spare = find_spare
+        self._spared: set[str] = set()
+        self._sparing = threading.Lock()
         for file in self._map(files, stored):
             self.add(file)
 
@@ -128,7 +134,8 @@ class KnownAnswers:
         try:
             keys = read_keys(file) if table is None else keys_of(table, file.step, str(file.path))
         except UnusableFile as error:
-            logger.warning("%s: its answers are not reused", error)
+            logger.warning("%s: its answers are not read from it", error)
+            self._add_spare(file)
             return
         if not self._include_failed:
             keys = Keys(*(column[~keys.failed_K] for column in keys))
@@ -175,24 +182,46 @@ class KnownAnswers:
         """
         missing = set(keys)
         parts = [self._schema.empty_table()]
+        spared: set[int] = set()
         while True:
+            lost: set[int] = set()
             with self._lock:
                 segments: list[_Mapped | Segment] = [*self._stored, *self._segments]
             try:
                 for segment in segments:
-                    parts += self._find_in(segment, missing)
+                    parts += self._find_in(segment, missing, lost)
             except (UnusableFile, OSError) as error:
                 self._replace(segment, error)
-            else:
+                continue
+            if lost <= spared:
                 return pa.concat_tables(parts).combine_chunks()
+            for number in sorted(lost - spared):
+                self._add_spare(self._files[number])
+            spared |= lost
 
-    def _find_in(self, segment: _Mapped | Segment, missing: set[bytes]) -> Iterator[pa.Table]:
-        """The rows of `segment` whose keys are in `missing`, which they leave."""
+    def _add_spare(self, file: AnswerFile) -> None:
+        """Add the committed file with the answers of a published one that was lost, if any."""
+        if not file.spare_key:
+            return
+        with self._sparing:  # another thread may have lost the same file, or one of its bundle
+            if file.spare_key not in self._spared:
+                self._spared.add(file.spare_key)
+                spare = self._find_spare(file)
+                if spare is not None:
+                    self.add(spare)
+
+    def _find_in(
+        self, segment: _Mapped | Segment, missing: set[bytes], lost: set[int]
+    ) -> Iterator[pa.Table]:
+        """The rows of `segment` whose keys are in `missing`, which they leave.
+
+        Adds to `lost` the numbers of files that cannot be read.
+        """
         # The first segment is the largest. A key that it has is not looked up in the others, so
         # that a text which many files hold is read from one of them.
         if missing:
             wanted = np.unique(np.frombuffer(b"".join(missing), np.uint64)[::2])
-            yield from self._take(segment.find(wanted), missing)
+            yield from self._take(segment.find(wanted), missing, lost)
 
     def _replace(self, segment: _Mapped | Segment, error: Exception) -> None:
         """Read the keys of the files that a damaged segment covers from the files."""
@@ -207,14 +236,15 @@ class KnownAnswers:
         for number in segment.numbers[segment.numbers != GONE].tolist():
             self.add(self._files[number])
 
-    def _take(self, places: np.ndarray, missing: set[bytes]) -> Iterator[pa.Table]:
-        """The rows at `places` (file, row) whose keys are in `missing`, which they leave."""
+    def _take(self, places: np.ndarray, missing: set[bytes], lost: set[int]) -> Iterator[pa.Table]:
+        """The rows at `places` (file, row) whose keys are in `missing`, as `_find_in`."""
         wanted: dict[int, list[int]] = {}
         for file, row in zip(files_of(places).tolist(), rows_of(places).tolist(), strict=True):
             wanted.setdefault(file, []).append(row)
         for file, rows in sorted(wanted.items()):
             table = self._table(file)
             if table is None:
+                lost.add(file)
                 continue
             part = table.take(pa.array(rows, pa.int64()))
             # The index has half of each key, which two keys may share, and a file a key twice.
@@ -230,6 +260,7 @@ class KnownAnswers:
             table = self._tables.get(number)
             if table is not None:
                 self._tables.move_to_end(number)
+            if table is not None or number in self._lost:
                 return table
         table = self._read(number)
         if table is not None:
@@ -253,7 +284,8 @@ class KnownAnswers:
             self._proved.add(number)
             return self._as_own(file, read_columns(file.path, self._names_in(file)))
         except (UnusableFile, OSError, pa.ArrowException) as error:
-            logger.warning("%s: its answers are not reused", error)
+            logger.warning("%s: its answers are not read from it", error)
+            self._lost.add(number)
             return None
 
     def _names_in(self, file: AnswerFile) -> list[str]:

@@ -19,13 +19,15 @@ from glmbatch.store.paths import AnyPath
 class AnswerFile:
     """A file with the answers of `step`. `digest` is its SHA-256, or the beginning of it.
 
-    A published file keeps its bytes and its digest from run to run.
+    A published file keeps its bytes and its digest from run to run. Its `spare_key` is the key of
+    the committed file with the same answers; other files have none.
     """
 
     path: AnyPath
     step: str
     digest: str
     is_published: bool = False
+    spare_key: str = ""
 
 
 class Keys(NamedTuple):

@@ -12,15 +12,15 @@ import pytest
 from glmbatch.ledger import committed
 from glmbatch.ledger.committed import Content, Recent
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.receipts import AnswersReceipt
+from glmbatch.ledger.receipts import BundleReceipt
 from glmbatch.store import files
 from tests.unit.ledger.test_ledger import receipt
 
 TABLE = pa.table({"mood": ["a", None]})
 
 
-def numbered(number: int) -> AnswersReceipt:
-    return receipt().model_copy(update={"key": f"{number:032}"})
+def numbered(number: int) -> BundleReceipt:
+    return receipt(key=f"{number:032}")
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
@@ -86,7 +86,7 @@ def test_deleted_answers_are_missing_and_can_be_committed_again(tmp_path: Path) 
 def test_old_tables_are_dropped_and_their_receipts_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(committed, "TABLE_BYTES", 3 * 800)
     table = pa.table({"number": range(100)})
-    recent: Recent[AnswersReceipt] = Recent()
+    recent: Recent[BundleReceipt] = Recent()
     for number in range(3):
         recent.keep(str(number), Content(receipt(), table))
     recent.find("0")
@@ -103,7 +103,7 @@ def test_old_tables_are_dropped_and_their_receipts_stay(monkeypatch: pytest.Monk
 
 def test_the_number_of_receipts_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(committed, "RECEIPTS", 2)
-    recent: Recent[AnswersReceipt] = Recent()
+    recent: Recent[BundleReceipt] = Recent()
     for number in range(4):
         recent.keep(str(number % 3), Content(receipt(), None))
     kept = [recent.find(str(number)) is not None for number in range(3)]

@@ -22,7 +22,7 @@ import pytest
 from glmbatch.errors import InputError, TransientError
 from glmbatch.ledger.filelist import LISTS
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.receipts import AnswersReceipt
+from glmbatch.ledger.receipts import AnswersReceipt, BundleReceipt
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.support import ROOT, Settings, Write
@@ -134,10 +134,10 @@ def keys_of(path: Path) -> set[bytes]:
     return set(table.column(name).to_pylist()) - {None}
 
 
-def receipt(run: str = "r", **fields: Any) -> AnswersReceipt:
-    return AnswersReceipt(
-        key="k" * 32, run=run, fragment="a@0", step="mood", step_key="s", rows=2, **fields
-    )
+def receipt(run: str = "r", key: str = "k" * 32, **fields: Any) -> BundleReceipt:
+    """The receipt of a bundle of one fragment."""
+    own = {"key": key, "run": run, "step": "mood", "step_key": "s"}
+    return BundleReceipt(**own, parts=(AnswersReceipt(**own, fragment="a@0", rows=2, **fields),))
 
 
 def test_only_undamaged_answers_are_found_again(tmp_path: Path) -> None:
@@ -215,9 +215,7 @@ def keep_many(folder: str, process: int) -> None:
         (ledger.root / f"{number}-{process}").touch()
         while not (ledger.root / f"{number}-{1 - process}").exists():
             pass
-        ledger.keep_answers(
-            receipt(seconds=float(process)).model_copy(update={"key": f"key-{number}"}), table
-        )
+        ledger.keep_answers(receipt(key=f"key-{number}", seconds=float(process)), table)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def planned(write_source: Write, job_settings: Settings, tmp_path: Path) -> Any:
         job = JobConfig.model_validate(settings)
         run = plan_run(job)
         work = assign(job, run, prepare_models(job))
-        return run, work.fragments[0].assignments[0]
+        return run, work.bundles[0].assignments[0]
 
     return plan
 
@@ -65,7 +65,7 @@ def test_stopping_a_run_does_not_stop_another_one(planned: Any) -> None:
         stopped.stop()
         with pytest.raises(Interrupted, match="was stopped"):
             stopped_answers.result(timeout=60)
-        assert other_answers.result(timeout=60).computed_rows == 12
+        assert other_answers.result(timeout=60)[0].computed_rows == 12
 
 
 def test_a_new_run_does_not_revive_a_stopped_one(planned: Any) -> None:
@@ -74,7 +74,7 @@ def test_a_new_run_does_not_revive_a_stopped_one(planned: Any) -> None:
     with session(stopped_run) as stopped:
         stopped.stop()
         with session(other_run):
-            assert answer(other_work).computed_rows == 2
+            assert answer(other_work)[0].computed_rows == 2
             with pytest.raises(Interrupted, match="was stopped"):
                 answer(stopped_work)
 

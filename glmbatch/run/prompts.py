@@ -1,6 +1,6 @@
-"""Decide which rows the model must be asked about: for a run and for `glmbatch plan`.
+"""From rows to prompts, and which prompts the model must be asked: for a run and for `plan`.
 
-Knows no engine and no source files.
+Knows no engine.
 """
 
 from __future__ import annotations
@@ -11,12 +11,80 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from glmbatch.errors import UnusableFile
+from glmbatch.ledger.fragments import Fragment, read_fragment
 from glmbatch.ledger.known.answers import KnownAnswers
 from glmbatch.ledger.rowkeys import row_key
 from glmbatch.run.models import tokenizer_of
 from glmbatch.run.work import Question
 from glmbatch.settings.columns import Columns
 from glmbatch.steps.prompt import Prompt, RowFault, RowValues, build_prompts
+from glmbatch.store.values import prompt_values
+
+
+def read_prompt_rows(
+    fragment: Fragment,
+    question: Question,
+    earlier: Mapping[str, pa.Table | None],
+    *,
+    whole: bool = False,
+) -> list[RowValues]:
+    """The placeholder values of each row of a fragment in order.
+
+    Reads only the columns that the prompt names; with `whole` it decodes the others too. `earlier`
+    has the answers of earlier steps, None for a step that could not read the fragment. If an
+    earlier step failed on a row, a RowFault takes the value's place. UnusableFile when the fragment
+    cannot be read.
+    """
+    values: dict[str, Sequence[str | bytes | RowFault | None]] = {}
+    values.update(source_values(fragment, question.inputs.columns, whole=whole))
+    for name, table in earlier.items():
+        if table is None:
+            raise UnusableFile(f"{fragment.path}: step {name!r} could not read it")
+        values[name] = earlier_values(table, name)
+    return rows_of(values, fragment.rows)
+
+
+def rows_of(
+    values: Mapping[str, Sequence[str | bytes | RowFault | None]], length: int
+) -> list[RowValues]:
+    """The rows of columns of `length` values, in order, each with the columns' names as keys."""
+    rows: list[RowValues] = []
+    for row in range(length):
+        rows.append({name: column[row] for name, column in values.items()})
+    return rows
+
+
+def source_values(
+    fragment: Fragment, columns: Mapping[str, str], *, whole: bool = False
+) -> dict[str, list[str | bytes | None]]:
+    """For each placeholder in `columns`, the values of its source column in row order.
+
+    With `whole`, all columns are decoded. UnusableFile when the fragment cannot be read.
+    """
+    if not columns and not whole:
+        return {}
+    # Several placeholders may stand for one column, which is read once.
+    batches = list(read_fragment(fragment, sorted(set(columns.values())), whole=whole))
+    if not batches:
+        return {name: [] for name in columns}
+    table = pa.Table.from_batches(batches)
+    return {name: prompt_values(table.column(column)) for name, column in columns.items()}
+
+
+def earlier_values(table: pa.Table, step: str) -> list[str | RowFault]:
+    """The values that a later prompt takes from the answers of `step`, in row order.
+
+    A row on which `step` failed has a RowFault instead.
+    """
+    values: list[str | RowFault] = []
+    faults = table.column(Columns(step).error).to_pylist()
+    for value, fault in zip(table.column(step).to_pylist(), faults, strict=True):
+        if fault is None:
+            values.append(value)
+        else:
+            values.append(RowFault("earlier_step_failed", f"{step} failed: {fault}"))
+    return values
 
 
 def build_question_prompts(

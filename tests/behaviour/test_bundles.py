@@ -1,0 +1,211 @@
+"""Small fragments share tasks, and each keeps its own receipt, faults and reuse."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glmbatch.errors import InputError, UnusableFile
+from glmbatch.ledger.fragments import Fragment, read_fragment
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.verification import verify
+from glmbatch.report.summary import Summary
+from glmbatch.run import job, plan
+from glmbatch.run.plan import bundled
+from tests.support import Settings, Write, committed, proved, rows_of, run, touch_published
+
+FILES = 12
+# Of these texts, two are in all files.
+TEXTS = [["the same everywhere", "often", f"only in file {number}"] for number in range(FILES)]
+
+
+@pytest.fixture
+def in_one_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "BUNDLES", 1)
+
+
+@pytest.fixture
+def settings(job_settings: Settings) -> Settings:
+    """Settings of a job whose bundles may have all rows."""
+
+    def with_changes(**changes: Any) -> dict[str, Any]:
+        return job_settings(data__rows_per_fragment=100, **changes)
+
+    return with_changes
+
+
+@pytest.fixture
+def sources(write_source: Write) -> list[Path]:
+    paths = []
+    for number, texts in enumerate(TEXTS):
+        paths.append(write_source(f"{number:02}.parquet", {"text": texts}))
+    return paths
+
+
+def of_rows(rows: int, first_row: int = 0) -> Fragment:
+    return Fragment(
+        source="a",
+        path="a",
+        digest="",
+        stamp=(0, 0),
+        first_row=first_row,
+        rows=rows,
+        row_groups=(),
+        skip_rows=0,
+    )
+
+
+def sizes(rows: list[int], most_rows: int, bundles: int) -> list[list[int]]:
+    fragments = [of_rows(size, first_row) for first_row, size in enumerate(rows)]
+    parts = list(bundled(fragments, most_rows, bundles))
+    assert [fragment for part in parts for fragment in part] == fragments
+    return [[fragment.rows for fragment in part] for part in parts]
+
+
+def test_fragments_are_bundled_only_if_there_are_many() -> None:
+    assert sizes([3] * 64, 10_000, 64) == [[3]] * 64
+    assert sizes([3] * 128, 10_000, 64) == [[3, 3]] * 64
+    assert sizes([0] * 128, 10_000, 64) == [[0, 0]] * 64
+    assert sizes([400] * 6, 1_000, 2) == [[400, 400]] * 3
+    assert sizes([1_000, 3, 3, 900, 0, 3], 1_000, 1) == [[1_000], [3, 3, 900, 0, 3]]
+    assert sizes([], 1_000, 64) == []
+
+
+def counts(summary: Summary) -> list[tuple[int, ...]]:
+    """The counts of each step."""
+    steps = []
+    for step in summary.steps:
+        tokens = (step.prompt_tokens, step.completion_tokens)
+        steps.append((step.answers, step.computed, step.reused, step.repeated, *tokens))
+    return steps
+
+
+def test_a_bundle_gives_the_rows_and_counts_of_its_fragments(
+    sources: list[Path],
+    write_source: Write,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copy(sources[0], sources[0].with_name("00-twin.parquet"))
+    write_source("empty.parquet", {"text": ["", None, "often"]})
+    write_source("without-rows.parquet", {"text": TEXTS[0][:0]}, row_group_size=1)
+    alone = run(settings(data__output=str(tmp_path / "alone")))
+    monkeypatch.setattr(plan, "BUNDLES", 3)
+    together = run(settings(data__output=str(tmp_path / "together")))
+    assert len(committed(tmp_path / "alone")) == 2 * (len(sources) + 2)  # twins share theirs
+    assert len(committed(tmp_path / "together")) <= 2 * 4
+    assert counts(together) == counts(alone)
+    assert rows_of(tmp_path / "together") == rows_of(tmp_path / "alone")
+    assert verify(str(tmp_path / "together")).sound
+    by_file = [
+        [(answers.rows, answers.faults, answers.labels) for answers in receipt.answers]
+        for receipt in receipts(tmp_path / "together")
+    ]
+    assert by_file == [
+        [(answers.rows, answers.faults, answers.labels) for answers in receipt.answers]
+        for receipt in receipts(tmp_path / "alone")
+    ]
+    assert receipts(tmp_path / "alone")
+
+
+def receipts(output: Path) -> list[Any]:
+    ledger = Ledger(output)
+    manifest = ledger.manifest()
+    assert manifest is not None
+    found = [ledger.outputs.published(file.output_name, file.digest) for file in manifest.files]
+    assert None not in found
+    return found
+
+
+@pytest.mark.usefixtures("in_one_bundle")
+def test_a_damaged_file_of_a_bundle_is_left_out_alone(
+    sources: list[Path], settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = {sources[3].name}
+
+    def read(fragment: Fragment, columns: Any = None, **options: Any) -> Any:
+        if fragment.source in damaged:
+            raise UnusableFile("a damaged page")
+        return read_fragment(fragment, columns, **options)
+
+    monkeypatch.setattr("glmbatch.run.prompts.read_fragment", read)
+    allowing = settings(max_error_rate=0.5)
+    first = run(allowing)
+    assert [(fault.source, fault.reason) for fault in first.unusable] == [
+        (sources[3].name, "a damaged page")
+    ]
+    assert len(rows_of(out)) == 3 * (FILES - 1)
+    damaged.clear()
+    second = run(allowing)
+    assert [step.computed for step in second.steps] == [1, 1], "its own text alone"
+    assert len(rows_of(out)) == 3 * FILES
+
+
+@pytest.mark.usefixtures("in_one_bundle")
+@pytest.mark.parametrize("loss", ["deleted", "damaged"])
+def test_a_lost_output_is_made_again_without_the_model(
+    sources: list[Path], settings: Settings, out: Path, loss: str
+) -> None:
+    run(settings())
+    before = rows_of(out)
+    for number in (2, 5):
+        path = out / f"{number:02}-0000000000.parquet"
+        if loss == "deleted":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-7] + b"no more")
+    summary = run(settings())
+    assert [step.computed for step in summary.steps] == [0, 0]
+    assert rows_of(out) == before
+    assert verify(str(out)).sound
+
+
+@pytest.mark.usefixtures("in_one_bundle")
+@pytest.mark.parametrize("change", ["nothing", "a new file"])
+def test_answers_of_a_stopped_run_are_not_asked_again(
+    sources: list[Path],
+    write_source: Write,
+    settings: Settings,
+    change: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(job, "write_outputs", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings())
+    if change == "a new file":
+        write_source("00a.parquet", {"text": ["new", "often"]})
+    summary = run(settings())
+    new = 1 if change == "a new file" else 0
+    assert [step.computed for step in summary.steps] == [new, new]
+    assert summary.rows == 3 * FILES + 2 * new
+
+
+@pytest.mark.usefixtures("in_one_bundle")
+def test_an_output_with_the_same_answers_is_not_written_again(
+    sources: list[Path], settings: Settings, out: Path
+) -> None:
+    run(settings())
+    before = Ledger(out).manifest()
+    touch_published(out)
+    run(settings())
+    after = Ledger(out).manifest()
+    assert before is not None
+    assert after is not None
+    assert proved(after) == proved(before)
+
+
+@pytest.mark.usefixtures("in_one_bundle", "sources")
+def test_a_bad_row_of_a_bundle_is_named_by_file_and_number(
+    write_source: Write, settings: Settings
+) -> None:
+    path = write_source("05.parquet", {"text": ["fine", " ", "fine"]})
+    with pytest.raises(InputError, match=rf"{path}: row 1, step 'mood': text is empty"):
+        run(settings(on_error="raise"))
