@@ -19,7 +19,7 @@ import yaml
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.flows.commands import artifacts, last_flow_run, log_lines, query, run, task_runs
-from tests.support import CAUSAL, ROOT, Settings, Write, committed, touch_published
+from tests.support import CAUSAL, CLASSIFY, ROOT, Settings, Write, committed, touch_published
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
@@ -99,6 +99,30 @@ def test_a_second_run_takes_its_tasks_from_the_cache(
     tasks = task_runs(prefect_server, 14)
     assert states(tasks, "classify") == {"Completed"}, "cached results without files were used"
     assert ds.dataset(out, partitioning=None).to_table().equals(answers)
+
+
+def test_small_files_share_tasks(
+    prefect_server: dict[str, str],
+    job_settings: Settings,
+    write_source: Write,
+    tmp_path: Path,
+    out: Path,
+) -> None:
+    for number in range(70):
+        write_source(f"{number:02}.parquet", {"text": [f"row {number}"]})
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job_settings(steps=[CLASSIFY])))
+    for state in ("Completed", "Cached"):
+        done = run(prefect_server, "-m", "glmbatch.cli.main", "run", str(path))
+        assert done.returncode == 0, done.stderr
+        assert "70 rows in 70 fragments" in done.stdout
+        tasks = task_runs(prefect_server, 2 * 35 + 5)
+        for number in range(0, 70, 2):
+            bundle = f"{number:02}.parquet@0 and 1 more fragment"
+            assert tasks[f"classify mood {bundle}"]["state_name"] == state
+            assert tasks[f"write {bundle}"]["state_name"] == state
+        assert ds.dataset(out, partitioning=None).count_rows() == 70
+        touch_published(out)
 
 
 def states(tasks: dict[str, dict[str, Any]], *kinds: str) -> set[str]:
