@@ -25,8 +25,10 @@ import psutil
 from glmbatch.errors import TransientError
 
 LOOPBACK = "127.0.0.1"
-# Measured starts took 7 to 49 s, depending on the load.
+# Measured starts took 4 to 49 s, depending on the load.
 START_SECONDS = 180
+# A request to a port where nobody listens yet takes a millisecond.
+POLL_SECONDS = 0.05
 TETHERED = "glmbatch.tethered"
 # Environment variable of a run's own server, with the process id of the run.
 RUN_PROCESS = "GLMBATCH_RUN_PROCESS"
@@ -36,29 +38,59 @@ RUN_PROCESS = "GLMBATCH_RUN_PROCESS"
 def own_server() -> Iterator[dict[str, str]]:
     """Run a server without UI and logs during the block; yield the variables that a client needs.
 
+    As `starting_server`, but the block begins when the server answers.
+    """
+    with starting_server() as server:
+        server.wait()
+        yield server.client
+
+
+@contextmanager
+def starting_server() -> Iterator[StartingServer]:
+    """Start a server without UI and logs that runs during the block; does not wait for it.
+
     The server ends with this process, even if that is killed. Leftover servers of killed runs are
-    stopped first. Raises TransientError if the server does not start.
+    stopped first.
     """
     end_leftovers()
     address, port = free_address()
     password = new_password()
-    server = start(
+    process = start(
         *("server", "start", "--host", LOOPBACK, "--port", str(port), "--no-ui"),
         tethered=True,
         environment={**os.environ, **locked(port, password), RUN_PROCESS: str(os.getpid())},
     )
-    leader = psutil.Process(server.pid)
-    family = [leader]
+    server = StartingServer(address, password, psutil.Process(process.pid))
     try:
-        wait_until_ready(address, leader, "Set PREFECT_API_URL to use your own server.")
-        # Listed while the leader lives: after it is killed, its children cannot be found.
-        family += leader.children(recursive=True)
-        yield {"PREFECT_API_URL": address, "PREFECT_API_AUTH_STRING": password}
+        yield server
     finally:
+        server.stop()
+        process.communicate()
+
+
+class StartingServer:
+    """A server that may not answer yet; `client` has the variables that a client needs."""
+
+    def __init__(self, address: str, password: str, leader: psutil.Process) -> None:
+        self.client = {"PREFECT_API_URL": address, "PREFECT_API_AUTH_STRING": password}
+        self._leader = leader
+        self._family = [leader]
+        self._is_ready = False
+
+    def wait(self) -> None:
+        """Return when the server answers; TransientError if it does not start."""
+        address = self.client["PREFECT_API_URL"]
+        wait_until_ready(address, self._leader, "Set PREFECT_API_URL to use your own server.")
+        self._is_ready = True
+        # Listed while the leader lives: after it is killed, its children cannot be found.
+        self._family += self._leader.children(recursive=True)
+
+    def stop(self) -> None:
+        """End the server; at once if it is still starting, since it has nothing to finish."""
         with suppress(psutil.NoSuchProcess):
-            family += leader.children(recursive=True)
-        stop(family)
-        server.communicate()
+            self._family += self._leader.children(recursive=True)
+        # A server that migrates its database would first complete that, for seconds.
+        stop(self._family, seconds=10 if self._is_ready else 0)
 
 
 def end_leftovers() -> None:
@@ -178,7 +210,7 @@ def wait_until_ready(
     while not is_ready(address):
         if time.monotonic() > until or not _lives(server):
             raise TransientError(f"{address}: the Prefect server did not start. {hint}")
-        time.sleep(0.2)
+        time.sleep(POLL_SECONDS)
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -1,10 +1,11 @@
-"""Resolves the device and dtype settings. Imports torch, but loads no model."""
+"""Resolves the device and dtype settings. Loads no model, and torch only for a GPU."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from pathlib import Path
 from typing import Literal
-
-import torch
 
 from glmbatch.errors import InputError
 
@@ -17,10 +18,12 @@ def resolve_device(name: str) -> str:
 
     Raises InputError if this machine has no such CUDA device.
     """
+    if name == "cpu" or (name == "auto" and not _has_driver()):
+        return "cpu"
+    import torch
+
     if name == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return "cpu"
     index = int(name.partition(":")[2] or 0)
     count = torch.cuda.device_count()
     if index >= count:
@@ -28,11 +31,24 @@ def resolve_device(name: str) -> str:
     return f"cuda:{index}"
 
 
+def _has_driver() -> bool:
+    """Whether torch may find a GPU here. Asked first, because importing torch takes seconds."""
+    if sys.platform != "linux" or Path("/dev/kfd").exists():  # AMD's driver
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")  # NVIDIA's driver; torch uses no GPU without it
+    except OSError:
+        return False
+    return True
+
+
 def describe_device(name: str) -> str:
     """The device for the setting `name` as a report shows it: number of threads or GPU name.
 
     Raises InputError if this machine has no such CUDA device.
     """
+    import torch
+
     device = resolve_device(name)
     if device == "cpu":
         return f"cpu, {torch.get_num_threads()} threads"
@@ -50,6 +66,8 @@ def resolve_dtype(dtype: str, device: str) -> Dtype:
 def free_memory_bytes(device: str) -> int:
     """Free memory of `device` in bytes; for "cpu", the memory available to new processes."""
     if device.startswith("cuda"):
+        import torch
+
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 

@@ -146,8 +146,17 @@ def line_of_file(fault: FileFault) -> Line:
 
 
 def write_quarantine(output: AnyPath, lines: Sequence[Line]) -> None:
-    """Replace the list of failed rows of the published files."""
-    _write(output / QUARANTINE, lines)
+    """Make `lines` the list of failed rows of the published files."""
+    path = output / QUARANTINE
+    # A night without change has the same list. Writing it would import pandas: see _write.
+    if path.exists() and read_lines(path) == [_complete(line) for line in lines]:
+        narrow(path, [path.parent / OWN])
+    else:
+        _write(path, lines)
+
+
+def _complete(line: Line) -> Line:
+    return {name: line.get(name) for name in QUARANTINE_SCHEMA.names}
 
 
 def write_refused(output: AnyPath, lines: Sequence[Line]) -> AnyPath:
@@ -160,6 +169,7 @@ def write_refused(output: AnyPath, lines: Sequence[Line]) -> AnyPath:
 
 
 def _write(path: AnyPath, lines: Sequence[Line]) -> None:
+    # pyarrow imports pandas, to recognize its columns, when it is first given Python values.
     rows = pa.Table.from_pylist(list(lines), QUARANTINE_SCHEMA)
     with committed(path) as partial:
         write_table(partial, rows.schema, iter(rows.to_batches()), {})

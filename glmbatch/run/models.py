@@ -52,14 +52,16 @@ def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
     TransientError when the hub or store cannot be reached.
     """
     from glmbatch.glm.device import resolve_device, resolve_dtype
-    from glmbatch.glm.model.linear import choose_form
 
     # The small adapter first: a wrong address shows before gigabytes of weights are fetched.
     adapter = None if model.adapter is None else local_adapter(model.adapter, runtime.cache)
     directory = local_checkpoint(model.path, model.revision, runtime.cache)
     device = resolve_device(runtime.device)
     dtype = resolve_dtype(model.dtype, device)
-    choose_form(model.quantization, device, dtype)
+    if model.quantization != "none":
+        from glmbatch.glm.model.linear import choose_form  # imports torch
+
+        choose_form(model.quantization, device, dtype)
     located = {"path": str(directory), "revision": None, "adapter": adapter, "dtype": dtype}
     return model.model_copy(update=located)
 

@@ -60,17 +60,23 @@ BUNDLES = 64
 
 
 def check_job(job: JobConfig) -> None:
-    """Check a job without network, digests or server. InputError when a run could not start."""
-    from glmbatch.glm.checkpoint.load import read_checkpoint
+    """Check a job without network, digests or server. InputError when a run could not start.
 
-    with session(plan_run(job, digests=False)):
+    Reads the headers of a checkpoint only if there are rows to answer, because that takes torch;
+    without such rows the run itself reads those of a checkpoint that changed.
+    """
+    run = plan_run(job, digests=False)
+    with session(run):
         pass  # proves that the output can be written and that no other run holds it
     for model in job_models(job):
         # The flow retries what needs the network, and only the cluster may have the device.
         elsewhere = needs_network(model.path, model.revision, model.adapter)
         if not elsewhere and job.runtime.cluster is None:
             located = locate_model(model, job.runtime)
-            read_checkpoint(located.path, located.adapter)
+            if run.plan.fragments:
+                from glmbatch.glm.checkpoint.load import read_checkpoint
+
+                read_checkpoint(located.path, located.adapter)
 
 
 def prompt_inputs(job: JobConfig) -> dict[str, PromptInputs]:

@@ -75,8 +75,10 @@ def test_a_second_run_takes_its_tasks_from_the_cache(
     assert_log_shows_the_run(prefect_server, out)
     answers = ds.dataset(out, partitioning=None).to_table()
 
-    second = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
+    importtime = ("-X", "importtime")
+    second = run(prefect_server, *importtime, "-m", "glmbatch.cli.main", "run", job_file)
     assert second.returncode == 3, second.stderr
+    assert not {"torch", "transformers", "pandas"} & imported(second.stderr), "seconds for nothing"
     assert "no inference was executed and no model was loaded" in second.stdout
     assert "unchanged sources: 2" in second.stdout
     tasks = task_runs(prefect_server, 5)
@@ -123,6 +125,14 @@ def test_small_files_share_tasks(
             assert tasks[f"write {bundle}"]["state_name"] == state
         assert ds.dataset(out, partitioning=None).count_rows() == 70
         touch_published(out)
+
+
+def imported(importtime: str) -> set[str]:
+    """The modules in what `python -X importtime` printed."""
+    lines = [line for line in importtime.splitlines() if line.startswith("import time:")]
+    modules = {line.rpartition("|")[2].strip() for line in lines}
+    assert "prefect.flows" in modules
+    return modules
 
 
 def states(tasks: dict[str, dict[str, Any]], *kinds: str) -> set[str]:

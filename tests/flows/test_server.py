@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -42,7 +44,7 @@ def run(
         started.kill()
 
 
-def server_of(run: subprocess.Popen[bytes]) -> psutil.Process:
+def server_of(run: subprocess.Popen[Any]) -> psutil.Process:
     """Wait for the server that `run` starts."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
@@ -53,7 +55,7 @@ def server_of(run: subprocess.Popen[bytes]) -> psutil.Process:
     raise AssertionError("the run started no server")
 
 
-def assert_ends(run: subprocess.Popen[bytes], family: list[psutil.Process]) -> None:
+def assert_ends(run: subprocess.Popen[Any], family: list[psutil.Process]) -> None:
     run.wait(60)
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
@@ -79,6 +81,34 @@ def test_no_server_outlives_a_run_ended_at_startup(
             os.killpg(run.pid, number)
             time.sleep(0.1)
     assert_ends(run, [server])
+
+
+def test_a_wrong_job_shows_while_its_server_starts(
+    tmp_path: Path, job_settings: Settings, write_source: Write
+) -> None:
+    """The server waits for a database that never answers, so the run cannot wait for the server."""
+    write_source("a.parquet", {"body": ["one"]})
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_settings()))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        database = f"postgresql+asyncpg://me:no@127.0.0.1:{silent.getsockname()[1]}/nights"
+        with subprocess.Popen(
+            [sys.executable, "-m", "glmbatch.cli.main", "run", str(tmp_path / "job.yaml")],
+            cwd=ROOT,
+            env={
+                **{key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"},
+                "PREFECT_HOME": str(tmp_path / "home"),
+                "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as wrong:
+            server = server_of(wrong)
+            _, error = wrong.communicate(timeout=60)
+    assert wrong.returncode == 2
+    assert error.startswith("glmbatch: ")
+    assert "no column 'text'" in error
+    assert error.count("\n") == 1
+    assert_ends(wrong, [server])
 
 
 def test_the_next_run_ends_servers_of_killed_runs(tmp_path: Path) -> None:

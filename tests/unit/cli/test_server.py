@@ -59,8 +59,8 @@ LOGINS = {
 @pytest.mark.parametrize("login", LOGINS)
 def test_a_server_accepts_a_run_with(guarded: str, login: str) -> None:
     named = {settings.PREFECT_API_URL: f"{guarded}/api"}
-    with temporary_settings(named | LOGINS[login]), _prefect_server():
-        pass
+    with temporary_settings(named | LOGINS[login]), _prefect_server() as wait:
+        wait()
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,8 @@ def test_a_refusing_or_silent_server_is_one_line(
 ) -> None:
     address = address.format(guarded=guarded, free=free_address()[0])
     named = {settings.PREFECT_API_URL: address, settings.PREFECT_API_AUTH_STRING: "me:other"}
-    with temporary_settings(named), pytest.raises(kind) as refused, _prefect_server():
-        pass
+    with temporary_settings(named), pytest.raises(kind) as refused, _prefect_server() as wait:
+        wait()
     assert str(refused.value).startswith(f"{address}: ")
     assert seen in str(refused.value)
     assert "\n" not in str(refused.value)
