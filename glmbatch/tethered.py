@@ -8,6 +8,7 @@ when the parent ends, even after kill -9.
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import signal
@@ -28,6 +29,8 @@ def _end_with_standard_input() -> None:
 
 
 if __name__ == "__main__":
+    # A server's imports make half a million objects that stay; see glmbatch/cli/main.py.
+    gc.set_threshold(10_000)
     threading.Thread(target=_end_with_standard_input, name="tether", daemon=True).start()
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

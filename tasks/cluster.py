@@ -10,23 +10,21 @@ Ray restarts a lost actor; the tasks that it was running are retried.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from prefect.context import FlowRunContext
 
 from glmbatch.errors import InputError, TransientError
 from glmbatch.ledger.ledger import LOCK
-from glmbatch.run.session import join
 from glmbatch.run.work import RunContext
 from glmbatch.settings.job import JobConfig, ModelConfig, RuntimeConfig
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import whole_address
 from glmbatch.store.folder import Folder
-from glmbatch.store.locks import read_sign, shows
+from glmbatch.store.locks import read_sign
+from tasks.engines import EngineProcess, complaint_of
 
 Result = TypeVar("Result")
 # Size of Ray's object store. Only references are passed, and Ray's default is 30 % of the memory.
@@ -49,17 +47,6 @@ class ThisProcess:
 
 
 HERE = ThisProcess()
-
-
-class EngineProcess:
-    """The Ray actor: runs the calls of one run in threads that share the loaded engine."""
-
-    def __init__(self, run: RunContext) -> None:
-        join(run)
-
-    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """`function(*arguments)` here."""
-        return function(*arguments)
 
 
 class EngineHandle:
@@ -197,7 +184,7 @@ def _refuse_apart(output: str, engines: Sequence[Any]) -> None:
     lock = str(Folder(output) / LOCK)
     sign = read_sign(lock)
     try:
-        complaints = ray.get([engine.call.remote(_complaint, lock, sign) for engine in engines])
+        complaints = ray.get([engine.call.remote(complaint_of, lock, sign) for engine in engines])
     except (RayActorError, RayTaskError) as error:
         raise InputError(
             f"an engine process did not start: {one_line(error)}. "
@@ -205,17 +192,6 @@ def _refuse_apart(output: str, engines: Sequence[Any]) -> None:
         ) from error
     for complaint in filter(None, complaints):
         raise InputError(complaint)
-
-
-def _complaint(lock: str, sign: str) -> str | None:
-    """Why this machine cannot take part: it does not see `sign` in the file `lock`. Else None."""
-    if shows(lock, sign):
-        return None
-    return (
-        f"{socket.gethostname()}: does not see the files that {sign} writes to "
-        f"{Path(lock).parent.parent}. Put input, output and checkpoints on a file system "
-        "that all machines of the cluster share."
-    )
 
 
 def with_whole_paths(job: JobConfig) -> JobConfig:

@@ -130,17 +130,17 @@ def test_an_interrupted_run_leaves_no_ray_process(
 
 
 def test_a_machine_that_cannot_see_the_output_is_named(tmp_path: Path) -> None:
-    from tasks.cluster import _complaint
+    from tasks.engines import complaint_of
 
     lock = tmp_path / "out" / "_glmbatch" / "lock"
     lock.parent.mkdir(parents=True)
     lock.write_text("process 1 of another")
-    assert _complaint(str(lock), "process 1 of another") is None
+    assert complaint_of(str(lock), "process 1 of another") is None
     assert "does not see the files that process 2 of here writes to" in str(
-        _complaint(str(lock), "process 2 of here")
+        complaint_of(str(lock), "process 2 of here")
     )
     assert "on a file system that all machines" in str(
-        _complaint(str(tmp_path / "none" / "_glmbatch" / "lock"), "process 1 of another")
+        complaint_of(str(tmp_path / "none" / "_glmbatch" / "lock"), "process 1 of another")
     )
 
 

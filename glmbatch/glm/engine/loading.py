@@ -34,3 +34,11 @@ def load_engine(model: ModelConfig, runtime: RuntimeConfig, models_at_once: int 
         models_at_once=models_at_once,
         quantization=model.quantization,
     )
+
+
+def import_engine() -> None:
+    """Import what `load_engine` needs, which takes as long as loading a small model."""
+    from transformers import GlmForCausalLM  # noqa: F401 - imported by name only
+
+    import glmbatch.glm.checkpoint.load
+    import glmbatch.glm.engine.worker  # noqa: F401
