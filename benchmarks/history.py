@@ -1,86 +1,104 @@
-"""Measure what a night costs over a long history of published files.
+"""The nights of `scale.py history`: each in a process of its own, on a disk or over S3.
 
-    python benchmarks/history.py 10000 30000 100000
-
-Each size is a folder of small Parquet files that are all published already. Three nights follow,
-each in a process of its own, in plain calls, with the sample's tiny checkpoint on CPU:
-
-    unchanged   nothing changed since the last night
-    one new     one file more
-    changed     one file in a hundred has other rows
-
-Printed: seconds of wall time and of CPU, megabytes read through system calls (the kernel's own
-counter, which also counts what it had cached), and the peak resident memory. The history is made by
-copying one source with its published file, because answering every file first would take hours.
-The last line printed is one JSON object.
+python benchmarks/history.py PLACE      one night over what `make_history` made, as JSON
 """
 
 from __future__ import annotations
 
-import argparse
+import io
 import json
+import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from tests.stores import Store
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample_data"
 FILES_IN_FOLDER = 1000
 TEXTS = ["很好用，值得买", "The noise is so-so.", "Broke after a week"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("sizes", type=int, nargs="+")
-    parser.add_argument("--night", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.night:
-        print(json.dumps(night(Path(options.night))))
-        return
-    sizes: dict[str, Any] = {}
-    for size in options.sizes:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            make_history(folder, size)
-            sizes[str(size)] = {"unchanged": apart(folder)}
-            write_source(folder / "in" / "new.parquet", "one new file")
-            sizes[str(size)]["one new"] = apart(folder)
-            for number in range(0, size, 100):
-                write_source(source(folder, number), f"changed {number % 7}")
-            sizes[str(size)]["changed"] = apart(folder)
-        for name, facts in sizes[str(size)].items():
-            print(f"{size:>7}  {name:<10}", *(f"{key} {value}" for key, value in facts.items()))
-    print(json.dumps(sizes))
+@dataclass(frozen=True)
+class Place:
+    """Where a history is; `store` counts the requests to it if it is in a store."""
+
+    address: str
+    store: Store | None = None
 
 
-def source(folder: Path, number: int) -> Path:
-    return folder / "in" / f"day={number // FILES_IN_FOLDER:04d}" / f"part-{number:06d}.parquet"
+def measure_nights(size: int, s3: bool) -> dict[str, Any]:
+    """Three nights over `size` published files: nothing changed, one new, 1 % changed."""
+    nights: dict[str, Any] = {}
+    with on_s3() if s3 else on_disk() as place:
+        make_history(place.address, size)
+        nights["unchanged"] = night_apart(place)
+        write(f"{place.address}/in/new.parquet", source_bytes("one new file"))
+        nights["one new"] = night_apart(place)
+        for number in range(0, size, 100):
+            write(f"{place.address}/in/{source(number)}", source_bytes(f"changed {number % 7}"))
+        nights["changed"] = night_apart(place)
+    return nights
 
 
-def write_source(path: Path, text: str) -> None:
+@contextmanager
+def on_disk() -> Iterator[Place]:
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Place(scratch)
+
+
+@contextmanager
+def on_s3() -> Iterator[Place]:
+    """A place in a bucket of an S3 server in a process of its own, behind a proxy that counts."""
+    from tests.stores import s3_store
+
+    # The tests' timeout of one second is too short for a thousand keys of a busy server.
+    os.environ["AWS_MAX_ATTEMPTS"] = "5"
+    with tempfile.TemporaryDirectory() as scratch, s3_store(Path(scratch) / "log") as store:
+        os.environ["FSSPEC_S3"] = "{}"
+        store.folder = "history"
+        yield Place(store.url("").rstrip("/"), store)
+
+
+def source(number: int) -> str:
+    return f"day={number // FILES_IN_FOLDER:04d}/part-{number:06d}.parquet"
+
+
+def source_bytes(text: str) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": [text, *TEXTS[1:]]}), file)
+    return file.getvalue()
+
+
+def write(address: str, content: bytes) -> None:
+    from glmbatch.store.folder import Folder
+
+    path = Folder(address).path
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"text": [text, *TEXTS[1:]]}), path)
+    path.write_bytes(content)
 
 
-def job(folder: Path) -> Any:
+def job(address: str) -> Any:
     from glmbatch.settings.job import JobConfig
 
     labels = ["positive", "neutral", "negative"]
     return JobConfig.model_validate(
         {
             "data": {
-                "input": str(folder / "in"),
-                "output": str(folder / "out"),
+                "input": f"{address}/in",
+                "output": f"{address}/out",
                 "recheck_share": 0.0,
             },
             "model": str(SAMPLE / "tiny-chatglm2"),
@@ -89,53 +107,63 @@ def job(folder: Path) -> Any:
     )
 
 
-def make_history(folder: Path, size: int) -> None:
-    """Publish one file, then copy it and its published file under `size` names."""
+def make_history(address: str, size: int) -> None:
+    """Publish one file, then write it and its published file under `size` names.
+
+    Answering each of them first would take hours.
+    """
     from glmbatch.ledger.fragments import output_name
     from glmbatch.ledger.manifest import read_manifest, write_manifest
     from glmbatch.run.job import run_job
-    from glmbatch.store.files import version_stamp
+    from glmbatch.store.folder import Folder
 
-    write_source(source(folder, 0), TEXTS[0])
-    run_job(job(folder))
-    manifest = read_manifest(folder / "out")
+    content = source_bytes(TEXTS[0])
+    write(f"{address}/in/{source(0)}", content)
+    run_job(job(address))
+    inputs, output = Folder(f"{address}/in"), Folder(f"{address}/out")
+    manifest = read_manifest(output.path)
     assert manifest is not None
     first = manifest.files[0]
+    published = (output / first.output_name).read_bytes()
+    sources = [source(number) for number in range(size)]
+    names = [output_name(name, 0) for name in sources]
+
+    def copy(number: int) -> None:
+        write(f"{address}/in/{sources[number]}", content)
+        write(f"{address}/out/{names[number]}", published)
+
+    for _ in output.map(copy, range(1, size)):
+        pass
     files = []
-    for number in range(size):
-        path = source(folder, number)
-        name = path.relative_to(folder / "in").as_posix()
-        published = folder / "out" / output_name(name, 0)
-        if number:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            published.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source(folder, 0), path)
-            shutil.copyfile(folder / "out" / first.output_name, published)
-        update = {
-            "source": name,
-            "output_name": output_name(name, 0),
-            "stamp": version_stamp(path),
-            "place": version_stamp(published),
-        }
-        files.append(replace(first, **update))
-    write_manifest(folder / "out", manifest.model_copy(update={"files": tuple(files)}))
+    stamps = zip(inputs.stamps(sources, size), output.stamps(names, size), strict=True)
+    for number, (stamp, place) in enumerate(stamps):
+        update = {"source": sources[number], "output_name": names[number]}
+        files.append(replace(first, **update, stamp=stamp, place=place))
+    write_manifest(output.path, manifest.model_copy(update={"files": tuple(files)}))
 
 
-def apart(folder: Path) -> dict[str, Any]:
+def night_apart(place: Place) -> dict[str, Any]:
     """One night in a process of its own."""
-    command = [sys.executable, __file__, "0", "--night", str(folder)]
+    if place.store is not None:
+        place.store.requests.clear()
+    command = [sys.executable, __file__, place.address]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if place.store is not None:
+        requests = place.store.requests
+        methods = Counter(request.method if request.key else "LIST" for request in requests)
+        facts |= {"requests": len(requests), **methods}
+        facts["answered_mb"] = round(sum(request.answered for request in requests) / 1e6, 1)
     return facts
 
 
-def night(folder: Path) -> dict[str, Any]:
+def night(address: str) -> dict[str, Any]:
     from glmbatch.run.job import run_job
 
     before = bytes_read()
     began = time.monotonic()
     cpu = time.process_time()
-    summary = run_job(job(folder))
+    summary = run_job(job(address))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "seconds": round(time.monotonic() - began, 1),
@@ -143,15 +171,16 @@ def night(folder: Path) -> dict[str, Any]:
         "read_mb": round((bytes_read() - before) / 1e6, 1),
         "peak_mb": round(peak),
         "unchanged": summary.unchanged_sources,
+        "fragments": summary.fragments - summary.unchanged_sources,
         "computed": summary.computed,
     }
 
 
 def bytes_read() -> int:
-    """Bytes that this process has read through system calls."""
+    """Bytes that this process has read through system calls; those of sockets are not in it."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["rchar"])
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(night(sys.argv[1])))

@@ -4,12 +4,19 @@
     python benchmarks/scale.py fragments 1000 4000 --postgresql            the same on PostgreSQL
     python benchmarks/scale.py megabytes 20 2000           rows of 10 kB, a few words classified
     python benchmarks/scale.py manifest 1000 100000        what is published: write, open, extend
+    python benchmarks/scale.py history 10000 100000        nights over a long history, on a disk
+    python benchmarks/scale.py history 10000 --s3          the same over a local S3 server
 
 Each size runs in its own process: the flow with the sample's tiny checkpoint on CPU, and a server
 of its own. Memory is the peak resident memory, read five times a second. The server's figure is the
 sum over its processes, without PostgreSQL. `manifest` runs no flow: it publishes empty files with
-two steps' answers, and one more beside them; its seconds are CPU time. The last line printed is one
-JSON object.
+two steps' answers, and one more beside them; its seconds are CPU time.
+
+`history` makes that many small published files (by copying one, because answering each would take
+hours) and then runs three nights in plain calls: nothing changed, one file is new, one file in a
+hundred has other rows. `read_mb` are the bytes read through system calls, by the kernel's own
+counter; over S3, `answered_mb` are those of all answers, beside the requests by method. The last
+line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -47,6 +54,9 @@ def main() -> None:
         manifest = options.of == "manifest"
         print(json.dumps(measure_manifest(size) if manifest else measure(options.of, size)))
         return
+    if options.of == "history":
+        measure_history(options.sizes, options.s3)
+        return
     sizes: dict[str, Any] = {}
     for size in options.sizes:
         sizes[str(size)] = measure_apart(options.of, size, options.postgresql)
@@ -60,13 +70,26 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("of", choices=("fragments", "megabytes", "manifest"))
+    parser.add_argument("of", choices=("fragments", "megabytes", "manifest", "history"))
     parser.add_argument("sizes", type=int, nargs="+")
     parser.add_argument(
         "--postgresql", action="store_true", help="use PostgreSQL, from the `test` extra"
     )
+    parser.add_argument("--s3", action="store_true", help="history: over a local S3 server")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def measure_history(sizes: list[int], s3: bool) -> None:
+    """Print what three nights cost over each of the histories."""
+    from history import measure_nights  # beside this file
+
+    measured = {}
+    for size in sizes:
+        measured[str(size)] = measure_nights(size, s3)
+        for name, facts in measured[str(size)].items():
+            print(f"{size:>7}  {name:<10}", *(f"{key} {value}" for key, value in facts.items()))
+    print(json.dumps({"of": "history", "s3": s3, "sizes": measured}))
 
 
 def measure_apart(of: str, size: int, postgresql: bool) -> dict[str, Any]:

@@ -39,13 +39,14 @@ class Request:
     """One request as the proxy sees it.
 
     `key` is the object's name below the test's folder, and empty for a listing. `listed` is the
-    number of objects that a listing returned.
+    number of objects that a listing returned, and `answered` the bytes of the answer's body.
     """
 
     method: str
     key: str
     headers: dict[str, str]
     listed: int = 0
+    answered: int = 0
 
     @property
     def changes(self) -> bool:
@@ -166,6 +167,7 @@ class Proxy(BaseHTTPRequestHandler):
         server.request(self.command, self.path, body, headers)
         answer = server.getresponse()
         content = answer.read()
+        request.answered = len(content)
         request.listed = content.count(b"<Key>") * (self.command == "GET")
         server.close()
         if harm == "lost":

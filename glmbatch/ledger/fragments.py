@@ -128,9 +128,8 @@ def read_fragment(
     stored = None if columns is None else [name for name in columns if name not in given]
     rows = (fragment.row_groups, fragment.skip_rows, fragment.rows)
     if fragment.rows:
-        with open_parquet(fragment.path, fragment.unit) as file:
-            # Now and last: a file that is replaced, and put back while it is read, shows only now.
-            refuse_change(fragment.path, fragment.stamp)
+        # Here and last: a file that is replaced, and put back while it is read, shows only here.
+        with open_parquet(fragment.path, fragment.unit, fragment.stamp) as file:
             read = None if whole else stored
             for batch in read_opened(file, *rows, columns=read, where=fragment.path):
                 yield with_constants(batch if stored is None else batch.select(stored), given)

@@ -58,9 +58,7 @@ class Ledger:
         self._digests = Digests()
         self._answers = CommittedFiles(self.root / ANSWERS, BundleReceipt, self._digests)
         self.outputs = OutputFiles(self.root, self._digests, self.manifest)
-        local = self.folder.local
-        # In a store the index of known answers is in memory alone.
-        self._keys = None if local is None else StoredKeys(local / KEYS)
+        self._keys = StoredKeys(self.root / KEYS)
         self._committing = threading.Lock()
 
     def open(self, run: str = "", *, shared: bool = False) -> None:
@@ -73,8 +71,7 @@ class Ledger:
         self._refuse_links()
         hold(self.root / LOCK, run)
         self._trust_listings(not shared)
-        if self._keys is not None:
-            self._keys.is_writer = True
+        self._keys.is_writer = True
 
     def _trust_listings(self, alone: bool) -> None:
         for names in (self._answers.names, self.outputs.names):
@@ -103,8 +100,7 @@ class Ledger:
     def close(self, run: str = "") -> None:
         """Release the lock if `run` holds it; safe to repeat."""
         self._trust_listings(False)
-        if self._keys is not None:
-            self._keys.is_writer = False
+        self._keys.is_writer = False
         release(self.root / LOCK, run)
 
     def results_folder(self) -> Path | None:
@@ -231,22 +227,17 @@ class Ledger:
 
     def stored_keys(self, step_key: str, files: Sequence[AnswerFile]) -> list[StoredSegment]:
         """The segments on disk over the published ones of `files`, which have all of a step key."""
-        if self._keys is None:
-            return []
         return self._keys.cover(step_key, [file for file in files if file.is_published])
 
     def note_keys(self, output: OutputReceipt, tables: Sequence[pa.Table]) -> None:
         """Note the row keys of a staged file, which has the answers `tables`, for the index."""
-        if self._keys is not None:
-            for answers, table in zip(output.answers, tables, strict=True):
-                keys = keys_of(table, answers.step, output.output_name)
-                self._keys.note(answers.step_key, output.digest, keys)
+        for answers, table in zip(output.answers, tables, strict=True):
+            keys = keys_of(table, answers.step, output.output_name)
+            self._keys.note(answers.step_key, output.digest, keys)
 
     def index_keys(self, manifest: Manifest) -> None:
         """Write the row keys of what was published just now to the index on disk."""
         self.outputs.forget()  # takes memory, and is out of date
-        if self._keys is None:
-            return
         step_keys = set(chain(*(file.step_keys.values() for file in manifest.files)))
         self._keys.write_noted(step_keys)
         if not self._answers.names.alone:  # other processes wrote the files, and noted nothing

@@ -23,7 +23,7 @@ from glmbatch.errors import (
     shown,
 )
 from glmbatch.store.errors import UNWRITABLE, store_errors
-from glmbatch.store.paths import Address, AnyPath, ObjectPath, ObjectStatus, location
+from glmbatch.store.paths import Address, AnyPath, ObjectPath, ObjectStatus, location, status_opened
 
 PARTIAL = ".partial"
 # Errors that mean: something else has the place of a file or folder.
@@ -92,9 +92,13 @@ def stamp_of(status: os.stat_result | ObjectStatus) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def refuse_change(address: Address, stamp: tuple[int, ...]) -> None:
-    """UnusableFile if the size and time of a file (see `stamp_file`) are not those of `stamp`."""
-    if stamp_file(address) != stamp[:2]:
+def refuse_change(address: Address, stamp: tuple[int, ...], file: object = None) -> None:
+    """UnusableFile if the size and time of a file (see `stamp_file`) are not those of `stamp`.
+
+    Those of the open object `file`, if it is given.
+    """
+    status = location(address).stat() if file is None else status_opened(file)
+    if stamp_of(status)[:2] != stamp[:2]:
         raise UnusableFile(
             f"{shown(address)}: was changed while the run read it. Run again when it is complete."
         )
@@ -194,7 +198,7 @@ def digest_file(address: Address, stamp: tuple[int, ...] | None = None) -> str:
     path = location(address)
     with store_errors(path), path.open("rb") as file:
         if stamp is not None:
-            refuse_change(path, stamp)
+            refuse_change(path, stamp, None if isinstance(path, Path) else file)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

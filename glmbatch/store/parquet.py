@@ -29,6 +29,7 @@ from glmbatch.store.errors import (
     status_of,
     store_errors,
 )
+from glmbatch.store.files import refuse_change
 from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 from glmbatch.store.types import leaves
 from glmbatch.store.values import is_plain, is_text
@@ -78,8 +79,12 @@ def readable(address: Address) -> Iterator[None]:
 
 
 @contextmanager
-def open_parquet(address: Address, int96: TimeUnit = "us") -> Iterator[pq.ParquetFile]:
+def open_parquet(
+    address: Address, int96: TimeUnit = "us", stamp: tuple[int, int] | None = None
+) -> Iterator[pq.ParquetFile]:
     """The open file; reading inside the `with` raises only our errors (see `readable`).
+
+    With a `stamp` (see `stamp_file`), UnusableFile if what was opened has another one.
 
     From an object in a store, only the parts that are read are fetched; those of a small object are
     fetched in parallel. INT96 times are read in the unit `int96`. Nanoseconds only cover the years
@@ -92,7 +97,7 @@ def open_parquet(address: Address, int96: TimeUnit = "us") -> Iterator[pq.Parque
     with readable(path), ExitStack() as opened:
         source = opened.enter_context(path.open_ranges()) if isinstance(path, ObjectPath) else path
         small = isinstance(path, ObjectPath) and getattr(source, "size", 0) <= SMALL_BYTES
-        yield opened.enter_context(
+        file = opened.enter_context(
             pq.ParquetFile(
                 source,
                 pre_buffer=small,
@@ -101,6 +106,9 @@ def open_parquet(address: Address, int96: TimeUnit = "us") -> Iterator[pq.Parque
                 coerce_int96_timestamp_unit=int96,
             )
         )
+        if stamp is not None:
+            refuse_change(path, stamp, None if source is path else source)
+        yield file
 
 
 def read_rows(  # noqa: PLR0913 - which rows of which columns, and in which unit

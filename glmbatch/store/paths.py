@@ -111,6 +111,14 @@ class ObjectStatus:
     st_ino: int = 0
 
 
+class _Kept(BytesIO):
+    """The bytes of a small object as a file, with the `details` that fsspec's files have."""
+
+    def __init__(self, content: bytes, details: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.details = details
+
+
 class ObjectPath(PurePosixPath):
     """The path of an object in a store, or of a folder, which exists only in objects' names.
 
@@ -176,12 +184,12 @@ class ObjectPath(PurePosixPath):
             info = file.details
             if info["type"] != "file" or file.size > KEPT_BYTES:
                 return file
-            # The ledger reads small objects several times. Kept by version: another one is read
-            # again. Read through `file`, because s3fs then refuses bytes of another version.
+            # The ledger reads small objects several times. Through `file`, because s3fs then
+            # refuses bytes of another version.
             kept = _kept(self, version_of(info))
             if not kept:
                 kept.append(file.read())
-            return BytesIO(kept[0])
+            return _Kept(kept[0], info)
 
     def read_bytes(self) -> bytes:
         """The bytes of the object."""
@@ -262,7 +270,7 @@ class ObjectPath(PurePosixPath):
 
     def _infos(self, prefix: str, **options: object) -> dict[str, dict[str, Any]]:
         place = self
-        # Without a prefix, s3fs sends two requests more to learn that there is nothing below.
+        # Without a prefix, s3fs sends two requests more when there is nothing.
         if not prefix and self.parts[0] == "s3:" and len(self.parts) > BUCKET_PARTS:
             place, prefix = self.parent, f"{self.name}/"
         try:
@@ -302,13 +310,16 @@ Address: TypeAlias = str | Path | ObjectPath
 
 
 def version_of(info: dict[str, Any]) -> str:
-    """The version of an object: its ETag, the same from a listing as from a look at the object.
-
-    Its name differs between packages. Some stores leave out its quotes in listings of S3.
-    """
+    """The version of an object: its ETag, the same from a listing as from a look at the object."""
+    # Its name differs between packages, and an S3 store may leave out its quotes in listings.
     if tag := info.get("ETag"):
         return '"{}"'.format(str(tag).strip('"'))
     return str(info.get("etag") or info)
+
+
+def status_opened(file: Any) -> ObjectStatus:
+    """The `stat` of the version that an open file of an ObjectPath reads."""
+    return _status(file.details)
 
 
 def _status(info: dict[str, Any]) -> ObjectStatus:

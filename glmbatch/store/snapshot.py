@@ -1,5 +1,7 @@
 """Fetch a folder from a store into a local directory, once for all processes of this machine.
 
+A single file can be fetched for one process too.
+
     CACHE/<name>-<digest of names, sizes and ETags>/    each file appears by one rename
 
 If the folder changes in its store, it gets a new directory. Files that a killed process fetched
@@ -17,11 +19,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from glmbatch.errors import InputError, TransientError
 from glmbatch.store.files import PARTIAL, sync
 from glmbatch.store.locks import exclusive
-from glmbatch.store.paths import ObjectPath, location, version_of
+from glmbatch.store.paths import AnyPath, ObjectPath, location, version_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,15 @@ def snapshot_of(address: str, cache: str, patterns: Sequence[str]) -> Snapshot |
     # With the address, because two folders may have the same names and versions.
     digest = sha256(json.dumps([address, *facts]).encode()).hexdigest()
     return Snapshot(Path(cache).expanduser() / f"{folder.name}-{digest[:16]}", files)
+
+
+def open_copy(path: AnyPath) -> int:
+    """A descriptor for reading a file; for an object, of a copy that is gone when it is closed."""
+    if isinstance(path, Path):
+        return os.open(path, os.O_RDONLY)
+    with TemporaryDirectory(prefix="glmbatch-") as folder:
+        path.download(copy := Path(folder) / path.name)
+        return os.open(copy, os.O_RDONLY)
 
 
 def _download(file: SnapshotFile, target: Path) -> None:

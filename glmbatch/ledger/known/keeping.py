@@ -12,7 +12,6 @@ import threading
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from itertools import chain, compress
-from pathlib import Path
 
 import numpy as np
 
@@ -37,6 +36,7 @@ from glmbatch.ledger.known.stored import (
     write_segment,
 )
 from glmbatch.ledger.receipts import key_in_name
+from glmbatch.store.paths import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -49,24 +49,36 @@ class StoredKeys:
     Only the holder of the output's lock writes them, which it says with `is_writer`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: AnyPath) -> None:
         self.is_writer = False
         self._folder = folder
         self._noted: dict[str, list[tuple[str, Keys]]] = {}
         self._noted_rows = 0
         self._lock = threading.Lock()
+        self._opened: dict[tuple[AnyPath, bool], StoredSegment] = {}
 
     def open(self, step_key: str) -> list[StoredSegment]:
         """The sound segments of a step key, the largest first; others are logged and skipped."""
         segments = []
-        for path in self._paths(f"{step_key}.*{SUFFIX}"):
+        paths = self._paths(f"{step_key}.*{SUFFIX}")
+        for opened in list(self._opened):
+            if key_in_name(opened[0]) == step_key and opened[0] not in paths:
+                del self._opened[opened]
+        for path in paths:
             try:
-                segments.append(StoredSegment(path, is_mine=self.is_writer))
-            except (UnusableFile, OSError) as error:
+                segments.append(self._open(path))
+            except (GlmbatchError, OSError) as error:
                 logger.warning("%s: is left out, and its keys are read again", error)
                 if isinstance(error, UnusableFile):
                     self._remove(path)
         return sorted(segments, key=len, reverse=True)
+
+    def _open(self, path: AnyPath) -> StoredSegment:
+        """The segment, opened once: the same name always has the same bytes."""
+        opened = path, self.is_writer
+        if opened not in self._opened:
+            self._opened[opened] = StoredSegment(path, is_mine=self.is_writer)
+        return self._opened[opened]
 
     def cover(self, step_key: str, files: Sequence[AnswerFile]) -> list[StoredSegment]:
         """The segments of a step key; their writer first adds those of `files` that none covers.
@@ -155,16 +167,16 @@ class StoredKeys:
             if segment.path != written:
                 segment.discard()
 
-    def _paths(self, pattern: str) -> list[Path]:
+    def _paths(self, pattern: str) -> list[AnyPath]:
         try:
             return list(self._folder.glob(pattern))
-        except OSError as error:
+        except (GlmbatchError, OSError) as error:
             logger.warning("%s: cannot be listed, and keys are read again: %s", self._folder, error)
             return []
 
-    def _remove(self, path: Path) -> None:
+    def _remove(self, path: AnyPath) -> None:
         if self.is_writer:
-            with suppress(OSError):  # another run deletes it
+            with suppress(OSError, GlmbatchError):  # another run deletes it
                 path.unlink()
 
 

@@ -19,13 +19,12 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from hashlib import sha256
-from pathlib import Path
 from typing import BinaryIO
 from weakref import finalize
 
 import numpy as np
 
-from glmbatch.errors import UnusableFile
+from glmbatch.errors import GlmbatchError, UnusableFile
 from glmbatch.ledger.known.segments import (
     Entries,
     files_of,
@@ -34,6 +33,8 @@ from glmbatch.ledger.known.segments import (
 )
 from glmbatch.ledger.receipts import digest_in_name
 from glmbatch.store.files import DIGEST_CHARS, commit, partial_beside
+from glmbatch.store.paths import AnyPath
+from glmbatch.store.snapshot import open_copy
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +55,18 @@ class StoredSegment:
     """A segment on disk. `covered` has the beginning of the digest of each of its files, as bytes.
 
     Only its head is in memory. Blocks are read when needed, not mapped: a mapped page that cannot
-    be read ends the process, and in a cluster another process may delete the segment.
+    be read ends the process, and in a cluster another process may delete the segment. From a store
+    it is fetched whole, which costs less than a request for each block.
     """
 
-    def __init__(self, path: Path, *, is_mine: bool = False) -> None:
+    def __init__(self, path: AnyPath, *, is_mine: bool = False) -> None:
         """Open the segment. UnusableFile when its head is not what was written.
 
         With `is_mine` this process may delete it.
         """
         self.path = path
         self._is_mine = is_mine
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = open_copy(path)
         finalize(self, os.close, self._file)
         size = os.fstat(self._file).st_size
         tail = os.pread(self._file, TAIL.size, max(0, size - TAIL.size))
@@ -89,7 +91,7 @@ class StoredSegment:
     def discard(self) -> None:
         """Delete the file if that is for this process to do; what is open stays readable."""
         if self._is_mine:
-            with suppress(OSError):  # another run deletes it
+            with suppress(OSError, GlmbatchError):  # another run deletes it
                 self.path.unlink()
 
     def part(self, first: int, end: int) -> Entries:
@@ -170,8 +172,8 @@ def covered_as(digest: str) -> bytes:
 
 
 def write_segment(
-    folder: Path, step_key: str, parts: Iterator[Entries], covered: Sequence[bytes]
-) -> Path:
+    folder: AnyPath, step_key: str, parts: Iterator[Entries], covered: Sequence[bytes]
+) -> AnyPath:
     """Write the entries of `parts`, which are in order, to a segment; return its path.
 
     `covered` are the files by the numbers in the places. Leaves out entries of files that are GONE.

@@ -9,18 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from glmbatch.errors import AuditError
+from glmbatch.errors import AuditError, UnusableFile
+from glmbatch.ledger.fragments import read_fragment
 from glmbatch.ledger.input import cutting
 from glmbatch.ledger.input.unchanged import is_sampled, receipts_of
 from glmbatch.ledger.manifest import read_manifest, write_manifest
 from glmbatch.ledger.verification import verify
+from glmbatch.run.plan import plan_run
 from glmbatch.run.preview import preview
 from glmbatch.settings.job import JobConfig
 from glmbatch.store import files
-from glmbatch.store.files import is_settled, version_stamp
+from glmbatch.store.files import digest_file, is_settled, version_stamp
 from tests.support import CLASSIFY, Settings, Write, rows_of, run
 
 TEXTS = ["很好", "bad thing", None, "so so"]
@@ -274,3 +277,73 @@ def test_a_limited_run_reads_its_rows(settings: Settings, write_source: Write) -
     run(settings(data__limit=2))
     summary = run(settings(data__limit=2))
     assert (summary.unchanged_sources, summary.rows) == (0, 2)
+
+
+def overwrite(path: Path, text: str) -> None:
+    """Write a row of another text, as many bytes, and put the modification time back."""
+    before = path.stat()
+    pq.write_table(pa.table({"text": [text]}), path)
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("jump", [-3600, 3600])
+def test_a_clock_that_jumped_hides_no_change(
+    settings: Callable[..., dict[str, Any]],
+    write_source: Write,
+    digested: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    jump: int,
+    out: Path,
+) -> None:
+    clock = time.time_ns
+    monkeypatch.setattr(files, "TICK_NS", 10**6)
+    a, b = (write_source(f"{name}.parquet", {"text": [name]}) for name in ("a", "b"))
+    time.sleep(0.01)
+    run(settings())
+    monkeypatch.setattr(time, "time_ns", lambda: clock() + jump * 10**9)
+    digested.clear()
+    assert run(settings()).unchanged_sources == 2
+    assert digested == []  # a stamp that was recorded needs no clock
+    overwrite(a, "z")
+    assert run(settings()).unchanged_sources == 1
+    assert digested == ["a.parquet"]
+    monkeypatch.setattr(time, "time_ns", clock)
+    overwrite(a, "y")
+    overwrite(b, "x")
+    assert run(settings()).unchanged_sources == 0
+    assert sorted(row["text"] for row in rows_of(out)) == ["x", "y"]
+
+
+def test_files_from_the_future_are_digested_each_night(
+    settings: Callable[..., dict[str, Any]],
+    write_source: Write,
+    digested: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = time.time_ns
+    write_source("a.parquet", {"text": ["one"]})
+    # The clock was set back after the file was written, or another machine's clock is ahead.
+    monkeypatch.setattr(time, "time_ns", lambda: clock() - 3600 * 10**9)
+    for _ in range(2):
+        run(settings())
+    assert digested == ["a.parquet"] * 2
+    monkeypatch.setattr(time, "time_ns", lambda: clock() + 3600 * 10**9)
+    for _ in range(2):
+        assert run(settings()).unchanged_sources == 1
+    assert digested == ["a.parquet"] * 3
+
+
+def test_a_source_that_is_put_back_is_not_read_for_another(
+    settings: Callable[..., dict[str, Any]], write_source: Write, tmp_path: Path
+) -> None:
+    path = write_source("a.parquet", {"text": ["one"]})
+    (fragment,) = plan_run(JobConfig.model_validate(settings())).plan.fragments
+    aside = path.rename(tmp_path / "aside")
+    write_source("a.parquet", {"text": ["two"]})
+    with pytest.raises(UnusableFile, match="was changed while the run read it"):
+        next(read_fragment(fragment))
+    with pytest.raises(UnusableFile, match="was changed while the run read it"):
+        digest_file(path, fragment.stamp)
+    aside.rename(path)
+    assert [batch["text"].to_pylist() for batch in read_fragment(fragment)] == [["one"]]
