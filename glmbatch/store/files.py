@@ -93,10 +93,7 @@ def stamp_of(status: os.stat_result | ObjectStatus) -> tuple[int, ...]:
 
 
 def refuse_change(address: Address, stamp: tuple[int, ...], file: object = None) -> None:
-    """UnusableFile if the size and time of a file (see `stamp_file`) are not those of `stamp`.
-
-    Those of the open object `file`, if it is given.
-    """
+    """UnusableFile if a file, or the open object `file`, has not the size and time of `stamp`."""
     status = location(address).stat() if file is None else status_opened(file)
     if stamp_of(status)[:2] != stamp[:2]:
         raise UnusableFile(
