@@ -1,7 +1,7 @@
 """Measure how a run's time and memory grow with its fragments and with the size of its input.
 
-    python benchmarks/scale.py fragments 1000 4000         a row each: Prefect's cost, on SQLite
-    python benchmarks/scale.py fragments 1000 4000 --postgresql            the same on PostgreSQL
+    python benchmarks/scale.py fragments 1000 5000         files of 3 rows each, on SQLite
+    python benchmarks/scale.py fragments 1000 5000 --postgresql            the same on PostgreSQL
     python benchmarks/scale.py megabytes 20 2000           rows of 10 kB, a few words classified
     python benchmarks/scale.py manifest 1000 100000        what is published: write, open, extend
     python benchmarks/scale.py history 10000 100000        nights over a long history, on a disk
@@ -131,8 +131,8 @@ def measure(of: str, size: int) -> dict[str, Any]:
 
     folder = Path(tempfile.mkdtemp())
     if of == "fragments":
-        write_input(folder / "in", rows=size, padding=0)
-        job = make_job(folder, rows_per_fragment=1)
+        write_small_files(folder / "in", size)
+        job = make_job(folder, rows_per_fragment=10_000)
     else:
         write_input(folder / "in", rows=size * 10**6 // ROW_BYTES, padding=ROW_BYTES)
         job = make_job(folder, rows_per_fragment=1000)
@@ -147,13 +147,17 @@ def measure(of: str, size: int) -> dict[str, Any]:
     ):
         # Imported here, because the parent process needs no Prefect.
         from flows.annotate import annotate
+        from glmbatch.ledger.ledger import Ledger
+        from glmbatch.report.counts import busy_seconds
 
         peak = {"flow_mb": 0, "server_mb": 0}
         threading.Thread(target=watch, args=(peak,), daemon=True).start()
         start = time.perf_counter()
         summary = annotate(job)
         seconds = time.perf_counter() - start
-    return {"fragments": summary.fragments, "seconds": round(seconds, 1), **peak}
+    asked = busy_seconds(Ledger(job.data.output).published_receipts())
+    times = {"seconds": round(seconds, 1), "engine_seconds": round(asked, 1)}
+    return {"fragments": summary.fragments, **times, **peak}
 
 
 def measure_manifest(size: int) -> dict[str, Any]:
@@ -191,7 +195,7 @@ def measure_manifest(size: int) -> dict[str, Any]:
     before = timed("open", ledger.manifest)
     assert before == manifest
     after = before.model_copy(update={"files": (*before.files, published_file(new))})
-    timed("extend", lambda: publish(ledger, after, [new], []))
+    timed("extend", lambda: publish(ledger, after, [new], [], lambda moved: moved))
     ledger.close("second")
     list_bytes = sum(path.stat().st_size for path in (output / LISTS).glob("*"))
     manifest_bytes = (output / MANIFEST).stat().st_size
@@ -276,6 +280,14 @@ def write_input(folder: Path, rows: int, padding: int) -> None:
                 texts = [f"review {n} is good" for n in own_rows[first : first + ROWS_WRITTEN]]
                 notes = [numbers.randbytes(padding // 2).hex() for _ in texts]
                 writer.write_table(pa.table({"text": texts, "notes": notes}, schema))
+
+
+def write_small_files(folder: Path, files: int) -> None:
+    """Write that many Parquet files of 3 rows, all with texts of their own."""
+    folder.mkdir(parents=True)
+    for number in range(files):
+        texts = [f"review {number} is good in {row}" for row in range(3)]
+        pq.write_table(pa.table({"text": texts}), folder / f"{number:06}.parquet")
 
 
 def watch(peak: dict[str, int]) -> None:
