@@ -4,8 +4,8 @@
     OUTPUT/_glmbatch/staged/<output key>.<digest>.parquet      output files, see outputs.py
     OUTPUT/_glmbatch/lock                                      of the run; in a store lock.<number>
 
-Each file has its receipt in its footer and appears by one rename. A kill at any moment leaves the
-file complete or absent, and the next run finds it. See publication.py for the published files.
+Each file has its receipt in its footer and appears by one rename. A kill leaves the file complete
+or absent, and the next run finds it. See publication.py for the published files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from glmbatch.ledger.known.keeping import StoredKeys
 from glmbatch.ledger.known.keys import AnswerFile, keys_of
 from glmbatch.ledger.known.stored import KEYS, StoredSegment
 from glmbatch.ledger.manifest import Manifest, PublishedFile, read_manifest
-from glmbatch.ledger.outputs import OutputFiles
+from glmbatch.ledger.outputs import OutputFiles, put_back
 from glmbatch.ledger.quarantine import OWN
 from glmbatch.ledger.receipts import (
     AnswersReceipt,
@@ -37,7 +37,7 @@ from glmbatch.ledger.receipts import (
 )
 from glmbatch.store.files import Digests, digest_file, partial_beside, writable
 from glmbatch.store.folder import Folder
-from glmbatch.store.locks import hold, release
+from glmbatch.store.locks import hold, release, released_on_error
 from glmbatch.store.modes import narrow
 from glmbatch.store.paths import AnyPath
 
@@ -62,14 +62,16 @@ class Ledger:
         self._committing = threading.Lock()
 
     def open(self, run: str = "", *, shared: bool = False) -> None:
-        """Create the folder, check that it can be written, and lock it for `run` until `close`.
+        """Create the folder, lock it for `run` until `close`, and undo a killed publication.
 
-        `shared`: other processes of the run commit files to it too. The lock of a process that died
-        is free: on a disk at once, in a store after some minutes. InputError when the folder cannot
-        be written or another run holds it. TransientError when the machine failed.
+        `shared`: other processes of the run commit files too. A dead process's lock is free, in a
+        store after some minutes. InputError when the folder cannot be written or another run holds
+        it. TransientError when the machine failed.
         """
         self._refuse_links()
         hold(self.root / LOCK, run)
+        with released_on_error(self.root / LOCK, run):
+            put_back(self.folder)
         self._trust_listings(not shared)
         self._keys.is_writer = True
 
@@ -105,8 +107,7 @@ class Ledger:
 
     def results_folder(self) -> Path | None:
         """Where Prefect may keep the results of the run's tasks; None if the output is a store."""
-        local = self.folder.local
-        return None if local is None else local.resolve() / RESULTS
+        return None if self.folder.local is None else self.folder.local.resolve() / RESULTS
 
     def manifest(self) -> Manifest | None:
         """What is published; None if nothing is. Raises as `read_manifest`."""

@@ -1,20 +1,31 @@
 """The files with rows and answers: staged out of readers' sight, then published.
 
     OUTPUT/_glmbatch/staged/<output key>.<digest>.parquet      before publication
+    OUTPUT/_glmbatch/overwritten/<digest>.parquet              that a publication overwrites
+    OUTPUT/_glmbatch/overwritten/<run>.list.parquet            its list of failed rows
 
 Knows how to find them by output key, and how to write those of a bundle together.
+
+A publication that is killed before its manifest has overwritten files that the manifest still
+names. The next run may not read their sources, and could not make them again. So it first puts back
+what was overwritten.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 
+from glmbatch.errors import InputError
 from glmbatch.ledger.committed import CommittedFiles, Content, Recent
-from glmbatch.ledger.manifest import Manifest, PublishedFile
+from glmbatch.ledger.manifest import Manifest, PublishedFile, read_manifest
+from glmbatch.ledger.quarantine import QUARANTINE
 from glmbatch.ledger.receipts import (
     AnswersReceipt,
     OutputReceipt,
@@ -23,12 +34,22 @@ from glmbatch.ledger.receipts import (
     whole_digest,
     write_with_receipt,
 )
-from glmbatch.store.files import Digests, digest_file, partial_beside, writable
-from glmbatch.store.folder import Listing
+from glmbatch.store.files import (
+    Digests,
+    committed,
+    digest_file,
+    partial_beside,
+    sync,
+    writable,
+)
+from glmbatch.store.folder import Folder, Listing, commit_all, remove_tree
 from glmbatch.store.modes import narrow
 from glmbatch.store.paths import AnyPath
 
+logger = logging.getLogger(__name__)
+
 STAGED = "_glmbatch/staged"
+OVERWRITTEN = "_glmbatch/overwritten"
 
 
 class OutputFiles:
@@ -158,3 +179,86 @@ class Staging:
 def staged_name(output: OutputReceipt) -> str:
     """The name of the staged file of `output`."""
     return file_name(output.key, output.digest)
+
+
+def keep_overwritten(
+    root: Folder, before: Manifest | None, outputs: Sequence[OutputReceipt]
+) -> None:
+    """Keep what publishing `outputs` overwrites of the publication `before`; safe to repeat."""
+    if before is None:
+        return
+    digests = {output.output_name: output.digest for output in outputs}
+    seconds = {QUARANTINE: _list_name(before)}
+    for file in before.files:
+        if digests.get(file.output_name, file.digest) != file.digest:
+            seconds[file.output_name] = _name(file)
+    # A publication that is tried again has overwritten some of them already.
+    kept = _kept(root)
+    names = [name for name, second in seconds.items() if second not in kept]
+    files = []
+    there = root.map(lambda name: (root / name).is_file(), names)
+    for name, is_there in zip(names, there, strict=True):
+        if is_there:
+            files.append((root / name, root / OVERWRITTEN / seconds[name]))
+    if root.local is None:
+        commit_all(files)  # which copies in a store
+    else:
+        _link(files, root.local / OVERWRITTEN)
+
+
+def _link(files: Sequence[tuple[AnyPath, AnyPath]], folder: Path) -> None:
+    """Give files second names in `folder`, by links, or by copies on a disk that has none."""
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for path, second in files:
+        try:
+            os.link(str(path), str(second))
+        except OSError:
+            with committed(second) as partial:
+                shutil.copyfile(str(path), partial)
+    sync(folder)
+
+
+def put_back(root: Folder) -> None:
+    """Put back what a killed publication has overwritten; safe to repeat.
+
+    If the manifest is its own, the publication was complete but for its cleaning. The caller holds
+    the lock.
+    """
+    kept = _kept(root)
+    if not kept:
+        return
+    try:
+        manifest = read_manifest(root.path)
+    except InputError:  # it is damaged, so it does not say what was overwritten
+        return
+    moves = []
+    for file in manifest.files if manifest is not None else ():
+        second, path = root / OVERWRITTEN / _name(file), root / file.output_name
+        if second.name in kept and _has(second, file.digest) and not _has(path, file.digest):
+            logger.warning("%s: is put back, because a publication was not completed", path)
+            root.check_places([file.output_name])
+            moves.append((second, path))
+    if manifest is not None and _list_name(manifest) in kept:
+        moves.append((root / OVERWRITTEN / _list_name(manifest), root / QUARANTINE))
+    commit_all(moves)
+    remove_tree(root / OVERWRITTEN)
+
+
+def _kept(root: Folder) -> set[str]:
+    return {path.name for path in (root / OVERWRITTEN).glob("*.parquet")}
+
+
+def _list_name(manifest: Manifest) -> str:
+    return f"{manifest.run}.list.parquet"
+
+
+def _name(file: PublishedFile) -> str:
+    return f"{file.digest}.parquet"
+
+
+def _has(path: AnyPath, digest: str) -> bool:
+    try:
+        return whole_digest(path) == digest
+    except FileNotFoundError:
+        return False

@@ -5,9 +5,11 @@
     OUTPUT/_glmbatch/files/*.parquet       the list that the manifest names, if it is long
     OUTPUT/_quarantine.parquet             rows that failed, with file, row and reason
     OUTPUT/_glmbatch/publishing.json       files of publications that were not completed
+    OUTPUT/_glmbatch/overwritten/          files that they overwrite (see outputs.py)
     OUTPUT/_glmbatch/refused.parquet       rows that failed in a run that published nothing
 
-After a kill at any moment, the next publication completes what it finds.
+After a kill at any moment, the next run undoes what was not completed: what was overwritten when it
+takes the lock, and what was added when it publishes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from glmbatch.ledger.delta.table import Commit, commit_table, plan_commit
 from glmbatch.ledger.filelist import find_lists
 from glmbatch.ledger.ledger import ANSWERS, LOCK, Ledger
 from glmbatch.ledger.manifest import Manifest, copy_manifest, write_manifest
-from glmbatch.ledger.outputs import STAGED, staged_name
+from glmbatch.ledger.outputs import OVERWRITTEN, STAGED, keep_overwritten, staged_name
 from glmbatch.ledger.quarantine import OWN, REFUSED, Line, write_quarantine
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt
 from glmbatch.store.errors import one_line
@@ -161,6 +163,7 @@ def _move_staged(ledger: Ledger, outputs: Sequence[OutputReceipt]) -> None:
         staged = {path.name for path in (root / STAGED).glob("*.parquet")}
 
     root.check_places(output.output_name for output in outputs)
+    keep_overwritten(root, ledger.manifest(), outputs)
     moves = []
     others = []
     for output in outputs:
@@ -209,7 +212,7 @@ def _delete_own(root: Folder, name: str) -> None:
 
 
 def _sweep(root: Folder, manifest: Manifest) -> None:
-    """Delete answers that no published file uses, and the partial files of killed runs."""
+    """Delete unused answers, what was overwritten, and the partial files of killed runs."""
     used: set[str] = set()
     for file in manifest.files:
         used.update(file.answers_keys)
@@ -220,7 +223,8 @@ def _sweep(root: Folder, manifest: Manifest) -> None:
             unused = last.split(".")[0] not in used  # its key, without a path for each name
         else:
             # The lock is held, so no other run is writing it.
-            unused = last.startswith(".") and last.endswith(PARTIAL)
+            is_partial = last.startswith(".") and last.endswith(PARTIAL)
+            unused = is_partial or folder == OVERWRITTEN
         if unused:
             stale.append(root / name)
     unlink_all(root.path, stale)

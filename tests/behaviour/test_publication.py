@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from glmbatch.errors import AuditError, BadRow, InputError
+from glmbatch.ledger import publication
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.ledger.publication import REFUSED
+from glmbatch.ledger.verification import verify
 from glmbatch.report.summary import Summary
 from glmbatch.run.job import run_job
 from glmbatch.run.publish import publish
@@ -228,6 +230,39 @@ def test_a_missing_canary_is_refused_before_any_work(
     with pytest.raises(InputError, match="Set canary"):
         run(job_settings(canary=str(tmp_path / "none.parquet")))
     assert not list(out.rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("call", ["commit_all", "write_quarantine", "write_manifest"])
+def test_a_publication_cut_off_leaves_what_it_overwrote(
+    write_source: Write,
+    job_settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    out: Path,
+    call: str,
+) -> None:
+    """Killed in the middle, and then its source is gone: the manifest's rows are there again."""
+    settings = job_settings(steps=[CLASSIFY], max_error_rate=0.5)
+    write_source("b.parquet", {"text": ["b"]})
+    source = write_source("a.parquet", {"text": [f"old {row}" for row in range(11)] + [None]})
+    run(settings)
+    before, listed = rows_of(out), read_quarantine(out)
+    write_source("a.parquet", {"text": [None] + [f"new {row}" for row in range(11)]})
+    commit_all = publication.commit_all
+
+    def killed(*arguments: Any) -> None:
+        if call == "commit_all":  # one of the two files
+            commit_all(arguments[0][:1])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(publication, call, killed)
+        run(settings)
+    assert rows_of(out) != before
+    source.unlink()
+    assert run(settings).kept_sources == 1
+    assert (rows_of(out), read_quarantine(out)) == (before, listed)
+    assert verify(out).sound
+    assert not list(out.glob("_glmbatch/overwritten/*"))
 
 
 def test_readers_see_whole_files_during_publication(
