@@ -4,12 +4,14 @@ No committed work is repeated.
 
 The tests start whole processes against a real server, as a user does. They `kill -9` either the
 run, whose worker and flow are one process, or its server. KILLS sets the number of kills (50 for
-acceptance), and KILLS_SEED their moments.
+acceptance), and KILLS_SEED their moments. SOAK_FLOWS sets that of kills between nights of change
+(tests/behaviour/test_soak.py has them without a server).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -25,11 +27,15 @@ import yaml
 from glmbatch.cli.server import own_server
 from glmbatch.ledger.verification import verify
 from tests.flows.commands import rows, start
+from tests.soak.history import described, soak
+from tests.soak.runs import Flows
 from tests.support import Settings, Write, committed
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 KILLS = int(os.environ.get("KILLS", "3"))
 SEED = int(os.environ.get("KILLS_SEED", "1"))
+logger = logging.getLogger(__name__)
+SOAK = int(os.environ.get("SOAK_FLOWS", "0"))
 
 
 @pytest.fixture
@@ -119,3 +125,12 @@ def test_a_killed_server_costs_no_committed_work(
     assert verify(out).findings == ()
     assert before <= committed(out)
     assert json.loads((out / "_manifest.json").read_text())["files"]
+
+
+@pytest.mark.skipif(not SOAK, reason="set SOAK_FLOWS to a number of kills")
+@pytest.mark.timeout(300 + 60 * SOAK)
+def test_nights_of_change_with_killed_flows_equal_others(
+    prefect_server: dict[str, str], tmp_path: Path
+) -> None:
+    for tally in soak(tmp_path, SEED, SOAK, Flows(tmp_path, prefect_server)):
+        logger.info("%s", described(tally))
