@@ -15,7 +15,7 @@ from tests.soak.history import described, soak
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("SOAK", "15"))
+KILLS = int(os.environ.get("SOAK", "8"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 logger = logging.getLogger(__name__)
 
