@@ -11,13 +11,14 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple
 from weakref import WeakValueDictionary
 
 import pyarrow as pa
 
 from glmbatch.errors import UnusableFile
 from glmbatch.ledger.receipts import (
+    BundleReceipt,
     Receipt,
     digest_in_name,
     file_name,
@@ -29,8 +30,8 @@ from glmbatch.store.files import Digests, is_link, reachable
 from glmbatch.store.folder import Listing, commit_all, unlink_all
 from glmbatch.store.paths import AnyPath
 
-# A receipt takes some 2 KB: 2 MB in all.
-RECEIPTS = 1024
+# Receipts of fragments, each some 2 KB: 4 MB in all.
+RECEIPTS = 2048
 # The answers of a few fragments: the next step and the output file read what was just committed.
 TABLE_BYTES = 32 << 20
 
@@ -183,6 +184,7 @@ class Recent(Generic[Receipt]):
         self._contents: OrderedDict[str, Content[Receipt]] = OrderedDict()
         self._used: WeakValueDictionary[str, Receipt] = WeakValueDictionary()
         self._table_bytes = 0
+        self._receipts = 0
         self._lock = threading.Lock()
 
     def find(self, name: str) -> Content[Receipt] | None:
@@ -199,14 +201,21 @@ class Recent(Generic[Receipt]):
         """Keep the content of the file `name`, dropping the least recently used if needed."""
         with self._lock:
             # Rows are dropped before receipts: they are large, and a receipt saves opening a file.
-            self._forget_table(self._contents.pop(name, None))
+            if name in self._contents:
+                self._drop(name)
             self._contents[name] = content
+            self._receipts += _count(content)
             self._used[name] = content.receipt
             self._table_bytes += content.table.nbytes if content.table is not None else 0
-            while len(self._contents) > RECEIPTS:
-                self._forget_table(self._contents.popitem(last=False)[1])
+            while self._receipts > RECEIPTS and len(self._contents) > 1:
+                self._drop(next(iter(self._contents)))
             if self._table_bytes > TABLE_BYTES:
                 self._forget_tables()
+
+    def _drop(self, name: str) -> None:
+        content = self._contents.pop(name)
+        self._receipts -= _count(content)
+        self._forget_table(content)
 
     def _forget_tables(self) -> None:
         """Drop the rows of the least recently used files until the others are small enough."""
@@ -216,9 +225,14 @@ class Recent(Generic[Receipt]):
             if self._forget_table(content):
                 self._contents[name] = Content(content.receipt, None)
 
-    def _forget_table(self, content: Content[Receipt] | None) -> bool:
+    def _forget_table(self, content: Content[Receipt]) -> bool:
         """Subtract the rows of `content` from the cache's size; return whether it had any."""
-        if content is None or content.table is None:
+        if content.table is None:
             return False
         self._table_bytes -= content.table.nbytes
         return True
+
+
+def _count(content: Content[Any]) -> int:
+    """The number of fragments that the receipt of `content` is about."""
+    return len(content.receipt.parts) if isinstance(content.receipt, BundleReceipt) else 1

@@ -76,9 +76,9 @@ class Ledger:
         self._keys.is_writer = True
 
     def _trust_listings(self, alone: bool) -> None:
-        for names in (self._answers.names, self.outputs.names):
-            names.forget()
-            names.alone = alone
+        self.outputs.names.forget()
+        self._answers.names.forget()
+        self._answers.names.alone = alone
 
     def keep_private(self, sources: Iterable[str]) -> None:
         """Restrict `_glmbatch` to users who may read all of `sources`; safe to repeat."""
@@ -172,7 +172,8 @@ class Ledger:
         """Commit the answers of a step over a bundle, in row order, and return their file.
 
         Replaces the answers of earlier runs under the same key. Safe to repeat: answers that the
-        same run has committed stay. InputError when the output cannot be written.
+        same run has committed stay, if they have all parts. InputError when the output cannot be
+        written.
         """
         # Bundles with the same rows have the same key.
         with self._committing, writable(self.root / ANSWERS):
@@ -181,19 +182,17 @@ class Ledger:
     def _keep_answers(self, receipt: BundleReceipt, table: pa.Table) -> AnswerFile:
         files = self._answers
         whole = files.find(receipt.key)
-        if whole is not None and whole.receipt.run == receipt.run:
+        if whole is not None and _covers(whole.receipt, receipt):
             return AnswerFile(whole.path, receipt.step, digest_in_name(whole.path))
         with partial_beside(files.folder / receipt.key) as partial:
             write_with_receipt(partial, table.schema, iter(table.to_batches()), receipt)
-            # Through JSON, so that the cached receipt equals the one in the file.
-            written = BundleReceipt.model_validate_json(receipt.model_dump_json())
-            content = Content(written, table)
+            content = Content(receipt, table)
             files.commit_all([(partial, receipt.key, digest_file(partial), content)])
         mine: list[AnyPath] = []
         others: list[AnyPath] = []
         for path in files.paths(receipt.key):
             other = files.receipt(path)
-            (mine if other is not None and other.run == receipt.run else others).append(path)
+            (mine if other is not None and _covers(other, receipt) else others).append(path)
         # Another process may commit the same answers now. Both keep the first by name, so that
         # neither deletes the other's last file.
         first = min(mine)
@@ -260,6 +259,27 @@ class Ledger:
             if receipt is not None:
                 yield from receipt.answers
 
+    def newest(self, outputs: Sequence[OutputReceipt], run: str) -> list[OutputReceipt]:
+        """The receipts of `outputs` as on disk, because a task's cache may hold older ones.
+
+        Those that `run` made are newest. TransientError when answers are missing.
+        """
+        answers = chain(*(output.answers for output in outputs if output.unusable is None))
+        files = sorted({receipt.file_key for receipt in answers})
+        parts = {}
+        for receipt in self.folder.map(self.answers_receipt, files):
+            for part in receipt.parts:
+                parts[receipt.key, part.key] = part
+
+        def as_on_disk(output: OutputReceipt) -> OutputReceipt:
+            if output.unusable is not None:
+                return output
+            own = tuple(parts.get((part.file_key, part.key), part) for part in output.answers)
+            found = None if output.run == run else self.outputs.find(output.key, own)
+            return found or output.model_copy(update={"answers": own})
+
+        return list(self.folder.map(as_on_disk, outputs))
+
     def _unpublished(self) -> Iterator[tuple[AnyPath, BundleReceipt]]:
         published: set[str] = set()
         for file in self._published():
@@ -278,3 +298,9 @@ class Ledger:
     def _published(self) -> tuple[PublishedFile, ...]:
         manifest = self.manifest()
         return manifest.files if manifest else ()
+
+
+def _covers(committed: BundleReceipt, receipt: BundleReceipt) -> bool:
+    """Whether a committed file has all that `receipt` is about, from the same run."""
+    held = {part.key for part in committed.parts}
+    return committed.run == receipt.run and held.issuperset(part.key for part in receipt.parts)

@@ -65,6 +65,8 @@ class OutputFiles:
         self._digests = digests
         self._manifest = manifest
         self._staged = CommittedFiles(root / STAGED, OutputReceipt, digests)
+        # One task writes a file. If another process lost it half done, it is written again.
+        self._staged.names.alone = True
         self._published_receipts: Recent[OutputReceipt] = Recent()
         self._by_key: tuple[Manifest | None, dict[str, PublishedFile]] = None, {}
 

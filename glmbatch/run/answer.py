@@ -117,7 +117,7 @@ def read_parts(assignment: Assignment, session: Session) -> tuple[list[Part], li
     unusable: dict[str, AnswersReceipt] = {}
     for number, fragment in enumerate(assignment.fragments):
         key = assignment.keys.fragments[number]
-        if key in parts or key in unusable:
+        if key in parts:
             continue
         try:
             before = {}
@@ -131,6 +131,7 @@ def read_parts(assignment: Assignment, session: Session) -> tuple[list[Part], li
             unusable[key] = _receipt(assignment, fragment, key, unusable=str(error))
         else:
             parts[key] = Part(fragment, key, rows, runs)
+            unusable.pop(key, None)  # of a fragment with the same rows, which the output will miss
     return list(parts.values()), list(unusable.values())
 
 
@@ -183,7 +184,7 @@ def _answer_parts(
             parts=tuple(receipts),
         )
         # While the keys are held: a bundle that waits for them reads this index next.
-        known.add(session.ledger.keep_answers(receipt, table), table)
+        known.add(session.ledger.keep_answers(receipt, table))
     return receipts
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, NoReturn
 
 from glmbatch.errors import AuditError, BadRow, GlmbatchError, shown
@@ -187,7 +186,7 @@ def _review(
 
 def _collect(run: Run, outputs: Sequence[OutputReceipt], *, drop_missing: bool) -> Collected:
     ledger = session_of(run.context).ledger
-    current = _with_receipts(ledger, outputs)
+    current = ledger.newest(outputs, run.context.id)
     written = []
     unusable = list(run.plan.unusable)
     for output in current:
@@ -213,22 +212,6 @@ def _collect(run: Run, outputs: Sequence[OutputReceipt], *, drop_missing: bool) 
     unchanged = [file for file in stay.files if file.source in run.plan.unchanged]
     kept = receipts_of(unchanged)
     return Collected(ledger, before, last_run, current, written, unusable, stay, unchanged, kept)
-
-
-def _with_receipts(ledger: Ledger, outputs: Sequence[OutputReceipt]) -> list[OutputReceipt]:
-    """The outputs with their receipts as on disk; a task's cache may hold older ones."""
-    answers = chain(*(output.answers for output in outputs if output.unusable is None))
-    files = sorted({receipt.file_key for receipt in answers})
-    parts = {}
-    for receipt in ledger.folder.map(ledger.answers_receipt, files):
-        for part in receipt.parts:
-            parts[receipt.key, part.key] = part
-    current = []
-    for output in outputs:
-        # A fragment that could not be read has no answers on disk.
-        own = tuple(parts.get((part.file_key, part.key), part) for part in output.answers)
-        current.append(output.model_copy(update={"answers": own}))
-    return current
 
 
 def _with_published_name(run: Run, output: OutputReceipt) -> OutputReceipt:

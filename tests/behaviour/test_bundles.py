@@ -13,9 +13,20 @@ from glmbatch.ledger.fragments import Fragment, read_fragment
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.verification import verify
 from glmbatch.report.summary import Summary
-from glmbatch.run import job, plan
+from glmbatch.run import answer, job, plan, prompts, write
+from glmbatch.run.ask import ask
 from glmbatch.run.plan import bundled
-from tests.support import Settings, Write, committed, proved, rows_of, run, touch_published
+from glmbatch.steps.prompt import RowFault
+from tests.support import (
+    CLASSIFY,
+    Settings,
+    Write,
+    committed,
+    proved,
+    rows_of,
+    run,
+    touch_published,
+)
 
 FILES = 12
 # Of these texts, two are in all files.
@@ -83,7 +94,7 @@ def counts(summary: Summary) -> list[tuple[int, ...]]:
     return steps
 
 
-def test_a_bundle_gives_the_rows_and_counts_of_its_fragments(
+def test_a_bundle_gives_the_rows_and_counts_of_fragments(
     sources: list[Path],
     write_source: Write,
     settings: Settings,
@@ -125,22 +136,14 @@ def receipts(output: Path) -> list[Any]:
 def test_a_damaged_file_of_a_bundle_is_left_out_alone(
     sources: list[Path], settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    damaged = {sources[3].name}
-
-    def read(fragment: Fragment, columns: Any = None, **options: Any) -> Any:
-        if fragment.source in damaged:
-            raise UnusableFile("a damaged page")
-        return read_fragment(fragment, columns, **options)
-
-    monkeypatch.setattr("glmbatch.run.prompts.read_fragment", read)
-    allowing = settings(max_error_rate=0.5)
-    first = run(allowing)
+    with monkeypatch.context() as damaged:
+        unreadable(damaged, sources[3].name)
+        first = run(settings(max_error_rate=0.5))
     assert [(fault.source, fault.reason) for fault in first.unusable] == [
-        (sources[3].name, "a damaged page")
+        (sources[3].name, f"{sources[3].name} is damaged")
     ]
     assert len(rows_of(out)) == 3 * (FILES - 1)
-    damaged.clear()
-    second = run(allowing)
+    second = run(settings(max_error_rate=0.5))
     assert [step.computed for step in second.steps] == [1, 1], "its own text alone"
     assert len(rows_of(out)) == 3 * FILES
 
@@ -209,3 +212,79 @@ def test_a_bad_row_of_a_bundle_is_named_by_file_and_number(
     path = write_source("05.parquet", {"text": ["fine", " ", "fine"]})
     with pytest.raises(InputError, match=rf"{path}: row 1, step 'mood': text is empty"):
         run(settings(on_error="raise"))
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let no row of the source `name` be read."""
+
+    def read(fragment: Fragment, columns: Any = None, **options: Any) -> Any:
+        if fragment.source == name:
+            raise UnusableFile(f"{name} is damaged")
+        return read_fragment(fragment, columns, **options)
+
+    for module in (prompts, write):
+        monkeypatch.setattr(module, "read_fragment", read)
+
+
+@pytest.mark.usefixtures("in_one_bundle")
+@pytest.mark.parametrize("damaged", ["a.parquet", "b.parquet"])
+def test_a_copy_of_a_file_that_cannot_be_read_is_answered(
+    write_source: Write,
+    settings: Settings,
+    damaged: str,
+    monkeypatch: pytest.MonkeyPatch,
+    out: Path,
+) -> None:
+    write_source("a.parquet", {"text": ["one", "two"]})
+    write_source("b.parquet", {"text": ["one", "two"]})
+    unreadable(monkeypatch, damaged)
+    summary = run(settings(max_error_rate=0.9))
+    assert [(fault.source, fault.reason) for fault in summary.unusable] == [
+        (damaged, f"{damaged} is damaged")
+    ]
+    assert [row["text"] for row in rows_of(out)] == ["one", "two"]
+
+
+@pytest.mark.usefixtures("in_one_bundle")
+def test_two_bundles_of_the_same_rows_lose_only_damage(
+    write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch, out: Path
+) -> None:
+    for day in ("x", "y"):
+        write_source(f"{day}1.parquet", {"text": ["one", "two"]})
+        write_source(f"{day}2.parquet", {"text": ["three", "four"]})
+    unreadable(monkeypatch, "x1.parquet")
+    summary = run(job_settings(data__rows_per_fragment=4, max_error_rate=0.9))
+    assert [fault.source for fault in summary.unusable] == ["x1.parquet"]
+    assert len(rows_of(out)) == 6
+    assert verify(str(out)).sound
+
+
+def test_a_stale_receipt_does_not_decide_what_is_published(
+    write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch, out: Path
+) -> None:
+    write_source("a.parquet", {"text": ["one", "two", "three"]})
+    settled = job_settings(steps=[CLASSIFY], max_error_rate=1)
+    with monkeypatch.context() as failing:
+        failing.setattr(answer, "ask", with_a_failure)
+        run(settled)
+    (stale,) = receipts(out)
+    assert stale.faulty_rows == 1
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(job, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(settled)  # asks about the failed row, and stages the file
+    with monkeypatch.context() as cached:
+        cached.setattr(job, "write_outputs", lambda *_: [stale])
+        assert run(settled).faulty_rows == 0
+    assert [row["mood_error"] for row in rows_of(out)] == [None, None, None]
+
+
+def with_a_failure(*arguments: Any, **options: Any) -> Any:
+    """What the model answers, but for the first prompt."""
+    asked = ask(*arguments, **options)
+    asked.outcomes[next(iter(asked.outcomes))] = RowFault("model_failed", "out of memory")
+    return asked
