@@ -7,16 +7,21 @@ file's path below the input and its first row, so adding files renames no fragme
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
 from typing import Literal
 
 import pyarrow as pa
-from pydantic import BaseModel
+import pyarrow.parquet as pq
+from pydantic import BaseModel, field_serializer
 
-from glmbatch.errors import counted
+from glmbatch.errors import GlmbatchError, counted
 from glmbatch.store.files import refuse_change
 from glmbatch.store.inputs.find import Skipped
 from glmbatch.store.parquet import TimeUnit, open_parquet, read_opened, readable, with_constants
+from glmbatch.store.paths import AnyPath
+
+MAGIC = b"PAR1"  # begins every Parquet file that is not encrypted
 
 
 class Fragment(BaseModel, frozen=True, extra="forbid"):
@@ -24,8 +29,8 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
 
     - `source` is the file's path below the input, `path` its whole path or address.
     - `skip_rows` rows of the first row group belong to the fragment before.
-    - `digest` is the SHA-256 of the whole file. `stamp` is its size in bytes and its modification
-      time in nanoseconds (in a store, a number made from its ETag) at planning.
+    - `digest` is the SHA-256 of the whole file, `stamp` its `version_stamp` at planning. Receipts
+      record the first two numbers of the stamp: the others mean nothing on another disk.
     - `form` is not empty if the output stores a column in another type than the file.
     - `typed` holds the types that a Delta table gives to columns without one (see `typed_text`).
     - `partitions` are the columns that the job reads from folder names such as `day=1`.
@@ -35,7 +40,7 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     source: str
     path: str
     digest: str
-    stamp: tuple[int, int]
+    stamp: tuple[int, ...]
     first_row: int
     rows: int
     row_groups: tuple[int, ...]
@@ -44,6 +49,10 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     typed: str = ""
     int96: Literal["", "us", "ns"] = ""
     partitions: tuple[tuple[str, str | None], ...] = ()
+
+    @field_serializer("stamp", when_used="json")
+    def _recorded(self, stamp: tuple[int, ...]) -> tuple[int, ...]:
+        return stamp[:2]
 
     @property
     def name(self) -> str:
@@ -87,6 +96,21 @@ class FileFault(BaseModel, frozen=True, extra="forbid"):
     rows: int | None = None
 
 
+def telling_size(path: AnyPath) -> int:
+    """The size in bytes of an unusable file, if it says something about the number of rows; else 0.
+
+    The size of a truncated Parquet file does. Those of a pointer to a large file, of an error page
+    or of a file of unwritten blocks do not.
+    """
+    try:
+        if not path.is_file() or path.stat().st_size <= len(MAGIC):
+            return 0
+        with path.open("rb") as file:
+            return path.stat().st_size if file.read(len(MAGIC)) == MAGIC else 0
+    except (OSError, GlmbatchError):  # the file has disappeared or cannot be read
+        return 0
+
+
 class Plan(BaseModel, frozen=True, extra="forbid"):
     """All fragments of a run, file by file, and the files that cannot be used.
 
@@ -115,6 +139,11 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
         return sum(fragment.rows for fragment in self.fragments)
 
 
+def open_fragment(fragment: Fragment) -> AbstractContextManager[pq.ParquetFile]:
+    """The open file of `fragment`. UnusableFile if it is not the one that was planned."""
+    return open_parquet(fragment.path, fragment.unit, fragment.stamp, fragment.digest)
+
+
 def read_fragment(
     fragment: Fragment, columns: Sequence[str] | None = None, *, whole: bool = False
 ) -> Iterator[pa.RecordBatch]:
@@ -129,9 +158,9 @@ def read_fragment(
     rows = (fragment.row_groups, fragment.skip_rows, fragment.rows)
     if fragment.rows:
         # Here and last: a file that is replaced, and put back while it is read, shows only here.
-        with open_parquet(fragment.path, fragment.unit, fragment.stamp) as file:
+        with open_fragment(fragment) as file:
             read = None if whole else stored
             for batch in read_opened(file, *rows, columns=read, where=fragment.path):
                 yield with_constants(batch if stored is None else batch.select(stored), given)
     with readable(fragment.path):
-        refuse_change(fragment.path, fragment.stamp)
+        refuse_change(fragment.path, fragment.stamp, digest=fragment.digest)

@@ -9,14 +9,13 @@ import pyarrow.compute as pc
 
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.delta.types import delta_schema, typed_columns
-from glmbatch.ledger.fragments import Fragment, read_fragment
+from glmbatch.ledger.fragments import Fragment, open_fragment, read_fragment
 from glmbatch.ledger.ledger import RESULTS, Ledger
 from glmbatch.ledger.outputs import Staging
 from glmbatch.ledger.receipts import AnswersReceipt, BundleReceipt, OutputReceipt
 from glmbatch.run.work import Bundle, RunContext
 from glmbatch.settings.columns import Columns
 from glmbatch.store.footers import kept_metadata
-from glmbatch.store.parquet import open_parquet
 from glmbatch.store.types import converted, times_in_utc, written_fields
 
 
@@ -115,7 +114,7 @@ def _output_schema(
 ) -> tuple[pa.Schema, bool]:
     """The source's fields, then those of each step's answers; and whether its times are in UTC."""
     # From the footer, because a fragment without rows has no batch to take a schema from.
-    with open_parquet(fragment.path, fragment.unit) as file:
+    with open_fragment(fragment) as file:
         source = file.schema_arrow
         utc_times = times_in_utc(file)
         fields = written_fields(file)

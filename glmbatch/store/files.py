@@ -9,13 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 from glmbatch.errors import (
     MACHINE_ERRNOS,
-    GlmbatchError,
     InputError,
     StoreRefused,
     TransientError,
@@ -28,7 +28,6 @@ from glmbatch.store.paths import Address, AnyPath, ObjectPath, ObjectStatus, loc
 PARTIAL = ".partial"
 # Errors that mean: something else has the place of a file or folder.
 BLOCKED = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY})
-MAGIC = b"PAR1"  # begins every Parquet file that is not encrypted
 DIGEST_CHARS = 32  # a file's name contains this many of its digest's 64 hex digits
 KEY_BYTES = 1024  # the longest key of an object that every store accepts
 # A file may change twice within one tick of a file system's clock and then keep its times. The
@@ -59,15 +58,6 @@ def kind_of(path: AnyPath) -> Literal["file", "folder", "other"] | None:
     return ("file" if path.is_file() else "other") if path.exists() else None
 
 
-def stamp_file(address: Address) -> tuple[int, int]:
-    """A file's size in bytes and modification time in nanoseconds; both change with its bytes.
-
-    In a store the second number is made from the object's ETag.
-    """
-    status = location(address).stat()
-    return status.st_size, status.st_mtime_ns
-
-
 def version_stamp(address: Address) -> tuple[int, ...]:
     """Numbers that change when a file is written or replaced, for comparison with later ones.
 
@@ -92,13 +82,35 @@ def stamp_of(status: os.stat_result | ObjectStatus) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def refuse_change(address: Address, stamp: tuple[int, ...], file: object = None) -> None:
-    """UnusableFile if a file, or the open object `file`, has not the size and time of `stamp`."""
-    status = location(address).stat() if file is None else status_opened(file)
-    if stamp_of(status)[:2] != stamp[:2]:
+def refuse_change(
+    address: Address, stamp: tuple[int, ...], file: Any = None, digest: str = ""
+) -> None:
+    """UnusableFile if a file, or what was opened as `file`, has not the `stamp`.
+
+    With a `digest`, a file on a disk of the same size and modification time is digested again: a
+    link, other rights or a copy of the same bytes change only the rest of its stamp.
+    """
+    path = location(address)
+    if file is None:
+        status = path.stat()
+    else:
+        status = os.fstat(file.fileno()) if isinstance(path, Path) else status_opened(file)
+    now = stamp_of(status)
+    alike = now == stamp or (
+        bool(digest)
+        and isinstance(path, Path)
+        and now[:2] == stamp[:2]
+        and _digest_of(path, now) == digest
+    )
+    if not alike:
         raise UnusableFile(
             f"{shown(address)}: was changed while the run read it. Run again when it is complete."
         )
+
+
+@lru_cache(1024)  # each fragment of a large file asks several times
+def _digest_of(path: Path, stamp: tuple[int, ...]) -> str:
+    return digest_file(path, stamp)
 
 
 def is_settled(stamp: tuple[int, ...], looked_ns: int) -> bool:
@@ -120,21 +132,6 @@ def real_path(address: Address) -> AnyPath:
     path = location(address)
     # Unlike Path.resolve, realpath does not raise for circular links; opening the file will.
     return Path(os.path.realpath(path)) if isinstance(path, Path) else path
-
-
-def telling_size(path: AnyPath) -> int:
-    """The size in bytes of an unusable file, if it says something about the number of rows; else 0.
-
-    The size of a truncated Parquet file does. Those of a pointer to a large file, of an error page
-    or of a file of unwritten blocks do not.
-    """
-    try:
-        if not path.is_file() or path.stat().st_size <= len(MAGIC):
-            return 0
-        with path.open("rb") as file:
-            return path.stat().st_size if file.read(len(MAGIC)) == MAGIC else 0
-    except (OSError, GlmbatchError):  # the file has disappeared or cannot be read
-        return 0
 
 
 def whole_name(folder: AnyPath) -> str:
@@ -195,7 +192,7 @@ def digest_file(address: Address, stamp: tuple[int, ...] | None = None) -> str:
     path = location(address)
     with store_errors(path), path.open("rb") as file:
         if stamp is not None:
-            refuse_change(path, stamp, None if isinstance(path, Path) else file)
+            refuse_change(path, stamp, file)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

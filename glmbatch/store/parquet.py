@@ -80,11 +80,15 @@ def readable(address: Address) -> Iterator[None]:
 
 @contextmanager
 def open_parquet(
-    address: Address, int96: TimeUnit = "us", stamp: tuple[int, int] | None = None
+    address: Address,
+    int96: TimeUnit = "us",
+    stamp: tuple[int, ...] | None = None,
+    digest: str = "",
 ) -> Iterator[pq.ParquetFile]:
     """The open file; reading inside the `with` raises only our errors (see `readable`).
 
-    With a `stamp` (see `stamp_file`), UnusableFile if what was opened has another one.
+    With a `stamp` (see `version_stamp`), UnusableFile if what was opened has another one, and not
+    the `digest` either (see `refuse_change`).
 
     From an object in a store, only the parts that are read are fetched; those of a small object are
     fetched in parallel. INT96 times are read in the unit `int96`. Nanoseconds only cover the years
@@ -95,8 +99,14 @@ def open_parquet(
         kind = "folder" if path.is_dir() else "pipe or device"
         raise UnusableFile(f"{shown(path)}: is a {kind} where a Parquet file is expected.")
     with readable(path), ExitStack() as opened:
-        source = opened.enter_context(path.open_ranges()) if isinstance(path, ObjectPath) else path
-        small = isinstance(path, ObjectPath) and getattr(source, "size", 0) <= SMALL_BYTES
+        if isinstance(path, ObjectPath):
+            source = opened.enter_context(path.open_ranges())
+            small = getattr(source, "size", 0) <= SMALL_BYTES
+        else:
+            source = opened.enter_context(pa.OSFile(str(path)))
+            small = False
+        if stamp is not None:
+            refuse_change(path, stamp, source, digest)
         file = opened.enter_context(
             pq.ParquetFile(
                 source,
@@ -106,8 +116,6 @@ def open_parquet(
                 coerce_int96_timestamp_unit=int96,
             )
         )
-        if stamp is not None:
-            refuse_change(path, stamp, None if source is path else source)
         yield file
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from glmbatch.errors import InputError, UnusableFile, shown
-from glmbatch.ledger.fragments import FileFault, Fragment, Plan, output_name
+from glmbatch.ledger.fragments import FileFault, Fragment, Plan, output_name, telling_size
 from glmbatch.ledger.input.unchanged import Look, PublishedSource, is_sampled, look_at
 from glmbatch.settings.job import DataConfig
 from glmbatch.store.files import (
@@ -18,7 +18,6 @@ from glmbatch.store.files import (
     digest_file,
     naming,
     real_path,
-    telling_size,
     too_long,
     whole_name,
 )
@@ -89,7 +88,10 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
 
 
 def _joined(outcomes: Mapping[str, _Outcome], data: DataConfig) -> Plan:
-    """The plan of all usable files, by name. InputError when two would have the same output."""
+    """The plan of all usable files, in the order of `outcomes`.
+
+    InputError when two would have the same output.
+    """
     ranges: list[Fragment] = []
     stamps: dict[str, tuple[int, ...]] = {}
     unchanged: dict[str, tuple[int, ...]] = {}
@@ -168,13 +170,22 @@ class _Looker:
     def _at(self, name: str, given: AnyPath) -> _Outcome:
         """One file. UnusableFile if it is a link that leads out of `given`."""
         path = self.found.root / name
+        self._refuse_link(path, given)
+        # Before the footer, so that `read_fragment` detects every later change.
+        look = _look(path)
+        try:
+            return self._outcome(path, name, look)
+        except UnusableFile:
+            if (later := _look(path)).stamp == look.stamp:
+                raise
+        # It was replaced, or only linked, which changes its stamp too.
+        return self._outcome(path, name, later)
+
+    def _outcome(self, path: AnyPath, name: str, look: Look) -> _Outcome:
+        """One file that has the stamp of `look`. UnusableFile if it has another one by now."""
         source = self.published.get(name)
         leave = source is not None and name not in self.again
         drawn = leave and self._is_drawn(name)
-        self._refuse_link(path, given)
-        # Before the footer, so that `read_fragment` detects every later change.
-        with readable(path):
-            look = look_at(path)
         same_stamp = source is not None and look.stamp == source.stamp
         digest = ""
         # Nothing but a file is digested: reading a pipe would wait for its writer.
@@ -203,7 +214,7 @@ class _Looker:
 
     def _cut(self, path: AnyPath, name: str, look: Look) -> list[Fragment]:
         """The fragments of one file, without its digest."""
-        schema, group_rows, written = _read_footer(path)
+        schema, group_rows, written = _read_footer(path, look)
         try:
             check_schema(path, name, schema, self.needs)
             _check_output_name(name, self.data)
@@ -218,7 +229,7 @@ class _Looker:
                     source=name,
                     path=str(path),
                     digest="",
-                    stamp=(look.stamp[0], look.stamp[1]),
+                    stamp=look.stamp,
                     first_row=first_row,
                     rows=rows,
                     row_groups=groups,
@@ -245,9 +256,14 @@ def _refuse_same_output(ranges: list[Fragment], unchanged: Iterable[str]) -> Non
             )
 
 
-def _read_footer(path: AnyPath) -> tuple[pa.Schema, list[int], dict[str, Any]]:
+def _look(path: AnyPath) -> Look:
+    with readable(path):
+        return look_at(path)
+
+
+def _read_footer(path: AnyPath, look: Look) -> tuple[pa.Schema, list[int], dict[str, Any]]:
     """The columns of a file, the rows of each row group, and the fields of how it is written."""
-    with open_parquet(path) as file:
+    with open_parquet(path, stamp=look.stamp) as file:
         check_carried(str(path), file)
         metadata = file.metadata
         group_rows = [

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from glmbatch.ledger.verification import verify
 from glmbatch.run.plan import plan_run
 from glmbatch.run.preview import preview
 from glmbatch.settings.job import JobConfig
-from glmbatch.store import files
+from glmbatch.store import files, parquet
 from glmbatch.store.files import digest_file, is_settled, version_stamp
 from tests.support import CLASSIFY, Settings, Write, rows_of, run
 
@@ -345,5 +347,68 @@ def test_a_source_that_is_put_back_is_not_read_for_another(
         next(read_fragment(fragment))
     with pytest.raises(UnusableFile, match="was changed while the run read it"):
         digest_file(path, fragment.stamp)
-    aside.rename(path)
+    aside.replace(path)
     assert [batch["text"].to_pylist() for batch in read_fragment(fragment)] == [["one"]]
+
+
+def test_the_file_that_was_opened_counts(
+    settings: Settings, write_source: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_source("a.parquet", {"text": ["one"]})
+    (fragment,) = plan_run(JobConfig.model_validate(settings())).plan.fragments
+    refuse_change = parquet.refuse_change
+    aside = path.rename(tmp_path / "aside")
+    write_source("a.parquet", {"text": ["two"]})
+
+    def put_back_first(*arguments: Any) -> None:
+        aside.replace(path)
+        refuse_change(*arguments)
+
+    monkeypatch.setattr(parquet, "refuse_change", put_back_first)
+    with pytest.raises(UnusableFile, match="was changed while the run read it"):
+        next(read_fragment(fragment))
+
+
+def test_other_bytes_with_the_same_time_are_not_read(
+    settings: Settings, write_source: Write, tmp_path: Path
+) -> None:
+    path = write_source("a.parquet", {"text": ["one"]})
+    (fragment,) = plan_run(JobConfig.model_validate(settings())).plan.fragments
+    other = Path(shutil.copy2(path, tmp_path / "other"))
+    overwrite(other, "two")
+    other.replace(path)  # as `rsync -t` does
+    assert path.stat().st_mtime_ns == fragment.stamp[1]
+    with pytest.raises(UnusableFile, match="was changed while the run read it"):
+        list(read_fragment(fragment))
+
+
+def test_a_link_other_rights_or_a_copy_change_no_source(
+    settings: Settings, write_source: Write, tmp_path: Path
+) -> None:
+    path = write_source("a.parquet", {"text": ["one"]})
+    (fragment,) = plan_run(JobConfig.model_validate(settings())).plan.fragments
+    for harmless in (
+        lambda: os.link(path, tmp_path / "link"),
+        lambda: path.chmod(0o600),
+        lambda: Path(shutil.copy2(path, tmp_path / "copy")).replace(path),
+    ):
+        harmless()
+        assert version_stamp(path) != fragment.stamp
+        assert [batch["text"].to_pylist() for batch in read_fragment(fragment)] == [["one"]]
+
+
+def test_a_source_linked_while_it_is_planned_is_looked_at_again(
+    settings: Settings, write_source: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_source("a.parquet", {"text": ["one"]})
+    look_at, links = cutting.look_at, count()
+
+    def linked(looked: Path) -> Any:
+        look = look_at(looked)
+        if next(links) == 0:
+            os.link(path, tmp_path / "link")
+        return look
+
+    monkeypatch.setattr(cutting, "look_at", linked)
+    (fragment,) = plan_run(JobConfig.model_validate(settings())).plan.fragments
+    assert fragment.stamp == version_stamp(path)
