@@ -125,8 +125,8 @@ class RuntimeConfig(Settings):
         2,
         ge=1,
         le=64,
-        description="Fragments that one engine processes at the same time. Raise it if fragments "
-        "are so small that the device waits for files.",
+        description="Bundles that one engine processes at the same time: large fragments, or small "
+        "ones that share a task. Raise it if the device waits for files.",
     )
     cache: LocalAddress = Field(
         "~/.cache/glmbatch",

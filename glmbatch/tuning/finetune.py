@@ -48,7 +48,7 @@ def finetune(config: TuneConfig) -> Report:
 
 
 def check(config: TuneConfig) -> None:
-    """Check packages, rows and model before a server is started. InputError if one is wrong."""
+    """Check packages, rows and model before the run begins. InputError if one is wrong."""
     for package in ("accelerate", "peft", "sklearn"):
         if importlib.util.find_spec(package) is None:
             raise InputError(
