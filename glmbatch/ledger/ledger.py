@@ -10,6 +10,7 @@ or absent, and the next run finds it. See publication.py for the published files
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -17,13 +18,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from glmbatch.errors import InputError, TransientError
+from glmbatch.errors import GlmbatchError, InputError, TransientError
 from glmbatch.ledger.committed import CommittedFiles, Content
 from glmbatch.ledger.delta.table import LOG
 from glmbatch.ledger.known.keeping import StoredKeys
 from glmbatch.ledger.known.keys import AnswerFile, keys_of
 from glmbatch.ledger.known.stored import KEYS, StoredSegment
-from glmbatch.ledger.manifest import Manifest, PublishedFile, read_manifest
+from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile, read_manifest
 from glmbatch.ledger.outputs import OutputFiles, put_back
 from glmbatch.ledger.quarantine import OWN
 from glmbatch.ledger.receipts import (
@@ -31,15 +32,23 @@ from glmbatch.ledger.receipts import (
     BundleReceipt,
     OutputReceipt,
     digest_in_name,
-    key_in_name,
     read_receipt,
     write_with_receipt,
 )
-from glmbatch.store.files import Digests, digest_file, partial_beside, writable
-from glmbatch.store.folder import Folder
+from glmbatch.store.files import (
+    Digests,
+    digest_file,
+    modified,
+    partial_beside,
+    reachable,
+    writable,
+)
+from glmbatch.store.folder import Folder, times_written
 from glmbatch.store.locks import hold, release, released_on_error
 from glmbatch.store.modes import narrow
 from glmbatch.store.paths import AnyPath
+
+logger = logging.getLogger(__name__)
 
 ANSWERS = "_glmbatch/answers"
 RESULTS = "_glmbatch/results"
@@ -219,11 +228,15 @@ class Ledger:
                     yield AnswerFile(path, step, file.digest, is_published=True, spare_key=spare)
 
     def find_spare(self, file: AnswerFile) -> AnswerFile | None:
-        """The committed file that has the answers of a published one too; None without one."""
-        whole = self._answers.find(file.spare_key) if file.spare_key else None
-        if whole is None or whole.receipt.step != file.step:
+        """The committed file that has the answers of a published one too; None without one.
+
+        Deletes nothing, because a preview calls it without the lock.
+        """
+        sound = self._answers.find_sound(file.spare_key) if file.spare_key else None
+        if sound is None or sound[1].step != file.step:
             return None
-        return AnswerFile(whole.path, file.step, digest_in_name(whole.path))
+        path = sound[0]
+        return AnswerFile(path, file.step, digest_in_name(path))
 
     def stored_keys(self, step_key: str, files: Sequence[AnswerFile]) -> list[StoredSegment]:
         """The segments on disk over the published ones of `files`, which have all of a step key."""
@@ -236,13 +249,20 @@ class Ledger:
             self._keys.note(answers.step_key, output.digest, keys)
 
     def index_keys(self, manifest: Manifest) -> None:
-        """Write the row keys of what was published just now to the index on disk."""
+        """Write the row keys of what was published just now to the index on disk.
+
+        An error is logged: the publication is complete, and the next run reads the files.
+        """
         self.outputs.forget()  # takes memory, and is out of date
         step_keys = set(chain(*(file.step_keys.values() for file in manifest.files)))
-        self._keys.write_noted(step_keys)
-        if not self._answers.names.alone:  # other processes wrote the files, and noted nothing
-            for step_key in step_keys:
+        # Other processes, or an earlier run, wrote some of the files, and noted nothing here.
+        noted_all = self._answers.names.alone and not self.outputs.reuses_staged
+        try:
+            self._keys.write_noted(step_keys)
+            for step_key in () if noted_all else step_keys:
                 self._keys.cover(step_key, list(self._published_answers(step_key, manifest.files)))
+        except (GlmbatchError, OSError) as error:
+            logger.warning("%s: the index of known answers is not complete: %s", self.root, error)
 
     def unpublished_receipts(self) -> Iterator[AnswersReceipt]:
         """The receipts of committed but unpublished answers, including retries of failed rows."""
@@ -281,11 +301,20 @@ class Ledger:
         return list(self.folder.map(as_on_disk, outputs))
 
     def _unpublished(self) -> Iterator[tuple[AnyPath, BundleReceipt]]:
+        """The committed answers that no published file has, with their receipts.
+
+        A run that retries failed rows replaces answers under a published key. If it was killed, its
+        file is known by its time, which is not before the manifest's.
+        """
         published: set[str] = set()
         for file in self._published():
             published.update(file.answers_keys)
-        paths = [path for path in self._answers.paths() if key_in_name(path) not in published]
-        yield from self._receipts(paths)
+        folder = self.root / ANSWERS
+        with reachable(folder):
+            times = sorted(times_written(folder, ".parquet").items())
+            since = modified(self.root / MANIFEST) if published else 0.0
+        new = [name for name, at in times if at >= since or name.split(".")[0] not in published]
+        yield from self._receipts(folder / name for name in new)
 
     def _receipts(self, paths: Iterable[AnyPath]) -> Iterator[tuple[AnyPath, BundleReceipt]]:
         """Each of the answers `paths` that has a valid receipt, with its receipt."""

@@ -69,6 +69,8 @@ class OutputFiles:
         self._staged.names.alone = True
         self._published_receipts: Recent[OutputReceipt] = Recent()
         self._by_key: tuple[Manifest | None, dict[str, PublishedFile]] = None, {}
+        # Whether a file was found that a killed or refused run had staged, or a retried task.
+        self.reuses_staged = False
 
     @property
     def names(self) -> Listing:
@@ -86,6 +88,7 @@ class OutputFiles:
         """
         staged = self._staged.find(key)
         if staged is not None:
+            self.reuses_staged = True
             # Filled in here, because a footer cannot contain the digest of its own file.
             receipt = staged.receipt.model_copy(update={"digest": staged.digest})
         else:

@@ -93,7 +93,7 @@ def _write(path: AnyPath, text: str) -> None:
 
 def _forget_old(folder: AnyPath, keep: set[str | None]) -> None:
     """Delete all reports except the newest KEPT and those of the runs in `keep`."""
-    pages = by_age(folder, "*.html")
+    pages = by_age(folder, ".html")
     for path in pages[:-KEPT]:
         if path.stem not in keep:
             path.unlink(missing_ok=True)

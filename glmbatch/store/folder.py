@@ -19,7 +19,6 @@ from glmbatch.errors import InputError
 from glmbatch.store.files import (
     PARTIAL,
     is_link,
-    modified,
     put,
     reachable,
     real_path,
@@ -95,11 +94,26 @@ def remove_tree(folder: AnyPath) -> None:
         unlink_all(folder, folder.listed())
 
 
-def by_age(folder: AnyPath, pattern: str) -> list[AnyPath]:
-    """The files in `folder` that match `pattern`, the one that was written first at the front."""
-    if isinstance(folder, Path):
-        return sorted(folder.glob(pattern), key=modified)
-    return [*folder.by_age(pattern)]
+def by_age(folder: AnyPath, ending: str) -> list[AnyPath]:
+    """The files in `folder` whose names end with `ending`, the one written first at the front."""
+    times = times_written(folder, ending)
+    return [folder / name for name in sorted(times, key=times.__getitem__)]
+
+
+def times_written(folder: AnyPath, ending: str) -> dict[str, float]:
+    """When the files in `folder` with names that end with `ending` were written, by name.
+
+    In seconds since 1970. In a store, from its listing.
+    """
+    if not isinstance(folder, Path):
+        return {path.name: at.timestamp() for path, at in folder.times(f"*{ending}").items()}
+    times = {}
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(ending):
+                with suppress(FileNotFoundError):  # just replaced
+                    times[entry.name] = entry.stat(follow_symlinks=False).st_mtime
+    return times
 
 
 def _inner(name: str) -> str:

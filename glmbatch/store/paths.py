@@ -263,10 +263,10 @@ class ObjectPath(PurePosixPath):
         infos = sorted(self._infos(prefix, max_items=most).items())
         return {name[base:]: _status(info) for name, info in infos if name[base:]}
 
-    def by_age(self, pattern: str) -> list[ObjectPath]:
-        """The objects below it that match `pattern`, the oldest first, from the listing itself."""
-        infos = self._matching(pattern)
-        return sorted(infos, key=lambda path: next(filter(None, map(infos[path].get, TIMES))))
+    def times(self, pattern: str) -> dict[ObjectPath, datetime]:
+        """When the objects below it that match `pattern` were written, from the listing itself."""
+        infos = self._matching(pattern).items()
+        return {path: next(filter(None, map(info.get, TIMES))) for path, info in infos}
 
     def _infos(self, prefix: str, **options: object) -> dict[str, dict[str, Any]]:
         place = self

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from glmbatch.errors import InputError, UnusableFile
+from glmbatch.glm.engine.protocol import ClassifyResult
+from glmbatch.glm.engine.worker import TorchEngine
+from glmbatch.ledger.committed import CommittedFiles
 from glmbatch.ledger.fragments import Fragment, read_fragment
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.verification import verify
@@ -288,3 +291,43 @@ def with_a_failure(*arguments: Any, **options: Any) -> Any:
     asked = ask(*arguments, **options)
     asked.outcomes[next(iter(asked.outcomes))] = RowFault("model_failed", "out of memory")
     return asked
+
+
+@pytest.mark.usefixtures("in_one_bundle")
+def test_a_killed_retry_of_failed_rows_is_not_repeated(
+    sources: list[Path], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    failing = {0, 1}
+    plain = TorchEngine.classify
+
+    def classify(engine: TorchEngine, requests: Any) -> Any:
+        for result in plain(engine, requests):
+            bad = result.index in failing
+            yield ClassifyResult(result.index, (), "not finite") if bad else result
+
+    monkeypatch.setattr(TorchEngine, "classify", classify)
+    allowing = settings(max_error_rate=0.9, steps=[CLASSIFY])
+    assert run(allowing).computed == FILES + 2
+    failing.remove(0)
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(job, "write_outputs", stop)
+        run(allowing)
+    failing.clear()
+    assert run(allowing).computed == 1
+    assert run(allowing).faulty_rows == 0
+
+
+@pytest.mark.usefixtures("in_one_bundle", "sources")
+def test_answers_files_are_not_opened_once_published(
+    settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(settings())
+    ledger = Ledger(out)
+    manifest = ledger.manifest()
+    assert manifest is not None
+    monkeypatch.setattr(CommittedFiles, "receipt", None)
+    for step_key in manifest.files[0].step_keys.values():
+        assert all(file.is_published for file in ledger.answer_files(step_key))

@@ -39,11 +39,11 @@ class _Mapped:
     numbers: np.ndarray
     include_failed: bool
 
-    def __len__(self) -> int:
-        return len(self.segment) if (self.numbers != GONE).any() else 0
-
     def find(self, wanted: np.ndarray) -> np.ndarray:
         return self.segment.find(wanted, self.numbers, failed=self.include_failed)
+
+    def has_answer(self) -> bool:
+        return self.segment.has_answer(self.numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,23 @@ class KnownAnswers:
 
     @property
     def any_answer(self) -> bool:
-        """Whether at least one row of the step was answered, in this run or before."""
+        """Whether at least one row of the step was answered, in this run or before.
+
+        With `include_failed`, rows in files that no segment on disk covers count as answered.
+        """
+        if self._any_in_memory():
+            return True
+        for segment in list(self._stored):
+            try:
+                if segment.has_answer():
+                    return True
+            except (UnusableFile, OSError) as error:
+                self._replace(segment, error)
+        return self._any_in_memory()
+
+    def _any_in_memory(self) -> bool:
         with self._lock:
-            return any(map(len, self._stored)) or any(map(len, self._segments))
+            return any(map(len, self._segments))
 
     def _map(
         self, files: Sequence[AnswerFile], stored: Sequence[StoredSegment]

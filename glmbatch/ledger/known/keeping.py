@@ -41,6 +41,7 @@ from glmbatch.store.paths import AnyPath
 logger = logging.getLogger(__name__)
 
 NOTED_ROWS = 1 << 20  # kept in memory until they are written: 13 MB
+LOOKS = 3  # at the folder, while another run merges segments
 
 
 class StoredKeys:
@@ -54,24 +55,31 @@ class StoredKeys:
         self._folder = folder
         self._noted: dict[str, list[tuple[str, Keys]]] = {}
         self._noted_rows = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a merge opens segments while it has the lock
         self._opened: dict[tuple[AnyPath, bool], StoredSegment] = {}
 
     def open(self, step_key: str) -> list[StoredSegment]:
         """The sound segments of a step key, the largest first; others are logged and skipped."""
+        with self._lock:
+            return sorted(self._open_all(step_key, LOOKS), key=len, reverse=True)
+
+    def _open_all(self, step_key: str, looks: int) -> list[StoredSegment]:
         segments = []
         paths = self._paths(f"{step_key}.*{SUFFIX}")
         for opened in list(self._opened):
             if key_in_name(opened[0]) == step_key and opened[0] not in paths:
-                del self._opened[opened]
+                self._opened.pop(opened, None)
         for path in paths:
             try:
                 segments.append(self._open(path))
             except (GlmbatchError, OSError) as error:
+                if isinstance(error, FileNotFoundError) and looks > 1:
+                    # Merged since it was listed: its entries are in a segment of another name.
+                    return self._open_all(step_key, looks - 1)
                 logger.warning("%s: is left out, and its keys are read again", error)
                 if isinstance(error, UnusableFile):
                     self._remove(path)
-        return sorted(segments, key=len, reverse=True)
+        return segments
 
     def _open(self, path: AnyPath) -> StoredSegment:
         """The segment, opened once: the same name always has the same bytes."""

@@ -115,6 +115,16 @@ class StoredSegment:
         places = np.concatenate(found)
         return places_of(numbers[files_of(places)], rows_of(places & ~FAILED))
 
+    def has_answer(self, numbers: np.ndarray) -> bool:
+        """Whether any row did not fail in the files that `numbers` does not give as GONE.
+
+        Reads blocks up to the first such row. UnusableFile when one of them is damaged.
+        """
+        for number in range(len(self._firsts)):
+            if _counts(self._block(number).places_K, numbers, failed=False).any():
+                return True
+        return False
+
     def _find_in(
         self, block: int, wanted: np.ndarray, numbers: np.ndarray, failed: bool
     ) -> np.ndarray:

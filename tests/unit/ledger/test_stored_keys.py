@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,12 +18,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from glmbatch.errors import TransientError
 from glmbatch.ledger.known import answers, keeping, stored
 from glmbatch.ledger.known.answers import KnownAnswers
 from glmbatch.ledger.known.keeping import StoredKeys
 from glmbatch.ledger.known.keys import AnswerFile
 from glmbatch.ledger.known.segments import Entries, places_of
-from glmbatch.ledger.known.stored import StoredSegment, write_segment
+from glmbatch.ledger.known.stored import KEYS, StoredSegment, write_segment
+from glmbatch.ledger.ledger import Ledger
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.support import Settings, Write
@@ -204,6 +207,66 @@ def test_a_full_disk_costs_only_the_new_segment(
     assert segment_files(tmp_path) == before
 
 
+def test_segments_merged_since_the_listing_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = [bytes([number]) * 16 for number in range(8)]
+    files = [published(tmp_path / "a.parquet", list(keys[:7]))]
+    files.append(published(tmp_path / "b.parquet", [keys[7]]))
+    known(files[:1], writer(tmp_path))
+    plain = keeping.StoredSegment
+    merging = [True]
+
+    def opened(path: Path, **options: Any) -> StoredSegment:
+        if options == {"is_mine": False} and merging:
+            merging.clear()
+            path.rename(path.with_name("gone"))
+            known(files, writer(tmp_path))  # covers both in a segment of another name
+        return plain(path, **options)
+
+    monkeypatch.setattr(keeping, "StoredSegment", opened)
+    monkeypatch.setattr(answers, "read_keys", None)
+    reader = known(files, StoredKeys(tmp_path / "keys"))
+    assert found(reader, set(keys)).keys() == set(keys)
+    assert caplog.text == ""
+
+
+def test_segments_are_not_opened_during_a_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [published(tmp_path / "a.parquet", [b"a" * 16])]
+    index = writer(tmp_path)
+    other = threading.Thread(target=index.open, args=[STEP_KEY])
+
+    def merging(*arguments: Any) -> Path:
+        other.start()
+        other.join(0.2)
+        assert other.is_alive(), "it waits for the merge"
+        return write_segment(*arguments)
+
+    monkeypatch.setattr(keeping, "write_segment", merging)
+    known(files, index)
+    other.join()
+
+
+@pytest.mark.parametrize("failed", [1, 2])
+def test_failed_rows_in_a_segment_are_no_answers(tmp_path: Path, failed: int) -> None:
+    files = [published(tmp_path / "a.parquet", [b"a" * 16, b"b" * 16], failed)]
+    known(files, writer(tmp_path))
+    assert known(files, StoredKeys(tmp_path / "keys")).any_answer == (failed < 2)
+    files.append(published(tmp_path / "b.parquet", [b"c" * 16]))
+    assert known(files, StoredKeys(tmp_path / "keys")).any_answer
+    assert not known([], StoredKeys(tmp_path / "keys")).any_answer
+
+
+def test_a_damaged_segment_does_not_hide_an_answer(tmp_path: Path) -> None:
+    files = [published(tmp_path / "a.parquet", [b"a" * 16])]
+    known(files, writer(tmp_path))
+    (path,) = segment_files(tmp_path)
+    path.write_bytes(b"?" + path.read_bytes()[1:])
+    assert known(files, StoredKeys(tmp_path / "keys")).any_answer
+
+
 @pytest.mark.slow
 def test_ten_million_keys_take_less_than_a_megabyte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -250,3 +313,60 @@ def test_a_run_writes_and_uses_it_and_can_do_without(
     index.rmdir()
     write_source("newer.parquet", {"text": ["row 3"]})
     assert run_job(job).computed == 0
+
+
+def test_a_complete_publication_survives_its_index(
+    write_source: Write,
+    job_settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise TransientError("the disk is gone")
+
+    job = JobConfig.model_validate(job_settings())
+    write_source("a.parquet", {"text": ["a"]})
+    monkeypatch.setattr(StoredKeys, "write_noted", refuse)
+    assert run_job(job).rows == 1
+    assert "the disk is gone" in caplog.text
+    assert run_job(job).computed == 0
+
+
+def test_files_staged_by_a_killed_run_are_in_the_index(
+    write_source: Write, job_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    job = JobConfig.model_validate(job_settings())
+    write_source("a.parquet", {"text": ["a", "b"]})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("glmbatch.run.job.publish", die)
+        run_job(job)
+    assert run_job(job).computed == 0
+    ledger = Ledger(job.data.output)
+    manifest = ledger.manifest()
+    assert manifest is not None
+    for step_key in manifest.files[0].step_keys.values():
+        (segment,) = StoredKeys(ledger.root / KEYS).open(step_key)
+        assert len(segment) == 2
+
+
+def die(*_: object, **__: object) -> None:
+    raise Killed
+
+
+def test_looking_for_a_spare_deletes_nothing(
+    write_source: Write, job_settings: Settings, tmp_path: Path
+) -> None:
+    job = JobConfig.model_validate(job_settings())
+    write_source("a.parquet", {"text": ["a"]})
+    run_job(job)
+    ledger = Ledger(job.data.output)
+    manifest = ledger.manifest()
+    assert manifest is not None
+    for step_key in manifest.files[0].step_keys.values():
+        (file,) = ledger.answer_files(step_key)
+        spare = ledger.find_spare(file)
+        assert spare is not None
+        spare.path.write_bytes(b"damaged")
+        assert Ledger(job.data.output).find_spare(file) is None
+        assert spare.path.read_bytes() == b"damaged"
