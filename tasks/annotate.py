@@ -128,7 +128,7 @@ class JobTasks:
             answering = self._configured(answer.answer, refresh=in_store or receipts[index] is None)
             # Prefect waits for these and shows them as the task's parents.
             earlier = [answers[before] for before in sorted(answers)]
-            answers[index] = answering.submit(quote(bundle.assignments[index]), earlier, place)
+            answers[index] = answering.submit(bundle.assignments[index], earlier, place)
             submitted.append(answers[index])
         if len(answers) == len(bundle.assignments):
             # With receipts of this run, the outputs cannot exist yet.
@@ -136,7 +136,7 @@ class JobTasks:
             missing = len(old) < len(receipts) or not all_written(bundle, old, ledger)
             writing = self._configured(publish.write, refresh=in_store or missing)
             earlier = [answers[index] for index in sorted(answers)]
-            submitted.append(writing.submit(quote(bundle), earlier))
+            submitted.append(writing.submit(bundle, earlier))
         return submitted
 
     def _configured(self, task: Any, *, refresh: bool = False) -> Any:

@@ -19,7 +19,7 @@ from tasks.results import SealedResult
 def answers_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     """Cache key of the answers of one step over one bundle."""
     assignment: Assignment = parameters["assignment"]
-    return f"answers-{RESULTS_VERSION}-{assignment.keys.file}"
+    return f"answers-{RESULTS_VERSION}-{assignment.answers_keys.file}"
 
 
 @task(

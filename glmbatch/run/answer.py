@@ -92,12 +92,12 @@ def answer(assignment: Assignment) -> list[AnswersReceipt]:
     session.progress.add(rows - done, computed=False)
     log_answers(receipts, assignment.run.id)
     by_key = {receipt.key: receipt for receipt in receipts}
-    return [by_key[key] for key in assignment.keys.fragments]
+    return [by_key[key] for key in assignment.answers_keys.fragments]
 
 
 def find_answers(assignment: Assignment, ledger: Ledger) -> BundleReceipt | None:
     """The receipt of the committed answers, if they are whole and need not be asked again."""
-    keys = assignment.keys
+    keys = assignment.answers_keys
     earlier = {name: before.file for name, before in assignment.earlier.items()}
     return ledger.find_answers(keys.file, assignment.run.id, earlier, keys.fragments)
 
@@ -116,7 +116,7 @@ def read_parts(assignment: Assignment, session: Session) -> tuple[list[Part], li
     parts: dict[str, Part] = {}
     unusable: dict[str, AnswersReceipt] = {}
     for number, fragment in enumerate(assignment.fragments):
-        key = assignment.keys.fragments[number]
+        key = assignment.answers_keys.fragments[number]
         if key in parts:
             continue
         try:
@@ -177,7 +177,7 @@ def _answer_parts(
         receipts = list(_receipts(assignment, parts, answered))
         _refuse_hopeless(question, asked, receipts, known, session)
         receipt = BundleReceipt(
-            key=assignment.keys.file,
+            key=assignment.answers_keys.file,
             run=assignment.run.id,
             step=question.name,
             step_key=question.key,
@@ -303,7 +303,7 @@ def _receipts(
 
 
 def _receipt(assignment: Assignment, fragment: Fragment, key: str, **facts: Any) -> AnswersReceipt:
-    file_key = assignment.keys.file
+    file_key = assignment.answers_keys.file
     return AnswersReceipt(
         key=key,
         bundle="" if key == file_key else file_key,

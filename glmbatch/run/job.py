@@ -32,10 +32,10 @@ def run_job(job: JobConfig) -> Summary:
         count_rows(work.run)
         receipts = {}  # by the key of the answers file, which bundles with the same rows share
         for assignment in work.in_passes():
-            receipts[assignment.keys.file] = answer(assignment)
+            receipts[assignment.answers_keys.file] = answer(assignment)
         staged = []
         for bundle in work.bundles:
-            answers = [receipts[assignment.keys.file] for assignment in bundle.assignments]
+            answers = [receipts[assignment.answers_keys.file] for assignment in bundle.assignments]
             staged += write_outputs(bundle, answers, opened.ledger)
         canaries = check_canary(job.canary, work.questions, run.context)
         return publish(job, work.run, work.questions, staged, canaries)

@@ -317,7 +317,7 @@ def _bundle(
                 run=context,
                 fragments=fragments,
                 question=question,
-                keys=keys[question.name],
+                answers_keys=keys[question.name],
                 earlier={name: keys[name] for name in question.inputs.earlier},
             )
         )

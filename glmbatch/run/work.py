@@ -135,7 +135,7 @@ class Assignment(BaseModel, frozen=True, extra="forbid"):
     run: RunContext  # included so that a task needs no other argument
     fragments: tuple[Fragment, ...]
     question: Question
-    keys: AnswersKeys
+    answers_keys: AnswersKeys
     earlier: dict[str, AnswersKeys]
 
     @property

@@ -29,7 +29,7 @@ def write_outputs(
     receipt with the reason in `unusable`; under `on_error: raise` it raises InputError.
     """
     for assignment, receipts in zip(bundle.assignments, answers, strict=True):
-        if tuple(receipt.key for receipt in receipts) != assignment.keys.fragments:
+        if tuple(receipt.key for receipt in receipts) != assignment.answers_keys.fragments:
             raise InputError(
                 f"{ledger.root / RESULTS}: a stored result is not the one that its name says, so "
                 f"the answers to {bundle.name} are unknown. Delete this folder, and run again."
@@ -59,7 +59,7 @@ def all_written(bundle: Bundle, answers: Sequence[BundleReceipt], ledger: Ledger
     steps = []
     for assignment, receipt in zip(bundle.assignments, answers, strict=True):
         by_key = {part.key: part for part in receipt.parts}
-        steps.append([by_key[key] for key in assignment.keys.fragments])
+        steps.append([by_key[key] for key in assignment.answers_keys.fragments])
     for output_key, *parts in zip(bundle.output_keys, *steps, strict=True):
         if ledger.outputs.find(output_key, parts) is None:
             return False
