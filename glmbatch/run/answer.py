@@ -7,8 +7,9 @@ safe to repeat: committed answers are found and reused.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count, islice
 from typing import Any
 
@@ -81,8 +82,7 @@ def answer(assignment: Assignment) -> list[AnswersReceipt]:
     committed = find_answers(assignment, session.ledger)
     if committed is not None:
         # From this run if the task is a retry, else from an earlier run over the same rows.
-        receipts = list(committed.parts)
-        done = 0
+        receipts, done = list(committed.parts), 0
     else:
         parts, receipts = read_parts(assignment, session)
         if parts:
@@ -107,12 +107,16 @@ def read_parts(assignment: Assignment, session: Session) -> tuple[list[Part], li
 
     Fragments with the same rows have the same answers key, and give one part.
     """
-    earlier = {}
-    runs = {}
-    for name, keys in assignment.earlier.items():
-        receipt, table = session.ledger.read_answers(keys.file)
-        earlier[name] = receipt.split(table)
-        runs[name] = receipt.run
+    read: dict[str, tuple[str, dict[str, pa.Table]]] = {}
+
+    def earlier(number: int, name: str) -> pa.Table | None:
+        keys = assignment.earlier[name]
+        # Only now: if no fragment could be read, there is no such file.
+        if name not in read:
+            receipt, table = session.ledger.read_answers(keys.file)
+            read[name] = receipt.run, receipt.split(table)
+        return read[name][1].get(keys.fragments[number])
+
     parts: dict[str, Part] = {}
     unusable: dict[str, AnswersReceipt] = {}
     for number, fragment in enumerate(assignment.fragments):
@@ -120,17 +124,14 @@ def read_parts(assignment: Assignment, session: Session) -> tuple[list[Part], li
         if key in parts:
             continue
         try:
-            before = {}
-            for name, keys in assignment.earlier.items():
-                before[name] = earlier[name].get(keys.fragments[number])
-            rows = _read_rows(fragment, assignment.question, before, session)
+            rows = _read_rows(fragment, assignment.question, partial(earlier, number), session)
         except UnusableFile as error:
             if assignment.run.raises:
                 raise
             # Not committed, because the file may be repaired before the next run.
             unusable[key] = _receipt(assignment, fragment, key, unusable=str(error))
         else:
-            parts[key] = Part(fragment, key, rows, runs)
+            parts[key] = Part(fragment, key, rows, {name: run for name, (run, _) in read.items()})
             unusable.pop(key, None)  # of a fragment with the same rows, which the output will miss
     return list(parts.values()), list(unusable.values())
 
@@ -138,7 +139,7 @@ def read_parts(assignment: Assignment, session: Session) -> tuple[list[Part], li
 def _read_rows(
     fragment: Fragment,
     question: Question,
-    earlier: Mapping[str, pa.Table | None],
+    earlier: Callable[[str], pa.Table | None],
     session: Session,
 ) -> list[RowValues]:
     """The placeholder values of each row. UnusableFile when the fragment cannot be read.
@@ -173,8 +174,7 @@ def _answer_parts(
         # Before the commit, so that under `on_error: raise` a failed row is asked again next time.
         faults = table.column(Columns(question.name).error).to_pylist()
         _refuse_faults(assignment, parts, faults)
-        answered = _Answered(prompts, keys, table, asked)
-        receipts = list(_receipts(assignment, parts, answered))
+        receipts = [*_receipts(assignment, parts, _Answered(prompts, keys, table, asked))]
         _refuse_hopeless(question, asked, receipts, known, session)
         receipt = BundleReceipt(
             key=assignment.answers_keys.file,

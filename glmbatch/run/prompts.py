@@ -5,7 +5,7 @@ Knows no engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -25,20 +25,21 @@ from glmbatch.store.values import prompt_values
 def read_prompt_rows(
     fragment: Fragment,
     question: Question,
-    earlier: Mapping[str, pa.Table | None],
+    earlier: Callable[[str], pa.Table | None],
     *,
     whole: bool = False,
 ) -> list[RowValues]:
     """The placeholder values of each row of a fragment in order.
 
     Reads only the columns that the prompt names; with `whole` it decodes the others too. `earlier`
-    has the answers of earlier steps, None for a step that could not read the fragment. If an
+    gives the answers of an earlier step, None if that could not read the fragment. If an
     earlier step failed on a row, a RowFault takes the value's place. UnusableFile when the fragment
     cannot be read.
     """
     values: dict[str, Sequence[str | bytes | RowFault | None]] = {}
     values.update(source_values(fragment, question.inputs.columns, whole=whole))
-    for name, table in earlier.items():
+    for name in question.inputs.earlier:
+        table = earlier(name)
         if table is None:
             raise UnusableFile(f"{fragment.path}: step {name!r} could not read it")
         values[name] = earlier_values(table, name)
