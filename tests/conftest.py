@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from glmbatch.glm.engine.pool import EnginePool
+from glmbatch.ledger.input import cutting
 from glmbatch.settings.tuning import TuneConfig
+from glmbatch.store.paths import AnyPath
 from tests.stores import Store, s3_store
 from tests.support import (
     CAUSAL,
@@ -152,3 +154,17 @@ def tune(tmp_path: Path, write_source: Write) -> Tune:
         return TuneConfig.model_validate(overridden(config, overrides))
 
     return settings
+
+
+@pytest.fixture
+def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the sources that runs digest from now on."""
+    names: list[str] = []
+    digest = cutting.digest_file
+
+    def counting(path: AnyPath, *stamp: Any) -> str:
+        names.append(path.name)
+        return digest(path, *stamp)
+
+    monkeypatch.setattr(cutting, "digest_file", counting)
+    return names

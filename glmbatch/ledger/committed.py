@@ -88,14 +88,12 @@ class CommittedFiles(Generic[Receipt]):
             for name in self.names.find(key, again=again):
                 path = self.folder / name
                 try:
-                    # A link does not count: its target may disappear at any time.
-                    linked = is_link(path)
-                    digest = None if linked else whole_digest(path, self._digests, must_read=True)
+                    digest = self._own_digest(path, must_read=True)
                 except FileNotFoundError:
                     # Just replaced for another fragment with the same rows, and so the same key.
                     self.names.discard(name)
                     return self.find_whole(key, again=True)
-                if digest is not None and digest.startswith(digest_in_name(path)):
+                if digest is not None:
                     return path, digest
                 self.remove([path])
         return None
@@ -104,13 +102,20 @@ class CommittedFiles(Generic[Receipt]):
         """The file under `key` whose bytes match its name, and its receipt. Deletes nothing."""
         for path in self.paths(key):
             with suppress(FileNotFoundError):  # just replaced
-                digest = None if is_link(path) else whole_digest(path, self._digests)
-                if digest is None or not digest.startswith(digest_in_name(path)):
+                if self._own_digest(path) is None:
                     continue
                 receipt = self.receipt(path)
                 if receipt is not None and getattr(receipt, "key", None) == key:
                     return path, receipt
         return None
+
+    def _own_digest(self, path: AnyPath, *, must_read: bool = False) -> str | None:
+        """The SHA-256 of a file if its name contains it, else None; raises as `whole_digest`."""
+        # A link does not count: its target may disappear at any time.
+        if is_link(path):
+            return None
+        digest = whole_digest(path, self._digests, must_read=must_read)
+        return digest if digest is not None and digest.startswith(digest_in_name(path)) else None
 
     def read(self, key: str) -> tuple[Receipt, pa.Table] | None:
         """The receipt and the rows of the file under `key`; None without one.

@@ -44,7 +44,7 @@ from glmbatch.store.files import (
     writable,
 )
 from glmbatch.store.folder import Folder, times_written
-from glmbatch.store.locks import hold, release, released_on_error
+from glmbatch.store.locks import hold, release
 from glmbatch.store.modes import narrow
 from glmbatch.store.paths import AnyPath
 
@@ -79,8 +79,11 @@ class Ledger:
         """
         self._refuse_links()
         hold(self.root / LOCK, run)
-        with released_on_error(self.root / LOCK, run):
+        try:
             put_back(self.folder)
+        except BaseException:
+            self.close(run)
+            raise
         self._trust_listings(not shared)
         self._keys.is_writer = True
 

@@ -30,8 +30,8 @@ from glmbatch.ledger.receipts import (
     AnswersReceipt,
     OutputReceipt,
     file_name,
+    has_digest,
     read_receipt,
-    whole_digest,
     write_with_receipt,
 )
 from glmbatch.store.files import (
@@ -110,10 +110,7 @@ class OutputFiles:
     def published(self, name: str, digest: str) -> OutputReceipt | None:
         """The receipt of the published file `name` if its SHA-256 is `digest`, else None."""
         path = self._root / name
-        try:
-            if whole_digest(path, self._digests) != digest:
-                return None
-        except FileNotFoundError:
+        if not has_digest(path, digest, self._digests):
             return None
         content = self._published_receipts.find(digest)
         if content is not None:
@@ -240,7 +237,8 @@ def put_back(root: Folder) -> None:
     moves = []
     for file in manifest.files if manifest is not None else ():
         second, path = root / OVERWRITTEN / _name(file), root / file.output_name
-        if second.name in kept and _has(second, file.digest) and not _has(path, file.digest):
+        is_kept = second.name in kept and has_digest(second, file.digest)
+        if is_kept and not has_digest(path, file.digest):
             logger.warning("%s: is put back, because a publication was not completed", path)
             root.check_places([file.output_name])
             moves.append((second, path))
@@ -260,10 +258,3 @@ def _list_name(manifest: Manifest) -> str:
 
 def _name(file: PublishedFile) -> str:
     return f"{file.digest}.parquet"
-
-
-def _has(path: AnyPath, digest: str) -> bool:
-    try:
-        return whole_digest(path) == digest
-    except FileNotFoundError:
-        return False

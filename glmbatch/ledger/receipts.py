@@ -195,6 +195,14 @@ def whole_digest(
         return None
 
 
+def has_digest(path: AnyPath, digest: str, digests: Digests | None = None) -> bool:
+    """Whether there is a file `path` with the SHA-256 `digest`; raises as `whole_digest`."""
+    try:
+        return whole_digest(path, digests) == digest
+    except FileNotFoundError:
+        return False
+
+
 def file_name(key: str, digest: str) -> str:
     """The name of the committed file under `key` with the SHA-256 `digest`."""
     return f"{key}.{digest[:DIGEST_CHARS]}.parquet"

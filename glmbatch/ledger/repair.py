@@ -38,7 +38,7 @@ from glmbatch.ledger.quarantine import (
     read_lines,
     write_quarantine,
 )
-from glmbatch.ledger.receipts import OutputReceipt, read_receipt, whole_digest
+from glmbatch.ledger.receipts import OutputReceipt, has_digest, read_receipt, whole_digest
 from glmbatch.ledger.staying import overlap
 from glmbatch.store.files import modified, whole_address
 from glmbatch.store.parquet import open_parquet
@@ -80,7 +80,7 @@ def repair(output: str | Path) -> Repair:
         if _mend_quarantine(ledger, manifest):
             mended.append(QUARANTINE)
         for file in manifest.files:
-            if not _is_whole(ledger, file):
+            if not has_digest(ledger.root / file.output_name, file.digest):
                 notes.append(f"{file.output_name}: damaged or missing; run the job to rebuild it")
         return Repair(
             output=str(output),
@@ -91,13 +91,6 @@ def repair(output: str | Path) -> Repair:
         )
     finally:
         ledger.close(RUN)
-
-
-def _is_whole(ledger: Ledger, file: PublishedFile) -> bool:
-    try:
-        return whole_digest(ledger.root / file.output_name) == file.digest
-    except FileNotFoundError:
-        return False
 
 
 def describe(repair: Repair) -> str:

@@ -54,8 +54,8 @@ from glmbatch.steps.prompt import longest_prompt, uses_chat
 from glmbatch.store.files import real_path
 from glmbatch.store.inputs.needs import NeededColumn, SchemaNeeds
 
-# Small fragments share tasks as soon as there are more of them for each engine process. Each task
-# costs Prefect some 20 ms, and too few of them would leave engines without work.
+# Small fragments share tasks where each engine process would have more than this many. A task costs
+# Prefect some 20 ms, and too few of them would leave engines without work.
 BUNDLES = 64
 
 

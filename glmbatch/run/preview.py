@@ -277,12 +277,13 @@ def _estimate(steps: Sequence[StepPreview], ledger: Ledger) -> float | None:
     """Seconds of inference at the rate of the published rows; None if the rate is unknown."""
     to_run: Counter[str] = Counter()
     for step in steps:
-        to_run[step.step] += step.to_run
+        if step.to_run:
+            to_run[step.step] += step.to_run
+    if not to_run:
+        return 0.0  # without opening each published file
     receipts = list(ledger.published_receipts())
     seconds = 0.0
     for name, rows in to_run.items():
-        if not rows:
-            continue
         rate = _rows_per_second([receipt for receipt in receipts if receipt.step == name])
         if rate is None:
             return None

@@ -75,16 +75,6 @@ def release(path: AnyPath, run: str) -> None:
         _LOCKS.pop(name)[1].let_go()
 
 
-@contextmanager
-def released_on_error(path: AnyPath, run: str) -> Iterator[None]:
-    """Release the lock `path` of `run` if the block fails."""
-    try:
-        yield
-    except BaseException:
-        release(path, run)
-        raise
-
-
 def check_held(path: AnyPath) -> None:
     """Interrupted when this process has lost the lock `path`, or may have lost it.
 

@@ -15,7 +15,6 @@ import pytest
 
 from glmbatch.errors import UnusableFile
 from glmbatch.ledger.fragments import read_fragment
-from glmbatch.ledger.input import cutting
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import write_manifest
 from glmbatch.ledger.verification import verify
@@ -23,7 +22,7 @@ from glmbatch.run.plan import plan_run
 from glmbatch.settings.job import JobConfig
 from glmbatch.store import folder
 from glmbatch.store.files import version_stamp
-from glmbatch.store.paths import ObjectPath, _filesystem
+from glmbatch.store.paths import _filesystem
 from tests.stores import BUCKET, Request, Store
 from tests.support import CLASSIFY, Settings, run
 
@@ -41,20 +40,6 @@ def settings(store: Store, job_settings: Settings) -> Callable[..., dict[str, An
         )
 
     return there
-
-
-@pytest.fixture
-def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the sources that runs digest from now on."""
-    names: list[str] = []
-    digest = cutting.digest_file
-
-    def counting(path: ObjectPath, *stamp: Any) -> str:
-        names.append(path.name)
-        return digest(path, *stamp)
-
-    monkeypatch.setattr(cutting, "digest_file", counting)
-    return names
 
 
 def content(*texts: str) -> bytes:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from glmbatch.errors import UnusableFile
-from glmbatch.ledger.known.keys import AnswerFile, Keys, keys_of, read_keys
+from glmbatch.ledger.known.keys import AnswerFile, Keys, read_keys
 from glmbatch.ledger.known.segments import Entries, Segment, files_of, in_order, places_of, rows_of
 from glmbatch.ledger.known.stored import GONE, StoredSegment, covered_as
 from glmbatch.settings.columns import Columns
@@ -140,13 +140,10 @@ class KnownAnswers:
             self._stored.append(_Mapped(segment, mapped, self._include_failed))
         return [*others, *(self._files[numbers[digest]] for digest in sorted(missing))]
 
-    def add(self, file: AnswerFile, table: pa.Table | None = None) -> None:
-        """Add the answers of a file to the index; a file that cannot be read is logged and skipped.
-
-        `table` has the rows of the file, if the caller has just written them.
-        """
+    def add(self, file: AnswerFile) -> None:
+        """Add the answers of a file to the index; one that cannot be read is logged and skipped."""
         try:
-            keys = read_keys(file) if table is None else keys_of(table, file.step, str(file.path))
+            keys = read_keys(file)
         except UnusableFile as error:
             logger.warning("%s: its answers are not read from it", error)
             self._add_spare(file)
@@ -163,8 +160,6 @@ class KnownAnswers:
                 parts.insert(0, last.part(0, len(last)))
                 size += len(last)
             self._segments.append(Segment(in_order(parts)))
-            if table is not None:
-                self._keep_table(number, self._as_own(file, table))
 
     @contextmanager
     def hold(self, keys: Collection[bytes]) -> Iterator[Hold]:

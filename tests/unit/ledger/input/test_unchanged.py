@@ -32,20 +32,6 @@ TEXTS = ["很好", "bad thing", None, "so so"]
 
 
 @pytest.fixture
-def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the sources that runs digest from now on."""
-    names: list[str] = []
-    digest = cutting.digest_file
-
-    def counting(path: Path, *stamp: Any) -> str:
-        names.append(path.name)
-        return digest(path, *stamp)
-
-    monkeypatch.setattr(cutting, "digest_file", counting)
-    return names
-
-
-@pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trust stamps at once, as of files that are older than the clock's grain."""
     monkeypatch.setattr(files, "TICK_NS", -1)
