@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from glmbatch.errors import GlmbatchError, TransientError
-from glmbatch.glm.device import free_memory_bytes
+from glmbatch.glm.device import free_memory_bytes, prepare_cuda
 from glmbatch.glm.engine.classify import Classification
 from glmbatch.glm.engine.generate import Generation
 from glmbatch.glm.engine.protocol import (
@@ -64,6 +64,8 @@ class TorchEngine:
         """
         self._network = Network(model.eval(), token_count, quantization)
         on_cuda = self._network.device.type == "cuda"
+        if on_cuda:
+            prepare_cuda()
         if cache_bytes is None:
             # On CUDA, the rest is for activations; on CPU, other processes need memory too.
             share = (0.8 if on_cuda else 0.25) / models_at_once

@@ -32,7 +32,7 @@ class Product(Protocol):
         """x_TI @ weight_OI.T + bias_O, [T, O]."""
 
     def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
-        """The product plus `residual_TO`, which stays unchanged, [T, O]."""
+        """The product plus `residual_TO`, which may be overwritten, [T, O]."""
 
 
 Swiglu = Callable[[torch.Tensor], torch.Tensor]
@@ -95,7 +95,7 @@ class PlainProduct:
 
     def plus(self, x_TI: torch.Tensor, residual_TO: torch.Tensor) -> torch.Tensor:
         """The product plus `residual_TO`, [T, O]."""
-        out_TO = torch.addmm(residual_TO, x_TI, self._weight_OI.T)
+        out_TO = residual_TO.addmm_(x_TI, self._weight_OI.T)
         return out_TO if self._bias_O is None else out_TO.add_(self._bias_O)
 
 

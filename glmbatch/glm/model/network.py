@@ -63,9 +63,10 @@ class Network:
         if self.has_head:
             self._score: Any = model.score
         else:
-            # The rows of padding ids are cut off, so that these ids can never be chosen.
             exact = choose_form("none", device, self.dtype_name)
-            self._lm_head = product(model.lm_head.weight[:token_count], None, exact)
+            # With the rows of padding ids, because a GPU's fast kernels need rows of the result
+            # that are a multiple of 16 bytes.
+            self._lm_head = product(model.lm_head.weight, None, exact)
             model.lm_head = None  # the product may have a copy of its own
         self._trained_prefix = self._take_prefix(model)
         self._prefixes: OrderedDict[tuple[int, ...], KvPrefix] = OrderedDict()
@@ -200,7 +201,8 @@ class Network:
 
     def token_logits(self, hidden_RC: torch.Tensor) -> torch.Tensor:
         """Logits [R, V] in float32 of the `token_count` ids that are tokens."""
-        return self._lm_head(hidden_RC).float()
+        # Padding ids are cut off, so that they can never be chosen.
+        return self._lm_head(hidden_RC)[:, : self.token_count].float()
 
     def class_logits(self, hidden_RC: torch.Tensor) -> torch.Tensor:
         """Logits [R, labels] of the trained head in float32."""
