@@ -17,10 +17,11 @@ import torch
 from glmbatch.glm.engine.oom import catch_oom
 from glmbatch.glm.engine.protocol import GenerateRequest, GenerateResult, not_finite
 from glmbatch.glm.engine.queue import Limits, PendingRequest, WaitingQueue, shared_prefix
+from glmbatch.glm.engine.sampler import Sampler
 from glmbatch.glm.model.kv_cache import SlotCache
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
-from glmbatch.glm.model.sampling import NOT_FINITE, Draw, Uniforms, next_tokens
+from glmbatch.glm.model.sampling import NOT_FINITE, RowSampling, next_tokens
 
 # Within a window of this many consecutive requests, the longest go first, so that no long one is
 # left to run alone at the end. The window bounds how long a short request can wait.
@@ -33,7 +34,7 @@ class _Sequence:
 
     pending: PendingRequest[GenerateRequest]
     prefix: tuple[int, ...]
-    uniforms: Uniforms | None
+    sampler: Sampler | None
     ids: list[int] = field(default_factory=list)
     failed: bool = False
     budget: int | None = None  # the token budget before it was lowered for this sequence alone
@@ -61,13 +62,9 @@ class _Sequence:
         """The ids to prefill: the prompt after the shared prefix, then the ids generated so far."""
         return PackedPrompt([*self.request.prompt_ids[len(self.prefix) :], *self.ids])
 
-    def draw(self, row: int) -> Draw | None:
-        """How to sample its next token at `row` of a batch; None for greedy decoding."""
-        if self.uniforms is None:
-            return None
-        request = self.request
-        uniform = self.uniforms.number(len(self.ids))
-        return Draw(row, request.temperature, request.top_k, request.top_p, uniform)
+    def sampling(self, row: int) -> RowSampling | None:
+        """How to choose its next token at `row` of a batch; None for plain greedy decoding."""
+        return None if self.sampler is None else self.sampler.at(row, self.ids)
 
 
 class Generation:
@@ -100,8 +97,9 @@ class Generation:
     def push(self, pending: PendingRequest[GenerateRequest]) -> None:
         """Add a request to the waiting queue."""
         request = pending.request
-        uniforms = Uniforms(request.seed) if request.temperature > 0 else None
-        self._waiting.push(_Sequence(pending, shared_prefix(request), uniforms))
+        self._waiting.push(
+            _Sequence(pending, shared_prefix(request), Sampler.of(request, self._eos_id))
+        )
 
     def run_batch(self) -> None:
         """Admit waiting requests into free slots, or run one decode step over the live slots."""
@@ -210,8 +208,11 @@ class Generation:
 
     def _choose(self, hidden_RC: torch.Tensor, batch: Sequence[_Sequence]) -> list[int]:
         """The next token of each sequence from its final state."""
-        draws = [draw for row, seq in enumerate(batch) if (draw := seq.draw(row)) is not None]
-        return next_tokens(self._network.token_logits(hidden_RC), draws)
+        rows = [how for row, seq in enumerate(batch) if (how := seq.sampling(row)) is not None]
+        tokens: list[int] = next_tokens(
+            self._network.token_logits(hidden_RC), rows
+        ).tokens_R.tolist()
+        return tokens
 
     def _append_tokens(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
         """Append each token to the sequence in its slot; deliver and remove finished sequences."""

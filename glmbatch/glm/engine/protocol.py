@@ -49,7 +49,7 @@ class GenerateRequest:
 
     `temperature` 0 is greedy. `seed` (64 bits) determines the draws of this request, whatever its
     batch. `should_stop` is called after each token with all generated ids so far, and must not keep
-    that list. `shared_tokens` is as in `ClassifyRequest`.
+    that list. `log_probs` asks for those of the result. `shared_tokens` is as in `ClassifyRequest`.
     """
 
     index: int
@@ -60,6 +60,12 @@ class GenerateRequest:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    # As in transformers, over the ids of the prompt and of the answer: 1.0 and 0 change nothing.
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    # The end token cannot be chosen before so many tokens. `should_stop` is asked all the same.
+    min_tokens: int = 0
+    log_probs: bool = False
     should_stop: Callable[[Sequence[int]], bool] | None = None
     shared_tokens: int = 0
 
@@ -69,13 +75,16 @@ class GenerateResult:
     """The generated `ids`, without the end token, and why generation ended.
 
     `finish_reason` is "stop" (end token or `should_stop`), "length" (`max_tokens`, or the model's
-    last position) or "error", with the reason in `error` and no ids.
+    last position) or "error", with the reason in `error` and no ids. `log_probs` has one number for
+    each of `ids` (natural logarithm), under the model's own distribution: before penalties,
+    temperature and cuts. Empty unless the request asked for them.
     """
 
     index: int
     ids: tuple[int, ...]
     finish_reason: str
     error: str | None = None
+    log_probs: tuple[float, ...] = ()
 
 
 def not_finite(dtype: str, tokens: int = 0) -> str:

@@ -9,69 +9,88 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 # Returned instead of a token for a row whose logits are not finite.
 NOT_FINITE = -1
 
+IdArray = npt.NDArray[np.int64]
 
-class Uniforms:
-    """The uniform random numbers of one request, from a counter-based generator with its seed.
 
-    The generator is Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-    Number n is always the same, so that a token is the same when it is drawn again after a failure.
+class RowSampling(NamedTuple):
+    """How to choose the next token of one row that is not plain greedy.
+
+    `temperature` 0 is greedy. `penalized_ids` are those whose scores `repetition_penalty` lowers;
+    repeats among them have no effect. The `barred_ids` cannot be chosen.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._bits = np.random.Philox(key=seed & (2**64 - 1))
-        self._numbers: list[float] = []
-
-    def number(self, n: int) -> float:
-        """Number n, in [0, 1), a multiple of 2^-32."""
-        while n >= len(self._numbers):
-            # With 32 bits, a float64 sum times such a number stays below that sum.
-            self._numbers += ((self._bits.random_raw(64) >> np.uint64(32)) * 2.0**-32).tolist()
-        return self._numbers[n]
+    row: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    uniform: float = 0.0
+    repetition_penalty: float = 1.0
+    penalized_ids: IdArray | None = None
+    barred_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """How to sample one row: the settings of its `GenerateRequest` and a uniform number."""
+class Chosen:
+    """The next token of each row, and its log-probability where that was asked for.
 
-    row: int
-    temperature: float
-    top_k: int
-    top_p: float
-    uniform: float
+    The tensors are on the device of the logits, and may not be computed yet.
+    """
+
+    # int64; NOT_FINITE for a row with a nan or an infinity in its logits.
+    tokens_R: torch.Tensor
+    # float32, natural logarithm.
+    log_probs_R: torch.Tensor | None = None
 
 
-def next_tokens(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-    """The next token of each row: sampled for the rows in `draws`, the likeliest for all others.
+def next_tokens(
+    logits_RV: torch.Tensor, rows: Sequence[RowSampling], log_probs: bool = False
+) -> Chosen:
+    """The next token of each row: as `rows` say, and the likeliest for all other rows.
 
-    NOT_FINITE for a row with a nan or an infinity in its float32 logits. Waits for the device once.
+    A log-probability is that of the chosen token under the model's own distribution: before
+    penalties, temperature and cuts. Never waits for the device.
     """
     # A sum is finite only if every number is, and it needs no mask of the size of the logits.
     finite_R = logits_RV.sum(-1).isfinite()
     tokens_R = logits_RV.argmax(-1)
+    draws = [row for row in rows if row.temperature > 0]
     if draws:
-        rows_R = torch.tensor([draw.row for draw in draws], device=logits_RV.device)
+        rows_R = _on_device(np.array([draw.row for draw in draws]), logits_RV.device)
         scores_RV = logits_RV if len(draws) == len(logits_RV) else logits_RV[rows_R]
         tokens_R[rows_R] = _sample(scores_RV, draws)
-    return torch.where(finite_R, tokens_R, NOT_FINITE).tolist()
+    log_probs_R = None
+    if log_probs:
+        chosen_R = logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
+        log_probs_R = chosen_R - logits_RV.logsumexp(-1)
+    return Chosen(torch.where(finite_R, tokens_R, NOT_FINITE), log_probs_R)
 
 
-def _sample(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+def _on_device(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A tensor of `values` on `device`, which is not waited for."""
+    values_N = torch.from_numpy(values)
+    if device.type == "cuda":  # a copy from memory that is not pinned waits for earlier work
+        return values_N.pin_memory().to(device, non_blocking=True)
+    return values_N.to(device)
+
+
+def _sample(logits_RV: torch.Tensor, draws: Sequence[RowSampling]) -> torch.Tensor:
     """One token for each row: temperature, top_k, top_p, then the inverse cumulative distribution.
 
     top_k and top_p cut by value, not by rank: tokens of equal score are kept or removed together.
     Otherwise ties, which are common in bfloat16, would depend on the order of a sort.
     """
-    settings_R4 = [[draw.temperature, draw.top_k, draw.top_p, draw.uniform] for draw in draws]
-    temperature_R1, top_k_R1, top_p_R1, uniform_R1 = (
-        torch.tensor(settings_R4, dtype=torch.float64).to(logits_RV.device).T.unsqueeze(-1)
-    )
+    _, *settings = zip(*(draw[:5] for draw in draws), strict=True)
+    settings_4R = _on_device(np.array(settings, dtype=np.float64), logits_RV.device)
+    temperature_R1, top_k_R1, top_p_R1, uniform_R1 = settings_4R.unsqueeze(-1)
     # The maximum becomes 0, so that a tiny temperature overflows to -inf and never to nan.
     logits_RV = logits_RV - logits_RV.amax(-1, keepdim=True)
     logits_RV = logits_RV / temperature_R1.clamp(min=1e-30).float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from glmbatch.glm.model.sampling import NOT_FINITE, Draw, Uniforms, next_tokens
+from glmbatch.glm.model.sampling import NOT_FINITE, RowSampling, next_tokens
 
 VOCAB = 40
 
@@ -19,7 +19,7 @@ def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def kept_by_transformers(logits_V: torch.Tensor, draw: Draw) -> torch.Tensor:
+def kept_by_transformers(logits_V: torch.Tensor, draw: RowSampling) -> torch.Tensor:
     """Probabilities after transformers' own logits warpers, in its order."""
     scores = TemperatureLogitsWarper(draw.temperature)(None, logits_V[None])
     if draw.top_k:
@@ -30,10 +30,15 @@ def kept_by_transformers(logits_V: torch.Tensor, draw: Draw) -> torch.Tensor:
     return probs
 
 
-def draw_many(logits_V: torch.Tensor, draw: Draw, count: int) -> torch.Tensor:
+def tokens_of(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> list[int]:
+    tokens: list[int] = next_tokens(logits_RV, rows).tokens_R.tolist()
+    return tokens
+
+
+def draw_many(logits_V: torch.Tensor, draw: RowSampling, count: int) -> torch.Tensor:
     """The share of each token among draws with `count` evenly spaced uniform numbers."""
-    draws = [dataclasses.replace(draw, row=at, uniform=(at + 0.5) / count) for at in range(count)]
-    tokens = next_tokens(logits_V.expand(count, -1), draws)
+    draws = [draw._replace(row=at, uniform=(at + 0.5) / count) for at in range(count)]
+    tokens = tokens_of(logits_V.expand(count, -1), draws)
     return torch.bincount(torch.tensor(tokens), minlength=VOCAB) / count
 
 
@@ -47,7 +52,7 @@ def draw_many(logits_V: torch.Tensor, draw: Draw, count: int) -> torch.Tensor:
 def test_draws_follow_the_distribution_of_transformers(
     seed: int, temperature: float, top_k: int, top_p: float
 ) -> None:
-    logits_V, draw = random_logits(1, seed)[0], Draw(0, temperature, top_k, top_p, 0.0)
+    logits_V, draw = random_logits(1, seed)[0], RowSampling(0, temperature, top_k, top_p, 0.0)
     expected = kept_by_transformers(logits_V, draw)
     drawn = draw_many(logits_V, draw, 2000)
     assert not drawn[expected == 0].any()
@@ -59,21 +64,21 @@ def test_a_token_that_was_cut_is_never_drawn() -> None:
     likeliest = int(logits_V.argmax())
     for uniform in (0.0, 0.5, 1 - 2.0**-32):
         for draw in (
-            Draw(0, 1.0, 1, 1.0, uniform),
-            Draw(0, 1.0, 0, 1e-9, uniform),
-            Draw(0, 1e-40, 0, 1.0, uniform),
+            RowSampling(0, 1.0, 1, 1.0, uniform),
+            RowSampling(0, 1.0, 0, 1e-9, uniform),
+            RowSampling(0, 1e-40, 0, 1.0, uniform),
         ):
-            assert next_tokens(logits_V[None], [draw]) == [likeliest]
+            assert tokens_of(logits_V[None], [draw]) == [likeliest]
 
 
 def test_equal_logits_at_a_cut_are_kept_together() -> None:
     logits_V = torch.zeros(VOCAB)
     logits_V[[3, 7, 9]] = 5.0
     assert set(
-        draw_many(logits_V, Draw(0, 1.0, 2, 1.0, 0.0), 300).nonzero().flatten().tolist()
+        draw_many(logits_V, RowSampling(0, 1.0, 2, 1.0, 0.0), 300).nonzero().flatten().tolist()
     ) == {3, 7, 9}
     assert set(
-        draw_many(logits_V, Draw(0, 1.0, 3, 0.3, 0.0), 300).nonzero().flatten().tolist()
+        draw_many(logits_V, RowSampling(0, 1.0, 3, 0.3, 0.0), 300).nonzero().flatten().tolist()
     ) == {3, 7, 9}
 
 
@@ -82,7 +87,7 @@ def test_equal_logits_at_a_cut_are_kept_together() -> None:
 def test_a_row_is_drawn_the_same_in_any_batch(seed: int, rows: int, data: st.DataObject) -> None:
     logits_RV = random_logits(rows, seed)
     draws = [
-        Draw(
+        RowSampling(
             row,
             data.draw(st.sampled_from([0.5, 1.0, 2.0])),
             data.draw(st.sampled_from([0, 3, 20])),
@@ -92,16 +97,16 @@ def test_a_row_is_drawn_the_same_in_any_batch(seed: int, rows: int, data: st.Dat
         for row in range(rows)
         if data.draw(st.booleans())
     ]
-    together = next_tokens(logits_RV, draws)
+    together = tokens_of(logits_RV, draws)
     by_row = {draw.row: draw for draw in draws}
     for row in range(rows):
-        alone = [dataclasses.replace(by_row[row], row=0)] if row in by_row else []
-        assert next_tokens(logits_RV[row : row + 1], alone) == [together[row]]
+        alone = [by_row[row]._replace(row=0)] if row in by_row else []
+        assert tokens_of(logits_RV[row : row + 1], alone) == [together[row]]
 
 
 def test_rows_without_a_draw_are_greedy() -> None:
     logits_RV = random_logits(3)
-    tokens = next_tokens(logits_RV, [Draw(1, 5.0, 0, 1.0, 0.999)])
+    tokens = tokens_of(logits_RV, [RowSampling(1, 5.0, 0, 1.0, 0.999)])
     assert [tokens[0], tokens[2]] == logits_RV.argmax(-1)[[0, 2]].tolist()
 
 
@@ -109,25 +114,7 @@ def test_rows_without_a_draw_are_greedy() -> None:
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_non_finite_row_is_marked_and_affects_no_other(bad: float, sampled: bool) -> None:
     logits_RV = random_logits(3)
-    draws = [Draw(row, 1.0, 5, 0.9, 0.4) for row in range(3)] if sampled else []
-    expected = next_tokens(logits_RV, draws)
+    draws = [RowSampling(row, 1.0, 5, 0.9, 0.4) for row in range(3)] if sampled else []
+    expected = tokens_of(logits_RV, draws)
     logits_RV[1, 6] = bad
-    assert next_tokens(logits_RV, draws) == [expected[0], NOT_FINITE, expected[2]]
-
-
-@given(seed=st.integers(0, 2**64 - 1))
-def test_uniforms_depend_on_seed_and_index_only(seed: int) -> None:
-    forward, backward = Uniforms(seed), Uniforms(seed)
-    numbers = [forward.number(n) for n in range(130)]
-    assert [backward.number(n) for n in reversed(range(130))] == numbers[::-1]
-    assert all(0 <= number < 1 for number in numbers)
-    assert len(set(numbers)) == 130
-    assert Uniforms(seed ^ 1).number(0) != numbers[0]
-
-
-def test_uniforms_equal_those_of_earlier_releases() -> None:
-    assert [Uniforms(7).number(n) * 2**32 for n in (0, 1, 64)] == [
-        3745526968,
-        1268584653,
-        1130523808,
-    ]
+    assert tokens_of(logits_RV, draws) == [expected[0], NOT_FINITE, expected[2]]
