@@ -11,12 +11,13 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from glmbatch.errors import GlmbatchError, TransientError
 from glmbatch.glm.device import free_memory_bytes, prepare_cuda
+from glmbatch.glm.engine.calls import Request, Result, copy_of, serve
 from glmbatch.glm.engine.classify import Classification
 from glmbatch.glm.engine.generate import Generation
 from glmbatch.glm.engine.protocol import (
@@ -30,15 +31,6 @@ from glmbatch.glm.engine.validate import refuse_classify, refuse_generate
 from glmbatch.glm.model.network import Network
 
 logger = logging.getLogger(__name__)
-
-# Requests of one call in the engine at once: enough to pack batches well, few enough for memory.
-LOOK_AHEAD = 4096
-# A call submits at least this many requests between two results, so that the engine stays busy
-# while results are waiting to be read.
-STRIDE = 16
-
-Request = TypeVar("Request", ClassifyRequest, GenerateRequest)
-Result = TypeVar("Result", ClassifyResult, GenerateResult)
 
 
 class TorchEngine:
@@ -100,11 +92,7 @@ class TorchEngine:
         Closing the iterator early cancels the rest. Raises as `Engine` describes.
         """
         self._check_running()
-        return self._serve(
-            requests,
-            self._classification.push,
-            lambda request: refuse_classify(request, self._network),
-        )
+        return self._serve(requests, refuse_classify)
 
     def generate(self, requests: Iterable[GenerateRequest]) -> Iterator[GenerateResult]:
         """Yield the generated ids of each request as soon as it is finished.
@@ -112,11 +100,7 @@ class TorchEngine:
         Closing the iterator early cancels the rest. Raises as `Engine` describes.
         """
         self._check_running()
-        return self._serve(
-            requests,
-            self._generation.push,
-            lambda request: refuse_generate(request, self._network),
-        )
+        return self._serve(requests, refuse_generate)
 
     def close(self) -> None:
         """Stop the worker after its current forward.
@@ -131,58 +115,44 @@ class TorchEngine:
     # The caller's side: runs in the thread of the caller.
 
     def _serve(
-        self,
-        requests: Iterable[Request],
-        push: Callable[[PendingRequest[Request]], None],
-        refuse: Callable[[Request], Result | None],
+        self, requests: Iterable[Request], refuse: Callable[[Request, Network], Result | None]
     ) -> Iterator[Result]:
         call: Call[Result] = Call()
+
+        def submit(request: Request) -> None:
+            refusal = refuse(request, self._network)
+            if refusal is None:
+                self.submit(call, request)
+            else:
+                call.deliver(refusal)
+
         with self._changed:
             self._calls.add(call)
-        source = iter(requests)
-        in_engine = 0
-        more = True
         try:
-            while True:
-                taken = 0
-                while more and in_engine < LOOK_AHEAD and (taken < STRIDE or call.results.empty()):
-                    request = next(source, None)
-                    more = request is not None
-                    if request is not None:
-                        self._submit(call, request, push, refuse)
-                        in_engine += 1
-                        taken += 1
-                if not in_engine:
-                    return
-                result = call.results.get()
-                if isinstance(result, Exception):
-                    raise result
-                in_engine -= 1
-                yield result
+            yield from serve(requests, call, submit)
         finally:
-            call.cancelled = True
             with self._changed:
                 self._calls.discard(call)
 
-    def _submit(
-        self,
-        call: Call[Result],
-        request: Request,
-        push: Callable[[PendingRequest[Request]], None],
-        refuse: Callable[[Request], Result | None],
-    ) -> None:
-        refusal = refuse(request)
-        if refusal is not None:
-            call.deliver(refusal)
-            return
+    def submit(self, call: Call[Any], request: ClassifyRequest | GenerateRequest) -> None:
+        """Queue a valid `request`; its result goes to `call`. Raises why the engine stopped."""
+        push: Callable[[Any], None] = self._generation.push
+        if isinstance(request, ClassifyRequest):
+            push = self._classification.push
         with self._changed:
             self._check_running()
             self._inbox.append((push, PendingRequest(call, request, next(self._arrivals))))
             self._changed.notify()
 
+    def wait(self) -> GlmbatchError:
+        """Wait until the engine was closed or failed; returns the reason."""
+        self._worker.join()
+        assert self._stopped is not None
+        return self._stopped
+
     def _check_running(self) -> None:
         if self._stopped is not None:
-            raise _copy_of(self._stopped)
+            raise copy_of(self._stopped)
 
     # The worker's side: runs in the worker thread.
 
@@ -201,7 +171,7 @@ class TorchEngine:
             with self._changed:
                 assert self._stopped is not None
                 for call in self._calls:
-                    call.fail(_copy_of(self._stopped))
+                    call.fail(copy_of(self._stopped))
 
     def _receive(self) -> bool:
         """Queue new requests, waiting while there is nothing to do; returns False once closed."""
@@ -240,10 +210,3 @@ class TorchEngine:
                 reason = f"{type(error).__name__}: {error}"
                 self._stopped = TransientError(f"the engine stopped: {reason}. Load it again.")
                 self._stopped.__cause__ = error
-
-
-def _copy_of(error: GlmbatchError) -> GlmbatchError:
-    """A copy of `error`, because each thread that raises it adds its own traceback."""
-    copy = type(error)(*error.args)
-    copy.__cause__ = error.__cause__
-    return copy

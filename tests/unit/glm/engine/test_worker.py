@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from glmbatch.errors import InputError, TransientError
+from glmbatch.glm.engine.calls import LOOK_AHEAD
 from glmbatch.glm.engine.loading import load_engine
 from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest
-from glmbatch.glm.engine.worker import LOOK_AHEAD, TorchEngine
+from glmbatch.glm.engine.worker import TorchEngine
 from glmbatch.settings.job import ModelConfig, RuntimeConfig
 from tests.unit.glm.tiny_glm import EOS, TOKENS, causal_model, engine_over, head_model, prompts
 
