@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
@@ -36,10 +39,14 @@ class Tokenizer:
     """A checkpoint's tokenizer. It keeps no state between calls, so threads may share it.
 
     `vocab_size` counts the sentencepiece vocabulary and the special tokens of `special_ids`.
+    `source` is the directory that it was read from, and the digest of its file.
     """
 
-    def __init__(self, processor: SentencePieceProcessor) -> None:
+    def __init__(
+        self, processor: SentencePieceProcessor, source: tuple[str, str] | None = None
+    ) -> None:
         self._processor = processor
+        self._source = source
         self._pieces = processor.vocab_size()
         self.special_ids = {token: self._pieces + at for at, token in enumerate(_SPECIAL_TOKENS)}
         self._prefix = [self.special_ids["[gMASK]"], self.special_ids["sop"]]
@@ -51,6 +58,12 @@ class Tokenizer:
         self._longest_piece = max(map(len, processor.id_to_piece(list(pieces))), default=1)
         # Without byte tokens, a run of unknown characters of any length becomes one id.
         self._has_bytes = sum(map(processor.is_byte, pieces)) == 256
+
+    def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[Any, ...]]:
+        """Pickled as its source, so that another process reads the vocabulary only once."""
+        if self._source is None:
+            return Tokenizer, (self._processor,)
+        return _read_again, self._source
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt: [gMASK] sop, then the ids of its text.
@@ -157,7 +170,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{file}: this sentencepiece model has no end token, and ChatGLM2's has one. "
             "Copy the tokenizer.model of the base."
         )
-    return Tokenizer(processor)
+    return Tokenizer(processor, (str(Path(path).absolute()), sha256(proto).hexdigest()))
+
+
+@lru_cache(maxsize=8)
+def _read_again(path: str, digest: str) -> Tokenizer:
+    tokenizer = load_tokenizer(path)
+    if tokenizer._source != (path, digest):
+        raise InputError(f"{path}/{TOKENIZER_FILE}: was changed after this run read it. Run again.")
+    return tokenizer
 
 
 def _first_fault(texts: Sequence[str]) -> str:

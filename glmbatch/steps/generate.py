@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import pyarrow as pa
 
 from glmbatch.glm.engine.protocol import Engine, GenerateRequest
+from glmbatch.glm.stop_texts import stop_at
 from glmbatch.glm.tokenizer import Tokenizer, clean_answer
 from glmbatch.ledger.rowkeys import row_seed
 from glmbatch.settings.columns import Columns
@@ -58,7 +59,7 @@ def ask_writings(
     A prompt on which the model failed has a RowFault.
     """
     keys = list(prompts)  # the engine numbers its requests
-    should_stop = stop_check(step, tokenizer)
+    should_stop = stop_at(step.stop, tokenizer)
     requests = (
         GenerateRequest(
             index,
@@ -102,21 +103,3 @@ def write_up(
         # The one that is first in the text, not in the list.
         text, finish_reason = text[: min(ends)], "stop"
     return Writing(clean_answer(text), finish_reason, prompt_tokens, len(ids))
-
-
-def stop_check(step: GenerateStep, tokenizer: Tokenizer) -> Callable[[Sequence[int]], bool] | None:
-    """A function that tells whether generated ids contain a stop text; None if the step has none.
-
-    It decodes only the last tokens. Each token stands for at least one byte, so a stop text at the
-    end has at most as many tokens as bytes. Four more tokens complete a first character that would
-    be cut.
-    """
-    if not step.stop:
-        return None
-    window = max(len(stop.encode()) for stop in step.stop) + 4
-
-    def should_stop(ids: Sequence[int]) -> bool:
-        tail = tokenizer.decode(list(ids[-window:]))
-        return any(stop in tail for stop in step.stop)
-
-    return should_stop

@@ -6,7 +6,7 @@ import pytest
 
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.settings.job import GenerateStep
-from glmbatch.steps.generate import stop_check, write_up
+from glmbatch.steps.generate import write_up
 from tests.support import CAUSAL
 
 
@@ -30,20 +30,6 @@ def test_a_stop_text_ends_the_answer_before_it(tokenizer: Tokenizer) -> None:
     step = GenerateStep(name="reply", stop=["END", "停"])
     writing = write_up(step, ids_of(tokenizer, "很好。停 and END"), "length", 1, tokenizer)
     assert (writing.text, writing.finish_reason) == ("很好。", "stop")
-
-
-@pytest.mark.parametrize("stop", ["END", "停", "\n\n问：", "🎉"])
-def test_a_stop_text_is_seen_once_it_is_complete(tokenizer: Tokenizer, stop: str) -> None:
-    check = stop_check(GenerateStep(name="reply", stop=["never", stop]), tokenizer)
-    assert check is not None
-    ids = ids_of(tokenizer, f"一些文字 and words {stop} and more")
-    seen = next(count for count in range(len(ids) + 1) if check(ids[:count]))
-    assert stop in tokenizer.decode(ids[:seen])
-    assert stop not in tokenizer.decode(ids[: seen - 1])
-
-
-def test_a_step_without_stop_texts_needs_no_check(tokenizer: Tokenizer) -> None:
-    assert stop_check(GenerateStep(name="reply"), tokenizer) is None
 
 
 @pytest.mark.parametrize("character", ["é", "₿", "😀", "👩\u200d🚀", "🇩🇪", "\ufffd"])
