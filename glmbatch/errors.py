@@ -7,6 +7,7 @@
     │   └── StoreRefused    an object store refused: no credentials, no permission, another region
     ├── TransientError      the machine failed; the same call may succeed later; retried
     │   └── OutOfMemory     the device has too little memory for the weights
+    ├── DeviceLost          the GPU failed, and only a new process can use it; not retried
     ├── Interrupted         the run was asked to stop; the next run resumes
     └── AuditError          the answers failed an audit and were not published
 
@@ -114,6 +115,10 @@ class TransientError(GlmbatchError):
 
 class OutOfMemory(TransientError):
     """The device has too little memory for the weights; other programs may free some later."""
+
+
+class DeviceLost(GlmbatchError):
+    """The GPU failed in a way that ends its use in this process; a new process may use it."""
 
 
 class Interrupted(GlmbatchError):

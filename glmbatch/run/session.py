@@ -126,7 +126,13 @@ class Session:
             return engine
 
         # All that tells two engines apart; another run with the same key reuses this engine.
-        key = (model.identity, runtime.device, runtime.max_batch_tokens, runtime.max_slots)
+        speed = (
+            runtime.device,
+            runtime.engine_process,
+            runtime.max_batch_tokens,
+            runtime.max_slots,
+        )
+        key = (model.identity, *speed)
         with _ENGINES.lease(key, load, question.models_at_once, self) as engine:
             yield engine
 

@@ -121,6 +121,12 @@ class RuntimeConfig(Settings):
         description="Maximum rows to generate at the same time. Lower it to share a GPU. "
         "Empty: 32 on CPU; on CUDA, set from the free memory.",
     )
+    engine_process: bool | None = Field(
+        None,
+        description="Whether the model runs in a process of its own, where the work on rows and "
+        "files never holds it up, and which is replaced if it dies. Empty: yes on CUDA; no on CPU, "
+        "where it starts sooner and needs less memory.",
+    )
     fragments_in_flight: int = Field(
         2,
         ge=1,

@@ -1,4 +1,4 @@
-"""Recognizes that the device is out of memory, and recovers from it."""
+"""Recognizes that the device is out of memory, and recovers from it; or that it is lost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from glmbatch.errors import DeviceLost
+
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -16,6 +18,9 @@ Result = TypeVar("Result")
 _OOM_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # cuBLAS allocates when a thread first uses it
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "ALLOCATION_FAILED",  # the end of two of cuDNN 9's errors
     "CUDA error: out of memory",
 )
 
@@ -44,3 +49,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     return any(message in str(error) for message in _OOM_MESSAGES)
+
+
+def device_lost(error: BaseException, device: torch.device) -> DeviceLost | None:
+    """The error to raise if, after `error`, this process can no longer use `device`; else None.
+
+    CUDA repeats an error such as an illegal memory access at every later call of the process.
+    """
+    if is_out_of_memory(error) or not isinstance(error, RuntimeError):
+        return None
+    if not isinstance(error, torch.AcceleratorError) and not _fails(device):
+        return None
+    reason = str(error).partition("\n")[0]
+    return DeviceLost(f"the GPU failed: {reason}. Only a new process can use it again: run again.")
+
+
+def _fails(device: torch.device) -> bool:
+    """Whether even waiting for `device` fails."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False

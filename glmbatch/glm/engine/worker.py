@@ -20,6 +20,7 @@ from glmbatch.glm.device import free_memory_bytes, prepare_cuda
 from glmbatch.glm.engine.calls import Request, Result, copy_of, serve
 from glmbatch.glm.engine.classify import Classification
 from glmbatch.glm.engine.generate import Generation
+from glmbatch.glm.engine.oom import device_lost
 from glmbatch.glm.engine.protocol import (
     ClassifyRequest,
     ClassifyResult,
@@ -27,7 +28,7 @@ from glmbatch.glm.engine.protocol import (
     GenerateResult,
 )
 from glmbatch.glm.engine.queue import Call, Limits, PendingRequest
-from glmbatch.glm.engine.validate import refuse_classify, refuse_generate
+from glmbatch.glm.engine.validate import ModelLimits, refuse_classify, refuse_generate
 from glmbatch.glm.model.network import Network
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,11 @@ class TorchEngine:
     def alive(self) -> bool:
         """Whether the engine takes calls. Once closed or failed, it never does again."""
         return self._stopped is None
+
+    @property
+    def model_limits(self) -> ModelLimits:
+        """The limits of the model, against which requests are checked."""
+        return self._network
 
     def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
         """Yield the scores of each request as soon as they are ready.
@@ -206,7 +212,8 @@ class TorchEngine:
         with self._changed:
             if isinstance(error, GlmbatchError):
                 self._stopped = error
-            else:
-                reason = f"{type(error).__name__}: {error}"
-                self._stopped = TransientError(f"the engine stopped: {reason}. Load it again.")
-                self._stopped.__cause__ = error
+                return
+            reason = f"{type(error).__name__}: {error}"
+            failed = TransientError(f"the engine stopped: {reason}. Load it again.")
+            self._stopped = device_lost(error, self._network.device) or failed
+            self._stopped.__cause__ = error

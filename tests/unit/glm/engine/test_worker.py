@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from glmbatch.errors import InputError, TransientError
+from glmbatch.errors import DeviceLost, InputError, TransientError
 from glmbatch.glm.engine.calls import LOOK_AHEAD
 from glmbatch.glm.engine.loading import load_engine
 from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest
@@ -75,6 +75,11 @@ def test_importing_the_protocol_loads_no_torch() -> None:
         RuntimeError(
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
         ),
+        RuntimeError(
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+        ),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        torch.AcceleratorError("CUDA error: out of memory"),
         MemoryError(),
     ],
 )
@@ -273,6 +278,18 @@ def test_a_failure_reaches_waiting_and_later_callers() -> None:
     assert not engine.alive
     with pytest.raises(TransientError, match="broken"):
         engine.classify([])
+    engine.close()
+
+
+def test_a_lost_gpu_is_not_retried_in_this_process() -> None:
+    model = full_above(causal_model(), tokens=0)
+    model.model.embed_tokens.error = torch.AcceleratorError("CUDA error: an illegal memory access")
+    engine = TorchEngine(model, eos_id=EOS, token_count=TOKENS)
+    with pytest.raises(DeviceLost, match=r"the GPU failed: CUDA error.*: run again"):
+        list(engine.generate([GenerateRequest(0, [5], 2)]))
+    with pytest.raises(DeviceLost):
+        engine.classify([])
+    assert not engine.alive
     engine.close()
 
 
