@@ -5,7 +5,8 @@
     python benchmarks/engine.py --shape 6b --dtype bfloat16 --device cuda --peers transformers
 
 Every contestant, including ours, runs in its own process. Weights are random, because only speed is
-measured. The last line printed is one JSON object. benchmarks/README.md explains how to install the
+measured. On a GPU one contestant runs at a time, and its line is printed and written when it ends.
+The last line printed is one JSON object. benchmarks/README.md explains how to install the
 peers and how to read the numbers.
 """
 
@@ -15,16 +16,37 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from card import Card
 from environments import HERE, SCRIPTS, NotHere, environment, find_checkpoint, find_python
-from report import ceiling_table, decode_limit, judge, table
+from report import (
+    ceiling_table,
+    decode_limit,
+    judge,
+    judge_one,
+    table,
+    table_head,
+    table_line,
+    write_line,
+)
 from roster import OURS, OURS_INT8, PEERS, REFERENCE, WAYS, Contestant, taking_part
 from worker import Worker
-from workload import LABEL_TEMPLATE_TOKENS, SHAPES, TASKS, Lengths, Shape, Work, make_work, part_of
+from workload import (
+    LABEL_TEMPLATE_TOKENS,
+    SHAPES,
+    TASKS,
+    USUAL_TASKS,
+    Lengths,
+    Shape,
+    Work,
+    make_work,
+    part_of,
+)
 
 # Options that are copied into the report.
 KEPT = (
@@ -40,6 +62,8 @@ KEPT = (
     "prefix",
     "seed",
 )
+# Machine, ceiling before and after, limit of new tokens, and the judged contestants of each task.
+Outcome = tuple[str, dict[str, float], dict[str, float], dict[str, float], dict[str, Any]]
 CEILING = Contestant("ceiling", "classify")  # not in any task, but uses the same protocol
 
 
@@ -48,6 +72,18 @@ def main() -> None:
     shape = _shape(options)
     options.cache.mkdir(parents=True, exist_ok=True)
     asked = {"config": shape.config()}
+    # CPU seconds exclude other users of a shared machine. GPUs have no such clock.
+    clock = "wall_seconds" if options.device.startswith("cuda") else "cpu_seconds"
+    run = _one_at_a_time if options.alone else _in_turn
+    machine, first, last, limit, tasks = run(shape, clock, asked, options)
+    line = {"machine": machine, "shape": asdict(shape)}
+    line |= {name: getattr(options, name) for name in KEPT}
+    reached = {"first": first, "last": last, "decode_tokens_per_second": limit}
+    print(json.dumps({**line, "clock": clock, "ceiling": reached, "tasks": tasks}))
+
+
+def _in_turn(shape: Shape, clock: str, asked: Work, options: argparse.Namespace) -> Outcome:
+    """All contestants of a task are loaded at once and take turns. Tables come at the end."""
     ceiling = _start(CEILING, sys.executable, SCRIPTS / "ceiling.py", None, asked, options)
     try:
         machine = ceiling.wait_until_ready()
@@ -58,8 +94,6 @@ def main() -> None:
     finally:
         ceiling.stop()
     best = {name: max(first[name], last[name]) for name in first}
-    # CPU seconds exclude other users of a shared machine. GPUs have no such clock.
-    clock = "wall_seconds" if options.device.startswith("cuda") else "cpu_seconds"
     limit = decode_limit(shape, options.slots, options.dtype, best)
     print(machine)
     print(ceiling_table(first, last, limit, options.slots))
@@ -67,10 +101,69 @@ def main() -> None:
     for task, results in measured.items():
         tasks[task] = judge(results, shape, clock, best, limit)
         print(table(task, tasks[task]))
-    line = {"machine": machine, "shape": asdict(shape)}
-    line |= {name: getattr(options, name) for name in KEPT}
-    reached = {"first": first, "last": last, "decode_tokens_per_second": limit}
-    print(json.dumps({**line, "clock": clock, "ceiling": reached, "tasks": tasks}))
+    return machine, first, last, limit, tasks
+
+
+def _one_at_a_time(shape: Shape, clock: str, asked: Work, options: argparse.Namespace) -> Outcome:
+    """Each contestant has the device to itself, and its line is printed and written at its end."""
+    ends = time.monotonic() + options.seconds
+    ceiling = _start(CEILING, sys.executable, SCRIPTS / "ceiling.py", None, asked, options)
+    try:
+        machine = ceiling.wait_until_ready()
+        reached = measure_ceiling(ceiling)
+    finally:
+        ceiling.stop()
+    limit = decode_limit(shape, options.slots, options.dtype, reached)
+    print(machine)
+    print(ceiling_table(reached, reached, limit, options.slots), flush=True)
+    tasks: dict[str, dict[str, Any]] = {}
+    for task in options.task:
+        print(table_head(task), flush=True)
+        results: dict[str, dict[str, Any]] = {}
+        contestants = taking_part(task, options.peers, options.always)
+        # The reference first, so that each line can say how many answers agree with it.
+        for contestant in sorted(contestants, key=lambda each: each.name != REFERENCE):
+            name = contestant.name
+            results[name] = measure_alone(contestant, shape, ends, options)
+            judged = judge_one(name, results, shape, clock, reached, limit)
+            print(table_line(task, name, judged), flush=True)
+            write_line(
+                options.out, {"task": task, "contestant": name, "machine": machine, **judged}
+            )
+        tasks[task] = judge(results, shape, clock, reached, limit)
+    return machine, reached, reached, limit, tasks
+
+
+def measure_alone(
+    contestant: Contestant, shape: Shape, ends: float, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One contestant's work and runs, or why there are none. It is killed at `ends`."""
+    work = _work(contestant.task, shape, options)
+    if contestant.slow:
+        work = part_of(work, options.slow_rows)
+    result: dict[str, Any] = {"work": work, "runs": []}
+    left = ends - time.monotonic()
+    if left <= 0:
+        return {"not_here": "no time was left"}
+    card = Card()
+    worker = None
+    try:
+        worker = _enter(contestant, work, shape, options)
+        worker.kill_after(left)
+        result["version"] = worker.wait_until_ready()
+        for _ in range(options.rounds + 1):
+            start = time.perf_counter()
+            run = worker.run()
+            # The GPU's readings are of the run alone: no load, no transfer of the answers.
+            run["card"] = card.between(start, start + run["wall_seconds"])
+            result["runs"].append(run)
+    except NotHere as reason:
+        return {"not_here": str(reason)}
+    finally:
+        card.stop()
+        if worker is not None:
+            worker.stop()
+    return result
 
 
 def measure_ceiling(worker: Worker) -> dict[str, float]:
@@ -86,7 +179,7 @@ def measure_task(task: str, shape: Shape, options: argparse.Namespace) -> dict[s
     workers: dict[str, Worker] = {}
     results: dict[str, dict[str, Any]] = {}
     try:
-        for contestant in taking_part(task, options.peers):
+        for contestant in taking_part(task, options.peers, options.always):
             # All rows would take slow contestants hours. Rates are per token, so fewer rows do.
             result: dict[str, Any] = {"work": some_work if contestant.slow else work, "runs": []}
             results[contestant.name] = result
@@ -155,17 +248,24 @@ def _work(task: str, shape: Shape, options: argparse.Namespace) -> Work:
 
 def _enter(contestant: Contestant, work: Work, shape: Shape, options: argparse.Namespace) -> Worker:
     """Start the contestant's process, or raise NotHere with the reason why it cannot run."""
-    if contestant.cpu_only and options.device != "cpu":
-        raise NotHere("set up for CPU only")
+    if not options.device.startswith(contestant.only):
+        raise NotHere(f"set up for {contestant.only} only")
     python = find_python(contestant, options.peers_dir)
     checkpoint = None
     if options.build == "checkpoint":
         checkpoint = find_checkpoint(
             contestant, shape, options.seed, options.cache, options.peers_dir
         )
-    elif contestant.program not in {OURS, "transformers"}:
+    elif contestant.program not in {OURS, "transformers"} and not _fills_weights(
+        contestant, options
+    ):
         raise NotHere("needs a checkpoint: set --build checkpoint")
     return _start(contestant, python, SCRIPTS / contestant.script, checkpoint, work, options)
+
+
+def _fills_weights(contestant: Contestant, options: argparse.Namespace) -> bool:
+    """Whether the contestant makes weights of its own, as vLLM does on a GPU."""
+    return contestant.program == "vllm" and options.device.startswith("cuda")
 
 
 def _start(
@@ -213,6 +313,11 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     on_cpu = options.device == "cpu"
     options.slots = options.slots or (16 if on_cpu else 512)
+    options.alone = options.alone or not on_cpu
+    # The reference reads one row at a time. On a GPU it takes part only where it is asked for.
+    options.always = {OURS, REFERENCE} if on_cpu else {OURS}
+    if options.no_ours:
+        options.always = set()
     options.slow_rows = options.slow_rows or max(1, min(16, options.rows // 4))
     # Writing and reading 6B weights takes minutes, so on a GPU each worker makes its own.
     options.build = options.build or ("checkpoint" if on_cpu else "seed")
@@ -224,8 +329,8 @@ def _add_contest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task",
         type=_names(TASKS),
-        default=list(TASKS),
-        help=f"any of {', '.join(TASKS)}, separated by commas; default: all",
+        default=list(USUAL_TASKS),
+        help=f"any of {', '.join(TASKS)}; default: {', '.join(USUAL_TASKS)}",
     )
     parser.add_argument(
         "--peers",
@@ -239,6 +344,18 @@ def _add_contest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="threads of each contestant; 0: its own choice"
     )
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="one contestant at a time, each reported when it ends; always so on a GPU",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3e6, help="with --alone: time limit for all contestants"
+    )
+    parser.add_argument(
+        "--no-ours", action="store_true", help="with --alone: only the peers that are named"
+    )
+    parser.add_argument("--out", type=Path, help="with --alone: add each result as a JSON line")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -285,7 +402,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
 
 def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
     def names(text: str) -> list[str]:
-        asked = text.split(",")
+        asked = text.split(",") if text else []
         unknown = sorted(set(asked) - set(known))
         if unknown:
             raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not one of {', '.join(known)}")

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from roster import OURS, Contestant
@@ -24,10 +25,15 @@ class NotHere(Exception):
 
 
 def find_python(contestant: Contestant, peers_dir: Path) -> str:
-    """The Python of the contestant's environment. Ours and transformers' use this one."""
+    """The Python of the contestant's environment.
+
+    Ours and transformers' use this one, and so does a peer that is installed here.
+    """
     if contestant.program in {OURS, "transformers"}:
         return sys.executable
     python = peers_dir / contestant.program / "bin" / "python"
+    if not python.exists() and find_spec(contestant.program) is not None:
+        return sys.executable
     if not python.exists():
         raise NotHere(f"no {python}; see benchmarks/README.md to install it")
     return str(python)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 from roster import OURS, REFERENCE
-from workload import Shape, least_operations, tokens_of
+from workload import WRITING_TASKS, Shape, least_operations, tokens_of
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 1 << 30
@@ -32,33 +34,59 @@ def judge(
     limit: dict[str, float],
 ) -> dict[str, dict[str, Any]]:
     """Each contestant's rates, share of the limit, time relative to ours, and agreement."""
-    judged: dict[str, dict[str, Any]] = {}
-    for name, result in results.items():
-        if "not_here" in result:
-            judged[name] = {"not_here": result["not_here"]}
-            continue
-        work = result["work"]
-        seconds = _seconds(result, clock)
-        median = statistics.median(seconds)
-        least_seconds = least_operations(work, shape) / ceiling["gemm_flops"]
-        judged[name] = {
-            "version": result["version"],
-            "rows": len(work["rows"]),
-            "tokens": tokens_of(work),
-            "seconds": seconds,
-            "tokens_per_second": tokens_of(work) / median,
-            "rows_per_second": len(work["rows"]) / median,
-            "new_tokens_per_second": sum(work["answer_tokens"]) / median,
-            "gemm_seconds": least_seconds,
-            "of_gemm_limit": least_seconds / median,
-            "times_ours": _times(result, results[OURS], clock),
-            "peak_gib": max(run["peak_bytes"] for run in result["runs"]) / GIB,
-            "peak_gpu_gib": max(run["peak_gpu_bytes"] or 0 for run in result["runs"]) / GIB,
-            **_compared(result, results[REFERENCE]),
-        }
-        if work["task"] == "generate":
-            judged[name]["of_decode_limit"] = _decode_seconds(work, shape, ceiling, limit) / median
+    return {name: judge_one(name, results, shape, clock, ceiling, limit) for name in results}
+
+
+def judge_one(
+    name: str,
+    results: dict[str, dict[str, Any]],
+    shape: Shape,
+    clock: str,
+    ceiling: dict[str, float],
+    limit: dict[str, float],
+) -> dict[str, Any]:
+    """One contestant, compared with ours and the reference where `results` has them."""
+    result = results[name]
+    if "not_here" in result:
+        return {"not_here": result["not_here"]}
+    work = result["work"]
+    seconds = _seconds(result, clock)
+    median = statistics.median(seconds)
+    least_seconds = least_operations(work, shape) / ceiling["gemm_flops"]
+    judged = {
+        "version": result["version"],
+        "rows": len(work["rows"]),
+        "tokens": tokens_of(work),
+        "seconds": seconds,
+        "tokens_per_second": tokens_of(work) / median,
+        "rows_per_second": len(work["rows"]) / median,
+        "new_tokens_per_second": sum(work["answer_tokens"]) / median,
+        "gemm_seconds": least_seconds,
+        "of_gemm_limit": least_seconds / median,
+        "peak_gib": max(run["peak_bytes"] for run in result["runs"]) / GIB,
+        "peak_gpu_gib": max(run["peak_gpu_bytes"] or 0 for run in result["runs"]) / GIB,
+        "compared": 0,
+        "same": 0,
+        **_card(result["runs"]),
+    }
+    if results.get(OURS, {}).get("runs"):
+        judged["times_ours"] = _times(result, results[OURS], clock)
+    if results.get(REFERENCE, {}).get("runs"):
+        judged |= _compared(result, results[REFERENCE])
+    if work["answer_tokens"][0]:
+        judged["of_decode_limit"] = _decode_seconds(work, shape, ceiling, limit) / median
     return judged
+
+
+def _card(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """What the GPU's driver read in the rounds: share of time with a kernel, peak of memory."""
+    readings = [run["card"] for run in runs[1:] if run.get("card")]
+    if not readings:
+        return {}
+    return {
+        "busy": statistics.median(reading["busy"] for reading in readings),
+        "card_gib": max(reading["card_gib"] for reading in readings),
+    }
 
 
 def _seconds(result: dict[str, Any], clock: str) -> list[float]:
@@ -94,7 +122,7 @@ def _compared(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, An
     Scores differ by rounding, so they agree if the best label is the same. Token ids must be equal.
     """
     expected = _by_row(reference, reference["runs"][0])
-    generated = result["work"]["task"] == "generate"
+    generated = any(result["work"]["answer_tokens"])
     compared = 0
     same = 0
     difference = 0.0
@@ -104,14 +132,19 @@ def _compared(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, An
         for index in answers.keys() & expected.keys():
             answer = answers[index]
             right = expected[index]
+            if answer is None:  # its weights are not ours
+                continue
             compared += 1
             if generated:
                 same += answer == right
                 continue
+            if isinstance(answer, int):  # the best label alone, without scores
+                same += answer == _best(right)
+                continue
             same += _best(answer) == _best(right)
             for score, right_score in zip(answer, right, strict=True):
                 difference = max(difference, abs(score - right_score))
-    scores = {} if generated else {"largest_score_difference": difference}
+    scores = {} if generated or not compared else {"largest_score_difference": difference}
     return {"compared": compared, "same": same, **scores}
 
 
@@ -122,6 +155,13 @@ def _by_row(result: dict[str, Any], run: dict[str, Any]) -> dict[int, Any]:
 def _best(scores: list[float]) -> int:
     """Index of the highest score, the first one on a tie."""
     return scores.index(max(scores))
+
+
+def write_line(path: Path | None, line: dict[str, Any]) -> None:
+    """Add `line` to the file of JSON lines, if one is asked for."""
+    if path is not None:
+        with path.open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
 
 
 def ceiling_table(
@@ -140,21 +180,31 @@ def ceiling_table(
 
 def table(task: str, judged: dict[str, dict[str, Any]]) -> str:
     """Text: a table with one line for each contestant."""
-    unit = "new tokens/s" if task == "generate" else "rows/s"
-    key = "new_tokens_per_second" if task == "generate" else "rows_per_second"
+    lines = [table_line(task, name, result) for name, result in judged.items()]
+    return "\n".join([table_head(task), *lines])
+
+
+def table_head(task: str) -> str:
+    """Text: the columns of a task's table."""
+    unit = "new tokens/s" if task in WRITING_TASKS else "rows/s"
     heads = f"{'rows':>6}{'tokens/s':>10}{unit:>14}{'of limit':>10}{'ours is':>10}"
-    lines = ["", f"{task:28}{heads}  same answers"]
-    for name, result in judged.items():
-        if "not_here" in result:
-            lines.append(f"{name:28}not available: {result['not_here']}")
-            continue
-        share = result.get("of_decode_limit", result["of_gemm_limit"])
-        rates = f"{result['rows']:6}{result['tokens_per_second']:10.0f}{result[key]:14.2f}"
-        ratios = f"{share:10.2f}{result['times_ours']:9.2f}x"
-        answers = f"{result['same']} of {result['compared']}"
-        if "largest_score_difference" in result:
-            answers += f", scores within {result['largest_score_difference']:.1e}"
-        if result["peak_gpu_gib"]:
-            answers += f", {result['peak_gpu_gib']:.1f} GiB of GPU memory"
-        lines.append(f"{name:28}{rates}{ratios}  {answers}")
-    return "\n".join(lines)
+    return f"\n{task:28}{heads}  same answers"
+
+
+def table_line(task: str, name: str, result: dict[str, Any]) -> str:
+    """Text: the line of one contestant."""
+    if "not_here" in result:
+        return f"{name:28}not available: {result['not_here']}"
+    key = "new_tokens_per_second" if task in WRITING_TASKS else "rows_per_second"
+    share = result.get("of_decode_limit", result["of_gemm_limit"])
+    rates = f"{result['rows']:6}{result['tokens_per_second']:10.0f}{result[key]:14.2f}"
+    times = f"{result['times_ours']:9.2f}x" if "times_ours" in result else f"{'-':>10}"
+    facts = [f"{result['same']} of {result['compared']}"]
+    if "largest_score_difference" in result:
+        facts.append(f"scores within {result['largest_score_difference']:.1e}")
+    if result["peak_gpu_gib"]:
+        facts.append(f"{result['peak_gpu_gib']:.1f} GiB of GPU memory in tensors")
+    if "busy" in result:
+        facts.append(f"{result['card_gib']:.1f} GiB in all")
+        facts.append(f"the GPU waits {1 - result['busy']:.0%} of the time")
+    return f"{name:28}{rates}{share:10.2f}{times}  {', '.join(facts)}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 OURS = "glmbatch"
 OURS_INT8 = "glmbatch/int8"
+OURS_FP8 = "glmbatch/fp8"
 # One row at a time has no padding or batching to get wrong, so the others must agree with it.
 REFERENCE = "transformers/row-by-row"
 
@@ -17,14 +18,15 @@ REFERENCE = "transformers/row-by-row"
 class Contestant:
     """A program, or one variant of its use, in one task.
 
-    `slow` contestants get only some of the rows. `cpu_only` ones are set up for CPU only.
+    `slow` contestants get only some of the rows. `only` is "cpu" or "cuda" for those that are set
+    up for that device alone.
     """
 
     name: str
     task: str
     checkpoint: str = "transformers"
     slow: bool = False
-    cpu_only: bool = False
+    only: str = ""
 
     @property
     def program(self) -> str:
@@ -45,34 +47,41 @@ class Contestant:
 # Contestants start and are shown in this order.
 ROSTER = (
     Contestant(OURS, "classify"),
-    Contestant(OURS_INT8, "classify", cpu_only=True),
+    Contestant(OURS_INT8, "classify", only="cpu"),
+    Contestant(OURS_FP8, "classify", only="cuda"),
     Contestant(REFERENCE, "classify"),
     Contestant("transformers/pipeline", "classify"),
     Contestant("transformers/pipeline-sorted", "classify"),
-    Contestant("vllm", "classify", cpu_only=True),
+    Contestant("vllm", "classify"),
     Contestant(OURS, "labels"),
     Contestant(REFERENCE, "labels", slow=True),
     Contestant("transformers/pairs", "labels", slow=True),
     Contestant("transformers/pairs-sorted", "labels", slow=True),
+    Contestant(OURS, "one-token"),
+    Contestant(REFERENCE, "one-token", slow=True),
+    Contestant("vllm", "one-token"),
     Contestant(OURS, "generate"),
-    Contestant(OURS_INT8, "generate", cpu_only=True),
+    Contestant(OURS_INT8, "generate", only="cpu"),
+    Contestant(OURS_FP8, "generate", only="cuda"),
     Contestant(REFERENCE, "generate", slow=True),
     Contestant("transformers/static", "generate"),
     Contestant("transformers/static-sorted", "generate"),
     Contestant("transformers/continuous", "generate"),
-    Contestant("vllm", "generate", cpu_only=True),
-    Contestant("llama.cpp/f32", "generate", "gguf-f32", cpu_only=True),
-    Contestant("llama.cpp/q8_0", "generate", "gguf-q8_0", cpu_only=True),
-    Contestant("openvino/f32", "generate", "openvino-f32", cpu_only=True),
-    Contestant("openvino/int8", "generate", "openvino-int8", cpu_only=True),
+    Contestant("vllm", "generate"),
+    Contestant("llama.cpp/f32", "generate", "gguf-f32", only="cpu"),
+    Contestant("llama.cpp/bf16", "generate", "gguf-bf16", only="cpu"),
+    Contestant("llama.cpp/q8_0", "generate", "gguf-q8_0", only="cpu"),
+    Contestant("openvino/f32", "generate", "openvino-f32", only="cpu"),
+    Contestant("openvino/int8", "generate", "openvino-int8", only="cpu"),
+    Contestant(OURS, "sample"),
+    Contestant("vllm", "sample"),
 )
 WAYS = tuple(sorted({contestant.name for contestant in ROSTER if contestant.way}))
 PEERS = tuple(sorted({contestant.program for contestant in ROSTER} - {OURS}))
 
 
-def taking_part(task: str, peers: list[str]) -> list[Contestant]:
-    """Ours, the reference, and `peers` (program or program/variant), in roster order."""
-    always = {OURS, REFERENCE}
+def taking_part(task: str, peers: list[str], always: set[str]) -> list[Contestant]:
+    """`peers` (program or program/variant) and those that `always` take part, in roster order."""
     chosen = []
     for contestant in ROSTER:
         asked = contestant.name in peers or contestant.program in peers

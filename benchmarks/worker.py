@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ class Worker:
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         self._log = log
+        self._timer: threading.Timer | None = None
         with log.open("w") as errors:
             self._process = subprocess.Popen(
                 command,
@@ -26,7 +31,15 @@ class Worker:
                 stderr=errors,
                 text=True,
                 env=environment,
+                # A group of its own: processes that the contestant started end with it.
+                start_new_session=True,
             )
+
+    def kill_after(self, seconds: float) -> None:
+        """Kill the process when so many seconds have passed."""
+        self._timer = threading.Timer(seconds, self._kill)
+        self._timer.daemon = True
+        self._timer.start()
 
     def wait_until_ready(self) -> str:
         """Wait until it has loaded; return its name and versions."""
@@ -45,8 +58,14 @@ class Worker:
     def stop(self) -> None:
         """Kill the process."""
         # No graceful stop: there is nothing to save, and some libraries hang in their shutdown.
-        self._process.kill()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._kill()
         self._process.communicate()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -58,6 +77,8 @@ class Worker:
 
     def _ended(self) -> NotHere:
         code = self._process.wait()
+        if code == -signal.SIGKILL and self._timer is not None:
+            return NotHere("it did not end within the time limit")
         return NotHere(
             f"it ended with exit code {code}: {last_line(self._log.read_text(errors='replace'))}"
         )

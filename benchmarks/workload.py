@@ -11,7 +11,10 @@ from dataclasses import asdict, dataclass
 from math import log
 from typing import Any
 
-TASKS = ("classify", "labels", "generate")
+TASKS = ("classify", "labels", "one-token", "generate", "sample")
+USUAL_TASKS = ("classify", "labels", "generate")
+WRITING_TASKS = {"generate", "sample"}
+SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.8}  # in the task "sample"
 # Token ids of 8 labels of 1 to 6 tokens. Some share a prefix, as words of one language do.
 LABELS = (
     (11,),
@@ -23,6 +26,7 @@ LABELS = (
     (23, 24),
     (25, 26, 27, 28, 29, 30),
 )
+ONE_TOKEN_LABELS = ((11,), (12,), (13,))
 FIRST_ID = 31  # first id in prompts, above those of padding, the end token and the labels
 LABEL_TEMPLATE_TOKENS = 100
 LABEL_TEXT_TOKENS = 40
@@ -138,8 +142,9 @@ def make_work(
         "indexes": list(range(rows)),
         "rows": [template + text for text in texts],
         "prefix_tokens": prefix,
-        "labels": LABELS if task == "labels" else (),
-        "answer_tokens": answers.draw(rng, rows) if task == "generate" else [0] * rows,
+        "labels": {"labels": LABELS, "one-token": ONE_TOKEN_LABELS}.get(task, ()),
+        "answer_tokens": answers.draw(rng, rows) if task in WRITING_TASKS else [0] * rows,
+        "sampling": SAMPLING if task == "sample" else {},
     }
 
 
@@ -177,11 +182,11 @@ def least_operations(work: Work, shape: Shape) -> int:
     rows = len(work["rows"])
     read: int = sum(map(len, work["rows"])) - work["prefix_tokens"] * (rows - 1)
     scored: int = 0
-    if work["task"] == "generate":
+    if work["task"] in WRITING_TASKS:
         written = sum(work["answer_tokens"])
         read += written - rows  # the last token of an answer is never fed back
         scored = written
-    if work["task"] == "labels":
+    if work["labels"]:
         # Labels with a common prefix share its tokens, as in a tree.
         beginnings = set()
         for label in work["labels"]:

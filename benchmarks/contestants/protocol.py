@@ -66,7 +66,7 @@ def _options() -> argparse.Namespace:
         help="checkpoint in the contestant's format; default: random weights from the seed",
     )
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--task", choices=("classify", "labels", "generate"), required=True)
+    parser.add_argument("--task", required=True)
     parser.add_argument("--way", default="", help="variant, if the contestant has several")
     parser.add_argument("--threads", type=int, default=1, help="0: the library's own choice")
     parser.add_argument("--dtype", default="float32")

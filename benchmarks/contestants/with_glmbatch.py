@@ -27,7 +27,7 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
     rows = work["rows"]
     shared = work["prefix_tokens"]
     labels = None
-    if options.task == "labels":
+    if work["labels"]:
         labels = tuple(map(tuple, work["labels"]))
 
     def classify() -> list[Any]:
@@ -37,13 +37,13 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
     def generate() -> list[Any]:
         lengths = work["answer_tokens"]
         requests = (
-            GenerateRequest(at, row, lengths[at], shared_tokens=shared)
+            GenerateRequest(at, row, lengths[at], seed=at, shared_tokens=shared, **work["sampling"])
             for at, row in enumerate(rows)
         )
         return _in_order(engine.generate(requests), "ids")
 
     version = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return version, generate if options.task == "generate" else classify
+    return version, generate if any(work["answer_tokens"]) else classify
 
 
 def _in_order(results: Iterable[Any], field: str) -> list[Any]:

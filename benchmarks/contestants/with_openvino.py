@@ -21,7 +21,8 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
     scheduler.cache_size = 2  # GiB
     properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISIONS[options.dtype]}
     if options.way == "f32":
-        properties["KV_CACHE_PRECISION"] = "f32"  # 8 bits by default
+        # 8 bits by default.
+        properties["KV_CACHE_PRECISION"] = PRECISIONS[options.dtype]
     if options.threads:
         properties |= {"INFERENCE_NUM_THREADS": options.threads, "ENABLE_CPU_PINNING": False}
     pipeline = openvino_genai.ContinuousBatchingPipeline(

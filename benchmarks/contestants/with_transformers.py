@@ -24,6 +24,7 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
         "classify pipeline": _pipeline,
         "classify pipeline-sorted": _pipeline,
         "labels row-by-row": _pairs,
+        "one-token row-by-row": _pairs,
         "labels pairs": _pairs,
         "labels pairs-sorted": _pairs,
         "generate row-by-row": _static,

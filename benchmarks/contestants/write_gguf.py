@@ -1,8 +1,8 @@
 """Convert a causal checkpoint to GGUF: python write_gguf.py CHECKPOINT NUMBERS FOLDER.
 
-NUMBERS is f32 or q8_0. llama.cpp's own converter knows only GLM's original tensor names, so this
-script maps the names itself. The architecture "chatglm" is the same model. Runs in llama.cpp's own
-environment.
+NUMBERS is f32, bf16 or q8_0. llama.cpp's own converter knows only GLM's original tensor names, so
+this script maps the names itself. The architecture "chatglm" is the same model. Runs in llama.cpp's
+own environment.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ def _kind(data: Any, numbers: str) -> Any:
     """
     if numbers == "f32" or data.ndim == 1:
         return gguf.GGMLQuantizationType.F32
+    if numbers == "bf16":
+        return gguf.GGMLQuantizationType.BF16
     return gguf.GGMLQuantizationType.F16 if data.shape[-1] % 32 else gguf.GGMLQuantizationType.Q8_0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -37,17 +38,53 @@ def assert_same_answers(judged: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_engine_is_compared_with_the_ceiling(tmp_path: Path) -> None:
-    arguments = ("--task", "classify,generate", "--peers", "vllm", "--build", "seed")
-    report = measure_engine(tmp_path, *arguments)
+def test_contestants_are_reported_one_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    arguments = ("--task", "generate,sample", "--peers", "vllm", "--build", "seed", "--alone")
+    report = measure_engine(tmp_path, *arguments, "--out", str(out))
     for reading in ("first", "last"):
         assert report["ceiling"][reading].keys() == {"gemm_flops", "bytes_per_second"}
-    for task in ("classify", "generate"):
-        judged = report["tasks"][task]
-        assert "vllm/bin/python" in judged.pop("vllm")["not_here"], "a peer that is not installed"
-        assert judged.keys() == OURS
-        for result in judged.values():
-            assert_same_answers(result)
+    judged = report["tasks"]["generate"]
+    assert "vllm/bin/python" in judged.pop("vllm")["not_here"], "a peer that is not installed"
+    assert judged.keys() == OURS
+    for result in judged.values():
+        assert_same_answers(result)
+    assert report["tasks"]["sample"]["glmbatch"]["tokens_per_second"] > 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    order = [(line["task"], line["contestant"]) for line in lines]
+    generated = [("generate", name) for name in ("transformers/row-by-row", "glmbatch", "vllm")]
+    assert order == [*generated, ("sample", "glmbatch"), ("sample", "vllm")]
+
+
+@pytest.mark.slow
+def test_no_contestant_starts_after_the_time_limit(tmp_path: Path) -> None:
+    arguments = ("--task", "sample", "--peers", "", "--build", "seed", "--alone")
+    report = measure_engine(tmp_path, *arguments, "--seconds", "0")
+    assert report["tasks"]["sample"] == {"glmbatch": {"not_here": "no time was left"}}
+
+
+@pytest.mark.parametrize(
+    ("script", "parts"),
+    [
+        ("kernels", {"masked", "products", "head", "sampling"}),
+        ("step", {"decode step", "decode step, one row of 1,900", "prompts", "labels"}),
+        ("memory", {"memory"}),
+    ],
+)
+def test_measurements_for_a_gpu_run_on_a_cpu(
+    script: str, parts: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.jsonl"
+    path = ROOT / f"benchmarks/{script}.py"
+    monkeypatch.syspath_prepend(str(path.parent))
+    size = ["--shape", "tiny", "--device", "cpu", "--rows", "3", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [str(path), *size])
+    runpy.run_path(str(path), run_name="__main__")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["part"] for line in lines} == parts
+    for line in lines:
+        if "errors" in line:
+            assert (line["errors"], line["same"]) == (0, line["rows"]), "answers in little memory"
 
 
 @pytest.mark.slow
