@@ -1,7 +1,7 @@
 """Runs classify requests in packed batches: logits of the trained head, or scores of whole labels.
 
-Shapes: R tokens whose final states are read, C hidden size, V tokens, M the largest number of
-continuations of a read token.
+Shapes: B prompts of a batch, K tokens whose final states are read, C hidden size, V tokens, N + 1
+rows of the label tree (the prompt, then its nodes), M the largest number of children of a row.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from glmbatch.glm.engine.oom import catch_oom
 from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult, not_finite
 from glmbatch.glm.engine.queue import Limits, PendingRequest, WaitingQueue, shared_prefix
+from glmbatch.glm.engine.runner import Readback
 from glmbatch.glm.model.label_tree import LabelTree, label_tree
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
+from glmbatch.glm.model.rows import to_device
 
 # Rows of logits computed at once: 67 MB for 65,024 tokens in float32.
 HEAD_ROWS = 256
@@ -46,18 +50,22 @@ class Classification:
         self._network = network
         self._limits = limits
         self._preempt_generation = preempt_generation
+        # A batch whose scores are not read yet. On CPU they are there when it returns.
+        self._in_flight: tuple[Sequence[_Waiting], Readback] | None = None
+        self._runs_ahead = network.device.type == "cuda"
         self._waiting: WaitingQueue[_Waiting] = WaitingQueue(
             # First come, first served: without padding, no order is faster.
             rank=lambda item: (item.pending.arrival,),
             tokens=lambda item: len(item.prompt),
-            group=lambda item: item.prefix,
+            # Trees are cached, so requests with the same labels have the same one.
+            group=lambda item: (item.prefix, id(item.prompt.tree)),
             cancelled=lambda item: item.pending.call.cancelled,
         )
 
     @property
     def busy(self) -> bool:
-        """Whether any request waits."""
-        return bool(self._waiting)
+        """Whether any request waits or runs."""
+        return bool(self._waiting) or self._in_flight is not None
 
     def push(self, pending: PendingRequest[ClassifyRequest]) -> None:
         """Add a request to the waiting queue."""
@@ -68,15 +76,31 @@ class Classification:
         self._waiting.push(_Waiting(pending, prefix, prompt))
 
     def run_batch(self) -> None:
-        """Answer one batch. If it does not fit in memory, put it back and lower the limits."""
+        """Launch the next batch, then deliver the results of the one before.
+
+        A batch that does not fit in memory is put back, and the limits are lowered.
+        """
         batch = self._waiting.take(self._limits.batch_tokens)
-        if not batch:
-            return
-        scores = catch_oom(lambda: self._score(batch, self._limits.batch_tokens))
-        if scores is None:
+        scores = catch_oom(lambda: self._launch(batch)) if batch else None
+        self._deliver()
+        if scores is not None:
+            self._in_flight = (batch, scores)
+        elif batch:
             self._handle_out_of_memory(batch)
+        if not self._runs_ahead:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Wait for the scores in flight and deliver them."""
+        if self._in_flight is None:
             return
-        for item, row in zip(batch, scores, strict=True):
+        batch, readback = self._in_flight
+        self._in_flight = None
+        (rows,) = readback.wait()
+        tree = batch[0].prompt.tree
+        if tree is not None:
+            rows = label_scores(tree, np.array(rows)).tolist()
+        for item, row in zip(batch, rows, strict=True):
             index = item.pending.request.index
             if all(map(math.isfinite, row)):
                 result = ClassifyResult(index, tuple(row))
@@ -104,61 +128,45 @@ class Classification:
         for item in batch:
             self._waiting.push(item)
 
-    def _score(self, batch: Sequence[_Waiting], chunk_tokens: int) -> list[list[float]]:
-        """Scores of each item of `batch`; all items have the same prefix.
+    def _launch(self, batch: Sequence[_Waiting]) -> Readback:
+        """Logits of the head for each item, or log-probabilities of the tokens in its label tree.
 
-        A prompt over the token budget is a batch of its own and is prefilled in chunks.
+        All items have the same prefix and the same tree. A prompt over the token budget is a batch
+        of its own and is prefilled in chunks.
         """
+        chunk_tokens = self._limits.batch_tokens
         prefix = self._network.cached_prefix(batch[0].prefix, chunk_tokens)
         prompts = [item.prompt for item in batch]
         if len(batch) == 1:
             prompts[0], prefix = self._network.prefill_ahead(prompts[0], prefix, chunk_tokens)
-        hidden_RC = self._network.prefill(prompts, prefix)
-        if self._network.has_head:
-            scores: list[list[float]] = self._network.class_logits(hidden_RC).tolist()
-            return scores
-        return _label_scores(self._network, [item.prompt.tree for item in batch], hidden_RC)
+        hidden_KC = self._network.prefill(prompts, prefix)
+        tree = prompts[0].tree
+        if tree is None:
+            return Readback(self._network.class_logits(hidden_KC))
+        return Readback(_tree_log_probs(self._network, tree, hidden_KC))
 
 
-def _label_scores(
-    network: Network, trees: Sequence[LabelTree | None], hidden_RC: torch.Tensor
-) -> list[list[float]]:
-    """For each tree, the log-likelihood of each label, in the order of the request.
-
-    `hidden_RC` is the result of `Network.prefill`.
-    """
-    asked = [tree for tree in trees if tree is not None]
-    continuations = [tree.children[0] for tree in asked]
-    for tree in asked:
-        continuations += tree.children[1:]
-    log_probs_RM = _log_probs(network, hidden_RC, continuations)
-    scores = []
-    first_node = len(asked)
-    for prompt_row, tree in enumerate(asked):
-        rows = [log_probs_RM[prompt_row], *log_probs_RM[first_node : first_node + len(tree)]]
-        scores.append([_path_score(path, rows) for path in tree.paths])
-        # The prompts are read first, then all nodes, tree by tree.
-        first_node += len(tree)
-    return scores
-
-
-def _path_score(path: Sequence[tuple[int, int]], rows: Sequence[Sequence[float]]) -> float:
-    # fsum rounds only once, so scores do not depend on the order of the labels.
-    return math.fsum(rows[row][child] for row, child in path)
-
-
-def _log_probs(
-    network: Network, hidden_RC: torch.Tensor, continuations: Sequence[Sequence[int]]
-) -> list[list[float]]:
-    """For each row, the log-probability of each of its `continuations`, padded to M."""
-    width = max(map(len, continuations))
-    padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in continuations]
-    tokens_RM = torch.tensor(padded, device=network.device)
+def _tree_log_probs(network: Network, tree: LabelTree, hidden_KC: torch.Tensor) -> torch.Tensor:
+    """For each prompt and each row of the tree, log-probabilities of its children, [B, N + 1, M]."""
+    width = max(map(len, tree.children))
+    padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in tree.children]
+    (tokens_NM,) = to_device(network.device, np.array(padded))
+    tokens_KM = tokens_NM.repeat(len(hidden_KC) // len(tokens_NM), 1)
     parts = []
     # In parts, because the logits of all rows would take far more memory than the batch itself.
-    for first in range(0, len(hidden_RC), HEAD_ROWS):
+    for first in range(0, len(hidden_KC), HEAD_ROWS):
         rows = slice(first, first + HEAD_ROWS)
-        logits_RV = network.token_logits(hidden_RC[rows])
-        parts.append(logits_RV.gather(1, tokens_RM[rows]) - logits_RV.logsumexp(-1, keepdim=True))
-    log_probs_RM: list[list[float]] = torch.cat(parts).tolist()
-    return log_probs_RM
+        logits_RV = network.token_logits(hidden_KC[rows])
+        parts.append(logits_RV.gather(1, tokens_KM[rows]) - logits_RV.logsumexp(-1, keepdim=True))
+    return torch.cat(parts).view(-1, *tokens_NM.shape)
+
+
+def label_scores(tree: LabelTree, log_probs_BNM: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The log-likelihood of each label, [B, labels], in float64.
+
+    Along a label's path the sum has one order, so scores do not depend on the order of the labels.
+    """
+    scores = [
+        sum(log_probs_BNM[:, row, child] for row, child in path) for path in tree.paths
+    ]
+    return np.stack(scores, axis=1)

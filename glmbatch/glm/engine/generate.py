@@ -1,239 +1,117 @@
-"""Continuous batching over the slots of the KV cache.
+"""Continuous batching: one forward after another over the sequences that the scheduler chooses.
 
-Waiting sequences are admitted into free slots by prefill, each decode step adds one token to every
-live slot, and a finished slot is filled again. A preempted sequence keeps its generated ids, which
-are prefilled with the prompt when it is admitted again; no token is drawn twice.
-
-Shapes: R rows, T tokens, G key/value groups, D head size, C hidden size.
+Each forward adds a token to every running sequence and prefills prompts of waiting ones beside
+them. A finished sequence makes room for the next at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from glmbatch.glm.engine.oom import catch_oom
 from glmbatch.glm.engine.protocol import GenerateRequest, GenerateResult, not_finite
-from glmbatch.glm.engine.queue import Limits, PendingRequest, WaitingQueue, shared_prefix
-from glmbatch.glm.engine.sampler import Sampler
-from glmbatch.glm.model.kv_cache import SlotCache
+from glmbatch.glm.engine.queue import Limits, PendingRequest
+from glmbatch.glm.engine.runner import ModelRunner, Step
+from glmbatch.glm.engine.scheduler import Batch, Scheduler, TokenSequence
 from glmbatch.glm.model.network import Network
-from glmbatch.glm.model.packing import PackedPrompt
-from glmbatch.glm.model.sampling import NOT_FINITE, RowSampling, next_tokens
+from glmbatch.glm.model.sampling import NOT_FINITE
 
-# Within a window of this many consecutive requests, the longest go first, so that no long one is
-# left to run alone at the end. The window bounds how long a short request can wait.
-WINDOW = 4096
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """One request and the ids generated for it so far."""
-
-    pending: PendingRequest[GenerateRequest]
-    prefix: tuple[int, ...]
-    sampler: Sampler | None
-    ids: list[int] = field(default_factory=list)
-    failed: bool = False
-    budget: int | None = None  # the token budget before it was lowered for this sequence alone
-
-    @property
-    def request(self) -> GenerateRequest:
-        return self.pending.request
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and of the answer so far."""
-        return len(self.request.prompt_ids) + len(self.ids)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the prompt and of the longest answer allowed."""
-        return len(self.request.prompt_ids) + self.request.max_tokens
-
-    @property
-    def prefill_tokens(self) -> int:
-        """Tokens to prefill after the shared prefix."""
-        return self.length - len(self.prefix)
-
-    def prompt(self) -> PackedPrompt:
-        """The ids to prefill: the prompt after the shared prefix, then the ids generated so far."""
-        return PackedPrompt([*self.request.prompt_ids[len(self.prefix) :], *self.ids])
-
-    def sampling(self, row: int) -> RowSampling | None:
-        """How to choose its next token at `row` of a batch; None for plain greedy decoding."""
-        return None if self.sampler is None else self.sampler.at(row, self.ids)
+Result = TypeVar("Result")
 
 
 class Generation:
-    """The waiting queue of generate requests, and the sequences in the slots of the cache.
+    """Answers generate requests: a scheduler, and the runner of its batches.
 
-    `cache_bytes` limits the memory of the KV cache.
+    `cache_bytes` limits the memory of keys and values.
     """
 
     def __init__(self, network: Network, limits: Limits, eos_id: int, cache_bytes: int) -> None:
         self._network = network
         self._limits = limits
         self._eos_id = eos_id
-        max_places = network.trained_places + network.max_positions
-        self._cache = SlotCache(network.kv_shape, max_places, cache_bytes)
-        self._sequences: list[_Sequence | None] = []  # by slot; None is a free slot among live ones
-        # A sequence that ran out of memory among others and is tried in a cache of one slot.
-        self._alone: _Sequence | None = None
-        self._waiting: WaitingQueue[_Sequence] = WaitingQueue(
-            rank=lambda seq: (seq.pending.arrival // WINDOW, -seq.max_length, seq.pending.arrival),
-            tokens=lambda seq: seq.prefill_tokens,
-            group=lambda seq: seq.prefix,
-            cancelled=lambda seq: seq.failed or seq.pending.call.cancelled,
-        )
+        self._scheduler = Scheduler(network.max_positions, network.trained_places, eos_id)
+        self._runner = ModelRunner(network, cache_bytes)
+        # A forward whose tokens are not read yet. On CPU they are there when it returns.
+        self._in_flight: Step | None = None
+        self._runs_ahead = network.device.type == "cuda"
 
     @property
     def busy(self) -> bool:
-        """Whether any request waits or is in a slot."""
-        return bool(self._waiting) or bool(self._sequences)
+        """Whether any request waits or runs."""
+        return self._scheduler.busy or self._in_flight is not None
 
     def push(self, pending: PendingRequest[GenerateRequest]) -> None:
         """Add a request to the waiting queue."""
-        request = pending.request
-        self._waiting.push(
-            _Sequence(pending, shared_prefix(request), Sampler.of(request, self._eos_id))
-        )
+        self._scheduler.push(pending)
 
     def run_batch(self) -> None:
-        """Admit waiting requests into free slots, or run one decode step over the live slots."""
-        self._drop_cancelled()
-        slots = min(self._max_slots, self._cache.slots or self._max_slots)
-        free = slots - len(self._live())
-        batch = self._waiting.take(self._limits.batch_tokens, free) if free > 0 else []
-        if batch:
-            self._admit(batch)
-        elif sequences := self._compact_slots():
-            self._decode_step(sequences)
+        """Launch the next forward, read the tokens of the one before, then choose the next."""
+        if not self._runner.has_arena:
+            self._allocate_arena()
+        batch = self._scheduler.schedule(self._limits)
+        logits_RV = self._launch(batch)
+        # The device runs the forward while the host reads the tokens before it.
+        self._read_tokens()
+        if logits_RV is not None:
+            self._in_flight = self._try(batch, lambda: self._runner.choose(batch, logits_RV))
+        if not self._runs_ahead:
+            self._read_tokens()
 
     def preempt(self) -> bool:
-        """Free the cache for classify requests and halve the slots.
+        """Free the memory of keys and values for classify requests, and halve it for later.
 
-        Returns False if the cache was empty. All sequences return to the waiting queue.
+        Returns False if there was none. All sequences return to the waiting queue.
         """
-        if not self._cache.slots:
+        if not self._runner.has_arena:
             return False
-        if self._sequences:
-            self._limits.halve_slots(self._cache.slots)
-        self._preempt_all()
+        self._read_tokens()
+        self._scheduler.preempt_all()
+        self._runner.release(halve=True)
         return True
 
-    @property
-    def _max_slots(self) -> int:
-        return self._limits.slots if self._alone is None else 1
+    def _allocate_arena(self) -> None:
+        most_places = self._network.trained_places + self._network.max_positions
+        places = self._runner.allocate(self._limits.slots * most_places)
+        self._scheduler.use_places(places)
 
-    def _live(self) -> list[_Sequence]:
-        """The sequences that are in a slot, by slot."""
-        return [seq for seq in self._sequences if seq is not None]
-
-    def _drop_cancelled(self) -> None:
-        for slot, seq in enumerate(self._sequences):
-            if seq is not None and seq.pending.call.cancelled:
-                self._sequences[slot] = None
-        if self._alone is not None and self._alone.pending.call.cancelled:
-            self._alone = None
-
-    def _admit(self, batch: Sequence[_Sequence]) -> None:
-        """Prefill each of `batch` into a free slot and choose its next token."""
-        if not any(self._sequences) and self._cache.slots != self._max_slots:
-            self._cache.drop()  # a long sequence had reduced the slots: start over with all of them
-        if not catch_oom(lambda: self._grow_cache(max(seq.length for seq in batch))):
-            self._handle_out_of_memory(batch)
-            return
-        slots = self._free_slots()[: len(batch)]
-        for seq in batch[len(slots) :]:  # a longer cache may have fewer slots
-            self._waiting.push(seq)
-        admitted = batch[: len(slots)]
-        tokens = catch_oom(lambda: self._prefill(admitted, slots)) if admitted else []
-        if tokens is None:
-            self._cache.wipe(slots)  # partly written, perhaps with values that are not finite
-            self._handle_out_of_memory(admitted, in_prefill=True)
-            return
-        self._sequences += [None] * (max(slots, default=-1) + 1 - len(self._sequences))
-        for slot, seq in zip(slots, admitted, strict=True):
-            self._sequences[slot] = seq
-        # Prefill yields the first token without a decode step.
-        self._append_tokens(slots, tokens)
-
-    def _free_slots(self) -> list[int]:
-        beyond = range(len(self._sequences), self._cache.slots)
-        return [slot for slot, seq in enumerate(self._sequences) if seq is None] + list(beyond)
-
-    def _prefill(self, batch: Sequence[_Sequence], slots: Sequence[int]) -> list[int]:
-        """Prefill `batch` into `slots` of the cache; returns the next token of each sequence."""
+    def _launch(self, batch: Batch) -> torch.Tensor | None:
+        if not batch.pieces:
+            if not self._scheduler.running and self._scheduler.busy and self._in_flight is None:
+                # The first sequence does not fit in all the memory that there is.
+                self._fail_without_room(self._scheduler.next_waiting)
+            return None
         chunk_tokens = self._limits.batch_tokens
-        prefix = self._network.cached_prefix(batch[0].prefix, chunk_tokens)
-        prompts = [seq.prompt() for seq in batch]
-        if len(batch) == 1:  # a prompt over the token budget is alone, and is prefilled in chunks
-            prompts[0], prefix = self._network.prefill_ahead(prompts[0], prefix, chunk_tokens)
-        first = 0
-        if prefix is not None:
-            self._cache.write_prefix(slots, prefix)
-            first = prefix.places
-        slot_of_token: list[int] = []
-        place_of_token: list[int] = []
-        for slot, prompt in zip(slots, prompts, strict=True):
-            slot_of_token += [slot] * len(prompt.ids)
-            place_of_token += range(first, first + len(prompt.ids))
-        indexes_2T = torch.tensor([slot_of_token, place_of_token], device=self._network.device)
-        slots_T, places_T = indexes_2T
+        return self._try(batch, lambda: self._runner.launch(batch, self._in_flight, chunk_tokens))
 
-        def store(layer: int, key_TGD: torch.Tensor, value_TGD: torch.Tensor) -> None:
-            self._cache.write(layer, slots_T, places_T, key_TGD, value_TGD)
+    def _try(self, batch: Batch, work: Callable[[], Result]) -> Result | None:
+        """The result of `work` on `batch`; None if memory did not suffice, which is handled."""
+        result = catch_oom(work)
+        if result is None:
+            self._handle_out_of_memory(batch)
+        return result
 
-        return self._choose(self._network.prefill(prompts, prefix, store), batch)
-
-    def _decode_step(self, sequences: Sequence[_Sequence]) -> None:
-        """Generate one more token for each of `sequences`, which are in the first slots."""
-        if not catch_oom(lambda: self._grow_cache(max(seq.length for seq in sequences))):
-            self._handle_out_of_memory()
+    def _read_tokens(self) -> None:
+        """Read the tokens in flight, append each to its sequence, and deliver finished ones."""
+        step, self._in_flight = self._in_flight, None
+        if step is None:
             return
-        live = sequences[: len(self._sequences)]  # a longer cache may have fewer slots
-        tokens = catch_oom(lambda: self._decode(live))
-        if tokens is None:
-            self._handle_out_of_memory()
-            return
-        self._append_tokens(range(len(live)), tokens)
-
-    def _decode(self, live: Sequence[_Sequence]) -> list[int]:
-        last_ids = [seq.ids[-1] for seq in live]
-        positions = [seq.length - 1 for seq in live]
-        return self._choose(self._network.decode(last_ids, positions, self._cache), live)
-
-    def _choose(self, hidden_RC: torch.Tensor, batch: Sequence[_Sequence]) -> list[int]:
-        """The next token of each sequence from its final state."""
-        rows = [how for row, seq in enumerate(batch) if (how := seq.sampling(row)) is not None]
-        tokens: list[int] = next_tokens(
-            self._network.token_logits(hidden_RC), rows
-        ).tokens_R.tolist()
-        return tokens
-
-    def _append_tokens(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """Append each token to the sequence in its slot; deliver and remove finished sequences."""
-        for slot, token in zip(slots, tokens, strict=True):
-            seq = self._sequences[slot]
-            assert seq is not None
-            reason = self._append(seq, token)
-            if reason is None:
+        tokens, log_probs = step.tokens()
+        for row, piece in enumerate(step.batch.pieces):
+            seq = piece.sequence
+            if not piece.samples or seq.done:
                 continue
-            self._sequences[slot] = None
-            if seq is self._alone:
-                self._alone = None
-            index = seq.request.index
-            if token == NOT_FINITE:
-                self._cache.wipe([slot])
-                fault = not_finite(self._network.dtype_name, len(seq.ids))
-                seq.pending.call.deliver(GenerateResult(index, (), reason, fault))
-            else:
-                seq.pending.call.deliver(GenerateResult(index, tuple(seq.ids), reason))
+            seq.in_flight -= 1
+            if log_probs is not None:
+                seq.log_probs.append(log_probs[row])
+            reason = self._append(seq, tokens[row])
+            if reason is not None:
+                self._scheduler.finish(seq)
+                seq.pending.call.deliver(self._result(seq, reason))
 
-    def _append(self, seq: _Sequence, token: int) -> str | None:
+    def _append(self, seq: TokenSequence, token: int) -> str | None:
         """Add `token` to `seq`; returns why the sequence is finished, or None."""
         if token == NOT_FINITE:
             return "error"
@@ -242,12 +120,11 @@ class Generation:
         seq.ids.append(token)
         if self._asks_to_stop(seq):
             return "stop"
-        max_tokens, max_positions = seq.request.max_tokens, self._network.max_positions
-        if len(seq.ids) >= max_tokens or seq.length >= max_positions:
+        if len(seq.ids) >= seq.request.max_tokens or seq.length >= self._network.max_positions:
             return "length"
         return None
 
-    def _asks_to_stop(self, seq: _Sequence) -> bool:
+    def _asks_to_stop(self, seq: TokenSequence) -> bool:
         should_stop = seq.request.should_stop
         if should_stop is None:
             return False
@@ -257,75 +134,45 @@ class Generation:
             seq.pending.call.fail(error)
             return False
 
-    def _compact_slots(self) -> list[_Sequence]:
-        """Move sequences so that the live slots come first; returns all sequences by slot."""
-        live = len(self._live())
-        beyond = self._sequences[live:]
-        sources = [live + at for at, seq in enumerate(beyond) if seq is not None]
-        targets = [slot for slot in range(live) if self._sequences[slot] is None]
-        if sources:
-            length = max(seq.length for seq in beyond if seq is not None)
-            self._cache.move(sources, targets, self._network.trained_places + length)
-        for source, target in zip(sources, targets, strict=True):
-            self._sequences[target] = self._sequences[source]
-        del self._sequences[live:]
-        return self._live()
+    def _result(self, seq: TokenSequence, reason: str) -> GenerateResult:
+        index = seq.request.index
+        if reason == "error":
+            fault = not_finite(self._network.dtype_name, len(seq.ids))
+            return GenerateResult(index, (), reason, fault)
+        return GenerateResult(index, tuple(seq.ids), reason)
 
-    def _grow_cache(self, length: int) -> bool:
-        """Grow the cache to `length` tokens per slot, preempting sequences that no longer fit.
-
-        Returns True, to distinguish success from the None of `catch_oom`.
-        """
-        places = self._network.trained_places + length
-        if places > self._cache.length:
-            self._compact_slots()
-            longer = self._cache.next_length(places)
-            slots = min(self._max_slots, self._cache.slots_within(longer))
-            for seq in self._live()[slots:]:
-                self._waiting.push(seq)
-            del self._sequences[slots:]
-            self._cache.resize(slots, longer)
-        return True
-
-    def _handle_out_of_memory(
-        self, batch: Sequence[_Sequence] = (), in_prefill: bool = False
-    ) -> None:
-        """Next, try a smaller prefill, then half the slots, then one sequence alone.
-
-        A sequence that runs out of memory even alone fails.
-        """
+    def _handle_out_of_memory(self, batch: Batch) -> None:
+        """Preempt all. Next, try a smaller prefill, then half as many sequences, then fail one."""
+        self._scheduler.undo(batch)
+        self._read_tokens()
         self._network.release_memory()
-        for seq in batch:
-            self._waiting.push(seq)
-        tokens = sum(seq.prefill_tokens for seq in batch)
-        if in_prefill and len(batch) > 1:
+        prefills = batch.prefills
+        tokens = sum(piece.count for piece in prefills)
+        first = batch.pieces[0].sequence
+        if len(prefills) > 1:
             self._limits.halve_batch(tokens)
-            return
-        if in_prefill:
-            batch[0].budget = batch[0].budget or self._limits.batch_tokens
-            if self._limits.halve_chunk(tokens):
-                return
-        active = [*batch, *self._live()]
-        if len(active) > 1:
-            self._limits.halve_slots(self._cache.slots or self._limits.slots)
-        elif self._alone is not active[0]:
-            self._alone = active[0]
+        elif prefills and self._halve_chunk(prefills[0].sequence, tokens):
+            pass
+        elif len(batch.pieces) > 1:
+            self._remember_limits(first)
+            self._limits.halve_slots(len(batch.pieces))
+        elif not first.retried:
+            first.retried = True  # all other memory is free now
         else:
-            self._fail_without_room(active[0])
-        self._preempt_all()
+            self._fail_without_room(first)
 
-    def _fail_without_room(self, seq: _Sequence) -> None:
+    def _halve_chunk(self, seq: TokenSequence, tokens: int) -> bool:
+        self._remember_limits(seq)
+        return self._limits.halve_chunk(tokens)
+
+    def _remember_limits(self, seq: TokenSequence) -> None:
+        seq.limits = seq.limits or (self._limits.batch_tokens, self._limits.slots)
+
+    def _fail_without_room(self, seq: TokenSequence) -> None:
         device = self._network.device
         fault = f"not enough memory on {device} to generate for one row of {seq.length} tokens"
         seq.pending.call.deliver(GenerateResult(seq.request.index, (), "error", fault))
-        seq.failed = True  # the waiting queue drops it
-        self._alone = None
-        # Only this sequence is too long: later ones get the original token budget back.
-        self._limits.batch_tokens = seq.budget or self._limits.batch_tokens
-
-    def _preempt_all(self) -> None:
-        """Return every sequence to the waiting queue and free the memory of the cache."""
-        for seq in self._live():
-            self._waiting.push(seq)
-        self._sequences = []
-        self._cache.drop()
+        self._scheduler.finish(seq)
+        if seq.limits is not None:
+            # Only this sequence is too long: later ones get the original limits back.
+            self._limits.batch_tokens, self._limits.slots = seq.limits

@@ -1,25 +1,27 @@
-"""Attention of packed batches and of decode steps. Knows no requests and no model.
+"""Attention of one forward, each row over its own places, with torch's public call.
 
-A plan is made once per forward and used by every layer. `PackedPlan`: several prompts in one batch,
-each attending only to itself. `SlotPlan` and `SlotLoop`: one new token per slot of the KV cache.
+`SpanPlan` calls it once per span of queries, and `KernelPlan` has compiled code for the rows of one
+query. On CUDA in half precision, `flash.FlashPlan` serves all rows in one or two calls. A plan is
+made once per forward and used by every layer. Knows no requests and no model.
 
-Shapes: T tokens of a packed batch, S live slots, L places of a slot, H query heads, G key/value
-groups, D head size, N layers, F places of a prefix; Q queries and K keys of one call.
+Shapes: T tokens, Q queries and K keys of a span, H query heads, G key/value groups, D head size,
+P places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from glmbatch.glm.model.kv_cache import KvPrefix, SlotCache
+from glmbatch.glm.model.arena import KeyStore
 
-# Called with the number of a layer and its new keys and values [T, G, D].
-Store = Callable[[int, torch.Tensor, torch.Tensor], None]
+# Queries behind other keys are masked in blocks of this size, so that the mask stays below 70 MB
+# at 32k places.
+QUERY_BLOCK = 512
 
 
 class AttentionPlan(Protocol):
@@ -33,39 +35,32 @@ class AttentionPlan(Protocol):
         value: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """The attention output [T, H, D] of one layer; query [T, H, D], key and value [T, G, D]."""
+        """The attention output [T, H, D] of one layer; query [T, H, D], key and value [T, G, D].
 
-
-class AttentionCall(Protocol):
-    """Some queries of a packed batch, and the keys that they attend to."""
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        out: torch.Tensor,
-    ) -> None:
-        """Write the attention output of these queries into their rows of `out` [T, H, D].
-
-        query [T, H, D]; key and value of the prefix and the batch, [F + T, G, D].
+        In the last layer there may be fewer queries than keys.
         """
 
 
-class PackedPlan:
-    """Attention of several prompts in one batch, without padding or a mask over the whole batch.
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive queries and the consecutive places that they attend to.
 
-    The keys of `prefix` precede those of the batch, so `calls` index keys from the prefix's start.
-    `store` receives the batch's own keys and values of every layer.
+    `causal`: queries and keys are the same tokens. `mask_QK` is added to the scores. With neither,
+    every query attends to all keys.
     """
 
-    def __init__(
-        self, calls: Sequence[AttentionCall], prefix: KvPrefix | None, store: Store | None
-    ) -> None:
-        self._calls = calls
-        self._prefix = prefix
+    queries: slice
+    keys: slice
+    causal: bool = False
+    mask_QK: torch.Tensor | None = None
+
+
+class SpanPlan:
+    """Attention of all `spans`, one call each: on CPU, calls cost less than padding."""
+
+    def __init__(self, store: KeyStore, spans: Sequence[Span]) -> None:
         self._store = store
+        self._spans = spans
 
     def attend(
         self,
@@ -76,136 +71,70 @@ class PackedPlan:
         scaling: float,
     ) -> torch.Tensor:
         """The attention output [T, H, D] of one layer; see `AttentionPlan`."""
-        if self._store is not None:
-            self._store(layer, key, value)
-        if self._prefix is not None:
-            key = torch.cat((self._prefix.kv_N2FGD[layer, 0], key))
-            value = torch.cat((self._prefix.kv_N2FGD[layer, 1], value))
-        # Not zeros, because the calls together write every row.
-        out_THD = torch.empty_like(query)
-        for call in self._calls:
-            call.attend(query, key, value, scaling, out_THD)
+        keys_GPD, values_GPD = self._store.put(layer, key, value)
+        # Not zeros, because the spans together write every row.
+        out_THD = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        attend_spans(self._spans, query, keys_GPD, values_GPD, scaling, out_THD)
         return out_THD
 
 
-@dataclass(frozen=True, slots=True)
-class SpanCall:
-    """Consecutive queries and the ranges of keys that they attend to.
-
-    `causal`: queries and keys are the same tokens. `mask_QK` is added to the scores. With neither,
-    every query attends to all keys.
-    """
-
-    queries: slice
-    keys: tuple[slice, ...]
-    causal: bool = False
-    mask_QK: torch.Tensor | None = None
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        out: torch.Tensor,
-    ) -> None:
-        """Write the attention output of these queries into `out`; see `AttentionCall`."""
+def attend_spans(
+    spans: Sequence[Span],
+    query_THD: torch.Tensor,
+    keys_GPD: torch.Tensor,
+    values_GPD: torch.Tensor,
+    scaling: float,
+    out_THD: torch.Tensor,
+) -> None:
+    """Write the attention output of each span's queries into their rows of `out_THD`."""
+    # The arena may keep a wider dtype than the model's.
+    query_HTD = query_THD.transpose(0, 1).to(keys_GPD.dtype)
+    for span in spans:
         attended_1HQD = scaled_dot_product_attention(
-            query[self.queries].transpose(0, 1)[None],
-            _select(key, self.keys),
-            _select(value, self.keys),
-            attn_mask=self.mask_QK,
-            is_causal=self.causal,
+            query_HTD[None, :, span.queries],
+            keys_GPD[None, :, span.keys],
+            values_GPD[None, :, span.keys],
+            attn_mask=span.mask_QK,
+            is_causal=span.causal,
             scale=scaling,
             enable_gqa=True,  # grouped queries, without copies of the keys
         )
-        out[self.queries] = attended_1HQD[0].transpose(0, 1)
+        out_THD[span.queries] = attended_1HQD[0].transpose(0, 1)
 
 
-def _select(tokens_TGD: torch.Tensor, ranges: tuple[slice, ...]) -> torch.Tensor:
-    """The tokens in `ranges`, [1, G, K, D]; a view if there is one range."""
-    parts = [tokens_TGD[part] for part in ranges]
-    selected_KGD = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return selected_KGD.transpose(0, 1)[None]
+class CausalSpans:
+    """Makes the spans of rows whose new tokens end their keys.
 
-
-class SlotPlan:
-    """Attention of one new token in each of the first S slots, in one call of a fixed shape.
-
-    CUDA graphs need shapes that do not depend on lengths: every slot attends over `places` places,
-    and those after its own are masked. `places_S` has the place of each new token, whose key and
-    value are stored first. The query heads of a group become that group's queries, so that keys and
-    values are not repeated.
+    torch's causal mode does not support keys before those of the queries, so a mask hides the last
+    keys. One mask serves all rows: each takes the window of it that fits its keys.
     """
 
-    def __init__(self, cache: SlotCache, places_S: torch.Tensor, places: int) -> None:
-        self._cache = cache
-        self._places_S = places_S
-        self._places = places
-        # Computed once per forward, since every layer needs the same index and mask.
-        self._slots_S = torch.arange(len(places_S), device=places_S.device)
-        places_L = torch.arange(places, device=places_S.device)
-        beyond_S11L = places_L > places_S[:, None, None, None]
-        # Not a boolean mask, which attention would convert to this one in every layer.
-        mask_S11L = torch.zeros_like(beyond_S11L, dtype=cache.dtype)
-        self._mask_S11L = mask_S11L.masked_fill_(beyond_S11L, -torch.inf)
+    def __init__(self, most_keys: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._most_keys = most_keys
+        self._dtype = dtype
+        self._device = device
+        self._mask_QK: torch.Tensor | None = None
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        """The attention output [S, H, D] of one layer; see `AttentionPlan`."""
-        slots, heads, head_dim = query.shape
-        self._cache.write(layer, self._slots_S, self._places_S, key, value)
-        out = scaled_dot_product_attention(
-            query.view(slots, key.shape[1], -1, head_dim),
-            self._cache.keys_SGLD[layer][:slots, :, : self._places],
-            self._cache.values_SGLD[layer][:slots, :, : self._places],
-            attn_mask=self._mask_S11L,
-            scale=scaling,
-        )
-        return out.reshape(slots, heads, head_dim)
+    def spans(self, first_query: int, count: int, start: int, used: int) -> Iterator[Span]:
+        """Spans of `count` tokens, queries from `first_query` on, that end `used` places.
 
+        `start` is the first of these places.
+        """
+        before = used - count
+        if count == 1 or not before:
+            queries = slice(first_query, first_query + count)
+            yield Span(queries, slice(start, start + used), causal=count > 1)
+            return
+        for first in range(0, count, QUERY_BLOCK):
+            last = min(first + QUERY_BLOCK, count)
+            ahead = self._most_keys - before - first
+            mask_QK = self._mask()[: last - first, ahead : self._most_keys + last - first]
+            queries = slice(first_query + first, first_query + last)
+            yield Span(queries, slice(start, start + before + last), mask_QK=mask_QK)
 
-class SlotLoop:
-    """Like `SlotPlan`, but with a call per slot: on CPU, calls cost less than padding."""
-
-    def __init__(self, cache: SlotCache, places: Sequence[int]) -> None:
-        self._cache = cache
-        self._slots_S = torch.arange(len(places))
-        self._places_S = torch.tensor(places)
-        self._lengths = [place + 1 for place in places]
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        """The attention output [S, H, D] of one layer; see `AttentionPlan`."""
-        self._cache.write(layer, self._slots_S, self._places_S, key, value)
-        slots, heads, head_dim = query.shape
-        # Split once for all slots, because indexing one by one costs a good part of its attention.
-        inputs = zip(
-            torch.split(query.view(slots, key.shape[1], -1, head_dim), 1),
-            torch.split(self._cache.keys_SGLD[layer], 1),
-            torch.split(self._cache.values_SGLD[layer], 1),
-            self._lengths,
-            strict=False,  # the cache may have more slots than are live
-        )
-        out = [
-            scaled_dot_product_attention(
-                query_1GHD,
-                keys_1GLD.narrow(2, 0, length),
-                values_1GLD.narrow(2, 0, length),
-                scale=scaling,
-            )
-            for query_1GHD, keys_1GLD, values_1GLD, length in inputs
-        ]
-        return torch.cat(out).view(slots, heads, head_dim)
+    def _mask(self) -> torch.Tensor:
+        if self._mask_QK is None:
+            corner_QK = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=self._dtype)
+            visible_QK = torch.zeros(QUERY_BLOCK, self._most_keys, dtype=self._dtype)
+            self._mask_QK = torch.cat((visible_QK, corner_QK.triu(1)), dim=1).to(self._device)
+        return self._mask_QK

@@ -1,9 +1,11 @@
 """Records decode steps as CUDA graphs and replays them: one launch instead of some 500.
 
-A graph has fixed shapes and addresses. So there is one for each number of slots and of places, both
-rounded up, and all are dropped when the tensors of the cache are replaced. Knows no requests.
+A graph has fixed shapes and addresses. Lengths and places of rows are inputs of a step, so there is
+one graph for each rounded number of rows. All are dropped with the arena whose memory they use.
+Knows no requests.
 
-Shapes: S slots, C hidden size. 2: the token of a slot and its position.
+Shapes: R rows, C hidden size. 4: the token of a row, its position, its first place and the number
+of its places.
 """
 
 from __future__ import annotations
@@ -16,85 +18,77 @@ from typing import Any
 
 import torch
 
-from glmbatch.glm.model.kv_cache import BLOCK, SlotCache
-
 logger = logging.getLogger(__name__)
 
-# Each graph takes some megabytes of device memory.
-MAX_GRAPHS = 96
 # Two engines must not record at the same time.
 _RECORDING = threading.Lock()
+# A step is recorded when its shape comes up for the third time: many shapes come up once.
+RECORD_AT = 3
 
-Step = Callable[[torch.Tensor, int, SlotCache], torch.Tensor]
+Step = Callable[[torch.Tensor, int], torch.Tensor]
 Replay = Callable[[], object]
 Record = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
-    inputs_2S: torch.Tensor
+    inputs_4R: torch.Tensor
     replay: Replay
-    hidden_SC: torch.Tensor
+    hidden_RC: torch.Tensor
 
 
 class StepGraphs:
-    """Runs `step(inputs_2S, places, cache)` by replaying a recording of it.
+    """Runs `step(inputs_4R, max_used)` by replaying a recording of it.
 
+    Rows that fill a shape up have one place, `spare_place`, where a step may write anything.
     `recorder` creates a recorder, `CudaRecorder` by default.
     """
 
-    def __init__(self, step: Step, recorder: Callable[[], Record] | None = None) -> None:
+    def __init__(
+        self, step: Step, spare_place: int, recorder: Callable[[], Record] | None = None
+    ) -> None:
         self._step = step
-        self._recorder = recorder or CudaRecorder
-        self._version: int | None = None
-        self._refused: set[tuple[int, int]] = set()
-        self.clear()
+        self._spare_place = spare_place
+        self._record = (recorder or CudaRecorder)()
+        self._uses: dict[tuple[int, int], int] = {}
+        self._recordings: dict[tuple[int, int], _Recording | None] = {}
 
-    def __call__(self, inputs_2S: torch.Tensor, places: int, cache: SlotCache) -> torch.Tensor:
-        """The result [S, C] of `step` for the first S slots; valid only until the next call.
+    def __call__(self, inputs_4R: torch.Tensor, max_used: int) -> torch.Tensor:
+        """The result [R, C] of `step`; valid only until the next call.
 
-        Records the step if there is no graph of its shape; if that fails, calls `step` directly.
+        If a shape cannot be recorded, calls `step` directly.
         """
-        if self._version != cache.version or len(self._recordings) > MAX_GRAPHS:
-            self.clear()
-            self._version = cache.version
-        slots = inputs_2S.shape[1]
-        shape = (
-            min(slot_bucket(slots), cache.slots),
-            min(place_bucket(places), cache.length),
-        )
-        if shape not in self._recordings and shape not in self._refused:
-            self._record_step(*shape, inputs_2S, cache)
+        rows = inputs_4R.shape[1]
+        shape = row_bucket(rows), max_used
+        self._uses[shape] = self._uses.get(shape, 0) + 1
+        if shape not in self._recordings and self._uses[shape] >= RECORD_AT:
+            self._recordings[shape] = self._record_step(*shape, inputs_4R)
         recording = self._recordings.get(shape)
         if recording is None:
-            return self._step(inputs_2S, places, cache)
-        # The slots after the live ones are free: a prefill overwrites what the graph writes there.
-        recording.inputs_2S[:, slots:] = 0
-        recording.inputs_2S[:, :slots] = inputs_2S
+            return self._step(inputs_4R, max_used)
+        self._fill(recording.inputs_4R, inputs_4R)
         recording.replay()
-        return recording.hidden_SC[:slots]
+        return recording.hidden_RC[:rows]
 
-    def clear(self) -> None:
-        """Drop all graphs and free their memory."""
-        self._recordings: dict[tuple[int, int], _Recording] = {}
-        # With a new recorder, because a memory pool without graphs cannot be reused.
-        self._record = self._recorder()
+    def _fill(self, static_4R: torch.Tensor, inputs_4R: torch.Tensor) -> None:
+        rows = inputs_4R.shape[1]
+        static_4R[:, :rows] = inputs_4R
+        static_4R[:2, rows:] = 0
+        static_4R[2, rows:] = self._spare_place
+        static_4R[3, rows:] = 1
 
     def _record_step(
-        self, slots: int, places: int, inputs_2S: torch.Tensor, cache: SlotCache
-    ) -> None:
-        """Record a step of this shape. If that fails (out of memory, say), never try it again."""
-        static_2S = inputs_2S.new_zeros(2, slots)
-        static_2S[:, : inputs_2S.shape[1]] = inputs_2S
+        self, rows: int, max_used: int, inputs_4R: torch.Tensor
+    ) -> _Recording | None:
+        static_4R = inputs_4R.new_zeros(4, rows)
+        self._fill(static_4R, inputs_4R)
         try:
-            replay, hidden_SC = self._record(lambda: self._step(static_2S, places, cache))
+            replay, hidden_RC = self._record(lambda: self._step(static_4R, max_used))
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
-            logger.warning("decode steps of %d slots run without a CUDA graph: %s", slots, reason)
-            self._refused.add((slots, places))
-            self.clear()
-        else:
-            self._recordings[slots, places] = _Recording(static_2S, replay, hidden_SC)
+            logger.warning("decode steps of %d rows run without a CUDA graph: %s", rows, reason)
+            return None
+        return _Recording(static_4R, replay, hidden_RC)
 
 
 class CudaRecorder:
@@ -128,17 +122,10 @@ class CudaRecorder:
         return graph.replay, out
 
 
-def slot_bucket(slots: int) -> int:
-    """`slots` rounded up: to a power of two up to 16, by at most an eighth above."""
-    bits = (slots - 1).bit_length()
-    if slots <= 16:
+def row_bucket(rows: int) -> int:
+    """`rows` rounded up: to a power of two up to 16, by at most an eighth above."""
+    bits = (rows - 1).bit_length()
+    if rows <= 16:
         return 1 << bits
     coarse = 1 << (bits - 4)
-    return -(-slots // coarse) * coarse
-
-
-def place_bucket(places: int) -> int:
-    """`places` rounded up: to a multiple of BLOCK, and by at most a quarter above four blocks."""
-    blocks = -(-places // BLOCK)
-    coarse = 1 << max(0, (blocks - 1).bit_length() - 3)
-    return -(-blocks // coarse) * coarse * BLOCK
+    return -(-rows // coarse) * coarse

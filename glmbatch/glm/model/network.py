@@ -1,29 +1,28 @@
-"""The GLM model: prefill of packed batches and decode steps over slots, then logits.
+"""The GLM model: one forward over a packed batch, or over rows of an arena; then logits.
 
 Token ids in, final states and logits out. Knows no requests.
 
-Shapes: T tokens of a packed batch, R of them read, S live slots, F places of a prefix, C hidden
-size, V tokens, G key/value groups, D head size, P rotated pairs, N layers.
+Shapes: T tokens of a batch, R rows, K read tokens, F places of a prefix, C hidden size, V tokens, G
+key/value groups, D head size, P rotated pairs, N layers.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from glmbatch.glm.model.attention import AttentionPlan, SlotLoop, SlotPlan, Store
+from glmbatch.glm.model.arena import Arena, KvPrefix, KvShape
+from glmbatch.glm.model.attention import AttentionPlan
 from glmbatch.glm.model.cuda_graphs import StepGraphs
-from glmbatch.glm.model.kv_cache import KvPrefix, KvShape, SlotCache, round_up
+from glmbatch.glm.model.flash import FlashCall, FlashPlan, serves
+from glmbatch.glm.model.arena import ArenaKeys
 from glmbatch.glm.model.layer import Layer, Norm, rotary_factors
 from glmbatch.glm.model.linear import choose_form, product
 from glmbatch.glm.model.packing import PackedPrompt, pack
-
-logger = logging.getLogger(__name__)
+from glmbatch.glm.model.rows import Rows, plan_rows
 
 # Prefixes cached for later batches: a step has one, and few steps run at once.
 PREFIXES = 8
@@ -50,7 +49,8 @@ class Network:
             config.num_hidden_layers,
             config.num_key_value_heads,
             config.head_dim,
-            self.dtype,
+            # On CPU, the kernel of decode steps reads float32.
+            torch.float32 if self.device.type == "cpu" else self.dtype,
             self.device,
         )
         device = str(self.device)
@@ -70,15 +70,15 @@ class Network:
             model.lm_head = None  # the product may have a copy of its own
         self._trained_prefix = self._take_prefix(model)
         self._prefixes: OrderedDict[tuple[int, ...], KvPrefix] = OrderedDict()
-        self._graphs = StepGraphs(self._padded_step) if self.device.type == "cuda" else None
+        self._scratch: Arena | None = None
 
     def _take_prefix(self, model: Any) -> KvPrefix | None:
         """The model's P-Tuning prefix, or None."""
         prefix_N2GFD = getattr(model, "prefix_kv", None)
         if prefix_N2GFD is None:
             return None
-        kv_N2FGD = prefix_N2GFD.permute(0, 1, 3, 2, 4).to(self.device, self.dtype).contiguous()
-        return KvPrefix(kv_N2FGD, next_position=0)
+        kv_N2GFD = prefix_N2GFD.to(self.kv_shape.device, self.kv_shape.dtype).contiguous()
+        return KvPrefix(kv_N2GFD, next_position=0)
 
     @property
     def trained_places(self) -> int:
@@ -100,37 +100,27 @@ class Network:
         return self._prefixes[ids]
 
     def release_memory(self) -> None:
-        """Free cached prefixes and CUDA graphs, which are recomputed when needed."""
+        """Free cached prefixes and the scratch arena, which are made again when needed."""
         self._prefixes.clear()
-        if self._graphs is not None:
-            self._graphs.clear()
+        self._scratch = None
 
     def _extend_prefix(
         self, prefix: KvPrefix | None, ids: Sequence[int], chunk_tokens: int
     ) -> KvPrefix:
         """`prefix` extended by the keys and values of `ids`."""
         assert ids
-        # Each chunk attends to the earlier ones as part of its prefix.
+        places = next_position = 0
+        if prefix is not None:
+            places, next_position = prefix.places, prefix.next_position
+        arena = Arena(self.kv_shape, places + len(ids))
+        if prefix is not None:
+            arena.write_prefix(0, prefix)
+        # Each chunk attends to the earlier ones, which are in the arena.
         for first in range(0, len(ids), chunk_tokens):
             chunk = ids[first : first + chunk_tokens]
-            kv_N2FGD = self._keys_and_values(chunk, prefix)
-            next_position = len(chunk)
-            if prefix is not None:
-                kv_N2FGD = torch.cat((prefix.kv_N2FGD, kv_N2FGD), dim=2)
-                next_position += prefix.next_position
-            prefix = KvPrefix(kv_N2FGD, next_position)
-        assert prefix is not None
-        return prefix
-
-    def _keys_and_values(self, ids: Sequence[int], prefix: KvPrefix | None) -> torch.Tensor:
-        """Keys and values [N, 2, F, G, D] of `ids` after `prefix`."""
-        layers: list[torch.Tensor] = []
-
-        def store(layer: int, key_FGD: torch.Tensor, value_FGD: torch.Tensor) -> None:
-            layers.append(torch.stack((key_FGD, value_FGD)))
-
-        self.prefill([PackedPrompt(ids)], prefix, store)
-        return torch.stack(layers)
+            rows = Rows([0], [places + first + len(chunk)], [len(chunk)], single=0)
+            self.forward(torch.tensor(chunk, device=self.device), rows, arena)
+        return KvPrefix(arena.kv_N2GPD, next_position + len(ids))
 
     def prefill_ahead(
         self, prompt: PackedPrompt, prefix: KvPrefix | None, chunk_tokens: int
@@ -146,58 +136,67 @@ class Network:
         return PackedPrompt(prompt.ids[ahead:], prompt.tree), longer
 
     def prefill(
-        self, prompts: Sequence[PackedPrompt], prefix: KvPrefix | None, store: Store | None = None
+        self, prompts: Sequence[PackedPrompt], prefix: KvPrefix | None
     ) -> torch.Tensor:
         """Run one forward over `prompts`, each after `prefix`, as a packed batch.
 
-        Returns final states [R, C]: of the last token of each prompt, then of all nodes of the
-        label trees, prompt by prompt. `store` is called with the keys and values of every layer.
+        Returns final states [K, C]: for each prompt, of its last token, then of all nodes of its
+        label tree. All prompts have the same tree, or none.
         """
-        batch = pack(prompts, prefix, store, self.device, self.dtype)
-        hidden_TC = self._embed(batch.ids_T[None])[0]
-        rotary_TP = rotary_factors(batch.positions_T, self._inverse_frequencies_P)
-        for layer in self._layers[:-1]:
-            hidden_TC = layer(hidden_TC, rotary_TP, batch.plan)
-        # The last layer needs the keys and values of all tokens, but the states of few.
-        hidden_RC = self._layers[-1](hidden_TC, rotary_TP, batch.last_plan, batch.reads_R)
-        return self._norm(hidden_RC)
+        batch = pack(prompts, prefix, self._scratch_arena, self.device, self.dtype)
+        return self._run(
+            batch.ids_T, batch.positions_T, batch.plan, batch.last_plan, batch.reads_K
+        )
 
-    def decode(
-        self, ids: Sequence[int], positions: Sequence[int], cache: SlotCache
+    def forward(self, ids_T: torch.Tensor, rows: Rows, arena: Arena) -> torch.Tensor:
+        """Run one forward over `rows` of `arena`, whose new tokens are `ids_T`, row by row.
+
+        Stores their keys and values. Returns final states [R, C] of the last token of each row.
+        """
+        batch = plan_rows(arena, rows, self.trained_places)
+        return self._run(ids_T, batch.positions_T, batch.plan, batch.last_plan, batch.reads_R)
+
+    def step_graphs(self, arena: Arena, spare_place: int) -> StepGraphs | None:
+        """Recorded decode steps over `arena`; None where there are no CUDA graphs."""
+        if not serves(self.device, arena.kv_N2GPD.dtype):
+            return None
+
+        def step(inputs_4R: torch.Tensor, max_used: int) -> torch.Tensor:
+            ids_R, positions_R, starts_R, used_R = inputs_4R
+            rows = inputs_4R.shape[1]
+            each_R1 = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
+            # The operator wants one start more than there are rows, and does not read it.
+            starts_R1 = torch.nn.functional.pad(starts_R, (0, 1)).int()
+            call = FlashCall(each_R1, starts_R1, used_R.int(), 1, max_used)
+            store = ArenaKeys(arena, starts_R + used_R - 1)
+            plan = FlashPlan(store, [(slice(None), call)])
+            return self._run(ids_R, positions_R, plan, plan, None)
+
+        return StepGraphs(step, spare_place)
+
+    def _scratch_arena(self, places: int) -> Arena:
+        """An arena of one layer with at least `places` places, kept for later batches."""
+        if self._scratch is None or self._scratch.places < places:
+            self._scratch = None  # frees the smaller one first
+            self._scratch = Arena(self.kv_shape, places, one_layer=True)
+        return self._scratch
+
+    def _run(
+        self,
+        ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        plan: AttentionPlan,
+        last_plan: AttentionPlan,
+        reads_K: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Run one decode step: returns final states [S, C] of one new token in each of S slots.
-
-        `ids` are the last tokens of the sequences in the first S slots of `cache`, and `positions`
-        their positions. Their keys and values are stored in the cache.
-        """
-        inputs_2S = torch.tensor([ids, positions], device=self.device)
-        # A trained prefix fills the first places of a slot but has no positions.
-        places = [self.trained_places + position for position in positions]
-        if self._graphs is None:
-            return self._step(inputs_2S, self._slot_plan(cache, places))
-        return self._graphs(inputs_2S, round_up(max(places) + 1), cache)
-
-    @cached_property
-    def _slot_plan(self) -> Callable[[SlotCache, Sequence[int]], AttentionPlan]:
-        """The attention of decode steps without CUDA graphs: `SlotKernel` if it can run here."""
-        if self.device.type == "cpu" and self.dtype == torch.float32:
-            try:
-                from glmbatch.glm.model.slot_kernel import SlotKernel
-            except ImportError as error:
-                logger.info("decode steps use torch's attention: %s", error)
-            else:
-                return SlotKernel
-        return SlotLoop
-
-    def _padded_step(self, inputs_2S: torch.Tensor, places: int, cache: SlotCache) -> torch.Tensor:
-        return self._step(inputs_2S, SlotPlan(cache, inputs_2S[1] + self.trained_places, places))
-
-    def _step(self, inputs_2S: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        hidden_SC: torch.Tensor = self._embed(inputs_2S[0][:, None])[:, 0]
-        rotary_SP = rotary_factors(inputs_2S[1], self._inverse_frequencies_P)
-        for layer in self._layers:
-            hidden_SC = layer(hidden_SC, rotary_SP, plan)
-        return self._norm(hidden_SC)
+        """Final states [K, C] of the tokens `reads_K`; None reads all."""
+        hidden_TC = self._embed(ids_T[None])[0]
+        rotary_TP = rotary_factors(positions_T, self._inverse_frequencies_P)
+        for layer in self._layers[:-1]:
+            hidden_TC = layer(hidden_TC, rotary_TP, plan)
+        # The last layer needs the keys and values of all tokens, but the states of few.
+        hidden_KC = self._layers[-1](hidden_TC, rotary_TP, last_plan, reads_K)
+        return self._norm(hidden_KC)
 
     def token_logits(self, hidden_RC: torch.Tensor) -> torch.Tensor:
         """Logits [R, V] in float32 of the `token_count` ids that are tokens."""

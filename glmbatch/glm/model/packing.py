@@ -1,27 +1,27 @@
 """Packs several prompts, and the label trees that continue them, into one batch without padding.
 
-Token order: all prompts, then all trees. Read order: the last token of each prompt, then all nodes.
+Token order: each prompt, then the nodes of its tree. Read order: for each prompt, its last token,
+then its nodes.
 
-Shapes: T tokens of the batch, R of them read, Q queries and K keys of one attention call.
+Shapes: T tokens of the batch, R prompts, F places of a prefix, N nodes of the tree, K read tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
+from itertools import chain
 
+import numpy as np
 import torch
 
-from glmbatch.glm.model import varlen
-from glmbatch.glm.model.attention import AttentionCall, PackedPlan, SpanCall, Store
-from glmbatch.glm.model.kv_cache import KvPrefix
+from glmbatch.glm.model import flash
+from glmbatch.glm.model.arena import Arena, ArenaKeys, BatchKeys, KeyStore, KvPrefix
+from glmbatch.glm.model.attention import AttentionPlan, CausalSpans, Span, SpanPlan
+from glmbatch.glm.model.flash import FlashCall, FlashPlan, TreeAttention
 from glmbatch.glm.model.label_tree import LabelTree
-from glmbatch.glm.model.varlen import PromptCall, TreeCall
-
-# With a prefix, queries are masked in blocks of this size, so that the mask stays below 70 MB at
-# 32k places.
-QUERY_BLOCK = 512
+from glmbatch.glm.model.rows import IntArray, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,175 +42,154 @@ class PackedPrompt:
 class PackedBatch:
     """The input of one forward.
 
-    `reads_R` has the indexes of the tokens whose final states are read. `last_plan` is the
+    `reads_K` has the indexes of the tokens whose final states are read. `last_plan` is the
     attention of the last layer, where only those tokens have queries.
     """
 
     ids_T: torch.Tensor
     positions_T: torch.Tensor
-    reads_R: torch.Tensor
-    plan: PackedPlan
-    last_plan: PackedPlan
+    reads_K: torch.Tensor
+    plan: AttentionPlan
+    last_plan: AttentionPlan
 
 
 def pack(
     prompts: Sequence[PackedPrompt],
     prefix: KvPrefix | None,
-    store: Store | None,
+    scratch: Callable[[int], Arena],
     device: torch.device,
     dtype: torch.dtype,
 ) -> PackedBatch:
-    """One packed batch of all `prompts`, each after `prefix`.
+    """One packed batch of all `prompts`, each after `prefix`. All have the same tree, or none.
 
-    `store` receives the keys and values of each layer. `dtype` is the model's, for the masks.
+    `scratch` returns an arena of one layer with at least the given number of places. `dtype` is
+    the model's.
     """
-    # Every prompt starts at the same position, since it does not attend to the others.
-    start = 0 if prefix is None else prefix.next_position
-    lengths = [len(prompt.ids) for prompt in prompts]
-    ids: list[int] = []
-    positions: list[int] = []
-    for prompt in prompts:
-        ids += prompt.ids
-        positions += range(start, start + len(prompt.ids))
-    prompt_tokens = len(ids)
-    for prompt, length in zip(prompts, lengths, strict=True):
-        if prompt.tree:
-            ids += prompt.tree.tokens
+    tree = prompts[0].tree
+    tree_ids = tree.tokens if tree else ()
+    ids = np.fromiter(chain.from_iterable(chain(p.ids, tree_ids) for p in prompts), np.int64)
+    before = 0 if prefix is None else prefix.places
+    layout = _Layout(np.array([len(prompt.ids) for prompt in prompts]), len(tree_ids), before)
+    positions_T = layout.positions(tree) + (0 if prefix is None else prefix.next_position)
+    ids_T, positions_T, reads_RK, places_T, prefix_RF = to_device(
+        device, ids, positions_T, layout.reads_RK, layout.places_T, layout.prefix_RF
+    )
+    store: KeyStore = BatchKeys()
+    if prefix is not None:
+        store = ArenaKeys(scratch(layout.places), places_T, prefix, prefix_RF)
+        dtype = prefix.kv_N2GFD.dtype
+    plans = _flash_plans if flash.serves(device, dtype) else _span_plans
+    plan, last_plan = plans(layout, store, tree, device, dtype)
+    return PackedBatch(ids_T, positions_T, reads_RK.reshape(-1), plan, last_plan)
+
+
+class _Layout:
+    """Where the tokens of each prompt are: in the batch, and in the places of its row.
+
+    A row has the places of the prefix, `before` of them, of its prompt, and of its nodes.
+    """
+
+    def __init__(self, lengths_R: IntArray, nodes: int, before: int) -> None:
+        self.lengths_R = lengths_R
+        self.nodes = nodes
+        self.tokens_R = lengths_R + nodes
+        self.rows = len(lengths_R)
+        self.first_R = self.tokens_R.cumsum() - self.tokens_R
+        self.starts_R = self.first_R + before * np.arange(self.rows)
+        self.used_R = before + lengths_R  # places that a node attends to, besides its lineage
+        ends_R = self.first_R + lengths_R
+        self.nodes_RN = ends_R[:, None] + np.arange(nodes)
+        self.reads_RK = ends_R[:, None] - 1 + np.arange(nodes + 1)
+        self._tokens = int(self.tokens_R.sum())
+        self.places = self._tokens + before * self.rows
+        shift_T = np.repeat(before * np.arange(1, self.rows + 1), self.tokens_R)
+        self.places_T = np.arange(self._tokens) + shift_T
+        self.prefix_RF = self.starts_R[:, None] + np.arange(before)
+
+    def positions(self, tree: LabelTree | None) -> IntArray:
+        """The position of each token after the prefix, [T]."""
+        # Every prompt starts at the same position, since it does not attend to the others.
+        positions_T = np.arange(self._tokens) - np.repeat(self.first_R, self.tokens_R)
+        if tree:
             # Siblings share a position: each is a possible next token of the same text.
-            last_position = start + length - 1
-            positions += [last_position + depth for depth in prompt.tree.depths]
-    ends = list(accumulate(lengths))
-    reads = [end - 1 for end in ends] + list(range(prompt_tokens, len(ids)))
-    prefix_places = 0 if prefix is None else prefix.places
-    visibility = _Visibility(prompts, lengths, ends, prefix_places, device, dtype)
-    calls, last_calls = visibility.calls()
-    return PackedBatch(
-        ids_T=torch.tensor(ids, device=device),
-        positions_T=torch.tensor(positions, device=device),
-        reads_R=torch.tensor(reads, device=device),
-        plan=PackedPlan(calls, prefix, store),
-        last_plan=PackedPlan(last_calls, prefix, store),
+            positions_T[self.nodes_RN] = self.lengths_R[:, None] - 1 + np.array(tree.depths)
+        return positions_T
+
+
+def _span_plans(
+    layout: _Layout,
+    store: KeyStore,
+    tree: LabelTree | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[SpanPlan, SpanPlan]:
+    """One span for each prompt and one for its nodes."""
+    nodes = layout.nodes
+    most = int(layout.used_R.max())
+    causal = CausalSpans(most, dtype, device)
+    mask_NK = None
+    if tree:
+        visible_NF = torch.zeros(nodes, most, dtype=dtype, device=device)
+        mask_NK = torch.cat((visible_NF, _tree_mask(tree, device).to(dtype)), dim=1)
+    spans, last_spans = [], []
+    numbers = (layout.first_R, layout.lengths_R, layout.starts_R, layout.used_R)
+    for row, (first, length, start, used) in enumerate(np.stack(numbers, axis=1).tolist()):
+        spans += causal.spans(first, length, start, used)
+        read = row * (nodes + 1)
+        last_spans += causal.spans(read, 1, start, used)
+        if mask_NK is not None:
+            keys, mask = slice(start, start + used + nodes), mask_NK[:, most - used :]
+            at = first + length
+            spans.append(Span(slice(at, at + nodes), keys, mask_QK=mask))
+            last_spans.append(Span(slice(read + 1, read + 1 + nodes), keys, mask_QK=mask))
+    return SpanPlan(store, spans), SpanPlan(store, last_spans)
+
+
+def _flash_plans(
+    layout: _Layout,
+    store: KeyStore,
+    tree: LabelTree | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[FlashPlan, FlashPlan]:
+    """One call for all prompts and one for all nodes."""
+    rows, nodes = layout.rows, layout.nodes
+    most = int(layout.used_R.max()) + nodes
+    each_R1 = np.arange(rows + 1)
+    asked_RN = each_R1[:-1, None] * (nodes + 1) + np.arange(1, nodes + 1)
+    ends, starts, used, every, each, nodes_RN, queries_RN = to_device(
+        device,
+        np.append(layout.first_R, layout.tokens_R.sum()),
+        np.append(layout.starts_R, 0),
+        layout.used_R,
+        layout.used_R + nodes,
+        each_R1,
+        layout.nodes_RN,
+        asked_RN,
+    )
+    ends, starts, used, every, each = (x.int() for x in (ends, starts, used, every, each))
+    # Nodes are queries of this call too, since they lie between prompts; their output is replaced.
+    prompts = FlashCall(ends, starts, every, int(layout.tokens_R.max()), most, causal=True)
+    read = FlashCall(each * (nodes + 1), starts, used, nodes + 1, most)
+    trees = last_trees = None
+    if tree:
+        # At least two, because with one the operator orders the sums of weights otherwise.
+        to_prompts = FlashCall(each * nodes, starts, used, max(2, nodes), most)
+        mask_NN = _tree_mask(tree, device)
+        trees = TreeAttention(nodes_RN, nodes_RN, to_prompts, mask_NN)
+        last_trees = TreeAttention(nodes_RN, queries_RN, to_prompts, mask_NN)
+    everything = slice(None)
+    return (
+        FlashPlan(store, [(everything, prompts)], trees),
+        FlashPlan(store, [(everything, read)], last_trees),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Visibility:
-    """Which tokens of a packed batch attend to which.
-
-    The keys of the batch follow the `prefix_places` keys of the prefix. `ends[n]` is the index in
-    the batch after the last token of prompt n.
-    """
-
-    prompts: Sequence[PackedPrompt]
-    lengths: Sequence[int]
-    ends: Sequence[int]
-    prefix_places: int
-    device: torch.device
-    dtype: torch.dtype
-
-    def calls(self) -> tuple[list[AttentionCall], list[AttentionCall]]:
-        """The attention calls of all layers but the last, then those of the last layer.
-
-        In the last layer, only the tokens that are read have queries.
-        """
-        masks = [self._tree_mask(number, prompt.tree) for number, prompt in enumerate(self.prompts)]
-        # In the last layer, queries are indexed among the tokens that are read.
-        trees = self._tree_calls(masks, first_query=self.ends[-1])
-        last_trees = self._tree_calls(masks, first_query=len(self.prompts))
-        calls: list[AttentionCall]
-        last_calls: list[AttentionCall]
-        if varlen.serves(self.device, self.dtype):
-            calls = [self._varlen_call(self.lengths)]
-            last_calls = [self._varlen_call([1] * len(self.lengths))]
-            if trees:
-                calls.append(TreeCall(trees, self.device))
-                last_calls.append(TreeCall(last_trees, self.device))
-        else:
-            calls = [*self._prompt_calls(), *trees]
-            last_calls = [*self._last_token_calls(), *last_trees]
-        return calls, last_calls
-
-    def _prompt_calls(self) -> list[SpanCall]:
-        """Every token of a prompt attends to the prefix and to its prompt up to itself."""
-        if self.prefix_places:
-            return self._masked_calls()
-        calls = []
-        for length, end in zip(self.lengths, self.ends, strict=True):
-            prompt = slice(end - length, end)
-            calls.append(SpanCall(prompt, (prompt,), causal=True))
-        return calls
-
-    def _last_token_calls(self) -> list[SpanCall]:
-        """The last token of a prompt attends to the prefix and to its whole prompt."""
-        calls = []
-        for number, end in enumerate(self.ends):
-            query = slice(number, number + 1)
-            calls.append(SpanCall(query, self._keys_before(number, end)))
-        return calls
-
-    def _masked_calls(self) -> list[SpanCall]:
-        """Causal attention after a prefix.
-
-        torch's causal mode does not support keys before those of the queries, so a mask hides the
-        last keys. One mask serves all blocks: each takes the window of it that fits its keys.
-        """
-        max_keys = self.prefix_places + max(self.lengths)
-        corner_QK = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=self.dtype).triu(1)
-        visible_QK = torch.zeros(QUERY_BLOCK, max_keys, dtype=self.dtype)
-        mask_QK = torch.cat((visible_QK, corner_QK), dim=1).to(self.device)
-        calls = []
-        for number, (length, end) in enumerate(zip(self.lengths, self.ends, strict=True)):
-            for first in range(end - length, end, QUERY_BLOCK):
-                last = min(first + QUERY_BLOCK, end)
-                ahead = self.prefix_places + first - (end - length)
-                mask = mask_QK[: last - first, max_keys - ahead : max_keys + last - first]
-                keys = self._keys_before(number, last)
-                calls.append(SpanCall(slice(first, last), keys, mask_QK=mask))
-        return calls
-
-    def _tree_calls(self, masks: Sequence[torch.Tensor | None], first_query: int) -> list[SpanCall]:
-        """The nodes of a tree attend to the prefix, to their prompt and to their lineage."""
-        calls = []
-        # The keys of the trees follow those of all prompts.
-        first_key = self.prefix_places + self.ends[-1]
-        for number, mask_QK in enumerate(masks):
-            if mask_QK is None:
-                continue
-            nodes = len(mask_QK)
-            own = slice(first_key, first_key + nodes)
-            keys = (*self._keys_before(number, self.ends[number]), own)
-            calls.append(SpanCall(slice(first_query, first_query + nodes), keys, mask_QK=mask_QK))
-            first_query += nodes
-            first_key += nodes
-        return calls
-
-    def _tree_mask(self, number: int, tree: LabelTree | None) -> torch.Tensor | None:
-        """The mask of a tree's nodes: 0 where a node attends to a key, -inf elsewhere."""
-        if not tree:
-            return None
-        before = self.prefix_places + self.lengths[number]
+@lru_cache(maxsize=64)
+def _tree_mask(tree: LabelTree, device: torch.device) -> torch.Tensor:
+    """0 where a node attends to a node, -inf elsewhere, [N, N] in float32."""
+    mask_NN = torch.full((len(tree), len(tree)), -torch.inf)
+    for node, lineage in enumerate(tree.lineage):
         # Siblings must not attend to each other, only to their own lineage.
-        mask_QK = torch.zeros(len(tree), before + len(tree), dtype=self.dtype)
-        mask_QK[:, before:] = -torch.inf
-        for node, lineage in enumerate(tree.lineage):
-            mask_QK[node, [before + ancestor for ancestor in lineage]] = 0
-        # `TreeCall` pads the masks on the host and moves them to the device in one copy.
-        return mask_QK if varlen.serves(self.device, self.dtype) else mask_QK.to(self.device)
-
-    def _keys_before(self, number: int, end: int) -> tuple[slice, ...]:
-        """The keys of the prefix and of prompt `number` up to index `end` of the batch."""
-        start = self.ends[number] - self.lengths[number]
-        own = slice(self.prefix_places + start, self.prefix_places + end)
-        return (slice(0, self.prefix_places), own) if self.prefix_places else (own,)
-
-    def _varlen_call(self, queries: Sequence[int]) -> PromptCall:
-        """All prompts in one call, with queries for the last `queries[n]` tokens of prompt n."""
-        key_index: list[int] | None = None
-        if self.prefix_places:  # without a prefix, the keys are already in the order of the prompts
-            key_index = []
-            for number, end in enumerate(self.ends):
-                for keys in self._keys_before(number, end):
-                    key_index += range(keys.start, keys.stop)
-        keys_per_prompt = [self.prefix_places + length for length in self.lengths]
-        lengths = list(zip(queries, keys_per_prompt, strict=True))
-        return PromptCall(lengths, key_index, self.device)
+        mask_NN[node, list(lineage)] = 0
+    return mask_NN.to(device)

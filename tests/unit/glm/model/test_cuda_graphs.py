@@ -9,8 +9,7 @@ import torch
 
 from glmbatch.glm.engine.protocol import GenerateRequest
 from glmbatch.glm.engine.worker import TorchEngine
-from glmbatch.glm.model.cuda_graphs import StepGraphs, place_bucket, slot_bucket
-from glmbatch.glm.model.kv_cache import BLOCK
+from glmbatch.glm.model.cuda_graphs import StepGraphs, row_bucket
 from tests.unit.glm.tiny_glm import causal_model, engine_over, prompts
 
 

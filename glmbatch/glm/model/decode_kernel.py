@@ -1,14 +1,16 @@
-"""Attention of one new token per slot of the KV cache, compiled by numba: float32 on CPU.
+"""Attention of the rows with one new token, compiled by numba: an arena in float32 on CPU.
 
-With torch, each slot is a small product, which reads keys and values at a fifth of the speed of
-memory. The kernel stores the new keys and values and attends for all slots in one call. Head size
-and heads per group are constants of the compiled code, so that its inner loops vectorize fully.
+With torch, each row is a small product, which reads keys and values at a fifth of the speed of
+memory. The kernel stores the new keys and values of all tokens, and attends for the rows of one
+token, in one call. Head size and heads per group are constants of the compiled code, so that its
+inner loops vectorize fully.
 
 Compiling takes a few seconds at the first decode step; numba caches the code on disk for later
 processes if it can. It uses one thread, since the work of a layer is too small for two. Knows no
 requests and no model.
 
-Shapes: S live slots, L places, H query heads, G key/value groups, D head size; h heads of a group.
+Shapes: T tokens, R rows of one token, P places of the arena, L places of a row, H query heads, G
+key/value groups, D head size; h heads of a group.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import numba
 import numpy as np
 import torch
 
-from glmbatch.glm.model.kv_cache import SlotCache
+from glmbatch.glm.model.arena import ArenaKeys
+from glmbatch.glm.model.attention import Span, attend_spans
 
 # Sums may be reordered, but nan and inf must propagate, so that a row with them is noticed.
 _OPTIONS: dict[str, Any] = {
@@ -31,8 +34,8 @@ _OPTIONS: dict[str, Any] = {
 # New queries, keys and values are views of one tensor and may have any strides. With a single
 # signature, the code is compiled only once.
 _SIGNATURE = (
-    "void(UniTuple(float32[:,:,:], 3), UniTuple(float32[:,:,:,::1], 2), "
-    "int64[::1], float32, float32[:,:,::1])"
+    "void(UniTuple(float32[:,:,:], 3), UniTuple(float32[:,:,::1], 2), "
+    "int64[::1], UniTuple(int64[::1], 2), float32, float32[:,:,::1])"
 )
 # Inlined into the caller, where head size and heads per group are constants.
 _inlined: Callable[[Callable[..., Any]], Any] = numba.njit(forceinline=True, **_OPTIONS)
@@ -111,27 +114,34 @@ def _mix(weights_hL: Any, values_LD: Any, places: Any, out_hD: Any) -> None:
 def _kernel(of_group: int, head_dim: int) -> Callable[..., None]:
     """The compiled kernel for `of_group` query heads per key/value group."""
 
-    def attend(new: Any, cached: Any, places_S: Any, scaling: Any, out_SHD: Any) -> None:
-        (q_SHD, k_SGD, v_SGD), (keys_SGLD, values_SGLD) = new, cached
+    def attend(
+        new: Any, arena: Any, places_T: Any, rows: Any, scaling: Any, out_RHD: Any
+    ) -> None:
+        (q_THD, k_TGD, v_TGD), (keys_GPD, values_GPD) = new, arena
+        starts_R, used_R = rows
         query_hD = np.empty((of_group, head_dim), np.float32)
         mixed_hD = np.empty((of_group, head_dim), np.float32)
         total_h = np.empty(of_group, np.float32)
-        weights_hL = np.empty((of_group, keys_SGLD.shape[2]), np.float32)
-        for slot in range(len(places_S)):
-            place = places_S[slot]
-            for group in range(keys_SGLD.shape[1]):
-                keys_LD, values_LD = keys_SGLD[slot, group], values_SGLD[slot, group]
-                keys_LD[place], values_LD[place] = k_SGD[slot, group], v_SGD[slot, group]
+        weights_hL = np.empty((of_group, used_R.max()), np.float32)
+        for token in range(len(places_T)):
+            for group in range(keys_GPD.shape[0]):
+                keys_GPD[group, places_T[token]] = k_TGD[token, group]
+                values_GPD[group, places_T[token]] = v_TGD[token, group]
+        for row in range(len(starts_R)):
+            start, used = starts_R[row], used_R[row]
+            for group in range(keys_GPD.shape[0]):
+                keys_LD = keys_GPD[group, start : start + used]
+                values_LD = values_GPD[group, start : start + used]
                 first = group * of_group
                 for head in range(of_group):
                     for d in range(head_dim):
-                        query_hD[head, d] = q_SHD[slot, first + head, d] * scaling
-                _score(query_hD, keys_LD, place + 1, weights_hL)
+                        query_hD[head, d] = q_THD[row, first + head, d] * scaling
+                _score(query_hD, keys_LD, used, weights_hL)
                 for head in range(of_group):
-                    total_h[head] = _weigh(weights_hL[head], place + 1)
-                _mix(weights_hL, values_LD, place + 1, mixed_hD)
+                    total_h[head] = _weigh(weights_hL[head], used)
+                _mix(weights_hL, values_LD, used, mixed_hD)
                 for head in range(of_group):
-                    out_SHD[slot, first + head] = mixed_hD[head] / total_h[head]
+                    out_RHD[row, first + head] = mixed_hD[head] / total_h[head]
 
     try:
         return _compile(attend, cache=True)
@@ -146,14 +156,28 @@ def _compile(attend: Callable[..., None], cache: bool) -> Callable[..., None]:
     return compiled
 
 
-class SlotKernel:
-    """Like `SlotLoop`, but one compiled call for all slots."""
+class KernelPlan:
+    """Like `SpanPlan`, but one compiled call for the first rows, which have one query each.
 
-    def __init__(self, cache: SlotCache, places: Sequence[int]) -> None:
+    `starts_R` and `used_R` have the first place and the number of places of these rows. `spans` are
+    those of the other rows, after them.
+    """
+
+    def __init__(
+        self,
+        store: ArenaKeys,
+        starts_R: np.ndarray[Any, Any],
+        used_R: np.ndarray[Any, Any],
+        spans: Sequence[Span],
+    ) -> None:
+        self._arena = store.arena
+        self._places_T = store.places_T.numpy()
+        self._starts_R = starts_R
+        self._used_R = used_R
+        self._spans = spans
         # Checked here, because the compiled code does not check bounds.
-        assert len(places) <= cache.slots and max(places) < cache.length
-        self._cache = cache
-        self._places_S = np.array(places, np.int64)
+        assert self._places_T.max() < store.arena.places
+        assert (starts_R + used_R).max() <= store.arena.places
 
     def attend(
         self,
@@ -163,13 +187,18 @@ class SlotKernel:
         value: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """The attention output [S, H, D] of one layer; see `AttentionPlan`."""
-        out = torch.empty(query.shape, dtype=query.dtype)
+        """The attention output [T, H, D] of one layer; see `AttentionPlan`."""
+        out = torch.empty(query.shape, dtype=torch.float32)
+        keys_GPD, values_GPD = self._arena.layer(layer)
+        # In half precision, the copies are of the new tokens alone.
+        query = query.float()
         _kernel(query.shape[1] // key.shape[1], query.shape[2])(
-            (query.numpy(), key.numpy(), value.numpy()),
-            (self._cache.keys_SGLD[layer].numpy(), self._cache.values_SGLD[layer].numpy()),
-            self._places_S,
+            (query.numpy(), key.float().numpy(), value.float().numpy()),
+            (keys_GPD.numpy(), values_GPD.numpy()),
+            self._places_T,
+            (self._starts_R, self._used_R),
             np.float32(scaling),
-            out.numpy(),
+            out[: len(self._starts_R)].numpy(),
         )
+        attend_spans(self._spans, query, keys_GPD, values_GPD, scaling, out)
         return out

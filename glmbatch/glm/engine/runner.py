@@ -1,0 +1,156 @@
+"""Runs the scheduler's batches on the device: builds tensors, launches a forward, reads tokens.
+
+The next forward can be launched before the tokens of the last one are read: they stay on the
+device, and the host reads them while the next one runs.
+
+Shapes: T tokens, R rows, S rows of one token, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+
+from glmbatch.glm.engine.oom import catch_oom
+from glmbatch.glm.engine.scheduler import Batch, Piece, TokenSequence
+from glmbatch.glm.model.arena import Arena
+from glmbatch.glm.model.network import Network
+from glmbatch.glm.model.rows import Rows, to_device
+from glmbatch.glm.model.sampling import next_tokens
+
+logger = logging.getLogger(__name__)
+
+# Recorded steps are for rows of at most this many places, or of any number: the bound decides
+# how many parts the places of a row are attended to in.
+SHORT_PLACES = 4096
+
+
+class Readback:
+    """Tensors on their way from the device to the host."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self._event: Any = None
+        if tensors[0].device.type == "cuda":
+            tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
+            # Not `tolist` at once: it would wait for everything that was launched meanwhile.
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        self._tensors = tensors
+
+    def wait(self) -> list[Any]:
+        """The tensors as lists, after the device has computed them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.tolist() for tensor in self._tensors]
+
+
+class Step:
+    """A launched forward: the batch, and the next token of each of its rows."""
+
+    def __init__(
+        self, batch: Batch, tokens_R: torch.Tensor, log_probs_R: torch.Tensor | None
+    ) -> None:
+        self.batch = batch
+        self.tokens_R = tokens_R
+        self._readback = Readback(*(x for x in (tokens_R, log_probs_R) if x is not None))
+
+    def tokens(self) -> tuple[list[int], list[float] | None]:
+        """The token of each row and, if asked for, its log-probability. Waits for the device."""
+        tokens, *log_probs = self._readback.wait()
+        return tokens, log_probs[0] if log_probs else None
+
+
+class ModelRunner:
+    """The network with an arena of keys and values of at most `cache_bytes`."""
+
+    def __init__(self, network: Network, cache_bytes: int) -> None:
+        self._network = network
+        self._cache_bytes = cache_bytes
+        self._arena: Arena | None = None
+        self._graphs: Any = None
+
+    @property
+    def has_arena(self) -> bool:
+        """Whether the arena is allocated."""
+        return self._arena is not None
+
+    def allocate(self, most_places: int) -> int:
+        """Allocate an arena of at most `most_places`; returns its places, 0 without memory."""
+        place_bytes = self._network.kv_shape.place_bytes
+        places = max(1, min(most_places, self._cache_bytes // place_bytes))
+        while places:
+            self._arena = catch_oom(lambda: Arena(self._network.kv_shape, places + 1))
+            if self._arena is not None:
+                # The last place is for rows that fill up a recorded step.
+                self._graphs = self._network.step_graphs(self._arena, spare_place=places)
+                break
+            places //= 2
+        return places
+
+    def release(self, halve: bool = False) -> None:
+        """Free the arena; with `halve`, the next one has at most half as many places."""
+        if halve and self._arena is not None:
+            self._cache_bytes = self._arena.places // 2 * self._network.kv_shape.place_bytes
+        self._arena = self._graphs = None
+
+    def launch(self, batch: Batch, previous: Step | None, chunk_tokens: int) -> torch.Tensor:
+        """Launch the forward of `batch`; returns the logits [R, V] that follow each row.
+
+        `previous` has the tokens that are not read yet.
+        """
+        assert self._arena is not None
+        for source, target, places in batch.moves:
+            self._arena.copy(source, target, places)
+        for seq in batch.admitted:
+            prefix = self._network.cached_prefix(seq.prefix, chunk_tokens)
+            if prefix is not None:
+                self._arena.write_prefix(seq.start, prefix)
+        return self._network.token_logits(self._forward(batch, previous, self._arena))
+
+    def choose(self, batch: Batch, logits_RV: torch.Tensor) -> Step:
+        """Choose the next token of each row. All earlier tokens must have been read."""
+        rows = []
+        for row, piece in enumerate(batch.pieces):
+            sampler = piece.sequence.sampler
+            if piece.samples and sampler is not None:
+                rows.append(sampler.at(row, piece.sequence.ids))
+        log_probs = any(piece.sequence.request.log_probs for piece in batch.pieces)
+        chosen = next_tokens(logits_RV, rows, log_probs)
+        return Step(batch, chosen.tokens_R, chosen.log_probs_R)
+
+    def _forward(self, batch: Batch, previous: Step | None, arena: Arena) -> torch.Tensor:
+        trained = self._network.trained_places
+        pieces = batch.pieces
+        rows = Rows(
+            starts=[piece.sequence.start for piece in pieces],
+            used=[trained + piece.first + piece.count for piece in pieces],
+            counts=[piece.count for piece in pieces],
+            single=sum(piece.count == 1 for piece in pieces),
+        )
+        ids = np.fromiter(chain.from_iterable(map(_known_ids, pieces)), np.int64)
+        sources = np.array([piece.source for piece in pieces[: rows.single]], np.int64)
+        ids_T, sources_S = to_device(self._network.device, ids, sources)
+        if previous is not None:
+            # An id that is not read yet may be that of a row whose scores are not finite, -1.
+            unread_S = previous.tokens_R[sources_S.clamp(min=0)].clamp(min=0)
+            known_S = ids_T[: rows.single]
+            ids_T[: rows.single] = torch.where(sources_S < 0, known_S, unread_S)
+        if self._graphs is None or rows.single < len(pieces):
+            return self._network.forward(ids_T, rows, arena)
+        numbers_3R = np.array([[used - 1 - trained for used in rows.used], rows.starts, rows.used])
+        (inputs_3R,) = to_device(self._network.device, numbers_3R)
+        short = max(rows.used) <= SHORT_PLACES
+        hidden_RC: torch.Tensor = self._graphs(
+            torch.cat((ids_T[None], inputs_3R)), SHORT_PLACES if short else arena.places
+        )
+        return hidden_RC
+
+
+def _known_ids(piece: Piece) -> list[int]:
+    if piece.source >= 0:
+        return [0]  # replaced on the device
+    return piece.sequence.known(piece.first, piece.first + piece.count)

@@ -1,0 +1,268 @@
+"""Decides which sequences run in the next forward: policy alone, no tensors and no threads.
+
+Every forward takes one token of each sequence that is being generated, and as many tokens of
+waiting prompts as the budget allows. A sequence has consecutive places in the arena, more of them
+as it grows; when none are left, the sequence admitted last is preempted. It keeps its ids, which
+are prefilled with its prompt when it is admitted again, so no token is drawn twice.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from glmbatch.glm.engine.places import Places
+from glmbatch.glm.engine.protocol import GenerateRequest
+from glmbatch.glm.engine.queue import Limits, PendingRequest, shared_prefix
+from glmbatch.glm.engine.sampler import Sampler
+
+# Within a window of this many consecutive requests, the longest go first, so that no long one is
+# left to run alone at the end. The window bounds how long a short request can wait.
+WINDOW = 4096
+# A sequence takes places for this many tokens of its answer at first, and then as many at a time:
+# few answers are as long as `max_tokens` allows.
+ANSWER_PLACES = 256
+
+
+@dataclass(slots=True, eq=False)
+class TokenSequence:
+    """One request, the ids generated for it so far, and its places in the arena.
+
+    `cached` is the number of its tokens whose keys and values are in the arena, or will be after
+    the forwards that were launched. `in_flight` counts tokens that were launched but not read.
+    """
+
+    pending: PendingRequest[GenerateRequest]
+    prefix: tuple[int, ...]
+    sampler: Sampler | None
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    start: int = 0
+    room: int = 0
+    cached: int = 0
+    in_flight: int = 0
+    row: int = -1  # its row in the forward launched last
+    done: bool = False
+    limits: tuple[int, int] | None = None  # before they were lowered for this sequence
+    retried: bool = False  # alone, after it ran out of memory
+
+    @property
+    def request(self) -> GenerateRequest:
+        """The request."""
+        return self.pending.request
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the answer read so far."""
+        return len(self.request.prompt_ids) + len(self.ids)
+
+    def known(self, first: int, end: int) -> list[int]:
+        """Ids `first` to `end` of the prompt and the answer read so far."""
+        prompt = self.request.prompt_ids
+        if first >= len(prompt):
+            return self.ids[first - len(prompt) : end - len(prompt)]
+        return [*prompt[first:end], *self.ids[: max(0, end - len(prompt))]]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`count` consecutive tokens of a sequence, from token `first` on.
+
+    With `samples`, the next token is chosen after them. `source` is the row of the forward before
+    whose token this is, as it is not read yet; -1 if all ids are known.
+    """
+
+    sequence: TokenSequence
+    first: int
+    count: int
+    samples: bool
+    source: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One forward: the pieces, those of one token first.
+
+    Before it, the places in `moves` (source, target, places) are copied, in this order, and the
+    prefixes of the `admitted` sequences are written.
+    """
+
+    pieces: Sequence[Piece]
+    moves: Sequence[tuple[int, int, int]]
+    admitted: Sequence[TokenSequence]
+
+    @property
+    def prefills(self) -> list[Piece]:
+        """The pieces of more than one token."""
+        return [piece for piece in self.pieces if piece.count > 1]
+
+
+class Scheduler:
+    """The waiting queue and the running sequences.
+
+    `trained_places` are the places before each sequence that have no positions.
+    """
+
+    def __init__(self, max_positions: int, trained_places: int, eos_id: int) -> None:
+        self._eos_id = eos_id
+        self._max_positions = max_positions
+        self._trained_places = trained_places
+        self._waiting: list[tuple[tuple[int, ...], TokenSequence]] = []
+        self._moves: list[tuple[int, int, int]] = []
+        self.running: list[TokenSequence] = []  # in order of admission
+        self.places = Places(0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return bool(self._waiting) or bool(self.running)
+
+    def push(self, pending: PendingRequest[GenerateRequest]) -> None:
+        """Add a request to the waiting queue."""
+        request = pending.request
+        self._wait(TokenSequence(pending, shared_prefix(request), Sampler.of(request, self._eos_id)))
+
+    def use_places(self, places: int) -> None:
+        """Start over with an arena of `places` places."""
+        self.places = Places(places)
+
+    def schedule(self, limits: Limits) -> Batch:
+        """The next forward; without pieces, nothing can run before the last one is read."""
+        self._drop_cancelled()
+        self._moves = []
+        running = len(self.running)
+        pieces = self._next_pieces(limits.batch_tokens)
+        admitted: list[TokenSequence] = []
+        if len(self.running) == running:  # else it would be the preempted ones that are admitted
+            budget = limits.batch_tokens - sum(piece.count for piece in pieces if piece.count > 1)
+            admitted = self._admit(limits, budget)
+        pieces += [self._piece(seq, limits.batch_tokens) for seq in admitted]
+        pieces.sort(key=lambda piece: piece.count > 1)
+        for row, piece in enumerate(pieces):
+            seq = piece.sequence
+            seq.row = row
+            seq.cached += piece.count
+            seq.in_flight += piece.samples
+        return Batch(pieces, self._moves, admitted)
+
+    def undo(self, batch: Batch) -> None:
+        """Forget that `batch` was launched, because it failed. All its sequences are preempted."""
+        for piece in batch.pieces:
+            piece.sequence.in_flight -= piece.samples
+        self.preempt_all()
+
+    def preempt_all(self) -> None:
+        """Return every running sequence to the waiting queue."""
+        for seq in list(self.running):
+            self._preempt(seq)
+
+    @property
+    def next_waiting(self) -> TokenSequence:
+        """The first of the waiting queue."""
+        return self._waiting[0][1]
+
+    def finish(self, seq: TokenSequence) -> None:
+        """Remove a sequence, running or waiting."""
+        seq.done = True
+        if seq.room:
+            self._release(seq)
+
+    def _drop_cancelled(self) -> None:
+        for seq in list(self.running):
+            if seq.pending.call.cancelled:
+                self.finish(seq)
+
+    def _next_pieces(self, chunk_tokens: int) -> list[Piece]:
+        """The next piece of each running sequence that has one."""
+        pieces = []
+        prefill_tokens = 0
+        for seq in list(self.running):
+            if not seq.room or self._must_be_read(seq):
+                continue
+            piece = self._piece(seq, chunk_tokens)
+            if piece.count > 1:
+                # A long prompt is prefilled in full chunks, whatever else is in the batch, so
+                # that the pieces of a row do not depend on other rows.
+                if prefill_tokens and prefill_tokens + piece.count > chunk_tokens:
+                    continue
+                prefill_tokens += piece.count
+            if self._make_room(seq, piece):
+                pieces.append(piece)
+        return pieces
+
+    def _must_be_read(self, seq: TokenSequence) -> bool:
+        """Whether its answer ends with a token that is not read yet."""
+        answer = len(seq.ids) + seq.in_flight
+        full = answer >= seq.request.max_tokens
+        return bool(seq.in_flight) and (full or seq.length + seq.in_flight >= self._max_positions)
+
+    def _piece(self, seq: TokenSequence, chunk_tokens: int) -> Piece:
+        known = seq.length - seq.cached
+        if known <= 0:
+            return Piece(seq, seq.cached, 1, samples=True, source=seq.row)
+        count = min(known, chunk_tokens)
+        return Piece(seq, seq.cached, count, samples=count == known)
+
+    def _make_room(self, seq: TokenSequence, piece: Piece) -> bool:
+        """Give the sequence places for `piece`, preempting later ones; False if it must wait."""
+        needed = self._trained_places + piece.first + piece.count
+        while needed > seq.room:
+            more = min(needed - seq.room + ANSWER_PLACES - 1, self._most_room(seq) - seq.room)
+            if self.places.extend(seq.start + seq.room, more):
+                seq.room += more
+            elif (start := self.places.take(seq.room + more)) is not None:
+                self._moves.append((seq.start, start, self._trained_places + seq.cached))
+                self.places.give_back(seq.start, seq.room)
+                seq.start, seq.room = start, seq.room + more
+            else:
+                self._preempt(self.running[-1])
+                if not seq.room:
+                    return False
+        return True
+
+    def _most_room(self, seq: TokenSequence) -> int:
+        """Places of the sequence with the longest answer allowed."""
+        longest = len(seq.request.prompt_ids) + seq.request.max_tokens
+        return self._trained_places + min(longest, self._max_positions)
+
+    def _admit(self, limits: Limits, budget: int) -> list[TokenSequence]:
+        """Take sequences from the waiting queue while rows, budget and places allow."""
+        admitted: list[TokenSequence] = []
+        full_budget = budget == limits.batch_tokens
+        while self._waiting and len(self.running) < limits.slots:
+            seq = self._waiting[0][1]
+            if seq.done or seq.pending.call.cancelled:
+                heapq.heappop(self._waiting)
+                continue
+            tokens = min(seq.length - len(seq.prefix), limits.batch_tokens)
+            if seq.in_flight or (tokens > budget and (admitted or not full_budget)):
+                break
+            room = min(self._trained_places + seq.length + ANSWER_PLACES, self._most_room(seq))
+            if not self.running:
+                room = min(room, self.places.total)
+            if room < self._trained_places + seq.length:
+                break
+            start = self.places.take(room)
+            if start is None:
+                break
+            heapq.heappop(self._waiting)
+            seq.start, seq.room, seq.cached = start, room, len(seq.prefix)
+            budget -= tokens
+            self.running.append(seq)
+            admitted.append(seq)
+        return admitted
+
+    def _preempt(self, seq: TokenSequence) -> None:
+        self._release(seq)
+        self._wait(seq)
+
+    def _release(self, seq: TokenSequence) -> None:
+        self.places.give_back(seq.start, seq.room)
+        seq.room = seq.cached = 0
+        self.running.remove(seq)
+
+    def _wait(self, seq: TokenSequence) -> None:
+        arrival = seq.pending.arrival
+        max_length = len(seq.request.prompt_ids) + seq.request.max_tokens
+        heapq.heappush(self._waiting, ((arrival // WINDOW, -max_length, arrival), seq))

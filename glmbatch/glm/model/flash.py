@@ -1,0 +1,150 @@
+"""Attention of a whole forward in one or two calls, by each row's own places: CUDA, half precision.
+
+The call is torch's own flash attention with the number of places that each row uses. With that
+number, the offsets of rows need not be adjacent or sorted, so a row may lie anywhere in an arena,
+and nothing is padded, masked or repeated. Queries of a group share its keys. The operator is
+private to torch; a test holds its signature. Knows no requests.
+
+Shapes: T tokens, Q queries, R rows, H query heads, G key/value groups, h heads of a group, D head
+size, P places, N nodes of a label tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from glmbatch.glm.model.arena import KeyStore
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has this call on `device` in `dtype`."""
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class FlashCall:
+    """Consecutive queries of R rows, and the places of each row.
+
+    `ends_R1` has the first query of each row, and the end of the last. `starts_R1` has the first
+    place of each row, and one number more that is not read. `causal`: the queries end the row's
+    places; otherwise every query attends to all of them. The two maxima are bounds.
+    """
+
+    ends_R1: torch.Tensor
+    starts_R1: torch.Tensor
+    used_R: torch.Tensor
+    max_queries: int
+    max_used: int
+    causal: bool = False
+
+    def __call__(
+        self,
+        query_QHD: torch.Tensor,
+        keys_GPD: torch.Tensor,
+        values_GPD: torch.Tensor,
+        scaling: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attention output [Q, H, D], and the logarithms [H, Q] of the sums of its weights."""
+        out_QHD, log_sums_HQ, *_ = torch.ops.aten._flash_attention_forward(
+            query_QHD,
+            keys_GPD.transpose(0, 1),
+            values_GPD.transpose(0, 1),
+            self.ends_R1,
+            self.starts_R1,
+            self.max_queries,
+            self.max_used,
+            0.0,
+            self.causal,
+            False,
+            scale=scaling,
+            window_size_left=-1,
+            window_size_right=0 if self.causal else -1,
+            seqused_k=self.used_R,
+        )
+        return out_QHD, log_sums_HQ
+
+
+class FlashPlan:
+    """Attention by `calls` over consecutive parts of the queries, then over label trees."""
+
+    def __init__(
+        self,
+        store: KeyStore,
+        calls: Sequence[tuple[slice, FlashCall]],
+        trees: TreeAttention | None = None,
+    ) -> None:
+        self._store = store
+        self._calls = calls
+        self._trees = trees
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """The attention output [T, H, D] of one layer; see `AttentionPlan`."""
+        keys_GPD, values_GPD = self._store.put(layer, key, value)
+        parts = [
+            call(query[queries], keys_GPD, values_GPD, scaling)[0] for queries, call in self._calls
+        ]
+        out_THD = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self._trees is not None:
+            self._trees.attend(query, key, value, (keys_GPD, values_GPD), scaling, out_THD)
+        return out_THD
+
+
+@dataclass(frozen=True, slots=True)
+class TreeAttention:
+    """Attention of the nodes of label trees; all rows have the same tree.
+
+    A node attends to its row's prompt and to its lineage. Both parts are computed apart, and
+    merged by the sums of their weights, so that a mask covers the tree alone. `nodes_RN` are the
+    nodes among the tokens of the batch, and `queries_RN` among the queries. `prompts` is the call
+    over the prompts. `mask_NN` is added to the scores.
+    """
+
+    nodes_RN: torch.Tensor
+    queries_RN: torch.Tensor
+    prompts: FlashCall
+    mask_NN: torch.Tensor
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        stored: tuple[torch.Tensor, torch.Tensor],
+        scaling: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Write the attention output of all nodes into their rows of `out` [T, H, D].
+
+        query [T, H, D]; key and value [T, G, D] of the batch; `stored` has those of the prompts.
+        """
+        rows, nodes = self.nodes_RN.shape
+        heads, groups = query.shape[1], key.shape[1]
+        query_RNHD = query[self.queries_RN]
+        to_prompt_QHD, log_sums_HQ = self.prompts(query_RNHD.flatten(0, 1), *stored, scaling)
+        # The query heads of a group become its queries, so that keys are not repeated.
+        query_RGhND = query_RNHD.view(rows, nodes, groups, -1, query.shape[2]).permute(
+            0, 2, 3, 1, 4
+        )
+        of_group = heads // groups
+        query_RGQD = query_RGhND.reshape(rows, groups, of_group * nodes, -1)
+        scores_RGQN = query_RGQD @ key[self.nodes_RN].permute(0, 2, 3, 1)
+        scores_RHNN = scores_RGQN.float().view(rows, heads, nodes, nodes) * scaling + self.mask_NN
+        weights_RGQN = scores_RHNN.softmax(-1).to(value.dtype).view(scores_RGQN.shape)
+        to_tree_RGQD = weights_RGQN @ value[self.nodes_RN].transpose(1, 2)
+        to_tree_RNHD = to_tree_RGQD.view(rows, heads, nodes, -1).transpose(1, 2)
+        log_sums_RNH = scores_RHNN.logsumexp(-1).transpose(1, 2)
+        to_prompt_RNHD = to_prompt_QHD.view(rows, nodes, heads, -1)
+        share_RNH = torch.sigmoid(log_sums_HQ.T.reshape(rows, nodes, heads) - log_sums_RNH)
+        out[self.queries_RN] = torch.lerp(
+            to_tree_RNHD, to_prompt_RNHD, share_RNH[..., None].to(out.dtype)
+        )
