@@ -21,7 +21,7 @@ from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.adapter_save import finish_adapter
 from glmbatch.glm.checkpoint.load import load_model
 from glmbatch.glm.checkpoint.save import StoredDtype, save_checkpoint
-from glmbatch.glm.engine.oom import is_out_of_memory
+from glmbatch.glm.oom import is_out_of_memory
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, load_tokenizer
 from glmbatch.run.models import PROMPT_FILE, locate_model
 from glmbatch.settings.job import GenerateStep

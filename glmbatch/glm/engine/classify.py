@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from glmbatch.glm.engine.oom import catch_oom
 from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult, not_finite
 from glmbatch.glm.engine.queue import Limits, PendingRequest, WaitingQueue, shared_prefix
 from glmbatch.glm.engine.runner import Readback
@@ -22,6 +21,7 @@ from glmbatch.glm.model.label_tree import LabelTree, label_tree
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
 from glmbatch.glm.model.rows import to_device
+from glmbatch.glm.oom import catch_oom
 
 # Rows of logits computed at once: 67 MB for 65,024 tokens in float32.
 HEAD_ROWS = 256
@@ -147,7 +147,7 @@ class Classification:
 
 
 def _tree_log_probs(network: Network, tree: LabelTree, hidden_KC: torch.Tensor) -> torch.Tensor:
-    """For each prompt and each row of the tree, log-probabilities of its children, [B, N + 1, M]."""
+    """For each prompt and row of the tree, log-probabilities of the children, [B, N + 1, M]."""
     width = max(map(len, tree.children))
     padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in tree.children]
     (tokens_NM,) = to_device(network.device, np.array(padded))
@@ -166,7 +166,5 @@ def label_scores(tree: LabelTree, log_probs_BNM: np.ndarray[Any, Any]) -> np.nda
 
     Along a label's path the sum has one order, so scores do not depend on the order of the labels.
     """
-    scores = [
-        sum(log_probs_BNM[:, row, child] for row, child in path) for path in tree.paths
-    ]
+    scores = [sum(log_probs_BNM[:, row, child] for row, child in path) for path in tree.paths]
     return np.stack(scores, axis=1)

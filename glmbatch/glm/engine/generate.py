@@ -11,13 +11,13 @@ from typing import TypeVar
 
 import torch
 
-from glmbatch.glm.engine.oom import catch_oom
 from glmbatch.glm.engine.protocol import GenerateRequest, GenerateResult, not_finite
 from glmbatch.glm.engine.queue import Limits, PendingRequest
 from glmbatch.glm.engine.runner import ModelRunner, Step
 from glmbatch.glm.engine.scheduler import Batch, Scheduler, TokenSequence
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.sampling import NOT_FINITE
+from glmbatch.glm.oom import catch_oom
 
 Result = TypeVar("Result")
 

@@ -9,18 +9,19 @@ Shapes: T tokens, R rows, S rows of one token, V tokens of the vocabulary.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
-from glmbatch.glm.engine.oom import catch_oom
-from glmbatch.glm.engine.scheduler import Batch, Piece, TokenSequence
+from glmbatch.glm.engine.scheduler import Batch, Piece
 from glmbatch.glm.model.arena import Arena
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.rows import Rows, to_device
 from glmbatch.glm.model.sampling import next_tokens
+from glmbatch.glm.oom import catch_oom
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +84,9 @@ class ModelRunner:
         place_bytes = self._network.kv_shape.place_bytes
         places = max(1, min(most_places, self._cache_bytes // place_bytes))
         while places:
-            self._arena = catch_oom(lambda: Arena(self._network.kv_shape, places + 1))
+            # The last place is for rows that fill up a recorded step.
+            self._arena = catch_oom(partial(Arena, self._network.kv_shape, places + 1))
             if self._arena is not None:
-                # The last place is for rows that fill up a recorded step.
                 self._graphs = self._network.step_graphs(self._arena, spare_place=places)
                 break
             places //= 2

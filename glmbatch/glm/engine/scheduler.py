@@ -121,7 +121,9 @@ class Scheduler:
     def push(self, pending: PendingRequest[GenerateRequest]) -> None:
         """Add a request to the waiting queue."""
         request = pending.request
-        self._wait(TokenSequence(pending, shared_prefix(request), Sampler.of(request, self._eos_id)))
+        self._wait(
+            TokenSequence(pending, shared_prefix(request), Sampler.of(request, self._eos_id))
+        )
 
     def use_places(self, places: int) -> None:
         """Start over with an arena of `places` places."""

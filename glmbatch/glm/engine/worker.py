@@ -65,7 +65,7 @@ class TorchEngine:
             cache_bytes = int(free_memory_bytes(str(self._network.device)) * share)
         limits = Limits(
             batch_tokens=max_batch_tokens or (16_384 if on_cuda else 2_048),
-            slots=max_slots or (512 if on_cuda else 32),
+            slots=max_slots or (1024 if on_cuda else 32),
         )
         self._generation = Generation(self._network, limits, eos_id, cache_bytes)
         self._classification = Classification(self._network, limits, self._generation.preempt)

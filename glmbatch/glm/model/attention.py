@@ -71,22 +71,25 @@ class SpanPlan:
         scaling: float,
     ) -> torch.Tensor:
         """The attention output [T, H, D] of one layer; see `AttentionPlan`."""
-        keys_GPD, values_GPD = self._store.put(layer, key, value)
+        stored = self._store.put(layer, key, value)
         # Not zeros, because the spans together write every row.
         out_THD = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        attend_spans(self._spans, query, keys_GPD, values_GPD, scaling, out_THD)
+        attend_spans(self._spans, query, stored, scaling, out_THD)
         return out_THD
 
 
 def attend_spans(
     spans: Sequence[Span],
     query_THD: torch.Tensor,
-    keys_GPD: torch.Tensor,
-    values_GPD: torch.Tensor,
+    stored: tuple[torch.Tensor, torch.Tensor],
     scaling: float,
     out_THD: torch.Tensor,
 ) -> None:
-    """Write the attention output of each span's queries into their rows of `out_THD`."""
+    """Write the attention output of each span's queries into their rows of `out_THD`.
+
+    `stored` has the keys and values [G, P, D] of the layer.
+    """
+    keys_GPD, values_GPD = stored
     # The arena may keep a wider dtype than the model's.
     query_HTD = query_THD.transpose(0, 1).to(keys_GPD.dtype)
     for span in spans:

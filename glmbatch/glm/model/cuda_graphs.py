@@ -77,9 +77,7 @@ class StepGraphs:
         static_4R[2, rows:] = self._spare_place
         static_4R[3, rows:] = 1
 
-    def _record_step(
-        self, rows: int, max_used: int, inputs_4R: torch.Tensor
-    ) -> _Recording | None:
+    def _record_step(self, rows: int, max_used: int, inputs_4R: torch.Tensor) -> _Recording | None:
         static_4R = inputs_4R.new_zeros(4, rows)
         self._fill(static_4R, inputs_4R)
         try:

@@ -35,7 +35,7 @@ _OPTIONS: dict[str, Any] = {
 # signature, the code is compiled only once.
 _SIGNATURE = (
     "void(UniTuple(float32[:,:,:], 3), UniTuple(float32[:,:,::1], 2), "
-    "int64[::1], UniTuple(int64[::1], 2), float32, float32[:,:,::1])"
+    "UniTuple(int64[::1], 3), float32, float32[:,:,::1])"
 )
 # Inlined into the caller, where head size and heads per group are constants.
 _inlined: Callable[[Callable[..., Any]], Any] = numba.njit(forceinline=True, **_OPTIONS)
@@ -114,11 +114,9 @@ def _mix(weights_hL: Any, values_LD: Any, places: Any, out_hD: Any) -> None:
 def _kernel(of_group: int, head_dim: int) -> Callable[..., None]:
     """The compiled kernel for `of_group` query heads per key/value group."""
 
-    def attend(
-        new: Any, arena: Any, places_T: Any, rows: Any, scaling: Any, out_RHD: Any
-    ) -> None:
+    def attend(new: Any, arena: Any, rows: Any, scaling: Any, out_RHD: Any) -> None:
         (q_THD, k_TGD, v_TGD), (keys_GPD, values_GPD) = new, arena
-        starts_R, used_R = rows
+        places_T, starts_R, used_R = rows
         query_hD = np.empty((of_group, head_dim), np.float32)
         mixed_hD = np.empty((of_group, head_dim), np.float32)
         total_h = np.empty(of_group, np.float32)
@@ -191,14 +189,13 @@ class KernelPlan:
         out = torch.empty(query.shape, dtype=torch.float32)
         keys_GPD, values_GPD = self._arena.layer(layer)
         # In half precision, the copies are of the new tokens alone.
-        query = query.float()
+        query_THD = query.float()
         _kernel(query.shape[1] // key.shape[1], query.shape[2])(
-            (query.numpy(), key.float().numpy(), value.float().numpy()),
+            (query_THD.numpy(), key.float().numpy(), value.float().numpy()),
             (keys_GPD.numpy(), values_GPD.numpy()),
-            self._places_T,
-            (self._starts_R, self._used_R),
+            (self._places_T, self._starts_R, self._used_R),
             np.float32(scaling),
             out[: len(self._starts_R)].numpy(),
         )
-        attend_spans(self._spans, query, keys_GPD, values_GPD, scaling, out)
-        return out
+        attend_spans(self._spans, query_THD, (keys_GPD, values_GPD), scaling, out)
+        return out.to(query.dtype)

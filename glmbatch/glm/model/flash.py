@@ -95,7 +95,7 @@ class FlashPlan:
         ]
         out_THD = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self._trees is not None:
-            self._trees.attend(query, key, value, (keys_GPD, values_GPD), scaling, out_THD)
+            self._trees.attend(query, (key, value), (keys_GPD, values_GPD), scaling, out_THD)
         return out_THD
 
 
@@ -117,16 +117,17 @@ class TreeAttention:
     def attend(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor],
         stored: tuple[torch.Tensor, torch.Tensor],
         scaling: float,
         out: torch.Tensor,
     ) -> None:
         """Write the attention output of all nodes into their rows of `out` [T, H, D].
 
-        query [T, H, D]; key and value [T, G, D] of the batch; `stored` has those of the prompts.
+        query [T, H, D]; `new` has the keys and values [T, G, D] of the batch, and `stored` has
+        those of the prompts [G, P, D].
         """
+        key, value = new
         rows, nodes = self.nodes_RN.shape
         heads, groups = query.shape[1], key.shape[1]
         query_RNHD = query[self.queries_RN]

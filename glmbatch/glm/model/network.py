@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from glmbatch.glm.model.arena import Arena, KvPrefix, KvShape
+from glmbatch.glm.model.arena import Arena, ArenaKeys, KvPrefix, KvShape
 from glmbatch.glm.model.attention import AttentionPlan
 from glmbatch.glm.model.cuda_graphs import StepGraphs
 from glmbatch.glm.model.flash import FlashCall, FlashPlan, serves
-from glmbatch.glm.model.arena import ArenaKeys
 from glmbatch.glm.model.layer import Layer, Norm, rotary_factors
 from glmbatch.glm.model.linear import choose_form, product
 from glmbatch.glm.model.packing import PackedPrompt, pack
@@ -135,18 +134,14 @@ class Network:
         longer = self._extend_prefix(prefix, prompt.ids[:ahead], chunk_tokens)
         return PackedPrompt(prompt.ids[ahead:], prompt.tree), longer
 
-    def prefill(
-        self, prompts: Sequence[PackedPrompt], prefix: KvPrefix | None
-    ) -> torch.Tensor:
+    def prefill(self, prompts: Sequence[PackedPrompt], prefix: KvPrefix | None) -> torch.Tensor:
         """Run one forward over `prompts`, each after `prefix`, as a packed batch.
 
         Returns final states [K, C]: for each prompt, of its last token, then of all nodes of its
         label tree. All prompts have the same tree, or none.
         """
         batch = pack(prompts, prefix, self._scratch_arena, self.device, self.dtype)
-        return self._run(
-            batch.ids_T, batch.positions_T, batch.plan, batch.last_plan, batch.reads_K
-        )
+        return self._run(batch.ids_T, batch.positions_T, batch.plan, batch.last_plan, batch.reads_K)
 
     def forward(self, ids_T: torch.Tensor, rows: Rows, arena: Arena) -> torch.Tensor:
         """Run one forward over `rows` of `arena`, whose new tokens are `ids_T`, row by row.

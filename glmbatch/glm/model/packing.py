@@ -70,9 +70,9 @@ def pack(
     ids = np.fromiter(chain.from_iterable(chain(p.ids, tree_ids) for p in prompts), np.int64)
     before = 0 if prefix is None else prefix.places
     layout = _Layout(np.array([len(prompt.ids) for prompt in prompts]), len(tree_ids), before)
-    positions_T = layout.positions(tree) + (0 if prefix is None else prefix.next_position)
+    positions = layout.positions(tree) + (0 if prefix is None else prefix.next_position)
     ids_T, positions_T, reads_RK, places_T, prefix_RF = to_device(
-        device, ids, positions_T, layout.reads_RK, layout.places_T, layout.prefix_RF
+        device, ids, positions, layout.reads_RK, layout.places_T, layout.prefix_RF
     )
     store: KeyStore = BatchKeys()
     if prefix is not None:
@@ -131,7 +131,8 @@ def _span_plans(
     if tree:
         visible_NF = torch.zeros(nodes, most, dtype=dtype, device=device)
         mask_NK = torch.cat((visible_NF, _tree_mask(tree, device).to(dtype)), dim=1)
-    spans, last_spans = [], []
+    spans: list[Span] = []
+    last_spans: list[Span] = []
     numbers = (layout.first_R, layout.lengths_R, layout.starts_R, layout.used_R)
     for row, (first, length, start, used) in enumerate(np.stack(numbers, axis=1).tolist()):
         spans += causal.spans(first, length, start, used)

@@ -16,7 +16,7 @@ import torch
 
 from glmbatch.glm.model import flash
 from glmbatch.glm.model.arena import Arena, ArenaKeys
-from glmbatch.glm.model.attention import AttentionPlan, CausalSpans, SpanPlan
+from glmbatch.glm.model.attention import AttentionPlan, CausalSpans, Span, SpanPlan
 from glmbatch.glm.model.flash import FlashCall, FlashPlan
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ def plan_rows(arena: Arena, rows: Rows, trained_places: int) -> RowsBatch:
         np.arange(len(starts_R) + 1),
     )
     store = ArenaKeys(arena, places_T)
+    plan: AttentionPlan
+    last_plan: AttentionPlan
     if flash.serves(device, arena.kv_N2GPD.dtype):
         plan, last_plan = _flash_plans(store, rows, bounds)
     else:
@@ -100,7 +102,8 @@ def _span_plans(
     kv = store.arena.kv_N2GPD
     kernel = _kernel_plan() if kv.device.type == "cpu" and kv.dtype == torch.float32 else None
     causal = CausalSpans(max(rows.used), kv.dtype, kv.device)
-    spans, last_spans = [], []
+    spans: list[Span] = []
+    last_spans: list[Span] = []
     first = 0
     for row, (start, used, count) in enumerate(
         zip(rows.starts, rows.used, rows.counts, strict=True)
@@ -136,5 +139,5 @@ def to_device(device: torch.device, *arrays: IntArray) -> list[torch.Tensor]:
     if device.type == "cuda":
         # From pinned memory, so that the host does not wait for the device.
         host = host.pin_memory().to(device, non_blocking=True)
-    parts = host.split([array.size for array in arrays])
+    parts = torch.split(host, [array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]

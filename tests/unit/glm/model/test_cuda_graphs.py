@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from glmbatch.glm.engine.protocol import GenerateRequest
-from glmbatch.glm.engine.worker import TorchEngine
-from glmbatch.glm.model.cuda_graphs import StepGraphs, row_bucket
-from tests.unit.glm.tiny_glm import causal_model, engine_over, prompts
-
-
-class Recorder:
-    """Behaves like a recording: repeats the same work on the same tensors."""
-
-    def __init__(self) -> None:
-        self.recorded = 0
-        self.replayed = 0
-
-    def __call__(
-        self, work: Callable[[], torch.Tensor]
-    ) -> tuple[Callable[[], object], torch.Tensor]:
-        self.recorded += 1
-        out = torch.full_like(work(), torch.nan)
-
-        def replay() -> None:
-            self.replayed += 1
-            out.copy_(work())
-
-        return replay, out
+from glmbatch.glm.model import cuda_graphs
+from glmbatch.glm.model.cuda_graphs import row_bucket
+from tests.unit.glm.cuda_on_cpu import Recorder, on_cuda_path
+from tests.unit.glm.tiny_glm import causal_model, engine_over, plain_greedy, prompts
 
 
 def requests() -> list[GenerateRequest]:
@@ -44,63 +25,53 @@ def requests() -> list[GenerateRequest]:
     return made
 
 
-def with_graphs(engine: TorchEngine, recorder: Recorder) -> None:
-    network = engine._network
-    network._graphs = StepGraphs(network._padded_step, lambda: recorder)
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    """Lets decode steps be recorded on CPU; yields the recorder."""
+    with on_cuda_path(monkeypatch) as recorder:
+        yield recorder
 
 
 @pytest.mark.parametrize("prefix_places", [0, 5])
-def test_a_replayed_step_equals_a_plain_one(prefix_places: int) -> None:
-    model, recorder = causal_model(prefix_places), Recorder()
+def test_a_replayed_step_equals_a_plain_one(prefix_places: int, as_on_cuda: Recorder) -> None:
+    model = causal_model(prefix_places)
     with engine_over(model, max_slots=11) as engine:
-        plain = {result.index: result for result in engine.generate(requests())}
-    with engine_over(model, max_slots=11) as engine:
-        with_graphs(engine, recorder)
         recorded = {result.index: result for result in engine.generate(requests())}
-    assert recorded == plain
-    assert 3 * recorder.recorded < recorder.replayed, "a step is recorded once for many replays"
+    assert as_on_cuda.replayed > 3 * as_on_cuda.recorded > 0, "a step is recorded for many replays"
+    assert as_on_cuda.recorded <= 5, "one recording for each rounded number of rows"
+    for request in requests():
+        if request.temperature == 0:
+            expected = plain_greedy(model, request.prompt_ids, request.max_tokens)
+            assert (recorded[request.index].ids, recorded[request.index].finish_reason) == expected
 
 
-def test_a_step_that_cannot_be_recorded_runs_plain() -> None:
+def test_a_step_that_cannot_be_recorded_runs_plain(
+    as_on_cuda: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
         raise RuntimeError("CUDA error: out of memory")
 
     model = causal_model()
     with engine_over(model, max_slots=11) as engine:
-        plain = {result.index: result for result in engine.generate(requests())}
+        recorded = {result.index: result for result in engine.generate(requests())}
+    monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda: refuse)
     with engine_over(model, max_slots=11) as engine:
-        network = engine._network
-        network._graphs = StepGraphs(network._padded_step, lambda: refuse)
-        assert {result.index: result for result in engine.generate(requests())} == plain
+        assert {result.index: result for result in engine.generate(requests())} == recorded
 
 
-def test_slots_are_rounded_up_by_at_most_an_eighth() -> None:
-    assert [slot_bucket(slots) for slots in (1, 2, 3, 5, 9, 16)] == [1, 2, 4, 8, 16, 16]
-    for slots in range(17, 2000):
-        assert slots <= slot_bucket(slots) <= slots * 1.125
-    assert len({slot_bucket(slots) for slots in range(1, 1025)}) < 60
-
-
-def test_places_are_rounded_up_by_at_most_a_quarter() -> None:
-    assert [place_bucket(places) for places in (1, 64, 65, 256)] == [
-        BLOCK,
-        BLOCK,
-        2 * BLOCK,
-        4 * BLOCK,
-    ]
-    for places in range(4 * BLOCK, 40_000, 7):
-        assert places <= place_bucket(places) <= places * 1.26
-        assert place_bucket(places) % BLOCK == 0
+def test_rows_are_rounded_up_by_at_most_an_eighth() -> None:
+    assert [row_bucket(rows) for rows in (1, 2, 3, 5, 9, 16)] == [1, 2, 4, 8, 16, 16]
+    for rows in range(17, 2000):
+        assert rows <= row_bucket(rows) <= rows * 1.125
+    assert len({row_bucket(rows) for rows in range(1, 1025)}) < 60
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cuda_graphs_equal_plain_steps(dtype: str) -> None:
-    model = causal_model().to("cuda", getattr(torch, dtype))
+def test_cuda_graphs_equal_plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = causal_model().to("cuda", torch.bfloat16)
     with engine_over(model, max_slots=11) as engine:
         recorded = {result.index: result for result in engine.generate(requests())}
+    monkeypatch.setattr(cuda_graphs, "CudaRecorder", Recorder)
     with engine_over(model, max_slots=11) as engine:
-        with_graphs(engine, Recorder())
-        replayed = {result.index: result for result in engine.generate(requests())}
-    assert recorded == replayed
+        assert {result.index: result for result in engine.generate(requests())} == recorded

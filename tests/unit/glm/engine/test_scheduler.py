@@ -1,0 +1,155 @@
+"""Which sequences run next: every one gets its places, and a long one costs only itself."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glmbatch.glm.engine.places import Places
+from glmbatch.glm.engine.protocol import GenerateRequest
+from glmbatch.glm.engine.queue import Call, Limits, PendingRequest
+from glmbatch.glm.engine.scheduler import Batch, Scheduler, TokenSequence
+
+POSITIONS = 4000
+
+
+class Run:
+    """Runs a scheduler as the engine does, with 7 for every token, up to one forward ahead."""
+
+    def __init__(self, slots: int, places: int, budget: int = 512, *, ahead: bool = False) -> None:
+        self.scheduler = Scheduler(POSITIONS, 0, eos_id=2)
+        self.scheduler.use_places(places)
+        self.limits = Limits(budget, slots)
+        self.ahead = ahead
+        self.forwards: list[tuple[int, int]] = []  # rows of one token, tokens of prompts
+        self.finished: dict[int, list[int]] = {}
+        self._arrival = 0
+
+    def push(self, prompt: int, answer: int) -> Call[object]:
+        call: Call[object] = Call()  # type: ignore[type-var]
+        request = GenerateRequest(self._arrival, [5] * prompt, answer)
+        self.scheduler.push(PendingRequest(call, request, self._arrival))
+        self._arrival += 1
+        return call
+
+    def to_the_end(self) -> None:
+        previous: Batch | None = None
+        while self.scheduler.busy or previous is not None:
+            batch = self.step()
+            if not batch.pieces and previous is None:
+                assert not self.scheduler.busy, "nothing runs and nothing is read"
+            if self.ahead:
+                batch, previous = previous, batch if batch.pieces else None  # type: ignore[assignment]
+            if batch is not None:
+                self.read(batch)
+
+    def step(self) -> Batch:
+        batch = self.scheduler.schedule(self.limits)
+        self.check_places()
+        if batch.pieces:
+            prompts = sum(piece.count for piece in batch.pieces if piece.count > 1)
+            self.forwards.append((sum(piece.count == 1 for piece in batch.pieces), prompts))
+            assert prompts <= self.limits.batch_tokens
+        return batch
+
+    def read(self, batch: Batch) -> None:
+        for piece in batch.pieces:
+            seq = piece.sequence
+            if not piece.samples or seq.done:
+                continue
+            seq.in_flight -= 1
+            seq.ids.append(7)
+            if len(seq.ids) >= seq.request.max_tokens or seq.length >= POSITIONS:
+                self.scheduler.finish(seq)
+                self.finished[seq.request.index] = seq.ids
+
+    def check_places(self) -> None:
+        """No two sequences share a place, and each has room for its tokens."""
+        owned = sorted((seq.start, seq.start + seq.room, seq.cached) for seq in self.running())
+        after = [start for start, _, _ in owned[1:]]
+        for (start, end, cached), later in zip(owned, [*after, 10**9][: len(owned)], strict=True):
+            assert start >= 0
+            assert start + cached <= end <= later
+
+    def running(self) -> list[TokenSequence]:
+        return self.scheduler.running
+
+
+def test_a_long_sequence_costs_only_itself() -> None:
+    rng = random.Random(0)
+    answers = [rng.randint(10, 16) for _ in range(400)]
+
+    def forwards(long_prompt: int | None) -> int:
+        run = Run(slots=16, places=16 * 128)
+        for at, answer in enumerate(answers):
+            run.push(long_prompt if at == 100 and long_prompt else 20, answer)
+        run.to_the_end()
+        assert len(run.finished) == 400
+        return len(run.forwards)
+
+    assert forwards(200) <= 1.05 * forwards(None)
+
+
+def test_prompts_are_read_beside_decode_steps() -> None:
+    run = Run(slots=32, places=32 * 300)
+    for at in range(500):
+        run.push(40, 5 + at % 50)
+    run.to_the_end()
+    alone = [rows for rows, tokens in run.forwards if tokens and not rows]
+    assert len(alone) == 1, "only the first prompts are read without decode steps"
+    least = sum(5 + at % 50 for at in range(500)) / 32
+    assert len(run.forwards) < 1.2 * least
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_every_sequence_ends_and_frees_its_places(ahead: bool, data: st.DataObject) -> None:
+    run = Run(
+        slots=data.draw(st.integers(1, 6)),
+        places=data.draw(st.integers(160, 900)),
+        budget=data.draw(st.integers(8, 100)),
+        ahead=ahead,
+    )
+    rows = data.draw(st.lists(st.tuples(st.integers(1, 70), st.integers(1, 80)), max_size=12))
+    cancelled = data.draw(st.sets(st.integers(0, 11)))
+    calls = [run.push(*row) for row in rows]
+    for at in cancelled & set(range(len(calls))):
+        calls[at].cancelled = True
+    run.to_the_end()
+    expected = {at: row[1] for at, row in enumerate(rows) if at not in cancelled}
+    assert {at: len(ids) for at, ids in run.finished.items()} == expected
+    total = run.scheduler.places.total
+    assert run.scheduler.places.take(total) == 0, "all places are free again"
+
+
+def test_a_preempted_sequence_keeps_its_ids() -> None:
+    run = Run(slots=2, places=620)
+    run.push(50, 500)
+    run.push(50, 400)
+    run.to_the_end()
+    assert {at: len(ids) for at, ids in run.finished.items()} == {0: 500, 1: 400}
+    prompt_tokens = sum(tokens for _, tokens in run.forwards)
+    assert prompt_tokens > 100, "one was preempted and read again"
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), max_size=60))
+def test_places_are_taken_once_and_given_back(steps: list[tuple[bool, int]]) -> None:
+    places = Places(100)
+    taken: list[tuple[int, int]] = []
+    for gives_back, size in steps:
+        if gives_back and taken:
+            places.give_back(*taken.pop(size % len(taken)))
+        elif taken and size % 3 == 0 and places.extend(sum(taken[-1]), size):
+            taken[-1] = (taken[-1][0], taken[-1][1] + size)
+        elif (start := places.take(size)) is not None:
+            taken.append((start, size))
+        owned = [place for start, length in taken for place in range(start, start + length)]
+        assert len(owned) == len(set(owned))
+        assert all(0 <= place < 100 for place in owned)
+    for start, length in taken:
+        places.give_back(start, length)
+    assert places.take(100) == 0
