@@ -71,8 +71,8 @@ def load_here(settings: EngineSettings) -> TorchEngine:
     import torch
 
     from glmbatch.glm.checkpoint.load import load_model, read_checkpoint
-    from glmbatch.glm.engine.oom import device_lost
     from glmbatch.glm.engine.worker import TorchEngine
+    from glmbatch.glm.oom import device_lost
 
     checkpoint = read_checkpoint(settings.path)
     try:

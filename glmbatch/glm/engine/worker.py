@@ -20,7 +20,6 @@ from glmbatch.glm.device import free_memory_bytes, prepare_cuda
 from glmbatch.glm.engine.calls import Request, Result, copy_of, serve
 from glmbatch.glm.engine.classify import Classification
 from glmbatch.glm.engine.generate import Generation
-from glmbatch.glm.engine.oom import device_lost
 from glmbatch.glm.engine.protocol import (
     ClassifyRequest,
     ClassifyResult,
@@ -30,6 +29,7 @@ from glmbatch.glm.engine.protocol import (
 from glmbatch.glm.engine.queue import Call, Limits, PendingRequest
 from glmbatch.glm.engine.validate import ModelLimits, refuse_classify, refuse_generate
 from glmbatch.glm.model.network import Network
+from glmbatch.glm.oom import device_lost
 
 logger = logging.getLogger(__name__)
 
