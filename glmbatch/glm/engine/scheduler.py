@@ -12,10 +12,10 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from glmbatch.glm.engine.places import Places
 from glmbatch.glm.engine.protocol import GenerateRequest
 from glmbatch.glm.engine.queue import Limits, PendingRequest, shared_prefix
 from glmbatch.glm.engine.sampler import Sampler
+from glmbatch.glm.model.places import Places
 
 # Within a window of this many consecutive requests, the longest go first, so that no long one is
 # left to run alone at the end. The window bounds how long a short request can wait.

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmbatch.glm.engine.places import Places
 from glmbatch.glm.engine.protocol import GenerateRequest
 from glmbatch.glm.engine.queue import Call, Limits, PendingRequest
 from glmbatch.glm.engine.scheduler import Batch, Scheduler, TokenSequence
+from glmbatch.glm.model.places import Places
 
 POSITIONS = 4000
 
