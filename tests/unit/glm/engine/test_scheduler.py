@@ -41,10 +41,12 @@ class Run:
             batch = self.step()
             if not batch.pieces and previous is None:
                 assert not self.scheduler.busy, "nothing runs and nothing is read"
-            if self.ahead:
-                batch, previous = previous, batch if batch.pieces else None  # type: ignore[assignment]
-            if batch is not None:
-                self.read(batch)
+            if self.ahead:  # the tokens of the forward before are read after this one is launched
+                read, previous = previous, batch if batch.pieces else None
+            else:
+                read = batch
+            if read is not None:
+                self.read(read)
 
     def step(self) -> Batch:
         batch = self.scheduler.schedule(self.limits)
