@@ -166,5 +166,8 @@ def label_scores(tree: LabelTree, log_probs_BNM: np.ndarray[Any, Any]) -> np.nda
 
     Along a label's path the sum has one order, so scores do not depend on the order of the labels.
     """
-    scores = [sum(log_probs_BNM[:, row, child] for row, child in path) for path in tree.paths]
+    scores = []
+    for path in tree.paths:
+        rows, children = zip(*path, strict=True)
+        scores.append(log_probs_BNM[:, rows, children].sum(axis=1, dtype=np.float64))
     return np.stack(scores, axis=1)
