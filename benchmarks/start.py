@@ -107,7 +107,7 @@ def measure_ray(folder: Path) -> None:
     clock = Clock()
     import ray
 
-    from tasks.cluster import OBJECT_STORE_BYTES, EngineProcess
+    from tasks.cluster import OBJECT_STORE_BYTES, ClusterProcess
 
     clock.tick("imports of the flow")
     ray.init(
@@ -128,7 +128,7 @@ def measure_ray(folder: Path) -> None:
         on_error="null",
         runtime=RuntimeConfig(cluster="ray"),
     )
-    actor = ray.remote(EngineProcess).options(num_cpus=1, max_concurrency=2)
+    actor = ray.remote(ClusterProcess).options(num_cpus=1, max_concurrency=2)
     engines = [actor.remote(run) for _ in range(2)]
     ray.get([engine.call.remote(os.getpid) for engine in engines])
     clock.tick("two engine processes answer")

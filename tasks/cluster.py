@@ -1,6 +1,6 @@
 """Where the tasks of a run do their work: in this process, or in engine processes on a Ray cluster.
 
-    flow --submit--> RayTaskRunner, a light process --call--> EngineProcess, with its own GPU
+    flow --submit--> RayTaskRunner, a light process --call--> ClusterProcess, with its own GPU
 
 An engine process is a Ray actor, because an actor keeps its process and its GPU for its lifetime.
 A Ray task may get another GPU than the one before it in the same process, which CUDA cannot handle.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
 
-from prefect.context import FlowRunContext
+from prefect.context import FlowRunContext, TaskRunContext
 
 from glmbatch.errors import InputError, TransientError
 from glmbatch.ledger.ledger import LOCK
@@ -24,7 +24,7 @@ from glmbatch.store.errors import one_line
 from glmbatch.store.files import whole_address
 from glmbatch.store.folder import Folder
 from glmbatch.store.locks import read_sign
-from tasks.engines import EngineProcess, complaint_of
+from tasks.engines import ClusterProcess, complaint_of
 
 Result = TypeVar("Result")
 # Size of Ray's object store. Only references are passed, and Ray's default is 30 % of the memory.
@@ -52,19 +52,23 @@ HERE = ThisProcess()
 class EngineHandle:
     """A handle to an engine process, for use in other processes."""
 
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
+    def __init__(self, actors: Sequence[Any], index: int) -> None:
+        self._actors = actors
+        self._index = index
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """The result of `function(*arguments)` in the engine process.
 
         TransientError if that process was lost. The next call waits until Ray has restarted it.
+        Each retry of a task goes to the next engine process, because this one's GPU may be dead.
+        Its task keeps its seat meanwhile, so a dead GPU attracts no more tasks than another one.
         """
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
         # Prefect's task retries a lost call, because it looks in the ledger first.
-        call = self.actor.call.options(max_task_retries=0)
+        actor = self._actors[(self._index + _retries()) % len(self._actors)]
+        call = actor.call.options(max_task_retries=0)
         try:
             result: Result = ray.get(call.remote(function, *arguments))
             return result
@@ -74,6 +78,12 @@ class EngineHandle:
             raise TransientError(
                 f"an engine process of the cluster was lost: {one_line(error)}"
             ) from error
+
+
+def _retries() -> int:
+    """How often the task of this thread was tried before; 0 outside of any task."""
+    context = TaskRunContext.get()
+    return 0 if context is None else max(0, context.task_run.run_count - 1)
 
 
 @contextmanager
@@ -110,7 +120,7 @@ def places_of(run: RunContext) -> Iterator[list[Place]]:
             with remote_options(
                 num_cpus=0, max_retries=runtime.retries, scheduling_strategy=on_this_machine
             ):
-                yield [EngineHandle(actor) for actor in actors]
+                yield [EngineHandle(actors, index) for index in range(len(actors))]
     except RayError as error:
         raise TransientError(f"the Ray cluster failed: {one_line(error)}") from error
 
@@ -161,7 +171,7 @@ def _start_engines(run: RunContext) -> list[Any]:
             f"the cluster has {gpus} GPUs and {sum(cpus)} CPUs. Lower runtime.cluster_workers."
         )
     # Restart lost actors without limit; Prefect's tasks retry the calls that were lost.
-    actor = ray.remote(EngineProcess).options(
+    actor = ray.remote(ClusterProcess).options(
         **needs, max_restarts=-1, max_task_retries=-1, max_concurrency=runtime.fragments_in_flight
     )
     return [actor.remote(run) for _ in range(workers)]

@@ -71,7 +71,7 @@ def busy_engine(run: subprocess.Popen[bytes]) -> psutil.Process:
     until = time.monotonic() + 60
     while time.monotonic() < until:
         for child in psutil.Process(run.pid).children(recursive=True):
-            if _title(child).startswith("ray::EngineProcess.call"):
+            if _title(child).startswith("ray::ClusterProcess.call"):
                 return child
     raise AssertionError("no engine process was busy")
 
