@@ -60,7 +60,10 @@ class Network:
         self._layers = [Layer(module, form) for module in model.model.layers]
         self._norm = Norm(model.model.norm)
         if self.has_head:
-            self._score: Any = model.score
+            score = model.score
+            self._head_dtype: torch.dtype = score.weight.dtype  # float32 in a model of any dtype
+            exact = choose_form("none", device, str(self._head_dtype).removeprefix("torch."))
+            self._score = product(score.weight, score.bias, exact)
         else:
             exact = choose_form("none", device, self.dtype_name)
             # With the rows of padding ids, because a GPU's fast kernels need rows of the result
@@ -200,5 +203,4 @@ class Network:
 
     def class_logits(self, hidden_RC: torch.Tensor) -> torch.Tensor:
         """Logits [R, labels] of the trained head in float32."""
-        logits: torch.Tensor = self._score(hidden_RC)
-        return logits.float()
+        return self._score(hidden_RC.to(self._head_dtype)).float()

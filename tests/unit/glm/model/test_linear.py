@@ -58,13 +58,32 @@ def test_a_non_finite_row_affects_no_other(form: Form) -> None:
     assert not dirty[6].isfinite().any()
 
 
-def test_an_int8_row_has_the_same_bits_in_any_batch() -> None:
-    weight, x = filled(200, 96), filled(300, 96, seed=2)
+@pytest.mark.parametrize("features", [96, 1712])
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("packed", "float32"), ("packed", "bfloat16"), ("int8", "float32")]
+)
+def test_a_row_has_the_same_bits_in_any_batch(form: Form, dtype: str, features: int) -> None:
+    if form not in {"int8", choose_form("none", "cpu", dtype)}:
+        pytest.skip(f"no packed products in {dtype} on this processor")
+    weight = filled(200, features).to(getattr(torch, dtype))
+    x, residual = (filled(300, size, seed=2).to(weight.dtype) for size in (features, 200))
     with torch.inference_mode():
-        asked = product(weight, None, "int8")
-        together = asked(x)
-        for rows in (1, 5, 16, 77):
-            assert asked(x[:rows]).equal(together[:rows])
+        asked = product(weight, None, form)
+        together, summed = asked(x), asked.plus(x, residual.clone())
+        for first, rows in ((0, 1), (123, 1), (9, 5), (7, 16), (200, 77)):
+            part = slice(first, first + rows)
+            assert asked(x[part]).equal(together[part])
+            assert asked.plus(x[part], residual[part].clone()).equal(summed[part])
+
+
+def test_bfloat16_swiglu_is_close_to_that_in_float32() -> None:
+    form = choose_form("none", "cpu", "bfloat16")
+    weight, x = filled(64, 96) * 0.2, filled(7, 96, seed=2)
+    gate, up = linear(x, weight).chunk(2, dim=-1)
+    with torch.inference_mode():
+        found = swiglu(weight.bfloat16(), form)(x.bfloat16()).float()
+    expected = silu(gate) * up
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_rows_of_zeros_stay_zero() -> None:
