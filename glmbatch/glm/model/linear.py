@@ -227,7 +227,7 @@ def _multiplies_bfloat16() -> bool:
 
     Without them, oneDNN converts to float32 at 0.6 times its speed.
     """
-    # Private to torch, which has had both since 2.6.
+    # Private to torch: where a version lacks them, products stay plain.
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, bool)() for check in checks)
 
