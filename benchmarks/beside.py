@@ -35,7 +35,7 @@ PYTHONS_OWN = 0.005
 # Each way: its name, whether the engine has a process of its own, and the switch interval.
 WAYS = (
     ("in one process, Python's interval", False, PYTHONS_OWN),
-    ("in one process, the engine's interval", False, None),
+    ("in one process, the engine's interval", False, 0.0005),
     ("in a process of its own", True, PYTHONS_OWN),
 )
 
@@ -53,7 +53,7 @@ def main() -> None:
         for name, own_process, interval in WAYS:
             runtime = RuntimeConfig(device="cpu", engine_process=own_process)
             engine = load_engine(ModelConfig(path=str(checkpoint), dtype="bfloat16"), runtime)
-            sys.setswitchinterval(interval or sys.getswitchinterval())
+            sys.setswitchinterval(interval)
             _print(name, engine, options)
             engine.close()
 
