@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import rms_norm
 
 from glmbatch.glm.model.attention import AttentionPlan
-from glmbatch.glm.model.linear import Form, product, swiglu
+from glmbatch.glm.model.linear import Form, fused_kernels, product, swiglu
 
 
 class Layer:
@@ -95,6 +95,10 @@ def rotary_factors(positions_T: torch.Tensor, inverse_frequencies_P: torch.Tenso
 
 def rotate(heads_THD: torch.Tensor, rotary_TP: torch.Tensor) -> None:
     """Rotate adjacent pairs of the first 2P channels of each head, in place."""
+    fused = fused_kernels(heads_THD.device, heads_THD.dtype)
+    if fused is not None:
+        fused.rotate(heads_THD, rotary_TP)
+        return
     tokens, heads, _ = heads_THD.shape
     # ChatGLM2 rotates only the first half of each head; the other half carries no position.
     pairs_THP2 = heads_THD[..., : 2 * rotary_TP.shape[-1]].view(tokens, heads, -1, 2)

@@ -13,14 +13,17 @@ Shapes: T tokens, I features in, O features out, F size of the feed-forward laye
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn.functional import linear, silu
 
 from glmbatch.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Form = Literal["plain", "packed", "int8"]
 
@@ -77,8 +80,28 @@ def swiglu(gate_up_2FI: torch.Tensor, form: Form) -> Swiglu:
 
 
 def _gated(gate_up_T2F: torch.Tensor) -> torch.Tensor:
+    fused = fused_kernels(gate_up_T2F.device, gate_up_T2F.dtype)
+    if fused is not None:
+        gated_TF: torch.Tensor = fused.swiglu(gate_up_T2F)
+        return gated_TF
     gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
     return silu(gate_TF).mul_(up_TF)
+
+
+@cache
+def fused_kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    """The module `fused` if its kernels run on `device` in `dtype`, else None."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    try:
+        from glmbatch.glm.model import fused
+
+        fused.swiglu(torch.ones(1, 2, dtype=dtype, device=device))
+    except Exception as error:  # noqa: BLE001 - Triton's own errors, or those of its C compiler
+        reason = str(error).partition("\n")[0]
+        logger.warning("elementwise work is not fused, because Triton cannot compile: %s", reason)
+        return None
+    return fused
 
 
 class PlainProduct:
