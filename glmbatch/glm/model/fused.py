@@ -42,7 +42,7 @@ def swiglu(gate_up_T2F: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rotate_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917, ANN202
+def _rotate_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     heads_THD,
     factors_TP2,
     token_stride,
