@@ -23,6 +23,12 @@ from glmbatch.settings.job import GenerateStep, Step
 # prompt.
 ANSWERS_VERSION = 2
 KEY_BYTES = 16
+_OFF = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_tokens": 0,
+    "log_probs": False,
+}
 
 
 def _digest(parts: object) -> str:
@@ -39,6 +45,10 @@ def answer_settings(step: Step) -> dict[str, Any]:
         if step.temperature == 0:
             for unused in ("top_p", "top_k", "seed"):
                 del settings[unused]
+        # Left out while off: keys from before these settings existed stay valid.
+        for later, off in _OFF.items():
+            if settings[later] == off:
+                del settings[later]
     return settings
 
 

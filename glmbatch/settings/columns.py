@@ -50,6 +50,11 @@ class Columns:
         return f"{self.step}_completion_tokens"
 
     @property
+    def log_prob(self) -> str:
+        """Log-probability of the generated tokens, summed; only where a step asks for it."""
+        return f"{self.step}_log_prob"
+
+    @property
     def error(self) -> str:
         """Why the row failed, as a sentence; null if it has an answer."""
         return f"{self.step}_error"
@@ -69,11 +74,12 @@ class Columns:
         """All columns of a classify step, in output order."""
         return [self.answer, self.score, self.scores, self.margin, *self._of_both]
 
-    @property
-    def of_generate(self) -> list[str]:
+    def of_generate(self, log_probs: bool) -> list[str]:
         """All columns of a generate step, in output order."""
-        counts = [self.prompt_tokens, self.completion_tokens]
-        return [self.answer, self.finish_reason, *counts, *self._of_both]
+        numbers = [self.prompt_tokens, self.completion_tokens]
+        if log_probs:
+            numbers.append(self.log_prob)
+        return [self.answer, self.finish_reason, *numbers, *self._of_both]
 
     # Last, so that the answers come first when someone looks at the file.
     @property

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import string
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from glmbatch.errors import some_of
 from glmbatch.settings.columns import Columns
@@ -159,6 +159,33 @@ class GenerateStep(Step):
         default_factory=list,
         description="Strings that end an answer; the answer does not include them.",
     )
+    repetition_penalty: float = Field(
+        1.0,
+        gt=0,
+        le=10,
+        description="Makes tokens less likely that the prompt or the answer already has, as in "
+        "transformers. 1: off. Above 1.2 or so, answers drift from the subject.",
+    )
+    no_repeat_ngram_size: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="No run of so many tokens occurs twice in a prompt and its answer, as in "
+        "transformers. It ends loops, and forbids quoting longer runs of the prompt. 0: off.",
+    )
+    min_tokens: int = Field(
+        0,
+        ge=0,
+        le=32_768,
+        validation_alias=AliasChoices("min_tokens", "min_new_tokens"),
+        description="The model cannot end an answer before so many tokens; a stop text can.",
+    )
+    log_probs: bool = Field(
+        False,
+        description="Whether to add the column {name}_log_prob: how likely the model, without "
+        "temperature, penalties and limits, finds the answer; the natural logarithm, summed over "
+        "its tokens.",
+    )
     audits: GenerateAudits = Field(
         default_factory=GenerateAudits,
         description="Limits on the texts; a run that exceeds one publishes nothing.",
@@ -171,15 +198,26 @@ class GenerateStep(Step):
             raise ValueError("an empty stop string would end every answer at once; remove it")
         return stop
 
+    @model_validator(mode="after")
+    def _reachable_minimum(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}; raise "
+                "max_tokens or lower min_tokens"
+            )
+        return self
+
 
 # `kind` chooses the class, so an error names only settings of that kind.
 AnyStep = Annotated[ClassifyStep | GenerateStep, Field(discriminator="kind")]
 
 
-def answer_columns(step: Step) -> list[str]:
+def answer_columns(step: AnyStep) -> list[str]:
     """Names of the columns that `step` adds to the output, in order."""
     columns = Columns(step.name)
-    return columns.of_classify if isinstance(step, ClassifyStep) else columns.of_generate
+    if isinstance(step, ClassifyStep):
+        return columns.of_classify
+    return columns.of_generate(step.log_probs)
 
 
 def placeholders(template: str) -> list[str]:

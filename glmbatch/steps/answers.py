@@ -60,7 +60,7 @@ def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[A
     if isinstance(step, ClassifyStep):
         columns = choice_columns(choices)
     else:
-        columns = writing_columns(writings)
+        columns = writing_columns(step, writings)
     columns += [reasons, kinds, [answer.key for answer in answers]]
     schema = answers_schema(step, head_labels)
     arrays = []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import pyarrow as pa
 
-from glmbatch.glm.engine.protocol import Engine, GenerateRequest
+from glmbatch.glm.engine.protocol import Engine, GenerateRequest, GenerateResult
 from glmbatch.glm.stop_texts import stop_at
 from glmbatch.glm.tokenizer import Tokenizer, clean_answer
 from glmbatch.ledger.rowkeys import row_seed
@@ -21,32 +22,39 @@ class Writing:
     """The text that the model wrote for one row.
 
     `finish_reason` is "stop" or "length". `completion_tokens` counts all generated tokens, also
-    those that are cut off at a stop text.
+    those that are cut off at a stop text. `log_prob` is the sum over the same tokens; None if the
+    step does not ask for it.
     """
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    log_prob: float | None = None
 
 
 def writing_fields(step: GenerateStep) -> list[pa.Field]:
-    """The fields of a written answer: text, finish reason, prompt and completion tokens."""
+    """The fields of a written answer: text, finish reason, prompt and completion tokens.
+
+    Then the log-probability, if the step asks for it.
+    """
     columns = Columns(step.name)
-    return [
+    fields = [
         pa.field(columns.answer, pa.string()),
         pa.field(columns.finish_reason, pa.string()),
         pa.field(columns.prompt_tokens, pa.int32()),
         pa.field(columns.completion_tokens, pa.int32()),
     ]
+    return [*fields, pa.field(columns.log_prob, pa.float64())] if step.log_probs else fields
 
 
-def writing_columns(writings: Sequence[Writing | None]) -> list[list[object]]:
+def writing_columns(step: GenerateStep, writings: Sequence[Writing | None]) -> list[list[object]]:
     """The values of each field of `writing_fields`, row by row; None where nothing was written."""
-    columns: list[list[object]] = [[], [], [], []]
+    columns: list[list[object]] = [[] for _ in writing_fields(step)]
+    nothing = (None,) * len(columns)
     for writing in writings:
-        values = (None, None, None, None) if writing is None else astuple(writing)
-        for column, value in zip(columns, values, strict=True):
+        values = nothing if writing is None else astuple(writing)
+        for column, value in zip(columns, values, strict=False):
             column.append(value)
     return columns
 
@@ -69,6 +77,10 @@ def ask_writings(
             top_p=step.top_p,
             top_k=step.top_k,
             seed=row_seed(step.seed, key),  # so sampling does not depend on the batch
+            repetition_penalty=step.repetition_penalty,
+            no_repeat_ngram_size=step.no_repeat_ngram_size,
+            min_tokens=step.min_tokens,
+            log_probs=step.log_probs,
             should_stop=should_stop,
             shared_tokens=prompts[key].shared_tokens,
         )
@@ -79,27 +91,22 @@ def ask_writings(
         if result.error is not None:
             yield key, RowFault("model_failed", result.error)
         else:
-            yield (
-                key,
-                write_up(step, result.ids, result.finish_reason, len(prompts[key].ids), tokenizer),
-            )
+            yield key, write_up(step, result, len(prompts[key].ids), tokenizer)
 
 
 def write_up(
-    step: GenerateStep,
-    ids: Sequence[int],
-    finish_reason: str,
-    prompt_tokens: int,
-    tokenizer: Tokenizer,
+    step: GenerateStep, result: GenerateResult, prompt_tokens: int, tokenizer: Tokenizer
 ) -> Writing:
-    """The answer to one prompt, from the generated `ids`; cut before the first stop text.
+    """The answer to one prompt, from the generated ids; cut before the first stop text.
 
     `prompt_tokens` is the number of the prompt's token ids.
     """
+    ids, finish_reason = result.ids, result.finish_reason
     # An incomplete last character is dropped only if the length limit cut it off.
     text = tokenizer.decode(ids, cut=finish_reason == "length")
     ends = [text.find(stop) for stop in step.stop if stop in text]
     if ends:
         # The one that is first in the text, not in the list.
         text, finish_reason = text[: min(ends)], "stop"
-    return Writing(clean_answer(text), finish_reason, prompt_tokens, len(ids))
+    log_prob = math.fsum(result.log_probs) if step.log_probs else None
+    return Writing(clean_answer(text), finish_reason, prompt_tokens, len(ids), log_prob)

@@ -139,7 +139,9 @@ class Generation:
         if reason == "error":
             fault = not_finite(self._network.dtype_name, len(seq.ids))
             return GenerateResult(index, (), reason, fault)
-        return GenerateResult(index, tuple(seq.ids), reason)
+        # The end token has a log-probability too, and is no part of the answer.
+        log_probs = seq.log_probs[: len(seq.ids)] if seq.request.log_probs else ()
+        return GenerateResult(index, tuple(seq.ids), reason, log_probs=tuple(log_probs))
 
     def _handle_out_of_memory(self, batch: Batch) -> None:
         """Preempt all. Next, try a smaller prefill, then half as many sequences, then fail one."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from glmbatch.glm.engine.protocol import GenerateRequest
-from glmbatch.glm.model.sampling import RowSampling
+from glmbatch.glm.model.sampling import IdArray, RowSampling
 
 
 class Uniforms:
@@ -36,14 +36,23 @@ class Sampler:
     """The sampling settings of one request, and what its next token depends on so far."""
 
     def __init__(self, request: GenerateRequest, eos_id: int) -> None:
-        self._eos_id = eos_id
         self._request = request
+        self._eos_id = eos_id
         self._uniforms = Uniforms(request.seed)
+        # Filled when the first token is chosen, because requests wait in thousands.
+        self._penalized: _GrowingIds | None = None
+        self._ngrams: _Ngrams | None = None
 
     @classmethod
     def of(cls, request: GenerateRequest, eos_id: int) -> Sampler | None:
         """The sampler of `request`; None if it is plain greedy."""
-        return cls(request, eos_id) if request.temperature > 0 else None
+        plain = (
+            request.temperature == 0
+            and request.repetition_penalty == 1
+            and not request.no_repeat_ngram_size
+            and not request.min_tokens
+        )
+        return None if plain else cls(request, eos_id)
 
     def at(self, row: int, ids: Sequence[int]) -> RowSampling:
         """How to choose the token after all the generated `ids`, at `row` of a batch.
@@ -53,5 +62,69 @@ class Sampler:
         while the device runs the forward whose token is chosen here.
         """
         request = self._request
-        uniform = self._uniforms.number(len(ids))
-        return RowSampling(row, request.temperature, request.top_k, request.top_p, uniform)
+        return RowSampling(
+            row,
+            request.temperature,
+            request.top_k,
+            request.top_p,
+            self._uniforms.number(len(ids)) if request.temperature > 0 else 0.0,
+            request.repetition_penalty,
+            self._penalized_ids(ids) if request.repetition_penalty != 1 else None,
+            self._barred_ids(ids),
+        )
+
+    def _penalized_ids(self, ids: Sequence[int]) -> IdArray:
+        if self._penalized is None:
+            self._penalized = _GrowingIds(self._request.prompt_ids)
+        return self._penalized.with_answer(ids)
+
+    def _barred_ids(self, ids: Sequence[int]) -> Sequence[int]:
+        request = self._request
+        barred: Sequence[int] = ()
+        if request.no_repeat_ngram_size:
+            if self._ngrams is None:
+                self._ngrams = _Ngrams(request.no_repeat_ngram_size, request.prompt_ids)
+            barred = self._ngrams.completions(ids)
+        return (*barred, self._eos_id) if len(ids) < request.min_tokens else barred
+
+
+class _GrowingIds:
+    """The ids of a prompt and its answer as one array, which is extended and never built anew."""
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        self._array = np.unique(np.asarray(prompt_ids, dtype=np.int64))
+        self._prompt = self._used = len(self._array)
+
+    def with_answer(self, ids: Sequence[int]) -> IdArray:
+        """All ids, with those of the prompt once each."""
+        used = self._prompt + len(ids)
+        if used > len(self._array):
+            self._array = np.resize(self._array, 2 * used)
+        self._array[self._used : used] = ids[self._used - self._prompt :]
+        self._used = used
+        return self._array[:used]
+
+
+class _Ngrams:
+    """Which ids followed each run of n - 1 ids in a prompt and its answer."""
+
+    def __init__(self, n: int, prompt_ids: Sequence[int]) -> None:
+        self._before = n - 1
+        self._followers: dict[tuple[int, ...], list[int]] = {}
+        self._last: tuple[int, ...] = ()
+        self._answered = 0
+        self._add(prompt_ids)
+
+    def completions(self, ids: Sequence[int]) -> Sequence[int]:
+        """The ids that would complete an n-gram that is already in the prompt or in `ids`."""
+        self._add(ids[self._answered :])
+        self._answered = len(ids)
+        return self._followers.get(self._last, ())
+
+    def _add(self, ids: Sequence[int]) -> None:
+        for token in ids:
+            if len(self._last) == self._before:
+                self._followers.setdefault(self._last, []).append(token)
+                self._last = (*self._last, token)[1:]
+            else:
+                self._last = (*self._last, token)

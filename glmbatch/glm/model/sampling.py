@@ -18,6 +18,14 @@ import torch
 # Returned instead of a token for a row whose logits are not finite.
 NOT_FINITE = -1
 
+# A probability of 1 as an integer. A float32 above 2^-36 keeps all its bits.
+ONE = 2.0**60
+# Half of the 30 bits of a float32 of at most 1.
+HALF = 15
+HALF_MASK = 2**HALF - 1
+# The tokens that `_draw` sums at once.
+BLOCK = 256
+
 IdArray = npt.NDArray[np.int64]
 
 
@@ -61,11 +69,13 @@ def next_tokens(
     """
     # A sum is finite only if every number is, and it needs no mask of the size of the logits.
     finite_R = logits_RV.sum(-1).isfinite()
-    tokens_R = logits_RV.argmax(-1)
+    scores_RV = _penalize(logits_RV, rows)
+    tokens_R = scores_RV.argmax(-1)
     draws = [row for row in rows if row.temperature > 0]
     if draws:
         rows_R = _on_device(np.array([draw.row for draw in draws]), logits_RV.device)
-        scores_RV = logits_RV if len(draws) == len(logits_RV) else logits_RV[rows_R]
+        if len(draws) < len(logits_RV):
+            scores_RV = scores_RV[rows_R]
         tokens_R[rows_R] = _sample(scores_RV, draws)
     log_probs_R = None
     if log_probs:
@@ -82,6 +92,33 @@ def _on_device(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     return values_N.to(device)
 
 
+def _penalize(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tensor:
+    """The logits after the repetition penalties of `rows`, with their barred ids at -inf.
+
+    The same tensor if no row has either.
+    """
+    penalized = [row for row in rows if row.penalized_ids is not None]
+    barred = [(row.row, token) for row in rows for token in row.barred_ids]
+    if not penalized and not barred:
+        return logits_RV
+    scores_RV = logits_RV.clone()
+    if penalized:
+        ids = [row.penalized_ids for row in penalized if row.penalized_ids is not None]
+        at = np.repeat([row.row for row in penalized], [len(array) for array in ids])
+        penalties = np.ones(len(logits_RV), dtype=np.float32)
+        penalties[[row.row for row in penalized]] = [row.repetition_penalty for row in penalized]
+        rows_N, ids_N = _on_device(np.stack([at, np.concatenate(ids)]), logits_RV.device)
+        penalties_N = _on_device(penalties, logits_RV.device)[rows_N]
+        seen_N = scores_RV[rows_N, ids_N]
+        scores_RV[rows_N, ids_N] = torch.where(
+            seen_N < 0, seen_N * penalties_N, seen_N / penalties_N
+        )
+    if barred:
+        rows_N, ids_N = _on_device(np.array(barred).T.copy(), logits_RV.device)
+        scores_RV[rows_N, ids_N] = -torch.inf
+    return scores_RV
+
+
 def _sample(logits_RV: torch.Tensor, draws: Sequence[RowSampling]) -> torch.Tensor:
     """One token for each row: temperature, top_k, top_p, then the inverse cumulative distribution.
 
@@ -93,24 +130,23 @@ def _sample(logits_RV: torch.Tensor, draws: Sequence[RowSampling]) -> torch.Tens
     temperature_R1, top_k_R1, top_p_R1, uniform_R1 = settings_4R.unsqueeze(-1)
     # The maximum becomes 0, so that a tiny temperature overflows to -inf and never to nan.
     logits_RV = logits_RV - logits_RV.amax(-1, keepdim=True)
-    logits_RV = logits_RV / temperature_R1.clamp(min=1e-30).float()
-    vocab = logits_RV.shape[-1]
-    max_top_k = max(draw.top_k for draw in draws)
+    logits_RV /= temperature_R1.clamp(min=1e-30).float()
+    max_top_k = min(max(draw.top_k for draw in draws), logits_RV.shape[-1])
     if max_top_k:
-        best_RK = logits_RV.topk(min(max_top_k, vocab)).values
-        floor_R1 = _top_k_floor(best_RK, top_k_R1.long())
-        logits_RV = logits_RV.masked_fill(logits_RV < floor_R1, -torch.inf)
+        best_RK, best_ids_RK = logits_RV.topk(max_top_k)
+        logits_RV.masked_fill_(logits_RV < _top_k_floor(best_RK, top_k_R1.long()), -torch.inf)
     probs_RV = logits_RV.softmax(-1)
-    top_ks = [draw.top_k for draw in draws if draw.top_p < 1]
-    if top_ks:
-        # With top_k, only that many tokens can be candidates; rows without it need a full sort.
-        candidates = min(max(top_ks), vocab) if all(top_ks) else vocab
-        ranked_RK = probs_RV.topk(candidates).values
-        probs_RV = probs_RV.masked_fill(probs_RV < _top_p_floor(ranked_RK, top_p_R1), 0.0)
-    cumulative_RV = probs_RV.cumsum(-1, dtype=torch.float64)
-    targets_R1 = uniform_R1 * cumulative_RV[:, -1:]
-    # The first token whose cumulative sum exceeds the target has a probability above 0.
-    return torch.searchsorted(cumulative_RV, targets_R1, right=True).squeeze(-1)
+    cut = [draw for draw in draws if draw.top_p < 1]
+    if cut:
+        limit_R1 = (top_p_R1 * ONE).ceil().long()
+        if all(draw.top_k for draw in cut):
+            floor_R1 = _top_p_floor(probs_RV.gather(1, best_ids_RK), limit_R1)
+        elif probs_RV.shape[-1] <= HALF_MASK:
+            floor_R1 = _top_p_floor(probs_RV, limit_R1)  # less than a histogram has
+        else:
+            floor_R1 = _top_p_floor_of_all(probs_RV, limit_R1)
+        probs_RV.masked_fill_(probs_RV < floor_R1.masked_fill(top_p_R1 >= 1, 0.0), 0.0)
+    return _draw(probs_RV, uniform_R1)
 
 
 def _top_k_floor(best_RK: torch.Tensor, top_k_R1: torch.Tensor) -> torch.Tensor:
@@ -119,11 +155,68 @@ def _top_k_floor(best_RK: torch.Tensor, top_k_R1: torch.Tensor) -> torch.Tensor:
     return kth_R1.masked_fill(top_k_R1 == 0, -torch.inf)
 
 
-def _top_p_floor(ranked_RK: torch.Tensor, top_p_R1: torch.Tensor) -> torch.Tensor:
-    """The smallest probability [R, 1] that each row keeps.
+def _units(probs: torch.Tensor) -> torch.Tensor:
+    """Probabilities as integers, whose sums are exact in any order and on any device."""
+    return (probs * ONE).long()
 
-    A token is kept if the probabilities above it sum to less than top_p.
+
+def _top_p_floor(probs_RK: torch.Tensor, limit_R1: torch.Tensor) -> torch.Tensor:
+    """The smallest probability [R, 1] that each row keeps, of the K that survived its top_k.
+
+    A token is kept if the probabilities above it sum to less than the limit.
     """
-    above_RK = ranked_RK.cumsum(-1, dtype=torch.float64) - ranked_RK
-    kept_R1 = (above_RK < top_p_R1).sum(-1, keepdim=True).clamp(min=1)
-    return ranked_RK.gather(1, kept_R1 - 1).masked_fill(top_p_R1 >= 1, 0.0)
+    ranked_RK = probs_RK.sort(-1, descending=True).values
+    units_RK = _units(ranked_RK)
+    above_RK = units_RK.cumsum(-1) - units_RK
+    kept_R1 = (above_RK < limit_R1).sum(-1, keepdim=True).clamp(min=1)
+    return ranked_RK.gather(1, kept_R1 - 1)
+
+
+def _top_p_floor_of_all(probs_RV: torch.Tensor, limit_R1: torch.Tensor) -> torch.Tensor:
+    """As `_top_p_floor`, over all tokens and without a sort.
+
+    The bits of a float of at most 1 are an integer below 2^30 that orders as the float does. Its
+    upper 15 bits are found first, then its lower 15, each by a histogram of the probabilities.
+    """
+    bits_RV = probs_RV.view(torch.int32)
+    units_RV = _units(probs_RV)
+    upper_RV = (bits_RV >> HALF).bitwise_and_(HALF_MASK).long()
+    upper_R1, limit_R1 = _digit(upper_RV, units_RV, limit_R1)
+    units_RV.masked_fill_(upper_RV != upper_R1, 0)
+    lower_R1, _ = _digit((bits_RV & HALF_MASK).long(), units_RV, limit_R1)
+    return (upper_R1 << HALF | lower_R1).int().view(torch.float32)
+
+
+def _digit(
+    digits_RV: torch.Tensor, units_RV: torch.Tensor, limit_R1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest digit [R, 1] above which there are fewer units than the limit.
+
+    Also returns how many units of this digit and below the limit still allows.
+    """
+    histogram_RH = units_RV.new_zeros((len(units_RV), HALF_MASK + 1))
+    cumulative_RH = histogram_RH.scatter_add_(1, digits_RV, units_RV).cumsum_(-1)
+    beyond_R1 = cumulative_RH[:, -1:] - limit_R1
+    digit_R1 = torch.searchsorted(cumulative_RH, beyond_R1, right=True).clamp(max=HALF_MASK)
+    return digit_R1, cumulative_RH.gather(1, digit_R1) - beyond_R1
+
+
+def _draw(probs_RV: torch.Tensor, uniform_R1: torch.Tensor) -> torch.Tensor:
+    """The first token of each row at which the cumulative sum exceeds its share of the total.
+
+    The sum of each block of tokens is taken first, then the cumulative sum within one block.
+    """
+    rows, vocab = probs_RV.shape
+    blocks = -(-vocab // BLOCK)
+    units_RV = probs_RV.new_zeros((rows, blocks * BLOCK), dtype=torch.int64)
+    units_RV[:, :vocab] = probs_RV * ONE
+    units_RBW = units_RV.view(rows, blocks, BLOCK)
+    cumulative_RB = units_RBW.sum(-1).cumsum(-1)
+    # Rounded down, which changes no comparison with an integer.
+    target_R1 = (uniform_R1 * cumulative_RB[:, -1:]).long()
+    block_R1 = torch.searchsorted(cumulative_RB, target_R1, right=True).clamp(max=blocks - 1)
+    units_RW = units_RBW.take_along_dim(block_R1.unsqueeze(-1), 1).squeeze(1)
+    target_R1 = target_R1 - cumulative_RB.gather(1, block_R1) + units_RW.sum(-1, keepdim=True)
+    place_R1 = torch.searchsorted(units_RW.cumsum(-1), target_R1, right=True)
+    # In bounds also for a row of nan, whose token nobody uses.
+    return (block_R1 * BLOCK + place_R1).clamp(max=vocab - 1).squeeze(-1)

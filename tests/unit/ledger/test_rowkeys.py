@@ -36,10 +36,20 @@ SAMPLED = GenerateStep(name="reply", temperature=0.7)
         {"chat": False},
         {"on_too_long": "truncate"},
         {"max_input_tokens": 100},
+        {"repetition_penalty": 1.1},
+        {"no_repeat_ngram_size": 3},
+        {"min_tokens": 2},
+        {"log_probs": True},
     ],
 )
 def test_all_that_changes_an_answer_changes_the_step_key(change: dict[str, Any]) -> None:
     assert step_key(GREEDY.model_copy(update=change), "weights") != step_key(GREEDY, "weights")
+
+
+def test_settings_that_came_later_count_only_when_set() -> None:
+    later = {"repetition_penalty", "no_repeat_ngram_size", "min_tokens", "log_probs"}
+    assert not later & answer_settings(GREEDY).keys()
+    assert answer_settings(GREEDY.model_copy(update={"min_tokens": 2}))["min_tokens"] == 2
 
 
 def test_audits_and_an_unset_chat_change_no_key() -> None:

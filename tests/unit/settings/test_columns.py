@@ -8,7 +8,10 @@ from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import ClassifyStep, GenerateStep, answer_columns
 from tests.support import ROOT
 
-ENDS = "error|error_type|key|score|scores|margin|finish_reason|prompt_tokens|completion_tokens"
+ENDS = (
+    "error|error_type|key|score|scores|margin|"
+    "finish_reason|prompt_tokens|completion_tokens|log_prob"
+)
 
 
 def test_the_columns_of_a_step_are_in_output_order() -> None:
@@ -30,6 +33,8 @@ def test_the_columns_of_a_step_are_in_output_order() -> None:
         "reply_error_type",
         "reply_key",
     ]
+    asking = GenerateStep(name="reply", log_probs=True)
+    assert answer_columns(asking)[3:5] == ["reply_completion_tokens", "reply_log_prob"]
 
 
 def test_each_column_name_begins_with_its_step() -> None:

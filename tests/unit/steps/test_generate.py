@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
+from glmbatch.glm.engine.protocol import GenerateResult
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.settings.job import GenerateStep
-from glmbatch.steps.generate import write_up
+from glmbatch.steps.generate import write_up, writing_columns
 from tests.support import CAUSAL
 
 
@@ -19,16 +22,30 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode_plain([text])[0]
 
 
+def result(ids: Sequence[int], reason: str, log_probs: tuple[float, ...] = ()) -> GenerateResult:
+    return GenerateResult(0, tuple(ids), reason, log_probs=log_probs)
+
+
 def test_an_answer_is_stripped_and_counted(tokenizer: Tokenizer) -> None:
     ids = ids_of(tokenizer, "  很好 \n")
-    writing = write_up(GenerateStep(name="reply"), ids, "length", 7, tokenizer)
+    writing = write_up(GenerateStep(name="reply"), result(ids, "length"), 7, tokenizer)
     assert (writing.text, writing.finish_reason, writing.prompt_tokens) == ("很好", "length", 7)
     assert writing.completion_tokens == len(ids)
 
 
+def test_log_probabilities_are_summed_only_when_asked_for(tokenizer: Tokenizer) -> None:
+    answered = result(ids_of(tokenizer, "好"), "stop", (-0.5, -0.25))
+    asking = GenerateStep(name="reply", log_probs=True)
+    assert write_up(asking, answered, 7, tokenizer).log_prob == -0.75
+    columns = writing_columns(asking, [write_up(asking, answered, 7, tokenizer), None])
+    assert columns[-1] == [-0.75, None]
+    step = GenerateStep(name="reply")
+    assert len(writing_columns(step, [write_up(step, answered, 7, tokenizer)])) == 4
+
+
 def test_a_stop_text_ends_the_answer_before_it(tokenizer: Tokenizer) -> None:
     step = GenerateStep(name="reply", stop=["END", "停"])
-    writing = write_up(step, ids_of(tokenizer, "很好。停 and END"), "length", 1, tokenizer)
+    writing = write_up(step, result(ids_of(tokenizer, "很好。停 and END"), "length"), 1, tokenizer)
     assert (writing.text, writing.finish_reason) == ("很好。", "stop")
 
 
@@ -38,11 +55,11 @@ def test_a_truncated_answer_has_no_partial_character(tokenizer: Tokenizer, chara
     whole = f"很好 {character}"
     ids = ids_of(tokenizer, whole)
     for count in range(1, len(ids) + 1):
-        text = write_up(step, ids[:count], "length", 1, tokenizer).text
+        text = write_up(step, result(ids[:count], "length"), 1, tokenizer).text
         assert whole.startswith(text)
         # Cut after the complete character, nothing is dropped.
         assert (text == whole) == (count == len(ids))
-    stopped = write_up(step, ids[:-1], "stop", 1, tokenizer).text
+    stopped = write_up(step, result(ids[:-1], "stop"), 1, tokenizer).text
     assert tokenizer.decode(ids[:-1]).strip() == stopped  # the model's own end is kept
 
 
@@ -63,7 +80,7 @@ def test_only_a_character_cut_by_the_limit_is_dropped(
 ) -> None:
     # The pieces <0x00> to <0xFF> follow three special ones.
     ids = [*ids_of(tokenizer, "很好"), *(3 + value for value in last)]
-    text = write_up(GenerateStep(name="reply"), ids, "length", 1, tokenizer).text
+    text = write_up(GenerateStep(name="reply"), result(ids, "length"), 1, tokenizer).text
     assert text == tokenizer.decode(ids[: len(ids) - dropped])
     stopping = GenerateStep(name="reply", stop=["好"])
-    assert write_up(stopping, ids, "length", 1, tokenizer).text == "很"
+    assert write_up(stopping, result(ids, "length"), 1, tokenizer).text == "很"

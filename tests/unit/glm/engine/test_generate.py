@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from glmbatch.errors import InputError
 from glmbatch.glm.engine.protocol import GenerateRequest, GenerateResult
 from glmbatch.glm.engine.worker import TorchEngine
 from tests.unit.glm.tiny_glm import (
+    EOS,
     NOT_A_NUMBER,
     POSITIONS,
     TOKENS,
+    VOCAB,
     causal_model,
     engine_over,
     head_model,
     plain_greedy,
+    plain_logits,
     prompts,
 )
 
@@ -78,6 +82,53 @@ def test_sampled_tokens_depend_on_the_request_only(model: Any) -> None:
             assert generate(engine, requests) == expected
             assert generate(engine, requests[::-1]) == expected
             assert generate(engine, requests[5:6]) == {5: expected[5]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"repetition_penalty": 1.4},
+        {"no_repeat_ngram_size": 2},
+        {"min_tokens": 25},
+        {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "min_tokens": 5},
+    ],
+)
+def test_penalties_give_the_tokens_of_transformers(model: Any, changes: dict[str, Any]) -> None:
+    requests = [
+        GenerateRequest(at, row, 30, log_probs=at % 2 == 0, **changes)
+        for at, row in enumerate(prompts(8, longest=30))
+    ]
+    with engine_over(model, max_slots=3, max_batch_tokens=64) as engine:
+        results = generate(engine, requests)
+    names = {"min_tokens": "min_new_tokens"}
+    settings = {names.get(name, name): value for name, value in changes.items()}
+    for request in requests:
+        result = results[request.index]
+        output = model.generate(
+            torch.tensor([request.prompt_ids]),
+            max_new_tokens=30,
+            do_sample=False,
+            suppress_tokens=list(range(TOKENS, VOCAB)),
+            **settings,
+        )
+        ended = [EOS] if result.finish_reason == "stop" else []
+        assert [*request.prompt_ids, *result.ids, *ended] == output[0].tolist()
+        assert len(result.log_probs) == (len(result.ids) if request.log_probs else 0)
+
+
+def test_log_probabilities_are_those_of_one_forward(model: Any) -> None:
+    requests = [
+        dataclasses.replace(request, log_probs=True, repetition_penalty=1.2)
+        for request in sampled_requests(6)
+    ]
+    with engine_over(model, max_slots=2) as engine:
+        results = generate(engine, requests)
+    for request in requests:
+        result = results[request.index]
+        logits = plain_logits(model, [*request.prompt_ids, *result.ids])
+        rows = logits[len(request.prompt_ids) - 1 :].log_softmax(-1)
+        expected = [float(rows[at, token]) for at, token in enumerate(result.ids)]
+        assert result.log_probs == pytest.approx(expected, abs=1e-4)
 
 
 def test_another_seed_draws_other_tokens(model: Any) -> None:

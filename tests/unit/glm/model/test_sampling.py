@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -82,6 +83,33 @@ def test_equal_logits_at_a_cut_are_kept_together() -> None:
     ) == {3, 7, 9}
 
 
+def plain_token(logits_V: torch.Tensor, how: RowSampling) -> int:
+    """The token of a sort and of one cumulative sum over all tokens, in float64."""
+    probs_V = (logits_V / how.temperature).softmax(-1)
+    ranked_V = probs_V.double().sort(descending=True).values
+    kept = int((ranked_V.cumsum(0) - ranked_V < how.top_p).sum())
+    probs_V = probs_V.masked_fill(probs_V < ranked_V[kept - 1], 0.0)
+    cumulative_V = probs_V.double().cumsum(0)
+    return int((cumulative_V <= how.uniform * cumulative_V[-1]).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("top_p", [0.001, 0.5, 0.9, 0.9999999])
+def test_all_ways_to_cut_at_top_p_draw_the_same_token(
+    dtype: torch.dtype, spread: float, top_p: float
+) -> None:
+    vocab = 33_000  # over so many a histogram finds the cut
+    generator = torch.Generator().manual_seed(3)
+    logits_RV = (torch.randn(12, vocab, generator=generator) * spread).to(dtype).float()
+    rows = [RowSampling(row, 1.0, 0, top_p, (row + 0.37) / 12) for row in range(12)]
+    expected = [plain_token(*pair) for pair in zip(logits_RV, rows, strict=True)]
+    assert tokens_of(logits_RV, rows) == expected
+    assert tokens_of(logits_RV, [row._replace(top_k=vocab) for row in rows]) == expected
+    few = [plain_token(*pair) for pair in zip(logits_RV[:, :700], rows, strict=True)]
+    assert tokens_of(logits_RV[:, :700], rows) == few
+
+
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 8), data=st.data())
 @settings(deadline=None)
 def test_a_row_is_drawn_the_same_in_any_batch(seed: int, rows: int, data: st.DataObject) -> None:
@@ -111,10 +139,28 @@ def test_rows_without_a_draw_are_greedy() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("sampled", [False, True])
-def test_a_non_finite_row_is_marked_and_affects_no_other(bad: float, sampled: bool) -> None:
+@pytest.mark.parametrize("top_k", [None, 5, 0])
+def test_a_non_finite_row_is_marked_and_affects_no_other(bad: float, top_k: int | None) -> None:
     logits_RV = random_logits(3)
-    draws = [RowSampling(row, 1.0, 5, 0.9, 0.4) for row in range(3)] if sampled else []
-    expected = tokens_of(logits_RV, draws)
+    draws = [] if top_k is None else [RowSampling(row, 1.0, top_k, 0.9, 0.4) for row in range(3)]
+    expected = next_tokens(logits_RV, draws, log_probs=True)
     logits_RV[1, 6] = bad
-    assert tokens_of(logits_RV, draws) == [expected[0], NOT_FINITE, expected[2]]
+    chosen = next_tokens(logits_RV, draws, log_probs=True)
+    assert chosen.tokens_R.tolist() == [expected.tokens_R[0], NOT_FINITE, expected.tokens_R[2]]
+    assert expected.log_probs_R is not None and chosen.log_probs_R is not None
+    assert torch.equal(chosen.log_probs_R[::2], expected.log_probs_R[::2])
+
+
+def test_log_probabilities_are_those_of_the_model() -> None:
+    logits_RV = random_logits(4)
+    barred = int(logits_RV[1].argmax())
+    rows = [
+        RowSampling(0, 2.0, 3, 0.5, 0.7),
+        RowSampling(1, barred_ids=[barred]),
+        RowSampling(2, 1.0, repetition_penalty=3.0, penalized_ids=np.arange(20)),
+    ]
+    chosen = next_tokens(logits_RV, rows, log_probs=True)
+    assert chosen.tokens_R[1] != barred
+    expected_R = logits_RV.log_softmax(-1).gather(1, chosen.tokens_R[:, None])[:, 0]
+    assert torch.allclose(chosen.log_probs_R, expected_R)  # type: ignore[arg-type]
+    assert next_tokens(logits_RV, rows).log_probs_R is None
