@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 
 import duckdb
@@ -217,6 +218,27 @@ def test_sampled_answers_do_not_depend_on_their_neighbours(
         answers.append(column_of(out, "reply"))
     assert answers[0] == answers[1] == answers[2]
     assert len(set(answers[0])) > 15
+
+
+def test_a_model_that_loops_stops_looping(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": [f"row {row} 很好" for row in range(6)]})
+    step = {"kind": "generate", "name": "reply", "max_tokens": 60}
+    looping = re.compile(r"(.)\1{9}")
+    run(job_settings(steps=[step]))
+    before = rows_of(out)
+    looped = [row for row in before if looping.search(row["reply"])]
+    assert [row["reply_finish_reason"] for row in looped] == ["length"]
+
+    step |= {"no_repeat_ngram_size": 3, "log_probs": True}
+    summary = run(job_settings(steps=[step]))
+    assert summary.computed == 6
+    for old, new in zip(before, rows_of(out), strict=True):
+        assert not looping.search(new["reply"])
+        assert new["reply_log_prob"] < 0
+        # An answer that repeats nothing stays as it was.
+        assert (new["reply"] == old["reply"]) == (old not in looped)
 
 
 def test_duckdb_finds_every_row_once_by_the_readme_glob(
