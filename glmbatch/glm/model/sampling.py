@@ -98,7 +98,9 @@ def _penalize(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Ten
     The same tensor if no row has either.
     """
     penalized = [row for row in rows if row.penalized_ids is not None]
-    barred = [(row.row, token) for row in rows for token in row.barred_ids]
+    barred: list[tuple[int, int]] = []
+    for row in rows:
+        barred += [(row.row, token) for token in row.barred_ids]
     if not penalized and not barred:
         return logits_RV
     scores_RV = logits_RV.clone()
