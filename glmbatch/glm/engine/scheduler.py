@@ -17,8 +17,8 @@ from glmbatch.glm.engine.queue import Limits, PendingRequest, shared_prefix
 from glmbatch.glm.engine.sampler import Sampler
 from glmbatch.glm.model.places import Places
 
-# Within a window of this many consecutive requests, the longest go first, so that no long one is
-# left to run alone at the end. The window bounds how long a short request can wait.
+# Within a window of this many consecutive requests, the longest answers go first, so that no long
+# one is left to run alone at the end. The window bounds how long a short request can wait.
 WINDOW = 4096
 # A sequence takes places for this many tokens of its answer at first, and then as many at a time:
 # few answers are as long as `max_tokens` allows.
@@ -265,6 +265,6 @@ class Scheduler:
         self.running.remove(seq)
 
     def _wait(self, seq: TokenSequence) -> None:
-        arrival = seq.pending.arrival
-        max_length = len(seq.request.prompt_ids) + seq.request.max_tokens
-        heapq.heappush(self._waiting, ((arrival // WINDOW, -max_length, arrival), seq))
+        request, arrival = seq.request, seq.pending.arrival
+        rank = (arrival // WINDOW, -request.max_tokens, -len(request.prompt_ids), arrival)
+        heapq.heappush(self._waiting, (rank, seq))

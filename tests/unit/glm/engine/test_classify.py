@@ -211,10 +211,11 @@ def test_on_a_cpu_a_row_has_the_same_bits_in_any_batch(dtype: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_a_row_is_close_in_any_batch(dtype: str) -> None:
-    # Not the same bits: the kernel of a product depends on the number of rows.
+    # Not the same bits: the kernel of a product depends on the number of rows. On an H100 they
+    # were one unit in the last place of bfloat16 apart, 0.0156 for scores from 2 to 4.
     alone, *batched = alone_and_batched(head_model().to("cuda", getattr(torch, dtype)))
     for together in batched:
-        assert (together - alone).abs().max() < 0.01
+        torch.testing.assert_close(together, alone, rtol=2**-6, atol=2**-6)
 
 
 def alone_and_batched(model: Any) -> list[torch.Tensor]:
