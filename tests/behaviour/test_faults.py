@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from glmbatch.glm.model.kv_cache import KvPrefix
+from glmbatch.glm.model.arena import KvPrefix
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
 from glmbatch.glm.tokenizer import load_tokenizer

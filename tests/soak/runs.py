@@ -259,7 +259,7 @@ def _serve() -> None:
 
     import glmbatch.glm.checkpoint.load
     import glmbatch.glm.engine.worker
-    import glmbatch.glm.model.slot_kernel
+    import glmbatch.glm.model.decode_kernel
     import glmbatch.glm.tokenizer
     import glmbatch.run.job  # noqa: F401
 

@@ -57,7 +57,10 @@ def serve(
                 flush()
             result = call.results.get()
             if isinstance(result, Exception):
-                raise result
+                try:
+                    raise result
+                finally:
+                    del result  # its traceback has this frame, so both would stay, with the engine
             in_engine -= 1
             yield result
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class _Waiting:
     pending: PendingRequest[ClassifyRequest]
     prefix: tuple[int, ...]
     prompt: PackedPrompt
-    budget: int | None = None  # the token budget before it was lowered for this prompt alone
+    limits: Limits | None = None  # before they were lowered for this prompt alone
 
 
 class Classification:
@@ -115,11 +115,14 @@ class Classification:
         tokens = sum(len(item.prompt) for item in batch)
         if len(batch) > 1:
             self._limits.halve_batch(tokens)
-        elif not self._preempt_generation():
-            first.budget = first.budget or self._limits.batch_tokens
-            if not self._limits.halve_chunk(tokens):
-                # Only this prompt is too long: later ones get the original token budget back.
-                self._limits.batch_tokens = first.budget
+        else:
+            first.limits = first.limits or replace(self._limits)
+            # A prefix is prefilled before the batch, in chunks too.
+            chunk = tokens + len(first.prefix)
+            if not (self._preempt_generation() or self._limits.halve_chunk(chunk)):
+                # Only this prompt is too long: all else gets the original limits back.
+                self._limits.batch_tokens = first.limits.batch_tokens
+                self._limits.cache_bytes = first.limits.cache_bytes
                 request = first.pending.request
                 length, device = len(request.prompt_ids), self._network.device
                 fault = f"not enough memory on {device} for one prompt of {length} tokens"
@@ -127,6 +130,8 @@ class Classification:
                 return
         for item in batch:
             self._waiting.push(item)
+        if len(batch) == 1:
+            self.run_batch()  # before generation can take that memory again
 
     def _launch(self, batch: Sequence[_Waiting]) -> Readback:
         """Logits of the head for each item, or log-probabilities of the tokens in its label tree.

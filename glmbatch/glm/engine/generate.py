@@ -23,17 +23,14 @@ Result = TypeVar("Result")
 
 
 class Generation:
-    """Answers generate requests: a scheduler, and the runner of its batches.
+    """Answers generate requests: a scheduler, and the runner of its batches."""
 
-    `cache_bytes` limits the memory of keys and values.
-    """
-
-    def __init__(self, network: Network, limits: Limits, eos_id: int, cache_bytes: int) -> None:
+    def __init__(self, network: Network, limits: Limits, eos_id: int) -> None:
         self._network = network
         self._limits = limits
         self._eos_id = eos_id
         self._scheduler = Scheduler(network.max_positions, network.trained_places, eos_id)
-        self._runner = ModelRunner(network, cache_bytes)
+        self._runner = ModelRunner(network, limits)
         # A forward whose tokens are not read yet. On CPU they are there when it returns.
         self._in_flight: Step | None = None
         self._runs_ahead = network.device.type == "cuda"
@@ -104,6 +101,7 @@ class Generation:
             if not piece.samples or seq.done:
                 continue
             seq.in_flight -= 1
+            seq.retried = False
             if log_probs is not None:
                 seq.log_probs.append(log_probs[row])
             reason = self._append(seq, tokens[row])
@@ -151,16 +149,18 @@ class Generation:
         prefills = batch.prefills
         tokens = sum(piece.count for piece in prefills)
         first = batch.pieces[0].sequence
+        # A prefix is prefilled before the batch, in chunks too.
+        chunk = max(tokens, *(len(seq.prefix) for seq in batch.admitted), 0)
         if len(prefills) > 1:
             self._limits.halve_batch(tokens)
-        elif prefills and self._halve_chunk(prefills[0].sequence, tokens):
+        elif self._halve_chunk(prefills[0].sequence if prefills else first, chunk):
             pass
         elif len(batch.pieces) > 1:
             self._remember_limits(first)
             self._limits.halve_slots(len(batch.pieces))
         elif not first.retried:
             first.retried = True  # all other memory is free now
-        else:
+        elif not first.done:  # the token that was in flight may have ended it
             self._fail_without_room(first)
 
     def _halve_chunk(self, seq: TokenSequence, tokens: int) -> bool:

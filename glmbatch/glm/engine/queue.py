@@ -63,13 +63,14 @@ class PendingRequest(Generic[Request]):
 
 @dataclass(slots=True)
 class Limits:
-    """Limits of one batch: its tokens, and the slots of the cache.
+    """Limits of one batch: its tokens, and the slots of the cache and its memory.
 
     They are lowered when the device runs out of memory.
     """
 
     batch_tokens: int
     slots: int
+    cache_bytes: int = 0
 
     def halve_batch(self, tokens: int) -> None:
         """Halve the token budget after a batch of `tokens` tokens was too large."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from glmbatch.glm.engine.queue import Limits
 from glmbatch.glm.engine.scheduler import Batch, Piece
 from glmbatch.glm.model.arena import Arena
 from glmbatch.glm.model.network import Network
@@ -66,11 +67,11 @@ class Step:
 
 
 class ModelRunner:
-    """The network with an arena of keys and values of at most `cache_bytes`."""
+    """The network with an arena of keys and values within `limits.cache_bytes`."""
 
-    def __init__(self, network: Network, cache_bytes: int) -> None:
+    def __init__(self, network: Network, limits: Limits) -> None:
         self._network = network
-        self._cache_bytes = cache_bytes
+        self._limits = limits
         self._arena: Arena | None = None
         self._graphs: Any = None
 
@@ -82,7 +83,7 @@ class ModelRunner:
     def allocate(self, most_places: int) -> int:
         """Allocate an arena of at most `most_places`; returns its places, 0 without memory."""
         place_bytes = self._network.kv_shape.place_bytes
-        places = max(1, min(most_places, self._cache_bytes // place_bytes))
+        places = max(1, min(most_places, self._limits.cache_bytes // place_bytes))
         while places:
             # The last place is for rows that fill up a recorded step.
             self._arena = catch_oom(partial(Arena, self._network.kv_shape, places + 1))
@@ -95,7 +96,8 @@ class ModelRunner:
     def release(self, halve: bool = False) -> None:
         """Free the arena; with `halve`, the next one has at most half as many places."""
         if halve and self._arena is not None:
-            self._cache_bytes = self._arena.places // 2 * self._network.kv_shape.place_bytes
+            place_bytes = self._network.kv_shape.place_bytes
+            self._limits.cache_bytes = self._arena.places // 2 * place_bytes
         self._arena = self._graphs = None
 
     def launch(self, batch: Batch, previous: Step | None, chunk_tokens: int) -> torch.Tensor:

@@ -136,7 +136,8 @@ class Scheduler:
         running = len(self.running)
         pieces = self._next_pieces(limits.batch_tokens)
         admitted: list[TokenSequence] = []
-        if len(self.running) == running:  # else it would be the preempted ones that are admitted
+        # Otherwise it would be the preempted ones that are admitted.
+        if len(self.running) == running or not self.running:
             budget = limits.batch_tokens - sum(piece.count for piece in pieces if piece.count > 1)
             admitted = self._admit(limits, budget)
         pieces += [self._piece(seq, limits.batch_tokens) for seq in admitted]

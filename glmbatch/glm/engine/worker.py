@@ -71,8 +71,9 @@ class TorchEngine:
         limits = Limits(
             batch_tokens=max_batch_tokens or (16_384 if on_cuda else 2_048),
             slots=max_slots or (1024 if on_cuda else 32),
+            cache_bytes=cache_bytes,
         )
-        self._generation = Generation(self._network, limits, eos_id, cache_bytes)
+        self._generation = Generation(self._network, limits, eos_id)
         self._classification = Classification(self._network, limits, self._generation.preempt)
         # Seconds of device time that each kind of request has used.
         self._seconds: dict[Classification | Generation, float] = {
@@ -214,8 +215,9 @@ class TorchEngine:
             self._seconds = dict.fromkeys(self._seconds, self._seconds[kind])
 
     def _stop(self, error: BaseException) -> None:
-        # While the error is kept, its frames would keep the failed forward's tensors on the device.
+        # The error is kept, and its frames would keep this engine and the failed forward's tensors.
         traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None  # it was logged
         with self._changed:
             if isinstance(error, GlmbatchError):
                 self._stopped = error

@@ -80,8 +80,9 @@ class StepGraphs:
     def _record_step(self, rows: int, max_used: int, inputs_4R: torch.Tensor) -> _Recording | None:
         static_4R = inputs_4R.new_zeros(4, rows)
         self._fill(static_4R, inputs_4R)
+        step = self._step  # a recording that refers to `self` would keep both until a collection
         try:
-            replay, hidden_RC = self._record(lambda: self._step(static_4R, max_used))
+            replay, hidden_RC = self._record(lambda: step(static_4R, max_used))
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             logger.warning("decode steps of %d rows run without a CUDA graph: %s", rows, reason)

@@ -95,17 +95,20 @@ def _on_device(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
 def _penalize(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tensor:
     """The logits after the repetition penalties of `rows`, with their barred ids at -inf.
 
-    The same tensor if no row has either.
+    The same tensor if no row has either. Ids without a score, which are padding of the vocabulary,
+    are passed over: a prompt may have them.
     """
+    vocab = logits_RV.shape[1]
     penalized = [row for row in rows if row.penalized_ids is not None]
     barred: list[tuple[int, int]] = []
     for row in rows:
-        barred += [(row.row, token) for token in row.barred_ids]
+        barred += [(row.row, token) for token in row.barred_ids if token < vocab]
     if not penalized and not barred:
         return logits_RV
     scores_RV = logits_RV.clone()
     if penalized:
         ids = [row.penalized_ids for row in penalized if row.penalized_ids is not None]
+        ids = [array[array < vocab] for array in ids]
         at = np.repeat([row.row for row in penalized], [len(array) for array in ids])
         penalties = np.ones(len(logits_RV), dtype=np.float32)
         penalties[[row.row for row in penalized]] = [row.repetition_penalty for row in penalized]

@@ -39,7 +39,7 @@ manifest.INLINE_FILES = 0
 from glmbatch.glm.checkpoint import load
 from glmbatch.glm import tokenizer
 from glmbatch.glm.engine import worker
-from glmbatch.glm.model import slot_kernel
+from glmbatch.glm.model import decode_kernel
 from transformers import GlmForCausalLM, GlmForSequenceClassification
 
 def dying(call, deadly, after, seen):

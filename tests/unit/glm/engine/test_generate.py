@@ -245,3 +245,11 @@ def test_a_longer_cache_has_fewer_slots(model: Any) -> None:
 def test_a_checkpoint_with_a_trained_head_cannot_generate() -> None:
     with engine_over(head_model()) as engine, pytest.raises(InputError, match="cannot generate"):
         list(engine.generate([GenerateRequest(0, [5], 3)]))
+
+
+def test_penalties_pass_over_padding_ids_in_the_prompt(model: Any) -> None:
+    changes: dict[str, Any] = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 1}
+    with engine_over(model) as engine:
+        result = generate(engine, [GenerateRequest(0, [5, TOKENS + 1, 6], 20, **changes)])[0]
+    assert len(result.ids) == 20 or result.finish_reason == "stop"
+    assert len(set(result.ids)) == len(result.ids)

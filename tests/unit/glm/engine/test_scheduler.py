@@ -155,3 +155,14 @@ def test_places_are_taken_once_and_given_back(steps: list[tuple[bool, int]]) -> 
     for start, length in taken:
         places.give_back(start, length)
     assert places.take(100) == 0
+
+
+def test_a_sequence_that_outgrows_the_arena_lets_others_in() -> None:
+    run = Run(slots=1, places=100)
+    run.push(60, 500)
+    while run.running() == [] or run.running()[0].length < 100:
+        run.read(run.step())
+    run.push(5, 600)  # goes first in the queue, as it may be longer
+    run.read(run.step())
+    batch = run.step()
+    assert [piece.sequence.request.index for piece in batch.pieces] == [1]

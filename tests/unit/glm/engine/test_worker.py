@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,14 +18,17 @@ import pytest
 import torch
 
 from glmbatch.errors import DeviceLost, InputError, TransientError
+from glmbatch.glm.engine import worker
 from glmbatch.glm.engine.calls import LOOK_AHEAD
 from glmbatch.glm.engine.loading import load_engine
 from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest
 from glmbatch.glm.engine.worker import TorchEngine
 from glmbatch.settings.job import ModelConfig, RuntimeConfig
+from tests.unit.glm.cuda_on_cpu import on_cuda_path
 from tests.unit.glm.tiny_glm import EOS, TOKENS, causal_model, engine_over, head_model, prompts
 
 GOLDENS = Path(__file__).parents[3] / "goldens"
+PLACE_BYTES = 2 * 3 * 2 * 16 * 4
 LABELS = ((5,), (6, 7), (6, 8))
 
 
@@ -48,6 +53,18 @@ class FullAbove(torch.nn.Module):
         self.forwards += 1
         embedded: torch.Tensor = self.embedding(ids)
         return embedded
+
+
+class NoRoomFor(FullAbove):
+    """An embedding that runs out of memory with `token` in the batch."""
+
+    def __init__(self, embedding: torch.nn.Module, token: int) -> None:
+        super().__init__(embedding, 0, 10**6, 10**6)
+        self.token = token
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.tokens = 0 if self.token in ids else 10**6
+        return super().forward(ids)
 
 
 def full_above(model: Any, tokens: int, rows: int = 10**6, refusals: int = 10**6) -> Any:
@@ -348,3 +365,66 @@ def test_loading_on_a_missing_device_is_an_input_error() -> None:
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(InputError, match="device"):
         load_engine(ModelConfig(path=str(GOLDENS / "int4")), RuntimeConfig(device="cuda"))
+
+
+@pytest.mark.parametrize("shared", [60, 79])
+def test_a_prefix_too_long_for_a_forward_is_chunked(shared: int) -> None:
+    asked = [5, 6, 7, 8] * 20
+    with engine_over(causal_model()) as engine:
+        (scored,) = engine.classify([ClassifyRequest(0, asked, LABELS)])
+        (written,) = engine.generate([GenerateRequest(0, asked, 12)])
+    for kind in (0, 1):
+        engine = TorchEngine(full_above(causal_model(), tokens=40), eos_id=EOS, token_count=TOKENS)
+        if kind:
+            request = GenerateRequest(0, asked, 12, shared_tokens=shared)
+            assert list(engine.generate([request])) == [written]
+        else:
+            (again,) = engine.classify([ClassifyRequest(0, asked, LABELS, shared_tokens=shared)])
+            assert again.scores == pytest.approx(scored.scores, abs=1e-5, rel=0)
+        engine.close()
+
+
+def test_a_prompt_that_never_fits_fails_no_generation() -> None:
+    few = [GenerateRequest(at, row, 40) for at, row in enumerate(prompts(40, longest=9))]
+    with engine_over(causal_model(), max_slots=4) as engine:
+        expected = {result.index: result for result in engine.generate(few)}
+    model = causal_model()
+    model.model.embed_tokens = NoRoomFor(model.model.embed_tokens, token=TOKENS)
+    engine = TorchEngine(
+        model, eos_id=EOS, token_count=TOKENS, max_slots=4, cache_bytes=1024 * PLACE_BYTES
+    )
+    results = engine.generate(few)
+    written = [next(results)]
+    (scored,) = engine.classify([ClassifyRequest(0, [TOKENS] * 200, LABELS)])
+    assert "not enough memory" in (scored.error or "")
+    written += results
+    assert {result.index: result for result in written} == expected
+    engine.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_closed_engine_is_freed_without_a_search(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # pytest keeps what is logged, with the frames of its errors.
+    monkeypatch.setattr(worker.logger, "exception", lambda message: None)
+    with on_cuda_path(monkeypatch) as recorder:
+        model = causal_model()
+        if fails:
+            model = full_above(model, tokens=30)
+            model.model.embed_tokens.error = ValueError("broken")
+        engine = TorchEngine(model, eos_id=EOS, token_count=TOKENS)
+        list(engine.generate([GenerateRequest(at, [5, 6], 20) for at in range(4)]))
+        assert recorder.replayed
+        gc.collect()
+        gc.disable()
+        try:
+            if fails:
+                with pytest.raises(TransientError, match="broken"):
+                    list(engine.generate([GenerateRequest(0, [5] * 40, 2)]))
+            engine.close()
+            network = weakref.ref(engine._network)
+            del engine, model
+            assert network() is None
+        finally:
+            gc.enable()
