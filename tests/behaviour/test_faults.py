@@ -13,6 +13,7 @@ import torch
 from glmbatch.glm.model.arena import KvPrefix
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
+from glmbatch.glm.model.rows import Rows
 from glmbatch.glm.tokenizer import load_tokenizer
 from tests.support import CAUSAL, CLASSIFY, Settings, Write, rows_of, run
 
@@ -75,7 +76,15 @@ def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("out of memory")
         return prefill(self, prompts, prefix, *store)
 
+    forward = Network.forward
+
+    def forward_within_room(self: Network, ids: torch.Tensor, rows: Rows, arena: Any) -> Any:
+        if max(rows.used) > TOKENS_WITH_ROOM:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, ids, rows, arena)
+
     monkeypatch.setattr(Network, "prefill", within_room)
+    monkeypatch.setattr(Network, "forward", forward_within_room)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
