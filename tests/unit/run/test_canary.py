@@ -140,8 +140,8 @@ def test_a_run_of_retried_rows_is_checked_too(
         pytest.MonkeyPatch.context() as patched,
         pytest.raises(AuditError, match="canary rows that changed"),
     ):
-        prefill = Network.prefill
-        patched.setattr(Network, "prefill", lambda *arguments: prefill(*arguments) * -9)
+        logits = Network.token_logits
+        patched.setattr(Network, "token_logits", lambda *arguments: logits(*arguments) * -9)
         run(frozen)
 
 
