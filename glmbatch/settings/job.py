@@ -119,7 +119,7 @@ class RuntimeConfig(Settings):
         ge=1,
         le=4096,  # more rows than any card has room for
         description="Maximum rows to generate at the same time. Lower it to share a GPU. "
-        "Empty: 32 on CPU; on CUDA, set from the free memory.",
+        "Empty: 32 on CPU, 1,024 on CUDA.",
     )
     engine_process: bool | None = Field(
         None,

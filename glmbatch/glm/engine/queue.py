@@ -63,7 +63,7 @@ class PendingRequest(Generic[Request]):
 
 @dataclass(slots=True)
 class Limits:
-    """Limits of one batch: its tokens, and the slots of the cache and its memory.
+    """Limits of one batch: its tokens, its slots (rows generated at once), and the memory of keys.
 
     They are lowered when the device runs out of memory.
     """
@@ -88,7 +88,7 @@ class Limits:
     def halve_slots(self, slots: int) -> None:
         """Halve the number of slots after `slots` slots were too many."""
         self.slots = max(1, min(self.slots, slots) // 2)
-        logger.warning("out of memory: the cache now has at most %d slots", self.slots)
+        logger.warning("out of memory: now at most %d rows are generated at once", self.slots)
 
 
 def shared_prefix(request: ClassifyRequest | GenerateRequest) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ from glmbatch.glm.oom import device_lost
 logger = logging.getLogger(__name__)
 
 # A thread that runs Python keeps the lock so long before the worker gets it back. Python's own
-# 5 ms, once for each of a forward's thousand calls, made a small model 15 times slower.
+# 5 ms would be lost at many of the thousand calls of a forward.
 SWITCH_SECONDS = 0.0005
 
 

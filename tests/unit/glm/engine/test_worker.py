@@ -163,14 +163,20 @@ def test_a_row_that_never_fits_fails_alone() -> None:
     few = [GenerateRequest(at, row, 12) for at, row in enumerate(prompts(20, longest=9))]
     with engine_over(causal_model()) as engine:
         expected = {result.index: result for result in engine.generate(few)}
-    engine = TorchEngine(full_above(causal_model(), tokens=12), eos_id=EOS, token_count=TOKENS)
-    (scored,) = engine.classify([ClassifyRequest(0, [5] * 80, LABELS)])
+    used = {token for request in few for token in request.prompt_ids}
+    used |= {token for result in expected.values() for token in result.ids}
+    own = min(set(range(3, TOKENS)) - used)
+    model = causal_model()
+    model.model.embed_tokens = NoRoomFor(model.model.embed_tokens, own)
+    engine = TorchEngine(model, eos_id=EOS, token_count=TOKENS)
+    (scored,) = engine.classify([ClassifyRequest(0, [own] * 80, LABELS)])
     assert (scored.scores, scored.error) == (
         (),
         "not enough memory on cpu for one prompt of 80 tokens",
     )
     written = {
-        result.index: result for result in engine.generate([GenerateRequest(99, [5] * 80, 4), *few])
+        result.index: result
+        for result in engine.generate([GenerateRequest(99, [own] * 80, 4), *few])
     }
     failed = written.pop(99)
     assert (failed.ids, failed.error) == (

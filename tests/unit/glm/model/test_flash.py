@@ -62,3 +62,22 @@ def test_cuda_and_cpu_give_the_same_answers(dtype: str, tolerance: float, shared
     for one, other in zip(expected[0], actual[0], strict=True):
         assert one == pytest.approx(other, abs=tolerance, rel=0)
     assert dtype != "float32" or expected[1] == actual[1]
+
+
+def test_torch_has_the_operator_that_is_called() -> None:
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert names[:10] == [
+        "query",
+        "key",
+        "value",
+        "cum_seq_q",
+        "cum_seq_k",
+        "max_q",
+        "max_k",
+        "dropout_p",
+        "is_causal",
+        "return_debug_mask",
+    ]
+    assert {"scale", "window_size_left", "window_size_right", "seqused_k"} <= set(names[10:])
+    assert [result.name for result in schema.returns][:2] == ["output", "softmax_logsumexp"]
