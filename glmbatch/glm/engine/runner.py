@@ -8,7 +8,6 @@ Shapes: T tokens, R rows, S rows of one token, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -23,8 +22,6 @@ from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.rows import Rows, to_device
 from glmbatch.glm.model.sampling import next_tokens
 from glmbatch.glm.oom import catch_oom
-
-logger = logging.getLogger(__name__)
 
 # Recorded steps are for rows of at most this many places, or of any number: the bound decides
 # how many parts the places of a row are attended to in.

@@ -89,7 +89,7 @@ class Sampler:
 
 
 class _GrowingIds:
-    """The ids of a prompt and its answer as one array, which is extended and never built anew."""
+    """The ids of a prompt and its answer as one array, which grows in place."""
 
     def __init__(self, prompt_ids: Sequence[int]) -> None:
         self._array = np.unique(np.asarray(prompt_ids, dtype=np.int64))

@@ -84,7 +84,7 @@ class Network:
 
     @property
     def trained_places(self) -> int:
-        """Number of places that the trained prefix takes at the start of every slot; 0 without."""
+        """Number of places that the trained prefix takes at the start of every row; 0 without."""
         return 0 if self._trained_prefix is None else self._trained_prefix.places
 
     def cached_prefix(self, ids: tuple[int, ...], chunk_tokens: int) -> KvPrefix | None:

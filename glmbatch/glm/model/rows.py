@@ -133,8 +133,8 @@ def _kernel_plan() -> Any:
     return KernelPlan
 
 
-def to_device(device: torch.device, *arrays: IntArray) -> list[torch.Tensor]:
-    """The `arrays` as tensors on `device`, with one copy for all of them."""
+def to_device(device: torch.device, *arrays: np.ndarray[Any, Any]) -> list[torch.Tensor]:
+    """The `arrays`, all of one dtype, as tensors on `device`, with one copy for all of them."""
     host = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
     if device.type == "cuda":
         # From pinned memory, so that the host does not wait for the device.

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from glmbatch.glm.model.rows import to_device
 
 # Returned instead of a token for a row whose logits are not finite.
 NOT_FINITE = -1
@@ -73,7 +75,7 @@ def next_tokens(
     tokens_R = scores_RV.argmax(-1)
     draws = [row for row in rows if row.temperature > 0]
     if draws:
-        rows_R = _on_device(np.array([draw.row for draw in draws]), logits_RV.device)
+        (rows_R,) = to_device(logits_RV.device, np.array([draw.row for draw in draws]))
         if len(draws) < len(logits_RV):
             scores_RV = scores_RV[rows_R]
         tokens_R[rows_R] = _sample(scores_RV, draws)
@@ -82,14 +84,6 @@ def next_tokens(
         chosen_R = logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
         log_probs_R = chosen_R - logits_RV.logsumexp(-1)
     return Chosen(torch.where(finite_R, tokens_R, NOT_FINITE), log_probs_R)
-
-
-def _on_device(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A tensor of `values` on `device`, which is not waited for."""
-    values_N = torch.from_numpy(values)
-    if device.type == "cuda":  # a copy from memory that is not pinned waits for earlier work
-        return values_N.pin_memory().to(device, non_blocking=True)
-    return values_N.to(device)
 
 
 def _penalize(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tensor:
@@ -112,14 +106,15 @@ def _penalize(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Ten
         at = np.repeat([row.row for row in penalized], [len(array) for array in ids])
         penalties = np.ones(len(logits_RV), dtype=np.float32)
         penalties[[row.row for row in penalized]] = [row.repetition_penalty for row in penalized]
-        rows_N, ids_N = _on_device(np.stack([at, np.concatenate(ids)]), logits_RV.device)
-        penalties_N = _on_device(penalties, logits_RV.device)[rows_N]
+        rows_N, ids_N = to_device(logits_RV.device, at, np.concatenate(ids))
+        (penalties_R,) = to_device(logits_RV.device, penalties)
+        penalties_N = penalties_R[rows_N]
         seen_N = scores_RV[rows_N, ids_N]
         scores_RV[rows_N, ids_N] = torch.where(
             seen_N < 0, seen_N * penalties_N, seen_N / penalties_N
         )
     if barred:
-        rows_N, ids_N = _on_device(np.array(barred).T.copy(), logits_RV.device)
+        rows_N, ids_N = to_device(logits_RV.device, *np.array(barred).T)
         scores_RV[rows_N, ids_N] = -torch.inf
     return scores_RV
 
@@ -131,7 +126,7 @@ def _sample(logits_RV: torch.Tensor, draws: Sequence[RowSampling]) -> torch.Tens
     Otherwise ties, which are common in bfloat16, would depend on the order of a sort.
     """
     _, *settings = zip(*(draw[:5] for draw in draws), strict=True)
-    settings_4R = _on_device(np.array(settings, dtype=np.float64), logits_RV.device)
+    (settings_4R,) = to_device(logits_RV.device, np.array(settings, dtype=np.float64))
     temperature_R1, top_k_R1, top_p_R1, uniform_R1 = settings_4R.unsqueeze(-1)
     # The maximum becomes 0, so that a tiny temperature overflows to -inf and never to nan.
     logits_RV = logits_RV - logits_RV.amax(-1, keepdim=True)
