@@ -75,11 +75,14 @@ def prepare_cuda() -> None:
 
 
 def free_memory_bytes(device: str) -> int:
-    """Free memory of `device` in bytes; for "cpu", the memory available to new processes."""
+    """Free memory of `device` in bytes, for this process; for "cpu", also for new ones."""
     if device.startswith("cuda"):
         import torch
 
-        return int(torch.cuda.mem_get_info(device)[0])
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch freed is in its cache, for its next tensors.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -37,9 +37,14 @@ def catch_oom(work: Callable[[], Result]) -> Result | None:
             raise
         logger.warning("out of memory: %s", str(error).partition("\n")[0])
     # Outside the handler, because the traceback would keep the failed forward's tensors alive.
+    empty_cache()
+    return None
+
+
+def empty_cache() -> None:
+    """Return the CUDA memory that torch has cached, in blocks too small for the next tensor."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

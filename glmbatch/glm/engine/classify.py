@@ -120,9 +120,7 @@ class Classification:
             # A prefix is prefilled before the batch, in chunks too.
             chunk = tokens + len(first.prefix)
             if not (self._preempt_generation() or self._limits.halve_chunk(chunk)):
-                # Only this prompt is too long: all else gets the original limits back.
-                self._limits.batch_tokens = first.limits.batch_tokens
-                self._limits.cache_bytes = first.limits.cache_bytes
+                self._limits.restore(first.limits)
                 request = first.pending.request
                 length, device = len(request.prompt_ids), self._network.device
                 fault = f"not enough memory on {device} for one prompt of {length} tokens"

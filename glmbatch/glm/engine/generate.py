@@ -7,6 +7,7 @@ them. A finished sequence makes room for the next at once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from glmbatch.glm.engine.queue import Limits, PendingRequest
 from glmbatch.glm.engine.runner import ModelRunner, Step
 from glmbatch.glm.engine.scheduler import Batch, Scheduler, TokenSequence
 from glmbatch.glm.model.network import Network
+from glmbatch.glm.model.places import Places
 from glmbatch.glm.model.sampling import NOT_FINITE
 from glmbatch.glm.oom import catch_oom
 
@@ -34,6 +36,7 @@ class Generation:
         # A forward whose tokens are not read yet. On CPU they are there when it returns.
         self._in_flight: Step | None = None
         self._runs_ahead = network.device.type == "cuda"
+        self._failures = 0  # for want of memory, since a token was read
 
     @property
     def busy(self) -> bool:
@@ -47,7 +50,7 @@ class Generation:
     def run_batch(self) -> None:
         """Launch the next forward, read the tokens of the one before, then choose the next."""
         if not self._runner.has_arena:
-            self._allocate_arena()
+            self._scheduler.places = Places(self._runner.allocate())
         batch = self._scheduler.schedule(self._limits)
         logits_RV = self._launch(batch)
         # The device runs the forward while the host reads the tokens before it.
@@ -66,13 +69,8 @@ class Generation:
             return False
         self._read_tokens()
         self._scheduler.preempt_all()
-        self._runner.release(halve=True)
+        self._runner.halve()
         return True
-
-    def _allocate_arena(self) -> None:
-        most_places = self._network.trained_places + self._network.max_positions
-        places = self._runner.allocate(self._limits.slots * most_places)
-        self._scheduler.use_places(places)
 
     def _launch(self, batch: Batch) -> torch.Tensor | None:
         if not batch.pieces:
@@ -101,7 +99,7 @@ class Generation:
             if not piece.samples or seq.done:
                 continue
             seq.in_flight -= 1
-            seq.retried = False
+            self._failures = 0
             if log_probs is not None:
                 seq.log_probs.append(log_probs[row])
             reason = self._append(seq, tokens[row])
@@ -142,39 +140,39 @@ class Generation:
         return GenerateResult(index, tuple(seq.ids), reason, log_probs=tuple(log_probs))
 
     def _handle_out_of_memory(self, batch: Batch) -> None:
-        """Preempt all. Next, try a smaller prefill, then half as many sequences, then fail one."""
+        """Preempt all. Next, try a smaller prefill, then half as many sequences, then fail one.
+
+        If that fails before a token was read, the arena is halved too. It is most of the memory,
+        and fewer places for rows cost less speed than smaller and smaller forwards.
+        """
         self._scheduler.undo(batch)
         self._read_tokens()
         self._network.release_memory()
-        prefills = batch.prefills
+        self._failures += 1
+        prefills = [piece for piece in batch.pieces if piece.count > 1]
         tokens = sum(piece.count for piece in prefills)
-        first = batch.pieces[0].sequence
+        seq = (prefills or batch.pieces)[0].sequence
+        if len(prefills) <= 1:
+            seq.limits = seq.limits or replace(self._limits)
+        arena_halved = self._failures > 1 and self._runner.halve()
         # A prefix is prefilled before the batch, in chunks too.
-        chunk = max(tokens, *(len(seq.prefix) for seq in batch.admitted), 0)
+        chunk = max(tokens, *(len(admitted.prefix) for admitted in batch.admitted), 0)
         if len(prefills) > 1:
             self._limits.halve_batch(tokens)
-        elif self._halve_chunk(prefills[0].sequence if prefills else first, chunk):
+        elif self._limits.halve_chunk(chunk):
             pass
         elif len(batch.pieces) > 1:
-            self._remember_limits(first)
             self._limits.halve_slots(len(batch.pieces))
-        elif not first.retried:
-            first.retried = True  # all other memory is free now
-        elif not first.done:  # the token that was in flight may have ended it
-            self._fail_without_room(first)
-
-    def _halve_chunk(self, seq: TokenSequence, tokens: int) -> bool:
-        self._remember_limits(seq)
-        return self._limits.halve_chunk(tokens)
-
-    def _remember_limits(self, seq: TokenSequence) -> None:
-        seq.limits = seq.limits or (self._limits.batch_tokens, self._limits.slots)
+        elif self._failures > 1 and not arena_halved and not seq.done:
+            # Not `done` by the token that was in flight.
+            self._fail_without_room(seq)
 
     def _fail_without_room(self, seq: TokenSequence) -> None:
         device = self._network.device
         fault = f"not enough memory on {device} to generate for one row of {seq.length} tokens"
         seq.pending.call.deliver(GenerateResult(seq.request.index, (), "error", fault))
         self._scheduler.finish(seq)
+        self._failures = 0
         if seq.limits is not None:
-            # Only this sequence is too long: later ones get the original limits back.
-            self._limits.batch_tokens, self._limits.slots = seq.limits
+            self._limits.restore(seq.limits)
+            self._runner.release()  # the next arena has its first size again

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import heapq
 import logging
-import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -90,6 +89,12 @@ class Limits:
         self.slots = max(1, min(self.slots, slots) // 2)
         logger.warning("out of memory: now at most %d rows are generated at once", self.slots)
 
+    def restore(self, earlier: Limits) -> None:
+        """Go back to `earlier`: only one row was too long, and it has failed."""
+        self.batch_tokens = earlier.batch_tokens
+        self.slots = earlier.slots
+        self.cache_bytes = earlier.cache_bytes
+
 
 def shared_prefix(request: ClassifyRequest | GenerateRequest) -> tuple[int, ...]:
     """The leading ids of `request` whose keys and values are cached and shared; may be empty.
@@ -136,8 +141,8 @@ class WaitingQueue(Generic[Item]):
         heap = self._heaps.setdefault(self._group(item), [])
         heapq.heappush(heap, (self._rank(item), self._tokens(item), item))
 
-    def take(self, budget: int, max_items: int = sys.maxsize) -> list[Item]:
-        """Remove and return up to `max_items` of the first item's group, within `budget` tokens.
+    def take(self, budget: int) -> list[Item]:
+        """Remove and return the first items of the first item's group, within `budget` tokens.
 
         The first item is taken even if it exceeds the budget alone. Returns [] if nothing waits.
         """
@@ -146,7 +151,7 @@ class WaitingQueue(Generic[Item]):
         while self._heaps and not batch:
             group = min(self._heaps, key=lambda group: self._heaps[group][0][0])
             heap = self._heaps[group]
-            while heap and len(batch) < max_items:
+            while heap:
                 _, tokens, item = heap[0]
                 if not self._cancelled(item):
                     if batch and tokens > budget:

@@ -8,6 +8,7 @@ Shapes: T tokens, R rows, S rows of one token, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -21,7 +22,9 @@ from glmbatch.glm.model.arena import Arena
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.rows import Rows, to_device
 from glmbatch.glm.model.sampling import next_tokens
-from glmbatch.glm.oom import catch_oom
+from glmbatch.glm.oom import catch_oom, empty_cache
+
+logger = logging.getLogger(__name__)
 
 # Recorded steps are for rows of at most this many places, or of any number: the bound decides
 # how many parts the places of a row are attended to in.
@@ -77,10 +80,10 @@ class ModelRunner:
         """Whether the arena is allocated."""
         return self._arena is not None
 
-    def allocate(self, most_places: int) -> int:
-        """Allocate an arena of at most `most_places`; returns its places, 0 without memory."""
-        place_bytes = self._network.kv_shape.place_bytes
-        places = max(1, min(most_places, self._limits.cache_bytes // place_bytes))
+    def allocate(self) -> int:
+        """Allocate an arena for the longest rows, within the limits; returns its places."""
+        most = self._limits.slots * self._network.row_places
+        places = max(1, min(most, self._limits.cache_bytes // self._network.kv_shape.place_bytes))
         while places:
             # The last place is for rows that fill up a recorded step.
             self._arena = catch_oom(partial(Arena, self._network.kv_shape, places + 1))
@@ -90,12 +93,24 @@ class ModelRunner:
             places //= 2
         return places
 
-    def release(self, halve: bool = False) -> None:
-        """Free the arena; with `halve`, the next one has at most half as many places."""
-        if halve and self._arena is not None:
-            place_bytes = self._network.kv_shape.place_bytes
-            self._limits.cache_bytes = self._arena.places // 2 * place_bytes
+    def release(self) -> None:
+        """Free the arena."""
         self._arena = self._graphs = None
+        empty_cache()
+
+    def halve(self) -> bool:
+        """Free the arena; the next one has half as many places. False if it cannot be smaller.
+
+        It always has the places of the longest row, so no row fails that would have fitted.
+        """
+        assert self._arena is not None
+        places = self._arena.places - 1
+        half = max(places // 2, min(places, self._network.row_places))
+        if half < places:
+            logger.warning("out of memory: rows being generated now share %d places", half)
+        self._limits.cache_bytes = half * self._network.kv_shape.place_bytes
+        self.release()
+        return half < places
 
     def launch(self, batch: Batch, previous: Step | None, chunk_tokens: int) -> torch.Tensor:
         """Launch the forward of `batch`; returns the logits [R, V] that follow each row.
@@ -153,4 +168,8 @@ class ModelRunner:
 def _known_ids(piece: Piece) -> list[int]:
     if piece.source >= 0:
         return [0]  # replaced on the device
-    return piece.sequence.known(piece.first, piece.first + piece.count)
+    seq, first, end = piece.sequence, piece.first, piece.first + piece.count
+    prompt = seq.request.prompt_ids
+    if first >= len(prompt):
+        return seq.ids[first - len(prompt) : end - len(prompt)]
+    return [*prompt[first:end], *seq.ids[: max(0, end - len(prompt))]]

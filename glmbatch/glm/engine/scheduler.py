@@ -44,8 +44,7 @@ class TokenSequence:
     in_flight: int = 0
     row: int = -1  # its row in the forward launched last
     done: bool = False
-    limits: tuple[int, int] | None = None  # before they were lowered for this sequence
-    retried: bool = False  # alone, after it ran out of memory
+    limits: Limits | None = None  # before they were lowered for this sequence
 
     @property
     def request(self) -> GenerateRequest:
@@ -56,13 +55,6 @@ class TokenSequence:
     def length(self) -> int:
         """Tokens of the prompt and of the answer read so far."""
         return len(self.request.prompt_ids) + len(self.ids)
-
-    def known(self, first: int, end: int) -> list[int]:
-        """Ids `first` to `end` of the prompt and the answer read so far."""
-        prompt = self.request.prompt_ids
-        if first >= len(prompt):
-            return self.ids[first - len(prompt) : end - len(prompt)]
-        return [*prompt[first:end], *self.ids[: max(0, end - len(prompt))]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +84,12 @@ class Batch:
     moves: Sequence[tuple[int, int, int]]
     admitted: Sequence[TokenSequence]
 
-    @property
-    def prefills(self) -> list[Piece]:
-        """The pieces of more than one token."""
-        return [piece for piece in self.pieces if piece.count > 1]
-
 
 class Scheduler:
     """The waiting queue and the running sequences.
 
-    `trained_places` are the places before each sequence that have no positions.
+    `trained_places` are the places before each sequence that have no positions. `places` are those
+    of the arena, and are replaced with it while nothing runs.
     """
 
     def __init__(self, max_positions: int, trained_places: int, eos_id: int) -> None:
@@ -120,18 +108,14 @@ class Scheduler:
 
     def push(self, pending: PendingRequest[GenerateRequest]) -> None:
         """Add a request to the waiting queue."""
-        request = pending.request
-        self._wait(
-            TokenSequence(pending, shared_prefix(request), Sampler.of(request, self._eos_id))
-        )
-
-    def use_places(self, places: int) -> None:
-        """Start over with an arena of `places` places."""
-        self.places = Places(places)
+        sampler = Sampler.of(pending.request, self._eos_id)
+        self._wait(TokenSequence(pending, shared_prefix(pending.request), sampler))
 
     def schedule(self, limits: Limits) -> Batch:
         """The next forward; without pieces, nothing can run before the last one is read."""
-        self._drop_cancelled()
+        for seq in list(self.running):
+            if seq.pending.call.cancelled:
+                self.finish(seq)
         self._moves = []
         running = len(self.running)
         pieces = self._next_pieces(limits.batch_tokens)
@@ -171,17 +155,14 @@ class Scheduler:
         if seq.room:
             self._release(seq)
 
-    def _drop_cancelled(self) -> None:
-        for seq in list(self.running):
-            if seq.pending.call.cancelled:
-                self.finish(seq)
-
     def _next_pieces(self, chunk_tokens: int) -> list[Piece]:
         """The next piece of each running sequence that has one."""
         pieces = []
         prefill_tokens = 0
         for seq in list(self.running):
-            if not seq.room or self._must_be_read(seq):
+            # The token in flight may be the last of its answer.
+            ends = seq.in_flight and seq.length + seq.in_flight >= self._longest(seq)
+            if ends or not seq.room:
                 continue
             piece = self._piece(seq, chunk_tokens)
             if piece.count > 1:
@@ -194,12 +175,6 @@ class Scheduler:
                 pieces.append(piece)
         return pieces
 
-    def _must_be_read(self, seq: TokenSequence) -> bool:
-        """Whether its answer ends with a token that is not read yet."""
-        answer = len(seq.ids) + seq.in_flight
-        full = answer >= seq.request.max_tokens
-        return bool(seq.in_flight) and (full or seq.length + seq.in_flight >= self._max_positions)
-
     def _piece(self, seq: TokenSequence, chunk_tokens: int) -> Piece:
         known = seq.length - seq.cached
         if known <= 0:
@@ -211,23 +186,28 @@ class Scheduler:
         """Give the sequence places for `piece`, preempting later ones; False if it must wait."""
         needed = self._trained_places + piece.first + piece.count
         while needed > seq.room:
-            more = min(needed - seq.room + ANSWER_PLACES - 1, self._most_room(seq) - seq.room)
-            if self.places.extend(seq.start + seq.room, more):
-                seq.room += more
-            elif (start := self.places.take(seq.room + more)) is not None:
-                self._moves.append((seq.start, start, self._trained_places + seq.cached))
-                self.places.give_back(seq.start, seq.room)
-                seq.start, seq.room = start, seq.room + more
-            else:
+            room = min(needed + ANSWER_PLACES - 1, self._trained_places + self._longest(seq))
+            if not (self._grow(seq, room) or self._grow(seq, needed)):
                 self._preempt(self.running[-1])
                 if not seq.room:
                     return False
         return True
 
-    def _most_room(self, seq: TokenSequence) -> int:
-        """Places of the sequence with the longest answer allowed."""
-        longest = len(seq.request.prompt_ids) + seq.request.max_tokens
-        return self._trained_places + min(longest, self._max_positions)
+    def _grow(self, seq: TokenSequence, room: int) -> bool:
+        """Give the sequence `room` places, where it is or elsewhere; False if no gap is so long."""
+        if not self.places.extend(seq.start + seq.room, room - seq.room):
+            start = self.places.take(room)
+            if start is None:
+                return False
+            self._moves.append((seq.start, start, self._trained_places + seq.cached))
+            self.places.give_back(seq.start, seq.room)
+            seq.start = start
+        seq.room = room
+        return True
+
+    def _longest(self, seq: TokenSequence) -> int:
+        """Tokens of the sequence with the longest answer allowed."""
+        return min(len(seq.request.prompt_ids) + seq.request.max_tokens, self._max_positions)
 
     def _admit(self, limits: Limits, budget: int) -> list[TokenSequence]:
         """Take sequences from the waiting queue while rows, budget and places allow."""
@@ -241,11 +221,10 @@ class Scheduler:
             tokens = min(seq.length - len(seq.prefix), limits.batch_tokens)
             if seq.in_flight or (tokens > budget and (admitted or not full_budget)):
                 break
-            room = min(self._trained_places + seq.length + ANSWER_PLACES, self._most_room(seq))
+            needed = self._trained_places + seq.length
+            room = self._trained_places + min(seq.length + ANSWER_PLACES, self._longest(seq))
             if not self.running:
-                room = min(room, self.places.total)
-            if room < self._trained_places + seq.length:
-                break
+                room = max(needed, min(room, self.places.total))
             start = self.places.take(room)
             if start is None:
                 break

@@ -4,8 +4,8 @@
 query. On CUDA in half precision, `flash.FlashPlan` serves all rows in one or two calls. A plan is
 made once per forward and used by every layer. Knows no requests and no model.
 
-Shapes: T tokens, Q queries and K keys of a span, H query heads, G key/value groups, D head size,
-P places.
+Shapes: T tokens, K read tokens of a forward; Q queries and K keys of a span, H query heads, G
+key/value groups, D head size, P places.
 """
 
 from __future__ import annotations
@@ -39,6 +39,20 @@ class AttentionPlan(Protocol):
 
         In the last layer there may be fewer queries than keys.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPlan:
+    """What one forward needs besides its ids.
+
+    `reads_K` has the indexes of the tokens whose final states are read; None reads all. `last` is
+    the attention of the last layer, where only those tokens have queries.
+    """
+
+    positions_T: torch.Tensor
+    reads_K: torch.Tensor | None
+    attention: AttentionPlan
+    last: AttentionPlan
 
 
 @dataclass(frozen=True, slots=True)

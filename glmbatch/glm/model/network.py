@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from glmbatch.glm.model.arena import Arena, ArenaKeys, KvPrefix, KvShape
-from glmbatch.glm.model.attention import AttentionPlan
+from glmbatch.glm.model.attention import ForwardPlan
 from glmbatch.glm.model.cuda_graphs import StepGraphs
 from glmbatch.glm.model.flash import FlashCall, FlashPlan, serves
 from glmbatch.glm.model.layer import Layer, Norm, rotary_factors
@@ -87,6 +87,11 @@ class Network:
         """Number of places that the trained prefix takes at the start of every row; 0 without."""
         return 0 if self._trained_prefix is None else self._trained_prefix.places
 
+    @property
+    def row_places(self) -> int:
+        """Number of places of the longest row."""
+        return self.trained_places + self.max_positions
+
     def cached_prefix(self, ids: tuple[int, ...], chunk_tokens: int) -> KvPrefix | None:
         """Keys and values of the trained prefix and of `ids` after it; None without either.
 
@@ -143,16 +148,14 @@ class Network:
         Returns final states [K, C]: for each prompt, of its last token, then of all nodes of its
         label tree. All prompts have the same tree, or none.
         """
-        batch = pack(prompts, prefix, self._scratch_arena, self.device, self.dtype)
-        return self._run(batch.ids_T, batch.positions_T, batch.plan, batch.last_plan, batch.reads_K)
+        return self._run(*pack(prompts, prefix, self._scratch_arena, self.device, self.dtype))
 
     def forward(self, ids_T: torch.Tensor, rows: Rows, arena: Arena) -> torch.Tensor:
         """Run one forward over `rows` of `arena`, whose new tokens are `ids_T`, row by row.
 
         Stores their keys and values. Returns final states [R, C] of the last token of each row.
         """
-        batch = plan_rows(arena, rows, self.trained_places)
-        return self._run(ids_T, batch.positions_T, batch.plan, batch.last_plan, batch.reads_R)
+        return self._run(ids_T, plan_rows(arena, rows, self.trained_places))
 
     def step_graphs(self, arena: Arena, spare_place: int) -> StepGraphs | None:
         """Recorded decode steps over `arena`; None where there are no CUDA graphs."""
@@ -168,7 +171,7 @@ class Network:
             call = FlashCall(each_R1, starts_R1, used_R.int(), 1, max_used)
             store = ArenaKeys(arena, starts_R + used_R - 1)
             plan = FlashPlan(store, [(slice(None), call)])
-            return self._run(ids_R, positions_R, plan, plan, None)
+            return self._run(ids_R, ForwardPlan(positions_R, None, plan, plan))
 
         return StepGraphs(step, spare_place)
 
@@ -179,21 +182,14 @@ class Network:
             self._scratch = Arena(self.kv_shape, places, one_layer=True)
         return self._scratch
 
-    def _run(
-        self,
-        ids_T: torch.Tensor,
-        positions_T: torch.Tensor,
-        plan: AttentionPlan,
-        last_plan: AttentionPlan,
-        reads_K: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Final states [K, C] of the tokens `reads_K`; None reads all."""
+    def _run(self, ids_T: torch.Tensor, plan: ForwardPlan) -> torch.Tensor:
+        """Final states [K, C] of the tokens that `plan` reads."""
         hidden_TC = self._embed(ids_T[None])[0]
-        rotary_TP = rotary_factors(positions_T, self._inverse_frequencies_P)
+        rotary_TP = rotary_factors(plan.positions_T, self._inverse_frequencies_P)
         for layer in self._layers[:-1]:
-            hidden_TC = layer(hidden_TC, rotary_TP, plan)
+            hidden_TC = layer(hidden_TC, rotary_TP, plan.attention)
         # The last layer needs the keys and values of all tokens, but the states of few.
-        hidden_KC = self._layers[-1](hidden_TC, rotary_TP, last_plan, reads_K)
+        hidden_KC = self._layers[-1](hidden_TC, rotary_TP, plan.last, plan.reads_K)
         return self._norm(hidden_KC)
 
     def token_logits(self, hidden_RC: torch.Tensor) -> torch.Tensor:

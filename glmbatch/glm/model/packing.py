@@ -18,7 +18,7 @@ import torch
 
 from glmbatch.glm.model import flash
 from glmbatch.glm.model.arena import Arena, ArenaKeys, BatchKeys, KeyStore, KvPrefix
-from glmbatch.glm.model.attention import AttentionPlan, CausalSpans, Span, SpanPlan
+from glmbatch.glm.model.attention import CausalSpans, ForwardPlan, Span, SpanPlan
 from glmbatch.glm.model.flash import FlashCall, FlashPlan, TreeAttention
 from glmbatch.glm.model.label_tree import LabelTree
 from glmbatch.glm.model.rows import IntArray, to_device
@@ -38,30 +38,16 @@ class PackedPrompt:
         return len(self.ids) + len(self.tree or ())
 
 
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """The input of one forward.
-
-    `reads_K` has the indexes of the tokens whose final states are read. `last_plan` is the
-    attention of the last layer, where only those tokens have queries.
-    """
-
-    ids_T: torch.Tensor
-    positions_T: torch.Tensor
-    reads_K: torch.Tensor
-    plan: AttentionPlan
-    last_plan: AttentionPlan
-
-
 def pack(
     prompts: Sequence[PackedPrompt],
     prefix: KvPrefix | None,
     scratch: Callable[[int], Arena],
     device: torch.device,
     dtype: torch.dtype,
-) -> PackedBatch:
-    """One packed batch of all `prompts`, each after `prefix`. All have the same tree, or none.
+) -> tuple[torch.Tensor, ForwardPlan]:
+    """The ids of one packed batch of all `prompts`, each after `prefix`, and its forward.
 
+    All have the same tree, or none.
     `scratch` returns an arena of one layer with at least the given number of places. `dtype` is
     the model's.
     """
@@ -80,7 +66,7 @@ def pack(
         dtype = prefix.kv_N2GFD.dtype
     plans = _flash_plans if flash.serves(device, dtype) else _span_plans
     plan, last_plan = plans(layout, store, tree, device, dtype)
-    return PackedBatch(ids_T, positions_T, reads_RK.reshape(-1), plan, last_plan)
+    return ids_T, ForwardPlan(positions_T, reads_RK.reshape(-1), plan, last_plan)
 
 
 class _Layout:

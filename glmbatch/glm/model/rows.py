@@ -16,7 +16,7 @@ import torch
 
 from glmbatch.glm.model import flash
 from glmbatch.glm.model.arena import Arena, ArenaKeys
-from glmbatch.glm.model.attention import AttentionPlan, CausalSpans, Span, SpanPlan
+from glmbatch.glm.model.attention import AttentionPlan, CausalSpans, ForwardPlan, Span, SpanPlan
 from glmbatch.glm.model.flash import FlashCall, FlashPlan
 
 logger = logging.getLogger(__name__)
@@ -37,18 +37,11 @@ class Rows:
     single: int
 
 
-@dataclass(frozen=True, slots=True)
-class RowsBatch:
-    """The input of one forward but its ids; see `PackedBatch`. The last token of a row is read."""
+def plan_rows(arena: Arena, rows: Rows, trained_places: int) -> ForwardPlan:
+    """The forward over `rows`, which reads the last token of each.
 
-    positions_T: torch.Tensor
-    reads_R: torch.Tensor
-    plan: AttentionPlan
-    last_plan: AttentionPlan
-
-
-def plan_rows(arena: Arena, rows: Rows, trained_places: int) -> RowsBatch:
-    """The forward over `rows`. The first `trained_places` places of a row have no positions."""
+    The first `trained_places` places of a row have no positions.
+    """
     device = arena.kv_N2GPD.device
     starts_R, used_R, counts_R = (
         np.array(numbers, np.int64) for numbers in (rows.starts, rows.used, rows.counts)
@@ -74,7 +67,7 @@ def plan_rows(arena: Arena, rows: Rows, trained_places: int) -> RowsBatch:
         plan, last_plan = _flash_plans(store, rows, bounds)
     else:
         plan, last_plan = _span_plans(store, rows, starts_R, used_R)
-    return RowsBatch(positions_T, reads_R, plan, last_plan)
+    return ForwardPlan(positions_T, reads_R, plan, last_plan)
 
 
 def _flash_plans(

@@ -34,22 +34,19 @@ def queue_of(items: list[Item], cancelled: set[int] | None = None) -> WaitingQue
     return queue
 
 
-def drain(queue: WaitingQueue[Item], budget: int, most: int) -> list[list[Item]]:
+def drain(queue: WaitingQueue[Item], budget: int) -> list[list[Item]]:
     batches = []
-    while batch := queue.take(budget, most):
+    while batch := queue.take(budget):
         batches.append(batch)
     assert not queue
     return batches
 
 
-@given(items=items, budget=st.integers(1, 120), most=st.integers(1, 9))
-def test_items_are_taken_once_within_budget_and_group(
-    items: list[Item], budget: int, most: int
-) -> None:
-    batches = drain(queue_of(items), budget, most)
+@given(items=items, budget=st.integers(1, 120))
+def test_items_are_taken_once_within_budget_and_group(items: list[Item], budget: int) -> None:
+    batches = drain(queue_of(items), budget)
     assert sorted(chain.from_iterable(batches)) == items
     for batch in batches:
-        assert len(batch) <= most
         assert len({group for _, _, group in batch}) == 1
         assert len(batch) == 1 or sum(tokens for _, tokens, _ in batch) <= budget
 
@@ -57,7 +54,7 @@ def test_items_are_taken_once_within_budget_and_group(
 @given(items=items, budget=st.integers(1, 120))
 def test_the_first_item_is_in_the_next_batch(items: list[Item], budget: int) -> None:
     waiting = set(items)
-    for batch in drain(queue_of(items), budget, 99):
+    for batch in drain(queue_of(items), budget):
         assert min(waiting) == batch[0]
         assert batch == sorted(batch)
         waiting -= set(batch)
@@ -65,7 +62,7 @@ def test_the_first_item_is_in_the_next_batch(items: list[Item], budget: int) -> 
 
 @given(items=items, cancelled=st.sets(st.integers(0, 60)))
 def test_cancelled_items_are_never_taken(items: list[Item], cancelled: set[int]) -> None:
-    batches = drain(queue_of(items, cancelled), 40, 99)
+    batches = drain(queue_of(items, cancelled), 40)
     assert sorted(chain.from_iterable(batches)) == [
         item for item in items if item[0] not in cancelled
     ]
@@ -77,7 +74,7 @@ def test_items_put_back_keep_their_place(items: list[Item], budget: int) -> None
     first = queue.take(budget)
     for item in first:
         queue.push(item)
-    assert drain(queue, budget, 99) == drain(queue_of(items), budget, 99)
+    assert drain(queue, budget) == drain(queue_of(items), budget)
 
 
 @given(labels=labels)

@@ -21,7 +21,7 @@ class Run:
 
     def __init__(self, slots: int, places: int, budget: int = 512, *, ahead: bool = False) -> None:
         self.scheduler = Scheduler(POSITIONS, 0, eos_id=2)
-        self.scheduler.use_places(places)
+        self.scheduler.places = Places(places)
         self.limits = Limits(budget, slots)
         self.ahead = ahead
         self.forwards: list[tuple[int, int]] = []  # rows of one token, tokens of prompts
@@ -155,6 +155,20 @@ def test_places_are_taken_once_and_given_back(steps: list[tuple[bool, int]]) -> 
     for start, length in taken:
         places.give_back(start, length)
     assert places.take(100) == 0
+
+
+def test_no_sequence_is_preempted_while_places_suffice() -> None:
+    run = Run(slots=2, places=400)
+    run.push(10, 100)
+    run.read(run.step())
+    run.push(10, 2000)
+    run.read(run.step())
+    (long,) = (seq for seq in run.running() if seq.request.max_tokens == 2000)
+    while long.length < 290:  # beside 110 places of others, fewer than it asks for at a time
+        if len(run.running()) == 1:
+            run.push(10, 100)
+        run.read(run.step())
+        assert long in run.running()
 
 
 def test_a_sequence_that_outgrows_the_arena_lets_others_in() -> None:

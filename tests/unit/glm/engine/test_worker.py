@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from glmbatch.errors import DeviceLost, InputError, TransientError
+from glmbatch.glm.device import free_memory_bytes
 from glmbatch.glm.engine import worker
 from glmbatch.glm.engine.calls import LOOK_AHEAD
 from glmbatch.glm.engine.loading import load_engine
@@ -159,6 +160,29 @@ def test_a_prompt_too_long_for_a_forward_is_chunked() -> None:
     engine.close()
 
 
+def test_the_arena_gives_way_when_smaller_forwards_do_not_fit() -> None:
+    requests = generate_requests()
+    with engine_over(causal_model(), max_slots=8) as engine:
+        expected = {result.index: result for result in engine.generate(requests)}
+    model = full_above(causal_model(), tokens=10**6)
+    with engine_over(model, max_slots=8, max_batch_tokens=512) as engine:
+        runner, embedding = engine._generation._runner, engine._network._embed
+
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            arena = runner._arena
+            # Another process has taken memory: 1,000 places are all that fits beside a forward.
+            if arena is not None and arena.places > 1000:
+                raise torch.OutOfMemoryError("out of memory")
+            embedded: torch.Tensor = embedding.embedding(ids)
+            return embedded
+
+        embedding.forward = forward
+        assert {result.index: result for result in engine.generate(requests)} == expected
+        assert runner._arena is not None
+        assert 256 < runner._arena.places <= 1000
+        assert engine._generation._limits.batch_tokens > 32
+
+
 def test_a_row_that_never_fits_fails_alone() -> None:
     few = [GenerateRequest(at, row, 12) for at, row in enumerate(prompts(20, longest=9))]
     with engine_over(causal_model()) as engine:
@@ -185,6 +209,13 @@ def test_a_row_that_never_fits_fails_alone() -> None:
     )
     assert written == expected
     engine.close()
+
+
+def test_memory_that_torch_has_cached_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = {"mem_get_info": (100, 999), "memory_reserved": 60, "memory_allocated": 35}
+    for name, reading in readings.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, reading=reading: reading)
+    assert free_memory_bytes("cuda:0") == 100 + 60 - 35
 
 
 def test_each_thread_gets_its_own_results() -> None:

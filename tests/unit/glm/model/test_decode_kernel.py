@@ -50,9 +50,9 @@ def attend(
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
             patch.setattr(rows, "_kernel_plan", lambda: None)
-        batch = plan_rows(made, Rows(STARTS, USED, [1] * len(USED), len(USED)), 0)
-    assert isinstance(batch.plan, KernelPlan if compiled else SpanPlan)
-    return batch.plan.attend(layer, parts[0], parts[1], parts[2], SCALING)
+        plan = plan_rows(made, Rows(STARTS, USED, [1] * len(USED), len(USED)), 0).attention
+    assert isinstance(plan, KernelPlan if compiled else SpanPlan)
+    return plan.attend(layer, parts[0], parts[1], parts[2], SCALING)
 
 
 @pytest.mark.parametrize(("heads", "groups", "head_dim"), [(8, 2, 16), (3, 3, 10)])
