@@ -59,7 +59,7 @@ def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
     device = resolve_device(runtime.device)
     dtype = resolve_dtype(model.dtype, device)
     if model.quantization != "none":
-        from glmbatch.glm.model.linear import choose_form  # imports torch
+        from glmbatch.glm.model.linear.form import choose_form  # imports torch
 
         choose_form(model.quantization, device, dtype)
     located = {"path": str(directory), "revision": None, "adapter": adapter, "dtype": dtype}

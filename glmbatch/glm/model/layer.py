@@ -16,7 +16,8 @@ import torch
 from torch.nn.functional import rms_norm
 
 from glmbatch.glm.model.attention import AttentionPlan
-from glmbatch.glm.model.linear import Form, fused_kernels, product, swiglu
+from glmbatch.glm.model.linear.form import Form, product, swiglu
+from glmbatch.glm.model.linear.plain import rotate
 
 
 class Layer:
@@ -91,20 +92,3 @@ def rotary_factors(positions_T: torch.Tensor, inverse_frequencies_P: torch.Tenso
     """
     angles_TP = positions_T[:, None] * inverse_frequencies_P
     return torch.polar(torch.ones_like(angles_TP), angles_TP)
-
-
-def rotate(heads_THD: torch.Tensor, rotary_TP: torch.Tensor) -> None:
-    """Rotate adjacent pairs of the first 2P channels of each head, in place."""
-    fused = fused_kernels(heads_THD.device, heads_THD.dtype)
-    if fused is not None:
-        fused.rotate(heads_THD, rotary_TP)
-        return
-    tokens, heads, _ = heads_THD.shape
-    # ChatGLM2 rotates only the first half of each head; the other half carries no position.
-    pairs_THP2 = heads_THD[..., : 2 * rotary_TP.shape[-1]].view(tokens, heads, -1, 2)
-    if pairs_THP2.dtype == torch.float32:
-        torch.view_as_complex(pairs_THP2).mul_(rotary_TP[:, None])
-    else:
-        # torch cannot multiply complex numbers of half precision.
-        rotated = torch.view_as_complex(pairs_THP2.float()).mul_(rotary_TP[:, None])
-        pairs_THP2.copy_(torch.view_as_real(rotated))

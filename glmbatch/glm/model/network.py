@@ -19,7 +19,7 @@ from glmbatch.glm.model.attention import ForwardPlan
 from glmbatch.glm.model.cuda_graphs import StepGraphs
 from glmbatch.glm.model.flash import FlashCall, FlashPlan, serves
 from glmbatch.glm.model.layer import Layer, Norm, rotary_factors
-from glmbatch.glm.model.linear import choose_form, product
+from glmbatch.glm.model.linear.form import choose_form, product
 from glmbatch.glm.model.packing import PackedPrompt, pack
 from glmbatch.glm.model.rows import Rows, plan_rows
 

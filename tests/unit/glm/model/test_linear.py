@@ -8,7 +8,7 @@ from torch.nn.functional import linear, silu
 
 from glmbatch.errors import InputError
 from glmbatch.glm.engine.protocol import ClassifyRequest
-from glmbatch.glm.model.linear import Form, choose_form, product, swiglu
+from glmbatch.glm.model.linear.form import Form, choose_form, product, swiglu
 from tests.unit.glm.tiny_glm import engine_over, head_model, prompts
 
 # The largest rounding error of each form, as a share of the scale of the results.
