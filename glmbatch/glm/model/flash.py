@@ -15,8 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from glmbatch.glm.model.arena import KeyStore
+
+# From so many rows of one query on, the operator splits the places of none: on an H100 from 106.
+UNSPLIT_ROWS = 128
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
@@ -66,6 +70,76 @@ class FlashCall:
         )
         return out_QHD, log_sums_HQ
 
+    def attend(
+        self,
+        query_QHD: torch.Tensor,
+        keys_GPD: torch.Tensor,
+        values_GPD: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """The attention output [Q, H, D]."""
+        return self(query_QHD, keys_GPD, values_GPD, scaling)[0]
+
+
+class SingleQueries:
+    """Many rows of one query each, whose numbers are as in `FlashCall`; nothing is copied.
+
+    For one query, the operator makes queries of the heads of a group by three copies: of the
+    queries, of the output, and of the queries back (`seqlenq_ngroups_swapped` in flash_api.cpp).
+    Here each group of a row is a row of one head, whose queries already lie one after the other.
+    """
+
+    def __init__(self, starts_R1: torch.Tensor, used_R: torch.Tensor, max_used: int) -> None:
+        self._starts_R1 = starts_R1
+        self._used_R = used_R
+        self._max_used = max_used
+        self._calls: dict[int, FlashCall] = {}  # by heads of a token in memory
+
+    def attend(
+        self,
+        query_RHD: torch.Tensor,
+        keys_GPD: torch.Tensor,
+        values_GPD: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """The attention output [R, H, D]."""
+        rows, heads, size = query_RHD.shape
+        # Behind the queries of a token may lie its keys and values, one product's output. They are
+        # queries of its last group, and their output is cut off.
+        width = query_RHD.stride(0) // size
+        assert query_RHD.stride() == (width * size, size, 1)
+        if width not in self._calls:
+            self._calls[width] = self._by_group(width, heads, *keys_GPD.shape[:2])
+        query_Q1D = query_RHD.as_strided((rows * width, 1, size), (size, size, 1))
+        keys_1PD, values_1PD = keys_GPD.view(1, -1, size), values_GPD.view(1, -1, size)
+        out_Q1D = self._calls[width].attend(query_Q1D, keys_1PD, values_1PD, scaling)
+        return out_Q1D.view(rows, width, size)[:, :heads]
+
+    def _by_group(self, width: int, heads: int, groups: int, places: int) -> FlashCall:
+        def multiples(count: int, step: int) -> torch.Tensor:
+            device = self._used_R.device
+            return torch.arange(0, count * step, step, dtype=torch.int32, device=device)
+
+        rows, of_group = len(self._used_R), heads // groups
+        first_RG = multiples(rows, width)[:, None] + multiples(groups, of_group)
+        starts_RG = self._starts_R1[:-1, None] + multiples(groups, places)
+        return FlashCall(
+            pad(first_RG.flatten(), (0, 1), value=rows * width),
+            pad(starts_RG.flatten(), (0, 1)),
+            self._used_R[:, None].expand(-1, groups).flatten(),
+            of_group + width - heads,
+            self._max_used,
+        )
+
+
+def single_queries(
+    each_R1: torch.Tensor, starts_R1: torch.Tensor, used_R: torch.Tensor, max_used: int
+) -> FlashCall | SingleQueries:
+    """Rows of one query each, over an arena; `each_R1` counts from 0 to the number of rows."""
+    if len(used_R) < UNSPLIT_ROWS:
+        return FlashCall(each_R1, starts_R1, used_R, 1, max_used)
+    return SingleQueries(starts_R1, used_R, max_used)
+
 
 class FlashPlan:
     """Attention by `calls` over consecutive parts of the queries, then over label trees."""
@@ -73,7 +147,7 @@ class FlashPlan:
     def __init__(
         self,
         store: KeyStore,
-        calls: Sequence[tuple[slice, FlashCall]],
+        calls: Sequence[tuple[slice, FlashCall | SingleQueries]],
         trees: TreeAttention | None = None,
     ) -> None:
         self._store = store
@@ -91,7 +165,8 @@ class FlashPlan:
         """The attention output [T, H, D] of one layer; see `AttentionPlan`."""
         keys_GPD, values_GPD = self._store.put(layer, key, value)
         parts = [
-            call(query[queries], keys_GPD, values_GPD, scaling)[0] for queries, call in self._calls
+            call.attend(query[queries], keys_GPD, values_GPD, scaling)
+            for queries, call in self._calls
         ]
         out_THD = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self._trees is not None:

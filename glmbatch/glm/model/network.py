@@ -17,7 +17,7 @@ import torch
 from glmbatch.glm.model.arena import Arena, ArenaKeys, KvPrefix, KvShape
 from glmbatch.glm.model.attention import ForwardPlan
 from glmbatch.glm.model.cuda_graphs import StepGraphs
-from glmbatch.glm.model.flash import FlashCall, FlashPlan, serves
+from glmbatch.glm.model.flash import FlashPlan, serves, single_queries
 from glmbatch.glm.model.layer import Layer, Norm, rotary_factors
 from glmbatch.glm.model.linear.form import choose_form, product
 from glmbatch.glm.model.packing import PackedPrompt, pack
@@ -168,7 +168,7 @@ class Network:
             each_R1 = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
             # The operator wants one start more than there are rows, and does not read it.
             starts_R1 = torch.nn.functional.pad(starts_R, (0, 1)).int()
-            call = FlashCall(each_R1, starts_R1, used_R.int(), 1, max_used)
+            call = single_queries(each_R1, starts_R1, used_R.int(), max_used)
             store = ArenaKeys(arena, starts_R + used_R - 1)
             plan = FlashPlan(store, [(slice(None), call)])
             return self._run(ids_R, ForwardPlan(positions_R, None, plan, plan))

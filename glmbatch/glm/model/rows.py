@@ -17,7 +17,7 @@ import torch
 from glmbatch.glm.model import flash
 from glmbatch.glm.model.arena import Arena, ArenaKeys
 from glmbatch.glm.model.attention import AttentionPlan, CausalSpans, ForwardPlan, Span, SpanPlan
-from glmbatch.glm.model.flash import FlashCall, FlashPlan
+from glmbatch.glm.model.flash import FlashCall, FlashPlan, SingleQueries, single_queries
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +75,17 @@ def _flash_plans(
 ) -> tuple[FlashPlan, FlashPlan]:
     ends_R1, starts_R1, used_R, one_each_R1 = (numbers.int() for numbers in bounds)
     single, max_used = rows.single, max(rows.used)
-    calls = []
+    calls: list[tuple[slice, FlashCall | SingleQueries]] = []
     if single:
-        one_each = one_each_R1[: single + 1]
-        call = FlashCall(one_each, starts_R1[: single + 1], used_R[:single], 1, max_used)
-        calls.append((slice(0, single), call))
+        to = single + 1
+        decoded = single_queries(one_each_R1[:to], starts_R1[:to], used_R[:single], max_used)
+        calls.append((slice(0, single), decoded))
     if single < len(rows.used):
         ends = ends_R1[single:] - single
         max_count = max(rows.counts[single:])
         call = FlashCall(ends, starts_R1[single:], used_R[single:], max_count, max_used, True)
         calls.append((slice(single, None), call))
-    last = FlashCall(one_each_R1, starts_R1, used_R, 1, max_used)
+    last = single_queries(one_each_R1, starts_R1, used_R, max_used)
     return FlashPlan(store, calls), FlashPlan(store, [(slice(None), last)])
 
 

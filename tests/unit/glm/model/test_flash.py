@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest
-from tests.unit.glm.cuda_on_cpu import on_cuda_path
+from glmbatch.glm.model.flash import FlashCall, SingleQueries
+from tests.unit.glm.cuda_on_cpu import on_cuda_path, plain_flash
 from tests.unit.glm.tiny_glm import causal_model, engine_over, head_model, prompts
 
 LABELS = ((5,), (5, 6), (7, 8, 9), (7, 8, 10), (11,))
@@ -62,6 +63,41 @@ def test_cuda_and_cpu_give_the_same_answers(dtype: str, tolerance: float, shared
     for one, other in zip(expected[0], actual[0], strict=True):
         assert one == pytest.approx(other, abs=tolerance, rel=0)
     assert dtype != "float32" or expected[1] == actual[1]
+
+
+@pytest.mark.parametrize("behind", [0, 4])
+def test_many_single_queries_are_rows_by_group(
+    behind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FlashCall, "__call__", plain_flash)
+    generator = torch.Generator().manual_seed(0)
+    rows, heads, groups, places = 5, 6, 2, 40
+    # Heads of keys and values behind those of the queries are what one product leaves there.
+    projected = torch.randn(rows, heads + behind, 8, generator=generator)
+    keys, values = torch.randn(2, groups, places, 8, generator=generator)
+    starts = torch.tensor([9, 0, 33, 20, 12, 0], dtype=torch.int32)
+    used = torch.tensor([3, 7, 1, 13, 20], dtype=torch.int32)
+    call = FlashCall(torch.arange(6, dtype=torch.int32), starts, used, 1, 20)
+    expected, _ = call(projected[:, :heads], keys, values, 0.3)
+    single = SingleQueries(starts, used, 20)
+    for _ in range(2):  # the second layer uses the call of the first
+        found = single.attend(projected[:, :heads], keys, values, 0.3)
+        torch.testing.assert_close(found, expected)
+        assert found.flatten(1).data_ptr() == found.data_ptr(), "the output is not copied"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_by_group_equal_the_operators_own_way() -> None:
+    rows, places = 300, 30_000
+    projected, kept = torch.randn(rows, 36, 128), torch.randn(2, 2, places, 128)
+    projected, keys, values = (x.to("cuda", torch.bfloat16) for x in (projected, *kept))
+    starts = torch.arange(rows + 1, dtype=torch.int32, device="cuda") * 100 % (places - 99)
+    used = torch.arange(rows, dtype=torch.int32, device="cuda") % 100 + 1
+    each = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
+    expected = FlashCall(each, starts, used, 1, 100).attend(projected[:, :32], keys, values, 0.09)
+    found = SingleQueries(starts, used, 100).attend(projected[:, :32], keys, values, 0.09)
+    torch.testing.assert_close(found, expected)
 
 
 def test_torch_has_the_operator_that_is_called() -> None:
