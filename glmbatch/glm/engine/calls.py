@@ -6,7 +6,7 @@ Knows neither the model nor where it runs. No tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from glmbatch.errors import GlmbatchError
 from glmbatch.glm.engine.protocol import (
@@ -16,6 +16,7 @@ from glmbatch.glm.engine.protocol import (
     GenerateResult,
 )
 from glmbatch.glm.engine.queue import Call
+from glmbatch.glm.engine.validate import ModelLimits, refuse
 
 # Requests of one call in the engine at once: enough to pack batches well, few enough for memory.
 LOOK_AHEAD = 4096
@@ -30,13 +31,14 @@ Result = TypeVar("Result", ClassifyResult, GenerateResult)
 def serve(
     requests: Iterable[Request],
     call: Call[Result],
+    limits: ModelLimits,
     submit: Callable[[Request], None],
     flush: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
     """Yield the result of each request as `call` gets it. Closing the iterator cancels the call.
 
-    `submit` hands a request to the engine. It may keep some back to send them together: `flush`
-    sends these before the caller waits.
+    A request that the `limits` refuse is answered at once. `submit` hands any other to the engine.
+    It may keep some back to send them together: `flush` sends these before the caller waits.
     """
     source = iter(requests)
     in_engine = 0
@@ -48,7 +50,11 @@ def serve(
                 request = next(source, None)
                 more = request is not None
                 if request is not None:
-                    submit(request)
+                    refusal: Any = refuse(request, limits)
+                    if refusal is None:
+                        submit(request)
+                    else:
+                        call.deliver(refusal)
                     in_engine += 1
                     taken += 1
             if not in_engine:

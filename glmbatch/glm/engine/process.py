@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import count
 from multiprocessing import Pipe
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from glmbatch.errors import GlmbatchError, InputError, TransientError
 from glmbatch.glm.engine import serving
-from glmbatch.glm.engine.calls import Request, Result, copy_of, serve
+from glmbatch.glm.engine.calls import copy_of, serve
 from glmbatch.glm.engine.protocol import (
     ClassifyRequest,
     ClassifyResult,
@@ -35,7 +35,6 @@ from glmbatch.glm.engine.protocol import (
 )
 from glmbatch.glm.engine.queue import Call
 from glmbatch.glm.engine.serving import BATCH, LOGGED, READY, STOPPED, LoadedLimits
-from glmbatch.glm.engine.validate import ModelLimits, refuse_classify, refuse_generate
 
 if TYPE_CHECKING:
     from glmbatch.glm.engine.loading import EngineSettings
@@ -49,6 +48,7 @@ class EngineProcess:
         self._connection, child_end = Pipe()
         with child_end:
             self._process = _start(child_end.fileno())
+        self._unsent: SimpleQueue[Any] = SimpleQueue()
         self._sending = threading.Lock()
         self._changing = threading.Lock()
         self._calls: dict[int, Call[Any]] = {}
@@ -82,20 +82,14 @@ class EngineProcess:
         return self._process.pid
 
     def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
-        """Yield the scores of each request as soon as they are ready.
-
-        Closing the iterator early cancels the rest. Raises as `Engine` describes.
-        """
+        """See `Engine`."""
         self._check_running()
-        return self._serve(requests, refuse_classify)
+        return self._serve(requests)
 
     def generate(self, requests: Iterable[GenerateRequest]) -> Iterator[GenerateResult]:
-        """Yield the generated ids of each request as soon as it is finished.
-
-        Closing the iterator early cancels the rest. Raises as `Engine` describes.
-        """
+        """See `Engine`."""
         self._check_running()
-        return self._serve(requests, refuse_generate)
+        return self._serve(requests)
 
     def close(self) -> None:
         """End the process, which frees its device.
@@ -106,41 +100,42 @@ class EngineProcess:
         self._process.kill()  # it has nothing to save
         self._receiver.join()
 
-    def _serve(
-        self, requests: Iterable[Request], refuse: Callable[[Request, ModelLimits], Result | None]
-    ) -> Iterator[Result]:
-        call: Call[Result] = Call()
+    def _serve(self, requests: Iterable[Any]) -> Iterator[Any]:
+        call: Call[Any] = Call()
         number = next(self._numbers)
-        unsent: list[Request] = []
+        batch: list[Any] = []
 
-        def submit(request: Request) -> None:
-            refusal = refuse(request, self._limits)
-            if refusal is not None:
-                call.deliver(refusal)
-                return
-            unsent.append(request)
-            if len(unsent) == BATCH:
+        def submit(request: Any) -> None:
+            batch.append(request)
+            if len(batch) == BATCH:
                 flush()
 
         def flush() -> None:
-            if unsent:
-                self._send((number, _pickled(unsent)))
-                unsent.clear()
+            if batch:
+                self._send((number, _pickled(batch)))
+                batch.clear()
 
         with self._changing:
             self._check_running()
             self._calls[number] = call
         try:
-            yield from serve(requests, call, submit, flush)
+            yield from serve(requests, call, self._limits, submit, flush)
         finally:
-            with self._changing:
-                self._calls.pop(number, None)
+            # Waits for no lock: the garbage collector may run this in a thread that holds it.
+            self._calls.pop(number, None)
             self._send((number, None))
 
     def _send(self, message: Any) -> None:
-        # If the process has ended, the receiver tells the callers why.
-        with self._sending, suppress(OSError):
-            self._connection.send(message)
+        """Send `message` after all earlier ones; if another call is sending, that one sends it."""
+        self._unsent.put(message)
+        while not self._unsent.empty() and self._sending.acquire(blocking=False):
+            try:
+                while not self._unsent.empty():
+                    # If the process has ended, the receiver tells the callers why.
+                    with suppress(OSError):
+                        self._connection.send(self._unsent.get())
+            finally:
+                self._sending.release()
 
     def _check_running(self) -> None:
         if self._stopped is not None:
@@ -150,7 +145,7 @@ class EngineProcess:
         """Raise `error`, or the first such error, in all calls of now and later."""
         with self._changing:
             self._stopped = self._stopped or error
-            for call in self._calls.values():
+            for call in list(self._calls.values()):
                 call.fail(copy_of(self._stopped))
             self._calls.clear()
 

@@ -27,11 +27,19 @@ class ModelLimits(Protocol):
     token_count: int
 
 
-def refuse_classify(request: ClassifyRequest, model: ModelLimits) -> ClassifyResult | None:
-    """The result of an invalid request, or None if the request can run.
+def refuse(
+    request: ClassifyRequest | GenerateRequest, model: ModelLimits
+) -> ClassifyResult | GenerateResult | None:
+    """The result of a request that is invalid or leaves no room for an answer; else None.
 
     Raises InputError if the model cannot run such requests at all.
     """
+    if isinstance(request, ClassifyRequest):
+        return _refuse_classify(request, model)
+    return _refuse_generate(request, model)
+
+
+def _refuse_classify(request: ClassifyRequest, model: ModelLimits) -> ClassifyResult | None:
     if model.has_head and request.label_ids is not None:
         raise InputError(
             "the checkpoint has a trained head with its own labels. Leave label_ids out."
@@ -47,11 +55,7 @@ def refuse_classify(request: ClassifyRequest, model: ModelLimits) -> ClassifyRes
     return None if fault is None else ClassifyResult(request.index, (), fault)
 
 
-def refuse_generate(request: GenerateRequest, model: ModelLimits) -> GenerateResult | None:
-    """The result of a request that is invalid or leaves no room for an answer, else None.
-
-    Raises InputError if the model cannot generate at all.
-    """
+def _refuse_generate(request: GenerateRequest, model: ModelLimits) -> GenerateResult | None:
     if model.has_head:
         raise InputError(
             "the checkpoint has a trained head and cannot generate. "

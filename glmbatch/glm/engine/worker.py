@@ -5,11 +5,13 @@ Knows no tensors: `Classification` and `Generation` run the model and take turns
 
 from __future__ import annotations
 
+import atexit
 import logging
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import count
 from time import perf_counter
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 
 from glmbatch.errors import GlmbatchError, TransientError
 from glmbatch.glm.device import free_memory_bytes, prepare_cuda
-from glmbatch.glm.engine.calls import Request, Result, copy_of, serve
+from glmbatch.glm.engine.calls import copy_of, serve
 from glmbatch.glm.engine.classify import Classification
 from glmbatch.glm.engine.generate import Generation
 from glmbatch.glm.engine.protocol import (
@@ -28,7 +30,7 @@ from glmbatch.glm.engine.protocol import (
     GenerateResult,
 )
 from glmbatch.glm.engine.queue import Call, Limits, PendingRequest
-from glmbatch.glm.engine.validate import ModelLimits, refuse_classify, refuse_generate
+from glmbatch.glm.engine.validate import ModelLimits
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.oom import device_lost
 
@@ -64,22 +66,16 @@ class TorchEngine:
         on_cuda = self._network.device.type == "cuda"
         if on_cuda:
             prepare_cuda()
-        if cache_bytes is None:
-            # On CUDA, the rest is for activations; on CPU, other processes need memory too.
-            share = (0.8 if on_cuda else 0.25) / models_at_once
-            cache_bytes = int(free_memory_bytes(str(self._network.device)) * share)
         limits = Limits(
             batch_tokens=max_batch_tokens or (16_384 if on_cuda else 2_048),
             slots=max_slots or (1024 if on_cuda else 32),
-            cache_bytes=cache_bytes,
+            cache_bytes=cache_bytes or _cache_bytes(self._network.device, models_at_once),
         )
         self._generation = Generation(self._network, limits, eos_id)
         self._classification = Classification(self._network, limits, self._generation.preempt)
         # Seconds of device time that each kind of request has used.
-        self._seconds: dict[Classification | Generation, float] = {
-            self._classification: 0.0,
-            self._generation: 0.0,
-        }
+        kinds: tuple[Classification | Generation, ...] = (self._classification, self._generation)
+        self._seconds = dict.fromkeys(kinds, 0.0)
         self._changed = threading.Condition()
         self._calls: set[Call[Any]] = set()
         self._inbox: list[tuple[Callable[[Any], None], PendingRequest[Any]]] = []
@@ -87,6 +83,9 @@ class TorchEngine:
         self._stopped: GlmbatchError | None = None
         self._worker = threading.Thread(target=self._work, name="glmbatch-engine", daemon=True)
         self._worker.start()
+        # Python ends a daemon thread that waits for its lock, which in torch's code aborts the
+        # process: "terminate called without an active exception".
+        atexit.register(self.close)
 
     @property
     def alive(self) -> bool:
@@ -99,20 +98,14 @@ class TorchEngine:
         return self._network
 
     def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
-        """Yield the scores of each request as soon as they are ready.
-
-        Closing the iterator early cancels the rest. Raises as `Engine` describes.
-        """
+        """See `Engine`."""
         self._check_running()
-        return self._serve(requests, refuse_classify)
+        return self._serve(requests)
 
     def generate(self, requests: Iterable[GenerateRequest]) -> Iterator[GenerateResult]:
-        """Yield the generated ids of each request as soon as it is finished.
-
-        Closing the iterator early cancels the rest. Raises as `Engine` describes.
-        """
+        """See `Engine`."""
         self._check_running()
-        return self._serve(requests, refuse_generate)
+        return self._serve(requests)
 
     def close(self) -> None:
         """Stop the worker after its current forward.
@@ -123,25 +116,16 @@ class TorchEngine:
             self._stopped = self._stopped or TransientError("the engine was closed. Load it again.")
             self._changed.notify_all()
         self._worker.join()
+        atexit.unregister(self.close)
 
     # The caller's side: runs in the thread of the caller.
 
-    def _serve(
-        self, requests: Iterable[Request], refuse: Callable[[Request, Network], Result | None]
-    ) -> Iterator[Result]:
-        call: Call[Result] = Call()
-
-        def submit(request: Request) -> None:
-            refusal = refuse(request, self._network)
-            if refusal is None:
-                self.submit(call, request)
-            else:
-                call.deliver(refusal)
-
+    def _serve(self, requests: Iterable[Any]) -> Iterator[Any]:
+        call: Call[Any] = Call()
         with self._changed:
             self._calls.add(call)
         try:
-            yield from serve(requests, call, submit)
+            yield from serve(requests, call, self._network, partial(self.submit, call))
         finally:
             with self._changed:
                 self._calls.discard(call)
@@ -178,13 +162,13 @@ class TorchEngine:
             with torch.inference_mode():
                 while self._receive():
                     self._run_batch()
-        except BaseException as error:
-            logger.exception("the engine stopped")
+        except BaseException as error:  # noqa: BLE001 - raised in every call
             self._stop(error)
         finally:
             with self._changed:
                 assert self._stopped is not None
-                for call in self._calls:
+                # A copy, because a finalizer in this thread may end a call.
+                for call in list(self._calls):
                     call.fail(copy_of(self._stopped))
 
     def _receive(self) -> bool:
@@ -215,14 +199,22 @@ class TorchEngine:
             self._seconds = dict.fromkeys(self._seconds, self._seconds[kind])
 
     def _stop(self, error: BaseException) -> None:
+        stopped: GlmbatchError | None = device_lost(error, self._network.device)
+        if stopped is None:
+            logger.exception("the engine stopped")
+            reason = f"{type(error).__name__}: {error}"
+            stopped = TransientError(f"the engine stopped: {reason}. Load it again.")
+        else:
+            logger.error("the engine stopped: %s", stopped)  # no fault in the code that ran
         # The error is kept, and its frames would keep this engine and the failed forward's tensors.
         traceback.clear_frames(error.__traceback__)
-        error.__traceback__ = None  # it was logged
+        error.__traceback__ = None
+        stopped.__cause__ = error
         with self._changed:
-            if isinstance(error, GlmbatchError):
-                self._stopped = error
-                return
-            reason = f"{type(error).__name__}: {error}"
-            failed = TransientError(f"the engine stopped: {reason}. Load it again.")
-            self._stopped = device_lost(error, self._network.device) or failed
-            self._stopped.__cause__ = error
+            self._stopped = stopped
+
+
+def _cache_bytes(device: torch.device, models_at_once: int) -> int:
+    # On CUDA, the rest is for activations; on CPU, other processes need memory too.
+    share = 0.8 if device.type == "cuda" else 0.25
+    return int(free_memory_bytes(str(device)) * share / models_at_once)

@@ -126,6 +126,21 @@ def test_closing_the_iterator_cancels_its_requests(engine: EngineProcess) -> Non
     assert len(list(engine.generate([GenerateRequest(0, [5], 2)]))) == 1
 
 
+def test_a_call_may_end_in_the_middle_of_a_send(
+    engine: EngineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = engine.generate(GenerateRequest(at, [5, 6], 20) for at in range(9))
+    next(results)
+    send = engine._connection.send
+
+    def interrupted(message: Any) -> None:
+        results.close()  # type: ignore[attr-defined] # as the garbage collector may, at any time
+        send(message)
+
+    monkeypatch.setattr(engine._connection, "send", interrupted)
+    assert len(list(engine.generate([GenerateRequest(0, [5], 2)]))) == 1
+
+
 def test_errors_reach_their_own_caller_only(engine: EngineProcess) -> None:
     with pytest.raises(InputError, match="has no trained head"):
         list(engine.classify([ClassifyRequest(0, [5])]))

@@ -31,6 +31,13 @@ from tests.unit.glm.tiny_glm import EOS, TOKENS, causal_model, engine_over, head
 GOLDENS = Path(__file__).parents[3] / "goldens"
 PLACE_BYTES = 2 * 3 * 2 * 16 * 4
 LABELS = ((5,), (6, 7), (6, 8))
+BUSY_AT_ITS_END = """
+from glmbatch.glm.engine.protocol import GenerateRequest
+from tests.unit.glm.tiny_glm import TOKENS, TorchEngine, causal_model
+engine = TorchEngine(causal_model(), eos_id=-1, token_count=TOKENS)
+results = engine.generate(GenerateRequest(at, [5, 6], 200 if at else 1) for at in range(4000))
+next(results)
+"""
 
 
 class FullAbove(torch.nn.Module):
@@ -360,6 +367,13 @@ def test_closing_ends_the_worker_and_waiting_calls() -> None:
         with pytest.raises(TransientError, match="closed"):
             engine.generate([])
         assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.slow
+def test_a_program_may_end_with_a_busy_engine() -> None:
+    program = [sys.executable, "-c", BUSY_AT_ITS_END]
+    ended = subprocess.run(program, check=False, capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stderr) == (0, ""), "it ended as if it had failed"
 
 
 def load_golden(name: str, **runtime: Any) -> tuple[Any, Any, Any]:
