@@ -1,7 +1,11 @@
-"""Any arrivals, cancellations, stops and lacks of memory: each row is answered as it is alone."""
+"""Any arrivals, cancellations, stops and lacks of memory: each row is answered as it is alone.
+
+GLM_EXAMPLES sets how many orders are tried; 200 for acceptance, which takes two minutes.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -97,7 +101,7 @@ class Engine:
 @pytest.mark.parametrize("ahead", [False, True])
 @given(data=st.data())
 @settings(
-    max_examples=4,
+    max_examples=int(os.environ.get("GLM_EXAMPLES", "4")),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,
