@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from environments import SCRIPTS
 from report import write_line
-from workload import SHAPES
+from workload import SHAPES, model_parser
 
 from glmbatch.glm.engine.protocol import GenerateRequest
 from glmbatch.glm.engine.worker import TorchEngine
@@ -99,14 +99,8 @@ def _say(out: Path | None, when: str, reading: dict[str, Any]) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="6b")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser = model_parser(__doc__)
     parser.add_argument("--rows", type=int, default=300)
-    parser.add_argument("--out", type=Path, help="add each reading as a JSON line")
     return parser.parse_args()
 
 

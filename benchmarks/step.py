@@ -21,7 +21,7 @@ import torch
 from environments import SCRIPTS
 from report import write_line
 from torch.profiler import ProfilerActivity, profile
-from workload import LABELS, ONE_TOKEN_LABELS, SHAPES
+from workload import LABELS, ONE_TOKEN_LABELS, SHAPES, model_parser
 
 from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest
 from glmbatch.glm.engine.worker import TorchEngine
@@ -154,15 +154,9 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="6b")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser = model_parser(__doc__)
     parser.add_argument("--rows", type=int, default=512, help="no more rows at once than these")
     parser.add_argument("--steps", type=int, default=STEPS, help="decode steps of a reading")
-    parser.add_argument("--out", type=Path, help="add each reading as a JSON line")
     return parser.parse_args()
 
 

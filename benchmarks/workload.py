@@ -6,9 +6,11 @@ everything.
 
 from __future__ import annotations
 
+import argparse
 import random
 from dataclasses import asdict, dataclass
 from math import log
+from pathlib import Path
 from typing import Any
 
 TASKS = ("classify", "labels", "one-token", "generate", "sample")
@@ -117,6 +119,18 @@ class Lengths:
             length = rng.lognormvariate(log(self.mean) - 0.32, 0.8)
             lengths.append(int(min(max(length, self.least), self.most)))
         return lengths
+
+
+def model_parser(description: str | None) -> argparse.ArgumentParser:
+    """Options of a benchmark of our engine alone, by default 6B on a GPU."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="6b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, help="add each reading as a JSON line")
+    return parser
 
 
 def make_work(

@@ -81,7 +81,7 @@ class ModelRunner:
         return self._arena is not None
 
     def allocate(self) -> int:
-        """Allocate an arena for the longest rows, within the limits; returns its places."""
+        """Allocate an arena for the longest rows, within the limits; returns its places, or 0."""
         most = self._limits.slots * self._network.row_places
         places = max(1, min(most, self._limits.cache_bytes // self._network.kv_shape.place_bytes))
         while places:
