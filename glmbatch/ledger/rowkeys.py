@@ -37,8 +37,11 @@ def _digest(parts: object) -> str:
 
 
 def answer_settings(step: Step) -> dict[str, Any]:
-    """The settings of `step` that change its answers, without its name, audits and model path."""
-    settings = step.model_dump(mode="json", exclude={"name", "model", "audits"})
+    """The settings of `step` that change its answers, without its name, audits and model path.
+
+    A condition is left out too: it decides which rows are asked, and not what they are answered.
+    """
+    settings = step.model_dump(mode="json", exclude={"name", "model", "audits", "when"})
     if isinstance(step, GenerateStep):
         # An unset `chat` counts as true: the keys of existing outputs contain the effective value.
         settings["chat"] = step.chat is not False
@@ -71,25 +74,31 @@ def row_seed(seed: int, key: bytes) -> int:
     return int.from_bytes(mixed, "big")
 
 
-def answers_key(
+def answers_key(  # noqa: PLR0913 - all that decides the answers beside the rows
     fragment: Fragment,
     step: str,
     step_key: str,
     columns: Mapping[str, str],
     earlier: Mapping[str, str],
+    *,
+    when: tuple[str, Mapping[str, str]] | None = None,
 ) -> str:
     """The key of the answers of the step named `step` over the rows of `fragment`, 32 hex digits.
 
     `columns` maps the placeholders of its prompt to source columns. `earlier` maps the steps that
-    its prompt uses to their answers keys. The key ignores the file's name, so a renamed file keeps
-    its answers. It includes the step's name, because that names the columns.
+    its prompt or condition uses to their answers keys. `when` is the condition, with the source
+    columns by their names in it. The key ignores the file's name, so a renamed file keeps its
+    answers. It includes the step's name, because that names the columns.
     """
     rows = [fragment.digest, fragment.first_row, fragment.rows]
-    asked = {name: value for name, value in fragment.partitions if name in columns.values()}
+    sources = {*columns.values(), *(when[1].values() if when else ())}
+    asked = {name: value for name, value in fragment.partitions if name in sources}
     # Values from folder names are not in the file, so its digest does not cover them.
     given: list[object] = [asked] if asked else []
     if fragment.int96:  # the unit changes how a prompt shows times
         given.append(fragment.int96)
+    if when:
+        given.append([when[0], dict(when[1])])
     return _digest([step, step_key, rows, dict(columns), dict(earlier), *given])
 
 

@@ -52,6 +52,17 @@ def busy_seconds(receipts: Iterable[AnswersReceipt]) -> float:
     return max(0.0, min(span_seconds(busy), sum(receipt.seconds for receipt in busy)))
 
 
+def latest_rate(receipts: Sequence[AnswersReceipt]) -> float | None:
+    """Rows per second of the latest run that computed any of `receipts`; None if no run did."""
+    busy = [receipt for receipt in receipts if receipt.computed_rows]
+    if not busy:
+        return None
+    latest = max(busy, key=lambda receipt: receipt.began).run
+    busy = [receipt for receipt in busy if receipt.run == latest]
+    seconds = busy_seconds(busy)
+    return sum(receipt.computed_rows for receipt in busy) / seconds if seconds else None
+
+
 def span_seconds(receipts: Sequence[AnswersReceipt]) -> float:
     """Seconds from the first start to the last end of `receipts`."""
     if not receipts:

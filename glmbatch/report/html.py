@@ -120,6 +120,7 @@ def _rows(summary: Summary) -> Iterator[str]:
     names = list(summary.samples[0])
     rows = []
     for sample in summary.samples:
-        rows.append([short(sample[name], SAMPLE_CHARS) for name in names])
+        values = [sample[name] for name in names]
+        rows.append(["" if value is None else short(value, SAMPLE_CHARS) for value in values])
     yield elements.heading("Sample rows")
     yield elements.table(names, rows)

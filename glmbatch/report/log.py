@@ -80,7 +80,8 @@ def _counts(step: StepSummary) -> str:
         f"{step.answers:,} rows, {step.computed:,} answered by the model, {step.reused:,} reused, "
         f"{step.repeated:,} repeated, {step.failed:,} failed"
     )
-    return f"{line} ({_reasons(step.faults)})" if step.faults else line
+    line = f"{line} ({_reasons(step.faults)})" if step.faults else line
+    return f"{line}, {step.not_asked:,} not asked" if step.not_asked else line
 
 
 def _reasons(faults: Mapping[str, int]) -> str:

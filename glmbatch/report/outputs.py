@@ -64,7 +64,7 @@ class Reading:
     counts     by step: how often each whole number occurs, of generated tokens, or of scores
                times CONFIDENCE_BINS
     labelled   by step: a few rows of each label
-    rows       a few rows that every step answered, with the values of prompts and answers
+    rows       a few answered rows without a failure, with the values of prompts and answers
     failures   one entry for each failed row and step
     """
 
@@ -194,15 +194,17 @@ def _samples(table: pa.Table, step: ReportedStep, numbers: Mapping[str, int]) ->
 def _rows_without_fault(
     table: pa.Table, steps: Sequence[ReportedStep], most: int
 ) -> list[dict[str, Any]]:
-    """The first rows that every step answered, with the values of their prompts and answers."""
+    """The first answered rows on which no step failed, with the values of prompts and answers."""
     is_sound = pa.chunked_array([np.ones(len(table), bool)])
+    is_answered = pc.invert(is_sound)
     names: list[str] = []
     for step in steps:
         is_sound = pc.and_(is_sound, pc.is_null(table.column(Columns(step.name).error)))
+        is_answered = pc.or_(is_answered, pc.is_valid(table.column(step.name)))
         names += step.sources
     names = list(dict.fromkeys([*names, *(step.name for step in steps)]))
     rows = []
-    for row in _numbers_of(is_sound)[:most]:
+    for row in _numbers_of(pc.and_(is_sound, is_answered))[:most]:
         rows.append({name: _value(table, name, row) for name in names})
     return rows
 

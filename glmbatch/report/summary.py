@@ -31,16 +31,18 @@ class StepSummary(BaseModel, frozen=True, extra="forbid"):
     completion_tokens: int
     rows_per_second: float | None
     tokens_per_second: float | None
+    not_asked: int = 0
 
     @property
     def failed(self) -> int:
-        """Number of rows without an answer."""
+        """Number of rows without an answer, except those that were not asked."""
         return sum(self.faults.values())
 
     @property
     def repeated(self) -> int:
         """Number of answers copied from another row of the fragment with the same prompt."""
-        return max(0, self.answers - self.computed - self.reused - self.failed)
+        without = self.failed + self.not_asked
+        return max(0, self.answers - self.computed - self.reused - without)
 
 
 class Summary(BaseModel, frozen=True, extra="forbid"):
@@ -107,6 +109,7 @@ def step_summary(name: str, run: str, receipts: Sequence[AnswersReceipt]) -> Ste
         completion_tokens=completion_tokens,
         rows_per_second=computed / seconds if seconds else None,
         tokens_per_second=tokens / seconds if seconds else None,
+        not_asked=sum(receipt.not_asked for receipt in receipts),
     )
 
 
@@ -114,8 +117,8 @@ def _reused(receipt: AnswersReceipt, run: str) -> int:
     """Answers that `run` reused: all in an earlier run's receipt, the known ones in its own."""
     if receipt.run == run:
         return receipt.known_rows
-    # Failed rows have no answer and are counted separately.
-    return receipt.rows - sum(receipt.faults.values())
+    # Rows without an answer are counted separately.
+    return receipt.rows - sum(receipt.faults.values()) - receipt.not_asked
 
 
 def short(value: object, most: int = 100) -> str:

@@ -51,7 +51,7 @@ def _blocks(summary: Summary) -> Iterator[list[str]]:
     if summary.renamed_sources:
         yield [f"renamed sources: {summary.renamed_sources:,}"]
     for sample in summary.samples:
-        yield [f"  {name}: {short(value)}" for name, value in sample.items()]
+        yield [f"  {name}: {short(value)}" for name, value in sample.items() if value is not None]
     yield _where_to_read(summary)
 
 

@@ -34,7 +34,7 @@ from glmbatch.run.work import Assignment, Question, now
 from glmbatch.settings.columns import Columns
 from glmbatch.steps.answers import Answer, AnswerCounter, answers_table
 from glmbatch.steps.generate import Writing
-from glmbatch.steps.prompt import Prompt, RowFault, RowValues
+from glmbatch.steps.prompt import NoPrompt, Prompt, RowFault, RowValues
 from glmbatch.store.folder import Folder
 
 # A run stops when the model has failed on this many whole fragments and distinct rows without one
@@ -53,7 +53,7 @@ class Part:
 
     fragment: Fragment
     key: str
-    rows: list[RowValues]
+    rows: list[RowValues | NoPrompt]
     earlier: dict[str, str]
 
 
@@ -64,7 +64,7 @@ class _Answered:
     `asked` has what the model was asked, by row key.
     """
 
-    prompts: Sequence[Prompt | RowFault]
+    prompts: Sequence[Prompt | NoPrompt]
     keys: Sequence[bytes | None]
     table: pa.Table
     asked: Asked
@@ -141,7 +141,7 @@ def _read_rows(
     question: Question,
     earlier: Callable[[str], pa.Table | None],
     session: Session,
-) -> list[RowValues]:
+) -> list[RowValues | NoPrompt]:
     """The placeholder values of each row. UnusableFile when the fragment cannot be read.
 
     The first step reads all columns of a local file, because the output needs also those that no
@@ -249,19 +249,19 @@ def _refuse_hopeless(
 def _in_row_order(
     question: Question,
     answers: pa.Table,
-    prompts: Sequence[Prompt | RowFault],
+    prompts: Sequence[Prompt | NoPrompt],
     keys: Sequence[bytes | None],
 ) -> pa.Table:
-    """A table with the answer of each row, or the fault that left it without a prompt, in order."""
-    faults = [Answer(prompt) for prompt in prompts if isinstance(prompt, RowFault)]
-    table = pa.concat_tables([answers, answers_table(question.step, question.model.labels, faults)])
+    """A table with the answer of each row, or why it has no prompt, in order."""
+    others = [Answer(prompt) for prompt in prompts if isinstance(prompt, NoPrompt)]
+    table = pa.concat_tables([answers, answers_table(question.step, question.model.labels, others)])
     answer_keys = answers.column(Columns(question.name).key).to_pylist()
     place_of = {key: place for place, key in enumerate(answer_keys)}
-    # Faults follow the answers, in the order of their rows.
-    fault_places = count(len(answers))
+    # Rows without a prompt follow the answers, in their order.
+    other_places = count(len(answers))
     places = []
     for key in keys:
-        places.append(next(fault_places) if key is None else place_of[key])
+        places.append(next(other_places) if key is None else place_of[key])
     return table.take(pa.array(places, pa.int64()))
 
 
@@ -321,7 +321,7 @@ def _completion_tokens(outcome: Outcome) -> int:
     return outcome.completion_tokens if isinstance(outcome, Writing) else 0
 
 
-def _prompt_lengths(prompts: Sequence[Prompt | RowFault]) -> dict[int, int]:
+def _prompt_lengths(prompts: Sequence[Prompt | NoPrompt]) -> dict[int, int]:
     lengths: Counter[int] = Counter()
     for prompt in prompts:
         if isinstance(prompt, Prompt):
@@ -329,7 +329,7 @@ def _prompt_lengths(prompts: Sequence[Prompt | RowFault]) -> dict[int, int]:
     return lengths
 
 
-def _reason(prompt: Prompt | RowFault) -> str | None:
+def _reason(prompt: Prompt | NoPrompt) -> str | None:
     return prompt.reason if isinstance(prompt, RowFault) else None
 
 

@@ -18,14 +18,14 @@ from glmbatch.ledger.manifest import MANIFEST, PublishedFile
 from glmbatch.ledger.receipts import whole_digest
 from glmbatch.report.counts import Audit
 from glmbatch.run.ask import Outcome, ask
-from glmbatch.run.plan import prompt_inputs
 from glmbatch.run.prompts import build_question_prompts, key_prompts, rows_of
 from glmbatch.run.session import session_of
-from glmbatch.run.work import PromptInputs, Question, RunContext
+from glmbatch.run.work import Question, RunContext
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, CanaryConfig, ClassifyStep, JobConfig, answer_columns
 from glmbatch.steps.classify import Choice
 from glmbatch.steps.generate import Writing
+from glmbatch.steps.inputs import PromptInputs, prompt_inputs
 from glmbatch.store.files import committed, real_path
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.modes import narrow
@@ -126,7 +126,12 @@ def check_canary(
     steps = [question.step for question in questions]
     inputs = [question.inputs for question in questions]
     table = _frozen(canary.file, _needed_columns(steps, inputs))
-    return [_audit(question, table, run, canary.max_change) for question in asked]
+    audits = []
+    for question in asked:
+        rows = _rows_with_answer(question, table)
+        if rows:
+            audits.append(_audit(question, table, rows, run, canary.max_change))
+    return audits
 
 
 def check_canary_file(job: JobConfig) -> None:
@@ -161,22 +166,33 @@ def _frozen(file: str, columns: set[str]) -> pa.Table:
     return table
 
 
-def _audit(question: Question, table: pa.Table, run: RunContext, max_change: float) -> Audit:
+def _rows_with_answer(question: Question, table: pa.Table) -> list[int]:
+    """The frozen rows that the step was asked about, whatever its condition is now."""
+    answers = table.select(answer_columns(question.step)[:2]).to_pylist()
+    return [
+        row for row, answer in enumerate(answers) if any(v is not None for v in answer.values())
+    ]
+
+
+def _audit(
+    question: Question, whole: pa.Table, rows: Sequence[int], run: RunContext, max_change: float
+) -> Audit:
+    table = whole.take(pa.array(rows, pa.int64()))
     values = {}
     for name, column in question.inputs.columns.items():
         values[name] = prompt_values(table.column(column))
     # The frozen answers, not this run's, so that each step is judged alone.
     for name in question.inputs.earlier:
         values[name] = prompt_values(table.column(name))
+    frozen = table.select(answer_columns(question.step)[:2]).to_pylist()
     prompts = build_question_prompts(question, rows_of(values, len(table)))
     keys, distinct = key_prompts(question, prompts)
     outcomes = ask(question, distinct, session_of(run), counted=False).outcomes
-    frozen = table.select(answer_columns(question.step)[:2]).to_pylist()
     # In float32 the batch never changes a text; in half precision it changes the rounding.
     exact = question.model.config.dtype == "float32"
     changed = 0
     cases = []
-    for row, (key, before) in enumerate(zip(keys, frozen, strict=True)):
+    for row, key, before in zip(rows, keys, frozen, strict=True):
         # A frozen row had an answer, so a row without a prompt now counts as changed.
         outcome = None if key is None else outcomes[key]
         if not _same(question.step, outcome, before, exact):

@@ -34,7 +34,6 @@ from glmbatch.run.work import (
     Assignment,
     Bundle,
     Model,
-    PromptInputs,
     Question,
     Run,
     RunContext,
@@ -42,17 +41,12 @@ from glmbatch.run.work import (
     now,
     plan_passes,
 )
-from glmbatch.settings.job import (
-    AnyStep,
-    DataConfig,
-    GenerateStep,
-    JobConfig,
-    answer_columns,
-)
+from glmbatch.settings.job import AnyStep, DataConfig, GenerateStep, JobConfig
 from glmbatch.steps.classify import encode_labels
+from glmbatch.steps.inputs import PromptInputs, check_conditions, prompt_inputs, schema_needs
 from glmbatch.steps.prompt import longest_prompt, uses_chat
 from glmbatch.store.files import real_path
-from glmbatch.store.inputs.needs import NeededColumn, SchemaNeeds
+from glmbatch.store.inputs.needs import SchemaNeeds
 
 # Small fragments share tasks where each engine process would have more than this many. A task costs
 # Prefect some 20 ms, and too few of them would leave engines without work.
@@ -77,37 +71,6 @@ def check_job(job: JobConfig) -> None:
                 from glmbatch.glm.checkpoint.load import read_checkpoint
 
                 read_checkpoint(located.path, located.adapter)
-
-
-def prompt_inputs(job: JobConfig) -> dict[str, PromptInputs]:
-    """Where each step's placeholders get their values, by step name.
-
-    The only place that knows the rule of the text column: both {text} and the column's own name
-    stand for it.
-    """
-    inputs = {}
-    for step in job.steps:
-        columns = job.source_columns(step)
-        texts = [name for name, column in columns.items() if column == job.data.text_column]
-        inputs[step.name] = PromptInputs(
-            columns=columns, earlier=tuple(job.earlier_steps(step)), texts=tuple(texts)
-        )
-    return inputs
-
-
-def schema_needs(job: JobConfig, inputs: dict[str, PromptInputs]) -> SchemaNeeds:
-    """The columns that the job reads from each file, and those that it writes."""
-    read: list[NeededColumn] = []
-    written: dict[str, str] = {}
-    for index, step in enumerate(job.steps):
-        written.update(dict.fromkeys(answer_columns(step), step.name))
-        for name, column in inputs[step.name].columns.items():
-            is_text = name in inputs[step.name].texts
-            setting = "data.text_column" if is_text else f"steps[{index}].prompt_template"
-            read.append(NeededColumn(column, setting, is_text))
-    if job.data.id_column is not None:
-        read.append(NeededColumn(job.data.id_column, "data.id_column", False))
-    return SchemaNeeds(tuple(read), written)
 
 
 def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
@@ -229,7 +192,9 @@ def basis_of_run(data: DataConfig, questions: Sequence[Question]) -> str:
     """What decides, besides a source, the files that a run of `questions` publishes for it."""
     steps = []
     for question in questions:
-        steps.append([question.name, question.key, question.inputs.model_dump(mode="json")])
+        # Without `when` where it is unset: what was published before it existed stays as it is.
+        inputs = question.inputs.model_dump(mode="json", exclude_defaults=True)
+        steps.append([question.name, question.key, inputs])
     return basis_of([steps, data.rows_per_fragment, data.format, data.id_column, data.follow_links])
 
 
@@ -260,6 +225,8 @@ def resolve_questions(
                 models_at_once=at_once,
             )
         )
+    labels = {question.name: question.model.labels for question in questions}
+    check_conditions(job.steps, inputs, labels)
     return tuple(questions)
 
 
@@ -307,8 +274,14 @@ def _bundle(
             # The key includes those of the earlier steps, whose answers are part of the prompts.
             earlier = {name: own[name] for name in question.inputs.earlier}
             columns = question.inputs.columns
+            when = question.inputs.when
             own[question.name] = answers_key(
-                fragment, question.name, question.key, columns, earlier
+                fragment,
+                question.name,
+                question.key,
+                columns,
+                earlier,
+                when=(when.text, when.columns) if when else None,
             )
         own_keys = tuple(own[question.name] for own in answers)
         keys[question.name] = AnswersKeys(file=bundle_key(own_keys), fragments=own_keys)

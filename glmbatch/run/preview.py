@@ -18,43 +18,41 @@ from glmbatch.ledger.input.unchanged import receipts_of
 from glmbatch.ledger.known.answers import KnownAnswers
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, PublishedFile, StepOrigin
-from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.ledger.rowkeys import answer_settings
-from glmbatch.report.counts import busy_seconds
+from glmbatch.report.counts import latest_rate
 from glmbatch.report.text import left_out
 from glmbatch.run.audits import check_errors
 from glmbatch.run.canary import check_canary_file
 from glmbatch.run.models import describe_model, prepare_models
 from glmbatch.run.plan import assign, plan_run
 from glmbatch.run.prompts import (
+    Earlier,
     build_question_prompts,
     earlier_values,
     key_prompts,
-    rows_of,
-    source_values,
+    prompt_rows,
+    source_table,
     triage,
 )
 from glmbatch.run.session import index_answers
 from glmbatch.run.work import Model, Question
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, JobConfig
-from glmbatch.steps.prompt import Prompt, RowFault
+from glmbatch.steps.prompt import NoPrompt, NotAsked, Prompt, RowFault
 from glmbatch.store.inputs.find import Skipped
 
 NEW = "new text"
 FAILED = "failed before"
-COUNTS = ("rows", "to_run", "reused", "skipped", "waiting", "prompt_tokens")
-
-# The known answers of one step in row order; None for a row that a run would ask about.
-Known = Sequence[str | RowFault | None]
+COUNTS = ("rows", "to_run", "reused", "skipped", "not_asked", "waiting", "prompt_tokens")
 
 
 class StepPreview(BaseModel, frozen=True, extra="forbid"):
-    """One step over one source file, counted in rows: `rows` = `to_run` + `reused` + `skipped`.
+    """One step over one source file, in rows: `to_run` + `reused` + `skipped` + `not_asked`.
 
     `reused` rows take the answer of another row, committed or still to be asked. `skipped` rows
-    have no prompt. `waiting` rows are the part of `to_run` whose prompts need answers that do not
-    exist yet; `prompt_tokens` counts the other rows to run. `reasons` counts rows to run or skip.
+    have no prompt, `not_asked` ones do not meet the step's condition. `waiting` rows are the part
+    of `to_run` whose prompts need answers that do not exist yet; `prompt_tokens` counts the other
+    rows to run. `reasons` counts rows to run or skip.
     """
 
     source: str
@@ -66,6 +64,7 @@ class StepPreview(BaseModel, frozen=True, extra="forbid"):
     waiting: int
     prompt_tokens: int
     reasons: dict[str, int]
+    not_asked: int = 0
 
 
 class Preview(BaseModel, frozen=True, extra="forbid"):
@@ -134,8 +133,9 @@ def _unchanged_steps(sources: int, files: Sequence[PublishedFile]) -> Iterator[S
             step=receipt.step,
             rows=receipt.rows,
             to_run=0,
-            reused=receipt.rows - failed,
+            reused=receipt.rows - failed - receipt.not_asked,
             skipped=failed,
+            not_asked=receipt.not_asked,
             waiting=0,
             prompt_tokens=0,
             reasons=dict(receipt.faults),
@@ -170,26 +170,28 @@ class _Counted:
 
     def add(self, fragment: Fragment) -> None:
         """Count the rows of one fragment, step by step. UnusableFile when it cannot be read."""
-        answers: dict[str, Known] = {}
+        answers: dict[str, Earlier] = {}
         for question in self._questions:
             answers[question.name] = self._add(fragment, question, answers)
 
-    def _add(self, fragment: Fragment, question: Question, answers: Mapping[str, Known]) -> Known:
+    def _add(
+        self, fragment: Fragment, question: Question, answers: Mapping[str, Earlier]
+    ) -> Earlier:
         """Count the rows of one step; return the known answers, in row order."""
         prompts = _prompts(fragment, question, answers)
         keys, distinct = key_prompts(question, prompts)
         sorted_out = triage(question, distinct, self._known[question.name, question.key])
-        known = _values_by_key(question, sorted_out.known)
+        known = _places_by_key(question, sorted_out.known)
         place = (fragment.source, question.name)
         self._counts[place]["rows"] += len(prompts)
-        values: list[str | RowFault | None] = []
         for key, prompt in zip(keys, prompts, strict=True):
+            if isinstance(prompt, NotAsked):
+                self._counts[place]["not_asked"] += 1
+                continue
             if isinstance(prompt, RowFault):
                 self._counts[place]["skipped"] += 1
                 self._reasons[place][prompt.kind] += 1
-                values.append(RowFault("earlier_step_failed", prompt.reason))
                 continue
-            values.append(known.get(key))
             # Known, or asked for an earlier row or fragment with the same text.
             if key in known or key in self._asked[question.key]:
                 self._counts[place]["reused"] += 1
@@ -199,7 +201,7 @@ class _Counted:
             self._reasons[place][reason or NEW] += 1
             if key is not None:
                 self._asked[question.key].add(key)
-        return values
+        return _known(question, prompts, [known.get(key) for key in keys], sorted_out.known)
 
     def _count_asked(self, place: tuple[str, str], prompt: Prompt | None) -> None:
         counts = self._counts[place]
@@ -220,32 +222,36 @@ class _Counted:
 
 
 def _prompts(
-    fragment: Fragment, question: Question, answers: Mapping[str, Known]
-) -> list[Prompt | RowFault | None]:
-    """The prompt of each row in order: a fault if it has none, None if it waits for an answer."""
-    values: dict[str, Sequence[str | bytes | RowFault | None]] = {}
-    values.update(source_values(fragment, question.inputs.columns))
-    for name in question.inputs.earlier:
-        values[name] = answers[name]
-    ready = []
-    places = []
-    rows = rows_of(values, fragment.rows)
-    for place, row in enumerate(rows):
-        # None in a source column is a null, which is a fault of the row. None from an earlier step
-        # is an answer that a run would ask for first.
-        if not any(row[name] is None for name in question.inputs.earlier):
-            ready.append(row)
-            places.append(place)
-    prompts: list[Prompt | RowFault | None] = [None] * len(rows)
-    built = build_question_prompts(question, ready)
-    for place, prompt in zip(places, built, strict=True):
-        prompts[place] = prompt
-    return prompts
+    fragment: Fragment, question: Question, answers: Mapping[str, Earlier]
+) -> list[Prompt | NoPrompt | None]:
+    """The prompt of each row in order, or why it has none; None if it waits for an answer."""
+    rows = prompt_rows(question, source_table(fragment, question), answers)
+    built = iter(build_question_prompts(question, [row for row in rows if row is not None]))
+    return [None if row is None else next(built) for row in rows]
 
 
-def _values_by_key(question: Question, answers: pa.Table) -> dict[bytes | None, str | RowFault]:
+def _places_by_key(question: Question, answers: pa.Table) -> dict[bytes | None, int]:
     keys = answers.column(Columns(question.name).key).to_pylist()
-    return dict(zip(keys, earlier_values(answers, question.name), strict=True))
+    return {key: place for place, key in enumerate(keys)}
+
+
+def _known(
+    question: Question,
+    prompts: Sequence[Prompt | NoPrompt | None],
+    places: Sequence[int | None],
+    answers: pa.Table,
+) -> Earlier:
+    """What later steps take from `answers`, of which each row has the one at its place."""
+    values: list[str | NoPrompt | None] = list(earlier_values(answers, question.name))
+    known: list[str | NoPrompt | None] = []
+    for prompt, place in zip(prompts, places, strict=True):
+        if isinstance(prompt, RowFault):
+            known.append(RowFault("earlier_step_failed", prompt.reason))
+        elif isinstance(prompt, NotAsked):
+            known.append(prompt)
+        else:
+            known.append(None if place is None else values[place])
+    return Earlier(known, answers.take(pa.array(places, pa.int64())))
 
 
 def _what_changed(question: Question, manifest: Manifest | None) -> str | None:
@@ -284,22 +290,11 @@ def _estimate(steps: Sequence[StepPreview], ledger: Ledger) -> float | None:
     receipts = list(ledger.published_receipts())
     seconds = 0.0
     for name, rows in to_run.items():
-        rate = _rows_per_second([receipt for receipt in receipts if receipt.step == name])
+        rate = latest_rate([receipt for receipt in receipts if receipt.step == name])
         if rate is None:
             return None
         seconds += rows / rate
     return seconds
-
-
-def _rows_per_second(receipts: Sequence[AnswersReceipt]) -> float | None:
-    """The rate of the latest run that computed any rows; None if no run did."""
-    busy = [receipt for receipt in receipts if receipt.computed_rows]
-    if not busy:
-        return None
-    latest = max(busy, key=lambda receipt: receipt.began).run
-    busy = [receipt for receipt in busy if receipt.run == latest]
-    seconds = busy_seconds(busy)
-    return sum(receipt.computed_rows for receipt in busy) / seconds if seconds else None
 
 
 def describe_plan(plan: Preview) -> str:
@@ -338,8 +333,11 @@ def _table(plan: Preview) -> Iterator[str]:
         return f"{source:<{width}}  {step:<16}  {middle}  {why}".rstrip()
 
     # Waiting rows are part of those to run; a sentence below the table mentions them.
-    names = ("rows", "to_run", "reused", "skipped", "prompt_tokens")
-    yield line("file", "step", ("rows", "to run", "reused", "skipped", "tokens"), "why")
+    names = {"rows": "rows", "to_run": "to run", "reused": "reused", "skipped": "skipped"}
+    if any(step.not_asked for step in plan.steps):
+        names["not_asked"] = "not asked"
+    names["prompt_tokens"] = "tokens"
+    yield line("file", "step", list(names.values()), "why")
     totals: dict[str, Counter[str]] = defaultdict(Counter)
     for step in plan.steps:
         numbers = step.model_dump(include=set(names))

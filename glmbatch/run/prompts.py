@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,8 +19,30 @@ from glmbatch.ledger.rowkeys import row_key
 from glmbatch.run.models import tokenizer_of
 from glmbatch.run.work import Question
 from glmbatch.settings.columns import Columns
-from glmbatch.steps.prompt import Prompt, RowFault, RowValues, build_prompts
+from glmbatch.settings.conditions import parse_condition
+from glmbatch.settings.job import placeholders
+from glmbatch.steps.inputs import WhenInputs
+from glmbatch.steps.prompt import (
+    NoPrompt,
+    NotAsked,
+    Prompt,
+    RowFault,
+    RowValues,
+    build_prompts,
+)
+from glmbatch.store.inputs.conditions import rows_where
 from glmbatch.store.values import prompt_values
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The answers of an earlier step in row order: what a prompt takes, and the whole table.
+
+    Of `values`, None is an answer that does not exist yet; the table is null there.
+    """
+
+    values: Sequence[str | NoPrompt | None]
+    table: pa.Table
 
 
 def read_prompt_rows(
@@ -28,26 +51,93 @@ def read_prompt_rows(
     earlier: Callable[[str], pa.Table | None],
     *,
     whole: bool = False,
-) -> list[RowValues]:
-    """The placeholder values of each row of a fragment in order.
+) -> list[RowValues | NoPrompt]:
+    """The placeholder values of each row of a fragment in order, or why it has no prompt.
 
-    Reads only the columns that the prompt names; with `whole` it decodes the others too. `earlier`
+    Reads only the columns that the question uses; with `whole` it decodes the others too. `earlier`
     gives the answers of an earlier step, None if that could not read the fragment. If an
     earlier step failed on a row, a RowFault takes the value's place. UnusableFile when the fragment
     cannot be read.
     """
-    values: dict[str, Sequence[str | bytes | RowFault | None]] = {}
-    values.update(source_values(fragment, question.inputs.columns, whole=whole))
+    source = source_table(fragment, question, whole=whole)
+    answers: dict[str, Earlier] = {}
     for name in question.inputs.earlier:
         table = earlier(name)
         if table is None:
             raise UnusableFile(f"{fragment.path}: step {name!r} could not read it")
-        values[name] = earlier_values(table, name)
-    return rows_of(values, fragment.rows)
+        answers[name] = Earlier(earlier_values(table, name), table)
+    rows = prompt_rows(question, source, answers)
+    return [row for row in rows if row is not None]  # no row waits: each earlier step is done
+
+
+def source_table(fragment: Fragment, question: Question, *, whole: bool = False) -> pa.Table:
+    """The source columns that the prompt and the condition use, in row order.
+
+    With `whole`, all columns are decoded. UnusableFile when the fragment cannot be read.
+    """
+    when = question.inputs.when
+    # Several placeholders may stand for one column, which is read once.
+    names = {*question.inputs.columns.values(), *(when.columns.values() if when else ())}
+    batches = []
+    if names or whole:
+        batches = list(read_fragment(fragment, sorted(names), whole=whole))
+    if batches and names:
+        return pa.Table.from_batches(batches)
+    # As long as the fragment, because a table without columns has no length.
+    return pa.table({name: pa.nulls(fragment.rows) for name in names or {"no column"}})
+
+
+def prompt_rows(
+    question: Question, source: pa.Table, earlier: Mapping[str, Earlier]
+) -> list[RowValues | NoPrompt | None]:
+    """The placeholder values of each row, or why it has no prompt; None if it waits for an answer.
+
+    `source` and `earlier` have what the question uses.
+    """
+    values: dict[str, Sequence[str | bytes | NoPrompt | None]] = {}
+    for name, column in question.inputs.columns.items():
+        values[name] = prompt_values(source.column(column))
+    used = [name for name in placeholders(question.step.prompt_template) if name in earlier]
+    values.update({name: earlier[name].values for name in used})
+    rows: list[RowValues | NoPrompt | None] = []
+    asked = _asked(question.inputs.when, source, earlier)
+    for row, is_asked in zip(rows_of(values, len(source)), asked, strict=True):
+        if isinstance(is_asked, NoPrompt):
+            rows.append(is_asked)
+            continue
+        # None in a source column is a null, which is a fault of the row.
+        waits = is_asked is None or any(row[name] is None for name in used)
+        rows.append(None if waits else row)
+    return rows
+
+
+def _asked(
+    when: WhenInputs | None, source: pa.Table, earlier: Mapping[str, Earlier]
+) -> Sequence[Literal[True] | NoPrompt | None]:
+    """Whether each row is asked: True, or why it is not; None if that waits for an answer."""
+    if when is None:
+        return [True] * len(source)
+    columns = {name: source.column(column) for name, column in when.columns.items()}
+    unknown = {}
+    for name, step in when.answers.items():
+        columns[name] = earlier[step].table.column(name)
+        # A row on which the step was not asked is known to have no answer.
+        is_open = [value is None or isinstance(value, RowFault) for value in earlier[step].values]
+        unknown[name] = pa.chunked_array([pa.array(is_open, pa.bool_())])
+    asked: list[Literal[True] | NoPrompt | None] = []
+    steps = list(dict.fromkeys(when.answers.values()))
+    for row, holds in enumerate(rows_where(parse_condition(when.text), columns, unknown)):
+        if holds is not None:
+            asked.append(True if holds else NotAsked())
+            continue
+        deciding = [earlier[step].values[row] for step in steps]
+        faults = [value for value in deciding if isinstance(value, RowFault)]
+        asked.append(None if None in deciding else faults[0])
+    return asked
 
 
 def rows_of(
-    values: Mapping[str, Sequence[str | bytes | RowFault | None]], length: int
+    values: Mapping[str, Sequence[str | bytes | NoPrompt | None]], length: int
 ) -> list[RowValues]:
     """The rows of columns of `length` values, in order, each with the columns' names as keys."""
     rows: list[RowValues] = []
@@ -56,42 +146,26 @@ def rows_of(
     return rows
 
 
-def source_values(
-    fragment: Fragment, columns: Mapping[str, str], *, whole: bool = False
-) -> dict[str, list[str | bytes | None]]:
-    """For each placeholder in `columns`, the values of its source column in row order.
-
-    With `whole`, all columns are decoded. UnusableFile when the fragment cannot be read.
-    """
-    if not columns and not whole:
-        return {}
-    # Several placeholders may stand for one column, which is read once.
-    batches = list(read_fragment(fragment, sorted(set(columns.values())), whole=whole))
-    if not batches:
-        return {name: [] for name in columns}
-    table = pa.Table.from_batches(batches)
-    return {name: prompt_values(table.column(column)) for name, column in columns.items()}
-
-
-def earlier_values(table: pa.Table, step: str) -> list[str | RowFault]:
+def earlier_values(table: pa.Table, step: str) -> list[str | NoPrompt]:
     """The values that a later prompt takes from the answers of `step`, in row order.
 
-    A row on which `step` failed has a RowFault instead.
+    A row on which `step` failed has a RowFault instead, and one that it has no answer for without
+    a failure is not asked about.
     """
-    values: list[str | RowFault] = []
+    values: list[str | NoPrompt] = []
     faults = table.column(Columns(step).error).to_pylist()
     for value, fault in zip(table.column(step).to_pylist(), faults, strict=True):
-        if fault is None:
-            values.append(value)
-        else:
+        if fault is not None:
             values.append(RowFault("earlier_step_failed", f"{step} failed: {fault}"))
+        else:
+            values.append(NotAsked() if value is None else value)
     return values
 
 
 def build_question_prompts(
-    question: Question, rows: Sequence[RowValues]
-) -> list[Prompt | RowFault]:
-    """The prompt of each row, or the fault that prevents one, in the order of `rows`."""
+    question: Question, rows: Sequence[RowValues | NoPrompt]
+) -> list[Prompt | NoPrompt]:
+    """The prompt of each row, or why it has none, in the order of `rows`."""
     return build_prompts(
         question.step,
         rows,
@@ -103,7 +177,7 @@ def build_question_prompts(
 
 
 def key_prompts(
-    question: Question, prompts: Sequence[Prompt | RowFault | None]
+    question: Question, prompts: Sequence[Prompt | NoPrompt | None]
 ) -> tuple[list[bytes | None], dict[bytes, Prompt]]:
     """The row key of each prompt in order, None for a row without one; and the prompts by row key.
 

@@ -25,11 +25,11 @@ from glmbatch.report.display import showing_bar
 from glmbatch.report.summary import Summary
 from glmbatch.run.job import run_job
 from glmbatch.run.models import prepare_models
-from glmbatch.run.plan import prompt_inputs, resolve_questions, schema_needs
+from glmbatch.run.plan import resolve_questions
 from glmbatch.run.session import newest_progress
-from glmbatch.run.work import PromptInputs
 from glmbatch.settings.job import JobConfig, answer_columns
 from glmbatch.settings.jobfile import load_job, parse_settings
+from glmbatch.steps.inputs import PromptInputs, prompt_inputs, schema_needs
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import DIGEST_CHARS, commit, digest_file, partial_beside
 from glmbatch.store.folder import Folder

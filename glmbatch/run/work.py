@@ -3,7 +3,6 @@
     Run           the rows to answer, cut into fragments; made by plan_run
     RunContext    the part of a Run that every task needs; its live counterpart is a Session
     Model         a checkpoint that was checked and digested
-    PromptInputs  where the placeholders of one template get their values
     Question      one resolved step: all that is needed to ask it about any row
     Bundle        a large fragment, or small ones that share their tasks, and all its assignments
     Assignment    one question over one bundle
@@ -22,6 +21,7 @@ from pydantic import BaseModel
 
 from glmbatch.ledger.fragments import Fragment, Plan, bundle_name
 from glmbatch.settings.job import AnyStep, ModelConfig, RuntimeConfig
+from glmbatch.steps.inputs import PromptInputs
 from glmbatch.store.inputs.needs import SchemaNeeds
 
 # Both clocks are read once, together: the system time may be changed while the process runs.
@@ -73,19 +73,6 @@ class RunContext(BaseModel, frozen=True, extra="forbid"):
         return self.on_error == "raise"
 
 
-class PromptInputs(BaseModel, frozen=True, extra="forbid"):
-    """Where the placeholders of one prompt template get their values.
-
-    `columns` maps placeholders to source columns. `earlier` names the steps whose answers the
-    prompt uses. `texts` are the placeholders that stand for the text column: they must not be
-    blank, and they are cut when a prompt is too long.
-    """
-
-    columns: dict[str, str]
-    earlier: tuple[str, ...]
-    texts: tuple[str, ...]
-
-
 class Run(BaseModel, frozen=True, extra="forbid"):
     """One run of a job: its context, its fragments, and each step's prompt inputs by step name.
 
@@ -129,7 +116,7 @@ class AnswersKeys(BaseModel, frozen=True, extra="forbid"):
 class Assignment(BaseModel, frozen=True, extra="forbid"):
     """One question over the fragments of one bundle.
 
-    `earlier` has the keys of each step whose answers the prompts use.
+    `earlier` has the keys of each step whose answers the prompts or the condition use.
     """
 
     run: RunContext  # included so that a task needs no other argument

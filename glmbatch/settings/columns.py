@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# In the column of error types, for a row that is null without an error.
+NOT_ASKED = "not_asked"
+
 
 @dataclass(frozen=True, slots=True)
 class Columns:
@@ -16,7 +19,7 @@ class Columns:
 
     @property
     def answer(self) -> str:
-        """The label or the text; null if the row failed."""
+        """The label or the text; null if the row failed or was not asked."""
         return self.step
 
     @property
@@ -56,12 +59,12 @@ class Columns:
 
     @property
     def error(self) -> str:
-        """Why the row failed, as a sentence; null if it has an answer."""
+        """Why the row failed, as a sentence; null if it did not."""
         return f"{self.step}_error"
 
     @property
     def error_type(self) -> str:
-        """Why the row failed, as a short code; null if it has an answer."""
+        """Why the row has no answer, as a short code; null if it has one."""
         return f"{self.step}_error_type"
 
     @property

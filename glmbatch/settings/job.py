@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from glmbatch.settings.addresses import has_credentials
+from glmbatch.settings.conditions import columns_of, parse_condition
 from glmbatch.settings.kinds import Address, LocalAddress, Settings, Share
 from glmbatch.settings.model import ModelConfig, ModelSetting
 from glmbatch.settings.steps import (
@@ -275,21 +276,34 @@ class JobConfig(Settings):
                 writers[folded] = step.name
         return self
 
+    @model_validator(mode="after")
+    def _conditions_use_earlier_answers(self) -> JobConfig:
+        later: dict[str, str] = {}
+        for place in reversed(range(len(self.steps))):
+            step = self.steps[place]
+            later.update(dict.fromkeys(answer_columns(step), step.name))
+            for name in conditioned_columns(step):
+                if name in later:
+                    raise ValueError(
+                        f"steps[{place}].when uses {name!r}, which step {later[name]!r} does not "
+                        "answer before; use a column of the input or of an earlier step"
+                    )
+        return self
+
     def model_of(self, step: Step) -> ModelConfig:
         """The checkpoint that answers `step`."""
         return step.model or self.model
+
+    def steps_before(self, step: Step) -> list[AnyStep]:
+        """The steps that are asked before `step`, in order."""
+        names = [other.name for other in self.steps]
+        return self.steps[: names.index(step.name)]
 
     def earlier_steps(self, step: Step) -> list[str]:
         """Names of the steps whose answers the prompt of `step` uses, in the order they run."""
         wanted = placeholders(step.prompt_template)
         # The step's own name, or a later one's, is a source column: no answers exist yet.
-        names = []
-        for earlier in self.steps:
-            if earlier is step or earlier.name == step.name:
-                break
-            if earlier.name in wanted:
-                names.append(earlier.name)
-        return names
+        return [earlier.name for earlier in self.steps_before(step) if earlier.name in wanted]
 
     def source_columns(self, step: Step) -> dict[str, str]:
         """The source column of each placeholder of `step` that is not an earlier answer."""
@@ -299,3 +313,8 @@ class JobConfig(Settings):
             if name not in earlier:
                 columns[name] = self.data.text_column if name == TEXT else name
         return columns
+
+
+def conditioned_columns(step: Step) -> list[str]:
+    """Names of the columns that the condition of `step` uses; [] without a condition."""
+    return [] if step.when is None else columns_of(parse_condition(step.when))

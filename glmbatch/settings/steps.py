@@ -9,6 +9,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from glmbatch.errors import some_of
 from glmbatch.settings.columns import Columns
+from glmbatch.settings.conditions import parse_condition
 from glmbatch.settings.kinds import Settings, Share, StepName
 from glmbatch.settings.model import ModelSetting
 
@@ -26,6 +27,14 @@ class Step(Settings):
         min_length=1,
         description="Prompt of a row: {column} inserts the row's value, {{ and }} are braces. "
         "Put text that all rows share first: its keys and values are computed only once.",
+    )
+    when: str | None = Field(
+        None,
+        min_length=1,
+        max_length=2000,
+        description="Condition on a row's columns and earlier answers, such as "
+        "`stars < 3 and language in ('de', 'en')`; the step is asked only of rows for which it "
+        "holds. Empty: of all rows.",
     )
     system_prompt: str | None = Field(
         None, description="Instruction placed before the prompt. Empty: none."
@@ -54,6 +63,13 @@ class Step(Settings):
     def _placeholders(cls, template: str) -> str:
         placeholders(template)
         return template
+
+    @field_validator("when")
+    @classmethod
+    def _is_condition(cls, when: str | None) -> str | None:
+        if when is not None:
+            parse_condition(when)
+        return when
 
 
 class ClassifyAudits(Settings):

@@ -10,18 +10,18 @@ from typing import Any
 import pyarrow as pa
 
 from glmbatch.ledger.rowkeys import KEY_BYTES
-from glmbatch.settings.columns import Columns
+from glmbatch.settings.columns import NOT_ASKED, Columns
 from glmbatch.settings.job import AnyStep, ClassifyStep
 from glmbatch.steps.classify import Choice, choice_columns, choice_fields
 from glmbatch.steps.generate import Writing, writing_columns, writing_fields
-from glmbatch.steps.prompt import RowFault
+from glmbatch.steps.prompt import NoPrompt, NotAsked, RowFault
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The outcome of one row, and its row key. A row without a prompt has a fault and no key."""
+    """The outcome of one row, and its row key. A row without a prompt has no key."""
 
-    value: Choice | Writing | RowFault
+    value: Choice | Writing | NoPrompt
     key: bytes | None = None
 
 
@@ -56,7 +56,7 @@ def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[A
         choices.append(value if isinstance(value, Choice) else None)
         writings.append(value if isinstance(value, Writing) else None)
         reasons.append(value.reason if isinstance(value, RowFault) else None)
-        kinds.append(value.kind if isinstance(value, RowFault) else None)
+        kinds.append(_kind(value))
     if isinstance(step, ClassifyStep):
         columns = choice_columns(choices)
     else:
@@ -68,6 +68,13 @@ def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[A
         # With the field's type: a fragment in which every row failed has no values to infer it.
         arrays.append(pa.array(column, field.type))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _kind(value: Choice | Writing | NoPrompt) -> str | None:
+    """Why there is no answer, as a short code; None if there is one."""
+    if isinstance(value, RowFault):
+        return value.kind
+    return NOT_ASKED if isinstance(value, NotAsked) else None
 
 
 class AnswerCounter:
@@ -84,14 +91,16 @@ class AnswerCounter:
 
     def count(self, rows: slice) -> dict[str, Any]:
         """The fields of a receipt that count the answers in `rows`."""
-        faults, answers, *rest = (_present(column[rows]) for column in self._columns)
+        kinds, answers, *rest = (_present(column[rows]) for column in self._columns)
+        faults = Counter(kinds)
+        counts: dict[str, Any] = {"not_asked": faults.pop(NOT_ASKED, 0), "faults": faults}
         if self._classifies:
-            return {"faults": Counter(faults), "labels": Counter(answers)}
+            return {**counts, "labels": Counter(answers)}
         finish_reasons, tokens = rest
         # Blank counts as empty: an answer of spaces alone is useless to a reader.
         empty = [text for text in answers if not text.strip()]
         return {
-            "faults": Counter(faults),
+            **counts,
             "finish_reasons": Counter(finish_reasons),
             "empty_answers": len(empty),
             "answer_tokens": sum(tokens),

@@ -28,6 +28,11 @@ class RowFault:
 
 
 @dataclass(frozen=True, slots=True)
+class NotAsked:
+    """Stands for the prompt and the answer of a row that a step is not asked about. No failure."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """The prompt of one row: its text, and its token ids with the model's prefix.
 
@@ -41,7 +46,8 @@ class Prompt:
     is_cut: bool = False
 
 
-RowValues = Mapping[str, str | bytes | RowFault | None]
+NoPrompt = RowFault | NotAsked
+RowValues = Mapping[str, str | bytes | NoPrompt | None]
 
 
 def uses_chat(step: Step, *, has_head: bool, chats: bool = True) -> bool:
@@ -64,32 +70,33 @@ def longest_prompt(step: Step, max_positions: int, answer_tokens: int) -> int:
 
 def build_prompts(  # noqa: PLR0913 - facts about model and data beside the rows
     step: Step,
-    rows: Sequence[RowValues],
+    rows: Sequence[RowValues | NoPrompt],
     tokenizer: Tokenizer,
     *,
     chat: bool,
     max_input_tokens: int,
     texts: Sequence[str] = (TEXT,),
-) -> list[Prompt | RowFault]:
-    """The prompt of each row, in the order of `rows`, or the fault that prevents one.
+) -> list[Prompt | NoPrompt]:
+    """The prompt of each row, in the order of `rows`, or why it has none.
 
-    A row maps each placeholder of the template to its value. A value never acts as a chat turn, a
-    placeholder or a special token. `texts` are the placeholders of the text column:
-    `on_too_long: truncate` cuts the end of the text until the prompt has `max_input_tokens`.
+    A row maps each placeholder of the template to its value, or says itself why it has no prompt.
+    A value never acts as a chat turn, a placeholder or a special token. `texts` are the
+    placeholders of the text column: `on_too_long: truncate` cuts the end of the text until the
+    prompt has `max_input_tokens`.
     """
     needed = placeholders(step.prompt_template)
     render = partial(_render, step, chat)
     head = _head_ids(render(dict.fromkeys(needed, VALUE)).partition(VALUE)[0], tokenizer)
     checked = [_check_row(row, needed, texts) for row in rows]
     # One call to the tokenizer per fragment, with an empty text for a row without a prompt.
-    rendered = ["" if isinstance(row, RowFault) else render(row) for row in checked]
+    rendered = ["" if isinstance(row, NoPrompt) else render(row) for row in checked]
     # Texts that are surely too long are not encoded: 50 MB would take 2 GB and 18 s.
     endless = [tokenizer.surely_exceeds(text, max_input_tokens) for text in rendered]
     known = zip(rendered, endless, strict=True)
     encoded = tokenizer.encode(["" if is_endless else text for text, is_endless in known])
-    prompts: list[Prompt | RowFault] = []
+    prompts: list[Prompt | NoPrompt] = []
     for row, text, ids, is_endless in zip(checked, rendered, encoded, endless, strict=True):
-        if isinstance(row, RowFault):
+        if isinstance(row, NoPrompt):
             prompts.append(row)
         elif not is_endless and len(ids) <= max_input_tokens:
             shared = len(head) if ids[: len(head)] == head else 0
@@ -124,13 +131,15 @@ def _head_ids(head: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _check_row(
-    row: RowValues, needed: Sequence[str], texts: Sequence[str]
-) -> Mapping[str, str] | RowFault:
-    """The values of the `needed` placeholders as text, or the first fault among them."""
+    row: RowValues | NoPrompt, needed: Sequence[str], texts: Sequence[str]
+) -> Mapping[str, str] | NoPrompt:
+    """The values of the `needed` placeholders as text, or the first reason against a prompt."""
+    if isinstance(row, NoPrompt):
+        return row
     values: dict[str, str] = {}
     for name in needed:
         value = row[name]
-        if isinstance(value, RowFault):
+        if isinstance(value, NoPrompt):
             return value
         if value is None:
             return RowFault("null_value", f"{name} is null")

@@ -324,12 +324,14 @@ def check_column(  # noqa: PLR0913 - what is asked of the column, and how a mess
     setting: str,
     *,
     text: bool,
+    plain: bool = True,
     folders: Sequence[str] = (),
 ) -> None:
     """InputError unless `schema` has exactly one column `name`, with values that read as text.
 
-    With `text`, the column itself must be text. `setting` is the setting that names the column.
-    `folders` are the columns from folder names, which the message lists too.
+    With `text`, the column itself must be text. Without `plain`, it may have any type. `setting` is
+    the setting that names the column. `folders` are the columns from folder names, which the
+    message lists too.
     """
     if schema.names.count(name) != 1:
         problem = (
@@ -341,6 +343,6 @@ def check_column(  # noqa: PLR0913 - what is asked of the column, and how a mess
     kind = schema.field(name).type
     if text and not is_text(kind):
         raise InputError(f"{where}: column {name!r} holds {kind}, not text. Set {setting}.")
-    if not is_plain(kind):
+    if plain and not is_plain(kind):
         use = "cannot name a row" if setting == "data.id_column" else "has no place in a prompt"
         raise InputError(f"{where}: column {name!r} holds {kind}, which {use}. Set {setting}.")

@@ -13,7 +13,7 @@ import numpy as np
 from glmbatch.errors import InputError
 from glmbatch.glm.tokenizer import Tokenizer
 from glmbatch.settings.job import ClassifyStep, GenerateStep
-from glmbatch.steps.prompt import Prompt, build_prompts
+from glmbatch.steps.prompt import Prompt, RowFault, build_prompts
 from glmbatch.tuning.examples import Example
 
 STEP = "predicted"  # name of the step, and of the answer column when a checkpoint is scored
@@ -86,11 +86,12 @@ def encode_rows(
     numbers = {label: number for number, label in enumerate(labels)}
     rows = []
     for example, prompt, answer in zip(examples, prompts, answers, strict=True):
-        if not isinstance(prompt, Prompt):
+        if isinstance(prompt, RowFault):
             raise InputError(
                 f"{example.place}: its prompt cannot be built: {prompt.reason}. "
                 "Raise training.max_input_tokens."
             )
+        assert isinstance(prompt, Prompt)  # a training has no condition
         ids = np.array(prompt.ids, np.int32)
         # A complete answer ends with the end token, which no text contains.
         cut = len(answer) > 0 and int(answer[-1]) != tokenizer.eos_id

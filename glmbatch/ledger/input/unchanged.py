@@ -141,6 +141,7 @@ def receipts_of(files: Iterable[PublishedFile]) -> list[AnswersReceipt]:
         for step, counts in file.counts.items():
             sums[step].update(
                 rows=counts.rows,
+                not_asked=counts.not_asked,
                 empty_answers=counts.empty_answers,
                 answer_tokens=counts.answer_tokens,
             )

@@ -14,6 +14,8 @@ from urllib.parse import unquote, unquote_to_bytes
 import pyarrow as pa
 
 from glmbatch.errors import InputError, UnusableFile, shown
+from glmbatch.settings.conditions import parse_condition
+from glmbatch.store.inputs.conditions import check_tests
 from glmbatch.store.parquet import check_column
 from glmbatch.store.paths import AnyPath
 
@@ -22,22 +24,37 @@ NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 @dataclass(frozen=True, slots=True)
 class NeededColumn:
-    """A column that a job reads, and the setting that names it; `is_text` if it must be text."""
+    """A column that a job reads, and the setting that names it; `is_text` if it must be text.
+
+    Its values must have a text of their own, unless it `is_tested` by a condition alone.
+    """
 
     name: str
     setting: str
     is_text: bool
+    is_tested: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NeededTests:
+    """The setting with a condition, its text, and the source columns by their names in it."""
+
+    setting: str
+    condition: str
+    columns: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class SchemaNeeds:
     """The columns that a job reads from each file, and those that it writes.
 
-    `written` maps each column that the job writes to its step.
+    `written` maps each column that the job writes to its step. `tests` are the conditions whose
+    tests the columns must allow.
     """
 
     read: tuple[NeededColumn, ...]
     written: Mapping[str, str]
+    tests: tuple[NeededTests, ...] = ()
 
 
 def folder_columns(name: str | PurePosixPath) -> dict[str, str | None]:
@@ -98,7 +115,14 @@ def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds
                     needed.name,
                     needed.setting,
                     text=needed.is_text,
+                    plain=not needed.is_tested,
                     folders=tuple(folders),
                 )
+        for tests in needs.tests:
+            kinds = {}
+            for column_name, column in tests.columns.items():
+                is_given = column in given
+                kinds[column_name] = pa.string() if is_given else schema.field(column).type
+            check_tests(parse_condition(tests.condition), kinds, (shown(path), tests.setting))
     except InputError as error:
         raise UnusableFile(str(error)) from error

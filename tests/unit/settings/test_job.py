@@ -91,6 +91,18 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
             {"steps": [{"kind": "generate", "name": name} for name in "aA"]},
             "both write a column 'A'",
         ),
+        (
+            {"steps": [{"kind": "generate", "name": "a", "when": "stars <"}]},
+            "steps[0].when: stars < is no condition: invalid syntax",
+        ),
+        (
+            {"steps": [{"kind": "generate", "name": "a", "when": "a_error is null"}]},
+            "steps[0].when uses 'a_error', which step 'a' does not answer before",
+        ),
+        (
+            {"steps": [{"kind": "generate", "name": n, "when": "b == 'x'"} for n in "ab"]},
+            "steps[1].when uses 'b', which step 'b' does not answer before",
+        ),
         ({"runtime__device": "tpu"}, "runtime.device: string should match"),
     ],
 )

@@ -1,0 +1,176 @@
+"""For which rows a condition holds. Arrow columns in, one answer for each row out.
+
+As in SQL, a test of a value that is null says neither yes nor no; only `is null` sees it. NaN is
+null here, as it is in a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from glmbatch.errors import InputError
+from glmbatch.settings.conditions import (
+    Both,
+    Compares,
+    Condition,
+    Either,
+    IsNull,
+    IsTrue,
+    Not,
+    Test,
+    Value,
+    tests_of,
+)
+from glmbatch.store.types import converted
+from glmbatch.store.values import is_text, value_type
+
+SIGNS = {
+    "<": pc.less,
+    "<=": pc.less_equal,
+    ">": pc.greater,
+    ">=": pc.greater_equal,
+    "==": pc.equal,
+    "!=": pc.not_equal,
+}
+# Wide enough for the digits of any number that a condition or a column has.
+DIGITS = 76
+
+
+def check_tests(
+    condition: Condition, kinds: Mapping[str, pa.DataType], where: tuple[str, str]
+) -> None:
+    """InputError when a column of `kinds` has a type that `condition` cannot test.
+
+    `where` has the place of the columns and the setting of the condition, for the message.
+    """
+    for test in tests_of(condition):
+        if test.column in kinds:
+            try:
+                _outcomes(test, pa.array([], kinds[test.column]))
+            except InputError as error:
+                raise InputError(f"{where[0]}: {error}. Set {where[1]}.") from error
+
+
+def rows_where(
+    condition: Condition,
+    columns: Mapping[str, pa.ChunkedArray],
+    unknown: Mapping[str, pa.ChunkedArray] | None = None,
+) -> list[bool | None]:
+    """Whether `condition` holds for each row of `columns`, in order.
+
+    `unknown` says of some columns in which rows their values are not known yet. None for a row in
+    which these decide.
+    """
+    possible = _possible(condition, columns, unknown or {})
+    certain = pc.invert(pc.or_(possible.no, possible.null))
+    return pc.if_else(pc.equal(possible.yes, certain), possible.yes, None).to_pylist()
+
+
+class _Possible(NamedTuple):
+    """For each row, whether a condition may be met, may be missed, and may hinge on a null."""
+
+    yes: pa.Array
+    no: pa.Array
+    null: pa.Array
+
+    def __invert__(self) -> _Possible:
+        return _Possible(self.no, self.yes, self.null)
+
+    def __and__(self, other: _Possible) -> _Possible:
+        # As in SQL: no with anything is no, and yes with null is null.
+        mine = pc.and_(self.null, pc.or_(other.null, other.yes))
+        null = pc.or_(mine, pc.and_(self.yes, other.null))
+        return _Possible(pc.and_(self.yes, other.yes), pc.or_(self.no, other.no), null)
+
+
+def _possible(
+    condition: Condition,
+    columns: Mapping[str, pa.ChunkedArray],
+    unknown: Mapping[str, pa.ChunkedArray],
+) -> _Possible:
+    if isinstance(condition, Not):
+        return ~_possible(condition.part, columns, unknown)
+    if isinstance(condition, Both | Either):
+        first = _possible(condition.first, columns, unknown)
+        second = _possible(condition.second, columns, unknown)
+        return first & second if isinstance(condition, Both) else ~(~first & ~second)
+    chunks = [_outcomes(condition, chunk) for chunk in columns[condition.column].chunks]
+    outcomes = pa.concat_arrays([pa.array([], pa.bool_()), *chunks])
+    parts = (outcomes.fill_null(fill_value=False), pc.invert(outcomes).fill_null(fill_value=False))
+    if condition.column not in unknown:
+        return _Possible(*parts, outcomes.is_null())
+    # What is not known may be anything.
+    mask = pa.concat_arrays([pa.array([], pa.bool_()), *unknown[condition.column].chunks])
+    return _Possible(*(pc.or_(part, mask) for part in (*parts, outcomes.is_null())))
+
+
+def _outcomes(test: Test, column: pa.Array) -> pa.Array:
+    """The outcome of `test` for each value, null for null. InputError for a type it cannot test."""
+    values = _plain(column)
+    if isinstance(test, IsNull):
+        return values.is_null()
+    if pa.types.is_null(values.type):
+        return pa.nulls(len(values), pa.bool_())
+    if isinstance(test, IsTrue):
+        if not pa.types.is_boolean(values.type):
+            raise InputError(
+                f"column {test.column!r} holds {column.type}, which is neither true nor false "
+                "alone: compare it with a value"
+            )
+        return values
+    wanted = (test.value,) if isinstance(test, Compares) else test.values
+    sign = test.sign if isinstance(test, Compares) else "=="
+    outcomes = None
+    for value in wanted:
+        try:
+            outcome = SIGNS[sign](*_sides(values, value, sign))
+        except (TypeError, pa.ArrowException) as error:
+            raise InputError(
+                f"column {test.column!r} holds {column.type}, which cannot be compared as "
+                f"{sign} {value!r}"
+            ) from error
+        outcomes = outcome if outcomes is None else pc.or_kleene(outcomes, outcome)
+    return outcomes
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """The values of a column without encodings, text as bytes, and NaN as null."""
+    kind = value_type(column.type)
+    column = converted(column, kind)
+    if is_text(kind) and not pa.types.is_null(kind):
+        if pa.types.is_string_view(kind):
+            column = converted(column, pa.large_string())
+        # Arrow does not check text. Bytes in UTF-8 have the order of their characters.
+        return column.cast(pa.large_binary())
+    if pa.types.is_float16(kind):
+        column = column.cast(pa.float32())
+    if pa.types.is_floating(kind):
+        return pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    return column
+
+
+def _sides(values: pa.Array, value: Value, sign: str) -> tuple[pa.Array, pa.Scalar]:
+    """Both sides of a comparison in one type, without rounding. TypeError when there is none."""
+    kind = values.type
+    if pa.types.is_large_binary(kind) and isinstance(value, str):
+        return values, pa.scalar(value.encode(), kind)
+    if pa.types.is_boolean(kind) and isinstance(value, bool) and sign in ("==", "!="):
+        return values, pa.scalar(value)
+    if pa.types.is_temporal(kind) and isinstance(value, str):
+        return values, pa.scalar(value).cast(kind)
+    if isinstance(value, str | bool):
+        raise TypeError(value)
+    if pa.types.is_floating(kind):
+        # In the column's own precision, in which 0.1 is the 0.1 that a person reads there.
+        return values, pa.scalar(float(value), pa.float64()).cast(kind)
+    if pa.types.is_integer(kind) or pa.types.is_decimal(kind):
+        exact = Decimal(repr(value))
+        places = max(0, -int(exact.as_tuple().exponent), getattr(kind, "scale", 0))
+        both = pa.decimal256(DIGITS, places)
+        return values.cast(both), pa.scalar(exact).cast(both)
+    raise TypeError(value)

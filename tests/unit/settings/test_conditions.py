@@ -1,0 +1,60 @@
+"""Conditions are parsed into a few forms, and everything else is refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from glmbatch.settings.conditions import (
+    Both,
+    Compares,
+    IsNull,
+    IsOneOf,
+    IsTrue,
+    Not,
+    columns_of,
+    parse_condition,
+)
+
+
+def test_every_form_of_a_condition_is_read() -> None:
+    assert parse_condition("stars < 3") == Compares("stars", "<", 3)
+    assert parse_condition("3 > stars") == Compares("stars", "<", 3)
+    assert parse_condition("-1.5 <= change") == Compares("change", ">=", -1.5)
+    assert parse_condition("language in ['de', 'en']") == IsOneOf("language", ("de", "en"))
+    assert parse_condition("reply is not null") == Not(IsNull("reply"))
+    assert parse_condition("verified") == IsTrue("verified")
+    assert parse_condition("verified == true") == Compares("verified", "==", True)
+    assert parse_condition("column('star rating') == 'x'") == Compares("star rating", "==", "x")
+    between = Both(Compares("stars", ">", 1), Compares("stars", "<", 4))
+    assert parse_condition("1 < stars\n  < 4") == between
+    assert columns_of(parse_condition("a or b and not (c is None or a)")) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("stars <", "is no condition: invalid syntax"),
+        ("stars = 3", "Maybe you meant '=='"),
+        ("__import__('os').system('true')", "compare a column with a value"),
+        ("[x for x in stars]", "compare a column with a value"),
+        ("stars + 1 < 3", "stars + 1 is no column"),
+        ("scores.good < 3", "scores.good is no column"),
+        ("stars < limit", "compares two columns"),
+        ("stars < 9 ** 9", "is no value"),
+        ("stars < f'{stars}'", "is no value"),
+        ("stars == null", "write `is null`"),
+        ("stars is 3", "only null comes after `is`"),
+        ("language in 'de'", "a list of values comes after `in`"),
+        ("language in ()", "a list of values comes after `in`"),
+        ("stars < 1e999", "too large a number"),
+        ("stars == 99999999999999999999", "too large a number"),
+        ("not " * 100_000 + "ok", "nested too deeply"),
+        ("(" * 999, "is no condition: too many nested parentheses"),
+    ],
+)
+def test_what_is_no_condition_is_refused_in_one_line(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        parse_condition(text)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
