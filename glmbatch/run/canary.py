@@ -169,9 +169,7 @@ def _frozen(file: str, columns: set[str]) -> pa.Table:
 def _rows_with_answer(question: Question, table: pa.Table) -> list[int]:
     """The frozen rows that the step was asked about, whatever its condition is now."""
     answers = table.select(answer_columns(question.step)[:2]).to_pylist()
-    return [
-        row for row, answer in enumerate(answers) if any(v is not None for v in answer.values())
-    ]
+    return [row for row, answer in enumerate(answers) if [*answer.values()] != [None, None]]
 
 
 def _audit(

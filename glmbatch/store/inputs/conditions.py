@@ -68,7 +68,9 @@ def rows_where(
     """
     possible = _possible(condition, columns, unknown or {})
     certain = pc.invert(pc.or_(possible.no, possible.null))
-    return pc.if_else(pc.equal(possible.yes, certain), possible.yes, None).to_pylist()
+    rows = pc.if_else(pc.equal(possible.yes, certain), possible.yes, None)
+    holds: list[bool | None] = rows.to_pylist()
+    return holds
 
 
 class _Possible(NamedTuple):
