@@ -61,10 +61,10 @@ class Layer:
         `rotary_factors`.
         """
         projected = self._query_key_value(self._norm(hidden_TC))
-        heads_THD = projected.view(len(hidden_TC), -1, self._head_dim)
+        heads_THD = projected.view(hidden_TC.shape[0], -1, self._head_dim)
         values = self._heads[-1]  # the last heads are the values, which are not rotated
         rotate(heads_THD[:, :-values], rotary_TP)
-        query_THD, key_TGD, value_TGD = torch.split(heads_THD, self._heads, dim=1)
+        query_THD, key_TGD, value_TGD = heads_THD.split_with_sizes(self._heads, dim=1)
         if reads_R is not None:
             hidden_TC = hidden_TC[reads_R]
             query_THD = query_THD[reads_R]
