@@ -14,22 +14,28 @@ class StopTexts:
 
     It decodes the last `window` tokens only. Each token stands for at least one byte, so a stop
     text at the end has at most as many tokens as bytes. Four more tokens complete a first character
-    that would be cut.
+    that would be cut. `continues` is as for `Tokenizer.decode`.
     """
 
     texts: tuple[str, ...]
     tokenizer: Tokenizer
     window: int
+    continues: bool = False
 
     def __call__(self, ids: Sequence[int]) -> bool:
         """Whether generation stops after `ids`."""
-        tail = self.tokenizer.decode(list(ids[-self.window :]))
+        tail = self.tokenizer.decode(list(ids[-self.window :]), continues=self.continues)
         return any(text in tail for text in self.texts)
 
 
-def stop_at(texts: Sequence[str], tokenizer: Tokenizer) -> StopTexts | None:
-    """The check for `texts`, which a request takes as its `should_stop`; None without any."""
+def stop_at(
+    texts: Sequence[str], tokenizer: Tokenizer, *, continues: bool = False
+) -> StopTexts | None:
+    """The check for `texts`, which a request takes as its `should_stop`; None without any.
+
+    Set `continues` if the answers continue their prompts.
+    """
     if not texts:
         return None
     window = max(len(text.encode()) for text in texts) + 4
-    return StopTexts(tuple(texts), tokenizer, window)
+    return StopTexts(tuple(texts), tokenizer, window, continues)

@@ -56,6 +56,8 @@ class Tokenizer:
         self._silent = {self.eos_id, self.pad_id, processor.bos_id()}
         pieces = range(self._pieces)
         self._longest_piece = max(map(len, processor.id_to_piece(list(pieces))), default=1)
+        ordinary = map(self._is_ordinary, pieces)
+        self._guard = next((at for at, is_one in enumerate(ordinary) if is_one), None)
         # Without byte tokens, a run of unknown characters of any length becomes one id.
         self._has_bytes = sum(map(processor.is_byte, pieces)) == 256
 
@@ -115,15 +117,25 @@ class Tokenizer:
         word: str = self._processor.id_to_piece(token_id)
         return word
 
-    def decode(self, ids: Iterable[int], *, cut: bool = False) -> str:
-        """The text of `ids`.
+    def _is_ordinary(self, piece: int) -> bool:
+        """Whether a piece has the same text anywhere: no byte, no blank, nothing special."""
+        word = self.word_of(piece)
+        return word is not None and word.isalnum() and not self._processor.is_byte(piece)
+
+    def decode(self, ids: Iterable[int], *, cut: bool = False, continues: bool = False) -> str:
+        """The text of `ids`, without the blank at the beginning of a text.
 
         Special and out-of-range ids are skipped; bytes that form no character become U+FFFD. Set
-        `cut` if the ids were cut off: an incomplete character at their end is then skipped too.
+        `cut` if the ids were cut off: an incomplete character at their end is then skipped too. Set
+        `continues` if they continue a text, so that a blank at their beginning belongs to them.
         """
         text_ids = [int(i) for i in ids if 0 <= i < self._pieces and i not in self._silent]
         if cut and (begun := self._begun_bytes(text_ids)):
             del text_ids[-begun:]
+        if continues and self._guard is not None:
+            # sentencepiece drops the first blank of all that it decodes, so another piece is first.
+            guarded: str = self._processor.decode([self._guard, *text_ids])
+            return guarded[len(self._processor.id_to_piece(self._guard)) :]
         text: str = self._processor.decode(text_ids)
         return text
 

@@ -22,6 +22,8 @@ from glmbatch.settings.job import GenerateStep, Step
 # Raise it by hand when a change of the code gives other answers for the same settings, weights and
 # prompt.
 ANSWERS_VERSION = 2
+# The same for texts that continue a bare prompt.
+CONTINUATIONS_VERSION = 1
 KEY_BYTES = 16
 _OFF = {
     "repetition_penalty": 1.0,
@@ -55,12 +57,16 @@ def answer_settings(step: Step) -> dict[str, Any]:
     return settings
 
 
-def step_key(step: Step, model_identity: str) -> str:
+def step_key(step: Step, model_identity: str, *, chat: bool = True) -> str:
     """The key of everything that changes the answers of `step`, except its rows; 32 hex digits.
 
-    `model_identity` identifies the weights, the tokenizer and the numerics.
+    `model_identity` identifies the weights, the tokenizer and the numerics. `chat` says whether
+    prompts get the chat form.
     """
-    return _digest([ANSWERS_VERSION, answer_settings(step), model_identity])
+    parts = [ANSWERS_VERSION, answer_settings(step), model_identity]
+    if isinstance(step, GenerateStep) and not chat:
+        parts.append(CONTINUATIONS_VERSION)
+    return _digest(parts)
 
 
 def row_key(step_key: str, prompt: str) -> bytes:

@@ -79,4 +79,4 @@ def _outcomes(
     step = question.step
     if isinstance(step, ClassifyStep):
         return ask_choices(step, question.model.labels, prompts, engine, tokenizer)
-    return ask_writings(step, prompts, engine, tokenizer)
+    return ask_writings(step, prompts, engine, tokenizer, chat=question.chat)

@@ -212,12 +212,13 @@ def resolve_questions(
         model = prepared[job.model_of(step)]
         # All steps are checked before any inference.
         check_step(step, model)
+        chat = uses_chat(step, has_head=model.has_head, chats=model.chats)
         questions.append(
             Question(
                 step=step,
-                key=step_key(step, model.identity),
+                key=step_key(step, model.identity, chat=chat),
                 inputs=inputs[step.name],
-                chat=uses_chat(step, has_head=model.has_head, chats=model.chats),
+                chat=chat,
                 max_prompt_tokens=longest_prompt(
                     step, model.max_positions, _answer_tokens(step, model)
                 ),

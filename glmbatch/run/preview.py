@@ -270,7 +270,7 @@ def _what_changed(question: Question, manifest: Manifest | None) -> str | None:
     for part, old, new in zip(parts, before, now, strict=False):
         if old != new:
             changed.append(part)
-    return f"changed {', '.join(changed)}"
+    return f"changed {', '.join(changed) or 'version of answers'}"
 
 
 def _changed_settings(step: AnyStep, origin: StepOrigin) -> list[str]:

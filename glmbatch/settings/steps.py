@@ -42,6 +42,7 @@ class Step(Settings):
     chat: bool | None = Field(
         None,
         description="Whether to put the prompt in the chat format that the model was trained on. "
+        "Without it, a generated text continues the prompt, blanks and line ends included. "
         "Empty: yes, except for a trained head and for CodeGeeX2.",
     )
     max_input_tokens: int | None = Field(

@@ -60,14 +60,19 @@ def writing_columns(step: GenerateStep, writings: Sequence[Writing | None]) -> l
 
 
 def ask_writings(
-    step: GenerateStep, prompts: Mapping[bytes, Prompt], engine: Engine, tokenizer: Tokenizer
+    step: GenerateStep,
+    prompts: Mapping[bytes, Prompt],
+    engine: Engine,
+    tokenizer: Tokenizer,
+    *,
+    chat: bool = True,
 ) -> Iterator[tuple[bytes, Writing | RowFault]]:
     """Ask the engine to continue each prompt; yield pairs of row key and answer, in any order.
 
-    A prompt on which the model failed has a RowFault.
+    A prompt on which the model failed has a RowFault. `chat` is as for `write_up`.
     """
     keys = list(prompts)  # the engine numbers its requests
-    should_stop = stop_at(step.stop, tokenizer)
+    should_stop = stop_at(step.stop, tokenizer, continues=not chat)
     requests = (
         GenerateRequest(
             index,
@@ -91,22 +96,29 @@ def ask_writings(
         if result.error is not None:
             yield key, RowFault("model_failed", result.error)
         else:
-            yield key, write_up(step, result, len(prompts[key].ids), tokenizer)
+            yield key, write_up(step, result, len(prompts[key].ids), tokenizer, chat=chat)
 
 
 def write_up(
-    step: GenerateStep, result: GenerateResult, prompt_tokens: int, tokenizer: Tokenizer
+    step: GenerateStep,
+    result: GenerateResult,
+    prompt_tokens: int,
+    tokenizer: Tokenizer,
+    *,
+    chat: bool = True,
 ) -> Writing:
     """The answer to one prompt, from the generated ids; cut before the first stop text.
 
-    `prompt_tokens` is the number of the prompt's token ids.
+    `prompt_tokens` is the number of the prompt's token ids. Without `chat`, the answer is the text
+    that continues the prompt: its blanks and line ends are part of it.
     """
     ids, finish_reason = result.ids, result.finish_reason
     # An incomplete last character is dropped only if the length limit cut it off.
-    text = tokenizer.decode(ids, cut=finish_reason == "length")
+    text = tokenizer.decode(ids, cut=finish_reason == "length", continues=not chat)
     ends = [text.find(stop) for stop in step.stop if stop in text]
     if ends:
         # The one that is first in the text, not in the list.
         text, finish_reason = text[: min(ends)], "stop"
     log_prob = math.fsum(result.log_probs) if step.log_probs else None
-    return Writing(clean_answer(text), finish_reason, prompt_tokens, len(ids), log_prob)
+    text = clean_answer(text) if chat else text
+    return Writing(text, finish_reason, prompt_tokens, len(ids), log_prob)

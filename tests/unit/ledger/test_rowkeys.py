@@ -60,6 +60,13 @@ def test_audits_and_an_unset_chat_change_no_key() -> None:
     assert answer_settings(ClassifyStep(name="mood"))["chat"] is None
 
 
+def test_continuations_have_a_key_of_their_own() -> None:
+    bare = GREEDY.model_copy(update={"chat": False})
+    assert step_key(bare, "w", chat=False) != step_key(bare, "w")
+    labels = ClassifyStep(name="mood", labels=["x", "y"], chat=False)
+    assert step_key(labels, "w", chat=False) == step_key(labels, "w")
+
+
 def test_other_weights_give_another_step_key() -> None:
     assert step_key(GREEDY, "weights") != step_key(GREEDY, "other weights")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from glmbatch.glm.engine.protocol import GenerateResult
+from glmbatch.glm.stop_texts import stop_at
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.settings.job import GenerateStep
 from glmbatch.steps.generate import write_up, writing_columns
@@ -47,6 +48,26 @@ def test_a_stop_text_ends_the_answer_before_it(tokenizer: Tokenizer) -> None:
     step = GenerateStep(name="reply", stop=["END", "停"])
     writing = write_up(step, result(ids_of(tokenizer, "很好。停 and END"), "length"), 1, tokenizer)
     assert (writing.text, writing.finish_reason) == ("很好。", "stop")
+
+
+@pytest.mark.parametrize("text", [" and then\n", "\n\n  x = 1\n", "ly", " ", "[[训练时间]] 😀"])
+def test_a_continuation_keeps_every_blank(tokenizer: Tokenizer, text: str) -> None:
+    prompt = "def f(x):"
+    # In the middle of a text, where the tokenizer puts no blank of its own.
+    ids = ids_of(tokenizer, prompt + text)[len(ids_of(tokenizer, prompt)) :]
+    step = GenerateStep(name="code", chat=False)
+    assert write_up(step, result(ids, "stop"), 1, tokenizer, chat=False).text == text
+    cut = write_up(step, result(ids[:-1], "length"), 1, tokenizer, chat=False).text
+    assert text.startswith(cut)
+
+
+def test_a_stop_text_may_begin_a_continuation(tokenizer: Tokenizer) -> None:
+    ids = ids_of(tokenizer, "a and then")[len(ids_of(tokenizer, "a")) :]
+    step = GenerateStep(name="code", chat=False, stop=[" then"])
+    assert write_up(step, result(ids, "stop"), 1, tokenizer, chat=False).text == " and"
+    check = stop_at([" and"], tokenizer, continues=True)
+    assert check is not None
+    assert check(ids)
 
 
 @pytest.mark.parametrize("character", ["é", "₿", "😀", "👩\u200d🚀", "🇩🇪", "\ufffd"])
