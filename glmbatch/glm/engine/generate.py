@@ -39,6 +39,11 @@ class Generation:
         self._failures = 0  # for want of memory, since a token was read
 
     @property
+    def slots(self) -> int:
+        """At most so many sequences run at once."""
+        return self._limits.slots
+
+    @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
         return self._scheduler.busy or self._in_flight is not None

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING
 
-from glmbatch.glm.engine.protocol import Engine
+from glmbatch.glm.engine.protocol import ClassifyRequest, Engine, GenerateRequest
 
 if TYPE_CHECKING:  # not at run time, so that the model also runs without pydantic
     from glmbatch.glm.engine.worker import TorchEngine
     from glmbatch.settings.job import ModelConfig, RuntimeConfig
+
+logger = logging.getLogger(__name__)
+
+# A decode step is recorded when its number of rows comes up for the third time. The first token of
+# an answer comes from the prompt, and one more is for a row that ends a step late.
+WARM_UP_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def load_here(settings: EngineSettings) -> TorchEngine:
     checkpoint = read_checkpoint(settings.path)
     try:
         loaded = load_model(settings.path, settings.dtype, settings.device, settings.adapter)
-        return TorchEngine(
+        engine = TorchEngine(
             loaded,
             eos_id=loaded.config.eos_token_id,
             token_count=checkpoint.tokenizer_size or checkpoint.architecture.vocab_size,
@@ -91,6 +99,31 @@ def load_here(settings: EngineSettings) -> TorchEngine:
         if lost is None:
             raise
         raise lost from error
+    # Neither on CPU nor in float32 is there anything to compile or to record.
+    if settings.device != "cpu" and settings.dtype != "float32":
+        warm_up(engine)
+    return engine
+
+
+def warm_up(engine: TorchEngine) -> None:
+    """Run all kinds of forwards once, so that no row waits for kernels to compile and be recorded.
+
+    Generation begins with as many rows as ever run at once; after every few tokens half of them
+    end. Raises as the engine does.
+    """
+    began = perf_counter()
+    labels = None if engine.model_limits.has_head else ((0, 0), (1,))
+    list(engine.classify([ClassifyRequest(0, (0, 0), labels)]))
+    if labels is not None:
+        halvings = engine.slots.bit_length()
+        answers = [WARM_UP_STEPS * (halvings - at.bit_length()) for at in range(engine.slots)]
+        list(
+            engine.generate(
+                GenerateRequest(at, (0, 0), tokens, temperature=at % 2, min_tokens=tokens)
+                for at, tokens in enumerate(answers)
+            )
+        )
+    logger.info("warmed up in %.1f s", perf_counter() - began)
 
 
 def import_engine() -> None:

@@ -93,6 +93,11 @@ class TorchEngine:
         return self._stopped is None
 
     @property
+    def slots(self) -> int:
+        """At most so many rows are generated at once."""
+        return self._generation.slots
+
+    @property
     def model_limits(self) -> ModelLimits:
         """The limits of the model, against which requests are checked."""
         return self._network

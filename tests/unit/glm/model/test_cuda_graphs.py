@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from glmbatch.glm.engine.loading import warm_up
 from glmbatch.glm.engine.protocol import GenerateRequest
 from glmbatch.glm.model import cuda_graphs
 from glmbatch.glm.model.cuda_graphs import row_bucket
 from tests.unit.glm.cuda_on_cpu import Recorder, on_cuda_path
-from tests.unit.glm.tiny_glm import causal_model, engine_over, plain_greedy, prompts
+from tests.unit.glm.tiny_glm import causal_model, engine_over, head_model, plain_greedy, prompts
 
 
 def requests() -> list[GenerateRequest]:
@@ -57,6 +58,25 @@ def test_a_step_that_cannot_be_recorded_runs_plain(
     monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda: refuse)
     with engine_over(model, max_slots=11) as engine:
         assert {result.index: result for result in engine.generate(requests())} == recorded
+
+
+def test_nothing_is_recorded_after_the_warm_up(as_on_cuda: Recorder) -> None:
+    answers = []
+    for warm in (True, False):
+        with engine_over(causal_model(), max_slots=16) as engine:
+            if warm:
+                warm_up(engine)
+            recorded = as_on_cuda.recorded
+            asked = [GenerateRequest(at, [5, 6, at + 7], 30) for at in range(16)]
+            answers.append(sorted(engine.generate(asked), key=lambda result: result.index))
+            assert (as_on_cuda.recorded == recorded) is warm
+    assert answers[0] == answers[1]
+
+
+def test_a_classifier_is_warmed_up_too(as_on_cuda: Recorder) -> None:
+    with engine_over(head_model()) as engine:
+        warm_up(engine)
+    assert not as_on_cuda.recorded
 
 
 def test_rows_are_rounded_up_by_at_most_an_eighth() -> None:
