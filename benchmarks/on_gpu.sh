@@ -6,9 +6,11 @@
 #     OUT=results bash benchmarks/on_gpu.sh step        one forward of the engine, and a profile of what it runs
 #     OUT=results bash benchmarks/on_gpu.sh engine      the engine over 4,096 rows: all tasks, one after the other
 #     OUT=results bash benchmarks/on_gpu.sh memory      what a closed engine leaves, a second load, too little memory
+#     OUT=results bash benchmarks/on_gpu.sh fp8         8-bit products beside bfloat16: speed, and how many answers they change
 #     OUT=results bash benchmarks/on_gpu.sh vllm        vLLM over the same rows; it must be installed
 #
 # Further arguments go to the part's script: engine --task generate --slots 1024 --rows 2048
+# CPU=1 tries a part without a GPU, on a tiny model; fp8 then runs as int8.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -17,12 +19,16 @@ shift || true
 # Only torch, transformers and pytest are needed. glmbatch and Prefect need not be installed.
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
+small=()
+if [ -n "${CPU:-}" ]; then
+    small=(--shape tiny --device cpu --dtype float32 --rows 4)
+fi
 
 # The 6B shape with weights made on the GPU, one contestant at a time, each written to the file when it ends.
 engine() {
-    "$python" benchmarks/engine.py --shape 6b --dtype bfloat16 --device cuda --rounds 1 --seconds 540 \
+    "$python" benchmarks/engine.py --shape 6b --dtype bfloat16 --device cuda --rounds 1 --seconds 540 --alone --build seed \
         --rows 4096 --answers 58,4,256 --threads 0 --cache "${CACHE:-/tmp/glmbatch-benchmarks}" \
-        --out "$OUT/$part.jsonl" "$@" 2>&1 | tee "$OUT/$part.log"
+        --out "$OUT/$part.jsonl" "${small[@]}" "$@" 2>&1 | tee "$OUT/$part.log"
 }
 
 case $part in
@@ -32,11 +38,14 @@ correct)
     "$python" -m pytest -p no:cacheprovider --confcutdir tests/unit/glm -W default -m gpu $files "$@" 2>&1 | tee "$OUT/correct.log"
     ;;
 kernels | step | memory)
-    timeout 540 "$python" "benchmarks/$part.py" --out "$OUT/$part.jsonl" "$@" 2>&1 | tee "$OUT/$part.log"
+    timeout 540 "$python" "benchmarks/$part.py" --out "$OUT/$part.jsonl" "${small[@]}" "$@" 2>&1 | tee "$OUT/$part.log"
+    ;;
+fp8)
+    timeout 540 "$python" benchmarks/quantized.py --out "$OUT/$part.jsonl" "${small[@]}" "$@" 2>&1 | tee "$OUT/$part.log"
     ;;
 engine) engine --task generate,sample,labels,one-token,classify --peers "" "$@" ;;
 vllm) engine --task generate,sample,one-token --peers vllm --no-ours "$@" ;;
-*) sed -n '2,11p' "$0" && exit 2 ;;
+*) sed -n '2,14p' "$0" && exit 2 ;;
 esac
 if command -v nvidia-smi >/dev/null; then
     nvidia-smi --query-gpu=name,driver_version,memory.used,memory.total --format=csv | tee "$OUT/device.csv"

@@ -31,8 +31,9 @@ class Network:
     """Runs a `GlmForCausalLM` or `GlmForSequenceClassification`, whose weights it takes over.
 
     With `has_head` it classifies by a trained head, otherwise it predicts tokens. Ids from
-    `token_count` on are padding of the vocabulary. `quantization` is "int8" or "none"; it applies
-    to the layers, not to the language head. Raises InputError if the device does not support it.
+    `token_count` on are padding of the vocabulary. `quantization` is "int8", "fp8" or "none"; it
+    applies to the layers, not to the language head. Raises InputError if the device does not
+    support it.
     """
 
     def __init__(self, model: Any, token_count: int, quantization: str = "none") -> None:

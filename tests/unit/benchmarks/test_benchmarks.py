@@ -69,6 +69,7 @@ def test_no_contestant_starts_after_the_time_limit(tmp_path: Path) -> None:
         ("kernels", {"masked", "products", "head", "sampling"}),
         ("step", {"decode step", "decode step, one row of 1,900", "prompts", "labels"}),
         ("memory", {"memory"}),
+        ("quantized", {"quantized"}),
     ],
 )
 def test_measurements_for_a_gpu_run_on_a_cpu(

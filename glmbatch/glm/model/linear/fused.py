@@ -4,7 +4,8 @@ torch passes twice over the tensors of SwiGLU and four times over those of the r
 computes in float32 and rounds once. Importing this module imports Triton, which compiles a kernel
 at its first use and needs a C compiler for that. Knows no requests.
 
-Shapes: T tokens, F size of the feed-forward layer, H heads, D head size, P rotated pairs.
+Shapes: T tokens, Z tokens rounded up, I features, F size of the feed-forward layer, H heads, D head
+size, P rotated pairs.
 """
 
 from __future__ import annotations
@@ -39,6 +40,65 @@ def swiglu(gate_up_T2F: torch.Tensor) -> torch.Tensor:
     grid = (tokens, triton.cdiv(features, BLOCK))
     _swiglu_kernel[grid](gate_up_T2F, out_TF, features, block=BLOCK)
     return out_TF
+
+
+@triton.jit
+def _store_rounded(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+    x, row, feature, features, rows, scales
+):
+    # A row of zeros is divided by something too. 448 is the largest number of float8_e4m3fn.
+    scale = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30) / 448
+    tl.store(scales + row, scale)
+    at = rows + row * features + feature
+    tl.store(at, (x / scale).to(rows.dtype.element_ty), mask=feature < features)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _round_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
+    x, rows, scales, row_stride, features, block: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    feature = tl.arange(0, block)
+    loaded = tl.load(x + row * row_stride + feature, mask=feature < features, other=0)
+    _store_rounded(loaded.to(tl.float32), row, feature, features, rows, scales)
+
+
+def round_rows(x_TI: torch.Tensor, rows_ZI: torch.Tensor, scales_Z1: torch.Tensor) -> None:
+    """Write each row of `x_TI`, divided by its scale, as float8 and its scale."""
+    tokens, features = x_TI.shape
+    assert x_TI.stride(1) == 1
+    block = triton.next_power_of_2(features)
+    _round_kernel[(tokens,)](
+        x_TI, rows_ZI, scales_Z1, x_TI.stride(0), features, block=block, num_warps=_warps(block)
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _round_swiglu_kernel(  # type: ignore[no-untyped-def]
+    gate_up, rows, scales, features, block: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    feature = tl.arange(0, block)
+    exists = feature < features
+    gate_at = gate_up + token * 2 * features + feature
+    gate = tl.load(gate_at, mask=exists, other=0).to(tl.float32)
+    up = tl.load(gate_at + features, mask=exists, other=0).to(tl.float32)
+    gated = gate / (1 + tl.exp(-gate)) * up
+    _store_rounded(gated, token, feature, features, rows, scales)
+
+
+def round_swiglu(gate_up_T2F: torch.Tensor, rows_ZF: torch.Tensor, scales_Z1: torch.Tensor) -> None:
+    """Write `swiglu` of each token as `round_rows` does: a program has a whole row in registers."""
+    tokens, features = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
+    block = triton.next_power_of_2(features)
+    _round_swiglu_kernel[(tokens,)](
+        gate_up_T2F, rows_ZF, scales_Z1, features, block=block, num_warps=_warps(block)
+    )
+
+
+def _warps(block: int) -> int:
+    # At most 32 values of a row for each thread.
+    return max(1, min(16, block // 1024))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
