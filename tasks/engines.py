@@ -33,8 +33,8 @@ class ClusterProcess:
         """`function(*arguments)` here. Ends the process if its GPU failed: Ray starts another."""
         try:
             return function(*arguments)
-        except DeviceLost:
-            logger.exception("this process can no longer use its GPU")
+        except DeviceLost as lost:
+            logger.error("%s", lost)
             os._exit(1)
 
 
