@@ -24,6 +24,8 @@ TOKENIZER_FILE = "tokenizer.model"
 _EDGE_CHARS = 64
 # Their ids follow those of the sentencepiece vocabulary, in this order.
 _SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+# The mark that stands for a blank in pieces.
+_BLANK = "\u2581"
 
 _LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 # White space, control characters and zero-width marks: invisible between two lines.
@@ -121,6 +123,17 @@ class Tokenizer:
         """Whether a piece has the same text anywhere: no byte, no blank, nothing special."""
         word = self.word_of(piece)
         return word is not None and word.isalnum() and not self._processor.is_byte(piece)
+
+    def token_bytes(self) -> list[bytes | None]:
+        """The bytes that each piece adds to a text, by id; None for those that add none."""
+        of_ids: list[bytes | None] = []
+        for token_id in range(self._pieces):
+            word = self.word_of(token_id)
+            if word is not None and self._processor.is_byte(token_id):
+                of_ids.append(bytes([int(word[3:5], 16)]))  # such as <0xF0>
+            else:
+                of_ids.append(word.replace(_BLANK, " ").encode() if word else None)
+        return of_ids
 
     def decode(self, ids: Iterable[int], *, cut: bool = False, continues: bool = False) -> str:
         """The text of `ids`, without the blank at the beginning of a text.

@@ -17,13 +17,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glmbatch.ledger.fragments import Fragment
-from glmbatch.settings.job import GenerateStep, Step
+from glmbatch.settings.job import ExtractStep, GenerateStep, Step
 
 # Raise it by hand when a change of the code gives other answers for the same settings, weights and
 # prompt.
 ANSWERS_VERSION = 2
 # The same for texts that continue a bare prompt.
 CONTINUATIONS_VERSION = 1
+# The same for extract steps alone: the text that tells a model its fields is in each row key, but
+# not what the form of an answer allows.
+FORM_VERSION = 1
 KEY_BYTES = 16
 _OFF = {
     "repetition_penalty": 1.0,
@@ -44,7 +47,9 @@ def answer_settings(step: Step) -> dict[str, Any]:
     A condition is left out too: it decides which rows are asked, and not what they are answered.
     """
     settings = step.model_dump(mode="json", exclude={"name", "model", "audits", "when"})
-    if isinstance(step, GenerateStep):
+    if isinstance(step, ExtractStep):
+        settings["form"] = FORM_VERSION
+    if isinstance(step, GenerateStep | ExtractStep):
         # An unset `chat` counts as true: the keys of existing outputs contain the effective value.
         settings["chat"] = step.chat is not False
         if step.temperature == 0:
@@ -52,7 +57,7 @@ def answer_settings(step: Step) -> dict[str, Any]:
                 del settings[unused]
         # Left out while off: keys from before these settings existed stay valid.
         for later, off in _OFF.items():
-            if settings[later] == off:
+            if settings.get(later) == off:
                 del settings[later]
     return settings
 

@@ -33,7 +33,6 @@ from glmbatch.run.session import Session, session_of
 from glmbatch.run.work import Assignment, Question, now
 from glmbatch.settings.columns import Columns
 from glmbatch.steps.answers import Answer, AnswerCounter, answers_table
-from glmbatch.steps.generate import Writing
 from glmbatch.steps.prompt import NoPrompt, Prompt, RowFault, RowValues
 from glmbatch.store.folder import Folder
 
@@ -318,7 +317,7 @@ def _receipt(assignment: Assignment, fragment: Fragment, key: str, **facts: Any)
 
 
 def _completion_tokens(outcome: Outcome) -> int:
-    return outcome.completion_tokens if isinstance(outcome, Writing) else 0
+    return int(getattr(outcome, "completion_tokens", 0))  # a choice and a fault have none
 
 
 def _prompt_lengths(prompts: Sequence[Prompt | NoPrompt]) -> dict[int, int]:

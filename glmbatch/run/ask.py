@@ -1,7 +1,8 @@
 """Ask the model: prompts in, answers out, through the engine of the run's session.
 
-    Choice, Writing    a model's answer to one prompt (steps/classify.py, steps/generate.py)
-    Outcome            a Choice or Writing, or a RowFault if the model failed
+    Choice, Writing, Extraction
+                       a model's answer to one prompt (classify, generate and extract in steps/)
+    Outcome            one of these, or a RowFault if the model failed
     Asked              the outcomes of many prompts, by row key
     Answer             an outcome as a row of a table (steps/answers.py)
 
@@ -19,12 +20,13 @@ from glmbatch.glm.engine.protocol import Engine
 from glmbatch.run.models import tokenizer_of
 from glmbatch.run.session import Session
 from glmbatch.run.work import Question, now
-from glmbatch.settings.job import ClassifyStep
+from glmbatch.settings.job import ClassifyStep, ExtractStep
 from glmbatch.steps.classify import Choice, ask_choices
+from glmbatch.steps.extract import Extraction, ask_extractions
 from glmbatch.steps.generate import Writing, ask_writings
 from glmbatch.steps.prompt import Prompt, RowFault
 
-Outcome = Choice | Writing | RowFault
+Outcome = Choice | Writing | Extraction | RowFault
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,4 +81,6 @@ def _outcomes(
     step = question.step
     if isinstance(step, ClassifyStep):
         return ask_choices(step, question.model.labels, prompts, engine, tokenizer)
+    if isinstance(step, ExtractStep):
+        return ask_extractions(step, prompts, engine, tokenizer)
     return ask_writings(step, prompts, engine, tokenizer, chat=question.chat)

@@ -17,7 +17,7 @@ from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, PublishedFile
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.report.counts import Audit, population_stability, total
-from glmbatch.settings.job import AnyStep, ClassifyStep, GenerateStep
+from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep, GenerateStep
 
 UNREADABLE = "in unreadable files"
 
@@ -173,7 +173,9 @@ def _label_audits(
 
 
 def _text_audits(
-    step: GenerateStep, now: Sequence[AnswersReceipt], before: Sequence[AnswersReceipt]
+    step: GenerateStep | ExtractStep,
+    now: Sequence[AnswersReceipt],
+    before: Sequence[AnswersReceipt],
 ) -> Iterator[Audit]:
     limits = step.audits
     # Over all answers of the output, whichever run computed them, because all are published.

@@ -24,6 +24,7 @@ from glmbatch.run.work import Question, RunContext
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, CanaryConfig, ClassifyStep, JobConfig, answer_columns
 from glmbatch.steps.classify import Choice
+from glmbatch.steps.extract import Extraction
 from glmbatch.steps.generate import Writing
 from glmbatch.steps.inputs import PromptInputs, prompt_inputs
 from glmbatch.store.files import committed, real_path
@@ -225,6 +226,9 @@ def _same(step: AnyStep, outcome: Outcome | None, before: dict[str, object], exa
         if not isinstance(score, float) or outcome.label != before[step.name]:
             return False
         return abs(outcome.scores[outcome.label] - score) <= SCORE_TOLERANCE
+    if isinstance(outcome, Extraction):
+        now = outcome.text if isinstance(before[step.name], str) else dict(outcome.values)
+        return now == before[step.name]
     if not isinstance(outcome, Writing):
         return False
     text = str(before[step.name])

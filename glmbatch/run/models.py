@@ -15,6 +15,7 @@ from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.run.work import Model
 from glmbatch.settings.job import (
     ClassifyStep,
+    ExtractStep,
     GenerateStep,
     JobConfig,
     ModelConfig,
@@ -22,6 +23,7 @@ from glmbatch.settings.job import (
     Step,
     placeholders,
 )
+from glmbatch.steps.extract import form_of
 from glmbatch.store.files import naming
 from glmbatch.store.paths import is_remote
 from glmbatch.store.snapshot import Snapshot, snapshot_of
@@ -222,17 +224,19 @@ def check_step(step: Step, model: Model) -> None:
     """InputError when `model` cannot answer `step`."""
     where = f"step {step.name!r}: the checkpoint {describe_model(model.config)}"
     if isinstance(step, GenerateStep):
-        _check_writer(where, step, model)
+        _check_writer(where, model, step.max_tokens)
+    elif isinstance(step, ExtractStep):
+        _check_writer(where, model, form_of(step, tokenizer_of(model)).longest)
     elif isinstance(step, ClassifyStep):
         _check_classifier(where, step, model)
 
 
-def _check_writer(where: str, step: GenerateStep, model: Model) -> None:
+def _check_writer(where: str, model: Model, answer_tokens: int) -> None:
     if model.has_head:
         raise InputError(
             f"{where} has a classification head and cannot generate. Set the step's model."
         )
-    if step.max_tokens >= model.max_positions:
+    if answer_tokens >= model.max_positions:
         raise InputError(
             f"{where} has {model.max_positions} positions, none left for a prompt. Set max_tokens."
         )

@@ -41,8 +41,9 @@ from glmbatch.run.work import (
     now,
     plan_passes,
 )
-from glmbatch.settings.job import AnyStep, DataConfig, GenerateStep, JobConfig
+from glmbatch.settings.job import AnyStep, DataConfig, ExtractStep, GenerateStep, JobConfig
 from glmbatch.steps.classify import encode_labels
+from glmbatch.steps.extract import form_of
 from glmbatch.steps.inputs import PromptInputs, check_conditions, prompt_inputs, schema_needs
 from glmbatch.steps.prompt import longest_prompt, uses_chat
 from glmbatch.store.files import real_path
@@ -235,6 +236,8 @@ def _answer_tokens(step: AnyStep, model: Model) -> int:
     """Positions that an answer takes after its prompt."""
     if isinstance(step, GenerateStep):
         return step.max_tokens
+    if isinstance(step, ExtractStep):
+        return form_of(step, tokenizer_of(model)).longest
     if model.has_head:
         return 0
     label_ids = encode_labels(step.labels or [], tokenizer_of(model))

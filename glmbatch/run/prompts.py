@@ -21,6 +21,7 @@ from glmbatch.run.work import Question
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.conditions import parse_condition
 from glmbatch.settings.job import placeholders
+from glmbatch.steps.extract import as_json
 from glmbatch.steps.inputs import WhenInputs
 from glmbatch.steps.prompt import (
     NoPrompt,
@@ -157,8 +158,10 @@ def earlier_values(table: pa.Table, step: str) -> list[str | NoPrompt]:
     for value, fault in zip(table.column(step).to_pylist(), faults, strict=True):
         if fault is not None:
             values.append(RowFault("earlier_step_failed", f"{step} failed: {fault}"))
+        elif value is None:
+            values.append(NotAsked())
         else:
-            values.append(NotAsked() if value is None else value)
+            values.append(value if isinstance(value, str) else as_json(value))
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # In the column of error types, for a row that is null without an error.
@@ -12,14 +13,14 @@ NOT_ASKED = "not_asked"
 class Columns:
     """Names of the output columns of the step named `step`.
 
-    `of_classify` and `of_generate` list those that each kind of step writes.
+    `of_classify`, `of_generate` and `of_extract` list those that each kind of step writes.
     """
 
     step: str
 
     @property
     def answer(self) -> str:
-        """The label or the text; null if the row failed or was not asked."""
+        """The label, the text or the fields; null if the row failed or was not asked."""
         return self.step
 
     @property
@@ -57,6 +58,14 @@ class Columns:
         """Log-probability of the generated tokens, summed; only where a step asks for it."""
         return f"{self.step}_log_prob"
 
+    def field(self, name: str) -> str:
+        """The value of an extracted field."""
+        return f"{self.step}_{name}"
+
+    def field_score(self, name: str) -> str:
+        """Probability of the value of an extracted field that is a choice, from 0 to 1."""
+        return f"{self.step}_{name}_score"
+
     @property
     def error(self) -> str:
         """Why the row failed, as a sentence; null if it did not."""
@@ -83,6 +92,16 @@ class Columns:
         if log_probs:
             numbers.append(self.log_prob)
         return [self.answer, self.finish_reason, *numbers, *self._of_both]
+
+    def of_extract(self, fields: Sequence[str], chosen: Sequence[str]) -> list[str]:
+        """All columns of an extract step with `fields` in columns, in output order.
+
+        `chosen` are the fields that are a choice.
+        """
+        values = [self.field(name) for name in fields]
+        scores = [self.field_score(name) for name in chosen]
+        numbers = [self.prompt_tokens, self.completion_tokens]
+        return [self.answer, self.finish_reason, *values, *scores, *numbers, *self._of_both]
 
     # Last, so that the answers come first when someone looks at the file.
     @property

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import string
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from glmbatch.errors import some_of
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.conditions import parse_condition
+from glmbatch.settings.fields import Fields, check_room
+from glmbatch.settings.json_schema import fields_of_schema
 from glmbatch.settings.kinds import Settings, Share, StepName
 from glmbatch.settings.model import ModelSetting
 
@@ -17,7 +19,7 @@ TEXT = "text"  # the placeholder for data.text_column, whatever the column's nam
 
 
 class Step(Settings):
-    """The settings that both kinds of step share."""
+    """The settings that all kinds of step share."""
 
     name: StepName = Field(
         description="Name of the step and its answer column; later prompts refer to it as {name}."
@@ -115,8 +117,29 @@ class ClassifyStep(Step):
         return labels
 
 
+TopP = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1,
+        description="Sample from the likeliest tokens whose probabilities add up to this. "
+        "1: no limit.",
+    ),
+]
+TopK = Annotated[int, Field(ge=0, description="Sample from the K likeliest tokens. 0: no limit.")]
+Seed = Annotated[
+    int,
+    Field(
+        ge=0,
+        lt=2**63,
+        description="Seed for sampling; each row has its own random numbers, from the seed and its "
+        "row key.",
+    ),
+]
+
+
 class GenerateAudits(Settings):
-    """Limits on a generate step's texts; a run that exceeds one publishes nothing."""
+    """Limits on written answers; a run that exceeds one publishes nothing."""
 
     max_truncated_rate: Share | None = Field(
         None,
@@ -157,21 +180,9 @@ class GenerateStep(Step):
         description="0: always take the likeliest token, best for facts and fixed formats. "
         "Above 0: sample; higher values vary more.",
     )
-    top_p: float = Field(
-        0.8,
-        gt=0,
-        le=1,
-        description="Sample from the likeliest tokens whose probabilities add up to this. "
-        "1: no limit.",
-    )
-    top_k: int = Field(50, ge=0, description="Sample from the K likeliest tokens. 0: no limit.")
-    seed: int = Field(
-        0,
-        ge=0,
-        lt=2**63,
-        description="Seed for sampling; each row has its own random numbers, from the seed and its "
-        "row key.",
-    )
+    top_p: TopP = 0.8
+    top_k: TopK = 50
+    seed: Seed = 0
     stop: list[str] = Field(
         default_factory=list,
         description="Strings that end an answer; the answer does not include them.",
@@ -225,8 +236,79 @@ class GenerateStep(Step):
         return self
 
 
+class ExtractStep(Step):
+    """Fill in typed fields for each row."""
+
+    kind: Literal["extract"] = Field(
+        "extract", description="Makes this a step that fills in typed fields for each row."
+    )
+    fields: Fields = Field(
+        min_length=1,
+        description="The fields, in the order in which they are asked: a list, or a mapping from "
+        "names to types or settings.",
+    )
+    json_schema: dict[str, Any] | None = Field(
+        None,
+        alias="schema",
+        exclude=True,  # it has become `fields`
+        description="A JSON schema of an object, instead of `fields`; in Python also a pydantic "
+        "class. Keywords that fields cannot express are refused.",
+    )
+    layout: Literal["columns", "struct"] = Field(
+        "columns",
+        description="columns: {name} has the answer as JSON text, and {name}_{field} each value. "
+        "struct: {name} has all values.",
+    )
+    max_tokens: int = Field(
+        256,
+        ge=1,
+        le=32_768,
+        validation_alias=AliasChoices("max_tokens", "max_new_tokens"),
+        description="Maximum tokens of a row's values; the text between them is not counted. "
+        "Values of bounded length have their longest reserved. Texts and lists share the rest: a "
+        "longer one is cut off at a character or an item, and the answer counts as truncated.",
+    )
+    temperature: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="0: always take the likeliest token that a field allows. Above 0: sample; "
+        "choices are never sampled.",
+    )
+    top_p: TopP = 0.8
+    top_k: TopK = 50
+    seed: Seed = 0
+    audits: GenerateAudits = Field(
+        default_factory=GenerateAudits,
+        description="Limits on the answers; a run that exceeds one publishes nothing.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_schema(cls, values: object) -> object:
+        if not isinstance(values, dict) or values.get("schema") is None:
+            return values
+        if values.get("fields"):
+            raise ValueError("fields and schema are both set; remove one")
+        others = {name: value for name, value in values.items() if name != "schema"}
+        return {**others, "fields": fields_of_schema(values["schema"])}
+
+    @model_validator(mode="after")
+    def _distinct_columns(self) -> Self:
+        columns = [column.casefold() for column in answer_columns(self)]
+        for column in columns:
+            if columns.count(column) > 1:
+                raise ValueError(f"two columns would be named {column!r}; rename a field")
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_its_fields(self) -> Self:
+        check_room(self.fields, self.max_tokens)
+        return self
+
+
 # `kind` chooses the class, so an error names only settings of that kind.
-AnyStep = Annotated[ClassifyStep | GenerateStep, Field(discriminator="kind")]
+AnyStep = Annotated[ClassifyStep | GenerateStep | ExtractStep, Field(discriminator="kind")]
 
 
 def answer_columns(step: AnyStep) -> list[str]:
@@ -234,6 +316,10 @@ def answer_columns(step: AnyStep) -> list[str]:
     columns = Columns(step.name)
     if isinstance(step, ClassifyStep):
         return columns.of_classify
+    if isinstance(step, ExtractStep):
+        fields = [field.name for field in step.fields] if step.layout == "columns" else []
+        chosen = [field.name for field in step.fields if field.type == "choice"]
+        return columns.of_extract(fields, chosen)
     return columns.of_generate(step.log_probs)
 
 

@@ -11,8 +11,14 @@ import pyarrow as pa
 
 from glmbatch.ledger.rowkeys import KEY_BYTES
 from glmbatch.settings.columns import NOT_ASKED, Columns
-from glmbatch.settings.job import AnyStep, ClassifyStep
+from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
 from glmbatch.steps.classify import Choice, choice_columns, choice_fields
+from glmbatch.steps.extract import (
+    Extraction,
+    extraction_columns,
+    extraction_fields,
+    is_blank,
+)
 from glmbatch.steps.generate import Writing, writing_columns, writing_fields
 from glmbatch.steps.prompt import NoPrompt, NotAsked, RowFault
 
@@ -21,7 +27,7 @@ from glmbatch.steps.prompt import NoPrompt, NotAsked, RowFault
 class Answer:
     """The outcome of one row, and its row key. A row without a prompt has no key."""
 
-    value: Choice | Writing | NoPrompt
+    value: Choice | Writing | Extraction | NoPrompt
     key: bytes | None = None
 
 
@@ -34,6 +40,8 @@ def answers_schema(step: AnyStep, head_labels: Sequence[str]) -> pa.Schema:
     columns = Columns(step.name)
     if isinstance(step, ClassifyStep):
         fields = choice_fields(step, step.labels or head_labels)
+    elif isinstance(step, ExtractStep):
+        fields = extraction_fields(step)
     else:
         fields = writing_fields(step)
     fields += [
@@ -46,19 +54,23 @@ def answers_schema(step: AnyStep, head_labels: Sequence[str]) -> pa.Schema:
 
 def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[Answer]) -> pa.Table:
     """A table with `answers_schema` and a row for each of `answers`, in their order."""
-    # Each row has one value of three kinds, and null in the columns of the other kinds.
+    # Each row has one value of several kinds, and null in the columns of the other kinds.
     choices: list[Choice | None] = []
     writings: list[Writing | None] = []
+    extractions: list[Extraction | None] = []
     reasons: list[object] = []
     kinds: list[object] = []
     for answer in answers:
         value = answer.value
         choices.append(value if isinstance(value, Choice) else None)
         writings.append(value if isinstance(value, Writing) else None)
+        extractions.append(value if isinstance(value, Extraction) else None)
         reasons.append(value.reason if isinstance(value, RowFault) else None)
         kinds.append(_kind(value))
     if isinstance(step, ClassifyStep):
         columns = choice_columns(choices)
+    elif isinstance(step, ExtractStep):
+        columns = extraction_columns(step, extractions)
     else:
         columns = writing_columns(step, writings)
     columns += [reasons, kinds, [answer.key for answer in answers]]
@@ -70,7 +82,7 @@ def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[A
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _kind(value: Choice | Writing | NoPrompt) -> str | None:
+def _kind(value: Choice | Writing | Extraction | NoPrompt) -> str | None:
     """Why there is no answer, as a short code; None if there is one."""
     if isinstance(value, RowFault):
         return value.kind
@@ -83,6 +95,7 @@ class AnswerCounter:
     def __init__(self, step: AnyStep, table: pa.Table) -> None:
         columns = Columns(step.name)
         self._classifies = isinstance(step, ClassifyStep)
+        self._is_empty = is_blank if isinstance(step, ExtractStep) else _is_white
         names = [columns.error_type, columns.answer]
         if not self._classifies:
             names += [columns.finish_reason, columns.completion_tokens]
@@ -97,14 +110,18 @@ class AnswerCounter:
         if self._classifies:
             return {**counts, "labels": Counter(answers)}
         finish_reasons, tokens = rest
-        # Blank counts as empty: an answer of spaces alone is useless to a reader.
-        empty = [text for text in answers if not text.strip()]
+        empty = [answer for answer in answers if self._is_empty(answer)]
         return {
             **counts,
             "finish_reasons": Counter(finish_reasons),
             "empty_answers": len(empty),
             "answer_tokens": sum(tokens),
         }
+
+
+def _is_white(text: str) -> bool:
+    # Blank counts as empty: an answer of spaces alone is useless to a reader.
+    return not text.strip()
 
 
 def _present(values: Iterable[Any]) -> list[Any]:

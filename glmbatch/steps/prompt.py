@@ -9,7 +9,8 @@ from itertools import takewhile
 from typing import Literal
 
 from glmbatch.glm.tokenizer import Tokenizer, chat_prompt, escape_turns
-from glmbatch.settings.job import TEXT, Step, placeholders
+from glmbatch.settings.fields import instructions
+from glmbatch.settings.job import TEXT, ExtractStep, Step, placeholders
 
 # Stands for any value when only the template matters; no template has this private-use character.
 VALUE = "\ue000"
@@ -113,12 +114,16 @@ def build_prompts(  # noqa: PLR0913 - facts about model and data beside the rows
 
 
 def _render(step: Step, chat: bool, row: Mapping[str, str]) -> str:
-    """The template of `step` filled with the values of `row`, in the form that the model reads."""
+    """The template of `step` filled with the values of `row`, in the form that the model reads.
+
+    Behind it stands what an extract step tells the model of its fields.
+    """
+    fields = f"\n\n{instructions(step.fields)}" if isinstance(step, ExtractStep) else ""
     if not chat:
-        filled = step.prompt_template.format_map(row)
+        filled = step.prompt_template.format_map(row) + fields
         return filled if step.system_prompt is None else f"{step.system_prompt}\n\n{filled}"
     escaped = {name: escape_turns(value) for name, value in row.items()}
-    filled = step.prompt_template.format_map(escaped)
+    filled = step.prompt_template.format_map(escaped) + fields
     return chat_prompt(filled, system_prompt=step.system_prompt)
 
 

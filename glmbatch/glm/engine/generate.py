@@ -12,7 +12,12 @@ from typing import TypeVar
 
 import torch
 
-from glmbatch.glm.engine.protocol import GenerateRequest, GenerateResult, not_finite
+from glmbatch.glm.engine.protocol import (
+    FormState,
+    GenerateRequest,
+    GenerateResult,
+    not_finite,
+)
 from glmbatch.glm.engine.queue import Limits, PendingRequest
 from glmbatch.glm.engine.runner import ModelRunner, Step
 from glmbatch.glm.engine.scheduler import Batch, Scheduler, TokenSequence
@@ -105,6 +110,9 @@ class Generation:
                 continue
             seq.in_flight -= 1
             self._failures = 0
+            if seq.void:
+                seq.void = False
+                continue
             if log_probs is not None:
                 seq.log_probs.append(log_probs[row])
             reason = self._append(seq, tokens[row])
@@ -116,6 +124,8 @@ class Generation:
         """Add `token` to `seq`; returns why the sequence is finished, or None."""
         if token == NOT_FINITE:
             return "error"
+        if seq.writing is not None:
+            return self._append_in_form(seq, seq.writing, token)
         if token == self._eos_id:
             return "stop"
         seq.ids.append(token)
@@ -124,6 +134,14 @@ class Generation:
         if len(seq.ids) >= seq.request.max_tokens or seq.length >= self._network.max_positions:
             return "length"
         return None
+
+    def _append_in_form(self, seq: TokenSequence, writing: FormState, token: int) -> str | None:
+        seq.ids.append(token)
+        dropped, ids, ended = writing.advance(token)
+        seq.replace_end(dropped, ids)
+        if not ended:
+            return None
+        return "length" if writing.was_cut else "stop"
 
     def _asks_to_stop(self, seq: TokenSequence) -> bool:
         should_stop = seq.request.should_stop
@@ -142,7 +160,9 @@ class Generation:
             return GenerateResult(index, (), reason, fault)
         # The end token has a log-probability too, and is no part of the answer.
         log_probs = seq.log_probs[: len(seq.ids)] if seq.request.log_probs else ()
-        return GenerateResult(index, tuple(seq.ids), reason, log_probs=tuple(log_probs))
+        return GenerateResult(
+            index, tuple(seq.ids), reason, log_probs=tuple(log_probs), forced=seq.forced
+        )
 
     def _handle_out_of_memory(self, batch: Batch) -> None:
         """Preempt all. Next, try a smaller prefill, then half as many sequences, then fail one.

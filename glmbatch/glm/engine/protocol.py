@@ -8,7 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Advance(NamedTuple):
+    """What follows a chosen token: the last `dropped` ids go, then `ids` are forced.
+
+    With `ended`, the answer ends with them.
+    """
+
+    dropped: int = 0
+    ids: Sequence[int] = ()
+    ended: bool = False
+
+
+class FormState(Protocol):
+    """How far an answer in a given form is; `was_cut` once a part of it was too long."""
+
+    was_cut: bool
+
+    def begin(self) -> Sequence[int]:
+        """The ids with which the answer begins."""
+
+    def allowed(self) -> bytes:
+        """The tokens that may come next, one bit for each id, the lowest bit first."""
+
+    def advance(self, token: int) -> Advance:
+        """Take the chosen `token`; returns what follows it."""
+
+
+class AnswerForm(Protocol):
+    """The form of one answer: which of its tokens the model chooses, and from which.
+
+    `longest` is the most ids that the answer has, forced ones included.
+    """
+
+    @property
+    def longest(self) -> int:
+        """The most ids of an answer."""
+
+    def begin(self) -> FormState:
+        """The state of a new answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +90,8 @@ class GenerateRequest:
     `temperature` 0 is greedy. `seed` (64 bits) determines the draws of this request, whatever its
     batch. `should_stop` is called after each token with all generated ids so far, and must not keep
     that list. `log_probs` asks for those of the result. `shared_tokens` is as in `ClassifyRequest`.
+    With a `form`, the answer ends where the form does, `max_tokens` is at least `form.longest`, and
+    the settings below `seed` are unused.
     """
 
     index: int
@@ -68,6 +110,7 @@ class GenerateRequest:
     log_probs: bool = False
     should_stop: Callable[[Sequence[int]], bool] | None = None
     shared_tokens: int = 0
+    form: AnswerForm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +120,8 @@ class GenerateResult:
     `finish_reason` is "stop" (end token or `should_stop`), "length" (`max_tokens`, or the model's
     last position) or "error", with the reason in `error` and no ids. `log_probs` has one number for
     each of `ids` (natural logarithm), under the model's own distribution: before penalties,
-    temperature and cuts. Empty unless the request asked for them.
+    temperature and cuts. Empty unless the request asked for them. `forced` counts the ids that the
+    request's form gave; "length" then says that a part of the answer was cut.
     """
 
     index: int
@@ -85,6 +129,7 @@ class GenerateResult:
     finish_reason: str
     error: str | None = None
     log_probs: tuple[float, ...] = ()
+    forced: int = 0
 
 
 def not_finite(dtype: str, tokens: int = 0) -> str:

@@ -131,7 +131,7 @@ class ModelRunner:
         rows = []
         for row, piece in enumerate(batch.pieces):
             sampler = piece.sequence.sampler
-            if piece.samples and sampler is not None:
+            if piece.samples and sampler is not None and not piece.sequence.void:
                 rows.append(sampler.at(row, piece.sequence.ids))
         log_probs = any(piece.sequence.request.log_probs for piece in batch.pieces)
         chosen = next_tokens(logits_RV, rows, log_probs)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from glmbatch.glm.engine.protocol import GenerateRequest
+from glmbatch.glm.engine.protocol import FormState, GenerateRequest
 from glmbatch.glm.model.sampling import IdArray, RowSampling
 
 
@@ -35,8 +35,11 @@ class Uniforms:
 class Sampler:
     """The sampling settings of one request, and what its next token depends on so far."""
 
-    def __init__(self, request: GenerateRequest, eos_id: int) -> None:
+    def __init__(
+        self, request: GenerateRequest, eos_id: int, writing: FormState | None = None
+    ) -> None:
         self._request = request
+        self._writing = writing
         self._eos_id = eos_id
         self._uniforms = Uniforms(request.seed)
         # Filled when the first token is chosen, because requests wait in thousands.
@@ -44,15 +47,18 @@ class Sampler:
         self._ngrams: _Ngrams | None = None
 
     @classmethod
-    def of(cls, request: GenerateRequest, eos_id: int) -> Sampler | None:
-        """The sampler of `request`; None if it is plain greedy."""
+    def of(
+        cls, request: GenerateRequest, eos_id: int, writing: FormState | None = None
+    ) -> Sampler | None:
+        """The sampler of `request`, whose answer has the form `writing`; None if plain greedy."""
         plain = (
-            request.temperature == 0
+            writing is None
+            and request.temperature == 0
             and request.repetition_penalty == 1
             and not request.no_repeat_ngram_size
             and not request.min_tokens
         )
-        return None if plain else cls(request, eos_id)
+        return None if plain else cls(request, eos_id, writing)
 
     def at(self, row: int, ids: Sequence[int]) -> RowSampling:
         """How to choose the token after all the generated `ids`, at `row` of a batch.
@@ -62,6 +68,15 @@ class Sampler:
         while the device runs the forward whose token is chosen here.
         """
         request = self._request
+        if self._writing is not None:
+            return RowSampling(
+                row,
+                request.temperature,
+                request.top_k,
+                request.top_p,
+                self._uniforms.number(len(ids)) if request.temperature > 0 else 0.0,
+                allowed=self._writing.allowed(),
+            )
         return RowSampling(
             row,
             request.temperature,

@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from glmbatch.glm.engine.protocol import GenerateRequest
+from glmbatch.glm.engine.protocol import FormState, GenerateRequest
 from glmbatch.glm.engine.queue import Limits, PendingRequest, shared_prefix
 from glmbatch.glm.engine.sampler import Sampler
 from glmbatch.glm.model.places import Places
@@ -36,6 +36,7 @@ class TokenSequence:
     pending: PendingRequest[GenerateRequest]
     prefix: tuple[int, ...]
     sampler: Sampler | None
+    writing: FormState | None = None  # of a request with a form
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     start: int = 0
@@ -44,6 +45,8 @@ class TokenSequence:
     in_flight: int = 0
     row: int = -1  # its row in the forward launched last
     done: bool = False
+    forced: int = 0  # how many of `ids` the form gave
+    void: bool = False  # the token in flight is dropped: ids were forced before it
     limits: Limits | None = None  # before they were lowered for this sequence
 
     @property
@@ -55,6 +58,19 @@ class TokenSequence:
     def length(self) -> int:
         """Tokens of the prompt and of the answer read so far."""
         return len(self.request.prompt_ids) + len(self.ids)
+
+    def replace_end(self, dropped: int, ids: Sequence[int]) -> None:
+        """Drop the last `dropped` ids, then add the forced `ids`, which are known tokens.
+
+        A token in flight was chosen without them, so it is dropped when it is read.
+        """
+        if not dropped and not ids:
+            return
+        kept = len(self.ids) - dropped
+        self.ids[kept:] = ids
+        self.forced += len(ids)
+        self.cached = min(self.cached, len(self.request.prompt_ids) + kept)
+        self.void = self.in_flight > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +124,14 @@ class Scheduler:
 
     def push(self, pending: PendingRequest[GenerateRequest]) -> None:
         """Add a request to the waiting queue."""
-        sampler = Sampler.of(pending.request, self._eos_id)
-        self._wait(TokenSequence(pending, shared_prefix(pending.request), sampler))
+        request = pending.request
+        writing = None if request.form is None else request.form.begin()
+        sampler = Sampler.of(request, self._eos_id, writing)
+        seq = TokenSequence(pending, shared_prefix(request), sampler, writing)
+        if writing is not None:
+            seq.ids += writing.begin()
+            seq.forced = len(seq.ids)
+        self._wait(seq)
 
     def schedule(self, limits: Limits) -> Batch:
         """The next forward; without pieces, nothing can run before the last one is read."""
@@ -136,7 +158,9 @@ class Scheduler:
     def undo(self, batch: Batch) -> None:
         """Forget that `batch` was launched, because it failed. All its sequences are preempted."""
         for piece in batch.pieces:
-            piece.sequence.in_flight -= piece.samples
+            seq = piece.sequence
+            seq.in_flight -= piece.samples
+            seq.void = seq.void and seq.in_flight > 0
         self.preempt_all()
 
     def preempt_all(self) -> None:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from glmbatch.errors import InputError
 from glmbatch.glm.engine.protocol import (
+    AnswerForm,
     ClassifyRequest,
     ClassifyResult,
     GenerateRequest,
@@ -63,11 +64,24 @@ def _refuse_generate(request: GenerateRequest, model: ModelLimits) -> GenerateRe
         )
     # No positions for the answer: it may be cut off at the model's last position.
     fault = _prompt_fault(request.prompt_ids, 0, model)
+    if fault is None and request.form is not None:
+        fault = _form_fault(request, request.form, model)
     if fault is not None:
         return GenerateResult(request.index, (), "error", fault)
     if request.max_tokens < 1 or len(request.prompt_ids) == model.max_positions:
         return GenerateResult(request.index, (), "length")
     return None
+
+
+def _form_fault(request: GenerateRequest, form: AnswerForm, model: ModelLimits) -> str | None:
+    # A form has no end before its last character, so all of it must have positions.
+    tokens = len(request.prompt_ids)
+    if tokens + form.longest <= model.max_positions:
+        return None
+    return (
+        f"the prompt has {tokens} tokens and its answer up to {form.longest}; the model has "
+        f"{model.max_positions} positions"
+    )
 
 
 def _prompt_fault(

@@ -2,7 +2,8 @@
 
 Knows no sequences: each row has its own settings and its own uniform number.
 
-Shapes: R rows, V tokens, K candidates that may survive a row's top-k or top-p.
+Shapes: R rows, V tokens, K candidates that may survive a row's top-k or top-p,
+N rows with a mask, W bytes of a mask.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class RowSampling(NamedTuple):
     """How to choose the next token of one row that is not plain greedy.
 
     `temperature` 0 is greedy. `penalized_ids` are those whose scores `repetition_penalty` lowers;
-    repeats among them have no effect. The `barred_ids` cannot be chosen.
+    repeats among them have no effect. The `barred_ids` cannot be chosen. `allowed` has one bit for
+    each token, the lowest bit first: tokens with a 0, or without a bit, cannot be chosen.
     """
 
     row: int
@@ -46,6 +48,7 @@ class RowSampling(NamedTuple):
     repetition_penalty: float = 1.0
     penalized_ids: IdArray | None = None
     barred_ids: Sequence[int] = ()
+    allowed: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ def next_tokens(
     """
     # A sum is finite only if every number is, and it needs no mask of the size of the logits.
     finite_R = logits_RV.sum(-1).isfinite()
-    scores_RV = _penalize(logits_RV, rows)
+    scores_RV = _penalize(_restrict(logits_RV, rows), rows)
     tokens_R = scores_RV.argmax(-1)
     draws = [row for row in rows if row.temperature > 0]
     if draws:
@@ -84,6 +87,25 @@ def next_tokens(
         chosen_R = logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
         log_probs_R = chosen_R - logits_RV.logsumexp(-1)
     return Chosen(torch.where(finite_R, tokens_R, NOT_FINITE), log_probs_R)
+
+
+def _restrict(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tensor:
+    """The logits with -inf at the tokens that are not allowed; the same tensor if all are."""
+    masks = {row.row: row.allowed for row in rows if row.allowed is not None}
+    if not masks:
+        return logits_RV
+    bits = np.zeros((len(masks), -(-logits_RV.shape[1] // 8)), dtype=np.uint8)
+    for mask, row in zip(masks.values(), bits, strict=True):
+        known = np.frombuffer(mask, dtype=np.uint8)[: len(row)]
+        row[: len(known)] = known
+    (rows_N,) = to_device(logits_RV.device, np.array(list(masks)))
+    (bits_NW,) = to_device(logits_RV.device, bits)
+    places_8 = torch.arange(8, device=logits_RV.device, dtype=torch.uint8)
+    allowed_NW8 = bits_NW.unsqueeze(-1).bitwise_right_shift(places_8).bitwise_and_(1).bool()
+    allowed_NV = allowed_NW8.flatten(1)[:, : logits_RV.shape[1]]
+    scores_RV = logits_RV.clone()
+    scores_RV[rows_N] = logits_RV[rows_N].masked_fill(~allowed_NV, -torch.inf)
+    return scores_RV
 
 
 def _penalize(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tensor:

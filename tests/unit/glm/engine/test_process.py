@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from glmbatch.glm.engine.protocol import ClassifyRequest, Engine, GenerateReques
 from glmbatch.glm.stop_texts import stop_at
 from glmbatch.glm.tokenizer import load_tokenizer
 from glmbatch.settings.job import JobConfig, ModelConfig, RuntimeConfig
+from glmbatch.steps.extract import ask_extractions
+from glmbatch.steps.prompt import Prompt
 from tests.support import CAUSAL, Settings, Write, committed, rows_of
 from tests.unit.glm.tiny_glm import prompts
+from tests.unit.steps.forms import steps
 
 LABELS = ((5,), (6, 7), (6, 8))
 LOADED = """
@@ -94,6 +98,19 @@ def generate_requests(count: int = 40) -> list[GenerateRequest]:
 def classify_requests(count: int = 300) -> list[ClassifyRequest]:
     rows = [*prompts(count - 1), [5] * 9999]  # the last one is refused
     return [ClassifyRequest(at, row, LABELS) for at, row in enumerate(rows)]
+
+
+def test_typed_fields_are_the_same_in_both(engine: Any) -> None:
+    tokenizer = load_tokenizer(CAUSAL)
+    with closing(load(own_process=False)) as here:
+        for step in steps(temperature=0.8, max_tokens=45):
+            prompts = {}
+            for key in (b"one", b"two"):
+                (ids,) = tokenizer.encode([f"{step.name} {key!r}"])
+                prompts[key] = Prompt("", ids)
+            answers = dict(ask_extractions(step, prompts, here, tokenizer))
+            assert dict(ask_extractions(step, prompts, engine, tokenizer)) == answers
+            assert len(answers) == 2
 
 
 def test_it_answers_as_the_same_engine_in_one_process(engine: EngineProcess) -> None:

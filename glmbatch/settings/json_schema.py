@@ -1,0 +1,146 @@
+"""A JSON schema, or a pydantic class, as the fields of an extract step.
+
+Only what fields can express is read; any other keyword is refused by name, because an answer would
+not be held to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from glmbatch.errors import some_of
+
+# Keywords that say nothing about which values are valid.
+_NOTES = {"title", "description", "default", "examples", "$comment", "$schema", "$id", "$defs"}
+_TYPES = {"string": "text", "integer": "integer", "number": "number", "boolean": "boolean"}
+# Keywords that fields have under another name.
+_SETTINGS = {"minimum": "minimum", "maximum": "maximum", "maxLength": "max_length"}
+_KEYWORDS = {
+    "integer": ("minimum", "maximum"),
+    "number": ("minimum", "maximum", "multipleOf"),
+    "string": ("maxLength", "pattern", "format"),
+}
+
+
+def fields_of_schema(schema: object) -> list[dict[str, Any]]:
+    """The fields of `schema`, a mapping or a pydantic class. ValueError names what is refused."""
+    as_json = getattr(schema, "model_json_schema", None)
+    if callable(as_json):
+        schema = as_json()
+    if not isinstance(schema, Mapping) or schema.get("type") != "object":
+        raise ValueError("the schema is not of an object; set its type to object")
+    _refuse_others("the schema", schema, {"type", "properties", "required", "additionalProperties"})
+    if schema.get("additionalProperties", False) is not False:
+        raise ValueError("the schema allows additionalProperties; list all fields as properties")
+    properties = schema.get("properties")
+    if not isinstance(properties, Mapping) or not properties:
+        raise ValueError("the schema has no properties; each is a field")
+    unlisted = [name for name in schema.get("required", ()) if name not in properties]
+    if unlisted:
+        raise ValueError(f"the schema requires {some_of(unlisted)}, which is not in its properties")
+    definitions = schema.get("$defs", {})
+    return [_field(name, part, definitions) for name, part in properties.items()]
+
+
+def _field(name: str, schema: Any, definitions: Mapping[str, Any]) -> dict[str, Any]:
+    where = f"property {name!r} of the schema"
+    field: dict[str, Any] = {"name": name}
+    if isinstance(schema, Mapping) and schema.get("description"):
+        field["description"] = schema["description"]
+    schema, nullable = _without_null(where, _resolved(where, schema, definitions), definitions)
+    if nullable:
+        field["nullable"] = True
+    if schema.get("type") != "array":
+        return {**field, **_value(where, schema)}
+    _refuse_others(where, schema, {"type", "items", "maxItems"})
+    items = _resolved(where, schema.get("items"), definitions)
+    field |= {"type": "list", "items": _value(f"items of {where}", items)}
+    if "maxItems" in schema:
+        field["max_items"] = schema["maxItems"]
+    return field
+
+
+def _resolved(where: str, schema: Any, definitions: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`schema`, or what its $ref refers to."""
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"{where} is not a schema of a value")
+    if "$ref" not in schema:
+        return schema
+    name = str(schema["$ref"]).removeprefix("#/$defs/")
+    if not isinstance(definitions.get(name), Mapping):
+        raise ValueError(f"{where} refers to {schema['$ref']!r}, which is not in its $defs")
+    return {**definitions[name], **{key: schema[key] for key in schema if key != "$ref"}}
+
+
+def _without_null(
+    where: str, schema: Mapping[str, Any], definitions: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], bool]:
+    """The schema of the value, and whether it may be null."""
+    if "anyOf" in schema:
+        parts = [_resolved(where, part, definitions) for part in schema["anyOf"]]
+        others = [part for part in parts if part.get("type") != "null"]
+        if len(others) != 1:
+            raise ValueError(f"{where} has anyOf of {len(others)} types; a field has one, or null")
+        around = {key: value for key, value in schema.items() if key != "anyOf"}
+        return {**around, **others[0]}, len(others) < len(parts)
+    types = schema.get("type")
+    if isinstance(types, list):
+        others = [name for name in types if name != "null"]
+        if len(others) != 1:
+            raise ValueError(f"{where} has the types {some_of(types)}; a field has one, or null")
+        return {**schema, "type": others[0]}, len(others) < len(types)
+    return schema, False
+
+
+def _value(where: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    if "enum" in schema or "const" in schema:
+        _refuse_others(where, schema, {"type", "enum", "const"})
+        choices = schema.get("enum", [schema.get("const")])
+        if not all(isinstance(choice, str) for choice in choices):
+            raise ValueError(f"{where} has an enum of other values than texts")
+        return {"type": "choice", "choices": list(choices)}
+    kind = schema.get("type")
+    if kind not in _TYPES:
+        raise ValueError(
+            f"{where} has the type {kind!r}; a field has one of {some_of(list(_TYPES))}"
+        )
+    _refuse_others(where, schema, {"type", *_KEYWORDS.get(kind, ())})
+    value: dict[str, Any] = {"type": _TYPES[kind]}
+    for keyword, setting in _SETTINGS.items():
+        if keyword in schema:
+            value[setting] = schema[keyword]
+    if "multipleOf" in schema:
+        value["decimals"] = _decimals(where, schema["multipleOf"])
+    if "pattern" in schema:
+        value["pattern"] = _whole(where, schema["pattern"])
+    if "format" not in schema:
+        return value
+    if schema["format"] != "date" or len(value) > 1:
+        raise ValueError(f"{where} has the format {schema['format']!r}; only date alone is read")
+    return {"type": "date"}
+
+
+def _decimals(where: str, step: Any) -> int:
+    for decimals in range(10):
+        if isinstance(step, (int, float)) and math.isclose(step, 10.0**-decimals):
+            return decimals
+    raise ValueError(f"{where} has multipleOf {step!r}; only 1, 0.1, 0.01 and so on are read")
+
+
+def _whole(where: str, pattern: str) -> str:
+    # In a JSON schema, a pattern may match anywhere in a text, around which there may be any other.
+    if not (pattern.startswith("^") and pattern.endswith("$")):
+        raise ValueError(
+            f"{where} has a pattern without end, {pattern!r}; begin it with ^ and end it with $"
+        )
+    return pattern[1:-1]
+
+
+def _refuse_others(where: str, schema: Mapping[str, Any], read: set[str]) -> None:
+    others = sorted(schema.keys() - read - _NOTES)
+    if others:
+        raise ValueError(
+            f"{where} has {some_of(others)}, which fields cannot be held to; remove it"
+        )

@@ -1,0 +1,240 @@
+"""An extract step: typed fields as columns. Scores and token ids in, columns out; no tensors.
+
+Fields that are a choice are asked first, each by the likelihoods of its choices behind the prompt.
+The other values are then written behind them, in one answer whose form is forced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import pyarrow as pa
+
+from glmbatch.glm.engine.protocol import ClassifyRequest, Engine, GenerateRequest
+from glmbatch.glm.form import Form, FormField, RowForm, before
+from glmbatch.glm.form_tokens import form_tokens
+from glmbatch.glm.tokenizer import Tokenizer
+from glmbatch.ledger.rowkeys import row_seed
+from glmbatch.settings.columns import Columns
+from glmbatch.settings.fields import ExtractField, FieldValue
+from glmbatch.settings.job import ExtractStep
+from glmbatch.steps.classify import choose
+from glmbatch.steps.prompt import Prompt, RowFault
+
+_ARROW = {
+    "text": pa.string(),
+    "choice": pa.string(),
+    "integer": pa.int64(),
+    "number": pa.float64(),
+    "boolean": pa.bool_(),
+    "date": pa.date32(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """The values of one row by field, and the probability of each that was chosen.
+
+    `finish_reason` is "length" if a text or a list was cut. `completion_tokens` counts the tokens
+    that the model chose.
+    """
+
+    values: Mapping[str, Any]
+    scores: Mapping[str, float]
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def text(self) -> str:
+        """The values as JSON."""
+        return as_json(self.values)
+
+
+def extraction_fields(step: ExtractStep) -> list[pa.Field]:
+    """The columns of an extraction: the answer, why it ended, values, scores, tokens."""
+    columns = Columns(step.name)
+    values = [pa.field(field.name, _arrow_type(field)) for field in step.fields]
+    answer = pa.string() if step.layout == "columns" else pa.struct(values)
+    fields = [pa.field(columns.answer, answer), pa.field(columns.finish_reason, pa.string())]
+    if step.layout == "columns":
+        fields += [value.with_name(columns.field(value.name)) for value in values]
+    for field in _choices(step):
+        fields.append(pa.field(columns.field_score(field.name), pa.float64()))
+    return [
+        *fields,
+        pa.field(columns.prompt_tokens, pa.int32()),
+        pa.field(columns.completion_tokens, pa.int32()),
+    ]
+
+
+def extraction_columns(
+    step: ExtractStep, extractions: Sequence[Extraction | None]
+) -> list[list[object]]:
+    """The values of each of `extraction_fields`, row by row; None where nothing was extracted."""
+    columns: list[list[object]] = [[] for _ in extraction_fields(step)]
+    for extraction in extractions:
+        values = [None] * len(columns) if extraction is None else _row(step, extraction)
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+    return columns
+
+
+def _row(step: ExtractStep, extraction: Extraction) -> list[Any]:
+    values = [extraction.values[field.name] for field in step.fields]
+    scores = [extraction.scores[field.name] for field in _choices(step)]
+    tokens = [extraction.prompt_tokens, extraction.completion_tokens]
+    if step.layout == "struct":
+        return [dict(extraction.values), extraction.finish_reason, *scores, *tokens]
+    return [extraction.text, extraction.finish_reason, *values, *scores, *tokens]
+
+
+def as_json(values: Mapping[str, Any]) -> str:
+    """The values of fields as JSON text."""
+    return json.dumps(values, ensure_ascii=False, default=date.isoformat)
+
+
+def is_blank(answer: object) -> bool:
+    """Whether an answer, as its column has it, has no value but nulls and empty ones."""
+    values = json.loads(answer) if isinstance(answer, str) else answer
+    assert isinstance(values, dict)
+    return all(value in (None, "", []) for value in values.values())
+
+
+def ask_extractions(
+    step: ExtractStep, prompts: Mapping[bytes, Prompt], engine: Engine, tokenizer: Tokenizer
+) -> Iterator[tuple[bytes, Extraction | RowFault]]:
+    """Ask the engine about each prompt; yield pairs of row key and answer, in any order.
+
+    A prompt on which the model failed has a RowFault.
+    """
+    chosen: dict[bytes, dict[str, tuple[str, float]]] = {key: {} for key in prompts}
+    for field in _choices(step):
+        asked = {key: prompts[key] for key in chosen}
+        for key, outcome in _ask_choice(step, field, asked, engine, tokenizer):
+            if isinstance(outcome, RowFault):
+                del chosen[key]
+                yield key, outcome
+            else:
+                chosen[key][field.name] = outcome
+    form = form_of(step, tokenizer)
+    if all(field.schema is None for field in form.fields):
+        for key, known in chosen.items():
+            yield key, _extraction(step, {}, known, "stop", (len(prompts[key].ids), 0))
+        return
+    keys = list(chosen)  # the engine numbers its requests
+    requests = (
+        GenerateRequest(
+            index,
+            prompts[key].ids,
+            form.longest,
+            temperature=step.temperature,
+            top_p=step.top_p,
+            top_k=step.top_k,
+            seed=row_seed(step.seed, key),  # so sampling does not depend on the batch
+            shared_tokens=prompts[key].shared_tokens,
+            form=RowForm(form, _texts(chosen[key])),
+        )
+        for index, key in enumerate(keys)
+    )
+    for result in engine.generate(requests):
+        key = keys[result.index]
+        if result.error is not None:
+            yield key, RowFault("model_failed", result.error)
+        else:
+            tokens = (len(prompts[key].ids), len(result.ids) - result.forced)
+            values = form.read(result.ids)
+            yield key, _extraction(step, values, chosen[key], result.finish_reason, tokens)
+
+
+def _texts(chosen: Mapping[str, tuple[str, float]]) -> dict[str, str]:
+    """The chosen values of one row, as JSON texts."""
+    return {name: text for name, (text, _) in chosen.items()}
+
+
+def _ask_choice(
+    step: ExtractStep,
+    field: ExtractField,
+    prompts: Mapping[bytes, Prompt],
+    engine: Engine,
+    tokenizer: Tokenizer,
+) -> Iterator[tuple[bytes, tuple[str, float] | RowFault]]:
+    """For each prompt the likeliest choice, as JSON text, and its probability."""
+    tokens = form_tokens(tokenizer)
+    begin = list(tokens.encode(before(form_of(step, tokenizer).fields, _place(step, field))))
+    texts = _choice_texts(field)
+    label_ids = tuple(tokens.encode(text.encode()) for text in texts)
+    keys = list(prompts)
+    requests = (
+        ClassifyRequest(index, [*prompts[key].ids, *begin], label_ids, prompts[key].shared_tokens)
+        for index, key in enumerate(keys)
+    )
+    for result in engine.classify(requests):
+        if result.error is not None:
+            yield keys[result.index], RowFault("model_failed", result.error)
+        else:
+            # No choice begins another: each ends with its quote.
+            choice = choose(texts, result.scores)
+            yield keys[result.index], (choice.label, choice.scores[choice.label])
+
+
+def form_of(step: ExtractStep, tokenizer: Tokenizer) -> Form:
+    """The form of the answers of `step`."""
+    fields = []
+    for field in step.fields:
+        if field.type == "choice":
+            fields.append(FormField(field.name, None, field.most_tokens or 0))
+        else:
+            schema = json.dumps(field.json_schema())
+            fields.append(
+                FormField(field.name, schema, field.most_tokens or 0, field.type == "list")
+            )
+    return Form(tuple(fields), step.max_tokens, tokenizer)
+
+
+def _extraction(
+    step: ExtractStep,
+    values: Mapping[str, Any],
+    chosen: Mapping[str, tuple[str, float]],
+    finish_reason: str,
+    tokens: tuple[int, int],
+) -> Extraction:
+    read: dict[str, Any] = {}
+    for field in step.fields:
+        known = chosen.get(field.name)
+        value = values[field.name] if known is None else json.loads(known[0])
+        read[field.name] = _read(field if field.items is None else field.items, value)
+    scores = {name: score for name, (_, score) in chosen.items()}
+    return Extraction(read, scores, finish_reason, *tokens)
+
+
+def _read(kind: FieldValue, value: Any) -> Any:
+    """A JSON value as its column holds it."""
+    if isinstance(value, list):
+        return [_read(kind, item) for item in value]
+    if value is None or kind.type not in ("number", "date"):
+        return value
+    return float(value) if kind.type == "number" else date.fromisoformat(value)
+
+
+def _arrow_type(field: ExtractField) -> pa.DataType:
+    if field.items is not None:
+        return pa.list_(_ARROW[field.items.type])
+    return _ARROW[field.type]
+
+
+def _choices(step: ExtractStep) -> list[ExtractField]:
+    return [field for field in step.fields if field.type == "choice"]
+
+
+def _place(step: ExtractStep, field: ExtractField) -> int:
+    return step.fields.index(field)
+
+
+def _choice_texts(field: ExtractField) -> list[str]:
+    texts = [json.dumps(choice, ensure_ascii=False) for choice in field.choices or ()]
+    return [*texts, "null"] if field.nullable else texts

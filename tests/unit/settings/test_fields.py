@@ -1,0 +1,146 @@
+"""Fields of an extract step: as declared, from a JSON schema or a class, or refused in one line."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from glmbatch.errors import InputError
+from glmbatch.settings.job import AnyStep, ExtractStep, JobConfig
+from glmbatch.settings.jobfile import parse_settings
+from tests.support import Settings
+
+STEP: TypeAdapter[ExtractStep] = TypeAdapter(AnyStep)
+
+
+def step(**settings: Any) -> ExtractStep:
+    return STEP.validate_python({"kind": "extract", "name": "facts", **settings})
+
+
+def test_fields_are_a_mapping_or_a_list() -> None:
+    mapping = step(fields={"a": "text", "b": {"type": "list", "items": "date"}})
+    listed = step(
+        fields=[
+            {"name": "a", "type": "text"},
+            {"name": "b", "type": "list", "items": {"type": "date"}},
+        ]
+    )
+    assert mapping == listed
+    assert step(**mapping.model_dump(mode="json", exclude={"kind", "name"})) == mapping
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([{"name": "a", "type": "text"}, {"name": "A", "type": "text"}], "is there twice"),
+        ({"a": {"type": "integer", "minimum": 5, "maximum": 1}}, "minimum 5 and at most maximum 1"),
+        ({"a": {"type": "integer", "minimum": 1.2, "maximum": 1.8}}, "no integer is at least"),
+        (
+            {"a": {"type": "number", "minimum": 0.11, "maximum": 0.12, "decimals": 1}},
+            "no number of these decimals",
+        ),
+        ({"a": {"type": "integer", "maximum": 10**30}}, "bounds are at most"),
+        ({"a": {"type": "text", "pattern": "[a-z]+"}}, "without end"),
+        ({"a": {"type": "text", "pattern": "a(?=b)"}}, "look-around"),
+        ({"a": {"type": "text", "pattern": "[a"}}, "unclosed"),
+        ({"a": {"type": "text", "pattern": "abc", "max_length": 2}}, "Unsatisfiable"),
+        ({"a": {"choices": ["good", "Good"]}}, "equal but for case"),
+        ({"a": {"choices": ["good"]}}, "at least two"),
+        ({"a": {"type": "list"}}, "a list needs items"),
+        ({"a": {"type": "list", "items": "list"}}, "Input should be"),
+        ({"a": {"type": "text", "minimum": 1}}, "minimum is for integer and number"),
+        ({"a b": "text"}, "match pattern"),
+        ({}, "at least 1 item"),
+    ],
+)
+def test_fields_that_cannot_be_are_refused(fields: Any, message: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        step(fields=fields)
+    messages = [error["msg"] for error in refused.value.errors()]
+    assert any(message in told for told in messages), messages
+    assert all("\n" not in told for told in messages)
+
+
+def test_max_tokens_must_hold_the_fields() -> None:
+    fields = {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": "boolean", "c": "text"}
+    assert step(fields=fields, max_tokens=10).max_tokens == 10
+    with pytest.raises(ValidationError, match="set max_tokens to 10 at least"):
+        step(fields=fields, max_tokens=9)
+
+
+def test_a_field_has_no_column_of_its_step(job_settings: Settings) -> None:
+    settings = job_settings(
+        steps=[{"kind": "extract", "name": "facts", "fields": {"error": "text"}}]
+    )
+    with pytest.raises(InputError, match="two columns would be named 'facts_error'"):
+        parse_settings("job", settings, JobConfig, {})
+
+
+class Mood(enum.Enum):
+    GOOD = "good"
+    BAD = "bad"
+
+
+class Review(BaseModel):
+    product: str = Field(max_length=20, description="what was bought")
+    rating: int | None = Field(None, ge=1, le=5)
+    mood: Mood
+    bought: datetime.date | None
+    tags: list[str] = Field(max_length=3)
+    price: float
+    code: str = Field(pattern="^[A-Z]{2}$")
+
+
+def test_a_pydantic_class_becomes_fields() -> None:
+    declared = step(
+        fields={
+            "product": {"type": "text", "max_length": 20, "description": "what was bought"},
+            "rating": {"type": "integer", "minimum": 1, "maximum": 5, "nullable": True},
+            "mood": {"choices": ["good", "bad"]},
+            "bought": {"type": "date", "nullable": True},
+            "tags": {"type": "list", "items": "text", "max_items": 3},
+            "price": "number",
+            "code": {"type": "text", "pattern": "[A-Z]{2}"},
+        }
+    )
+    assert step(schema=Review) == declared
+    assert step(schema=Review.model_json_schema()) == declared
+
+
+def of(schema: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": schema}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "string"}, "not of an object"),
+        ({"type": "object"}, "no properties"),
+        (of({"type": "string", "minLength": 3}), "'minLength'"),
+        (of({"type": "integer", "exclusiveMinimum": 3}), "'exclusiveMinimum'"),
+        (of({"type": "string", "pattern": "a"}), "pattern without end"),
+        (of({"type": "string", "format": "email"}), "'email'"),
+        (of({"type": "object"}), "type 'object'"),
+        (of({"type": ["string", "integer"]}), "has the types"),
+        (of({"type": "array", "items": {"type": "array"}}), "type 'array'"),
+        (of({"type": "array", "items": {"type": "string"}, "uniqueItems": True}), "'uniqueItems'"),
+        (of({"enum": [1, 2]}), "other values than texts"),
+        (of({"type": "number", "multipleOf": 0.3}), "multipleOf 0.3"),
+        (of({"$ref": "#/$defs/B"}), "not in its $defs"),
+        ({**of({"type": "string"}), "required": ["b"]}, "requires ['b']"),
+        ({**of({"type": "string"}), "additionalProperties": True}, "additionalProperties"),
+    ],
+)
+def test_a_schema_beyond_fields_is_refused_by_name(schema: Any, message: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        step(schema=schema)
+    assert message in refused.value.errors()[0]["msg"]
+
+
+def test_fields_and_schema_together_are_refused() -> None:
+    with pytest.raises(ValidationError, match="both set"):
+        step(schema=Review, fields={"a": "text"})
