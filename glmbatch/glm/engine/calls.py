@@ -6,7 +6,7 @@ Knows neither the model nor where it runs. No tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from glmbatch.errors import GlmbatchError
 from glmbatch.glm.engine.protocol import (
@@ -16,7 +16,7 @@ from glmbatch.glm.engine.protocol import (
     GenerateResult,
 )
 from glmbatch.glm.engine.queue import Call
-from glmbatch.glm.engine.validate import ModelLimits, refuse
+from glmbatch.glm.engine.validate import ModelLimits, sort_out
 
 # Requests of one call in the engine at once: enough to pack batches well, few enough for memory.
 LOOK_AHEAD = 4096
@@ -37,7 +37,7 @@ def serve(
 ) -> Iterator[Result]:
     """Yield the result of each request as `call` gets it. Closing the iterator cancels the call.
 
-    A request that the `limits` refuse is answered at once. `submit` hands any other to the engine.
+    What the `limits` refuse is answered at once. `submit` hands the rest to the engine.
     It may keep some back to send them together: `flush` sends these before the caller waits.
     """
     source = iter(requests)
@@ -50,12 +50,13 @@ def serve(
                 request = next(source, None)
                 more = request is not None
                 if request is not None:
-                    refusal: Any = refuse(request, limits)
-                    if refusal is None:
-                        submit(request)
-                    else:
-                        call.deliver(refusal)
-                    in_engine += 1
+                    valid, refused = sort_out(request, limits)
+                    for result in refused:
+                        call.deliver(result)
+                    if valid is not None:
+                        submit(valid)
+                        in_engine += _result_count(valid)
+                    in_engine += len(refused)
                     taken += 1
             if not in_engine:
                 return
@@ -71,6 +72,10 @@ def serve(
             yield result
     finally:
         call.cancelled = True
+
+
+def _result_count(request: ClassifyRequest | GenerateRequest) -> int:
+    return 1 + len(request.beside) if isinstance(request, ClassifyRequest) else 1
 
 
 def copy_of(error: GlmbatchError) -> GlmbatchError:

@@ -1,7 +1,9 @@
 """Runs classify requests in packed batches: logits of the trained head, or scores of whole labels.
 
-Shapes: B prompts of a batch, K tokens whose final states are read, C hidden size, V tokens, N + 1
-rows of the label tree (the prompt, then its nodes), M the largest number of children of a row.
+The questions about one text are branches of one tree behind it, so it is read once for all of them.
+
+Shapes: B rows of a batch, K tokens whose final states are read, C hidden size, V tokens, S reads of
+the label tree, M the largest number of its children, R rows and reads, L labels.
 """
 
 from __future__ import annotations
@@ -15,9 +17,16 @@ import numpy as np
 import torch
 
 from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult, not_finite
-from glmbatch.glm.engine.queue import Limits, PendingRequest, WaitingQueue, shared_prefix
+from glmbatch.glm.engine.queue import (
+    MIN_SHARED_TOKENS,
+    Call,
+    Limits,
+    PendingRequest,
+    WaitingQueue,
+    shared_prefix,
+)
 from glmbatch.glm.engine.runner import Readback
-from glmbatch.glm.model.label_tree import LabelTree, label_tree
+from glmbatch.glm.model.label_tree import Branch, LabelTree, label_tree
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
 from glmbatch.glm.model.rows import to_device
@@ -25,16 +34,25 @@ from glmbatch.glm.oom import catch_oom
 
 # Rows of logits computed at once: 67 MB for 65,024 tokens in float32.
 HEAD_ROWS = 256
+# Tokens of all questions behind a text, at most: their mask has as many rows and columns.
+MAX_BEHIND = 1024
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting:
-    """One waiting request: its shared prefix, and the rest of it, for a packed batch."""
+class _Row:
+    """The questions that wait to be read together: their shared prefix, and the rest of them.
 
-    pending: PendingRequest[ClassifyRequest]
+    `prompt` is what all of them begin with, after the prefix; its tree has a branch for each.
+    """
+
+    call: Call[Any]
+    rank: tuple[int, ...]
+    questions: Sequence[ClassifyRequest]
     prefix: tuple[int, ...]
     prompt: PackedPrompt
-    limits: Limits | None = None  # before they were lowered for this prompt alone
+    limits: Limits | None = None  # before they were lowered for this row alone
 
 
 class Classification:
@@ -51,15 +69,15 @@ class Classification:
         self._limits = limits
         self._preempt_generation = preempt_generation
         # A batch whose scores are not read yet. On CPU they are there when it returns.
-        self._in_flight: tuple[Sequence[_Waiting], Readback] | None = None
+        self._in_flight: tuple[Sequence[_Row], Readback] | None = None
         self._runs_ahead = network.device.type == "cuda"
-        self._waiting: WaitingQueue[_Waiting] = WaitingQueue(
+        self._waiting: WaitingQueue[_Row] = WaitingQueue(
             # First come, first served: without padding, no order is faster.
-            rank=lambda item: (item.pending.arrival,),
-            tokens=lambda item: len(item.prompt),
-            # Trees are cached, so requests with the same labels have the same one.
-            group=lambda item: (item.prefix, id(item.prompt.tree)),
-            cancelled=lambda item: item.pending.call.cancelled,
+            rank=lambda row: row.rank,
+            tokens=lambda row: len(row.prompt),
+            # Trees are cached, so requests with the same questions have the same one.
+            group=lambda row: (row.prefix, id(row.prompt.tree)),
+            cancelled=lambda row: row.call.cancelled,
         )
 
     @property
@@ -68,12 +86,16 @@ class Classification:
         return bool(self._waiting) or self._in_flight is not None
 
     def push(self, pending: PendingRequest[ClassifyRequest]) -> None:
-        """Add a request to the waiting queue."""
-        request = pending.request
-        prefix = shared_prefix(request)
-        tree = None if request.label_ids is None else label_tree(request.label_ids)
-        prompt = PackedPrompt(request.prompt_ids[len(prefix) :], tree)
-        self._waiting.push(_Waiting(pending, prefix, prompt))
+        """Add a request to the waiting queue, with the questions beside it."""
+        for questions in read_together(pending.request):
+            self._wait(pending.call, pending.arrival, questions)
+
+    def _wait(self, call: Call[Any], arrival: int, questions: Sequence[ClassifyRequest]) -> None:
+        text, branches = _branches(questions)
+        prefix = shared_prefix(text)
+        prompt = PackedPrompt(text.prompt_ids[len(prefix) :], label_tree(branches))
+        # The index tells apart the rows of one request.
+        self._waiting.push(_Row(call, (arrival, text.index), questions, prefix, prompt))
 
     def run_batch(self) -> None:
         """Launch the next batch, then deliver the results of the one before.
@@ -96,23 +118,34 @@ class Classification:
             return
         batch, readback = self._in_flight
         self._in_flight = None
-        (rows,) = readback.wait()
-        tree = batch[0].prompt.tree
-        if tree is not None:
-            rows = label_scores(tree, np.array(rows)).tolist()
-        for item, row in zip(batch, rows, strict=True):
-            index = item.pending.request.index
-            if all(map(math.isfinite, row)):
-                result = ClassifyResult(index, tuple(row))
-            else:
-                result = ClassifyResult(index, (), not_finite(self._network.dtype_name))
-            item.pending.call.deliver(result)
+        (read,) = readback.wait()
+        scores_QBL = question_scores(_tree_of(batch), np.array(read), self._network.has_head)
+        for row, *scores_QL in zip(batch, *scores_QBL, strict=True):
+            self._answer(row, [scores_L.tolist() for scores_L in scores_QL])
 
-    def _handle_out_of_memory(self, batch: Sequence[_Waiting]) -> None:
-        """Next, try smaller batches, then preempt generation, then chunks; then fail the prompt."""
+    def _answer(self, row: _Row, scores_QL: Sequence[Sequence[float]]) -> None:
+        is_finite = [all(map(math.isfinite, scores)) for scores in scores_QL]
+        if not all(is_finite) and len(row.questions) > 1:
+            # A question's overflow reaches all that are in its tree.
+            self._separate(row)
+            return
+        for question, scores, finite in zip(row.questions, scores_QL, is_finite, strict=True):
+            if finite:
+                result = ClassifyResult(question.index, tuple(scores))
+            else:
+                result = ClassifyResult(question.index, (), not_finite(self._network.dtype_name))
+            row.call.deliver(result)
+
+    def _separate(self, row: _Row) -> None:
+        """Ask the questions of a row one by one."""
+        for question in row.questions:
+            self._wait(row.call, row.rank[0], [question])
+
+    def _handle_out_of_memory(self, batch: Sequence[_Row]) -> None:
+        """Next, try smaller batches, then preempt generation, then chunks; then fail the row."""
         self._network.release_memory()
         first = batch[0]
-        tokens = sum(len(item.prompt) for item in batch)
+        tokens = sum(len(row.prompt) for row in batch)
         if len(batch) > 1:
             self._limits.halve_batch(tokens)
         else:
@@ -121,56 +154,119 @@ class Classification:
             chunk = tokens + len(first.prefix)
             if not (self._preempt_generation() or self._limits.halve_chunk(chunk)):
                 self._limits.restore(first.limits)
-                request = first.pending.request
-                length, device = len(request.prompt_ids), self._network.device
-                fault = f"not enough memory on {device} for one prompt of {length} tokens"
-                first.pending.call.deliver(ClassifyResult(request.index, (), fault))
+                self._give_up(first)
                 return
-        for item in batch:
-            self._waiting.push(item)
+        for row in batch:
+            self._waiting.push(row)
         if len(batch) == 1:
             self.run_batch()  # before generation can take that memory again
 
-    def _launch(self, batch: Sequence[_Waiting]) -> Readback:
-        """Logits of the head for each item, or log-probabilities of the tokens in its label tree.
+    def _give_up(self, row: _Row) -> None:
+        """Fail a row of one question, since it does not fit in memory; separate the others."""
+        if len(row.questions) > 1:
+            self._separate(row)
+            return
+        (request,) = row.questions
+        length, device = len(request.prompt_ids), self._network.device
+        fault = f"not enough memory on {device} for one prompt of {length} tokens"
+        row.call.deliver(ClassifyResult(request.index, (), fault))
 
-        All items have the same prefix and the same tree. A prompt over the token budget is a batch
-        of its own and is prefilled in chunks.
+    def _launch(self, batch: Sequence[_Row]) -> Readback:
+        """What is read behind each row: logits of the head, or log-probabilities of the labels.
+
+        All rows have the same prefix and the same tree. One over the token budget is a batch of its
+        own and is prefilled in chunks.
         """
         chunk_tokens = self._limits.batch_tokens
         prefix = self._network.cached_prefix(batch[0].prefix, chunk_tokens)
-        prompts = [item.prompt for item in batch]
+        prompts = [row.prompt for row in batch]
         if len(batch) == 1:
             prompts[0], prefix = self._network.prefill_ahead(prompts[0], prefix, chunk_tokens)
         hidden_KC = self._network.prefill(prompts, prefix)
-        tree = prompts[0].tree
-        if tree is None:
-            return Readback(self._network.class_logits(hidden_KC))
-        return Readback(_tree_log_probs(self._network, tree, hidden_KC))
+        tree = _tree_of(batch)
+        (reads_S,) = to_device(self._network.device, np.array(tree.reads))
+        hidden_BSC = hidden_KC.view(len(batch), len(tree) + 1, -1)[:, reads_S]
+        if self._network.has_head:
+            logits_RL = self._network.class_logits(hidden_BSC.flatten(0, 1))
+            return Readback(logits_RL.view(*hidden_BSC.shape[:2], -1))
+        return Readback(_tree_log_probs(self._network, tree, hidden_BSC))
 
 
-def _tree_log_probs(network: Network, tree: LabelTree, hidden_KC: torch.Tensor) -> torch.Tensor:
-    """For each prompt and row of the tree, log-probabilities of the children, [B, N + 1, M]."""
+def read_together(request: ClassifyRequest) -> list[list[ClassifyRequest]]:
+    """The request and those beside it in groups: what a group begins with is read once.
+
+    It must be longer than the tokens that the template puts first, since those are cached. Answers
+    depend on the groups only by rounding, and the groups on this request alone.
+    """
+    groups: list[list[ClassifyRequest]] = []
+    for question in (request, *request.beside):
+        for group in groups:
+            common = _common([group[0], question])
+            saved = common - min(group[0].shared_tokens, question.shared_tokens)
+            behind = sum(len(member.prompt_ids) - common for member in (*group, question))
+            if saved >= MIN_SHARED_TOKENS and behind <= MAX_BEHIND:
+                group.append(question)
+                break
+        else:
+            groups.append([question])
+    return groups
+
+
+def _branches(questions: Sequence[ClassifyRequest]) -> tuple[ClassifyRequest, tuple[Branch, ...]]:
+    """A request for what all `questions` begin with, and the branches that follow it."""
+    common = _common(questions)
+    text = replace(
+        questions[0],
+        prompt_ids=questions[0].prompt_ids[:common],
+        shared_tokens=min(question.shared_tokens for question in questions),
+    )
+    return text, tuple((tuple(each.prompt_ids[common:]), each.label_ids) for each in questions)
+
+
+def _common(questions: Sequence[ClassifyRequest]) -> int:
+    """Number of ids that all `questions` begin with."""
+    first, *others = (question.prompt_ids for question in questions)
+    common = len(first)
+    for other in others:
+        pairs = enumerate(zip(first[:common], other, strict=False))
+        common = next((at for at, (one, two) in pairs if one != two), min(common, len(other)))
+    return common
+
+
+def _tree_of(batch: Sequence[_Row]) -> LabelTree:
+    tree = batch[0].prompt.tree
+    assert tree is not None
+    return tree
+
+
+def _tree_log_probs(network: Network, tree: LabelTree, hidden_BSC: torch.Tensor) -> torch.Tensor:
+    """For each row and read of the tree, log-probabilities of the children, [B, S, M]."""
     width = max(map(len, tree.children))
     padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in tree.children]
-    (tokens_NM,) = to_device(network.device, np.array(padded))
-    tokens_KM = tokens_NM.repeat(len(hidden_KC) // len(tokens_NM), 1)
+    (tokens_SM,) = to_device(network.device, np.array(padded))
+    hidden_RC = hidden_BSC.flatten(0, 1)
+    tokens_RM = tokens_SM.repeat(len(hidden_BSC), 1)
     parts = []
-    # In parts, because the logits of all rows would take far more memory than the batch itself.
-    for first in range(0, len(hidden_KC), HEAD_ROWS):
+    # In parts, because the logits of all reads would take far more memory than the batch itself.
+    for first in range(0, len(hidden_RC), HEAD_ROWS):
         rows = slice(first, first + HEAD_ROWS)
-        logits_RV = network.token_logits(hidden_KC[rows])
-        parts.append(logits_RV.gather(1, tokens_KM[rows]) - logits_RV.logsumexp(-1, keepdim=True))
-    return torch.cat(parts).view(-1, *tokens_NM.shape)
+        logits_RV = network.token_logits(hidden_RC[rows])
+        parts.append(logits_RV.gather(1, tokens_RM[rows]) - logits_RV.logsumexp(-1, keepdim=True))
+    return torch.cat(parts).view(-1, *tokens_SM.shape)
 
 
-def label_scores(tree: LabelTree, log_probs_BNM: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The log-likelihood of each label, [B, labels], in float64.
+def question_scores(tree: LabelTree, read: Array, has_head: bool) -> list[Array]:
+    """For each branch the scores [B, L], from what was `read` behind B rows, [B, S, ...].
 
-    Along a label's path the sum has one order, so scores do not depend on the order of the labels.
+    The logits of a head at the end of the branch, or the log-likelihood of each label in float64.
     """
-    scores = []
-    for path in tree.paths:
-        rows, children = zip(*path, strict=True)
-        scores.append(log_probs_BNM[:, rows, children].sum(axis=1, dtype=np.float64))
-    return np.stack(scores, axis=1)
+    if has_head:
+        return [read[:, end] for end in tree.ends]
+    return [np.stack([_path_scores(path, read) for path in paths], 1) for paths in tree.paths]
+
+
+def _path_scores(path: Sequence[tuple[int, int]], log_probs_BSM: Array) -> Array:
+    # Along a label's path the sum has one order, so scores do not depend on the order of labels.
+    reads, children = zip(*path, strict=True)
+    scores_B: Array = log_probs_BSM[:, reads, children].sum(axis=1, dtype=np.float64)
+    return scores_B

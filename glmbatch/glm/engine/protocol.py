@@ -59,6 +59,9 @@ class ClassifyRequest:
     trained head. `shared_tokens` is the number of leading ids that many requests have in common
     (the template before the text): their keys and values are computed once. It affects speed, and
     scores only by rounding.
+
+    `beside` are other questions about the same text, each with a result of its own. What they and
+    this one begin with is computed once. They have none beside them.
     """
 
     # Chosen by the caller and unique within one call, because results arrive in any order.
@@ -66,6 +69,7 @@ class ClassifyRequest:
     prompt_ids: Sequence[int]
     label_ids: tuple[tuple[int, ...], ...] | None = None
     shared_tokens: int = 0
+    beside: tuple[ClassifyRequest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ An invalid request gets an error of its own; in a forward it would fail the whol
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 from glmbatch.errors import InputError
 from glmbatch.glm.engine.protocol import (
@@ -28,16 +29,26 @@ class ModelLimits(Protocol):
     token_count: int
 
 
-def refuse(
-    request: ClassifyRequest | GenerateRequest, model: ModelLimits
-) -> ClassifyResult | GenerateResult | None:
-    """The result of a request that is invalid or leaves no room for an answer; else None.
+def sort_out(request: Any, model: ModelLimits) -> tuple[Any | None, list[Any]]:
+    """What of a request can run, None if nothing can, and the results of the rest.
 
-    Raises InputError if the model cannot run such requests at all.
+    A request that is invalid or leaves no room for an answer cannot run. Raises InputError if the
+    model cannot run such requests at all.
     """
-    if isinstance(request, ClassifyRequest):
-        return _refuse_classify(request, model)
-    return _refuse_generate(request, model)
+    if isinstance(request, GenerateRequest):
+        refusal = _refuse_generate(request, model)
+        return (request, []) if refusal is None else (None, [refusal])
+    valid = []
+    refused = []
+    for question in (request, *request.beside):
+        refused_question = _refuse_classify(question, model)
+        if refused_question is None:
+            valid.append(question)
+        else:
+            refused.append(refused_question)
+    if not refused:
+        return request, []
+    return (replace(valid[0], beside=tuple(valid[1:])) if valid else None), refused
 
 
 def _refuse_classify(request: ClassifyRequest, model: ModelLimits) -> ClassifyResult | None:

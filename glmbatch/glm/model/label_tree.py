@@ -1,6 +1,9 @@
-"""All labels of a request as one tree of tokens, so that shared first tokens are computed once.
+"""All questions behind one text, and all labels of each, as one tree of tokens.
 
-No tensors.
+What several of them begin with is computed once. No tensors.
+
+A branch is one question: the ids that follow the common text, and its labels. It has no labels if
+a trained head answers it, or none of them is left to ask.
 """
 
 from __future__ import annotations
@@ -9,67 +12,82 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-Labels = tuple[tuple[int, ...], ...]
+Ids = tuple[int, ...]
+Labels = tuple[Ids, ...]
+Branch = tuple[Ids, Labels | None]
 
 
 @dataclass(frozen=True, slots=True)
 class LabelTree:
-    """The inner nodes of the trie of the labels, parents before children.
+    """The inner nodes of the trie of all branches, parents before children.
 
     The last token of a label is only scored, never fed to the model, so labels of one token have no
-    nodes. Row 0 is the last token of the prompt, row 1 + n is node n. Except for `paths`, nothing
-    depends on the order of the labels.
+    nodes. Row 0 is the last token of the prompt, row 1 + n is node n. Except for `paths` and
+    `ends`, nothing depends on the order of branches and labels.
 
     `tokens`, `depths`: for each node, its token and its distance from the end of the prompt, from 1
     `lineage`: for each node, the nodes that it attends to: its ancestors and itself
-    `children`: for each row, the tokens that continue a label from there, ascending
-    `paths`: for each label, in the order given, the (row, index of child) pairs whose
-    log-probabilities add up to its score
+    `reads`: the rows that are scored, ascending
+    `children`: for each of `reads`, the tokens that continue a label from there, ascending
+    `paths`: for each branch and each of its labels, in the order given, the (index in `reads`,
+    index of child) pairs whose log-probabilities add up to its score
+    `ends`: for each branch, the index in `reads` of its last token, where a head is read
     """
 
-    tokens: tuple[int, ...]
+    tokens: Ids
     depths: tuple[int, ...]
     lineage: tuple[tuple[int, ...], ...]
-    children: tuple[tuple[int, ...], ...]
-    paths: tuple[tuple[tuple[int, int], ...], ...]
+    reads: tuple[int, ...]
+    children: tuple[Ids, ...]
+    paths: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
+    ends: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 @lru_cache(maxsize=64)
-def label_tree(labels: Labels) -> LabelTree:
-    """The tree of `labels`, each a tuple of token ids.
-
-    Cached, because all rows of a step have the same labels.
-    """
-    # For each prefix of a label, the tokens that follow it in some label.
-    continued: dict[tuple[int, ...], set[int]] = {(): set()}
-    for label in labels:
-        for depth, token in enumerate(label):
-            continued.setdefault(label[:depth], set()).add(token)
-    heads = sorted(continued)  # lexicographic: a parent sorts before its children
-    row_of = {head: row for row, head in enumerate(heads)}
-    children = tuple(tuple(sorted(tokens)) for _, tokens in sorted(continued.items()))
-    nodes = heads[1:]  # the first is the empty prefix: the prompt itself
+def label_tree(branches: tuple[Branch, ...]) -> LabelTree:
+    """The tree of `branches`. Cached, because all rows of a step have the same questions."""
+    # For each scored beginning of a branch with one of its labels, the tokens that follow it.
+    continued: dict[Ids, set[int]] = {}
+    heads: set[Ids] = {()}
+    for suffix, labels in branches:
+        heads.update(suffix[:end] for end in range(1, len(suffix) + 1))
+        continued.setdefault(suffix, set())
+        for label in labels or ():
+            for depth, token in enumerate(label):
+                heads.add(suffix + label[:depth])
+                continued.setdefault(suffix + label[:depth], set()).add(token)
+    ordered = sorted(heads)  # lexicographic: a parent sorts before its children
+    row_of = {head: row for row, head in enumerate(ordered)}
+    reads = sorted(continued)
+    read_of = {head: read for read, head in enumerate(reads)}
+    children = tuple(tuple(sorted(continued[head])) for head in reads)
+    nodes = ordered[1:]  # the first is the empty beginning: the prompt itself
+    paths = []
+    for suffix, labels in branches:
+        paths.append(tuple(_path(suffix, label, read_of, children) for label in labels or ()))
     return LabelTree(
         tokens=tuple(head[-1] for head in nodes),
         depths=tuple(len(head) for head in nodes),
         lineage=tuple(_lineage(head, row_of) for head in nodes),
+        reads=tuple(row_of[head] for head in reads),
         children=children,
-        paths=tuple(_path(label, row_of, children) for label in labels),
+        paths=tuple(paths),
+        ends=tuple(read_of[suffix] for suffix, _ in branches),
     )
 
 
-def _lineage(head: tuple[int, ...], row_of: dict[tuple[int, ...], int]) -> tuple[int, ...]:
+def _lineage(head: Ids, row_of: dict[Ids, int]) -> tuple[int, ...]:
     return tuple(row_of[head[:end]] - 1 for end in range(1, len(head) + 1))
 
 
 def _path(
-    label: tuple[int, ...], row_of: dict[tuple[int, ...], int], children: Sequence[tuple[int, ...]]
+    suffix: Ids, label: Ids, read_of: dict[Ids, int], children: Sequence[Ids]
 ) -> tuple[tuple[int, int], ...]:
     path = []
     for depth, token in enumerate(label):
-        row = row_of[label[:depth]]
-        path.append((row, children[row].index(token)))
+        read = read_of[suffix + label[:depth]]
+        path.append((read, children[read].index(token)))
     return tuple(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain
 
 from hypothesis import given
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest
 from glmbatch.glm.engine.queue import MIN_SHARED_TOKENS, Limits, WaitingQueue, shared_prefix
-from glmbatch.glm.model.label_tree import LabelTree, label_tree
+from glmbatch.glm.model.label_tree import Branch, LabelTree, label_tree
 
 Item = tuple[int, int, int]  # arrival, tokens, group
 
@@ -19,6 +18,11 @@ items = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 3)), max_size=60).
 )
 labels = st.lists(
     st.lists(st.integers(0, 4), min_size=1, max_size=5).map(tuple), min_size=1, max_size=8
+).map(tuple)
+branches = st.lists(
+    st.tuples(st.lists(st.integers(0, 4), max_size=6).map(tuple), st.none() | labels),
+    min_size=1,
+    max_size=5,
 ).map(tuple)
 
 
@@ -77,41 +81,44 @@ def test_items_put_back_keep_their_place(items: list[Item], budget: int) -> None
     assert drain(queue, budget) == drain(queue_of(items), budget)
 
 
-@given(labels=labels)
-def test_each_path_of_the_tree_spells_its_label(labels: tuple[tuple[int, ...], ...]) -> None:
-    tree = label_tree(labels)
-    for label, path in zip(labels, tree.paths, strict=True):
-        assert tuple(tree.children[row][child] for row, child in path) == label
-        lineage = tree.lineage[path[-1][0] - 1] if len(path) > 1 else ()
-        assert spelled(tree, lineage) == label[:-1]
+@given(branches=branches)
+def test_each_path_of_the_tree_spells_its_label(branches: tuple[Branch, ...]) -> None:
+    tree = label_tree(branches)
+    for (suffix, labels), paths, end in zip(branches, tree.paths, tree.ends, strict=True):
+        assert spelled(tree, tree.reads[end]) == suffix
+        for label, path in zip(labels or (), paths, strict=True):
+            assert tuple(tree.children[read][child] for read, child in path) == label
+            for depth, (read, _) in enumerate(path):
+                assert spelled(tree, tree.reads[read]) == suffix + label[:depth]
 
 
-def spelled(tree: LabelTree, nodes: Sequence[int]) -> tuple[int, ...]:
-    return tuple(tree.tokens[node] for node in nodes)
+def spelled(tree: LabelTree, row: int) -> tuple[int, ...]:
+    return tuple(tree.tokens[node] for node in tree.lineage[row - 1]) if row else ()
 
 
-@given(labels=labels)
-def test_the_tree_has_each_shared_prefix_once(labels: tuple[tuple[int, ...], ...]) -> None:
-    tree = label_tree(labels)
+@given(branches=branches)
+def test_the_tree_has_each_shared_beginning_once(branches: tuple[Branch, ...]) -> None:
+    tree = label_tree(branches)
     beginnings = set()
-    for label in labels:
-        beginnings |= {label[:end] for end in range(1, len(label))}
+    for suffix, labels in branches:
+        for answer in [suffix + label[:-1] for label in labels or ((0,),)]:
+            beginnings |= {answer[:end] for end in range(1, len(answer) + 1)}
     assert len(tree) == len(beginnings)
-    assert {spelled(tree, nodes) for nodes in tree.lineage} == beginnings
+    assert {spelled(tree, row) for row in range(1, len(tree) + 1)} == beginnings
     assert list(tree.depths) == [len(nodes) for nodes in tree.lineage]
 
 
-@given(labels=labels)
-def test_the_tree_does_not_depend_on_the_order_of_labels(
-    labels: tuple[tuple[int, ...], ...],
-) -> None:
-    one, other = label_tree(labels), label_tree(labels[::-1])
-    assert (one.tokens, one.lineage, one.children) == (other.tokens, other.lineage, other.children)
+@given(branches=branches)
+def test_the_tree_does_not_depend_on_the_order(branches: tuple[Branch, ...]) -> None:
+    one, other = label_tree(branches), label_tree(branches[::-1])
+    assert (one.tokens, one.lineage, one.reads) == (other.tokens, other.lineage, other.reads)
+    assert one.children == other.children
     assert one.paths == other.paths[::-1]
+    assert one.ends == other.ends[::-1]
 
 
 def test_labels_of_one_token_need_no_node() -> None:
-    assert len(label_tree(((5,), (6,), (7,)))) == 0
+    assert len(label_tree((((), ((5,), (6,), (7,))),))) == 0
 
 
 @given(prompt=st.lists(st.integers(0, 9), min_size=1, max_size=40), shared=st.integers(0, 60))
