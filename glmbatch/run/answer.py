@@ -6,33 +6,33 @@ safe to repeat: committed answers are found and reused.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
 
 from glmbatch.errors import BadRow, InputError, UnusableFile
 from glmbatch.ledger.fragments import Fragment
-from glmbatch.ledger.known.answers import Hold, KnownAnswers
+from glmbatch.ledger.known.answers import KnownAnswers
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt, BundleReceipt
 from glmbatch.report.log import log_answers
-from glmbatch.run.ask import Asked, Outcome, ask
+from glmbatch.run.ask import Asked, Asking, Outcome, find_or_ask, in_row_order
 from glmbatch.run.models import describe_model
 from glmbatch.run.prompts import (
     build_question_prompts,
     key_prompts,
     read_prompt_rows,
-    triage,
 )
 from glmbatch.run.session import Session, session_of
-from glmbatch.run.work import Assignment, Question, now
+from glmbatch.run.work import Assignment, Question
 from glmbatch.settings.columns import Columns
-from glmbatch.steps.answers import Answer, AnswerCounter, answers_table
+from glmbatch.steps.answers import AnswerCounter
 from glmbatch.steps.prompt import NoPrompt, Prompt, RowFault, RowValues
 from glmbatch.store.folder import Folder
 
@@ -57,41 +57,64 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answered:
-    """The rows of all parts, in order: their prompts, row keys and answers.
+class _Reading:
+    """The rows that one assignment asks about, in order: their prompts and row keys.
 
-    `asked` has what the model was asked, by row key.
+    `distinct` has each prompt once. `unusable` has the receipts of fragments that cannot be read.
     """
 
+    assignment: Assignment
+    parts: Sequence[Part]
+    unusable: Sequence[AnswersReceipt]
     prompts: Sequence[Prompt | NoPrompt]
     keys: Sequence[bytes | None]
-    table: pa.Table
-    asked: Asked
+    distinct: dict[bytes, Prompt]
+
+    @property
+    def rows(self) -> list[str]:
+        """The names of the fragments whose rows these are."""
+        return [part.fragment.name for part in self.parts]
 
 
 def answer(assignment: Assignment) -> list[AnswersReceipt]:
     """Answer one question for every row of a bundle, and commit the answers.
 
     Returns a receipt for each fragment. Safe to repeat: if the answers are committed already,
-    returns their receipts. A fragment that cannot be read gives a receipt with the reason in
-    `unusable`. Under `on_error: raise` such a fragment, or a bad row, raises InputError.
-    TransientError when the machine failed.
+    returns their receipts. Questions `beside` it are answered and committed too, so that a text is
+    read once; their own calls return what was committed. A fragment that cannot be read gives a
+    receipt with the reason in `unusable`. Under `on_error: raise` such a fragment, or a bad row,
+    raises InputError. TransientError when the machine failed.
     """
     session = session_of(assignment.run)
-    committed = find_answers(assignment, session.ledger)
-    if committed is not None:
-        # From this run if the task is a retry, else from an earlier run over the same rows.
-        receipts, done = list(committed.parts), 0
-    else:
-        parts, receipts = read_parts(assignment, session)
-        if parts:
-            receipts += _answer_parts(assignment, parts, session)
-        done = sum(len(part.rows) for part in parts)
-    rows = sum(fragment.rows for fragment in assignment.fragments)
-    session.progress.add(rows - done, computed=False)
+    receipts = session.answered_beside.pop(assignment.answers_keys.file, None)
+    if receipts is None:
+        committed = find_answers(assignment, session.ledger)
+        if committed is not None:
+            # From this run if the task is a retry, else from an earlier run over the same rows.
+            receipts = list(committed.parts)
+            session.progress.add(assignment.rows, computed=False)
+        else:
+            receipts = _answer_with_others(assignment, session)
     log_answers(receipts, assignment.run.id)
     by_key = {receipt.key: receipt for receipt in receipts}
     return [by_key[key] for key in assignment.answers_keys.fragments]
+
+
+def _answer_with_others(assignment: Assignment, session: Session) -> list[AnswersReceipt]:
+    """The receipts of `assignment`; those of the assignments beside it stay in the session."""
+    asked = [assignment]
+    for other in assignment.beside:
+        if find_answers(other, session.ledger) is None:
+            asked.append(other)
+    readings = [_read(each, session) for each in asked]
+    # Another may have no answer of an earlier step to some fragment: it is asked later.
+    together = [reading for reading in readings if reading.rows == readings[0].rows]
+    for reading, receipts in zip(together, _answer_parts(together, session), strict=True):
+        unread = reading.assignment.rows - len(reading.prompts)
+        session.progress.add(unread, computed=False)
+        key = reading.assignment.answers_keys.file
+        session.answered_beside[key] = [*receipts, *reading.unusable]
+    return session.answered_beside.pop(assignment.answers_keys.file)
 
 
 def find_answers(assignment: Assignment, ledger: Ledger) -> BundleReceipt | None:
@@ -155,71 +178,70 @@ def _read_rows(
     return read_prompt_rows(fragment, question, earlier) if rows is None else rows
 
 
-def _answer_parts(
-    assignment: Assignment, parts: Sequence[Part], session: Session
-) -> list[AnswersReceipt]:
-    """Answer all rows of `parts` together and commit the answers; a receipt for each part."""
+def _read(assignment: Assignment, session: Session) -> _Reading:
+    parts, unusable = read_parts(assignment, session)
     question = assignment.question
-    prompts = build_question_prompts(question, list(chain(*(part.rows for part in parts))))
+    rows = list(chain(*(part.rows for part in parts)))
+    prompts = [_compact(prompt) for prompt in build_question_prompts(question, rows)]
     # Before inference, so that under `on_error: raise` a bad row costs none.
     _refuse_faults(assignment, parts, map(_reason, prompts))
     keys, distinct = key_prompts(question, prompts)
-    session.progress.add(len(prompts) - len(distinct), computed=False)
-    known = session.known_answers(question)
-    # Held before the lookup, so that answers which another bundle commits in between are found.
-    with known.hold(distinct) as hold:
-        answers, asked = _answers(question, distinct, known, hold, session)
-        table = _in_row_order(question, answers, prompts, keys)
-        # Before the commit, so that under `on_error: raise` a failed row is asked again next time.
-        faults = table.column(Columns(question.name).error).to_pylist()
-        _refuse_faults(assignment, parts, faults)
-        receipts = [*_receipts(assignment, parts, _Answered(prompts, keys, table, asked))]
-        _refuse_hopeless(question, asked, receipts, known, session)
-        receipt = BundleReceipt(
-            key=assignment.answers_keys.file,
-            run=assignment.run.id,
-            step=question.name,
-            step_key=question.key,
-            parts=tuple(receipts),
-        )
-        # While the keys are held: a bundle that waits for them reads this index next.
-        known.add(session.ledger.keep_answers(receipt, table))
-    return receipts
+    # Several questions may be in memory at once, so the values go.
+    parts = [replace(part, rows=[]) for part in parts]
+    return _Reading(assignment, parts, unusable, prompts, keys, distinct)
 
 
-def _answers(
-    question: Question,
-    distinct: dict[bytes, Prompt],
-    known: KnownAnswers,
-    hold: Hold,
-    session: Session,
-) -> tuple[pa.Table, Asked]:
-    """The answers to `distinct` prompts, each once, in any order; and what the model was asked.
+def _compact(prompt: Prompt | NoPrompt) -> Prompt | NoPrompt:
+    """The prompt with its ids in an array, which takes a seventh of a list's memory."""
+    return replace(prompt, ids=array("i", prompt.ids)) if isinstance(prompt, Prompt) else prompt
 
-    Uses known answers. Asks the model about the keys that this bundle holds, and about another
-    bundle's keys only if that bundle failed to commit them.
+
+def _answer_parts(readings: Sequence[_Reading], session: Session) -> list[list[AnswersReceipt]]:
+    """Answer all rows of `readings` together and commit the answers; a receipt for each part.
+
+    Every reading is about the same rows.
     """
-    sorted_out = triage(question, distinct, known)
-    mine: dict[bytes, Prompt] = {}
-    others: dict[bytes, Prompt] = {}
-    for key, prompt in sorted_out.to_ask.items():
-        if key in hold.mine:
-            mine[key] = prompt
-        else:
-            others[key] = prompt
-    asked = ask(question, mine, session) if mine else Asked(now(), {})
-    parts = [sorted_out.known]
-    if others:
-        # Bundles in flight may share texts; only one of them asks about each.
-        hold.wait_for_others()
-        second_look = triage(question, others, known)
-        parts.append(second_look.known)
-        if second_look.to_ask:  # their holder failed
-            asked.outcomes.update(ask(question, second_look.to_ask, session).outcomes)
-    outcomes = [Answer(outcome, key) for key, outcome in asked.outcomes.items()]
-    parts.append(answers_table(question.step, question.model.labels, outcomes))
-    session.progress.add(len(distinct) - len(outcomes), computed=False)
-    return pa.concat_tables(parts), asked
+    wanted = []
+    askings = []
+    for reading in readings:
+        question = reading.assignment.question
+        session.progress.add(len(reading.prompts) - len(reading.distinct), computed=False)
+        wanted.append((question, reading.distinct))
+        askings.append(Asking(question, reading.keys, reading.distinct))
+    # Held before the lookup, so that answers which another bundle commits in between are found.
+    with session.hold(wanted) as holds:
+        answers = find_or_ask(askings, holds, session)
+        # While the keys are held: a bundle that waits for them reads this index next.
+        return [
+            _commit(reading, table, asked, session)
+            for reading, (table, asked) in zip(readings, answers, strict=True)
+        ]
+
+
+def _commit(
+    reading: _Reading, answers: pa.Table, asked: Asked, session: Session
+) -> list[AnswersReceipt]:
+    """Commit the answers of all parts, and add them to the index; a receipt for each part."""
+    assignment = reading.assignment
+    question = assignment.question
+    if not reading.parts:
+        return []
+    known = session.known_answers(question)
+    table = in_row_order(question, answers, reading.prompts, reading.keys)
+    # Before the commit, so that under `on_error: raise` a failed row is asked again next time.
+    faults = table.column(Columns(question.name).error).to_pylist()
+    _refuse_faults(assignment, reading.parts, faults)
+    receipts = [*_receipts(reading, table, asked)]
+    _refuse_hopeless(question, asked, receipts, known, session)
+    receipt = BundleReceipt(
+        key=assignment.answers_keys.file,
+        run=assignment.run.id,
+        step=question.name,
+        step_key=question.key,
+        parts=tuple(receipts),
+    )
+    known.add(session.ledger.keep_answers(receipt, table))
+    return receipts
 
 
 def _refuse_hopeless(
@@ -245,46 +267,24 @@ def _refuse_hopeless(
         )
 
 
-def _in_row_order(
-    question: Question,
-    answers: pa.Table,
-    prompts: Sequence[Prompt | NoPrompt],
-    keys: Sequence[bytes | None],
-) -> pa.Table:
-    """A table with the answer of each row, or why it has no prompt, in order."""
-    others = [Answer(prompt) for prompt in prompts if isinstance(prompt, NoPrompt)]
-    table = pa.concat_tables([answers, answers_table(question.step, question.model.labels, others)])
-    answer_keys = answers.column(Columns(question.name).key).to_pylist()
-    place_of = {key: place for place, key in enumerate(answer_keys)}
-    # Rows without a prompt follow the answers, in their order.
-    other_places = count(len(answers))
-    places = []
-    for key in keys:
-        places.append(next(other_places) if key is None else place_of[key])
-    return table.take(pa.array(places, pa.int64()))
-
-
-def _receipts(
-    assignment: Assignment, parts: Sequence[Part], answered: _Answered
-) -> Iterator[AnswersReceipt]:
+def _receipts(reading: _Reading, table: pa.Table, asked: Asked) -> Iterator[AnswersReceipt]:
     """The receipt of each part. Their seconds are in proportion to the prompts asked for them."""
-    began = answered.asked.began
-    seconds = now() - began
-    new = dict(answered.asked.outcomes)
-    each = seconds / max(1, len(new))
-    counter = AnswerCounter(assignment.question.step, answered.table)
+    began = asked.began
+    new = dict(asked.outcomes)
+    each = asked.seconds / max(1, len(new))
+    counter = AnswerCounter(reading.assignment.question.step, table)
     start = 0
-    for part in parts:
-        rows = slice(start, start + len(part.rows))
-        prompts = answered.prompts[rows]
+    for part in reading.parts:
+        rows = slice(start, start + part.fragment.rows)
+        prompts = reading.prompts[rows]
         distinct: dict[bytes, Prompt] = {}
-        for key, prompt in zip(answered.keys[rows], prompts, strict=True):
+        for key, prompt in zip(reading.keys[rows], prompts, strict=True):
             if key is not None and isinstance(prompt, Prompt):
                 distinct[key] = prompt
         # A prompt that several parts have was asked for the first of them.
         outcomes = {key: new.pop(key) for key in distinct if key in new}
         yield _receipt(
-            assignment,
+            reading.assignment,
             part.fragment,
             part.key,
             earlier=part.earlier,

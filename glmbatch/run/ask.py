@@ -5,6 +5,7 @@
     Outcome            one of these, or a RowFault if the model failed
     Asked              the outcomes of many prompts, by row key
     Answer             an outcome as a row of a table (steps/answers.py)
+    Asking             the prompts of one question, before it is known which of them to ask
 
 Knows no files.
 """
@@ -12,28 +13,40 @@ Knows no files.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
+
+import pyarrow as pa
 
 from glmbatch.errors import TransientError
 from glmbatch.glm.engine.protocol import Engine
+from glmbatch.ledger.known.answers import Hold
 from glmbatch.run.models import tokenizer_of
+from glmbatch.run.prompts import triage
 from glmbatch.run.session import Session
 from glmbatch.run.work import Question, now
+from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import ClassifyStep, ExtractStep
-from glmbatch.steps.classify import Choice, ask_choices
+from glmbatch.steps.answers import Answer, answers_table
+from glmbatch.steps.classify import Choice, ask_choices, label_set
 from glmbatch.steps.extract import Extraction, ask_extractions
 from glmbatch.steps.generate import Writing, ask_writings
-from glmbatch.steps.prompt import Prompt, RowFault
+from glmbatch.steps.prompt import NoPrompt, Prompt, RowFault, RowPrompts, one_by_one
 
 Outcome = Choice | Writing | Extraction | RowFault
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The model's outcomes by row key. `began` is in seconds since 1970, after loading."""
+    """The model's outcomes by row key.
+
+    `began` is in seconds since 1970, after loading. Questions that were asked together divide the
+    time among them.
+    """
 
     began: float
+    seconds: float
     outcomes: dict[bytes, Outcome]
 
     @property
@@ -51,36 +64,141 @@ class Asked:
         return reasons.pop() if len(reasons) == 1 else None
 
 
-def ask(
-    question: Question, prompts: Mapping[bytes, Prompt], session: Session, *, counted: bool = True
-) -> Asked:
-    """Ask the model about every prompt, and return the outcomes by row key.
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """One question: the row key of each row in order, if it has one, and the distinct prompts."""
 
+    question: Question
+    keys: Sequence[bytes | None]
+    prompts: Mapping[bytes, Prompt]
+
+
+def find_or_ask(
+    askings: Sequence[Asking], holds: Sequence[Hold], session: Session
+) -> list[tuple[pa.Table, Asked]]:
+    """For each question, the answers to its prompts in any order, and what the model was asked.
+
+    All are about the same rows and of one model. Uses known answers. Asks the model about the keys
+    that this caller holds, and about another's keys only if that caller failed to commit them.
+    """
+    known: list[pa.Table] = []
+    mine: list[dict[bytes, Prompt]] = []
+    others: list[dict[bytes, Prompt]] = []
+    for asking, hold in zip(askings, holds, strict=True):
+        found = triage(asking.question, asking.prompts, session.known_answers(asking.question))
+        known.append(found.known)
+        mine.append({key: found.to_ask[key] for key in found.to_ask if key in hold.mine})
+        others.append({key: found.to_ask[key] for key in found.to_ask if key not in hold.mine})
+    questions = [asking.question for asking in askings]
+    all_asked = ask(questions, _rows([asking.keys for asking in askings], mine), session)
+    results = []
+    for number, asked in enumerate(all_asked):
+        question, outcomes, parts = questions[number], asked.outcomes, [known[number]]
+        if others[number]:
+            # Bundles in flight may share texts; only one of them asks about each.
+            holds[number].wait_for_others()
+            second_look = triage(question, others[number], session.known_answers(question))
+            parts.append(second_look.known)
+            # Those left are of a holder that failed.
+            (after,) = ask([question], one_by_one(second_look.to_ask), session)
+            outcomes.update(after.outcomes)
+        answers = [Answer(outcome, key) for key, outcome in outcomes.items()]
+        parts.append(answers_table(question.step, question.model.labels, answers))
+        session.progress.add(len(askings[number].prompts) - len(answers), computed=False)
+        results.append((pa.concat_tables(parts), asked))
+    return results
+
+
+def _rows(
+    keys: Sequence[Sequence[bytes | None]], to_ask: Sequence[Mapping[bytes, Prompt]]
+) -> Iterator[RowPrompts]:
+    """The prompts of each row that are `to_ask`, each of them in the first row that has it."""
+    left = [dict(prompts) for prompts in to_ask]
+    for row_keys in zip(*keys, strict=True):
+        row = []
+        for number, key in enumerate(row_keys):
+            if key is not None and key in left[number]:
+                row.append((number, key, left[number].pop(key)))
+        if row:
+            yield row
+
+
+def in_row_order(
+    question: Question,
+    answers: pa.Table,
+    prompts: Sequence[Prompt | NoPrompt],
+    keys: Sequence[bytes | None],
+) -> pa.Table:
+    """A table with the answer of each row, or why it has no prompt, in order."""
+    others = [Answer(prompt) for prompt in prompts if isinstance(prompt, NoPrompt)]
+    table = pa.concat_tables([answers, answers_table(question.step, question.model.labels, others)])
+    answer_keys = answers.column(Columns(question.name).key).to_pylist()
+    place_of = {key: place for place, key in enumerate(answer_keys)}
+    # Rows without a prompt follow the answers, in their order.
+    other_places = count(len(answers))
+    places = []
+    for key in keys:
+        places.append(next(other_places) if key is None else place_of[key])
+    return table.take(pa.array(places, pa.int64()))
+
+
+def ask(
+    questions: Sequence[Question],
+    rows: Iterable[RowPrompts],
+    session: Session,
+    *,
+    counted: bool = True,
+) -> list[Asked]:
+    """Ask the model about all `rows`; for each of the questions, the outcomes by row key.
+
+    Several questions choose labels and have one model. No engine is loaded if there is no row.
     `counted` outcomes advance the run's progress. A prompt on which the model failed has a RowFault
     as its outcome. TransientError when the machine failed, Interrupted when the run was stopped.
     """
-    with session.engine(question) as engine:
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        return [Asked(now(), 0.0, {}) for _ in questions]
+    outcomes: list[dict[bytes, Outcome]] = [{} for _ in questions]
+    with session.engine(questions[0]) as engine:
         began = now()  # after loading, which must not count against the model's speed
-        outcomes: dict[bytes, Outcome] = {}
         try:
-            for key, outcome in _outcomes(question, prompts, engine):
-                outcomes[key] = outcome
+            for number, key, outcome in _outcomes(questions, chain([first], rows), engine):
+                outcomes[number][key] = outcome
                 session.progress.add(1 if counted else 0, computed=True)
                 session.check_running()  # stopping the run does not close a shared engine
         except TransientError:
             session.check_running()  # perhaps it failed because the run was stopped
             session.discard(engine)
             raise
-    return Asked(began, outcomes)
+    return _divided(began, now() - began, outcomes)
+
+
+def _divided(began: float, seconds: float, outcomes: list[dict[bytes, Outcome]]) -> list[Asked]:
+    """The outcomes of each question, with its share of the time."""
+    each = seconds / max(1, sum(map(len, outcomes)))
+    asked = []
+    for of_question in outcomes:
+        asked.append(Asked(began, each * len(of_question), of_question))
+        began += each * len(of_question)
+    return asked
 
 
 def _outcomes(
-    question: Question, prompts: Mapping[bytes, Prompt], engine: Engine
-) -> Iterator[tuple[bytes, Outcome]]:
-    tokenizer = tokenizer_of(question.model)
-    step = question.step
-    if isinstance(step, ClassifyStep):
-        return ask_choices(step, question.model.labels, prompts, engine, tokenizer)
-    if isinstance(step, ExtractStep):
-        return ask_extractions(step, prompts, engine, tokenizer)
-    return ask_writings(step, prompts, engine, tokenizer, chat=question.chat)
+    questions: Sequence[Question], rows: Iterable[RowPrompts], engine: Engine
+) -> Iterator[tuple[int, bytes, Outcome]]:
+    tokenizer = tokenizer_of(questions[0].model)
+    step = questions[0].step
+    if not isinstance(step, ClassifyStep):
+        prompts = {key: prompt for ((_, key, prompt),) in rows}
+        answers: Iterator[tuple[bytes, Outcome]]
+        if isinstance(step, ExtractStep):
+            answers = ask_extractions(step, prompts, engine, tokenizer)
+        else:
+            answers = ask_writings(step, prompts, engine, tokenizer, chat=questions[0].chat)
+        return ((0, *answer) for answer in answers)
+    label_sets = []
+    for question in questions:
+        assert isinstance(question.step, ClassifyStep)
+        label_sets.append(label_set(question.step, question.model.labels, tokenizer))
+    return ask_choices(label_sets, rows, engine)

@@ -27,6 +27,7 @@ from glmbatch.steps.classify import Choice
 from glmbatch.steps.extract import Extraction
 from glmbatch.steps.generate import Writing
 from glmbatch.steps.inputs import PromptInputs, prompt_inputs
+from glmbatch.steps.prompt import one_by_one
 from glmbatch.store.files import committed, real_path
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.modes import narrow
@@ -186,14 +187,14 @@ def _audit(
     frozen = table.select(answer_columns(question.step)[:2]).to_pylist()
     prompts = build_question_prompts(question, rows_of(values, len(table)))
     keys, distinct = key_prompts(question, prompts)
-    outcomes = ask(question, distinct, session_of(run), counted=False).outcomes
+    (asked,) = ask([question], one_by_one(distinct), session_of(run), counted=False)
     # In float32 the batch never changes a text; in half precision it changes the rounding.
     exact = question.model.config.dtype == "float32"
     changed = 0
     cases = []
     for row, key, before in zip(rows, keys, frozen, strict=True):
         # A frozen row had an answer, so a row without a prompt now counts as changed.
-        outcome = None if key is None else outcomes[key]
+        outcome = None if key is None else asked.outcomes[key]
         if not _same(question.step, outcome, before, exact):
             changed += 1
             cases.append(_case(question.step, row, before, outcome))

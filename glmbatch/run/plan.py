@@ -39,7 +39,9 @@ from glmbatch.run.work import (
     RunContext,
     Work,
     now,
+    plan_beside,
     plan_passes,
+    with_beside,
 )
 from glmbatch.settings.job import AnyStep, DataConfig, ExtractStep, GenerateStep, JobConfig
 from glmbatch.steps.classify import encode_labels
@@ -154,15 +156,17 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model], engines: int = 1) 
     run = _with_changed_settings(job.data, run, questions)
     step_keys = {question.name: question.key for question in questions}
     _refuse_mixing(job.data, run.plan, step_keys)
+    passes = plan_passes(questions, together=questions[0].models_at_once >= len(models))
+    beside = plan_beside(questions, passes)
     bundles = []
     # In the order of the plan; an audit compares it with the order of the outputs.
     for fragments in bundled(run.plan.fragments, job.data.rows_per_fragment, engines * BUNDLES):
-        bundles.append(_bundle(run.context, fragments, questions))
+        bundles.append(_bundle(run.context, fragments, questions, beside))
     return Work(
         run=run,
         questions=questions,
         bundles=tuple(bundles),
-        passes=plan_passes(questions, together=questions[0].models_at_once >= len(models)),
+        passes=passes,
     )
 
 
@@ -267,7 +271,10 @@ def bundled(
 
 
 def _bundle(
-    context: RunContext, fragments: tuple[Fragment, ...], questions: Sequence[Question]
+    context: RunContext,
+    fragments: tuple[Fragment, ...],
+    questions: Sequence[Question],
+    beside: Sequence[Sequence[int]],
 ) -> Bundle:
     # By fragment: the answers keys of the steps so far.
     answers: list[dict[str, str]] = [{} for _ in fragments]
@@ -305,7 +312,7 @@ def _bundle(
         run=context,
         fragments=fragments,
         output_keys=tuple(output_keys),
-        assignments=tuple(assignments),
+        assignments=with_beside(assignments, beside),
     )
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
@@ -20,8 +20,9 @@ from glmbatch.glm.engine.loading import load_engine
 from glmbatch.glm.engine.pool import EnginePool
 from glmbatch.glm.engine.protocol import Engine
 from glmbatch.ledger.fragments import Fragment
-from glmbatch.ledger.known.answers import KnownAnswers
+from glmbatch.ledger.known.answers import Hold, KnownAnswers
 from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.report.progress import Progress, Snapshot
 from glmbatch.run.models import describe_model, stamp_checkpoint
 from glmbatch.run.work import Question, Run, RunContext
@@ -56,6 +57,9 @@ class Session:
         # By fragment name: why its rows cannot be read, or None if all of them can.
         self._read: dict[str, str | None] = {}
         self._reading: dict[str, threading.Lock] = {}
+        # Receipts of assignments that were answered beside another, by the key of their file.
+        self.answered_beside: dict[str, list[AnswersReceipt]] = {}
+        self._holding = threading.Lock()
         self._lock = threading.Lock()
 
     def known_answers(self, question: Question) -> KnownAnswers:
@@ -65,6 +69,15 @@ class Session:
             if key not in self._known:
                 self._known[key] = index_answers(self.ledger, question)
             return self._known[key]
+
+    @contextmanager
+    def hold(self, wanted: Sequence[tuple[Question, Collection[bytes]]]) -> Iterator[list[Hold]]:
+        """Hold row keys of several questions until the block ends; see `KnownAnswers.hold`."""
+        indexes = [(self.known_answers(question), keys) for question, keys in wanted]
+        with ExitStack() as entered:
+            with self._holding:  # all at once, so that a caller waits only for those before it
+                holds = [entered.enter_context(known.hold(keys)) for known, keys in indexes]
+            yield holds
 
     def count_hopeless(
         self, question: Question, reason: str, fragments: int, rows: int

@@ -20,7 +20,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from glmbatch.ledger.fragments import Fragment, Plan, bundle_name
-from glmbatch.settings.job import AnyStep, ModelConfig, RuntimeConfig
+from glmbatch.settings.job import AnyStep, ClassifyStep, ModelConfig, RuntimeConfig
 from glmbatch.steps.inputs import PromptInputs
 from glmbatch.store.inputs.needs import SchemaNeeds
 
@@ -116,7 +116,9 @@ class AnswersKeys(BaseModel, frozen=True, extra="forbid"):
 class Assignment(BaseModel, frozen=True, extra="forbid"):
     """One question over the fragments of one bundle.
 
-    `earlier` has the keys of each step whose answers the prompts or the condition use.
+    `earlier` has the keys of each step whose answers the prompts or the condition use. `beside` are
+    later assignments over the same bundle that can be answered now: the model reads a text once for
+    all.
     """
 
     run: RunContext  # included so that a task needs no other argument
@@ -124,6 +126,12 @@ class Assignment(BaseModel, frozen=True, extra="forbid"):
     question: Question
     answers_keys: AnswersKeys
     earlier: dict[str, AnswersKeys]
+    beside: tuple[Assignment, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """The rows of its fragments."""
+        return sum(fragment.rows for fragment in self.fragments)
 
     @property
     def name(self) -> str:
@@ -192,3 +200,41 @@ def plan_passes(questions: Sequence[Question], *, together: bool) -> tuple[tuple
         passes.append(tuple(current))
         waiting = [index for index in waiting if index not in current]
     return tuple(passes)
+
+
+def plan_beside(
+    questions: Sequence[Question], passes: Sequence[Sequence[int]]
+) -> tuple[tuple[int, ...], ...]:
+    """For each step, the indexes of the later ones that can be asked beside it.
+
+    They choose labels with the same model, in the same pass, and use no answer that is not there
+    when the step is asked.
+    """
+    beside: list[tuple[int, ...]] = [()] * len(questions)
+    answered: set[str] = set()
+    for steps in passes:
+        for place, index in enumerate(steps):
+            later = [other for other in steps[place + 1 :] if _alike(questions, index, other)]
+            ready = [
+                other for other in later if answered.issuperset(questions[other].inputs.earlier)
+            ]
+            beside[index] = tuple(ready)
+            answered.add(questions[index].name)
+    return tuple(beside)
+
+
+def _alike(questions: Sequence[Question], one: int, other: int) -> bool:
+    steps = (questions[one].step, questions[other].step)
+    choose = all(isinstance(step, ClassifyStep) for step in steps)
+    return choose and questions[one].model == questions[other].model
+
+
+def with_beside(
+    assignments: Sequence[Assignment], beside: Sequence[Sequence[int]]
+) -> tuple[Assignment, ...]:
+    """The assignments of a bundle, each with those that `plan_beside` found for its step."""
+    joined = []
+    for assignment, indexes in zip(assignments, beside, strict=True):
+        others = tuple(assignments[index] for index in indexes)
+        joined.append(assignment.model_copy(update={"beside": others}))
+    return tuple(joined)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from glmbatch.errors import InputError
-from glmbatch.glm.engine.protocol import ClassifyRequest, Engine
+from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult, Engine
 from glmbatch.glm.tokenizer import Tokenizer
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import ClassifyStep
-from glmbatch.steps.prompt import Prompt, RowFault
+from glmbatch.steps.prompt import Prompt, RowFault, RowPrompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,33 +54,55 @@ def choice_columns(choices: Sequence[Choice | None]) -> list[list[object]]:
     return columns
 
 
-def ask_choices(
-    step: ClassifyStep,
-    head_labels: Sequence[str],
-    prompts: Mapping[bytes, Prompt],
-    engine: Engine,
-    tokenizer: Tokenizer,
-) -> Iterator[tuple[bytes, Choice | RowFault]]:
-    """Ask the engine about each prompt; yield pairs of row key and choice, in any order.
+@dataclass(frozen=True, slots=True)
+class LabelSet:
+    """The labels of a step; `ids` are their token ids, None for those of a trained head."""
+
+    labels: Sequence[str]
+    ids: tuple[tuple[int, ...], ...] | None
+
+    def choose(self, result: ClassifyResult) -> Choice | RowFault:
+        """The choice that a result makes, or the reason why the model failed."""
+        if result.error is not None:
+            return RowFault("model_failed", result.error)
+        if self.ids is None:
+            return choose(self.labels, result.scores)
+        return choose_by_likelihood(self.labels, self.ids, result.scores)
+
+
+def label_set(step: ClassifyStep, head_labels: Sequence[str], tokenizer: Tokenizer) -> LabelSet:
+    """The labels that the engine scores for `step`.
 
     A checkpoint with `head_labels` answers with its trained head, any other by the likelihood of
-    the step's labels. A prompt on which the model failed has a RowFault. InputError when labels
-    have no tokens or the same tokens.
+    the step's labels. InputError when labels have no tokens or the same tokens.
     """
     labels = head_labels or step.labels or ()
-    label_ids = None if head_labels else encode_labels(labels, tokenizer)
-    keys = list(prompts)  # the engine numbers its requests
-    requests = (
-        ClassifyRequest(index, prompts[key].ids, label_ids, prompts[key].shared_tokens)
-        for index, key in enumerate(keys)
-    )
-    for result in engine.classify(requests):
-        if result.error is not None:
-            yield keys[result.index], RowFault("model_failed", result.error)
-        elif label_ids is None:
-            yield keys[result.index], choose(labels, result.scores)
-        else:
-            yield keys[result.index], choose_by_likelihood(labels, label_ids, result.scores)
+    return LabelSet(labels, None if head_labels else encode_labels(labels, tokenizer))
+
+
+def ask_choices(
+    label_sets: Sequence[LabelSet], rows: Iterable[RowPrompts], engine: Engine
+) -> Iterator[tuple[int, bytes, Choice | RowFault]]:
+    """Ask the engine about each row; yield the choices in any order.
+
+    Each comes with the number of its label set and its row key. A prompt on which the model failed
+    has a RowFault.
+    """
+    asked: list[tuple[int, bytes]] = []  # the engine numbers its requests
+
+    def request(number: int, key: bytes, prompt: Prompt) -> ClassifyRequest:
+        asked.append((number, key))
+        ids = label_sets[number].ids
+        return ClassifyRequest(len(asked) - 1, prompt.ids, ids, prompt.shared_tokens)
+
+    def requests() -> Iterator[ClassifyRequest]:
+        for row in rows:
+            first, *others = (request(*question) for question in row)
+            yield replace(first, beside=tuple(others))
+
+    for result in engine.classify(requests()):
+        number, key = asked[result.index]
+        yield number, key, label_sets[number].choose(result)
 
 
 def encode_labels(labels: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:

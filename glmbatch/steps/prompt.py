@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -49,6 +49,14 @@ class Prompt:
 
 NoPrompt = RowFault | NotAsked
 RowValues = Mapping[str, str | bytes | NoPrompt | None]
+# The prompts of one row: for each, the number of the step that it is for, its row key, and itself.
+RowPrompts = Sequence[tuple[int, bytes, Prompt]]
+
+
+def one_by_one(prompts: Mapping[bytes, Prompt]) -> Iterator[RowPrompts]:
+    """The prompts of one step, by row key, each as a row of its own."""
+    for key, prompt in prompts.items():
+        yield [(0, key, prompt)]
 
 
 def uses_chat(step: Step, *, has_head: bool, chats: bool = True) -> bool:

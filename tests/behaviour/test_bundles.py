@@ -16,7 +16,8 @@ from glmbatch.ledger.fragments import Fragment, read_fragment
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.verification import verify
 from glmbatch.report.summary import Summary
-from glmbatch.run import answer, job, plan, prompts, write
+from glmbatch.run import ask as asking
+from glmbatch.run import job, plan, prompts, write
 from glmbatch.run.ask import ask
 from glmbatch.run.plan import bundled
 from glmbatch.steps.prompt import RowFault
@@ -268,7 +269,7 @@ def test_a_stale_receipt_does_not_decide_what_is_published(
     write_source("a.parquet", {"text": ["one", "two", "three"]})
     settled = job_settings(steps=[CLASSIFY], max_error_rate=1)
     with monkeypatch.context() as failing:
-        failing.setattr(answer, "ask", with_a_failure)
+        failing.setattr(asking, "ask", with_a_failure)
         run(settled)
     (stale,) = receipts(out)
     assert stale.faulty_rows == 1
@@ -288,9 +289,9 @@ def test_a_stale_receipt_does_not_decide_what_is_published(
 
 def with_a_failure(*arguments: Any, **options: Any) -> Any:
     """What the model answers, but for the first prompt."""
-    asked = ask(*arguments, **options)
+    (asked,) = ask(*arguments, **options)
     asked.outcomes[next(iter(asked.outcomes))] = RowFault("model_failed", "out of memory")
-    return asked
+    return [asked]
 
 
 @pytest.mark.usefixtures("in_one_bundle")

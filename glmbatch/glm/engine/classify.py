@@ -36,6 +36,8 @@ from glmbatch.glm.oom import catch_oom
 HEAD_ROWS = 256
 # Tokens of all questions behind a text, at most: their mask has as many rows and columns.
 MAX_BEHIND = 1024
+# Ids compared at a time, in C.
+BLOCK = 64
 
 Array = np.ndarray[Any, Any]
 
@@ -226,11 +228,18 @@ def _branches(questions: Sequence[ClassifyRequest]) -> tuple[ClassifyRequest, tu
 def _common(questions: Sequence[ClassifyRequest]) -> int:
     """Number of ids that all `questions` begin with."""
     first, *others = (question.prompt_ids for question in questions)
-    common = len(first)
-    for other in others:
-        pairs = enumerate(zip(first[:common], other, strict=False))
-        common = next((at for at, (one, two) in pairs if one != two), min(common, len(other)))
-    return common
+    return min((_common_length(first, other) for other in others), default=len(first))
+
+
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    end = min(len(one), len(other))
+    for start in range(0, end, BLOCK):
+        block = slice(start, min(start + BLOCK, end))
+        if one[block] != other[block]:  # or they are of two types
+            for at in range(block.start, block.stop):
+                if one[at] != other[at]:
+                    return at
+    return end
 
 
 def _tree_of(batch: Sequence[_Row]) -> LabelTree:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,9 @@ def generate_requests(count: int = 40) -> list[GenerateRequest]:
 
 def classify_requests(count: int = 300) -> list[ClassifyRequest]:
     rows = [*prompts(count - 1), [5] * 9999]  # the last one is refused
-    return [ClassifyRequest(at, row, LABELS) for at, row in enumerate(rows)]
+    requests = [ClassifyRequest(at, row, LABELS) for at, row in enumerate(rows)]
+    beside = [ClassifyRequest(count + at, [*rows[0], 7, 5 * at], LABELS) for at in range(3)]
+    return [replace(requests[0], beside=tuple(beside)), *requests[1:]]
 
 
 def test_typed_fields_are_the_same_in_both(engine: Any) -> None:
@@ -130,8 +133,8 @@ def test_it_answers_as_the_same_engine_in_one_process(engine: EngineProcess) -> 
     apart = ask(engine)
     assert apart[0] == written
     assert {result.finish_reason for result in written} == {"stop", "length"}
-    assert len(scored) == 300
-    assert scored[-1].error == apart[1][-1].error != None  # noqa: E711
+    assert len(scored) == 303
+    assert scored[299].error == apart[1][299].error != None  # noqa: E711
     for one, other in zip(scored, apart[1], strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-5, rel=0)
 

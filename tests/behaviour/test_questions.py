@@ -1,0 +1,239 @@
+"""Classify steps about one text are asked together, and answer as the steps asked one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glmbatch.errors import InputError
+from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult
+from glmbatch.glm.engine.worker import TorchEngine
+from glmbatch.run import answer, job
+from glmbatch.run.session import session_of
+from tests.support import (
+    CLASSIFIER,
+    CLASSIFY,
+    GENERATE,
+    SAMPLE_MODEL,
+    Settings,
+    Write,
+    rows_of,
+    run,
+)
+
+TEXTS = [
+    f"The {thing} came late and was {state}."
+    for thing in ("box", "lamp", "chair")
+    for state in ("broken", "fine", "too small", "as good as new")
+]
+STEPS: list[dict[str, Any]] = [
+    {"kind": "classify", "name": "mood", "labels": ["good", "bad", "so so"]},
+    {
+        "kind": "classify",
+        "name": "late",
+        "labels": ["yes", "no"],
+        "prompt_template": "{text}\nWas it late?",
+    },
+    {
+        "kind": "classify",
+        "name": "thing",
+        "labels": ["box", "lamp"],
+        "prompt_template": "{text}\nWhich thing is it?",
+    },
+    {
+        "kind": "classify",
+        "name": "first",
+        "labels": ["a", "b"],
+        "prompt_template": "Which letter? {text}",
+    },
+    {
+        "kind": "classify",
+        "name": "odd",
+        "labels": ["x", "y"],
+        "prompt_template": "{text} ({number})",
+    },
+]
+
+
+@pytest.fixture
+def source(write_source: Write) -> Path:
+    numbers = [str(place % 3) for place in range(len(TEXTS))]
+    numbers[2] = None  # type: ignore[call-overload]
+    return write_source("a.parquet", {"text": TEXTS, "number": numbers})
+
+
+@pytest.fixture
+def job_settings(job_settings: Settings) -> Settings:
+    """Settings of a job with one fragment and a trained model."""
+
+    def with_changes(**changes: Any) -> dict[str, Any]:
+        defaults = {"data__rows_per_fragment": 100, "model__path": str(SAMPLE_MODEL)}
+        return job_settings(**defaults | changes)
+
+    return with_changes
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of questions in each request to the engine."""
+    sizes: list[int] = []
+    plain = TorchEngine.classify
+
+    def classify(engine: TorchEngine, requests: Any) -> Any:
+        def counted() -> Iterator[ClassifyRequest]:
+            for request in requests:
+                sizes.append(1 + len(request.beside))
+                yield request
+
+        return plain(engine, counted())
+
+    monkeypatch.setattr(TorchEngine, "classify", classify)
+    return sizes
+
+
+def one_by_one(
+    settings: Settings, folder: Path, steps: list[dict[str, Any]], **changes: Any
+) -> list[dict[str, Any]]:
+    """The rows of a run for each step alone, joined."""
+    joined: list[dict[str, Any]] = [{} for _ in TEXTS]
+    for step in steps:
+        output = folder / step["name"]
+        run(settings(steps=[step], data__output=str(output), **changes))
+        for row, answers in zip(joined, rows_of(output), strict=True):
+            row.update(answers)
+    return joined
+
+
+def assert_same(
+    rows: list[dict[str, Any]], others: list[dict[str, Any]], tolerance: float = 1e-6
+) -> None:
+    """The same values in all columns, and scores within `tolerance`."""
+    assert len(rows) == len(others)
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            if isinstance(value, float | dict):
+                assert value == pytest.approx(other[name], abs=tolerance, rel=0)
+            else:
+                assert value == other[name], name
+
+
+@pytest.mark.usefixtures("source")
+@pytest.mark.parametrize("head", [False, True])
+def test_steps_together_answer_as_one_by_one(
+    job_settings: Settings, out: Path, tmp_path: Path, asked: list[int], head: bool
+) -> None:
+    changes = {"model__path": str(CLASSIFIER)} if head else {}
+    steps = [{**step, "labels": None} for step in STEPS] if head else STEPS
+    summary = run(job_settings(steps=steps, **changes))
+    assert asked == [5, 5, 4, *[5] * 9]  # a row lacks its number
+    alone = one_by_one(job_settings, tmp_path / "alone", steps, **changes)
+    # Random weights magnify rounding more than trained ones do.
+    assert_same(rows_of(out), alone, 5e-6 if head else 1e-6)
+    assert [step.computed for step in summary.steps] == [12, 12, 12, 12, 11]
+    assert all(step.rows_per_second for step in summary.steps)
+
+
+@pytest.mark.usefixtures("source")
+def test_known_answers_are_not_asked_beside_new_ones(
+    job_settings: Settings, out: Path, tmp_path: Path, asked: list[int]
+) -> None:
+    run(job_settings(steps=STEPS[1:3]))
+    assert asked == [2] * len(TEXTS)
+    asked.clear()
+    run(job_settings(steps=STEPS))
+    assert asked == [3, 3, 2, *[3] * 9]
+    assert_same(rows_of(out), one_by_one(job_settings, tmp_path / "alone", STEPS))
+
+
+@pytest.mark.usefixtures("source")
+def test_a_step_that_uses_an_answer_waits_for_it(
+    job_settings: Settings, asked: list[int], out: Path
+) -> None:
+    later = {
+        "kind": "classify",
+        "name": "later",
+        "labels": ["x", "y"],
+        "prompt_template": "{text}\n{mood}?",
+    }
+    last = {
+        "kind": "classify",
+        "name": "last",
+        "labels": ["x", "y"],
+        "prompt_template": "{text}\n{reply}?",
+    }
+    generate = {**GENERATE, "prompt_template": "{text}"}
+    run(job_settings(steps=[CLASSIFY, later, STEPS[1], generate, last]))
+    assert asked == [2] * 12 + [1] * 24
+    assert all(row["later"] and row["last"] and row["late"] for row in rows_of(out))
+
+
+@pytest.mark.usefixtures("source")
+def test_a_question_that_fails_fails_alone(
+    job_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = TorchEngine.classify
+
+    def classify(engine: TorchEngine, requests: Any) -> Any:
+        for result in plain(engine, requests):
+            failed = ClassifyResult(result.index, (), "not finite")
+            yield failed if result.index == 1 else result
+
+    with monkeypatch.context() as failing:
+        failing.setattr(TorchEngine, "classify", classify)
+        run(job_settings(steps=STEPS[:3], max_error_rate=1))
+    first, *rows = rows_of(out)
+    assert (first["late"], first["late_error"]) == (None, "not finite")
+    assert first["mood"]
+    assert first["thing"]
+    assert not any(row["late_error"] for row in rows)
+
+
+@pytest.mark.usefixtures("source")
+def test_a_run_killed_between_commits_asks_the_rest(
+    job_settings: Settings, out: Path, tmp_path: Path, asked: list[int]
+) -> None:
+    with pytest.MonkeyPatch.context() as killed:
+        commit = answer._commit
+
+        def kill(reading: Any, *arguments: Any) -> Any:
+            if reading.assignment.question.name == "thing":
+                raise KeyboardInterrupt
+            return commit(reading, *arguments)
+
+        killed.setattr(answer, "_commit", kill)
+        with pytest.raises(KeyboardInterrupt):
+            run(job_settings(steps=STEPS))
+    asked.clear()
+    run(job_settings(steps=STEPS))
+    assert asked == [3, 3, 2, *[3] * 9]
+    assert_same(rows_of(out), one_by_one(job_settings, tmp_path / "alone", STEPS))
+
+
+@pytest.mark.usefixtures("source")
+def test_a_bad_row_of_a_question_stops_a_strict_run(
+    job_settings: Settings, asked: list[int]
+) -> None:
+    with pytest.raises(InputError, match="row 2, step 'odd': number is null"):
+        run(job_settings(steps=STEPS, on_error="raise"))
+    assert not asked
+
+
+@pytest.mark.usefixtures("source")
+def test_progress_counts_each_row_of_each_step_once(
+    job_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    publish = job.publish  # type: ignore[attr-defined]
+
+    def look(*arguments: Any) -> Any:
+        seen.append(session_of(arguments[1].context).progress.snapshot())
+        return publish(*arguments)
+
+    monkeypatch.setattr(job, "publish", look)
+    run(job_settings(steps=STEPS))
+    (snapshot,) = seen
+    assert (snapshot.done, snapshot.total) == (60, 60)
