@@ -56,6 +56,7 @@ from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import assign, plan_run
 from glmbatch.run.prompts import build_question_prompts, key_prompts
 from glmbatch.run.session import session
+from glmbatch.steps.prompt import one_by_one
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample_data"
 ANSWER_TOKENS = 16
@@ -205,7 +206,7 @@ def engine_alone(job: JobConfig) -> Iterator[Callable[[], None]]:
 
         def ask_all() -> None:
             for question, prompts in calls:
-                ask(question, prompts, opened, counted=False)
+                ask([question], one_by_one(prompts), opened, counted=False)
 
         yield ask_all
 

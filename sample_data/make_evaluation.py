@@ -24,9 +24,9 @@ from glmbatch.glm.engine.loading import load_engine
 from glmbatch.glm.engine.protocol import Engine
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.settings.job import ClassifyStep, GenerateStep, JobConfig, ModelConfig, Step
-from glmbatch.steps.classify import Choice, ask_choices
+from glmbatch.steps.classify import Choice, ask_choices, label_set
 from glmbatch.steps.generate import Writing, ask_writings
-from glmbatch.steps.prompt import Prompt, build_prompts
+from glmbatch.steps.prompt import Prompt, build_prompts, one_by_one
 
 TONES = {
     "positive": ("感谢支持！", ": thank you! "),
@@ -69,7 +69,9 @@ def evaluate(
 def _ask_labels(
     step: ClassifyStep, rows: Sequence[dict[str, Any]], engine: Engine, tokenizer: Tokenizer
 ) -> list[str]:
-    answers = dict(ask_choices(step, (), _prompts(step, rows, tokenizer), engine, tokenizer))
+    asked = one_by_one(_prompts(step, rows, tokenizer))
+    outcomes = ask_choices([label_set(step, (), tokenizer)], asked, engine)
+    answers = {key: outcome for _, key, outcome in outcomes}
     choices = [answers.get(_key(place)) for place in range(len(rows))]
     return [choice.label if isinstance(choice, Choice) else "" for choice in choices]
 

@@ -26,7 +26,7 @@ from glmbatch.glm.engine.queue import (
     shared_prefix,
 )
 from glmbatch.glm.engine.runner import Readback
-from glmbatch.glm.model.label_tree import Branch, LabelTree, label_tree
+from glmbatch.glm.model.label_tree import Branch, LabelTree, Path, label_tree
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
 from glmbatch.glm.model.rows import to_device
@@ -271,11 +271,14 @@ def question_scores(tree: LabelTree, read: Array, has_head: bool) -> list[Array]
     """
     if has_head:
         return [read[:, end] for end in tree.ends]
-    return [np.stack([_path_scores(path, read) for path in paths], 1) for paths in tree.paths]
+    return [_label_scores(paths, read) for paths in tree.paths]
 
 
-def _path_scores(path: Sequence[tuple[int, int]], log_probs_BSM: Array) -> Array:
-    # Along a label's path the sum has one order, so scores do not depend on the order of labels.
-    reads, children = zip(*path, strict=True)
-    scores_B: Array = log_probs_BSM[:, reads, children].sum(axis=1, dtype=np.float64)
-    return scores_B
+def _label_scores(paths: Sequence[Path], log_probs_BSM: Array) -> Array:
+    """The log-likelihood of each label of a branch, [B, L]."""
+    scores = []
+    for path in paths:
+        # Along it the sum has one order, so scores do not depend on the order of labels.
+        reads, children = zip(*path, strict=True)
+        scores.append(log_probs_BSM[:, reads, children].sum(axis=1, dtype=np.float64))
+    return np.stack(scores, axis=1)

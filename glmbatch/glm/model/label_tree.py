@@ -2,8 +2,8 @@
 
 What several of them begin with is computed once. No tensors.
 
-A branch is one question: the ids that follow the common text, and its labels. It has no labels if
-a trained head answers it, or none of them is left to ask.
+A branch is one question: the ids that follow the common text, and its labels; None if a trained
+head answers it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import lru_cache
 Ids = tuple[int, ...]
 Labels = tuple[Ids, ...]
 Branch = tuple[Ids, Labels | None]
+Path = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class LabelTree:
     lineage: tuple[tuple[int, ...], ...]
     reads: tuple[int, ...]
     children: tuple[Ids, ...]
-    paths: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
+    paths: tuple[tuple[Path, ...], ...]
     ends: tuple[int, ...]
 
     def __len__(self) -> int:
@@ -83,9 +84,7 @@ def _lineage(head: Ids, row_of: dict[Ids, int]) -> tuple[int, ...]:
     return tuple(row_of[head[:end]] - 1 for end in range(1, len(head) + 1))
 
 
-def _path(
-    suffix: Ids, label: Ids, read_of: dict[Ids, int], children: Sequence[Ids]
-) -> tuple[tuple[int, int], ...]:
+def _path(suffix: Ids, label: Ids, read_of: dict[Ids, int], children: Sequence[Ids]) -> Path:
     path = []
     for depth, token in enumerate(label):
         read = read_of[suffix + label[:depth]]
