@@ -33,6 +33,8 @@ _OFF = {
     "no_repeat_ngram_size": 0,
     "min_tokens": 0,
     "log_probs": False,
+    "confidence": False,
+    "abstain_below": None,
 }
 
 
@@ -55,10 +57,10 @@ def answer_settings(step: Step) -> dict[str, Any]:
         if step.temperature == 0:
             for unused in ("top_p", "top_k", "seed"):
                 del settings[unused]
-        # Left out while off: keys from before these settings existed stay valid.
-        for later, off in _OFF.items():
-            if settings.get(later) == off:
-                del settings[later]
+    # Left out while off: keys from before these settings existed stay valid.
+    for later, off in _OFF.items():
+        if later in settings and settings[later] == off:
+            del settings[later]
     return settings
 
 

@@ -25,7 +25,7 @@ from glmbatch.ledger.outputs import STAGED
 from glmbatch.ledger.publication import PUBLISHING
 from glmbatch.ledger.quarantine import QUARANTINE, read_quarantine
 from glmbatch.ledger.receipts import OutputReceipt, receipt_of, whole_digest
-from glmbatch.settings.columns import NOT_ASKED, Columns
+from glmbatch.settings.columns import NO_ERRORS, Columns
 from glmbatch.store.files import PARTIAL, reachable
 from glmbatch.store.folder import Folder
 from glmbatch.store.parquet import open_parquet, read_opened
@@ -280,8 +280,8 @@ def _answer_findings(
         reason = table.column(columns.error).is_valid()
         key = table.column(columns.key).is_valid()
         # One finding of each kind, for the first such row, is enough.
-        not_asked = pc.is_in(table.column(columns.error_type), pa.array([NOT_ASKED]))
-        for row in _rows_where(pc.equal(answered, pc.or_(reason, not_asked)))[:1]:
+        excused = pc.is_in(table.column(columns.error_type), pa.array(NO_ERRORS))
+        for row in _rows_where(pc.equal(answered, pc.or_(reason, excused)))[:1]:
             yield _wrong(
                 file.output_name, f"step {step!r} has neither an answer nor a reason, or both", row
             )

@@ -113,6 +113,8 @@ def answers(step: StepSummary) -> str:
         parts.append(f"{step.failed:,} failed")
     if step.not_asked:
         parts.append(f"{step.not_asked:,} not asked")
+    if step.abstained:
+        parts.append(f"{step.abstained:,} abstained")
     if step.rows_per_second is not None:
         parts.append(f"{_rate(step.rows_per_second)} rows/s")
     if step.tokens_per_second is not None:

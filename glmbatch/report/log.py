@@ -81,7 +81,9 @@ def _counts(step: StepSummary) -> str:
         f"{step.repeated:,} repeated, {step.failed:,} failed"
     )
     line = f"{line} ({_reasons(step.faults)})" if step.faults else line
-    return f"{line}, {step.not_asked:,} not asked" if step.not_asked else line
+    for count, what in ((step.not_asked, "not asked"), (step.abstained, "abstained")):
+        line += f", {count:,} {what}" if count else ""
+    return line
 
 
 def _reasons(faults: Mapping[str, int]) -> str:

@@ -32,6 +32,7 @@ class StepSummary(BaseModel, frozen=True, extra="forbid"):
     rows_per_second: float | None
     tokens_per_second: float | None
     not_asked: int = 0
+    abstained: int = 0
 
     @property
     def failed(self) -> int:
@@ -110,6 +111,7 @@ def step_summary(name: str, run: str, receipts: Sequence[AnswersReceipt]) -> Ste
         rows_per_second=computed / seconds if seconds else None,
         tokens_per_second=tokens / seconds if seconds else None,
         not_asked=sum(receipt.not_asked for receipt in receipts),
+        abstained=sum(receipt.abstained for receipt in receipts),
     )
 
 

@@ -226,13 +226,14 @@ def _same(step: AnyStep, outcome: Outcome | None, before: dict[str, object], exa
         score = before[Columns(step.name).score]
         if not isinstance(score, float) or outcome.label != before[step.name]:
             return False
-        return abs(outcome.scores[outcome.label] - score) <= SCORE_TOLERANCE
+        return abs(outcome.score - score) <= SCORE_TOLERANCE
     if isinstance(outcome, Extraction):
         now = outcome.text if isinstance(before[step.name], str) else dict(outcome.values)
         return now == before[step.name]
     if not isinstance(outcome, Writing):
         return False
-    text = str(before[step.name])
-    if exact or not text:
+    text = before[step.name]
+    if exact or not text or outcome.text is None:
         return outcome.text == text
+    text = str(text)
     return outcome.text.startswith(text[: -(-len(text) // 4)])

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# In the column of error types, for a row that is null without an error.
+# In the column of error types, for a row that is null without an error: the step's condition did
+# not hold, or the model was not sure enough.
 NOT_ASKED = "not_asked"
+ABSTAINED = "abstained"
+NO_ERRORS = (NOT_ASKED, ABSTAINED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +23,7 @@ class Columns:
 
     @property
     def answer(self) -> str:
-        """The label, the text or the fields; null if the row failed or was not asked."""
+        """The label, the text or the fields; null if it failed, was not asked, or abstained."""
         return self.step
 
     @property
@@ -67,6 +70,16 @@ class Columns:
         return f"{self.step}_{name}_score"
 
     @property
+    def mean_log_prob(self) -> str:
+        """Mean log-probability of a generated token; only where a step asks for confidence."""
+        return f"{self.step}_mean_log_prob"
+
+    @property
+    def least_log_prob(self) -> str:
+        """Log-probability of the least likely generated token; as `mean_log_prob`."""
+        return f"{self.step}_least_log_prob"
+
+    @property
     def error(self) -> str:
         """Why the row failed, as a sentence; null if it did not."""
         return f"{self.step}_error"
@@ -86,11 +99,13 @@ class Columns:
         """All columns of a classify step, in output order."""
         return [self.answer, self.score, self.scores, self.margin, *self._of_both]
 
-    def of_generate(self, log_probs: bool) -> list[str]:
+    def of_generate(self, log_probs: bool, confidence: bool) -> list[str]:
         """All columns of a generate step, in output order."""
         numbers = [self.prompt_tokens, self.completion_tokens]
-        if log_probs:
+        if log_probs or confidence:
             numbers.append(self.log_prob)
+        if confidence:
+            numbers += [self.mean_log_prob, self.least_log_prob]
         return [self.answer, self.finish_reason, *numbers, *self._of_both]
 
     def of_extract(self, fields: Sequence[str], chosen: Sequence[str]) -> list[str]:

@@ -97,6 +97,13 @@ class ClassifyStep(Step):
         None,
         description="Labels to choose from. Empty: the labels of the checkpoint's trained head.",
     )
+    abstain_below: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Least probability of the chosen label; below it, the row gets no label and "
+        "the reason `abstained`, which is no failure. Empty: every row gets one.",
+    )
     audits: ClassifyAudits = Field(
         default_factory=ClassifyAudits,
         description="Limits on the labels; a run that exceeds one publishes nothing.",
@@ -214,10 +221,29 @@ class GenerateStep(Step):
         "temperature, penalties and limits, finds the answer; the natural logarithm, summed over "
         "its tokens.",
     )
+    confidence: bool = Field(
+        False,
+        description="Whether to add the columns {name}_log_prob, {name}_mean_log_prob and "
+        "{name}_least_log_prob: the sum over the tokens of an answer, their mean, and the least "
+        "likely token, as for log_probs.",
+    )
+    abstain_below: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Least mean probability of a token, which is exp({name}_mean_log_prob); below "
+        "it, the row gets no text and the reason `abstained`, which is no failure. Adds the "
+        "columns of confidence. Empty: every row gets one.",
+    )
     audits: GenerateAudits = Field(
         default_factory=GenerateAudits,
         description="Limits on the texts; a run that exceeds one publishes nothing.",
     )
+
+    @property
+    def tells_confidence(self) -> bool:
+        """Whether the step has the columns of confidence."""
+        return self.confidence or self.abstain_below is not None
 
     @field_validator("stop")
     @classmethod
@@ -320,7 +346,7 @@ def answer_columns(step: AnyStep) -> list[str]:
         fields = [field.name for field in step.fields] if step.layout == "columns" else []
         chosen = [field.name for field in step.fields if field.type == "choice"]
         return columns.of_extract(fields, chosen)
-    return columns.of_generate(step.log_probs)
+    return columns.of_generate(step.log_probs, step.tells_confidence)
 
 
 def placeholders(template: str) -> list[str]:

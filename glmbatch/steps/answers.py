@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from glmbatch.ledger.rowkeys import KEY_BYTES
-from glmbatch.settings.columns import NOT_ASKED, Columns
+from glmbatch.settings.columns import ABSTAINED, NO_ERRORS, NOT_ASKED, Columns
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
 from glmbatch.steps.classify import Choice, choice_columns, choice_fields
 from glmbatch.steps.extract import (
@@ -86,7 +86,10 @@ def _kind(value: Choice | Writing | Extraction | NoPrompt) -> str | None:
     """Why there is no answer, as a short code; None if there is one."""
     if isinstance(value, RowFault):
         return value.kind
-    return NOT_ASKED if isinstance(value, NotAsked) else None
+    if isinstance(value, NotAsked):
+        return NOT_ASKED
+    answer = value.label if isinstance(value, Choice) else value.text
+    return ABSTAINED if answer is None else None
 
 
 class AnswerCounter:
@@ -106,7 +109,8 @@ class AnswerCounter:
         """The fields of a receipt that count the answers in `rows`."""
         kinds, answers, *rest = (_present(column[rows]) for column in self._columns)
         faults = Counter(kinds)
-        counts: dict[str, Any] = {"not_asked": faults.pop(NOT_ASKED, 0), "faults": faults}
+        counts: dict[str, Any] = {name: faults.pop(name, 0) for name in NO_ERRORS}
+        counts["faults"] = faults
         if self._classifies:
             return {**counts, "labels": Counter(answers)}
         finish_reasons, tokens = rest

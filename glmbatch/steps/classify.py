@@ -18,10 +18,18 @@ from glmbatch.steps.prompt import Prompt, RowFault, RowPrompts
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The chosen label, and the probability of each label in `scores`; they sum to 1."""
+    """The chosen label, and the probability of each label in `scores`; they sum to 1.
 
-    label: str
+    The label is None if the model abstains, because the probability of the best one is too low.
+    """
+
+    label: str | None
     scores: Mapping[str, float]
+
+    @property
+    def score(self) -> float:
+        """The probability of the best label, which is the chosen one."""
+        return max(self.scores.values())
 
     @property
     def margin(self) -> float:
@@ -48,7 +56,7 @@ def choice_columns(choices: Sequence[Choice | None]) -> list[list[object]]:
     for choice in choices:
         values: tuple[object, ...] = (None, None, None, None)
         if choice is not None:
-            values = (choice.label, choice.scores[choice.label], choice.scores, choice.margin)
+            values = (choice.label, choice.score, choice.scores, choice.margin)
         for column, value in zip(columns, values, strict=True):
             column.append(value)
     return columns
@@ -56,18 +64,26 @@ def choice_columns(choices: Sequence[Choice | None]) -> list[list[object]]:
 
 @dataclass(frozen=True, slots=True)
 class LabelSet:
-    """The labels of a step; `ids` are their token ids, None for those of a trained head."""
+    """The labels of a step; `ids` are their token ids, None for those of a trained head.
+
+    Below the probability `abstain_below` of the best label, none is chosen.
+    """
 
     labels: Sequence[str]
     ids: tuple[tuple[int, ...], ...] | None
+    abstain_below: float | None = None
 
     def choose(self, result: ClassifyResult) -> Choice | RowFault:
         """The choice that a result makes, or the reason why the model failed."""
         if result.error is not None:
             return RowFault("model_failed", result.error)
         if self.ids is None:
-            return choose(self.labels, result.scores)
-        return choose_by_likelihood(self.labels, self.ids, result.scores)
+            choice = choose(self.labels, result.scores)
+        else:
+            choice = choose_by_likelihood(self.labels, self.ids, result.scores)
+        if self.abstain_below is not None and choice.score < self.abstain_below:
+            return replace(choice, label=None)
+        return choice
 
 
 def label_set(step: ClassifyStep, head_labels: Sequence[str], tokenizer: Tokenizer) -> LabelSet:
@@ -77,7 +93,8 @@ def label_set(step: ClassifyStep, head_labels: Sequence[str], tokenizer: Tokeniz
     the step's labels. InputError when labels have no tokens or the same tokens.
     """
     labels = head_labels or step.labels or ()
-    return LabelSet(labels, None if head_labels else encode_labels(labels, tokenizer))
+    ids = None if head_labels else encode_labels(labels, tokenizer)
+    return LabelSet(labels, ids, step.abstain_below)
 
 
 def ask_choices(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import pyarrow as pa
 
@@ -22,21 +22,24 @@ class Writing:
     """The text that the model wrote for one row.
 
     `finish_reason` is "stop" or "length". `completion_tokens` counts all generated tokens, also
-    those that are cut off at a stop text. `log_prob` is the sum over the same tokens; None if the
-    step does not ask for it.
+    those that are cut off at a stop text. The log-probabilities are the sum over the same tokens,
+    their mean and the least; None if the step does not ask for them, or there is no token to take
+    the mean of. The text is None if the model abstains, because its tokens are too unlikely.
     """
 
-    text: str
+    text: str | None
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
     log_prob: float | None = None
+    mean_log_prob: float | None = None
+    least_log_prob: float | None = None
 
 
 def writing_fields(step: GenerateStep) -> list[pa.Field]:
     """The fields of a written answer: text, finish reason, prompt and completion tokens.
 
-    Then the log-probability, if the step asks for it.
+    Then the log-probabilities, if the step asks for them.
     """
     columns = Columns(step.name)
     fields = [
@@ -45,7 +48,10 @@ def writing_fields(step: GenerateStep) -> list[pa.Field]:
         pa.field(columns.prompt_tokens, pa.int32()),
         pa.field(columns.completion_tokens, pa.int32()),
     ]
-    return [*fields, pa.field(columns.log_prob, pa.float64())] if step.log_probs else fields
+    numbers = [columns.log_prob] if step.log_probs or step.tells_confidence else []
+    if step.tells_confidence:
+        numbers += [columns.mean_log_prob, columns.least_log_prob]
+    return [*fields, *(pa.field(name, pa.float64()) for name in numbers)]
 
 
 def writing_columns(step: GenerateStep, writings: Sequence[Writing | None]) -> list[list[object]]:
@@ -85,7 +91,7 @@ def ask_writings(
             repetition_penalty=step.repetition_penalty,
             no_repeat_ngram_size=step.no_repeat_ngram_size,
             min_tokens=step.min_tokens,
-            log_probs=step.log_probs,
+            log_probs=step.log_probs or step.tells_confidence,
             should_stop=should_stop,
             shared_tokens=prompts[key].shared_tokens,
         )
@@ -119,6 +125,21 @@ def write_up(
     if ends:
         # The one that is first in the text, not in the list.
         text, finish_reason = text[: min(ends)], "stop"
-    log_prob = math.fsum(result.log_probs) if step.log_probs else None
     text = clean_answer(text) if chat else text
-    return Writing(text, finish_reason, prompt_tokens, len(ids), log_prob)
+    writing = Writing(text, finish_reason, prompt_tokens, len(ids))
+    return _with_confidence(step, writing, result.log_probs)
+
+
+def _with_confidence(step: GenerateStep, writing: Writing, log_probs: Sequence[float]) -> Writing:
+    """`writing` with the numbers that the step asks for; without its text if they are too low."""
+    if not (step.log_probs or step.tells_confidence):
+        return writing
+    whole = math.fsum(log_probs)
+    writing = replace(writing, log_prob=whole)
+    if not step.tells_confidence or not log_probs:
+        return writing
+    mean = whole / len(log_probs)
+    writing = replace(writing, mean_log_prob=mean, least_log_prob=min(log_probs))
+    if step.abstain_below is not None and math.exp(mean) < step.abstain_below:
+        return replace(writing, text=None)
+    return writing

@@ -142,6 +142,7 @@ def receipts_of(files: Iterable[PublishedFile]) -> list[AnswersReceipt]:
             sums[step].update(
                 rows=counts.rows,
                 not_asked=counts.not_asked,
+                abstained=counts.abstained,
                 empty_answers=counts.empty_answers,
                 answer_tokens=counts.answer_tokens,
             )

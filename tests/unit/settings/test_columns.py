@@ -10,7 +10,7 @@ from tests.support import ROOT
 
 ENDS = (
     "error|error_type|key|score|scores|margin|"
-    "finish_reason|prompt_tokens|completion_tokens|log_prob"
+    "finish_reason|prompt_tokens|completion_tokens|log_prob|mean_log_prob|least_log_prob"
 )
 
 
@@ -35,6 +35,13 @@ def test_the_columns_of_a_step_are_in_output_order() -> None:
     ]
     asking = GenerateStep(name="reply", log_probs=True)
     assert answer_columns(asking)[3:5] == ["reply_completion_tokens", "reply_log_prob"]
+    abstaining = GenerateStep(name="reply", abstain_below=0.5)
+    assert answer_columns(abstaining) == answer_columns(GenerateStep(name="reply", confidence=True))
+    assert answer_columns(abstaining)[4:7] == [
+        "reply_log_prob",
+        "reply_mean_log_prob",
+        "reply_least_log_prob",
+    ]
 
 
 def test_each_column_name_begins_with_its_step() -> None:

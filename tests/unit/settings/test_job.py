@@ -103,6 +103,10 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
             {"steps": [{"kind": "generate", "name": n, "when": "b == 'x'"} for n in "ab"]},
             "steps[1].when uses 'b', which step 'b' does not answer before",
         ),
+        (
+            {"steps": [{"kind": "generate", "name": "a", "abstain_below": 1.5}]},
+            "steps[0].abstain_below: input should be less than or equal to 1; it is 1.5",
+        ),
         ({"runtime__device": "tpu"}, "runtime.device: string should match"),
     ],
 )

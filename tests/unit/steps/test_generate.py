@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -42,6 +43,18 @@ def test_log_probabilities_are_summed_only_when_asked_for(tokenizer: Tokenizer) 
     assert columns[-1] == [-0.75, None]
     step = GenerateStep(name="reply")
     assert len(writing_columns(step, [write_up(step, answered, 7, tokenizer)])) == 4
+
+
+def test_an_unsure_text_is_left_out_with_its_numbers(tokenizer: Tokenizer) -> None:
+    answered = result(ids_of(tokenizer, "好"), "stop", (-0.5, -1.5))
+    for least, text in ((math.exp(-1) - 1e-9, "好"), (math.exp(-1) + 1e-9, None)):
+        step = GenerateStep(name="reply", abstain_below=least)
+        writing = write_up(step, answered, 7, tokenizer)
+        assert writing.text == text
+        assert (writing.log_prob, writing.mean_log_prob, writing.least_log_prob) == (-2, -1, -1.5)
+    # An answer without a token has no mean, and the model was sure that there is nothing to say.
+    empty = write_up(step, result((), "stop"), 7, tokenizer)
+    assert (empty.text, empty.log_prob, empty.mean_log_prob) == ("", 0, None)
 
 
 def test_a_stop_text_ends_the_answer_before_it(tokenizer: Tokenizer) -> None:
