@@ -14,15 +14,13 @@ from glmbatch.settings.addresses import has_credentials
 from glmbatch.settings.conditions import columns_of, parse_condition
 from glmbatch.settings.kinds import Address, LocalAddress, Settings, Share
 from glmbatch.settings.model import ModelConfig, ModelSetting
+from glmbatch.settings.prompt import TEXT, Step, placeholders
 from glmbatch.settings.steps import (
-    TEXT,
     AnyStep,
     ClassifyStep,
     ExtractStep,
     GenerateStep,
-    Step,
     answer_columns,
-    placeholders,
 )
 
 # Other modules import a job and its parts from here, whichever module declares them.

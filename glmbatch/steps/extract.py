@@ -179,7 +179,8 @@ def _ask_choice(
         else:
             # No choice begins another: each ends with its quote.
             choice = choose(texts, result.scores)
-            yield keys[result.index], (choice.label, choice.scores[choice.label])
+            assert choice.label is not None  # only a classify step abstains
+            yield keys[result.index], (choice.label, choice.score)
 
 
 def form_of(step: ExtractStep, tokenizer: Tokenizer) -> Form:

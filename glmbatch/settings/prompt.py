@@ -1,0 +1,93 @@
+"""What every kind of step has: a name, a prompt, and the rows that it is asked of."""
+
+from __future__ import annotations
+
+import string
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from glmbatch.settings.conditions import parse_condition
+from glmbatch.settings.kinds import Settings, StepName
+from glmbatch.settings.model import ModelSetting
+
+TEXT = "text"  # the placeholder for data.text_column, whatever the column's name
+
+
+class Step(Settings):
+    """The settings that all kinds of step share."""
+
+    name: StepName = Field(
+        description="Name of the step and its answer column; later prompts refer to it as {name}."
+    )
+    prompt_template: str = Field(
+        "{text}",
+        min_length=1,
+        description="Prompt of a row: {column} inserts the row's value, {{ and }} are braces. "
+        "Put text that all rows share first: its keys and values are computed only once.",
+    )
+    when: str | None = Field(
+        None,
+        min_length=1,
+        max_length=2000,
+        description="Condition on a row's columns and earlier answers, such as "
+        "`stars < 3 and language in ('de', 'en')`; the step is asked only of rows for which it "
+        "holds. Empty: of all rows.",
+    )
+    system_prompt: str | None = Field(
+        None, description="Instruction placed before the prompt. Empty: none."
+    )
+    chat: bool | None = Field(
+        None,
+        description="Whether to put the prompt in the chat format that the model was trained on. "
+        "Without it, a generated text continues the prompt, blanks and line ends included. "
+        "Empty: yes, except for a trained head and for CodeGeeX2.",
+    )
+    max_input_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum tokens in a prompt. Empty: as many as the model's positions allow.",
+    )
+    on_too_long: Literal["error", "truncate"] = Field(
+        "error",
+        description="What to do with a longer prompt. error: the row fails. truncate: the end of "
+        "the row's text is cut off, which is safer for labels than for replies.",
+    )
+    model: ModelSetting | None = Field(
+        None, description="Checkpoint for this step only. Empty: the job's model."
+    )
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _placeholders(cls, template: str) -> str:
+        placeholders(template)
+        return template
+
+    @field_validator("when")
+    @classmethod
+    def _is_condition(cls, when: str | None) -> str | None:
+        if when is not None:
+            parse_condition(when)
+        return when
+
+
+def placeholders(template: str) -> list[str]:
+    """Names of the columns that `template` uses, each once, in order of first use.
+
+    ValueError if the template does not parse, or a placeholder is more than a plain column name,
+    such as {a.b} or {a!r}.
+    """
+    names: list[str] = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        # {a.b} and {a[0]} would reach into a row's value; {0} and {} name no column.
+        if spec or conversion or not name or name.isdigit() or any(mark in name for mark in ".[]"):
+            shown = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise ValueError(
+                f"placeholder {{{shown}}} must be a plain column name; write {{{{ and }}}} for "
+                "literal braces"
+            )
+        if name not in names:
+            names.append(name)
+    return names
