@@ -3,7 +3,8 @@
     python benchmarks/questions.py               60 texts of 500 tokens, the `mid` shape, one core
     python benchmarks/questions.py --question-first        the text last, so that none is shared
 
-Jobs take turns on the same rows with the same loaded engine, and the figures are medians of CPU
+Then one step that chooses one of 20 labels, and one that judges each of them by itself. Jobs take
+turns on the same rows with the same loaded engine, and the figures are medians of CPU
 seconds. Weights are random; texts and tokenizer are the sample's. The answers of the five steps are
 compared with those of a job for each step. The last line printed is one JSON object.
 """
@@ -15,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,10 @@ QUESTIONS = {
     "wish": ("What does the customer want?", ["a refund", "a repair", "a new one", "nothing"]),
     "again": ("Would the customer buy it again?", ["yes", "no", "not said"]),
 }
+
+TOPICS = """price, delivery, packing, size, color, material, smell, noise, battery, manual, support,
+refund, repair, warranty, safety, weight, design, cleaning, spare parts, advertising"""
+TOPIC_LABELS = [topic.strip() for topic in TOPICS.split(",")]
 
 
 def main() -> None:
@@ -90,19 +96,24 @@ class Jobs:
         self._question_first = options.question_first
         self._made = 0
 
-    def run(self, names: list[str]) -> tuple[float, list[dict[str, Any]]]:
+    def questions(self, names: list[str]) -> list[dict[str, Any]]:
+        """Steps that ask these questions."""
+        return [self._step(name, *QUESTIONS[name]) for name in names]
+
+    def topics(self, *, multiple: bool) -> list[dict[str, Any]]:
+        """A step that chooses one of 20 labels, or judges each by itself."""
+        step = self._step("topics", "What is it about?", TOPIC_LABELS)
+        return [step | {"multiple": multiple}]
+
+    def _step(self, name: str, question: str, labels: list[str]) -> dict[str, Any]:
+        parts = ["{text}", question]
+        template = "\n\n".join(parts[::-1] if self._question_first else parts)
+        return {"kind": "classify", "name": name, "labels": labels, "prompt_template": template}
+
+    def run(self, steps: list[dict[str, Any]]) -> tuple[float, list[dict[str, Any]]]:
         """CPU seconds of a job with these steps, and its rows."""
         self._made += 1
         output = self._folder / f"out-{self._made}"
-        steps = []
-        for name in names:
-            question, labels = QUESTIONS[name]
-            template = (
-                f"{question}\n\n{{text}}" if self._question_first else f"{{text}}\n\n{question}"
-            )
-            steps.append(
-                {"kind": "classify", "name": name, "labels": labels, "prompt_template": template}
-            )
         job = JobConfig.model_validate(
             {
                 "data": {"input": str(self._folder / "in"), "output": str(output)},
@@ -113,33 +124,43 @@ class Jobs:
         )
         began = time.process_time()
         run_job(job)
-        return time.process_time() - began, ds.dataset(
-            output, partitioning=None
-        ).to_table().to_pylist()
+        seconds = time.process_time() - began
+        return seconds, ds.dataset(output, partitioning=None).to_table().to_pylist()
 
 
 def measure(jobs: Jobs, rounds: int) -> dict[str, Any]:
     """Medians over the rounds, and the largest difference of a score from the step's alone."""
-    one, five, ratios = [], [], []
     names = list(QUESTIONS)
-    jobs.run(names)  # loads the model
+    contestants = {
+        "one_step": jobs.questions(names[:1]),
+        "five_steps": jobs.questions(names),
+        "20_labels": jobs.topics(multiple=False),
+        "20_independent_labels": jobs.topics(multiple=True),
+    }
+    together = jobs.run(jobs.questions(names))[1]  # loads the model
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
-        one.append(jobs.run(names[:1])[0])
-        five.append(jobs.run(names)[0])
-        ratios.append(five[-1] / one[-1])
-    together = jobs.run(names)[1]
+        for name, steps in contestants.items():
+            seconds[name].append(jobs.run(steps)[0])
     different, most = 0, 0.0
     for name in names:
-        for row, other in zip(together, jobs.run([name])[1], strict=True):
+        alone = jobs.run(jobs.questions([name]))[1]
+        for row, other in zip(together, alone, strict=True):
             different += row[name] != other[name]
             most = max(most, abs(row[f"{name}_score"] - other[f"{name}_score"]))
-    return {
-        "one_step_seconds": round(statistics.median(one), 3),
-        "five_steps_seconds": round(statistics.median(five), 3),
-        "ratio": round(statistics.median(ratios), 3),
-        "different_labels": different,
-        "largest_difference": most,
-    }
+    result: dict[str, Any] = {}
+    for name, measured in seconds.items():
+        result[f"{name}_seconds"] = round(statistics.median(measured), 3)
+    result["five_to_one"] = _ratio(seconds["five_steps"], seconds["one_step"])
+    result["independent_to_one_of_20"] = _ratio(
+        seconds["20_independent_labels"], seconds["20_labels"]
+    )
+    return result | {"different_labels": different, "largest_difference": most}
+
+
+def _ratio(seconds: list[float], others: list[float]) -> float:
+    """The median over rounds of their ratio."""
+    return round(statistics.median(map(truediv, seconds, others)), 3)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ _OFF = {
     "log_probs": False,
     "confidence": False,
     "abstain_below": None,
+    "multiple": False,
+    "threshold": None,
+    "verdicts": None,
 }
 
 

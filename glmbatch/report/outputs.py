@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -183,12 +184,17 @@ def _read(
 def _samples(table: pa.Table, step: ReportedStep, numbers: Mapping[str, int]) -> Iterator[Sample]:
     """The first rows of each label; `numbers` says how many."""
     columns = Columns(step.name)
+    answers = table.column(columns.answer).to_pylist()
     for label, number in numbers.items():
-        has_label = pc.equal(table.column(columns.answer), label)
-        for row in _numbers_of(has_label)[:number]:
+        rows = (row for row, answer in enumerate(answers) if _has_label(answer, label))
+        for row in islice(rows, number):
             texts = [str(_value(table, source, row)) for source in dict.fromkeys(step.sources)]
             text = short(" · ".join(texts), SAMPLE_CHARS)
             yield Sample(text=text, label=label, score=table.column(columns.score)[row].as_py())
+
+
+def _has_label(answer: str | list[str] | None, label: str) -> bool:
+    return label in answer if isinstance(answer, list) else answer == label
 
 
 def _rows_without_fault(

@@ -1,6 +1,6 @@
 """Ask the model: prompts in, answers out, through the engine of the run's session.
 
-    Choice, Writing, Extraction
+    Choice, Selection, Writing, Extraction
                        a model's answer to one prompt (classify, generate and extract in steps/)
     Outcome            one of these, or a RowFault if the model failed
     Asked              the outcomes of many prompts, by row key
@@ -29,12 +29,12 @@ from glmbatch.run.work import Question, now
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import ClassifyStep, ExtractStep
 from glmbatch.steps.answers import Answer, answers_table
-from glmbatch.steps.classify import Choice, ask_choices, label_set
+from glmbatch.steps.classify import Choice, Selection, ask_choices, label_set
 from glmbatch.steps.extract import Extraction, ask_extractions
 from glmbatch.steps.generate import Writing, ask_writings
 from glmbatch.steps.prompt import NoPrompt, Prompt, RowFault, RowPrompts, one_by_one
 
-Outcome = Choice | Writing | Extraction | RowFault
+Outcome = Choice | Selection | Writing | Extraction | RowFault
 
 
 @dataclass(frozen=True, slots=True)

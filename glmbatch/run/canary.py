@@ -22,8 +22,8 @@ from glmbatch.run.prompts import build_question_prompts, key_prompts, rows_of
 from glmbatch.run.session import session_of
 from glmbatch.run.work import Question, RunContext
 from glmbatch.settings.columns import Columns
-from glmbatch.settings.job import AnyStep, CanaryConfig, ClassifyStep, JobConfig, answer_columns
-from glmbatch.steps.classify import Choice
+from glmbatch.settings.job import AnyStep, CanaryConfig, JobConfig, answer_columns
+from glmbatch.steps.classify import Choice, Selection
 from glmbatch.steps.extract import Extraction
 from glmbatch.steps.generate import Writing
 from glmbatch.steps.inputs import PromptInputs, prompt_inputs
@@ -209,10 +209,10 @@ def _audit(
 
 def _case(step: AnyStep, row: int, before: dict[str, object], outcome: Outcome | None) -> str:
     """A changed row for a message: its labels, but never its texts, because alerts go anywhere."""
-    if isinstance(outcome, Choice):
-        if outcome.label != before[step.name]:
-            return f"row {row} was {before[step.name]!r}, is {outcome.label!r}"
-        return f"row {row} is {outcome.label!r} still, with another score"
+    if isinstance(outcome, Choice | Selection):
+        if outcome.answer != before[step.name]:
+            return f"row {row} was {before[step.name]!r}, is {outcome.answer!r}"
+        return f"row {row} is {outcome.answer!r} still, with another score"
     return f"row {row}"
 
 
@@ -222,9 +222,9 @@ def _same(step: AnyStep, outcome: Outcome | None, before: dict[str, object], exa
     In half precision, rounding decides between two tokens of nearly equal likelihood, after which
     the texts differ. So only the first quarter of a text must be the same.
     """
-    if isinstance(outcome, Choice) and isinstance(step, ClassifyStep):
+    if isinstance(outcome, Choice | Selection):
         score = before[Columns(step.name).score]
-        if not isinstance(score, float) or outcome.label != before[step.name]:
+        if not isinstance(score, float) or outcome.answer != before[step.name]:
             return False
         return abs(outcome.score - score) <= SCORE_TOLERANCE
     if isinstance(outcome, Extraction):

@@ -247,6 +247,11 @@ def _check_classifier(where: str, step: ClassifyStep, model: Model) -> None:
         if step.labels is None:
             raise InputError(f"{where} has no trained head. Set the step's labels.")
         return
+    if step.multiple:
+        raise InputError(
+            f"{where} has a head that was trained to choose one label. Leave multiple out, or set "
+            "the step's model to one without a head."
+        )
     _check_trained_prompt(where, step, model)
     if len(model.labels) < 2:
         raise InputError(

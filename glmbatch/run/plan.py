@@ -44,7 +44,7 @@ from glmbatch.run.work import (
     with_beside,
 )
 from glmbatch.settings.job import AnyStep, DataConfig, ExtractStep, GenerateStep, JobConfig
-from glmbatch.steps.classify import encode_labels
+from glmbatch.steps.classify import encode_labels, scored_texts
 from glmbatch.steps.extract import form_of
 from glmbatch.steps.inputs import PromptInputs, check_conditions, prompt_inputs, schema_needs
 from glmbatch.steps.prompt import longest_prompt, uses_chat
@@ -244,7 +244,7 @@ def _answer_tokens(step: AnyStep, model: Model) -> int:
         return form_of(step, tokenizer_of(model)).longest
     if model.has_head:
         return 0
-    label_ids = encode_labels(step.labels or [], tokenizer_of(model))
+    label_ids = encode_labels(scored_texts(step), tokenizer_of(model))
     return len(max(label_ids, key=len))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -161,8 +161,15 @@ def earlier_values(table: pa.Table, step: str) -> list[str | NoPrompt]:
         elif value is None:
             values.append(NotAsked())
         else:
-            values.append(value if isinstance(value, str) else as_json(value))
+            values.append(_as_text(value))
     return values
+
+
+def _as_text(answer: Any) -> str:
+    """An answer as a later prompt shows it: a text as it is, several labels with commas."""
+    if isinstance(answer, list):
+        return ", ".join(answer)
+    return answer if isinstance(answer, str) else as_json(answer)
 
 
 def build_question_prompts(

@@ -6,11 +6,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
-from glmbatch.errors import some_of
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.fields import Fields, check_room
 from glmbatch.settings.json_schema import fields_of_schema
-from glmbatch.settings.kinds import Settings, Share
+from glmbatch.settings.kinds import (
+    Labels,
+    Settings,
+    Share,
+    Threshold,
+    Verdicts,
+    check_multiple,
+)
 from glmbatch.settings.prompt import Step
 
 
@@ -27,12 +33,12 @@ class ClassifyAudits(Settings):
 
 
 class ClassifyStep(Step):
-    """Choose one label for each row."""
+    """Choose one label for each row, or judge each label by itself."""
 
     kind: Literal["classify"] = Field(
         "classify", description="Makes this a step that chooses a label for each row."
     )
-    labels: list[str] | None = Field(
+    labels: Labels | None = Field(
         None,
         description="Labels to choose from. Empty: the labels of the checkpoint's trained head.",
     )
@@ -43,24 +49,29 @@ class ClassifyStep(Step):
         description="Least probability of the chosen label; below it, the row gets no label and "
         "the reason `abstained`, which is no failure. Empty: every row gets one.",
     )
+    multiple: bool = Field(
+        False,
+        description="Whether a row may have several labels, or none: each label is judged by "
+        "itself, and the answer is a list.",
+    )
+    threshold: Threshold = None
+    verdicts: Verdicts = None
     audits: ClassifyAudits = Field(
         default_factory=ClassifyAudits,
         description="Limits on the labels; a run that exceeds one publishes nothing.",
     )
 
-    @field_validator("labels")
-    @classmethod
-    def _distinct_labels(cls, labels: list[str] | None) -> list[str] | None:
-        if labels is None:
-            return None
-        if len(labels) < 2:
-            raise ValueError(f"a step needs at least two labels; it has {some_of(labels)}")
-        if not all(label.strip() for label in labels):
-            raise ValueError(f"a label is empty: {some_of(labels)}")
-        repeated = sorted({label for label in labels if labels.count(label) > 1})
-        if repeated:
-            raise ValueError(f"labels repeat: {some_of(repeated)}")
-        return labels
+    @model_validator(mode="after")
+    def _multiple_fits(self) -> Self:
+        check_multiple(self.multiple, self.labels, self.threshold, self.verdicts)
+        if self.multiple and self.abstain_below is not None:
+            raise ValueError("abstain_below is for one label; with multiple: true set threshold")
+        return self
+
+    def threshold_of(self, label: str) -> float:
+        """The probability from which on `label` is in the answer of a row."""
+        given = self.threshold.get(label) if isinstance(self.threshold, dict) else self.threshold
+        return 0.5 if given is None else given
 
 
 TopP = Annotated[

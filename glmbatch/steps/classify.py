@@ -1,4 +1,4 @@
-"""A classify step: the label and its score. Scores in, columns out; no tensors, no files."""
+"""A classify step: labels and their scores. Scores in, columns out; no tensors, no files."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ class Choice:
     scores: Mapping[str, float]
 
     @property
+    def answer(self) -> str | None:
+        """The label."""
+        return self.label
+
+    @property
     def score(self) -> float:
         """The probability of the best label, which is the chosen one."""
         return max(self.scores.values())
@@ -38,25 +43,56 @@ class Choice:
         return first - second
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The labels that apply to a row, in the order of the step; each was judged by itself.
+
+    `scores` has the probability of each label of the step, and `thresholds` those from which on a
+    label applies.
+    """
+
+    labels: tuple[str, ...]
+    scores: Mapping[str, float]
+    thresholds: Mapping[str, float]
+
+    @property
+    def answer(self) -> list[str]:
+        """The labels as a list."""
+        return list(self.labels)
+
+    @property
+    def score(self) -> float:
+        """The probability of the least certain verdict: that its label applies, or does not."""
+        sure = []
+        for label, score in self.scores.items():
+            sure.append(score if label in self.labels else 1 - score)
+        return min(sure)
+
+    @property
+    def margin(self) -> float:
+        """The least distance of a label's probability from its threshold."""
+        return min(abs(score - self.thresholds[label]) for label, score in self.scores.items())
+
+
 def choice_fields(step: ClassifyStep, labels: Sequence[str]) -> list[pa.Field]:
-    """The fields of a choice: label, score, all scores, margin. `labels` are the score fields."""
+    """The fields of a choice: answer, score, all scores, margin. `labels` are the score fields."""
     columns = Columns(step.name)
     scores = pa.struct([pa.field(label, pa.float64()) for label in labels])
     return [
-        pa.field(columns.answer, pa.string()),
+        pa.field(columns.answer, pa.list_(pa.string()) if step.multiple else pa.string()),
         pa.field(columns.score, pa.float64()),
         pa.field(columns.scores, scores),
         pa.field(columns.margin, pa.float64()),
     ]
 
 
-def choice_columns(choices: Sequence[Choice | None]) -> list[list[object]]:
+def choice_columns(choices: Sequence[Choice | Selection | None]) -> list[list[object]]:
     """The values of each field of `choice_fields`, row by row; None where there is no choice."""
     columns: list[list[object]] = [[], [], [], []]
     for choice in choices:
         values: tuple[object, ...] = (None, None, None, None)
         if choice is not None:
-            values = (choice.label, choice.score, choice.scores, choice.margin)
+            values = (choice.answer, choice.score, choice.scores, choice.margin)
         for column, value in zip(columns, values, strict=True):
             column.append(value)
     return columns
@@ -64,19 +100,24 @@ def choice_columns(choices: Sequence[Choice | None]) -> list[list[object]]:
 
 @dataclass(frozen=True, slots=True)
 class LabelSet:
-    """The labels of a step; `ids` are their token ids, None for those of a trained head.
+    """The labels of a step, and the token ids of what the engine scores.
 
-    Below the probability `abstain_below` of the best label, none is chosen.
+    These are the labels; with `thresholds`, two verdicts on each label, one after the other. No
+    `ids` are those of a trained head. Below the probability `abstain_below` of the best label, none
+    is chosen.
     """
 
     labels: Sequence[str]
     ids: tuple[tuple[int, ...], ...] | None
     abstain_below: float | None = None
+    thresholds: Mapping[str, float] | None = None
 
-    def choose(self, result: ClassifyResult) -> Choice | RowFault:
+    def choose(self, result: ClassifyResult) -> Choice | Selection | RowFault:
         """The choice that a result makes, or the reason why the model failed."""
         if result.error is not None:
             return RowFault("model_failed", result.error)
+        if self.thresholds is not None:
+            return select(self.labels, result.scores, self.thresholds)
         if self.ids is None:
             choice = choose(self.labels, result.scores)
         else:
@@ -90,16 +131,32 @@ def label_set(step: ClassifyStep, head_labels: Sequence[str], tokenizer: Tokeniz
     """The labels that the engine scores for `step`.
 
     A checkpoint with `head_labels` answers with its trained head, any other by the likelihood of
-    the step's labels. InputError when labels have no tokens or the same tokens.
+    the step's labels, or of verdicts on them. InputError when labels have no tokens or the same
+    tokens.
     """
     labels = head_labels or step.labels or ()
-    ids = None if head_labels else encode_labels(labels, tokenizer)
-    return LabelSet(labels, ids, step.abstain_below)
+    if head_labels:
+        return LabelSet(labels, None, step.abstain_below)
+    ids = encode_labels(scored_texts(step), tokenizer)
+    thresholds = {label: step.threshold_of(label) for label in labels} if step.multiple else None
+    return LabelSet(labels, ids, step.abstain_below, thresholds)
+
+
+def scored_texts(step: ClassifyStep) -> list[str]:
+    """The answers whose likelihoods decide: the labels, or two verdicts on each of them."""
+    labels = step.labels or []
+    if not step.multiple:
+        return labels
+    texts = []
+    for label in labels:
+        # Label first, so that all verdicts are branches behind one reading of the prompt.
+        texts += [f"{label}: {verdict}" for verdict in step.verdicts or ("yes", "no")]
+    return texts
 
 
 def ask_choices(
     label_sets: Sequence[LabelSet], rows: Iterable[RowPrompts], engine: Engine
-) -> Iterator[tuple[int, bytes, Choice | RowFault]]:
+) -> Iterator[tuple[int, bytes, Choice | Selection | RowFault]]:
     """Ask the engine about each row; yield the choices in any order.
 
     Each comes with the number of its label set and its row key. A prompt on which the model failed
@@ -192,3 +249,23 @@ def choose(labels: Sequence[str], log_weights: Sequence[float]) -> Choice:
     scores = {label: weight / total for label, weight in zip(labels, weights, strict=True)}
     # A tie goes to the label that is first in alphabetical order.
     return Choice(min(labels, key=lambda label: (-scores[label], label)), scores)
+
+
+def select(
+    labels: Sequence[str], log_likelihoods: Sequence[float], thresholds: Mapping[str, float]
+) -> Selection:
+    """The labels that apply, from the log-likelihoods of both verdicts on each of them.
+
+    The probability of a label is the share of the first verdict in both.
+    """
+    scores = {}
+    for place, label in enumerate(labels):
+        applies, not_so = log_likelihoods[2 * place : 2 * place + 2]
+        scores[label] = _sigmoid(applies - not_so)
+    chosen = tuple(label for label in labels if scores[label] >= thresholds[label])
+    return Selection(chosen, scores, thresholds)
+
+
+def _sigmoid(value: float) -> float:
+    small = math.exp(-abs(value))  # at most 1
+    return 1 / (1 + small) if value >= 0 else small / (1 + small)

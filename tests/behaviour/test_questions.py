@@ -12,6 +12,7 @@ from glmbatch.errors import InputError
 from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult
 from glmbatch.glm.engine.worker import TorchEngine
 from glmbatch.run import answer, job
+from glmbatch.run.canary import freeze
 from glmbatch.run.session import session_of
 from tests.support import (
     CLASSIFIER,
@@ -237,3 +238,50 @@ def test_progress_counts_each_row_of_each_step_once(
     run(job_settings(steps=STEPS))
     (snapshot,) = seen
     assert (snapshot.done, snapshot.total) == (60, 60)
+
+
+TOPICS: dict[str, Any] = {
+    "kind": "classify",
+    "name": "topics",
+    "labels": ["late", "broken", "too small"],
+    "prompt_template": "{text}\nWhat is said?",
+    "multiple": True,
+    "threshold": {"broken": 1e-8},  # nothing taught the sample such verdicts
+}
+
+
+@pytest.mark.usefixtures("source")
+def test_several_labels_are_judged_as_each_alone(
+    job_settings: Settings, out: Path, tmp_path: Path, asked: list[int]
+) -> None:
+    alone: list[dict[str, Any]] = []
+    for place, label in enumerate(TOPICS["labels"]):
+        verdicts = [f"{label}: yes", f"{label}: no"]
+        step = {**STEPS[0], "name": f"alone{place}", "labels": verdicts}
+        alone.append({**step, "prompt_template": TOPICS["prompt_template"]})
+    later = {**GENERATE, "prompt_template": "{topics}: {text}"}
+    summary = run(job_settings(steps=[TOPICS, *alone, later]))
+    assert asked == [4] * len(TEXTS)
+    rows = rows_of(out)
+    for row in rows:
+        for place, label in enumerate(TOPICS["labels"]):
+            single = row[f"alone{place}_scores"][f"{label}: yes"]
+            assert row["topics_scores"][label] == pytest.approx(single, abs=1e-6, rel=0)
+            chosen = row["topics_scores"][label] >= (1e-8 if label == "broken" else 0.5)
+            assert (label in row["topics"]) == chosen
+        assert row["reply"] is not None
+    counted = {label: sum(label in row["topics"] for row in rows) for label in TOPICS["labels"]}
+    assert summary.steps[0].labels == {label: count for label, count in counted.items() if count}
+    assert sum(counted.values()) > 0
+
+
+def test_a_canary_sees_that_several_labels_stay(
+    job_settings: Settings, write_source: Write, out: Path, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": TEXTS[:6]})
+    run(job_settings(steps=[TOPICS]))
+    frozen = tmp_path / "canary.parquet"
+    assert freeze(out, frozen, 6) == 6
+    write_source("b.parquet", {"text": TEXTS[6:]})
+    summary = run(job_settings(steps=[TOPICS], canary={"file": str(frozen)}))
+    assert summary.rows == 12
