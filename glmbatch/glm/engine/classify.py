@@ -9,13 +9,14 @@ the label tree, M the largest number of its children, R rows and reads, L labels
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from glmbatch.glm.engine.generate import Generation
 from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult, not_finite
 from glmbatch.glm.engine.queue import (
     MIN_SHARED_TOKENS,
@@ -60,16 +61,13 @@ class _Row:
 class Classification:
     """The waiting queue of classify requests, and the forward that answers a batch of them.
 
-    `preempt_generation` is called if memory does not suffice for even one prompt; it returns
-    whether it freed any.
+    `generation` gives its memory up: while it is idle, or else if not even one prompt fits.
     """
 
-    def __init__(
-        self, network: Network, limits: Limits, preempt_generation: Callable[[], bool]
-    ) -> None:
+    def __init__(self, network: Network, limits: Limits, generation: Generation) -> None:
         self._network = network
         self._limits = limits
-        self._preempt_generation = preempt_generation
+        self._generation = generation
         # A batch whose scores are not read yet. On CPU they are there when it returns.
         self._in_flight: tuple[Sequence[_Row], Readback] | None = None
         self._runs_ahead = network.device.type == "cuda"
@@ -144,17 +142,22 @@ class Classification:
             self._wait(row.call, row.rank[0], [question])
 
     def _handle_out_of_memory(self, batch: Sequence[_Row]) -> None:
-        """Next, try smaller batches, then preempt generation, then chunks; then fail the row."""
+        """Next, take an idle arena, then smaller batches, preempt generation, then take chunks.
+
+        At last fail the row.
+        """
         self._network.release_memory()
         first = batch[0]
         tokens = sum(len(row.prompt) for row in batch)
-        if len(batch) > 1:
+        if self._generation.free_idle():
+            pass
+        elif len(batch) > 1:
             self._limits.halve_batch(tokens)
         else:
             first.limits = first.limits or replace(self._limits)
             # A prefix is prefilled before the batch, in chunks too.
             chunk = tokens + len(first.prefix)
-            if not (self._preempt_generation() or self._limits.halve_chunk(chunk)):
+            if not (self._generation.preempt() or self._limits.halve_chunk(chunk)):
                 self._limits.restore(first.limits)
                 self._give_up(first)
                 return

@@ -42,6 +42,7 @@ class Generation:
         self._in_flight: Step | None = None
         self._runs_ahead = network.device.type == "cuda"
         self._failures = 0  # for want of memory, since a token was read
+        self._gave_way = False
 
     @property
     def slots(self) -> int:
@@ -69,6 +70,17 @@ class Generation:
             self._in_flight = self._try(batch, lambda: self._runner.choose(batch, logits_RV))
         if not self._runs_ahead:
             self._read_tokens()
+
+    def free_idle(self) -> bool:
+        """Free the arena for classify requests, if no request waits or runs; False if it is kept.
+
+        Once: if it is needed again, smaller batches cost less than making it again and again.
+        """
+        if self._gave_way or self.busy or not self._runner.has_arena:
+            return False
+        self._gave_way = True
+        self._runner.release()
+        return True
 
     def preempt(self) -> bool:
         """Free the memory of keys and values for classify requests, and halve it for later.
@@ -182,9 +194,8 @@ class Generation:
         arena_halved = self._failures > 1 and self._runner.halve()
         # A prefix is prefilled before the batch, in chunks too.
         chunk = max(tokens, *(len(admitted.prefix) for admitted in batch.admitted), 0)
-        if len(prefills) > 1:
-            self._limits.halve_batch(tokens)
-        elif self._limits.halve_chunk(chunk):
+        # A row's scores take more memory than a token: where most are rows, few tokens stay.
+        if chunk >= len(batch.pieces) and self._limits.halve_chunk(chunk):
             pass
         elif len(batch.pieces) > 1:
             self._limits.halve_slots(len(batch.pieces))

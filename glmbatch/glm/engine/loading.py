@@ -101,7 +101,11 @@ def load_here(settings: EngineSettings) -> TorchEngine:
         raise lost from error
     # Neither on CPU nor in float32 is there anything to compile or to record.
     if settings.device != "cpu" and settings.dtype != "float32":
-        warm_up(engine)
+        try:
+            warm_up(engine)
+        except BaseException:  # an interrupt too
+            engine.close()
+            raise
     return engine
 
 
@@ -115,8 +119,8 @@ def warm_up(engine: TorchEngine) -> None:
     labels = None if engine.model_limits.has_head else ((0, 0), (1,))
     list(engine.classify([ClassifyRequest(0, (0, 0), labels)]))
     if labels is not None:
-        halvings = engine.slots.bit_length()
-        answers = [WARM_UP_STEPS * (halvings - at.bit_length()) for at in range(engine.slots)]
+        halvings = (engine.slots - 1).bit_length()
+        answers = [WARM_UP_STEPS * (1 + halvings - at.bit_length()) for at in range(engine.slots)]
         list(
             engine.generate(
                 GenerateRequest(at, (0, 0), tokens, temperature=at % 2, min_tokens=tokens)

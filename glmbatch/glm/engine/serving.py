@@ -90,11 +90,12 @@ def _send_all(connection: Connection, outbox: Outbox) -> None:
     """Send what is in `outbox`, up to the news that the engine has stopped."""
     kind: int | str = READY
     while kind != STOPPED:
-        batch = [outbox.get()]
-        while len(batch) < BATCH and not outbox.empty():
+        batch: list[tuple[int | str, Any]] = []
+        # Behind that news there may be errors of requests that came too late.
+        while kind != STOPPED and (not batch or (len(batch) < BATCH and not outbox.empty())):
             batch.append(outbox.get())
+            kind = batch[-1][0]
         connection.send_bytes(pickle.dumps(batch))
-        kind = batch[-1][0]
 
 
 def _receive_all(

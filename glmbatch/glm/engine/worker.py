@@ -72,7 +72,7 @@ class TorchEngine:
             cache_bytes=cache_bytes or _cache_bytes(self._network.device, models_at_once),
         )
         self._generation = Generation(self._network, limits, eos_id)
-        self._classification = Classification(self._network, limits, self._generation.preempt)
+        self._classification = Classification(self._network, limits, self._generation)
         # Seconds of device time that each kind of request has used.
         kinds: tuple[Classification | Generation, ...] = (self._classification, self._generation)
         self._seconds = dict.fromkeys(kinds, 0.0)
@@ -82,10 +82,10 @@ class TorchEngine:
         self._arrivals = count()
         self._stopped: GlmbatchError | None = None
         self._worker = threading.Thread(target=self._work, name="glmbatch-engine", daemon=True)
-        self._worker.start()
         # Python ends a daemon thread that waits for its lock, which in torch's code aborts the
         # process: "terminate called without an active exception".
         atexit.register(self.close)
+        self._worker.start()
 
     @property
     def alive(self) -> bool:
@@ -121,7 +121,6 @@ class TorchEngine:
             self._stopped = self._stopped or TransientError("the engine was closed. Load it again.")
             self._changed.notify_all()
         self._worker.join()
-        atexit.unregister(self.close)
 
     # The caller's side: runs in the thread of the caller.
 
@@ -170,6 +169,7 @@ class TorchEngine:
         except BaseException as error:  # noqa: BLE001 - raised in every call
             self._stop(error)
         finally:
+            atexit.unregister(self.close)  # it would keep an engine that has failed
             with self._changed:
                 assert self._stopped is not None
                 # A copy, because a finalizer in this thread may end a call.

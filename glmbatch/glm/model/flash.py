@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn.functional import pad
@@ -24,8 +25,14 @@ UNSPLIT_ROWS = 128
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has this call on `device` in `dtype`."""
-    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    """Whether torch has this call on `device` in `dtype`: on GPUs from Ampere on."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and half and _capability(device) >= (8, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,7 @@ def has_fp8(device: str) -> bool:
         return False
     ones = torch.ones(128, 128, dtype=torch.bfloat16, device=device)
     try:
-        return bool((Fp8Product(ones, None)(ones) == 128).all())
+        with torch.cuda.device(device):  # Triton runs on the current one
+            return bool((Fp8Product(ones, None)(ones) == 128).all())
     except (RuntimeError, AttributeError):
         return False

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import pytest
 import torch
 
 from glmbatch.errors import DeviceLost, InputError, TransientError
+from glmbatch.glm.checkpoint import load
+from glmbatch.glm.checkpoint.load import load_model
 from glmbatch.glm.device import free_memory_bytes
-from glmbatch.glm.engine import worker
+from glmbatch.glm.engine import loading, worker
 from glmbatch.glm.engine.calls import LOOK_AHEAD
-from glmbatch.glm.engine.loading import load_engine
+from glmbatch.glm.engine.loading import EngineSettings, load_engine
 from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest
 from glmbatch.glm.engine.worker import TorchEngine
 from glmbatch.settings.job import ModelConfig, RuntimeConfig
@@ -190,6 +193,40 @@ def test_the_arena_gives_way_when_smaller_forwards_do_not_fit() -> None:
         assert engine._generation._limits.batch_tokens > 32
 
 
+def test_rows_give_way_before_prompts_of_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [GenerateRequest(at, [5, at + 3], 30) for at in range(100)]
+    with engine_over(causal_model(), max_slots=64) as engine:
+        expected = {result.index: result for result in engine.generate(requests)}
+        logits = engine._network.token_logits
+
+        def full(hidden_RC: torch.Tensor) -> torch.Tensor:
+            if len(hidden_RC) > 40:
+                raise torch.OutOfMemoryError("out of memory")
+            return logits(hidden_RC)
+
+        monkeypatch.setattr(engine._network, "token_logits", full)
+        assert {result.index: result for result in engine.generate(requests)} == expected
+        assert engine._generation._limits.batch_tokens >= 32
+        assert 16 <= engine.slots <= 40
+
+
+def test_an_idle_arena_gives_way_before_batches_do() -> None:
+    requests = [ClassifyRequest(at, row, LABELS) for at, row in enumerate(prompts(30))]
+    with engine_over(full_above(causal_model(), tokens=10**6)) as engine:
+        written = list(engine.generate(generate_requests()))
+        limits, runner = engine._generation._limits, engine._generation._runner
+        before = replace(limits)
+        embedding = engine._network._embed
+        embedding.tokens, embedding.refusals = 50, 1
+        assert not any(result.error for result in engine.classify(requests))
+        assert (embedding.refused, runner.has_arena, limits) == (1, False, before)
+        assert list(engine.generate(generate_requests())) == written
+        embedding.refusals = 2
+        assert not any(result.error for result in engine.classify(requests))
+        assert runner.has_arena, "it gives way only once"
+        assert limits.batch_tokens < before.batch_tokens
+
+
 def test_a_row_that_never_fits_fails_alone() -> None:
     few = [GenerateRequest(at, row, 12) for at, row in enumerate(prompts(20, longest=9))]
     with engine_over(causal_model()) as engine:
@@ -352,6 +389,44 @@ def test_a_lost_gpu_is_not_retried_in_this_process() -> None:
         engine.classify([])
     assert not engine.alive
     engine.close()
+
+
+def test_a_failed_engine_is_not_kept_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.logger, "exception", lambda message: None)
+    model = full_above(causal_model(), tokens=0)
+    model.model.embed_tokens.error = ValueError("broken")
+    engine = TorchEngine(model, eos_id=EOS, token_count=TOKENS)
+    with pytest.raises(TransientError, match="broken"):
+        list(engine.generate([GenerateRequest(0, [5], 2)]))
+    engine.wait()
+    network = weakref.ref(engine._network)
+    del engine, model
+    gc.collect()
+    assert network() is None
+
+
+def test_an_engine_that_fails_its_warm_up_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(threading.enumerate())
+
+    def interrupted(engine: TorchEngine) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "warm_up", interrupted)
+    monkeypatch.setattr(load, "load_model", lambda path, dtype, device, adapter: loaded)
+    loaded = load_model(GOLDENS / "base-sharded", "bfloat16", "cpu")
+    settings = EngineSettings(
+        path=str(GOLDENS / "base-sharded"),
+        adapter=None,
+        dtype="bfloat16",
+        quantization="none",
+        device="cuda:0",
+        max_batch_tokens=None,
+        max_slots=2,
+        models_at_once=1,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        loading.load_here(settings)
+    assert set(threading.enumerate()) <= before
 
 
 def test_closing_ends_the_worker_and_waiting_calls() -> None:

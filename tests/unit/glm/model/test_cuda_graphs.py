@@ -60,14 +60,15 @@ def test_a_step_that_cannot_be_recorded_runs_plain(
         assert {result.index: result for result in engine.generate(requests())} == recorded
 
 
-def test_nothing_is_recorded_after_the_warm_up(as_on_cuda: Recorder) -> None:
+@pytest.mark.parametrize("rows", [1, 12, 16])
+def test_nothing_is_recorded_after_the_warm_up(rows: int, as_on_cuda: Recorder) -> None:
     answers = []
     for warm in (True, False):
-        with engine_over(causal_model(), max_slots=16) as engine:
+        with engine_over(causal_model(), max_slots=rows) as engine:
             if warm:
                 warm_up(engine)
             recorded = as_on_cuda.recorded
-            asked = [GenerateRequest(at, [5, 6, at + 7], 30) for at in range(16)]
+            asked = [GenerateRequest(at, [5, 6, at + 7], 30) for at in range(rows)]
             answers.append(sorted(engine.generate(asked), key=lambda result: result.index))
             assert (as_on_cuda.recorded == recorded) is warm
     assert answers[0] == answers[1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from glmbatch.glm.engine.protocol import ClassifyRequest, GenerateRequest
-from glmbatch.glm.model.flash import FlashCall, SingleQueries
+from glmbatch.glm.model.flash import FlashCall, SingleQueries, serves
 from tests.unit.glm.cuda_on_cpu import on_cuda_path, plain_flash
 from tests.unit.glm.tiny_glm import causal_model, engine_over, head_model, prompts
 
@@ -63,6 +63,13 @@ def test_cuda_and_cpu_give_the_same_answers(dtype: str, tolerance: float, shared
     for one, other in zip(expected[0], actual[0], strict=True):
         assert one == pytest.approx(other, abs=tolerance, rel=0)
     assert dtype != "float32" or expected[1] == actual[1]
+
+
+def test_a_gpu_before_ampere_has_no_flash_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = {"cuda:98": (7, 5), "cuda:99": (8, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: capability[str(at)])
+    assert not serves(torch.device("cuda:98"), torch.float16)
+    assert serves(torch.device("cuda:99"), torch.float16)
 
 
 @pytest.mark.parametrize("behind", [0, 4])
