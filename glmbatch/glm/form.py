@@ -179,7 +179,8 @@ class FormState:
         tokens = self._grammar.tokens
         matcher = self._running()
         if not matcher.consume_token(token):
-            raise AssertionError(matcher.get_error())
+            # A limit of llguidance, since the token was allowed.
+            raise ValueError(matcher.get_error().split("\n")[0])
         self._add(tokens.bytes_of([token]))
         forced = tokens.consume_forced(matcher)
         if matcher.is_accepting():

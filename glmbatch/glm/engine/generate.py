@@ -149,7 +149,11 @@ class Generation:
 
     def _append_in_form(self, seq: TokenSequence, writing: FormState, token: int) -> str | None:
         seq.ids.append(token)
-        dropped, ids, ended = writing.advance(token)
+        try:
+            dropped, ids, ended = writing.advance(token)
+        except ValueError as error:
+            seq.fault = f"the form of the answer cannot go on: {error}"
+            return "error"
         seq.replace_end(dropped, ids)
         if not ended:
             return None
@@ -168,7 +172,7 @@ class Generation:
     def _result(self, seq: TokenSequence, reason: str) -> GenerateResult:
         index = seq.request.index
         if reason == "error":
-            fault = not_finite(self._network.dtype_name, len(seq.ids))
+            fault = seq.fault or not_finite(self._network.dtype_name, len(seq.ids))
             return GenerateResult(index, (), reason, fault)
         # The end token has a log-probability too, and is no part of the answer.
         log_probs = seq.log_probs[: len(seq.ids)] if seq.request.log_probs else ()

@@ -34,7 +34,7 @@ class FormState(Protocol):
         """The tokens that may come next, one bit for each id, the lowest bit first."""
 
     def advance(self, token: int) -> Advance:
-        """Take the chosen `token`; returns what follows it."""
+        """Take the chosen `token`; returns what follows it. ValueError if the form cannot go on."""
 
 
 class AnswerForm(Protocol):

@@ -47,6 +47,7 @@ class TokenSequence:
     done: bool = False
     forced: int = 0  # how many of `ids` the form gave
     void: bool = False  # the token in flight is dropped: ids were forced before it
+    fault: str | None = None  # why its form could not go on
     limits: Limits | None = None  # before they were lowered for this sequence
 
     @property

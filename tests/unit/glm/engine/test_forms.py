@@ -1,0 +1,119 @@
+"""Answers in a form: what is forced, dropped and chosen is as in a loop over whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from glmbatch.glm.engine.protocol import Advance, GenerateRequest, GenerateResult
+from tests.unit.glm.cuda_on_cpu import on_cuda_path
+from tests.unit.glm.tiny_glm import (
+    POSITIONS,
+    TOKENS,
+    causal_model,
+    engine_over,
+    plain_logits,
+    prompts,
+)
+
+
+class Scripted:
+    """Allows a third of the tokens in turn; after some it forces ids, after others drops some."""
+
+    longest = 60
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def begin(self) -> _State:
+        return _State(self._number)
+
+
+class _State:
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._chosen = 0
+        self.was_cut = number % 2 == 1
+
+    def begin(self) -> Sequence[int]:
+        return (7, 8, 9)[: self._number % 4]
+
+    def allowed_ids(self) -> list[int]:
+        return [token for token in range(3, TOKENS) if (token + self._chosen) % 3 == 0]
+
+    def allowed(self) -> bytes:
+        bits = bytearray(TOKENS // 8 + 1)
+        for token in self.allowed_ids():
+            bits[token // 8] |= 1 << token % 8
+        return bytes(bits)
+
+    def advance(self, token: int) -> Advance:
+        self._chosen += 1
+        if self._number == 13 and self._chosen == 5:
+            raise ValueError("it is 13")
+        if self._chosen == 12:
+            return Advance(0, (20,), ended=True)
+        script = {2: Advance(0, (10, 11, 12)), 5: Advance(3, (13, 14)), 6: Advance(0, (15,))}
+        return script.get(self._chosen, Advance())
+
+
+def plain(model: Any, prompt: Sequence[int], number: int) -> list[int]:
+    """The answer from a forward over the whole sequence for each chosen token."""
+    state = _State(number)
+    ids = [*prompt, *state.begin()]
+    ended = False
+    while not ended:
+        logits = plain_logits(model, ids)[-1]
+        allowed = torch.tensor(state.allowed_ids())
+        token = int(allowed[logits[allowed].argmax()])
+        dropped, forced, ended = state.advance(token)
+        ids = [*ids, token]
+        ids = [*ids[: len(ids) - dropped], *forced]
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(("slots", "budget"), [(1, 16), (5, 40), (32, 2048)])
+def test_forced_and_dropped_ids_are_those_of_a_plain_loop(
+    monkeypatch: pytest.MonkeyPatch, ahead: bool, slots: int, budget: int
+) -> None:
+    model = causal_model()
+    requests = []
+    for at, row in enumerate(prompts(12, longest=40)):
+        form = None if at % 5 == 4 else Scripted(at)
+        requests.append(GenerateRequest(at, row, 60 if form else 9, form=form))
+    with (
+        on_cuda_path(monkeypatch) if ahead else nullcontext(),
+        engine_over(model, max_slots=slots, max_batch_tokens=budget) as engine,
+    ):
+        results = {result.index: result for result in engine.generate(requests)}
+    for request in requests:
+        result = results[request.index]
+        if request.form is None:
+            assert result.forced == 0 and len(result.ids) <= 9
+            continue
+        assert list(result.ids) == plain(model, request.prompt_ids, request.index)
+        assert result.finish_reason == ("length" if request.index % 2 else "stop")
+        assert result.forced == request.index % 4 + 7
+
+
+def test_a_form_that_cannot_go_on_fails_its_row_alone() -> None:
+    requests = [GenerateRequest(at, [5, 6], 60, form=Scripted(at)) for at in (12, 13, 14)]
+    with engine_over(causal_model()) as engine:
+        results = {result.index: result for result in engine.generate(requests)}
+    fault = "the form of the answer cannot go on: it is 13"
+    assert results[13] == GenerateResult(13, (), "error", fault)
+    assert results[12].error is None and results[14].error is None
+
+
+def test_a_prompt_without_room_for_its_form_is_refused() -> None:
+    rows = [[5] * (POSITIONS - 60), [5] * (POSITIONS - 59)]
+    requests = [GenerateRequest(at, row, 60, form=Scripted(0)) for at, row in enumerate(rows)]
+    with engine_over(causal_model()) as engine:
+        results = {result.index: result for result in engine.generate(requests)}
+    assert results[0].error is None
+    assert "and its answer up to 60; the model has 256 positions" in (results[1].error or "")
