@@ -20,6 +20,8 @@ from tests.unit.glm.tiny_glm import (
     prompts,
 )
 
+PLACE_BYTES = 2 * 3 * 2 * 16 * 4
+
 
 class Scripted:
     """Allows a third of the tokens in turn; after some it forces ids, after others drops some."""
@@ -77,18 +79,24 @@ def plain(model: Any, prompt: Sequence[int], number: int) -> list[int]:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize(("slots", "budget"), [(1, 16), (5, 40), (32, 2048)])
+@pytest.mark.parametrize(
+    ("slots", "budget", "places"),
+    # Few places: sequences are preempted and read again.
+    [(1, 16, 2048), (5, 40, 2048), (32, 2048, 4096), (8, 64, 160)],
+)
 def test_forced_and_dropped_ids_are_those_of_a_plain_loop(
-    monkeypatch: pytest.MonkeyPatch, ahead: bool, slots: int, budget: int
+    monkeypatch: pytest.MonkeyPatch, ahead: bool, slots: int, budget: int, places: int
 ) -> None:
     model = causal_model()
     requests = []
-    for at, row in enumerate(prompts(12, longest=40)):
+    for at, row in enumerate(prompts(10, longest=40)):
         form = None if at % 5 == 4 else Scripted(at)
         requests.append(GenerateRequest(at, row, 60 if form else 9, form=form))
     with (
         on_cuda_path(monkeypatch) if ahead else nullcontext(),
-        engine_over(model, max_slots=slots, max_batch_tokens=budget) as engine,
+        engine_over(
+            model, max_slots=slots, max_batch_tokens=budget, cache_bytes=places * PLACE_BYTES
+        ) as engine,
     ):
         results = {result.index: result for result in engine.generate(requests)}
     for request in requests:
