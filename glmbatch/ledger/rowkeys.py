@@ -29,6 +29,7 @@ CONTINUATIONS_VERSION = 1
 FORM_VERSION = 1
 KEY_BYTES = 16
 _OFF = {
+    "examples": None,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_tokens": 0,

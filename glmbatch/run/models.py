@@ -223,6 +223,8 @@ def fitting_models(models: Sequence[Model], runtime: RuntimeConfig) -> int:
 def check_step(step: Step, model: Model) -> None:
     """InputError when `model` cannot answer `step`."""
     where = f"step {step.name!r}: the checkpoint {describe_model(model.config)}"
+    if model.has_head and step.examples is not None:
+        raise InputError(f"{where} has a trained head, which reads no examples. Unset examples.")
     if isinstance(step, GenerateStep):
         _check_writer(where, model, step.max_tokens)
     elif isinstance(step, ExtractStep):

@@ -45,6 +45,7 @@ from glmbatch.run.work import (
 )
 from glmbatch.settings.job import AnyStep, DataConfig, ExtractStep, GenerateStep, JobConfig
 from glmbatch.steps.classify import encode_labels, scored_texts
+from glmbatch.steps.examples import with_examples
 from glmbatch.steps.extract import form_of
 from glmbatch.steps.inputs import PromptInputs, check_conditions, prompt_inputs, schema_needs
 from glmbatch.steps.prompt import longest_prompt, uses_chat
@@ -213,7 +214,8 @@ def resolve_questions(
     prepared = dict(zip(job_models(job), models, strict=True))
     at_once = fitting_models(models, job.runtime)
     questions = []
-    for step in job.steps:
+    for setting in job.steps:
+        step = with_examples(setting, job.data.text_column)
         model = prepared[job.model_of(step)]
         # All steps are checked before any inference.
         check_step(step, model)

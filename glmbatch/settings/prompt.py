@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 import string
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from glmbatch.settings.conditions import parse_condition
-from glmbatch.settings.kinds import Settings, StepName
+from glmbatch.settings.kinds import Address, Settings, StepName
 from glmbatch.settings.model import ModelSetting
 
 TEXT = "text"  # the placeholder for data.text_column, whatever the column's name
+ANSWER = "answer"  # the name of an example's answer, beside those of the placeholders
+MOST_EXAMPLES = 64  # each takes room in every prompt
+
+
+class Examples(Settings):
+    """A few rows with their right answers, which the model reads before each row."""
+
+    rows: list[dict[str, str]] = Field(
+        default_factory=list,
+        max_length=MOST_EXAMPLES,
+        description="The examples: a value for each placeholder of the prompt, and the `answer`. "
+        "Empty: those of the file.",
+    )
+    file: Address | None = Field(
+        None,
+        description="Parquet file of the examples, with a column for each placeholder and one "
+        "named `answer`. Empty: those of `rows`.",
+    )
+
+    @model_validator(mode="after")
+    def _rows_or_file(self) -> Self:
+        if bool(self.rows) == (self.file is not None):
+            raise ValueError("examples need either rows or a file")
+        return self
+
+
+def _short_form(value: object) -> object:
+    if isinstance(value, list):
+        return {"rows": value}
+    return {"file": value} if isinstance(value, str) else value
 
 
 class Step(Settings):
@@ -36,6 +66,11 @@ class Step(Settings):
     )
     system_prompt: str | None = Field(
         None, description="Instruction placed before the prompt. Empty: none."
+    )
+    examples: Annotated[Examples, BeforeValidator(_short_form)] | None = Field(
+        None,
+        description="A few rows with their right answers, as turns before each row: a list of "
+        "them, or the path of a Parquet file. Empty: none.",
     )
     chat: bool | None = Field(
         None,

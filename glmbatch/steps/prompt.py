@@ -10,7 +10,8 @@ from typing import Literal
 
 from glmbatch.glm.tokenizer import Tokenizer, chat_prompt, escape_turns
 from glmbatch.settings.fields import instructions
-from glmbatch.settings.job import TEXT, ExtractStep, Step, placeholders
+from glmbatch.settings.job import TEXT, ClassifyStep, ExtractStep, Step, placeholders
+from glmbatch.settings.prompt import ANSWER
 
 # Stands for any value when only the template matters; no template has this private-use character.
 VALUE = "\ue000"
@@ -89,12 +90,12 @@ def build_prompts(  # noqa: PLR0913 - facts about model and data beside the rows
     """The prompt of each row, in the order of `rows`, or why it has none.
 
     A row maps each placeholder of the template to its value, or says itself why it has no prompt.
-    A value never acts as a chat turn, a placeholder or a special token. `texts` are the
-    placeholders of the text column: `on_too_long: truncate` cuts the end of the text until the
-    prompt has `max_input_tokens`.
+    A value never acts as a chat turn, a placeholder or a special token, nor does one in an example.
+    `texts` are the placeholders of the text column: `on_too_long: truncate` cuts the end of the
+    text until the prompt has `max_input_tokens`.
     """
     needed = placeholders(step.prompt_template)
-    render = partial(_render, step, chat)
+    render = partial(_render, step, chat, _examples(step, chat))
     head = _head_ids(render(dict.fromkeys(needed, VALUE)).partition(VALUE)[0], tokenizer)
     checked = [_check_row(row, needed, texts) for row in rows]
     # One call to the tokenizer per fragment, with an empty text for a row without a prompt.
@@ -121,18 +122,37 @@ def build_prompts(  # noqa: PLR0913 - facts about model and data beside the rows
     return prompts
 
 
-def _render(step: Step, chat: bool, row: Mapping[str, str]) -> str:
+def _render(
+    step: Step, chat: bool, examples: Sequence[tuple[str, str]], row: Mapping[str, str]
+) -> str:
     """The template of `step` filled with the values of `row`, in the form that the model reads.
 
-    Behind it stands what an extract step tells the model of its fields.
+    `examples` are pairs of a filled template and its answer.
     """
+    filled = _fill(step, chat, row)
+    if chat:
+        return chat_prompt(filled, examples, step.system_prompt)
+    # Labels are scored behind a blank.
+    gap = " " if isinstance(step, ClassifyStep) else ""
+    parts = [f"{question}{gap}{answer}" for question, answer in examples]
+    system = [] if step.system_prompt is None else [step.system_prompt]
+    return "\n\n".join([*system, *parts, filled])
+
+
+def _fill(step: Step, chat: bool, row: Mapping[str, str]) -> str:
+    """The template of `step` with the values of `row`, and what an extract step adds to it."""
     fields = f"\n\n{instructions(step.fields)}" if isinstance(step, ExtractStep) else ""
-    if not chat:
-        filled = step.prompt_template.format_map(row) + fields
-        return filled if step.system_prompt is None else f"{step.system_prompt}\n\n{filled}"
-    escaped = {name: escape_turns(value) for name, value in row.items()}
-    filled = step.prompt_template.format_map(escaped) + fields
-    return chat_prompt(filled, system_prompt=step.system_prompt)
+    values = {name: escape_turns(value) for name, value in row.items()} if chat else row
+    return step.prompt_template.format_map(values) + fields
+
+
+def _examples(step: Step, chat: bool) -> list[tuple[str, str]]:
+    rows = step.examples.rows if step.examples is not None else []
+    examples = []
+    for row in rows:
+        answer = escape_turns(row[ANSWER]) if chat else row[ANSWER]
+        examples.append((_fill(step, chat, row), answer))
+    return examples
 
 
 @lru_cache(64)  # the same for all fragments of a step
