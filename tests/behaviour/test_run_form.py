@@ -22,6 +22,7 @@ from glmbatch.settings.job import (
     ReportConfig,
     RuntimeConfig,
 )
+from glmbatch.settings.prompt import Examples
 from glmbatch.settings.steps import ClassifyAudits, GenerateAudits
 from glmbatch.settings.tuning import LabelledData, TrainingConfig, TuneConfig
 
@@ -31,6 +32,7 @@ OF_JOBS = {
     ClassifyAudits,
     ClassifyStep,
     DataConfig,
+    Examples,
     GenerateAudits,
     GenerateStep,
     JobConfig,

@@ -94,7 +94,7 @@ def test_a_file_of_examples_is_the_same_as_a_list(tmp_path: Path) -> None:
         ([{"text": "x"}], "step 'mood', examples: example 0 has no 'answer'"),
         ([*ROWS, {"answer": "bad"}], "example 2 has no 'text'"),
         ([{"text": " ", "answer": "bad"}], "example 0 has no 'text'"),
-        ([{"text": "x", "answer": "worse"}], "'worse', which is none of"),
+        ([{"text": "x", "answer": "worse"}], "'worse', which is none of ['good', 'bad']"),
         (
             [{"text": "x", "answer": "bad", "stars": "5"}],
             "has ['stars'], which the prompt does not",
