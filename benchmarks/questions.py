@@ -103,7 +103,10 @@ class Jobs:
     def topics(self, *, multiple: bool) -> list[dict[str, Any]]:
         """A step that chooses one of 20 labels, or judges each by itself."""
         step = self._step("topics", "What is it about?", TOPIC_LABELS)
-        return [step | {"multiple": multiple}]
+        if multiple:
+            # Each is one token of the sample's small vocabulary, which splits "yes" in two.
+            step |= {"multiple": True, "verdicts": ["ok", "no"]}
+        return [step]
 
     def _step(self, name: str, question: str, labels: list[str]) -> dict[str, Any]:
         parts = ["{text}", question]

@@ -37,6 +37,7 @@ _OFF = {
     "confidence": False,
     "abstain_below": None,
     "multiple": False,
+    "compare": "sum",
     "threshold": None,
     "verdicts": None,
 }

@@ -54,6 +54,12 @@ class ClassifyStep(Step):
         description="Whether a row may have several labels, or none: each label is judged by "
         "itself, and the answer is a list.",
     )
+    compare: Literal["sum", "mean"] = Field(
+        "sum",
+        description="How labels of unlike length are compared. sum: by how likely the whole label "
+        "is. mean: by the mean log-likelihood of its tokens, which does not put long labels at a "
+        "disadvantage, but favors labels whose ends follow from their beginnings.",
+    )
     threshold: Threshold = None
     verdicts: Verdicts = None
     audits: ClassifyAudits = Field(
@@ -66,6 +72,8 @@ class ClassifyStep(Step):
         check_multiple(self.multiple, self.labels, self.threshold, self.verdicts)
         if self.multiple and self.abstain_below is not None:
             raise ValueError("abstain_below is for one label; with multiple: true set threshold")
+        if self.compare == "mean" and (self.multiple or self.labels is None):
+            raise ValueError("compare: mean is for a choice among labels; remove it")
         return self
 
     def threshold_of(self, label: str) -> float:

@@ -111,6 +111,7 @@ class LabelSet:
     ids: tuple[tuple[int, ...], ...] | None
     abstain_below: float | None = None
     thresholds: Mapping[str, float] | None = None
+    by_mean: bool = False
 
     def choose(self, result: ClassifyResult) -> Choice | Selection | RowFault:
         """The choice that a result makes, or the reason why the model failed."""
@@ -121,7 +122,9 @@ class LabelSet:
         if self.ids is None:
             choice = choose(self.labels, result.scores)
         else:
-            choice = choose_by_likelihood(self.labels, self.ids, result.scores)
+            choice = choose_by_likelihood(
+                self.labels, self.ids, result.scores, by_mean=self.by_mean
+            )
         if self.abstain_below is not None and choice.score < self.abstain_below:
             return replace(choice, label=None)
         return choice
@@ -139,7 +142,7 @@ def label_set(step: ClassifyStep, head_labels: Sequence[str], tokenizer: Tokeniz
         return LabelSet(labels, None, step.abstain_below)
     ids = encode_labels(scored_texts(step), tokenizer)
     thresholds = {label: step.threshold_of(label) for label in labels} if step.multiple else None
-    return LabelSet(labels, ids, step.abstain_below, thresholds)
+    return LabelSet(labels, ids, step.abstain_below, thresholds, step.compare == "mean")
 
 
 def scored_texts(step: ClassifyStep) -> list[str]:
@@ -198,19 +201,24 @@ def encode_labels(labels: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[in
 
 
 def choose_by_likelihood(
-    labels: Sequence[str], label_ids: Sequence[tuple[int, ...]], log_likelihoods: Sequence[float]
+    labels: Sequence[str],
+    label_ids: Sequence[tuple[int, ...]],
+    log_likelihoods: Sequence[float],
+    *,
+    by_mean: bool = False,
 ) -> Choice:
     """The choice among whole labels, from the log-likelihood of each label's tokens.
 
     If one label begins another ("good", "good enough"), the shorter one is always likelier, because
     every answer with the longer one begins with it. Its score is therefore the likelihood that the
     answer begins with it but not with a longer label. So labels exclude each other, and a longer
-    one can win.
+    one can win. With `by_mean`, that of a label is divided by the number of its tokens.
     """
     exclusive = []
     for index in range(len(label_ids)):
         longer = [log_likelihoods[other] for other in _next_longer(label_ids, index)]
-        exclusive.append(_log_subtract(log_likelihoods[index], longer))
+        tokens = len(label_ids[index]) if by_mean else 1
+        exclusive.append(_log_subtract(log_likelihoods[index], longer) / tokens)
     return choose(labels, exclusive)
 
 

@@ -285,3 +285,15 @@ def test_a_canary_sees_that_several_labels_stay(
     write_source("b.parquet", {"text": TEXTS[6:]})
     summary = run(job_settings(steps=[TOPICS], canary={"file": str(frozen)}))
     assert summary.rows == 12
+
+
+@pytest.mark.usefixtures("source")
+def test_means_are_an_answer_of_their_own(job_settings: Settings, out: Path) -> None:
+    labels = ["good", "not what was ordered"]
+    by_sum = {**STEPS[0], "labels": labels}
+    by_mean = {**by_sum, "name": "mean", "compare": "mean"}
+    summary = run(job_settings(steps=[by_sum, by_mean]))
+    assert [step.computed for step in summary.steps] == [12, 12]
+    for row in rows_of(out):
+        long = labels[1]
+        assert row["mean_scores"][long] > row["mood_scores"][long]

@@ -95,3 +95,12 @@ def test_several_labels_score_as_their_least_certain_verdict() -> None:
     assert selection.score == pytest.approx(0.3)
     assert selection.margin == pytest.approx(0.05)
     assert select(["a"], [-1e4, 0.0], {"a": 0.5}).scores == {"a": 0.0}
+
+
+def test_labels_may_be_compared_by_the_mean_of_their_tokens() -> None:
+    labels, ids = ["no", "yes, in full"], [(1,), (2, 3, 4, 5)]
+    likelihoods = [math.log(0.3), math.log(0.2)]
+    assert choose_by_likelihood(labels, ids, likelihoods).label == "no"
+    by_mean = choose_by_likelihood(labels, ids, likelihoods, by_mean=True)
+    assert by_mean == choose(labels, [math.log(0.3), math.log(0.2) / 4])
+    assert by_mean.label == "yes, in full"
