@@ -73,6 +73,11 @@ def _distinct(labels: list[str]) -> list[str]:
     repeated = sorted({label for label in labels if labels.count(label) > 1})
     if repeated:
         raise ValueError(f"labels repeat: {some_of(repeated)}")
+    folded = [label.casefold() for label in labels]
+    alike = [label for label in labels if folded.count(label.casefold()) > 1]
+    if alike:
+        # Each label is a field of the scores, and Spark and DuckDB ignore the case of fields.
+        raise ValueError(f"labels differ only in case: {some_of(alike)}; keep one of them")
     return labels
 
 

@@ -77,6 +77,10 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
             "labels repeat: ['x']",
         ),
         (
+            {"steps": [{"kind": "classify", "name": "a", "labels": ["Good", "bad", "good"]}]},
+            "steps[0].labels: labels differ only in case: ['Good', 'good']; keep one of them",
+        ),
+        (
             {"steps": [{"kind": "classify", "name": "a", "labels": ["x"]}]},
             "a step needs at least two labels",
         ),
