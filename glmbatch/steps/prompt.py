@@ -141,7 +141,10 @@ def _render(
 
 def _fill(step: Step, chat: bool, row: Mapping[str, str]) -> str:
     """The template of `step` with the values of `row`, and what an extract step adds to it."""
-    fields = f"\n\n{instructions(step.fields)}" if isinstance(step, ExtractStep) else ""
+    fields = ""
+    if isinstance(step, ExtractStep):
+        # Without a round of a chat, the answer begins on a line of its own.
+        fields = f"\n\n{instructions(step.fields)}" + ("" if chat else "\n")
     values = {name: escape_turns(value) for name, value in row.items()} if chat else row
     return step.prompt_template.format_map(values) + fields
 
