@@ -18,9 +18,9 @@ from glmbatch.glm.engine.protocol import (
     GenerateResult,
     not_finite,
 )
-from glmbatch.glm.engine.queue import Limits, PendingRequest
+from glmbatch.glm.engine.queue import Limits, PendingRequest, TokenSequence
 from glmbatch.glm.engine.runner import ModelRunner, Step
-from glmbatch.glm.engine.scheduler import Batch, Scheduler, TokenSequence
+from glmbatch.glm.engine.scheduler import Batch, Scheduler
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.places import Places
 from glmbatch.glm.model.sampling import NOT_FINITE

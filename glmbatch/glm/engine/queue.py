@@ -1,4 +1,4 @@
-"""The waiting queue: calls, pending requests, and which of them run next.
+"""What waits and runs: calls, pending requests and sequences, their limits, and a waiting queue.
 
 No tensors, no threads.
 """
@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from glmbatch.glm.engine.protocol import (
     ClassifyRequest,
     ClassifyResult,
+    FormState,
     GenerateRequest,
     GenerateResult,
 )
+
+if TYPE_CHECKING:  # not at run time, as it loads torch
+    from glmbatch.glm.engine.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +98,55 @@ class Limits:
         self.batch_tokens = earlier.batch_tokens
         self.slots = earlier.slots
         self.cache_bytes = earlier.cache_bytes
+
+
+@dataclass(slots=True, eq=False)
+class TokenSequence:
+    """One request, the ids generated for it so far, and its places in the arena.
+
+    `cached` is the number of its tokens whose keys and values are in the arena, or will be after
+    the forwards that were launched. `in_flight` counts tokens that were launched but not read.
+    """
+
+    pending: PendingRequest[GenerateRequest]
+    prefix: tuple[int, ...]
+    sampler: Sampler | None
+    writing: FormState | None = None  # of a request with a form
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    start: int = 0
+    room: int = 0
+    cached: int = 0
+    in_flight: int = 0
+    row: int = -1  # its row in the forward launched last
+    done: bool = False
+    forced: int = 0  # how many of `ids` the form gave
+    void: bool = False  # the token in flight is dropped: ids were forced before it
+    fault: str | None = None  # why its form could not go on
+    limits: Limits | None = None  # before they were lowered for this sequence
+
+    @property
+    def request(self) -> GenerateRequest:
+        """The request."""
+        return self.pending.request
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the answer read so far."""
+        return len(self.request.prompt_ids) + len(self.ids)
+
+    def replace_end(self, dropped: int, ids: Sequence[int]) -> None:
+        """Drop the last `dropped` ids, then add the forced `ids`, which are known tokens.
+
+        A token in flight was chosen without them, so it is dropped when it is read.
+        """
+        if not dropped and not ids:
+            return
+        kept = len(self.ids) - dropped
+        self.ids[kept:] = ids
+        self.forced += len(ids)
+        self.cached = min(self.cached, len(self.request.prompt_ids) + kept)
+        self.void = self.in_flight > 0
 
 
 def shared_prefix(request: ClassifyRequest | GenerateRequest) -> tuple[int, ...]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from glmbatch.glm.engine.protocol import FormState, GenerateRequest
-from glmbatch.glm.engine.queue import Limits, PendingRequest, shared_prefix
+from glmbatch.glm.engine.protocol import GenerateRequest
+from glmbatch.glm.engine.queue import Limits, PendingRequest, TokenSequence, shared_prefix
 from glmbatch.glm.engine.sampler import Sampler
 from glmbatch.glm.model.places import Places
 
@@ -23,55 +23,6 @@ WINDOW = 4096
 # A sequence takes places for this many tokens of its answer at first, and then as many at a time:
 # few answers are as long as `max_tokens` allows.
 ANSWER_PLACES = 256
-
-
-@dataclass(slots=True, eq=False)
-class TokenSequence:
-    """One request, the ids generated for it so far, and its places in the arena.
-
-    `cached` is the number of its tokens whose keys and values are in the arena, or will be after
-    the forwards that were launched. `in_flight` counts tokens that were launched but not read.
-    """
-
-    pending: PendingRequest[GenerateRequest]
-    prefix: tuple[int, ...]
-    sampler: Sampler | None
-    writing: FormState | None = None  # of a request with a form
-    ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    start: int = 0
-    room: int = 0
-    cached: int = 0
-    in_flight: int = 0
-    row: int = -1  # its row in the forward launched last
-    done: bool = False
-    forced: int = 0  # how many of `ids` the form gave
-    void: bool = False  # the token in flight is dropped: ids were forced before it
-    fault: str | None = None  # why its form could not go on
-    limits: Limits | None = None  # before they were lowered for this sequence
-
-    @property
-    def request(self) -> GenerateRequest:
-        """The request."""
-        return self.pending.request
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and of the answer read so far."""
-        return len(self.request.prompt_ids) + len(self.ids)
-
-    def replace_end(self, dropped: int, ids: Sequence[int]) -> None:
-        """Drop the last `dropped` ids, then add the forced `ids`, which are known tokens.
-
-        A token in flight was chosen without them, so it is dropped when it is read.
-        """
-        if not dropped and not ids:
-            return
-        kept = len(self.ids) - dropped
-        self.ids[kept:] = ids
-        self.forced += len(ids)
-        self.cached = min(self.cached, len(self.request.prompt_ids) + kept)
-        self.void = self.in_flight > 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmbatch.glm.engine.protocol import GenerateRequest
-from glmbatch.glm.engine.queue import Call, Limits, PendingRequest
-from glmbatch.glm.engine.scheduler import Batch, Scheduler, TokenSequence
+from glmbatch.glm.engine.queue import Call, Limits, PendingRequest, TokenSequence
+from glmbatch.glm.engine.scheduler import Batch, Scheduler
 from glmbatch.glm.model.places import Places
 
 POSITIONS = 4000
