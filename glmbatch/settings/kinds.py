@@ -98,8 +98,12 @@ def _two_words(verdicts: list[str] | None) -> list[str] | None:
 
 
 Labels = Annotated[list[str], AfterValidator(_distinct)]
+# For a form; `_within_bounds` says what is wrong in one line.
+Probability = Annotated[
+    float, Field(json_schema_extra={"exclusiveMinimum": 0, "exclusiveMaximum": 1})
+]
 Threshold = Annotated[
-    float | dict[str, float] | None,
+    Probability | dict[str, Probability] | None,
     AfterValidator(_within_bounds),
     Field(
         description="With multiple: the probability from which on a label is in the answer, for "
