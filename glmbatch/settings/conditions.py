@@ -28,6 +28,11 @@ SIGNS: dict[type[ast.cmpop], str] = {
 MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 # As YAML and SQL spell them; a column of such a name is column('null').
 CONSTANTS = {"null": None, "true": True, "false": False}
+# Instead of the parser's advice, which is about Python.
+ADVICE = (
+    "write == for equality, `and`, `or`, `not` in small letters, text and dates in quotes; "
+    "LIKE, && and so on are not known"
+)
 SHOWN_CHARS = 60
 NUMBERS = 2**63
 
@@ -99,7 +104,7 @@ def parse_condition(text: str) -> Condition:
         # In parentheses, so that it may be several lines.
         return _condition(ast.parse(f"({text}\n)", mode="eval").body)
     except SyntaxError as error:
-        raise ValueError(f"{_shown(text)} is no condition: {error.msg}") from error
+        raise ValueError(f"{_shown(text)} is no condition: {ADVICE}") from error
     except (RecursionError, MemoryError) as error:
         raise ValueError(f"{_shown(text)} is nested too deeply") from error
 
@@ -201,7 +206,9 @@ def _constant(node: ast.expr) -> Value | None:
         if isinstance(node, ast.Constant) and not _is_number(node.value):
             raise ValueError(f"{_shown(node)} has a sign but is no number")
     if not isinstance(node, ast.Constant) or not isinstance(node.value, Value | None):
-        raise ValueError(f"{_shown(node)} is no value: write text in quotes, a number or true")
+        raise ValueError(
+            f"{_shown(node)} is no value: write text and dates in quotes, a number or true"
+        )
     value = node.value
     if value is None or not _is_number(value):
         return value

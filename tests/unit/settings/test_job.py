@@ -97,7 +97,7 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
         ),
         (
             {"steps": [{"kind": "generate", "name": "a", "when": "stars <"}]},
-            "steps[0].when: stars < is no condition: invalid syntax",
+            "steps[0].when: stars < is no condition: write == for equality",
         ),
         (
             {"steps": [{"kind": "generate", "name": "a", "when": "a_error is null"}]},
