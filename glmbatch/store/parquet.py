@@ -339,6 +339,8 @@ def check_column(  # noqa: PLR0913 - what is asked of the column, and how a mess
             if name in schema.names
             else f"no column {name!r}; it has {some_of([*schema.names, *folders], name)}"
         )
+        if setting.endswith("prompt_template"):
+            setting += ", with {{ and }} for literal braces"
         raise InputError(f"{where}: {problem}. Set {setting}.")
     kind = schema.field(name).type
     if text and not is_text(kind):

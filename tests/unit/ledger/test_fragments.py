@@ -127,8 +127,11 @@ def test_a_prompt_that_names_an_unknown_column_says_which_step(
     write_source("a.parquet", {"text": ["x"]})
     settings = job_settings()
     settings["steps"][1]["prompt_template"] = "{text} {colour}"
-    with pytest.raises(InputError, match=r"no column 'colour'.*Set steps\[1\]\.prompt_template\."):
+    with pytest.raises(InputError, match=r"no column 'colour'") as refused:
         planned(settings)
+    assert str(refused.value).endswith(
+        "Set steps[1].prompt_template, with {{ and }} for literal braces."
+    )
 
 
 @pytest.mark.parametrize("name", ["mood", "MOOD", "reply_error", "mood_scores"])
