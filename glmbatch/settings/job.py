@@ -277,16 +277,18 @@ class JobConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _conditions_use_earlier_answers(self) -> JobConfig:
+    def _only_earlier_answers_are_used(self) -> JobConfig:
         later: dict[str, str] = {}
         for place in reversed(range(len(self.steps))):
             step = self.steps[place]
             later.update(dict.fromkeys(answer_columns(step), step.name))
-            for name in conditioned_columns(step):
+            uses = [(name, "when") for name in conditioned_columns(step)]
+            uses += [(name, "prompt_template") for name in placeholders(step.prompt_template)]
+            for name, setting in uses:
                 if name in later:
                     raise ValueError(
-                        f"steps[{place}].when uses {name!r}, which step {later[name]!r} does not "
-                        "answer before; use a column of the input or of an earlier step"
+                        f"steps[{place}].{setting} uses {name!r}, which step {later[name]!r} does "
+                        "not answer before; use a column of the input or of an earlier step"
                     )
         return self
 
@@ -302,7 +304,6 @@ class JobConfig(Settings):
     def earlier_steps(self, step: Step) -> list[str]:
         """Names of the steps whose answers the prompt of `step` uses, in the order they run."""
         wanted = placeholders(step.prompt_template)
-        # The step's own name, or a later one's, is a source column: no answers exist yet.
         return [earlier.name for earlier in self.steps_before(step) if earlier.name in wanted]
 
     def source_columns(self, step: Step) -> dict[str, str]:

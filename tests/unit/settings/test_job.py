@@ -108,6 +108,14 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
             "steps[1].when uses 'b', which step 'b' does not answer before",
         ),
         (
+            {"steps": [{"kind": "generate", "name": "a", "prompt_template": "{a}: {text}"}]},
+            "steps[0].prompt_template uses 'a', which step 'a' does not answer before",
+        ),
+        (
+            {"steps": [{"kind": "generate", "name": n, "prompt_template": "{b}"} for n in "ab"]},
+            "steps[1].prompt_template uses 'b', which step 'b' does not answer before",
+        ),
+        (
             {"steps": [{"kind": "generate", "name": "a", "abstain_below": 1.5}]},
             "steps[0].abstain_below: input should be less than or equal to 1; it is 1.5",
         ),
