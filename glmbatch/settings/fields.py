@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -81,17 +81,21 @@ class FieldValue(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _choice_by_its_choices(cls, values: object) -> object:
-        if isinstance(values, dict) and "choices" in values and "type" not in values:
-            return {"type": "choice", **values}
+    def _settings_of_its_type(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        if "choices" in values and "type" not in values:
+            values = {"type": "choice", **values}
+        # Before bounds are read as numbers, so that a date's minimum is refused for this reason.
+        kind = values.get("type")
+        for setting, types in _OF_TYPES.items():
+            is_other = kind in get_args(FieldType) and kind not in types
+            if is_other and values.get(setting) is not None:
+                raise ValueError(f"{setting} is for {' and '.join(types)}, not for {kind}")
         return values
 
     @model_validator(mode="after")
     def _fits_its_type(self) -> Self:
-        for setting in self.model_fields_set:
-            types = _OF_TYPES.get(setting, (self.type,))
-            if self.type not in types and getattr(self, setting) is not None:
-                raise ValueError(f"{setting} is for {' and '.join(types)}, not for {self.type}")
         self._check_choices()
         self._check_bounds()
         if self.pattern is not None:

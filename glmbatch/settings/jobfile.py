@@ -5,18 +5,20 @@ All errors are reported together in one InputError, one line each with the file 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from glmbatch.errors import InputError
 from glmbatch.settings.addresses import has_credentials
-from glmbatch.settings.job import JobConfig
+from glmbatch.settings.fields import FIELD_NAME
+from glmbatch.settings.job import AnyStep, JobConfig
+from glmbatch.settings.kinds import NAME_PATTERN
 from glmbatch.settings.reading import read_settings
 
 # Groups that may be a string alone, and the setting that the string then is.
@@ -25,6 +27,21 @@ TEXT_ALONE = {"model": "path", "canary": "file"}
 # Types that YAML reads unquoted words as: yes, off, 1.0, 012, 2024-01-01, ~.
 NOT_QUOTED = (bool, int, float, date, type(None))
 MOST_SHOWN = 100
+
+# The class of each kind of step.
+KINDS: dict[str, type[BaseModel]] = {
+    step.model_fields["kind"].default: step for step in get_args(get_args(AnyStep)[0])
+}
+# What other tools call the types of a field.
+OTHER_TYPES = {
+    "string": "text",
+    "str": "text",
+    "int": "integer",
+    "float": "number",
+    "bool": "boolean",
+    "datetime": "date",
+}
+LETTERS = {NAME_PATTERN: "letters from a to z", FIELD_NAME: "letters"}
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
@@ -60,7 +77,7 @@ def parse_settings(
     except ValidationError as error:
         lines = []
         for detail in error.errors():
-            lines.append(f"{where}: {_setting(detail)}: {_reason(detail, kind)}")
+            lines.append(f"{where}: {_setting(detail, changed)}: {_reason(detail, kind)}")
         raise InputError("\n".join(lines)) from error
 
 
@@ -95,15 +112,28 @@ def _place(items: list[Any], part: str, name: str) -> int:
     return int(part)
 
 
-def _setting(detail: Any) -> str:
-    """The setting with the error, as a person would write it: steps[0].labels."""
+def _setting(detail: Any, settings: object) -> str:
+    """The setting with the error, as a person would write it in `settings`: steps[0].labels."""
     name = ""
+    group: Any = settings
+    is_key = False
     for part in detail["loc"]:
-        if isinstance(part, int):
-            name += f"[{part}]"
         # After a step's index, pydantic adds its kind, which is not part of the name.
-        elif not (name.endswith("]") and part in ("classify", "generate")):
-            name += f".{part}" if name else part
+        if (name.endswith("]") and part in KINDS) or (is_key and part == "name"):
+            continue
+        # A mapping of fields was read as a list, and its keys as the names of the fields.
+        is_key = isinstance(part, int) and name.endswith(".fields") and isinstance(group, Mapping)
+        key = list(group)[part] if is_key else part
+        if isinstance(part, int) and not is_key:
+            name += f"[{part}]"
+        else:
+            name += f".{key}" if name else str(key)
+        if isinstance(group, list) and isinstance(part, int):
+            group = group[part]
+        else:
+            group = group.get(key) if isinstance(group, Mapping) else None
+    if detail["type"].startswith("union_tag_"):
+        name += ".kind"
     return name or "job"
 
 
@@ -112,7 +142,9 @@ def _reason(detail: Any, settings: type[BaseModel]) -> str:
     if detail["type"] == "missing":
         return "is required but not set"
     if detail["type"] == "extra_forbidden":
-        return f"is not a setting; {_hint(str(detail['loc'][-1]), settings)}"
+        return f"is not a setting{_hint(detail['loc'], settings)}"
+    if detail["type"].startswith("union_tag_"):
+        return _wrong_kind(detail["ctx"].get("tag"))
     message = str(detail["msg"])
     # Our own validators write complete sentences and quote the refused value themselves.
     if detail["type"] == "value_error":
@@ -120,7 +152,22 @@ def _reason(detail: Any, settings: type[BaseModel]) -> str:
     value = detail["input"]
     if detail["type"] == "string_type" and isinstance(value, NOT_QUOTED):
         return f"must be text, but YAML reads it as {_shown(value)}. Write it in quotes"
-    return f"{message[0].lower()}{message[1:]}; it is {_shown(value)}"
+    if detail["type"] == "string_pattern_mismatch" and detail["ctx"]["pattern"] in LETTERS:
+        letters = LETTERS[detail["ctx"]["pattern"]]
+        message = f"must be {letters}, digits and underscores, and begin with no digit"
+    hint = ""
+    if detail["loc"][-1:] == ("type",) and isinstance(value, str) and value in OTHER_TYPES:
+        hint = f"; did you mean {OTHER_TYPES[value]}?"
+    return f"{message[0].lower()}{message[1:]}; it is {_shown(value)}{hint}"
+
+
+def _wrong_kind(kind: str | None) -> str:
+    kinds = ", ".join(KINDS)
+    if kind is None:
+        return f"is required but not set; it is one of {kinds}"
+    near = get_close_matches(kind, KINDS, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"must be one of {kinds}; it is {_shown(kind)}{hint}"
 
 
 def _shown(value: object) -> str:
@@ -131,11 +178,23 @@ def _shown(value: object) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
-def _hint(name: str, settings: type[BaseModel]) -> str:
-    """Advice for an unknown setting `name`: the closest name in any group, or where to look."""
+def _hint(place: Sequence[str | int], settings: type[BaseModel]) -> str:
+    """Advice for the unknown setting at `place`: where it belongs, or what is spelled like it."""
+    name = str(place[-1])
+    of_kind = f" of kind {place[2]}" if len(place) == 4 and place[0] == "steps" else " here"
+    if name in settings.model_fields:
+        return f"{of_kind}; write it at the top level"
+    for group, field in settings.model_fields.items():
+        for part in (field.annotation, *get_args(field.annotation)):
+            if name in getattr(part, "model_fields", {}):
+                return f"{of_kind}; set {group}.{name}"
+    names = {kind: step.model_json_schema()["properties"].keys() for kind, step in KINDS.items()}
+    others = [kind for kind in names if name in names[kind]]
+    if others and "steps" in settings.model_fields:
+        return f"{of_kind}; steps of kind {' or '.join(others)} have it"
     schema = settings.model_json_schema()
-    names: set[str] = set()
-    for group in (schema, *schema["$defs"].values()):
-        names |= group.get("properties", {}).keys()
-    near = get_close_matches(name, names, 1)
-    return f"did you mean {near[0]}?" if near else "`glmbatch settings` lists all settings"
+    known: set[str] = set()
+    for properties in (schema, *schema["$defs"].values()):
+        known |= properties.get("properties", {}).keys()
+    near = get_close_matches(name, known - {name}, 1)
+    return f"; did you mean {near[0]}?" if near else "; `glmbatch settings` lists all settings"

@@ -53,6 +53,7 @@ def test_fields_are_a_mapping_or_a_list() -> None:
         ({"a": {"type": "list"}}, "a list needs items"),
         ({"a": {"type": "list", "items": "list"}}, "Input should be"),
         ({"a": {"type": "text", "minimum": 1}}, "minimum is for integer and number"),
+        ({"a": {"choices": ["x", "y"], "minimum": 1}}, "integer and number, not for choice"),
         ({"a b": "text"}, "match pattern"),
         ({}, "at least 1 item"),
     ],
@@ -63,6 +64,33 @@ def test_fields_that_cannot_be_are_refused(fields: Any, message: str) -> None:
     messages = [error["msg"] for error in refused.value.errors()]
     assert any(message in told for told in messages), messages
     assert all("\n" not in told for told in messages)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (
+            {"bought": {"type": "date", "minimum": datetime.date(2020, 1, 1)}},
+            "steps[0].fields.bought: minimum is for integer and number, not for date",
+        ),
+        ({"product name": "text"}, "fields.product name: must be letters, digits and underscores"),
+        ([{"name": "a b", "type": "text"}], "fields[0].name: must be letters, digits and"),
+        ({"a": "text", "b": "string"}, "steps[0].fields.b.type: input should be 'text'"),
+        ({"a": "string"}, "it is 'string'; did you mean text?"),
+        ({"a": "str"}, "did you mean text?"),
+        ({"a": "int"}, "did you mean integer?"),
+        ({"a": "float"}, "did you mean number?"),
+        ({"a": {"type": "list", "items": "bool"}}, "fields.a.items.type: input should be 'text'"),
+        ({"a": "bool"}, "did you mean boolean?"),
+        ({"a": "datetime"}, "did you mean date?"),
+    ],
+)
+def test_a_wrong_field_is_named_in_one_line(job_settings: Settings, fields: Any, line: str) -> None:
+    settings = job_settings(steps=[{"kind": "extract", "name": "facts", "fields": fields}])
+    with pytest.raises(InputError) as refused:
+        parse_settings("job", settings, JobConfig)
+    assert line in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_max_tokens_must_hold_the_fields() -> None:

@@ -60,6 +60,16 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
     ("overrides", "line"),
     [
         ({"data__inputs": "x"}, "data.inputs: is not a setting; did you mean input?"),
+        ({"limit": 9}, "limit: is not a setting here; set data.limit"),
+        ({"data__on_error": "null"}, "data.on_error: is not a setting here; write it at the top"),
+        (
+            {"steps": [{"kind": "classify", "name": "a", "fields": {"b": "text"}}]},
+            "steps[0].fields: is not a setting of kind classify; steps of kind extract have it",
+        ),
+        (
+            {"steps": [{"kind": "classify", "name": "a", "max_tokens": 9}]},
+            "is not a setting of kind classify; steps of kind generate or extract have it",
+        ),
         ({"data__limit": 0}, "data.limit: input should be greater than or equal to 1; it is 0"),
         ({"model": {}}, "model.path: is required but not set"),
         (
@@ -67,10 +77,18 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
             "on_error: input should be 'raise', 'quarantine' or 'null'; it is 'ignore'",
         ),
         ({"steps": []}, "steps: list should have at least 1 item"),
-        ({"steps": [{"kind": "translate", "name": "x"}]}, "steps[0]: input tag 'translate'"),
+        (
+            {"steps": [{"kind": "clasify", "name": "x"}]},
+            "steps[0].kind: must be one of classify, generate, extract; it is 'clasify'; did you "
+            "mean classify?",
+        ),
+        (
+            {"steps": [{"name": "x"}]},
+            "steps[0].kind: is required but not set; it is one of classify, generate, extract",
+        ),
         (
             {"steps": [{"kind": "classify", "name": "a b", "labels": ["x", "y"]}]},
-            "steps[0].name: string should match",
+            "steps[0].name: must be letters from a to z, digits and underscores",
         ),
         (
             {"steps": [{"kind": "classify", "name": "a", "labels": ["x", "y", "x"]}]},
@@ -114,6 +132,10 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
         (
             {"steps": [{"kind": "generate", "name": n, "prompt_template": "{b}"} for n in "ab"]},
             "steps[1].prompt_template uses 'b', which step 'b' does not answer before",
+        ),
+        (
+            {"steps": [{"kind": "generate", "name": "a", "examples": [{"text": 5}]}]},
+            "steps[0].examples.rows[0].text: must be text, but YAML reads it as 5",
         ),
         (
             {"steps": [{"kind": "generate", "name": "a", "abstain_below": 1.5}]},
