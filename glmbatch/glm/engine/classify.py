@@ -3,7 +3,7 @@
 The questions about one text are branches of one tree behind it, so it is read once for all of them.
 
 Shapes: B rows of a batch, K tokens whose final states are read, C hidden size, V tokens, S reads of
-the label tree, M the largest number of its children, R rows and reads, L labels.
+the label tree, M the largest number of its children, R rows and reads, Q questions, L labels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from glmbatch.glm.engine.queue import (
     shared_prefix,
 )
 from glmbatch.glm.engine.runner import Readback
-from glmbatch.glm.model.label_tree import Branch, LabelTree, Path, label_tree
+from glmbatch.glm.model.label_tree import Branch, LabelTree, label_tree, question_scores
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
 from glmbatch.glm.model.rows import to_device
@@ -37,10 +37,6 @@ from glmbatch.glm.oom import catch_oom
 HEAD_ROWS = 256
 # Tokens of all questions behind a text, at most: their mask has as many rows and columns.
 MAX_BEHIND = 1024
-# Ids compared at a time, in C.
-BLOCK = 64
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(slots=True, eq=False)
@@ -130,11 +126,8 @@ class Classification:
             self._separate(row)
             return
         for question, scores, finite in zip(row.questions, scores_QL, is_finite, strict=True):
-            if finite:
-                result = ClassifyResult(question.index, tuple(scores))
-            else:
-                result = ClassifyResult(question.index, (), not_finite(self._network.dtype_name))
-            row.call.deliver(result)
+            fault = None if finite else not_finite(self._network.dtype_name)
+            row.call.deliver(ClassifyResult(question.index, tuple(scores) if finite else (), fault))
 
     def _separate(self, row: _Row) -> None:
         """Ask the questions of a row one by one."""
@@ -142,10 +135,7 @@ class Classification:
             self._wait(row.call, row.rank[0], [question])
 
     def _handle_out_of_memory(self, batch: Sequence[_Row]) -> None:
-        """Next, take an idle arena, then smaller batches, preempt generation, then take chunks.
-
-        At last fail the row.
-        """
+        """Take an idle arena, halve the batch, preempt generation, take chunks; then fail it."""
         self._network.release_memory()
         first = batch[0]
         tokens = sum(len(row.prompt) for row in batch)
@@ -230,19 +220,10 @@ def _branches(questions: Sequence[ClassifyRequest]) -> tuple[ClassifyRequest, tu
 
 def _common(questions: Sequence[ClassifyRequest]) -> int:
     """Number of ids that all `questions` begin with."""
-    first, *others = (question.prompt_ids for question in questions)
-    return min((_common_length(first, other) for other in others), default=len(first))
-
-
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    end = min(len(one), len(other))
-    for start in range(0, end, BLOCK):
-        block = slice(start, min(start + BLOCK, end))
-        if one[block] != other[block]:  # or they are of two types
-            for at in range(block.start, block.stop):
-                if one[at] != other[at]:
-                    return at
-    return end
+    prompts = [question.prompt_ids for question in questions]
+    columns = enumerate(zip(*prompts, strict=False))
+    same = len(prompts)
+    return next((at for at, ids in columns if ids.count(ids[0]) < same), min(map(len, prompts)))
 
 
 def _tree_of(batch: Sequence[_Row]) -> LabelTree:
@@ -265,23 +246,3 @@ def _tree_log_probs(network: Network, tree: LabelTree, hidden_BSC: torch.Tensor)
         logits_RV = network.token_logits(hidden_RC[rows])
         parts.append(logits_RV.gather(1, tokens_RM[rows]) - logits_RV.logsumexp(-1, keepdim=True))
     return torch.cat(parts).view(-1, *tokens_SM.shape)
-
-
-def question_scores(tree: LabelTree, read: Array, has_head: bool) -> list[Array]:
-    """For each branch the scores [B, L], from what was `read` behind B rows, [B, S, ...].
-
-    The logits of a head at the end of the branch, or the log-likelihood of each label in float64.
-    """
-    if has_head:
-        return [read[:, end] for end in tree.ends]
-    return [_label_scores(paths, read) for paths in tree.paths]
-
-
-def _label_scores(paths: Sequence[Path], log_probs_BSM: Array) -> Array:
-    """The log-likelihood of each label of a branch, [B, L]."""
-    scores = []
-    for path in paths:
-        # Along it the sum has one order, so scores do not depend on the order of labels.
-        reads, children = zip(*path, strict=True)
-        scores.append(log_probs_BSM[:, reads, children].sum(axis=1, dtype=np.float64))
-    return np.stack(scores, axis=1)

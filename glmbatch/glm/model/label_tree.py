@@ -4,6 +4,8 @@ What several of them begin with is computed once. No tensors.
 
 A branch is one question: the ids that follow the common text, and its labels; None if a trained
 head answers it.
+
+Shapes: B rows of a batch, S reads of the tree, M the largest number of its children, L labels.
 """
 
 from __future__ import annotations
@@ -11,11 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
+
+import numpy as np
 
 Ids = tuple[int, ...]
 Labels = tuple[Ids, ...]
 Branch = tuple[Ids, Labels | None]
 Path = tuple[tuple[int, int], ...]
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +96,23 @@ def _path(suffix: Ids, label: Ids, read_of: dict[Ids, int], children: Sequence[I
         read = read_of[suffix + label[:depth]]
         path.append((read, children[read].index(token)))
     return tuple(path)
+
+
+def question_scores(tree: LabelTree, read: Array, has_head: bool) -> list[Array]:
+    """For each branch the scores [B, L], from what was `read` behind B rows, [B, S, ...].
+
+    The logits of a head at the end of the branch, or the log-likelihood of each label in float64.
+    """
+    if has_head:
+        return [read[:, end] for end in tree.ends]
+    return [_label_scores(paths, read) for paths in tree.paths]
+
+
+def _label_scores(paths: Sequence[Path], log_probs_BSM: Array) -> Array:
+    """The log-likelihood of each label of a branch, [B, L]."""
+    scores = []
+    for path in paths:
+        # Along it the sum has one order, so scores do not depend on the order of labels.
+        reads, children = zip(*path, strict=True)
+        scores.append(log_probs_BSM[:, reads, children].sum(axis=1, dtype=np.float64))
+    return np.stack(scores, axis=1)
