@@ -149,6 +149,7 @@ class Generation:
 
     def _append_in_form(self, seq: TokenSequence, writing: FormState, token: int) -> str | None:
         seq.ids.append(token)
+        seq.given.append(False)
         try:
             dropped, ids, ended = writing.advance(token)
         except ValueError as error:
@@ -177,7 +178,7 @@ class Generation:
         # The end token has a log-probability too, and is no part of the answer.
         log_probs = seq.log_probs[: len(seq.ids)] if seq.request.log_probs else ()
         return GenerateResult(
-            index, tuple(seq.ids), reason, log_probs=tuple(log_probs), forced=seq.forced
+            index, tuple(seq.ids), reason, log_probs=tuple(log_probs), forced=sum(seq.given)
         )
 
     def _handle_out_of_memory(self, batch: Batch) -> None:

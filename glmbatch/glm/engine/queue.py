@@ -120,7 +120,7 @@ class TokenSequence:
     in_flight: int = 0
     row: int = -1  # its row in the forward launched last
     done: bool = False
-    forced: int = 0  # how many of `ids` the form gave
+    given: list[bool] = field(default_factory=list)  # for each of `ids`: the form gave it
     void: bool = False  # the token in flight is dropped: ids were forced before it
     fault: str | None = None  # why its form could not go on
     limits: Limits | None = None  # before they were lowered for this sequence
@@ -144,7 +144,7 @@ class TokenSequence:
             return
         kept = len(self.ids) - dropped
         self.ids[kept:] = ids
-        self.forced += len(ids)
+        self.given[kept:] = [True] * len(ids)
         self.cached = min(self.cached, len(self.request.prompt_ids) + kept)
         self.void = self.in_flight > 0
 

@@ -82,7 +82,7 @@ class Scheduler:
         seq = TokenSequence(pending, shared_prefix(request), sampler, writing)
         if writing is not None:
             seq.ids += writing.begin()
-            seq.forced = len(seq.ids)
+            seq.given = [True] * len(seq.ids)
         self._wait(seq)
 
     def schedule(self, limits: Limits) -> Batch:
