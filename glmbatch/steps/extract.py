@@ -165,7 +165,8 @@ def _ask_choice(
 ) -> Iterator[tuple[bytes, tuple[str, float] | RowFault]]:
     """For each prompt the likeliest choice, as JSON text, and its probability."""
     tokens = form_tokens(tokenizer)
-    begin = list(tokens.encode(before(form_of(step, tokenizer).fields, _place(step, field))))
+    # As the first field of a document, so that the probabilities do not depend on the others.
+    begin = list(tokens.encode(before([FormField(field.name, None)], 0)))
     texts = _choice_texts(field)
     label_ids = tuple(tokens.encode(text.encode()) for text in texts)
     keys = list(prompts)
@@ -230,10 +231,6 @@ def _arrow_type(field: ExtractField) -> pa.DataType:
 
 def _choices(step: ExtractStep) -> list[ExtractField]:
     return [field for field in step.fields if field.type == "choice"]
-
-
-def _place(step: ExtractStep, field: ExtractField) -> int:
-    return step.fields.index(field)
 
 
 def _choice_texts(field: ExtractField) -> list[str]:
