@@ -215,10 +215,14 @@ def plan_beside(
     for steps in passes:
         for place, index in enumerate(steps):
             later = [other for other in steps[place + 1 :] if _alike(questions, index, other)]
-            ready = [
-                other for other in later if answered.issuperset(questions[other].inputs.earlier)
-            ]
-            beside[index] = tuple(ready)
+            # One question under two names is asked once, and its answers are reused.
+            ready = {
+                questions[other].key: other
+                for other in reversed(later)
+                if questions[other].key != questions[index].key
+                and answered.issuperset(questions[other].inputs.earlier)
+            }
+            beside[index] = tuple(sorted(ready.values()))
             answered.add(questions[index].name)
     return tuple(beside)
 

@@ -95,6 +95,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+def test_a_question_under_two_names_is_asked_once(
+    job_settings: Settings, source: Path, asked: list[int]
+) -> None:
+    steps = [STEPS[1], {**STEPS[1], "name": "again"}, STEPS[2]]
+    summary = run(job_settings(steps=steps))
+    assert [step.computed for step in summary.steps] == [len(TEXTS), 0, len(TEXTS)]
+    assert asked == [2] * len(TEXTS)
+
+
 def one_by_one(
     settings: Settings, folder: Path, steps: list[dict[str, Any]], **changes: Any
 ) -> list[dict[str, Any]]:
