@@ -56,6 +56,10 @@ def answer_settings(step: Step) -> dict[str, Any]:
     settings = step.model_dump(mode="json", exclude={"name", "model", "audits", "when"})
     if isinstance(step, ExtractStep):
         settings["form"] = FORM_VERSION
+        # Without what is not set, so that a later setting of fields leaves these keys valid.
+        settings["fields"] = [
+            field.model_dump(mode="json", exclude_defaults=True) for field in step.fields
+        ]
     if isinstance(step, GenerateStep | ExtractStep):
         # An unset `chat` counts as true: the keys of existing outputs contain the effective value.
         settings["chat"] = step.chat is not False

@@ -18,7 +18,8 @@ from glmbatch.ledger.rowkeys import (
     row_seed,
     step_key,
 )
-from glmbatch.settings.job import ClassifyStep, GenerateStep, JobConfig
+from glmbatch.settings.fields import ExtractField
+from glmbatch.settings.job import ClassifyStep, ExtractStep, GenerateStep, JobConfig
 from glmbatch.settings.steps import GenerateAudits
 
 GREEDY = GenerateStep(name="reply")
@@ -69,6 +70,11 @@ def test_continuations_have_a_key_of_their_own() -> None:
     assert step_key(bare, "w", chat=False) != step_key(bare, "w")
     labels = ClassifyStep(name="mood", labels=["x", "y"], chat=False)
     assert step_key(labels, "w", chat=False) == step_key(labels, "w")
+
+
+def test_settings_of_fields_that_are_not_set_are_in_no_key() -> None:
+    step = ExtractStep(name="facts", fields=[ExtractField(name="a", type="text")])
+    assert answer_settings(step)["fields"] == [{"name": "a", "type": "text"}]
 
 
 def test_other_weights_give_another_step_key() -> None:
