@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Self, get_args
@@ -270,7 +271,9 @@ def as_fields(value: object) -> object:
 
 def anchored(pattern: str) -> str:
     """`pattern` as one that matches whole texts only."""
-    return f"^(?:{pattern.removeprefix('^').removesuffix('$')})$"
+    # A dollar behind a backslash is one of the text.
+    inner = re.sub(r"(?<!\\)((?:\\\\)*)\$\Z", r"\1", pattern.removeprefix("^"))
+    return f"^(?:{inner})$"
 
 
 def satisfiable(schema: Mapping[str, Any], message: str) -> None:

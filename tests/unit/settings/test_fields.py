@@ -33,6 +33,12 @@ def test_fields_are_a_mapping_or_a_list() -> None:
     assert step(**mapping.model_dump(mode="json", exclude={"kind", "name"})) == mapping
 
 
+def test_a_pattern_may_end_in_a_dollar_of_the_text() -> None:
+    for pattern in (r"[0-9]{1,3}\$", r"^[0-9]{1,3}\$$"):
+        field = step(fields={"price": {"type": "text", "pattern": pattern}}).fields[0]
+        assert field.json_schema()["pattern"] == r"^(?:[0-9]{1,3}\$)$"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
