@@ -41,8 +41,10 @@ def source(write_source: Write) -> Path:
 
 
 def conditioned(settings: dict[str, Any], *conditions: str | None) -> dict[str, Any]:
-    for step, condition in zip(settings["steps"], conditions, strict=False):
-        step["when"] = condition
+    # Copies, because other tests use the same steps.
+    steps = settings["steps"]
+    for place, condition in enumerate(conditions):
+        steps[place] = {**steps[place], "when": condition}
     return settings
 
 

@@ -19,7 +19,7 @@ from glmbatch.ledger.fragments import Fragment, read_fragment
 from glmbatch.ledger.verification import verify
 from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import assign, plan_run
-from glmbatch.run.prompts import source_values
+from glmbatch.run.prompts import source_table
 from glmbatch.settings.job import JobConfig
 from glmbatch.store.values import prompt_values
 from tests.support import CLASSIFY, Settings, Write, read_quarantine, run
@@ -151,7 +151,8 @@ def test_prompts_show_the_same_times_as_the_output(
     )
     planned = plan_run(job)
     (question,) = assign(job, planned, prepare_models(job)).questions
-    shown = source_values(planned.plan.fragments[0], question.inputs.columns)["at"]
+    source = source_table(planned.plan.fragments[0], question)
+    shown = prompt_values(source.column(question.inputs.columns["at"]))
     run(job)
     assert shown == prompt_values(output_of(out).column("at"))
     assert str(shown[0]).endswith("0.000000001")
