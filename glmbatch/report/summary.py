@@ -36,7 +36,7 @@ class StepSummary(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def failed(self) -> int:
-        """Number of rows without an answer, except those that were not asked."""
+        """Number of rows without an answer, except those not asked and those abstained from."""
         return sum(self.faults.values())
 
     @property

@@ -23,22 +23,28 @@ class Columns:
 
     @property
     def answer(self) -> str:
-        """The label, the text or the fields; null if it failed, was not asked, or abstained."""
+        """The label or labels, the text or the fields.
+
+        Null if the step failed, was not asked, or abstained.
+        """
         return self.step
 
     @property
     def score(self) -> str:
-        """Probability of the chosen label, from 0 to 1."""
+        """Probability of the best label; with `multiple`, of the least certain verdict."""
         return f"{self.step}_score"
 
     @property
     def scores(self) -> str:
-        """Struct with the probability of each label; they add up to 1."""
+        """Struct with the probability of each label; except with `multiple`, they add up to 1."""
         return f"{self.step}_scores"
 
     @property
     def margin(self) -> str:
-        """Probability of the chosen label minus that of the second likeliest."""
+        """Probability of the best label minus that of the next.
+
+        With `multiple`, the least distance of a label's probability from its threshold.
+        """
         return f"{self.step}_margin"
 
     @property

@@ -345,7 +345,7 @@ def distinct(fields: list[ExtractField]) -> list[ExtractField]:
     names = [field.name.casefold() for field in fields]  # as readers compare columns
     for field in fields:
         if names.count(field.name.casefold()) > 1:
-            raise ValueError(f"field {field.name!r} is there twice; remove or rename one")
+            raise ValueError(f"field {field.name!r} is declared twice; remove or rename one")
     return fields
 
 

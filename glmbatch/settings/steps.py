@@ -1,4 +1,7 @@
-"""The questions to ask about each row. All settings but a step's name and audits change answers."""
+"""The questions to ask about each row.
+
+All settings but a step's name, condition and audits change answers.
+"""
 
 from __future__ import annotations
 

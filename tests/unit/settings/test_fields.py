@@ -42,7 +42,7 @@ def test_a_pattern_may_end_in_a_dollar_of_the_text() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ([{"name": "a", "type": "text"}, {"name": "A", "type": "text"}], "is there twice"),
+        ([{"name": "a", "type": "text"}, {"name": "A", "type": "text"}], "is declared twice"),
         ({"a": {"type": "integer", "minimum": 5, "maximum": 1}}, "minimum 5 and at most maximum 1"),
         ({"a": {"type": "integer", "minimum": 1.2, "maximum": 1.8}}, "no integer is at least"),
         (
