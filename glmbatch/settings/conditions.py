@@ -170,7 +170,7 @@ def _column(node: ast.expr) -> str | None:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "column":
         match node.args, node.keywords:
             case [ast.Constant(value=str(name))], []:
-                return name
+                return _text(node, name)
     return None
 
 
@@ -210,11 +210,21 @@ def _constant(node: ast.expr) -> Value | None:
             f"{_shown(node)} is no value: write text and dates in quotes, a number or true"
         )
     value = node.value
+    if isinstance(value, str):
+        return _text(node, value)
     if value is None or not _is_number(value):
         return value
     if not math.isfinite(value) or (isinstance(value, int) and value >= NUMBERS):
         raise ValueError(f"{_shown(node)} is too large a number")
     return sign * value
+
+
+def _text(node: ast.expr, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{_shown(node)} is no text: it has half of a character") from error
+    return text
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

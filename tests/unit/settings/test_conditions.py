@@ -52,6 +52,8 @@ def test_every_form_of_a_condition_is_read() -> None:
         ("language in ()", "a list of values comes after `in`"),
         ("stars < 1e999", "too large a number"),
         ("stars == 99999999999999999999", "too large a number"),
+        (r"product == '\ud800'", "is no text: it has half of a character"),
+        (r"column('\ud800') == 3", "is no text: it has half of a character"),
         ("not " * 100_000 + "ok", "nested too deeply"),
         ("(" * 999, "is no condition: write == for equality"),
     ],
