@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import enum
+import math
 from typing import Any
 
 import pytest
@@ -50,6 +51,8 @@ def test_a_pattern_may_end_in_a_dollar_of_the_text() -> None:
             "no number of these decimals",
         ),
         ({"a": {"type": "integer", "maximum": 10**30}}, "bounds are at most"),
+        ({"a": {"type": "number", "maximum": math.inf}}, "a bound is inf; set a number"),
+        ({"a": {"type": "integer", "minimum": math.nan}}, "a bound is nan; set a number"),
         ({"a": {"type": "text", "pattern": "[a-z]+"}}, "without end"),
         ({"a": {"type": "text", "pattern": "a(?=b)"}}, "look-around"),
         ({"a": {"type": "text", "pattern": "[a"}}, "unclosed"),
