@@ -94,6 +94,10 @@ def _two_words(verdicts: list[str] | None) -> list[str] | None:
         distinct = {verdict.strip() for verdict in verdicts} - {""}
         if len(distinct) != len(verdicts) or len(verdicts) != 2:
             raise ValueError(f"two different words are needed, not {some_of(verdicts)}")
+        first, second = verdicts
+        if first.startswith(second) or second.startswith(first):
+            # The shorter one would always be as likely as the longer one, or likelier.
+            raise ValueError(f"one verdict begins the other: {some_of(verdicts)}; reword one")
     return verdicts
 
 

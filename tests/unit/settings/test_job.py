@@ -102,6 +102,20 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
             {"steps": [{"kind": "classify", "name": "a", "labels": ["x"]}]},
             "a step needs at least two labels",
         ),
+        (
+            {
+                "steps": [
+                    {
+                        "kind": "classify",
+                        "name": "a",
+                        "labels": ["x", "y"],
+                        "multiple": True,
+                        "verdicts": ["yes", "yes, but"],
+                    }
+                ]
+            },
+            "steps[0].verdicts: one verdict begins the other: ['yes', 'yes, but']; reword one",
+        ),
         ({"steps": [{"kind": "generate", "name": "a", "max_length": 9}]}, "set max_tokens"),
         (
             {"steps": [{"kind": "generate", "name": "a", "prompt_template": "{text"}]},
