@@ -196,9 +196,10 @@ def read_together(request: ClassifyRequest) -> list[list[ClassifyRequest]]:
     groups: list[list[ClassifyRequest]] = []
     for question in (request, *request.beside):
         for group in groups:
-            common = _common([group[0], question])
-            saved = common - min(group[0].shared_tokens, question.shared_tokens)
-            behind = sum(len(member.prompt_ids) - common for member in (*group, question))
+            members = [*group, question]
+            common = _common(members)
+            saved = common - min(member.shared_tokens for member in members)
+            behind = sum(len(member.prompt_ids) - common for member in members)
             if saved >= MIN_SHARED_TOKENS and behind <= MAX_BEHIND:
                 group.append(question)
                 break

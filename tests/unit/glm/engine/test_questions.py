@@ -129,6 +129,14 @@ def test_only_questions_that_begin_alike_are_read_together() -> None:
     ]
     groups = [[each.index for each in group] for group in read_together(together(asked))]
     assert groups == [[0, 2], [1, 3], [4]]
+    # What is behind the beginning of all three is too much, unlike behind that of 0 and 2.
+    asked = [
+        ClassifyRequest(0, [*shared, *[6] * 400, 5], LABELS[0]),
+        ClassifyRequest(1, [*shared, 7], LABELS[0]),
+        ClassifyRequest(2, [*shared, *[6] * 400, *[8] * 300], LABELS[0]),
+    ]
+    groups = [[each.index for each in group] for group in read_together(together(asked))]
+    assert groups == [[0, 1], [2]]
     # The template before the text is cached, so sharing it alone saves nothing.
     asked = [ClassifyRequest(at, [*shared, at], LABELS[0], shared_tokens=60) for at in range(3)]
     assert len(read_together(together(asked))) == 3
