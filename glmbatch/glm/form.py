@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
 from glmbatch.glm.engine.protocol import Advance
 from glmbatch.glm.form_tokens import form_tokens
@@ -146,6 +146,24 @@ def end(fields: Sequence[FormField], place: int) -> bytes:
 
 def _lark(schema: str, behind: str) -> str:
     return f'start: %json {json.dumps({**_STYLE, **json.loads(schema)})} "{behind}"'
+
+
+def is_value(schema: str, text: str) -> bool:
+    """Whether a model whose value is held to `schema` could write `text`."""
+    grammar = LLMatcher.grammar_from_json_schema({**_STYLE, **json.loads(schema)})
+    matcher = LLMatcher(_of_bytes(), grammar)
+    assert not matcher.is_error(), matcher.get_error()
+    tokens = list(text.encode("utf-8", "surrogatepass"))
+    if matcher.validate_tokens(tokens) < len(tokens):
+        return False
+    matcher.consume_tokens(tokens)
+    return bool(matcher.is_accepting())
+
+
+@lru_cache(1)
+def _of_bytes() -> LLTokenizer:
+    """A tokenizer whose tokens are the bytes."""
+    return LLTokenizer("byte")
 
 
 class FormState:

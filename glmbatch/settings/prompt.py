@@ -98,6 +98,15 @@ class Step(Settings):
         placeholders(template)
         return template
 
+    @model_validator(mode="after")
+    def _no_example_in_its_own_question(self) -> Self:
+        if self.examples is not None and ANSWER in placeholders(self.prompt_template):
+            raise ValueError(
+                "prompt_template has {answer}, which is the answer of each example; give that "
+                "column another name, or remove examples"
+            )
+        return self
+
     @field_validator("when")
     @classmethod
     def _is_condition(cls, when: str | None) -> str | None:

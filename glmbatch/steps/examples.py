@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from typing import Any
 
-from glmbatch.errors import InputError, UnusableFile, some_of
+from glmbatch.errors import SHOWN_CHARS, InputError, UnusableFile, shown, some_of
+from glmbatch.glm.form import is_value
+from glmbatch.settings.fields import ExtractField
 from glmbatch.settings.job import TEXT, AnyStep, ClassifyStep, ExtractStep, placeholders
 from glmbatch.settings.prompt import ANSWER, MOST_EXAMPLES, Examples
 from glmbatch.steps.classify import scored_texts
@@ -50,7 +54,9 @@ def _read(file: str, needed: list[str], text_column: str) -> Iterator[dict[str, 
         raise InputError(f"{error} Set examples.") from error
     columns = {}
     for name in needed:
-        column = name if name in table.column_names or name != TEXT else text_column
+        column = name
+        if name == TEXT and name not in table.column_names and text_column != ANSWER:
+            column = text_column
         if table.column_names.count(column) != 1 or not is_plain(table.column(column).type):
             raise InputError(
                 f"{file}: has no plain column {column!r}; it has "
@@ -84,15 +90,32 @@ def _checked(step: AnyStep, row: dict[str, str | None], needed: list[str]) -> di
     if texts and answer not in texts:
         raise ValueError(f"has the answer {answer!r}, which is none of {some_of(texts)}")
     if isinstance(step, ExtractStep):
-        values[ANSWER] = _as_written(answer, [field.name for field in step.fields])
+        values[ANSWER] = _as_written(answer, step.fields)
     return values
 
 
-def _as_written(answer: str, fields: list[str]) -> str:
+def _as_written(answer: str, fields: Sequence[ExtractField]) -> str:
     try:
         value = json.loads(answer)
     except ValueError as error:
         raise ValueError("has an answer that is no JSON") from error
-    if not isinstance(value, dict) or list(value) != fields:
-        raise ValueError(f"has an answer that is no object of {some_of(fields)} in this order")
+    names = [field.name for field in fields]
+    if not isinstance(value, dict) or list(value) != names:
+        raise ValueError(f"has an answer that is no object of {some_of(names)} in this order")
+    parts = []
+    for field in fields:
+        text = _as_json(value[field.name])
+        if not is_value(json.dumps(field.json_schema()), text):
+            given = shown(text)[:SHOWN_CHARS]
+            raise ValueError(f"has {given} for {field.name!r}, which is no value of that field")
+        parts.append(f"{_as_json(field.name)}: {text}")
+    return f"{{{', '.join(parts)}}}"
+
+
+def _as_json(value: Any) -> str:
+    """A value as JSON text without exponents, which no field allows."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_json, value))}]"
+    if isinstance(value, float):
+        return format(Decimal(repr(value)), "f")
     return json.dumps(value, ensure_ascii=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from glmbatch.errors import InputError
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
@@ -86,6 +87,66 @@ def test_a_file_of_examples_is_the_same_as_a_list(tmp_path: Path) -> None:
     assert filled.rows[0]["answer"] == '{"stars": 3, "note": "好"}'
     with pytest.raises(InputError, match=r"no object of \['stars', 'note'\] in this order"):
         step_of({**extract, "examples": [{"text": "x", "answer": '{"note": "a"}'}]})
+
+
+FIELDS = {
+    "stars": {"type": "integer", "minimum": 1, "maximum": 5, "nullable": True},
+    "tone": {"choices": ["calm", "angry"]},
+    "faults": {"type": "list", "items": "text", "max_items": 2},
+    "day": "date",
+    "price": "number",
+}
+VALUES = {"stars": 3, "tone": "calm", "faults": ["a", "b"], "day": "2024-02-29", "price": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({}, None),
+        ({"stars": None, "faults": [], "price": 0.00005}, None),
+        ({"stars": 99}, "99 for 'stars'"),
+        ({"stars": 4.5}, "4.5 for 'stars'"),
+        ({"stars": "4"}, "\"4\" for 'stars'"),
+        ({"tone": "loud"}, "\"loud\" for 'tone'"),
+        ({"tone": None}, "null for 'tone'"),
+        ({"faults": ["a", "b", "c"]}, "for 'faults'"),
+        ({"faults": [1]}, "[1] for 'faults'"),
+        ({"faults": ["\ud800"]}, r'["\ud800"] for '),
+        ({"day": "2023-02-29"}, "for 'day'"),
+        ({"price": float("nan")}, "NaN for 'price'"),
+        ({"price": {"euros": 1}}, "for 'price'"),
+    ],
+)
+def test_an_extract_example_has_values_of_its_fields(
+    changes: dict[str, Any], wrong: str | None
+) -> None:
+    row = {"text": "x", "answer": json.dumps({**VALUES, **changes})}
+    settings = {"kind": "extract", "name": "facts", "fields": FIELDS, "examples": [row]}
+    if wrong is None:
+        examples = step_of(settings).examples
+        assert examples is not None
+        assert json.loads(examples.rows[0]["answer"]) == {**VALUES, **changes}
+        return
+    with pytest.raises(InputError) as caught:
+        step_of(settings)
+    assert str(caught.value).startswith("step 'facts', examples: example 0 has ")
+    assert wrong in str(caught.value)
+    assert str(caught.value).endswith(", which is no value of that field. Set examples.")
+
+
+def test_an_example_shows_no_answer_in_its_question() -> None:
+    settings = {**LABELLED, "prompt_template": "{text} {answer}"}
+    step_of(settings)
+    with pytest.raises(ValidationError, match="which is the answer of each example"):
+        step_of({**settings, "examples": ROWS})
+
+
+def test_a_file_of_answers_alone_has_no_texts(tmp_path: Path) -> None:
+    file = tmp_path / "examples.parquet"
+    pq.write_table(pa.table({"answer": ["good", "bad"]}), file)
+    step: AnyStep = TypeAdapter(AnyStep).validate_python({**LABELLED, "examples": str(file)})
+    with pytest.raises(InputError, match="has no plain column 'text'"):
+        with_examples(step, "answer")
 
 
 @pytest.mark.parametrize(
