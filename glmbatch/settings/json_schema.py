@@ -37,11 +37,17 @@ def fields_of_schema(schema: object) -> list[dict[str, Any]]:
     properties = schema.get("properties")
     if not isinstance(properties, Mapping) or not properties:
         raise ValueError("the schema has no properties; each is a field")
-    unlisted = [name for name in schema.get("required", ()) if name not in properties]
+    required = schema.get("required", ())
+    unlisted = [name for name in required if name not in properties]
     if unlisted:
         raise ValueError(f"the schema requires {some_of(unlisted)}, which is not in its properties")
     definitions = schema.get("$defs", {})
-    return [_field(name, part, definitions) for name, part in properties.items()]
+    fields = []
+    for name, part in properties.items():
+        # Each answer has all fields, so one that may be left out may be null instead.
+        may_be_left_out = {} if name in required else {"nullable": True}
+        fields.append({**_field(name, part, definitions), **may_be_left_out})
+    return fields
 
 
 def _field(name: str, schema: Any, definitions: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,13 +84,21 @@ def _without_null(
     where: str, schema: Mapping[str, Any], definitions: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], bool]:
     """The schema of the value, and whether it may be null."""
+    if isinstance(schema.get("enum"), list):
+        rest, nullable = _without_null(
+            where, {key: value for key, value in schema.items() if key != "enum"}, definitions
+        )
+        # Without a type, the enum alone says which values are valid.
+        nullable = None in schema["enum"] and (nullable or "type" not in rest)
+        return {**rest, "enum": [value for value in schema["enum"] if value is not None]}, nullable
     if "anyOf" in schema:
         parts = [_resolved(where, part, definitions) for part in schema["anyOf"]]
         others = [part for part in parts if part.get("type") != "null"]
         if len(others) != 1:
             raise ValueError(f"{where} has anyOf of {len(others)} types; a field has one, or null")
         around = {key: value for key, value in schema.items() if key != "anyOf"}
-        return {**around, **others[0]}, len(others) < len(parts)
+        part, nullable = _without_null(where, others[0], definitions)
+        return {**around, **part}, nullable or len(others) < len(parts)
     types = schema.get("type")
     if isinstance(types, list):
         others = [name for name in types if name != "null"]

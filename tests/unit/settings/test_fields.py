@@ -128,7 +128,7 @@ class Review(BaseModel):
     mood: Mood
     bought: datetime.date | None
     tags: list[str] = Field(max_length=3)
-    price: float
+    price: float = 0
     code: str = Field(pattern="^[A-Z]{2}$")
 
 
@@ -140,12 +140,33 @@ def test_a_pydantic_class_becomes_fields() -> None:
             "mood": {"choices": ["good", "bad"]},
             "bought": {"type": "date", "nullable": True},
             "tags": {"type": "list", "items": "text", "max_items": 3},
-            "price": "number",
+            "price": {"type": "number", "nullable": True},
             "code": {"type": "text", "pattern": "[A-Z]{2}"},
         }
     )
     assert step(schema=Review) == declared
     assert step(schema=Review.model_json_schema()) == declared
+
+
+@pytest.mark.parametrize(
+    ("schema", "nullable"),
+    [
+        ({"enum": ["a", "b"]}, False),
+        ({"enum": ["a", "b", None]}, True),
+        ({"type": "string", "enum": ["a", "b"]}, False),
+        ({"type": ["string", "null"], "enum": ["a", "b", None]}, True),
+        # Null is of its types but not in its enum, or the reverse.
+        ({"type": ["string", "null"], "enum": ["a", "b"]}, False),
+        ({"type": "string", "enum": ["a", "b", None]}, False),
+        ({"anyOf": [{"type": "string", "enum": ["a", "b"]}, {"type": "null"}]}, True),
+        ({"anyOf": [{"enum": ["a", None, "b"]}]}, True),
+    ],
+)
+def test_null_is_a_choice_where_the_enum_has_it(schema: Any, nullable: bool) -> None:
+    (field,) = step(schema={**of(schema), "required": ["a"]}).fields
+    assert (field.choices, field.nullable) == (["a", "b"], nullable)
+    (field,) = step(schema=of(schema)).fields
+    assert (field.choices, field.nullable) == (["a", "b"], True)
 
 
 def of(schema: Any) -> dict[str, Any]:
