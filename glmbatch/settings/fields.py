@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from glmbatch.errors import some_of
+from glmbatch.settings.json_schema import LONGEST_MATCH, anchored, longest_match, satisfiable
 from glmbatch.settings.kinds import Settings
 
 # Letters of any script; a field's name becomes the name of a column.
@@ -26,8 +25,6 @@ MOST_INTEGER = 10**18 - 1
 # With `decimals` behind the point, about as many digits as a float64 keeps.
 MOST_NUMBER = 10**12
 DECIMALS = 6
-# A longer match of a pattern is one without end.
-LONGEST_MATCH = 256
 
 # A calendar date of the years 0001 to 9999; February has 29 days in leap years alone.
 _YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
@@ -271,61 +268,6 @@ def as_fields(value: object) -> object:
         field = _typed(typed)
         listed.append({"name": name, **field} if isinstance(field, Mapping) else field)
     return listed
-
-
-def anchored(pattern: str) -> str:
-    """`pattern` as one that matches whole texts only."""
-    # A dollar behind a backslash is one of the text.
-    inner = re.sub(r"(?<!\\)((?:\\\\)*)\$\Z", r"\1", pattern.removeprefix("^"))
-    return f"^(?:{inner})$"
-
-
-def satisfiable(schema: Mapping[str, Any], message: str) -> None:
-    """ValueError if no value is within `schema`, or its pattern cannot be used."""
-    fault = _fault(json.dumps(schema))
-    if fault is not None:
-        raise ValueError(f"{message}: {fault}")
-
-
-@lru_cache(4096)
-def _fault(schema: str) -> str | None:
-    from llguidance import LLMatcher
-
-    fault: str = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema))
-    if not fault:
-        return None
-    lines = [
-        line.strip() for line in fault.replace("failed to compile JSON schema: ", "").split("\n")
-    ]
-    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return told[0] if told else lines[0]
-
-
-@lru_cache(1024)
-def longest_match(pattern: str, max_length: int | None) -> int:
-    """The most bytes of a text, as JSON has it, that matches `pattern`.
-
-    ValueError if there is no such text, or one that is too long.
-    """
-    schema: dict[str, Any] = {"type": "string", "pattern": anchored(pattern)}
-    if max_length is not None:
-        schema["maxLength"] = max_length
-    satisfiable(schema, f"pattern {pattern!r} cannot be used")
-    if _fault(json.dumps({**schema, "minLength": LONGEST_MATCH + 1})) is None:
-        raise ValueError(
-            f"pattern {pattern!r} matches texts without end; bound its repeats, such as "
-            "{1,20} for +, or set max_length"
-        )
-    shortest, longest = 0, LONGEST_MATCH
-    while shortest < longest:
-        middle = (shortest + longest + 1) // 2
-        if _fault(json.dumps({**schema, "minLength": middle})) is None:
-            shortest = middle
-        else:
-            longest = middle - 1
-    # Beyond plain ASCII a character is up to four bytes, and an escape up to six.
-    others = {**schema, "allOf": [{"pattern": r"[^ !#-\[\]-~]"}]}
-    return longest * (1 if _fault(json.dumps(others)) is not None else 6)
 
 
 def instructions(fields: Sequence[ExtractField]) -> str:

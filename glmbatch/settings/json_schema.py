@@ -1,16 +1,22 @@
-"""A JSON schema, or a pydantic class, as the fields of an extract step.
+"""JSON schemas: as the fields of an extract step, and whether any value is within one.
 
-Only what fields can express is read; any other keyword is refused by name, because an answer would
-not be held to it.
+Of a schema or a pydantic class, only what fields can express is read. Any other keyword is refused
+by name, because an answer would not be held to it.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from glmbatch.errors import some_of
+
+# A longer match of a pattern is one without end.
+LONGEST_MATCH = 256
 
 # Keywords that say nothing about which values are valid.
 _NOTES = {"title", "description", "default", "examples", "$comment", "$schema", "$id", "$defs"}
@@ -158,3 +164,58 @@ def _refuse_others(where: str, schema: Mapping[str, Any], read: set[str]) -> Non
         raise ValueError(
             f"{where} has {some_of(others)}, which fields cannot be held to; remove it"
         )
+
+
+def anchored(pattern: str) -> str:
+    """`pattern` as one that matches whole texts only."""
+    # A dollar behind a backslash is one of the text.
+    inner = re.sub(r"(?<!\\)((?:\\\\)*)\$\Z", r"\1", pattern.removeprefix("^"))
+    return f"^(?:{inner})$"
+
+
+def satisfiable(schema: Mapping[str, Any], message: str) -> None:
+    """ValueError if no value is within `schema`, or its pattern cannot be used."""
+    fault = _fault(json.dumps(schema))
+    if fault is not None:
+        raise ValueError(f"{message}: {fault}")
+
+
+@lru_cache(4096)
+def _fault(schema: str) -> str | None:
+    from llguidance import LLMatcher
+
+    fault: str = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema))
+    if not fault:
+        return None
+    lines = [
+        line.strip() for line in fault.replace("failed to compile JSON schema: ", "").split("\n")
+    ]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return told[0] if told else lines[0]
+
+
+@lru_cache(1024)
+def longest_match(pattern: str, max_length: int | None) -> int:
+    """The most bytes of a text, as JSON has it, that matches `pattern`.
+
+    ValueError if there is no such text, or one that is too long.
+    """
+    schema: dict[str, Any] = {"type": "string", "pattern": anchored(pattern)}
+    if max_length is not None:
+        schema["maxLength"] = max_length
+    satisfiable(schema, f"pattern {pattern!r} cannot be used")
+    if _fault(json.dumps({**schema, "minLength": LONGEST_MATCH + 1})) is None:
+        raise ValueError(
+            f"pattern {pattern!r} matches texts without end; bound its repeats, such as "
+            "{1,20} for +, or set max_length"
+        )
+    shortest, longest = 0, LONGEST_MATCH
+    while shortest < longest:
+        middle = (shortest + longest + 1) // 2
+        if _fault(json.dumps({**schema, "minLength": middle})) is None:
+            shortest = middle
+        else:
+            longest = middle - 1
+    # Beyond plain ASCII a character is up to four bytes, and an escape up to six.
+    others = {**schema, "allOf": [{"pattern": r"[^ !#-\[\]-~]"}]}
+    return longest * (1 if _fault(json.dumps(others)) is not None else 6)
