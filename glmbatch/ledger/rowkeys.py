@@ -25,8 +25,8 @@ ANSWERS_VERSION = 2
 # The same for texts that continue a bare prompt.
 CONTINUATIONS_VERSION = 1
 # The same for extract steps alone: the text that tells a model its fields is in each row key, but
-# not what the form of an answer allows.
-FORM_VERSION = 1
+# not what the form of an answer allows, nor how its values are read.
+FORM_VERSION = 2
 KEY_BYTES = 16
 _OFF = {
     "examples": None,

@@ -218,9 +218,15 @@ def _read(kind: FieldValue, value: Any) -> Any:
     """A JSON value as its column holds it."""
     if isinstance(value, list):
         return [_read(kind, item) for item in value]
-    if value is None or kind.type not in ("number", "date"):
-        return value
-    return float(value) if kind.type == "number" else date.fromisoformat(value)
+    if value is None:
+        return None
+    if kind.type == "text" and kind.pattern is None:
+        # The tokenizer puts a blank in front of a word, also of the first one. A text without the
+        # blanks at its ends is still within its bounds; behind a pattern it might not match.
+        return value.strip()
+    if kind.type == "number":
+        return float(value)
+    return date.fromisoformat(value) if kind.type == "date" else value
 
 
 def _arrow_type(field: ExtractField) -> pa.DataType:

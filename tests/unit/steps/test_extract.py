@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
@@ -15,13 +16,14 @@ import pytest
 import torch
 from transformers import GlmForCausalLM
 
-from glmbatch.glm.engine.protocol import Engine
+from glmbatch.glm.engine.protocol import Engine, GenerateRequest, GenerateResult
 from glmbatch.glm.engine.worker import TorchEngine
+from glmbatch.glm.form_tokens import form_tokens
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.ledger.rowkeys import row_key
 from glmbatch.settings.job import ExtractStep
 from glmbatch.steps.answers import Answer, AnswerCounter, answers_schema, answers_table
-from glmbatch.steps.extract import Extraction, ask_extractions
+from glmbatch.steps.extract import Extraction, as_json, ask_extractions
 from glmbatch.steps.prompt import Prompt, RowFault, build_prompts
 from tests.support import CAUSAL
 from tests.unit.glm.cuda_on_cpu import on_cuda_path
@@ -169,6 +171,50 @@ def test_a_choice_has_its_probability(model: Any, tokenizer: Tokenizer) -> None:
         assert (answer.finish_reason, answer.completion_tokens) == ("stop", 0)
     schema = answers_schema(step, ())
     assert schema.field("facts_mood_score").type == pa.float64()
+
+
+class Spelled:
+    """An engine whose every answer is this text."""
+
+    def __init__(self, text: str, tokenizer: Tokenizer) -> None:
+        self._ids = tuple(form_tokens(tokenizer).encode(text.encode()))
+
+    def generate(self, requests: Iterable[GenerateRequest]) -> Iterator[GenerateResult]:
+        for request in requests:
+            yield GenerateResult(request.index, self._ids, "stop")
+
+
+def test_texts_have_no_blanks_at_their_ends(tokenizer: Tokenizer) -> None:
+    written = {
+        "a": " a lamp\u3000\n",
+        "most": " lamp",
+        "code": " X ",
+        "tags": [" red ", "  "],
+        "none": None,
+        "blank": " ",
+    }
+    fields = {
+        "a": "text",
+        "most": {"type": "text", "max_length": 5},
+        "code": {"type": "text", "pattern": " [A-Z] "},
+        "tags": {"type": "list", "items": "text"},
+        "none": {"type": "text", "nullable": True},
+        "blank": "text",
+    }
+    step = step_of(fields, max_tokens=99)
+    engine: Any = Spelled(as_json(written), tokenizer)
+    (answer,) = ask(step, prompts_of(step, 1, tokenizer), engine, tokenizer).values()
+    assert isinstance(answer, Extraction)
+    assert answer.values == {
+        "a": "a lamp",
+        "most": "lamp",
+        "code": " X ",
+        "tags": ["red", ""],
+        "none": None,
+        "blank": "",
+    }
+    assert json.loads(answer.text) == answer.values
+    assert faults(fields, answer.values) == []
 
 
 def test_a_prompt_without_room_says_why(model: Any, tokenizer: Tokenizer) -> None:
