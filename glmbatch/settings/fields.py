@@ -191,7 +191,7 @@ class FieldValue(Settings):
 class ExtractField(FieldValue):
     """One field of the answers of an extract step."""
 
-    name: FieldName = Field(description="Name of the field.")
+    name: FieldName = Field(description="Name of the field. In a mapping, it is the field's key.")
     type: FieldType = Field(  # type: ignore[assignment]
         description="text; integer; number; boolean; date, such as 2024-02-29; choice, which is "
         "one of `choices`, with its probability in a column; or list, of `items`."

@@ -54,7 +54,8 @@ class Step(Settings):
         "{text}",
         min_length=1,
         description="Prompt of a row: {column} inserts the row's value, {{ and }} are braces. "
-        "Put text that all rows share first: its keys and values are computed only once.",
+        "Put first what all rows share: it is computed only once. If several classify steps ask "
+        "about one text, begin each with that text instead: it is then read only once.",
     )
     when: str | None = Field(
         None,

@@ -232,7 +232,7 @@ class ExtractStep(Step):
     fields: Fields = Field(
         min_length=1,
         description="The fields, in the order in which they are asked: a list, or a mapping from "
-        "names to types or settings.",
+        "names to types or settings. Left out if `schema` is set.",
     )
     json_schema: dict[str, Any] | None = Field(
         None,
