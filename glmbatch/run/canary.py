@@ -18,7 +18,7 @@ from glmbatch.ledger.manifest import MANIFEST, PublishedFile
 from glmbatch.ledger.receipts import whole_digest
 from glmbatch.report.counts import Audit
 from glmbatch.run.ask import Outcome, ask
-from glmbatch.run.prompts import build_question_prompts, key_prompts, rows_of
+from glmbatch.run.prompts import as_text, build_question_prompts, key_prompts, rows_of
 from glmbatch.run.session import session_of
 from glmbatch.run.work import Question, RunContext
 from glmbatch.settings.columns import Columns
@@ -183,7 +183,8 @@ def _audit(
         values[name] = prompt_values(table.column(column))
     # The frozen answers, not this run's, so that each step is judged alone.
     for name in question.inputs.earlier:
-        values[name] = prompt_values(table.column(name))
+        earlier = table.column(name).to_pylist()
+        values[name] = [None if answer is None else as_text(answer) for answer in earlier]
     frozen = table.select(answer_columns(question.step)[:2]).to_pylist()
     prompts = build_question_prompts(question, rows_of(values, len(table)))
     keys, distinct = key_prompts(question, prompts)

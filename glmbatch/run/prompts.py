@@ -161,11 +161,11 @@ def earlier_values(table: pa.Table, step: str) -> list[str | NoPrompt]:
         elif value is None:
             values.append(NotAsked())
         else:
-            values.append(_as_text(value))
+            values.append(as_text(value))
     return values
 
 
-def _as_text(answer: Any) -> str:
+def as_text(answer: Any) -> str:
     """An answer as a later prompt shows it: a text as it is, several labels with commas."""
     if isinstance(answer, list):
         return ", ".join(answer)

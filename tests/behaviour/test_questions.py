@@ -296,6 +296,26 @@ def test_a_canary_sees_that_several_labels_stay(
     assert summary.rows == 12
 
 
+def test_a_canary_shows_later_prompts_what_a_run_does(
+    job_settings: Settings, write_source: Write, out: Path, tmp_path: Path
+) -> None:
+    fields = {"tone": {"choices": ["good", "bad"]}, "day": "date"}
+    facts = {"kind": "extract", "name": "facts", "layout": "struct", "fields": fields}
+    later = {**GENERATE, "prompt_template": "{topics}, {facts}: {text}"}
+    settings = job_settings(steps=[TOPICS, {**facts, "max_tokens": 40}, later])
+    write_source("a.parquet", {"text": TEXTS[:3]})
+    run(settings)
+    settings["canary"] = str(tmp_path / "canary.parquet")
+    assert freeze(out, settings["canary"], 3) == 3
+    settings["data"]["output"] = str(tmp_path / "again")
+    audits = run(settings).audits
+    assert [(audit.step, audit.measured) for audit in audits] == [
+        ("topics", 0),
+        ("facts", 0),
+        ("reply", 0),
+    ]
+
+
 @pytest.mark.usefixtures("source")
 def test_means_are_an_answer_of_their_own(job_settings: Settings, out: Path) -> None:
     labels = ["good", "not what was ordered"]
