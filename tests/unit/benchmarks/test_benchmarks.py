@@ -111,7 +111,8 @@ def test_training_is_compared_with_a_plain_trainer(method: str) -> None:
 def test_time_and_memory_are_measured_by_size() -> None:
     measured = measure("scale.py", "fragments", "3")["sizes"]["3"]
     assert measured.pop("fragments") == 3
-    assert measured.keys() == {"seconds", "engine_seconds", "flow_mb", "server_mb"}
+    assert measured.pop("engine_seconds") >= 0  # a tenth of a second may be more than it took
+    assert measured.keys() == {"seconds", "flow_mb", "server_mb"}
     assert all(value > 0 for value in measured.values())
 
 
