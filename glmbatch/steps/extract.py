@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
 import pyarrow as pa
 
-from glmbatch.glm.engine.protocol import ClassifyRequest, Engine, GenerateRequest
+from glmbatch.glm.engine.protocol import ClassifyRequest, Engine
 from glmbatch.glm.form import Form, FormField, RowForm, before
 from glmbatch.glm.form_tokens import form_tokens
 from glmbatch.glm.tokenizer import Tokenizer
-from glmbatch.ledger.rowkeys import row_seed
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.fields import ExtractField, FieldValue
 from glmbatch.settings.job import ExtractStep
 from glmbatch.steps.classify import choose
+from glmbatch.steps.generate import ask_by_key, request_of
 from glmbatch.steps.prompt import Prompt, RowFault
 
 _ARROW = {
@@ -128,23 +128,15 @@ def ask_extractions(
         return
     keys = list(chosen)  # the engine numbers its requests
     requests = (
-        GenerateRequest(
-            index,
-            prompts[key].ids,
-            form.longest,
-            temperature=step.temperature,
-            top_p=step.top_p,
-            top_k=step.top_k,
-            seed=row_seed(step.seed, key),  # so sampling does not depend on the batch
-            shared_tokens=prompts[key].shared_tokens,
+        replace(
+            request_of(step, index, key, prompts[key], form.longest),
             form=RowForm(form, _texts(chosen[key])),
         )
         for index, key in enumerate(keys)
     )
-    for result in engine.generate(requests):
-        key = keys[result.index]
-        if result.error is not None:
-            yield key, RowFault("model_failed", result.error)
+    for key, result in ask_by_key(engine, keys, requests):
+        if isinstance(result, RowFault):
+            yield key, result
         else:
             tokens = (len(prompts[key].ids), len(result.ids) - result.forced)
             values = form.read(result.ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ from glmbatch.glm.stop_texts import stop_at
 from glmbatch.glm.tokenizer import Tokenizer, clean_answer
 from glmbatch.ledger.rowkeys import row_seed
 from glmbatch.settings.columns import Columns
-from glmbatch.settings.job import GenerateStep
+from glmbatch.settings.job import ExtractStep, GenerateStep
 from glmbatch.steps.prompt import Prompt, RowFault
 
 
@@ -80,29 +80,49 @@ def ask_writings(
     keys = list(prompts)  # the engine numbers its requests
     should_stop = stop_at(step.stop, tokenizer, continues=not chat)
     requests = (
-        GenerateRequest(
-            index,
-            prompts[key].ids,
-            step.max_tokens,
-            temperature=step.temperature,
-            top_p=step.top_p,
-            top_k=step.top_k,
-            seed=row_seed(step.seed, key),  # so sampling does not depend on the batch
+        replace(
+            request_of(step, index, key, prompts[key], step.max_tokens),
             repetition_penalty=step.repetition_penalty,
             no_repeat_ngram_size=step.no_repeat_ngram_size,
             min_tokens=step.min_tokens,
             log_probs=step.log_probs or step.tells_confidence,
             should_stop=should_stop,
-            shared_tokens=prompts[key].shared_tokens,
         )
         for index, key in enumerate(keys)
     )
-    for result in engine.generate(requests):
-        key = keys[result.index]
-        if result.error is not None:
-            yield key, RowFault("model_failed", result.error)
+    for key, result in ask_by_key(engine, keys, requests):
+        if isinstance(result, RowFault):
+            yield key, result
         else:
             yield key, write_up(step, result, len(prompts[key].ids), tokenizer, chat=chat)
+
+
+def request_of(
+    step: GenerateStep | ExtractStep, index: int, key: bytes, prompt: Prompt, max_tokens: int
+) -> GenerateRequest:
+    """The request to continue `prompt` by at most `max_tokens`, drawn as `step` says."""
+    return GenerateRequest(
+        index,
+        prompt.ids,
+        max_tokens,
+        temperature=step.temperature,
+        top_p=step.top_p,
+        top_k=step.top_k,
+        seed=row_seed(step.seed, key),  # so sampling does not depend on the batch
+        shared_tokens=prompt.shared_tokens,
+    )
+
+
+def ask_by_key(
+    engine: Engine, keys: Sequence[bytes], requests: Iterable[GenerateRequest]
+) -> Iterator[tuple[bytes, GenerateResult | RowFault]]:
+    """Each result with its row key, in any order; a RowFault where the model failed.
+
+    `keys` has the row key of each request, by its index.
+    """
+    for result in engine.generate(requests):
+        fault = None if result.error is None else RowFault("model_failed", result.error)
+        yield keys[result.index], fault or result
 
 
 def write_up(

@@ -222,9 +222,10 @@ def _branches(questions: Sequence[ClassifyRequest]) -> tuple[ClassifyRequest, tu
 def _common(questions: Sequence[ClassifyRequest]) -> int:
     """Number of ids that all `questions` begin with."""
     prompts = [question.prompt_ids for question in questions]
+    if len(prompts) == 1:  # most requests: their ids are not looked at
+        return len(prompts[0])
     columns = enumerate(zip(*prompts, strict=False))
-    same = len(prompts)
-    return next((at for at, ids in columns if ids.count(ids[0]) < same), min(map(len, prompts)))
+    return next((at for at, ids in columns if ids.count(ids[0]) < len(ids)), min(map(len, prompts)))
 
 
 def _tree_of(batch: Sequence[_Row]) -> LabelTree:

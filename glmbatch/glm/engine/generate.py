@@ -41,7 +41,7 @@ class Generation:
         # A forward whose tokens are not read yet. On CPU they are there when it returns.
         self._in_flight: Step | None = None
         self._runs_ahead = network.device.type == "cuda"
-        self._failures = 0  # for want of memory, since a token was read
+        self._failures = 0  # times out of memory since a token was read
         self._gave_way = False
 
     @property

@@ -68,24 +68,14 @@ class Sampler:
         while the device runs the forward whose token is chosen here.
         """
         request = self._request
+        uniform = self._uniforms.number(len(ids)) if request.temperature > 0 else 0.0
+        draw = RowSampling(row, request.temperature, request.top_k, request.top_p, uniform)
         if self._writing is not None:
-            return RowSampling(
-                row,
-                request.temperature,
-                request.top_k,
-                request.top_p,
-                self._uniforms.number(len(ids)) if request.temperature > 0 else 0.0,
-                allowed=self._writing.allowed(),
-            )
-        return RowSampling(
-            row,
-            request.temperature,
-            request.top_k,
-            request.top_p,
-            self._uniforms.number(len(ids)) if request.temperature > 0 else 0.0,
-            request.repetition_penalty,
-            self._penalized_ids(ids) if request.repetition_penalty != 1 else None,
-            self._barred_ids(ids),
+            return draw._replace(allowed=self._writing.allowed())
+        return draw._replace(
+            repetition_penalty=request.repetition_penalty,
+            penalized_ids=self._penalized_ids(ids) if request.repetition_penalty != 1 else None,
+            barred_ids=self._barred_ids(ids),
         )
 
     def _penalized_ids(self, ids: Sequence[int]) -> IdArray:
