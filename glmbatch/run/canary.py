@@ -22,7 +22,7 @@ from glmbatch.run.prompts import as_text, build_question_prompts, key_prompts, r
 from glmbatch.run.session import session_of
 from glmbatch.run.work import Question, RunContext
 from glmbatch.settings.columns import Columns
-from glmbatch.settings.job import AnyStep, CanaryConfig, JobConfig, answer_columns
+from glmbatch.settings.job import AnyStep, CanaryConfig, JobConfig
 from glmbatch.steps.classify import Choice, Selection
 from glmbatch.steps.extract import Extraction
 from glmbatch.steps.generate import Writing
@@ -149,7 +149,7 @@ def _needed_columns(steps: Iterable[AnyStep], inputs: Iterable[PromptInputs]) ->
     for read in inputs:
         columns.update(read.columns.values())
     for step in steps:
-        columns.update(answer_columns(step)[:2])  # the answer, and its score or finish reason
+        columns.update(step.answer_columns[:2])  # the answer, and its score or finish reason
     return columns
 
 
@@ -170,7 +170,7 @@ def _frozen(file: str, columns: set[str]) -> pa.Table:
 
 def _rows_with_answer(question: Question, table: pa.Table) -> list[int]:
     """The frozen rows that the step was asked about, whatever its condition is now."""
-    answers = table.select(answer_columns(question.step)[:2]).to_pylist()
+    answers = table.select(question.step.answer_columns[:2]).to_pylist()
     return [row for row, answer in enumerate(answers) if [*answer.values()] != [None, None]]
 
 
@@ -185,7 +185,7 @@ def _audit(
     for name in question.inputs.earlier:
         earlier = table.column(name).to_pylist()
         values[name] = [None if answer is None else as_text(answer) for answer in earlier]
-    frozen = table.select(answer_columns(question.step)[:2]).to_pylist()
+    frozen = table.select(question.step.answer_columns[:2]).to_pylist()
     prompts = build_question_prompts(question, rows_of(values, len(table)))
     keys, distinct = key_prompts(question, prompts)
     (asked,) = ask([question], one_by_one(distinct), session_of(run), counted=False)

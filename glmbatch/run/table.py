@@ -27,7 +27,7 @@ from glmbatch.run.job import run_job
 from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import resolve_questions
 from glmbatch.run.session import newest_progress
-from glmbatch.settings.job import JobConfig, answer_columns
+from glmbatch.settings.job import JobConfig
 from glmbatch.settings.jobfile import load_job, parse_settings
 from glmbatch.steps.inputs import PromptInputs, prompt_inputs, schema_needs
 from glmbatch.store.errors import one_line
@@ -181,7 +181,7 @@ def _answers(
     assert manifest is not None  # the run has just published
     names: list[str] = []
     for step in job.steps:
-        names += answer_columns(step)
+        names += step.answer_columns
     parts = []
     for file in sorted(manifest.files, key=lambda file: file.first_row):
         # A cache also holds the answers of earlier tables.

@@ -14,14 +14,11 @@ from glmbatch.settings.addresses import has_credentials
 from glmbatch.settings.conditions import columns_of, parse_condition
 from glmbatch.settings.kinds import Address, LocalAddress, Settings, Share
 from glmbatch.settings.model import ModelConfig, ModelSetting
-from glmbatch.settings.prompt import TEXT, Step, placeholders
-from glmbatch.settings.steps import (
-    AnyStep,
-    ClassifyStep,
-    ExtractStep,
-    GenerateStep,
-    answer_columns,
-)
+from glmbatch.settings.steps.any_step import AnyStep
+from glmbatch.settings.steps.classify import ClassifyStep
+from glmbatch.settings.steps.extract import ExtractStep
+from glmbatch.settings.steps.generate import GenerateStep
+from glmbatch.settings.steps.step import TEXT, Step, placeholders
 
 # Other modules import a job and its parts from here, whichever module declares them.
 __all__ = [
@@ -40,7 +37,6 @@ __all__ = [
     "Settings",
     "Share",
     "Step",
-    "answer_columns",
     "has_credentials",
     "placeholders",
 ]
@@ -266,7 +262,7 @@ class JobConfig(Settings):
                     "a step cannot be named 'text': {text} in a prompt is the text column; "
                     "rename the step"
                 )
-            for column in answer_columns(step):
+            for column in step.answer_columns:
                 folded = column.casefold()  # Spark and DuckDB ignore case in column names
                 if folded in writers:
                     raise ValueError(
@@ -281,7 +277,7 @@ class JobConfig(Settings):
         later: dict[str, str] = {}
         for place in reversed(range(len(self.steps))):
             step = self.steps[place]
-            later.update(dict.fromkeys(answer_columns(step), step.name))
+            later.update(dict.fromkeys(step.answer_columns, step.name))
             uses = [(name, "when") for name in conditioned_columns(step)]
             uses += [(name, "prompt_template") for name in placeholders(step.prompt_template)]
             for name, setting in uses:

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ValidationError
 
 from glmbatch.errors import InputError
 from glmbatch.settings.addresses import has_credentials
-from glmbatch.settings.fields import FIELD_NAME
 from glmbatch.settings.job import AnyStep, JobConfig
 from glmbatch.settings.kinds import NAME_PATTERN
 from glmbatch.settings.reading import read_settings
+from glmbatch.settings.steps.fields import FIELD_NAME
 
 # Groups that may be a string alone, and the setting that the string then is.
 TEXT_ALONE = {"model": "path", "canary": "file"}

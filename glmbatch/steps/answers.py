@@ -32,7 +32,7 @@ class Answer:
 
 
 def answers_schema(step: AnyStep, head_labels: Sequence[str]) -> pa.Schema:
-    """The fields of a step's answers, in the order of `answer_columns`.
+    """The fields of a step's answers, in the order of its `answer_columns`.
 
     They depend only on the settings and the checkpoint, so they are the same in all files of an
     output. `head_labels` are the labels of a trained head, used if the step has none.

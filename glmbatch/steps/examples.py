@@ -9,9 +9,9 @@ from typing import Any
 
 from glmbatch.errors import SHOWN_CHARS, InputError, UnusableFile, shown, some_of
 from glmbatch.glm.form import is_value
-from glmbatch.settings.fields import ExtractField
 from glmbatch.settings.job import TEXT, AnyStep, ClassifyStep, ExtractStep, placeholders
-from glmbatch.settings.prompt import ANSWER, MOST_EXAMPLES, Examples
+from glmbatch.settings.steps.fields import ExtractField
+from glmbatch.settings.steps.step import ANSWER, MOST_EXAMPLES, Examples
 from glmbatch.steps.classify import scored_texts
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.values import is_plain, prompt_values

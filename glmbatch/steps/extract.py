@@ -19,8 +19,8 @@ from glmbatch.glm.form import Form, FormField, RowForm, before
 from glmbatch.glm.form_tokens import form_tokens
 from glmbatch.glm.tokenizer import Tokenizer
 from glmbatch.settings.columns import Columns
-from glmbatch.settings.fields import ExtractField, FieldValue
 from glmbatch.settings.job import ExtractStep
+from glmbatch.settings.steps.fields import ExtractField, FieldValue
 from glmbatch.steps.classify import choose
 from glmbatch.steps.generate import ask_by_key, request_of
 from glmbatch.steps.prompt import Prompt, RowFault

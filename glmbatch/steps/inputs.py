@@ -13,7 +13,6 @@ from glmbatch.settings.job import (
     AnyStep,
     ClassifyStep,
     JobConfig,
-    answer_columns,
     conditioned_columns,
 )
 from glmbatch.steps.answers import answers_schema
@@ -70,7 +69,7 @@ def _when_inputs(step: AnyStep, before: Sequence[AnyStep], text_column: str) -> 
         return None
     writers: dict[str, str] = {}
     for earlier in before:
-        writers.update(dict.fromkeys(answer_columns(earlier), earlier.name))
+        writers.update(dict.fromkeys(earlier.answer_columns, earlier.name))
     columns: dict[str, str] = {}
     answers: dict[str, str] = {}
     for name in conditioned_columns(step):
@@ -87,7 +86,7 @@ def schema_needs(job: JobConfig, inputs: Mapping[str, PromptInputs]) -> SchemaNe
     written: dict[str, str] = {}
     tests: list[NeededTests] = []
     for index, step in enumerate(job.steps):
-        written.update(dict.fromkeys(answer_columns(step), step.name))
+        written.update(dict.fromkeys(step.answer_columns, step.name))
         for name, column in inputs[step.name].columns.items():
             is_text = name in inputs[step.name].texts
             setting = "data.text_column" if is_text else f"steps[{index}].prompt_template"

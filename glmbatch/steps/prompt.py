@@ -9,9 +9,9 @@ from itertools import takewhile
 from typing import Literal
 
 from glmbatch.glm.tokenizer import Tokenizer, chat_prompt, escape_turns
-from glmbatch.settings.fields import instructions
 from glmbatch.settings.job import TEXT, ClassifyStep, ExtractStep, Step, placeholders
-from glmbatch.settings.prompt import ANSWER
+from glmbatch.settings.steps.fields import instructions
+from glmbatch.settings.steps.step import ANSWER
 
 # Stands for any value when only the template matters; no template has this private-use character.
 VALUE = "\ue000"

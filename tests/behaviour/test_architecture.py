@@ -63,7 +63,7 @@ def test_only_one_cli_function_imports_the_flow() -> None:
 
 def test_settings_and_errors_import_no_other_package() -> None:
     folder = ROOT / "glmbatch"
-    for path in (*(folder / "settings").glob("*.py"), folder / "errors.py"):
+    for path in (*(folder / "settings").rglob("*.py"), folder / "errors.py"):
         for name in imports_of(path):
             if name.startswith(("glmbatch", "tasks", "flows")):
                 assert name.startswith(("glmbatch.settings", "glmbatch.errors")), path

@@ -14,7 +14,7 @@ import pytest
 
 from glmbatch.errors import AuditError, UnusableFile
 from glmbatch.report.text import describe
-from glmbatch.settings.job import JobConfig, answer_columns
+from glmbatch.settings.job import JobConfig
 from tests.support import (
     CLASSIFY,
     GENERATE,
@@ -81,8 +81,8 @@ def test_columns_types_and_metadata_are_preserved(
     steps = JobConfig.model_validate(job_settings()).steps
     assert written.schema.names == [
         *table.schema.names,
-        *answer_columns(steps[0]),
-        *answer_columns(steps[1]),
+        *steps[0].answer_columns,
+        *steps[1].answer_columns,
     ]
 
 

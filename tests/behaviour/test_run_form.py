@@ -12,7 +12,6 @@ from prefect.utilities.schema_tools import ValidationError, validate
 from flows.annotate import annotate
 from flows.finetune import finetune
 from flows.upkeep import resume
-from glmbatch.settings.fields import ExtractField, FieldValue
 from glmbatch.settings.job import (
     CanaryConfig,
     ClassifyStep,
@@ -23,8 +22,11 @@ from glmbatch.settings.job import (
     ReportConfig,
     RuntimeConfig,
 )
-from glmbatch.settings.prompt import Examples
-from glmbatch.settings.steps import ClassifyAudits, ExtractStep, GenerateAudits
+from glmbatch.settings.steps.classify import ClassifyAudits
+from glmbatch.settings.steps.extract import ExtractStep
+from glmbatch.settings.steps.fields import ExtractField, FieldValue
+from glmbatch.settings.steps.generate import GenerateAudits
+from glmbatch.settings.steps.step import Examples
 from glmbatch.settings.tuning import LabelledData, TrainingConfig, TuneConfig
 
 FLOWS: dict[str, Flow[..., Any]] = {flow.name: flow for flow in (annotate, finetune, resume)}

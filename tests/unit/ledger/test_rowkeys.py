@@ -18,9 +18,9 @@ from glmbatch.ledger.rowkeys import (
     row_seed,
     step_key,
 )
-from glmbatch.settings.fields import ExtractField
 from glmbatch.settings.job import ClassifyStep, ExtractStep, GenerateStep, JobConfig
-from glmbatch.settings.steps import GenerateAudits
+from glmbatch.settings.steps.fields import ExtractField
+from glmbatch.settings.steps.generate import GenerateAudits
 
 GREEDY = GenerateStep(name="reply")
 SAMPLED = GenerateStep(name="reply", temperature=0.7)

@@ -21,7 +21,7 @@ from glmbatch import annotate, annotate_table
 from glmbatch.errors import AuditError, InputError
 from glmbatch.report.summary import Summary
 from glmbatch.run.job import run_job
-from glmbatch.settings.job import ClassifyStep, JobConfig, answer_columns
+from glmbatch.settings.job import ClassifyStep, JobConfig
 from tests.support import CAUSAL, CLASSIFY, GENERATE, Settings, Write
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,7 @@ JOB: dict[str, Any] = {
     "runtime": {"device": "cpu"},
     "max_error_rate": 0.5,
 }
-ANSWERS = answer_columns(ClassifyStep.model_validate(CLASSIFY))
+ANSWERS = ClassifyStep.model_validate(CLASSIFY).answer_columns
 
 
 @pytest.fixture

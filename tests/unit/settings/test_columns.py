@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from glmbatch.settings.columns import Columns
-from glmbatch.settings.job import ClassifyStep, GenerateStep, answer_columns
+from glmbatch.settings.job import ClassifyStep, GenerateStep
 from tests.support import ROOT
 
 ENDS = (
@@ -15,7 +15,7 @@ ENDS = (
 
 
 def test_the_columns_of_a_step_are_in_output_order() -> None:
-    assert answer_columns(ClassifyStep(name="mood")) == [
+    assert ClassifyStep(name="mood").answer_columns == [
         "mood",
         "mood_score",
         "mood_scores",
@@ -24,7 +24,7 @@ def test_the_columns_of_a_step_are_in_output_order() -> None:
         "mood_error_type",
         "mood_key",
     ]
-    assert answer_columns(GenerateStep(name="reply")) == [
+    assert GenerateStep(name="reply").answer_columns == [
         "reply",
         "reply_finish_reason",
         "reply_prompt_tokens",
@@ -34,10 +34,10 @@ def test_the_columns_of_a_step_are_in_output_order() -> None:
         "reply_key",
     ]
     asking = GenerateStep(name="reply", log_probs=True)
-    assert answer_columns(asking)[3:5] == ["reply_completion_tokens", "reply_log_prob"]
+    assert asking.answer_columns[3:5] == ["reply_completion_tokens", "reply_log_prob"]
     abstaining = GenerateStep(name="reply", abstain_below=0.5)
-    assert answer_columns(abstaining) == answer_columns(GenerateStep(name="reply", confidence=True))
-    assert answer_columns(abstaining)[4:7] == [
+    assert abstaining.answer_columns == GenerateStep(name="reply", confidence=True).answer_columns
+    assert abstaining.answer_columns[4:7] == [
         "reply_log_prob",
         "reply_mean_log_prob",
         "reply_least_log_prob",

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from glmbatch.errors import some_of
-from glmbatch.settings.json_schema import LONGEST_MATCH, anchored, longest_match, satisfiable
 from glmbatch.settings.kinds import Settings
+from glmbatch.settings.steps.json_schema import LONGEST_MATCH, anchored, longest_match, satisfiable
 
 # Letters of any script; a field's name becomes the name of a column.
 FIELD_NAME = r"^[^\W\d]\w*$"

@@ -1,0 +1,159 @@
+"""Classify steps, and the labels, thresholds and verdicts that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from glmbatch.errors import some_of
+from glmbatch.settings.columns import Columns
+from glmbatch.settings.kinds import Settings
+from glmbatch.settings.steps.step import Step
+
+
+def _distinct(labels: list[str]) -> list[str]:
+    if len(labels) < 2:
+        raise ValueError(f"a step needs at least two labels; it has {some_of(labels)}")
+    if not all(label.strip() for label in labels):
+        raise ValueError(f"a label is empty: {some_of(labels)}")
+    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    if repeated:
+        raise ValueError(f"labels repeat: {some_of(repeated)}")
+    folded = [label.casefold() for label in labels]
+    alike = [label for label in labels if folded.count(label.casefold()) > 1]
+    if alike:
+        # Each label is a field of the scores, and Spark and DuckDB ignore the case of fields.
+        raise ValueError(f"labels differ only in case: {some_of(alike)}; keep one of them")
+    return labels
+
+
+def _within_bounds(threshold: float | dict[str, float] | None) -> float | dict[str, float] | None:
+    given = threshold.values() if isinstance(threshold, dict) else [threshold]
+    for probability in given:
+        if probability is not None and not 0 < probability < 1:
+            raise ValueError(f"a threshold is between 0 and 1; it is {probability}")
+    return threshold
+
+
+def _two_words(verdicts: list[str] | None) -> list[str] | None:
+    if verdicts is not None:
+        distinct = {verdict.strip() for verdict in verdicts} - {""}
+        if len(distinct) != len(verdicts) or len(verdicts) != 2:
+            raise ValueError(f"two different words are needed, not {some_of(verdicts)}")
+        first, second = verdicts
+        if first.startswith(second) or second.startswith(first):
+            # The shorter one would always be as likely as the longer one, or likelier.
+            raise ValueError(f"one verdict begins the other: {some_of(verdicts)}; reword one")
+    return verdicts
+
+
+Labels = Annotated[list[str], AfterValidator(_distinct)]
+# For a form; `_within_bounds` says what is wrong in one line.
+Probability = Annotated[
+    float, Field(json_schema_extra={"exclusiveMinimum": 0, "exclusiveMaximum": 1})
+]
+Threshold = Annotated[
+    Probability | dict[str, Probability] | None,
+    AfterValidator(_within_bounds),
+    Field(
+        description="With multiple: the probability from which on a label is in the answer, for "
+        "all labels or as label: probability. Empty, and for labels left out: 0.5."
+    ),
+]
+Verdicts = Annotated[
+    list[str] | None,
+    AfterValidator(_two_words),
+    Field(
+        description="With multiple: what the model says of a label that applies, and of one that "
+        "does not, in the language of the prompt. Empty: yes and no, so that the likelihoods of "
+        "`label: yes` and `label: no` are compared."
+    ),
+]
+
+
+def check_multiple(
+    multiple: bool,
+    labels: Sequence[str] | None,
+    threshold: float | dict[str, float] | None,
+    verdicts: Sequence[str] | None,
+) -> None:
+    """ValueError if these settings of a step do not go together."""
+    if not multiple:
+        for setting, value in (("threshold", threshold), ("verdicts", verdicts)):
+            if value is not None:
+                raise ValueError(f"{setting} is for steps with multiple: true; remove it")
+        return
+    if labels is None:
+        raise ValueError("a step with multiple: true needs labels; set them")
+    unknown = sorted(threshold.keys() - set(labels)) if isinstance(threshold, dict) else []
+    if unknown:
+        raise ValueError(f"threshold names {some_of(unknown)}, which is no label")
+
+
+class ClassifyAudits(Settings):
+    """Limits on a classify step's labels; a run that exceeds one publishes nothing."""
+
+    max_label_drift: float | None = Field(
+        None,
+        gt=0,
+        description="Maximum shift of the label shares since the last publication, as a population "
+        "stability index: 0.1 is a small shift, 0.25 a large one. Start with 0.25. "
+        "Empty: no audit.",
+    )
+
+
+class ClassifyStep(Step):
+    """Choose one label for each row, or judge each label by itself."""
+
+    kind: Literal["classify"] = Field(
+        "classify", description="Makes this a step that chooses a label for each row."
+    )
+    labels: Labels | None = Field(
+        None,
+        description="Labels to choose from. Empty: the labels of the checkpoint's trained head.",
+    )
+    abstain_below: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Least probability of the chosen label; below it, the row gets no label and "
+        "the reason `abstained`, which is no failure. Empty: every row gets one.",
+    )
+    multiple: bool = Field(
+        False,
+        description="Whether a row may have several labels, or none: each label is judged by "
+        "itself, and the answer is a list.",
+    )
+    compare: Literal["sum", "mean"] = Field(
+        "sum",
+        description="How labels of unlike length are compared. sum: by how likely the whole label "
+        "is. mean: by the mean log-likelihood of its tokens, which does not put long labels at a "
+        "disadvantage, but favors labels whose ends follow from their beginnings.",
+    )
+    threshold: Threshold = None
+    verdicts: Verdicts = None
+    audits: ClassifyAudits = Field(
+        default_factory=ClassifyAudits,
+        description="Limits on the labels; a run that exceeds one publishes nothing.",
+    )
+
+    @model_validator(mode="after")
+    def _multiple_fits(self) -> Self:
+        check_multiple(self.multiple, self.labels, self.threshold, self.verdicts)
+        if self.multiple and self.abstain_below is not None:
+            raise ValueError("abstain_below is for one label; with multiple: true set threshold")
+        if self.compare == "mean" and (self.multiple or self.labels is None):
+            raise ValueError("compare: mean is for a choice among labels; remove it")
+        return self
+
+    @property
+    def answer_columns(self) -> list[str]:
+        """Names of the columns that the step adds to the output, in order."""
+        return Columns(self.name).of_classify
+
+    def threshold_of(self, label: str) -> float:
+        """The probability from which on `label` is in the answer of a row."""
+        given = self.threshold.get(label) if isinstance(self.threshold, dict) else self.threshold
+        return 0.5 if given is None else given
