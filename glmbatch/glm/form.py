@@ -13,6 +13,8 @@ the vocabulary alone. No tensors.
 from __future__ import annotations
 
 import json
+import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +29,7 @@ from glmbatch.glm.tokenizer import Tokenizer
 
 # No white space that the model would choose, and lists as json.dumps writes them.
 _STYLE = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", "}}
+_JSON = json.JSONDecoder()
 # Positions that closing a value may take beyond its tokens: a quote or bracket and the rest of a
 # token that was cut, or the letters of null behind its first.
 CLOSING_TOKENS = 16
@@ -81,6 +84,34 @@ class Form:
         """The values of an answer by field name, as JSON has them."""
         values: dict[str, Any] = json.loads(form_tokens(self.tokenizer).bytes_of(ids))
         return values
+
+    def numbers_by_field(
+        self, ids: Sequence[int], numbers: Sequence[float]
+    ) -> dict[str, list[float]]:
+        """The `numbers` of the ids that were chosen for each value, its end included.
+
+        `ids` are an answer, each with a number; it is nan where the form gave the id.
+        """
+        pieces = [form_tokens(self.tokenizer).bytes_of([token]) for token in ids]
+        ends = self._value_ends(b"".join(pieces))
+        of_fields: list[list[float]] = [[] for _ in self.fields]
+        at = 0
+        for piece, number in zip(pieces, numbers, strict=True):
+            if not math.isnan(number):
+                of_fields[bisect_left(ends, at)].append(number)
+            at += len(piece)
+        return {field.name: of for field, of in zip(self.fields, of_fields, strict=True)}
+
+    def _value_ends(self, answer: bytes) -> list[int]:
+        """Where each value in `answer` ends, in bytes."""
+        text = answer.decode("latin-1")  # a character for each byte
+        ends: list[int] = []
+        at = 0
+        for place in range(len(self.fields)):
+            _, end_of_value = _JSON.raw_decode(text, at + len(before(self.fields, place)))
+            ends.append(end_of_value)
+            at = end_of_value + len(end(self.fields, place))
+        return ends
 
 
 @dataclass(frozen=True, slots=True)

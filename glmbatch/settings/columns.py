@@ -67,13 +67,18 @@ class Columns:
         """Log-probability of the generated tokens, summed; only where a step asks for it."""
         return f"{self.step}_log_prob"
 
-    def field(self, name: str) -> str:
-        """The value of an extracted field."""
-        return f"{self.step}_{name}"
+    def field(self, name: str) -> Columns:
+        """The columns of an extracted field.
 
-    def field_score(self, name: str) -> str:
-        """Probability of the value of an extracted field that is a choice, from 0 to 1."""
-        return f"{self.step}_{name}_score"
+        Its value is their `answer`. A choice has its probability as `score`; the others have
+        log-probabilities of their tokens where the step asks for confidence.
+        """
+        return Columns(f"{self.step}_{name}")
+
+    @property
+    def abstained(self) -> str:
+        """Names of the extracted fields that are null because the model was not sure of them."""
+        return f"{self.step}_abstained"
 
     @property
     def mean_log_prob(self) -> str:
@@ -108,21 +113,31 @@ class Columns:
     def of_generate(self, log_probs: bool, confidence: bool) -> list[str]:
         """All columns of a generate step, in output order."""
         numbers = [self.prompt_tokens, self.completion_tokens]
-        if log_probs or confidence:
-            numbers.append(self.log_prob)
         if confidence:
-            numbers += [self.mean_log_prob, self.least_log_prob]
+            numbers += self.of_confidence
+        elif log_probs:
+            numbers.append(self.log_prob)
         return [self.answer, self.finish_reason, *numbers, *self._of_both]
 
-    def of_extract(self, fields: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    def of_extract(
+        self, fields: Sequence[str], chosen: Sequence[str], sure: Sequence[str], *, abstains: bool
+    ) -> list[str]:
         """All columns of an extract step with `fields` in columns, in output order.
 
-        `chosen` are the fields that are a choice.
+        `chosen` are the fields that are a choice, and `sure` those with log-probabilities.
         """
-        values = [self.field(name) for name in fields]
-        scores = [self.field_score(name) for name in chosen]
-        numbers = [self.prompt_tokens, self.completion_tokens]
-        return [self.answer, self.finish_reason, *values, *scores, *numbers, *self._of_both]
+        names = [self.answer, self.finish_reason]
+        names += [self.field(name).answer for name in fields]
+        names += [self.field(name).score for name in chosen]
+        names += [self.prompt_tokens, self.completion_tokens]
+        for name in sure:
+            names += self.field(name).of_confidence
+        return [*names, *([self.abstained] if abstains else []), *self._of_both]
+
+    @property
+    def of_confidence(self) -> list[str]:
+        """Log-probabilities of the tokens: their sum, their mean and the least."""
+        return [self.log_prob, self.mean_log_prob, self.least_log_prob]
 
     # Last, so that the answers come first when someone looks at the file.
     @property

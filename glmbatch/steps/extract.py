@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from datetime import date
 from typing import Any
 
 import pyarrow as pa
 
-from glmbatch.glm.engine.protocol import ClassifyRequest, Engine
+from glmbatch.glm.engine.protocol import ClassifyRequest, Engine, GenerateResult
 from glmbatch.glm.form import Form, FormField, RowForm, before
 from glmbatch.glm.form_tokens import form_tokens
 from glmbatch.glm.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import ExtractStep
 from glmbatch.settings.steps.fields import ExtractField, FieldValue
 from glmbatch.steps.classify import choose
-from glmbatch.steps.generate import ask_by_key, request_of
+from glmbatch.steps.generate import Confidence, ask_by_key, request_of
 from glmbatch.steps.prompt import Prompt, RowFault
 
 _ARROW = {
@@ -40,7 +40,8 @@ class Extraction:
     """The values of one row by field, and the probability of each that was chosen.
 
     `finish_reason` is "length" if a text or a list was cut. `completion_tokens` counts the tokens
-    that the model chose.
+    that the model chose. `sure` has the confidence in each field that was written, if the step asks
+    for it. The values of `abstained` fields are None, because the model is not sure of them.
     """
 
     values: Mapping[str, Any]
@@ -48,28 +49,31 @@ class Extraction:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    sure: Mapping[str, Confidence]
+    abstained: Sequence[str] = ()
 
     @property
-    def text(self) -> str:
-        """The values as JSON."""
-        return as_json(self.values)
+    def text(self) -> str | None:
+        """The values as JSON; None if the model abstains from all of them."""
+        return None if len(self.abstained) == len(self.values) else as_json(self.values)
 
 
 def extraction_fields(step: ExtractStep) -> list[pa.Field]:
-    """The columns of an extraction: the answer, why it ended, values, scores, tokens."""
+    """The columns of an extraction: the answer, why it ended, values, scores, tokens and so on."""
     columns = Columns(step.name)
     values = [pa.field(field.name, _arrow_type(field)) for field in step.fields]
     answer = pa.string() if step.layout == "columns" else pa.struct(values)
     fields = [pa.field(columns.answer, answer), pa.field(columns.finish_reason, pa.string())]
     if step.layout == "columns":
-        fields += [value.with_name(columns.field(value.name)) for value in values]
-    for field in _choices(step):
-        fields.append(pa.field(columns.field_score(field.name), pa.float64()))
-    return [
-        *fields,
-        pa.field(columns.prompt_tokens, pa.int32()),
-        pa.field(columns.completion_tokens, pa.int32()),
-    ]
+        fields += [value.with_name(columns.field(value.name).answer) for value in values]
+    fields += [pa.field(columns.field(name).score, pa.float64()) for name in step.chosen]
+    fields.append(pa.field(columns.prompt_tokens, pa.int32()))
+    fields.append(pa.field(columns.completion_tokens, pa.int32()))
+    for name in step.written if step.tells_confidence else ():
+        fields += [pa.field(number, pa.float64()) for number in columns.field(name).of_confidence]
+    if step.abstain_below is not None:
+        fields.append(pa.field(columns.abstained, pa.list_(pa.string())))
+    return fields
 
 
 def extraction_columns(
@@ -85,12 +89,17 @@ def extraction_columns(
 
 
 def _row(step: ExtractStep, extraction: Extraction) -> list[Any]:
-    values = [extraction.values[field.name] for field in step.fields]
-    scores = [extraction.scores[field.name] for field in _choices(step)]
-    tokens = [extraction.prompt_tokens, extraction.completion_tokens]
+    answer: object = extraction.text
+    values: list[Any] = [extraction.values[field.name] for field in step.fields]
     if step.layout == "struct":
-        return [dict(extraction.values), extraction.finish_reason, *scores, *tokens]
-    return [extraction.text, extraction.finish_reason, *values, *scores, *tokens]
+        answer = None if answer is None else dict(extraction.values)
+        values = []
+    numbers: list[Any] = [extraction.scores[name] for name in step.chosen]
+    numbers += [extraction.prompt_tokens, extraction.completion_tokens]
+    for name in step.written if step.tells_confidence else ():
+        numbers += astuple(extraction.sure[name])
+    abstained = [] if step.abstain_below is None else [extraction.abstained]
+    return [answer, extraction.finish_reason, *values, *numbers, *abstained]
 
 
 def as_json(values: Mapping[str, Any]) -> str:
@@ -122,15 +131,17 @@ def ask_extractions(
             else:
                 chosen[key][field.name] = outcome
     form = form_of(step, tokenizer)
-    if all(field.schema is None for field in form.fields):
+    if not step.written:
         for key, known in chosen.items():
-            yield key, _extraction(step, {}, known, "stop", (len(prompts[key].ids), 0))
+            nothing = GenerateResult(0, (), "stop")
+            yield key, _extraction(step, form, known, len(prompts[key].ids), nothing)
         return
     keys = list(chosen)  # the engine numbers its requests
     requests = (
         replace(
             request_of(step, index, key, prompts[key], form.longest),
             form=RowForm(form, _texts(chosen[key])),
+            log_probs=step.tells_confidence,
         )
         for index, key in enumerate(keys)
     )
@@ -138,9 +149,7 @@ def ask_extractions(
         if isinstance(result, RowFault):
             yield key, result
         else:
-            tokens = (len(prompts[key].ids), len(result.ids) - result.forced)
-            values = form.read(result.ids)
-            yield key, _extraction(step, values, chosen[key], result.finish_reason, tokens)
+            yield key, _extraction(step, form, chosen[key], len(prompts[key].ids), result)
 
 
 def _texts(chosen: Mapping[str, tuple[str, float]]) -> dict[str, str]:
@@ -192,18 +201,35 @@ def form_of(step: ExtractStep, tokenizer: Tokenizer) -> Form:
 
 def _extraction(
     step: ExtractStep,
-    values: Mapping[str, Any],
+    form: Form,
     chosen: Mapping[str, tuple[str, float]],
-    finish_reason: str,
-    tokens: tuple[int, int],
+    prompt_tokens: int,
+    result: GenerateResult,
 ) -> Extraction:
-    read: dict[str, Any] = {}
+    """The values that were `chosen`, and those of `result`, which has no ids if all were."""
+    written = form.read(result.ids) if result.ids else {}
+    values: dict[str, Any] = {}
     for field in step.fields:
         known = chosen.get(field.name)
-        value = values[field.name] if known is None else json.loads(known[0])
-        read[field.name] = _read(field if field.items is None else field.items, value)
+        value = written[field.name] if known is None else json.loads(known[0])
+        values[field.name] = _read(field if field.items is None else field.items, value)
+    sure: dict[str, Confidence] = {}
+    if step.tells_confidence and result.ids:
+        log_probs = form.numbers_by_field(result.ids, result.log_probs)
+        sure = {name: Confidence.of(log_probs[name]) for name in step.written}
     scores = {name: score for name, (_, score) in chosen.items()}
-    return Extraction(read, scores, finish_reason, *tokens)
+    tokens = len(result.ids) - result.forced
+    extraction = Extraction(values, scores, result.finish_reason, prompt_tokens, tokens, sure)
+    return extraction if step.abstain_below is None else _abstain(extraction, step.abstain_below)
+
+
+def _abstain(extraction: Extraction, least: float) -> Extraction:
+    """`extraction` without the values in which the confidence is below `least`."""
+    unsure = {name for name, score in extraction.scores.items() if score < least}
+    unsure |= {name for name, sure in extraction.sure.items() if sure.is_below(least)}
+    values = dict(extraction.values)
+    values.update(dict.fromkeys(unsure))
+    return replace(extraction, values=values, abstained=[x for x in values if x in unsure])
 
 
 def _read(kind: FieldValue, value: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
+from typing import Self
 
 import pyarrow as pa
 
@@ -36,6 +37,32 @@ class Writing:
     least_log_prob: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """The log-probabilities of tokens: their sum, their mean and the least.
+
+    Without a token there is no mean and no least.
+    """
+
+    log_prob: float
+    mean_log_prob: float | None
+    least_log_prob: float | None
+
+    @classmethod
+    def of(cls, log_probs: Sequence[float]) -> Self:
+        """That of tokens with these `log_probs`."""
+        whole = math.fsum(log_probs)
+        if not log_probs:
+            return cls(whole, None, None)
+        return cls(whole, whole / len(log_probs), min(log_probs))
+
+    def is_below(self, least: float | None) -> bool:
+        """Whether the mean probability of a token is below `least`, if both are there."""
+        if least is None or self.mean_log_prob is None:
+            return False
+        return math.exp(self.mean_log_prob) < least
+
+
 def writing_fields(step: GenerateStep) -> list[pa.Field]:
     """The fields of a written answer: text, finish reason, prompt and completion tokens.
 
@@ -48,9 +75,9 @@ def writing_fields(step: GenerateStep) -> list[pa.Field]:
         pa.field(columns.prompt_tokens, pa.int32()),
         pa.field(columns.completion_tokens, pa.int32()),
     ]
-    numbers = [columns.log_prob] if step.log_probs or step.tells_confidence else []
+    numbers = [columns.log_prob] if step.log_probs else []
     if step.tells_confidence:
-        numbers += [columns.mean_log_prob, columns.least_log_prob]
+        numbers = columns.of_confidence
     return [*fields, *(pa.field(name, pa.float64()) for name in numbers)]
 
 
@@ -154,12 +181,8 @@ def _with_confidence(step: GenerateStep, writing: Writing, log_probs: Sequence[f
     """`writing` with the numbers that the step asks for; without its text if they are too low."""
     if not (step.log_probs or step.tells_confidence):
         return writing
-    whole = math.fsum(log_probs)
-    writing = replace(writing, log_prob=whole)
-    if not step.tells_confidence or not log_probs:
-        return writing
-    mean = whole / len(log_probs)
-    writing = replace(writing, mean_log_prob=mean, least_log_prob=min(log_probs))
-    if step.abstain_below is not None and math.exp(mean) < step.abstain_below:
-        return replace(writing, text=None)
-    return writing
+    sure = Confidence.of(log_probs)
+    if not step.tells_confidence:
+        return replace(writing, log_prob=sure.log_prob)
+    text = None if sure.is_below(step.abstain_below) else writing.text
+    return replace(writing, text=text, **asdict(sure))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 from glmbatch.errors import AuditError
 from glmbatch.ledger.verification import verify
+from glmbatch.report.text import describe
+from glmbatch.run.canary import freeze
 from glmbatch.run.preview import preview
 from glmbatch.settings.job import JobConfig
 from tests.support import Settings, Write, rows_of, run
@@ -51,6 +54,66 @@ def test_fields_are_published_checked_and_reused(job: Settings, out: Path, layou
     assert [step.to_run for step in preview(JobConfig.model_validate(settings)).steps] == [0, 0]
     assert [step.computed for step in run(settings).steps] == [0, 0]
     assert rows_of(out) == rows
+
+
+def sureness(row: dict[str, Any], name: str) -> float:
+    """What is compared with `abstain_below`."""
+    score = row.get(f"facts_{name}_score")
+    return math.exp(row[f"facts_{name}_mean_log_prob"]) if score is None else score
+
+
+@pytest.mark.parametrize("layout", ["columns", "struct"])
+def test_unsure_fields_are_null_and_listed(
+    job: Settings, out: Path, tmp_path: Path, layout: str
+) -> None:
+    sure_step = {**EXTRACT, "layout": layout, "confidence": True}
+    run(job(steps=[sure_step], data__output=str(tmp_path / "sure")))
+    sure_rows = rows_of(tmp_path / "sure")
+    asked = [at for at, row in enumerate(sure_rows) if row["facts_error_type"] is None]
+    least = sorted(sureness(sure_rows[at], name) for at in asked for name in FIELDS)[5]
+    unsure_step = {**EXTRACT, "layout": layout, "abstain_below": least}
+    settings = job(steps=[unsure_step, REPLY])
+    assert [step.failed for step in run(settings).steps] == [1, 1]
+    rows = rows_of(out)
+    given = (value_of(sure_rows[at], name, layout) for at in asked for name in FIELDS)
+    assert sum(value is not None for value in given) > 6
+    assert sum(len(rows[at]["facts_abstained"]) for at in asked) == 5
+    for at in asked:
+        unsure = [name for name in FIELDS if sureness(sure_rows[at], name) < least]
+        assert rows[at]["facts_abstained"] == unsure
+        assert rows[at]["facts_error_type"] is None
+        for name in FIELDS:
+            value = None if name in unsure else value_of(sure_rows[at], name, layout)
+            assert value_of(rows[at], name, layout) == value
+            assert sureness(rows[at], name) == pytest.approx(sureness(sure_rows[at], name))
+    assert verify(str(out)).sound
+    next(out.glob("a-*.parquet")).unlink()
+    assert [step.computed for step in run(settings).steps] == [0, 0]
+    assert rows_of(out) == rows
+    freeze(out, tmp_path / "canary.parquet", 2)
+    settings["canary"] = str(tmp_path / "canary.parquet")
+    settings["data"]["output"] = str(tmp_path / "again")
+    assert [audit.measured for audit in run(settings).audits] == [0, 0]
+
+
+def value_of(row: dict[str, Any], name: str, layout: str) -> Any:
+    return row["facts"][name] if layout == "struct" else row[f"facts_{name}"]
+
+
+@pytest.mark.parametrize("layout", ["columns", "struct"])
+def test_a_row_without_a_sure_field_has_no_answer(job: Settings, out: Path, layout: str) -> None:
+    settings = job(steps=[{**EXTRACT, "layout": layout, "abstain_below": 1.0}, REPLY])
+    summary = run(settings)
+    assert [step.abstained for step in summary.steps] == [3, 0]
+    assert "3 abstained" in describe(summary)
+    for row in rows_of(out):
+        answered = row["text"] is not None
+        assert row["facts"] is None and row["reply"] is None
+        assert row["facts_error_type"] == ("abstained" if answered else "null_value")
+        assert row["facts_abstained"] == (list(FIELDS) if answered else None)
+        assert row["reply_error_type"] == ("not_asked" if answered else "earlier_step_failed")
+        assert (row["facts_tone_score"] is None) != answered
+    assert verify(str(out)).sound
 
 
 def test_another_schema_asks_all_rows_again(job: Settings, out: Path) -> None:

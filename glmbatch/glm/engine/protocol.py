@@ -95,7 +95,7 @@ class GenerateRequest:
     batch. `should_stop` is called after each token with all generated ids so far, and must not keep
     that list. `log_probs` asks for those of the result. `shared_tokens` is as in `ClassifyRequest`.
     With a `form`, the answer ends where the form does, `max_tokens` is at least `form.longest`, and
-    the settings below `seed` are unused.
+    penalties, `min_tokens` and `should_stop` are unused.
     """
 
     index: int
@@ -125,7 +125,8 @@ class GenerateResult:
     last position) or "error", with the reason in `error` and no ids. `log_probs` has one number for
     each of `ids` (natural logarithm), under the model's own distribution: before penalties,
     temperature and cuts. Empty unless the request asked for them. `forced` counts the ids that the
-    request's form gave; "length" then says that a part of the answer was cut.
+    request's form gave; "length" then says that a part of the answer was cut. Their log-probability
+    is nan, and those of the others are among the tokens that the form allowed.
     """
 
     index: int

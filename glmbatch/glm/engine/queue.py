@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -145,6 +146,7 @@ class TokenSequence:
         kept = len(self.ids) - dropped
         self.ids[kept:] = ids
         self.given[kept:] = [True] * len(ids)
+        self.log_probs[kept:] = [math.nan] * len(ids)
         self.cached = min(self.cached, len(self.request.prompt_ids) + kept)
         self.void = self.in_flight > 0
 

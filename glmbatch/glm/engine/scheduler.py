@@ -81,8 +81,7 @@ class Scheduler:
         sampler = Sampler.of(request, self._eos_id, writing)
         seq = TokenSequence(pending, shared_prefix(request), sampler, writing)
         if writing is not None:
-            seq.ids += writing.begin()
-            seq.given = [True] * len(seq.ids)
+            seq.replace_end(0, writing.begin())
         self._wait(seq)
 
     def schedule(self, limits: Limits) -> Batch:

@@ -69,12 +69,13 @@ def next_tokens(
 ) -> Chosen:
     """The next token of each row: as `rows` say, and the likeliest for all other rows.
 
-    A log-probability is that of the chosen token under the model's own distribution: before
-    penalties, temperature and cuts. Never waits for the device.
+    A log-probability is that of the chosen token under the model's own distribution over the
+    allowed tokens: before penalties, temperature and cuts. Never waits for the device.
     """
     # A sum is finite only if every number is, and it needs no mask of the size of the logits.
     finite_R = logits_RV.sum(-1).isfinite()
-    scores_RV = _penalize(_restrict(logits_RV, rows), rows)
+    logits_RV = _restrict(logits_RV, rows)
+    scores_RV = _penalize(logits_RV, rows)
     tokens_R = scores_RV.argmax(-1)
     draws = [row for row in rows if row.temperature > 0]
     if draws:

@@ -1,4 +1,4 @@
-"""Generate steps, and how answers are sampled."""
+"""Generate steps, and how written answers are bounded, sampled and judged."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ from glmbatch.settings.columns import Columns
 from glmbatch.settings.kinds import Settings, Share
 from glmbatch.settings.steps.step import Step
 
+MaxTokens = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=32_768,
+        # The name in transformers, which users type by habit.
+        validation_alias=AliasChoices("max_tokens", "max_new_tokens"),
+    ),
+]
+Temperature = Annotated[float, Field(ge=0, le=10)]
 TopP = Annotated[
     float,
     Field(
@@ -20,6 +30,7 @@ TopP = Annotated[
     ),
 ]
 TopK = Annotated[int, Field(ge=0, description="Sample from the K likeliest tokens. 0: no limit.")]
+AbstainBelow = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[
     int,
     Field(
@@ -56,20 +67,14 @@ class GenerateStep(Step):
     kind: Literal["generate"] = Field(
         "generate", description="Makes this a step that generates a text for each row."
     )
-    max_tokens: int = Field(
+    max_tokens: MaxTokens = Field(
         256,
-        ge=1,
-        le=32_768,
-        # The name in transformers, which users type by habit.
-        validation_alias=AliasChoices("max_tokens", "max_new_tokens"),
         description="Maximum tokens to generate for a row; a longer answer is cut off and counted "
         "as truncated. A high limit costs nothing until answers reach it: memory is allocated as "
         "they grow.",
     )
-    temperature: float = Field(
+    temperature: Temperature = Field(
         0.0,
-        ge=0,
-        le=10,
         description="0: always take the likeliest token, best for facts and fixed formats. "
         "Above 0: sample; higher values vary more.",
     )
@@ -113,10 +118,8 @@ class GenerateStep(Step):
         "{name}_least_log_prob: the sum over the tokens of an answer, their mean, and the least "
         "likely token, as for log_probs.",
     )
-    abstain_below: float | None = Field(
+    abstain_below: AbstainBelow | None = Field(
         None,
-        gt=0,
-        le=1,
         description="Least mean probability of a token, which is exp({name}_mean_log_prob); below "
         "it, the row gets no text and the reason `abstained`, which is no failure. Adds the "
         "columns of confidence. Empty: every row gets one.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -96,6 +97,35 @@ def test_random_tokens_give_whole_documents(tokenizer: Tokenizer) -> None:
         assert chosen <= max_tokens and len(ids) <= form.longest
         cut += was_cut
     assert 0 < cut < 150
+
+
+def test_numbers_of_ids_are_those_of_their_fields(tokenizer: Tokenizer) -> None:
+    fields = (
+        field("a", {"type": "string"}),
+        FormField("known", None, 20),
+        field("n", {"type": "integer", "minimum": 0, "maximum": 99}, 3),
+        field("好", {"type": "string"}),
+    )
+    form = RowForm(Form(fields, 10, tokenizer), {"known": '"x"'})
+    single = form_tokens(tokenizer).bytes_of
+    texts = [b'"', b"7", b",", *(bytes([byte]) for byte in "好yyyyyyyyy".encode())]
+    state = form.begin()
+    ids = list(state.begin())
+    chosen = [False] * len(ids)
+    for text in texts:
+        (token, *_) = [at for at in choices(state.allowed()) if single([at]) == text]
+        dropped, forced, ended = state.advance(token)
+        ids = [*ids, token][: len(ids) + 1 - dropped] + list(forced)
+        chosen = [*chosen, True][: len(chosen) + 1 - dropped] + [False] * len(forced)
+        if ended:
+            break
+    assert state.was_cut and ended
+    numbers = [float(at) if was else math.nan for at, was in enumerate(chosen)]
+    by_field = form.form.numbers_by_field(ids, numbers)
+    texts_of = {
+        name: b"".join(single([ids[int(at)]]) for at in of) for name, of in by_field.items()
+    }
+    assert texts_of == {"a": b'"', "known": b"", "n": b"7,", "好": "好yyyy".encode()}
 
 
 def test_ugly_text_stays_in_its_field(tokenizer: Tokenizer) -> None:

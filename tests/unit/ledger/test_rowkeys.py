@@ -72,6 +72,15 @@ def test_continuations_have_a_key_of_their_own() -> None:
     assert step_key(labels, "w", chat=False) == step_key(labels, "w")
 
 
+def test_confidence_in_fields_is_in_the_key_where_set() -> None:
+    plain = ExtractStep(name="facts", fields={"a": "text"})
+    assert not {"confidence", "abstain_below"} & answer_settings(plain).keys()
+    keys = {step_key(plain, "w")}
+    for change in ({"confidence": True}, {"abstain_below": 0.5}):
+        keys.add(step_key(plain.model_copy(update=change), "w"))
+    assert len(keys) == 3
+
+
 def test_settings_of_fields_that_are_not_set_are_in_no_key() -> None:
     step = ExtractStep(name="facts", fields=[ExtractField(name="a", type="text")])
     assert answer_settings(step)["fields"] == [{"name": "a", "type": "text"}]

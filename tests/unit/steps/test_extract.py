@@ -143,7 +143,7 @@ def test_columns_have_the_types_of_the_settings(
     model: Any, tokenizer: Tokenizer, layout: str
 ) -> None:
     with engine_of(model, tokenizer) as engine:
-        for step in steps(layout=layout, max_tokens=60):
+        for step in steps(layout=layout, max_tokens=60, abstain_below=0.4):
             answers = ask(step, prompts_of(step, 3, tokenizer), engine, tokenizer)
             table = answers_table(
                 step,
@@ -154,6 +154,7 @@ def test_columns_have_the_types_of_the_settings(
                 ],
             )
             assert table.schema == answers_schema(step, ())
+            assert table.schema.names == step.answer_columns
             counts = AnswerCounter(step, table).count(slice(0, 4))
             assert counts["faults"] == {"empty_text": 1}
             assert sum(counts["finish_reasons"].values()) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -63,19 +64,25 @@ class _State:
         return script.get(self._chosen, Advance())
 
 
-def plain(model: Any, prompt: Sequence[int], number: int) -> list[int]:
-    """The answer from a forward over the whole sequence for each chosen token."""
+def plain(model: Any, prompt: Sequence[int], number: int) -> tuple[list[int], list[float]]:
+    """The answer from a forward over the whole sequence for each chosen token.
+
+    Also the log-probability of each of its ids among the allowed ones; nan where it was forced.
+    """
     state = _State(number)
     ids = [*prompt, *state.begin()]
+    log_probs = [math.nan] * (len(ids) - len(prompt))
     ended = False
     while not ended:
-        logits = plain_logits(model, ids)[-1]
         allowed = torch.tensor(state.allowed_ids())
-        token = int(allowed[logits[allowed].argmax()])
-        dropped, forced, ended = state.advance(token)
-        ids = [*ids, token]
+        of_allowed = plain_logits(model, ids)[-1][allowed].log_softmax(-1)
+        best = int(of_allowed.argmax())
+        log_probs.append(float(of_allowed[best]))
+        ids.append(int(allowed[best]))
+        dropped, forced, ended = state.advance(ids[-1])
         ids = [*ids[: len(ids) - dropped], *forced]
-    return ids[len(prompt) :]
+        log_probs = [*log_probs[: len(log_probs) - dropped], *[math.nan] * len(forced)]
+    return ids[len(prompt) :], log_probs
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -91,7 +98,8 @@ def test_forced_and_dropped_ids_are_those_of_a_plain_loop(
     requests = []
     for at, row in enumerate(prompts(10, longest=40)):
         form = None if at % 5 == 4 else Scripted(at)
-        requests.append(GenerateRequest(at, row, 60 if form else 9, form=form))
+        asks = at % 2 == 0
+        requests.append(GenerateRequest(at, row, 60 if form else 9, form=form, log_probs=asks))
     with (
         on_cuda_path(monkeypatch) if ahead else nullcontext(),
         engine_over(
@@ -104,7 +112,10 @@ def test_forced_and_dropped_ids_are_those_of_a_plain_loop(
         if request.form is None:
             assert result.forced == 0 and len(result.ids) <= 9
             continue
-        assert list(result.ids) == plain(model, request.prompt_ids, request.index)
+        ids, log_probs = plain(model, request.prompt_ids, request.index)
+        assert list(result.ids) == ids
+        expected = log_probs if request.log_probs else []
+        assert result.log_probs == pytest.approx(tuple(expected), abs=1e-4, nan_ok=True)
         assert result.finish_reason == ("length" if request.index % 2 else "stop")
         # Two of the forced ids are dropped again.
         assert result.forced == request.index % 4 + 5

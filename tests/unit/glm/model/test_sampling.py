@@ -164,3 +164,16 @@ def test_log_probabilities_are_those_of_the_model() -> None:
     expected_R = logits_RV.log_softmax(-1).gather(1, chosen.tokens_R[:, None])[:, 0]
     assert torch.allclose(chosen.log_probs_R, expected_R)  # type: ignore[arg-type]
     assert next_tokens(logits_RV, rows).log_probs_R is None
+
+
+def test_log_probabilities_are_among_the_allowed_tokens() -> None:
+    logits_RV = random_logits(2)
+    allowed = [1, 8, 9]
+    mask = np.zeros(16, dtype=np.uint8)
+    mask[allowed] = 1
+    row = RowSampling(1, allowed=np.packbits(mask, bitorder="little").tobytes())
+    chosen = next_tokens(logits_RV, [row], log_probs=True)
+    assert chosen.log_probs_R is not None
+    assert int(chosen.tokens_R[1]) in allowed
+    expected = logits_RV[0].log_softmax(-1).amax(), logits_RV[1, allowed].log_softmax(-1).amax()
+    assert torch.allclose(chosen.log_probs_R, torch.stack(expected))
