@@ -30,6 +30,7 @@ FORM_VERSION = 2
 KEY_BYTES = 16
 _OFF = {
     "examples": None,
+    "history_column": None,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_tokens": 0,

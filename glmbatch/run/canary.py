@@ -18,7 +18,13 @@ from glmbatch.ledger.manifest import MANIFEST, PublishedFile
 from glmbatch.ledger.receipts import whole_digest
 from glmbatch.report.counts import Audit
 from glmbatch.run.ask import Outcome, ask
-from glmbatch.run.prompts import as_text, build_question_prompts, key_prompts, rows_of
+from glmbatch.run.prompts import (
+    as_text,
+    build_question_prompts,
+    key_prompts,
+    rows_of,
+    source_values,
+)
 from glmbatch.run.session import session_of
 from glmbatch.run.work import Question, RunContext
 from glmbatch.settings.columns import Columns
@@ -33,7 +39,6 @@ from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.modes import narrow
 from glmbatch.store.parquet import open_parquet, with_constants, write_table
 from glmbatch.store.paths import AnyPath
-from glmbatch.store.values import prompt_values
 
 # How much a label's score may change without counting: in bfloat16, other batches change it by
 # thousandths.
@@ -147,7 +152,7 @@ def _needed_columns(steps: Iterable[AnyStep], inputs: Iterable[PromptInputs]) ->
     """The columns of a canary row that prompts read, and the answer columns to compare."""
     columns: set[str] = set()
     for read in inputs:
-        columns.update(read.columns.values())
+        columns.update(read.sources.values())
     for step in steps:
         columns.update(step.answer_columns[:2])  # the answer, and its score or finish reason
     return columns
@@ -178,9 +183,7 @@ def _audit(
     question: Question, whole: pa.Table, rows: Sequence[int], run: RunContext, max_change: float
 ) -> Audit:
     table = whole.take(pa.array(rows, pa.int64()))
-    values = {}
-    for name, column in question.inputs.columns.items():
-        values[name] = prompt_values(table.column(column))
+    values = source_values(question.inputs, table)
     # The frozen answers, not this run's, so that each step is judged alone.
     for name in question.inputs.earlier:
         earlier = table.column(name).to_pylist()

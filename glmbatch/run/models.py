@@ -24,6 +24,7 @@ from glmbatch.settings.job import (
     placeholders,
 )
 from glmbatch.steps.extract import form_of
+from glmbatch.steps.prompt import uses_chat
 from glmbatch.store.files import naming
 from glmbatch.store.paths import is_remote
 from glmbatch.store.snapshot import Snapshot, snapshot_of
@@ -225,6 +226,8 @@ def check_step(step: Step, model: Model) -> None:
     where = f"step {step.name!r}: the checkpoint {describe_model(model.config)}"
     if model.has_head and step.examples is not None:
         raise InputError(f"{where} has a trained head, which reads no examples. Unset examples.")
+    if step.history_column and not uses_chat(step, has_head=model.has_head, chats=model.chats):
+        raise InputError(f"{where} is asked without the chat form. Unset history_column.")
     if isinstance(step, GenerateStep):
         _check_writer(where, model, step.max_tokens)
     elif isinstance(step, ExtractStep):

@@ -286,7 +286,7 @@ def _bundle(
         for fragment, own in zip(fragments, answers, strict=True):
             # The key includes those of the earlier steps, whose answers are part of the prompts.
             earlier = {name: own[name] for name in question.inputs.earlier}
-            columns = question.inputs.columns
+            columns = question.inputs.sources
             when = question.inputs.when
             own[question.name] = answers_key(
                 fragment,

@@ -22,17 +22,21 @@ from glmbatch.settings.columns import Columns
 from glmbatch.settings.conditions import parse_condition
 from glmbatch.settings.job import placeholders
 from glmbatch.steps.extract import as_json
-from glmbatch.steps.inputs import WhenInputs
+from glmbatch.steps.history import read_histories
+from glmbatch.steps.inputs import PromptInputs, WhenInputs
 from glmbatch.steps.prompt import (
+    HISTORY,
+    History,
     NoPrompt,
     NotAsked,
     Prompt,
+    PromptValue,
     RowFault,
     RowValues,
     build_prompts,
 )
 from glmbatch.store.inputs.conditions import rows_where
-from glmbatch.store.values import prompt_values
+from glmbatch.store.values import prompt_values, turn_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ def source_table(fragment: Fragment, question: Question, *, whole: bool = False)
     """
     when = question.inputs.when
     # Several placeholders may stand for one column, which is read once.
-    names = {*question.inputs.columns.values(), *(when.columns.values() if when else ())}
+    names = {*question.inputs.sources.values(), *(when.columns.values() if when else ())}
     batches = []
     if names or whole:
         batches = list(read_fragment(fragment, sorted(names), whole=whole))
@@ -95,9 +99,7 @@ def prompt_rows(
 
     `source` and `earlier` have what the question uses.
     """
-    values: dict[str, Sequence[str | bytes | NoPrompt | None]] = {}
-    for name, column in question.inputs.columns.items():
-        values[name] = prompt_values(source.column(column))
+    values = source_values(question.inputs, source)
     used = [name for name in placeholders(question.step.prompt_template) if name in earlier]
     values.update({name: earlier[name].values for name in used})
     rows: list[RowValues | NoPrompt | None] = []
@@ -110,6 +112,20 @@ def prompt_rows(
         waits = is_asked is None or any(row[name] is None for name in used)
         rows.append(None if waits else row)
     return rows
+
+
+def source_values(inputs: PromptInputs, source: pa.Table) -> dict[str, Sequence[PromptValue]]:
+    """What prompts take from the columns of `source`, in row order: see `RowValues`."""
+    values: dict[str, Sequence[PromptValue]] = {}
+    for name, column in inputs.columns.items():
+        values[name] = prompt_values(source.column(column))
+    if inputs.history is not None:
+        turns = turn_values(source.column(inputs.history))
+        histories = read_histories(inputs.history, turns, ends_open=bool(inputs.questions))
+        values[HISTORY] = histories
+        last = [turn.question if isinstance(turn, History) else turn for turn in histories]
+        values |= dict.fromkeys(inputs.questions, last)
+    return values
 
 
 def _asked(
@@ -137,9 +153,7 @@ def _asked(
     return asked
 
 
-def rows_of(
-    values: Mapping[str, Sequence[str | bytes | NoPrompt | None]], length: int
-) -> list[RowValues]:
+def rows_of(values: Mapping[str, Sequence[PromptValue]], length: int) -> list[RowValues]:
     """The rows of columns of `length` values, in order, each with the columns' names as keys."""
     rows: list[RowValues] = []
     for row in range(length):

@@ -288,6 +288,17 @@ class JobConfig(Settings):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _history_is_of_the_input(self) -> JobConfig:
+        for place, step in enumerate(self.steps):
+            for writer in self.steps:
+                if step.history_column in writer.answer_columns:
+                    raise ValueError(
+                        f"steps[{place}].history_column is {step.history_column!r}, which step "
+                        f"{writer.name!r} answers; use a column of the input"
+                    )
+        return self
+
     def model_of(self, step: Step) -> ModelConfig:
         """The checkpoint that answers `step`."""
         return step.model or self.model

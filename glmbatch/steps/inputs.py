@@ -16,6 +16,7 @@ from glmbatch.settings.job import (
     conditioned_columns,
 )
 from glmbatch.steps.answers import answers_schema
+from glmbatch.steps.prompt import HISTORY
 from glmbatch.store.inputs.conditions import check_tests
 from glmbatch.store.inputs.needs import NeededColumn, NeededTests, SchemaNeeds
 
@@ -37,12 +38,22 @@ class PromptInputs(BaseModel, frozen=True, extra="forbid"):
     `columns` maps placeholders to source columns. `earlier` names the steps whose answers the
     prompt or the condition uses. `texts` are the placeholders that stand for the text column: they
     must not be blank, and they are cut when a prompt is too long. `when` is the condition, if any.
+
+    `history` is the column of earlier turns, if any. `questions` are the placeholders of that
+    column, which stand for the last question of its turns.
     """
 
     columns: dict[str, str]
     earlier: tuple[str, ...]
     texts: tuple[str, ...]
     when: WhenInputs | None = None
+    history: str | None = None
+    questions: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The source columns that the prompt uses, by placeholder; that of the turns by HISTORY."""
+        return self.columns if self.history is None else {**self.columns, HISTORY: self.history}
 
 
 def prompt_inputs(job: JobConfig) -> dict[str, PromptInputs]:
@@ -55,11 +66,17 @@ def prompt_inputs(job: JobConfig) -> dict[str, PromptInputs]:
     for step in job.steps:
         columns = job.source_columns(step)
         texts = [name for name, column in columns.items() if column == job.data.text_column]
+        questions = [name for name, column in columns.items() if column == step.history_column]
         when = _when_inputs(step, job.steps_before(step), job.data.text_column)
         used = {*job.earlier_steps(step), *(when.answers.values() if when else ())}
         earlier = [other.name for other in job.steps_before(step) if other.name in used]
         inputs[step.name] = PromptInputs(
-            columns=columns, earlier=tuple(earlier), texts=tuple(texts), when=when
+            columns={name: columns[name] for name in columns if name not in questions},
+            earlier=tuple(earlier),
+            texts=tuple(dict.fromkeys([*texts, *questions])),
+            when=when,
+            history=step.history_column,
+            questions=tuple(questions),
         )
     return inputs
 
@@ -91,6 +108,10 @@ def schema_needs(job: JobConfig, inputs: Mapping[str, PromptInputs]) -> SchemaNe
             is_text = name in inputs[step.name].texts
             setting = "data.text_column" if is_text else f"steps[{index}].prompt_template"
             read.append(NeededColumn(column, setting, is_text))
+        history = inputs[step.name].history
+        if history is not None:
+            setting = f"steps[{index}].history_column"
+            read.append(NeededColumn(history, setting, is_text=False, is_history=True))
         when = inputs[step.name].when
         if when is not None:
             setting = f"steps[{index}].when"

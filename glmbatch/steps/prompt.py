@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import takewhile
 from typing import Literal
@@ -16,8 +16,17 @@ from glmbatch.settings.steps.step import ANSWER
 # Stands for any value when only the template matters; no template has this private-use character.
 VALUE = "\ue000"
 
+# The key of a row's earlier turns among its values; no placeholder has a bracket.
+HISTORY = "[history]"
+
 FaultKind = Literal[
-    "null_value", "empty_text", "not_utf8", "earlier_step_failed", "too_long", "model_failed"
+    "null_value",
+    "empty_text",
+    "not_utf8",
+    "bad_history",
+    "earlier_step_failed",
+    "too_long",
+    "model_failed",
 ]
 
 
@@ -35,11 +44,23 @@ class NotAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class History:
+    """The earlier turns of a row's conversation: its rounds, each a question and its answer.
+
+    `system` is an instruction before them, and `question` the one that they end with.
+    """
+
+    rounds: Sequence[tuple[str, str]] = ()
+    system: str | None = None
+    question: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """The prompt of one row: its text, and its token ids with the model's prefix.
 
     The first `shared_tokens` ids come from the template, so all prompts of the step share them.
-    `is_cut` is true if the end of the row's text was cut off.
+    `is_cut` is true if the row's oldest turns were left out, or the end of its text was cut off.
     """
 
     text: str
@@ -49,9 +70,19 @@ class Prompt:
 
 
 NoPrompt = RowFault | NotAsked
-RowValues = Mapping[str, str | bytes | NoPrompt | None]
+PromptValue = str | bytes | History | NoPrompt | None
+# The values of a row's placeholders, and its earlier turns.
+RowValues = Mapping[str, PromptValue]
 # The prompts of one row: for each, the number of the step that it is for, its row key, and itself.
 RowPrompts = Sequence[tuple[int, bytes, Prompt]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What is in one prompt: the text of each placeholder, and the earlier turns."""
+
+    values: Mapping[str, str]
+    history: History = History()
 
 
 def one_by_one(prompts: Mapping[bytes, Prompt]) -> Iterator[RowPrompts]:
@@ -89,14 +120,17 @@ def build_prompts(  # noqa: PLR0913 - facts about model and data beside the rows
 ) -> list[Prompt | NoPrompt]:
     """The prompt of each row, in the order of `rows`, or why it has none.
 
-    A row maps each placeholder of the template to its value, or says itself why it has no prompt.
-    A value never acts as a chat turn, a placeholder or a special token, nor does one in an example.
-    `texts` are the placeholders of the text column: `on_too_long: truncate` cuts the end of the
-    text until the prompt has `max_input_tokens`.
+    A row maps each placeholder of the template to its value, and HISTORY to earlier turns if it has
+    them, or says itself why it has no prompt. A value never acts as a chat turn, a placeholder or a
+    special token, nor does one in an example or a turn. `texts` are the placeholders of the text
+    column: `on_too_long: truncate` leaves out the oldest rounds, and then cuts the end of the text,
+    until the prompt has `max_input_tokens`.
     """
     needed = placeholders(step.prompt_template)
     render = partial(_render, step, chat, _examples(step, chat))
-    head = _head_ids(render(dict.fromkeys(needed, VALUE)).partition(VALUE)[0], tokenizer)
+    history = History([(VALUE, VALUE)]) if step.history_column else History()
+    first = _Row(dict.fromkeys(needed, VALUE), history)
+    head = _head_ids(render(first).partition(VALUE)[0], tokenizer)
     checked = [_check_row(row, needed, texts) for row in rows]
     # One call to the tokenizer per fragment, with an empty text for a row without a prompt.
     rendered = ["" if isinstance(row, NoPrompt) else render(row) for row in checked]
@@ -115,23 +149,25 @@ def build_prompts(  # noqa: PLR0913 - facts about model and data beside the rows
             count = f"more than {max_input_tokens}" if is_endless else len(ids)
             reason = f"the prompt has {count} tokens, {max_input_tokens} are allowed"
             shorter = None
-            if step.on_too_long == "truncate" and texts:
-                shorter = _longest(row, texts, max_input_tokens, render, tokenizer)
+            if step.on_too_long == "truncate" and (texts or row.history.rounds):
+                shorter = _shortened(row, texts, max_input_tokens, render, tokenizer)
                 reason += ", and the template alone fills them"
             prompts.append(shorter or RowFault("too_long", reason))
     return prompts
 
 
-def _render(
-    step: Step, chat: bool, examples: Sequence[tuple[str, str]], row: Mapping[str, str]
-) -> str:
+def _render(step: Step, chat: bool, examples: Sequence[tuple[str, str]], row: _Row) -> str:
     """The template of `step` filled with the values of `row`, in the form that the model reads.
 
-    `examples` are pairs of a filled template and its answer.
+    `examples` are pairs of a filled template and its answer. In a chat, the row's earlier turns
+    follow them.
     """
-    filled = _fill(step, chat, row)
+    filled = _fill(step, chat, row.values)
     if chat:
-        return chat_prompt(filled, examples, step.system_prompt)
+        earlier = [(escape_turns(one), escape_turns(other)) for one, other in row.history.rounds]
+        leads = [step.system_prompt, escape_turns(row.history.system or "")]
+        lead = "\n\n".join(part for part in leads if part)
+        return chat_prompt(filled, [*examples, *earlier], lead)
     # Labels are scored behind a blank.
     gap = " " if isinstance(step, ClassifyStep) else ""
     parts = [f"{question}{gap}{answer}" for question, answer in examples]
@@ -168,41 +204,83 @@ def _head_ids(head: str, tokenizer: Tokenizer) -> list[int]:
 
 def _check_row(
     row: RowValues | NoPrompt, needed: Sequence[str], texts: Sequence[str]
-) -> Mapping[str, str] | NoPrompt:
+) -> _Row | NoPrompt:
     """The values of the `needed` placeholders as text, or the first reason against a prompt."""
     if isinstance(row, NoPrompt):
         return row
+    history = row.get(HISTORY, History())
+    if isinstance(history, RowFault):
+        return history
+    assert isinstance(history, History)
     values: dict[str, str] = {}
     for name in needed:
-        value = row[name]
-        if isinstance(value, NoPrompt):
+        value = _check_value(name, row[name], is_text=name in texts)
+        if not isinstance(value, str):
             return value
-        if value is None:
-            return RowFault("null_value", f"{name} is null")
-        if isinstance(value, bytes):
-            return RowFault("not_utf8", f"{name} is not UTF-8")
-        # Only the text must not be blank: other columns may be blank on purpose.
-        if name in texts and not value.strip():
-            return RowFault("empty_text", f"{name} is empty")
         values[name] = value
-    return values
+    return _Row(values, history)
+
+
+def _check_value(name: str, value: PromptValue, *, is_text: bool) -> str | NoPrompt:
+    if isinstance(value, NoPrompt):
+        return value
+    if value is None:
+        return RowFault("null_value", f"{name} is null")
+    if isinstance(value, bytes):
+        return RowFault("not_utf8", f"{name} is not UTF-8")
+    assert isinstance(value, str)
+    # Only the text must not be blank: other columns may be blank on purpose.
+    if is_text and not value.strip():
+        return RowFault("empty_text", f"{name} is empty")
+    return value
+
+
+def _shortened(
+    row: _Row,
+    texts: Sequence[str],
+    limit: int,
+    render: Callable[[_Row], str],
+    tokenizer: Tokenizer,
+) -> Prompt | None:
+    """The prompt within `limit` tokens: without the oldest rounds, or with less of the text too.
+
+    None if it does not fit without all of them.
+    """
+    rounds = row.history.rounds
+
+    def with_latest(count: int) -> _Row:
+        kept = rounds[len(rounds) - count :]
+        return replace(row, history=replace(row.history, rounds=kept))
+
+    # One more than the rounds that are kept, because none may be.
+    _, prompt = _longest(
+        len(rounds) + 1, lambda length: render(with_latest(length - 1)), limit, tokenizer
+    )
+    if prompt is not None or not texts:
+        return prompt
+    row = with_latest(0)
+    whole = row.values[texts[0]]
+
+    def with_text(length: int) -> _Row:
+        return replace(row, values={**row.values, **dict.fromkeys(texts, whole[:length])})
+
+    fits, prompt = _longest(len(whole), lambda length: render(with_text(length)), limit, tokenizer)
+    return prompt if whole[:fits].strip() else None
 
 
 def _longest(
-    row: Mapping[str, str],
-    texts: Sequence[str],
-    limit: int,
-    render: Callable[[Mapping[str, str]], str],
-    tokenizer: Tokenizer,
-) -> Prompt | None:
-    """The prompt with as much of the text as fits into `limit` tokens; None if none fits."""
-    # By bisection over the length, because the number of characters per token varies.
-    whole = row[texts[0]]
-    fits, over = 0, len(whole)
+    over: int, text_of: Callable[[int], str], limit: int, tokenizer: Tokenizer
+) -> tuple[int, Prompt | None]:
+    """The greatest length below `over` whose text fits into `limit` tokens, and its prompt.
+
+    0 and None if none does.
+    """
+    # By bisection over the length, because the number of tokens varies.
+    fits = 0
     best: Prompt | None = None
     while over - fits > 1:
         length = (fits + over) // 2
-        text = render({**row, **dict.fromkeys(texts, whole[:length])})
+        text = text_of(length)
         if tokenizer.surely_exceeds(text, limit):
             over = length
             continue
@@ -211,4 +289,4 @@ def _longest(
             over = length
         else:
             fits, best = length, Prompt(text, ids, is_cut=True)
-    return best if whole[:fits].strip() else None
+    return fits, best

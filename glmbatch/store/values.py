@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import re
 from decimal import Decimal
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from glmbatch.store.types import converted
 
 LAST_ZEROS = re.compile(r"(\.\d*?)0+(?!\d)")
 TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # in a second
 DAY_SECONDS = 86_400
+# The two texts of a struct that is a turn of a conversation, or two of them.
+TURNS = (("role", "content"), ("question", "answer"))
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -56,6 +61,72 @@ def is_plain(kind: pa.DataType) -> bool:
         or pa.types.is_decimal(kind)
         or (pa.types.is_temporal(kind) and not pa.types.is_interval(kind))
     )
+
+
+def is_turns(kind: pa.DataType) -> bool:
+    """Whether values of this type are lists of turns: structs of two texts (`TURNS`), or pairs.
+
+    A list without values of a type, which all empty lists are, counts too.
+    """
+    kind = value_type(kind)
+    if pa.types.is_null(kind):
+        return True
+    if not _is_list(kind):
+        return False
+    turn = value_type(kind.value_type)
+    if pa.types.is_null(turn) or _turn_texts(turn):
+        return True
+    return _is_list(turn) and is_text(turn.value_type)
+
+
+def turn_values(column: pa.ChunkedArray) -> list[list[Any] | None]:
+    """The turns in a column of `is_turns`, row by row: each a list, or a mapping of its two texts.
+
+    Texts are as in `prompt_values`.
+    """
+    values: list[list[Any] | None] = []
+    for chunk in column.chunks:
+        values += _nested(chunk)
+    return values
+
+
+def _nested(array: pa.Array) -> list[Any]:
+    kind = value_type(array.type)
+    if kind != array.type:
+        array = converted(array, kind)
+    if _is_list(kind):
+        items = iter(_nested(pc.list_flatten(array)))
+        lengths = pc.list_value_length(array).to_pylist()
+        return [None if length is None else list(islice(items, length)) for length in lengths]
+    if not pa.types.is_struct(kind):
+        return _values(array)
+    names = _turn_texts(kind)
+    texts = [_nested(pc.struct_field(array, [name])) for name in names]
+    turns = []
+    for is_valid, *row in zip(array.is_valid().to_pylist(), *texts, strict=True):
+        turns.append(dict(zip(names, row, strict=True)) if is_valid else None)
+    return turns
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_fixed_size_list(kind)
+        or pa.types.is_list_view(kind)
+        or pa.types.is_large_list_view(kind)
+    )
+
+
+def _turn_texts(kind: pa.DataType) -> tuple[str, ...]:
+    """The names of the two texts in a struct that is a turn; () if it is none."""
+    if not pa.types.is_struct(kind):
+        return ()
+    of_name = {field.name: field.type for field in kind.fields}
+    for names in TURNS:
+        if all(name in of_name and is_text(of_name[name]) for name in names):
+            return names
+    return ()
 
 
 def prompt_values(column: pa.ChunkedArray) -> list[str | bytes | None]:

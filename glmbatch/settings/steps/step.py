@@ -73,6 +73,13 @@ class Step(Settings):
         description="A few rows with their right answers, as turns before each row: a list of "
         "them, or the path of a Parquet file. Empty: none.",
     )
+    history_column: str | None = Field(
+        None,
+        min_length=1,
+        description="Column with the earlier turns of each row's conversation: a list of "
+        "[question, answer] pairs, or of structs with `role` and `content`. In the prompt, "
+        "{column} of the same name is the last question of such a list. Empty: no earlier turns.",
+    )
     chat: bool | None = Field(
         None,
         description="Whether to put the prompt in the chat format that the model was trained on. "
@@ -86,8 +93,9 @@ class Step(Settings):
     )
     on_too_long: Literal["error", "truncate"] = Field(
         "error",
-        description="What to do with a longer prompt. error: the row fails. truncate: the end of "
-        "the row's text is cut off, which is safer for labels than for replies.",
+        description="What to do with a longer prompt. error: the row fails. truncate: the oldest "
+        "turns of history_column are left out; if that is not enough, the end of the row's text is "
+        "cut off, which is safer for labels than for replies.",
     )
     model: ModelSetting | None = Field(
         None, description="Checkpoint for this step only. Empty: the job's model."
@@ -105,6 +113,14 @@ class Step(Settings):
             raise ValueError(
                 "prompt_template has {answer}, which is the answer of each example; give that "
                 "column another name, or remove examples"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _turns_need_the_chat_form(self) -> Self:
+        if self.history_column is not None and self.chat is False:
+            raise ValueError(
+                "history_column has turns of a chat, and chat: false has none; remove one of them"
             )
         return self
 

@@ -18,6 +18,7 @@ from glmbatch.settings.conditions import parse_condition
 from glmbatch.store.inputs.conditions import check_tests
 from glmbatch.store.parquet import check_column
 from glmbatch.store.paths import AnyPath
+from glmbatch.store.values import is_turns
 
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
@@ -26,13 +27,15 @@ NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 class NeededColumn:
     """A column that a job reads, and the setting that names it; `is_text` if it must be text.
 
-    Its values must have a text of their own, unless it `is_tested` by a condition alone.
+    Its values must have a text of their own, unless it `is_tested` by a condition alone. If it
+    `is_history`, they are lists of turns.
     """
 
     name: str
     setting: str
     is_text: bool
     is_tested: bool = False
+    is_history: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,9 @@ def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds
     given = folders.keys() - set(schema.names)
     try:
         for needed in needs.read:
-            if needed.name not in given:
+            if needed.is_history:
+                _check_history(shown(path), schema, needed, folders)
+            elif needed.name not in given:
                 check_column(
                     shown(path),
                     schema,
@@ -126,3 +131,20 @@ def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds
             check_tests(parse_condition(tests.condition), kinds, (shown(path), tests.setting))
     except InputError as error:
         raise UnusableFile(str(error)) from error
+
+
+def _check_history(
+    where: str, schema: pa.Schema, needed: NeededColumn, folders: Mapping[str, str | None]
+) -> None:
+    kind: pa.DataType = pa.string()  # a value from a folder's name
+    if needed.name in schema.names or needed.name not in folders:
+        columns = tuple(folders)
+        check_column(
+            where, schema, needed.name, needed.setting, text=False, plain=False, folders=columns
+        )
+        kind = schema.field(needed.name).type
+    if not is_turns(kind):
+        raise InputError(
+            f"{where}: column {needed.name!r} holds {kind}, not a list of turns: pairs of question "
+            f"and answer, or structs of role and content. Set {needed.setting}."
+        )
