@@ -239,6 +239,10 @@ def _work(task: str, shape: Shape, options: argparse.Namespace) -> Work:
     work = make_work(
         task, shape, options.rows, options.prompts, options.answers, prefix, options.seed
     )
+    if task == "fields":
+        from typed import fields_work  # it needs pydantic, which a GPU machine may lack
+
+        work |= fields_work(options.rows, options.more_tokens, 40, options.seed)
     return work | {
         "slots": options.slots,
         "batch": options.batch,
@@ -393,6 +397,9 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--slots", type=int, help="rows generated at once; default: 16 on CPU, 512 on a GPU"
+    )
+    parser.add_argument(
+        "--more-tokens", type=int, default=24, help="in the task fields: tokens beyond the least"
     )
     parser.add_argument("--batch", type=int, default=32, help="rows in a padded batch")
     parser.add_argument(

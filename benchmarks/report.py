@@ -69,6 +69,13 @@ def judge_one(
         "same": 0,
         **_card(result["runs"]),
     }
+    if (
+        work["task"] == "fields"
+    ):  # how many tokens an engine writes for a document is its own matter
+        from typed import invalid  # it needs pydantic, which a GPU machine may lack
+
+        judged["of_gemm_limit"] = None
+        judged["invalid"] = max(invalid(work, run["answers"]) for run in result["runs"])
     if results.get(OURS, {}).get("runs"):
         judged["times_ours"] = _times(result, results[OURS], clock)
     if results.get(REFERENCE, {}).get("runs"):
@@ -196,10 +203,13 @@ def table_line(task: str, name: str, result: dict[str, Any]) -> str:
     if "not_here" in result:
         return f"{name:28}not available: {result['not_here']}"
     key = "new_tokens_per_second" if task in WRITING_TASKS else "rows_per_second"
-    share = result.get("of_decode_limit", result["of_gemm_limit"])
+    limit = result.get("of_decode_limit", result["of_gemm_limit"])
+    share = f"{limit:10.2f}" if limit else f"{'-':>10}"
     rates = f"{result['rows']:6}{result['tokens_per_second']:10.0f}{result[key]:14.2f}"
     times = f"{result['times_ours']:9.2f}x" if "times_ours" in result else f"{'-':>10}"
     facts = [f"{result['same']} of {result['compared']}"]
+    if "invalid" in result:
+        facts = [f"{result['invalid']} of {result['rows']} documents are invalid"]
     if "largest_score_difference" in result:
         facts.append(f"scores within {result['largest_score_difference']:.1e}")
     if result["peak_gpu_gib"]:
@@ -207,4 +217,4 @@ def table_line(task: str, name: str, result: dict[str, Any]) -> str:
     if "busy" in result:
         facts.append(f"{result['card_gib']:.1f} GiB in all")
         facts.append(f"the GPU waits {1 - result['busy']:.0%} of the time")
-    return f"{name:28}{rates}{share:10.2f}{times}  {', '.join(facts)}"
+    return f"{name:28}{rates}{share}{times}  {', '.join(facts)}"

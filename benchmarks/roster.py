@@ -75,6 +75,11 @@ ROSTER = (
     Contestant("openvino/int8", "generate", "openvino-int8", only="cpu"),
     Contestant(OURS, "sample"),
     Contestant("vllm", "sample"),
+    Contestant(OURS, "questions"),
+    Contestant(REFERENCE, "questions", slow=True),
+    Contestant("vllm", "questions"),
+    Contestant(OURS, "fields"),
+    Contestant("vllm", "fields"),
 )
 WAYS = tuple(sorted({contestant.name for contestant in ROSTER if contestant.way}))
 PEERS = tuple(sorted({contestant.program for contestant in ROSTER} - {OURS}))

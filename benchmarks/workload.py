@@ -13,9 +13,10 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-TASKS = ("classify", "labels", "one-token", "generate", "sample")
+TASKS = ("classify", "labels", "one-token", "generate", "sample", "questions", "fields")
 USUAL_TASKS = ("classify", "labels", "generate")
 WRITING_TASKS = {"generate", "sample"}
+ONE_TOKEN_TASKS = {"one-token", "questions"}
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.8}  # in the task "sample"
 # Token ids of 8 labels of 1 to 6 tokens. Some share a prefix, as words of one language do.
 LABELS = (
@@ -32,6 +33,8 @@ ONE_TOKEN_LABELS = ((11,), (12,), (13,))
 FIRST_ID = 31  # first id in prompts, above those of padding, the end token and the labels
 LABEL_TEMPLATE_TOKENS = 100
 LABEL_TEXT_TOKENS = 40
+QUESTIONS = 5  # about each text of the task "questions"
+QUESTION_TOKENS = 12
 
 Work = dict[str, Any]
 
@@ -149,15 +152,19 @@ def make_work(
     texts = [ids(length) for length in prompts.draw(rng, rows)]
     if task == "labels":
         texts = [text[:LABEL_TEXT_TOKENS] for text in texts]
+    if task == "questions":
+        questions = [ids(QUESTION_TOKENS) for _ in range(QUESTIONS)]
+        texts = [text + question for text in texts for question in questions]
     return {
         "task": task,
         "config": shape.config(),
         "seed": seed,
-        "indexes": list(range(rows)),
+        "indexes": list(range(len(texts))),
+        "beside": QUESTIONS if task == "questions" else 1,
         "rows": [template + text for text in texts],
         "prefix_tokens": prefix,
-        "labels": {"labels": LABELS, "one-token": ONE_TOKEN_LABELS}.get(task, ()),
-        "answer_tokens": answers.draw(rng, rows) if task in WRITING_TASKS else [0] * rows,
+        "labels": {"labels": LABELS}.get(task, ONE_TOKEN_LABELS if task in ONE_TOKEN_TASKS else ()),
+        "answer_tokens": answers.draw(rng, rows) if task in WRITING_TASKS else [0] * len(texts),
         "sampling": SAMPLING if task == "sample" else {},
     }
 
@@ -175,6 +182,7 @@ def part_of(work: Work, rows: int) -> Work:
     kept = sorted(by_length[at] for at in middles)
     return {
         **work,
+        "beside": 1,
         "indexes": kept,
         "rows": [work["rows"][index] for index in kept],
         "answer_tokens": [work["answer_tokens"][index] for index in kept],
@@ -195,6 +203,9 @@ def least_operations(work: Work, shape: Shape) -> int:
     """
     rows = len(work["rows"])
     read: int = sum(map(len, work["rows"])) - work["prefix_tokens"] * (rows - 1)
+    if work["beside"] > 1:  # a text is read once for all its questions
+        read = sum(len(row) for row in work["rows"][:: work["beside"]])
+        read += QUESTION_TOKENS * (rows - rows // work["beside"])
     scored: int = 0
     if work["task"] in WRITING_TASKS:
         written = sum(work["answer_tokens"])

@@ -25,6 +25,7 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
         "classify pipeline-sorted": _pipeline,
         "labels row-by-row": _pairs,
         "one-token row-by-row": _pairs,
+        "questions row-by-row": _pairs,
         "labels pairs": _pairs,
         "labels pairs-sorted": _pairs,
         "generate row-by-row": _static,

@@ -7,7 +7,9 @@ prefix cache is reset before each round, because every round has the same prompt
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,11 +46,11 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
         # vLLM 0.32 cannot load the head of a GlmForSequenceClassification. With this override
         # it adds its own head.
         hf_overrides={"architectures": ["GlmForCausalLM"]},
-        skip_tokenizer_init=True,
+        **_tokenizer(options.work.parent, work),
         dtype=options.dtype,
         max_model_len=work["config"]["max_position_embeddings"],
         max_num_seqs=work["slots"],
-        enable_prefix_caching=work["prefix_tokens"] > 0,
+        enable_prefix_caching=work["prefix_tokens"] > 0 or work["beside"] > 1,
         seed=0,
         **_limits(options, work),
     )
@@ -70,6 +72,13 @@ def load(options: argparse.Namespace, work: dict[str, Any]) -> tuple[str, Run]:
             return [work["labels"].index(answer) for answer in answers]
         return _ours(answers)
 
+    def fields() -> list[Any]:
+        model.reset_prefix_cache()
+        results = model.generate(prompts, sampling, use_tqdm=False)
+        return [result.outputs[0].text for result in results]
+
+    if options.task == "fields":
+        return f"vllm {vllm.__version__}", fields
     return (
         f"vllm {vllm.__version__}, torch {torch.__version__}",
         classify if asks_class else generate,
@@ -90,12 +99,38 @@ def _limits(options: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]
 
 def _sampling(work: dict[str, Any], at: int) -> Any:
     """What to generate for row `at`. The best of several one-token labels is one greedy token."""
+    if work["task"] == "fields":
+        return vllm.SamplingParams(
+            temperature=0,
+            max_tokens=work["limits"][at],
+            structured_outputs=vllm.sampling_params.StructuredOutputsParams(
+                json=work["schemas"][work["step_of"][at]]
+            ),
+        )
     asked: dict[str, Any] = {"temperature": 0, **work["sampling"]}
     if work["labels"] and not ON_GPU:
         # Its answer must be a label to be compared. This costs vLLM a mask for each row.
         asked["allowed_token_ids"] = [label[0] for label in work["labels"]]
     tokens = work["answer_tokens"][at] or 1
     return vllm.SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, **asked)
+
+
+def _tokenizer(folder: Path, work: dict[str, Any]) -> dict[str, Any]:
+    """The settings of its tokenizer, which only forms need: else it gets token ids alone."""
+    if work["task"] != "fields":
+        return {"skip_tokenizer_init": True}
+    path = folder / "vllm-tokenizer"
+    path.mkdir(exist_ok=True)
+    shutil.copy(Path(work["tokenizer"]) / "tokenizer.model", path)
+    # The published class is remote code. This one reads the same pieces.
+    settings = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "legacy": False}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return {
+        "tokenizer": str(path),
+        # Otherwise a model of random weights writes white space without end. Its other backend,
+        # xgrammar, refuses some of the schemas.
+        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
+    }
 
 
 def _ours(answers: list[Any]) -> list[Any]:

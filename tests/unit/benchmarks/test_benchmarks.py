@@ -57,6 +57,16 @@ def test_contestants_are_reported_one_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_questions_and_fields_are_judged(tmp_path: Path) -> None:
+    size = ("--vocabulary", "2816", "--rows", "10", "--build", "seed")
+    tasks = measure_engine(tmp_path, "--task", "questions,fields", "--peers", "", *size)["tasks"]
+    assert_same_answers(tasks["questions"]["glmbatch"])
+    assert tasks["questions"]["glmbatch"]["rows"] == 5 * 10
+    assert tasks["fields"]["glmbatch"]["invalid"] == 0
+    assert tasks["fields"]["glmbatch"]["rows"] == 10
+
+
+@pytest.mark.slow
 def test_no_contestant_starts_after_the_time_limit(tmp_path: Path) -> None:
     arguments = ("--task", "sample", "--peers", "", "--build", "seed", "--alone")
     report = measure_engine(tmp_path, *arguments, "--seconds", "0")
