@@ -31,6 +31,7 @@ KEY_BYTES = 16
 _OFF = {
     "examples": None,
     "history_column": None,
+    "n": 1,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_tokens": 0,
@@ -91,9 +92,13 @@ def row_key(step_key: str, prompt: str) -> bytes:
     return hashlib.blake2b(prompt.encode(), key=step_key.encode(), digest_size=KEY_BYTES).digest()
 
 
-def row_seed(seed: int, key: bytes) -> int:
-    """The seed for sampling one row's answer, 64 bits. Depends only on `seed` and the row key."""
-    mixed = hashlib.blake2b(key, key=seed.to_bytes(8, "big"), digest_size=8).digest()
+def row_seed(seed: int, key: bytes, draw: int = 0) -> int:
+    """The seed for sampling one of a row's answers, 64 bits.
+
+    Depends only on `seed`, the row key and the number of the draw.
+    """
+    drawn = key + draw.to_bytes(2, "big") if draw else key
+    mixed = hashlib.blake2b(drawn, key=seed.to_bytes(8, "big"), digest_size=8).digest()
     return int.from_bytes(mixed, "big")
 
 

@@ -317,7 +317,8 @@ def _receipt(assignment: Assignment, fragment: Fragment, key: str, **facts: Any)
 
 
 def _completion_tokens(outcome: Outcome) -> int:
-    return int(getattr(outcome, "completion_tokens", 0))  # a choice and a fault have none
+    # Those of all draws of a text; a choice and a fault have none.
+    return int(getattr(outcome, "drawn_tokens", getattr(outcome, "completion_tokens", 0)))
 
 
 def _prompt_lengths(prompts: Sequence[Prompt | NoPrompt]) -> dict[int, int]:

@@ -110,13 +110,25 @@ class Columns:
         """All columns of a classify step, in output order."""
         return [self.answer, self.score, self.scores, self.margin, *self._of_both]
 
-    def of_generate(self, log_probs: bool, confidence: bool) -> list[str]:
+    @property
+    def agreement(self) -> str:
+        """Share of the drawn texts that are the answer; only where a step draws several."""
+        return f"{self.step}_agreement"
+
+    @property
+    def answers(self) -> str:
+        """List of all drawn texts, in the order of their draws; as `agreement`."""
+        return f"{self.step}_answers"
+
+    def of_generate(self, log_probs: bool, confidence: bool, votes: bool = False) -> list[str]:
         """All columns of a generate step, in output order."""
         numbers = [self.prompt_tokens, self.completion_tokens]
         if confidence:
             numbers += self.of_confidence
         elif log_probs:
             numbers.append(self.log_prob)
+        if votes:
+            numbers += [self.agreement, self.answers]
         return [self.answer, self.finish_reason, *numbers, *self._of_both]
 
     def of_extract(

@@ -28,6 +28,7 @@ MOVED = {
     "max_loaded_models": "was removed: the run measures how many models fit in memory",
     "retry_failed": "was removed: rows on which the model failed are always retried",
     "rope_scaling": "was removed: rope_ratio always means what it means in ChatGLM2",
+    "n": "is for generate steps, which draw several texts and take the most frequent; remove it",
     "max_length": "would include the prompt; set max_tokens (and max_input_tokens) instead",
 }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Self
 
 import pyarrow as pa
@@ -26,6 +27,9 @@ class Writing:
     those that are cut off at a stop text. The log-probabilities are the sum over the same tokens,
     their mean and the least; None if the step does not ask for them, or there is no token to take
     the mean of. The text is None if the model abstains, because its tokens are too unlikely.
+
+    Of several draws, this is the first with the most frequent text. `agreement` is the share of
+    that text, `answers` are the texts of all draws, and `drawn_tokens` counts the tokens of all.
     """
 
     text: str | None
@@ -35,6 +39,9 @@ class Writing:
     log_prob: float | None = None
     mean_log_prob: float | None = None
     least_log_prob: float | None = None
+    agreement: float | None = None
+    answers: tuple[str | None, ...] = ()
+    drawn_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,29 +73,38 @@ class Confidence:
 def writing_fields(step: GenerateStep) -> list[pa.Field]:
     """The fields of a written answer: text, finish reason, prompt and completion tokens.
 
-    Then the log-probabilities, if the step asks for them.
+    Then the log-probabilities and the vote, if the step asks for them.
     """
+    return [field for _, field in _parts(step)]
+
+
+def _parts(step: GenerateStep) -> list[tuple[str, pa.Field]]:
+    """The parts of a `Writing` that are columns, each with its field."""
     columns = Columns(step.name)
-    fields = [
-        pa.field(columns.answer, pa.string()),
-        pa.field(columns.finish_reason, pa.string()),
-        pa.field(columns.prompt_tokens, pa.int32()),
-        pa.field(columns.completion_tokens, pa.int32()),
+    parts = [
+        ("text", pa.field(columns.answer, pa.string())),
+        ("finish_reason", pa.field(columns.finish_reason, pa.string())),
+        ("prompt_tokens", pa.field(columns.prompt_tokens, pa.int32())),
+        ("completion_tokens", pa.field(columns.completion_tokens, pa.int32())),
     ]
-    numbers = [columns.log_prob] if step.log_probs else []
+    if step.log_probs or step.tells_confidence:
+        parts.append(("log_prob", pa.field(columns.log_prob, pa.float64())))
     if step.tells_confidence:
-        numbers = columns.of_confidence
-    return [*fields, *(pa.field(name, pa.float64()) for name in numbers)]
+        parts.append(("mean_log_prob", pa.field(columns.mean_log_prob, pa.float64())))
+        parts.append(("least_log_prob", pa.field(columns.least_log_prob, pa.float64())))
+    if step.n > 1:
+        parts.append(("agreement", pa.field(columns.agreement, pa.float64())))
+        parts.append(("answers", pa.field(columns.answers, pa.list_(pa.string()))))
+    return parts
 
 
 def writing_columns(step: GenerateStep, writings: Sequence[Writing | None]) -> list[list[object]]:
     """The values of each field of `writing_fields`, row by row; None where nothing was written."""
-    columns: list[list[object]] = [[] for _ in writing_fields(step)]
-    nothing = (None,) * len(columns)
-    for writing in writings:
-        values = nothing if writing is None else astuple(writing)
-        for column, value in zip(columns, values, strict=False):
-            column.append(value)
+    columns = []
+    for part, _ in _parts(step):
+        columns.append(
+            [None if writing is None else getattr(writing, part) for writing in writings]
+        )
     return columns
 
 
@@ -104,28 +120,74 @@ def ask_writings(
 
     A prompt on which the model failed has a RowFault. `chat` is as for `write_up`.
     """
-    keys = list(prompts)  # the engine numbers its requests
-    should_stop = stop_at(step.stop, tokenizer, continues=not chat)
-    requests = (
-        replace(
-            request_of(step, index, key, prompts[key], step.max_tokens),
-            repetition_penalty=step.repetition_penalty,
-            no_repeat_ngram_size=step.no_repeat_ngram_size,
-            min_tokens=step.min_tokens,
-            log_probs=step.log_probs or step.tells_confidence,
-            should_stop=should_stop,
-        )
-        for index, key in enumerate(keys)
-    )
-    for key, result in ask_by_key(engine, keys, requests):
+    keys = list(prompts)
+    draws: dict[bytes, dict[int, GenerateResult]] = {}
+    failed: set[bytes] = set()
+    for number, result in ask_by_number(engine, _requests(step, prompts, tokenizer, chat=chat)):
+        place, draw = divmod(number, step.n)
+        key = keys[place]
         if isinstance(result, RowFault):
-            yield key, result
-        else:
-            yield key, write_up(step, result, len(prompts[key].ids), tokenizer, chat=chat)
+            # One reason for the row, however many of its draws failed.
+            if key not in failed:
+                failed.add(key)
+                yield key, result
+            continue
+        of_row = draws.setdefault(key, {})
+        of_row[draw] = result
+        if len(of_row) == step.n:
+            del draws[key]
+            results = [of_row[draw] for draw in range(step.n)]
+            tokens = len(prompts[key].ids)
+            written = [_written(step, one, tokens, tokenizer, chat=chat) for one in results]
+            yield key, _without_unsure(step, elect(written))
 
 
-def request_of(
-    step: GenerateStep | ExtractStep, index: int, key: bytes, prompt: Prompt, max_tokens: int
+def _requests(
+    step: GenerateStep, prompts: Mapping[bytes, Prompt], tokenizer: Tokenizer, *, chat: bool
+) -> Iterator[GenerateRequest]:
+    """A request for each row, with those of its other draws beside it; numbered draw by draw."""
+    should_stop = stop_at(step.stop, tokenizer, continues=not chat)
+    for place, (key, prompt) in enumerate(prompts.items()):
+        first, *others = (
+            replace(
+                request_of(step, place * step.n + draw, key, prompt, step.max_tokens, draw=draw),
+                repetition_penalty=step.repetition_penalty,
+                no_repeat_ngram_size=step.no_repeat_ngram_size,
+                min_tokens=step.min_tokens,
+                log_probs=step.log_probs or step.tells_confidence,
+                should_stop=should_stop,
+            )
+            for draw in range(step.n)
+        )
+        yield replace(first, beside=tuple(others))
+
+
+def elect(writings: Sequence[Writing]) -> Writing:
+    """The most frequent text of several draws of one row; of equally frequent ones, the first.
+
+    Texts are compared without blanks at their ends. One draw is its own answer.
+    """
+    if len(writings) == 1:
+        return writings[0]
+    texts = [(writing.text or "").strip() for writing in writings]
+    votes = Counter(texts)
+    winner = max(votes, key=votes.__getitem__)  # the first of the most frequent ones
+    return replace(
+        writings[texts.index(winner)],
+        agreement=votes[winner] / len(writings),
+        answers=tuple(writing.text for writing in writings),
+        drawn_tokens=sum(writing.completion_tokens for writing in writings),
+    )
+
+
+def request_of(  # noqa: PLR0913 - a prompt, its number and key, and what bounds its answer
+    step: GenerateStep | ExtractStep,
+    index: int,
+    key: bytes,
+    prompt: Prompt,
+    max_tokens: int,
+    *,
+    draw: int = 0,
 ) -> GenerateRequest:
     """The request to continue `prompt` by at most `max_tokens`, drawn as `step` says."""
     return GenerateRequest(
@@ -135,7 +197,7 @@ def request_of(
         temperature=step.temperature,
         top_p=step.top_p,
         top_k=step.top_k,
-        seed=row_seed(step.seed, key),  # so sampling does not depend on the batch
+        seed=row_seed(step.seed, key, draw),  # so sampling does not depend on the batch
         shared_tokens=prompt.shared_tokens,
     )
 
@@ -147,9 +209,17 @@ def ask_by_key(
 
     `keys` has the row key of each request, by its index.
     """
+    for number, result in ask_by_number(engine, requests):
+        yield keys[number], result
+
+
+def ask_by_number(
+    engine: Engine, requests: Iterable[GenerateRequest]
+) -> Iterator[tuple[int, GenerateResult | RowFault]]:
+    """Each result with its index, in any order; a RowFault where the model failed."""
     for result in engine.generate(requests):
         fault = None if result.error is None else RowFault("model_failed", result.error)
-        yield keys[result.index], fault or result
+        yield result.index, fault or result
 
 
 def write_up(
@@ -165,6 +235,18 @@ def write_up(
     `prompt_tokens` is the number of the prompt's token ids. Without `chat`, the answer is the text
     that continues the prompt: its blanks and line ends are part of it.
     """
+    return _without_unsure(step, _written(step, result, prompt_tokens, tokenizer, chat=chat))
+
+
+def _written(
+    step: GenerateStep,
+    result: GenerateResult,
+    prompt_tokens: int,
+    tokenizer: Tokenizer,
+    *,
+    chat: bool,
+) -> Writing:
+    """The text of `write_up` with the numbers that the step asks for, however unsure it is."""
     ids, finish_reason = result.ids, result.finish_reason
     # An incomplete last character is dropped only if the length limit cut it off.
     text = tokenizer.decode(ids, cut=finish_reason == "length", continues=not chat)
@@ -173,16 +255,18 @@ def write_up(
         # The one that is first in the text, not in the list.
         text, finish_reason = text[: min(ends)], "stop"
     text = clean_answer(text) if chat else text
-    writing = Writing(text, finish_reason, prompt_tokens, len(ids))
-    return _with_confidence(step, writing, result.log_probs)
-
-
-def _with_confidence(step: GenerateStep, writing: Writing, log_probs: Sequence[float]) -> Writing:
-    """`writing` with the numbers that the step asks for; without its text if they are too low."""
+    writing = Writing(text, finish_reason, prompt_tokens, len(ids), drawn_tokens=len(ids))
     if not (step.log_probs or step.tells_confidence):
         return writing
-    sure = Confidence.of(log_probs)
+    sure = Confidence.of(result.log_probs)
     if not step.tells_confidence:
         return replace(writing, log_prob=sure.log_prob)
-    text = None if sure.is_below(step.abstain_below) else writing.text
-    return replace(writing, text=text, **asdict(sure))
+    return replace(writing, **asdict(sure))
+
+
+def _without_unsure(step: GenerateStep, writing: Writing) -> Writing:
+    """`writing` without its text if the model is less sure of it than the step asks for."""
+    if step.abstain_below is None or writing.log_prob is None:
+        return writing
+    sure = Confidence(writing.log_prob, writing.mean_log_prob, writing.least_log_prob)
+    return replace(writing, text=None) if sure.is_below(step.abstain_below) else writing

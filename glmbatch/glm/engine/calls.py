@@ -55,7 +55,7 @@ def serve(
                         call.deliver(result)
                     if valid is not None:
                         submit(valid)
-                        in_engine += _result_count(valid)
+                        in_engine += 1 + len(valid.beside)
                     in_engine += len(refused)
                     taken += 1
             if not in_engine:
@@ -72,10 +72,6 @@ def serve(
             yield result
     finally:
         call.cancelled = True
-
-
-def _result_count(request: ClassifyRequest | GenerateRequest) -> int:
-    return 1 + len(request.beside) if isinstance(request, ClassifyRequest) else 1
 
 
 def copy_of(error: GlmbatchError) -> GlmbatchError:

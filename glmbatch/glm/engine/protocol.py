@@ -96,6 +96,9 @@ class GenerateRequest:
     that list. `log_probs` asks for those of the result. `shared_tokens` is as in `ClassifyRequest`.
     With a `form`, the answer ends where the form does, `max_tokens` is at least `form.longest`, and
     penalties, `min_tokens` and `should_stop` are unused.
+
+    `beside` are other requests about the same text, each with a result of its own. What their
+    prompts and this one begin with is computed once. They have none beside them.
     """
 
     index: int
@@ -115,6 +118,7 @@ class GenerateRequest:
     should_stop: Callable[[Sequence[int]], bool] | None = None
     shared_tokens: int = 0
     form: AnswerForm | None = None
+    beside: tuple[GenerateRequest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import heapq
 import logging
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -102,9 +102,18 @@ class Limits:
 
 
 @dataclass(slots=True, eq=False)
+class Family:
+    """Sequences whose prompts begin with the same `tokens` ids, which one of them reads for all."""
+
+    tokens: int
+    members: list[TokenSequence] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
 class TokenSequence:
     """One request, the ids generated for it so far, and its places in the arena.
 
+    The sequences of a `family` are numbered by `member`.
     `cached` is the number of its tokens whose keys and values are in the arena, or will be after
     the forwards that were launched. `in_flight` counts tokens that were launched but not read.
     """
@@ -125,6 +134,13 @@ class TokenSequence:
     void: bool = False  # the token in flight is dropped: ids were forced before it
     fault: str | None = None  # why its form could not go on
     limits: Limits | None = None  # before they were lowered for this sequence
+    family: Family | None = None
+    member: int = 0
+
+    @property
+    def shared(self) -> int:
+        """Tokens of the prompt with which those of its family begin too."""
+        return 0 if self.family is None else self.family.tokens
 
     @property
     def request(self) -> GenerateRequest:
@@ -161,6 +177,25 @@ def shared_prefix(request: ClassifyRequest | GenerateRequest) -> tuple[int, ...]
     if shared < MIN_SHARED_TOKENS:
         return ()
     return tuple(request.prompt_ids[:shared])
+
+
+def requests_apart(
+    pending: PendingRequest[GenerateRequest],
+) -> tuple[list[PendingRequest[GenerateRequest]], Family | None]:
+    """A request and those beside it, each alone, and the family of their sequences, if any.
+
+    What they begin with leaves each an id of its own, because an answer begins behind the last one.
+    """
+    requests = [replace(pending.request, beside=()), *pending.request.beside]
+    tokens = min(len(request.prompt_ids) for request in requests) - 1
+    prefix = max(len(shared_prefix(request)) for request in requests)
+    first = requests[0].prompt_ids
+    for request in requests[1:]:
+        same = zip(first[:tokens], request.prompt_ids, strict=False)
+        tokens = next((at for at, (one, other) in enumerate(same) if one != other), tokens)
+    apart = [PendingRequest(pending.call, request, pending.arrival) for request in requests]
+    is_worth = len(requests) > 1 and tokens - prefix >= MIN_SHARED_TOKENS
+    return apart, Family(tokens) if is_worth else None
 
 
 Item = TypeVar("Item")

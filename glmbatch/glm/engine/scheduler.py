@@ -13,7 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from glmbatch.glm.engine.protocol import GenerateRequest
-from glmbatch.glm.engine.queue import Limits, PendingRequest, TokenSequence, shared_prefix
+from glmbatch.glm.engine.queue import (
+    Limits,
+    PendingRequest,
+    TokenSequence,
+    requests_apart,
+    shared_prefix,
+)
 from glmbatch.glm.engine.sampler import Sampler
 from glmbatch.glm.model.places import Places
 
@@ -75,14 +81,19 @@ class Scheduler:
         return bool(self._waiting) or bool(self.running)
 
     def push(self, pending: PendingRequest[GenerateRequest]) -> None:
-        """Add a request to the waiting queue."""
-        request = pending.request
-        writing = None if request.form is None else request.form.begin()
-        sampler = Sampler.of(request, self._eos_id, writing)
-        seq = TokenSequence(pending, shared_prefix(request), sampler, writing)
-        if writing is not None:
-            seq.replace_end(0, writing.begin())
-        self._wait(seq)
+        """Add a request to the waiting queue, with those beside it."""
+        apart, family = requests_apart(pending)
+        for member, own in enumerate(apart):
+            request = own.request
+            writing = None if request.form is None else request.form.begin()
+            sampler = Sampler.of(request, self._eos_id, writing)
+            seq = TokenSequence(own, shared_prefix(request), sampler, writing)
+            if writing is not None:
+                seq.replace_end(0, writing.begin())
+            seq.family, seq.member = family, member
+            if family is not None:
+                family.members.append(seq)
+            self._wait(seq)
 
     def schedule(self, limits: Limits) -> Batch:
         """The next forward; without pieces, nothing can run before the last one is read."""
@@ -97,7 +108,9 @@ class Scheduler:
         if len(self.running) == running or not self.running:
             budget = limits.batch_tokens - sum(piece.count for piece in pieces if piece.count > 1)
             admitted = self._admit(limits, budget)
-        pieces += [self._piece(seq, limits.batch_tokens) for seq in admitted]
+        for seq in admitted:
+            if not self._waits_for_family(seq):
+                pieces.append(self._piece(seq, limits.batch_tokens))
         pieces.sort(key=lambda piece: piece.count > 1)
         for row, piece in enumerate(pieces):
             seq = piece.sequence
@@ -137,7 +150,7 @@ class Scheduler:
         for seq in list(self.running):
             # The token in flight may be the last of its answer.
             ends = seq.in_flight and seq.length + seq.in_flight >= self._longest(seq)
-            if ends or not seq.room:
+            if ends or not seq.room or self._waits_for_family(seq):
                 continue
             piece = self._piece(seq, chunk_tokens)
             if piece.count > 1:
@@ -154,8 +167,37 @@ class Scheduler:
         known = seq.length - seq.cached
         if known <= 0:
             return Piece(seq, seq.cached, 1, samples=True, source=seq.row)
-        count = min(known, chunk_tokens)
+        # What a family begins with is a piece of its own, so that a row has the same pieces
+        # whichever of them reads it.
+        ends = seq.shared if seq.cached < seq.shared else seq.length
+        count = min(ends - seq.cached, chunk_tokens)
         return Piece(seq, seq.cached, count, samples=count == known)
+
+    def _reader(self, seq: TokenSequence) -> TokenSequence | None:
+        """The running sequence of its family that has read most; None if none runs."""
+        running = [] if seq.family is None else [s for s in seq.family.members if s.room]
+        return max(running, key=lambda member: (member.cached, -member.member), default=None)
+
+    def _waits_for_family(self, seq: TokenSequence) -> bool:
+        """Whether another of its family still reads what they begin with; copies it afterwards."""
+        if seq.cached >= seq.shared:
+            return False
+        reader = self._reader(seq)
+        if reader is None or reader is seq:
+            return False
+        if reader.cached < seq.shared:
+            return True
+        first = self._trained_places + seq.cached
+        self._moves.append((reader.start + first, seq.start + first, seq.shared - seq.cached))
+        seq.cached = seq.shared
+        return False
+
+    def _tokens_to_admit(self, seq: TokenSequence, most: int) -> int:
+        """Tokens of the sequence in the forward that admits it, at most `most`."""
+        reader = self._reader(seq)
+        if reader is None:
+            return min((seq.shared or seq.length) - len(seq.prefix), most)
+        return min(seq.length - seq.shared, most) if reader.cached >= seq.shared else 0
 
     def _make_room(self, seq: TokenSequence, piece: Piece) -> bool:
         """Give the sequence places for `piece`, preempting later ones; False if it must wait."""
@@ -193,7 +235,7 @@ class Scheduler:
             if seq.done or seq.pending.call.cancelled:
                 heapq.heappop(self._waiting)
                 continue
-            tokens = min(seq.length - len(seq.prefix), limits.batch_tokens)
+            tokens = self._tokens_to_admit(seq, limits.batch_tokens)
             if seq.in_flight or (tokens > budget and (admitted or not full_budget)):
                 break
             needed = self._trained_places + seq.length
@@ -222,4 +264,4 @@ class Scheduler:
     def _wait(self, seq: TokenSequence) -> None:
         request, arrival = seq.request, seq.pending.arrival
         rank = (arrival // WINDOW, -request.max_tokens, -len(request.prompt_ids), arrival)
-        heapq.heappush(self._waiting, (rank, seq))
+        heapq.heappush(self._waiting, ((*rank, seq.member), seq))

@@ -35,17 +35,15 @@ def sort_out(request: Any, model: ModelLimits) -> tuple[Any | None, list[Any]]:
     A request that is invalid or leaves no room for an answer cannot run. Raises InputError if the
     model cannot run such requests at all.
     """
-    if isinstance(request, GenerateRequest):
-        refusal = _refuse_generate(request, model)
-        return (request, []) if refusal is None else (None, [refusal])
+    refuse: Any = _refuse_generate if isinstance(request, GenerateRequest) else _refuse_classify
     valid = []
     refused = []
     for question in (request, *request.beside):
-        refused_question = _refuse_classify(question, model)
-        if refused_question is None:
+        refusal = refuse(question, model)
+        if refusal is None:
             valid.append(question)
         else:
-            refused.append(refused_question)
+            refused.append(refusal)
     if not refused:
         return request, []
     return (replace(valid[0], beside=tuple(valid[1:])) if valid else None), refused

@@ -81,6 +81,14 @@ class GenerateStep(Step):
     top_p: TopP = 0.8
     top_k: TopK = 50
     seed: Seed = 0
+    n: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Number of texts to draw for a row. Above 1, the answer is the text that is "
+        "drawn most often, and the columns {name}_agreement, its share, and {name}_answers, all "
+        "texts, are added. Needs a temperature above 0.",
+    )
     stop: list[str] = Field(
         default_factory=list,
         description="Strings that end an answer; the answer does not include them.",
@@ -137,7 +145,7 @@ class GenerateStep(Step):
     @property
     def answer_columns(self) -> list[str]:
         """Names of the columns that the step adds to the output, in order."""
-        return Columns(self.name).of_generate(self.log_probs, self.tells_confidence)
+        return Columns(self.name).of_generate(self.log_probs, self.tells_confidence, self.n > 1)
 
     @field_validator("stop")
     @classmethod
@@ -145,6 +153,15 @@ class GenerateStep(Step):
         if not all(stop):
             raise ValueError("an empty stop string would end every answer at once; remove it")
         return stop
+
+    @model_validator(mode="after")
+    def _draws_differ(self) -> Self:
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"n is {self.n}, and at temperature 0 all draws are the same text; set temperature "
+                "above 0 or remove n"
+            )
+        return self
 
     @model_validator(mode="after")
     def _reachable_minimum(self) -> Self:

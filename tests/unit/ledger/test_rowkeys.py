@@ -43,6 +43,8 @@ SAMPLED = GenerateStep(name="reply", temperature=0.7)
         {"log_probs": True},
         {"confidence": True},
         {"abstain_below": 0.5},
+        {"history_column": "talk"},
+        {"n": 5},
     ],
 )
 def test_all_that_changes_an_answer_changes_the_step_key(change: dict[str, Any]) -> None:
@@ -51,7 +53,7 @@ def test_all_that_changes_an_answer_changes_the_step_key(change: dict[str, Any])
 
 def test_settings_that_came_later_count_only_when_set() -> None:
     later = {"repetition_penalty", "no_repeat_ngram_size", "min_tokens", "log_probs"}
-    later |= {"confidence", "abstain_below", "when"}
+    later |= {"confidence", "abstain_below", "when", "history_column", "n"}
     assert not later & answer_settings(GREEDY).keys()
     assert not later & answer_settings(ClassifyStep(name="mood")).keys()
     assert answer_settings(GREEDY.model_copy(update={"min_tokens": 2}))["min_tokens"] == 2

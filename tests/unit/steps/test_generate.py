@@ -11,7 +11,7 @@ from glmbatch.glm.engine.protocol import GenerateResult
 from glmbatch.glm.stop_texts import stop_at
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.settings.job import GenerateStep
-from glmbatch.steps.generate import write_up, writing_columns
+from glmbatch.steps.generate import Writing, elect, write_up, writing_columns
 from tests.support import CAUSAL
 
 
@@ -118,3 +118,16 @@ def test_only_a_character_cut_by_the_limit_is_dropped(
     assert text == tokenizer.decode(ids[: len(ids) - dropped])
     stopping = GenerateStep(name="reply", stop=["好"])
     assert write_up(stopping, result(ids, "length"), 1, tokenizer).text == "很"
+
+
+def test_the_first_of_the_most_frequent_texts_is_elected() -> None:
+    def drawn(*texts: str) -> Writing:
+        return elect([Writing(text, "stop", 7, at, log_prob=at) for at, text in enumerate(texts)])
+
+    assert drawn("a") == Writing("a", "stop", 7, 0, log_prob=0)
+    vote = drawn("b", "a\n", "c", "a", "b", "")
+    assert (vote.text, vote.completion_tokens, vote.log_prob) == ("b", 0, 0)
+    assert (vote.agreement, vote.drawn_tokens) == (2 / 6, 15)
+    assert vote.answers == ("b", "a\n", "c", "a", "b", "")
+    vote = drawn("b", "a\n", "c", "a", "", " a")
+    assert (vote.text, vote.completion_tokens, vote.agreement) == ("a\n", 1, 0.5)

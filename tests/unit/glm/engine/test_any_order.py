@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,20 @@ def stop_at_multiple(ids: Sequence[int]) -> bool:
 
 
 def requests() -> list[GenerateRequest]:
+    """Ten requests; two of them have others beside them, with the same prompt and a longer one."""
+    made = _ten()
+    rng = random.Random(6)
+    for at in (2, 6):
+        prompt = [rng.randrange(3, TOKENS) for _ in range(40)]
+        first = replace(made[at], prompt_ids=prompt, temperature=1.3)
+        beside = [replace(first, index=100 * at + draw, seed=draw) for draw in range(3)]
+        ending = [*prompt[:33], *(rng.randrange(3, TOKENS) for _ in range(9))]
+        beside.append(replace(first, index=100 * at + 3, prompt_ids=ending, temperature=0.0))
+        made[at] = replace(first, beside=tuple(beside if at == 2 else beside[:3]))
+    return made
+
+
+def _ten() -> list[GenerateRequest]:
     rng = random.Random(5)
     template = [rng.randrange(3, TOKENS) for _ in range(18)]
     made = []
@@ -90,11 +105,13 @@ class Engine:
             self.generation.run_batch()
             batches += 1
             assert batches < 5000, "it never ends"
-        results = {}
-        for index, call in self.calls.items():
-            assert call.results.qsize() <= 1, "a row is answered once"
-            if not call.results.empty():
-                results[index] = call.results.get()
+        results: dict[int, GenerateResult] = {}
+        for call in self.calls.values():
+            while not call.results.empty():
+                result = call.results.get()
+                assert isinstance(result, GenerateResult)
+                assert result.index not in results, "a row is answered once"
+                results[result.index] = result
         return results
 
 
@@ -129,9 +146,10 @@ def test_any_order_gives_the_answers_of_each_row_alone(
             if rng.random() < 0.1:
                 engine.generation.preempt()
         results = engine.to_the_end()
-    for index, call in engine.calls.items():
-        if index in results or not call.cancelled:
-            assert results[index] == expected[index]
+    for request in requests():
+        for index in (request.index, *(other.index for other in request.beside)):
+            if index in results or not engine.calls[request.index].cancelled:
+                assert results[index] == expected[index]
 
 
 _ALONE: dict[bool, tuple[TightNetwork, dict[int, GenerateResult]]] = {}
@@ -142,9 +160,10 @@ def _alone(ahead: bool) -> tuple[TightNetwork, dict[int, GenerateResult]]:
         network = TightNetwork(causal_model(), TOKENS)
         results: dict[int, GenerateResult] = {}
         for request in requests():
-            engine = Engine(network, slots=1, budget=512, places=400)
-            engine.push(request)
-            results |= engine.to_the_end()
+            for alone in (replace(request, beside=()), *request.beside):
+                engine = Engine(network, slots=1, budget=512, places=400)
+                engine.push(alone)
+                results |= engine.to_the_end()
         _ALONE[ahead] = network, results
     network, results = _ALONE[ahead]
     network.failures = 0

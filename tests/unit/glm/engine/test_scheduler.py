@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -26,11 +27,14 @@ class Run:
         self.ahead = ahead
         self.forwards: list[tuple[int, int]] = []  # rows of one token, tokens of prompts
         self.finished: dict[int, list[int]] = {}
+        self.arena: list[tuple[int, int] | None] = [None] * places  # whose token, and which
         self._arrival = 0
 
-    def push(self, prompt: int, answer: int) -> Call[object]:
+    def push(self, prompt: int, answer: int, beside: int = 0) -> Call[object]:
         call: Call[object] = Call()  # type: ignore[type-var]
         request = GenerateRequest(self._arrival, [5] * prompt, answer)
+        others = [replace(request, index=1000 * (n + 1) + self._arrival) for n in range(beside)]
+        request = replace(request, beside=tuple(others))
         self.scheduler.push(PendingRequest(call, request, self._arrival))
         self._arrival += 1
         return call
@@ -51,11 +55,27 @@ class Run:
     def step(self) -> Batch:
         batch = self.scheduler.schedule(self.limits)
         self.check_places()
+        self.write(batch)
         if batch.pieces:
             prompts = sum(piece.count for piece in batch.pieces if piece.count > 1)
             self.forwards.append((sum(piece.count == 1 for piece in batch.pieces), prompts))
             assert prompts <= self.limits.batch_tokens
         return batch
+
+    def write(self, batch: Batch) -> None:
+        """Copy and write tokens as the runner does; each piece finds those before it."""
+        for source, target, places in batch.moves:
+            self.arena[target : target + places] = self.arena[source : source + places]
+        for piece in batch.pieces:
+            seq = piece.sequence
+            for at in range(piece.first, piece.first + piece.count):
+                owner = seq.pending.arrival if at < seq.shared else seq.request.index
+                self.arena[seq.start + at] = (owner, at)
+        for piece in batch.pieces:
+            seq = piece.sequence
+            for at in range(piece.first):
+                owner = seq.pending.arrival if at < seq.shared else seq.request.index
+                assert self.arena[seq.start + at] == (owner, at)
 
     def read(self, batch: Batch) -> None:
         for piece in batch.pieces:
@@ -116,16 +136,34 @@ def test_every_sequence_ends_and_frees_its_places(ahead: bool, data: st.DataObje
         budget=data.draw(st.integers(8, 100)),
         ahead=ahead,
     )
-    rows = data.draw(st.lists(st.tuples(st.integers(1, 70), st.integers(1, 80)), max_size=12))
+    row = st.tuples(st.integers(1, 70), st.integers(1, 80), st.sampled_from([0, 0, 1, 4]))
+    rows = data.draw(st.lists(row, max_size=12))
     cancelled = data.draw(st.sets(st.integers(0, 11)))
     calls = [run.push(*row) for row in rows]
     for at in cancelled & set(range(len(calls))):
         calls[at].cancelled = True
     run.to_the_end()
-    expected = {at: row[1] for at, row in enumerate(rows) if at not in cancelled}
+    expected = {}
+    for at, (_, answer, beside) in enumerate(rows):
+        if at not in cancelled:
+            expected |= {1000 * n + at: answer for n in range(beside + 1)}
     assert {at: len(ids) for at, ids in run.finished.items()} == expected
     total = run.scheduler.places.total
     assert run.scheduler.places.take(total) == 0, "all places are free again"
+
+
+def test_what_requests_begin_with_is_read_once() -> None:
+    def prompt_tokens(beside: int) -> int:
+        run = Run(slots=40, places=40 * 300)
+        for _ in range(8):
+            run.push(100, 20, beside)
+        run.to_the_end()
+        assert len(run.finished) == 8 * (beside + 1)
+        assert len(run.forwards) <= 23, "the others run one forward later"
+        return sum(tokens for _, tokens in run.forwards)
+
+    assert prompt_tokens(0) == 800
+    assert prompt_tokens(4) == 8 * 99
 
 
 def test_a_preempted_sequence_keeps_its_ids() -> None:
