@@ -14,16 +14,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from glmbatch.glm.engine.protocol import ClassifyRequest, Engine, GenerateResult
+from glmbatch.glm.engine.protocol import Engine, GenerateResult
 from glmbatch.glm.form import Form, FormField, RowForm, before
 from glmbatch.glm.form_tokens import form_tokens
 from glmbatch.glm.tokenizer import Tokenizer
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import ExtractStep
 from glmbatch.settings.steps.fields import ExtractField, FieldValue
-from glmbatch.steps.classify import choose
+from glmbatch.steps.classify import Choice, LabelSet, ask_choices
 from glmbatch.steps.generate import Confidence, ask_by_key, request_of
-from glmbatch.steps.prompt import Prompt, RowFault
+from glmbatch.steps.prompt import Prompt, RowFault, RowPrompts
 
 _ARROW = {
     "text": pa.string(),
@@ -122,14 +122,12 @@ def ask_extractions(
     A prompt on which the model failed has a RowFault.
     """
     chosen: dict[bytes, dict[str, tuple[str, float]]] = {key: {} for key in prompts}
-    for field in _choices(step):
-        asked = {key: prompts[key] for key in chosen}
-        for key, outcome in _ask_choice(step, field, asked, engine, tokenizer):
-            if isinstance(outcome, RowFault):
-                del chosen[key]
-                yield key, outcome
-            else:
-                chosen[key][field.name] = outcome
+    for name, key, choice in _ask_choices(step, prompts, engine, tokenizer):
+        if not isinstance(choice, RowFault):
+            # A key is missing if the row failed already.
+            chosen.get(key, {})[name] = choice
+        elif chosen.pop(key, None) is not None:
+            yield key, choice
     form = form_of(step, tokenizer)
     if not step.written:
         for key, known in chosen.items():
@@ -157,32 +155,35 @@ def _texts(chosen: Mapping[str, tuple[str, float]]) -> dict[str, str]:
     return {name: text for name, (text, _) in chosen.items()}
 
 
-def _ask_choice(
-    step: ExtractStep,
-    field: ExtractField,
-    prompts: Mapping[bytes, Prompt],
-    engine: Engine,
-    tokenizer: Tokenizer,
-) -> Iterator[tuple[bytes, tuple[str, float] | RowFault]]:
-    """For each prompt the likeliest choice, as JSON text, and its probability."""
+def _ask_choices(
+    step: ExtractStep, prompts: Mapping[bytes, Prompt], engine: Engine, tokenizer: Tokenizer
+) -> Iterator[tuple[str, bytes, tuple[str, float] | RowFault]]:
+    """The likeliest choice of each field, as JSON text, and its probability; in any order.
+
+    Each comes with its field and row key. All fields of a row are asked behind one read of it.
+    """
     tokens = form_tokens(tokenizer)
-    # As the first field of a document, so that the probabilities do not depend on the others.
-    begin = list(tokens.encode(before([FormField(field.name, None)], 0)))
-    texts = _choice_texts(field)
-    label_ids = tuple(tokens.encode(text.encode()) for text in texts)
-    keys = list(prompts)
-    requests = (
-        ClassifyRequest(index, [*prompts[key].ids, *begin], label_ids, prompts[key].shared_tokens)
-        for index, key in enumerate(keys)
-    )
-    for result in engine.classify(requests):
-        if result.error is not None:
-            yield keys[result.index], RowFault("model_failed", result.error)
-        else:
-            # No choice begins another: each ends with its quote.
-            choice = choose(texts, result.scores)
+    label_sets = []
+    begins = []
+    fields = [field for field in step.fields if field.type == "choice"]
+    for field in fields:
+        texts = _choice_texts(field)
+        label_sets.append(LabelSet(texts, tuple(tokens.encode(x.encode()) for x in texts)))
+        # As the first field of a document, so that the probabilities do not depend on the others.
+        begins.append(tokens.encode(before([FormField(field.name, None)], 0)))
+
+    def rows() -> Iterator[RowPrompts]:
+        for key, prompt in prompts.items():
+            ids = [[*prompt.ids, *begin] for begin in begins]
+            yield [(at, key, replace(prompt, ids=of_field)) for at, of_field in enumerate(ids)]
+
+    for at, key, choice in ask_choices(label_sets, rows() if fields else (), engine):
+        if isinstance(choice, Choice):
             assert choice.label is not None  # only a classify step abstains
-            yield keys[result.index], (choice.label, choice.score)
+            yield fields[at].name, key, (choice.label, choice.score)
+        else:
+            assert isinstance(choice, RowFault)
+            yield fields[at].name, key, choice
 
 
 def form_of(step: ExtractStep, tokenizer: Tokenizer) -> Form:
@@ -251,10 +252,6 @@ def _arrow_type(field: ExtractField) -> pa.DataType:
     if field.items is not None:
         return pa.list_(_ARROW[field.items.type])
     return _ARROW[field.type]
-
-
-def _choices(step: ExtractStep) -> list[ExtractField]:
-    return [field for field in step.fields if field.type == "choice"]
 
 
 def _choice_texts(field: ExtractField) -> list[str]:

@@ -16,7 +16,13 @@ import pytest
 import torch
 from transformers import GlmForCausalLM
 
-from glmbatch.glm.engine.protocol import Engine, GenerateRequest, GenerateResult
+from glmbatch.glm.engine.protocol import (
+    ClassifyRequest,
+    ClassifyResult,
+    Engine,
+    GenerateRequest,
+    GenerateResult,
+)
 from glmbatch.glm.engine.worker import TorchEngine
 from glmbatch.glm.form_tokens import form_tokens
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
@@ -172,6 +178,48 @@ def test_a_choice_has_its_probability(model: Any, tokenizer: Tokenizer) -> None:
         assert (answer.finish_reason, answer.completion_tokens) == ("stop", 0)
     schema = answers_schema(step, ())
     assert schema.field("facts_mood_score").type == pa.float64()
+
+
+class Counting:
+    """An engine that counts the texts which it reads for choices."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.reads = 0
+
+    def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
+        for result in self._engine.classify(self._counted(requests)):
+            fails = result.index == 4
+            yield replace(result, scores=(), error="no memory") if fails else result
+
+    def _counted(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyRequest]:
+        for request in requests:
+            self.reads += 1
+            yield request
+
+
+def test_all_choices_of_a_row_are_asked_behind_one_read(model: Any, tokenizer: Tokenizer) -> None:
+    fields: dict[str, Any] = {
+        "mood": {"choices": ["good", "bad", "so so"]},
+        "moody": {"choices": ["yes", "no"], "nullable": True},
+        "好": {"choices": ["高", "低"]},
+    }
+    step = step_of(fields)
+    prompts = prompts_of(step, 4, tokenizer)
+    with engine_of(model, tokenizer) as engine:
+        counting: Any = Counting(engine)
+        answers = ask(step, prompts, counting, tokenizer)
+        apart = [ask(step_of({x: fields[x]}), prompts, engine, tokenizer) for x in fields]
+    assert counting.reads == 4
+    # The second field of the second row fails, and the row once.
+    assert [isinstance(answers[key], RowFault) for key in prompts] == [False, True, False, False]
+    for key, answer in answers.items():
+        if isinstance(answer, Extraction):
+            for name, others in zip(fields, apart, strict=True):
+                alone = others[key]
+                assert isinstance(alone, Extraction)
+                assert answer.values[name] == alone.values[name]
+                assert answer.scores[name] == pytest.approx(alone.scores[name], abs=1e-6)
 
 
 class Spelled:
