@@ -7,7 +7,7 @@
     glmbatch repair OUTPUT        rebuild a damaged manifest and list of failed rows
     glmbatch canary OUTPUT FILE   save a few published answers for later runs to reproduce
     glmbatch train FILE           fine-tune on labelled rows and promote the result if better
-    glmbatch evaluate MODEL ROWS  score a checkpoint on labelled rows
+    glmbatch evaluate JOB ROWS    score the answers of a job or a checkpoint on labelled rows
     glmbatch settings             list every setting of a job and of a training
 
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined rows, 130/143
@@ -216,17 +216,11 @@ def _train(parsed: argparse.Namespace) -> int:
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
-    from glmbatch.settings.job import RuntimeConfig
-    from glmbatch.settings.tuning import LabelledData
-    from glmbatch.tuning.evaluate import evaluate_rows
-    from glmbatch.tuning.render import describe_scores
+    from glmbatch.cli.evaluate import evaluate_parsed
+    from glmbatch.evaluation.render import describe
 
-    data = LabelledData(
-        input=parsed.rows, text_column=parsed.text_column, label_column=parsed.label_column
-    )
-    runtime = RuntimeConfig(device=parsed.device)
-    scores = evaluate_rows(parsed.model, data, parsed.prompt_template, runtime)
-    _show(scores, lambda: describe_scores(parsed.model, scores), parsed.json)
+    found, shown = evaluate_parsed(parsed)
+    _show(shown, lambda: describe(found), parsed.json)
     return DONE
 
 

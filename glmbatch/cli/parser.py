@@ -59,7 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_repair(command("repair", "rebuild a damaged manifest and list of failed rows"))
     _add_canary(command("canary", "save a few published answers for later runs to reproduce"))
     _add_train(command("train", "fine-tune on labelled rows and promote the result if better"))
-    _add_evaluate(command("evaluate", "score a checkpoint on labelled rows"))
+    _add_evaluate(
+        command("evaluate", "score the answers of a job or a checkpoint on labelled rows")
+    )
     command("settings", "list every setting of a job and of a training, as Markdown")
     return parser
 
@@ -149,30 +151,57 @@ def _add_train(command: argparse.ArgumentParser) -> None:
 
 def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "model", metavar="MODEL", help="directory of a checkpoint with a trained head"
+        "job",
+        metavar="JOB",
+        help="job file, YAML or JSON; or the directory of a checkpoint that `glmbatch train` made",
     )
     command.add_argument(
-        "rows", metavar="ROWS", help="Parquet file, folder of Parquet files, or glob"
+        "rows", metavar="ROWS", help="labelled rows: Parquet file, folder of them, or glob"
     )
     command.add_argument(
-        "--text-column", default="text", metavar="NAME", help="column with the text (default: text)"
+        "--truth",
+        action="append",
+        default=[],
+        metavar="STEP=COLUMN",
+        help="column with the correct answers of a step, or STEP.FIELD=COLUMN of a field (default: "
+        "the column named as the answer column). Can be repeated.",
     )
     command.add_argument(
-        "--label-column",
-        default="label",
-        metavar="NAME",
-        help="column with the correct label (default: label)",
+        "--precision",
+        action="append",
+        default=[],
+        type=_probability,
+        metavar="P",
+        help="also say how many rows have labels that are right in this share (default: 0.95). "
+        "Can be repeated.",
     )
     command.add_argument(
+        "--keep",
+        metavar="FOLDER",
+        help="folder for the answers, so that the same rows are not asked again (default: "
+        "evaluations in runtime.cache)",
+    )
+    command.add_argument("--text-column", metavar="NAME", help="column with the text")
+    command.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    checkpoint = command.add_argument_group("a checkpoint instead of a job")
+    checkpoint.add_argument(
+        "--label-column", metavar="NAME", help="column with the correct label (default: label)"
+    )
+    checkpoint.add_argument(
         "--prompt-template",
         metavar="TEMPLATE",
-        help="prompt of a row; {text} inserts its text (default: the template in the report of the "
-        "model's training, else {text})",
+        help="prompt of a row; {text} inserts its text (default: that of the model's training, "
+        "else {text})",
     )
-    command.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
+    _add_set(command)
     _add_json(command)
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and up to 1")
+    return value
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:
@@ -198,6 +227,17 @@ def job_overrides(parsed: argparse.Namespace) -> dict[str, object]:
         if value is not None:
             overrides[name] = value
     return overrides | set_values(parsed.set)
+
+
+def truth_columns(pairs: Sequence[str]) -> dict[str, str]:
+    """The NAME=COLUMN pairs of `--truth` as a mapping. InputError if one has no `=`."""
+    columns = {}
+    for pair in pairs:
+        name, equals, column = pair.partition("=")
+        if not equals or not column:
+            raise InputError(f"--truth {pair[:50]}: has no column. Write --truth STEP=COLUMN.")
+        columns[name] = column
+    return columns
 
 
 def set_values(pairs: Sequence[str]) -> dict[str, object]:

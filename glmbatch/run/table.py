@@ -48,7 +48,7 @@ def annotate(job: Job) -> Summary:
     `job` is a JobConfig, a mapping of settings, or the path of a job file. Safe to repeat, and
     raises, as `run_job`.
     """
-    return run_job(_settings(job, {}))
+    return run_job(settings_of(job, {}))
 
 
 def annotate_table(
@@ -70,25 +70,36 @@ def annotate_table(
     first fragments for one reason. AuditError when an audit of the job fails, TransientError when
     the machine failed.
     """
-    settings = _settings_of_table(job)
-    inputs = prompt_inputs(settings)
     frame = as_frame(table)
-    columns = _columns(frame, schema_needs(settings, inputs))
-    with showing_bar(newest_progress):
-        if cache is not None:
-            answers = _answers(columns, settings, inputs, Folder(os.fspath(cache)).path)
-        else:
-            with TemporaryDirectory(prefix="glmbatch-") as folder:
-                answers = _uncached(columns, settings, inputs, Path(folder))
+    if cache is not None:
+        answers, _ = answers_to(frame, job, cache)
+    else:
+        settings = _settings_of_table(job)
+        inputs = prompt_inputs(settings)
+        columns = _columns(frame, schema_needs(settings, inputs))
+        with showing_bar(newest_progress), TemporaryDirectory(prefix="glmbatch-") as folder:
+            answers = _uncached(columns, settings, inputs, Path(folder))
     answered: AnyTable = frame.beside(answers)
     return answered
+
+
+def answers_to(frame: Frame, job: Job, cache: str | os.PathLike[str]) -> tuple[pa.Table, Summary]:
+    """The answer columns for each row of `frame`, and what the run did.
+
+    The folder `cache` keeps the answers. Settings and errors are as for `annotate_table`.
+    """
+    settings = _settings_of_table(job)
+    inputs = prompt_inputs(settings)
+    columns = _columns(frame, schema_needs(settings, inputs))
+    with showing_bar(newest_progress):
+        return _answers(columns, settings, inputs, Folder(os.fspath(cache)).path)
 
 
 def _settings_of_table(job: Job) -> JobConfig:
     """The job with the settings that a table leaves out or cannot have."""
     # A job requires these; `_answers` replaces them with a folder of this call.
     places = {"data.input": WHERE, "data.output": WHERE, "data.format": "parquet"}
-    settings = _settings(job, {**places, "data.missing_sources": "keep"})
+    settings = settings_of(job, {**places, "data.missing_sources": "keep"})
     if settings.data.limit is not None:
         raise InputError(
             f"{WHERE}: data.limit is set, but every row of a table is answered. "
@@ -101,7 +112,8 @@ def _settings_of_table(job: Job) -> JobConfig:
     return settings.model_copy(update={"max_error_rate": 1.0})
 
 
-def _settings(job: Job, overrides: Mapping[str, object]) -> JobConfig:
+def settings_of(job: Job, overrides: Mapping[str, object]) -> JobConfig:
+    """The settings of `job`, with `overrides` by their dotted names."""
     if isinstance(job, str | os.PathLike):
         return load_job(os.fspath(job), overrides)
     settings = job.model_dump() if isinstance(job, JobConfig) else job
@@ -139,7 +151,7 @@ def _uncached(
 ) -> pa.Table:
     """The answers, computed in a `folder` that is deleted after the call."""
     try:
-        return _answers(columns, job, inputs, folder)
+        return _answers(columns, job, inputs, folder)[0]
     except AuditError as error:
         # The finding alone, without the paths of a list and a report that will be deleted.
         found = error.__cause__ if isinstance(error.__cause__, AuditError) else error
@@ -163,8 +175,11 @@ def _naming_the_table(source: AnyPath, output: AnyPath) -> Iterator[None]:
 
 def _answers(
     columns: pa.Table, job: JobConfig, inputs: dict[str, PromptInputs], folder: AnyPath
-) -> pa.Table:
-    """The answer columns in row order, from a run whose input and output are in `folder`."""
+) -> tuple[pa.Table, Summary]:
+    """The answer columns in row order, from a run whose input and output are in `folder`.
+
+    Also the summary of that run.
+    """
     # A folder per set of steps and weights, because an output holds the answers of one set.
     questions = resolve_questions(job, inputs, prepare_models(job))
     step_keys = {question.name: question.key for question in questions}
@@ -187,7 +202,7 @@ def _answers(
         # A cache also holds the answers of earlier tables.
         if file.source == source.name:
             parts.append(read_columns(output / file.output_name, names))
-    return pa.concat_tables(parts)
+    return pa.concat_tables(parts), summary
 
 
 def _write(table: pa.Table, folder: AnyPath) -> AnyPath:

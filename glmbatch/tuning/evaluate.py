@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,6 @@ import pyarrow.parquet as pq
 
 from glmbatch.errors import InputError
 from glmbatch.run.job import run_job
-from glmbatch.run.models import locate_model, prepare_model
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import (
     ClassifyStep,
@@ -25,10 +23,10 @@ from glmbatch.settings.job import (
     ModelConfig,
     RuntimeConfig,
 )
-from glmbatch.settings.tuning import LabelledData, TuneConfig
+from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.baseline import score_baseline
 from glmbatch.tuning.encode import STEP, step_of
-from glmbatch.tuning.examples import Example, read_examples, text_keys
+from glmbatch.tuning.examples import Example, text_keys
 from glmbatch.tuning.report import (
     CHECKPOINT,
     LEARNED,
@@ -137,39 +135,6 @@ def _score_current(
     labels = sorted({*held_out.labels, *report.labels})
     everything = HeldOut(held_out.rows, labels)
     scores, _ = evaluate(current / CHECKPOINT, step, everything, config.runtime, folder)
-    return scores
-
-
-def evaluate_rows(
-    model: str,
-    data: LabelledData,
-    prompt_template: str | None = None,
-    runtime: RuntimeConfig | None = None,
-) -> Scores | TextScores:
-    """Scores of the classifier in directory `model` on all rows of `data`.
-
-    The labels are its own and those of the rows. Without `prompt_template`, the prompt is that of
-    its training, if the folder above has its report. InputError if it has no trained head.
-    """
-    runtime = runtime or RuntimeConfig()
-    prepared = prepare_model(locate_model(ModelConfig(path=model), runtime))
-    if not prepared.has_head:
-        raise InputError(
-            f"{model}: has no trained head. Give a checkpoint that `glmbatch train` made."
-        )
-    report = read_report(Path(model).resolve().parent)
-    if report is None:
-        defaults = TuneConfig(data=data, output=".", model=ModelConfig(path=model))
-        settings = defaults.model_dump()
-    else:
-        settings = report.settings
-    if prompt_template is not None:
-        settings = settings | {"prompt_template": prompt_template}
-    rows = read_examples(data).examples
-    labels = {*prepared.labels, *(row.label for row in rows)}
-    held_out = HeldOut(rows, sorted(labels))
-    with tempfile.TemporaryDirectory() as folder:
-        scores, _ = evaluate(Path(model), step_of(settings), held_out, runtime, Path(folder))
     return scores
 
 

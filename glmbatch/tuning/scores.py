@@ -6,6 +6,7 @@ Shapes: R rows, L labels.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ HIGHEST_TEMPERATURE = 20
 # Each step of golden-section search keeps this share of the interval; 60 steps give 12 digits.
 GOLDEN = 0.618034
 SEARCH_STEPS = 60
+WORD = re.compile("[a-z0-9]+")
 
 
 class LabelScore(BaseModel, frozen=True, extra="forbid"):
@@ -61,32 +63,42 @@ class TextScores(BaseModel, frozen=True, extra="forbid"):
 
 def score_texts(truth: Sequence[str], answers: Sequence[str]) -> TextScores:
     """Scores of `answers` against `truth`, row by row; white space at both ends is ignored."""
-    exact = 0
-    rouge = []
-    for expected, answer in zip(truth, answers, strict=True):
-        exact += expected.strip() == answer.strip()
-        rouge.append(_rouge_l(expected.strip(), answer.strip()))
+    truth = [text.strip() for text in truth]
+    answers = [text.strip() for text in answers]
+    exact = sum(one == other for one, other in zip(truth, answers, strict=True))
     return TextScores(
         rows=len(truth),
         exact_match=exact / len(truth),
-        rouge_l=math.fsum(rouge) / len(truth),
+        rouge_l=math.fsum(rouge_l_of_texts(truth, answers)) / len(truth),
     )
 
 
-def _rouge_l(expected: str, answer: str) -> float:
-    """F1 of the longest common subsequence of two texts, from 0 to 1."""
-    if not expected or not answer:
-        return float(expected == answer)
-    # row[n]: length of the subsequence common to the characters so far and `answer[:n]`.
-    row = [0] * (len(answer) + 1)
-    for character in expected:
-        previous, row = row, [0]
-        for place, other in enumerate(answer):
-            if other == character:
-                row.append(previous[place] + 1)
-            else:
-                row.append(max(previous[place + 1], row[place]))
-    return 2 * row[-1] / (len(expected) + len(answer))
+def rouge_l(expected: Sequence[str], answer: Sequence[str]) -> float:
+    """F1 of the longest common subsequence of two texts or lists of words, from 0 to 1.
+
+    As rouge-score computes it, to the last bit; 0 if one of them is empty, or both.
+    """
+    from rapidfuzz.distance import LCSseq
+
+    common = LCSseq.similarity(expected, answer)
+    if not common:
+        return 0.0
+    precision, recall = common / len(answer), common / len(expected)
+    return 2 * precision * recall / (precision + recall)
+
+
+def rouge_l_of_texts(truth: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """ROUGE-L over characters, row by row, so that no language needs a tokenizer.
+
+    Unlike in rouge-score, an empty answer where none is expected is right.
+    """
+    pairs = zip(truth, answers, strict=True)
+    return [rouge_l(one, other) if one or other else 1.0 for one, other in pairs]
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text as rouge-score takes them: runs of a-z and 0-9, in lower case."""
+    return WORD.findall(text.lower())
 
 
 def score(
@@ -101,19 +113,22 @@ def score(
     for label, guess in zip(truth, predicted, strict=True):
         confusion[label][guess] += 1
     by_label = {label: _label_score(label, confusion) for label in labels}
-    used = [label for label in labels if by_label[label].rows or _guesses(label, confusion)]
+    used = [
+        by_label[label].f1
+        for label in sorted(labels)
+        if by_label[label].rows or _guesses(label, confusion)
+    ]
     right = sum(confusion[label][label] for label in labels)
     bins: list[tuple[int, float, float]] = []
     error = None
     if confidence is not None:
         is_right = [label == guess for label, guess in zip(truth, predicted, strict=True)]
-        bins = _bins(np.array(is_right), np.asarray(confidence))
-        gaps = [rows * abs(probability - accuracy) for rows, probability, accuracy in bins]
-        error = math.fsum(gaps) / len(truth)
+        bins = bins_of(np.array(is_right), np.asarray(confidence))
+        error = calibration_error(bins)
     return Scores(
         rows=len(truth),
         accuracy=right / len(truth),
-        macro_f1=math.fsum(by_label[label].f1 for label in used) / len(used),
+        macro_f1=float(np.mean(used)),  # in scikit-learn's order, for the same last digit
         labels=by_label,
         confusion=confusion,
         ece=error,
@@ -138,7 +153,7 @@ def _label_score(label: str, confusion: Mapping[str, Mapping[str, int]]) -> Labe
     )
 
 
-def _bins(right_R: np.ndarray, confidence_R: np.ndarray) -> list[tuple[int, float, float]]:
+def bins_of(right_R: np.ndarray, confidence_R: np.ndarray) -> list[tuple[int, float, float]]:
     """Rows, mean confidence and accuracy of each bin that has rows."""
     # A confidence of 1 belongs to the last bin.
     bin_R = np.minimum((confidence_R * BINS).astype(int), BINS - 1)
@@ -149,6 +164,12 @@ def _bins(right_R: np.ndarray, confidence_R: np.ndarray) -> list[tuple[int, floa
             mean = float(confidence_R[inside_R].mean())
             bins.append((int(inside_R.sum()), mean, float(right_R[inside_R].mean())))
     return bins
+
+
+def calibration_error(bins: Sequence[tuple[int, float, float]]) -> float:
+    """The mean distance of probability and accuracy over the rows of `bins`."""
+    gaps = [rows * abs(probability - accuracy) for rows, probability, accuracy in bins]
+    return math.fsum(gaps) / sum(rows for rows, _, _ in bins)
 
 
 def fit_temperature(logits_RL: np.ndarray, truth_R: np.ndarray) -> float:

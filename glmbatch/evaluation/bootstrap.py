@@ -1,0 +1,67 @@
+"""Intervals by bootstrap: how far numbers vary if other texts had been labelled.
+
+Texts are drawn, not rows: rows with the same text are drawn together, because they say little more
+than one of them. Shapes: R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from glmbatch.evaluation.results import Interval
+
+DRAWS = 1000
+SEED = 20_231_117  # any number; with the same one, the same rows give the same interval
+TAILS = (2.5, 97.5)  # percentiles at the ends of an interval of 95 %
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """The truth and the answer of each row to score, and the number of its text.
+
+    `confidence` is the probability of each answer, None if there is none.
+    """
+
+    truth: Sequence[Any]
+    answers: Sequence[Any]
+    group_R: np.ndarray
+    confidence: Sequence[float] | None = None
+
+
+Measure = Callable[[np.ndarray], Mapping[str, float]]
+
+
+def groups_of(texts: Sequence[Hashable]) -> np.ndarray:
+    """The number of each row's text, so that equal texts have equal numbers."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
+
+
+def intervals(measure: Measure, group_R: np.ndarray) -> dict[str, Interval]:
+    """The interval of 95 % of each number that `measure` returns.
+
+    `measure` gets the number of times that each row is drawn. A number that cannot be measured in
+    every draw, or does not exist, has no interval.
+    """
+    dice = np.random.default_rng(SEED)
+    groups = int(group_R.max()) + 1
+    draws: dict[str, list[float]] = {}
+    for _ in range(DRAWS):
+        times_G = np.bincount(dice.integers(groups, size=groups), minlength=groups)
+        for name, value in measure(times_G[group_R].astype(np.float64)).items():
+            draws.setdefault(name, []).append(value)
+    found = {}
+    for name, values in draws.items():
+        if np.isfinite(values).all():
+            low, high = np.percentile(values, TAILS)
+            found[name] = (float(low), float(high))
+    return found
+
+
+def whole(measure: Measure, rows: int) -> Mapping[str, float]:
+    """What `measure` returns if each of so many rows is there once."""
+    return measure(np.ones(rows))

@@ -1,0 +1,107 @@
+"""Scores of extracted fields, each by its type. No model, no files.
+
+Shapes: R rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from glmbatch.evaluation.bootstrap import Compared, intervals, whole
+from glmbatch.evaluation.labels import score_labels
+from glmbatch.evaluation.results import ListResult, Result, ValueResult
+from glmbatch.evaluation.texts import score_written
+from glmbatch.settings.steps.fields import ExtractField
+
+NULL = "null"  # how a null is named among choices
+
+
+def same_values(truth: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+    """Whether each value of a field is right. White space at the ends of a text is ignored."""
+    pairs = zip(truth, answers, strict=True)
+    return np.array([_bare(one) == _bare(other) for one, other in pairs])
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, list):
+        return Counter(map(_bare, value))  # the order of items says nothing
+    return value
+
+
+def score_field(field: ExtractField, compared: Compared, precisions: Sequence[float]) -> Result:
+    """Scores of one field, by its type."""
+    truth, answers = compared.truth, compared.answers
+    if field.type == "choice":
+        labels = [*(field.choices or ()), *([NULL] if field.nullable else [])]
+        truth, answers = ([value or NULL for value in values] for values in (truth, answers))
+        return score_labels(replace(compared, truth=truth, answers=answers), labels, precisions)
+    if field.type == "text":  # a null is as good as an empty text
+        truth, answers = ([value or "" for value in values] for values in (truth, answers))
+        return score_written(truth, answers, compared.group_R)
+    if field.type == "list":
+        return score_items(truth, answers, compared.group_R)
+    return score_values(truth, answers, compared.group_R)
+
+
+def score_values(truth: Sequence[Any], answers: Sequence[Any], group_R: np.ndarray) -> ValueResult:
+    """How often values are right; for numbers also how far off they are."""
+    exact_R = same_values(truth, answers).astype(np.float64)
+    off_R = np.array([_distance(one, other) for one, other in zip(truth, answers, strict=True)])
+    compares_R = np.isfinite(off_R)
+    off_R = np.where(compares_R, off_R, 0.0)
+
+    def measure(times_R: np.ndarray) -> dict[str, float]:
+        numbers = times_R @ compares_R
+        return {
+            "exact_match": float(times_R @ exact_R / times_R.sum()),
+            "mean_absolute_error": float(times_R @ off_R / numbers) if numbers else math.nan,
+        }
+
+    found = dict(whole(measure, len(truth)))
+    error = found.pop("mean_absolute_error")
+    return ValueResult(
+        rows=len(truth),
+        **found,
+        mean_absolute_error=None if math.isnan(error) else error,
+        intervals=intervals(measure, group_R),
+    )
+
+
+def _distance(truth: Any, answer: Any) -> float:
+    for value in (truth, answer):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return math.nan
+    return abs(float(truth) - float(answer))
+
+
+def score_items(
+    truth: Sequence[list[Any] | None], answers: Sequence[list[Any] | None], group_R: np.ndarray
+) -> ListResult:
+    """How well the items of lists agree; null counts as a list without items."""
+    exact_R = same_values(truth, answers).astype(np.float64)
+    counts = []
+    for expected, answered in zip(truth, answers, strict=True):
+        one, other = _bare(expected or []), _bare(answered or [])
+        counts.append([(one & other).total(), other.total(), one.total()])
+    counts_R3 = np.array(counts, np.float64)
+
+    def measure(times_R: np.ndarray) -> dict[str, float]:
+        common, answered, expected = times_R @ counts_R3
+        return {
+            "exact_match": float(times_R @ exact_R / times_R.sum()),
+            "precision": float(common / max(answered, 1)),
+            "recall": float(common / max(expected, 1)),
+            "f1": float(2 * common / max(answered + expected, 1)),
+        }
+
+    return ListResult(
+        rows=len(truth), **whole(measure, len(truth)), intervals=intervals(measure, group_R)
+    )

@@ -1,0 +1,160 @@
+"""Scores of labels, one for each row or several, with their intervals. No model, no files.
+
+Shapes: R rows, L labels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+from glmbatch.evaluation.bootstrap import Compared, Measure, intervals, whole
+from glmbatch.evaluation.results import Coverage, LabelResult, SeveralResult
+from glmbatch.tuning.scores import BINS, LabelScore, bins_of, calibration_error, score
+
+
+def score_labels(
+    compared: Compared, labels: Sequence[str], precisions: Sequence[float] = ()
+) -> LabelResult:
+    """Scores of one label for each row, and the rows covered at each of `precisions`.
+
+    `labels` are those that may be answered. Truths beside them are counted and always wrong.
+    """
+    truth, answers, confidence = compared.truth, compared.answers, compared.confidence
+    everything = [*labels, *sorted({*truth, *answers} - {*labels})]
+    scores = score(truth, answers, everything, confidence)
+    right_R = np.array([one == other for one, other in zip(truth, answers, strict=True)])
+    confidence_R = None if confidence is None else np.asarray(confidence, np.float64)
+    covered = []
+    if confidence_R is not None:
+        covered = [coverage_at(precision, confidence_R, right_R) for precision in precisions]
+    numbers = {label: number for number, label in enumerate(everything)}
+    truth_R = np.array([numbers[label] for label in truth])
+    answer_R = np.array([numbers[label] for label in answers])
+    measure = _measure(truth_R, answer_R, confidence_R, len(everything))
+    return LabelResult(
+        **scores.model_dump(),
+        coverage=tuple(covered),
+        unknown_truths=Counter(label for label in truth if label not in labels),
+        intervals=intervals(measure, compared.group_R),
+    )
+
+
+def _measure(
+    truth_R: np.ndarray, answer_R: np.ndarray, confidence_R: np.ndarray | None, labels: int
+) -> Measure:
+    """Accuracy, macro-F1 and calibration error by the number of times that each row is drawn."""
+    right_R = truth_R == answer_R
+    bin_R = None if confidence_R is None else _bin_of(confidence_R)
+
+    def measure(times_R: np.ndarray) -> dict[str, float]:
+        right_L = np.bincount(truth_R, times_R * right_R, labels)
+        rows_L = np.bincount(truth_R, times_R, labels) + np.bincount(answer_R, times_R, labels)
+        rows = times_R.sum()
+        found = {"accuracy": float(right_L.sum() / rows), "macro_f1": _mean_f1(right_L, rows_L)}
+        if confidence_R is not None and bin_R is not None:
+            gap_N = np.bincount(bin_R, times_R * (confidence_R - right_R), BINS)
+            found["ece"] = float(np.abs(gap_N).sum() / rows)
+        return found
+
+    return measure
+
+
+def _bin_of(confidence_R: np.ndarray) -> np.ndarray:
+    bin_R: np.ndarray = np.minimum((confidence_R * BINS).astype(int), BINS - 1)
+    return bin_R
+
+
+def _mean_f1(right_L: np.ndarray, rows_L: np.ndarray) -> float:
+    """Mean F1 of the labels that occur; `rows_L` counts both their truths and their answers."""
+    occurs_L = rows_L > 0
+    return float((2 * right_L[occurs_L] / rows_L[occurs_L]).mean())
+
+
+def coverage_at(precision: float, confidence_R: np.ndarray, right_R: np.ndarray) -> Coverage:
+    """The lowest threshold whose rows reach `precision`, among these rows themselves."""
+    order = np.argsort(-confidence_R, kind="stable")
+    scores = confidence_R[order]
+    share = np.cumsum(right_R[order]) / np.arange(1, len(order) + 1)
+    # A threshold takes all rows of one score or none.
+    ends = np.append(scores[1:] != scores[:-1], True)
+    enough = np.flatnonzero(ends & (share >= precision))
+    if not len(enough):
+        return Coverage(precision=precision, threshold=None, covered=0.0)
+    last = int(enough[-1])
+    covered = (last + 1) / len(order)
+    return Coverage(precision=precision, threshold=float(scores[last]), covered=covered)
+
+
+def score_several(
+    truth: Sequence[Collection[str]],
+    answers: Sequence[Collection[str]],
+    chances: Sequence[Mapping[str, float]],
+    group_R: np.ndarray,
+) -> SeveralResult:
+    """Scores of lists of labels; `chances` has the probability of each label of the step."""
+    labels = list(chances[0])
+    unknown = Counter[str]()
+    for row in truth:
+        unknown.update({*row} - {*labels})
+    everything = [*labels, *sorted(unknown)]
+    truth_RL = _one_hot(truth, everything)
+    answer_RL = _one_hot(answers, everything)
+    measure = _measure_several(truth_RL, answer_RL)
+    chance_RL = np.array([[row[label] for label in labels] for row in chances])
+    bins = bins_of(truth_RL[:, : len(labels)].ravel(), chance_RL.ravel())
+    return SeveralResult(
+        rows=len(truth),
+        **whole(measure, len(truth)),
+        labels=_by_label(everything, truth_RL, answer_RL),
+        ece=calibration_error(bins),
+        bins=tuple(bins),
+        unknown_truths=unknown,
+        intervals=intervals(measure, group_R),
+    )
+
+
+def _one_hot(rows: Sequence[Collection[str]], labels: Sequence[str]) -> np.ndarray:
+    numbers = {label: number for number, label in enumerate(labels)}
+    has_RL = np.zeros((len(rows), len(labels)))
+    for place, row in enumerate(rows):
+        has_RL[place, [numbers[label] for label in row]] = 1
+    return has_RL
+
+
+def _measure_several(truth_RL: np.ndarray, answer_RL: np.ndarray) -> Measure:
+    right_RL = truth_RL * answer_RL
+    exact_R = (truth_RL == answer_RL).all(axis=1)
+
+    def measure(times_R: np.ndarray) -> dict[str, float]:
+        right_L, truths_L, answers_L = times_R @ right_RL, times_R @ truth_RL, times_R @ answer_RL
+        right, truths, answers = right_L.sum(), truths_L.sum(), answers_L.sum()
+        both_L = truths_L + answers_L
+        return {
+            "exact_match": float(times_R @ exact_R / times_R.sum()),
+            "micro_precision": float(right / max(answers, 1)),
+            "micro_recall": float(right / max(truths, 1)),
+            "micro_f1": float(2 * right / max(truths + answers, 1)),
+            # Without any label, there is nothing to average.
+            "macro_f1": _mean_f1(right_L, both_L) if both_L.any() else 0.0,
+        }
+
+    return measure
+
+
+def _by_label(
+    labels: Sequence[str], truth_RL: np.ndarray, answer_RL: np.ndarray
+) -> dict[str, LabelScore]:
+    scores = {}
+    for number, label in enumerate(labels):
+        right = float((truth_RL[:, number] * answer_RL[:, number]).sum())
+        truths, answers = float(truth_RL[:, number].sum()), float(answer_RL[:, number].sum())
+        scores[label] = LabelScore(
+            precision=right / max(1, answers),
+            recall=right / max(1, truths),
+            f1=2 * right / max(1, truths + answers),
+            rows=int(truths),
+        )
+    return scores

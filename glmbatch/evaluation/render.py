@@ -1,0 +1,141 @@
+"""The numbers of an evaluation as a few aligned lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from glmbatch.evaluation.results import (
+    Counts,
+    Evaluation,
+    LabelResult,
+    Result,
+    SeveralResult,
+    StepResult,
+)
+
+# What each number is called, in the order in which they are shown.
+NAMES = {
+    "accuracy": "accuracy",
+    "exact_match": "exact match",
+    "mean_absolute_error": "mean abs. error",
+    "micro_precision": "micro precision",
+    "micro_recall": "micro recall",
+    "micro_f1": "micro-F1",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1 of items",
+    "macro_f1": "macro-F1",
+    "rouge_l": "ROUGE-L",
+    "rouge_l_words": "ROUGE-L, words",
+    "chrf": "chrF",
+    "ece": "ECE",
+}
+WIDTH = max(map(len, NAMES.values()))
+MOST_LABELS = 20
+MOST_CONFUSED = 5
+
+
+def describe(evaluation: Evaluation) -> str:
+    """The evaluation as text for a terminal."""
+    lines: list[str] = []
+    for step in evaluation.steps:
+        lines += [*_step(step), ""]
+    lines.append(f"answers kept in {evaluation.kept}")
+    return "\n".join(lines)
+
+
+def _step(step: StepResult) -> Iterator[str]:
+    names = ", ".join(dict.fromkeys(step.truth.values()))
+    yield f"{step.step}" + (f", compared with column {names}" if names else "")
+    yield _line("rows", _rows(step.counts))
+    if step.note is not None:
+        yield _line("not scored", step.note)
+    if step.exact_match is not None:
+        yield _line("all right", f"{step.exact_match:.4f}")
+    for name, result in step.results.items():
+        if name != step.step:
+            yield f"  {name}"
+        yield from _result(result)
+    tokens = f"{step.prompt_tokens:,} prompt and {step.completion_tokens:,} answer tokens"
+    yield _line("asked now", f"{step.computed:,} prompts, {tokens}" if step.computed else "none")
+
+
+def _line(name: str, value: str) -> str:
+    return f"  {name:<{WIDTH}}  {value}"
+
+
+def _rows(counts: Counts) -> str:
+    others = {
+        "without truth": counts.without_truth,
+        "not asked": counts.not_asked,
+        "abstained": counts.abstained,
+        "failed": sum(counts.failed.values()),
+    }
+    parts = [f"{number:,} {name}" for name, number in others.items() if number]
+    if counts.failed:
+        parts[-1] += f" ({_counts(counts.failed)})"
+    left_out = f"; left out: {', '.join(parts)}" if parts else ""
+    return f"{counts.scored:,} of {counts.rows:,} scored{left_out}"
+
+
+def _counts(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in numbers.items())
+
+
+def _result(result: Result) -> Iterator[str]:
+    """The numbers with their intervals, then the labels."""
+    for name, title in NAMES.items():
+        value = getattr(result, name, None)
+        if value is None:
+            continue
+        digits = 2 if name == "chrf" else 4
+        interval = ""
+        if name in result.intervals:
+            low, high = result.intervals[name]
+            interval = f"   95 %: {low:.{digits}f} to {high:.{digits}f}"
+        yield _line(title, f"{value:.{digits}f}{interval}")
+    if isinstance(result, LabelResult):
+        yield from _coverage(result)
+    if isinstance(result, LabelResult | SeveralResult):
+        yield from _labels(result)
+        if result.unknown_truths:
+            yield _line("no such label", _counts(result.unknown_truths))
+    if isinstance(result, LabelResult):
+        yield from _confused(result)
+
+
+def _coverage(result: LabelResult) -> Iterator[str]:
+    for covered in result.coverage:
+        title = f"precision {covered.precision:g}"
+        if covered.threshold is None:
+            yield _line(title, "no score reaches it")
+        else:
+            share = f"{covered.covered:.1%} of the rows"
+            yield _line(title, f"{share}, those with a score of {covered.threshold:.4f} or more")
+
+
+def _labels(result: LabelResult | SeveralResult) -> Iterator[str]:
+    table = [["label", "precision", "recall", "F1", "rows"]]
+    for label, scores in list(result.labels.items())[:MOST_LABELS]:
+        numbers = [f"{number:.4f}" for number in (scores.precision, scores.recall, scores.f1)]
+        table.append([label, *numbers, f"{scores.rows:,}"])
+    yield from _table(table)
+    if len(result.labels) > MOST_LABELS:
+        yield f"  {len(result.labels) - MOST_LABELS} more labels: see --json"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = max(widths[0], WIDTH)
+    for first, *others in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        yield f"  {first:<{widths[0]}}  {'  '.join(cells)}"
+
+
+def _confused(result: LabelResult) -> Iterator[str]:
+    pairs = []
+    for truth, answers in result.confusion.items():
+        pairs += [(rows, truth, answer) for answer, rows in answers.items() if answer != truth]
+    most = sorted((pair for pair in pairs if pair[0]), key=lambda pair: (-pair[0], pair[1:]))
+    for number, (rows, truth, answer) in enumerate(most[:MOST_CONFUSED]):
+        yield _line("" if number else "most confused", f"{truth} taken for {answer}: {rows:,}")

@@ -1,0 +1,237 @@
+"""Labelled rows: which column has the truth of a step, and its values. Asks no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from glmbatch.errors import InputError, some_of
+from glmbatch.settings.columns import Columns
+from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
+from glmbatch.settings.steps.fields import ExtractField
+from glmbatch.settings.tuning import LabelledData
+from glmbatch.store.inputs.find import find_files
+from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.parquet import open_parquet, with_constants
+from glmbatch.store.values import prompt_values
+
+FLAG = "--truth"
+BOOLEANS = {"true": True, "false": False}
+# What `glmbatch train` reads if nothing else is set.
+LABEL: str = LabelledData.model_fields["label_column"].default
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What is right for one step: by the step's name, or by field for an extract step.
+
+    `columns` are the columns that say so; `values` has one value for each row. `known` says which
+    rows have a truth.
+    """
+
+    columns: Mapping[str, str]
+    values: Mapping[str, Sequence[Any]]
+    known: Sequence[bool]
+
+
+def read_labelled_rows(address: str, wanted: Collection[str]) -> tuple[pa.Table, list[str]]:
+    """All rows of a Parquet file, folder or glob, and the names of all their columns.
+
+    Of the columns, only those `wanted`. A folder `name=value` is a column as well. InputError if
+    there are no rows.
+    """
+    try:
+        found = find_files(address)
+    except InputError as error:
+        raise InputError(str(error).replace("data.input", "ROWS")) from error
+    for reason in found.refused.values():
+        raise InputError(reason)
+    tables = []
+    names: dict[str, None] = {}
+    for name in found.names:
+        with open_parquet(found.root / name) as file:
+            stored = file.schema_arrow.names
+            table = file.read(columns=[column for column in stored if column in wanted])
+        folders = folder_columns(str(found.root / name))
+        given = {column: folders[column] for column in folders if column not in stored}
+        names |= dict.fromkeys([*stored, *given])
+        asked = {column: value for column, value in given.items() if column in wanted}
+        tables.append(with_constants(table, asked))
+    try:
+        rows = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{address}: its files have columns of other types: {error}. Give them one by one."
+        ) from error
+    if not len(rows):
+        raise InputError(f"{address}: has no rows. Name a file with labelled rows.")
+    return rows, list(names)
+
+
+def check_names(steps: Sequence[AnyStep], given: Mapping[str, str]) -> None:
+    """InputError if `given` names something else than a step, or a field of an extract step."""
+    named = [name for step in steps for name in _names(step)]
+    for name in given:
+        if name not in named:
+            raise InputError(
+                f"{FLAG} {name}: the job has no such step or field; it has {some_of(named, name)}."
+            )
+
+
+def _names(step: AnyStep) -> list[str]:
+    fields = step.fields if isinstance(step, ExtractStep) else []
+    return [step.name, *(f"{step.name}.{field.name}" for field in fields)]
+
+
+def candidates(
+    step: AnyStep, steps: Sequence[AnyStep], given: Mapping[str, str], read: Collection[str]
+) -> dict[str, list[str]]:
+    """The columns that may have the truth of `step`, best first, by what they are the truth of.
+
+    Those that the user has `given`, else those named as the answer columns. A job with one step
+    that chooses labels also takes the column `label`, and a field the column of its own name,
+    unless prompts `read` it.
+    """
+    whole = [given[step.name]] if step.name in given else [step.name]
+    if isinstance(step, ExtractStep):
+        found = {}
+        for field in step.fields:
+            own = given.get(f"{step.name}.{field.name}")
+            bare = [] if field.name in read else [field.name]
+            column = Columns(step.name).field(field.name)
+            found[field.name] = [own] if own else [column, *whole, *bare]
+        return found
+    choosing = [other for other in steps if isinstance(other, ClassifyStep)]
+    if choosing == [step] and step.name not in given:
+        whole.append(LABEL)
+    return {step.name: whole}
+
+
+def truth_of(
+    step: AnyStep, rows: pa.Table, places: Mapping[str, Sequence[str]], given: Mapping[str, str]
+) -> Truth | None:
+    """What is right for `step`, None if no column of `rows` says so; `places` as `candidates`.
+
+    InputError if a column that the user named is missing, or its values cannot be compared.
+    """
+    columns = {}
+    for name, choices in places.items():
+        present = [column for column in choices if column in rows.column_names]
+        if present:
+            columns[name] = present[0]
+    for name, column in given.items():
+        if name in _names(step) and column not in rows.column_names:
+            raise InputError(f"{FLAG} {name}={column}: the rows have no column {column!r}.")
+    if not columns:
+        return None
+    if isinstance(step, ExtractStep):
+        return _truth_of_fields(step, rows, columns, given.get(step.name, step.name))
+    (column,) = columns.values()
+    values = rows.column(column)
+    if isinstance(step, ClassifyStep) and step.multiple:
+        read: Sequence[Any] = _label_lists(values)
+    else:
+        values = _flat(step, column, values)
+        read = _labels(values) if isinstance(step, ClassifyStep) else prompt_values(values)
+    return Truth(columns, {step.name: read}, [value is not None for value in read])
+
+
+def _flat(step: AnyStep, column: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_nested(values.type):
+        raise InputError(
+            f"{FLAG} {step.name}={column}: column {column!r} holds {values.type}, and the step's "
+            "answers are texts. Name another column."
+        )
+    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
+
+
+def _labels(values: pa.ChunkedArray) -> list[str | None]:
+    """Labels as text; 1.0 is the label "1", as pandas stores it beside a missing value."""
+    if pa.types.is_floating(values.type):
+        values = values.cast(pa.float64())
+        values = pc.if_else(pc.is_nan(values), None, values)
+        if pc.all(pc.equal(values, pc.floor(values))).as_py() is not False:
+            values = values.cast(pa.int64())
+    labels = []
+    for text in prompt_values(values):
+        label = text.strip() if isinstance(text, str) else None
+        labels.append(label or None)
+    return labels
+
+
+def _label_lists(values: pa.ChunkedArray) -> list[list[str] | None]:
+    """Lists of labels; a text is a list of one."""
+    lists: list[list[str] | None] = []
+    for value in values.to_pylist():
+        if value is None:
+            lists.append(None)
+            continue
+        items = value if isinstance(value, list) else [value]
+        lists.append(sorted({str(item).strip() for item in items if item is not None}))
+    return lists
+
+
+def _truth_of_fields(
+    step: ExtractStep, rows: pa.Table, columns: Mapping[str, str], whole: str
+) -> Truth:
+    """The truth of each field; the column `whole` has structs or JSON objects of all fields."""
+    values: dict[str, list[Any]] = {}
+    for field in step.fields:
+        column = columns.get(field.name)
+        if column is not None:
+            read = rows.column(column).to_pylist()
+            if column == whole:
+                read = [_part(value, field.name, column) for value in read]
+            values[field.name] = [_value(field, value, column) for value in read]
+    # A null of a nullable field is a truth, unless nothing at all is known of the row.
+    known = [any(value is not None for value in row) for row in zip(*values.values(), strict=True)]
+    return Truth({name: columns[name] for name in values}, values, known)
+
+
+def _part(value: Any, field: str, column: str) -> Any:
+    """A field of a struct, or of a JSON object as text."""
+    try:
+        fields = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        fields = value
+    if fields is not None and not isinstance(fields, dict):
+        raise InputError(
+            f"{FLAG}: column {column!r} has {value!r}, which is no object of fields. "
+            "Name a column for each field."
+        )
+    return None if fields is None else fields.get(field)
+
+
+def _value(field: ExtractField, value: Any, column: str) -> Any:
+    """A value of a truth column as the field's answers have it. InputError if it is none."""
+    kind = field.items.type if field.items is not None else field.type
+    try:
+        if isinstance(value, list):
+            return [_plain(item, kind) for item in value if item is not None]
+        return None if value is None else _plain(value, kind)
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{FLAG}: column {column!r} has {value!r}, which is not the {kind} that field "
+            f"{field.name!r} holds. Name another column."
+        ) from error
+
+
+def _plain(value: Any, kind: str) -> Any:
+    if kind == "boolean":
+        return BOOLEANS[value.strip().lower()] if isinstance(value, str) else bool(value)
+    if kind == "date":
+        if isinstance(value, datetime):
+            return value.date()
+        return value if isinstance(value, date) else date.fromisoformat(str(value).strip())
+    if kind in ("integer", "number"):
+        number = float(value)
+        if kind == "integer" and not number.is_integer():
+            raise ValueError(value)
+        return int(number) if kind == "integer" else number
+    return str(value)

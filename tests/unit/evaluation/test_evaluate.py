@@ -1,0 +1,167 @@
+"""A job over labelled rows: the numbers of its answers, which are asked only once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from sklearn.metrics import accuracy_score, f1_score
+
+from glmbatch.cli.main import main
+from glmbatch.errors import InputError
+from glmbatch.evaluation.evaluate import evaluate
+from glmbatch.evaluation.results import Evaluation
+from tests.support import CLASSIFY, Settings, Write, rows_of, run
+
+pytestmark = pytest.mark.slow
+
+STEPS = [
+    {**CLASSIFY, "when": "stars > 0", "audits": {"max_label_drift": 0.001}},
+    {
+        "kind": "classify",
+        "name": "topics",
+        "labels": ["price", "delivery", "quality"],
+        "multiple": True,
+        "threshold": 0.4,
+    },
+    {"kind": "generate", "name": "reply", "prompt_template": "{mood}: {text}", "max_tokens": 4},
+    {
+        "kind": "extract",
+        "name": "facts",
+        "fields": {
+            "stars": {"type": "integer", "minimum": 1, "maximum": 5},
+            "tone": {"choices": ["warm", "cold"]},
+            "note": {"type": "text", "max_length": 8},
+            "tags": {"type": "list", "items": {"type": "integer", "minimum": 0, "maximum": 3}},
+        },
+        "max_tokens": 40,
+    },
+]
+
+
+@pytest.fixture
+def settings(job_settings: Settings) -> dict[str, Any]:
+    return job_settings(steps=STEPS, max_error_rate=0.5, data__id_column="id")
+
+
+@pytest.fixture
+def table(rows: list[str | None]) -> pa.Table:
+    texts = [*rows[:12], None, rows[0]]
+    return pa.table({"id": range(14), "text": texts, "stars": [0, *range(1, 14)]})
+
+
+def labelled(table: pa.Table, output: Path, path: Path) -> list[dict[str, Any]]:
+    """Write rows whose truth is every answer but the third ones; return the answers."""
+    answers = rows_of(output)
+    truths: dict[str, list[Any]] = {}
+    others = {"mood": "so so", "topics": ["price"], "reply": "other", "facts_tags": [9]}
+    others |= {"facts_stars": 9, "facts_tone": "odd", "facts_note": "other"}
+    for name, other in others.items():
+        truths[name] = [row[name] if place % 3 else other for place, row in enumerate(answers)]
+    truths["reply"][5] = None
+    for name, values in truths.items():
+        table = table.append_column(name, pa.array(values))
+    pq.write_table(table, path)
+    return answers
+
+
+def test_numbers_are_those_of_a_run(
+    settings: dict[str, Any], table: pa.Table, write_source: Write, tmp_path: Path, out: Path
+) -> None:
+    write_source("a.parquet", table)
+    run(settings)
+    file = tmp_path / "labelled.parquet"
+    answers = labelled(table, out, file)
+    published = sorted(out.rglob("*"))
+    found = evaluate(settings, str(file), keep=tmp_path / "kept")
+    assert sorted(out.rglob("*")) == published
+    mood, topics, reply, facts = found.steps
+    # Row 0 is not asked for its mood, and so not for a reply; row 12 has no text.
+    assert (mood.counts.scored, mood.counts.not_asked, mood.counts.failed) == (
+        (12, 1, {"null_value": 1})
+    )
+    assert (reply.counts.scored, reply.counts.without_truth) == (11, 1)
+    truth = pq.read_table(file).to_pylist()
+    scored = [row for row in range(1, 14) if row != 12]
+    expected = [truth[row]["mood"] for row in scored]
+    given = [answers[row]["mood"] for row in scored]
+    assert mood.results["mood"].accuracy == accuracy_score(expected, given)
+    assert mood.results["mood"].macro_f1 == f1_score(expected, given, average="macro")
+    right = [truth[row]["topics"] == answers[row]["topics"] for row in (0, *scored)]
+    assert topics.results["topics"].exact_match == np.mean(right)
+    right = [truth[row]["reply"] == answers[row]["reply"] for row in scored if row != 5]
+    assert reply.results["reply"].exact_match == np.mean(right)
+    assert {name: part.kind for name, part in facts.results.items()} == {
+        "stars": "value",
+        "tone": "labels",
+        "note": "text",
+        "tags": "list",
+    }
+    assert facts.exact_match == pytest.approx(1 - 4 / 13)
+    assert facts.results["tone"].unknown_truths == {"odd": 4}
+
+
+def test_evaluating_again_asks_nothing(
+    settings: dict[str, Any], table: pa.Table, tmp_path: Path
+) -> None:
+    table = table.append_column("mood", pa.array(["good"] * 14))
+    file = tmp_path / "labelled.parquet"
+    pq.write_table(table, file)
+
+    def tokens(found: Evaluation) -> list[tuple[int, int]]:
+        return [(step.computed, step.prompt_tokens) for step in found.steps]
+
+    first = evaluate(settings, str(file), keep=tmp_path / "kept")
+    assert all(computed and prompts for computed, prompts in tokens(first))
+    again = evaluate(settings, str(file), keep=tmp_path / "kept")
+    assert tokens(again) == [(0, 0)] * 4
+    assert again.steps[0].results == first.steps[0].results
+    assert again.steps[1].note == "no column has its truth"
+    # One more row costs one more answer, also if its truth changes.
+    more = pa.concat_tables([table, table.slice(1, 1)])
+    more = more.set_column(1, "text", pa.array([*table.column("text").to_pylist(), "new"]))
+    pq.write_table(more, file)
+    third = evaluate(settings, str(file), keep=tmp_path / "kept")
+    assert [computed for computed, _ in tokens(third)] == [1, 1, 1, 1]
+
+
+def test_the_command_prints_aligned_lines_or_json(
+    settings: dict[str, Any], table: pa.Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "rows" / "gold=good"
+    folder.mkdir(parents=True)
+    pq.write_table(table, folder / "a.parquet")
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump({**settings, "steps": STEPS[:2]}))
+    command = ["evaluate", str(job), str(tmp_path / "rows"), "--keep", str(tmp_path / "kept")]
+    command += ["--truth", "mood=gold", "--set", f"runtime.cache={tmp_path}"]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "mood, compared with column gold"
+    assert "12 of 14 scored; left out: 1 not asked, 1 failed (null_value 1)" in lines[1]
+    assert lines[2].index("0.") == lines[3].index("0.") == lines[1].index("12 of")
+    assert main([*command, "--precision", "0.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"][0]["results"]["mood"]["coverage"][0]["precision"] == 0.5
+    assert found["steps"][0]["computed"] == 0
+
+
+def test_rows_without_any_truth_are_refused(
+    settings: dict[str, Any], table: pa.Table, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.parquet"
+    pq.write_table(table, file)
+    with pytest.raises(InputError, match="no column has the truth of a step; it has"):
+        evaluate(settings, str(file), keep=tmp_path)
+    with pytest.raises(InputError, match=r"nowhere.*ROWS"):
+        evaluate(settings, str(tmp_path / "nowhere"), keep=tmp_path)
+    lacking = table.drop_columns(["stars"]).append_column("mood", table.column("text"))
+    pq.write_table(lacking, file)
+    with pytest.raises(InputError, match=r"rows\.parquet: no column 'stars'"):
+        evaluate(settings, str(file), keep=tmp_path)

@@ -1,0 +1,109 @@
+"""Which columns of labelled rows have the truth, and how their values are read."""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from glmbatch.errors import InputError
+from glmbatch.evaluation.truth import Truth, candidates, check_names, truth_of
+from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep, GenerateStep
+
+MOOD = ClassifyStep(name="mood", labels=["1", "2"])
+TOPICS = ClassifyStep(name="topics", labels=["a", "b"], multiple=True)
+REPLY = GenerateStep(name="reply")
+FACTS = ExtractStep.model_validate(
+    {
+        "name": "facts",
+        "fields": {
+            "stars": {"type": "integer", "nullable": True},
+            "day": "date",
+            "good": "boolean",
+            "tags": {"type": "list", "items": "text"},
+        },
+    }
+)
+
+
+def truth(
+    step: AnyStep, columns: dict[str, Any], given: dict[str, str] | None = None, read: str = "text"
+) -> Truth | None:
+    given = given or {}
+    places = candidates(step, [step], given, {read})
+    return truth_of(step, pa.table(columns), places, given)
+
+
+def test_labels_are_read_as_training_reads_them() -> None:
+    for values in ([1, 2, None], [1.0, 2.0, float("nan")], ["1", " 2 ", " "]):
+        found = truth(MOOD, {"label": values})
+        assert found is not None
+        assert found.values["mood"] == ["1", "2", None] and list(found.known) == [True, True, False]
+    coded = pa.array(["1", None]).dictionary_encode()
+    assert truth(MOOD, {"mood": coded}).values["mood"] == ["1", None]  # type: ignore[union-attr]
+
+
+def test_the_column_of_the_steps_name_comes_first() -> None:
+    columns = {"label": ["1"], "mood": ["2"], "gold": ["3"]}
+    assert truth(MOOD, columns).columns == {"mood": "mood"}  # type: ignore[union-attr]
+    found = truth(MOOD, columns, {"mood": "gold"})
+    assert found is not None and found.values["mood"] == ["3"]
+    assert truth(REPLY, columns) is None  # `label` is for labels alone
+
+
+def test_a_label_column_is_not_shared_by_two_steps() -> None:
+    other = MOOD.model_copy(update={"name": "other"})
+    assert candidates(MOOD, [MOOD, other], {}, set()) == {"mood": ["mood"]}
+
+
+def test_several_labels_are_lists_or_one_text() -> None:
+    found = truth(TOPICS, {"topics": [["b", "a", "b"], [], None]})
+    assert found is not None and found.values["topics"] == [["a", "b"], [], None]
+    found = truth(TOPICS, {"label": ["a", None]})
+    assert found is not None and found.values["topics"] == [["a"], None]
+
+
+def test_fields_are_read_from_columns_structs_and_json() -> None:
+    expected = {"stars": [3], "day": [date(2026, 1, 2)], "good": [True], "tags": [["x"]]}
+    whole = {"stars": 3, "day": "2026-01-02", "good": True, "tags": ["x"]}
+    text = '{"stars": 3, "day": "2026-01-02", "good": true, "tags": ["x"]}'
+    apart = {"facts_stars": [3.0], "day": [datetime(2026, 1, 2)], "good": ["True"], "tags": [["x"]]}
+    for columns in ({"facts": [whole]}, {"facts": [text]}, apart):
+        found = truth(FACTS, columns)
+        assert found is not None and found.values == expected
+    found = truth(FACTS, {"rating": [2], "facts": [whole]}, {"facts.stars": "rating"})
+    assert found is not None and found.values["stars"] == [2]
+
+
+def test_a_null_field_is_a_truth_where_others_are_known() -> None:
+    found = truth(FACTS, {"facts_stars": [None, None], "facts_good": [True, None]})
+    assert found is not None and list(found.known) == [True, False]
+
+
+def test_a_column_that_prompts_read_is_no_truth_of_a_field() -> None:
+    assert truth(FACTS, {"stars": [3]}, read="stars") is None
+
+
+@pytest.mark.parametrize(
+    ("step", "columns", "given", "message"),
+    [
+        (MOOD, {"x": [1]}, {"mood": "y"}, "--truth mood=y: the rows have no column 'y'"),
+        (REPLY, {"reply": [["x"]]}, {}, "column 'reply' holds list<item: string>"),
+        (FACTS, {"facts_stars": [1.5]}, {}, "1.5, which is not the integer that field 'stars'"),
+        (FACTS, {"facts_good": ["maybe"]}, {}, "'maybe', which is not the boolean"),
+        (FACTS, {"facts": ["no JSON"]}, {}, "'no JSON', which is no object of fields"),
+    ],
+)
+def test_what_cannot_be_a_truth_is_refused(
+    step: AnyStep, columns: dict[str, Any], given: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        truth(step, columns, given)
+
+
+def test_unknown_steps_are_refused() -> None:
+    with pytest.raises(InputError, match=r"--truth moods: .*; it has \['mood', 'facts', "):
+        check_names([MOOD, FACTS], {"moods": "x"})
+    check_names([MOOD, FACTS], {"mood": "x", "facts.day": "y"})
