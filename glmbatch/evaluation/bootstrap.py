@@ -31,6 +31,16 @@ class Compared:
     group_R: np.ndarray
     confidence: Sequence[float] | None = None
 
+    def of_rows(self, rows: np.ndarray) -> Compared:
+        """Only these rows."""
+        confidence = self.confidence
+        return Compared(
+            [self.truth[row] for row in rows],
+            [self.answers[row] for row in rows],
+            groups_of(self.group_R[rows].tolist()),
+            None if confidence is None else [confidence[row] for row in rows],
+        )
+
 
 Measure = Callable[[np.ndarray], Mapping[str, float]]
 

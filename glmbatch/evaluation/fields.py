@@ -17,6 +17,7 @@ from glmbatch.evaluation.bootstrap import Compared, intervals, whole
 from glmbatch.evaluation.labels import score_labels
 from glmbatch.evaluation.results import ListResult, Result, ValueResult
 from glmbatch.evaluation.texts import score_written
+from glmbatch.evaluation.thresholds import coverages
 from glmbatch.settings.steps.fields import ExtractField
 
 NULL = "null"  # how a null is named among choices
@@ -37,18 +38,22 @@ def _bare(value: Any) -> Any:
 
 
 def score_field(field: ExtractField, compared: Compared, precisions: Sequence[float]) -> Result:
-    """Scores of one field, by its type."""
-    truth, answers = compared.truth, compared.answers
+    """Scores of one field, by its type, and the rows covered at each of `precisions`."""
+    truth, answers, group_R = compared.truth, compared.answers, compared.group_R
     if field.type == "choice":
         labels = [*(field.choices or ()), *([NULL] if field.nullable else [])]
         truth, answers = ([value or NULL for value in values] for values in (truth, answers))
         return score_labels(replace(compared, truth=truth, answers=answers), labels, precisions)
+    right_R = same_values(truth, answers)
+    coverage = coverages(precisions, compared.confidence, right_R, group_R)
     if field.type == "text":  # a null is as good as an empty text
         truth, answers = ([value or "" for value in values] for values in (truth, answers))
-        return score_written(truth, answers, compared.group_R)
-    if field.type == "list":
-        return score_items(truth, answers, compared.group_R)
-    return score_values(truth, answers, compared.group_R)
+        result: Result = score_written(truth, answers, group_R)
+    elif field.type == "list":
+        result = score_items(truth, answers, group_R)
+    else:
+        result = score_values(truth, answers, group_R)
+    return result.model_copy(update={"coverage": coverage})
 
 
 def score_values(truth: Sequence[Any], answers: Sequence[Any], group_R: np.ndarray) -> ValueResult:

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from glmbatch.evaluation.bootstrap import Compared, Measure, intervals, whole
-from glmbatch.evaluation.results import Coverage, LabelResult, SeveralResult
+from glmbatch.evaluation.results import LabelResult, SeveralResult
+from glmbatch.evaluation.thresholds import coverages
 from glmbatch.tuning.scores import BINS, LabelScore, bins_of, calibration_error, score
 
 
@@ -25,18 +26,14 @@ def score_labels(
     truth, answers, confidence = compared.truth, compared.answers, compared.confidence
     everything = [*labels, *sorted({*truth, *answers} - {*labels})]
     scores = score(truth, answers, everything, confidence)
-    right_R = np.array([one == other for one, other in zip(truth, answers, strict=True)])
     confidence_R = None if confidence is None else np.asarray(confidence, np.float64)
-    covered = []
-    if confidence_R is not None:
-        covered = [coverage_at(precision, confidence_R, right_R) for precision in precisions]
     numbers = {label: number for number, label in enumerate(everything)}
     truth_R = np.array([numbers[label] for label in truth])
     answer_R = np.array([numbers[label] for label in answers])
     measure = _measure(truth_R, answer_R, confidence_R, len(everything))
     return LabelResult(
         **scores.model_dump(),
-        coverage=tuple(covered),
+        coverage=coverages(precisions, confidence, truth_R == answer_R, compared.group_R),
         unknown_truths=Counter(label for label in truth if label not in labels),
         intervals=intervals(measure, compared.group_R),
     )
@@ -71,21 +68,6 @@ def _mean_f1(right_L: np.ndarray, rows_L: np.ndarray) -> float:
     """Mean F1 of the labels that occur; `rows_L` counts both their truths and their answers."""
     occurs_L = rows_L > 0
     return float((2 * right_L[occurs_L] / rows_L[occurs_L]).mean())
-
-
-def coverage_at(precision: float, confidence_R: np.ndarray, right_R: np.ndarray) -> Coverage:
-    """The lowest threshold whose rows reach `precision`, among these rows themselves."""
-    order = np.argsort(-confidence_R, kind="stable")
-    scores = confidence_R[order]
-    share = np.cumsum(right_R[order]) / np.arange(1, len(order) + 1)
-    # A threshold takes all rows of one score or none.
-    ends = np.append(scores[1:] != scores[:-1], True)
-    enough = np.flatnonzero(ends & (share >= precision))
-    if not len(enough):
-        return Coverage(precision=precision, threshold=None, covered=0.0)
-    last = int(enough[-1])
-    covered = (last + 1) / len(order)
-    return Coverage(precision=precision, threshold=float(scores[last]), covered=covered)
 
 
 def score_several(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from glmbatch.evaluation.results import (
     Counts,
+    Coverage,
     Evaluation,
     LabelResult,
     Result,
@@ -54,7 +56,8 @@ def _step(step: StepResult) -> Iterator[str]:
         yield _line("all right", f"{step.exact_match:.4f}")
     for name, result in step.results.items():
         if name != step.step:
-            yield f"  {name}"
+            left_out = step.abstained.get(name)
+            yield f"  {name}" + (f" ({left_out:,} rows abstained)" if left_out else "")
         yield from _result(result)
     tokens = f"{step.prompt_tokens:,} prompt and {step.completion_tokens:,} answer tokens"
     yield _line("asked now", f"{step.computed:,} prompts, {tokens}" if step.computed else "none")
@@ -94,8 +97,8 @@ def _result(result: Result) -> Iterator[str]:
             low, high = result.intervals[name]
             interval = f"   95 %: {low:.{digits}f} to {high:.{digits}f}"
         yield _line(title, f"{value:.{digits}f}{interval}")
-    if isinstance(result, LabelResult):
-        yield from _coverage(result)
+    if not isinstance(result, SeveralResult):
+        yield from _coverage(result.coverage)
     if isinstance(result, LabelResult | SeveralResult):
         yield from _labels(result)
         if result.unknown_truths:
@@ -104,14 +107,16 @@ def _result(result: Result) -> Iterator[str]:
         yield from _confused(result)
 
 
-def _coverage(result: LabelResult) -> Iterator[str]:
-    for covered in result.coverage:
+def _coverage(coverage: Sequence[Coverage]) -> Iterator[str]:
+    for covered in coverage:
         title = f"precision {covered.precision:g}"
         if covered.threshold is None:
-            yield _line(title, "no score reaches it")
+            yield _line(title, "no abstain_below is sure to reach it with so few rows, or at all")
         else:
+            # Cut and not rounded, so that the row at the threshold is above it.
+            threshold = math.floor(covered.threshold * 1e6) / 1e6
             share = f"{covered.covered:.1%} of the rows"
-            yield _line(title, f"{share}, those with a score of {covered.threshold:.4f} or more")
+            yield _line(title, f"abstain_below: {threshold:.6f} leaves {share}")
 
 
 def _labels(result: LabelResult | SeveralResult) -> Iterator[str]:

@@ -28,15 +28,17 @@ class Counts(BaseModel, frozen=True, extra="forbid"):
 
 
 class Coverage(BaseModel, frozen=True, extra="forbid"):
-    """The most rows that reach a `precision`: those with at least `threshold` as their score.
+    """The rows whose answers are right in the share `precision`, also among other rows.
 
-    `covered` is their share of the scored rows. If no threshold reaches the precision, it is 0, and
-    `threshold` is None.
+    They have a confidence of at least `threshold`, which is what `abstain_below` is set to; None if
+    no threshold is sure enough. `covered` is their share of the scored rows, and `measured` the
+    share of them that is right here.
     """
 
     precision: float
     threshold: float | None
     covered: float
+    measured: float | None
 
 
 class LabelResult(Scores, frozen=True, extra="forbid"):
@@ -81,6 +83,7 @@ class TextResult(TextScores, frozen=True, extra="forbid"):
     kind: Literal["text"] = "text"
     rouge_l_words: float | None
     chrf: float
+    coverage: tuple[Coverage, ...] = ()
     intervals: Mapping[str, Interval] = {}
 
 
@@ -94,6 +97,7 @@ class ValueResult(BaseModel, frozen=True, extra="forbid"):
     rows: int
     exact_match: float
     mean_absolute_error: float | None = None
+    coverage: tuple[Coverage, ...] = ()
     intervals: Mapping[str, Interval] = {}
 
 
@@ -106,6 +110,7 @@ class ListResult(BaseModel, frozen=True, extra="forbid"):
     precision: float
     recall: float
     f1: float
+    coverage: tuple[Coverage, ...] = ()
     intervals: Mapping[str, Interval] = {}
 
 
@@ -116,9 +121,10 @@ class StepResult(BaseModel, frozen=True, extra="forbid"):
     """The numbers of one step.
 
     `truth` maps what is scored to the column with its truth: the step itself, or each field of an
-    extract step. `results` has the same names; there, `exact_match` is the share of rows whose
-    fields are all right. `computed` answers were asked now, for so many tokens; the others were
-    known. `note` says why nothing could be scored.
+    extract step. `results` has the same names. For fields, `exact_match` is the share of rows whose
+    fields are all right, and `abstained` counts the rows that a field lacks because the model was
+    not sure of it. `computed` answers were asked now, for so many tokens; the others were known.
+    `note` says why nothing could be scored.
     """
 
     step: str
@@ -126,6 +132,7 @@ class StepResult(BaseModel, frozen=True, extra="forbid"):
     counts: Counts
     results: Mapping[str, Result]
     exact_match: float | None = None
+    abstained: Mapping[str, int] = {}
     computed: int
     prompt_tokens: int
     completion_tokens: int

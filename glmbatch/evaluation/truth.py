@@ -104,7 +104,7 @@ def candidates(
         for field in step.fields:
             own = given.get(f"{step.name}.{field.name}")
             bare = [] if field.name in read else [field.name]
-            column = Columns(step.name).field(field.name)
+            column = Columns(step.name).field(field.name).answer
             found[field.name] = [own] if own else [column, *whole, *bare]
         return found
     choosing = [other for other in steps if isinstance(other, ClassifyStep)]

@@ -131,6 +131,22 @@ def test_evaluating_again_asks_nothing(
     assert [computed for computed, _ in tokens(third)] == [1, 1, 1, 1]
 
 
+def test_a_field_that_the_model_abstains_from_is_left_out(
+    settings: dict[str, Any], table: pa.Table, tmp_path: Path
+) -> None:
+    facts = {**STEPS[3], "layout": "struct", "confidence": True}
+    truth = [{"tone": "warm", "stars": 5}] * 14
+    file = tmp_path / "labelled.parquet"
+    pq.write_table(table.append_column("facts", pa.array(truth)), file)
+    sure = evaluate({**settings, "steps": [facts]}, str(file), keep=tmp_path / "kept").steps[0]
+    assert sure.counts.scored == 13 and not sure.abstained
+    # The tiny model gives two choices about the same probability, and digits far lower ones.
+    facts["abstain_below"] = 0.4
+    found = evaluate({**settings, "steps": [facts]}, str(file), keep=tmp_path / "kept").steps[0]
+    assert found.abstained["stars"] + getattr(found.results.get("stars"), "rows", 0) == 13
+    assert found.abstained["stars"] > 0 and found.results["tone"].rows == 13
+
+
 def test_the_command_prints_aligned_lines_or_json(
     settings: dict[str, Any], table: pa.Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

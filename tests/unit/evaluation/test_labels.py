@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_sc
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from glmbatch.evaluation.bootstrap import Compared, groups_of, intervals
-from glmbatch.evaluation.labels import coverage_at, score_labels, score_several
+from glmbatch.evaluation.labels import score_labels, score_several
 
 LABELS = ["good", "bad", "so so", "never"]
 
@@ -89,13 +89,3 @@ def test_repeated_texts_are_drawn_together() -> None:
     low, high = score_labels(alone, LABELS).intervals["accuracy"]
     wide_low, wide_high = once.intervals["accuracy"]
     assert high - low < 0.7 * (wide_high - wide_low)
-
-
-def test_coverage_takes_all_rows_of_one_score_or_none() -> None:
-    confidence = np.array([0.9, 0.9, 0.8, 0.7, 0.7, 0.6])
-    right = np.array([True, True, True, False, True, False])
-    whole = coverage_at(0.8, confidence, right)
-    assert (whole.threshold, whole.covered) == (0.7, 5 / 6)
-    assert coverage_at(1.0, confidence, right).threshold == 0.8
-    nothing = coverage_at(0.9, confidence, ~right)
-    assert (nothing.threshold, nothing.covered) == (None, 0.0)

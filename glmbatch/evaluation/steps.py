@@ -1,0 +1,182 @@
+"""The numbers of one step: its answers beside the truth, by the kind of answer. Asks no model.
+
+Shapes: R rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from glmbatch.evaluation.bootstrap import Compared, groups_of
+from glmbatch.evaluation.fields import same_values, score_field, score_values
+from glmbatch.evaluation.labels import score_labels, score_several
+from glmbatch.evaluation.results import Counts, Result, StepResult
+from glmbatch.evaluation.texts import score_written
+from glmbatch.evaluation.thresholds import coverages
+from glmbatch.evaluation.truth import Truth
+from glmbatch.report.summary import StepSummary, Summary
+from glmbatch.settings.columns import ABSTAINED, NOT_ASKED, Columns
+from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The labelled rows, their answers in the same order, and each row's text as a number."""
+
+    rows: pa.Table
+    answers: pa.Table
+    group_R: np.ndarray
+    summary: Summary
+
+
+def score_step(
+    step: AnyStep, truth: Truth | None, answered: Answered, precisions: Sequence[float]
+) -> StepResult:
+    """The numbers of `step` over the rows that have a truth and an answer."""
+    kinds = answered.answers.column(Columns(step.name).error_type).to_pylist()
+    known = [False] * len(kinds) if truth is None else truth.known
+    scored, counts = _count(kinds, known)
+    found = StepResult(
+        step=step.name,
+        truth={} if truth is None else truth.columns,
+        counts=counts,
+        results={},
+        **_cost(next(each for each in answered.summary.steps if each.name == step.name)),
+    )
+    if truth is None:
+        return found.model_copy(update={"note": "no column has its truth"})
+    if not scored:
+        return found.model_copy(update={"note": "no row has both a truth and an answer"})
+    picked = answered.answers.take(pa.array(scored, pa.int64()))
+    group_R = groups_of(answered.group_R[scored].tolist())
+    expected = {}
+    for name, of_rows in truth.values.items():
+        expected[name] = [of_rows[row] for row in scored]
+    if isinstance(step, ExtractStep):
+        fields = _score_fields(step, expected, picked, precisions, group_R)
+        return found.model_copy(update=fields)
+    result = _score_answers(step, expected[step.name], picked, precisions, group_R)
+    return found.model_copy(update={"results": {step.name: result}})
+
+
+def _count(kinds: Sequence[str | None], known: Sequence[bool]) -> tuple[list[int], Counts]:
+    """The rows to score, and where the others are."""
+    scored = []
+    others = Counter[str]()
+    without = 0
+    for row, (kind, is_known) in enumerate(zip(kinds, known, strict=True)):
+        if not is_known:
+            without += 1
+        elif kind is None:
+            scored.append(row)
+        else:
+            others[kind] += 1
+    counts = Counts(
+        rows=len(kinds),
+        scored=len(scored),
+        without_truth=without,
+        not_asked=others.pop(NOT_ASKED, 0),
+        abstained=others.pop(ABSTAINED, 0),
+        failed=others,
+    )
+    return scored, counts
+
+
+def _cost(summary: StepSummary) -> dict[str, int]:
+    return {
+        "computed": summary.computed,
+        "prompt_tokens": summary.prompt_tokens,
+        "completion_tokens": summary.completion_tokens,
+    }
+
+
+def _score_answers(
+    step: AnyStep,
+    truth: Sequence[Any],
+    answers: pa.Table,
+    precisions: Sequence[float],
+    group_R: np.ndarray,
+) -> Result:
+    """The numbers of a step that gives one answer, by the type of its answer column."""
+    columns = Columns(step.name)
+    column = answers.column(columns.answer)
+    values = column.to_pylist()
+    if not isinstance(step, ClassifyStep):
+        confidence = _mean_chances(columns, answers)
+        coverage = coverages(precisions, confidence, same_values(truth, values), group_R)
+        return score_written(truth, values, group_R).model_copy(update={"coverage": coverage})
+    if pa.types.is_floating(column.type):  # a head that estimates a number
+        return score_values([float(value) for value in truth], values, group_R)
+    chances = answers.column(columns.scores)
+    if step.multiple:
+        return score_several(truth, values, chances.to_pylist(), group_R)
+    chosen = answers.column(columns.score).to_pylist()
+    labels = [field.name for field in chances.type]
+    return score_labels(Compared(truth, values, group_R, chosen), labels, precisions)
+
+
+def _score_fields(
+    step: ExtractStep,
+    truth: Mapping[str, Sequence[Any]],
+    answers: pa.Table,
+    precisions: Sequence[float],
+    group_R: np.ndarray,
+) -> dict[str, Any]:
+    """The numbers of each field over the rows that have it, and how often all of them are right."""
+    results: dict[str, Result] = {}
+    abstained = {}
+    right_R = np.ones(len(answers), bool)
+    whole_R = np.ones(len(answers), bool)
+    for field in step.fields:
+        if field.name not in truth:
+            continue
+        values, is_missing = _field_values(step, field.name, answers)
+        rows = np.flatnonzero(~is_missing)
+        abstained[field.name] = len(answers) - len(rows)
+        whole_R &= ~is_missing
+        if not len(rows):
+            continue
+        own = Columns(step.name).field(field.name)
+        confidence = _mean_chances(own, answers)
+        if field.type == "choice":
+            confidence = answers.column(own.score).to_pylist()
+        expected = truth[field.name]
+        compared = Compared(expected, values, group_R, confidence).of_rows(rows)
+        results[field.name] = score_field(field, compared, precisions)
+        right_R[rows] &= same_values(compared.truth, compared.answers)
+    found: dict[str, Any] = {"results": results}
+    found["abstained"] = {name: rows for name, rows in abstained.items() if rows}
+    if whole_R.any():
+        found["exact_match"] = float(right_R[whole_R].mean())
+    return found
+
+
+def _field_values(step: ExtractStep, field: str, answers: pa.Table) -> tuple[list[Any], np.ndarray]:
+    """The values of a field, and whether the model abstained from each."""
+    columns = Columns(step.name)
+    if step.layout == "struct":
+        values = [row[field] for row in answers.column(columns.answer).to_pylist()]
+    else:
+        values = answers.column(columns.field(field).answer).to_pylist()
+    if columns.abstained not in answers.column_names:
+        return values, np.zeros(len(answers), bool)
+    lists = answers.column(columns.abstained).to_pylist()
+    return values, np.array([field in (fields or ()) for fields in lists])
+
+
+def _mean_chances(columns: Columns, answers: pa.Table) -> list[float] | None:
+    """The mean probability of a token of each answer, None if the step does not ask for it.
+
+    A text without a token has none to doubt, and the model never abstains from it.
+    """
+    if columns.mean_log_prob not in answers.column_names:
+        return None
+    logs = answers.column(columns.mean_log_prob).to_pylist()
+    return [1.0 if value is None else math.exp(value) for value in logs]
