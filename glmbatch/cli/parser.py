@@ -183,18 +183,21 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--text-column", metavar="NAME", help="column with the text")
     command.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    checkpoint = command.add_argument_group("a checkpoint instead of a job")
-    checkpoint.add_argument(
+    _add_checkpoint(command.add_argument_group("a checkpoint instead of a job"))
+    _add_set(command)
+    _add_json(command)
+
+
+def _add_checkpoint(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--label-column", metavar="NAME", help="column with the correct label (default: label)"
     )
-    checkpoint.add_argument(
+    group.add_argument(
         "--prompt-template",
         metavar="TEMPLATE",
         help="prompt of a row; {text} inserts its text (default: that of the model's training, "
         "else {text})",
     )
-    _add_set(command)
-    _add_json(command)
 
 
 def _probability(text: str) -> float:
