@@ -97,7 +97,9 @@ def _ask(table: pa.Table, job: Job, name: str, folder: str | os.PathLike[str]) -
     """The answers to all rows of `table`, which come from `name`."""
     settings = settings_of(job, {})
     # A truth has the name of the answer that it is compared with.
-    written = {column.casefold() for step in settings.steps for column in step.answer_columns}
+    written: set[str] = set()
+    for step in settings.steps:
+        written.update(map(str.casefold, step.answer_columns))
     asked = [column for column in table.column_names if column.casefold() not in written]
     try:
         answers, summary = answers_to(as_frame(table.select(asked)), settings, folder)

@@ -42,18 +42,22 @@ def score_field(field: ExtractField, compared: Compared, precisions: Sequence[fl
     truth, answers, group_R = compared.truth, compared.answers, compared.group_R
     if field.type == "choice":
         labels = [*(field.choices or ()), *([NULL] if field.nullable else [])]
-        truth, answers = ([value or NULL for value in values] for values in (truth, answers))
-        return score_labels(replace(compared, truth=truth, answers=answers), labels, precisions)
+        named = replace(compared, truth=_filled(truth, NULL), answers=_filled(answers, NULL))
+        return score_labels(named, labels, precisions)
     right_R = same_values(truth, answers)
     coverage = coverages(precisions, compared.confidence, right_R, group_R)
     if field.type == "text":  # a null is as good as an empty text
-        truth, answers = ([value or "" for value in values] for values in (truth, answers))
-        result: Result = score_written(truth, answers, group_R)
+        result: Result = score_written(_filled(truth, ""), _filled(answers, ""), group_R)
     elif field.type == "list":
         result = score_items(truth, answers, group_R)
     else:
         result = score_values(truth, answers, group_R)
     return result.model_copy(update={"coverage": coverage})
+
+
+def _filled(values: Sequence[Any], instead: str) -> list[str]:
+    """The values as texts, with one `instead` of each null."""
+    return [instead if value is None else value for value in values]
 
 
 def score_values(truth: Sequence[Any], answers: Sequence[Any], group_R: np.ndarray) -> ValueResult:

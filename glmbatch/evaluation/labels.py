@@ -85,7 +85,7 @@ def score_several(
     truth_RL = _one_hot(truth, everything)
     answer_RL = _one_hot(answers, everything)
     measure = _measure_several(truth_RL, answer_RL)
-    chance_RL = np.array([[row[label] for label in labels] for row in chances])
+    chance_RL = np.array([list(row.values()) for row in chances])
     bins = bins_of(truth_RL[:, : len(labels)].ravel(), chance_RL.ravel())
     return SeveralResult(
         rows=len(truth),

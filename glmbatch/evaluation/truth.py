@@ -76,7 +76,9 @@ def read_labelled_rows(address: str, wanted: Collection[str]) -> tuple[pa.Table,
 
 def check_names(steps: Sequence[AnyStep], given: Mapping[str, str]) -> None:
     """InputError if `given` names something else than a step, or a field of an extract step."""
-    named = [name for step in steps for name in _names(step)]
+    named: list[str] = []
+    for step in steps:
+        named += _names(step)
     for name in given:
         if name not in named:
             raise InputError(
@@ -190,7 +192,7 @@ def _truth_of_fields(
                 read = [_part(value, field.name, column) for value in read]
             values[field.name] = [_value(field, value, column) for value in read]
     # A null of a nullable field is a truth, unless nothing at all is known of the row.
-    known = [any(value is not None for value in row) for row in zip(*values.values(), strict=True)]
+    known = [{*map(type, row)} != {type(None)} for row in zip(*values.values(), strict=True)]
     return Truth({name: columns[name] for name in values}, values, known)
 
 
