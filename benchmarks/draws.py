@@ -1,7 +1,7 @@
-"""What several draws of a row cost when its prompt is read once, beside reading it for each.
+"""What several texts for a row cost when what they share is read once, beside reading it for each.
 
     python benchmarks/draws.py                 5 draws of 16 prompts of 500 tokens, the `mid` shape
-    python benchmarks/draws.py --draws 2 --answer 4
+    python benchmarks/draws.py --ending 12     5 steps: each has 12 tokens behind the same 500
 
 Both ways draw the same texts on one engine and one core, in turns; figures are medians of CPU
 seconds. Weights and prompts are random. The last line printed is one JSON object.
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from environments import SCRIPTS
@@ -31,34 +32,32 @@ sys.path.insert(0, str(SCRIPTS))
 from models import make_model
 
 
-class Counter:
-    """Counts the forwards of a network and the tokens in them."""
+class CountingNetwork(Network):
+    """A network that counts its forwards and the tokens in them."""
 
-    def __init__(self) -> None:
-        self.forwards = self.tokens = 0
-        run = Network.forward
+    forwards = tokens = 0
 
-        def counted(network: Network, ids_T: torch.Tensor, *rest: Any) -> torch.Tensor:
-            self.forwards += 1
-            self.tokens += len(ids_T)
-            return run(network, ids_T, *rest)
-
-        Network.forward = counted  # type: ignore[method-assign]
+    def forward(self, ids_T: torch.Tensor, *rest: Any) -> torch.Tensor:
+        """As that of a network."""
+        CountingNetwork.forwards += 1
+        CountingNetwork.tokens += len(ids_T)
+        return super().forward(ids_T, *rest)
 
 
 def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     shape = SHAPES[options.shape]
-    counter = Counter()
+    counter = CountingNetwork
     model = make_model("causal", shape.config(), 0, torch.float32, "cpu")
-    engine = TorchEngine(model, eos_id=-1, token_count=shape.vocabulary)
+    with patch("glmbatch.glm.engine.worker.Network", CountingNetwork):
+        engine = TorchEngine(model, eos_id=-1, token_count=shape.vocabulary)
     rng = random.Random(0)
     prompts = []
     for _ in range(options.rows):
         prompts.append([rng.randrange(3, shape.vocabulary) for _ in range(options.tokens)])
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    result: dict[str, Any] = {"draws": options.draws, "answer": options.answer}
+    result: dict[str, Any] = {key: getattr(options, key) for key in ("draws", "answer", "ending")}
     texts = {}
     for _ in range(options.rounds):
         for together in (True, False):
@@ -85,7 +84,9 @@ def _requests(
         draws = []
         for draw in range(options.draws):
             index = place * options.draws + draw
-            draws.append(GenerateRequest(index, prompt, options.answer, 0.8, seed=index))
+            ending = [3 + (draw + at) % 50 for at in range(options.ending)]
+            ids = [*prompt, *ending]
+            draws.append(GenerateRequest(index, ids, options.answer, 0.8, seed=index))
         if together:
             yield replace(draws[0], beside=tuple(draws[1:]))
         else:
@@ -101,6 +102,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--answer", type=int, default=8)
+    parser.add_argument("--ending", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
 

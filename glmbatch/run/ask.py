@@ -27,7 +27,7 @@ from glmbatch.run.prompts import triage
 from glmbatch.run.session import Session
 from glmbatch.run.work import Question, now
 from glmbatch.settings.columns import Columns
-from glmbatch.settings.job import ClassifyStep, ExtractStep
+from glmbatch.settings.job import ClassifyStep, ExtractStep, GenerateStep
 from glmbatch.steps.answers import Answer, answers_table
 from glmbatch.steps.classify import Choice, Selection, ask_choices, label_set
 from glmbatch.steps.extract import Extraction, ask_extractions
@@ -151,9 +151,10 @@ def ask(
 ) -> list[Asked]:
     """Ask the model about all `rows`; for each of the questions, the outcomes by row key.
 
-    Several questions choose labels and have one model. No engine is loaded if there is no row.
-    `counted` outcomes advance the run's progress. A prompt on which the model failed has a RowFault
-    as its outcome. TransientError when the machine failed, Interrupted when the run was stopped.
+    Several questions are of one kind, labels or texts, and have one model. No engine is loaded if
+    there is no row. `counted` outcomes advance the run's progress. A prompt on which the model
+    failed has a RowFault as its outcome. TransientError when the machine failed, Interrupted when
+    the run was stopped.
     """
     rows = iter(rows)
     first = next(rows, None)
@@ -189,14 +190,16 @@ def _outcomes(
 ) -> Iterator[tuple[int, bytes, Outcome]]:
     tokenizer = tokenizer_of(questions[0].model)
     step = questions[0].step
-    if not isinstance(step, ClassifyStep):
+    if isinstance(step, ExtractStep):
         prompts = {key: prompt for ((_, key, prompt),) in rows}
-        answers: Iterator[tuple[bytes, Outcome]]
-        if isinstance(step, ExtractStep):
-            answers = ask_extractions(step, prompts, engine, tokenizer)
-        else:
-            answers = ask_writings(step, prompts, engine, tokenizer, chat=questions[0].chat)
+        answers = ask_extractions(step, prompts, engine, tokenizer)
         return ((0, *answer) for answer in answers)
+    if isinstance(step, GenerateStep):
+        written = []
+        for question in questions:
+            assert isinstance(question.step, GenerateStep)
+            written.append((question.step, question.chat))
+        return ask_writings(written, rows, engine, tokenizer)
     label_sets = []
     for question in questions:
         assert isinstance(question.step, ClassifyStep)

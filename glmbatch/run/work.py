@@ -20,7 +20,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from glmbatch.ledger.fragments import Fragment, Plan, bundle_name
-from glmbatch.settings.job import AnyStep, ClassifyStep, ModelConfig, RuntimeConfig
+from glmbatch.settings.job import AnyStep, ClassifyStep, GenerateStep, ModelConfig, RuntimeConfig
 from glmbatch.steps.inputs import PromptInputs
 from glmbatch.store.inputs.needs import SchemaNeeds
 
@@ -207,8 +207,8 @@ def plan_beside(
 ) -> tuple[tuple[int, ...], ...]:
     """For each step, the indexes of the later ones that can be asked beside it.
 
-    They choose labels with the same model, in the same pass, and use no answer that is not there
-    when the step is asked.
+    They choose labels as it does, or generate texts as it does, with the same model, in the same
+    pass, and use no answer that is not there when the step is asked.
     """
     beside: list[tuple[int, ...]] = [()] * len(questions)
     answered: set[str] = set()
@@ -228,9 +228,9 @@ def plan_beside(
 
 
 def _alike(questions: Sequence[Question], one: int, other: int) -> bool:
-    steps = (questions[one].step, questions[other].step)
-    choose = all(isinstance(step, ClassifyStep) for step in steps)
-    return choose and questions[one].model == questions[other].model
+    kind = type(questions[one].step)
+    same_kind = isinstance(questions[other].step, kind) and kind in (ClassifyStep, GenerateStep)
+    return same_kind and questions[one].model == questions[other].model
 
 
 def with_beside(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Self
 
@@ -16,7 +16,7 @@ from glmbatch.glm.tokenizer import Tokenizer, clean_answer
 from glmbatch.ledger.rowkeys import row_seed
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import ExtractStep, GenerateStep
-from glmbatch.steps.prompt import Prompt, RowFault
+from glmbatch.steps.prompt import Prompt, RowFault, RowPrompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,57 +109,67 @@ def writing_columns(step: GenerateStep, writings: Sequence[Writing | None]) -> l
 
 
 def ask_writings(
-    step: GenerateStep,
-    prompts: Mapping[bytes, Prompt],
+    steps: Sequence[tuple[GenerateStep, bool]],
+    rows: Iterable[RowPrompts],
     engine: Engine,
     tokenizer: Tokenizer,
-    *,
-    chat: bool = True,
-) -> Iterator[tuple[bytes, Writing | RowFault]]:
-    """Ask the engine to continue each prompt; yield pairs of row key and answer, in any order.
+) -> Iterator[tuple[int, bytes, Writing | RowFault]]:
+    """Ask the engine to continue the prompts of each row; yield the answers in any order.
 
-    A prompt on which the model failed has a RowFault. `chat` is as for `write_up`.
+    Each comes with the number of its step and its row key. A prompt on which the model failed has a
+    RowFault. Each of `steps` comes with its `chat`, as for `write_up`.
     """
-    keys = list(prompts)
-    draws: dict[bytes, dict[int, GenerateResult]] = {}
-    failed: set[bytes] = set()
-    for number, result in ask_by_number(engine, _requests(step, prompts, tokenizer, chat=chat)):
-        place, draw = divmod(number, step.n)
-        key = keys[place]
+    asked: list[tuple[int, bytes, int, int]] = []  # the engine numbers its requests
+    stops = [stop_at(step.stop, tokenizer, continues=not chat) for step, chat in steps]
+
+    def requests() -> Iterator[GenerateRequest]:
+        for row in rows:
+            of_row = []
+            for number, key, prompt in row:
+                for draw in range(steps[number][0].n):
+                    step, stop = steps[number][0], stops[number]
+                    of_row.append(
+                        _request(step, len(asked), key, prompt, draw=draw, should_stop=stop)
+                    )
+                    asked.append((number, key, draw, len(prompt.ids)))
+            yield replace(of_row[0], beside=tuple(of_row[1:]))
+
+    draws: dict[tuple[int, bytes], dict[int, Writing]] = {}
+    failed: set[tuple[int, bytes]] = set()
+    for index, result in ask_by_number(engine, requests()):
+        number, key, draw, prompt_tokens = asked[index]
+        step, chat = steps[number]
         if isinstance(result, RowFault):
             # One reason for the row, however many of its draws failed.
-            if key not in failed:
-                failed.add(key)
-                yield key, result
+            if (number, key) not in failed:
+                failed.add((number, key))
+                yield number, key, result
             continue
-        of_row = draws.setdefault(key, {})
-        of_row[draw] = result
+        of_row = draws.setdefault((number, key), {})
+        of_row[draw] = _written(step, result, prompt_tokens, tokenizer, chat=chat)
         if len(of_row) == step.n:
-            del draws[key]
-            results = [of_row[draw] for draw in range(step.n)]
-            tokens = len(prompts[key].ids)
-            written = [_written(step, one, tokens, tokenizer, chat=chat) for one in results]
-            yield key, _without_unsure(step, elect(written))
+            del draws[number, key]
+            writings = [of_row[draw] for draw in range(step.n)]
+            yield number, key, _without_unsure(step, elect(writings))
 
 
-def _requests(
-    step: GenerateStep, prompts: Mapping[bytes, Prompt], tokenizer: Tokenizer, *, chat: bool
-) -> Iterator[GenerateRequest]:
-    """A request for each row, with those of its other draws beside it; numbered draw by draw."""
-    should_stop = stop_at(step.stop, tokenizer, continues=not chat)
-    for place, (key, prompt) in enumerate(prompts.items()):
-        first, *others = (
-            replace(
-                request_of(step, place * step.n + draw, key, prompt, step.max_tokens, draw=draw),
-                repetition_penalty=step.repetition_penalty,
-                no_repeat_ngram_size=step.no_repeat_ngram_size,
-                min_tokens=step.min_tokens,
-                log_probs=step.log_probs or step.tells_confidence,
-                should_stop=should_stop,
-            )
-            for draw in range(step.n)
-        )
-        yield replace(first, beside=tuple(others))
+def _request(  # noqa: PLR0913 - as `request_of`, and the step's stop rule
+    step: GenerateStep,
+    index: int,
+    key: bytes,
+    prompt: Prompt,
+    *,
+    draw: int,
+    should_stop: Callable[[Sequence[int]], bool] | None,
+) -> GenerateRequest:
+    return replace(
+        request_of(step, index, key, prompt, step.max_tokens, draw=draw),
+        repetition_penalty=step.repetition_penalty,
+        no_repeat_ngram_size=step.no_repeat_ngram_size,
+        min_tokens=step.min_tokens,
+        log_probs=step.log_probs or step.tells_confidence,
+        should_stop=should_stop,
+    )
 
 
 def elect(writings: Sequence[Writing]) -> Writing:

@@ -1,4 +1,4 @@
-"""Classify steps about one text are asked together, and answer as the steps asked one by one."""
+"""Steps about one text are asked together, and answer as the steps asked one by one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from glmbatch.errors import InputError
-from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult
+from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult, GenerateRequest
 from glmbatch.glm.engine.worker import TorchEngine
 from glmbatch.run import answer, job
 from glmbatch.run.canary import freeze
@@ -145,6 +145,49 @@ def test_steps_together_answer_as_one_by_one(
     assert_same(rows_of(out), alone, 5e-6 if head else 1e-6)
     assert [step.computed for step in summary.steps] == [12, 12, 12, 12, 11]
     assert all(step.rows_per_second for step in summary.steps)
+
+
+WRITERS: list[dict[str, Any]] = [
+    {**GENERATE, "prompt_template": "{text} {text} {text}\nReply.", "confidence": True},
+    {
+        **GENERATE,
+        "name": "wish",
+        "prompt_template": "{text} {text} {text}\nWhat is the wish?",
+        "max_tokens": 9,
+        "stop": ["."],
+    },
+    {
+        **GENERATE,
+        "name": "topic",
+        "prompt_template": "{text} {text} {text} ({number})",
+        "temperature": 1.0,
+        "n": 3,
+    },
+    {**GENERATE, "name": "other", "prompt_template": "Reply: {text}", "chat": False},
+]
+
+
+@pytest.mark.usefixtures("source")
+def test_texts_generated_together_are_as_one_by_one(
+    job_settings: Settings, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    plain = TorchEngine.generate
+
+    def generate(engine: TorchEngine, requests: Any) -> Any:
+        def counted() -> Iterator[GenerateRequest]:
+            for request in requests:
+                asked.append(1 + len(request.beside))
+                yield request
+
+        return plain(engine, counted())
+
+    monkeypatch.setattr(TorchEngine, "generate", generate)
+    summary = run(job_settings(steps=WRITERS, runtime__max_slots=5))
+    assert asked == [6, 6, 3, *[6] * 9]  # a row lacks its number
+    alone = one_by_one(job_settings, tmp_path / "alone", WRITERS)
+    assert_same(rows_of(out), alone, 1e-5)
+    assert [step.computed for step in summary.steps] == [12, 12, 11, 12]
 
 
 @pytest.mark.usefixtures("source")

@@ -103,9 +103,13 @@ class Limits:
 
 @dataclass(slots=True, eq=False)
 class Family:
-    """Sequences whose prompts begin with the same `tokens` ids, which one of them reads for all."""
+    """Sequences whose prompts begin with the same `tokens` ids, which one of them reads for all.
+
+    They wait as one, as long as the longest of them: `max_tokens`, then tokens of the prompt.
+    """
 
     tokens: int
+    longest: tuple[int, int]
     members: list[TokenSequence] = field(default_factory=list)
 
 
@@ -195,7 +199,8 @@ def requests_apart(
         tokens = next((at for at, (one, other) in enumerate(same) if one != other), tokens)
     apart = [PendingRequest(pending.call, request, pending.arrival) for request in requests]
     is_worth = len(requests) > 1 and tokens - prefix >= MIN_SHARED_TOKENS
-    return apart, Family(tokens) if is_worth else None
+    longest = max((request.max_tokens, len(request.prompt_ids)) for request in requests)
+    return apart, Family(tokens, longest) if is_worth else None
 
 
 Item = TypeVar("Item")

@@ -263,5 +263,8 @@ class Scheduler:
 
     def _wait(self, seq: TokenSequence) -> None:
         request, arrival = seq.request, seq.pending.arrival
-        rank = (arrival // WINDOW, -request.max_tokens, -len(request.prompt_ids), arrival)
-        heapq.heappush(self._waiting, ((*rank, seq.member), seq))
+        answer, prompt = request.max_tokens, len(request.prompt_ids)
+        if seq.family is not None:
+            answer, prompt = seq.family.longest
+        rank = (arrival // WINDOW, -answer, -prompt, arrival, seq.member)
+        heapq.heappush(self._waiting, (rank, seq))

@@ -54,8 +54,9 @@ class Step(Settings):
         "{text}",
         min_length=1,
         description="Prompt of a row: {column} inserts the row's value, {{ and }} are braces. "
-        "Put first what all rows share: it is computed only once. If several classify steps ask "
-        "about one text, begin each with that text instead: it is then read only once.",
+        "Put first what all rows share: it is computed only once. If several classify or "
+        "several generate steps ask about one text, begin each with that text instead: it is then "
+        "read only once.",
     )
     when: str | None = Field(
         None,

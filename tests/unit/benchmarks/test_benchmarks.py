@@ -98,6 +98,15 @@ def test_measurements_for_a_gpu_run_on_a_cpu(
             assert (line["errors"], line["same"]) == (0, line["rows"]), "answers in little memory"
 
 
+def test_what_draws_share_is_read_once() -> None:
+    size = ("--shape", "tiny", "--rows", "3", "--tokens", "60", "--draws", "4", "--rounds", "1")
+    report = measure("draws.py", *size, "--answer", "5", "--ending", "8")
+    # The first of five tokens comes from the prompt, and the last is fed to no forward.
+    assert report["together_tokens"] == 3 * (60 + 4 * (8 + 4))
+    assert report["apart_tokens"] == 3 * 4 * (60 + 8 + 4)
+    assert report["different_texts"] == 0
+
+
 @pytest.mark.slow
 def test_all_transformers_variants_give_the_same_answers(tmp_path: Path) -> None:
     tasks = measure_engine(tmp_path, "--peers", "transformers")["tasks"]

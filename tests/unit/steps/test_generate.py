@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
 
-from glmbatch.glm.engine.protocol import GenerateResult
+from glmbatch.glm.engine.protocol import (
+    ClassifyRequest,
+    ClassifyResult,
+    GenerateRequest,
+    GenerateResult,
+)
 from glmbatch.glm.stop_texts import stop_at
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.settings.job import GenerateStep
-from glmbatch.steps.generate import Writing, elect, write_up, writing_columns
+from glmbatch.steps.generate import Writing, ask_writings, elect, write_up, writing_columns
+from glmbatch.steps.prompt import Prompt, RowFault
 from tests.support import CAUSAL
 
 
@@ -131,3 +137,32 @@ def test_the_first_of_the_most_frequent_texts_is_elected() -> None:
     assert vote.answers == ("b", "a\n", "c", "a", "b", "")
     vote = drawn("b", "a\n", "c", "a", "", " a")
     assert (vote.text, vote.completion_tokens, vote.agreement) == ("a\n", 1, 0.5)
+
+
+class HalfBroken:
+    """An engine that answers the last request first, and fails on every other one."""
+
+    def generate(self, requests: Iterable[GenerateRequest]) -> Iterator[GenerateResult]:
+        asked = []
+        for request in requests:
+            asked += [request, *request.beside]
+        for request in reversed(asked):
+            if request.index % 2:
+                yield GenerateResult(request.index, (), "error", "no memory")
+            else:
+                yield GenerateResult(request.index, (), "stop")
+
+    def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+def test_a_row_fails_once_if_a_draw_does(tokenizer: Tokenizer) -> None:
+    steps = [(GenerateStep(name=f"reply{n}", temperature=1, n=n), True) for n in (1, 3)]
+    rows = [[(0, b"a" * 16, Prompt("x", [5])), (1, b"b" * 16, Prompt("x", [5]))]]
+    outcomes = list(ask_writings(steps, rows, HalfBroken(), tokenizer))
+    assert [(number, key[:1]) for number, key, _ in outcomes] == [(1, b"b"), (0, b"a")]
+    assert outcomes[0][2] == RowFault("model_failed", "no memory")
+    assert outcomes[1][2] == Writing("", "stop", 1, 0)
