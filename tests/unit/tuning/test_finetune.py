@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from glmbatch.cli.main import main
 from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.doctor import examine
 from glmbatch.run.job import run_job
@@ -76,12 +78,25 @@ def test_a_step_must_use_the_prompt_of_training(tune: Tune, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_model_learns_to_write_and_answers_a_job(tune: Tune, tmp_path: Path) -> None:
+def test_a_model_learns_to_write_and_answers_a_job(
+    tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = finetune(tune(**WRITES))
     assert report.promoted and report.baseline is None
     assert report.scores.rouge_l > 0.6
     page = (Path(report.checkpoint).parent / "report.html").read_text()
     assert "ROUGE-L" in page and "Confusion" not in page
+    # The command finds the column of the training, and scores as the training did.
+    command = [
+        "evaluate",
+        report.checkpoint,
+        str(tmp_path / "in"),
+        "--keep",
+        str(tmp_path / "kept"),
+    ]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "text" and found["rows"] == 240 and found["rouge_l"] > 0.6
     settings = job_over(tmp_path, "in")
     settings["steps"] = [{"kind": "generate", "name": "answer", "max_tokens": 8}]
     settings["data"]["limit"] = 20
