@@ -259,13 +259,16 @@ def _shortened(
     if prompt is not None or not texts:
         return prompt
     row = with_latest(0)
-    whole = row.values[texts[0]]
+    # The text and the last question of a conversation may be two values; both are cut.
+    whole = {name: row.values[name] for name in texts}
 
     def with_text(length: int) -> _Row:
-        return replace(row, values={**row.values, **dict.fromkeys(texts, whole[:length])})
+        cut = {name: text[:length] for name, text in whole.items()}
+        return replace(row, values={**row.values, **cut})
 
-    fits, prompt = _longest(len(whole), lambda length: render(with_text(length)), limit, tokenizer)
-    return prompt if whole[:fits].strip() else None
+    longest = max(map(len, whole.values()))
+    fits, prompt = _longest(longest, lambda length: render(with_text(length)), limit, tokenizer)
+    return prompt if all(text[:fits].strip() for text in whole.values()) else None
 
 
 def _longest(

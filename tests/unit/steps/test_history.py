@@ -192,3 +192,18 @@ def test_the_oldest_rounds_are_left_out_first(tokenizer: Tokenizer) -> None:
     fault = built(tokenizer, history, lead, text, on_too_long="truncate")
     assert isinstance(fault, RowFault)
     assert "the template alone fills them" in fault.reason
+
+
+def test_a_text_and_a_last_question_are_both_cut(tokenizer: Tokenizer) -> None:
+    step = GenerateStep(
+        name="reply",
+        history_column="talk",
+        prompt_template="{text}|{talk}",
+        on_too_long="truncate",
+    )
+    row = {"text": "one " * 50, "talk": "two", HISTORY: History([("q", "a")], None, "two")}
+    names = {"texts": ("text", "talk"), "max_input_tokens": 60}
+    (prompt,) = build_prompts(step, [row], tokenizer, chat=True, **names)
+    assert isinstance(prompt, Prompt)
+    assert len(prompt.ids) <= 60
+    assert re.fullmatch(r"\[Round 1\]\n\n问：(one )+o?n?e?\|two\n\n答：", prompt.text)

@@ -20,8 +20,11 @@ POSITIONS = 4000
 class Run:
     """Runs a scheduler as the engine does, with 7 for every token, up to one forward ahead."""
 
-    def __init__(self, slots: int, places: int, budget: int = 512, *, ahead: bool = False) -> None:
-        self.scheduler = Scheduler(POSITIONS, 0, eos_id=2)
+    def __init__(
+        self, slots: int, places: int, budget: int = 512, *, ahead: bool = False, trained: int = 0
+    ) -> None:
+        self.scheduler = Scheduler(POSITIONS, trained, eos_id=2)
+        self.trained = trained
         self.scheduler.places = Places(places)
         self.limits = Limits(budget, slots)
         self.ahead = ahead
@@ -30,10 +33,14 @@ class Run:
         self.arena: list[tuple[int, int] | None] = [None] * places  # whose token, and which
         self._arrival = 0
 
-    def push(self, prompt: int, answer: int, beside: int = 0) -> Call[object]:
+    def push(self, prompt: int, answer: int, beside: int = 0, ending: int = 0) -> Call[object]:
+        """A request with others beside it, each with `ending` more tokens than the one before."""
         call: Call[object] = Call()  # type: ignore[type-var]
         request = GenerateRequest(self._arrival, [5] * prompt, answer)
-        others = [replace(request, index=1000 * (n + 1) + self._arrival) for n in range(beside)]
+        others = []
+        for n in range(1, beside + 1):
+            ids = [5] * prompt + [6] * (ending * n)
+            others.append(replace(request, index=1000 * n + self._arrival, prompt_ids=ids))
         request = replace(request, beside=tuple(others))
         self.scheduler.push(PendingRequest(call, request, self._arrival))
         self._arrival += 1
@@ -66,16 +73,23 @@ class Run:
         """Copy and write tokens as the runner does; each piece finds those before it."""
         for source, target, places in batch.moves:
             self.arena[target : target + places] = self.arena[source : source + places]
+        for seq in batch.admitted:
+            for at in range(self.trained):
+                self.arena[seq.start + at] = (-1, at)
         for piece in batch.pieces:
             seq = piece.sequence
             for at in range(piece.first, piece.first + piece.count):
-                owner = seq.pending.arrival if at < seq.shared else seq.request.index
-                self.arena[seq.start + at] = (owner, at)
+                self.arena[seq.start + self.trained + at] = self.owned(seq, at)
         for piece in batch.pieces:
-            seq = piece.sequence
+            start = piece.sequence.start
+            for at in range(self.trained):
+                assert self.arena[start + at] == (-1, at)
             for at in range(piece.first):
-                owner = seq.pending.arrival if at < seq.shared else seq.request.index
-                assert self.arena[seq.start + at] == (owner, at)
+                assert self.arena[start + self.trained + at] == self.owned(piece.sequence, at)
+
+    def owned(self, seq: TokenSequence, at: int) -> tuple[int, int]:
+        """Token `at` of the sequence, which may be that of its family."""
+        return (seq.pending.arrival if at < seq.shared else seq.request.index), at
 
     def read(self, batch: Batch) -> None:
         for piece in batch.pieces:
@@ -94,7 +108,7 @@ class Run:
         after = [start for start, _, _ in owned[1:]]
         for (start, end, cached), later in zip(owned, [*after, 10**9][: len(owned)], strict=True):
             assert start >= 0
-            assert start + cached <= end <= later
+            assert start + self.trained + cached <= end <= later
 
     def running(self) -> list[TokenSequence]:
         return self.scheduler.running
@@ -132,14 +146,16 @@ def test_prompts_are_read_beside_decode_steps() -> None:
 def test_every_sequence_ends_and_frees_its_places(ahead: bool, data: st.DataObject) -> None:
     run = Run(
         slots=data.draw(st.integers(1, 6)),
-        places=data.draw(st.integers(160, 900)),
+        places=data.draw(st.integers(180, 900)),
         budget=data.draw(st.integers(8, 100)),
         ahead=ahead,
+        trained=data.draw(st.sampled_from([0, 3])),
     )
     row = st.tuples(st.integers(1, 70), st.integers(1, 80), st.sampled_from([0, 0, 1, 4]))
     rows = data.draw(st.lists(row, max_size=12))
     cancelled = data.draw(st.sets(st.integers(0, 11)))
-    calls = [run.push(*row) for row in rows]
+    ending = data.draw(st.integers(0, 2))
+    calls = [run.push(*row, ending) for row in rows]
     for at in cancelled & set(range(len(calls))):
         calls[at].cancelled = True
     run.to_the_end()
