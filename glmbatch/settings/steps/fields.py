@@ -75,7 +75,10 @@ class FieldValue(Settings):
         f"matches has an end, at {LONGEST_MATCH} characters at most. Empty: any text.",
     )
     max_length: int | None = Field(
-        None, ge=1, description="Maximum characters of a text. Empty: as max_tokens allows."
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Maximum characters of a text. Empty: as max_tokens allows.",
     )
 
     @model_validator(mode="before")
@@ -91,6 +94,12 @@ class FieldValue(Settings):
             is_other = kind in get_args(FieldType) and kind not in types
             if is_other and values.get(setting) is not None:
                 raise ValueError(f"{setting} is for {' and '.join(types)}, not for {kind}")
+        for setting in ("minimum", "maximum"):
+            bound = values.get(setting)
+            if bound is not None and (
+                isinstance(bound, bool) or not isinstance(bound, (int, float))
+            ):
+                raise ValueError(f"{setting} is {bound!r}; set a number, or leave it out")
         return values
 
     @model_validator(mode="after")
@@ -107,6 +116,8 @@ class FieldValue(Settings):
         choices = self.choices or []
         if len(choices) < 2:
             raise ValueError(f"a choice needs at least two choices; it has {some_of(choices)}")
+        for choice in choices:
+            check_unicode("a choice", choice)
         if not all(choice.strip() for choice in choices):
             raise ValueError(f"a choice is empty: {some_of(choices)}")
         folded = [choice.casefold() for choice in choices]
@@ -128,7 +139,9 @@ class FieldValue(Settings):
         most = MOST_INTEGER if self.type == "integer" else MOST_NUMBER
         if least < -most or greatest > most:
             raise ValueError(f"bounds are at most {most:,}; set minimum and maximum within")
-        satisfiable(self.json_schema(), f"no {self.type} of these decimals is within bounds")
+        # Without null, which is always within.
+        schema = FieldValue.json_schema(self)
+        satisfiable(schema, f"no {self.type} of these decimals is within bounds")
 
     @property
     def bounds(self) -> tuple[float | int, float | int]:
@@ -209,6 +222,7 @@ class ExtractField(FieldValue):
 
     @model_validator(mode="after")
     def _list_of_items(self) -> Self:
+        check_unicode("the description", self.description or "")
         if self.type == "list" and self.items is None:
             raise ValueError("a list needs items, such as items: text")
         return self
@@ -268,6 +282,14 @@ def as_fields(value: object) -> object:
         field = _typed(typed)
         listed.append({"name": name, **field} if isinstance(field, Mapping) else field)
     return listed
+
+
+def check_unicode(what: str, text: str) -> None:
+    """ValueError if `text` has half of a character, as JSON files can say, and Parquet cannot."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(
+            f"{what} has half of a surrogate pair, {text!r}; write the whole character"
+        )
 
 
 def instructions(fields: Sequence[ExtractField]) -> str:

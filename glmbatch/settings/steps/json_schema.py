@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from pydantic.errors import PydanticInvalidForJsonSchema
+
 from glmbatch.errors import some_of
 
 # A longer match of a pattern is one without end.
@@ -34,7 +36,13 @@ def fields_of_schema(schema: object) -> list[dict[str, Any]]:
     """The fields of `schema`, a mapping or a pydantic class. ValueError names what is refused."""
     as_json = getattr(schema, "model_json_schema", None)
     if callable(as_json):
-        schema = as_json()
+        try:
+            schema = as_json()
+        except PydanticInvalidForJsonSchema as error:
+            reason = error.message
+            raise ValueError(
+                f"the class has no JSON schema: {reason}; remove that field"
+            ) from error
     if not isinstance(schema, Mapping) or schema.get("type") != "object":
         raise ValueError("the schema is not of an object; set its type to object")
     _refuse_others("the schema", schema, {"type", "properties", "required", "additionalProperties"})
@@ -43,11 +51,15 @@ def fields_of_schema(schema: object) -> list[dict[str, Any]]:
     properties = schema.get("properties")
     if not isinstance(properties, Mapping) or not properties:
         raise ValueError("the schema has no properties; each is a field")
-    required = schema.get("required", ())
-    unlisted = [name for name in required if name not in properties]
+    required = schema.get("required", [])
+    if not isinstance(required, list):
+        raise ValueError(f"the schema has required: {required!r}; it is a list of properties")
+    unlisted = [name for name in required if name not in list(properties)]
     if unlisted:
         raise ValueError(f"the schema requires {some_of(unlisted)}, which is not in its properties")
     definitions = schema.get("$defs", {})
+    if not isinstance(definitions, Mapping):
+        raise ValueError("the schema has $defs that are no mapping of names to schemas")
     fields = []
     for name, part in properties.items():
         # Each answer has all fields, so one that may be left out may be null instead.
@@ -75,15 +87,19 @@ def _field(name: str, schema: Any, definitions: Mapping[str, Any]) -> dict[str, 
 
 
 def _resolved(where: str, schema: Any, definitions: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`schema`, or what its $ref refers to."""
+    """`schema`, or what its $ref refers to, with its own keywords."""
     if not isinstance(schema, Mapping):
         raise ValueError(f"{where} is not a schema of a value")
-    if "$ref" not in schema:
-        return schema
-    name = str(schema["$ref"]).removeprefix("#/$defs/")
-    if not isinstance(definitions.get(name), Mapping):
-        raise ValueError(f"{where} refers to {schema['$ref']!r}, which is not in its $defs")
-    return {**definitions[name], **{key: schema[key] for key in schema if key != "$ref"}}
+    names: list[str] = []
+    while "$ref" in schema:
+        name = str(schema["$ref"]).removeprefix("#/$defs/")
+        if not isinstance(definitions.get(name), Mapping):
+            raise ValueError(f"{where} refers to {schema['$ref']!r}, which is not in its $defs")
+        if name in names:
+            raise ValueError(f"{where} refers to {name!r}, which refers to itself")
+        names.append(name)
+        schema = {**definitions[name], **{key: schema[key] for key in schema if key != "$ref"}}
+    return schema
 
 
 def _without_null(
@@ -102,6 +118,8 @@ def _without_null(
         others = [part for part in parts if part.get("type") != "null"]
         if len(others) != 1:
             raise ValueError(f"{where} has anyOf of {len(others)} types; a field has one, or null")
+        if "anyOf" in others[0]:
+            raise ValueError(f"{where} has an anyOf within anyOf; list its types in one")
         around = {key: value for key, value in schema.items() if key != "anyOf"}
         part, nullable = _without_null(where, others[0], definitions)
         return {**around, **part}, nullable or len(others) < len(parts)
@@ -117,12 +135,16 @@ def _without_null(
 def _value(where: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     if "enum" in schema or "const" in schema:
         _refuse_others(where, schema, {"type", "enum", "const"})
-        choices = schema.get("enum", [schema.get("const")])
+        choices = [schema["const"]] if "const" in schema else schema["enum"]
+        if not isinstance(choices, list):
+            raise ValueError(f"{where} has the enum {choices!r}; it is a list of texts")
         if not all(isinstance(choice, str) for choice in choices):
             raise ValueError(f"{where} has an enum of other values than texts")
         return {"type": "choice", "choices": list(choices)}
     kind = schema.get("type")
-    if kind not in _TYPES:
+    if kind is None:
+        _refuse_others(where, schema, set().union(*_KEYWORDS.values()))
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise ValueError(
             f"{where} has the type {kind!r}; a field has one of {some_of(list(_TYPES))}"
         )
@@ -149,7 +171,9 @@ def _decimals(where: str, step: Any) -> int:
     raise ValueError(f"{where} has multipleOf {step!r}; only 1, 0.1, 0.01 and so on are read")
 
 
-def _whole(where: str, pattern: str) -> str:
+def _whole(where: str, pattern: Any) -> str:
+    if not isinstance(pattern, str):
+        raise ValueError(f"{where} has the pattern {pattern!r}, which is no text")
     # In a JSON schema, a pattern may match anywhere in a text, around which there may be any other.
     if not (pattern.startswith("^") and pattern.endswith("$")):
         raise ValueError(
@@ -204,7 +228,7 @@ def longest_match(pattern: str, max_length: int | None) -> int:
     if max_length is not None:
         schema["maxLength"] = max_length
     satisfiable(schema, f"pattern {pattern!r} cannot be used")
-    if _fault(json.dumps({**schema, "minLength": LONGEST_MATCH + 1})) is None:
+    if not _excluded({**schema, "minLength": LONGEST_MATCH + 1}):
         raise ValueError(
             f"pattern {pattern!r} matches texts without end; bound its repeats, such as "
             "{1,20} for +, or set max_length"
@@ -212,10 +236,18 @@ def longest_match(pattern: str, max_length: int | None) -> int:
     shortest, longest = 0, LONGEST_MATCH
     while shortest < longest:
         middle = (shortest + longest + 1) // 2
-        if _fault(json.dumps({**schema, "minLength": middle})) is None:
-            shortest = middle
-        else:
+        if _excluded({**schema, "minLength": middle}):
             longest = middle - 1
+        else:
+            shortest = middle
     # Beyond plain ASCII a character is up to four bytes, and an escape up to six.
     others = {**schema, "allOf": [{"pattern": r"[^ !#-\[\]-~]"}]}
-    return longest * (1 if _fault(json.dumps(others)) is not None else 6)
+    return longest * (1 if _excluded(others) else 6)
+
+
+def _excluded(schema: Mapping[str, Any]) -> bool:
+    """Whether surely no value is within `schema`.
+
+    Repeats of repeats are too much to decide for llguidance, and it says so in another fault.
+    """
+    return (_fault(json.dumps(schema)) or "").startswith("Unsatisfiable")

@@ -57,7 +57,18 @@ def test_a_pattern_may_end_in_a_dollar_of_the_text() -> None:
         ({"a": {"type": "text", "pattern": "a(?=b)"}}, "look-around"),
         ({"a": {"type": "text", "pattern": "[a"}}, "unclosed"),
         ({"a": {"type": "text", "pattern": "abc", "max_length": 2}}, "Unsatisfiable"),
+        ({"a": {"type": "text", "pattern": "([a-z]{1,30} ){1,30}"}}, "without end"),
         ({"a": {"choices": ["good", "Good"]}}, "equal but for case"),
+        ({"a": {"choices": ["\ud800", "x"]}}, "half of a surrogate pair"),
+        ({"a": {"type": "text", "description": "\ud800"}}, "half of a surrogate pair"),
+        ({"a": {"type": "integer", "minimum": True}}, "minimum is True; set a number"),
+        ({"a": {"type": "number", "maximum": "five"}}, "maximum is 'five'; set a number"),
+        ({"a": {"type": "text", "max_length": 10**30}}, "less than or equal to 1000000"),
+        ({"a": {"type": "list", "items": "text", "max_items": 0}}, "greater than or equal to 1"),
+        (
+            {"a": {"type": "number", "minimum": 1e-9, "maximum": 2e-9, "nullable": True}},
+            "no number of these decimals",
+        ),
         ({"a": {"choices": ["good"]}}, "at least two"),
         ({"a": {"type": "list"}}, "a list needs items"),
         ({"a": {"type": "list", "items": "list"}}, "Input should be"),
@@ -122,6 +133,10 @@ class Mood(enum.Enum):
     BAD = "bad"
 
 
+class WithoutSchema(BaseModel):
+    kind: type
+
+
 class Review(BaseModel):
     product: str = Field(max_length=20, description="what was bought")
     rating: int | None = Field(None, ge=1, le=5)
@@ -169,8 +184,27 @@ def test_null_is_a_choice_where_the_enum_has_it(schema: Any, nullable: bool) -> 
     assert (field.choices, field.nullable) == (["a", "b"], True)
 
 
-def of(schema: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": {"a": schema}}
+def of(schema: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": schema}, **more}
+
+
+LOOP = {"N": {"anyOf": [{"$ref": "#/$defs/N"}, {"type": "null"}]}, "M": {"$ref": "#/$defs/M"}}
+
+
+def test_a_definition_may_refer_to_another() -> None:
+    definitions = {"B": {"$ref": "#/$defs/C"}, "C": {"type": "string", "maxLength": 3}}
+    (field,) = step(schema=of({"$ref": "#/$defs/B"}, **{"$defs": definitions})).fields
+    assert (field.type, field.max_length) == ("text", 3)
+
+
+def test_the_longest_match_is_known_or_bounded() -> None:
+    def longest(**settings: Any) -> int | None:
+        fields = {"a": {"type": "text", **settings}}
+        return step(fields=fields, max_tokens=700).fields[0].most_tokens
+
+    assert longest(pattern="(a{1,5}b){1,3}c") == 19 + 2
+    # Too much to decide, but no longer than `max_length`, with escapes for each character.
+    assert longest(pattern="([a-z]{1,30} ){1,30}", max_length=100) == 6 * 100 + 2
 
 
 @pytest.mark.parametrize(
@@ -187,8 +221,30 @@ def of(schema: Any) -> dict[str, Any]:
         (of({"type": "array", "items": {"type": "array"}}), "type 'array'"),
         (of({"type": "array", "items": {"type": "string"}, "uniqueItems": True}), "'uniqueItems'"),
         (of({"enum": [1, 2]}), "other values than texts"),
+        (of({"const": "x", "enum": ["x", "y"]}), "at least two choices"),
+        (of({"enum": []}), "at least two choices"),
         (of({"type": "number", "multipleOf": 0.3}), "multipleOf 0.3"),
         (of({"$ref": "#/$defs/B"}), "not in its $defs"),
+        (of({"$ref": ["a"]}), "not in its $defs"),
+        (of({"$ref": "#/$defs/N"}, **{"$defs": LOOP}), "anyOf within anyOf"),
+        (of({"$ref": "#/$defs/M"}, **{"$defs": LOOP}), "'M', which refers to itself"),
+        (of({"$ref": "#/$defs/N"}, **{"$defs": []}), "$defs that are no mapping"),
+        (of({"anyOf": "x"}), "not a schema of a value"),
+        (of({"oneOf": [{"type": "string"}]}), "'oneOf'"),
+        (of({"not": {"type": "string"}}), "'not'"),
+        (of({}), "has the type None"),
+        (of({"type": {"x": 1}}), "has the type {'x': 1}"),
+        (of({"type": "array", "items": {"type": ["string", "null"]}}), "['string', 'null']"),
+        (of({"type": "array", "items": {"anyOf": [{"type": "string"}]}}), "'anyOf'"),
+        (of({"type": "string", "pattern": 5}), "pattern 5, which is no text"),
+        (of({"enum": "abc"}), "enum 'abc'; it is a list"),
+        (of({"const": 5}), "other values than texts"),
+        (of({"const": None}), "other values than texts"),
+        (of({"enum": ["a", 1]}), "other values than texts"),
+        (of({"type": "string"}, required="a"), "required: 'a'; it is a list"),
+        (of({"type": "string"}, required=None), "required: None; it is a list"),
+        (of({"type": "string"}, required=[["a"]]), "not in its properties"),
+        (WithoutSchema, "the class has no JSON schema"),
         ({**of({"type": "string"}), "required": ["b"]}, "requires ['b']"),
         ({**of({"type": "string"}), "additionalProperties": True}, "additionalProperties"),
     ],
