@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from glmbatch.report.text import describe
 from glmbatch.run.canary import freeze
 from glmbatch.run.preview import preview
 from glmbatch.settings.job import JobConfig
+from tests.soak.runs import Forks, Kill
 from tests.support import Settings, Write, rows_of, run
 
 FIELDS = {
@@ -127,3 +130,56 @@ def test_too_many_cut_answers_are_not_published(job: Settings) -> None:
     strict = {**EXTRACT, "max_tokens": 5, "audits": {"max_truncated_rate": 0.0}}
     with pytest.raises(AuditError, match="share of truncated answers"):
         run(job(steps=[strict]))
+
+
+KILLS = int(os.environ.get("KILLS", "3"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120 + 20 * KILLS)
+def test_killed_extractions_equal_an_undisturbed_one(
+    job_settings: Settings, write_source: Write, tmp_path: Path
+) -> None:
+    texts = [None if at % 9 == 4 else f"row {at} is {'好' * (at % 5)}" for at in range(40)]
+    write_source("a.parquet", {"text": texts})
+    rng = random.Random(int(os.environ.get("KILLS_SEED", "1")))
+    sampled = {**EXTRACT, "confidence": True, "temperature": 1.0, "max_tokens": 24}
+
+    def settings(name: str) -> dict[str, Any]:
+        output = str(tmp_path / name)
+        return job_settings(
+            steps=[sampled], max_error_rate=0.5, data__output=output, data__rows_per_fragment=8
+        )
+
+    forks = Forks(tmp_path)
+    killed = 0
+    try:
+        undisturbed = forks.run(settings("undisturbed"))
+        expected = rows_of(tmp_path / "undisturbed")
+        assert (undisturbed.end, undisturbed.asked) == ("published", 2 * len(texts) - 8)
+        for number in range(KILLS):
+            kind: Any = rng.choice(["before name", "after name", "prompt"])
+            most = undisturbed.asked if kind == "prompt" else undisturbed.names
+            kill = Kill(kind, rng.randint(1, most))
+            first = forks.run(settings(f"{number}"), kill)
+            again = forks.run(settings(f"{number}"))
+            killed += first.end == "killed"
+            assert again.end == "published", (kill, again)
+            # A row of the bundle in flight alone is asked again, for its choice and for the rest.
+            assert first.asked + again.asked <= undisturbed.asked + 2 * 8, kill
+            assert_same_rows(rows_of(tmp_path / f"{number}"), expected)
+            assert verify(str(tmp_path / f"{number}")).sound
+    finally:
+        forks.close()
+    assert killed == KILLS
+
+
+def assert_same_rows(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Assert that the rows are equal, and their numbers up to rounding."""
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        for name, value in row.items():
+            close = (
+                pytest.approx(other[name], abs=1e-5) if isinstance(value, float) else other[name]
+            )
+            assert value == close, name

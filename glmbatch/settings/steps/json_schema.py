@@ -90,16 +90,18 @@ def _resolved(where: str, schema: Any, definitions: Mapping[str, Any]) -> Mappin
     """`schema`, or what its $ref refers to, with its own keywords."""
     if not isinstance(schema, Mapping):
         raise ValueError(f"{where} is not a schema of a value")
+    resolved: Mapping[str, Any] = schema
     names: list[str] = []
-    while "$ref" in schema:
-        name = str(schema["$ref"]).removeprefix("#/$defs/")
+    while "$ref" in resolved:
+        name = str(resolved["$ref"]).removeprefix("#/$defs/")
         if not isinstance(definitions.get(name), Mapping):
-            raise ValueError(f"{where} refers to {schema['$ref']!r}, which is not in its $defs")
+            raise ValueError(f"{where} refers to {resolved['$ref']!r}, which is not in its $defs")
         if name in names:
             raise ValueError(f"{where} refers to {name!r}, which refers to itself")
         names.append(name)
-        schema = {**definitions[name], **{key: schema[key] for key in schema if key != "$ref"}}
-    return schema
+        own = {key: value for key, value in resolved.items() if key != "$ref"}
+        resolved = {**definitions[name], **own}
+    return resolved
 
 
 def _without_null(
