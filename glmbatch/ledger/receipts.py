@@ -30,7 +30,9 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     - `computed_rows` counts the distinct prompts that the model was asked, `known_rows` those whose
       answers were found by row key. Their sum is below `rows` if rows repeat or have no prompt.
     - `faults`, `labels` and `finish_reasons` count rows by kind. `not_asked` rows did not meet the
-      step's condition, and the model `abstained` from others; both are no faults.
+      step's condition, and the model `abstained` from others; both are no faults. `unlabelled` ones
+      have an answer without a label, which only steps with several labels give; None where an
+      earlier version did not count them.
     - `earlier` maps each step whose answers the prompts use to the run that made these.
     - `began` is in seconds since 1970; `seconds` is wall time.
     - `unusable` says why the fragment cannot be read; then there are no answers.
@@ -51,6 +53,7 @@ class AnswersReceipt(BaseModel, frozen=True, extra="forbid"):
     faults: dict[str, Count] = {}
     not_asked: Count = 0
     abstained: Count = 0
+    unlabelled: Count | None = None
     labels: dict[str, Count] = {}
     finish_reasons: dict[str, Count] = {}
     empty_answers: Count = 0
@@ -108,6 +111,7 @@ class AnswerCounts(BaseModel, frozen=True, extra="forbid"):
     faults: dict[str, Count] = {}
     not_asked: Count = 0
     abstained: Count = 0
+    unlabelled: Count | None = None
     labels: dict[str, Count] = {}
     finish_reasons: dict[str, Count] = {}
     empty_answers: Count = 0

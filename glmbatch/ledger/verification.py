@@ -96,7 +96,8 @@ def describe(verification: Verification) -> str:
     counts = Counter(finding.kind for finding in verification.findings)
     end = "sound" if verification.sound else f"not sound ({counts['wrong']} wrong)"
     if counts["unchecked"]:
-        end += f"; {counts['unchecked']} files not compared: their sources are gone or changed"
+        files = counted(counts["unchecked"], "file")
+        end += f"; {files} not compared, because the source is gone or changed"
     size = f"{counted(verification.files, 'file')}, {counted(verification.rows, 'row')}"
     head = f"{verification.output}: {size}: {end}"
     return "\n".join([*(str(finding) for finding in verification.findings), head])

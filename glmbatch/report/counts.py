@@ -10,6 +10,8 @@ from pydantic import BaseModel
 
 from glmbatch.ledger.receipts import AnswersReceipt
 
+NO_LABEL = ""  # no label of a step is empty
+
 
 class Audit(BaseModel, frozen=True, extra="forbid"):
     """The result of one audit: the measured value and the highest value allowed.
@@ -71,12 +73,18 @@ def span_seconds(receipts: Sequence[AnswersReceipt]) -> float:
     return end - min(receipt.began for receipt in receipts)
 
 
+def with_unlabelled(labels: Mapping[str, int], unlabelled: int) -> dict[str, int]:
+    """`labels` and a count of the rows without one, if there are any, as a label of its own."""
+    return {**labels, NO_LABEL: unlabelled} if unlabelled else dict(labels)
+
+
 def population_stability(before: Mapping[str, int], now: Mapping[str, int]) -> float:
     """The population stability index between two label counts.
 
     0 means equal shares; 0.1 is a small shift and 0.25 a large one. The index is symmetric.
+    Labels that nobody chose in either do not count.
     """
-    labels = before.keys() | now.keys()
+    labels = {label for label in before.keys() | now.keys() if before.get(label) or now.get(label)}
     index = 0.0
     for label in labels:
         old = _share(before, label, len(labels))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from glmbatch.errors import counted
-from glmbatch.report.counts import population_stability
+from glmbatch.report.counts import population_stability, with_unlabelled
 from glmbatch.report.measures import Measures
 from glmbatch.report.summary import StepSummary, Summary
 
@@ -18,7 +18,8 @@ class Report(BaseModel, frozen=True, extra="forbid"):
     """Everything recorded about one run.
 
     `device` is None if no model was used. `before` is the run that was published when this one
-    began; `labels_before` has its label counts by step.
+    began; `labels_before` has its label counts by step, `labelled_before` its rows with a label,
+    and `without_label_before` those that were asked and have none.
     """
 
     input: str
@@ -29,6 +30,8 @@ class Report(BaseModel, frozen=True, extra="forbid"):
     price_per_hour: float | None
     before: str | None = None
     labels_before: dict[str, dict[str, int]] = {}
+    labelled_before: dict[str, int] = {}
+    without_label_before: dict[str, int] = {}
 
     @property
     def cost(self) -> float | None:
@@ -102,7 +105,7 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
 def answers(step: StepSummary) -> str:
     """Where a step's answers came from and how fast the model was, as text."""
     parts = [
-        f"{step.answers:,} answers",
+        counted(step.answers, "row"),
         f"{step.computed:,} computed",
         f"{step.reused:,} reused",
     ]
@@ -115,6 +118,8 @@ def answers(step: StepSummary) -> str:
         parts.append(f"{step.not_asked:,} not asked")
     if step.abstained:
         parts.append(f"{step.abstained:,} abstained")
+    if step.unlabelled:
+        parts.append(f"{step.unlabelled:,} without a label")
     if step.rows_per_second is not None:
         parts.append(f"{_rate(step.rows_per_second)} rows/s")
     if step.tokens_per_second is not None:
@@ -153,24 +158,26 @@ def label_shares(report: Report, step: StepSummary) -> list[LabelShare]:
     # Keep labels that no longer occur: those matter most.
     before = report.labels_before.get(step.name, {})
     labels = dict.fromkeys([*step.labels, *before])
-    return [_label_share(label, step.labels, before) for label in labels]
-
-
-def _label_share(label: str, now: Mapping[str, int], before: Mapping[str, int]) -> LabelShare:
-    rows = now.get(label, 0)
-    rows_before = before.get(label, 0)
     # At least 1, so that a step without labels in one of the runs has a share of 0 there.
-    share = rows / max(1, sum(now.values()))
-    share_before = rows_before / max(1, sum(before.values()))
-    return LabelShare(label, rows, share, rows_before, share_before)
+    labelled = max(1, step.labelled)
+    # Reports of earlier versions lack it, and the sum is the same unless rows have several labels.
+    labelled_before = max(1, report.labelled_before.get(step.name, sum(before.values())))
+    shares = []
+    for label in labels:
+        rows = step.labels.get(label, 0)
+        rows_before = before.get(label, 0)
+        share_before = rows_before / labelled_before
+        shares.append(LabelShare(label, rows, rows / labelled, rows_before, share_before))
+    return shares
 
 
 def label_drift(report: Report, step: StepSummary) -> str:
     """How far the label shares of `step` moved since the previous run, as a sentence."""
-    before = report.labels_before.get(step.name)
+    labels_before = report.labels_before.get(step.name, {})
+    before = with_unlabelled(labels_before, report.without_label_before.get(step.name, 0))
     if not before:
         return "No comparison: no earlier run of this step was published, or its report is gone."
-    drift = population_stability(before, step.labels)
+    drift = population_stability(before, with_unlabelled(step.labels, step.without_label))
     return (
         f"Label shift since the previous run, {report.before}: {drift:.4f} (population stability "
         "index; 0.1 is a small shift, 0.25 a large one)."

@@ -96,7 +96,7 @@ def _labels(report: Report, step: StepSummary) -> Iterator[str]:
     yield elements.paragraph(label_drift(report, step))
     names = [share.label for share in shares]
     title = f"{step.name}: label shares"
-    yield elements.bars(title, "label", "share of rows", names, series)
+    yield elements.bars(title, "label", "share of labelled rows", names, series)
 
 
 def _bins(histogram: Histogram) -> list[str]:

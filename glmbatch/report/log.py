@@ -60,9 +60,9 @@ def log_end(summary: Summary) -> None:
         logger.info("%s", summary.refused)
         return
     logger.info(
-        "%s: published %s rows in %s files; %s failed, %s files or fragments left out, "
-        "%s sources of earlier runs kept, in %.1f s",
-        *(summary.output, f"{summary.rows:,}", f"{summary.fragments:,}"),
+        "%s: published %s in %s; %s failed, files or fragments left out: %s, "
+        "sources of earlier runs kept: %s, in %.1f s",
+        *(summary.output, counted(summary.rows, "row"), counted(summary.fragments, "file")),
         *(f"{summary.faulty_rows:,}", len(summary.unusable), summary.kept_sources),
         summary.seconds,
     )
@@ -72,16 +72,18 @@ def _log_left_out(faults: Sequence[FileFault]) -> None:
     for fault in faults[:LEFT_OUT_SHOWN]:
         logger.info("%s: left out: %s", fault.source, short(fault.reason, 300))
     if len(faults) > LEFT_OUT_SHOWN:
-        logger.info("and %s more files are left out", f"{len(faults) - LEFT_OUT_SHOWN:,}")
+        logger.info("also left out: %s", counted(len(faults) - LEFT_OUT_SHOWN, "more file"))
 
 
 def _counts(step: StepSummary) -> str:
     line = (
-        f"{step.answers:,} rows, {step.computed:,} answered by the model, {step.reused:,} reused, "
-        f"{step.repeated:,} repeated, {step.failed:,} failed"
+        f"{counted(step.answers, 'row')}, {step.computed:,} answered by the model, "
+        f"{step.reused:,} reused, {step.repeated:,} repeated, {step.failed:,} failed"
     )
     line = f"{line} ({_reasons(step.faults)})" if step.faults else line
-    for count, what in ((step.not_asked, "not asked"), (step.abstained, "abstained")):
+    others = {"not asked": step.not_asked, "abstained": step.abstained}
+    others["without a label"] = step.unlabelled
+    for what, count in others.items():
         line += f", {count:,} {what}" if count else ""
     return line
 

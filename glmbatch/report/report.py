@@ -74,8 +74,14 @@ def _beside(report: Report, last: Report | None) -> Report:
     """`report` with the label counts of the run that was published `last`, for comparison."""
     if last is None:
         return report
-    labels = {step.name: step.labels for step in last.summary.steps}
-    return report.model_copy(update={"before": last.summary.run, "labels_before": labels})
+    steps = last.summary.steps
+    facts = {
+        "before": last.summary.run,
+        "labels_before": {step.name: step.labels for step in steps},
+        "labelled_before": {step.name: step.labelled for step in steps},
+        "without_label_before": {step.name: step.without_label for step in steps},
+    }
+    return report.model_copy(update=facts)
 
 
 def _device(runtime: RuntimeConfig) -> str:

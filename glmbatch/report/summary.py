@@ -33,11 +33,24 @@ class StepSummary(BaseModel, frozen=True, extra="forbid"):
     tokens_per_second: float | None
     not_asked: int = 0
     abstained: int = 0
+    unlabelled: int = 0
 
     @property
     def failed(self) -> int:
         """Number of rows without an answer, except those not asked and those abstained from."""
         return sum(self.faults.values())
+
+    @property
+    def labelled(self) -> int:
+        """Number of rows with a label, or with several; 0 for a step without labels."""
+        if not self.labels:
+            return 0
+        return self.answers - self.failed - self.not_asked - self.without_label
+
+    @property
+    def without_label(self) -> int:
+        """Number of rows that were asked and have no label, without a failure."""
+        return self.abstained + self.unlabelled
 
     @property
     def repeated(self) -> int:
@@ -54,7 +67,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     renamed_sources  sources that were published under another name before
     refused          why nothing was published; None if the run was published
     report           path of the run's page
-    notes            remarks on the checkpoints
+    notes            remarks on the checkpoints and the prompts
     skipped          names inside the input that are not part of it
     seconds          from plan to publication
     unchanged_sources  sources that were neither read nor asked about; their rows count as reused
@@ -89,8 +102,13 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
         return sum(step.computed for step in self.steps)
 
 
-def step_summary(name: str, run: str, receipts: Sequence[AnswersReceipt]) -> StepSummary:
-    """The summary of one step of `run`, from the receipts of its answers."""
+def step_summary(
+    name: str, run: str, receipts: Sequence[AnswersReceipt], labels: Sequence[str] = ()
+) -> StepSummary:
+    """The summary of one step of `run`, from the receipts of its answers.
+
+    Those of `labels` that no row has count 0.
+    """
     # Fragments of a bundle with the same rows share one receipt; its work counts once.
     by_key = {(part.file_key, part.key): part for part in receipts if part.run == run}
     own = list(by_key.values())
@@ -105,13 +123,14 @@ def step_summary(name: str, run: str, receipts: Sequence[AnswersReceipt]) -> Ste
         computed=computed,
         reused=sum(_reused(receipt, run) for receipt in receipts),
         faults=total(receipt.faults for receipt in receipts),
-        labels=total(receipt.labels for receipt in receipts),
+        labels=total([*(receipt.labels for receipt in receipts), dict.fromkeys(labels, 0)]),
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         rows_per_second=computed / seconds if seconds else None,
         tokens_per_second=tokens / seconds if seconds else None,
         not_asked=sum(receipt.not_asked for receipt in receipts),
         abstained=sum(receipt.abstained for receipt in receipts),
+        unlabelled=sum(receipt.unlabelled or 0 for receipt in receipts),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from glmbatch.errors import some_of
+from glmbatch.errors import counted, some_of
 from glmbatch.ledger.delta.table import is_table
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.quarantine import QUARANTINE
@@ -68,7 +68,7 @@ def _step(step: StepSummary) -> list[str]:
 
 def _failures(summary: Summary) -> list[str]:
     return [
-        f"{summary.faulty_rows:,} rows failed, files left out: {len(summary.unusable):,}",
+        f"{counted(summary.faulty_rows, 'row')} failed, files left out: {len(summary.unusable):,}",
         *left_out(summary.unusable, "  "),
         f"  list of failed rows: {Folder(summary.output) / QUARANTINE}",
     ]

@@ -16,7 +16,7 @@ from glmbatch.ledger.input.unchanged import receipts_of
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, PublishedFile
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
-from glmbatch.report.counts import Audit, population_stability, total
+from glmbatch.report.counts import Audit, population_stability, total, with_unlabelled
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep, GenerateStep
 
 UNREADABLE = "in unreadable files"
@@ -164,12 +164,21 @@ def _label_audits(
     step: ClassifyStep, now: Sequence[AnswersReceipt], before: Sequence[AnswersReceipt]
 ) -> Iterator[Audit]:
     allowed = step.audits.max_label_drift
-    labels = total(receipt.labels for receipt in now)
-    labels_before = total(receipt.labels for receipt in before)
+    # Only these give answers without a label, which earlier versions did not count.
+    counted = not step.multiple or all(x.unlabelled is not None for x in (*now, *before))
+    labels = _labels(now, counted=counted)
+    labels_before = _labels(before, counted=counted)
     # The first run has no published answers to compare with.
     if allowed is not None and labels and labels_before:
         drift = population_stability(labels_before, labels)
         yield Audit(step=step.name, what="label drift", measured=drift, allowed=allowed)
+
+
+def _labels(receipts: Sequence[AnswersReceipt], *, counted: bool) -> dict[str, int]:
+    """The rows of each label and, where they are `counted`, those that were given none."""
+    labels = total(receipt.labels for receipt in receipts)
+    without = sum(receipt.abstained + (receipt.unlabelled or 0) for receipt in receipts)
+    return with_unlabelled(labels, without if counted else 0)
 
 
 def _text_audits(
@@ -192,18 +201,24 @@ def _text_audits(
     allowed = limits.max_length_drift
     length = _mean_length(now)
     length_before = _mean_length(before)
-    if allowed is not None and length and length_before:
+    # Answers that are all empty have a length of 0, and nothing is a share of that.
+    if allowed is not None and length is not None and length_before:
         drift = abs(length / length_before - 1)
         yield Audit(
             step=step.name, what="drift of the mean length", measured=drift, allowed=allowed
         )
 
 
-def _mean_length(receipts: Sequence[AnswersReceipt]) -> float:
-    """The mean number of tokens per answer; 0.0 without answers.
+def _mean_length(receipts: Sequence[AnswersReceipt]) -> float | None:
+    """The mean number of tokens per answer; None without answers.
 
     Receipts of earlier versions lack the lengths of their answers and are left out.
     """
-    known = [receipt for receipt in receipts if receipt.answer_tokens]
-    answers = sum(sum(receipt.finish_reasons.values()) for receipt in known)
-    return sum(receipt.answer_tokens for receipt in known) / answers if answers else 0.0
+    answers = tokens = 0
+    for receipt in receipts:
+        count = sum(receipt.finish_reasons.values())
+        # Without tokens, answers are empty, or their lengths are not known.
+        if receipt.answer_tokens or receipt.empty_answers == count:
+            answers += count
+            tokens += receipt.answer_tokens
+    return tokens / answers if answers else None

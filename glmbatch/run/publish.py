@@ -33,6 +33,7 @@ from glmbatch.run.audits import (
 )
 from glmbatch.run.models import model_notes
 from glmbatch.run.plan import basis_of_run
+from glmbatch.run.prompts import prompt_notes
 from glmbatch.run.session import session_of
 from glmbatch.run.work import Question, Run, now
 from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
@@ -246,6 +247,13 @@ def _measure_run(
     )
 
 
+def _labels(question: Question) -> Sequence[str]:
+    """The labels that a row may get; none if the step chooses no label."""
+    if not isinstance(question.step, ClassifyStep):
+        return ()
+    return question.step.labels or question.model.labels
+
+
 def _summarize(
     run: Run,
     questions: Sequence[Question],
@@ -259,7 +267,8 @@ def _summarize(
     for index, question in enumerate(questions):
         receipts = [output.answers[index] for output in written]
         receipts += [receipt for receipt in collected.kept if receipt.step == question.name]
-        steps.append(step_summary(question.name, run.context.id, receipts))
+        labels = _labels(question)
+        steps.append(step_summary(question.name, run.context.id, receipts, labels))
     faulty_rows = sum(output.faulty_rows for output in written)
     return Summary(
         run=run.context.id,
@@ -274,7 +283,7 @@ def _summarize(
         samples=tuple(samples),
         audits=(),
         seconds=max(0.0, now() - run.context.began),
-        notes=model_notes([question.model for question in questions]),
+        notes=(*model_notes([each.model for each in questions]), *prompt_notes(questions)),
         skipped=run.plan.skipped,
         unchanged_sources=len(run.plan.unchanged),
         rechecked_sources=run.plan.rechecked,

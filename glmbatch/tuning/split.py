@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from glmbatch.errors import InputError
+from glmbatch.errors import InputError, counted
 from glmbatch.settings.tuning import LabelledData
 from glmbatch.tuning.examples import PARTS, Example, Part, read_examples
 
@@ -212,17 +212,21 @@ def _warnings(audit: LabelAudit) -> list[str]:
         most = max(audit.labels.values())
         if most >= UNBALANCED * fewest:
             warnings.append(
-                f"{rarest!r} has {fewest} rows, but the most frequent label {most}; "
+                f"{rarest!r} has {counted(fewest, 'row')}, but the most frequent label {most}; "
                 "metric macro_f1 weights all labels equally"
             )
         if fewest < FEW_ROWS:
-            warnings.append(f"{rarest!r} has only {fewest} rows, so its scores are unreliable")
+            warnings.append(
+                f"{rarest!r} has only {counted(fewest, 'row')}, so its scores are unreliable"
+            )
     if audit.conflicting:
         warnings.append(
             f"{audit.conflicting} of {audit.rows} rows were left out: their text has two labels"
         )
     if audit.leaking:
-        warnings.append(f"{audit.leaking} rows were left out: their text is also in another part")
+        warnings.append(
+            f"{counted(audit.leaking, 'row')} left out: the text is also in another part"
+        )
     unusable = audit.without_text + audit.without_label
     if unusable:
         warnings.append(f"{unusable} of {audit.rows} rows have no text or no label")

@@ -137,6 +137,7 @@ def receipts_of(files: Iterable[PublishedFile]) -> list[AnswersReceipt]:
     """One receipt for each step that stands for all answers in `files`, from their counts."""
     sums: dict[str, Counter[str]] = defaultdict(Counter)
     kinds: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    unlabelled: dict[str, list[int | None]] = defaultdict(list)
     for file in files:
         for step, counts in file.counts.items():
             sums[step].update(
@@ -146,6 +147,7 @@ def receipts_of(files: Iterable[PublishedFile]) -> list[AnswersReceipt]:
                 empty_answers=counts.empty_answers,
                 answer_tokens=counts.answer_tokens,
             )
+            unlabelled[step].append(counts.unlabelled)
             for name in ("faults", "labels", "finish_reasons"):
                 kinds[step][name].update(getattr(counts, name))
     receipts = []
@@ -157,6 +159,7 @@ def receipts_of(files: Iterable[PublishedFile]) -> list[AnswersReceipt]:
                 fragment=UNCHANGED,
                 step=step,
                 step_key=UNCHANGED,
+                unlabelled=None if None in unlabelled[step] else sum(unlabelled[step]),
                 **total,
                 **{name: dict(counter) for name, counter in kinds[step].items()},
             )

@@ -30,7 +30,7 @@ def test_a_run_logs_left_out_files_and_audits(
     first = "mood, a.parquet@0: 3 rows, 1 answered by the model, 0 reused, 1 repeated, "
     assert f"{first}1 failed (null_value 1) in " in caplog.text
     assert "audit passed: reply: share of truncated answers" in caplog.text
-    assert ": published 3 rows in 1 files; 1 failed, 1 files or fragments left out" in caplog.text
+    assert ": published 3 rows in 1 file; 1 failed, files or fragments left out: 1" in caplog.text
 
 
 def test_a_run_logs_reuse_and_why_it_is_refused(

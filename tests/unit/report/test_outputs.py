@@ -8,7 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from glmbatch.cli.plan import describe_plan
 from glmbatch.report.report import read_report
+from glmbatch.report.text import describe
+from glmbatch.run.preview import preview
+from glmbatch.settings.job import JobConfig
 from tests.support import CLASSIFY, GENERATE, Settings, Write, read_quarantine, rows_of, run
 
 
@@ -63,4 +67,11 @@ def test_a_prompt_without_columns_shows_no_rows(
 ) -> None:
     write_source("a.parquet", {"text": ["one"]})
     step = {**GENERATE, "prompt_template": "Say something."}
-    assert run(job_settings(steps=[step])).samples == ()
+    settings = job_settings(steps=[step])
+    note = "step 'reply' asks all rows the same: its prompt_template has no placeholder"
+    assert note in describe_plan(preview(JobConfig.model_validate(settings)))
+    summary = run(settings)
+    assert summary.samples == ()
+    assert note in describe(summary)
+    plan = preview(JobConfig.model_validate(job_settings()))
+    assert plan.notes == ()

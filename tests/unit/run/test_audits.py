@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from glmbatch.errors import AuditError
+from glmbatch.ledger.receipts import AnswersReceipt
+from glmbatch.report.facts import label_drift, label_shares
+from glmbatch.report.report import read_report
 from glmbatch.report.text import describe
-from tests.support import CLASSIFIER, Settings, Write, rows_of, run
+from glmbatch.run.audits import audit_steps
+from glmbatch.settings.job import ClassifyStep, GenerateStep
+from tests.support import CLASSIFIER, CLASSIFY, Settings, Write, rows_of, run
 
 
 def published(out: Path) -> dict[Path, bytes]:
@@ -36,7 +42,7 @@ def test_labels_whose_shares_drifted_are_not_published(
     (again,) = run(settings).audits
     assert again.measured == 0
     counts = first.steps[0].labels
-    rarest = min(counts, key=lambda label: counts[label])
+    rarest = min((label for label in counts if counts[label]), key=lambda label: counts[label])
     texts = [row["text"] for row in rows_of(out) if row["mood"] == rarest]
     before = published(out)
     write_source("a.parquet", {"text": texts * 30})
@@ -49,6 +55,65 @@ def test_labels_whose_shares_drifted_are_not_published(
     passed = run(settings)
     assert passed.computed == 0, "a limit does not change the answers"
     assert f"audit {passed.audits[0]}" in describe(passed)
+
+
+def test_rows_that_lost_their_labels_are_drift(
+    write_source: Write, job_settings: Settings, rows: list[str | None]
+) -> None:
+    write_source("a.parquet", {"text": rows})
+    step = {**CLASSIFY, "audits": {"max_label_drift": 0.25}}
+    run(job_settings(steps=[step]))
+    with pytest.raises(AuditError, match=r"label drift \d+\.\d+, at most 0\.25 allowed"):
+        run(job_settings(steps=[{**step, "abstain_below": 1.0}]))
+
+
+def test_rows_with_several_labels_have_shares_and_drift(
+    write_source: Write, job_settings: Settings, out: Path, rows: list[str | None]
+) -> None:
+    write_source("a.parquet", {"text": rows})
+    step = {**CLASSIFY, "multiple": True, "audits": {"max_label_drift": 0.25}}
+    settings = job_settings(steps=[{**step, "threshold": 1e-12}])
+    first = run(settings)
+    report = read_report(str(out), first.run)
+    assert report is not None
+    assert [share.share for share in label_shares(report, first.steps[0])] == [1, 1, 1]
+    settings["steps"][0]["threshold"] = 0.999999
+    with pytest.raises(AuditError, match=r"label drift \d+\.\d+, at most 0\.25 allowed"):
+        run(settings)
+    settings["steps"][0]["audits"] = {"max_label_drift": 100.0}
+    second = run(settings)
+    assert f"{len(rows)} without a label" in describe(second)
+    report = read_report(str(out), second.run)
+    assert report is not None
+    assert [share.share_before for share in label_shares(report, second.steps[0])] == [1, 1, 1]
+    assert f" {second.audits[0].measured:.4f} " in label_drift(report, second.steps[0])
+    assert run(settings).audits[0].measured == 0
+
+
+def receipt(step: str, **counts: Any) -> AnswersReceipt:
+    return AnswersReceipt(key="", run="", fragment="", step=step, step_key="", rows=10, **counts)
+
+
+def test_earlier_receipts_do_not_count_rows_without_labels() -> None:
+    audits = {"max_label_drift": 0.25}
+    step = ClassifyStep(name="topics", labels=["a", "b"], multiple=True, audits=audits)
+    now = receipt("topics", labels={"a": 5}, unlabelled=5)
+    earlier, before = receipt("topics", labels={"a": 5}), receipt("topics", labels={"a": 10})
+    assert [audit.measured for audit in audit_steps([step], [], [earlier], [now])] == [0]
+    counted = before.model_copy(update={"unlabelled": 0})
+    (audit,) = audit_steps([step], [], [counted], [now])
+    assert not audit.passed
+
+
+def test_answers_that_all_became_empty_drift_in_length() -> None:
+    step = GenerateStep(name="reply", audits={"max_length_drift": 0.5})
+    before = receipt("reply", finish_reasons={"stop": 10}, answer_tokens=50)
+    now = receipt("reply", finish_reasons={"stop": 10}, empty_answers=10)
+    (audit,) = audit_steps([step], [], [before], [now])
+    assert (audit.measured, audit.passed) == (1, False)
+    earlier = receipt("reply", finish_reasons={"stop": 10})  # without lengths
+    for pair in ([before], [earlier]), ([earlier], [now]), ([now], [before]):
+        assert audit_steps([step], [], *pair) == []
 
 
 def test_truncated_answers_are_not_published(
