@@ -2,14 +2,14 @@
 
 The questions about one text are branches of one tree behind it, so it is read once for all of them.
 
-Shapes: B rows of a batch, K tokens whose final states are read, C hidden size, V tokens, S reads of
-the label tree, M the largest number of its children, R rows and reads, Q questions, L labels.
+Shapes: B rows with one tree, K tokens whose final states are read, C hidden size, V tokens, S reads
+of a label tree, R reads of a batch, M the largest number of children, Q questions, L labels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,13 +30,16 @@ from glmbatch.glm.engine.runner import Readback
 from glmbatch.glm.model.label_tree import Branch, LabelTree, label_tree, question_scores
 from glmbatch.glm.model.network import Network
 from glmbatch.glm.model.packing import PackedPrompt
-from glmbatch.glm.model.rows import to_device
+from glmbatch.glm.model.rows import IntArray, to_device
 from glmbatch.glm.oom import catch_oom
 
 # Rows of logits computed at once: 67 MB for 65,024 tokens in float32.
 HEAD_ROWS = 256
 # Tokens of all questions behind a text, at most: their mask has as many rows and columns.
 MAX_BEHIND = 1024
+# A token behind a text costs as much as so many of a prompt, since a mask hides other branches: on
+# CPU 1.2 to 1.4.
+BEHIND_COST = 1.5
 
 
 @dataclass(slots=True, eq=False)
@@ -71,8 +74,8 @@ class Classification:
             # First come, first served: without padding, no order is faster.
             rank=lambda row: row.rank,
             tokens=lambda row: len(row.prompt),
-            # Trees are cached, so requests with the same questions have the same one.
-            group=lambda row: (row.prefix, id(row.prompt.tree)),
+            # Trees of about one size, since they are padded to the largest on a GPU.
+            group=lambda row: (row.prefix, len(_tree_of(row)).bit_length()),
             cancelled=lambda row: row.call.cancelled,
         )
 
@@ -83,15 +86,16 @@ class Classification:
 
     def push(self, pending: PendingRequest[ClassifyRequest]) -> None:
         """Add a request to the waiting queue, with the questions beside it."""
-        for questions in read_together(pending.request):
-            self._wait(pending.call, pending.arrival, questions)
+        for group in read_together(pending.request):
+            self._wait(pending.call, pending.arrival, group)
 
-    def _wait(self, call: Call[Any], arrival: int, questions: Sequence[ClassifyRequest]) -> None:
-        text, branches = _branches(questions)
-        prefix = shared_prefix(text)
-        prompt = PackedPrompt(text.prompt_ids[len(prefix) :], label_tree(branches))
+    def _wait(self, call: Call[Any], arrival: int, group: Group) -> None:
+        prefix = shared_prefix(group.text)
+        tree = label_tree(group.branches())
+        prompt = PackedPrompt(group.text.prompt_ids[len(prefix) :], tree)
         # The index tells apart the rows of one request.
-        self._waiting.push(_Row(call, (arrival, text.index), questions, prefix, prompt))
+        rank = (arrival, group.text.index)
+        self._waiting.push(_Row(call, rank, group.questions, prefix, prompt))
 
     def run_batch(self) -> None:
         """Launch the next batch, then deliver the results of the one before.
@@ -115,9 +119,11 @@ class Classification:
         batch, readback = self._in_flight
         self._in_flight = None
         (read,) = readback.wait()
-        scores_QBL = question_scores(_tree_of(batch), np.array(read), self._network.has_head)
-        for row, *scores_QL in zip(batch, *scores_QBL, strict=True):
-            self._answer(row, [scores_L.tolist() for scores_L in scores_QL])
+        read_RM = np.array(read)
+        for tree, rows, reads_BS in _by_tree(batch):
+            scores_QBL = question_scores(tree, read_RM[reads_BS], self._network.has_head)
+            for row, *scores_QL in zip(rows, *scores_QBL, strict=True):
+                self._answer(row, [scores_L.tolist() for scores_L in scores_QL])
 
     def _answer(self, row: _Row, scores_QL: Sequence[Sequence[float]]) -> None:
         is_finite = [all(map(math.isfinite, scores)) for scores in scores_QL]
@@ -132,7 +138,7 @@ class Classification:
     def _separate(self, row: _Row) -> None:
         """Ask the questions of a row one by one."""
         for question in row.questions:
-            self._wait(row.call, row.rank[0], [question])
+            self._wait(row.call, row.rank[0], Group.of(question))
 
     def _handle_out_of_memory(self, batch: Sequence[_Row]) -> None:
         """Take an idle arena, halve the batch, preempt generation, take chunks; then fail it."""
@@ -169,8 +175,8 @@ class Classification:
     def _launch(self, batch: Sequence[_Row]) -> Readback:
         """What is read behind each row: logits of the head, or log-probabilities of the labels.
 
-        All rows have the same prefix and the same tree. One over the token budget is a batch of its
-        own and is prefilled in chunks.
+        All rows have the same prefix. One over the token budget is a batch of its own and is
+        prefilled in chunks.
         """
         chunk_tokens = self._limits.batch_tokens
         prefix = self._network.cached_prefix(batch[0].prefix, chunk_tokens)
@@ -178,73 +184,133 @@ class Classification:
         if len(batch) == 1:
             prompts[0], prefix = self._network.prefill_ahead(prompts[0], prefix, chunk_tokens)
         hidden_KC = self._network.prefill(prompts, prefix)
-        tree = _tree_of(batch)
-        (reads_S,) = to_device(self._network.device, np.array(tree.reads))
-        hidden_BSC = hidden_KC.view(len(batch), len(tree) + 1, -1)[:, reads_S]
+        reads = []
+        first = 0
+        for row in batch:
+            reads += [first + read for read in _tree_of(row).reads]
+            first += 1 + len(_tree_of(row))
+        (reads_R,) = to_device(self._network.device, np.array(reads))
         if self._network.has_head:
-            logits_RL = self._network.class_logits(hidden_BSC.flatten(0, 1))
-            return Readback(logits_RL.view(*hidden_BSC.shape[:2], -1))
-        return Readback(_tree_log_probs(self._network, tree, hidden_BSC))
+            return Readback(self._network.class_logits(hidden_KC[reads_R]))
+        trees = [_tree_of(row) for row in batch]
+        return Readback(_log_probs(self._network, trees, hidden_KC[reads_R]))
 
 
-def read_together(request: ClassifyRequest) -> list[list[ClassifyRequest]]:
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Questions that are read together. `text` is a request for what all of them begin with."""
+
+    questions: tuple[ClassifyRequest, ...]
+    text: ClassifyRequest
+
+    @classmethod
+    def of(cls, question: ClassifyRequest) -> Group:
+        """The question alone."""
+        return cls((question,), question)
+
+    def joined(self, question: ClassifyRequest) -> Group:
+        """This group and `question`."""
+        common = _common(self.text.prompt_ids, question.prompt_ids)
+        text = replace(
+            self.text,
+            prompt_ids=self.text.prompt_ids[:common],
+            shared_tokens=min(self.text.shared_tokens, question.shared_tokens),
+        )
+        return Group((*self.questions, question), text)
+
+    def branches(self) -> tuple[Branch, ...]:
+        """What follows the text in each question."""
+        common = len(self.text.prompt_ids)
+        return tuple((tuple(each.prompt_ids[common:]), each.label_ids) for each in self.questions)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a tree behind the text is worth it, and not too large; without what is cached."""
+        return self._text_tokens >= MIN_SHARED_TOKENS and self._behind <= MAX_BEHIND
+
+    @property
+    def cost(self) -> float:
+        """What reading the group costs, in tokens of a prompt: without what is cached."""
+        return self._text_tokens + BEHIND_COST * self._behind
+
+    @property
+    def _text_tokens(self) -> int:
+        return len(self.text.prompt_ids) - len(shared_prefix(self.text))
+
+    @property
+    def _behind(self) -> int:
+        # What some of them share there counts for each.
+        common = len(self.text.prompt_ids)
+        return sum(len(question.prompt_ids) - common for question in self.questions)
+
+
+def read_together(request: ClassifyRequest) -> list[Group]:
     """The request and those beside it in groups: what a group begins with is read once.
 
-    It must be longer than the tokens that the template puts first, since those are cached. Answers
-    depend on the groups only by rounding, and the groups on this request alone.
+    A question joins where that costs less than reading it apart. What the template puts first is
+    cached either way. Answers depend on the groups only by rounding, and the groups on this request
+    alone.
     """
-    groups: list[list[ClassifyRequest]] = []
+    groups: list[Group] = []
     for question in (request, *request.beside):
-        for group in groups:
-            members = [*group, question]
-            common = _common(members)
-            saved = common - min(member.shared_tokens for member in members)
-            behind = sum(len(member.prompt_ids) - common for member in members)
-            if saved >= MIN_SHARED_TOKENS and behind <= MAX_BEHIND:
-                group.append(question)
+        alone = Group.of(question)
+        for place, group in enumerate(groups):
+            joined = group.joined(question)
+            if joined.cost < group.cost + alone.cost and joined.fits:
+                groups[place] = joined
                 break
         else:
-            groups.append([question])
+            groups.append(alone)
     return groups
 
 
-def _branches(questions: Sequence[ClassifyRequest]) -> tuple[ClassifyRequest, tuple[Branch, ...]]:
-    """A request for what all `questions` begin with, and the branches that follow it."""
-    common = _common(questions)
-    text = replace(
-        questions[0],
-        prompt_ids=questions[0].prompt_ids[:common],
-        shared_tokens=min(question.shared_tokens for question in questions),
-    )
-    return text, tuple((tuple(each.prompt_ids[common:]), each.label_ids) for each in questions)
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of ids that both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (mine, its) in pairs if mine != its), min(len(one), len(other)))
 
 
-def _common(questions: Sequence[ClassifyRequest]) -> int:
-    """Number of ids that all `questions` begin with."""
-    prompts = [question.prompt_ids for question in questions]
-    if len(prompts) == 1:  # most requests: their ids are not looked at
-        return len(prompts[0])
-    columns = enumerate(zip(*prompts, strict=False))
-    return next((at for at, ids in columns if ids.count(ids[0]) < len(ids)), min(map(len, prompts)))
-
-
-def _tree_of(batch: Sequence[_Row]) -> LabelTree:
-    tree = batch[0].prompt.tree
+def _tree_of(row: _Row) -> LabelTree:
+    tree = row.prompt.tree
     assert tree is not None
     return tree
 
 
-def _tree_log_probs(network: Network, tree: LabelTree, hidden_BSC: torch.Tensor) -> torch.Tensor:
-    """For each row and read of the tree, log-probabilities of the children, [B, S, M]."""
-    width = max(map(len, tree.children))
-    padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in tree.children]
-    (tokens_SM,) = to_device(network.device, np.array(padded))
-    hidden_RC = hidden_BSC.flatten(0, 1)
-    tokens_RM = tokens_SM.repeat(len(hidden_BSC), 1)
+def _by_tree(batch: Sequence[_Row]) -> Iterator[tuple[LabelTree, list[_Row], IntArray]]:
+    """The rows of each tree, and the places of their reads among those of the batch, [B, S].
+
+    Trees are cached, so rows with the same questions have the same one.
+    """
+    rows: dict[int, list[_Row]] = {}
+    firsts: dict[int, list[int]] = {}
+    first = 0
+    for row in batch:
+        tree = _tree_of(row)
+        rows.setdefault(id(tree), []).append(row)
+        firsts.setdefault(id(tree), []).append(first)
+        first += len(tree.reads)
+    for key, alike in rows.items():
+        tree = _tree_of(alike[0])
+        yield tree, alike, np.array(firsts[key])[:, None] + np.arange(len(tree.reads))
+
+
+def _log_probs(
+    network: Network, trees: Sequence[LabelTree], hidden_RC: torch.Tensor
+) -> torch.Tensor:
+    """Log-probabilities of the children of each read, [R, M]; the reads of all `trees` in order."""
+    width = max(max(map(len, tree.children)) for tree in trees)
+    padded = {}
+    for tree in trees:
+        if id(tree) not in padded:
+            tokens_SM = np.zeros((len(tree.children), width), np.int64)
+            for tokens_M, tokens in zip(tokens_SM, tree.children, strict=True):
+                tokens_M[: len(tokens)] = tokens
+            padded[id(tree)] = tokens_SM
+    (tokens_RM,) = to_device(network.device, np.concatenate([padded[id(tree)] for tree in trees]))
     parts = []
     # In parts, because the logits of all reads would take far more memory than the batch itself.
     for first in range(0, len(hidden_RC), HEAD_ROWS):
-        rows = slice(first, first + HEAD_ROWS)
-        logits_RV = network.token_logits(hidden_RC[rows])
-        parts.append(logits_RV.gather(1, tokens_RM[rows]) - logits_RV.logsumexp(-1, keepdim=True))
-    return torch.cat(parts).view(-1, *tokens_SM.shape)
+        part = slice(first, first + HEAD_ROWS)
+        logits_RV = network.token_logits(hidden_RC[part])
+        parts.append(logits_RV.gather(1, tokens_RM[part]) - logits_RV.logsumexp(-1, keepdim=True))
+    return torch.cat(parts)

@@ -183,18 +183,21 @@ class FlashPlan:
 
 @dataclass(frozen=True, slots=True)
 class TreeAttention:
-    """Attention of the nodes of label trees; all rows have the same tree.
+    """Attention of the nodes of label trees, padded to the largest tree of the batch.
 
     A node attends to its row's prompt and to its lineage. Both parts are computed apart, and
     merged by the sums of their weights, so that a mask covers the tree alone. `nodes_RN` are the
-    nodes among the tokens of the batch, and `queries_RN` among the queries. `prompts` is the call
-    over the prompts. `mask_NN` is added to the scores.
+    nodes among the tokens of the batch, and `queries_RN` among the queries. `kept_K` has those of
+    them, one row after another, that are no padding; None if none is. `prompts` is the call over
+    the prompts.
+    `mask_RNN` is added to the scores, one for each row or for all.
     """
 
     nodes_RN: torch.Tensor
     queries_RN: torch.Tensor
+    kept_K: torch.Tensor | None
     prompts: FlashCall
-    mask_NN: torch.Tensor
+    mask_RNN: torch.Tensor
 
     def attend(
         self,
@@ -221,13 +224,17 @@ class TreeAttention:
         of_group = heads // groups
         query_RGQD = query_RGhND.reshape(rows, groups, of_group * nodes, -1)
         scores_RGQN = query_RGQD @ key[self.nodes_RN].permute(0, 2, 3, 1)
-        scores_RHNN = scores_RGQN.float().view(rows, heads, nodes, nodes) * scaling + self.mask_NN
+        scores_RHNN = scores_RGQN.float().view(rows, heads, nodes, nodes) * scaling
+        scores_RHNN += self.mask_RNN[:, None]
         weights_RGQN = scores_RHNN.softmax(-1).to(value.dtype).view(scores_RGQN.shape)
         to_tree_RGQD = weights_RGQN @ value[self.nodes_RN].transpose(1, 2)
         to_tree_RNHD = to_tree_RGQD.view(rows, heads, nodes, -1).transpose(1, 2)
         log_sums_RNH = scores_RHNN.logsumexp(-1).transpose(1, 2)
         to_prompt_RNHD = to_prompt_QHD.view(rows, nodes, heads, -1)
         share_RNH = torch.sigmoid(log_sums_HQ.T.reshape(rows, nodes, heads) - log_sums_RNH)
-        out[self.queries_RN] = torch.lerp(
-            to_tree_RNHD, to_prompt_RNHD, share_RNH[..., None].to(out.dtype)
-        )
+        out_RNHD = torch.lerp(to_tree_RNHD, to_prompt_RNHD, share_RNH[..., None].to(out.dtype))
+        if self.kept_K is None:
+            out[self.queries_RN] = out_RNHD
+        else:  # not the padding: it stands at the places of other tokens
+            queries_K = self.queries_RN.flatten()[self.kept_K]
+            out[queries_K] = out_RNHD.flatten(0, 1)[self.kept_K]

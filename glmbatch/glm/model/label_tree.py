@@ -11,8 +11,8 @@ Shapes: B rows of a batch, S reads of the tree, M the largest number of its chil
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, reduce
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ class LabelTree:
     `ends`, nothing depends on the order of branches and labels.
 
     `tokens`, `depths`: for each node, its token and its distance from the end of the prompt, from 1
-    `lineage`: for each node, the nodes that it attends to: its ancestors and itself
+    `closes`: for each node, the first node behind its last descendant. Nodes are in the order of a
+    walk, so node n attends to the nodes a <= n whose `closes` is above n: its ancestors and itself
     `reads`: the rows that are scored, ascending
     `children`: for each of `reads`, the tokens that continue a label from there, ascending
     `paths`: for each branch and each of its labels, in the order given, the (index in `reads`,
@@ -43,7 +44,7 @@ class LabelTree:
 
     tokens: Ids
     depths: tuple[int, ...]
-    lineage: tuple[tuple[int, ...], ...]
+    closes: tuple[int, ...]
     reads: tuple[int, ...]
     children: tuple[Ids, ...]
     paths: tuple[tuple[Path, ...], ...]
@@ -53,49 +54,90 @@ class LabelTree:
         return len(self.tokens)
 
 
+@dataclass(slots=True, eq=False)
+class _Node:
+    """A token of a trie while it is built. `continued` has the tokens that follow it in labels."""
+
+    token: int = -1
+    depth: int = 0
+    below: dict[int, _Node] = field(default_factory=dict)
+    is_read: bool = False
+    continued: set[int] = field(default_factory=set)
+    row: int = 0
+    close: int = 0  # the row behind the last node below it
+    read: int = -1
+    places: dict[int, int] = field(default_factory=dict)  # of `continued`, in ascending order
+
+    def child(self, token: int) -> _Node:
+        """The node of `token` below this one, which is made on first use."""
+        if token not in self.below:
+            self.below[token] = _Node(token, self.depth + 1)
+        return self.below[token]
+
+
 @lru_cache(maxsize=64)
 def label_tree(branches: tuple[Branch, ...]) -> LabelTree:
     """The tree of `branches`. Cached, because all rows of a step have the same questions."""
-    # For each scored beginning of a branch with one of its labels, the tokens that follow it.
-    continued: dict[Ids, set[int]] = {}
-    heads: set[Ids] = {()}
+    root = _Node()
+    ends: list[_Node] = []
+    walks: list[list[_Walk]] = []
     for suffix, labels in branches:
-        heads.update(suffix[:end] for end in range(1, len(suffix) + 1))
-        continued.setdefault(suffix, set())
-        for label in labels or ():
-            for depth, token in enumerate(label):
-                heads.add(suffix + label[:depth])
-                continued.setdefault(suffix + label[:depth], set()).add(token)
-    ordered = sorted(heads)  # lexicographic: a parent sorts before its children
-    row_of = {head: row for row, head in enumerate(ordered)}
-    reads = sorted(continued)
-    read_of = {head: read for read, head in enumerate(reads)}
-    children = tuple(tuple(sorted(continued[head])) for head in reads)
-    nodes = ordered[1:]  # the first is the empty beginning: the prompt itself
+        end = reduce(_Node.child, suffix, root)
+        end.is_read = True
+        ends.append(end)
+        walks.append([_walk(end, label) for label in labels or ()])
+    rows = _in_order(root)
+    reads = [node for node in rows if node.is_read]
+    for read, node in enumerate(reads):
+        node.read = read
+        node.places = {token: place for place, token in enumerate(sorted(node.continued))}
     paths = []
-    for suffix, labels in branches:
-        paths.append(tuple(_path(suffix, label, read_of, children) for label in labels or ()))
+    for walked in walks:
+        paths.append(tuple(map(_path, walked)))
+    nodes = rows[1:]  # the first is the prompt itself
     return LabelTree(
-        tokens=tuple(head[-1] for head in nodes),
-        depths=tuple(len(head) for head in nodes),
-        lineage=tuple(_lineage(head, row_of) for head in nodes),
-        reads=tuple(row_of[head] for head in reads),
-        children=children,
+        tokens=tuple(node.token for node in nodes),
+        depths=tuple(node.depth for node in nodes),
+        closes=tuple(node.close - 1 for node in nodes),
+        reads=tuple(node.row for node in reads),
+        children=tuple(tuple(node.places) for node in reads),
         paths=tuple(paths),
-        ends=tuple(read_of[suffix] for suffix, _ in branches),
+        ends=tuple(node.read for node in ends),
     )
 
 
-def _lineage(head: Ids, row_of: dict[Ids, int]) -> tuple[int, ...]:
-    return tuple(row_of[head[:end]] - 1 for end in range(1, len(head) + 1))
+_Walk = list[tuple[_Node, int]]
 
 
-def _path(suffix: Ids, label: Ids, read_of: dict[Ids, int], children: Sequence[Ids]) -> Path:
-    path = []
-    for depth, token in enumerate(label):
-        read = read_of[suffix + label[:depth]]
-        path.append((read, children[read].index(token)))
-    return tuple(path)
+def _walk(node: _Node, label: Ids) -> _Walk:
+    """Each token of `label` behind `node`, with the node that it is scored at."""
+    walk = []
+    for token, is_last in zip(label, [*[False] * (len(label) - 1), True], strict=False):
+        node.is_read = True
+        node.continued.add(token)
+        walk.append((node, token))
+        if not is_last:
+            node = node.child(token)
+    return walk
+
+
+def _path(walk: _Walk) -> Path:
+    return tuple((node.read, node.places[token]) for node, token in walk)
+
+
+def _in_order(root: _Node) -> list[_Node]:
+    """All nodes, each before those below it and these by token; sets `row` and `close`."""
+    rows: list[_Node] = []
+    waiting = [root]
+    while waiting:  # no recursion: a branch may be as long as a text
+        node = waiting.pop()
+        node.row = len(rows)
+        rows.append(node)
+        waiting += [node.below[token] for token in sorted(node.below, reverse=True)]
+    for node in reversed(rows):
+        last = node.below[max(node.below)] if node.below else None
+        node.close = node.row + 1 if last is None else last.close
+    return rows
 
 
 def question_scores(tree: LabelTree, read: Array, has_head: bool) -> list[Array]:

@@ -147,7 +147,7 @@ class Network:
         """Run one forward over `prompts`, each after `prefix`, as a packed batch.
 
         Returns final states [K, C]: for each prompt, of its last token, then of all nodes of its
-        label tree. All prompts have the same tree, or none.
+        label tree.
         """
         return self._run(*pack(prompts, prefix, self._scratch_arena, self.device, self.dtype))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GlmConfig, GlmForCausalLM, GlmForSequenceClassification
 
+from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult
 from glmbatch.glm.engine.worker import TorchEngine
 
 EOS = 2
@@ -82,6 +83,13 @@ def engine_over(model: Any, **limits: Any) -> Iterator[TorchEngine]:
         yield engine
     finally:
         engine.close()
+
+
+def classified(engine: Any, requests: Sequence[ClassifyRequest]) -> dict[int, ClassifyResult]:
+    """The result of each request and of those beside it, by index."""
+    results = {result.index: result for result in engine.classify(requests)}
+    assert len(results) == sum(1 + len(request.beside) for request in requests)
+    return results
 
 
 def prompts(count: int, longest: int = 60, seed: int = 0) -> list[list[int]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from glmbatch.errors import InputError
-from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult
+from glmbatch.glm.engine.protocol import ClassifyRequest
 from glmbatch.glm.engine.worker import TorchEngine
 from tests.unit.glm.tiny_glm import (
     NOT_A_NUMBER,
@@ -17,6 +17,7 @@ from tests.unit.glm.tiny_glm import (
     TOKENS,
     Labels,
     causal_model,
+    classified,
     engine_over,
     head_model,
     plain_class_logits,
@@ -39,16 +40,10 @@ def classifier() -> Any:
     return head_model()
 
 
-def classify(engine: TorchEngine, requests: list[ClassifyRequest]) -> dict[int, ClassifyResult]:
-    results = {result.index: result for result in engine.classify(requests)}
-    assert len(results) == len(requests)
-    return results
-
-
 def scores(
     engine: TorchEngine, rows: list[list[int]], labels: Labels | None = None, shared: int = 0
 ) -> Any:
-    results = classify(
+    results = classified(
         engine, [ClassifyRequest(at, row, labels, shared) for at, row in enumerate(rows)]
     )
     assert all(result.error is None for result in results.values())
@@ -133,7 +128,7 @@ def test_rows_of_one_batch_may_have_different_labels(model: Any) -> None:
     rows = prompts(9)
     labels = [LABELS, ((20, 21),), ((30,), (31, 32, 33))] * 3
     with engine_over(model) as engine:
-        results = classify(
+        results = classified(
             engine, [ClassifyRequest(at, row, labels[at]) for at, row in enumerate(rows)]
         )
     for at, row in enumerate(rows):
@@ -149,7 +144,7 @@ def test_a_row_with_non_finite_scores_fails_alone(
     with engine_over(classifier if labels is None else model) as engine:
         expected = scores(engine, rows, labels)
         spoiled = [[*row, NOT_A_NUMBER] if at == 5 else row for at, row in enumerate(rows)]
-        results = classify(
+        results = classified(
             engine, [ClassifyRequest(at, row, labels) for at, row in enumerate(spoiled)]
         )
     assert results[5].scores == ()
@@ -172,7 +167,7 @@ def test_a_row_with_non_finite_scores_fails_alone(
 )
 def test_an_invalid_request_fails_alone(model: Any, request_: ClassifyRequest, reason: str) -> None:
     with engine_over(model) as engine:
-        results = classify(engine, [request_, ClassifyRequest(1, [5, 6], LABELS)])
+        results = classified(engine, [request_, ClassifyRequest(1, [5, 6], LABELS)])
     assert reason in (results[0].error or "")
     assert results[1].error is None
 

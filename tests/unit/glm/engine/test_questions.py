@@ -24,6 +24,7 @@ from tests.unit.glm.tiny_glm import (
     TOKENS,
     Labels,
     causal_model,
+    classified,
     engine_over,
     head_model,
 )
@@ -59,10 +60,6 @@ def together(asked: list[ClassifyRequest]) -> ClassifyRequest:
     return replace(asked[0], beside=tuple(asked[1:]))
 
 
-def results(engine: Any, requests: list[ClassifyRequest]) -> dict[int, ClassifyResult]:
-    return {result.index: result for result in engine.classify(requests)}
-
-
 def assert_equal(one: dict[int, ClassifyResult], other: dict[int, ClassifyResult]) -> None:
     assert one.keys() == other.keys()
     for index, result in one.items():
@@ -96,9 +93,9 @@ def test_questions_together_score_as_each_alone(
     # Some of a row are known already, so rows differ in what is asked.
     some = [row[at % 3 :] for at, row in enumerate(rows)]
     with engine_over(model, max_batch_tokens=budget) as engine:
-        alone = results(engine, list(chain(*rows)))
-        assert_equal(results(engine, list(map(together, rows))), alone)
-        of_some = results(engine, list(map(together, some)))
+        alone = classified(engine, list(chain(*rows)))
+        assert_equal(classified(engine, list(map(together, rows))), alone)
+        of_some = classified(engine, list(map(together, some)))
     assert len(of_some) == sum(map(len, some))
     assert_equal(of_some, {index: alone[index] for index in of_some})
 
@@ -114,8 +111,13 @@ def test_the_text_is_read_once_for_all_questions(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Network, "prefill", counted)
     with engine_over(causal_model()) as engine:
-        assert len(results(engine, asked)) == 3 * len(ENDINGS)
+        assert len(classified(engine, asked)) == 3 * len(ENDINGS)
     assert sum(read) < 3 * 125
+
+
+def groups_of(asked: list[ClassifyRequest]) -> list[list[int]]:
+    groups = read_together(together(asked))
+    return [[question.index for question in group.questions] for group in groups]
 
 
 def test_only_questions_that_begin_alike_are_read_together() -> None:
@@ -127,19 +129,47 @@ def test_only_questions_that_begin_alike_are_read_together() -> None:
         ClassifyRequest(3, [9, *shared, 7], LABELS[0]),
         ClassifyRequest(4, [*shared, *range(20, 80)] * 20, LABELS[0]),
     ]
-    groups = [[each.index for each in group] for group in read_together(together(asked))]
+    groups = groups_of(asked)
     assert groups == [[0, 2], [1, 3], [4]]
-    # What is behind the beginning of all three is too much, unlike behind that of 0 and 2.
+    # A text of 60 tokens saves less than 400 behind it cost.
     asked = [
         ClassifyRequest(0, [*shared, *[6] * 400, 5], LABELS[0]),
         ClassifyRequest(1, [*shared, 7], LABELS[0]),
         ClassifyRequest(2, [*shared, *[6] * 400, *[8] * 300], LABELS[0]),
     ]
-    groups = [[each.index for each in group] for group in read_together(together(asked))]
-    assert groups == [[0, 1], [2]]
+    groups = groups_of(asked)
+    assert groups == [[0, 2], [1]]
+    # A long text is worth it, up to a limit.
+    long = text(500, seed=3)
+    for behind, expected in ((400, [[0, 1]]), (600, [[0], [1]])):
+        asked = [ClassifyRequest(at, [*long, *[7 + at] * behind], LABELS[0]) for at in range(2)]
+        assert groups_of(asked) == expected
     # The template before the text is cached, so sharing it alone saves nothing.
     asked = [ClassifyRequest(at, [*shared, at], LABELS[0], shared_tokens=60) for at in range(3)]
     assert len(read_together(together(asked))) == 3
+
+
+@pytest.mark.usefixtures("path")
+def test_rows_with_trees_of_their_own_share_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for at in range(6):
+        begin, own = text(60, seed=at), text(5 + at % 3, seed=90 + at)
+        for number, labels in enumerate(LABELS):
+            ids = [*begin, 40 + number, *own]
+            asked.append(ClassifyRequest(5 * at + number, ids, labels))
+    rows = [together(asked[first : first + 5]) for first in range(0, 30, 5)]
+    batches: list[int] = []
+    prefill = Network.prefill
+
+    def counted(network: Network, prompts: Any, prefix: Any) -> Any:
+        batches.append(len(prompts))
+        return prefill(network, prompts, prefix)
+
+    with engine_over(causal_model()) as engine:
+        alone = classified(engine, asked)
+        monkeypatch.setattr(Network, "prefill", counted)
+        assert_equal(classified(engine, rows), alone)
+    assert max(batches) > 1
 
 
 def test_an_invalid_question_fails_alone() -> None:
@@ -147,9 +177,9 @@ def test_an_invalid_question_fails_alone() -> None:
     asked[0] = replace(asked[0], label_ids=((5,), ()))
     asked[3] = replace(asked[3], prompt_ids=[*asked[3].prompt_ids, *[5] * POSITIONS])
     with engine_over(causal_model()) as engine:
-        answers = results(engine, [together(asked)])
-        alone = results(engine, [asked[1], asked[2], asked[4]])
-        nothing = results(engine, [together([asked[0], asked[3]])])
+        answers = classified(engine, [together(asked)])
+        alone = classified(engine, [asked[1], asked[2], asked[4]])
+        nothing = classified(engine, [together([asked[0], asked[3]])])
     assert "has no tokens" in (answers.pop(0).error or "")
     assert "positions" in (answers.pop(3).error or "")
     assert_equal(answers, alone)
@@ -160,8 +190,8 @@ def test_a_question_without_finite_scores_fails_alone() -> None:
     asked = questions(text(40), 0, head=False)
     asked[3] = replace(asked[3], prompt_ids=[*asked[3].prompt_ids, NOT_A_NUMBER])
     with engine_over(causal_model()) as engine:
-        answers = results(engine, [together(asked)])
-        alone = results(engine, [*asked[:3], asked[4]])
+        answers = classified(engine, [together(asked)])
+        alone = classified(engine, [*asked[:3], asked[4]])
     assert "not finite" in (answers.pop(3).error or "")
     assert_equal(answers, alone)
 
@@ -171,9 +201,9 @@ def test_questions_too_large_together_are_asked_one_by_one() -> None:
     for at in range(5):
         asked.append(ClassifyRequest(at, [*text(60), *text(30, seed=7 + at)], LABELS[at]))
     with engine_over(causal_model()) as engine:
-        alone = results(engine, asked)
+        alone = classified(engine, asked)
     engine = TorchEngine(full_above(causal_model(), tokens=70), eos_id=EOS, token_count=TOKENS)
-    assert_equal(results(engine, [together(asked)]), alone)
+    assert_equal(classified(engine, [together(asked)]), alone)
     engine.close()
 
 

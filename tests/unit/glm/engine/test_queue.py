@@ -93,7 +93,8 @@ def test_each_path_of_the_tree_spells_its_label(branches: tuple[Branch, ...]) ->
 
 
 def spelled(tree: LabelTree, row: int) -> tuple[int, ...]:
-    return tuple(tree.tokens[node] for node in tree.lineage[row - 1]) if row else ()
+    above = [node for node in range(row) if tree.closes[node] >= row]
+    return tuple(tree.tokens[node] for node in above)
 
 
 @given(branches=branches)
@@ -105,13 +106,14 @@ def test_the_tree_has_each_shared_beginning_once(branches: tuple[Branch, ...]) -
             beginnings |= {answer[:end] for end in range(1, len(answer) + 1)}
     assert len(tree) == len(beginnings)
     assert {spelled(tree, row) for row in range(1, len(tree) + 1)} == beginnings
-    assert list(tree.depths) == [len(nodes) for nodes in tree.lineage]
+    rows = range(1, len(tree) + 1)
+    assert list(tree.depths) == [len(spelled(tree, row)) for row in rows]
 
 
 @given(branches=branches)
 def test_the_tree_does_not_depend_on_the_order(branches: tuple[Branch, ...]) -> None:
     one, other = label_tree(branches), label_tree(branches[::-1])
-    assert (one.tokens, one.lineage, one.reads) == (other.tokens, other.lineage, other.reads)
+    assert (one.tokens, one.closes, one.reads) == (other.tokens, other.closes, other.reads)
     assert one.children == other.children
     assert one.paths == other.paths[::-1]
     assert one.ends == other.ends[::-1]
