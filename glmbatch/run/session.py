@@ -126,7 +126,8 @@ class Session:
         def load() -> Engine:
             logger.info("loading %s (%s)", describe_model(model.config), model.config.dtype)
             start = time.monotonic()
-            engine = load_engine(model.config, runtime, question.models_at_once)
+            arenas_bytes = _ENGINES.arenas_bytes
+            engine = load_engine(model.config, runtime, question.models_at_once, arenas_bytes)
             seconds = time.monotonic() - start
             logger.info("%s: loaded in %.1f s", describe_model(model.config), seconds)
             # Checked after loading: the files may have changed between digest and load.

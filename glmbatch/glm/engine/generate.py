@@ -50,6 +50,11 @@ class Generation:
         return self._limits.slots
 
     @property
+    def arena_bytes(self) -> int:
+        """Memory of the arena; 0 while there is none."""
+        return self._runner.arena_bytes
+
+    @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
         return self._scheduler.busy or self._in_flight is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -35,12 +35,16 @@ class EngineSettings:
     max_batch_tokens: int | None
     max_slots: int | None
     models_at_once: int
+    arenas_bytes: int = 0
 
 
-def load_engine(model: ModelConfig, runtime: RuntimeConfig, models_at_once: int = 1) -> Engine:
+def load_engine(
+    model: ModelConfig, runtime: RuntimeConfig, models_at_once: int = 1, arenas_bytes: int = 0
+) -> Engine:
     """An engine over the checkpoint in directory `model.path`, loaded onto the device.
 
-    The size of its KV cache leaves room for `models_at_once` engines on that device.
+    The size of its KV cache leaves room for `models_at_once` engines on that device, whose arenas
+    hold `arenas_bytes` already.
 
     Raises InputError if the checkpoint is invalid, TransientError if the machine fails, DeviceLost
     if a GPU failed before in this process.
@@ -57,6 +61,7 @@ def load_engine(model: ModelConfig, runtime: RuntimeConfig, models_at_once: int 
         max_batch_tokens=runtime.max_batch_tokens,
         max_slots=runtime.max_slots,
         models_at_once=models_at_once,
+        arenas_bytes=arenas_bytes,
     )
     if not has_own_process(runtime):
         return load_here(settings)
@@ -92,6 +97,7 @@ def load_here(settings: EngineSettings) -> TorchEngine:
             max_batch_tokens=settings.max_batch_tokens,
             max_slots=settings.max_slots,
             models_at_once=settings.models_at_once,
+            arenas_bytes=settings.arenas_bytes,
             quantization=settings.quantization,
         )
     except RuntimeError as error:
@@ -113,9 +119,11 @@ def warm_up(engine: TorchEngine) -> None:
     """Run all kinds of forwards once, so that no row waits for kernels to compile and be recorded.
 
     Generation begins with as many rows as ever run at once; after every few tokens half of them
-    end. Raises as the engine does.
+    end. Raises as the engine does. If memory runs out, the limits are lowered for the warm-up
+    alone, since its rows are as many as there can be.
     """
     began = perf_counter()
+    limits = replace(engine.limits)
     labels = None if engine.model_limits.has_head else ((0, 0), (1,))
     list(engine.classify([ClassifyRequest(0, (0, 0), labels)]))
     if labels is not None:
@@ -127,6 +135,7 @@ def warm_up(engine: TorchEngine) -> None:
                 for at, tokens in enumerate(answers)
             )
         )
+    engine.limits.restore(limits)
     logger.info("warmed up in %.1f s", perf_counter() - began)
 
 

@@ -30,6 +30,12 @@ class EnginePool:
         # Leases of each engine by owner; an engine may be closed while it is leased.
         self._leases: dict[Hashable, Counter[Owner]] = {}
 
+    @property
+    def arenas_bytes(self) -> int:
+        """Memory that the arenas of all engines hold."""
+        with self._changed:
+            return sum(engine.arena_bytes for engine in self._engines.values())
+
     @contextmanager
     def lease(
         self, key: Hashable, load: Callable[[], Engine], max_engines: int, owner: Owner

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import count
@@ -48,7 +49,7 @@ class EngineProcess:
         self._connection, child_end = Pipe()
         with child_end:
             self._process = _start(child_end.fileno())
-        self._unsent: SimpleQueue[Any] = SimpleQueue()
+        self._unsent: deque[Any] = deque()
         self._sending = threading.Lock()
         self._changing = threading.Lock()
         self._calls: dict[int, Call[Any]] = {}
@@ -80,6 +81,11 @@ class EngineProcess:
     def pid(self) -> int:
         """The number of the engine's process."""
         return self._process.pid
+
+    @property
+    def arena_bytes(self) -> int:
+        """See `Engine`. As it was when the model was loaded."""
+        return self._limits.arena_bytes
 
     def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
         """See `Engine`."""
@@ -127,13 +133,17 @@ class EngineProcess:
 
     def _send(self, message: Any) -> None:
         """Send `message` after all earlier ones; if another call is sending, that one sends it."""
-        self._unsent.put(message)
-        while not self._unsent.empty() and self._sending.acquire(blocking=False):
+        self._unsent.append(message)
+        while self._unsent and self._sending.acquire(blocking=False):
             try:
-                while not self._unsent.empty():
+                while self._unsent:
                     # If the process has ended, the receiver tells the callers why.
                     with suppress(OSError):
-                        self._connection.send(self._unsent.get())
+                        self._connection.send(self._unsent[0])
+                    self._unsent.popleft()
+            except BaseException:  # an interrupt: it may have sent a part, of any call's message
+                self._process.kill()
+                raise
             finally:
                 self._sending.release()
 

@@ -162,6 +162,10 @@ class Engine(Protocol):
     at all.
     """
 
+    @property
+    def arena_bytes(self) -> int:
+        """Memory of the device that holds keys and values of generations now."""
+
     def classify(self, requests: Iterable[ClassifyRequest]) -> Iterator[ClassifyResult]:
         """Yield the scores of each request. Closing the iterator early cancels the rest."""
 

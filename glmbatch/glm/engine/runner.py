@@ -80,6 +80,12 @@ class ModelRunner:
         """Whether the arena is allocated."""
         return self._arena is not None
 
+    @property
+    def arena_bytes(self) -> int:
+        """Memory of the arena; 0 while there is none."""
+        arena = self._arena  # the worker may free it meanwhile
+        return 0 if arena is None else arena.places * self._network.kv_shape.place_bytes
+
     def allocate(self) -> int:
         """Allocate an arena for the longest rows, within the limits; returns its places, or 0."""
         most = self._limits.slots * self._network.row_places

@@ -39,12 +39,13 @@ Outbox = SimpleQueue[tuple[int | str, Any]]
 
 @dataclass(slots=True)
 class LoadedLimits:
-    """The limits of the loaded model, against which the parent checks requests."""
+    """The limits of the loaded model, against which the parent checks requests; and its arena."""
 
     has_head: bool
     max_positions: int
     vocab_size: int
     token_count: int
+    arena_bytes: int = 0
 
 
 def main(handle: int, parent: int) -> None:
@@ -73,14 +74,14 @@ def main(handle: int, parent: int) -> None:
         gc.freeze()  # no search for garbage need look at half a million objects of imports again
         engines.put(engine)
         model = engine.model_limits
-        outbox.put(
-            (
-                READY,
-                LoadedLimits(
-                    model.has_head, model.max_positions, model.vocab_size, model.token_count
-                ),
-            )
+        loaded = LoadedLimits(
+            model.has_head,
+            model.max_positions,
+            model.vocab_size,
+            model.token_count,
+            engine.arena_bytes,
         )
+        outbox.put((READY, loaded))
         outbox.put((STOPPED, _portable(engine.wait())))
     sender.join()
     os._exit(0)

@@ -54,25 +54,28 @@ class TorchEngine:
         max_slots: int | None = None,
         cache_bytes: int | None = None,
         models_at_once: int = 1,
+        arenas_bytes: int = 0,
         quantization: str = "none",
     ) -> None:
         """Start the worker thread. A limit of None gets a default for the model's device.
 
         Ids from `token_count` on are padding of the vocabulary and are never generated.
-        `cache_bytes` limits the KV cache. `models_at_once` is the number of engines that share the
-        device's memory, and `quantization` is as in `Network`.
+        `cache_bytes` limits the KV cache. `models_at_once` engines share the device's memory, of
+        which their arenas hold `arenas_bytes` already. `quantization` is as in `Network`.
         """
         self._network = Network(model.eval(), token_count, quantization)
         on_cuda = self._network.device.type == "cuda"
         if on_cuda:
             prepare_cuda()
-        limits = Limits(
+        if cache_bytes is None:
+            cache_bytes = _cache_bytes(self._network.device, models_at_once, arenas_bytes)
+        self.limits = Limits(
             batch_tokens=max_batch_tokens or (16_384 if on_cuda else 2_048),
             slots=max_slots or (1024 if on_cuda else 32),
-            cache_bytes=cache_bytes or _cache_bytes(self._network.device, models_at_once),
+            cache_bytes=cache_bytes,
         )
-        self._generation = Generation(self._network, limits, eos_id)
-        self._classification = Classification(self._network, limits, self._generation)
+        self._generation = Generation(self._network, self.limits, eos_id)
+        self._classification = Classification(self._network, self.limits, self._generation)
         # Seconds of device time that each kind of request has used.
         kinds: tuple[Classification | Generation, ...] = (self._classification, self._generation)
         self._seconds = dict.fromkeys(kinds, 0.0)
@@ -96,6 +99,11 @@ class TorchEngine:
     def slots(self) -> int:
         """At most so many rows are generated at once."""
         return self._generation.slots
+
+    @property
+    def arena_bytes(self) -> int:
+        """See `Engine`."""
+        return self._generation.arena_bytes
 
     @property
     def model_limits(self) -> ModelLimits:
@@ -219,7 +227,9 @@ class TorchEngine:
             self._stopped = stopped
 
 
-def _cache_bytes(device: torch.device, models_at_once: int) -> int:
+def _cache_bytes(device: torch.device, models_at_once: int, arenas_bytes: int) -> int:
+    """The share of one engine, whose size does not depend on which is loaded first."""
     # On CUDA, the rest is for activations; on CPU, other processes need memory too.
     share = 0.8 if device.type == "cuda" else 0.25
-    return int(free_memory_bytes(str(device)) * share / models_at_once)
+    free = free_memory_bytes(str(device))
+    return int(share * min(free, (free + arenas_bytes) / models_at_once))

@@ -243,3 +243,22 @@ def test_a_run_goes_on_after_its_engine_was_killed(
     answered = rows_of(out)
     assert len(answered) == 64
     assert all(row["mood"] and row["reply"] is not None for row in answered)
+
+
+def test_an_interrupt_while_sending_loses_no_call(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine._sending:
+        other = ThreadPoolExecutor(1).submit(list, engine.classify(classify_requests(3)))
+        while not engine._unsent:
+            time.sleep(0.01)
+    interrupts = iter([KeyboardInterrupt()])
+
+    def send(message: Any) -> None:
+        raise next(interrupts, OSError())
+
+    monkeypatch.setattr(engine._connection, "send", send)
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.classify(classify_requests(2)))
+    with pytest.raises(TransientError, match="SIGKILL"):
+        other.result(timeout=20)

@@ -405,6 +405,33 @@ def test_a_failed_engine_is_not_kept_for_the_end(monkeypatch: pytest.MonkeyPatch
     assert network() is None
 
 
+def test_limits_lowered_by_the_warm_up_are_restored() -> None:
+    model = full_above(causal_model(), tokens=12, rows=3)
+    engine = TorchEngine(model, eos_id=EOS, token_count=TOKENS, max_slots=8)
+    before = replace(engine.limits)
+    loading.warm_up(engine)
+    assert model.model.embed_tokens.refused > 0
+    assert engine.limits == before
+    engine.close()
+
+
+def test_two_models_get_caches_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 1 << 20
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(worker, "free_memory_bytes", lambda device: free)
+        first = TorchEngine(causal_model(), eos_id=EOS, token_count=TOKENS, models_at_once=2)
+    list(first.generate([GenerateRequest(0, [5], 2)]))
+    held = first.arena_bytes
+    assert 0 < held <= first.limits.cache_bytes + 4096
+    monkeypatch.setattr(worker, "free_memory_bytes", lambda device: free - held)
+    second = TorchEngine(
+        causal_model(), eos_id=EOS, token_count=TOKENS, models_at_once=2, arenas_bytes=held
+    )
+    assert second.limits.cache_bytes == first.limits.cache_bytes
+    first.close()
+    second.close()
+
+
 def test_an_engine_that_fails_its_warm_up_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     before = set(threading.enumerate())
 
