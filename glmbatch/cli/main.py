@@ -30,7 +30,7 @@ from io import TextIOWrapper
 from pydantic import BaseModel
 
 from glmbatch.cli.parser import job_overrides, make_parser, set_values
-from glmbatch.errors import GlmbatchError, InputError, TransientError
+from glmbatch.errors import GlmbatchError, InputError, TransientError, counted
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.jobfile import load_job, load_settings
 
@@ -150,7 +150,8 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _plan(parsed: argparse.Namespace) -> int:
     job = load_job(parsed.job, job_overrides(parsed))
-    from glmbatch.run.preview import describe_plan, preview
+    from glmbatch.cli.plan import describe_plan
+    from glmbatch.run.preview import preview
 
     plan = preview(job)
     _show(plan, lambda: describe_plan(plan), parsed.json)
@@ -191,7 +192,7 @@ def _canary(parsed: argparse.Namespace) -> int:
 
     rows = freeze(parsed.output, parsed.file, parsed.rows)
     print(
-        f"Saved {rows} rows of {parsed.output} with their answers in {parsed.file}. "
+        f"Saved {counted(rows, 'row')} of {parsed.output} with the answers in {parsed.file}. "
         f"Set `canary: {parsed.file}` in the job."
     )
     return DONE

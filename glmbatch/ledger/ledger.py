@@ -131,13 +131,16 @@ class Ledger:
         run: str,
         earlier: Mapping[str, str] | None = None,
         parts: Collection[str] = (),
+        *,
+        by_failures: bool = False,
     ) -> BundleReceipt | None:
         """The receipt of the answers under `key`, if they are whole and `run` need not ask again.
 
         `parts` are the answers keys that the file must have. Each new run asks again about rows on
         which the model failed, and about rows without a prompt because of such a failure in an
         earlier step. `earlier` maps the steps that the prompts use to the keys of their answers
-        files. Failures of `run` itself are not asked again.
+        files. With `by_failures`, their failures decide which rows are asked, so answers are out of
+        date if an earlier step was asked again. Failures of `run` itself are not asked again.
         """
         whole = self._answers.find(key)
         if whole is None:
@@ -149,7 +152,7 @@ class Ledger:
             return None
         if not {part.key for part in receipt.parts}.issuperset(parts):
             return None
-        if "earlier_step_failed" in faults:
+        if by_failures or "earlier_step_failed" in faults:
             for step, earlier_key in (earlier or {}).items():
                 before = self.find_answers(earlier_key, run)
                 # All parts have been answered together.

@@ -121,7 +121,10 @@ def find_answers(assignment: Assignment, ledger: Ledger) -> BundleReceipt | None
     """The receipt of the committed answers, if they are whole and need not be asked again."""
     keys = assignment.answers_keys
     earlier = {name: before.file for name, before in assignment.earlier.items()}
-    return ledger.find_answers(keys.file, assignment.run.id, earlier, keys.fragments)
+    by_failures = assignment.question.inputs.by_failures
+    return ledger.find_answers(
+        keys.file, assignment.run.id, earlier, keys.fragments, by_failures=by_failures
+    )
 
 
 def read_parts(assignment: Assignment, session: Session) -> tuple[list[Part], list[AnswersReceipt]]:
@@ -322,11 +325,8 @@ def _completion_tokens(outcome: Outcome) -> int:
 
 
 def _prompt_lengths(prompts: Sequence[Prompt | NoPrompt]) -> dict[int, int]:
-    lengths: Counter[int] = Counter()
-    for prompt in prompts:
-        if isinstance(prompt, Prompt):
-            lengths[len(prompt.ids) // LENGTH_BIN * LENGTH_BIN] += 1
-    return lengths
+    lengths = (len(prompt.ids) for prompt in prompts if isinstance(prompt, Prompt))
+    return Counter(length // LENGTH_BIN * LENGTH_BIN for length in lengths)
 
 
 def _reason(prompt: Prompt | NoPrompt) -> str | None:

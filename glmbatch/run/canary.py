@@ -21,6 +21,7 @@ from glmbatch.run.ask import Outcome, ask
 from glmbatch.run.prompts import (
     as_text,
     build_question_prompts,
+    column_texts,
     key_prompts,
     rows_of,
     source_values,
@@ -152,7 +153,7 @@ def _needed_columns(steps: Iterable[AnyStep], inputs: Iterable[PromptInputs]) ->
     """The columns of a canary row that prompts read, and the answer columns to compare."""
     columns: set[str] = set()
     for read in inputs:
-        columns.update(read.sources.values())
+        columns.update([*read.sources.values(), *read.fields])
     for step in steps:
         columns.update(step.answer_columns[:2])  # the answer, and its score or finish reason
     return columns
@@ -188,6 +189,8 @@ def _audit(
     for name in question.inputs.earlier:
         earlier = table.column(name).to_pylist()
         values[name] = [None if answer is None else as_text(answer) for answer in earlier]
+    for name in question.inputs.fields:
+        values[name] = column_texts(table.column(name))
     frozen = table.select(question.step.answer_columns[:2]).to_pylist()
     prompts = build_question_prompts(question, rows_of(values, len(table)))
     keys, distinct = key_prompts(question, prompts)

@@ -7,7 +7,7 @@ A prompt that needs an answer which does not exist yet counts as a row, but its 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 from pydantic import BaseModel
@@ -20,22 +20,24 @@ from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, PublishedFile, StepOrigin
 from glmbatch.ledger.rowkeys import answer_settings
 from glmbatch.report.counts import latest_rate
-from glmbatch.report.text import left_out
+from glmbatch.run.answer import find_answers
 from glmbatch.run.audits import check_errors
 from glmbatch.run.canary import check_canary_file
-from glmbatch.run.models import describe_model, prepare_models
+from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import assign, plan_run
 from glmbatch.run.prompts import (
     Earlier,
     build_question_prompts,
     earlier_values,
     key_prompts,
+    prompt_notes,
     prompt_rows,
     source_table,
     triage,
+    with_reasons,
 )
 from glmbatch.run.session import index_answers
-from glmbatch.run.work import Model, Question
+from glmbatch.run.work import Bundle, Model, Question
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, JobConfig
 from glmbatch.steps.prompt import NoPrompt, NotAsked, Prompt, RowFault
@@ -43,28 +45,31 @@ from glmbatch.store.inputs.find import Skipped
 
 NEW = "new text"
 FAILED = "failed before"
-COUNTS = ("rows", "to_run", "reused", "skipped", "not_asked", "waiting", "prompt_tokens")
+
+AnswersPlace = tuple[str, str]  # the keys of an answers file and of a fragment's answers in it
 
 
 class StepPreview(BaseModel, frozen=True, extra="forbid"):
-    """One step over one source file, in rows: `to_run` + `reused` + `skipped` + `not_asked`.
+    """One step over one source file. Each row is counted once, from `to_run` to `not_asked`.
 
-    `reused` rows take the answer of another row, committed or still to be asked. `skipped` rows
-    have no prompt, `not_asked` ones do not meet the step's condition. `waiting` rows are the part
-    of `to_run` whose prompts need answers that do not exist yet; `prompt_tokens` counts the other
-    rows to run. `reasons` counts rows to run or skip.
+    `reused` rows have a known answer, or that of another fragment or step. `repeated` ones have the
+    prompt of an earlier row of their fragment. `skipped` rows have no prompt, `not_asked` ones do
+    not meet the step's condition. `waiting` rows are the part of `to_run` whose prompts need
+    answers that do not exist yet; `prompt_tokens` counts the other rows to run. `reasons` counts
+    rows to run or skip.
     """
 
     source: str
     step: str
-    rows: int
-    to_run: int
-    reused: int
-    skipped: int
-    waiting: int
-    prompt_tokens: int
     reasons: dict[str, int]
+    rows: int = 0
+    to_run: int = 0
+    reused: int = 0
+    repeated: int = 0
+    skipped: int = 0
     not_asked: int = 0
+    waiting: int = 0
+    prompt_tokens: int = 0
 
 
 class Preview(BaseModel, frozen=True, extra="forbid"):
@@ -72,7 +77,7 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
 
     `seconds` is the inference time, estimated from that of the published answers; None if a step to
     run has no published answers. `refused` says why a run would publish nothing, if too many rows
-    are in unusable files.
+    are in unusable files. `notes` are remarks on the prompts.
     """
 
     output: str
@@ -86,6 +91,7 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
     skipped: tuple[Skipped, ...] = ()
     unchanged_sources: int = 0
     refused: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def preview(job: JobConfig) -> Preview:
@@ -98,13 +104,21 @@ def preview(job: JobConfig) -> Preview:
     ledger = Ledger(job.data.output)
     counted = _Counted(ledger, work.questions)
     unusable = list(plan.unusable)
-    for fragment in plan.fragments:
-        try:
-            counted.add(fragment)
-        except UnusableFile as error:
-            unusable.append(
-                FileFault(source=fragment.source, first_row=fragment.first_row, reason=shown(error))
-            )
+    for bundle in work.bundles:
+        committed = _committed(bundle, ledger)
+        for number, fragment in enumerate(bundle.fragments):
+            keys = {}
+            for assignment in bundle.assignments:
+                answers = assignment.answers_keys
+                keys[assignment.question.name] = (answers.file, answers.fragments[number])
+            try:
+                counted.add(fragment, keys, committed)
+            except UnusableFile as error:
+                unusable.append(
+                    FileFault(
+                        source=fragment.source, first_row=fragment.first_row, reason=shown(error)
+                    )
+                )
     manifest = ledger.manifest()
     published = manifest.files if manifest is not None else ()
     unchanged = [file for file in published if file.source in plan.unchanged]
@@ -121,7 +135,14 @@ def preview(job: JobConfig) -> Preview:
         skipped=plan.skipped,
         unchanged_sources=len(plan.unchanged),
         refused=_refusal(plan, job.max_error_rate, unchanged),
+        notes=prompt_notes(work.questions),
     )
+
+
+def _committed(bundle: Bundle, ledger: Ledger) -> set[str]:
+    """The steps whose answers over all rows of `bundle` are committed and stay as they are."""
+    assignments = bundle.assignments
+    return {each.question.name for each in assignments if find_answers(each, ledger) is not None}
 
 
 def _unchanged_steps(sources: int, files: Sequence[PublishedFile]) -> Iterator[StepPreview]:
@@ -132,12 +153,9 @@ def _unchanged_steps(sources: int, files: Sequence[PublishedFile]) -> Iterator[S
             source=counted(sources, "unchanged file"),
             step=receipt.step,
             rows=receipt.rows,
-            to_run=0,
             reused=receipt.rows - failed - receipt.not_asked,
             skipped=failed,
             not_asked=receipt.not_asked,
-            waiting=0,
-            prompt_tokens=0,
             reasons=dict(receipt.faults),
         )
 
@@ -164,25 +182,39 @@ class _Counted:
             self._known[question.name, question.key] = known
             self._changes[question.name] = _what_changed(question, manifest)
         # By step key, because steps with the same question share answers.
-        self._asked: dict[str, set[bytes]] = defaultdict(set)
+        self._asked: dict[str, dict[bytes | None, AnswersPlace | None]] = defaultdict(dict)
         self._counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         self._reasons: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
 
-    def add(self, fragment: Fragment) -> None:
-        """Count the rows of one fragment, step by step. UnusableFile when it cannot be read."""
+    def add(
+        self, fragment: Fragment, keys: Mapping[str, AnswersPlace], committed: Collection[str]
+    ) -> None:
+        """Count the rows of one fragment, step by step. UnusableFile when it cannot be read.
+
+        `keys` say where the answers of each step will be. Those of `committed` steps are there.
+        """
         answers: dict[str, Earlier] = {}
         for question in self._questions:
-            answers[question.name] = self._add(fragment, question, answers)
+            place = None if question.name in committed else keys[question.name]
+            answers[question.name] = self._add(fragment, question, answers, place)
 
     def _add(
-        self, fragment: Fragment, question: Question, answers: Mapping[str, Earlier]
+        self,
+        fragment: Fragment,
+        question: Question,
+        answers: Mapping[str, Earlier],
+        answers_place: AnswersPlace | None,
     ) -> Earlier:
-        """Count the rows of one step; return the known answers, in row order."""
+        """Count the rows of one step; return the known answers, in row order.
+
+        Without an `answers_place` they are committed.
+        """
         prompts = _prompts(fragment, question, answers)
         keys, distinct = key_prompts(question, prompts)
         sorted_out = triage(question, distinct, self._known[question.name, question.key])
         known = _places_by_key(question, sorted_out.known)
         place = (fragment.source, question.name)
+        in_fragment: set[bytes | None] = set()
         self._counts[place]["rows"] += len(prompts)
         for key, prompt in zip(keys, prompts, strict=True):
             if isinstance(prompt, NotAsked):
@@ -192,15 +224,21 @@ class _Counted:
                 self._counts[place]["skipped"] += 1
                 self._reasons[place][prompt.kind] += 1
                 continue
-            # Known, or asked for an earlier row or fragment with the same text.
-            if key in known or key in self._asked[question.key]:
-                self._counts[place]["reused"] += 1
+            asked = self._asked[question.key]
+            # Known, or asked for an earlier row, fragment or step with the same text.
+            if key in known or key in asked:
+                # Fragments with the same rows share their answers.
+                repeats = key in in_fragment or asked.get(key) == answers_place
+                reused = answers_place is None or not repeats
+                self._counts[place]["reused" if reused else "repeated"] += 1
+                in_fragment.add(key)
                 continue
             self._count_asked(place, prompt)
             reason = FAILED if key in sorted_out.failed else self._changes[question.name]
             self._reasons[place][reason or NEW] += 1
             if key is not None:
-                self._asked[question.key].add(key)
+                in_fragment.add(key)
+                asked[key] = answers_place
         return _known(question, prompts, [known.get(key) for key in keys], sorted_out.known)
 
     def _count_asked(self, place: tuple[str, str], prompt: Prompt | None) -> None:
@@ -215,9 +253,8 @@ class _Counted:
         """The counts of each source file and step, in the order in which they were added."""
         previews = []
         for (source, step), counts in self._counts.items():
-            numbers = {name: counts[name] for name in COUNTS}
             reasons = dict(self._reasons[source, step].most_common())
-            previews.append(StepPreview(source=source, step=step, reasons=reasons, **numbers))
+            previews.append(StepPreview(source=source, step=step, reasons=reasons, **counts))
         return tuple(previews)
 
 
@@ -242,16 +279,12 @@ def _known(
     answers: pa.Table,
 ) -> Earlier:
     """What later steps take from `answers`, of which each row has the one at its place."""
-    values: list[str | NoPrompt | None] = list(earlier_values(answers, question.name))
-    known: list[str | NoPrompt | None] = []
-    for prompt, place in zip(prompts, places, strict=True):
-        if isinstance(prompt, RowFault):
-            known.append(RowFault("earlier_step_failed", prompt.reason))
-        elif isinstance(prompt, NotAsked):
-            known.append(prompt)
-        else:
-            known.append(None if place is None else values[place])
-    return Earlier(known, answers.take(pa.array(places, pa.int64())))
+    table = with_reasons(answers.take(pa.array(places, pa.int64())), question.name, prompts)
+    values: list[str | NoPrompt | None] = list(earlier_values(table, question.name))
+    for row, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
+        if place is None and not isinstance(prompt, NoPrompt):
+            values[row] = None  # still to be asked
+    return Earlier(values, table)
 
 
 def _what_changed(question: Question, manifest: Manifest | None) -> str | None:
@@ -295,54 +328,3 @@ def _estimate(steps: Sequence[StepPreview], ledger: Ledger) -> float | None:
             return None
         seconds += rows / rate
     return seconds
-
-
-def describe_plan(plan: Preview) -> str:
-    """The preview as text for people, in lines without a final newline."""
-    size = f"{counted(plan.rows, 'row')} in {counted(plan.fragments, 'fragment')}"
-    lines = [f"{size} -> {plan.output}"]
-    for model in plan.models:
-        size = (
-            f"{model.parameters / 1e6:,.1f} million parameters, "
-            f"{model.size_bytes / 1e9:.3f} GB as {model.config.dtype}"
-        )
-        lines.append(f"model {describe_model(model.config)}: {size}")
-        lines += [f"  note: {note}" for note in model.notes]
-    if plan.passes > 1:
-        lines.append(
-            f"the models do not fit in memory together: {plan.passes} passes over all fragments"
-        )
-    lines += left_out(plan.unusable, "left out: ")
-    if plan.skipped:
-        lines.append(f"not read: {', '.join(map(str, plan.skipped))}")
-    if plan.refused:
-        lines.append(f"would be refused: {plan.refused}")
-    lines += ["", *_table(plan)]
-    if any(step.waiting for step in plan.steps):
-        lines += ["", "Tokens are not counted where a prompt waits for an earlier step's answer."]
-    if plan.seconds is not None and any(step.to_run for step in plan.steps):
-        lines += ["", f"about {plan.seconds:,.0f} s of inference, at the rate of the last run"]
-    return "\n".join(lines)
-
-
-def _table(plan: Preview) -> Iterator[str]:
-    width = len(max((shown(step.source) for step in plan.steps), key=len, default="file"))
-
-    def line(source: str, step: str, numbers: Sequence[object], why: str) -> str:
-        middle = "  ".join(f"{number:>9}" for number in numbers)
-        return f"{source:<{width}}  {step:<16}  {middle}  {why}".rstrip()
-
-    # Waiting rows are part of those to run; a sentence below the table mentions them.
-    names = {"rows": "rows", "to_run": "to run", "reused": "reused", "skipped": "skipped"}
-    if any(step.not_asked for step in plan.steps):
-        names["not_asked"] = "not asked"
-    names["prompt_tokens"] = "tokens"
-    yield line("file", "step", list(names.values()), "why")
-    totals: dict[str, Counter[str]] = defaultdict(Counter)
-    for step in plan.steps:
-        numbers = step.model_dump(include=set(names))
-        totals[step.step].update(numbers)
-        why = ", ".join(f"{reason} {rows}" for reason, rows in step.reasons.items())
-        yield line(shown(step.source), step.step, list(map(numbers.__getitem__, names)), why)
-    for name, total in totals.items():
-        yield line("total", name, list(map(total.__getitem__, names)), "")

@@ -21,6 +21,7 @@ from glmbatch.run.work import Question
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.conditions import parse_condition
 from glmbatch.settings.job import placeholders
+from glmbatch.steps.answers import kind_of
 from glmbatch.steps.extract import as_json
 from glmbatch.steps.history import read_histories
 from glmbatch.steps.inputs import PromptInputs, WhenInputs
@@ -36,7 +37,7 @@ from glmbatch.steps.prompt import (
     build_prompts,
 )
 from glmbatch.store.inputs.conditions import rows_where
-from glmbatch.store.values import prompt_values, turn_values
+from glmbatch.store.values import is_plain, prompt_values, turn_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,9 @@ def prompt_rows(
     values = source_values(question.inputs, source)
     used = [name for name in placeholders(question.step.prompt_template) if name in earlier]
     values.update({name: earlier[name].values for name in used})
+    for name, step in question.inputs.fields.items():
+        values[name] = field_values(earlier[step], name)
+        used.append(name)
     rows: list[RowValues | NoPrompt | None] = []
     asked = _asked(question.inputs.when, source, earlier)
     for row, is_asked in zip(rows_of(values, len(source)), asked, strict=True):
@@ -136,20 +140,26 @@ def _asked(
         return [True] * len(source)
     columns = {name: source.column(column) for name, column in when.columns.items()}
     unknown = {}
+    failing: list[str] = []  # the steps without whose answer the condition may be open
     for name, step in when.answers.items():
+        values = earlier[step].values
         columns[name] = earlier[step].table.column(name)
-        # A row on which the step was not asked is known to have no answer.
-        is_open = [value is None or isinstance(value, RowFault) for value in earlier[step].values]
+        # Known are the null of a row that was not asked, and the reason of a failure.
+        is_open = [value is None for value in values]
+        if name not in Columns(step).reasons:
+            failing.append(step)
+            is_open = [value is None or isinstance(value, RowFault) for value in values]
         unknown[name] = pa.chunked_array([pa.array(is_open, pa.bool_())])
     asked: list[Literal[True] | NoPrompt | None] = []
-    steps = list(dict.fromkeys(when.answers.values()))
     for row, holds in enumerate(rows_where(parse_condition(when.text), columns, unknown)):
         if holds is not None:
             asked.append(True if holds else NotAsked())
             continue
-        deciding = [earlier[step].values[row] for step in steps]
-        faults = [value for value in deciding if isinstance(value, RowFault)]
-        asked.append(None if None in deciding else faults[0])
+        if any(earlier[step].values[row] is None for step in when.answers.values()):
+            asked.append(None)
+            continue
+        deciding = [earlier[step].values[row] for step in failing]
+        asked.append(next(value for value in deciding if isinstance(value, RowFault)))
     return asked
 
 
@@ -179,10 +189,44 @@ def earlier_values(table: pa.Table, step: str) -> list[str | NoPrompt]:
     return values
 
 
+def field_values(earlier: Earlier, column: str) -> list[str | bytes | NoPrompt | None]:
+    """The values that a later prompt takes from a `column` beside the answer, in row order.
+
+    Without an answer, they are as those of the answer. A row is not asked about a null in one.
+    """
+    values: list[str | bytes | NoPrompt | None] = []
+    texts = column_texts(earlier.table.column(column))
+    for answer, text in zip(earlier.values, texts, strict=True):
+        if answer is None or isinstance(answer, NoPrompt):
+            values.append(answer)
+        else:
+            values.append(NotAsked() if text is None else text)
+    return values
+
+
+def column_texts(column: pa.ChunkedArray) -> list[str | bytes | None]:
+    """The values of a column of answers as later prompts show them; None for null."""
+    if is_plain(column.type):
+        return prompt_values(column)
+    return [None if value is None else as_text(value) for value in column.to_pylist()]
+
+
+def with_reasons(
+    answers: pa.Table, step: str, prompts: Sequence[Prompt | NoPrompt | None]
+) -> pa.Table:
+    """`answers` of `step`, with the reasons why rows without a prompt have none, as a run has."""
+    faults = [prompt.reason if isinstance(prompt, RowFault) else None for prompt in prompts]
+    kinds = [kind_of(prompt) if isinstance(prompt, NoPrompt) else None for prompt in prompts]
+    for name, reasons in zip(Columns(step).reasons, (faults, kinds), strict=True):
+        column = pc.coalesce(answers.column(name), pa.array(reasons, pa.string()))
+        answers = answers.set_column(answers.column_names.index(name), name, column)
+    return answers
+
+
 def as_text(answer: Any) -> str:
-    """An answer as a later prompt shows it: a text as it is, several labels with commas."""
+    """An answer as a later prompt shows it: a text as it is, several values with commas."""
     if isinstance(answer, list):
-        return ", ".join(answer)
+        return ", ".join(map(str, answer))
     return answer if isinstance(answer, str) else as_json(answer)
 
 
@@ -198,6 +242,18 @@ def build_question_prompts(
         max_input_tokens=question.max_prompt_tokens,
         texts=question.inputs.texts,
     )
+
+
+def prompt_notes(questions: Sequence[Question]) -> tuple[str, ...]:
+    """A note on each question that asks all rows the same, which is rarely meant."""
+    notes = []
+    for question in questions:
+        if not placeholders(question.step.prompt_template) and question.inputs.history is None:
+            notes.append(
+                f"step {question.name!r} asks all rows the same: its prompt_template has no "
+                "placeholder such as {text}"
+            )
+    return tuple(notes)
 
 
 def key_prompts(

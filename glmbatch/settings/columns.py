@@ -101,6 +101,11 @@ class Columns:
         return f"{self.step}_error_type"
 
     @property
+    def reasons(self) -> tuple[str, str]:
+        """The columns that say why a row has no answer; known even where the answer is not."""
+        return self.error, self.error_type
+
+    @property
     def key(self) -> str:
         """The row key, 16 bytes that identify the answer across files and runs."""
         return f"{self.step}_key"

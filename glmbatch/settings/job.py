@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from glmbatch.settings.addresses import has_credentials
+from glmbatch.settings.columns import Columns
 from glmbatch.settings.conditions import columns_of, parse_condition
 from glmbatch.settings.kinds import Address, LocalAddress, Settings, Share
 from glmbatch.settings.model import ModelConfig, ModelSetting
@@ -308,14 +309,21 @@ class JobConfig(Settings):
         names = [other.name for other in self.steps]
         return self.steps[: names.index(step.name)]
 
-    def earlier_steps(self, step: Step) -> list[str]:
-        """Names of the steps whose answers the prompt of `step` uses, in the order they run."""
-        wanted = placeholders(step.prompt_template)
-        return [earlier.name for earlier in self.steps_before(step) if earlier.name in wanted]
+    def earlier_columns(self, step: Step) -> dict[str, str]:
+        """The step that writes each placeholder of `step` that is a column of an earlier answer."""
+        writers: dict[str, str] = {}
+        for earlier in self.steps_before(step):
+            columns = Columns(earlier.name)
+            unusable = (*columns.reasons, columns.key)
+            for name in earlier.answer_columns:
+                if name not in unusable:
+                    writers[name] = earlier.name
+        names = placeholders(step.prompt_template)
+        return {name: writers[name] for name in names if name in writers}
 
     def source_columns(self, step: Step) -> dict[str, str]:
         """The source column of each placeholder of `step` that is not an earlier answer."""
-        earlier = self.earlier_steps(step)
+        earlier = self.earlier_columns(step)
         columns = {}
         for name in placeholders(step.prompt_template):
             if name not in earlier:

@@ -66,7 +66,7 @@ def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[A
         writings.append(value if isinstance(value, Writing) else None)
         extractions.append(value if isinstance(value, Extraction) else None)
         reasons.append(value.reason if isinstance(value, RowFault) else None)
-        kinds.append(_kind(value))
+        kinds.append(kind_of(value))
     if isinstance(step, ClassifyStep):
         columns = choice_columns(choices)
     elif isinstance(step, ExtractStep):
@@ -82,7 +82,7 @@ def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[A
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _kind(value: Choice | Selection | Writing | Extraction | NoPrompt) -> str | None:
+def kind_of(value: Choice | Selection | Writing | Extraction | NoPrompt) -> str | None:
     """Why there is no answer, as a short code; None if there is one."""
     if isinstance(value, RowFault):
         return value.kind
@@ -115,7 +115,7 @@ class AnswerCounter:
             labels: Counter[str] = Counter()
             for answer in answers:
                 labels.update([answer] if isinstance(answer, str) else answer)
-            return {**counts, "labels": labels}
+            return {**counts, "labels": labels, "unlabelled": answers.count([])}
         finish_reasons, tokens = rest
         empty = [answer for answer in answers if self._is_empty(answer)]
         return {

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel
 
 from glmbatch.errors import InputError, some_of
+from glmbatch.settings.columns import Columns
 from glmbatch.settings.conditions import Compares, IsOneOf, Test, parse_condition, tests_of
 from glmbatch.settings.job import (
     TEXT,
@@ -41,6 +42,9 @@ class PromptInputs(BaseModel, frozen=True, extra="forbid"):
 
     `history` is the column of earlier turns, if any. `questions` are the placeholders of that
     column, which stand for the last question of its turns.
+
+    `fields` maps placeholders to the earlier steps that write these columns beside their answer.
+    `by_failures`: a condition, its own or that of an earlier step, tests why a row has no answer.
     """
 
     columns: dict[str, str]
@@ -49,6 +53,8 @@ class PromptInputs(BaseModel, frozen=True, extra="forbid"):
     when: WhenInputs | None = None
     history: str | None = None
     questions: tuple[str, ...] = ()
+    fields: dict[str, str] = {}
+    by_failures: bool = False
 
     @property
     def sources(self) -> dict[str, str]:
@@ -62,13 +68,14 @@ def prompt_inputs(job: JobConfig) -> dict[str, PromptInputs]:
     The only place that knows the rule of the text column: both {text} and the column's own name
     stand for it.
     """
-    inputs = {}
+    inputs: dict[str, PromptInputs] = {}
     for step in job.steps:
         columns = job.source_columns(step)
         texts = [name for name, column in columns.items() if column == job.data.text_column]
         questions = [name for name, column in columns.items() if column == step.history_column]
         when = _when_inputs(step, job.steps_before(step), job.data.text_column)
-        used = {*job.earlier_steps(step), *(when.answers.values() if when else ())}
+        answers = job.earlier_columns(step)
+        used = {*answers.values(), *(when.answers.values() if when else ())}
         earlier = [other.name for other in job.steps_before(step) if other.name in used]
         inputs[step.name] = PromptInputs(
             columns={name: columns[name] for name in columns if name not in questions},
@@ -77,6 +84,8 @@ def prompt_inputs(job: JobConfig) -> dict[str, PromptInputs]:
             when=when,
             history=step.history_column,
             questions=tuple(questions),
+            fields={name: writer for name, writer in answers.items() if name != writer},
+            by_failures=_tests_failures(when) or any(inputs[name].by_failures for name in earlier),
         )
     return inputs
 
@@ -95,6 +104,11 @@ def _when_inputs(step: AnyStep, before: Sequence[AnyStep], text_column: str) -> 
         else:
             columns[name] = text_column if name == TEXT else name
     return WhenInputs(text=step.when, columns=columns, answers=answers)
+
+
+def _tests_failures(when: WhenInputs | None) -> bool:
+    answers = {} if when is None else when.answers
+    return any(column in Columns(step).reasons for column, step in answers.items())
 
 
 def schema_needs(job: JobConfig, inputs: Mapping[str, PromptInputs]) -> SchemaNeeds:

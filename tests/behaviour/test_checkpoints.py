@@ -12,11 +12,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from glmbatch.cli.plan import describe_plan
 from glmbatch.errors import AuditError, InputError
 from glmbatch.glm.checkpoint.doctor import describe, examine
 from glmbatch.glm.model.network import Network
 from glmbatch.report.text import describe as describe_run
-from glmbatch.run.preview import describe_plan, preview
+from glmbatch.run.preview import preview
 from glmbatch.run.table import annotate_table
 from glmbatch.settings.job import JobConfig
 from tests.support import CAUSAL, CLASSIFY, Settings, Write, committed, run

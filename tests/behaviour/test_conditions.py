@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from glmbatch.cli.plan import describe_plan
 from glmbatch.errors import BadRow, InputError
+from glmbatch.glm.engine.protocol import ClassifyResult
+from glmbatch.glm.engine.worker import TorchEngine
 from glmbatch.ledger.verification import verify
 from glmbatch.report.text import describe
 from glmbatch.run.canary import freeze
-from glmbatch.run.preview import describe_plan, preview
+from glmbatch.run.preview import preview
 from glmbatch.run.table import annotate_table
 from glmbatch.settings.job import JobConfig
 from tests.support import (
@@ -23,6 +26,7 @@ from tests.support import (
     read_quarantine,
     rows_of,
     run,
+    touch_published,
 )
 
 ROWS = 24
@@ -144,6 +148,72 @@ def test_a_condition_on_a_failed_answer_fails_too(
         run(settings)
     conditioned(settings, "text is not null", "stars == 1", "stars == 1")
     assert [step.failed for step in run(settings).steps] == [0, 0, 0]
+
+
+def test_a_condition_may_test_why_an_answer_is_missing(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": ["one", None, "three"], "stars": [1, 1, 2]})
+    conditions = {
+        "failed": "mood_error_type == 'null_value'",
+        "left": "mood_error_type == 'not_asked'",
+        "told": "mood_error is null and mood_error_type is not null",
+        "other": "mood_error_type != 'null_value' or mood_score > 1",
+    }
+    steps = []
+    for name, when in conditions.items():
+        prompt = f"{name} {{stars}}"
+        steps.append({**GENERATE, "name": name, "prompt_template": prompt, "when": when})
+    first = {**CLASSIFY, "when": "stars == 1"}
+    steps.append({**GENERATE, "name": "next", "prompt_template": "{mood}"})
+    quoted = "next_error == 'mood failed: text is null'"
+    steps.append({**GENERATE, "name": "quoted", "prompt_template": "{stars}", "when": quoted})
+    settings = job_settings(max_error_rate=1.0, steps=[first, *steps])
+    planned = preview(JobConfig.model_validate(settings)).steps
+    assert [(step.to_run, step.waiting, step.not_asked) for step in planned[1:]] == [
+        (2, 1, 1),
+        (2, 1, 1),
+        (2, 1, 1),
+        (2, 1, 0),
+        (1, 1, 1),
+        (2, 1, 1),
+    ]
+    summary = run(settings)
+    rows = {name: column_of(out, f"{name}_error_type") for name in conditions}
+    assert rows["failed"] == ["not_asked", None, "not_asked"]
+    assert rows["left"] == rows["told"] == ["not_asked", "not_asked", None]
+    # Only the answer itself is not known of a row that failed.
+    assert rows["other"] == ["not_asked", "earlier_step_failed", None]
+    assert column_of(out, "quoted_error_type") == ["not_asked", None, "not_asked"]
+    touch_published(out)
+    again = preview(JobConfig.model_validate(settings)).steps
+    for step, planned_step in zip(summary.steps, again, strict=True):
+        assert planned_step.not_asked == step.not_asked
+        assert (planned_step.to_run, planned_step.skipped) == (0, step.failed)
+
+
+def test_a_row_that_now_succeeds_leaves_a_second_step(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": ["one", "two"]})
+    second = {**GENERATE, "prompt_template": "{text}", "when": "mood_error_type == 'model_failed'"}
+    third = {**GENERATE, "name": "note", "prompt_template": "{reply}"}
+    settings = job_settings(max_error_rate=1.0, steps=[CLASSIFY, second, third])
+    real = TorchEngine.classify
+
+    def failing(engine: TorchEngine, requests: Any) -> Any:
+        for result in real(engine, requests):
+            yield ClassifyResult(result.index, (), "not finite") if result.index == 0 else result
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TorchEngine, "classify", failing)
+        run(settings)
+    for name in ("reply", "note"):
+        assert sorted(column_of(out, f"{name}_error_type"), key=str) == [None, "not_asked"]
+    run(settings)
+    assert column_of(out, "mood_error_type") == [None, None]
+    for name in ("reply", "note"):
+        assert column_of(out, f"{name}_error_type") == ["not_asked", "not_asked"]
 
 
 def test_a_canary_checks_the_rows_that_were_asked(

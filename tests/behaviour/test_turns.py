@@ -40,7 +40,7 @@ def test_a_run_reads_earlier_turns(
     assert lengths[0] == lengths[1] < lengths[2] < lengths[3]
     assert rows[0]["mood_key"] == rows[1]["mood_key"] != rows[2]["mood_key"]
     # The prompt of the second row is that of the first, and the last has none.
-    assert [(step.to_run, step.reused, step.skipped) for step in planned.steps] == [(3, 1, 1)] * 2
+    assert [(step.to_run, step.repeated, step.skipped) for step in planned.steps] == [(3, 1, 1)] * 2
     assert planned.steps[1].prompt_tokens == sum(lengths[1:])
     freeze(out, tmp_path / "canary.parquet", 9)
     settings["canary"] = str(tmp_path / "canary.parquet")

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from glmbatch.errors import AuditError
+from glmbatch.glm.tokenizer import chat_prompt, load_tokenizer
 from glmbatch.ledger.verification import verify
 from glmbatch.report.text import describe
 from glmbatch.run.canary import freeze
 from glmbatch.run.preview import preview
 from glmbatch.settings.job import JobConfig
 from tests.soak.runs import Forks, Kill
-from tests.support import Settings, Write, rows_of, run
+from tests.support import CAUSAL, Settings, Write, rows_of, run
 
 FIELDS = {
     "product": {"type": "text", "nullable": True},
@@ -57,6 +58,49 @@ def test_fields_are_published_checked_and_reused(job: Settings, out: Path, layou
     assert [step.to_run for step in preview(JobConfig.model_validate(settings)).steps] == [0, 0]
     assert [step.computed for step in run(settings).steps] == [0, 0]
     assert rows_of(out) == rows
+
+
+NAMES = ("reply", "null", "none")
+
+
+def test_later_steps_use_single_fields(job: Settings, out: Path, tmp_path: Path) -> None:
+    template = "{facts_rating} {facts_tone} {facts_tone_score} {facts_days}: {text}"
+    some = {**REPLY, "prompt_template": template, "when": "facts_rating <= 5"}
+    null = {**REPLY, "name": "null", "prompt_template": "{facts_product}"}
+    none = {**null, "name": "none", "when": "facts_rating > 5"}
+    settings = job(steps=[EXTRACT, some, null, none])
+    before = preview(JobConfig.model_validate(settings)).steps
+    assert [(step.waiting, step.skipped) for step in before] == [(0, 1), (3, 1), (3, 1), (3, 1)]
+    run(settings)
+    rows = rows_of(out)
+    tokenizer = load_tokenizer(CAUSAL)
+    for row in rows:
+        if row["facts"] is None:
+            assert {row[f"{name}_error_type"] for name in NAMES} == {"earlier_step_failed"}
+            continue
+        days = ", ".join(map(str, row["facts_days"]))
+        shown = f"{row['facts_rating']} {row['facts_tone']} {row['facts_tone_score']} {days}"
+        (ids,) = tokenizer.encode([chat_prompt(f"{shown}: {row['text']}")])
+        assert row["reply_prompt_tokens"] == len(ids)
+        # A field that the model left null is no failure.
+        has_product = row["facts_product"] is not None
+        assert row["null_error_type"] == (None if has_product else "not_asked")
+        assert row["none_error_type"] == "not_asked"
+    again = preview(JobConfig.model_validate(settings)).steps
+    assert sum(step.to_run for step in again) == 0
+    next(out.glob("a-*.parquet")).unlink()
+    assert [step.computed for step in run(settings).steps] == [0, 0, 0, 0]
+    assert rows_of(out) == rows
+    freeze(out, tmp_path / "canary.parquet", 2)
+    settings["canary"] = str(tmp_path / "canary.parquet")
+    settings["data"]["output"] = str(tmp_path / "again")
+    assert [audit.measured for audit in run(settings).audits] == [0, 0, 0]
+
+
+def test_a_later_field_is_refused(job: Settings) -> None:
+    early = {**REPLY, "prompt_template": "{facts_product}"}
+    with pytest.raises(ValueError, match="uses 'facts_product', which step 'facts' does not"):
+        JobConfig.model_validate(job(steps=[early, EXTRACT]))
 
 
 def sureness(row: dict[str, Any], name: str) -> float:

@@ -37,7 +37,7 @@ def test_plan_shows_what_would_run_and_writes_nothing(
     said = capsys.readouterr().out
     assert "20 rows in 3 fragments" in said
     assert [line.split()[1:5] for line in said.splitlines() if line.startswith("day=1")] == [
-        ["mood", "20", "1", "19"],
+        ["mood", "20", "1", "2"],
         ["reply", "20", "20", "0"],
     ]
     assert not (tmp_path / "out").exists()
@@ -53,13 +53,13 @@ def test_plan_says_why_rows_run_again(
     cli.main(["run", job_file, "--dry-run"])
     said = capsys.readouterr().out
     assert table(said, "1 unchanged file") == [
-        "unchanged file mood 5 0 5 0 0",
-        "unchanged file reply 5 0 5 0 0",
+        "unchanged file mood 5 0 5 0 0 0",
+        "unchanged file reply 5 0 5 0 0 0",
     ]
-    tokens = table(said, "b.parquet")[0].split()[5]
+    tokens = table(said, "b.parquet")[0].split()[6]
     assert table(said, "b.parquet") == [
-        f"mood 4 1 2 1 {tokens} new text 1, null_value 1",
-        "reply 4 2 1 1 0 new text 2, earlier_step_failed 1",
+        f"mood 4 1 1 1 1 {tokens} new text 1, null_value 1",
+        "reply 4 2 1 0 1 0 new text 2, earlier_step_failed 1",
     ]
     assert "s of inference, at the rate of the last run" in said
     run(job_settings(max_error_rate=0.5))
@@ -75,7 +75,7 @@ def test_plan_says_why_rows_run_again(
         ]
     )
     said = capsys.readouterr().out
-    assert {line.split(maxsplit=6)[6] for line in table(said, "a.parquet")} == {
+    assert {line.split(maxsplit=7)[7] for line in table(said, "a.parquet")} == {
         "changed prompt_template 5",
         "changed max_tokens 5",
     }
@@ -85,13 +85,29 @@ def test_plan_counts_the_tokens_of_the_next_run(
     job_file: str, write_source: Write, job_settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_source("a.parquet", {"text": [f"text {number % 15}" for number in range(20)]})
+    for name in ("same.parquet", "twin.parquet"):  # fragments with the same rows share answers
+        write_source(name, {"text": ["x"] * 20})
     before = capsys_plan(job_file, capsys)
     summary = run(job_settings())
-    assert before["steps"][0]["prompt_tokens"] == summary.steps[0].prompt_tokens
-    assert before["steps"][0]["to_run"] == summary.steps[0].computed == 15
+    mood = summary.steps[0]
+    own = [line for line in before["steps"] if line["step"] == "mood"]
+    sums = {name: sum(line[name] for line in own) for name in own[0] if name not in TEXTS}
+    assert sums["prompt_tokens"] == mood.prompt_tokens
+    assert sums["to_run"] == mood.computed == 16
+    assert (sums["reused"], sums["repeated"]) == (mood.reused, mood.repeated)
+    assert mood.repeated > 15
     assert (before["steps"][1]["waiting"], before["seconds"]) == (20, None)
     after = capsys_plan(job_file, capsys)
-    assert [(step["to_run"], step["reused"]) for step in after["steps"]] == [(0, 20), (0, 20)]
+    assert [(step["to_run"], step["reused"]) for step in after["steps"]] == [(0, 60), (0, 60)]
+    # Another row with a known text repeats an answer of its fragment, as one with a new text does.
+    write_source("b.parquet", {"text": ["text 3", "text 3", "new", "new", "text 4"]})
+    line = capsys_plan(job_file, capsys)["steps"][0]
+    step = run(job_settings()).steps[0]
+    assert (line["to_run"], line["reused"], line["repeated"]) == (1, 2, 2)
+    assert (step.computed, step.reused - 60, step.repeated) == (1, 2, 2)
+
+
+TEXTS = ("source", "step", "reasons")
 
 
 def capsys_plan(job_file: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""What `glmbatch plan` shows: a preview as text for people."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+from glmbatch.errors import counted, shown
+from glmbatch.report.text import left_out
+from glmbatch.run.models import describe_model
+from glmbatch.run.preview import Preview
+
+
+def describe_plan(plan: Preview) -> str:
+    """The preview as text for people, in lines without a final newline."""
+    size = f"{counted(plan.rows, 'row')} in {counted(plan.fragments, 'fragment')}"
+    lines = [f"{size} -> {plan.output}"]
+    for model in plan.models:
+        size = (
+            f"{model.parameters / 1e6:,.1f} million parameters, "
+            f"{model.size_bytes / 1e9:.3f} GB as {model.config.dtype}"
+        )
+        lines.append(f"model {describe_model(model.config)}: {size}")
+        lines += [f"  note: {note}" for note in model.notes]
+    lines += [f"note: {note}" for note in plan.notes]
+    if plan.passes > 1:
+        lines.append(
+            f"the models do not fit in memory together: {plan.passes} passes over all fragments"
+        )
+    lines += left_out(plan.unusable, "left out: ")
+    if plan.skipped:
+        lines.append(f"not read: {', '.join(map(str, plan.skipped))}")
+    if plan.refused:
+        lines.append(f"would be refused: {plan.refused}")
+    lines += ["", *_table(plan)]
+    if any(step.waiting for step in plan.steps):
+        lines += ["", "Tokens are not counted where a prompt waits for an earlier step's answer."]
+    if plan.seconds is not None and any(step.to_run for step in plan.steps):
+        lines += ["", f"about {plan.seconds:,.0f} s of inference, at the rate of the last run"]
+    return "\n".join(lines)
+
+
+def _table(plan: Preview) -> Iterator[str]:
+    width = len(max((shown(step.source) for step in plan.steps), key=len, default="file"))
+
+    def line(source: str, step: str, numbers: Sequence[object], why: str) -> str:
+        middle = "  ".join(f"{number:>9}" for number in numbers)
+        return f"{source:<{width}}  {step:<16}  {middle}  {why}".rstrip()
+
+    # Waiting rows are part of those to run; a sentence below the table mentions them.
+    names = {"rows": "rows", "to_run": "to run", "reused": "reused"}
+    if any(step.repeated for step in plan.steps):
+        names["repeated"] = "repeated"
+    names["skipped"] = "skipped"
+    if any(step.not_asked for step in plan.steps):
+        names["not_asked"] = "not asked"
+    names["prompt_tokens"] = "tokens"
+    yield line("file", "step", list(names.values()), "why")
+    totals: dict[str, Counter[str]] = defaultdict(Counter)
+    for step in plan.steps:
+        numbers = step.model_dump(include=set(names))
+        totals[step.step].update(numbers)
+        why = ", ".join(f"{reason} {rows}" for reason, rows in step.reasons.items())
+        yield line(shown(step.source), step.step, list(map(numbers.__getitem__, names)), why)
+    for name, total in totals.items():
+        yield line("total", name, list(map(total.__getitem__, names)), "")
