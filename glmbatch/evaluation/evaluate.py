@@ -105,8 +105,9 @@ def _ask(table: pa.Table, job: Job, name: str, folder: str | os.PathLike[str]) -
         answers, summary = answers_to(as_frame(table.select(asked)), settings, folder)
     except GlmbatchError as error:
         raise type(error)(str(error).replace(WHERE, name)) from error
+    asked_of = {step.name: step for step in summary.steps}
     text = settings.data.text_column
     if text not in table.column_names:  # prompts of other columns: equal prompts are equal rows
         keys = answers.column(Columns(settings.steps[0].name).key).to_pylist()
-        return Answered(table, answers, groups_of(keys), summary)
-    return Answered(table, answers, groups_of(table.column(text).to_pylist()), summary)
+        return Answered(answers, groups_of(keys), asked_of)
+    return Answered(answers, groups_of(table.column(text).to_pylist()), asked_of)

@@ -14,26 +14,29 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from glmbatch.errors import InputError
 from glmbatch.evaluation.bootstrap import Compared, groups_of
 from glmbatch.evaluation.fields import same_values, score_field, score_values
 from glmbatch.evaluation.labels import score_labels, score_several
 from glmbatch.evaluation.results import Counts, Result, StepResult
 from glmbatch.evaluation.texts import score_written
 from glmbatch.evaluation.thresholds import coverages
-from glmbatch.evaluation.truth import Truth
-from glmbatch.report.summary import StepSummary, Summary
+from glmbatch.evaluation.truth import FLAG, Truth
+from glmbatch.report.summary import StepSummary
 from glmbatch.settings.columns import ABSTAINED, NOT_ASKED, Columns
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The labelled rows, their answers in the same order, and each row's text as a number."""
+    """The answers to the labelled rows, in their order, and the number of each row's text.
 
-    rows: pa.Table
+    `steps` says what was asked for each step, by its name.
+    """
+
     answers: pa.Table
     group_R: np.ndarray
-    summary: Summary
+    steps: Mapping[str, StepSummary]
 
 
 def score_step(
@@ -48,7 +51,7 @@ def score_step(
         truth={} if truth is None else truth.columns,
         counts=counts,
         results={},
-        **_cost(next(each for each in answered.summary.steps if each.name == step.name)),
+        **_cost(answered.steps[step.name]),
     )
     if truth is None:
         return found.model_copy(update={"note": "no column has its truth"})
@@ -113,13 +116,29 @@ def _score_answers(
         coverage = coverages(precisions, confidence, same_values(truth, values), group_R)
         return score_written(truth, values, group_R).model_copy(update={"coverage": coverage})
     if pa.types.is_floating(column.type):  # a head that estimates a number
-        return score_values([float(value) for value in truth], values, group_R)
+        return score_values(_numbers(step, truth), values, group_R)
     chances = answers.column(columns.scores)
-    if step.multiple:
-        return score_several(truth, values, chances.to_pylist(), group_R)
+    if pa.types.is_list(column.type):
+        lists = [value if isinstance(value, list) else [value] for value in truth]
+        return score_several(lists, values, chances.to_pylist(), group_R)
+    if any(isinstance(value, list) for value in truth):
+        raise InputError(
+            f"{FLAG} {step.name}: the column holds lists, and the step gives one label for each "
+            "row. Name another column, or set multiple: true."
+        )
     chosen = answers.column(columns.score).to_pylist()
     labels = [field.name for field in chances.type]
     return score_labels(Compared(truth, values, group_R, chosen), labels, precisions)
+
+
+def _numbers(step: AnyStep, truth: Sequence[Any]) -> list[float]:
+    try:
+        return [float(value) for value in truth]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{FLAG} {step.name}: the step answers with numbers, and the column does not: {error}. "
+            "Name another column."
+        ) from error
 
 
 def _score_fields(

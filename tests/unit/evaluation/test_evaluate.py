@@ -17,6 +17,10 @@ from glmbatch.cli.main import main
 from glmbatch.errors import InputError
 from glmbatch.evaluation.evaluate import evaluate
 from glmbatch.evaluation.results import Evaluation
+from glmbatch.evaluation.steps import Answered, score_step
+from glmbatch.evaluation.truth import Truth
+from glmbatch.report.summary import step_summary
+from glmbatch.settings.job import ClassifyStep
 from tests.support import CLASSIFY, Settings, Write, rows_of, run
 
 pytestmark = pytest.mark.slow
@@ -166,6 +170,19 @@ def test_the_command_prints_aligned_lines_or_json(
     found = json.loads(capsys.readouterr().out)
     assert found["steps"][0]["results"]["mood"]["coverage"][0]["precision"] == 0.5
     assert found["steps"][0]["computed"] == 0
+
+
+def test_answers_decide_how_a_truth_is_compared() -> None:
+    step = ClassifyStep.model_validate(CLASSIFY)
+    # Those of a head that estimates a number.
+    kinds = pa.array([None, None], pa.string())
+    answers = pa.table({"mood": [1.0, 2.5], "mood_error_type": kinds})
+    answered = Answered(answers, np.arange(2), {"mood": step_summary("mood", "run", [])})
+    found = score_step(step, Truth({"mood": "x"}, {"mood": ["1", "2"]}, [True] * 2), answered, ())
+    assert found.results["mood"].mean_absolute_error == 0.25
+    lists = Truth({"mood": "x"}, {"mood": [["good"], ["bad"]]}, [True] * 2)
+    with pytest.raises(InputError, match="answers with numbers, and the column does not"):
+        score_step(step, lists, answered, ())
 
 
 def test_rows_without_any_truth_are_refused(
