@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 
 import pyarrow as pa
@@ -23,13 +23,21 @@ from glmbatch.errors import TransientError
 from glmbatch.glm.engine.protocol import Engine
 from glmbatch.ledger.known.answers import Hold
 from glmbatch.run.models import tokenizer_of
-from glmbatch.run.prompts import triage
+from glmbatch.run.prompts import build_question_prompts, triage
 from glmbatch.run.session import Session
 from glmbatch.run.work import Question, now
 from glmbatch.settings.columns import Columns
-from glmbatch.settings.job import ClassifyStep, ExtractStep, GenerateStep
+from glmbatch.settings.job import ClassifyStep, ExtractStep, GenerateStep, placeholders
 from glmbatch.steps.answers import Answer, answers_table
-from glmbatch.steps.classify import Choice, Selection, ask_choices, label_set
+from glmbatch.steps.classify import (
+    CONTENT_FREE,
+    Choice,
+    LabelSet,
+    Selection,
+    ask_choices,
+    ask_prior,
+    label_set,
+)
 from glmbatch.steps.extract import Extraction, ask_extractions
 from glmbatch.steps.generate import Writing, ask_writings
 from glmbatch.steps.prompt import NoPrompt, Prompt, RowFault, RowPrompts, one_by_one
@@ -164,7 +172,7 @@ def ask(
     with session.engine(questions[0]) as engine:
         began = now()  # after loading, which must not count against the model's speed
         try:
-            for number, key, outcome in _outcomes(questions, chain([first], rows), engine):
+            for number, key, outcome in _outcomes(questions, chain([first], rows), engine, session):
                 outcomes[number][key] = outcome
                 session.progress.add(1 if counted else 0, computed=True)
                 session.check_running()  # stopping the run does not close a shared engine
@@ -186,7 +194,7 @@ def _divided(began: float, seconds: float, outcomes: list[dict[bytes, Outcome]])
 
 
 def _outcomes(
-    questions: Sequence[Question], rows: Iterable[RowPrompts], engine: Engine
+    questions: Sequence[Question], rows: Iterable[RowPrompts], engine: Engine, session: Session
 ) -> Iterator[tuple[int, bytes, Outcome]]:
     tokenizer = tokenizer_of(questions[0].model)
     step = questions[0].step
@@ -202,6 +210,16 @@ def _outcomes(
         return ask_writings(written, rows, engine, tokenizer)
     label_sets = []
     for question in questions:
-        assert isinstance(question.step, ClassifyStep)
-        label_sets.append(label_set(question.step, question.model.labels, tokenizer))
+        label_sets.append(_label_set(question, engine, session))
     return ask_choices(label_sets, rows, engine)
+
+
+def _label_set(question: Question, engine: Engine, session: Session) -> LabelSet:
+    """The labels of a classify step, with their prior if they are compared with it."""
+    assert isinstance(question.step, ClassifyStep)
+    labels = label_set(question.step, question.model.labels, tokenizer_of(question.model))
+    if question.step.compare != "prior":
+        return labels
+    row = dict.fromkeys(placeholders(question.step.prompt_template), CONTENT_FREE)
+    (prompt,) = build_question_prompts(question, [row])
+    return replace(labels, prior=session.prior(question, lambda: ask_prior(labels, prompt, engine)))

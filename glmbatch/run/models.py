@@ -257,7 +257,7 @@ def _check_classifier(where: str, step: ClassifyStep, model: Model) -> None:
             f"{where} has a head that was trained to choose one label. Leave multiple out, or set "
             "the step's model to one without a head."
         )
-    if step.compare == "mean":
+    if step.compare != "sum":
         raise InputError(f"{where} has a head, whose labels have no length. Leave compare out.")
     _check_trained_prompt(where, step, model)
     if len(model.labels) < 2:

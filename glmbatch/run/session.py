@@ -27,6 +27,7 @@ from glmbatch.report.progress import Progress, Snapshot
 from glmbatch.run.models import describe_model, stamp_checkpoint
 from glmbatch.run.work import Question, Run, RunContext
 from glmbatch.steps.answers import answers_schema
+from glmbatch.steps.prompt import RowFault
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ class Session:
         # By fragment name: why its rows cannot be read, or None if all of them can.
         self._read: dict[str, str | None] = {}
         self._reading: dict[str, threading.Lock] = {}
+        # By step key: the likelihoods of its labels without a row.
+        self._priors: dict[str, Sequence[float]] = {}
+        self._asking_prior = threading.Lock()
         # Receipts of assignments that were answered beside another, by the key of their file.
         self.answered_beside: dict[str, list[AnswersReceipt]] = {}
         self._holding = threading.Lock()
@@ -113,6 +117,18 @@ class Session:
         if reason is not None:
             raise UnusableFile(reason)
         return None
+
+    def prior(
+        self, question: Question, ask: Callable[[], Sequence[float] | RowFault]
+    ) -> Sequence[float] | RowFault:
+        """What `ask` returns, called once for each question of the run; again after a fault."""
+        with self._asking_prior:
+            if question.key not in self._priors:
+                asked = ask()
+                if isinstance(asked, RowFault):
+                    return asked
+                self._priors[question.key] = asked
+            return self._priors[question.key]
 
     @contextmanager
     def engine(self, question: Question) -> Iterator[Engine]:

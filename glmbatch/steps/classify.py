@@ -13,7 +13,7 @@ from glmbatch.glm.engine.protocol import ClassifyRequest, ClassifyResult, Engine
 from glmbatch.glm.tokenizer import Tokenizer
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import ClassifyStep
-from glmbatch.steps.prompt import Prompt, RowFault, RowPrompts
+from glmbatch.steps.prompt import NoPrompt, NotAsked, Prompt, RowFault, RowPrompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +98,18 @@ def choice_columns(choices: Sequence[Choice | Selection | None]) -> list[list[ob
     return columns
 
 
+# What a prompt says in place of a row's values when labels are asked for without any row.
+CONTENT_FREE = "N/A"
+Prior = Sequence[float]  # the log-likelihood of each label behind that prompt
+
+
 @dataclass(frozen=True, slots=True)
 class LabelSet:
     """The labels of a step, and the token ids of what the engine scores.
 
     These are the labels; with `thresholds`, two verdicts on each label, one after the other. No
     `ids` are those of a trained head. Below the probability `abstain_below` of the best label, none
-    is chosen.
+    is chosen. With a `prior`, labels are compared with what it has; a fault is why there is none.
     """
 
     labels: Sequence[str]
@@ -112,18 +117,21 @@ class LabelSet:
     abstain_below: float | None = None
     thresholds: Mapping[str, float] | None = None
     by_mean: bool = False
+    prior: Prior | RowFault | None = None
 
     def choose(self, result: ClassifyResult) -> Choice | Selection | RowFault:
         """The choice that a result makes, or the reason why the model failed."""
         if result.error is not None:
             return RowFault("model_failed", result.error)
+        if isinstance(self.prior, RowFault):
+            return self.prior
         if self.thresholds is not None:
             return select(self.labels, result.scores, self.thresholds)
         if self.ids is None:
             choice = choose(self.labels, result.scores)
         else:
             choice = choose_by_likelihood(
-                self.labels, self.ids, result.scores, by_mean=self.by_mean
+                self.labels, self.ids, result.scores, by_mean=self.by_mean, prior=self.prior
             )
         if self.abstain_below is not None and choice.score < self.abstain_below:
             return replace(choice, label=None)
@@ -182,6 +190,18 @@ def ask_choices(
         yield number, key, label_sets[number].choose(result)
 
 
+def ask_prior(labels: LabelSet, prompt: Prompt | NoPrompt, engine: Engine) -> Prior | RowFault:
+    """The log-likelihoods of `labels` behind the content-free `prompt`, or why there are none."""
+    assert not isinstance(prompt, NotAsked)
+    if isinstance(prompt, RowFault):
+        return prompt
+    request = ClassifyRequest(0, prompt.ids, labels.ids, prompt.shared_tokens)
+    (result,) = engine.classify([request])
+    if result.error is not None:
+        return RowFault("model_failed", f"without the row's values, {result.error}")
+    return result.scores
+
+
 def encode_labels(labels: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """The token ids of each label, in order, encoded as the answers in the model's training are.
 
@@ -206,20 +226,36 @@ def choose_by_likelihood(
     log_likelihoods: Sequence[float],
     *,
     by_mean: bool = False,
+    prior: Prior | None = None,
 ) -> Choice:
     """The choice among whole labels, from the log-likelihood of each label's tokens.
 
     If one label begins another ("good", "good enough"), the shorter one is always likelier, because
     every answer with the longer one begins with it. Its score is therefore the likelihood that the
     answer begins with it but not with a longer label. So labels exclude each other, and a longer
-    one can win. With `by_mean`, that of a label is divided by the number of its tokens.
+    one can win. With `by_mean`, that of a label is divided by the number of its tokens. The same
+    likelihoods behind a prompt without a row, the `prior`, are divided out.
     """
+    exclusive = _exclusive(label_ids, log_likelihoods)
+    if by_mean:
+        exclusive = [one / len(ids) for one, ids in zip(exclusive, label_ids, strict=True)]
+    if prior is not None:
+        before = _exclusive(label_ids, prior)
+        for index, likelihood in enumerate(before):
+            # Zero by rounding: then the label is compared with all answers that begin with it.
+            exclusive[index] -= prior[index] if likelihood == -math.inf else likelihood
+    return choose(labels, exclusive)
+
+
+def _exclusive(
+    label_ids: Sequence[tuple[int, ...]], log_likelihoods: Sequence[float]
+) -> list[float]:
+    """The log-likelihood of each label without that of the labels that continue it."""
     exclusive = []
     for index in range(len(label_ids)):
         longer = [log_likelihoods[other] for other in _next_longer(label_ids, index)]
-        tokens = len(label_ids[index]) if by_mean else 1
-        exclusive.append(_log_subtract(log_likelihoods[index], longer) / tokens)
-    return choose(labels, exclusive)
+        exclusive.append(_log_subtract(log_likelihoods[index], longer))
+    return exclusive
 
 
 def _next_longer(label_ids: Sequence[tuple[int, ...]], index: int) -> list[int]:

@@ -369,3 +369,41 @@ def test_means_are_an_answer_of_their_own(job_settings: Settings, out: Path) -> 
     for row in rows_of(out):
         long = labels[1]
         assert row["mean_scores"][long] > row["mood_scores"][long]
+
+
+def test_priors_are_asked_once_and_divided_out(
+    job_settings: Settings, write_source: Write, out: Path, asked: list[int]
+) -> None:
+    write_source("a.parquet", {"text": [*TEXTS, "N/A"], "number": ["N/A"] * 13})
+    template = "{text}\nIs it good or bad? ({number})"
+    by_sum = {**STEPS[0], "labels": ["good", "not what was ordered"], "prompt_template": template}
+    by_prior = {**by_sum, "name": "prior", "compare": "prior"}
+    run(job_settings(steps=[by_sum, by_prior], data__rows_per_fragment=5))
+    assert sorted(asked) == [1, *[2] * 13]
+    *rows, empty = rows_of(out)
+    assert empty["prior_scores"]["good"] == pytest.approx(0.5, abs=1e-6)
+    for row in rows:
+        ratios = {}
+        for label, share in row["mood_scores"].items():
+            ratios[label] = share / empty["mood_scores"][label]
+        total = sum(ratios.values())
+        expected = {label: ratio / total for label, ratio in ratios.items()}
+        assert row["prior_scores"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.usefixtures("source")
+def test_descriptions_of_labels_enter_the_prompt(
+    job_settings: Settings,
+) -> None:
+    described = {"good": "praise, {really}", "bad": None}
+    step = {**STEPS[0], "labels": described, "prompt_template": "{labels}\n\n{text}"}
+    last = {**step, "name": "last", "prompt_template": "{text}"}
+    run(job_settings(steps=[step, last]))
+    spelled = {**STEPS[0], "labels": ["good", "bad"]}
+    lines = "good: praise, {{really}}\nbad"
+    plain = [
+        {**spelled, "prompt_template": f"{lines}\n\n{{text}}"},
+        {**spelled, "name": "last", "prompt_template": f"{{text}}\n\n{lines}"},
+    ]
+    summary = run(job_settings(steps=plain))
+    assert [answers.computed for answers in summary.steps] == [0, 0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+import string
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -47,6 +49,54 @@ def _two_words(verdicts: list[str] | None) -> list[str] | None:
             # The shorter one would always be as likely as the longer one, or likelier.
             raise ValueError(f"one verdict begins the other: {some_of(verdicts)}; reword one")
     return verdicts
+
+
+def _described(labels: object) -> dict[Any, str] | None:
+    """Labels with their descriptions, "" for none; None if they are given without any."""
+    if isinstance(labels, list) and any(isinstance(label, Mapping) for label in labels):
+        pairs = []
+        for label in labels:
+            entry = {"name": label} if isinstance(label, str) else label
+            if not isinstance(entry, Mapping) or "name" not in entry:
+                raise ValueError("a label is a text, or has a name and a description")
+            unknown = sorted(map(str, entry.keys() - {"name", "description"}))
+            if unknown:
+                raise ValueError(f"a label has a name and a description, and no {some_of(unknown)}")
+            pairs.append((entry["name"], entry.get("description")))
+    elif isinstance(labels, Mapping):
+        pairs = list(labels.items())
+    else:
+        return None
+    names = [str(name) for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"labels repeat: {some_of({n for n in names if names.count(n) > 1})}")
+    described = {}
+    for name, description in pairs:
+        if not isinstance(description, str | None):
+            raise ValueError(f"the description of label {name!r} is no text; put it in quotes")
+        described[name] = " ".join((description or "").split())
+    return described
+
+
+def _with_descriptions(template: str, described: Mapping[Any, str]) -> str:
+    """`template` with a line for each label in the place of {labels}, or else at its end."""
+    lines = [f"{name}: {text}" if text else str(name) for name, text in described.items()]
+    block = _literal("\n".join(lines))
+    parts = []
+    placed = False
+    for text, name, spec, conversion in string.Formatter().parse(template):
+        parts.append(_literal(text))
+        if name == "labels" and not spec and not conversion:
+            parts.append(block)
+            placed = True
+        elif name is not None:
+            marks = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            parts.append(f"{{{name}{marks}}}")
+    return "".join(parts) if placed else f"{template}\n\n{block}"
+
+
+def _literal(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 Labels = Annotated[list[str], AfterValidator(_distinct)]
@@ -112,7 +162,9 @@ class ClassifyStep(Step):
     )
     labels: Labels | None = Field(
         None,
-        description="Labels to choose from. Empty: the labels of the checkpoint's trained head.",
+        description="Labels to choose from: a list, or a mapping from labels to descriptions, "
+        "which the prompt shows in the place of {labels}, or else at its end. "
+        "Empty: the labels of the checkpoint's trained head.",
     )
     abstain_below: float | None = Field(
         None,
@@ -126,11 +178,12 @@ class ClassifyStep(Step):
         description="Whether a row may have several labels, or none: each label is judged by "
         "itself, and the answer is a list.",
     )
-    compare: Literal["sum", "mean"] = Field(
+    compare: Literal["sum", "mean", "prior"] = Field(
         "sum",
-        description="How labels of unlike length are compared. sum: by how likely the whole label "
-        "is. mean: by the mean log-likelihood of its tokens, which does not put long labels at a "
-        "disadvantage, but favors labels whose ends follow from their beginnings.",
+        description="How labels are compared. sum: by how likely the whole label is. mean: by the "
+        "mean log-likelihood of its tokens, which does not put long labels at a disadvantage, but "
+        "favors labels whose ends follow from their beginnings. prior: by how much likelier the "
+        "row makes it than a prompt with N/A in place of the row's values.",
     )
     threshold: Threshold = None
     verdicts: Verdicts = None
@@ -139,13 +192,26 @@ class ClassifyStep(Step):
         description="Limits on the labels; a run that exceeds one publishes nothing.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _describe_labels(cls, values: object) -> object:
+        described = _described(values.get("labels")) if isinstance(values, dict) else None
+        if described is None:
+            return values
+        assert isinstance(values, dict)
+        template = values.get("prompt_template", "{text}")
+        with suppress(TypeError, ValueError):  # the template's own check says what is wrong
+            template = _with_descriptions(template, described)
+        # Only text is left of the descriptions, so the step key has them as it has the template.
+        return {**values, "labels": list(described), "prompt_template": template}
+
     @model_validator(mode="after")
     def _multiple_fits(self) -> Self:
         check_multiple(self.multiple, self.labels, self.threshold, self.verdicts)
         if self.multiple and self.abstain_below is not None:
             raise ValueError("abstain_below is for one label; with multiple: true set threshold")
-        if self.compare == "mean" and (self.multiple or self.labels is None):
-            raise ValueError("compare: mean is for a choice among labels; remove it")
+        if self.compare != "sum" and (self.multiple or self.labels is None):
+            raise ValueError(f"compare: {self.compare} is for a choice among labels; remove it")
         return self
 
     @property

@@ -104,3 +104,22 @@ def test_labels_may_be_compared_by_the_mean_of_their_tokens() -> None:
     by_mean = choose_by_likelihood(labels, ids, likelihoods, by_mean=True)
     assert by_mean == choose(labels, [math.log(0.3), math.log(0.2) / 4])
     assert by_mean.label == "yes, in full"
+
+
+def test_a_prior_is_divided_out() -> None:
+    labels, ids = ["good", "good enough", "bad"], [(1,), (1, 2), (3,)]
+    row = [math.log(p) for p in (0.6, 0.2, 0.3)]
+    before = [math.log(p) for p in (0.9, 0.1, 0.1)]
+    choice = choose_by_likelihood(labels, ids, row, prior=before)
+    expected = choose(labels, [math.log(p) for p in (0.4 / 0.8, 0.2 / 0.1, 0.3 / 0.1)])
+    assert choice.scores == pytest.approx(expected.scores, abs=1e-12)
+    assert choice.label == "bad"
+    # Behind its own prior, no label is likelier than another.
+    even = choose_by_likelihood(labels, ids, before, prior=before)
+    assert even.scores == pytest.approx(dict.fromkeys(labels, 1 / 3), abs=1e-12)
+
+
+def test_a_prior_of_zero_keeps_scores_finite() -> None:
+    labels, ids = ["a", "ab", "c"], [(1,), (1, 2), (3,)]
+    choice = choose_by_likelihood(labels, ids, [-1.0, -1.5, -2.0], prior=[-1.0, -0.9999999, -2.0])
+    assert all(0 < score < 1 for score in choice.scores.values())
