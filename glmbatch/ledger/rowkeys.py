@@ -39,6 +39,7 @@ _OFF = {
     "confidence": False,
     "abstain_below": None,
     "multiple": False,
+    "number": False,
     "compare": "sum",
     "threshold": None,
     "verdicts": None,

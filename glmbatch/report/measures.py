@@ -100,6 +100,8 @@ def _histograms(
 ) -> dict[str, Histogram]:
     counts = reading.counts.get(step.name, np.zeros(0, np.int64))
     prompts = _prompt_lengths(receipts)
+    if step.measured is None:
+        return {"prompt_tokens": prompts}
     if step.classifies:
         return {"prompt_tokens": prompts, "score": _confidence(counts)}
     return {"prompt_tokens": prompts, "completion_tokens": _lengths(counts, 1)}

@@ -50,11 +50,14 @@ class ReportedStep:
     name: str
     classifies: bool
     sources: tuple[str, ...]
+    gives_number: bool = False
 
     @property
-    def measured(self) -> str:
-        """Name of the column that the report shows as a histogram."""
+    def measured(self) -> str | None:
+        """Name of the column that the report shows as a histogram; a number has any scale."""
         columns = Columns(self.name)
+        if self.gives_number:
+            return None
         return columns.score if self.classifies else columns.completion_tokens
 
 
@@ -151,7 +154,8 @@ def _columns(wanted: _Wanted, steps: Sequence[ReportedStep], id_column: str | No
     names: list[str] = []
     for step in steps:
         columns = Columns(step.name)
-        names.append(step.measured)
+        if step.measured is not None:
+            names.append(step.measured)
         # Texts are most of a file; the other columns are small.
         if wanted.rows or wanted.labels[step.name]:
             names += [*step.sources, columns.answer]
@@ -168,10 +172,11 @@ def _read(
     """The reading of one output, from a `table` with the wanted columns."""
     reading = Reading()
     for step in steps:
-        # Counts take 8 bytes per bin, however many rows there are.
-        scale = CONFIDENCE_BINS if step.classifies else 1
-        values = table.column(step.measured).drop_null().to_numpy()
-        reading.counts[step.name] = np.bincount((values * scale).astype(np.int64))
+        if step.measured is not None:
+            # Counts take 8 bytes per bin, however many rows there are.
+            scale = CONFIDENCE_BINS if step.classifies else 1
+            values = table.column(step.measured).drop_null().to_numpy()
+            reading.counts[step.name] = np.bincount((values * scale).astype(np.int64))
         if wanted.labels[step.name]:
             reading.labelled[step.name] = list(_samples(table, step, wanted.labels[step.name]))
     if wanted.rows:

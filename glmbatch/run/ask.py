@@ -1,6 +1,6 @@
 """Ask the model: prompts in, answers out, through the engine of the run's session.
 
-    Choice, Selection, Writing, Extraction
+    Choice, Selection, Number, Writing, Extraction
                        a model's answer to one prompt (classify, generate and extract in steps/)
     Outcome            one of these, or a RowFault if the model failed
     Asked              the outcomes of many prompts, by row key
@@ -33,6 +33,7 @@ from glmbatch.steps.classify import (
     CONTENT_FREE,
     Choice,
     LabelSet,
+    Number,
     Selection,
     ask_choices,
     ask_prior,
@@ -42,7 +43,7 @@ from glmbatch.steps.extract import Extraction, ask_extractions
 from glmbatch.steps.generate import Writing, ask_writings
 from glmbatch.steps.prompt import NoPrompt, Prompt, RowFault, RowPrompts, one_by_one
 
-Outcome = Choice | Selection | Writing | Extraction | RowFault
+Outcome = Choice | Selection | Number | Writing | Extraction | RowFault
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ right.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from glmbatch.run.session import session_of
 from glmbatch.run.work import Question, RunContext
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, CanaryConfig, JobConfig
-from glmbatch.steps.classify import Choice, Selection
+from glmbatch.steps.classify import Choice, Number, Selection
 from glmbatch.steps.extract import Extraction
 from glmbatch.steps.generate import Writing
 from glmbatch.steps.inputs import PromptInputs, prompt_inputs
@@ -220,6 +221,8 @@ def _case(step: AnyStep, row: int, before: dict[str, object], outcome: Outcome |
         if outcome.answer != before[step.name]:
             return f"row {row} was {before[step.name]!r}, is {outcome.answer!r}"
         return f"row {row} is {outcome.answer!r} still, with another score"
+    if isinstance(outcome, Number):
+        return f"row {row} was {before[step.name]}, is {outcome.answer}"
     return f"row {row}"
 
 
@@ -231,15 +234,17 @@ def _same(step: AnyStep, outcome: Outcome | None, before: dict[str, object], exa
     """
     if isinstance(outcome, Choice | Selection):
         score = before[Columns(step.name).score]
-        if not isinstance(score, float) or outcome.answer != before[step.name]:
-            return False
-        return abs(outcome.score - score) <= SCORE_TOLERANCE
+        is_same = isinstance(score, float) and outcome.answer == before[step.name]
+        return is_same and abs(outcome.score - score) <= SCORE_TOLERANCE
+    text = before[step.name]
+    if isinstance(outcome, Number):
+        # Relative too, because numbers have any scale.
+        tolerances = {"rel_tol": SCORE_TOLERANCE, "abs_tol": SCORE_TOLERANCE}
+        return isinstance(text, float) and math.isclose(outcome.answer, text, **tolerances)
     if isinstance(outcome, Extraction):
-        now = outcome.text if isinstance(before[step.name], str) else dict(outcome.values)
-        return now == before[step.name]
+        return text == (outcome.text if isinstance(text, str) else dict(outcome.values))
     if not isinstance(outcome, Writing):
         return False
-    text = before[step.name]
     if exact or not text or outcome.text is None:
         return outcome.text == text
     text = str(text)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from glmbatch.errors import InputError, some_of
+from glmbatch.glm.checkpoint.config_check import Predicts
 from glmbatch.glm.checkpoint.hub import SMALL_FILES, fetch_weights, locate_checkpoint
 from glmbatch.glm.files import ADAPTER_FILES
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
@@ -147,6 +148,7 @@ def _prepared(located: ModelConfig, stamp: str) -> Model:
         identity="/".join([weights, tokenizer, _numerics(located), form]),
         has_head=checkpoint.has_head,
         labels=checkpoint.labels,
+        predicts=checkpoint.predicts,
         parameters=checkpoint.parameters,
         size_bytes=checkpoint.parameters * DTYPE_BYTES[located.dtype],
         max_positions=checkpoint.architecture.max_positions,
@@ -249,21 +251,23 @@ def _check_writer(where: str, model: Model, answer_tokens: int) -> None:
 
 def _check_classifier(where: str, step: ClassifyStep, model: Model) -> None:
     if not model.has_head:
+        if step.number:
+            raise InputError(f"{where} has no trained head to predict a number. Set its model.")
         if step.labels is None:
             raise InputError(f"{where} has no trained head. Set the step's labels.")
         return
-    if step.multiple:
-        raise InputError(
-            f"{where} has a head that was trained to choose one label. Leave multiple out, or set "
-            "the step's model to one without a head."
-        )
+    _check_predicts(where, step, model)
     if step.compare != "sum":
         raise InputError(f"{where} has a head, whose labels have no length. Leave compare out.")
+    if step.verdicts is not None:
+        raise InputError(f"{where} has a head, which gives no verdicts. Leave verdicts out.")
     _check_trained_prompt(where, step, model)
-    if len(model.labels) < 2:
+    named = step.threshold if isinstance(step.threshold, dict) else {}
+    unknown = sorted(named.keys() - set(model.labels))
+    if unknown:
         raise InputError(
-            f"{where} has a head with {len(model.labels)} label; a choice needs at least two. "
-            "Set the step's model."
+            f"{where} was trained for {some_of(model.labels)}, not {some_of(unknown)}. "
+            "Set the step's threshold."
         )
     if step.labels is not None and sorted(step.labels) != sorted(model.labels):
         advice = "Set the step's labels"
@@ -273,6 +277,25 @@ def _check_classifier(where: str, step: ClassifyStep, model: Model) -> None:
             f"{where} was trained for {some_of(model.labels)}, not {some_of(step.labels)}. "
             f"{advice}."
         )
+
+
+def _check_predicts(where: str, step: ClassifyStep, model: Model) -> None:
+    """InputError when the step wants another kind of answer than the head gives."""
+    setting = "number" if step.number else "multiple" if step.multiple else None
+    wanted: Predicts = "number" if step.number else "labels" if step.multiple else "label"
+    if wanted == model.predicts:
+        return
+    if model.predicts == "label":
+        raise InputError(
+            f"{where} has a head that was trained to choose one label. Leave {setting} out, or set "
+            "the step's model."
+        )
+    does, right = {
+        "labels": ("judges each label by itself", "multiple"),
+        "number": ("predicts a number", "number"),
+    }[model.predicts]
+    instead = f" instead of {setting}" if setting else ""
+    raise InputError(f"{where} has a head that {does}. Set {right}: true{instead}.")
 
 
 def _check_trained_prompt(where: str, step: ClassifyStep, model: Model) -> None:

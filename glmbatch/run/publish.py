@@ -237,7 +237,8 @@ def _measure_run(
     for question in questions:
         sources = tuple(question.inputs.columns.values())
         classifies = isinstance(question.step, ClassifyStep)
-        steps.append(ReportedStep(question.name, classifies, sources))
+        number = isinstance(question.step, ClassifyStep) and question.step.number
+        steps.append(ReportedStep(question.name, classifies, sources, number))
     written = collected.written
     reading = read_outputs(steps, written, collected.ledger, id_column, most_failures)
     return Results(

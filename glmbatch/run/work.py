@@ -19,6 +19,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from glmbatch.glm.checkpoint.config_check import Predicts
 from glmbatch.ledger.fragments import Fragment, Plan, bundle_name
 from glmbatch.settings.job import AnyStep, ClassifyStep, GenerateStep, ModelConfig, RuntimeConfig
 from glmbatch.steps.inputs import PromptInputs
@@ -42,7 +43,7 @@ class Model(BaseModel, frozen=True, extra="forbid"):
     `identity` changes whenever its answers may change. `config` names its directory on this machine
     and the dtype it computes in. `labels` are those of its trained head, empty without one. `stamp`
     is the state of its files when they were digested. `notes` are warnings that do not stop a run.
-    `chats` is true if it was trained on chat rounds.
+    `chats` is true if it was trained on chat rounds. `predicts` is what a trained head predicts.
     """
 
     config: ModelConfig
@@ -54,6 +55,7 @@ class Model(BaseModel, frozen=True, extra="forbid"):
     max_positions: int
     stamp: str  # names, sizes and times: cheap to compare, unlike digests of the weights
     chats: bool = True
+    predicts: Predicts = "label"
     notes: tuple[str, ...] = ()
 
 

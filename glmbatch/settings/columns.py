@@ -125,6 +125,11 @@ class Columns:
         """List of all drawn texts, in the order of their draws; as `agreement`."""
         return f"{self.step}_answers"
 
+    @property
+    def of_number(self) -> list[str]:
+        """All columns of a classify step whose answer is a number, in output order."""
+        return [self.answer, *self._of_both]
+
     def of_generate(self, log_probs: bool, confidence: bool, votes: bool = False) -> list[str]:
         """All columns of a generate step, in output order."""
         numbers = [self.prompt_tokens, self.completion_tokens]

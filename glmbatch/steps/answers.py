@@ -12,7 +12,7 @@ import pyarrow as pa
 from glmbatch.ledger.rowkeys import KEY_BYTES
 from glmbatch.settings.columns import ABSTAINED, NO_ERRORS, NOT_ASKED, Columns
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
-from glmbatch.steps.classify import Choice, Selection, choice_columns, choice_fields
+from glmbatch.steps.classify import Choice, Number, Selection, choice_columns, choice_fields
 from glmbatch.steps.extract import (
     Extraction,
     extraction_columns,
@@ -27,7 +27,7 @@ from glmbatch.steps.prompt import NoPrompt, NotAsked, RowFault
 class Answer:
     """The outcome of one row, and its row key. A row without a prompt has no key."""
 
-    value: Choice | Selection | Writing | Extraction | NoPrompt
+    value: Choice | Selection | Number | Writing | Extraction | NoPrompt
     key: bytes | None = None
 
 
@@ -55,20 +55,20 @@ def answers_schema(step: AnyStep, head_labels: Sequence[str]) -> pa.Schema:
 def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[Answer]) -> pa.Table:
     """A table with `answers_schema` and a row for each of `answers`, in their order."""
     # Each row has one value of several kinds, and null in the columns of the other kinds.
-    choices: list[Choice | Selection | None] = []
+    choices: list[Choice | Selection | Number | None] = []
     writings: list[Writing | None] = []
     extractions: list[Extraction | None] = []
     reasons: list[object] = []
     kinds: list[object] = []
     for answer in answers:
         value = answer.value
-        choices.append(value if isinstance(value, Choice | Selection) else None)
+        choices.append(value if isinstance(value, Choice | Selection | Number) else None)
         writings.append(value if isinstance(value, Writing) else None)
         extractions.append(value if isinstance(value, Extraction) else None)
         reasons.append(value.reason if isinstance(value, RowFault) else None)
         kinds.append(kind_of(value))
     if isinstance(step, ClassifyStep):
-        columns = choice_columns(choices)
+        columns = choice_columns(step, choices)
     elif isinstance(step, ExtractStep):
         columns = extraction_columns(step, extractions)
     else:
@@ -82,13 +82,13 @@ def answers_table(step: AnyStep, head_labels: Sequence[str], answers: Sequence[A
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def kind_of(value: Choice | Selection | Writing | Extraction | NoPrompt) -> str | None:
+def kind_of(value: Choice | Selection | Number | Writing | Extraction | NoPrompt) -> str | None:
     """Why there is no answer, as a short code; None if there is one."""
     if isinstance(value, RowFault):
         return value.kind
     if isinstance(value, NotAsked):
         return NOT_ASKED
-    answer = value.answer if isinstance(value, Choice | Selection) else value.text
+    answer = value.text if isinstance(value, Writing | Extraction) else value.answer
     return ABSTAINED if answer is None else None
 
 
@@ -114,7 +114,8 @@ class AnswerCounter:
         if self._classifies:
             labels: Counter[str] = Counter()
             for answer in answers:
-                labels.update([answer] if isinstance(answer, str) else answer)
+                if not isinstance(answer, float):  # a number is no label
+                    labels.update([answer] if isinstance(answer, str) else answer)
             return {**counts, "labels": labels, "unlabelled": answers.count([])}
         finish_reasons, tokens = rest
         empty = [answer for answer in answers if self._is_empty(answer)]

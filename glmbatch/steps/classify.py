@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow as pa
 
 from glmbatch.errors import InputError
@@ -74,9 +75,21 @@ class Selection:
         return min(abs(score - self.thresholds[label]) for label, score in self.scores.items())
 
 
+@dataclass(frozen=True, slots=True)
+class Number:
+    """The number that a head predicts for a row."""
+
+    answer: float
+
+
 def choice_fields(step: ClassifyStep, labels: Sequence[str]) -> list[pa.Field]:
-    """The fields of a choice: answer, score, all scores, margin. `labels` are the score fields."""
+    """The fields of a choice: answer, score, all scores, margin; of a number, the answer alone.
+
+    `labels` are the score fields.
+    """
     columns = Columns(step.name)
+    if step.number:
+        return [pa.field(columns.answer, pa.float64())]
     scores = pa.struct([pa.field(label, pa.float64()) for label in labels])
     return [
         pa.field(columns.answer, pa.list_(pa.string()) if step.multiple else pa.string()),
@@ -86,12 +99,16 @@ def choice_fields(step: ClassifyStep, labels: Sequence[str]) -> list[pa.Field]:
     ]
 
 
-def choice_columns(choices: Sequence[Choice | Selection | None]) -> list[list[object]]:
+def choice_columns(
+    step: ClassifyStep, choices: Sequence[Choice | Selection | Number | None]
+) -> list[list[object]]:
     """The values of each field of `choice_fields`, row by row; None where there is no choice."""
+    if step.number:
+        return [[None if choice is None else choice.answer for choice in choices]]
     columns: list[list[object]] = [[], [], [], []]
     for choice in choices:
         values: tuple[object, ...] = (None, None, None, None)
-        if choice is not None:
+        if isinstance(choice, Choice | Selection):
             values = (choice.answer, choice.score, choice.scores, choice.margin)
         for column, value in zip(columns, values, strict=True):
             column.append(value)
@@ -110,6 +127,7 @@ class LabelSet:
     These are the labels; with `thresholds`, two verdicts on each label, one after the other. No
     `ids` are those of a trained head. Below the probability `abstain_below` of the best label, none
     is chosen. With a `prior`, labels are compared with what it has; a fault is why there is none.
+    With `number`, the head gives a number instead.
     """
 
     labels: Sequence[str]
@@ -118,15 +136,20 @@ class LabelSet:
     thresholds: Mapping[str, float] | None = None
     by_mean: bool = False
     prior: Prior | RowFault | None = None
+    number: bool = False
 
-    def choose(self, result: ClassifyResult) -> Choice | Selection | RowFault:
+    def choose(self, result: ClassifyResult) -> Choice | Selection | Number | RowFault:
         """The choice that a result makes, or the reason why the model failed."""
         if result.error is not None:
             return RowFault("model_failed", result.error)
         if isinstance(self.prior, RowFault):
             return self.prior
+        if self.number:
+            # A head computes in float32: the digits of its number, without those of a float64.
+            return Number(float(str(np.float32(result.scores[0]))))
         if self.thresholds is not None:
-            return select(self.labels, result.scores, self.thresholds)
+            odds = result.scores if self.ids is None else verdict_odds(result.scores)
+            return select(self.labels, odds, self.thresholds)
         if self.ids is None:
             choice = choose(self.labels, result.scores)
         else:
@@ -146,10 +169,12 @@ def label_set(step: ClassifyStep, head_labels: Sequence[str], tokenizer: Tokeniz
     tokens.
     """
     labels = head_labels or step.labels or ()
+    thresholds = None
+    if step.multiple:
+        thresholds = {label: step.threshold_of(label) for label in step.labels or head_labels}
     if head_labels:
-        return LabelSet(labels, None, step.abstain_below)
+        return LabelSet(labels, None, step.abstain_below, thresholds, number=step.number)
     ids = encode_labels(scored_texts(step), tokenizer)
-    thresholds = {label: step.threshold_of(label) for label in labels} if step.multiple else None
     return LabelSet(labels, ids, step.abstain_below, thresholds, step.compare == "mean")
 
 
@@ -167,7 +192,7 @@ def scored_texts(step: ClassifyStep) -> list[str]:
 
 def ask_choices(
     label_sets: Sequence[LabelSet], rows: Iterable[RowPrompts], engine: Engine
-) -> Iterator[tuple[int, bytes, Choice | Selection | RowFault]]:
+) -> Iterator[tuple[int, bytes, Choice | Selection | Number | RowFault]]:
     """Ask the engine about each row; yield the choices in any order.
 
     Each comes with the number of its label set and its row key. A prompt on which the model failed
@@ -295,18 +320,18 @@ def choose(labels: Sequence[str], log_weights: Sequence[float]) -> Choice:
     return Choice(min(labels, key=lambda label: (-scores[label], label)), scores)
 
 
-def select(
-    labels: Sequence[str], log_likelihoods: Sequence[float], thresholds: Mapping[str, float]
-) -> Selection:
-    """The labels that apply, from the log-likelihoods of both verdicts on each of them.
+def verdict_odds(log_likelihoods: Sequence[float]) -> list[float]:
+    """The log-odds of each label, from the log-likelihoods of both verdicts on each of them."""
+    pairs = zip(log_likelihoods[::2], log_likelihoods[1::2], strict=True)
+    return [applies - not_so for applies, not_so in pairs]
 
-    The probability of a label is the share of the first verdict in both.
-    """
-    scores = {}
-    for place, label in enumerate(labels):
-        applies, not_so = log_likelihoods[2 * place : 2 * place + 2]
-        scores[label] = _sigmoid(applies - not_so)
-    chosen = tuple(label for label in labels if scores[label] >= thresholds[label])
+
+def select(
+    labels: Sequence[str], log_odds: Sequence[float], thresholds: Mapping[str, float]
+) -> Selection:
+    """The labels that apply, in the order of `thresholds`, from the log-odds of each of them."""
+    scores = {label: _sigmoid(odds) for label, odds in zip(labels, log_odds, strict=True)}
+    chosen = tuple(label for label in thresholds if scores[label] >= thresholds[label])
     return Selection(chosen, scores, thresholds)
 
 

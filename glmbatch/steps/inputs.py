@@ -159,7 +159,9 @@ def check_conditions(
         check_tests(condition, kinds, where)
         for test in tests_of(condition):
             earlier = by_name.get(test.column)
-            if test.column in when.answers and isinstance(earlier, ClassifyStep):
+            if test.column not in when.answers or not isinstance(earlier, ClassifyStep):
+                continue
+            if not earlier.number:
                 labels = earlier.labels or head_labels[earlier.name]
                 _check_labels(test, labels, where)
 

@@ -18,7 +18,12 @@ import torch
 from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.adapter_config import AdapterConfig, read_adapter_config
 from glmbatch.glm.checkpoint.architecture import Architecture, Layout
-from glmbatch.glm.checkpoint.config_check import ConfigCheck, default_labels, other_losses
+from glmbatch.glm.checkpoint.config_check import (
+    ConfigCheck,
+    Predicts,
+    default_labels,
+    head_predicts,
+)
 from glmbatch.glm.checkpoint.layout import HEAD_KEYS, TensorSpec, list_tensors, split_rows
 from glmbatch.glm.checkpoint.shards import Header, read_headers, read_tensors
 from glmbatch.glm.device import DTYPE_BYTES
@@ -36,7 +41,8 @@ class Adapter:
     """A valid adapter, without its weights. Tensors and modules have their names in `layout`.
 
     `scales` has the factor of each adapted linear module, `whole` the tensors that are replaced
-    entirely. `labels` are those of the adapter's classification head; empty without one.
+    entirely. `labels` are those of the adapter's classification head; empty without one. `predicts`
+    is what that head was trained for, None if nothing beside it says so.
     """
 
     path: Path
@@ -46,6 +52,7 @@ class Adapter:
     whole: tuple[str, ...]
     labels: tuple[str, ...]
     warnings: tuple[str, ...]
+    predicts: Predicts | None = None
 
     @property
     def file(self) -> Path:
@@ -89,8 +96,10 @@ def read_adapter(
     head = HEAD_KEYS[made_on]
     labels: tuple[str, ...] = ()
     warnings: list[str] = []
+    predicts: Predicts | None = None
     if head in tensors:
         labels, warnings = _labels(directory, architecture, tensors[head])
+        predicts = _predicts(directory, len(labels))
     has_head = has_head or head in tensors or config.saves(_module(head))
     if config.classifies and not has_head:
         raise InputError(
@@ -114,6 +123,7 @@ def read_adapter(
         whole=tuple(name for name in tensors if not name.endswith((_A, _B))),
         labels=labels,
         warnings=tuple(warnings),
+        predicts=predicts,
     )
 
 
@@ -226,8 +236,6 @@ def _labels(
         rows = head.shape[0]
     file = directory / ADAPTER_LABELS
     config = read_json(file) if os.path.isfile(file) else {}
-    for problem in other_losses(config, rows, str(file)):
-        raise InputError(problem.replace("model.path", "model.adapter"))
     if config.get("id2label") is not None:
         check = ConfigCheck(config, str(file))
         labels = check.labels()
@@ -244,6 +252,17 @@ def _labels(
         f"{ADAPTER_LABELS} with 'id2label' beside it"
     )
     return default_labels(rows), [warning]
+
+
+def _predicts(directory: Path, rows: int) -> Predicts | None:
+    """What the adapter's head was trained for; None if nothing beside it says so."""
+    file = directory / ADAPTER_LABELS
+    config = read_json(file) if os.path.isfile(file) else {}
+    predicts, problems = head_predicts(config, rows, str(file))
+    for problem in problems:
+        raise InputError(problem.replace("model.path", "model.adapter"))
+    is_stated = any(config.get(key) for key in ("problem_type", "function_to_apply"))
+    return predicts if is_stated else None
 
 
 def _specs(architecture: Architecture, layout: Layout, has_head: bool) -> dict[str, TensorSpec]:

@@ -100,7 +100,8 @@ _READ: dict[Layout, frozenset[str]] = {
 _HARMLESS = frozenset({
     "_name_or_path", "apply_query_key_layer_scaling", "architectures", "attention_dropout",
     "attention_softmax_in_fp32", "auto_map", "bias_dropout_fusion", "bos_token_id",
-    "classifier_dropout", "dtype", "hidden_dropout", "initializer_range", "label2id", "model_type",
+    "classifier_dropout", "dtype", "function_to_apply", "hidden_dropout", "initializer_range",
+    "label2id", "model_type",
     "original_rope", "problem_type", "tie_word_embeddings", "torch_dtype", "transformers_version",
     "use_cache",
 })

@@ -7,8 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+# One of several labels, each label by itself, or a number.
+Predicts = Literal["label", "labels", "number"]
+PROBLEM_TYPES: Mapping[Predicts, str] = {
+    "label": "single_label_classification",
+    "labels": "multi_label_classification",
+    "number": "regression",
+}
+# What each value of a key means, in the order in which the keys count.
+_MEANINGS: Mapping[str, Mapping[str, Predicts]] = {
+    "problem_type": {problem: predicts for predicts, problem in PROBLEM_TYPES.items()},
+    "function_to_apply": {"softmax": "label", "sigmoid": "labels", "none": "number"},
+}
 # Far above any head. Keeps a mistyped number from creating millions of names.
 _MAX_LABELS = 2**16
 
@@ -95,25 +107,38 @@ class ConfigCheck:
         return default if value is None else value
 
 
-def other_losses(config: Mapping[str, Any], rows: int, where: str) -> list[str]:
-    """The problem with a head of `rows` rows that was not trained to choose one label; else [].
+def head_predicts(config: Mapping[str, Any], rows: int, where: str) -> tuple[Predicts, list[str]]:
+    """What a head of `rows` rows was trained to predict, and every problem with what is said of it.
 
-    Multi-label and regression heads are recognized by 'problem_type', 'function_to_apply' and a
-    single row.
+    As in transformers, 'problem_type' says so, or else 'function_to_apply'; without both, a single
+    row is a number, and several are labels to choose from.
     """
-    stated = {key: config.get(key) for key in ("problem_type", "function_to_apply")}
-    for key, value in stated.items():
-        if value not in (None, "single_label_classification", "softmax"):
-            return [
-                f"{where}: {key!r} is {str(value)[:60]!r}: the head was not trained to choose one "
-                "label by softmax. Set model.path to one whose head was."
-            ]
-    if rows == 1:
-        return [
-            f"{where}: the head has one row, so it predicts a number (regression), not a label. "
-            "Set model.path to one whose head has two labels or more."
+    stated: set[Predicts] = set()
+    for key, meanings in _MEANINGS.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, str) or value not in meanings:
+            known = ", ".join(meanings)
+            return "label", [f"{where}: {key!r} is {str(value)[:60]!r}; it must be one of {known}."]
+        stated.add(meanings[value])
+    if len(stated) > 1:
+        return "label", [
+            f"{where}: 'problem_type' is {config['problem_type']!r} and 'function_to_apply' "
+            f"{config['function_to_apply']!r}, which do not go together. Remove the wrong one."
         ]
-    return []
+    predicts = stated.pop() if stated else "number" if rows == 1 else "label"
+    if predicts == "number" and rows > 1:
+        return predicts, [
+            f"{where}: the head predicts {rows} numbers at once (regression). Set model.path to "
+            "one that predicts a single number."
+        ]
+    if predicts == "label" and rows == 1:
+        return predicts, [
+            f"{where}: the head has one row, so it cannot choose among labels. Set model.path to "
+            "one whose head has two labels or more."
+        ]
+    return predicts, []
 
 
 def default_labels(count: int) -> tuple[str, ...]:

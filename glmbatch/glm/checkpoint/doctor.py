@@ -139,7 +139,7 @@ def _lines(diagnosis: Diagnosis) -> Iterator[str]:
 def _facts(checkpoint: Checkpoint) -> Iterator[str]:
     model = checkpoint.architecture
     yield _line("kind", ", ".join(_kind(checkpoint)))
-    if checkpoint.has_head:
+    if checkpoint.has_head and checkpoint.predicts != "number":
         yield _line("labels", ", ".join(checkpoint.labels))
     sizes = f"{model.layers} layers, hidden {model.hidden_size}"
     heads = f"{model.heads} heads in {model.groups} groups, {model.max_positions:,} positions"
@@ -173,8 +173,11 @@ def _kind(checkpoint: Checkpoint) -> Iterator[str]:
     model = checkpoint.architecture
     yield checkpoint.family
     yield f"{checkpoint.layout} layout"
-    if checkpoint.has_head:
-        yield f"classifier of {len(checkpoint.labels)} labels"
+    if checkpoint.has_head and checkpoint.predicts == "number":
+        yield "head that predicts a number"
+    elif checkpoint.has_head:
+        several = " that may apply together" if checkpoint.predicts == "labels" else ""
+        yield f"classifier of {len(checkpoint.labels)} labels{several}"
     else:
         yield "language model"
     if model.quantization_bit:

@@ -30,7 +30,7 @@ from glmbatch.glm.checkpoint.checks.family import (
 )
 from glmbatch.glm.checkpoint.checks.matching import Headers, Kind, match_tensors
 from glmbatch.glm.checkpoint.checks.vocabulary import read_tokenizer, tokenizer_doubts
-from glmbatch.glm.checkpoint.config_check import other_losses
+from glmbatch.glm.checkpoint.config_check import Predicts, head_predicts
 from glmbatch.glm.checkpoint.layout import HEAD_KEYS, TensorSpec, list_tensors
 from glmbatch.glm.checkpoint.shards import (
     Header,
@@ -49,7 +49,7 @@ class Checkpoint:
 
     `tensors` lists what to load from each weight file. `tokenizer_size` is the number of token ids,
     or None without a tokenizer.model; the rows of the vocabulary beyond it are padding. A head that
-    an `adapter` brings counts as the checkpoint's own.
+    an `adapter` brings counts as the checkpoint's own; `predicts` is what it was trained for.
     """
 
     path: Path
@@ -61,6 +61,7 @@ class Checkpoint:
     warnings: tuple[str, ...]
     adapter: Adapter | None = None
     family: Family = "ChatGLM2"
+    predicts: Predicts = "label"
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -150,8 +151,10 @@ def _inspect_base(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     kind = Kind(architecture, layout, has_head)
     match = match_tensors(directory, config, kind, headers, complete)
     problems += match.problems
+    predicts: Predicts = "label"
     if has_head:
-        problems += other_losses(config, len(architecture.labels), where)
+        predicts, wrong = head_predicts(config, len(architecture.labels), where)
+        problems += wrong
     if problems:
         return None, problems
     checkpoint = Checkpoint(
@@ -163,6 +166,7 @@ def _inspect_base(directory: Path) -> tuple[Checkpoint | None, list[str]]:
         tokenizer_size=tokenizer.vocab_size if tokenizer else None,
         warnings=(*warnings, *match.notes, *_doubts(config, layout, architecture, tokenizer)),
         family=family,
+        predicts=predicts,
     )
     return checkpoint, []
 
@@ -199,7 +203,12 @@ def _adapted(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     if not adapter.labels:
         return adapted
     architecture = replace(checkpoint.architecture, labels=adapter.labels)
-    with_head = replace(adapted, has_head=True, architecture=architecture)
+    predicts = adapter.predicts
+    if predicts is None:  # as its labels, from the base if that has as many
+        alike = checkpoint.has_head and len(adapter.labels) == len(checkpoint.labels)
+        one = "number" if len(adapter.labels) == 1 else "label"
+        predicts = checkpoint.predicts if alike else one
+    with_head = replace(adapted, has_head=True, architecture=architecture, predicts=predicts)
     # The adapter's head replaces the base's, whose tensors are not read and may have other shapes.
     own = {key for key, spec in with_head.specs.items() if not _is_of_head(spec)}
     tensors: dict[Path, dict[str, Header]] = {}

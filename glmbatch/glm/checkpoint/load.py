@@ -25,6 +25,7 @@ from glmbatch.errors import InputError, OutOfMemory
 from glmbatch.glm.checkpoint.adapter import LowRank, load_adapter
 from glmbatch.glm.checkpoint.architecture import native_config, read_architecture
 from glmbatch.glm.checkpoint.checks.matching import WEIGHT_DTYPES
+from glmbatch.glm.checkpoint.config_check import PROBLEM_TYPES
 from glmbatch.glm.checkpoint.hub import locate_checkpoint
 from glmbatch.glm.checkpoint.inspection import Checkpoint, inspect_checkpoint, read_checkpoint
 from glmbatch.glm.checkpoint.layout import PREFIX_KEY, TensorSpec, split_rows
@@ -223,6 +224,8 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     from transformers import GlmConfig, GlmForCausalLM, GlmForSequenceClassification
 
     config = GlmConfig(**native_config(checkpoint.architecture), dtype=dtype)
+    if checkpoint.predicts != "label":
+        config.problem_type = PROBLEM_TYPES[checkpoint.predicts]
     with torch.device("meta"):
         if not checkpoint.has_head:
             return GlmForCausalLM(config)

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.architecture import Architecture, original_config, read_architecture
 from glmbatch.glm.checkpoint.checks.matching import WEIGHT_DTYPES
+from glmbatch.glm.checkpoint.config_check import PROBLEM_TYPES
 from glmbatch.glm.checkpoint.layout import PREFIX_KEY, TensorSpec, list_tensors
 from glmbatch.glm.checkpoint.prefix import original_prefix
 from glmbatch.glm.checkpoint.shards import group_by_size, list_weight_files
@@ -66,6 +67,9 @@ def save_checkpoint(  # noqa: PLR0913 - independent choices of the caller
         raise InputError(f"{target}: cannot save as {dtype}. Set dtype to one of {allowed}.")
     architecture = _architecture_of(model)
     config = _config(architecture, has_head, dtype, extra_config or {})
+    # A head that chooses one label is what a reader expects without it.
+    if has_head and model.config.problem_type in (PROBLEM_TYPES["labels"], PROBLEM_TYPES["number"]):
+        config["problem_type"] = model.config.problem_type
     tokenizer = tokenizer_model
     if not isinstance(tokenizer, bytes):
         tokenizer = read_bytes(Path(tokenizer))

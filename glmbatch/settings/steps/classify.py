@@ -135,9 +135,9 @@ def check_multiple(
             if value is not None:
                 raise ValueError(f"{setting} is for steps with multiple: true; remove it")
         return
-    if labels is None:
-        raise ValueError("a step with multiple: true needs labels; set them")
-    unknown = sorted(threshold.keys() - set(labels)) if isinstance(threshold, dict) else []
+    unknown: list[str] = []
+    if labels is not None and isinstance(threshold, dict):
+        unknown = sorted(threshold.keys() - set(labels))
     if unknown:
         raise ValueError(f"threshold names {some_of(unknown)}, which is no label")
 
@@ -178,6 +178,11 @@ class ClassifyStep(Step):
         description="Whether a row may have several labels, or none: each label is judged by "
         "itself, and the answer is a list.",
     )
+    number: bool = Field(
+        False,
+        description="Whether the answer is a number, as a checkpoint's head for regression "
+        "predicts it.",
+    )
     compare: Literal["sum", "mean", "prior"] = Field(
         "sum",
         description="How labels are compared. sum: by how likely the whole label is. mean: by the "
@@ -214,10 +219,28 @@ class ClassifyStep(Step):
             raise ValueError(f"compare: {self.compare} is for a choice among labels; remove it")
         return self
 
+    @model_validator(mode="after")
+    def _number_fits(self) -> Self:
+        if not self.number:
+            return self
+        of_labels = {
+            "labels": self.labels,
+            "multiple": self.multiple or None,
+            "threshold": self.threshold,
+            "verdicts": self.verdicts,
+            "abstain_below": self.abstain_below,
+            "audits.max_label_drift": self.audits.max_label_drift,
+        }
+        for setting, value in of_labels.items():
+            if value is not None:
+                raise ValueError(f"{setting} is for labels; with number: true remove it")
+        return self
+
     @property
     def answer_columns(self) -> list[str]:
         """Names of the columns that the step adds to the output, in order."""
-        return Columns(self.name).of_classify
+        columns = Columns(self.name)
+        return columns.of_number if self.number else columns.of_classify
 
     def threshold_of(self, label: str) -> float:
         """The probability from which on `label` is in the answer of a row."""

@@ -103,6 +103,30 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
             "a step needs at least two labels",
         ),
         (
+            {"steps": [{"kind": "classify", "name": "a", "labels": {"x": 1, "y": ""}}]},
+            "the description of label 'x' is no text; put it in quotes",
+        ),
+        (
+            {"steps": [{"kind": "classify", "name": "a", "labels": [{"name": "x", "of": ""}]}]},
+            "a label has a name and a description, and no ['of']",
+        ),
+        (
+            {"steps": [{"kind": "classify", "name": "a", "labels": {"x": "one", "X": "two"}}]},
+            "steps[0].labels: labels differ only in case: ['x', 'X']; keep one of them",
+        ),
+        (
+            {"steps": [{"kind": "classify", "name": "a", "labels": {"x": ""}, "compare": "prior"}]},
+            "a step needs at least two labels",
+        ),
+        (
+            {"steps": [{"kind": "classify", "name": "a", "compare": "prior"}]},
+            "compare: prior is for a choice among labels; remove it",
+        ),
+        (
+            {"steps": [{"kind": "classify", "name": "a", "number": True, "abstain_below": 0.5}]},
+            "abstain_below is for labels; with number: true remove it",
+        ),
+        (
             {
                 "steps": [
                     {

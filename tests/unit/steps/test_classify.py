@@ -12,7 +12,13 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from glmbatch.errors import InputError
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
-from glmbatch.steps.classify import choose, choose_by_likelihood, encode_labels, select
+from glmbatch.steps.classify import (
+    choose,
+    choose_by_likelihood,
+    encode_labels,
+    select,
+    verdict_odds,
+)
 from tests.support import CAUSAL
 
 SCORES = st.lists(st.floats(-50, 50), min_size=2, max_size=8)
@@ -78,7 +84,7 @@ def test_labels_with_the_same_tokens_are_refused() -> None:
 def test_each_label_is_judged_by_its_own_verdicts(log_weights: list[float]) -> None:
     labels = [f"label {index}" for index in range(len(log_weights) // 2)]
     thresholds = {label: 0.2 + 0.1 * index for index, label in enumerate(labels)}
-    selection = select(labels, log_weights, thresholds)
+    selection = select(labels, verdict_odds(log_weights), thresholds)
     for index, label in enumerate(labels):
         verdicts = choose(["yes", "no"], log_weights[2 * index : 2 * index + 2])
         assert selection.scores[label] == pytest.approx(verdicts.scores["yes"], abs=1e-12)
@@ -90,11 +96,11 @@ def test_each_label_is_judged_by_its_own_verdicts(log_weights: list[float]) -> N
 
 def test_several_labels_score_as_their_least_certain_verdict() -> None:
     log_weights = [math.log(p) for p in (0.9, 0.1, 0.3, 0.7, 0.05, 0.95)]
-    selection = select(["a", "b", "c"], log_weights, {"a": 0.5, "b": 0.25, "c": 0.5})
+    selection = select(["a", "b", "c"], verdict_odds(log_weights), {"a": 0.5, "b": 0.25, "c": 0.5})
     assert selection.answer == ["a", "b"]
     assert selection.score == pytest.approx(0.3)
     assert selection.margin == pytest.approx(0.05)
-    assert select(["a"], [-1e4, 0.0], {"a": 0.5}).scores == {"a": 0.0}
+    assert select(["a"], [-1e4], {"a": 0.5}).scores == {"a": 0.0}
 
 
 def test_labels_may_be_compared_by_the_mean_of_their_tokens() -> None:

@@ -170,32 +170,71 @@ def test_codegeex2_is_recognized_by_its_name(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "loss",
+    ("stated", "rows", "predicts"),
     [
-        {"problem_type": "multi_label_classification"},
-        {"problem_type": "regression"},
-        {"function_to_apply": "sigmoid"},
-        {"id2label": {"0": "score"}},
-        {"id2label": None, "num_labels": 1},
+        ({}, 3, "label"),
+        (
+            {"problem_type": "single_label_classification", "function_to_apply": "softmax"},
+            3,
+            "label",
+        ),
+        ({"problem_type": "multi_label_classification"}, 3, "labels"),
+        ({"function_to_apply": "sigmoid"}, 1, "labels"),
+        ({"problem_type": "regression", "function_to_apply": "none"}, 1, "number"),
+        ({"id2label": None, "num_labels": 1}, 1, "number"),
     ],
 )
-def test_a_head_of_another_loss_is_refused(tmp_path: Path, loss: dict[str, Any]) -> None:
-    rows = 1 if "problem_type" not in loss and "function_to_apply" not in loss else 3
-    names = CLASSIFIER | {"id2label": {str(row): str(row) for row in range(rows)}}
-    directory = make_checkpoint(tmp_path, config=names | {"label2id": None})
-    edit_config(directory, **loss)
-    assert "head" in problem_of(directory)
+def test_a_config_says_what_a_head_predicts(
+    tmp_path: Path, stated: dict[str, Any], rows: int, predicts: str
+) -> None:
+    assert read_checkpoint(make_head(tmp_path, rows, stated)).predicts == predicts
+
+
+@pytest.mark.parametrize(
+    ("stated", "rows", "problem"),
+    [
+        ({"problem_type": "regression"}, 3, "predicts 3 numbers at once"),
+        ({"function_to_apply": "none"}, 3, "predicts 3 numbers at once"),
+        ({"problem_type": "single_label_classification"}, 1, "the head has one row"),
+        ({"problem_type": ["regression"]}, 1, "it must be one of single_label_classification"),
+        ({"function_to_apply": "tanh"}, 3, "'tanh'; it must be one of softmax, sigmoid, none"),
+        (
+            {"problem_type": "regression", "function_to_apply": "sigmoid"},
+            1,
+            "which do not go together",
+        ),
+    ],
+)
+def test_a_head_of_another_loss_is_refused(
+    tmp_path: Path, stated: dict[str, Any], rows: int, problem: str
+) -> None:
+    assert problem in problem_of(make_head(tmp_path, rows, stated))
     # A language model has no head, so the keys about one have no effect.
-    plain = make_checkpoint(tmp_path / "plain", config={"problem_type": "regression"})
+    plain = make_checkpoint(tmp_path / "plain", config=stated)
     assert examine(plain).problems == ()
 
 
-def test_an_adapters_head_of_another_loss_is_refused(tmp_path: Path) -> None:
+def make_head(directory: Path, rows: int, stated: dict[str, Any]) -> Path:
+    names = CLASSIFIER | {"id2label": {str(row): str(row) for row in range(rows)}}
+    make_checkpoint(directory, config=names | {"label2id": None})
+    edit_config(directory, **stated)
+    return directory
+
+
+def test_an_adapter_says_what_its_head_predicts(tmp_path: Path) -> None:
     base, adapter = make_variant(tmp_path / "base", "plain"), tmp_path / "adapter"
     head = {"classifier_head.weight": torch.ones(3, 32)}
     make_original_adapter(adapter, whole=head, modules_to_save=["classifier_head"])
     write_json(adapter / "config.json", {"problem_type": "multi_label_classification"})
-    assert "'multi_label_classification'" in problem_of(base, adapter=adapter)
+    assert read_checkpoint(base, adapter=adapter).predicts == "labels"
+    assert load_model(base, adapter=adapter).config.problem_type == "multi_label_classification"
+    write_json(adapter / "config.json", {"problem_type": "regression"})
+    assert "3 numbers at once" in problem_of(base, adapter=adapter)
+    # Without a word beside it, the head is of the kind that it replaces.
+    (adapter / "config.json").unlink()
+    several = make_head(tmp_path / "several", 3, {"problem_type": "multi_label_classification"})
+    assert read_checkpoint(several, adapter=adapter).predicts == "labels"
+    assert read_checkpoint(base, adapter=adapter).predicts == "label"
 
 
 @pytest.mark.parametrize("alias", ["lm_head.weight", "transformer.lm_head.weight", "tied.weight"])
