@@ -29,9 +29,10 @@ def job_of_checkpoint(
     """
     report = read_report(Path(model).resolve().parent)
     data = LabelledData(input=WHERE)
+    runtime = RuntimeConfig(device=device)
+    prepared = prepare_model(locate_model(ModelConfig(path=model), runtime))
     if report is None:
-        runtime = RuntimeConfig(device=device)
-        if not prepare_model(locate_model(ModelConfig(path=model), runtime)).has_head:
+        if not prepared.has_head:
             raise InputError(
                 f"{model}: has no trained head. Give a job, or a checkpoint that `glmbatch train` "
                 "made."
@@ -42,7 +43,8 @@ def job_of_checkpoint(
         settings = report.settings
     if prompt_template is not None:
         settings = settings | {"prompt_template": prompt_template}
-    step = step_of(settings)
+    step = step_of(settings, several=prepared.predicts == "labels")
+    asked = step.model_dump() | ({"number": True} if prepared.predicts == "number" else {})
     if truth_column is None:
         writes = isinstance(step, GenerateStep)
         trained_on = settings["data"].get("response_column") if writes else None
@@ -50,7 +52,7 @@ def job_of_checkpoint(
     job = {
         "data": {"text_column": text_column or data.text_column},
         "model": model,
-        "steps": [step.model_dump()],
+        "steps": [asked],
         "runtime": {"device": device},
     }
     return job, {step.name: truth_column}

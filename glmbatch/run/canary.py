@@ -234,8 +234,11 @@ def _same(step: AnyStep, outcome: Outcome | None, before: dict[str, object], exa
     """
     if isinstance(outcome, Choice | Selection):
         score = before[Columns(step.name).score]
-        is_same = isinstance(score, float) and outcome.answer == before[step.name]
-        return is_same and abs(outcome.score - score) <= SCORE_TOLERANCE
+        return (
+            isinstance(score, float)
+            and outcome.answer == before[step.name]
+            and abs(outcome.score - score) <= SCORE_TOLERANCE
+        )
     text = before[step.name]
     if isinstance(outcome, Number):
         # Relative too, because numbers have any scale.

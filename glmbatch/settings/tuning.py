@@ -31,7 +31,8 @@ class LabelledData(Settings):
     label_column: str = Field(
         "label",
         min_length=1,
-        description="Column with the label: text, whole numbers (also as 1.0) or booleans.",
+        description="Column with the label: text, whole numbers (also as 1.0) or booleans. With a "
+        "list of them, a row may have several labels, or none.",
     )
     response_column: str | None = Field(
         None,
@@ -163,11 +164,12 @@ class TuneConfig(Settings):
     training: TrainingConfig = Field(
         default_factory=TrainingConfig, description="How the weights are trained."
     )
-    metric: Literal["accuracy", "macro_f1", "exact_match", "rouge_l"] | None = Field(
+    metric: Literal["accuracy", "micro_f1", "macro_f1", "exact_match", "rouge_l"] | None = Field(
         None,
         description="Score that decides the promotion and, for a classifier, which epoch is kept; "
         "a generator keeps the epoch with the lowest loss. Choose macro_f1 if labels are "
-        "unbalanced. Empty: accuracy, or rouge_l with a response_column.",
+        "unbalanced. Empty: accuracy; micro_f1 where rows may have several labels, or "
+        "rouge_l with a response_column.",
     )
     runtime: RuntimeConfig = Field(
         default_factory=RuntimeConfig,

@@ -1,18 +1,32 @@
-"""The baseline without a language model: TF-IDF and logistic regression on the same split."""
+"""The baseline without a language model: TF-IDF and logistic regression on the same split.
+
+Shapes: R rows, L labels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from glmbatch.tuning.examples import Example, Part
-from glmbatch.tuning.scores import Scores, score
+from glmbatch.tuning.scores import (
+    Scores,
+    SelectionScores,
+    has_labels,
+    score,
+    score_arrays,
+    score_selections,
+)
 
 # These take a minute and 3 GiB. More rows hardly improve such a baseline.
 MOST_ROWS = 100_000
 MOST_FEATURES = 200_000
 # C of 10 instead of 1: short texts with many features need less regularisation.
 REGULARISATION = 10.0
+EVEN = 0.5  # from this probability on, a label applies
 WAYS: Mapping[str, dict[str, Any]] = {
     "words": {"analyzer": "word", "ngram_range": (1, 2), "min_df": 1},
     # For languages without spaces. A character n-gram that occurs in only one text is noise.
@@ -22,52 +36,107 @@ WAYS: Mapping[str, dict[str, Any]] = {
 
 def score_baseline(
     parts: Mapping[Part, Sequence[Example]], labels: Sequence[str]
-) -> tuple[str, Scores]:
+) -> tuple[str, Scores | SelectionScores]:
     """Name and test scores of the baseline that is better on the validation rows.
 
-    The most frequent label is the baseline if the texts share no features.
+    Where a row may have several labels, each label has a classifier of its own. The most frequent
+    label is the baseline if the texts share no features.
     """
     parts = {**parts, "train": parts["train"][:MOST_ROWS]}
-    best_accuracy = -1.0
-    best: tuple[str, Scores] | None = None
+    several = parts["train"][0].several is not None
+    probabilities_of = _of_each if several else _of_one
+    best_measured = -1.0
+    best: tuple[str, Scores | SelectionScores] | None = None
     for name, way in WAYS.items():
-        classifier = _fitted(parts["train"], way)
-        if classifier is None:
+        answers = _answers(parts, labels, way, probabilities_of)
+        if answers is None:
             continue
-        valid = parts["valid"]
-        accuracy = float(classifier.score(_texts(valid), _labels(valid)))
-        if accuracy > best_accuracy:
-            best_accuracy = accuracy
-            scores = _test_scores(classifier, parts["test"], labels)
-            best = f"TF-IDF of {name} and logistic regression", scores
+        valid, test = answers
+        scores = _score(parts["valid"], valid, labels)
+        measured = scores.accuracy if isinstance(scores, Scores) else scores.micro_f1
+        if measured > best_measured:
+            best_measured = measured
+            best = f"TF-IDF of {name} and logistic regression", _score(parts["test"], test, labels)
     if best is not None:
         return best
     # Neither variant found a feature, because the texts share nothing.
-    trained = _labels(parts["train"])
-    guess = max(labels, key=trained.count)
-    test = _labels(parts["test"])
-    return "the most frequent label", score(test, [guess] * len(test), labels)
+    counts = Counter[str]()
+    for example in parts["train"]:
+        counts.update(example.names)
+    guess = max(labels, key=counts.__getitem__)
+    truth = [example.names for example in parts["test"]]
+    if several:
+        return "the most frequent label", score_selections(truth, [[guess]] * len(truth), labels)
+    return "the most frequent label", score(_labels(parts["test"]), [guess] * len(truth), labels)
 
 
-def _fitted(examples: Sequence[Example], way: Mapping[str, Any]) -> Any:
-    """A trained scikit-learn pipeline; None if the texts share no feature."""
+# Gives the probabilities of labels in other rows, from the features and labels of training rows.
+Method = Callable[[Any, Sequence[Example], Sequence[str], Sequence[Any]], list[np.ndarray]]
+
+
+def _answers(
+    parts: Mapping[Part, Sequence[Example]],
+    labels: Sequence[str],
+    way: Mapping[str, Any],
+    probabilities_of: Method,
+) -> list[np.ndarray] | None:
+    """The probabilities of `labels` in the validation and test rows; None without a feature."""
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
 
     vectorizer = TfidfVectorizer(sublinear_tf=True, max_features=MOST_FEATURES, **way)
-    pipeline = make_pipeline(vectorizer, LogisticRegression(C=REGULARISATION, max_iter=1000))
     try:
-        return pipeline.fit(_texts(examples), _labels(examples))
+        features = vectorizer.fit_transform(_texts(parts["train"]))
     except ValueError:  # an empty vocabulary: no word, or no character in two texts
         return None
+    others = [vectorizer.transform(_texts(parts[part])) for part in ("valid", "test")]
+    return probabilities_of(features, parts["train"], labels, others)
 
 
-def _test_scores(classifier: Any, test: Sequence[Example], labels: Sequence[str]) -> Scores:
-    probabilities_RL = classifier.predict_proba(_texts(test))
-    predicted = [str(classifier.classes_[number]) for number in probabilities_RL.argmax(axis=1)]
+def _of_one(
+    features: Any, train: Sequence[Example], labels: Sequence[str], others: Sequence[Any]
+) -> list[np.ndarray]:
+    classifier = _regression().fit(features, _labels(train))
+    # Labels that training lacks have none.
+    places = [labels.index(str(label)) for label in classifier.classes_]
+    answers = []
+    for other in others:
+        probabilities_RL = np.zeros((other.shape[0], len(labels)))
+        probabilities_RL[:, places] = classifier.predict_proba(other)
+        answers.append(probabilities_RL)
+    return answers
+
+
+def _of_each(
+    features: Any, train: Sequence[Example], labels: Sequence[str], others: Sequence[Any]
+) -> list[np.ndarray]:
+    answers = [np.zeros((other.shape[0], len(labels))) for other in others]
+    for place, label in enumerate(labels):
+        applies_R = np.array([label in example.names for example in train])
+        if applies_R.all():  # nothing to tell apart
+            for answer_RL in answers:
+                answer_RL[:, place] = 1
+        elif applies_R.any():
+            classifier = _regression().fit(features, applies_R)
+            for answer_RL, other in zip(answers, others, strict=True):
+                answer_RL[:, place] = classifier.predict_proba(other)[:, 1]
+    return answers
+
+
+def _regression() -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=REGULARISATION, max_iter=1000)
+
+
+def _score(
+    examples: Sequence[Example], probabilities_RL: np.ndarray, labels: Sequence[str]
+) -> Scores | SelectionScores:
+    if examples[0].several is not None:
+        truth_RL = has_labels([row.names for row in examples], labels)
+        return score_arrays(truth_RL, probabilities_RL >= EVEN, labels, probabilities_RL)
+    predicted = [labels[number] for number in probabilities_RL.argmax(axis=1)]
     confidence = probabilities_RL.max(axis=1).tolist()
-    return score(_labels(test), predicted, labels, confidence)
+    return score(_labels(examples), predicted, labels, confidence)
 
 
 def _texts(examples: Sequence[Example]) -> list[str]:

@@ -22,12 +22,14 @@ STEP = "predicted"  # name of the step, and of the answer column when a checkpoi
 class TrainingRow(NamedTuple):
     """Token ids of a prompt and what to learn: the index of a label, or the ids of an answer.
 
+    Where a row may have several labels, `label` is 1 or 0 for each.
+
     `place` is the row's file and number. An answer ends with the end token, and is empty for a
     classifier. `text_is_cut` and `answer_is_cut` say whether the limits cut off an end.
     """
 
     ids: Any  # a sequence of ints; a numpy array takes a tenth of a list's memory
-    label: int
+    label: int | tuple[int, ...]
     place: str
     answer: Any = ()
     text_is_cut: bool = False
@@ -39,8 +41,10 @@ class TrainingRow(NamedTuple):
         return len(self.ids) + len(self.answer)
 
 
-def step_of(settings: Mapping[str, Any]) -> ClassifyStep | GenerateStep:
+def step_of(settings: Mapping[str, Any], *, several: bool = False) -> ClassifyStep | GenerateStep:
     """The step with the same prompts as a training with these settings.
+
+    `several` says whether a row may have several labels.
 
     `settings` is a dumped `TuneConfig` or the `settings` of a report. A report may be of an earlier
     version with other settings, so only those needed here are read.
@@ -54,7 +58,7 @@ def step_of(settings: Mapping[str, Any]) -> ClassifyStep | GenerateStep:
         "on_too_long": "truncate",
     }
     if settings["data"]["response_column"] is None:
-        return ClassifyStep(**asked)
+        return ClassifyStep(**asked, multiple=several)
     return GenerateStep(**asked, max_tokens=training["max_answer_tokens"])
 
 
@@ -95,7 +99,9 @@ def encode_rows(
         ids = np.array(prompt.ids, np.int32)
         # A complete answer ends with the end token, which no text contains.
         cut = len(answer) > 0 and int(answer[-1]) != tokenizer.eos_id
-        label = numbers.get(example.label, 0)
+        label: int | tuple[int, ...] = numbers.get(example.label, 0)
+        if example.several is not None:
+            label = tuple(int(name in example.several) for name in labels)
         rows.append(TrainingRow(ids, label, example.place, answer, prompt.is_cut, cut))
     return rows
 

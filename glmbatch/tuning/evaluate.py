@@ -32,16 +32,20 @@ from glmbatch.tuning.report import (
     LEARNED,
     REPORT,
     TRAINED,
+    AnyScores,
     Mistake,
     Report,
     installed_versions,
     read_report,
 )
-from glmbatch.tuning.scores import Scores, TextScores, score, score_texts
-from glmbatch.tuning.split import Labelled, read_labelled
+from glmbatch.tuning.scores import SelectionScores, score, score_selections, score_texts
+from glmbatch.tuning.split import Labelled, read_labelled, with_metric
 
 MISTAKES_KEPT = 20  # few enough to read
 MISTAKE_CHARACTERS = 500
+
+
+AskedStep = ClassifyStep | GenerateStep
 
 
 class HeldOut(NamedTuple):
@@ -57,9 +61,10 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
     The decision on the promotion is still missing.
     """
     labelled = _without_learned(read_labelled(config.data), current, config.data.input)
+    config = with_metric(config, labelled)
     # Both checkpoints answer the same rows, each with the prompts of its own training.
     held_out = HeldOut(labelled.parts["test"], labelled.labels)
-    step = step_of(config.model_dump())
+    step = step_of(config.model_dump(), several=labelled.several)
     scores, mistakes = evaluate(run / CHECKPOINT, step, held_out, config.runtime, run / "test")
     training = json.loads((run / TRAINED).read_text(encoding="utf-8"))
     baseline_name, baseline = "none", None
@@ -69,7 +74,7 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
             baseline_name += " (on the full texts)"
     current_scores = None
     if current is not None:
-        current_scores = _score_current(current, config, held_out, run / "current")
+        current_scores = _score_current(current, (config, step), held_out, run / "current")
     return Report(
         run=run.name,
         checkpoint=str(run / CHECKPOINT),
@@ -117,16 +122,20 @@ def _without_learned(labelled: Labelled, current: Path | None, source: str) -> L
 
 
 def _score_current(
-    current: Path, config: TuneConfig, held_out: HeldOut, folder: Path
-) -> Scores | TextScores:
-    """Scores of the currently promoted checkpoint. InputError if it cannot be compared."""
+    current: Path, asked: tuple[TuneConfig, AskedStep], held_out: HeldOut, folder: Path
+) -> AnyScores:
+    """Scores of the currently promoted checkpoint. InputError if it cannot be compared.
+
+    `asked` are the settings of the new one, and its step.
+    """
+    config, new_step = asked
     report = read_report(current)
     if report is None:
         raise InputError(
             f"{current}: has no {REPORT}, so nothing can be compared with it. Set another output."
         )
-    step = step_of(report.settings)
-    if isinstance(step, GenerateStep) != config.writes:
+    step = step_of(report.settings, several=isinstance(report.scores, SelectionScores))
+    if _kind(step) != _kind(new_step):
         raise InputError(
             f"{current}: is a model of another kind, so nothing can be compared with it. "
             "Set another output."
@@ -140,11 +149,11 @@ def _score_current(
 
 def evaluate(
     checkpoint: Path,
-    step: ClassifyStep | GenerateStep,
+    step: AskedStep,
     held_out: HeldOut,
     runtime: RuntimeConfig,
     folder: Path,
-) -> tuple[Scores | TextScores, list[Mistake]]:
+) -> tuple[AnyScores, list[Mistake]]:
     """Scores of `checkpoint` on the held-out rows, and its mistakes, most confident first.
 
     The job's files are in `folder`, which is deleted at the end.
@@ -161,8 +170,14 @@ def evaluate(
         runtime=RuntimeConfig(device=runtime.device, max_batch_tokens=runtime.max_batch_tokens),
     )
     run_job(job)
-    answers, confidence = _read_answers(folder / "answers", step)
+    table = _read_answers(folder / "answers", step)
     shutil.rmtree(folder)  # because it has held-out texts
+    if isinstance(step, ClassifyStep) and step.multiple:
+        return _score_selections(held_out, table)
+    answers = [answer or "" for answer in table.column(STEP).to_pylist()]
+    confidence = [0.0] * len(answers)
+    if isinstance(step, ClassifyStep):
+        confidence = [value or 0.0 for value in table.column(Columns(STEP).score).to_pylist()]
     mistakes = _mistakes(held_out.rows, answers, confidence)
     truth = [row.label for row in held_out.rows]
     if isinstance(step, GenerateStep):
@@ -170,17 +185,30 @@ def evaluate(
     return score(truth, answers, held_out.labels, confidence), mistakes
 
 
-def _read_answers(folder: Path, step: ClassifyStep | GenerateStep) -> tuple[list[str], list[float]]:
-    """The answers in row order, "" for none, and the probability of each, 0 if it has none."""
-    columns = [STEP]
+def _read_answers(folder: Path, step: AskedStep) -> pa.Table:
+    """The answers of `step` in row order, with their probabilities."""
+    columns = Columns(STEP)
+    names = [columns.answer]
     if isinstance(step, ClassifyStep):
-        columns.append(Columns(STEP).score)
-    tables = [pq.read_table(file, columns=columns) for file in sorted(folder.glob("*-*.parquet"))]
-    table = pa.concat_tables(tables)
-    answers = [answer or "" for answer in table.column(STEP).to_pylist()]
-    if isinstance(step, GenerateStep):
-        return answers, [0.0] * len(answers)
-    return answers, [value or 0.0 for value in table.column(Columns(STEP).score).to_pylist()]
+        names += [columns.score, columns.scores]
+    tables = [pq.read_table(file, columns=names) for file in sorted(folder.glob("*-*.parquet"))]
+    return pa.concat_tables(tables)
+
+
+def _score_selections(held_out: HeldOut, table: pa.Table) -> tuple[SelectionScores, list[Mistake]]:
+    """The scores of answers with several labels, and the mistakes; a row without one has none."""
+    columns = Columns(STEP)
+    selected = [labels or [] for labels in table.column(columns.answer).to_pylist()]
+    probabilities = [scores or {} for scores in table.column(columns.scores).to_pylist()]
+    truth = [row.names for row in held_out.rows]
+    confidence = [value or 0.0 for value in table.column(columns.score).to_pylist()]
+    answers = [", ".join(sorted(labels)) for labels in selected]
+    mistakes = _mistakes(held_out.rows, answers, confidence)
+    return score_selections(truth, selected, held_out.labels, probabilities), mistakes
+
+
+def _kind(step: AskedStep) -> tuple[type, bool]:
+    return type(step), isinstance(step, ClassifyStep) and step.multiple
 
 
 def _mistakes(

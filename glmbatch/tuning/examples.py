@@ -7,6 +7,7 @@ import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -26,15 +27,26 @@ logger = logging.getLogger(__name__)
 
 Part = Literal["train", "valid", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
-Value = str | bytes | None
+# The labels of a row are a list where it may have several.
+Value = str | bytes | list[str | None] | None
 
 
 class Example(NamedTuple):
-    """A text, its label or the answer to learn, and its place, such as "a.parquet row 7"."""
+    """A text, its label or the answer to learn, and its place, such as "a.parquet row 7".
+
+    Where a row may have several labels, or none, they are in `several`, in sorted order, and
+    `label` names them for people.
+    """
 
     place: str
     text: str
     label: str
+    several: tuple[str, ...] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All labels of the row."""
+        return (self.label,) if self.several is None else self.several
 
     @property
     def same(self) -> str:
@@ -83,6 +95,11 @@ def read_examples(data: LabelledData) -> Rows:
                 skipped[example] += 1
     if not examples:
         raise _nothing_to_read(data, skipped)
+    if len({example.several is None for example in examples}) > 1:
+        raise InputError(
+            f"{data.input}: column {data.label_column!r} has lists in some files and single labels "
+            "in others. Give it one type."
+        )
     return Rows(examples, given, skipped, files)
 
 
@@ -121,6 +138,11 @@ def _example(place: str, values: Sequence[Value], data: LabelledData) -> Example
     text, label, *_ = values
     if not isinstance(text, str) or not text.strip():
         return "text"
+    if isinstance(label, list):
+        if not all(name and name.strip() for name in label):
+            return "label"
+        several = tuple(sorted({name.strip() for name in label if name}))
+        return Example(place, text, ", ".join(several), several)
     if not isinstance(label, str) or not label.strip():
         return "label"
     # Spaces around an answer are learned with it, but a label is a name.
@@ -169,9 +191,14 @@ def _read_rows(where: AnyPath, data: LabelledData) -> Iterator[tuple[Value, ...]
     if stored:
         for batch in read_rows(where, groups, 0, rows, stored):
             for name in stored:
-                is_label = name == names.get("label_column")
-                column = _whole(where, name, batch.column(name)) if is_label else batch.column(name)
-                columns[name] += prompt_values(pa.chunked_array([column]))
+                column = batch.column(name)
+                if name != names.get("label_column"):
+                    columns[name] += prompt_values(pa.chunked_array([column]))
+                elif _holds_lists(column.type):
+                    columns[name] += _lists(where, name, column)
+                else:
+                    column = _whole(where, name, column)
+                    columns[name] += prompt_values(pa.chunked_array([column]))
     for name, value in folders.items():
         columns[name] = [value] * rows
     return zip(*(columns[name] for name in names.values()), strict=True)
@@ -194,13 +221,34 @@ def _check_column(
                 f"{where}: column {name!r} has type {kind}, not text. Set data.{setting}."
             )
         return
-    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    values = kind.value_type if _holds_lists(kind) else kind
+    is_named = is_text(values)
+    values = values.value_type if pa.types.is_dictionary(values) else values
     is_number = pa.types.is_integer(values) or pa.types.is_floating(values)
-    if not (is_text(kind) or is_number or pa.types.is_decimal(values) or values == pa.bool_()):
+    if not (is_named or is_number or pa.types.is_decimal(values) or values == pa.bool_()):
         raise InputError(
-            f"{where}: column {name!r} has type {kind}, not text or whole numbers. "
+            f"{where}: column {name!r} has type {kind}, not text, whole numbers or lists of them. "
             f"Cast it to text, or set data.{setting}."
         )
+
+
+def _holds_lists(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_list(kind) for is_list in tests)
+
+
+def _lists(where: AnyPath, name: str, column: pa.Array) -> list[Value]:
+    """The labels of each row of a column of lists; None for a null."""
+    column = column.cast(pa.large_list(column.type.value_type))
+    labels = iter(prompt_values(pa.chunked_array([_whole(where, name, column.flatten())])))
+    rows: list[Value] = []
+    for length in pc.list_value_length(column).to_pylist():
+        if length is None:
+            rows.append(None)
+            continue
+        held = [label if isinstance(label, str) else None for label in islice(labels, length)]
+        rows.append(held)
+    return rows
 
 
 def _whole(where: AnyPath, name: str, column: pa.Array) -> pa.Array:
@@ -219,7 +267,8 @@ def _whole(where: AnyPath, name: str, column: pa.Array) -> pa.Array:
             column = column.cast(pa.int64())
     except pa.ArrowInvalid as error:
         raise InputError(
-            f"{where}: column {name!r} has type {kind} and some numbers are not whole. Cast it "
-            "to text or whole numbers, or set data.label_column."
+            f"{where}: column {name!r} has type {kind} and some numbers are not whole; training "
+            "learns labels, and no numbers (regression). Cast it to text or whole numbers, or set "
+            "data.label_column."
         ) from error
     return column

@@ -34,7 +34,7 @@ from glmbatch.tuning.processes import train_together
 from glmbatch.tuning.promote import current_run, decide, make_current
 from glmbatch.tuning.render import write_report
 from glmbatch.tuning.report import RUNS, TRAINED, TRAINER, Report, read_report
-from glmbatch.tuning.split import read_labelled
+from glmbatch.tuning.split import read_labelled, with_metric
 
 
 def finetune(config: TuneConfig) -> Report:
@@ -55,7 +55,7 @@ def check(config: TuneConfig) -> None:
                 f"training needs {package}, which is not installed. "
                 "Run pip install 'glmbatch[train]'."
             )
-    read_labelled(config.data)
+    with_metric(config, read_labelled(config.data))
     if (
         config.model.revision is None
     ):  # a hub id may need the network, whose errors the flow retries
@@ -64,11 +64,12 @@ def check(config: TuneConfig) -> None:
 
 def begin(config: TuneConfig) -> str:
     """Create the run's folder and return its path. The same run always has the same folder."""
-    files = read_labelled(config.data).audit.files
+    labelled = read_labelled(config.data)
+    with_metric(config, labelled)  # refuses one that cannot score these rows
     base = prepare_model(locate_model(config.model, config.runtime)).identity
     # Settings that change only the place of the result or the speed do not make another run.
     settings = config.model_dump(mode="json", exclude={"output", "runtime"})
-    facts = json.dumps([settings, dict(files), base], sort_keys=True)
+    facts = json.dumps([settings, dict(labelled.audit.files), base], sort_keys=True)
     run = Path(config.output) / RUNS / hashlib.sha256(facts.encode()).hexdigest()[:16]
     with writable(run):
         run.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def evaluate_run(config: TuneConfig, folder: str) -> Report:
         return report
     if report is None or report.compared_with != (None if current is None else current.name):
         report = score_run(config, run, current)
-    promoted, reason = decide(report, config.promoted_by)
+    promoted, reason = decide(report, report.promoted_by)
     report = report.model_copy(update={"promoted": promoted, "reason": reason})
     write_report(report, run)
     return report

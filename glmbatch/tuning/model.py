@@ -11,6 +11,7 @@ import torch
 from transformers import GlmForSequenceClassification
 
 from glmbatch.errors import InputError
+from glmbatch.glm.checkpoint.config_check import PROBLEM_TYPES, Predicts
 from glmbatch.glm.checkpoint.load import Checkpoint, ClassifierHead, load_model, read_checkpoint
 from glmbatch.glm.device import DTYPE_BYTES, free_memory_bytes, resolve_device
 from glmbatch.settings.job import ModelConfig
@@ -56,9 +57,12 @@ def read_base(model: ModelConfig) -> Checkpoint:
     return read_checkpoint(model.path, model.adapter)
 
 
-def build_model(config: TuneConfig, labels: Sequence[str], device: str) -> Any:
+def build_model(
+    config: TuneConfig, labels: Sequence[str], device: str, *, several: bool = False
+) -> Any:
     """The base of `config`, with a head for `labels` if it learns to classify.
 
+    The head judges each label by itself if a row may have `several`.
     Only the weights that the method trains require gradients. InputError if the base cannot be
     trained.
     """
@@ -74,7 +78,7 @@ def build_model(config: TuneConfig, labels: Sequence[str], device: str) -> Any:
             )
         model = base
     else:
-        model = _with_head(base, labels, device)
+        model = _with_head(base, labels, device, "labels" if several else "label")
     # The cache of keys and values is for generation; here it would only take memory.
     model.config.use_cache = False
     model.requires_grad_(True)
@@ -96,10 +100,14 @@ def _load(model: ModelConfig, dtype: str, device: str) -> Any:
     return base
 
 
-def _with_head(base: Any, labels: Sequence[str], device: str) -> Any:
-    """A classifier with the weights of `base`; keeps its head if that has the same labels."""
+def _with_head(base: Any, labels: Sequence[str], device: str, predicts: Predicts) -> Any:
+    """A classifier with the weights of `base`; keeps its head if that predicts the same labels."""
     config = base.config
     keeps_head = hasattr(base, "score") and tuple(config.id2label.values()) == tuple(labels)
+    # transformers leaves it out for a head that chooses one label.
+    problem = PROBLEM_TYPES[predicts] if predicts != "label" else None
+    keeps_head = keeps_head and config.problem_type in (problem, PROBLEM_TYPES[predicts])
+    config.problem_type = problem
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
     config.pad_token_id = PAD_ID

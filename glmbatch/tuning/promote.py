@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+
 from glmbatch.errors import some_of
 from glmbatch.store.files import writable
 from glmbatch.tuning.report import CURRENT, RUNS, Report
-from glmbatch.tuning.scores import Scores, score
+from glmbatch.tuning.scores import Scores, SelectionScores, score, score_arrays
 
 
 def current_run(output: str) -> Path | None:
@@ -40,8 +42,11 @@ def decide(report: Report, metric: str) -> tuple[bool, str]:
         if isinstance(report.scores, Scores):
             label, floor = _most_frequent(report.scores, metric)
             reason += f"; always answering {label!r} would score {floor:.4f}"
+        elif isinstance(report.scores, SelectionScores):
+            always, floor = _best_for_all(report.scores, metric)
+            reason += f"; always answering {some_of(always)} would score {floor:.4f}"
         return new > floor, f"{reason}; no checkpoint was promoted before"
-    if isinstance(report.current, Scores):
+    if isinstance(report.current, Scores | SelectionScores):
         lacking = sorted(set(report.current.labels) - set(report.labels))
         if lacking:
             return False, (
@@ -63,3 +68,18 @@ def _most_frequent(scores: Scores, metric: str) -> tuple[str, float]:
     for label, count in counts.items():
         truth += [label] * count
     return always, getattr(score(truth, [always] * len(truth), list(counts)), metric)
+
+
+def _best_for_all(scores: SelectionScores, metric: str) -> tuple[list[str], float]:
+    """The same labels for all rows that score best, and their score."""
+    labels = sorted(scores.labels, key=lambda label: -scores.labels[label].rows)
+    # Which rows have a label does not matter to answers that are the same for all.
+    rows = np.arange(scores.rows)[:, None]
+    truth_RL = rows < np.array([scores.labels[label].rows for label in labels])
+    best: tuple[list[str], float] = ([], 0.0)
+    for count in range(1, len(labels) + 1):  # the most frequent ones, whatever their number
+        guess_RL = np.broadcast_to(np.arange(len(labels)) < count, truth_RL.shape)
+        measured = getattr(score_arrays(truth_RL, guess_RL), metric)
+        if measured > best[1]:
+            best = (labels[:count], measured)
+    return best

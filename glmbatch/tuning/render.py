@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from glmbatch.report import page as html
 from glmbatch.store.files import committed
-from glmbatch.tuning.report import CARD, CHECKPOINT, PAGE, REPORT, Report
-from glmbatch.tuning.scores import Scores, TextScores
+from glmbatch.tuning.report import CARD, CHECKPOINT, PAGE, REPORT, AnyScores, Report
+from glmbatch.tuning.scores import LabelScore, Scores, SelectionScores, TextScores
 
 # Below this share, rows that lost their end hardly matter.
 CUT_SHARE = 0.02
@@ -54,7 +54,7 @@ def facts_of(report: Report) -> Facts:
     )
 
 
-def describe_scores(name: str, scores: Scores | TextScores) -> str:
+def describe_scores(name: str, scores: AnyScores) -> str:
     """The scores of the model called `name`, on one line."""
     if isinstance(scores, TextScores):
         return (
@@ -62,6 +62,11 @@ def describe_scores(name: str, scores: Scores | TextScores) -> str:
             f"on {scores.rows} rows"
         )
     calibration = "" if scores.ece is None else f", ECE {scores.ece:.4f}"
+    if isinstance(scores, SelectionScores):
+        return (
+            f"{name}: micro-F1 {scores.micro_f1:.4f}, macro-F1 {scores.macro_f1:.4f}, all labels "
+            f"right {scores.all_right:.4f}{calibration} on {scores.rows} rows"
+        )
     return (
         f"{name}: accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}{calibration} "
         f"on {scores.rows} rows"
@@ -82,11 +87,10 @@ def _warnings(report: Report) -> list[str]:
     warnings = [*report.audit.warnings, *_cut_warnings(report.training)]
     # A promotion only requires a higher score than the current checkpoint's. If the baseline is
     # better still, a person has to judge.
-    scores, baseline = report.scores, report.baseline
-    if isinstance(scores, Scores) and baseline is not None:
+    if report.baseline is not None:
         # Compare by the score that decides the promotion; accuracy hides mistakes on rare labels.
-        metric = report.settings.get("metric") or "accuracy"
-        if getattr(baseline, metric) > getattr(scores, metric):
+        metric = report.promoted_by
+        if getattr(report.baseline, metric) > getattr(report.scores, metric):
             warnings.append(f"{report.baseline_name} scores higher ({metric})")
     return warnings
 
@@ -157,6 +161,8 @@ def page(report: Report) -> str:
     ]
     if isinstance(report.scores, Scores):
         parts += _classifier_parts(report.labels, report.scores)
+    elif isinstance(report.scores, SelectionScores):
+        parts += [_by_label(report.scores.labels), *_calibration(report.scores, "share of labels")]
     parts += [
         html.heading("Learning"),
         html.paragraph(f"{facts.training}."),
@@ -174,28 +180,35 @@ def page(report: Report) -> str:
 
 def _classifier_parts(labels: tuple[str, ...], scores: Scores) -> list[str]:
     """The scores by label, the confusion matrix and the calibration plot."""
-    by_label = []
-    for label, of_label in scores.labels.items():
-        numbers = [of_label.precision, of_label.recall, of_label.f1]
-        by_label.append([label, *map(_four_digits, numbers), of_label.rows])
     confusion = []
     for label in labels:
         counts = [scores.confusion[label][guess] for guess in (*labels, "")]
         confusion.append([label, *counts])
-    # On the diagonal, confidence equals accuracy.
-    calibration = [(confidence, accuracy) for _, confidence, accuracy in scores.bins]
-    ideal = [(0, 0), (1, 1)]
     return [
-        html.table(["label", "precision", "recall", "F1", "rows"], by_label),
+        _by_label(scores.labels),
         html.heading("Confusion (rows: true, columns: predicted)"),
         html.table(["", *labels, "none"], confusion),
+        *_calibration(scores, "accuracy"),
+    ]
+
+
+def _by_label(labels: Mapping[str, LabelScore]) -> str:
+    lines = []
+    for label, of_label in labels.items():
+        numbers = [of_label.precision, of_label.recall, of_label.f1]
+        lines.append([label, *map(_four_digits, numbers), of_label.rows])
+    return html.table(["label", "precision", "recall", "F1", "rows"], lines)
+
+
+def _calibration(scores: Scores | SelectionScores, right: str) -> list[str]:
+    """How often a label is right, by the probability that the model gave it."""
+    # On the diagonal, confidence equals accuracy.
+    points = [(confidence, accuracy) for _, confidence, accuracy in scores.bins]
+    ideal = [(0.0, 0.0), (1.0, 1.0)]
+    lines = [("model", points), ("ideal", ideal)]
+    return [
         html.heading("Calibration"),
-        html.lines(
-            "accuracy by confidence",
-            "confidence",
-            "accuracy",
-            [("model", calibration), ("ideal", ideal)],
-        ),
+        html.lines(f"{right} by confidence", "confidence", right, lines),
     ]
 
 
@@ -204,10 +217,12 @@ def _learning_plots(history: list[dict[str, float]]) -> list[str]:
         return [(line["step"], line[key]) for line in history if key in line]
 
     # Training loss and validation are logged at different steps.
-    loss, valid_loss, accuracy = points("loss"), points("eval_loss"), points("eval_accuracy")
+    loss, valid_loss = points("loss"), points("eval_loss")
+    name = "micro-F1" if points("eval_micro_f1") else "accuracy"
+    measured = points("eval_micro_f1") or points("eval_accuracy")
     return [
         html.lines("loss by step", "step", "loss", [("train", loss), ("valid", valid_loss)]),
-        html.lines("validation accuracy by step", "step", "accuracy", [("accuracy", accuracy)]),
+        html.lines(f"validation {name} by step", "step", name, [(name, measured)]),
     ]
 
 

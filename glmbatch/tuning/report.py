@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from glmbatch.errors import InputError
-from glmbatch.tuning.scores import Scores, TextScores
+from glmbatch.tuning.scores import Scores, SelectionScores, TextScores
 from glmbatch.tuning.split import LabelAudit
 
 RUNS = "runs"
@@ -26,6 +26,7 @@ LEARNED = "learned.npy"  # keys of the learned texts, so that no later run tests
 REPORT = "report.json"
 PAGE = "report.html"
 CARD = "README.md"
+AnyScores = Scores | SelectionScores | TextScores
 # Packages whose version can change a score.
 PACKAGES = (
     "glmbatch",
@@ -84,15 +85,21 @@ class Report(BaseModel, frozen=True, extra="forbid"):
     base: str
     audit: LabelAudit
     training: dict[str, Any]
-    scores: Scores | TextScores
+    scores: AnyScores
     mistakes: tuple[Mistake, ...]
     baseline_name: str
-    baseline: Scores | None
-    current: Scores | TextScores | None
+    baseline: Scores | SelectionScores | None
+    current: AnyScores | None
     compared_with: str | None
     promoted: bool
     reason: str
     versions: Mapping[str, str]
+
+    @property
+    def promoted_by(self) -> str:
+        """Name of the score that decides the promotion, a field of `scores`."""
+        by_kind = {Scores: "accuracy", SelectionScores: "micro_f1", TextScores: "rouge_l"}
+        return self.settings.get("metric") or by_kind[type(self.scores)]
 
 
 def read_report(run: Path) -> Report | None:

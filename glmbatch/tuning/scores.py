@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from pydantic import BaseModel
@@ -45,6 +45,24 @@ class Scores(BaseModel, frozen=True, extra="forbid"):
     macro_f1: float
     labels: Mapping[str, LabelScore]
     confusion: Mapping[str, Mapping[str, int]]
+    ece: float | None = None
+    bins: tuple[tuple[int, float, float], ...] = ()
+
+
+class SelectionScores(BaseModel, frozen=True, extra="forbid"):
+    """Scores of a classifier that gives a row several labels or none, from 0 to 1.
+
+    `micro_f1` is the F1 of all labels of all rows together, `macro_f1` the mean over the labels
+    that occur in the truth or the predictions. `all_right` is the share of rows with all of their
+    labels and no other. `ece` and `bins` are as in `Scores`, over the probability that each label
+    applies to each row.
+    """
+
+    rows: int
+    micro_f1: float
+    macro_f1: float
+    all_right: float
+    labels: Mapping[str, LabelScore]
     ece: float | None = None
     bins: tuple[tuple[int, float, float], ...] = ()
 
@@ -136,6 +154,65 @@ def score(
     )
 
 
+def score_selections(
+    truth: Sequence[Collection[str]],
+    predicted: Sequence[Collection[str]],
+    labels: Sequence[str],
+    probabilities: Sequence[Mapping[str, float]] | None = None,
+) -> SelectionScores:
+    """Scores of the `predicted` labels of each row against its true ones.
+
+    `probabilities` has that of each label, for each row; a label without one has 0.
+    """
+    probability_RL = None
+    if probabilities is not None:
+        probability_RL = np.zeros((len(truth), len(labels)))
+        for place, label in enumerate(labels):
+            probability_RL[:, place] = [row.get(label, 0.0) for row in probabilities]
+    truth_RL, guess_RL = has_labels(truth, labels), has_labels(predicted, labels)
+    return score_arrays(truth_RL, guess_RL, labels, probability_RL)
+
+
+def has_labels(rows: Sequence[Collection[str]], labels: Sequence[str]) -> np.ndarray:
+    """Whether each of `rows` has each of `labels`."""
+    has_RL = np.zeros((len(rows), len(labels)), bool)
+    for place, label in enumerate(labels):
+        has_RL[:, place] = [label in row for row in rows]
+    return has_RL
+
+
+def score_arrays(
+    truth_RL: np.ndarray,
+    guess_RL: np.ndarray,
+    labels: Sequence[str] | None = None,
+    probability_RL: np.ndarray | None = None,
+) -> SelectionScores:
+    """As `score_selections`, from whether each row has each label; without names, by number."""
+    names = labels or [str(number) for number in range(truth_RL.shape[1])]
+    right_L = (truth_RL & guess_RL).sum(axis=0)
+    counts = zip(names, right_L, truth_RL.sum(axis=0), guess_RL.sum(axis=0), strict=True)
+    by_label, used = {}, []
+    for name, right, rows, guesses in counts:
+        by_label[name] = _rates(int(right), int(rows), int(guesses))
+        if rows or guesses:
+            used.append(by_label[name].f1)
+    bins: list[tuple[int, float, float]] = []
+    error = None
+    if probability_RL is not None:
+        bins = bins_of(truth_RL.ravel(), probability_RL.ravel())
+        error = calibration_error(bins)
+    whole = _rates(int(right_L.sum()), int(truth_RL.sum()), int(guess_RL.sum()))
+    return SelectionScores(
+        rows=len(truth_RL),
+        micro_f1=whole.f1,
+        macro_f1=math.fsum(used) / max(1, len(used)),
+        all_right=float((truth_RL == guess_RL).all(axis=1).mean()),
+        labels=by_label,
+        ece=error,
+        bins=tuple(bins),
+    )
+
+
 def _guesses(label: str, confusion: Mapping[str, Mapping[str, int]]) -> int:
     """Number of rows with the prediction `label`."""
     return sum(row[label] for row in confusion.values())
@@ -144,7 +221,11 @@ def _guesses(label: str, confusion: Mapping[str, Mapping[str, int]]) -> int:
 def _label_score(label: str, confusion: Mapping[str, Mapping[str, int]]) -> LabelScore:
     right = confusion[label][label]
     rows = sum(confusion[label].values())
-    guesses = _guesses(label, confusion)
+    return _rates(right, rows, _guesses(label, confusion))
+
+
+def _rates(right: int, rows: int, guesses: int) -> LabelScore:
+    """The scores of a label that `rows` rows have, and that was given `guesses` times."""
     return LabelScore(
         precision=right / max(1, guesses),
         recall=right / max(1, rows),
@@ -172,19 +253,25 @@ def calibration_error(bins: Sequence[tuple[int, float, float]]) -> float:
     return math.fsum(gaps) / sum(rows for rows, _, _ in bins)
 
 
-def fit_temperature(logits_RL: np.ndarray, truth_R: np.ndarray) -> float:
-    """The divisor of the logits that makes the true labels (by number) most likely.
+def fit_temperature(logits_RL: np.ndarray, truth: np.ndarray) -> float:
+    """The divisor of the logits that makes the true labels most likely.
 
-    Temperature scaling never changes which label is likeliest (Guo et al., 2017). The loss is
-    convex in the inverse temperature, so a search over its logarithm finds the only minimum.
+    `truth` has the number of each row's label, or 1 and 0 for each label of each row. Temperature
+    scaling never changes which label is likeliest (Guo et al., 2017), nor whether one is likelier
+    than not. The loss is convex in the inverse temperature, so a search over its logarithm finds
+    the only minimum.
     """
-    # The highest logit of a row becomes 0, so that no exponential overflows.
-    logits_RL = logits_RL.astype(np.float64) - logits_RL.max(axis=1, keepdims=True)
-    rows = np.arange(len(truth_R))
+    logits_RL = logits_RL.astype(np.float64)
+    if truth.ndim == 1:
+        # The highest logit of a row becomes 0, so that no exponential overflows.
+        logits_RL -= logits_RL.max(axis=1, keepdims=True)
+    rows = np.arange(len(truth))
 
     def loss(log_inverse: float) -> float:
         scaled_RL = logits_RL * math.exp(log_inverse)
-        return float((np.log(np.exp(scaled_RL).sum(axis=1)) - scaled_RL[rows, truth_R]).mean())
+        if truth.ndim > 1:
+            return float((np.logaddexp(0, scaled_RL) - truth * scaled_RL).mean())
+        return float((np.log(np.exp(scaled_RL).sum(axis=1)) - scaled_RL[rows, truth]).mean())
 
     high = math.log(HIGHEST_TEMPERATURE)
     low = -high

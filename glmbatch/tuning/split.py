@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from pydantic import BaseModel
 
 from glmbatch.errors import InputError, counted
-from glmbatch.settings.tuning import LabelledData
+from glmbatch.settings.tuning import LabelledData, TuneConfig
 from glmbatch.tuning.examples import PARTS, Example, Part, read_examples
 
 # A label column with more values than this is an id or free text.
@@ -63,6 +64,23 @@ class Labelled(NamedTuple):
         """The labels in sorted order, which is the order in the head; empty for answers."""
         return tuple(sorted(self.audit.labels))
 
+    @property
+    def several(self) -> bool:
+        """Whether a row may have several labels."""
+        return self.parts["train"][0].several is not None
+
+
+def with_metric(config: TuneConfig, labelled: Labelled) -> TuneConfig:
+    """`config` with the score that decides. InputError if rows cannot be scored by the one set."""
+    metric = config.metric or ("micro_f1" if labelled.several else config.promoted_by)
+    if (metric, labelled.several) in (("accuracy", True), ("micro_f1", False)):
+        lists = "lists, which have" if labelled.several else "single labels, which have"
+        raise InputError(
+            f"{config.data.input}: column {config.data.label_column!r} has {lists} no {metric}. "
+            f"Set metric to {'micro_f1' if labelled.several else 'accuracy'} or macro_f1."
+        )
+    return config.model_copy(update={"metric": metric})
+
 
 def read_labelled(data: LabelledData) -> Labelled:
     """Read, audit and split all rows. InputError if they cannot be trained on."""
@@ -96,19 +114,24 @@ def read_labelled(data: LabelledData) -> Labelled:
 def split_by_text(examples: Iterable[Example], data: LabelledData) -> dict[Part, list[Example]]:
     """The rows of each part, after splitting each label's texts by a seeded hash of the text.
 
+    A text with several labels counts for the rarest of them, so that rare labels are in every part.
     All rows with the same text are in the same part. Adding rows moves only rows near the
     boundaries between parts; the order of rows does not matter.
     """
     examples = list(examples)
     texts: dict[str, set[str]] = defaultdict(set)
+    frequency = Counter(chain.from_iterable(example.names for example in examples))
     for example in examples:
-        texts[example.label if data.response_column is None else ""].add(example.same)
+        rarest = min(example.names, key=lambda name: (frequency[name], name), default="")
+        texts[rarest if data.response_column is None else ""].add(example.same)
     part_of: dict[str, Part] = {}
     for label in sorted(texts):
         ordered = _shuffled(texts[label], data.seed)
-        # At least one text per label for test and for validation.
-        test = max(1, round(len(ordered) * data.test_share))
-        held_out = test + max(1, round(len(ordered) * data.valid_share))
+        # At least one text per label for test and for validation. Only with several labels for a
+        # row may there be fewer than three texts; the label is then in other texts too.
+        least = 1 if examples[0].several is None or len(ordered) >= len(PARTS) else 0
+        test = max(least, round(len(ordered) * data.test_share))
+        held_out = test + max(least, round(len(ordered) * data.valid_share))
         for position, text in enumerate(ordered):
             part: Part = "train"
             if position < held_out:
@@ -148,9 +171,9 @@ def _split_as_given(
 
 def _without_conflicts(examples: Sequence[Example]) -> list[Example]:
     """The examples whose text has only one label; the others contradict each other."""
-    labels: dict[str, set[str]] = defaultdict(set)
+    labels: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for example in examples:
-        labels[example.same].add(example.label)
+        labels[example.same].add(example.names)
     return [example for example in examples if len(labels[example.same]) == 1]
 
 
@@ -162,15 +185,22 @@ def _count_labels(split: Mapping[Part, Sequence[Example]]) -> dict[str, int]:
     """Number of rows of each label, most frequent first."""
     counts = Counter[str]()
     for examples in split.values():
-        counts.update(example.label for example in examples)
+        for example in examples:
+            counts.update(example.names)
     return dict(counts.most_common())
 
 
 def _check_labels(data: LabelledData, examples: Sequence[Example]) -> None:
     texts: dict[str, set[str]] = defaultdict(set)
     for example in examples:
-        texts[example.label].add(example.same)
-    if len(texts) < 2:
+        for name in example.names:
+            texts[name].add(example.same)
+    if not texts:
+        raise InputError(
+            f"{data.input}: all lists in column {data.label_column!r} are empty. "
+            "Add rows with a label."
+        )
+    if len(texts) < 2 and examples[0].several is None:
         raise InputError(
             f"{data.input}: all rows have the label {next(iter(texts), None)!r}. "
             "Add rows with another label."
@@ -191,18 +221,22 @@ def _check_labels(data: LabelledData, examples: Sequence[Example]) -> None:
 
 
 def _check_split(data: LabelledData, split: Mapping[Part, Sequence[Example]]) -> None:
-    trained = {example.label for example in split["train"]}
+    trained = _names(split["train"])
     for part in PARTS:
         if not split[part]:
             raise InputError(
                 f"{data.input}: no rows are left for {part}. Add rows, or set data.{part}_share."
             )
-        unseen = sorted({example.label for example in split[part]} - trained)
+        unseen = sorted(_names(split[part]) - trained)
         if unseen and data.response_column is None:
             raise InputError(
                 f"{data.input}: {part} has labels {unseen[:SHOWN]}, which no training row has. "
                 "Add training rows with them, or leave them out."
             )
+
+
+def _names(examples: Sequence[Example]) -> set[str]:
+    return set(chain.from_iterable(example.names for example in examples))
 
 
 def _warnings(audit: LabelAudit) -> list[str]:

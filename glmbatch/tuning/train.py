@@ -38,7 +38,7 @@ from glmbatch.tuning.model import (
 )
 from glmbatch.tuning.report import ADAPTER, CHECKPOINT, LEARNED, TRAINED, TRAINER, Trained
 from glmbatch.tuning.scores import fit_temperature
-from glmbatch.tuning.split import Labelled, read_labelled
+from glmbatch.tuning.split import Labelled, read_labelled, with_metric
 from glmbatch.tuning.trainer import RowDataset, RowTrainer, is_stale, make_trainer
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def train_here(config: TuneConfig, run: Path) -> None:
     # The base or the adapter may be in an object store; from here on, both are local.
     config = config.model_copy(update={"model": locate_model(config.model, config.runtime)})
     labelled = read_labelled(config.data)
+    config = with_metric(config, labelled)
     rows, valid = encode_parts(config, labelled)
     cut = _count_cut([*rows, *valid])
     trained = train(config, labelled.labels, rows, valid, run).model_copy(update=cut)
@@ -126,7 +127,8 @@ def train(
     check_memory(config, rows, device)
     # For a new head, the adapter and dropout.
     torch.manual_seed(config.training.seed)
-    model = build_model(config, labels, device)
+    several = isinstance(rows[0].label, tuple)
+    model = build_model(config, labels, device, several=several)
     trainer = make_trainer(config, model, rows, valid, run / TRAINER)
     _resume(trainer, config, run / TRAINER)
     temperature = 1.0
@@ -219,7 +221,10 @@ def _merged(config: TuneConfig, model: Any, folder: Path) -> Any:
     """Save the adapter of `model` in `folder`; returns the base with the adapter merged in."""
     model.save_pretrained(folder)  # for peft, and for jobs that set both base and adapter
     if not config.writes:  # peft saves the head, but not its labels
-        labels = json.dumps({"id2label": model.config.id2label}, ensure_ascii=False, indent=2)
+        head = {"id2label": model.config.id2label}
+        if model.config.problem_type is not None:
+            head["problem_type"] = model.config.problem_type
+        labels = json.dumps(head, ensure_ascii=False, indent=2)
         (folder / "config.json").write_text(labels, encoding="utf-8")
     # If the base has an adapter, it becomes part of the new one, so that one adapter is enough.
     finish_adapter(folder, read_base(config.model))

@@ -26,7 +26,7 @@ from glmbatch.errors import InputError
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.encode import TrainingRow
 from glmbatch.tuning.model import PAD_ID
-from glmbatch.tuning.scores import score
+from glmbatch.tuning.scores import score, score_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,8 @@ def pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Rows of `RowDataset` as one batch, padded on the right.
 
     Causal attention never looks to the right, so padding does not change a row. `labels` has B
-    label numbers, or BT token ids: the next token of the answer at each position, else IGNORED.
+    label numbers, or BL of 1.0 and 0.0 where rows may have several, or BT token ids: the next token
+    of the answer at each position, else IGNORED.
     """
     longest = max(len(row["ids"]) for row in batch)
     # GLM's classifier reads the last id that is not PAD_ID.
@@ -108,6 +109,8 @@ def pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         ids_BT[at, : len(row["ids"])] = torch.tensor(row["ids"])
         mask_BT[at, : len(row["ids"])] = 1
     labels = torch.tensor([row["label"] for row in batch])
+    if labels.dim() > 1:
+        labels = labels.float()
     if batch[0]["answer"]:
         labels = torch.full((len(batch), longest), IGNORED)
         for at, row in enumerate(batch):
@@ -141,7 +144,7 @@ class RowTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean cross entropy over labels, or over the tokens of answers.
+        """The mean cross entropy over rows, over labels of rows, or over the tokens of answers.
 
         InputError if it is not finite.
         """
@@ -170,8 +173,16 @@ class RowTrainer(Trainer):
 
 
 def _row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The loss of each row (B), from logits BL and labels B, or logits BTV and labels BT."""
+    """The loss of each row (B).
+
+    From logits BL and labels B, or BL where each is judged by itself, or logits BTV and labels BT.
+    """
     logits = logits.float()  # in bfloat16, a sum over a vocabulary loses the third digit
+    if labels.is_floating_point():
+        loss_BL = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, labels, reduction="none"
+        )
+        return loss_BL.sum(dim=1)
     if labels.dim() == 1:
         return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     loss_BT = torch.nn.functional.cross_entropy(
@@ -267,6 +278,9 @@ def _logs(epoch_steps: int) -> dict[str, Any]:
 
 def _measure(prediction: Any) -> dict[str, float]:
     """Scores of a classifier on the validation rows."""
+    if prediction.label_ids.ndim > 1:
+        selections = score_arrays(prediction.label_ids > 0, prediction.predictions > 0)
+        return {"micro_f1": selections.micro_f1, "macro_f1": selections.macro_f1}
     names = [str(number) for number in range(prediction.predictions.shape[-1])]
     guesses = [names[number] for number in prediction.predictions.argmax(-1)]
     truth = [names[number] for number in prediction.label_ids]

@@ -112,7 +112,7 @@ def test_a_head_predicts_a_number(
     assert added == ["stars", "stars_error", "stars_error_type", "stars_key"]
     assert verify(out).sound
     settings["canary"] = str(tmp_path / "canary.parquet")
-    freeze(out, settings["canary"], 3)
+    freeze(out, settings["canary"], 6)
     settings["data"] |= {"output": str(tmp_path / "alone"), "rows_per_fragment": 1}
     audits = run(settings).audits
     assert [(audit.step, audit.measured) for audit in audits] == [("stars", 0), ("reply", 0)]

@@ -96,10 +96,8 @@ def read_adapter(
     head = HEAD_KEYS[made_on]
     labels: tuple[str, ...] = ()
     warnings: list[str] = []
-    predicts: Predicts | None = None
     if head in tensors:
         labels, warnings = _labels(directory, architecture, tensors[head])
-        predicts = _predicts(directory, len(labels))
     has_head = has_head or head in tensors or config.saves(_module(head))
     if config.classifies and not has_head:
         raise InputError(
@@ -123,7 +121,7 @@ def read_adapter(
         whole=tuple(name for name in tensors if not name.endswith((_A, _B))),
         labels=labels,
         warnings=tuple(warnings),
-        predicts=predicts,
+        predicts=_predicts(directory, len(labels)) if labels else None,
     )
 
 

@@ -151,13 +151,11 @@ def _inspect_base(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     kind = Kind(architecture, layout, has_head)
     match = match_tensors(directory, config, kind, headers, complete)
     problems += match.problems
-    predicts: Predicts = "label"
-    if has_head:
-        predicts, wrong = head_predicts(config, len(architecture.labels), where)
-        problems += wrong
+    predicts, wrong = head_predicts(config, len(architecture.labels), where)
+    problems += wrong if has_head else []
     if problems:
         return None, problems
-    checkpoint = Checkpoint(
+    return Checkpoint(
         path=directory,
         layout=layout,
         architecture=architecture,
@@ -166,9 +164,8 @@ def _inspect_base(directory: Path) -> tuple[Checkpoint | None, list[str]]:
         tokenizer_size=tokenizer.vocab_size if tokenizer else None,
         warnings=(*warnings, *match.notes, *_doubts(config, layout, architecture, tokenizer)),
         family=family,
-        predicts=predicts,
-    )
-    return checkpoint, []
+        predicts=predicts if has_head else "label",
+    ), []
 
 
 def _read_headers(
@@ -203,11 +200,11 @@ def _adapted(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     if not adapter.labels:
         return adapted
     architecture = replace(checkpoint.architecture, labels=adapter.labels)
-    predicts = adapter.predicts
-    if predicts is None:  # as its labels, from the base if that has as many
-        alike = checkpoint.has_head and len(adapter.labels) == len(checkpoint.labels)
-        one = "number" if len(adapter.labels) == 1 else "label"
-        predicts = checkpoint.predicts if alike else one
+    predicts: Predicts = "number" if len(adapter.labels) == 1 else "label"
+    if adapter.predicts is not None:
+        predicts = adapter.predicts
+    elif checkpoint.has_head and len(adapter.labels) == len(checkpoint.labels):
+        predicts = checkpoint.predicts  # as its labels, from the base
     with_head = replace(adapted, has_head=True, architecture=architecture, predicts=predicts)
     # The adapter's head replaces the base's, whose tensors are not read and may have other shapes.
     own = {key for key, spec in with_head.specs.items() if not _is_of_head(spec)}

@@ -223,9 +223,10 @@ def _refuse_unfit_numbers(
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     from transformers import GlmConfig, GlmForCausalLM, GlmForSequenceClassification
 
-    config = GlmConfig(**native_config(checkpoint.architecture), dtype=dtype)
+    stated = native_config(checkpoint.architecture)
     if checkpoint.predicts != "label":
-        config.problem_type = PROBLEM_TYPES[checkpoint.predicts]
+        stated["problem_type"] = PROBLEM_TYPES[checkpoint.predicts]
+    config = GlmConfig(**stated, dtype=dtype)
     with torch.device("meta"):
         if not checkpoint.has_head:
             return GlmForCausalLM(config)

@@ -68,8 +68,9 @@ def _described(labels: object) -> dict[Any, str] | None:
     else:
         return None
     names = [str(name) for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"labels repeat: {some_of({n for n in names if names.count(n) > 1})}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"labels repeat: {some_of(repeated)}")
     described = {}
     for name, description in pairs:
         if not isinstance(description, str | None):
@@ -233,7 +234,7 @@ class ClassifyStep(Step):
         }
         for setting, value in of_labels.items():
             if value is not None:
-                raise ValueError(f"{setting} is for labels; with number: true remove it")
+                raise ValueError(f"number: true goes without {setting}; remove one of them")
         return self
 
     @property

@@ -112,7 +112,7 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
         ),
         (
             {"steps": [{"kind": "classify", "name": "a", "labels": {"x": "one", "X": "two"}}]},
-            "steps[0].labels: labels differ only in case: ['x', 'X']; keep one of them",
+            "steps[0].labels: labels differ only in case: ['X', 'x']; keep one of them",
         ),
         (
             {"steps": [{"kind": "classify", "name": "a", "labels": {"x": ""}, "compare": "prior"}]},
@@ -124,7 +124,7 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
         ),
         (
             {"steps": [{"kind": "classify", "name": "a", "number": True, "abstain_below": 0.5}]},
-            "abstain_below is for labels; with number: true remove it",
+            "number: true goes without abstain_below; remove one of them",
         ),
         (
             {

@@ -109,7 +109,8 @@ def test_a_null_in_one_file_does_not_change_labels(tmp_path: Path, write_source:
         pa.array([Decimal("1.5")], pa.decimal128(5, 2)),
         pa.array([1.5]).dictionary_encode(),
         pa.array([date(2024, 1, 1)]),
-        pa.array([[1]]),
+        pa.array([[0.5]]),
+        pa.array([[[1]]]),
     ],
     ids=lambda values: str(values.type),
 )

@@ -187,7 +187,9 @@ def test_codegeex2_is_recognized_by_its_name(tmp_path: Path, name: str) -> None:
 def test_a_config_says_what_a_head_predicts(
     tmp_path: Path, stated: dict[str, Any], rows: int, predicts: str
 ) -> None:
-    assert read_checkpoint(make_head(tmp_path, rows, stated)).predicts == predicts
+    directory = make_head(tmp_path, rows, stated)
+    assert read_checkpoint(directory).predicts == predicts
+    assert ("head that predicts a number" in describe(examine(directory))) == (predicts == "number")
 
 
 @pytest.mark.parametrize(
