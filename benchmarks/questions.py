@@ -2,7 +2,6 @@
 
     python benchmarks/questions.py               60 texts of 500 tokens, the `mid` shape, one core
     python benchmarks/questions.py --question-first        the text last, so that none is shared
-    python benchmarks/questions.py --behind 60   a note of about 60 tokens between text and question
 
 Then one step that chooses one of 20 labels, and one that judges each of them by itself. Jobs take
 turns on the same rows with the same loaded engine, and the figures are medians of CPU
@@ -68,7 +67,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--question-first", action="store_true")
-    parser.add_argument("--behind", type=int, default=0, help="tokens of a note behind the text")
     return parser.parse_args()
 
 
@@ -77,18 +75,16 @@ def write_texts(file: Path, options: argparse.Namespace) -> float:
     tokenizer = load_tokenizer(SAMPLE / "tiny-chatglm2")
     dataset = ds.dataset(SAMPLE / "labelled", format="parquet")
     reviews = dataset.to_table(columns=["text"]).column("text").to_pylist()
-
-    def text_of(row: int, at: int, tokens: int) -> str:
+    texts = []
+    for row in range(options.rows):
         text = f"{row}."
-        while len(tokenizer.encode_plain([text])[0]) < tokens:
+        at = 37 * row
+        while len(tokenizer.encode_plain([text])[0]) < options.tokens:
             text += f" {reviews[at % len(reviews)]}"
             at += 1
-        return text
-
-    texts = [text_of(row, 37 * row, options.tokens) for row in range(options.rows)]
-    notes = [text_of(row, 53 * row, options.behind) for row in range(options.rows)]
+        texts.append(text)
     file.parent.mkdir()
-    pq.write_table(pa.table({"text": texts, "note": notes}), file)
+    pq.write_table(pa.table({"text": texts}), file)
     return statistics.mean(map(len, tokenizer.encode_plain(texts)))
 
 
@@ -98,7 +94,6 @@ class Jobs:
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self._folder = folder
         self._question_first = options.question_first
-        self._has_note = options.behind > 0
         self._made = 0
 
     def questions(self, names: list[str]) -> list[dict[str, Any]]:
@@ -114,7 +109,7 @@ class Jobs:
         return [step]
 
     def _step(self, name: str, question: str, labels: list[str]) -> dict[str, Any]:
-        parts = ["{text}", *["{note}"] * self._has_note, question]
+        parts = ["{text}", question]
         template = "\n\n".join(parts[::-1] if self._question_first else parts)
         return {"kind": "classify", "name": name, "labels": labels, "prompt_template": template}
 
