@@ -250,7 +250,7 @@ def _measure_run(
 
 def _labels(question: Question) -> Sequence[str]:
     """The labels that a row may get; none if the step chooses no label."""
-    if not isinstance(question.step, ClassifyStep):
+    if not isinstance(question.step, ClassifyStep) or question.step.number:
         return ()
     return question.step.labels or question.model.labels
 
