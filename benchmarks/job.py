@@ -158,7 +158,7 @@ class Jobs:
         self._made = 0
 
     def make(self, **runtime: Any) -> JobConfig:
-        """The next job: the sample's job with short answers of one length."""
+        """The next job: the sample's first two steps with short answers of one length."""
         self._made += 1
         settings = yaml.safe_load((SAMPLE / "reviews.yaml").read_text(encoding="utf-8"))
         settings["data"] = {
@@ -169,6 +169,7 @@ class Jobs:
         settings["model"] = {"path": str(self._folder / "model"), "dtype": self._options.dtype}
         # Random weights rarely end an answer, so each would run to the last position.
         settings["steps"][1] |= {"max_tokens": ANSWER_TOKENS, "stop": []}
+        del settings["steps"][2:]
         settings["runtime"] = {"device": self._options.device, **runtime}
         return JobConfig.model_validate(settings)
 

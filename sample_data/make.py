@@ -2,7 +2,7 @@
 
     python sample_data/make.py               reviews, then checkpoint
     python sample_data/make.py reviews       the Parquet files, byte for byte
-    python sample_data/make.py checkpoint    trains tiny-chatglm2/, about twenty minutes on one core
+    python sample_data/make.py checkpoint    trains tiny-chatglm2/, about half an hour on one core
     python sample_data/make.py evaluate      scores the committed checkpoint on held-out reviews
 
 With --check, reviews and checkpoint are rebuilt in a temporary folder and compared. The exit code
@@ -99,7 +99,11 @@ def _evaluate(_check: bool) -> int:
     print(f"sensible replies {scores.sensible:.3f}")
     for check, share in scores.checks.items():
         print(f"  {check:17} {share:.3f}")
-    return 0 if min(scores.label_accuracy, scores.sensible) >= 0.9 else 1
+    print(f"right facts      {scores.facts:.3f}")
+    for name, score in scores.fields.items():
+        print(f"  {name:17} {score:.3f}")
+    good = min(scores.label_accuracy, scores.sensible) >= 0.9 and min(scores.fields.values()) >= 0.8
+    return 0 if good else 1
 
 
 def _job() -> JobConfig:

@@ -1,7 +1,8 @@
 """Train the sample's tiny ChatGLM2 from random weights, with the project's own training loop.
 
-Each labelled review becomes two instructions: the two prompts of `reviews.yaml` with their true
-answers. Training is seeded, in float32 and on one thread, so it gives the same bytes each time.
+Each labelled review becomes two instructions: the first two prompts of `reviews.yaml` with their
+true answers. Every second review becomes a third, for the job's extraction. Training is seeded, in
+float32 and on one thread, so it gives the same bytes each time.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from make_base import Shape, make_base
+from make_facts import encode_facts, fact_texts
 from muon import Muon
 
 from glmbatch.glm.checkpoint.save import save_checkpoint
-from glmbatch.glm.tokenizer import TOKENIZER_FILE
-from glmbatch.settings.job import JobConfig
+from glmbatch.glm.tokenizer import TOKENIZER_FILE, load_tokenizer
+from glmbatch.settings.job import ExtractStep, JobConfig
 from glmbatch.settings.tuning import TuneConfig
+from glmbatch.tuning.encode import TrainingRow
 from glmbatch.tuning.model import build_model
 from glmbatch.tuning.split import Labelled, read_labelled
 from glmbatch.tuning.train import encode_parts
@@ -29,6 +32,8 @@ from glmbatch.tuning.trainer import BETA2, WEIGHT_DECAY, make_trainer
 
 MAX_POSITIONS = 1024
 SHAPE = Shape(hidden_size=128, layers=4, vocabulary=2800, max_positions=MAX_POSITIONS)
+# Every second review is enough for the extraction, whose prompts are twice as long as the others.
+FACTS_EVERY = 2
 # The longest reply has some 40 tokens.
 MAX_ANSWER_TOKENS = 64
 TRAINING: dict[str, Any] = {
@@ -77,9 +82,12 @@ def build_checkpoint(
         labelled = read_labelled(config.data)
         examples = labelled.parts["train"]
         texts = [example.text for example in examples] + [example.label for example in examples]
+        asked = rows[::FACTS_EVERY]
+        texts += fact_texts(asked, _facts_step(job))
         base = Path(config.model.path)
         make_base(base, texts, SHAPE, config.training.seed)
-        model = _train(config, labelled, work / "trainer")
+        facts = encode_facts(asked, _facts_step(job), load_tokenizer(base), MAX_POSITIONS)
+        model = _train(config, labelled, facts, work / "trainer")
         # Two shards and an index. The published model has seven shards.
         save_checkpoint(
             model,
@@ -111,9 +119,14 @@ def _settings(instructions: Path, work: Path) -> TuneConfig:
     )
 
 
-def _train(config: TuneConfig, labelled: Labelled, folder: Path) -> Any:
+def _train(
+    config: TuneConfig, labelled: Labelled, facts: Sequence[TrainingRow], folder: Path
+) -> Any:
     """The trained model, with the weights of the better epoch."""
     rows, valid = encode_parts(config, labelled)
+    share = len(facts) // 100
+    rows += facts[share:]
+    valid += facts[:share]
     torch.manual_seed(config.training.seed)
     model = build_model(config, labelled.labels, "cpu")
     trainer = make_trainer(config, model, rows, valid, folder)
@@ -123,15 +136,21 @@ def _train(config: TuneConfig, labelled: Labelled, folder: Path) -> Any:
 
 
 def make_instructions(rows: Sequence[dict[str, Any]], job: JobConfig) -> Iterator[dict[str, str]]:
-    """The prompts of the job about each row, with the true answers.
+    """The prompts of the job's first two steps about each row, with the true answers.
 
     The reply's prompt contains the true label instead of the first step's answer.
     """
-    label_step, reply_step = job.steps
+    label_step, reply_step, _ = job.steps
     for row in rows:
         values = {"text": row["text"], "product": row["product"], label_step.name: row["label"]}
         for step, answer in ((label_step, row["label"]), (reply_step, row["reply"])):
             yield {"prompt": step.prompt_template.format_map(values), "answer": answer}
+
+
+def _facts_step(job: JobConfig) -> ExtractStep:
+    step = job.steps[2]
+    assert isinstance(step, ExtractStep)
+    return step
 
 
 @contextmanager

@@ -9,10 +9,13 @@ A reply is sensible if all of these are true:
 - it ends with the end token.
 
 The prompt of the reply contains the model's own sentiment, not the true one.
+
+A field of the facts scores 1 if it equals the true value. A list scores the F1 of its items.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +26,16 @@ import pyarrow.parquet as pq
 from glmbatch.glm.engine.loading import load_engine
 from glmbatch.glm.engine.protocol import Engine
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
-from glmbatch.settings.job import ClassifyStep, GenerateStep, JobConfig, ModelConfig, Step
+from glmbatch.settings.job import (
+    ClassifyStep,
+    ExtractStep,
+    GenerateStep,
+    JobConfig,
+    ModelConfig,
+    Step,
+)
 from glmbatch.steps.classify import Choice, ask_choices, label_set
+from glmbatch.steps.extract import Extraction, ask_extractions
 from glmbatch.steps.generate import Writing, ask_writings
 from glmbatch.steps.prompt import Prompt, build_prompts, one_by_one
 
@@ -37,23 +48,29 @@ TONES = {
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares of the held-out rows, from 0 to 1. `checks` are the parts of `sensible`."""
+    """Shares of the held-out rows, from 0 to 1. `checks` are the parts of `sensible`.
+
+    `fields` has the mean score of each field, and `facts` the share of rows with all fields right.
+    """
 
     rows: int
     label_accuracy: float
     recall: Mapping[str, float]
     checks: Mapping[str, float]
     sensible: float
+    fields: Mapping[str, float]
+    facts: float
 
 
 def evaluate(
     checkpoint: Path, held_out_file: Path, job: JobConfig, most_rows: int | None = None
 ) -> Scores:
-    """Run both steps of `job` with `checkpoint` on the held-out rows, in float32 on the CPU."""
+    """Run all steps of `job` with `checkpoint` on the held-out rows, in float32 on the CPU."""
     rows = pq.ParquetFile(held_out_file).read().to_pylist()[:most_rows]
-    label_step, reply_step = job.steps
+    label_step, reply_step, facts_step = job.steps
     assert isinstance(label_step, ClassifyStep)
     assert isinstance(reply_step, GenerateStep)
+    assert isinstance(facts_step, ExtractStep)
     tokenizer = load_tokenizer(checkpoint)
     runtime = job.runtime.model_copy(update={"device": "cpu"})
     engine = load_engine(ModelConfig(path=str(checkpoint), dtype="float32"), runtime)
@@ -61,9 +78,10 @@ def evaluate(
         labels = _ask_labels(label_step, rows, engine, tokenizer)
         asked = [{**row, label_step.name: label} for row, label in zip(rows, labels, strict=True)]
         replies = _ask_replies(reply_step, asked, engine, tokenizer)
+        facts = ask_facts(facts_step, rows, engine, tokenizer)
     finally:
         engine.close()
-    return _scores(rows, labels, replies)
+    return _scores(rows, labels, replies, facts)
 
 
 def _ask_labels(
@@ -79,9 +97,20 @@ def _ask_labels(
 def _ask_replies(
     step: GenerateStep, rows: Sequence[dict[str, Any]], engine: Engine, tokenizer: Tokenizer
 ) -> list[Writing | None]:
-    answers = dict(ask_writings(step, _prompts(step, rows, tokenizer), engine, tokenizer))
+    asked = one_by_one(_prompts(step, rows, tokenizer))
+    outcomes = ask_writings([(step, True)], asked, engine, tokenizer)
+    answers = {key: outcome for _, key, outcome in outcomes}
     writings = [answers.get(_key(place)) for place in range(len(rows))]
     return [writing if isinstance(writing, Writing) else None for writing in writings]
+
+
+def ask_facts(
+    step: ExtractStep, rows: Sequence[dict[str, Any]], engine: Engine, tokenizer: Tokenizer
+) -> list[Mapping[str, Any]]:
+    """The values of each row by field; empty if the row has no answer."""
+    answers = dict(ask_extractions(step, _prompts(step, rows, tokenizer), engine, tokenizer))
+    extractions = [answers.get(_key(place)) for place in range(len(rows))]
+    return [each.values if isinstance(each, Extraction) else {} for each in extractions]
 
 
 def _prompts(
@@ -110,8 +139,27 @@ def check_reply(row: Mapping[str, Any], reply: str) -> dict[str, bool]:
     }
 
 
+def score_facts(true: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, float]:
+    """The score of each field of `facts`, from 0 to 1."""
+    scores = {}
+    for name, value in true.items():
+        answer = facts.get(name)
+        is_list = isinstance(value, list) and isinstance(answer, list)
+        scores[name] = _f1(value, answer) if is_list else float(answer == value)
+    return scores
+
+
+def _f1(true: Sequence[str], answer: Sequence[str]) -> float:
+    """Twice the items in both lists, as a share of all their items; 1 if both are empty."""
+    common = sum((Counter(true) & Counter(answer)).values())
+    return 2 * common / (len(true) + len(answer)) if true or answer else 1.0
+
+
 def _scores(
-    rows: Sequence[dict[str, Any]], labels: Sequence[str], replies: Sequence[Writing | None]
+    rows: Sequence[dict[str, Any]],
+    labels: Sequence[str],
+    replies: Sequence[Writing | None],
+    facts: Sequence[Mapping[str, Any]],
 ) -> Scores:
     hits: dict[str, list[bool]] = {label: [] for label in sorted({row["label"] for row in rows})}
     checks: dict[str, list[bool]] = {}
@@ -123,14 +171,17 @@ def _scores(
         for name, holds in of_row.items():
             checks.setdefault(name, []).append(holds)
         sensible.append(all(of_row.values()))
+    of_fields = [score_facts(row["facts"], each) for row, each in zip(rows, facts, strict=True)]
     return Scores(
         rows=len(rows),
         label_accuracy=sum(map(sum, hits.values())) / len(rows),
         recall={label: _share(of_label) for label, of_label in hits.items()},
         checks={name: _share(held) for name, held in checks.items()},
         sensible=_share(sensible),
+        fields={name: _share([of_row[name] for of_row in of_fields]) for name in rows[0]["facts"]},
+        facts=_share([set(of_row.values()) == {1.0} for of_row in of_fields]),
     )
 
 
-def _share(hits: Sequence[bool]) -> float:
+def _share(hits: Sequence[float]) -> float:
     return sum(hits) / len(hits)

@@ -1,4 +1,4 @@
-"""Generate customer reviews of known sentiment, and the replies of a good shop. No files.
+"""Generate customer reviews with known answers: label, facts and a good shop's reply. No files.
 
 A review consists of clauses. Each clause is an opinion about one aspect in one frame: "the sound
 is far from crisp" has the aspect `sound`, the word `crisp` and the frame `the {a} is far from {p}`.
@@ -35,12 +35,30 @@ from make_words import (
 Label = Literal["positive", "negative", "neutral"]
 LABELS: tuple[Label, ...] = ("positive", "neutral", "negative")
 HELD_OUT_SHARE = 1 / 7
+# The most aspects that the facts list: the first ones of the text.
+MOST_ASPECTS = 5
 _OPPOSITE: dict[Label, Label] = {"positive": "negative", "negative": "positive"}
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a review says, in the language of its reply: the true fields of the job's `facts`.
+
+    `product` has no brand. `aspects` are in the order of the text, each once. `rating` is 5 for
+    praise alone, 4 for praise with a concession, 3 if neutral, 2 for blame with a concession, and
+    1 for blame alone. `wish` is a refund if the customer wants one, else the first aspect that is
+    blamed, else None.
+    """
+
+    product: str
+    aspects: tuple[str, ...]
+    rating: int
+    wish: str | None
+
+
+@dataclass(frozen=True)
 class Review:
-    """One review with its true label and reply.
+    """One review with its true label, facts and reply.
 
     `good`, `bad` and `middling` name its aspects in the language of `reply`.
     """
@@ -54,6 +72,7 @@ class Review:
     bad: tuple[str, ...]
     middling: tuple[str, ...]
     reply: str
+    facts: Facts
 
 
 @dataclass
@@ -98,7 +117,8 @@ def write_review(rng: random.Random, *, held_out: bool, clauses: int = 0) -> Rev
         for polarity in ("positive", "negative", "neutral")
     )
     reply = _reply(draft, label, product)
-    return Review(language, kind.category, product, text, label, good, bad, middling, reply)
+    facts = _facts(draft, body, label)
+    return Review(language, kind.category, product, text, label, good, bad, middling, reply, facts)
 
 
 def is_held_out(*parts: str) -> bool:
@@ -116,7 +136,10 @@ def _polar_body(draft: _Draft, label: Label, clauses: int) -> str:
     if draft.chance(0.22):
         concession = _clauses(draft, _OPPOSITE[label], 1)
         contrast = draft.pick(words.contrasts)
-        order = (concession, main) if draft.chance(0.8) else (main, concession)
+        order = (main, concession)
+        if draft.chance(0.8):
+            order = (concession, main)
+            draft.said.insert(0, draft.said.pop())  # `said` is in the order of the text
         return words.stop.join((contrast.join(order), verdict))
     return words.stop.join((main, verdict)) if draft.chance(0.4) else main
 
@@ -213,6 +236,19 @@ def _finish(draft: _Draft, body: str) -> str:
         sentences = text.split(". ")
         text = ". ".join(sentence[:1].upper() + sentence[1:] for sentence in sentences)
     return text
+
+
+def _facts(draft: _Draft, body: str, label: Label) -> Facts:
+    """The facts of a review, known from its opinions and its clean `body`."""
+    aspects = tuple(dict.fromkeys(draft.name(aspect) for _, aspect in draft.said))
+    is_mixed = len({polarity for polarity, _ in draft.said}) > 1
+    rating = {"positive": 5 - is_mixed, "neutral": 3, "negative": 1 + is_mixed}[label]
+    blamed = [draft.name(aspect) for polarity, aspect in draft.said if polarity == "negative"]
+    wish = blamed[0] if blamed else None
+    if draft.words.refund["said"] in body:
+        wish = draft.words.refund["wish"]
+    product = draft.kind.en if draft.language == "en" else draft.kind.zh
+    return Facts(product, aspects[:MOST_ASPECTS], rating, wish)
 
 
 def _reply(draft: _Draft, label: Label, product: str) -> str:

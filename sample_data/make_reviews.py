@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,17 @@ LABELLED_SCHEMA = pa.schema(
         pa.field("good", pa.list_(pa.string())),
         pa.field("bad", pa.list_(pa.string())),
         pa.field("middling", pa.list_(pa.string())),
+        pa.field(
+            "facts",
+            pa.struct(
+                [
+                    pa.field("product", pa.string()),
+                    pa.field("aspects", pa.list_(pa.string())),
+                    pa.field("rating", pa.int8()),
+                    pa.field("wish", pa.string()),
+                ]
+            ),
+        ),
     ]
 )
 
@@ -250,9 +261,7 @@ def _training_rows(rng: random.Random) -> list[dict[str, Any]]:
 
 
 def _labelled_row(review: Review) -> dict[str, Any]:
-    return {field.name: getattr(review, field.name) for field in LABELLED_SCHEMA} | {
-        name: list(getattr(review, name)) for name in ("good", "bad", "middling")
-    }
+    return asdict(review)
 
 
 def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:

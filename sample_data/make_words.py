@@ -57,6 +57,7 @@ class Language:
     distractions: tuple[str, ...]
     unused: tuple[str, ...]
     verdicts: dict[str, tuple[str, ...]]
+    refund: dict[str, str]
     comma: str
     stop: str
     also: tuple[str, ...]

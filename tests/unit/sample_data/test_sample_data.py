@@ -7,6 +7,7 @@ import random
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,27 @@ import pytest
 import torch
 
 from glmbatch.glm.checkpoint.load import load_model
+from glmbatch.glm.engine.loading import load_engine
+from glmbatch.glm.form import RowForm
 from glmbatch.glm.tokenizer import load_tokenizer
-from glmbatch.settings.job import ClassifyStep, GenerateStep, JobConfig
+from glmbatch.settings.job import (
+    ClassifyStep,
+    ExtractStep,
+    GenerateStep,
+    JobConfig,
+    ModelConfig,
+    RuntimeConfig,
+)
 from glmbatch.settings.jobfile import load_job
+from glmbatch.steps.extract import as_json, form_of
+from glmbatch.steps.generate import request_of
 from glmbatch.steps.prompt import Prompt, build_prompts
 
 SAMPLE = Path(__file__).resolve().parents[3] / "sample_data"
 sys.path.insert(0, str(SAMPLE))
 
+from make_evaluation import evaluate, score_facts  # noqa: E402
+from make_facts import answer_ids  # noqa: E402
 from make_grammar import write_review  # noqa: E402
 from make_reviews import PARTS, write_parquet  # noqa: E402
 
@@ -161,10 +175,38 @@ def test_both_parts_of_the_split_use_the_same_words() -> None:
     assert common <= words[False].keys()
 
 
-def test_the_job_asks_for_a_label_and_then_a_reply(job: JobConfig) -> None:
-    label, reply = job.steps
+def test_the_facts_of_a_review_agree_with_its_opinions() -> None:
+    wishes = Counter[str]()
+    for seed in range(2000):
+        review = write_review(random.Random(seed), held_out=True)
+        good, bad, facts = review.good, review.bad, review.facts
+        # An aspect is named once, even if the review both praises and blames it.
+        assert set(facts.aspects) == {*good, *bad, *review.middling}
+        assert review.product.endswith(facts.product) and review.product != facts.product
+        stars = {"positive": 4 if bad else 5, "neutral": 3, "negative": 2 if good else 1}
+        assert facts.rating == stars[review.label]
+        kind = "none" if facts.wish is None else "aspect" if facts.wish in bad else facts.wish
+        assert not (kind == "none" and bad)
+        wishes[kind] += 1
+    assert wishes.keys() == {"none", "aspect", "refund", "退货"}
+
+
+def test_facts_name_aspects_in_the_order_of_the_text() -> None:
+    for seed in range(2000):
+        review = write_review(random.Random(seed), held_out=False)
+        places = [review.text.lower().find(name) for name in review.facts.aspects]
+        # A typo, traditional characters or full-width letters may hide a name.
+        if -1 not in places and review.language != "mixed":
+            assert places == sorted(places), review.text
+
+
+def test_the_job_asks_for_a_label_a_reply_and_facts(job: JobConfig) -> None:
+    label, reply, facts = job.steps
     assert isinstance(label, ClassifyStep)
     assert isinstance(reply, GenerateStep)
+    assert isinstance(facts, ExtractStep)
+    truth = pq.ParquetFile(SAMPLE / "labelled" / "held_out.parquet").schema_arrow.field("facts")
+    assert [field.name for field in facts.fields] == [field.name for field in truth.type]
     assert label.labels == ["positive", "neutral", "negative"]
     assert f"{{{label.name}}}" in reply.prompt_template
     assert (job.data.input, job.data.output) == ("sample_data/reviews", "sample_data/out")
@@ -203,13 +245,46 @@ def test_the_checkpoint_classifies_held_out_reviews(job: JobConfig) -> None:
     assert right / len(held_out) >= 0.9
 
 
-@pytest.mark.slow
-def test_the_checkpoint_replies_to_held_out_reviews(job: JobConfig) -> None:
-    from make_evaluation import evaluate
+def test_the_checkpoint_extracts_facts_as_it_was_trained(job: JobConfig) -> None:
+    step = job.steps[2]
+    assert isinstance(step, ExtractStep)
+    held_out = read(SAMPLE / "labelled" / "held_out.parquet")[:100]
+    form = form_of(step, load_tokenizer(CHECKPOINT))
+    prompts = build_prompts(step, held_out, form.tokenizer, chat=True, max_input_tokens=900)
+    requests = []
+    for index, prompt in enumerate(prompts):
+        assert isinstance(prompt, Prompt)
+        request = request_of(step, index, bytes(16), prompt, form.longest)
+        requests.append(replace(request, form=RowForm(form, {})))
+    model = ModelConfig(path=str(CHECKPOINT), dtype="float32")
+    engine = load_engine(model, RuntimeConfig(device="cpu"))
+    try:
+        answers = {result.index: list(result.ids) for result in engine.generate(requests)}
+    finally:
+        engine.close()
+    # The same tokens, not only the same values: the engine asks as the training did.
+    right = 0
+    for index, row in enumerate(held_out):
+        right += answers[index] == answer_ids(form, as_json(row["facts"]))
+    assert right / len(held_out) >= 0.6
 
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [(["a", "b"], 1.0), (["b"], 2 / 3), (["b", "c"], 0.5), ([], 0.0), (None, 0.0)],
+)
+def test_a_list_scores_the_items_that_it_shares(answer: list[str] | None, score: float) -> None:
+    assert score_facts({"aspects": ["a", "b"]}, {"aspects": answer}) == {"aspects": score}
+    assert score_facts({"aspects": []}, {"aspects": answer or []})["aspects"] == (not answer)
+
+
+@pytest.mark.slow
+def test_the_checkpoint_answers_held_out_reviews(job: JobConfig) -> None:
     scores = evaluate(CHECKPOINT, SAMPLE / "labelled" / "held_out.parquet", job, most_rows=300)
     assert scores.label_accuracy >= 0.9
     assert scores.sensible >= 0.9
+    assert scores.facts >= 0.6
+    assert min(scores.fields.values()) >= 0.8
 
 
 @pytest.mark.slow
