@@ -177,7 +177,9 @@ def _ask_choices(
             ids = [[*prompt.ids, *begin] for begin in begins]
             yield [(at, key, replace(prompt, ids=of_field)) for at, of_field in enumerate(ids)]
 
-    for at, key, choice in ask_choices(label_sets, rows() if fields else (), engine):
+    if not fields:
+        return
+    for at, key, choice in ask_choices(label_sets, rows(), engine):
         if isinstance(choice, Choice):
             assert choice.label is not None  # only a classify step abstains
             yield fields[at].name, key, (choice.label, choice.score)

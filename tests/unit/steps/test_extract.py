@@ -107,15 +107,22 @@ def least(step: ExtractStep) -> int:
     return sum(field.least_tokens for field in step.fields)
 
 
-def test_no_answer_is_broken_or_outside_its_schema(model: Any, tokenizer: Tokenizer) -> None:
+def test_none_of_a_thousand_is_broken_or_depends_on_its_batch(
+    model: Any, tokenizer: Tokenizer
+) -> None:
     cut = whole = 0
-    with engine_of(model, tokenizer) as engine:
+    with (
+        engine_of(model, tokenizer) as engine,
+        engine_of(model, tokenizer, max_slots=7, max_batch_tokens=300) as other,
+    ):
         sampled = steps(temperature=1.0, top_k=0, top_p=1.0)
         for (fields, plain), extra in product(zip(SCHEMAS, sampled, strict=True), range(4)):
             max_tokens = least(plain) + extra**3
             step = plain.model_copy(update={"max_tokens": max_tokens, "seed": extra})
-            answers = ask(step, prompts_of(step, 25, tokenizer), engine, tokenizer)
+            prompts = prompts_of(step, 25, tokenizer)
+            answers = ask(step, prompts, engine, tokenizer)
             assert len(answers) == 25
+            assert_same(ask(step, dict(reversed(prompts.items())), other, tokenizer), answers)
             for answer in answers.values():
                 assert isinstance(answer, Extraction)
                 assert faults(fields, answer.values) == []
