@@ -1,4 +1,4 @@
-"""The flow of a training: from labelled rows to a checkpoint, promoted if it scores higher."""
+"""The flow of a training: from labelled rows to a checkpoint, promoted if it is better."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tasks.policies import retried
 
 @flow(name="finetune", flow_run_name="finetune {config.data.input}")
 def finetune(config: TuneConfig) -> Report:
-    """Train and evaluate a checkpoint, promote it if it scores higher, and return the report."""
+    """Train and evaluate a checkpoint, promote it if it is better, and return the report."""
     runtime = config.runtime
     with logged_on_page():
         folder = retried(tasks.begin, runtime)(config)

@@ -53,6 +53,8 @@ def evaluate(config: TuneConfig, folder: str) -> Report:
     retry_condition_fn=machine_failed,
 )
 def promote(config: TuneConfig, report: Report) -> Report:
-    """Promote the checkpoint if it scores higher, and show the report on the flow run's page."""
-    create_markdown_artifact(card(report), key="finetune", description=report.reason)
-    return tuning.promote(config, report)
+    """Promote the checkpoint if it is better, and show the report on the flow run's page."""
+    # It may be compared anew, so the card comes after it.
+    decided = tuning.promote(config, report)
+    create_markdown_artifact(card(decided), key="finetune", description=decided.reason)
+    return decided

@@ -10,6 +10,7 @@ from glmbatch.settings.job import Address, RuntimeConfig, Settings, Share, place
 from glmbatch.settings.kinds import LocalAddress
 from glmbatch.settings.model import ModelSetting
 
+Rival = Literal["base", "current", "baseline"]
 SplitShare = Annotated[float, Field(gt=0, le=0.5)]
 # Training all weights needs the smallest steps. A head starts from random weights, so it takes the
 # largest.
@@ -143,7 +144,7 @@ class TrainingConfig(Settings):
 
 
 class TuneConfig(Settings):
-    """One training: from labelled rows to a checkpoint, promoted if it scores higher."""
+    """One training: from labelled rows to a checkpoint, promoted if it is better."""
 
     data: LabelledData = Field(
         description="Where labelled rows are read from and how they are split."
@@ -170,6 +171,18 @@ class TuneConfig(Settings):
         "a generator keeps the epoch with the lowest loss. Choose macro_f1 if labels are "
         "unbalanced. Empty: accuracy; micro_f1 where rows may have several labels, or "
         "rouge_l with a response_column.",
+    )
+    must_beat: list[Rival] = Field(
+        ["base", "current", "baseline"],
+        description="What the result must score higher than to be promoted, on the same test rows "
+        "and by more than chance explains. base: the model before the training, asked with the "
+        "labels named. current: the checkpoint promoted before. baseline: TF-IDF, where that is "
+        "better than the same answer to every row. All of them are scored anyway.",
+    )
+    least_test_rows: int = Field(
+        100,
+        ge=1,
+        description="Least number of test rows; with fewer, nothing is promoted.",
     )
     runtime: RuntimeConfig = Field(
         default_factory=RuntimeConfig,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,10 +34,19 @@ WAYS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def score_baseline(
-    parts: Mapping[Part, Sequence[Example]], labels: Sequence[str]
-) -> tuple[str, Scores | SelectionScores]:
-    """Name and test scores of the baseline that is better on the validation rows.
+Guess = str | list[str]
+
+
+class Baseline(NamedTuple):
+    """The name of a baseline, its test scores, and its answer to each test row."""
+
+    name: str
+    scores: Scores | SelectionScores
+    answers: list[Guess]
+
+
+def score_baseline(parts: Mapping[Part, Sequence[Example]], labels: Sequence[str]) -> Baseline:
+    """The baseline that is better on the validation rows.
 
     Where a row may have several labels, each label has a classifier of its own. The most frequent
     label is the baseline if the texts share no features.
@@ -46,7 +55,7 @@ def score_baseline(
     several = parts["train"][0].several is not None
     probabilities_of = _of_each if several else _of_one
     best_measured = -1.0
-    best: tuple[str, Scores | SelectionScores] | None = None
+    best: Baseline | None = None
     for name, way in WAYS.items():
         answers = _answers(parts, labels, way, probabilities_of)
         if answers is None:
@@ -56,7 +65,11 @@ def score_baseline(
         measured = scores.accuracy if isinstance(scores, Scores) else scores.micro_f1
         if measured > best_measured:
             best_measured = measured
-            best = f"TF-IDF of {name} and logistic regression", _score(parts["test"], test, labels)
+            best = Baseline(
+                f"TF-IDF of {name} and logistic regression",
+                _score(parts["test"], test, labels),
+                _guesses(test, labels, several=several),
+            )
     if best is not None:
         return best
     # Neither variant found a feature, because the texts share nothing.
@@ -65,9 +78,32 @@ def score_baseline(
         counts.update(example.names)
     guess = max(labels, key=counts.__getitem__)
     truth = [example.names for example in parts["test"]]
+    name = "the most frequent label"
     if several:
-        return "the most frequent label", score_selections(truth, [[guess]] * len(truth), labels)
-    return "the most frequent label", score(_labels(parts["test"]), [guess] * len(truth), labels)
+        selected = [[guess]] * len(truth)
+        return Baseline(name, score_selections(truth, selected, labels), [*selected])
+    guesses = [guess] * len(truth)
+    return Baseline(name, score(_labels(parts["test"]), guesses, labels), [*guesses])
+
+
+def same_for_all(scores: Scores | SelectionScores, metric: str) -> Guess:
+    """The answer that scores best if every row gets the same: a label, or several.
+
+    `scores` are any of the rows, for the number of rows of each label.
+    """
+    labels = sorted(scores.labels, key=lambda label: -scores.labels[label].rows)
+    if isinstance(scores, Scores):
+        return labels[0]
+    # Which rows have a label does not matter to answers that are the same for all.
+    rows = np.arange(scores.rows)[:, None]
+    truth_RL = rows < np.array([scores.labels[label].rows for label in labels])
+    best: tuple[list[str], float] = ([], 0.0)
+    for count in range(1, len(labels) + 1):  # the most frequent ones, whatever their number
+        guess_RL = np.broadcast_to(np.arange(len(labels)) < count, truth_RL.shape)
+        measured = getattr(score_arrays(truth_RL, guess_RL), metric)
+        if measured > best[1]:
+            best = (labels[:count], measured)
+    return best[0]
 
 
 # Gives the probabilities of labels in other rows, from the features and labels of training rows.
@@ -134,9 +170,18 @@ def _score(
     if examples[0].several is not None:
         truth_RL = has_labels([row.names for row in examples], labels)
         return score_arrays(truth_RL, probabilities_RL >= EVEN, labels, probabilities_RL)
-    predicted = [labels[number] for number in probabilities_RL.argmax(axis=1)]
+    predicted = [str(guess) for guess in _guesses(probabilities_RL, labels, several=False)]
     confidence = probabilities_RL.max(axis=1).tolist()
     return score(_labels(examples), predicted, labels, confidence)
+
+
+def _guesses(probabilities_RL: np.ndarray, labels: Sequence[str], *, several: bool) -> list[Guess]:
+    if not several:
+        return [labels[number] for number in probabilities_RL.argmax(axis=1)]
+    guesses: list[Guess] = []
+    for applies_L in probabilities_RL >= EVEN:
+        guesses.append([labels[int(number)] for number in np.flatnonzero(applies_L)])
+    return guesses
 
 
 def _texts(examples: Sequence[Example]) -> list[str]:

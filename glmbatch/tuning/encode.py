@@ -62,6 +62,16 @@ def step_of(settings: Mapping[str, Any], *, several: bool = False) -> ClassifySt
     return GenerateStep(**asked, max_tokens=training["max_answer_tokens"])
 
 
+def question_of(template: str, labels: Sequence[str]) -> str:
+    """`template`, followed by a question that names `labels` unless it names all of them."""
+    named = template.casefold()
+    if all(label.casefold() in named for label in labels):
+        return template
+    *others, last = (label.replace("{", "{{").replace("}", "}}") for label in labels)
+    listed = f"{', '.join(others)} or {last}" if others else last
+    return f"{template}\n\nIs this {listed}?"
+
+
 def encode_rows(
     examples: Sequence[Example],
     labels: Sequence[str],

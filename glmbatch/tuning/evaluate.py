@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
-from glmbatch.errors import InputError
+from glmbatch.errors import InputError, some_of
+from glmbatch.evaluation.bootstrap import groups_of
+from glmbatch.evaluation.paired import Answer, compare_answers
 from glmbatch.run.job import run_job
+from glmbatch.run.models import locate_model, prepare_model
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import (
     ClassifyStep,
@@ -24,8 +28,8 @@ from glmbatch.settings.job import (
     RuntimeConfig,
 )
 from glmbatch.settings.tuning import TuneConfig
-from glmbatch.tuning.baseline import score_baseline
-from glmbatch.tuning.encode import STEP, step_of
+from glmbatch.tuning.baseline import Baseline, same_for_all, score_baseline
+from glmbatch.tuning.encode import STEP, question_of, step_of
 from glmbatch.tuning.examples import Example, text_keys
 from glmbatch.tuning.report import (
     CHECKPOINT,
@@ -33,12 +37,19 @@ from glmbatch.tuning.report import (
     REPORT,
     TRAINED,
     AnyScores,
+    Comparison,
     Mistake,
     Report,
     installed_versions,
     read_report,
 )
-from glmbatch.tuning.scores import SelectionScores, score, score_selections, score_texts
+from glmbatch.tuning.scores import (
+    SelectionScores,
+    TextScores,
+    score,
+    score_selections,
+    score_texts,
+)
 from glmbatch.tuning.split import Labelled, read_labelled, with_metric
 
 MISTAKES_KEPT = 20  # few enough to read
@@ -55,26 +66,40 @@ class HeldOut(NamedTuple):
     labels: Sequence[str]
 
 
+class Answered(NamedTuple):
+    """What a model answered to the held-out rows, and its mistakes, most confident first."""
+
+    scores: AnyScores
+    answers: Sequence[Answer]
+    mistakes: Sequence[Mistake]
+
+
+RIVALS = {"base": "the untrained base", "current": "the current checkpoint"}
+Rival = Literal["constant", "base", "current", "baseline"]
+
+
 def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
-    """The report of a run: its scores, and those of `current` and the baseline on the same rows.
+    """The report of a run: its scores, and those of its rivals on the same rows.
 
     The decision on the promotion is still missing.
     """
     labelled = _without_learned(read_labelled(config.data), current, config.data.input)
     config = with_metric(config, labelled)
-    # Both checkpoints answer the same rows, each with the prompts of its own training.
+    # All answer the same rows, each with the prompts of its own training.
     held_out = HeldOut(labelled.parts["test"], labelled.labels)
     step = step_of(config.model_dump(), several=labelled.several)
-    scores, mistakes = evaluate(run / CHECKPOINT, step, held_out, config.runtime, run / "test")
+    own = ModelConfig(path=str(run / CHECKPOINT))
+    ours = evaluate(own, step, held_out, config.runtime, run / "test")
     training = json.loads((run / TRAINED).read_text(encoding="utf-8"))
-    baseline_name, baseline = "none", None
-    if not config.writes:
-        baseline_name, baseline = score_baseline(labelled.parts, labelled.labels)
-        if training.get("cut_texts"):
-            baseline_name += " (on the full texts)"
-    current_scores = None
+    baseline = None if config.writes else score_baseline(labelled.parts, labelled.labels)
+    if baseline is not None and training.get("cut_texts"):
+        baseline = baseline._replace(name=f"{baseline.name} (on the full texts)")
+    answered = None
     if current is not None:
-        current_scores = _score_current(current, (config, step), held_out, run / "current")
+        answered = _score_current(current, (config, step), held_out, run / "current")
+    untrained, note = _score_base(config, step, held_out, run / "base")
+    rivals: dict[Rival, Answered | Baseline | None] = {"base": untrained, "current": answered}
+    rivals["baseline"] = baseline
     return Report(
         run=run.name,
         checkpoint=str(run / CHECKPOINT),
@@ -83,12 +108,15 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
         base=config.model.path,
         audit=labelled.audit,
         training=training,
-        scores=scores,
-        mistakes=tuple(mistakes[:MISTAKES_KEPT]),
-        baseline_name=baseline_name,
-        baseline=baseline,
-        current=current_scores,
+        scores=ours.scores,
+        mistakes=tuple(ours.mistakes[:MISTAKES_KEPT]),
+        baseline_name="none" if baseline is None else baseline.name,
+        baseline=None if baseline is None else baseline.scores,
+        current=None if answered is None else answered.scores,
         compared_with=None if current is None else current.name,
+        untrained=None if untrained is None else untrained.scores,
+        untrained_note=note,
+        comparisons=tuple(_compared(config.promoted_by, held_out, ours, rivals)),
         promoted=False,
         reason="",
         versions=installed_versions(),
@@ -123,8 +151,8 @@ def _without_learned(labelled: Labelled, current: Path | None, source: str) -> L
 
 def _score_current(
     current: Path, asked: tuple[TuneConfig, AskedStep], held_out: HeldOut, folder: Path
-) -> AnyScores:
-    """Scores of the currently promoted checkpoint. InputError if it cannot be compared.
+) -> Answered:
+    """The currently promoted checkpoint on the rows. InputError if it cannot be compared.
 
     `asked` are the settings of the new one, and its step.
     """
@@ -143,18 +171,77 @@ def _score_current(
     # It may have labels that these rows lack, and lack some that they have.
     labels = sorted({*held_out.labels, *report.labels})
     everything = HeldOut(held_out.rows, labels)
-    scores, _ = evaluate(current / CHECKPOINT, step, everything, config.runtime, folder)
-    return scores
+    checkpoint = ModelConfig(path=str(current / CHECKPOINT))
+    return evaluate(checkpoint, step, everything, config.runtime, folder)
+
+
+def _score_base(
+    config: TuneConfig, new_step: AskedStep, held_out: HeldOut, folder: Path
+) -> tuple[Answered | None, str]:
+    """The model before the training on the rows; or None, and why it cannot answer them.
+
+    Its prompt is that of the training, with the labels named.
+    """
+    base = prepare_model(locate_model(config.model, config.runtime))
+    step = new_step
+    if isinstance(new_step, ClassifyStep):
+        labels: list[str] | None = list(held_out.labels)
+        template = new_step.prompt_template
+        if base.has_head:
+            if sorted(base.labels) != sorted(held_out.labels):
+                return None, "its head has other labels"
+            labels = None
+        else:
+            template = question_of(template, held_out.labels)
+        asked = new_step.model_dump() | {"labels": labels, "prompt_template": template}
+        # The question behind the text must not cost the text its end.
+        asked["max_input_tokens"] = None
+        try:
+            step = ClassifyStep.model_validate(asked)
+        except ValidationError as error:
+            return None, error.errors()[0]["msg"].removeprefix("Value error, ")
+    try:
+        return evaluate(config.model, step, held_out, config.runtime, folder), ""
+    except InputError as error:  # such as a head that was trained with another prompt
+        if not base.has_head:
+            raise
+        return None, str(error)
+
+
+def _compared(
+    metric: str,
+    held_out: HeldOut,
+    ours: Answered,
+    rivals: Mapping[Rival, Answered | Baseline | None],
+) -> Iterator[Comparison]:
+    """The run beside the same answer for all and beside each of `rivals`, by what decides."""
+    compared: list[tuple[Rival, str, Sequence[Answer]]] = []
+    if not isinstance(ours.scores, TextScores):
+        constant = same_for_all(ours.scores, metric)
+        shown = repr(constant) if isinstance(constant, str) else some_of(constant)
+        always = f"always answering {shown}"
+        compared.append(("constant", always, [constant] * len(held_out.rows)))
+    for rival, answered in rivals.items():
+        if answered is not None:
+            name = answered.name if isinstance(answered, Baseline) else RIVALS[rival]
+            compared.append((rival, name, answered.answers))
+    truth: list[Answer] = []
+    for row in held_out.rows:
+        truth.append(row.label if row.several is None else row.several)
+    group_R = groups_of([row.same for row in held_out.rows])
+    for rival, name, theirs in compared:
+        test = compare_answers(metric, truth, ours.answers, theirs, group_R)
+        yield Comparison(rival=rival, name=name, test=test)
 
 
 def evaluate(
-    checkpoint: Path,
+    model: ModelConfig,
     step: AskedStep,
     held_out: HeldOut,
     runtime: RuntimeConfig,
     folder: Path,
-) -> tuple[AnyScores, list[Mistake]]:
-    """Scores of `checkpoint` on the held-out rows, and its mistakes, most confident first.
+) -> Answered:
+    """The answers of `model` to the held-out rows, and their scores.
 
     The job's files are in `folder`, which is deleted at the end.
     """
@@ -164,7 +251,7 @@ def evaluate(
     pq.write_table(pa.table({"text": texts}), folder / "rows.parquet")
     job = JobConfig(
         data=DataConfig(input=str(folder / "rows.parquet"), output=str(folder / "answers")),
-        model=ModelConfig(path=str(checkpoint)),
+        model=model,
         steps=[step],
         max_error_rate=1.0,  # a row without an answer counts as wrong
         runtime=RuntimeConfig(device=runtime.device, max_batch_tokens=runtime.max_batch_tokens),
@@ -181,8 +268,9 @@ def evaluate(
     mistakes = _mistakes(held_out.rows, answers, confidence)
     truth = [row.label for row in held_out.rows]
     if isinstance(step, GenerateStep):
-        return score_texts(truth, answers), mistakes
-    return score(truth, answers, held_out.labels, confidence), mistakes
+        return Answered(score_texts(truth, answers), answers, mistakes)
+    scores = score(truth, answers, held_out.labels, confidence)
+    return Answered(scores, answers, mistakes)
 
 
 def _read_answers(folder: Path, step: AskedStep) -> pa.Table:
@@ -195,8 +283,8 @@ def _read_answers(folder: Path, step: AskedStep) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _score_selections(held_out: HeldOut, table: pa.Table) -> tuple[SelectionScores, list[Mistake]]:
-    """The scores of answers with several labels, and the mistakes; a row without one has none."""
+def _score_selections(held_out: HeldOut, table: pa.Table) -> Answered:
+    """Answers with several labels; a row without one has none."""
     columns = Columns(STEP)
     selected = [labels or [] for labels in table.column(columns.answer).to_pylist()]
     probabilities = [scores or {} for scores in table.column(columns.scores).to_pylist()]
@@ -204,7 +292,8 @@ def _score_selections(held_out: HeldOut, table: pa.Table) -> tuple[SelectionScor
     confidence = [value or 0.0 for value in table.column(columns.score).to_pylist()]
     answers = [", ".join(sorted(labels)) for labels in selected]
     mistakes = _mistakes(held_out.rows, answers, confidence)
-    return score_selections(truth, selected, held_out.labels, probabilities), mistakes
+    scores = score_selections(truth, selected, held_out.labels, probabilities)
+    return Answered(scores, selected, mistakes)
 
 
 def _kind(step: AskedStep) -> tuple[type, bool]:

@@ -3,7 +3,7 @@
     begin     examples, split      read and audit the rows; choose the run's folder
     train     train, trainer       token ids to trained weights, in one or several processes
     evaluate  evaluate, baseline   score on held-out rows, through the job that will use it
-    promote   promote              make it the current checkpoint if it scores higher
+    promote   promote              make it the current checkpoint if it is better
 
     OUTPUT/runs/<id>/checkpoint/   the new checkpoint, in the published layout
     OUTPUT/runs/<id>/adapter/      with LoRA: the adapter that was merged into it
@@ -36,6 +36,9 @@ from glmbatch.tuning.render import write_report
 from glmbatch.tuning.report import RUNS, TRAINED, TRAINER, Report, read_report
 from glmbatch.tuning.split import read_labelled, with_metric
 
+# Settings of the result's place, of speed and of the promotion do not make another run.
+UNIDENTIFIED = {"output", "runtime", "must_beat", "least_test_rows"}
+
 
 def finetune(config: TuneConfig) -> Report:
     """Train and evaluate, promote if better, and return the report.
@@ -67,8 +70,7 @@ def begin(config: TuneConfig) -> str:
     labelled = read_labelled(config.data)
     with_metric(config, labelled)  # refuses one that cannot score these rows
     base = prepare_model(locate_model(config.model, config.runtime)).identity
-    # Settings that change only the place of the result or the speed do not make another run.
-    settings = config.model_dump(mode="json", exclude={"output", "runtime"})
+    settings = config.model_dump(mode="json", exclude=UNIDENTIFIED)
     facts = json.dumps([settings, dict(labelled.audit.files), base], sort_keys=True)
     run = Path(config.output) / RUNS / hashlib.sha256(facts.encode()).hexdigest()[:16]
     with writable(run):
@@ -95,7 +97,7 @@ def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
 
 
 def evaluate_run(config: TuneConfig, folder: str) -> Report:
-    """Score the run, the current checkpoint and a baseline; write and return the run's report.
+    """Score the run and those that it must beat; write and return the run's report.
 
     The report says whether to promote the run. A run that is promoted, or was already compared with
     the current checkpoint, is not scored again.
@@ -105,10 +107,11 @@ def evaluate_run(config: TuneConfig, folder: str) -> Report:
     report = read_report(run)
     if report is not None and current == run.resolve():  # do not compare it with itself
         return report
-    if report is None or report.compared_with != (None if current is None else current.name):
+    compared = None if current is None else current.name
+    # Reports of earlier versions compare nothing.
+    if report is None or report.compared_with != compared or not report.comparisons:
         report = score_run(config, run, current)
-    promoted, reason = decide(report, report.promoted_by)
-    report = report.model_copy(update={"promoted": promoted, "reason": reason})
+    report = decide(report, config.must_beat, config.least_test_rows)
     write_report(report, run)
     return report
 

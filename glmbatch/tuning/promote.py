@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
-
-import numpy as np
 
 from glmbatch.errors import some_of
 from glmbatch.store.files import writable
-from glmbatch.tuning.report import CURRENT, RUNS, Report
-from glmbatch.tuning.scores import Scores, SelectionScores, score, score_arrays
+from glmbatch.tuning.report import CURRENT, RUNS, Comparison, Report
+from glmbatch.tuning.scores import Scores, SelectionScores
 
 
 def current_run(output: str) -> Path | None:
@@ -29,57 +28,55 @@ def make_current(output: Path, run: str) -> None:
         os.replace(link, output / CURRENT)
 
 
-def decide(report: Report, metric: str) -> tuple[bool, str]:
-    """Whether to promote the run, and the reason; `metric` names a score in the report.
+def decide(report: Report, must_beat: Collection[str], least_rows: int) -> Report:
+    """The report with the decision whether to promote the run, and its reason.
 
-    It must beat the current checkpoint on the same rows and have all of its labels. A first
-    classifier must beat the most frequent label; a first generator must score above 0.
+    Enough test rows must show that the run beats the best answer that is the same for all rows, and
+    those of `must_beat`. It must have all labels of the current checkpoint.
     """
-    new = getattr(report.scores, metric)
-    if report.current is None:
-        reason = f"{metric} {new:.4f}"
-        floor = 0.0
-        if isinstance(report.scores, Scores):
-            label, floor = _most_frequent(report.scores, metric)
-            reason += f"; always answering {label!r} would score {floor:.4f}"
-        elif isinstance(report.scores, SelectionScores):
-            always, floor = _best_for_all(report.scores, metric)
-            reason += f"; always answering {some_of(always)} would score {floor:.4f}"
-        return new > floor, f"{reason}; no checkpoint was promoted before"
+    compared = []
+    for comparison in report.comparisons:
+        needed = _is_needed(comparison, report, must_beat)
+        compared.append(comparison.model_copy(update={"needed": needed}))
+    metric = report.promoted_by
+    reason = f"{metric} {getattr(report.scores, metric):.4f} on {report.scores.rows} test rows"
+    refused = _refused(report, least_rows)
+    unbeaten = [each.name for each in compared if each.needed and not each.test.is_better]
+    beaten = [each.name for each in compared if each.test.is_better]
+    if beaten:
+        reason += f"; better than {' and '.join(beaten)}"
+    if unbeaten:
+        reason += f"; not surely better than {' and '.join(unbeaten)}, as it must be"
+    if refused:
+        reason += f"; {refused}"
+    return report.model_copy(
+        update={
+            "comparisons": tuple(compared),
+            "promoted": not (unbeaten or refused),
+            "reason": reason,
+        }
+    )
+
+
+def _is_needed(comparison: Comparison, report: Report, must_beat: Collection[str]) -> bool:
+    """Whether the run must beat this one."""
+    if comparison.rival != "baseline":
+        return comparison.rival in {*must_beat, "constant"}
+    constant = [each.test.other for each in report.comparisons if each.rival == "constant"]
+    return comparison.rival in must_beat and comparison.test.other > max(constant, default=0.0)
+
+
+def _refused(report: Report, least_rows: int) -> str:
+    """Why the run cannot be promoted, whatever it beats; "" if it can."""
+    if report.scores.rows < least_rows:
+        return f"{least_rows} test rows are needed (least_test_rows)"
     if isinstance(report.current, Scores | SelectionScores):
         lacking = sorted(set(report.current.labels) - set(report.labels))
         if lacking:
-            return False, (
+            return (
                 f"it lacks the labels {some_of(lacking)}, which the current checkpoint has. "
                 "Set another output to start over"
             )
-    old = getattr(report.current, metric)
-    reason = f"{metric} {new:.4f}; the current checkpoint has {old:.4f} on the same rows"
-    if new > old:
-        return True, reason
-    return False, f"{reason}, and the new one must score higher"
-
-
-def _most_frequent(scores: Scores, metric: str) -> tuple[str, float]:
-    """The most frequent label of the rows, and the score of always answering it."""
-    counts = {label: of_label.rows for label, of_label in scores.labels.items()}
-    always = max(counts, key=counts.__getitem__)
-    truth: list[str] = []
-    for label, count in counts.items():
-        truth += [label] * count
-    return always, getattr(score(truth, [always] * len(truth), list(counts)), metric)
-
-
-def _best_for_all(scores: SelectionScores, metric: str) -> tuple[list[str], float]:
-    """The same labels for all rows that score best, and their score."""
-    labels = sorted(scores.labels, key=lambda label: -scores.labels[label].rows)
-    # Which rows have a label does not matter to answers that are the same for all.
-    rows = np.arange(scores.rows)[:, None]
-    truth_RL = rows < np.array([scores.labels[label].rows for label in labels])
-    best: tuple[list[str], float] = ([], 0.0)
-    for count in range(1, len(labels) + 1):  # the most frequent ones, whatever their number
-        guess_RL = np.broadcast_to(np.arange(len(labels)) < count, truth_RL.shape)
-        measured = getattr(score_arrays(truth_RL, guess_RL), metric)
-        if measured > best[1]:
-            best = (labels[:count], measured)
-    return best
+    if getattr(report.scores, report.promoted_by) <= 0:
+        return "no answer is right"
+    return ""

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
 from glmbatch.errors import InputError
+from glmbatch.evaluation.paired import Paired
 from glmbatch.tuning.scores import Scores, SelectionScores, TextScores
 from glmbatch.tuning.split import LabelAudit
 
@@ -71,11 +72,25 @@ class Mistake(BaseModel, frozen=True, extra="forbid"):
     confidence: float
 
 
+class Comparison(BaseModel, frozen=True, extra="forbid"):
+    """The run beside another that answered the same test rows, by the score that decides.
+
+    `needed` says whether the run must beat it to be promoted.
+    """
+
+    rival: Literal["constant", "base", "current", "baseline"]
+    name: str
+    test: Paired
+    needed: bool = False
+
+
 class Report(BaseModel, frozen=True, extra="forbid"):
     """The report of a training run.
 
     `baseline` exists only for classifiers. `current` has the scores of the previously promoted
-    checkpoint, of the run `compared_with`, on the same rows. `reason` explains `promoted`.
+    checkpoint, of the run `compared_with`, on the same rows. `untrained` has those of the model
+    before the training; without them, `untrained_note` says why. `comparisons` decide; reports of
+    earlier versions have none. `reason` explains `promoted`.
     """
 
     run: str
@@ -91,6 +106,9 @@ class Report(BaseModel, frozen=True, extra="forbid"):
     baseline: Scores | SelectionScores | None
     current: AnyScores | None
     compared_with: str | None
+    untrained: AnyScores | None = None
+    untrained_note: str = ""
+    comparisons: tuple[Comparison, ...] = ()
     promoted: bool
     reason: str
     versions: Mapping[str, str]

@@ -1,15 +1,19 @@
-"""A run replaces the current one only if it scores higher on the same rows."""
+"""A run is promoted only if it surely beats what it must beat on the same rows."""
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from glmbatch.errors import InputError
+from glmbatch.evaluation.paired import compare_answers
 from glmbatch.tuning.finetune import evaluate_run, finetune, promote
 from glmbatch.tuning.promote import decide
-from glmbatch.tuning.report import Report
+from glmbatch.tuning.render import card, describe
+from glmbatch.tuning.report import Comparison, Report
 from glmbatch.tuning.scores import score
 from tests.support import Tune, Write
 from tests.unit.tuning.rows import without_label
@@ -35,7 +39,7 @@ def test_a_worse_run_is_not_promoted(tune: Tune, tmp_path: Path) -> None:
     poor = finetune(tune(**POOR))
     assert not poor.promoted
     assert poor.current is not None and poor.current.accuracy == good.scores.accuracy
-    assert "must score higher" in poor.reason
+    assert "and the current checkpoint, as it must be" in poor.reason
     assert (tmp_path / "tuned" / "current").resolve().name == good.run
 
 
@@ -50,13 +54,68 @@ def test_rows_that_current_learned_are_not_tested_on(tune: Tune) -> None:
         finetune(tune(**POOR, data__seed=1, data__test_share=0.01))
 
 
-@pytest.mark.parametrize(("predicted", "promoted"), [("aaaa", False), ("aaab", True)])
-def test_the_first_run_must_beat_the_constant_label(predicted: str, promoted: bool) -> None:
-    scores = score(list("aabb"), list(predicted), ["a", "b"])
-    report = Report.model_construct(scores=scores, current=None, labels=("a", "b"))
-    decision, reason = decide(report, "accuracy")
-    assert decision == promoted
-    assert "always answering 'a' would score 0.5000; no checkpoint was promoted" in reason
+TRUTH = list("ab") * 50
+
+
+def report_of(answers: list[str], **rivals: list[str]) -> Report:
+    """The report of a run that gave `answers` to 100 rows, beside those of its rivals."""
+    compared = []
+    for rival, theirs in ({"constant": ["a"] * 100} | rivals).items():
+        test = compare_answers("accuracy", TRUTH, answers, theirs, np.arange(100))
+        compared.append(Comparison(rival=rival, name=f"the {rival}", test=test))
+    return Report.model_construct(
+        scores=score(TRUTH, answers, ["a", "b"]),
+        current=None,
+        labels=("a", "b"),
+        settings={},
+        comparisons=tuple(compared),
+    )
+
+
+def wrong_in(count: int) -> list[str]:
+    """The truth with the first `count` rows wrong."""
+    return ["b" if label == "a" else "a" for label in TRUTH[:count]] + TRUTH[count:]
+
+
+@pytest.mark.parametrize(("wrong", "promoted"), [(0, True), (30, True), (45, False)])
+def test_a_run_must_surely_beat_the_constant_label(wrong: int, promoted: bool) -> None:
+    decided = decide(report_of(wrong_in(wrong)), [], 100)
+    assert decided.promoted == promoted
+    assert f"{'' if promoted else 'not surely '}better than the constant" in decided.reason
+
+
+@pytest.mark.parametrize("rival", ["base", "current", "baseline"])
+def test_two_of_a_hundred_rows_promote_nothing(rival: str) -> None:
+    report = report_of(wrong_in(0), **{rival: wrong_in(2)})
+    assert not decide(report, [rival], 100).promoted
+    assert decide(report, [], 100).promoted
+    assert decide(report_of(wrong_in(0), **{rival: wrong_in(8)}), [rival], 100).promoted
+
+
+def test_a_baseline_like_chance_need_not_be_beaten() -> None:
+    report = report_of(wrong_in(20), baseline=["a"] * 100)
+    decided = decide(report, ["baseline"], 100)
+    assert decided.promoted and not decided.comparisons[1].needed
+
+
+def test_too_few_test_rows_promote_nothing() -> None:
+    decided = decide(report_of(wrong_in(0)), [], 101)
+    assert not decided.promoted and "101 test rows are needed" in decided.reason
+
+
+@pytest.mark.slow
+def test_a_run_no_better_than_its_base_is_not_promoted(tune: Tune, tmp_path: Path) -> None:
+    good = finetune(tune(**GOOD, output=str(tmp_path / "first")))
+    worse = finetune(tune(**POOR, model={"path": good.checkpoint}, must_beat=["base"]))
+    assert worse.untrained is not None and worse.untrained.accuracy == good.scores.accuracy
+    assert not worse.promoted and "the untrained base, as it must be" in worse.reason
+    page = html.unescape((Path(worse.checkpoint).parent / "report.html").read_text())
+    for text in (page, card(worse), describe(worse), worse.model_dump_json()):
+        assert worse.reason in text
+    for text in (page, card(worse), describe(worse)):
+        assert "not beaten: the untrained base" in text
+    # The decision is made again, without training or scoring anew.
+    assert finetune(tune(**POOR, model={"path": good.checkpoint})).promoted
 
 
 @pytest.mark.slow

@@ -1,0 +1,156 @@
+"""Whether answers are better than others to the same rows: a paired test. No model, no files.
+
+Shapes: R rows, G texts, L labels, K sums over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+from pydantic import BaseModel
+
+from glmbatch.evaluation.bootstrap import DRAWS, SEED, TAILS
+from glmbatch.evaluation.results import Interval
+from glmbatch.tuning.scores import rouge_l_of_texts
+
+SWAPS = 5000  # a probability of 0.05 is then known to about 0.003
+DOUBT = 0.05  # differences that would come about by chance more often than this prove nothing
+
+Answer = str | Collection[str]
+Sums = np.ndarray
+# A score from the sums over rows: (..., K) to (...).
+Value = Callable[[Sums], np.ndarray]
+
+
+class Paired(BaseModel, frozen=True, extra="forbid"):
+    """How much better one score is than another on the same rows.
+
+    `interval` is of 95 %, by bootstrap over texts. `chance` is how often a difference as large
+    comes about if it is decided by lot, for each text, whose answers are whose.
+    """
+
+    score: float
+    other: float
+    interval: Interval
+    chance: float
+
+    @property
+    def difference(self) -> float:
+        """Above 0 if `score` is higher."""
+        return self.score - self.other
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the score is higher by more than chance explains."""
+        return self.interval[0] > 0 and self.chance <= DOUBT
+
+
+def compare_answers(
+    metric: str,
+    truth: Sequence[Answer],
+    ours: Sequence[Answer],
+    theirs: Sequence[Answer],
+    group_R: np.ndarray,
+) -> Paired:
+    """How much better `ours` are than `theirs` by `metric`, a score of labels or of texts.
+
+    `group_R` has the number of each row's text: rows with the same text are drawn together.
+    """
+    value: Value = _mean
+    labels: list[str] = []
+    if metric == "micro_f1":
+        value = _micro_f1
+    elif metric == "macro_f1":
+        for row in (*truth, *ours, *theirs):
+            labels += _set(row)
+        labels = sorted({*labels})
+        value = _macro_f1
+    our_RK, their_RK = (_sums(metric, truth, answers, labels) for answers in (ours, theirs))
+    groups = int(group_R.max()) + 1
+    our_GK, their_GK = (_by_text(sums_RK, group_R, groups) for sums_RK in (our_RK, their_RK))
+    return paired_difference(our_GK, their_GK, value)
+
+
+def paired_difference(our_GK: Sums, their_GK: Sums, value: Value) -> Paired:
+    """How much better our score is, from the sums of each text."""
+    dice = np.random.default_rng(SEED)
+    groups = len(our_GK)
+    drawn = []
+    for _ in range(DRAWS):
+        times_G = np.bincount(dice.integers(groups, size=groups), minlength=groups)
+        times_G = times_G.astype(np.float64)
+        drawn.append(value(times_G @ our_GK) - value(times_G @ their_GK))
+    low, high = np.percentile(drawn, TAILS)
+    ours, theirs = our_GK.sum(axis=0), their_GK.sum(axis=0)
+    score, other = float(value(ours)), float(value(theirs))
+    # Rounding must not make equal differences unequal.
+    observed = abs(score - other) - 1e-12
+    gap_GK = our_GK - their_GK
+    as_large = 1
+    for _ in range(SWAPS):
+        swapped_K = dice.integers(2, size=groups).astype(np.float64) @ gap_GK
+        as_large += bool(abs(value(ours - swapped_K) - value(theirs + swapped_K)) >= observed)
+    return Paired(
+        score=score,
+        other=other,
+        interval=(float(low), float(high)),
+        chance=as_large / (SWAPS + 1),
+    )
+
+
+def _set(answer: Answer) -> Collection[str]:
+    """The labels of an answer; "" stands for none."""
+    if isinstance(answer, str):
+        return {answer} if answer else ()
+    return answer
+
+
+def _sums(
+    metric: str, truth: Sequence[Answer], answers: Sequence[Answer], labels: Sequence[str]
+) -> Sums:
+    """What is summed over rows for `metric`: for each row its K numbers."""
+    pairs = list(zip(truth, answers, strict=True))
+    if metric == "rouge_l":
+        expected_R = [str(expected).strip() for expected, _ in pairs]
+        answer_R = [str(answer).strip() for _, answer in pairs]
+        return np.stack([rouge_l_of_texts(expected_R, answer_R), np.ones(len(pairs))], axis=1)
+    if metric in ("accuracy", "exact_match"):
+        same = [str(expected).strip() == str(answer).strip() for expected, answer in pairs]
+        return np.stack([np.array(same, np.float64), np.ones(len(pairs))], axis=1)
+    both = [({*_set(expected)}, {*_set(answer)}) for expected, answer in pairs]
+    if metric == "micro_f1":
+        return np.array([(len(one & other), len(one) + len(other)) for one, other in both], float)
+    numbers = {label: number for number, label in enumerate(labels)}
+    sums = np.zeros((len(pairs), 2, len(labels)))
+    for row, (one, other) in enumerate(both):
+        for place, occurring in ((0, [*one & other]), (1, [*one, *other])):
+            for label in occurring:
+                sums[row, place, numbers[label]] += 1
+    return sums.reshape(len(pairs), -1)
+
+
+def _by_text(sums_RK: Sums, group_R: np.ndarray, groups: int) -> Sums:
+    sums_GK = np.zeros((groups, sums_RK.shape[1]))
+    np.add.at(sums_GK, group_R, sums_RK)
+    return sums_GK
+
+
+def _mean(sums: Sums) -> np.ndarray:
+    mean: np.ndarray = sums[0] / sums[1]
+    return mean
+
+
+def _micro_f1(sums: Sums) -> np.ndarray:
+    f1: np.ndarray = 2 * sums[0] / np.maximum(sums[1], 1)
+    return f1
+
+
+def _macro_f1(sums: Sums) -> np.ndarray:
+    """Mean F1 of the labels that occur."""
+    right_L, both_L = sums.reshape(2, -1)
+    occurs_L = both_L > 0
+    if not occurs_L.any():
+        return np.zeros(())
+    mean: np.ndarray = (2 * right_L[occurs_L] / both_L[occurs_L]).mean()
+    return mean
