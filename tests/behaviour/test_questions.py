@@ -118,9 +118,9 @@ def one_by_one(
 
 
 def assert_same(
-    rows: list[dict[str, Any]], others: list[dict[str, Any]], tolerance: float = 1e-6
+    rows: list[dict[str, Any]], others: list[dict[str, Any]], tolerance: float = 2e-5
 ) -> None:
-    """The same values in all columns, and scores within `tolerance`."""
+    """The same values in all columns, and scores within what float32 rounds off in any order."""
     assert len(rows) == len(others)
     for row, other in zip(rows, others, strict=True):
         assert row.keys() == other.keys()
@@ -141,8 +141,7 @@ def test_steps_together_answer_as_one_by_one(
     summary = run(job_settings(steps=steps, **changes))
     assert asked == [5, 5, 4, *[5] * 9]  # a row lacks its number
     alone = one_by_one(job_settings, tmp_path / "alone", steps, **changes)
-    # Random weights magnify rounding more than trained ones do.
-    assert_same(rows_of(out), alone, 5e-6 if head else 1e-6)
+    assert_same(rows_of(out), alone)
     assert [step.computed for step in summary.steps] == [12, 12, 12, 12, 11]
     assert all(step.rows_per_second for step in summary.steps)
 
@@ -298,7 +297,7 @@ TOPICS: dict[str, Any] = {
     "labels": ["late", "broken", "too small"],
     "prompt_template": "{text}\nWhat is said?",
     "multiple": True,
-    "threshold": {"broken": 1e-8},  # nothing taught the sample such verdicts
+    "threshold": {"broken": 1e-9},  # nothing taught the sample such verdicts
 }
 
 
@@ -318,8 +317,8 @@ def test_several_labels_are_judged_as_each_alone(
     for row in rows:
         for place, label in enumerate(TOPICS["labels"]):
             single = row[f"alone{place}_scores"][f"{label}: yes"]
-            assert row["topics_scores"][label] == pytest.approx(single, abs=1e-6, rel=0)
-            chosen = row["topics_scores"][label] >= (1e-8 if label == "broken" else 0.5)
+            assert row["topics_scores"][label] == pytest.approx(single, abs=0, rel=1e-4)
+            chosen = row["topics_scores"][label] >= (1e-9 if label == "broken" else 0.5)
             assert (label in row["topics"]) == chosen
         assert row["reply"] is not None
     counted = {label: sum(label in row["topics"] for row in rows) for label in TOPICS["labels"]}
