@@ -10,7 +10,7 @@ from glmbatch.run.models import locate_model, prepare_model
 from glmbatch.settings.job import GenerateStep, ModelConfig, RuntimeConfig
 from glmbatch.settings.tuning import LabelledData, TuneConfig
 from glmbatch.store.frames import WHERE
-from glmbatch.tuning.encode import step_of
+from glmbatch.tuning.encode import TEXT_ALONE, step_of
 from glmbatch.tuning.report import read_report
 
 
@@ -38,7 +38,7 @@ def job_of_checkpoint(
                 "made."
             )
         training = TuneConfig(data=data, output=".", model=ModelConfig(path=model))
-        settings = training.model_dump()
+        settings = training.model_dump() | {"prompt_template": TEXT_ALONE}
     else:
         settings = report.settings
     if prompt_template is not None:

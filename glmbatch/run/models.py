@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from glmbatch.errors import InputError, some_of
 from glmbatch.glm.checkpoint.config_check import Predicts
@@ -15,6 +16,7 @@ from glmbatch.glm.files import ADAPTER_FILES
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.run.work import Model
 from glmbatch.settings.job import (
+    AnyStep,
     ClassifyStep,
     ExtractStep,
     GenerateStep,
@@ -99,7 +101,7 @@ def local_adapter(path: str, cache: str) -> str:
     """
     if is_remote(path):
         with naming("model.adapter"):
-            return str(_snapshot(path, cache, "model.adapter").fetch(ADAPTER_FILES))
+            return str(_snapshot(path, cache, "model.adapter").fetch([*ADAPTER_FILES, PROMPT_FILE]))
     directory = os.path.expanduser(path)
     if not os.path.isdir(directory):
         raise InputError(
@@ -298,20 +300,46 @@ def _check_predicts(where: str, step: ClassifyStep, model: Model) -> None:
     raise InputError(f"{where} has a head that {does}. Set {right}: true{instead}.")
 
 
-def _check_trained_prompt(where: str, step: ClassifyStep, model: Model) -> None:
-    """InputError when the step's prompt is not the one that the head was trained with.
+def trained_prompt(model: Model) -> dict[str, Any] | None:
+    """The prompt that a head was trained with by `glmbatch train`; else None."""
+    for folder in (model.config.adapter, model.config.path):
+        file = None if folder is None else Path(folder) / PROMPT_FILE
+        if model.has_head and file is not None and file.is_file():
+            recorded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return recorded
+    return None
 
-    Only checkpoints of `glmbatch train` record theirs; others are not checked.
-    """
-    file = Path(model.config.path) / PROMPT_FILE
-    if not file.is_file():
+
+def as_trained(step: AnyStep, model: Model) -> AnyStep:
+    """`step` with the prompt that its head was trained with, where the step sets none."""
+    trained = trained_prompt(model) if isinstance(step, ClassifyStep) else None
+    if trained is None:
+        return step
+    taken = {}
+    if step.prompt_template == ClassifyStep.model_fields["prompt_template"].default:
+        taken["prompt_template"] = trained["prompt_template"]
+        if step.system_prompt is None:
+            taken["system_prompt"] = trained["system_prompt"]
+    if step.chat is None and "chat" in trained:
+        taken["chat"] = trained["chat"]
+    return step.model_copy(update=taken)
+
+
+def _check_trained_prompt(where: str, step: ClassifyStep, model: Model) -> None:
+    """InputError when the step's prompt is not the one that the head was trained with."""
+    trained = trained_prompt(model)
+    if trained is None:
         return
-    trained = json.loads(file.read_text(encoding="utf-8"))
     template = step.prompt_template
     names = placeholders(template)
     if len(names) == 1:  # training calls its only placeholder {text}
         template = template.replace(f"{{{names[0]}}}", "{text}")
-    asked = {"prompt_template": template, "system_prompt": step.system_prompt}
+    asked: dict[str, str | bool | None] = {
+        "prompt_template": template,
+        "system_prompt": step.system_prompt,
+    }
+    if "chat" in trained:
+        asked["chat"] = step.chat
     for setting, value in asked.items():
         if value != trained[setting]:
             raise InputError(

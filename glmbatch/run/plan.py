@@ -21,6 +21,7 @@ from glmbatch.ledger.rowkeys import answers_key, bundle_key, output_key, step_ke
 from glmbatch.ledger.staying import mixture, staying
 from glmbatch.report.log import log_plan
 from glmbatch.run.models import (
+    as_trained,
     check_step,
     fitting_models,
     job_models,
@@ -215,8 +216,8 @@ def resolve_questions(
     at_once = fitting_models(models, job.runtime)
     questions = []
     for setting in job.steps:
-        step = with_examples(setting, job.data.text_column)
-        model = prepared[job.model_of(step)]
+        model = prepared[job.model_of(setting)]
+        step = as_trained(with_examples(setting, job.data.text_column), model)
         # All steps are checked before any inference.
         check_step(step, model)
         chat = uses_chat(step, has_head=model.has_head, chats=model.chats)

@@ -153,14 +153,20 @@ class TuneConfig(Settings):
         description="Local folder for the runs; OUTPUT/current is the promoted one.",
     )
     model: ModelSetting = Field(description="Checkpoint to start from; its path alone is enough.")
-    prompt_template: str = Field(
-        "{text}",
+    prompt_template: str | None = Field(
+        None,
         min_length=1,
-        description="Prompt of a row: {text} inserts its text. Use the same template in the job "
-        "that uses the model.",
+        description="Prompt of a row: {text} inserts its text. Empty: the text, and for labels "
+        "also the question which of them fits, in the chat format. A job over the result takes "
+        "this prompt if its step sets none.",
     )
     system_prompt: str | None = Field(
         None, description="Instruction placed before the prompt. Empty: none."
+    )
+    chat: bool | None = Field(
+        None,
+        description="Whether labels are learned from prompts in the chat format. Empty: with the "
+        "question of an empty prompt_template only.",
     )
     training: TrainingConfig = Field(
         default_factory=TrainingConfig, description="How the weights are trained."
@@ -191,10 +197,10 @@ class TuneConfig(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TuneConfig:
-        if placeholders(self.prompt_template) != ["text"]:
+        template = self.prompt_template
+        if template is not None and placeholders(template) != ["text"]:
             raise ValueError(
-                f"prompt_template must use {{text}} and no other column; it is "
-                f"{self.prompt_template!r}"
+                f"prompt_template must use {{text}} and no other column; it is {template!r}"
             )
         if self.metric is not None and self.writes != (self.metric in ("exact_match", "rouge_l")):
             task = "generates" if self.writes else "classifies"
@@ -203,6 +209,8 @@ class TuneConfig(Settings):
             raise ValueError(
                 "a model that generates has no head; set training.method to lora or full"
             )
+        if self.writes and self.chat is not None:
+            raise ValueError("a model that generates always gets chats; remove chat")
         if self.model.dtype != "auto" or self.model.quantization != "none":
             raise ValueError(
                 "model.dtype and model.quantization are for inference; remove them: training "

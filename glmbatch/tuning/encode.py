@@ -12,10 +12,14 @@ import numpy as np
 
 from glmbatch.errors import InputError
 from glmbatch.glm.tokenizer import Tokenizer
+from glmbatch.run.models import locate_model, prepare_model, trained_prompt
 from glmbatch.settings.job import ClassifyStep, GenerateStep
+from glmbatch.settings.tuning import TuneConfig
 from glmbatch.steps.prompt import Prompt, RowFault, build_prompts
 from glmbatch.tuning.examples import Example
 
+TEXT_ALONE = "{text}"
+MOST_NAMED = 50  # labels in a default prompt; more would take the room of the text
 STEP = "predicted"  # name of the step, and of the answer column when a checkpoint is scored
 
 
@@ -54,6 +58,7 @@ def step_of(settings: Mapping[str, Any], *, several: bool = False) -> ClassifySt
         "name": STEP,
         "prompt_template": settings["prompt_template"],
         "system_prompt": settings["system_prompt"],
+        "chat": settings.get("chat"),
         "max_input_tokens": training["max_input_tokens"],
         "on_too_long": "truncate",
     }
@@ -62,12 +67,39 @@ def step_of(settings: Mapping[str, Any], *, several: bool = False) -> ClassifySt
     return GenerateStep(**asked, max_tokens=training["max_answer_tokens"])
 
 
-def question_of(template: str, labels: Sequence[str]) -> str:
-    """`template`, followed by a question that names `labels` unless it names all of them."""
+def with_prompt(config: TuneConfig, labels: Sequence[str], *, several: bool) -> TuneConfig:
+    """`config` with the prompt that it leaves to us.
+
+    A head that is trained further keeps its prompt; a new one gets a question that names `labels`,
+    which the base understands, unless they are too many to name.
+    """
+    if config.prompt_template is not None:
+        return config
+    if config.writes or len(labels) > MOST_NAMED:
+        return config.model_copy(update={"prompt_template": TEXT_ALONE})
+    base = prepare_model(locate_model(config.model, config.runtime))
+    asked = trained_prompt(base) or {"prompt_template": TEXT_ALONE}
+    if not base.has_head:
+        template = question_of(TEXT_ALONE, labels, several=several)
+        asked = {"prompt_template": template, "chat": base.chats}
+    elif config.system_prompt is not None:
+        asked = {**asked, "system_prompt": config.system_prompt}
+    if config.chat is not None:
+        asked = {**asked, "chat": config.chat}
+    return config.model_copy(update=dict(asked))
+
+
+def question_of(template: str, labels: Sequence[str], *, several: bool) -> str:
+    """`template`, followed by a question that names `labels` unless it names all of them.
+
+    `several` says whether a row may have several labels.
+    """
     named = template.casefold()
     if all(label.casefold() in named for label in labels):
         return template
     *others, last = (label.replace("{", "{{").replace("}", "}}") for label in labels)
+    if several:
+        return f"{template}\n\nWhich of these apply: {', '.join([*others, last])}?"
     listed = f"{', '.join(others)} or {last}" if others else last
     return f"{template}\n\nIs this {listed}?"
 
@@ -94,7 +126,7 @@ def encode_rows(
         step,
         [{"text": example.text} for example in examples],
         tokenizer,
-        chat=writes,
+        chat=writes if step.chat is None else step.chat,
         max_input_tokens=min(room, step.max_input_tokens or room),
     )
     numbers = {label: number for number, label in enumerate(labels)}

@@ -29,7 +29,7 @@ from glmbatch.settings.job import (
 )
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.baseline import Baseline, same_for_all, score_baseline
-from glmbatch.tuning.encode import STEP, question_of, step_of
+from glmbatch.tuning.encode import STEP, question_of, step_of, with_prompt
 from glmbatch.tuning.examples import Example, text_keys
 from glmbatch.tuning.report import (
     CHECKPOINT,
@@ -85,6 +85,7 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
     """
     labelled = _without_learned(read_labelled(config.data), current, config.data.input)
     config = with_metric(config, labelled)
+    config = with_prompt(config, labelled.labels, several=labelled.several)
     # All answer the same rows, each with the prompts of its own training.
     held_out = HeldOut(labelled.parts["test"], labelled.labels)
     step = step_of(config.model_dump(), several=labelled.several)
@@ -192,8 +193,10 @@ def _score_base(
                 return None, "its head has other labels"
             labels = None
         else:
-            template = question_of(template, held_out.labels)
+            template = question_of(template, held_out.labels, several=new_step.multiple)
         asked = new_step.model_dump() | {"labels": labels, "prompt_template": template}
+        if not base.has_head:
+            asked["chat"] = None  # as the base is asked best
         # The question behind the text must not cost the text its end.
         asked["max_input_tokens"] = None
         try:

@@ -71,6 +71,8 @@ def begin(config: TuneConfig) -> str:
     with_metric(config, labelled)  # refuses one that cannot score these rows
     base = prepare_model(locate_model(config.model, config.runtime)).identity
     settings = config.model_dump(mode="json", exclude=UNIDENTIFIED)
+    if config.chat is None:  # so that trainings keep their ids from before it existed
+        del settings["chat"]
     facts = json.dumps([settings, dict(labelled.audit.files), base], sort_keys=True)
     run = Path(config.output) / RUNS / hashlib.sha256(facts.encode()).hexdigest()[:16]
     with writable(run):

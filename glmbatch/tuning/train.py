@@ -27,7 +27,7 @@ from glmbatch.run.models import PROMPT_FILE, locate_model
 from glmbatch.settings.job import GenerateStep
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.store.files import committed
-from glmbatch.tuning.encode import TrainingRow, encode_rows, step_of
+from glmbatch.tuning.encode import TrainingRow, encode_rows, step_of, with_prompt
 from glmbatch.tuning.examples import text_keys
 from glmbatch.tuning.model import (
     build_model,
@@ -57,14 +57,18 @@ def train_here(config: TuneConfig, run: Path) -> None:
     config = config.model_copy(update={"model": locate_model(config.model, config.runtime)})
     labelled = read_labelled(config.data)
     config = with_metric(config, labelled)
+    config = with_prompt(config, labelled.labels, several=labelled.several)
     rows, valid = encode_parts(config, labelled)
     cut = _count_cut([*rows, *valid])
     trained = train(config, labelled.labels, rows, valid, run).model_copy(update=cut)
     if local_rank() > 0:
         return
-    with committed(run / CHECKPOINT / PROMPT_FILE) as partial:
-        asked = {"prompt_template": config.prompt_template, "system_prompt": config.system_prompt}
-        partial.write_text(json.dumps(asked, ensure_ascii=False, indent=1), encoding="utf-8")
+    asked = config.model_dump(include={"prompt_template", "system_prompt"})
+    asked |= {"chat": True} if config.chat else {}
+    for folder in (run / CHECKPOINT, run / ADAPTER):
+        if folder.is_dir():
+            with committed(folder / PROMPT_FILE) as partial:
+                partial.write_text(json.dumps(asked, ensure_ascii=False, indent=1), "utf-8")
     learned = [*labelled.parts["train"], *labelled.parts["valid"]]
     # Validation rows count as learned: they chose the weights.
     np.save(run / LEARNED, np.unique(text_keys(learned)))

@@ -14,6 +14,7 @@ from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.doctor import examine
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
+from glmbatch.tuning.encode import with_prompt
 from glmbatch.tuning.finetune import finetune
 from glmbatch.tuning.render import describe
 from glmbatch.tuning.report import TRAINER
@@ -71,10 +72,35 @@ def test_the_page_and_the_card_show_the_report(tune: Tune) -> None:
 @pytest.mark.slow
 def test_a_step_must_use_the_prompt_of_training(tune: Tune, tmp_path: Path) -> None:
     finetune(tune(training__epochs=4, prompt_template="Review: {text}"))
+    other = job_over(tmp_path, "in", prompt_template="Text: {text}")
     with pytest.raises(InputError, match="was trained with the prompt_template"):
-        run_job(JobConfig.model_validate(job_over(tmp_path, "in")))
+        run_job(JobConfig.model_validate(other))
     asked = job_over(tmp_path, "in", prompt_template="Review: {text}")
     assert run_job(JobConfig.model_validate(asked)).rows == 240
+
+
+@pytest.mark.slow
+def test_the_default_prompt_asks_for_the_labels(
+    tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = finetune(tune(training__epochs=1, must_beat=[], prompt_template=None))
+    question = "{text}\n\nIs this bad, good or so so?"
+    asked = {"prompt_template": question, "system_prompt": None, "chat": True}
+    run = Path(report.checkpoint).parent
+    assert json.loads((run / "checkpoint" / "glmbatch.json").read_text()) == asked
+    assert report.settings["prompt_template"] == question and report.settings["chat"]
+    # A step that sets no prompt takes that of the training, and so scores as the training did.
+    settings = job_over(tmp_path, "in")
+    settings["model"] = report.checkpoint
+    named = job_over(tmp_path, "in", prompt_template=question, chat=True)
+    named["model"] = report.checkpoint
+    assert run_job(JobConfig.model_validate(settings)).steps[0].computed == 240
+    assert run_job(JobConfig.model_validate(named)).steps[0].computed == 0
+    named["steps"][0]["chat"] = False
+    with pytest.raises(InputError, match="was trained with the chat True"):
+        run_job(JobConfig.model_validate(named))
+    more = tune(training__epochs=1, prompt_template=None, model={"path": report.checkpoint})
+    assert with_prompt(more, report.labels, several=False).prompt_template == question
 
 
 @pytest.mark.slow
