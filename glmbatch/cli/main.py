@@ -8,6 +8,7 @@
     glmbatch canary OUTPUT FILE   save a few published answers for later runs to reproduce
     glmbatch train FILE           fine-tune on labelled rows and promote the result if better
     glmbatch evaluate JOB ROWS    score the answers of a job or a checkpoint on labelled rows
+    glmbatch compare A [B] ROWS   compare two jobs, or a job with changes, row by row
     glmbatch settings             list every setting of a job and of a training
 
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined rows, 130/143
@@ -225,6 +226,15 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     return DONE
 
 
+def _compare(parsed: argparse.Namespace) -> int:
+    from glmbatch.cli.compare import compare_parsed
+    from glmbatch.evaluation.render import describe_comparison
+
+    found = compare_parsed(parsed)
+    _show(found, lambda: describe_comparison(found), parsed.json)
+    return DONE
+
+
 def _settings(_: argparse.Namespace) -> int:
     from glmbatch.settings.reference import describe_settings
     from glmbatch.settings.tuning import TuneConfig
@@ -242,6 +252,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "canary": _canary,
     "train": _train,
     "evaluate": _evaluate,
+    "compare": _compare,
     "settings": _settings,
 }
 

@@ -62,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_evaluate(
         command("evaluate", "score the answers of a job or a checkpoint on labelled rows")
     )
+    _add_compare(command("compare", "compare two jobs, or a job with changes, row by row"))
     command("settings", "list every setting of a job and of a training, as Markdown")
     return parser
 
@@ -158,14 +159,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "rows", metavar="ROWS", help="labelled rows: Parquet file, folder of them, or glob"
     )
-    command.add_argument(
-        "--truth",
-        action="append",
-        default=[],
-        metavar="STEP=COLUMN",
-        help="column with the correct answers of a step, or STEP.FIELD=COLUMN of a field (default: "
-        "the column named as the answer column). Can be repeated.",
-    )
+    _add_rows_settings(command)
     command.add_argument(
         "--precision",
         action="append",
@@ -175,6 +169,21 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
         help="also say how many rows have labels that are right in this share (default: 0.95). "
         "Can be repeated.",
     )
+    _add_checkpoint(command.add_argument_group("a checkpoint instead of a job"))
+    _add_set(command)
+    _add_json(command)
+
+
+def _add_rows_settings(command: argparse.ArgumentParser) -> None:
+    """What decides how labelled rows are asked and compared."""
+    command.add_argument(
+        "--truth",
+        action="append",
+        default=[],
+        metavar="STEP=COLUMN",
+        help="column with the correct answers of a step, or STEP.FIELD=COLUMN of a field (default: "
+        "the column named as the answer column). Can be repeated.",
+    )
     command.add_argument(
         "--keep",
         metavar="FOLDER",
@@ -183,7 +192,18 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--text-column", metavar="NAME", help="column with the text")
     command.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    _add_checkpoint(command.add_argument_group("a checkpoint instead of a job"))
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("job", metavar="A", help="job file, YAML or JSON")
+    command.add_argument(
+        "other", metavar="B", nargs="?", help="another job file (default: A, changed with --set)"
+    )
+    command.add_argument("rows", metavar="ROWS", help="rows: Parquet file, folder of them, or glob")
+    _add_rows_settings(command)
+    command.add_argument(
+        "--differences", metavar="FILE", help="Parquet file to write: every answer that differs"
+    )
     _add_set(command)
     _add_json(command)
 

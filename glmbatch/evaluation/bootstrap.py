@@ -57,6 +57,24 @@ def intervals(measure: Measure, group_R: np.ndarray) -> dict[str, Interval]:
     `measure` gets the number of times that each row is drawn. A number that cannot be measured in
     every draw, or does not exist, has no interval.
     """
+    found = {}
+    for name, values in drawn(measure, group_R).items():
+        interval = interval_of(values)
+        if interval is not None:
+            found[name] = interval
+    return found
+
+
+def interval_of(values: np.ndarray) -> Interval | None:
+    """The interval that has 95 % of the drawn `values`; None if one of them does not exist."""
+    if not np.isfinite(values).all():
+        return None
+    low, high = np.percentile(values, TAILS)
+    return float(low), float(high)
+
+
+def drawn(measure: Measure, group_R: np.ndarray) -> dict[str, np.ndarray]:
+    """Each number that `measure` returns, in all draws of the texts."""
     dice = np.random.default_rng(SEED)
     groups = int(group_R.max()) + 1
     draws: dict[str, list[float]] = {}
@@ -64,12 +82,7 @@ def intervals(measure: Measure, group_R: np.ndarray) -> dict[str, Interval]:
         times_G = np.bincount(dice.integers(groups, size=groups), minlength=groups)
         for name, value in measure(times_G[group_R].astype(np.float64)).items():
             draws.setdefault(name, []).append(value)
-    found = {}
-    for name, values in draws.items():
-        if np.isfinite(values).all():
-            low, high = np.percentile(values, TAILS)
-            found[name] = (float(low), float(high))
-    return found
+    return {name: np.array(values) for name, values in draws.items()}
 
 
 def whole(measure: Measure, rows: int) -> Mapping[str, float]:

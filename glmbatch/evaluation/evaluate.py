@@ -26,6 +26,7 @@ from glmbatch.evaluation.truth import (
 )
 from glmbatch.run.table import Job, answers_to, settings_of
 from glmbatch.settings.columns import Columns
+from glmbatch.settings.job import JobConfig
 from glmbatch.steps.inputs import prompt_inputs, schema_needs
 from glmbatch.store.frames import WHERE, as_frame
 
@@ -61,15 +62,10 @@ def evaluate(
     and as for `annotate_table`.
     """
     began = time.monotonic()
-    settings = settings_of(job, SETTINGS)
+    settings = measured_settings(job)
     steps, given = settings.steps, truth or {}
     check_names(steps, given)
-    needs = schema_needs(settings, prompt_inputs(settings))
-    read = {column.name for column in needs.read}
-    places = {step.name: candidates(step, steps, given, read) for step in steps}
-    wanted = {*read, settings.data.text_column}
-    for choices in places.values():
-        wanted.update(*choices.values())
+    wanted, places = columns_of(settings, given)
     table, names = read_labelled_rows(rows, wanted)
     truths = {step.name: truth_of(step, table, places[step.name], given) for step in steps}
     if not any(truths.values()):
@@ -77,23 +73,47 @@ def evaluate(
             f"{rows}: no column has the truth of a step; it has {some_of(names)}. "
             f"Name one for each step, such as {FLAG} {steps[0].name}=COLUMN."
         )
-    folder = keep or _own_folder(settings.runtime.cache)
-    unaudited = [step.model_copy(update={"audits": type(step.audits)()}) for step in steps]
-    settings = settings.model_copy(update={"steps": unaudited})
-    answered = _ask(table, settings, rows, folder)
+    folder = keep or own_folder(settings.runtime.cache)
+    answered = ask_about(table, settings, rows, folder)
     found = [score_step(step, truths[step.name], answered, precisions) for step in steps]
     return Evaluation(
         rows=len(table), steps=tuple(found), kept=str(folder), seconds=time.monotonic() - began
     )
 
 
-def _own_folder(cache: str) -> str:
+def measured_settings(job: Job) -> JobConfig:
+    """The settings of `job` without what protects a publication."""
+    settings = settings_of(job, SETTINGS)
+    steps = [step.model_copy(update={"audits": type(step.audits)()}) for step in settings.steps]
+    return settings.model_copy(update={"steps": steps})
+
+
+def columns_of(
+    job: Job, given: Mapping[str, str]
+) -> tuple[set[str], dict[str, dict[str, list[str]]]]:
+    """The columns to read of labelled rows, and those that may have the truth, by step.
+
+    The latter are as `candidates` returns them.
+    """
+    settings = settings_of(job, {})
+    needs = schema_needs(settings, prompt_inputs(settings))
+    read = {column.name for column in needs.read}
+    steps = settings.steps
+    places = {step.name: candidates(step, steps, given, read) for step in steps}
+    wanted = {*read, settings.data.text_column}
+    for choices in places.values():
+        wanted.update(*choices.values())
+    return wanted, places
+
+
+def own_folder(cache: str) -> str:
+    """The folder for the answers of evaluations in the folder `cache`; it is created."""
     folder = os.path.join(os.path.expanduser(cache), FOLDER)
     os.makedirs(folder, mode=0o700, exist_ok=True)  # it has texts of the rows
     return folder
 
 
-def _ask(table: pa.Table, job: Job, name: str, folder: str | os.PathLike[str]) -> Answered:
+def ask_about(table: pa.Table, job: Job, name: str, folder: str | os.PathLike[str]) -> Answered:
     """The answers to all rows of `table`, which come from `name`."""
     settings = settings_of(job, {})
     # A truth has the name of the answer that it is compared with.
@@ -102,12 +122,13 @@ def _ask(table: pa.Table, job: Job, name: str, folder: str | os.PathLike[str]) -
         written.update(map(str.casefold, step.answer_columns))
     asked = [column for column in table.column_names if column.casefold() not in written]
     try:
-        answers, summary = answers_to(as_frame(table.select(asked)), settings, folder)
+        found = answers_to(as_frame(table.select(asked)), settings, folder)
     except GlmbatchError as error:
         raise type(error)(str(error).replace(WHERE, name)) from error
-    asked_of = {step.name: step for step in summary.steps}
     text = settings.data.text_column
-    if text not in table.column_names:  # prompts of other columns: equal prompts are equal rows
-        keys = answers.column(Columns(settings.steps[0].name).key).to_pylist()
-        return Answered(answers, groups_of(keys), asked_of)
-    return Answered(answers, groups_of(table.column(text).to_pylist()), asked_of)
+    if text in table.column_names:
+        texts = table.column(text).to_pylist()
+    else:  # prompts of other columns: equal prompts are equal rows
+        texts = found.answers.column(Columns(settings.steps[0].name).key).to_pylist()
+    asked_of = {step.name: step for step in found.summary.steps}
+    return Answered(found.answers, groups_of(texts), asked_of, found.receipts)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from glmbatch.evaluation.bootstrap import Compared, intervals, whole
+from glmbatch.evaluation.bootstrap import Compared, Measure, intervals, whole
 from glmbatch.evaluation.labels import score_labels
 from glmbatch.evaluation.results import ListResult, Result, ValueResult
 from glmbatch.evaluation.texts import score_written
@@ -42,12 +42,12 @@ def score_field(field: ExtractField, compared: Compared, precisions: Sequence[fl
     truth, answers, group_R = compared.truth, compared.answers, compared.group_R
     if field.type == "choice":
         labels = [*(field.choices or ()), *([NULL] if field.nullable else [])]
-        named = replace(compared, truth=_filled(truth, NULL), answers=_filled(answers, NULL))
+        named = replace(compared, truth=filled(truth, NULL), answers=filled(answers, NULL))
         return score_labels(named, labels, precisions)
     right_R = same_values(truth, answers)
     coverage = coverages(precisions, compared.confidence, right_R, group_R)
     if field.type == "text":  # a null is as good as an empty text
-        result: Result = score_written(_filled(truth, ""), _filled(answers, ""), group_R)
+        result: Result = score_written(filled(truth, ""), filled(answers, ""), group_R)
     elif field.type == "list":
         result = score_items(truth, answers, group_R)
     else:
@@ -55,13 +55,26 @@ def score_field(field: ExtractField, compared: Compared, precisions: Sequence[fl
     return result.model_copy(update={"coverage": coverage})
 
 
-def _filled(values: Sequence[Any], instead: str) -> list[str]:
+def filled(values: Sequence[Any], instead: str) -> list[str]:
     """The values as texts, with one `instead` of each null."""
     return [instead if value is None else value for value in values]
 
 
 def score_values(truth: Sequence[Any], answers: Sequence[Any], group_R: np.ndarray) -> ValueResult:
     """How often values are right; for numbers also how far off they are."""
+    measure = measure_values(truth, answers)
+    found = dict(whole(measure, len(truth)))
+    error = found.pop("mean_absolute_error")
+    return ValueResult(
+        rows=len(truth),
+        **found,
+        mean_absolute_error=None if math.isnan(error) else error,
+        intervals=intervals(measure, group_R),
+    )
+
+
+def measure_values(truth: Sequence[Any], answers: Sequence[Any]) -> Measure:
+    """The numbers of values by the number of times that each row is drawn."""
     exact_R = same_values(truth, answers).astype(np.float64)
     off_R = np.array([_distance(one, other) for one, other in zip(truth, answers, strict=True)])
     compares_R = np.isfinite(off_R)
@@ -74,14 +87,7 @@ def score_values(truth: Sequence[Any], answers: Sequence[Any], group_R: np.ndarr
             "mean_absolute_error": float(times_R @ off_R / numbers) if numbers else math.nan,
         }
 
-    found = dict(whole(measure, len(truth)))
-    error = found.pop("mean_absolute_error")
-    return ValueResult(
-        rows=len(truth),
-        **found,
-        mean_absolute_error=None if math.isnan(error) else error,
-        intervals=intervals(measure, group_R),
-    )
+    return measure
 
 
 def _distance(truth: Any, answer: Any) -> float:
@@ -95,6 +101,16 @@ def score_items(
     truth: Sequence[list[Any] | None], answers: Sequence[list[Any] | None], group_R: np.ndarray
 ) -> ListResult:
     """How well the items of lists agree; null counts as a list without items."""
+    measure = measure_items(truth, answers)
+    return ListResult(
+        rows=len(truth), **whole(measure, len(truth)), intervals=intervals(measure, group_R)
+    )
+
+
+def measure_items(
+    truth: Sequence[list[Any] | None], answers: Sequence[list[Any] | None]
+) -> Measure:
+    """The numbers of lists by the number of times that each row is drawn."""
     exact_R = same_values(truth, answers).astype(np.float64)
     counts = []
     for expected, answered in zip(truth, answers, strict=True):
@@ -111,6 +127,4 @@ def score_items(
             "f1": float(2 * common / max(answered + expected, 1)),
         }
 
-    return ListResult(
-        rows=len(truth), **whole(measure, len(truth)), intervals=intervals(measure, group_R)
-    )
+    return measure

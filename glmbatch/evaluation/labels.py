@@ -30,7 +30,7 @@ def score_labels(
     numbers = {label: number for number, label in enumerate(everything)}
     truth_R = np.array([numbers[label] for label in truth])
     answer_R = np.array([numbers[label] for label in answers])
-    measure = _measure(truth_R, answer_R, confidence_R, len(everything))
+    measure = measure_labels(truth_R, answer_R, confidence_R, len(everything))
     return LabelResult(
         **scores.model_dump(),
         coverage=coverages(precisions, confidence, truth_R == answer_R, compared.group_R),
@@ -39,7 +39,7 @@ def score_labels(
     )
 
 
-def _measure(
+def measure_labels(
     truth_R: np.ndarray, answer_R: np.ndarray, confidence_R: np.ndarray | None, labels: int
 ) -> Measure:
     """Accuracy, macro-F1 and calibration error by the number of times that each row is drawn."""
@@ -82,9 +82,9 @@ def score_several(
     for row in truth:
         unknown.update({*row} - {*labels})
     everything = [*labels, *sorted(unknown)]
-    truth_RL = _one_hot(truth, everything)
-    answer_RL = _one_hot(answers, everything)
-    measure = _measure_several(truth_RL, answer_RL)
+    truth_RL = one_hot(truth, everything)
+    answer_RL = one_hot(answers, everything)
+    measure = measure_several(truth_RL, answer_RL)
     chance_RL = np.array([list(row.values()) for row in chances])
     bins = bins_of(truth_RL[:, : len(labels)].ravel(), chance_RL.ravel())
     return SeveralResult(
@@ -98,7 +98,8 @@ def score_several(
     )
 
 
-def _one_hot(rows: Sequence[Collection[str]], labels: Sequence[str]) -> np.ndarray:
+def one_hot(rows: Sequence[Collection[str]], labels: Sequence[str]) -> np.ndarray:
+    """1 where a row has a label, else 0."""
     numbers = {label: number for number, label in enumerate(labels)}
     has_RL = np.zeros((len(rows), len(labels)))
     for place, row in enumerate(rows):
@@ -106,7 +107,8 @@ def _one_hot(rows: Sequence[Collection[str]], labels: Sequence[str]) -> np.ndarr
     return has_RL
 
 
-def _measure_several(truth_RL: np.ndarray, answer_RL: np.ndarray) -> Measure:
+def measure_several(truth_RL: np.ndarray, answer_RL: np.ndarray) -> Measure:
+    """The numbers of several labels for a row by the number of times that each row is drawn."""
     right_RL = truth_RL * answer_RL
     exact_R = (truth_RL == answer_RL).all(axis=1)
 

@@ -1,19 +1,27 @@
-"""The numbers of an evaluation as a few aligned lines for a terminal."""
+"""The numbers of an evaluation or a comparison as a few aligned lines for a terminal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from glmbatch.errors import shown
 from glmbatch.evaluation.results import (
+    Comparison,
+    Cost,
     Counts,
     Coverage,
+    DifferingAnswer,
     Evaluation,
     LabelResult,
+    NumberPair,
+    Part,
     Result,
     SeveralResult,
+    StepComparison,
     StepResult,
 )
+from glmbatch.report.summary import short
 
 # What each number is called, in the order in which they are shown.
 NAMES = {
@@ -35,6 +43,8 @@ NAMES = {
 WIDTH = max(map(len, NAMES.values()))
 MOST_LABELS = 20
 MOST_CONFUSED = 5
+MOST_DIFFERENCES = 5
+MOST_CHARACTERS = 80
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -44,6 +54,91 @@ def describe(evaluation: Evaluation) -> str:
         lines += [*_step(step), ""]
     lines.append(f"answers kept in {evaluation.kept}")
     return "\n".join(lines)
+
+
+def describe_comparison(found: Comparison) -> str:
+    """The comparison as text for a terminal, with a few of the answers that differ."""
+    lines: list[str] = []
+    for step in found.steps:
+        names = ", ".join(dict.fromkeys(step.truth.values()))
+        lines.append(step.step + (f", compared with column {names}" if names else ""))
+        if step.note is not None:
+            lines.append(_line("left out", step.note))
+        for name, part in step.parts.items():
+            if name != step.step:
+                lines.append(f"  {name}")
+            lines += _part(part, found.rows)
+        for job, cost in (("A", step.a), ("B", step.b)):
+            lines.append(_line(f"{job} asked", _cost(cost)))
+        lines += [*_differences(step, found.differences), ""]
+    for job, steps in (("A", found.only_in_a), ("B", found.only_in_b)):
+        if steps:
+            lines.append(f"only {job} has: {', '.join(steps)}")
+    lines.append(f"answers kept in {found.kept}")
+    return "\n".join(lines)
+
+
+def _part(part: Part, rows: int) -> Iterator[str]:
+    alone = [f"{part.only_a:,} by A alone"] if part.only_a else []
+    alone += [f"{part.only_b:,} by B alone"] if part.only_b else []
+    both = f"{part.moved.rows:,} of {rows:,} answered by both"
+    yield _line("rows", "; ".join([both, *alone]))
+    if not part.moved.differ:
+        yield _line("moved", "none")
+        return
+    paired = part.paired
+    if paired is not None:
+        for name, title in NAMES.items():
+            if name in paired.numbers:
+                yield _line(title, _pair(paired.numbers[name], 2 if name == "chrf" else 4))
+        alone = [f"{paired.only_a:,} with A alone", f"{paired.only_b:,} with B alone"]
+        yield _line("right", f"{', '.join(alone)}; McNemar p {paired.p:.2g}")
+    yield _line("moved", f"{part.moved.differ:,} rows ({part.moved.share:.1%})")
+    if part.moved.labels:
+        table = [["label", "A", "B", "moved"]]
+        for label, moves in list(part.moved.labels.items())[:MOST_LABELS]:
+            table.append([label, f"{moves.a:,}", f"{moves.b:,}", f"{moves.moved:.1%}"])
+        yield from _table(table)
+
+
+def _pair(numbers: NumberPair, digits: int) -> str:
+    values = f"{numbers.a:.{digits}f} -> {numbers.b:.{digits}f}  {numbers.difference:+.{digits}f}"
+    if numbers.interval is None or numbers.p is None:
+        return values
+    low, high = numbers.interval
+    return f"{values}   95 %: {low:+.{digits}f} to {high:+.{digits}f}   p {numbers.p:.2g}"
+
+
+def _cost(cost: Cost) -> str:
+    tokens = f"{cost.prompt_tokens:,} prompt and {cost.completion_tokens:,} answer tokens"
+    asked = f"{cost.prompts:,} prompts, {tokens}, {cost.seconds:.1f} s"
+    return f"{asked}; now {cost.tokens_now:,} tokens"
+
+
+def _differences(step: StepComparison, every: Sequence[DifferingAnswer]) -> Iterator[str]:
+    """A few rows whose answers differ: those that became wrong first, then those that got right."""
+    own = [row for row in every if row.part.partition(".")[0] == step.step]
+    for number, row in enumerate(sorted(own, key=_weight)[:MOST_DIFFERENCES]):
+        field = f", {row.part.partition('.')[2]}" if "." in row.part else ""
+        text = "" if row.text is None else f": {_short(row.text)}"
+        yield _line("" if number else "differ", f"row {row.row}{field}{text}")
+        truth = "" if row.right_a is None else f", truth {_short(row.truth)}"
+        yield _line("", f"  A {_answer(row.a)}, B {_answer(row.b)}{truth}")
+    if len(own) > MOST_DIFFERENCES:
+        yield _line("", f"{len(own) - MOST_DIFFERENCES:,} more: see --differences or --json")
+
+
+def _answer(value: object) -> str:
+    return "without an answer" if value is None else _short(value)
+
+
+def _weight(row: DifferingAnswer) -> tuple[int, int]:
+    order = {(True, False): 0, (False, True): 1, (False, False): 2}
+    return order.get((bool(row.right_a), bool(row.right_b)), 3), row.row
+
+
+def _short(value: object) -> str:
+    return shown(short(value, MOST_CHARACTERS))
 
 
 def _step(step: StepResult) -> Iterator[str]:

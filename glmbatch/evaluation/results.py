@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -144,5 +144,124 @@ class Evaluation(BaseModel, frozen=True, extra="forbid"):
 
     rows: int
     steps: tuple[StepResult, ...]
+    kept: str
+    seconds: float
+
+
+class NumberPair(BaseModel, frozen=True, extra="forbid"):
+    """One number of both jobs over the same rows.
+
+    `difference` is `b` less `a`. `interval` is that of the difference, of 95 %; `p` says how often
+    chance alone makes a difference so large. Both are from draws of the texts, and None if the
+    number does not exist in every draw.
+    """
+
+    a: float
+    b: float
+    difference: float
+    interval: Interval | None = None
+    p: float | None = None
+
+
+class PairedNumbers(BaseModel, frozen=True, extra="forbid"):
+    """Both jobs over the `rows` that have a truth and an answer of each.
+
+    `only_a` rows are right with A alone, `only_b` rows with B alone. `p` is that of McNemar's exact
+    test over texts: how often texts so one-sided, or more so, occur if neither job is better.
+    """
+
+    rows: int
+    only_a: int
+    only_b: int
+    p: float
+    numbers: Mapping[str, NumberPair]
+
+
+class LabelMoves(BaseModel, frozen=True, extra="forbid"):
+    """The rows with one label in each job, and the share of A's rows that B answers otherwise."""
+
+    a: int
+    b: int
+    moved: float
+
+
+class Moved(BaseModel, frozen=True, extra="forbid"):
+    """The `share` of the `rows` answered by both jobs whose answers differ.
+
+    For answers with one label of a set, `labels` has the rows of each, and `moves` counts rows by
+    the label of A, then that of B, where they differ.
+    """
+
+    rows: int
+    differ: int
+    share: float
+    labels: Mapping[str, LabelMoves] = {}
+    moves: Mapping[str, Mapping[str, int]] = {}
+
+
+class Part(BaseModel, frozen=True, extra="forbid"):
+    """What is compared of a step: its answers, or one of its fields. `paired` needs a truth.
+
+    `only_a` rows have an answer of A alone, `only_b` rows of B alone.
+    """
+
+    moved: Moved
+    only_a: int
+    only_b: int
+    paired: PairedNumbers | None = None
+
+
+class Cost(BaseModel, frozen=True, extra="forbid"):
+    """What the model was asked for the answers to these rows, now or when they were first asked.
+
+    `now` counts the prompts of this comparison. Prompts that another job has asked are not counted.
+    """
+
+    prompts: int
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    now: int
+    tokens_now: int
+
+
+class StepComparison(BaseModel, frozen=True, extra="forbid"):
+    """One step of both jobs. `parts` are named by the step, or by each field of an extract step.
+
+    `note` says why nothing could be compared.
+    """
+
+    step: str
+    truth: Mapping[str, str] = {}
+    parts: Mapping[str, Part] = {}
+    a: Cost
+    b: Cost
+    note: str | None = None
+
+
+class DifferingAnswer(BaseModel, frozen=True, extra="forbid"):
+    """Two answers that differ. `part` is the step, or `step.field`; None is no answer.
+
+    `right_a` and `right_b` are None without a truth. `row` counts from 0 over all files of ROWS.
+    """
+
+    row: int
+    part: str
+    text: str | None
+    a: Any
+    b: Any
+    truth: Any = None
+    right_a: bool | None = None
+    right_b: bool | None = None
+
+
+class Comparison(BaseModel, frozen=True, extra="forbid"):
+    """Two jobs over the same rows. `kept` is the folder with the answers of both."""
+
+    rows: int
+    steps: tuple[StepComparison, ...]
+    only_in_a: tuple[str, ...]
+    only_in_b: tuple[str, ...]
+    differences: tuple[DifferingAnswer, ...]
     kept: str
     seconds: float

@@ -22,6 +22,7 @@ from glmbatch.evaluation.results import Counts, Result, StepResult
 from glmbatch.evaluation.texts import score_written
 from glmbatch.evaluation.thresholds import coverages
 from glmbatch.evaluation.truth import FLAG, Truth
+from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.report.summary import StepSummary
 from glmbatch.settings.columns import ABSTAINED, NOT_ASKED, Columns
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
@@ -31,12 +32,14 @@ from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
 class Answered:
     """The answers to the labelled rows, in their order, and the number of each row's text.
 
-    `steps` says what was asked for each step, by its name.
+    `steps` says what was asked for each step, by its name. `receipts` tell what the answers took,
+    whenever they were asked.
     """
 
     answers: pa.Table
     group_R: np.ndarray
     steps: Mapping[str, StepSummary]
+    receipts: Sequence[AnswersReceipt] = ()
 
 
 def score_step(
@@ -156,7 +159,7 @@ def _score_fields(
     for field in step.fields:
         if field.name not in truth:
             continue
-        values, is_missing = _field_values(step, field.name, answers)
+        values, is_missing = field_values(step, field.name, answers)
         rows = np.flatnonzero(~is_missing)
         abstained[field.name] = len(answers) - len(rows)
         whole_R &= ~is_missing
@@ -177,7 +180,7 @@ def _score_fields(
     return found
 
 
-def _field_values(step: ExtractStep, field: str, answers: pa.Table) -> tuple[list[Any], np.ndarray]:
+def field_values(step: ExtractStep, field: str, answers: pa.Table) -> tuple[list[Any], np.ndarray]:
     """The values of a field, and whether the model abstained from each."""
     columns = Columns(step.name)
     if step.layout == "struct":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from glmbatch.evaluation.bootstrap import intervals, whole
+from glmbatch.evaluation.bootstrap import Measure, intervals, whole
 from glmbatch.evaluation.results import TextResult
 from glmbatch.tuning.scores import rouge_l, rouge_l_of_texts, words_of
 
@@ -21,6 +21,14 @@ BETA = 2
 
 def score_written(truth: Sequence[str], answers: Sequence[str], group_R: np.ndarray) -> TextResult:
     """Scores of `answers` against `truth`, row by row; white space at both ends is ignored."""
+    measure = measure_texts(truth, answers)
+    numbers = whole(measure, len(truth))
+    found = {name: None if math.isnan(value) else value for name, value in numbers.items()}
+    return TextResult(rows=len(truth), intervals=intervals(measure, group_R), **found)
+
+
+def measure_texts(truth: Sequence[str], answers: Sequence[str]) -> Measure:
+    """The numbers of texts by the number of times that each row is drawn."""
     truth = [text.strip() for text in truth]
     answers = [text.strip() for text in answers]
     exact_R = np.array([a == b for a, b in zip(truth, answers, strict=True)], np.float64)
@@ -41,9 +49,7 @@ def score_written(truth: Sequence[str], answers: Sequence[str], group_R: np.ndar
             "chrf": _chrf(times_R @ counts_RN),
         }
 
-    numbers = whole(measure, len(truth))
-    found = {name: None if math.isnan(value) else value for name, value in numbers.items()}
-    return TextResult(rows=len(truth), intervals=intervals(measure, group_R), **found)
+    return measure
 
 
 def _chrf(counts_N: np.ndarray) -> float:

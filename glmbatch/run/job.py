@@ -6,6 +6,8 @@ published file
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from glmbatch.report.summary import Summary
 from glmbatch.run.answer import answer
 from glmbatch.run.canary import check_canary, check_canary_file
@@ -17,15 +19,16 @@ from glmbatch.run.write import write_outputs
 from glmbatch.settings.job import JobConfig
 
 
-def run_job(job: JobConfig) -> Summary:
+def run_job(job: JobConfig, others: Sequence[str] = ()) -> Summary:
     """Answer every row of the input, publish the answers, and return what happened.
 
+    Known answers are also taken from the outputs `others`, where their keys are the same.
     Runs in this thread. Safe to repeat after a crash: committed answers are reused. InputError when
     the job or its input must change, AuditError when nothing was published, TransientError when the
     machine failed.
     """
     check_canary_file(job)
-    run = plan_run(job)  # which rows, in which fragments
+    run = plan_run(job, others=others)  # which rows, in which fragments
     with session(run) as opened:  # the output's lock, engines, known answers, progress
         models = prepare_models(job)
         work = assign(job, run, models)  # a question and a key for each step and fragment

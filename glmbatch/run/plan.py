@@ -78,11 +78,12 @@ def check_job(job: JobConfig) -> None:
                 read_checkpoint(located.path, located.adapter)
 
 
-def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
+def plan_run(job: JobConfig, *, digests: bool = True, others: Sequence[str] = ()) -> Run:
     """Cut the input into fragments, after checking it against the job and the output.
 
     Sources that did not change since they were published make none. Without `digests` only footers
-    are read: such a plan can be inspected but not run. InputError when nothing can be run.
+    are read: such a plan can be inspected but not run. Known answers are also taken from the
+    outputs `others`. InputError when nothing can be run.
     """
     context = RunContext(
         id=uuid.uuid4().hex,
@@ -91,6 +92,7 @@ def plan_run(job: JobConfig, *, digests: bool = True) -> Run:
         format=job.data.format,
         on_error=job.on_error,
         runtime=job.runtime,
+        others=tuple(others),
     )
     inputs = prompt_inputs(job)
     needs = schema_needs(job, inputs)

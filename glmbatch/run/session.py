@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
-from glmbatch.errors import InputError, Interrupted, TransientError, UnusableFile
+from glmbatch.errors import GlmbatchError, InputError, Interrupted, TransientError, UnusableFile
 from glmbatch.glm.engine.loading import load_engine
 from glmbatch.glm.engine.pool import EnginePool
 from glmbatch.glm.engine.protocol import Engine
@@ -71,7 +71,7 @@ class Session:
         key = (question.name, question.key)
         with self._lock:  # built once, even if many fragments begin together
             if key not in self._known:
-                self._known[key] = index_answers(self.ledger, question)
+                self._known[key] = index_answers(self.ledger, question, others=self.run.others)
             return self._known[key]
 
     @contextmanager
@@ -273,15 +273,31 @@ def newest_progress() -> Snapshot:
 
 
 def index_answers(
-    ledger: Ledger, question: Question, *, include_failed: bool = False
+    ledger: Ledger,
+    question: Question,
+    *,
+    include_failed: bool = False,
+    others: Sequence[str] = (),
 ) -> KnownAnswers:
-    """A new index of all committed answers to `question`; with failures if `include_failed`."""
+    """A new index of all committed answers to `question`; with failures if `include_failed`.
+
+    Those in the outputs `others` count too. An output that cannot be read is logged and skipped.
+    """
     files = list(ledger.answer_files(question.key))
+    stored = ledger.stored_keys(question.key, files)
+    for output in others:
+        try:
+            other = Ledger(output)
+            theirs = list(other.answer_files(question.key))
+            stored += other.stored_keys(question.key, theirs) if theirs else []
+            files += theirs
+        except (GlmbatchError, OSError) as error:
+            logger.warning("%s: its answers are not reused: %s", output, error)
     return KnownAnswers(
         files,
         question.name,
         answers_schema(question.step, question.model.labels),
         include_failed=include_failed,
-        stored=ledger.stored_keys(question.key, files),
+        stored=sorted(stored, key=len, reverse=True),
         find_spare=ledger.find_spare,
     )

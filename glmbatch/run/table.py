@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,8 @@ import pyarrow.compute as pc
 
 from glmbatch.errors import AuditError, GlmbatchError, InputError, TransientError
 from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import MANIFEST
+from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt, read_receipt
 from glmbatch.report.display import showing_bar
 from glmbatch.report.summary import Summary
 from glmbatch.run.job import run_job
@@ -37,6 +40,8 @@ from glmbatch.store.frames import WHERE, Frame, as_frame
 from glmbatch.store.inputs.needs import SchemaNeeds, check_schema
 from glmbatch.store.parquet import ROW_GROUP_ROWS, read_columns, write_table
 from glmbatch.store.paths import AnyPath
+
+OUTPUT = "answers"  # below the folder of a set of steps
 
 AnyTable = TypeVar("AnyTable")
 Job = JobConfig | Mapping[str, Any] | str | os.PathLike[str]
@@ -72,19 +77,31 @@ def annotate_table(
     """
     frame = as_frame(table)
     if cache is not None:
-        answers, _ = answers_to(frame, job, cache)
+        answers = answers_to(frame, job, cache).answers
     else:
         settings = _settings_of_table(job)
         inputs = prompt_inputs(settings)
         columns = _columns(frame, schema_needs(settings, inputs))
         with showing_bar(newest_progress), TemporaryDirectory(prefix="glmbatch-") as folder:
-            answers = _uncached(columns, settings, inputs, Path(folder))
+            answers = _uncached(columns, settings, inputs, Path(folder)).answers
     answered: AnyTable = frame.beside(answers)
     return answered
 
 
-def answers_to(frame: Frame, job: Job, cache: str | os.PathLike[str]) -> tuple[pa.Table, Summary]:
-    """The answer columns for each row of `frame`, and what the run did.
+@dataclass(frozen=True, slots=True)
+class TableAnswers:
+    """The answer columns for each row of a table, and what the run did.
+
+    `receipts` tell what the answers took, by whichever run.
+    """
+
+    answers: pa.Table
+    summary: Summary
+    receipts: Sequence[AnswersReceipt]
+
+
+def answers_to(frame: Frame, job: Job, cache: str | os.PathLike[str]) -> TableAnswers:
+    """The answers to each row of `frame`.
 
     The folder `cache` keeps the answers. Settings and errors are as for `annotate_table`.
     """
@@ -148,10 +165,10 @@ def _plain(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
 
 def _uncached(
     columns: pa.Table, job: JobConfig, inputs: dict[str, PromptInputs], folder: Path
-) -> pa.Table:
+) -> TableAnswers:
     """The answers, computed in a `folder` that is deleted after the call."""
     try:
-        return _answers(columns, job, inputs, folder)[0]
+        return _answers(columns, job, inputs, folder)
     except AuditError as error:
         # The finding alone, without the paths of a list and a report that will be deleted.
         found = error.__cause__ if isinstance(error.__cause__, AuditError) else error
@@ -175,21 +192,21 @@ def _naming_the_table(source: AnyPath, output: AnyPath) -> Iterator[None]:
 
 def _answers(
     columns: pa.Table, job: JobConfig, inputs: dict[str, PromptInputs], folder: AnyPath
-) -> tuple[pa.Table, Summary]:
-    """The answer columns in row order, from a run whose input and output are in `folder`.
-
-    Also the summary of that run.
-    """
-    # A folder per set of steps and weights, because an output holds the answers of one set.
+) -> TableAnswers:
+    """The answers in row order, from a run whose input and output are in `folder`."""
+    # A folder per set of steps and weights, because an output holds the answers of one set. A step
+    # of several sets takes its answers from all of them.
     questions = resolve_questions(job, inputs, prepare_models(job))
     step_keys = {question.name: question.key for question in questions}
     settings = blake2b(repr(step_keys).encode(), digest_size=DIGEST_CHARS // 2).hexdigest()
     source = _write(columns, folder / settings)
-    output = folder / settings / "answers"
+    output = folder / settings / OUTPUT
+    others = [str(path.parent) for path in folder.glob(f"*/{OUTPUT}/{MANIFEST}")]
     data = job.data.model_copy(update={"input": str(source), "output": str(output)})
     # An ordinary file run, so that audits, reuse and failures work the same way.
     with _naming_the_table(source, output):
-        summary = run_job(job.model_copy(update={"data": data}))
+        own = job.model_copy(update={"data": data})
+        summary = run_job(own, sorted(other for other in others if other != str(output)))
         if summary.unusable:
             raise InputError(summary.unusable[0].reason)
     manifest = Ledger(str(output)).manifest()
@@ -198,11 +215,15 @@ def _answers(
     for step in job.steps:
         names += step.answer_columns
     parts = []
+    receipts: list[AnswersReceipt] = []
     for file in sorted(manifest.files, key=lambda file: file.first_row):
         # A cache also holds the answers of earlier tables.
         if file.source == source.name:
-            parts.append(read_columns(output / file.output_name, names))
-    return pa.concat_tables(parts), summary
+            path = output / file.output_name
+            parts.append(read_columns(path, names))
+            receipt = read_receipt(path, OutputReceipt)
+            receipts += () if receipt is None else receipt.answers
+    return TableAnswers(pa.concat_tables(parts), summary, receipts)
 
 
 def _write(table: pa.Table, folder: AnyPath) -> AnyPath:

@@ -60,7 +60,10 @@ class Model(BaseModel, frozen=True, extra="forbid"):
 
 
 class RunContext(BaseModel, frozen=True, extra="forbid"):
-    """The facts about a run that every task needs. `began` is in seconds since 1970."""
+    """The facts about a run that every task needs. `began` is in seconds since 1970.
+
+    `others` are outputs of other jobs whose answers this run may take.
+    """
 
     id: str
     began: float
@@ -68,6 +71,7 @@ class RunContext(BaseModel, frozen=True, extra="forbid"):
     format: Literal["parquet", "delta"]
     on_error: Literal["raise", "quarantine", "null"]
     runtime: RuntimeConfig
+    others: tuple[str, ...] = ()
 
     @property
     def raises(self) -> bool:

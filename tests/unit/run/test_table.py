@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import date
 from decimal import Decimal
@@ -348,8 +349,8 @@ def summaries(monkeypatch: pytest.MonkeyPatch) -> list[Summary]:
     """The summaries of the runs behind the calls, in order."""
     summaries: list[Summary] = []
 
-    def kept(job: JobConfig) -> Summary:
-        summaries.append(run_job(job))
+    def kept(job: JobConfig, others: Sequence[str] = ()) -> Summary:
+        summaries.append(run_job(job, others))
         return summaries[-1]
 
     monkeypatch.setattr("glmbatch.run.table.run_job", kept)
@@ -366,6 +367,10 @@ def test_with_a_cache_only_new_rows_are_asked(tmp_path: Path, summaries: list[Su
     assert computed(texts) == 12
     assert computed(texts) == 0
     assert computed(texts, steps=[other]) == 12
+    # Steps are known one by one, in whatever sets, under whatever names.
+    assert computed(texts, steps=[CLASSIFY, {**other, "name": "sound"}]) == 0
+    third = {**other, "name": "third", "labels": ["here", "there"]}
+    assert computed(texts, steps=[other, CLASSIFY | {"name": "x"}, third]) == 12
     assert computed(["new", *reversed(texts)]) == 1
     assert computed(texts[:1]) == 0
     assert computed(texts, steps=[other]) == 0
