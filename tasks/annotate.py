@@ -12,7 +12,6 @@ from prefect.utilities.annotations import quote
 
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.report.counts import Audit
-from glmbatch.report.log import log_answers
 from glmbatch.report.summary import Summary
 from glmbatch.run.answer import find_answers
 from glmbatch.run.models import job_models
@@ -146,13 +145,13 @@ class JobTasks:
 
 def _tell_answers(bundle: Bundle, results: Sequence[list[Any]]) -> None:
     """Count and log what an engine process answered. In this process, the answer itself does so."""
-    progress = session_of(bundle.run).progress
+    session = session_of(bundle.run)
     for receipts in results:
         answered = [receipt for receipt in receipts if isinstance(receipt, AnswersReceipt)]
         rows = sum(receipt.rows for receipt in answered)
         # Fragments with the same rows share one receipt.
         distinct = list({receipt.key: receipt for receipt in answered}.values())
         own = [receipt.computed_rows for receipt in distinct if receipt.run == bundle.run.id]
-        progress.add(sum(own), computed=True)
-        progress.add(rows - sum(own), computed=False)
-        log_answers(distinct, bundle.run.id)
+        session.progress.add(sum(own), computed=True)
+        session.progress.add(rows - sum(own), computed=False)
+        session.log.add(distinct)

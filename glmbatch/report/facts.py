@@ -14,12 +14,20 @@ from glmbatch.report.measures import Measures
 from glmbatch.report.summary import StepSummary, Summary
 
 
+class Verdict(BaseModel, frozen=True, extra="forbid"):
+    """Whether to trust a run, in three lines; `changed` if something stands out."""
+
+    lines: tuple[str, ...]
+    changed: bool
+
+
 class Report(BaseModel, frozen=True, extra="forbid"):
     """Everything recorded about one run.
 
     `device` is None if no model was used. `before` is the run that was published when this one
     began; `labels_before` has its label counts by step, `labelled_before` its rows with a label,
-    and `without_label_before` those that were asked and have none.
+    and `without_label_before` those that were asked and have none. `ended` is in seconds since
+    1970, or 0 in reports of earlier versions; they have no `verdict`.
     """
 
     input: str
@@ -32,6 +40,8 @@ class Report(BaseModel, frozen=True, extra="forbid"):
     labels_before: dict[str, dict[str, int]] = {}
     labelled_before: dict[str, int] = {}
     without_label_before: dict[str, int] = {}
+    ended: float = 0.0
+    verdict: Verdict | None = None
 
     @property
     def cost(self) -> float | None:

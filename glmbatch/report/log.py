@@ -1,18 +1,28 @@
-"""The log lines of a run: what it reads, each fragment, the audits and the result."""
+"""The log lines of a run: what it reads, how far it is, the audits and the result."""
 
 from __future__ import annotations
 
 import logging
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
 
 from glmbatch.errors import counted
 from glmbatch.ledger.fragments import FileFault, Plan, bundle_name
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.report.counts import Audit
+from glmbatch.report.progress import Progress, Snapshot
 from glmbatch.report.summary import StepSummary, Summary, short, step_summary
 from glmbatch.report.text import LEFT_OUT_SHOWN
 
 logger = logging.getLogger(__name__)
+
+BUNDLES_SHOWN = 20
+SECONDS_APART = 10.0
+FAILURES_SHOWN = 5
 
 
 def log_plan(plan: Plan) -> None:
@@ -29,21 +39,69 @@ def log_plan(plan: Plan) -> None:
     _log_left_out(plan.unusable)
 
 
-def log_answers(receipts: Sequence[AnswersReceipt], run: str) -> None:
-    """Log the result of one step over one bundle of fragments, as seen by `run`."""
-    answered = []
-    for receipt in receipts:
-        if receipt.unusable is None:
-            answered.append(receipt)
-        else:
-            logger.info("%s, %s: left out: %s", receipt.step, receipt.fragment, receipt.unusable)
-    if not answered:
-        return
-    first = answered[0]
-    name = bundle_name([receipt.fragment for receipt in answered])
-    step = step_summary(first.step, run, answered)
-    seconds = f" in {sum(r.seconds for r in answered):.1f} s" if step.computed else ""
-    logger.info("%s, %s: %s%s", first.step, name, _counts(step), seconds)
+class AnswersLog:
+    """The lines about the answers of `run`, so few that a run of any size can be read.
+
+    The first bundles have a line each. After them there is a line for each percent of the run's
+    `progress`, and none within SECONDS_APART of the last one. Thread-safe.
+    """
+
+    def __init__(self, run: str, progress: Progress) -> None:
+        self._run = run
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._lines = 0
+        self._left_out = 0
+        self._faults: Counter[str] = Counter()
+        self._percent = 0
+        self._logged = 0.0
+
+    def add(self, receipts: Sequence[AnswersReceipt]) -> None:
+        """Count, and perhaps log, the answers to one step over one bundle of fragments."""
+        answered = [receipt for receipt in receipts if receipt.unusable is None]
+        with self._lock:
+            for receipt in receipts:
+                self._faults.update(receipt.faults)
+                if receipt.unusable is not None and self._left_out < LEFT_OUT_SHOWN:
+                    self._left_out += 1
+                    logger.info(
+                        "%s, %s: left out: %s", receipt.step, receipt.fragment, receipt.unusable
+                    )
+            if not answered:
+                return
+            if self._lines < BUNDLES_SHOWN:
+                self._lines += 1
+                self._log_bundle(answered)
+            else:
+                self._log_progress(self._progress.snapshot())
+
+    def _log_bundle(self, receipts: Sequence[AnswersReceipt]) -> None:
+        first = receipts[0]
+        name = bundle_name([receipt.fragment for receipt in receipts])
+        step = step_summary(first.step, self._run, receipts)
+        seconds = f" in {sum(r.seconds for r in receipts):.1f} s" if step.computed else ""
+        logger.info("%s, %s: %s%s", first.step, name, _counts(step), seconds)
+        self._logged = time.monotonic()
+
+    def _log_progress(self, now: Snapshot) -> None:
+        # An engine process of a cluster does not know the total; the flow's process logs there.
+        percent = 100 * now.done // now.total if now.total else 0
+        if percent <= self._percent or time.monotonic() - self._logged < SECONDS_APART:
+            return
+        self._percent = percent
+        self._logged = time.monotonic()
+        left = ""
+        if now.per_second and now.done < now.total:
+            left = (
+                f"; at most {timedelta(seconds=int((now.total - now.done) / now.per_second))} left"
+            )
+        logger.info(
+            "%s of %s answers (%s%%): %s by the model, %.0f a second; %s failed%s%s",
+            *(f"{now.done:,}", f"{now.total:,}", percent, f"{now.computed:,}", now.per_second),
+            f"{self._faults.total():,}",
+            f" ({_reasons(dict(self._faults.most_common()))})" if self._faults else "",
+            left,
+        )
 
 
 def log_audits(audits: Sequence[Audit]) -> None:
@@ -52,10 +110,20 @@ def log_audits(audits: Sequence[Audit]) -> None:
         logger.info("audit %s: %s", "passed" if audit.passed else "failed", audit)
 
 
-def log_end(summary: Summary) -> None:
-    """Log the totals of each step, and what was published or why nothing was."""
+def log_end(summary: Summary, failures: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Log the totals of each step, the first failed rows, and what was published or why nothing.
+
+    `failures` are as in the list of failed rows.
+    """
     for step in summary.steps:
         logger.info("%s, total: %s", step.name, _counts(step))
+    rows = [failure for failure in failures if failure.get("row") is not None]
+    for failure in rows[:FAILURES_SHOWN]:
+        where = f"{failure['source']}: row {failure['row']}, {failure['step']}"
+        logger.info("failed: %s: %s", where, short(failure["error"], 200))
+    if len(rows) > FAILURES_SHOWN:
+        more = counted(len(rows) - FAILURES_SHOWN, "more failure")
+        logger.info("failed: %s; the list of failed rows has them all", more)
     if summary.refused is not None:
         logger.info("%s", summary.refused)
         return

@@ -10,8 +10,9 @@ from glmbatch.report.summary import StepSummary
 
 
 def markdown(report: Report) -> str:
-    """The outcome, the facts and the label shares; all text is escaped, so none acts as markup."""
-    parts = [_plain(outcome(report.summary)), _table(["", ""], run_facts(report))]
+    """The verdict, the facts and the label shares; all text is escaped, so none acts as markup."""
+    lines = report.verdict.lines if report.verdict else [outcome(report.summary)]
+    parts = [*map(_plain, lines), _table(["", ""], run_facts(report))]
     for step in report.summary.steps:
         if step.labels:
             parts.append(_labels(report, step))

@@ -8,19 +8,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from math import sqrt
+from operator import itemgetter
 
 import numpy as np
 from pydantic import BaseModel
 
 from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt, OutputReceipt
-from glmbatch.report.counts import span_seconds
+from glmbatch.report.counts import span_seconds, total
+from glmbatch.report.oddest import OddRow
 from glmbatch.report.outputs import CONFIDENCE_BINS, Reading, ReportedStep, Sample
 
 # Number of bars and of line points in a plot that is 350 pixels wide.
 LENGTH_BINS = 24
 RATE_BINS = 30
-# Number of fragments in the list of the slowest.
+# Number of fragments in the lists of the slowest and the oddest.
 SLOWEST = 5
+ODD = 5
+# A share is odd this many standard errors from that of all fragments, in this many rows or more.
+ODD_ERRORS = 4.0
+ODD_ROWS = 30
 
 
 class Histogram(BaseModel, frozen=True, extra="forbid"):
@@ -39,10 +46,21 @@ class Slow(BaseModel, frozen=True, extra="forbid"):
     tokens: int
 
 
+class OddFragment(BaseModel, frozen=True, extra="forbid"):
+    """A fragment with another `share` of `what`, a label or failures, than all have together."""
+
+    fragment: str
+    what: str
+    rows: int
+    share: float
+    usual: float
+
+
 class Measures(BaseModel, frozen=True, extra="forbid"):
     """The measurements of one step.
 
-    `rates` are pairs: seconds since the model started, and rows per second at that time.
+    `rates` are pairs: seconds since the model started, and rows per second at that time. `oddest`
+    are the rows with the least sure labels, or with the longest answers.
     """
 
     step: str
@@ -50,6 +68,8 @@ class Measures(BaseModel, frozen=True, extra="forbid"):
     samples: tuple[Sample, ...]
     rates: tuple[tuple[float, float], ...]
     slowest: tuple[Slow, ...]
+    oddest: tuple[OddRow, ...] = ()
+    odd_fragments: tuple[OddFragment, ...] = ()
 
 
 def measure(
@@ -70,6 +90,8 @@ def measure(
                 samples=tuple(reading.labelled.get(step.name, ())),
                 rates=tuple(_rates(busy[index], began)),
                 slowest=tuple(_slow(receipt) for receipt in slowest),
+                oddest=tuple(reading.oddest.get(step.name, ())),
+                odd_fragments=tuple(_odd_fragments(receipts)),
             )
         )
     return tuple(measures)
@@ -93,6 +115,39 @@ def _slow(receipt: AnswersReceipt) -> Slow:
         computed_rows=receipt.computed_rows,
         tokens=receipt.prompt_tokens + receipt.completion_tokens,
     )
+
+
+def _odd_fragments(receipts: Sequence[AnswersReceipt]) -> list[OddFragment]:
+    """The fragments in which a label or failures are far more or less frequent than in all."""
+    rows = sum(_answered(receipt) for receipt in receipts)
+    whole = total(map(_kinds, receipts))
+    found: list[tuple[float, OddFragment]] = []
+    for receipt in receipts:
+        own = _answered(receipt)
+        kinds = _kinds(receipt)
+        scored = []
+        for what, count in whole.items() if own >= ODD_ROWS else ():
+            usual = count / rows
+            # Half a row, because a share that nobody expects has no deviation.
+            deviation = sqrt(max(usual * (1 - usual), 0.5 / rows) / own)
+            share = kinds.get(what, 0) / own
+            odd = OddFragment(
+                fragment=receipt.fragment, what=what, rows=own, share=share, usual=usual
+            )
+            scored.append((abs(share - usual) / deviation, odd))
+        found += [max(scored, key=itemgetter(0))] if scored else []
+    found = [line for line in found if line[0] >= ODD_ERRORS]
+    return [odd for _, odd in sorted(found, key=itemgetter(0), reverse=True)[:ODD]]
+
+
+def _answered(receipt: AnswersReceipt) -> int:
+    return receipt.rows - receipt.not_asked
+
+
+def _kinds(receipt: AnswersReceipt) -> dict[str, int]:
+    """The rows of each label, and those that failed."""
+    failed = sum(receipt.faults.values())
+    return {"failed": failed, **receipt.labels} if failed else dict(receipt.labels)
 
 
 def _histograms(

@@ -1,7 +1,8 @@
 """One pass over the output files of a run: each is opened once, for only the columns needed.
 
 The receipts already say which files have rows of a label and which have failed rows. So only a few
-files are read for their texts, and memory does not grow with the number of rows.
+files are read for their texts, and memory does not grow with the number of rows. Which rows are the
+oddest is known only after the pass: their files, ODDEST for a step at most, are opened once more.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ from pydantic import BaseModel
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import OutputReceipt
 from glmbatch.report.counts import total
+from glmbatch.report.oddest import (
+    SAMPLE_CHARS,
+    Extreme,
+    OddRow,
+    extremes_of,
+    most_extreme,
+    odd_rows,
+)
 from glmbatch.report.summary import short
 from glmbatch.settings.columns import Columns
 from glmbatch.store.inputs.needs import folder_columns
@@ -29,7 +38,6 @@ from glmbatch.store.values import prompt_values
 # Few enough to read on one page.
 SAMPLE_ROWS = 3
 SAMPLES_PER_LABEL = 2
-SAMPLE_CHARS = 300
 LABELS_SHOWN = 30
 # Bins of 0.05 from 0 to 1.
 CONFIDENCE_BINS = 20
@@ -68,12 +76,16 @@ class Reading:
     counts     by step: how often each whole number occurs, of generated tokens, or of scores
                times CONFIDENCE_BINS
     labelled   by step: a few rows of each label
+    extremes   by step: the most extreme rows, the most extreme first, and where they are
+    oddest     by step: the same rows with their texts
     rows       a few answered rows without a failure, with the values of prompts and answers
     failures   one entry for each failed row and step
     """
 
     counts: dict[str, np.ndarray] = field(default_factory=dict)
     labelled: dict[str, list[Sample]] = field(default_factory=dict)
+    extremes: dict[str, list[Extreme]] = field(default_factory=dict)
+    oddest: dict[str, list[OddRow]] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
 
@@ -113,6 +125,8 @@ def read_outputs(
             merged.counts[name] = _added(merged.counts.get(name), counts)
         for name, samples in reading.labelled.items():
             merged.labelled.setdefault(name, []).extend(samples)
+        for name, extremes in reading.extremes.items():
+            merged.extremes[name] = most_extreme([*merged.extremes.get(name, ()), *extremes])
         merged.rows += reading.rows
         room = None if most_failures is None else most_failures - len(merged.failures)
         merged.failures += reading.failures[:room]
@@ -121,6 +135,9 @@ def read_outputs(
         if step.name in merged.labelled:
             order = _shown_labels(outputs, index)
             merged.labelled[step.name].sort(key=lambda sample: order.index(sample.label))
+        names = list(dict.fromkeys(step.sources))
+        extremes = merged.extremes.get(step.name, [])
+        merged.oddest[step.name] = odd_rows(extremes, names, Columns(step.name).answer, ledger)
     return merged
 
 
@@ -177,6 +194,9 @@ def _read(
             scale = CONFIDENCE_BINS if step.classifies else 1
             values = table.column(step.measured).drop_null().to_numpy()
             reading.counts[step.name] = np.bincount((values * scale).astype(np.int64))
+            reading.extremes[step.name] = extremes_of(
+                table.column(step.measured), wanted.output, lowest=step.classifies
+            )
         if wanted.labels[step.name]:
             reading.labelled[step.name] = list(_samples(table, step, wanted.labels[step.name]))
     if wanted.rows:

@@ -9,18 +9,21 @@ Only the newest reports are kept. Any report can be deleted at any time.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
 from pydantic import ValidationError
 
 from glmbatch.errors import GlmbatchError
 from glmbatch.report.facts import Report
-from glmbatch.report.html import page
 from glmbatch.report.measures import Measures
+from glmbatch.report.page.run import page
 from glmbatch.report.summary import Summary
+from glmbatch.report.trends import PastRun, past_run
+from glmbatch.report.verdict import verdict
 from glmbatch.settings.job import JobConfig, RuntimeConfig
 from glmbatch.store.files import committed
-from glmbatch.store.folder import Folder, by_age
+from glmbatch.store.folder import Folder, by_age, times_written
 from glmbatch.store.paths import AnyPath
 
 logger = logging.getLogger(__name__)
@@ -50,9 +53,11 @@ def write_report(
             device=_device(job.runtime) if summary.computed else None,
             price_per_hour=job.report.price_per_hour,
         )
+        past = past_runs(job.data.output, summary.run)
         report = _beside(report, read_report(job.data.output, before))
+        report = report.model_copy(update={"ended": time.time(), "verdict": verdict(report, past)})
         # The page first, so that every JSON file has its page.
-        _write(path, page(report))
+        _write(path, page(report, past))
         _write(path.with_suffix(".json"), report.model_dump_json(indent=1))
         _forget_old(folder, keep={summary.run, before})
     except (GlmbatchError, OSError) as error:
@@ -68,6 +73,21 @@ def read_report(output: str, run: str | None) -> Report | None:
         return Report.model_validate_json(path.read_bytes())
     except (OSError, GlmbatchError, ValidationError):
         return None
+
+
+def past_runs(output: str, run: str) -> list[PastRun]:
+    """The runs before `run` whose reports are kept and can be read, the oldest first."""
+    times = times_written(Folder(output) / REPORTS, ".json")
+    names = sorted(times.keys() - {f"{run}.json"}, key=times.__getitem__)[1 - KEPT :]
+    # In a store, several at once.
+    reports = Folder(output).map(
+        lambda name: read_report(output, name.removesuffix(".json")), names
+    )
+    return [
+        past_run(report, times[name])
+        for name, report in zip(names, reports, strict=True)
+        if report is not None
+    ]
 
 
 def _beside(report: Report, last: Report | None) -> Report:

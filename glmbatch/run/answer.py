@@ -21,7 +21,6 @@ from glmbatch.ledger.fragments import Fragment
 from glmbatch.ledger.known.answers import KnownAnswers
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import LENGTH_BIN, AnswersReceipt, BundleReceipt
-from glmbatch.report.log import log_answers
 from glmbatch.run.ask import Asked, Asking, Outcome, find_or_ask, in_row_order
 from glmbatch.run.models import describe_model
 from glmbatch.run.prompts import (
@@ -95,7 +94,7 @@ def answer(assignment: Assignment) -> list[AnswersReceipt]:
             session.progress.add(assignment.rows, computed=False)
         else:
             receipts = _answer_with_others(assignment, session)
-    log_answers(receipts, assignment.run.id)
+    session.log.add(receipts)
     by_key = {receipt.key: receipt for receipt in receipts}
     return [by_key[key] for key in assignment.answers_keys.fragments]
 

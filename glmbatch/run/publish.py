@@ -114,7 +114,7 @@ def publish(
             "seconds": max(0.0, now() - run.context.began),
         }
     )
-    log_end(summary)
+    log_end(summary, results.failures)
     report = write_report(job, summary, results.measures, collected.last_run)
     return summary.model_copy(update={"report": report})
 
@@ -158,7 +158,7 @@ def _refuse_publishing(
     reason += why
     listed = _list_refused(collected, results.failures[:MOST_REFUSED])
     summary = results.summary.model_copy(update={"refused": reason})
-    log_end(summary)
+    log_end(summary, results.failures)
     report = write_report(job, summary, results.measures, collected.last_run)
     about = f" Read about the run: {report}." if report else ""
     found = AuditError(f"{error}{why}")

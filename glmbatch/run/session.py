@@ -23,6 +23,7 @@ from glmbatch.ledger.fragments import Fragment
 from glmbatch.ledger.known.answers import Hold, KnownAnswers
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import AnswersReceipt
+from glmbatch.report.log import AnswersLog
 from glmbatch.report.progress import Progress, Snapshot
 from glmbatch.run.models import describe_model, stamp_checkpoint
 from glmbatch.run.work import Question, Run, RunContext
@@ -43,13 +44,15 @@ _CHANGING = threading.Lock()
 class Session:
     """The state that the tasks of one run share in one process. Safe to use from several threads.
 
-    `ledger` is the run's view of its output. `progress` counts the rows done.
+    `ledger` is the run's view of its output. `progress` counts the rows done, and `log` tells
+    of them.
     """
 
     def __init__(self, run: RunContext) -> None:
         self.run = run
         self.ledger = Ledger(run.output)
         self.progress = Progress()
+        self.log = AnswersLog(run.id, self.progress)
         self._stopped = False
         # By step name and step key: steps with the same question still have columns of their own.
         self._known: dict[tuple[str, str], KnownAnswers] = {}

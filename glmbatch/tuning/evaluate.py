@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -53,6 +54,8 @@ from glmbatch.tuning.scores import (
 from glmbatch.tuning.split import Labelled, read_labelled, with_metric
 
 MISTAKES_KEPT = 20  # few enough to read
+EXAMPLES_KEPT = 2  # of each label that was taken for another, for as many as MOST_CONFUSED pairs
+MOST_CONFUSED = 50
 MISTAKE_CHARACTERS = 500
 
 
@@ -110,7 +113,7 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
         audit=labelled.audit,
         training=training,
         scores=ours.scores,
-        mistakes=tuple(ours.mistakes[:MISTAKES_KEPT]),
+        mistakes=tuple(_shown(ours.mistakes, by_pair=isinstance(step, ClassifyStep))),
         baseline_name="none" if baseline is None else baseline.name,
         baseline=None if baseline is None else baseline.scores,
         current=None if answered is None else answered.scores,
@@ -320,3 +323,16 @@ def _mistakes(
             )
         )
     return sorted(mistakes, key=lambda mistake: -mistake.confidence)
+
+
+def _shown(mistakes: Sequence[Mistake], *, by_pair: bool) -> list[Mistake]:
+    """The most confident of `mistakes`, and `by_pair` also those of each confusion; same order."""
+    pairs: Counter[tuple[str, str]] = Counter()
+    kept = []
+    for number, mistake in enumerate(mistakes):
+        pair = (mistake.label, mistake.predicted)
+        known = pair in pairs or len(pairs) < MOST_CONFUSED
+        if number < MISTAKES_KEPT or (by_pair and known and pairs[pair] < EXAMPLES_KEPT):
+            kept.append(mistake)
+            pairs[pair] += 1
+    return kept

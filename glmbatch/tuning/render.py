@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from glmbatch.errors import counted
-from glmbatch.report import page as html
+from glmbatch.report.page import elements as html
+from glmbatch.report.page.plots import Axis, bars
+from glmbatch.report.page.plots import lines as plot
 from glmbatch.store.files import committed
 from glmbatch.tuning.report import CARD, CHECKPOINT, PAGE, REPORT, AnyScores, Comparison, Report
 from glmbatch.tuning.scores import LabelScore, Scores, SelectionScores, TextScores
@@ -16,6 +18,8 @@ from glmbatch.tuning.scores import LabelScore, Scores, SelectionScores, TextScor
 CUT_SHARE = 0.02
 # With fewer training rows, TF-IDF was better on each of four Chinese sets, by 3 points or more.
 FEW_ROWS = 1500
+EXAMPLES = 2  # of each confusion
+LABELS_DRAWN = 20
 
 
 class Facts(NamedTuple):
@@ -173,44 +177,66 @@ def card(report: Report) -> str:
 def page(report: Report) -> str:
     """The report as a self-contained HTML file with plots."""
     facts = facts_of(report)
+    outcome = f"{facts.outcome[0].upper()}{facts.outcome[1:]}."
+    lines = [outcome, f"{facts.scores[0]}.", _look_first(report, facts.warnings)]
     parts = [
-        html.paragraph(f"{facts.outcome}."),
-        html.paragraph(f"{facts.origin}."),
+        html.paragraph(f"{facts.origin}.", soft=True),
+        html.verdict(lines, "" if report.promoted and not facts.warnings else "watch"),
         *(html.paragraph(warning, warning=True) for warning in facts.warnings),
         html.heading("Scores on the test rows"),
         *(html.paragraph(line) for line in facts.scores),
     ]
     if isinstance(report.scores, Scores):
-        parts += _classifier_parts(report.labels, report.scores)
+        parts += _classifier_parts(report, report.scores)
     elif isinstance(report.scores, SelectionScores):
-        parts += [_by_label(report.scores.labels), *_calibration(report.scores, "share of labels")]
+        drawn = [_drawn_labels(report.scores.labels), _calibration(report.scores)]
+        parts += [html.plots(drawn), _by_label(report.scores.labels)]
+    if not isinstance(report.scores, Scores):
+        parts += [html.heading("Answers unlike the expected ones"), _mistake_table(report)]
     parts += [
         html.heading("Learning"),
         html.paragraph(f"{facts.training}."),
-        *_learning_plots(report.training["history"]),
+        html.plots(_learning_plots(report.training["history"])),
         html.heading("Rows"),
         html.facts(facts.rows),
         html.table(["label", "rows"], list(report.audit.labels.items())),
-        html.heading("Most confident mistakes"),
-        _mistake_table(report),
         html.heading("Settings"),
-        html.preformatted(facts.settings),
+        html.folded("Every setting and version", [html.preformatted(facts.settings)]),
     ]
     return html.page(facts.title, parts)
 
 
-def _classifier_parts(labels: tuple[str, ...], scores: Scores) -> list[str]:
-    """The scores by label, the confusion matrix and the calibration plot."""
-    confusion = []
-    for label in labels:
-        counts = [scores.confusion[label][guess] for guess in (*labels, "")]
-        confusion.append([label, *counts])
-    return [
-        _by_label(scores.labels),
-        html.heading("Confusion (rows: true, columns: predicted)"),
-        html.table(["", *labels, "none"], confusion),
-        *_calibration(scores, "accuracy"),
-    ]
+def _look_first(report: Report, warnings: list[str]) -> str:
+    """What a reader should look at first, as a sentence."""
+    if warnings:
+        return f"Look first at the {counted(len(warnings), 'warning')} below."
+    scores = report.scores
+    confused = _confusions(scores) if isinstance(scores, Scores) else []
+    if not confused:
+        return "Nothing asks for a look." if not report.mistakes else "Look first at the mistakes."
+    label, guess, rows = confused[0]
+    what = f"taken for {guess}" if guess else "left without an answer"
+    return f"Look first at {label} {what}, {counted(rows, 'row')}."
+
+
+def _confusions(scores: Scores) -> list[tuple[str, str, int]]:
+    """Each label that was taken for another, with its number of rows, most frequent first."""
+    pairs = []
+    for label, guesses in scores.confusion.items():
+        for guess, rows in guesses.items():
+            if rows and guess != label:
+                pairs.append((label, guess, rows))
+    return sorted(pairs, key=lambda pair: -pair[2])
+
+
+def _drawn_labels(labels: Mapping[str, LabelScore]) -> str:
+    """Recall and precision of each label as bars; "" if there are too many labels."""
+    if len(labels) > LABELS_DRAWN:
+        return ""
+    recall = [of_label.recall for of_label in labels.values()]
+    precision = [of_label.precision for of_label in labels.values()]
+    axis = Axis("", percent=True, ends=(0, 1))
+    return bars("by label", axis, [*labels], [("recall", recall), ("precision", precision)])
 
 
 def _by_label(labels: Mapping[str, LabelScore]) -> str:
@@ -221,16 +247,47 @@ def _by_label(labels: Mapping[str, LabelScore]) -> str:
     return html.table(["label", "precision", "recall", "F1", "rows"], lines)
 
 
-def _calibration(scores: Scores | SelectionScores, right: str) -> list[str]:
+def _calibration(scores: Scores | SelectionScores) -> str:
     """How often a label is right, by the probability that the model gave it."""
     # On the diagonal, confidence equals accuracy.
     points = [(confidence, accuracy) for _, confidence, accuracy in scores.bins]
-    ideal = [(0.0, 0.0), (1.0, 1.0)]
-    lines = [("model", points), ("ideal", ideal)]
+    if not points:
+        return ""
+    series = [("model", points), ("ideal", [(0.0, 0.0), (1.0, 1.0)])]
+    right = Axis("share that is right", ends=(0, 1))
+    return plot("calibration", Axis("confidence", ends=(0, 1)), right, series)
+
+
+def _classifier_parts(report: Report, scores: Scores) -> list[str]:
+    """The scores by label, the calibration plot and the confusions with examples of each."""
+    labels = report.labels
+    confusion = []
+    for label in labels:
+        confusion.append([scores.confusion[label][guess] for guess in (*labels, "")])
     return [
-        html.heading("Calibration"),
-        html.lines(f"{right} by confidence", "confidence", right, lines),
+        html.plots([_drawn_labels(scores.labels), _calibration(scores)]),
+        _by_label(scores.labels),
+        html.heading("Confusion"),
+        html.paragraph("A row for each true label, a column for each answer.", soft=True),
+        html.heat(["", *labels, "none"], labels, confusion),
+        _confusion_table(report, scores),
     ]
+
+
+def _confusion_table(report: Report, scores: Scores) -> str:
+    """Examples of each confusion, the most frequent confusion first; "" without mistakes."""
+    rows = []
+    for label, guess, number in _confusions(scores):
+        examples = [
+            mistake
+            for mistake in report.mistakes
+            if (mistake.label, mistake.predicted) == (label, guess)
+        ]
+        for mistake in examples[:EXAMPLES]:
+            confidence = _four_digits(mistake.confidence)
+            rows.append([label, guess or "none", number, mistake.text, confidence, mistake.place])
+    head = ["true label", "answer", "rows", "an example", "confidence", "row"]
+    return html.table(head, rows) if rows else ""
 
 
 def _learning_plots(history: list[dict[str, float]]) -> list[str]:
@@ -241,9 +298,11 @@ def _learning_plots(history: list[dict[str, float]]) -> list[str]:
     loss, valid_loss = points("loss"), points("eval_loss")
     name = "micro-F1" if points("eval_micro_f1") else "accuracy"
     measured = points("eval_micro_f1") or points("eval_accuracy")
+    steps = Axis("step", ends=(0.0,))
+    scores = Axis(f"{name} on validation rows", percent=True, ends=(1.0,))
     return [
-        html.lines("loss by step", "step", "loss", [("train", loss), ("valid", valid_loss)]),
-        html.lines(f"validation {name} by step", "step", name, [(name, measured)]),
+        plot("loss", steps, Axis("loss"), [("training", loss), ("validation", valid_loss)]),
+        plot("validation", steps, scores, [(name, measured)]),
     ]
 
 
@@ -251,10 +310,8 @@ def _mistake_table(report: Report) -> str:
     """The mistakes, most confident first."""
     rows = []
     for mistake in report.mistakes:
-        answer = mistake.predicted or "none"
-        confidence = _four_digits(mistake.confidence)
-        rows.append([mistake.text, mistake.label, answer, confidence, mistake.place])
-    return html.table(["text", "expected", "answer", "confidence", "row"], rows)
+        rows.append([mistake.text, mistake.label, mistake.predicted or "none", mistake.place])
+    return html.table(["text", "expected", "answer", "row"], rows)
 
 
 def _four_digits(value: float) -> str:

@@ -147,6 +147,7 @@ def assert_log_shows_the_run(environment: dict[str, str], out: Path) -> None:
     assert re.search(rf"{CAUSAL.name}: loaded in \d+\.\d s", log), log
     assert re.search(r"mood, day=2/b.parquet@0: 2 rows, 2 answered by the model, .* in \d", log)
     assert "1 failed (null_value 1)" in log
+    assert re.search(r"failed: day=1/a.parquet: row 12, mood: text is null", log), log
     assert "reply, total: 15 rows, 14 answered by the model, 0 reused, 0 repeated" in log
     assert f"{out}: published 15 rows in 3 files; 1 failed, files or fragments left out: 0" in log
 
@@ -165,7 +166,9 @@ def assert_page_shows_the_run(environment: dict[str, str], out: Path, printed: s
     ]
     lines = shown["annotate"]["data"].splitlines()
     facts = [line.strip("| ").split(" | ") for line in lines if line]
-    assert facts[0] == [r"Published\."]
+    assert facts[0] == [r"Published\: 15 rows\, 1 row failed \(6\.7\%\)\, no audit is set\."]
+    assert facts[1][0].startswith("No earlier run was published")
+    assert facts[2][0].startswith("Look first at 1 row that failed in mood with null")
     assert ["run", page.stem] in facts
     assert ["size", "15 rows in 3 fragments"] in facts
     assert ["answers", "30"] in facts

@@ -16,7 +16,7 @@ from glmbatch.settings.job import JobConfig
 from tests.support import CLASSIFY, GENERATE, Settings, Write, read_quarantine, rows_of, run
 
 
-def test_each_output_file_is_opened_once(
+def test_outputs_are_opened_once_and_for_the_oddest(
     write_source: Write, job_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_source("a.parquet", {"text": [f"text {n}" for n in range(7)] + [None] + ["x", "y"]})
@@ -30,7 +30,8 @@ def test_each_output_file_is_opened_once(
     monkeypatch.setattr(pa, "OSFile", counting)
     summary = run(job_settings(max_error_rate=0.5))
     assert summary.fragments == 2
-    assert opened.count("staged") == 2
+    # Once for all values, and again for the oddest rows of each step, which are in one or both.
+    assert 2 + 2 <= opened.count("staged") <= 2 + 2 * 2
     assert opened.count(out.name) == 0
 
 

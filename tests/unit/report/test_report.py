@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
 from html.parser import HTMLParser
@@ -16,8 +17,10 @@ from glmbatch.errors import AuditError
 from glmbatch.ledger.verification import verify
 from glmbatch.report import report
 from glmbatch.report.counts import population_stability
+from glmbatch.report.facts import Report
 from glmbatch.report.markdown import markdown
-from glmbatch.report.report import read_report
+from glmbatch.report.page.run import page as drawn
+from glmbatch.report.report import past_runs, read_report
 from glmbatch.report.summary import Summary
 from glmbatch.report.text import describe
 from tests.support import CLASSIFIER, CLASSIFY, GENERATE, Settings, Write, run
@@ -56,6 +59,18 @@ class Page(HTMLParser):
         self.texts.append(data)
         if self.open in {"td", "th"}:
             self.rows[-1][-1] += data
+
+
+def facts_of(summary: Summary) -> Report:
+    facts = read_report(summary.output, summary.run)
+    assert facts is not None
+    return facts
+
+
+def verdict_of(summary: Summary) -> tuple[str, ...]:
+    verdict = facts_of(summary).verdict
+    assert verdict is not None
+    return verdict.lines
 
 
 def page_of(summary: Summary) -> Page:
@@ -123,13 +138,14 @@ def test_plots_count_the_published_columns(
         assert (sample.text, sample.label, sample.score) in answers
     assert {sample.label for sample in mood.samples} == set(published["mood"])
     plots = re.findall(r"<svg.*?</svg>", page_of(summary).source)
-    assert len(plots) == 6  # throughput; shares, lengths and confidence; lengths twice
+    assert len(plots) == 6  # shares, lengths and confidence; lengths twice; throughput
     for plot in map(ET.fromstring, plots):
-        texts = [text.text for text in plot.iter("text")]
-        assert plot.attrib["role"] == "img"
-        assert sum(str(text) in plot.attrib["aria-label"] for text in texts) >= 3, (
-            "title and both axes"
-        )
+        assert plot.attrib["role"] == "img" and plot.attrib["aria-label"]
+        assert len(list(plot.iter("text"))) >= 4, "numbers at the axes stay text"
+        assert not {"script", "style", "desc"} & {node.tag for node in plot.iter()}
+    again = drawn(facts)
+    assert again == drawn(facts), "the same facts give the same page"
+    assert re.findall(r"<svg.*?</svg>", again) == plots
 
 
 def test_labels_are_compared_with_the_previous_run(
@@ -172,6 +188,68 @@ def test_labels_are_compared_with_the_previous_run(
     )
 
 
+def test_the_page_compares_with_the_kept_runs(
+    rows: list[str | None], write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": rows})
+    first = run(job_settings(steps=[HEAD]))
+    assert "no earlier run was published" in verdict_of(first)[1].lower()
+    shutil.rmtree(out / "_glmbatch" / "answers")
+    for file in out.glob("*.parquet"):
+        file.unlink()  # only the kept reports may be read
+    write_source("a.parquet", {"text": [*rows[:6], *[None] * 6, " "]})
+    settings = job_settings(steps=[HEAD], max_error_rate=0.9, data__rows_per_fragment=40)
+    with pytest.raises(AuditError):
+        run({**settings, "max_error_rate": 0.1})
+    last = run(settings)
+    assert [past.published for past in past_runs(str(out), last.run)] == [True, False]
+    shown = page_of(last)
+    lines = verdict_of(last)
+    assert lines[0].startswith("Published: 13 rows, 7 rows failed (53.8%)")
+    assert "Compared with 1 earlier run: mood: " in lines[1]
+    assert "53.8% of the rows failed, usually 0.0%" in lines[1]
+    assert "6 rows that failed in mood with null_value" in lines[2]
+    assert [line for line in lines if line in shown.texts] == list(lines)
+    assert "The last 3 runs" in shown.texts
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", shown.source)
+    assert titles[:4] == ["mood: label shares", "failed rows", "throughput", "confidence"]
+    assert [row[1] for row in shown.rows if row[-1:] in ([first.run], [last.run])][:2] == [
+        "published",
+        "published",
+    ]
+    assert "usually" in markdown(facts_of(last))
+
+
+def test_the_oddest_rows_are_those_with_extreme_values(
+    rows: list[str | None], write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": rows})
+    summary = run(job_settings(steps=[HEAD, GENERATE]))
+    mood, reply = facts_of(summary).measures
+    published = pd.read_parquet(out).reset_index(drop=True)
+    least = published.sort_values("mood_score", kind="stable").head(5)
+    assert [odd.row for odd in mood.oddest] == list(least.index)
+    assert [(odd.text, odd.answer) for odd in mood.oddest] == [
+        *zip(least.text, least.mood, strict=True)
+    ]
+    most = published.sort_values("reply_completion_tokens", ascending=False, kind="stable").head(5)
+    assert [odd.row for odd in reply.oddest] == list(most.index)
+    assert [odd.value for odd in reply.oddest] == list(most.reply_completion_tokens)
+
+
+def test_fragments_unlike_the_others_are_named(
+    rows: list[str | None], write_source: Write, job_settings: Settings
+) -> None:
+    for name in ("a", "b", "c"):
+        failing = 20 if name == "b" else 0
+        write_source(f"{name}.parquet", {"text": [*(rows * 2)[: 40 - failing], *[None] * failing]})
+    summary = run(job_settings(steps=[HEAD], max_error_rate=0.5, data__rows_per_fragment=40))
+    (odd,) = facts_of(summary).measures[0].odd_fragments
+    assert (odd.fragment, odd.what, odd.rows, odd.share) == ("b.parquet@0", "failed", 40, 0.5)
+    assert odd.usual == pytest.approx(20 / 120)
+    assert any("b.parquet@0, 50% failed in mood" in text for text in verdict_of(summary))
+
+
 def test_a_refused_run_has_a_report(
     rows: list[str | None], write_source: Write, job_settings: Settings, tmp_path: Path
 ) -> None:
@@ -204,7 +282,18 @@ def test_texts_of_the_data_never_act_as_markup(
     summary = run(settings)
     page = page_of(summary)
     plain = {"html", "meta", "title", "style", "h1", "h2", "p", "table", "tr", "td", "th"}
-    assert set(page.tags) == plain | {"svg", "path", "text", "rect", "polyline", "circle"}
+    plain |= {"div", "figure", "figcaption", "details", "summary"}
+    assert set(page.tags) <= plain | {
+        "ul",
+        "li",
+        "span",
+        "svg",
+        "g",
+        "path",
+        "text",
+        "rect",
+        "circle",
+    }
     for name, _ in page.attributes:
         assert not name.startswith("on") and name not in {"src", "href"}
     cells = {cell for row in page.rows for cell in row}

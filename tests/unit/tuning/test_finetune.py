@@ -59,6 +59,10 @@ def test_the_page_and_the_card_show_the_report(tune: Tune) -> None:
     run = Path(report.checkpoint).parent
     page = (run / "report.html").read_text()
     assert "<svg" in page and "Confusion" in page and "://" not in page
+    for label, guesses in report.scores.confusion.items():
+        for guess, rows in guesses.items():
+            shown = f"<td>{label}</td><td>{guess or 'none'}</td><td class=number>{rows}</td>"
+            assert (shown in page) == (rows > 0 and guess != label), "examples of each confusion"
     card = (run / "checkpoint" / "README.md").read_text()
     assert all(digest in card for digest in report.audit.files.values())
     for text in (page, card):
