@@ -9,6 +9,7 @@
     glmbatch train FILE           fine-tune on labelled rows and promote the result if better
     glmbatch evaluate JOB ROWS    score the answers of a job or a checkpoint on labelled rows
     glmbatch compare A [B] ROWS   compare two jobs, or a job with changes, row by row
+    glmbatch view OUTPUT          look at published answers in a browser, and correct them
     glmbatch settings             list every setting of a job and of a training
 
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined rows, 130/143
@@ -235,6 +236,17 @@ def _compare(parsed: argparse.Namespace) -> int:
     return DONE
 
 
+def _view(parsed: argparse.Namespace) -> int:
+    try:
+        from glmbatch.view.server import view
+    except ImportError as error:
+        raise InputError(
+            f"view: {error.name} is not installed. Run pip install 'glmbatch[view]'."
+        ) from error
+    view(parsed.output, parsed.beside, parsed.corrections, parsed.port)
+    return DONE
+
+
 def _settings(_: argparse.Namespace) -> int:
     from glmbatch.settings.reference import describe_settings
     from glmbatch.settings.tuning import TuneConfig
@@ -253,6 +265,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
+    "view": _view,
     "settings": _settings,
 }
 

@@ -63,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         command("evaluate", "score the answers of a job or a checkpoint on labelled rows")
     )
     _add_compare(command("compare", "compare two jobs, or a job with changes, row by row"))
+    _add_view(command("view", "look at published answers in a browser, and correct them"))
     command("settings", "list every setting of a job and of a training, as Markdown")
     return parser
 
@@ -137,6 +138,24 @@ def _add_canary(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE", help="Parquet file to write")
     command.add_argument(
         "--rows", type=int, default=16, help="number of rows to save (default: 16)"
+    )
+
+
+def _add_view(command: argparse.ArgumentParser) -> None:
+    command.add_argument("output", metavar="OUTPUT", help="the job's data.output")
+    command.add_argument(
+        "--beside",
+        metavar="OTHER",
+        help="output of another job over the same input: rows on which the two differ come first",
+    )
+    command.add_argument(
+        "--corrections",
+        metavar="FOLDER",
+        help="where corrections are kept, as rows for train and evaluate "
+        "(default: OUTPUT-corrections)",
+    )
+    command.add_argument(
+        "--port", type=int, default=0, help="port on this machine (default: any free one)"
     )
 
 

@@ -156,6 +156,16 @@ def build_prompts(  # noqa: PLR0913 - facts about model and data beside the rows
     return prompts
 
 
+def render_prompt(
+    step: Step, row: RowValues | NoPrompt, *, chat: bool, texts: Sequence[str] = (TEXT,)
+) -> str | NoPrompt:
+    """The text of one row's prompt, however long, or why it has none; as `build_prompts`."""
+    checked = _check_row(row, placeholders(step.prompt_template), texts)
+    if isinstance(checked, NoPrompt):
+        return checked
+    return _render(step, chat, _examples(step, chat), checked)
+
+
 def _render(step: Step, chat: bool, examples: Sequence[tuple[str, str]], row: _Row) -> str:
     """The template of `step` filled with the values of `row`, in the form that the model reads.
 

@@ -1,0 +1,194 @@
+"""What people say is right: labelled rows in one Parquet file, outside the published data.
+
+    FOLDER/corrections.parquet    a row's own columns, a column with the truth of each step, and the
+                                  row keys; null where nobody has said what is right
+
+`glmbatch train` and `glmbatch evaluate` read the folder as it is. The file is replaced as a whole,
+so a kill leaves it as it was before or after a correction.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from glmbatch.errors import InputError
+from glmbatch.settings.columns import Columns
+from glmbatch.store.errors import one_line
+from glmbatch.store.files import committed, real_path, stamp_if_any, writable
+from glmbatch.store.locks import exclusive
+from glmbatch.store.modes import narrow
+from glmbatch.store.parquet import open_parquet, write_table
+from glmbatch.view.published import Published, ViewedStep
+
+FILE = "corrections.parquet"
+TYPES = {"labels": pa.list_(pa.string()), "number": pa.float64()}
+
+
+class Corrections:
+    """The corrections in a folder. Safe between threads and processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / FILE
+        self._lock = threading.Lock()
+        self._stamp: object = None
+        self._table: pa.Table | None = None
+
+    def of(self, step: ViewedStep) -> dict[bytes, Any]:
+        """What is right for `step`, by row key."""
+        with self._lock:
+            table = self._read()
+        columns = Columns(step.name)
+        if table is None or not {step.name, columns.key} <= set(table.column_names):
+            return {}
+        keys = table.column(columns.key).to_pylist()
+        truths = zip(keys, table.column(step.name).to_pylist(), strict=True)
+        return {key: truth for key, truth in truths if key is not None and truth is not None}
+
+    def keep(
+        self, published: Published, file: int, row: int, step: ViewedStep, truth: object
+    ) -> None:
+        """Keep what is right for `step` in a published row; None withdraws it.
+
+        InputError if `truth` cannot be an answer, or the row has no key.
+        """
+        if truth is not None:
+            check_truth(step, truth)
+        found = published.row(file, row)
+        keys = {one.name: found.column(Columns(one.name).key)[0].as_py() for one in published.steps}
+        if keys[step.name] is None:
+            raise InputError(f"this row was not asked of {step.name}, so nothing can be corrected.")
+        labelled = _labelled(published, found, step, truth)
+        with self._lock:
+            with writable(self.file):
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+            with exclusive(self.file.with_name(".lock")):
+                table = _changed(self._read(), labelled, step, keys, truth)
+                self._write(table, published.path_of(file))
+
+    def _read(self) -> pa.Table | None:
+        """The file as it is now; another viewer may have written it."""
+        stamp = stamp_if_any(self.file)
+        if stamp != self._stamp or stamp is None:
+            self._table = None
+            if stamp is not None:
+                with open_parquet(self.file) as opened:
+                    self._table = opened.read().replace_schema_metadata()
+            self._stamp = stamp
+        return self._table
+
+    def _write(self, table: pa.Table, source: Path) -> None:
+        with committed(self.file) as partial:
+            write_table(partial, table.schema, iter(table.to_batches()), {})
+            # Who may not read the answers, or the corrections so far, may not read these.
+            narrow(partial, [source, self.file])
+
+
+def corrections_folder(output: Path, given: str | None) -> Path:
+    """Where the corrections of `output` are kept. InputError if that is inside the output."""
+    folder = Path(given) if given is not None else output.with_name(f"{output.name}-corrections")
+    if real_path(folder).is_relative_to(real_path(output)):
+        raise InputError(
+            f"{folder}: is inside the output, where it would be read as answers. "
+            "Set --corrections to another folder."
+        )
+    return folder.absolute()
+
+
+def check_truth(step: ViewedStep, truth: object) -> None:
+    """InputError unless `truth` is something that `step` could have answered."""
+    if step.kind == "label" and truth not in step.labels:
+        raise InputError(f"{truth!r} is no label of {step.name}.")
+    if step.kind == "labels":
+        if not isinstance(truth, list) or not set(truth) <= set(step.labels):
+            raise InputError(f"{truth!r} is no list of labels of {step.name}.")
+    elif step.kind == "number":
+        if isinstance(truth, bool) or not isinstance(truth, int | float):
+            raise InputError(f"{truth!r} is no number.")
+    elif not isinstance(truth, str):
+        raise InputError(f"{truth!r} is no text.")
+    elif step.kind == "fields":
+        _check_fields(step, truth)
+
+
+def _check_fields(step: ViewedStep, truth: str) -> None:
+    try:
+        values = json.loads(truth)
+    except ValueError as error:
+        raise InputError(f"the fields of {step.name} are no JSON: {one_line(error)}.") from error
+    if not isinstance(values, dict) or (step.fields and not set(values) <= set(step.fields)):
+        raise InputError(f"{step.name} needs a JSON object with {', '.join(step.fields)}.")
+
+
+def _labelled(published: Published, row: pa.Table, step: ViewedStep, truth: object) -> pa.Table:
+    """The row's own columns, its keys, and the truth of `step`; that of other steps is null."""
+    labelled = row.select(published.source_columns(row.column_names)).replace_schema_metadata()
+    for other in published.steps:
+        kind = TYPES.get(other.kind, pa.string())
+        values = pa.array([truth if other.name == step.name else None], kind)
+        labelled = labelled.append_column(other.name, values)
+    for other in published.steps:
+        name = Columns(other.name).key
+        labelled = labelled.append_column(name, row.column(name))
+    return labelled
+
+
+def _changed(
+    table: pa.Table | None,
+    labelled: pa.Table,
+    step: ViewedStep,
+    keys: dict[str, bytes | None],
+    truth: object,
+) -> pa.Table:
+    """`table` with the truth of `step`; a row of which nothing is known any more is left out."""
+    if table is None:
+        return labelled if truth is not None else labelled.slice(0, 0)
+    try:
+        table = pa.concat_tables([table, labelled], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(
+            f"the columns are of other types than in the corrections so far: {one_line(error)}. "
+            "Set --corrections to another folder."
+        ) from error
+    *rows, new = range(len(table))
+    truths = table.column(step.name).to_pylist()
+    same = _same_question(table, step, keys, truths, rows)
+    if same is not None:
+        truths[same] = truth
+        truths[new] = None
+    place = table.column_names.index(step.name)
+    table = table.set_column(place, step.name, pa.array(truths, table.schema.field(place).type))
+    own = {*labelled.column_names} - {*keys}
+    steps = [name for name in table.column_names if name not in own and _has_key(table, name)]
+    kept = [True] * len(table)
+    for row in (new, new if same is None else same):
+        kept[row] = any(table.column(name)[row].is_valid for name in steps)
+    return table.filter(pa.array(kept, pa.bool_()))
+
+
+def _has_key(table: pa.Table, name: str) -> bool:
+    """Whether `name` has the truth of a step, maybe one that the output no longer has."""
+    return Columns(name).key in table.column_names
+
+
+def _same_question(
+    table: pa.Table,
+    step: ViewedStep,
+    keys: dict[str, bytes | None],
+    truths: Sequence[object],
+    rows: Sequence[int],
+) -> int | None:
+    """The row that has, or may take, what is right for the same question; None without one."""
+    columns = {name: table.column(Columns(name).key).to_pylist() for name in keys}
+    for row in rows:
+        if columns[step.name][row] == keys[step.name] and truths[row] is not None:
+            return row
+    for row in rows:
+        if all(columns[name][row] == key for name, key in keys.items()):
+            return row
+    return None

@@ -1,0 +1,293 @@
+"""Pages of published rows, read by DuckDB. Never holds all rows in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import duckdb
+
+from glmbatch.errors import InputError, TransientError
+from glmbatch.settings.columns import Columns
+from glmbatch.store.errors import one_line
+from glmbatch.view.published import Published, RowsChanged, ViewedStep
+from glmbatch.view.query import (
+    CHANCE,
+    FILE,
+    ROW,
+    Filters,
+    Order,
+    differing,
+    literal,
+    quoted,
+    ranking,
+    score,
+    where,
+)
+
+MEMORY = "1GB"
+# Rows that can be paged through in one order; further ones are found by a filter.
+DEEPEST = 10_000
+# One row in ten is drawn by lot: those of which the model is sure are looked at too.
+LOT = 10
+SHOWN_CHARS = 400
+
+
+class Place(NamedTuple):
+    """A row: the place of its file among the published ones, its own in the file, and its key."""
+
+    file: int
+    row: int
+    key: bytes | None
+
+
+class Rows:
+    """Queries over one published version, and over the same rows of a second output if given.
+
+    Safe between threads. `text_column` is searched and shown.
+    """
+
+    def __init__(
+        self, published: Published, text_column: str | None, other: Published | None = None
+    ) -> None:
+        self.published = published
+        self.text_column = text_column
+        self.other = other
+        self._spill = TemporaryDirectory(prefix="glmbatch-view-")
+        self._database = duckdb.connect()
+        # No extension is fetched, and no query takes the memory of others.
+        self._database.execute(
+            f"SET memory_limit='{MEMORY}'; SET temp_directory={literal(self._spill.name)}; "
+            "SET autoinstall_known_extensions=false; SET autoload_known_extensions=false; "
+            "SET parquet_metadata_cache=true"
+        )
+        self._places = {str(published.path_of(file)): file for file in range(len(published.files))}
+        self._view("published", published)
+        described = self._ask("DESCRIBE published")
+        self.columns = [str(name) for name, *_ in described if name not in (FILE, ROW)]
+        self._compared: set[str] = set()
+        self._comparing = threading.Lock()
+
+    def close(self) -> None:
+        """End all queries, and delete what they left on disk."""
+        self._database.close()
+        self._spill.cleanup()
+
+    def _view(self, name: str, published: Published) -> None:
+        files = [literal(str(published.path_of(file))) for file in range(len(published.files))]
+        self._ask(
+            f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{', '.join(files)}], "
+            f"union_by_name=true, hive_partitioning=false, filename={literal(FILE)}, "
+            "file_row_number=true)"
+        )
+
+    def _ask(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        try:
+            return self._database.cursor().execute(sql, list(values)).fetchall()
+        # A file is gone or another one, or the version was closed.
+        except (
+            duckdb.IOException,
+            duckdb.InvalidInputException,
+            duckdb.ConnectionException,
+        ) as error:
+            raise RowsChanged(f"{self.published.root}: {one_line(error)}.") from error
+        except duckdb.OutOfMemoryException as error:
+            raise TransientError(
+                f"{self.published.root}: this needs more than {MEMORY}. Set a filter."
+            ) from error
+
+    def page(
+        self, filters: Filters, corrected: Sequence[bytes], offset: int, limit: int
+    ) -> list[Place]:
+        """The rows from `offset` on, at most `limit`, in the order asked for.
+
+        Rows of one question are shown once, but for the order of the files.
+        """
+        if offset + limit > DEEPEST and filters.order != "file":
+            raise InputError(f"only the first {DEEPEST:,} rows are sorted. Set a filter.")
+        step = self.published.step(filters.step)
+        if filters.order == "file":
+            return self._in_files(filters, step, corrected, offset, limit)
+        if filters.order != "worth":
+            return self._sorted(filters.order, filters, corrected, offset + limit)[offset:]
+        best = self._sorted("worth", filters, corrected, offset + limit)
+        drawn = self._sorted("random", filters, corrected, (offset + limit) // LOT + 1)
+        return [*islice(_with_lot(best, drawn), offset, offset + limit)]
+
+    def _in_files(
+        self,
+        filters: Filters,
+        step: ViewedStep,
+        corrected: Sequence[bytes],
+        offset: int,
+        limit: int,
+    ) -> list[Place]:
+        chosen = where(filters, step, self.text_column, corrected)
+        key = quoted(Columns(step.name).key)
+        return self._placed(
+            f"SELECT {quoted(FILE)}, {ROW}, {key} FROM {self._source(filters, step)} "
+            f"WHERE {chosen.sql} LIMIT {limit} OFFSET {offset}",
+            chosen.values,
+        )
+
+    def _sorted(
+        self, order: Order, filters: Filters, corrected: Sequence[bytes], count: int
+    ) -> list[Place]:
+        """The first `count` rows of different keys in `order`."""
+        step = self.published.step(filters.step)
+        chosen = where(filters, step, self.text_column, corrected)
+        rank = ranking(order, step, compared=self.compares(step))
+        key = quoted(Columns(step.name).key)
+        source = self._source(filters.model_copy(update={"order": order}), step)
+        asked = 2 * count
+        while True:
+            # Only places are sorted, so a page of long texts costs no more than one of short ones.
+            places = self._placed(
+                f"SELECT {quoted(FILE)}, {ROW}, {key} FROM {source} WHERE {chosen.sql} "
+                f"ORDER BY {rank.sql} NULLS LAST, {CHANCE.format(key=key)}, {quoted(FILE)}, {ROW} "
+                f"LIMIT {asked}",
+                [*chosen.values, *rank.values],
+            )
+            different = _different(places)
+            if len(different) >= count or len(places) < asked or asked > 4 * DEEPEST:
+                return different[:count]
+            asked *= 4
+
+    def _placed(self, sql: str, values: Sequence[Any]) -> list[Place]:
+        return [Place(self._places[name], row, key) for name, row, key in self._ask(sql, values)]
+
+    def _source(self, filters: Filters, step: ViewedStep) -> str:
+        """The published rows, beside those that differ where the order or a filter needs them."""
+        if filters.differs and not self.compares(step):
+            raise InputError("there is no second output with this step. Name it with --beside.")
+        compares = self.compares(step) and filters.order in ("worth", "differs")
+        return self._beside(step) if filters.differs or compares else "published"
+
+    def _beside(self, step: ViewedStep) -> str:
+        self._compare(step)
+        return f"published LEFT JOIN {differing(step)} USING ({quoted(FILE)}, {ROW})"
+
+    def count(self, filters: Filters, corrected: Sequence[bytes]) -> int:
+        """How many rows meet `filters`."""
+        step = self.published.step(filters.step)
+        chosen = where(filters, step, self.text_column, corrected)
+        source = self._source(filters, step)
+        ((rows,),) = self._ask(f"SELECT count(*) FROM {source} WHERE {chosen.sql}", chosen.values)
+        return int(rows)
+
+    def facets(self, step: ViewedStep) -> dict[str, dict[str, int]]:
+        """The number of rows by label and by error type."""
+        answer = quoted(step.name)
+        labels: list[tuple[Any, ...]] = []
+        if step.kind in ("label", "labels"):
+            value = answer if step.kind == "label" else f"unnest({answer})"
+            labels = self._ask(f"SELECT {value} AS label, count(*) FROM published GROUP BY 1")
+        errors = self._ask(
+            f"SELECT {quoted(Columns(step.name).error_type)}, count(*) FROM published GROUP BY 1"
+        )
+        return {
+            "labels": {label: rows for label, rows in labels if label is not None},
+            "errors": {error: rows for error, rows in errors if error is not None},
+        }
+
+    def lines(self, filters: Filters, places: Sequence[Place]) -> list[dict[str, Any]]:
+        """What a list shows of each row, in the order of `places`; long texts are cut."""
+        step = self.published.step(filters.step)
+        columns = Columns(step.name)
+        text = quoted(self.text_column) if self.text_column is not None else "NULL"
+        files = {place.file for place in places}
+        if not files:
+            return []
+        names = ", ".join(literal(str(self.published.path_of(file))) for file in files)
+        wanted = ", ".join(
+            f"({literal(str(self.published.path_of(place.file)))}, {place.row})" for place in places
+        )
+        found = self._ask(
+            f"SELECT {quoted(FILE)}, {ROW}, left({text}::VARCHAR, {SHOWN_CHARS}), "
+            f"left({quoted(step.name)}::VARCHAR, {SHOWN_CHARS}), {score(step)}, "
+            f"{quoted(columns.error_type)} FROM published WHERE {quoted(FILE)} IN ({names}) "
+            f"AND ({quoted(FILE)}, {ROW}) IN ({wanted})"
+        )
+        by_place = {(self._places[name], row): rest for name, row, *rest in found}
+        lines = []
+        for place in places:
+            text_shown, answer, its_score, error = by_place[place.file, place.row]
+            line = {"text": text_shown, "answer": answer, "score": its_score, "error": error}
+            lines.append({"file": place.file, "row": place.row, **line})
+        return lines
+
+    def compares(self, step: ViewedStep) -> bool:
+        """Whether there is a second output with the answers of `step`."""
+        return self.other is not None and step.name in [one.name for one in self.other.steps]
+
+    def other_place(self, file: int, row: int) -> tuple[int, int] | None:
+        """The place of a row in the second output; None if it is not there, or was another row."""
+        published = self.published.files[file]
+        number = published.first_row + row
+        for place, other in enumerate(self.other.files if self.other is not None else ()):
+            is_same = (other.source, other.source_digest) == (
+                published.source,
+                published.source_digest,
+            )
+            if is_same and 0 <= number - other.first_row < other.rows:
+                return place, number - other.first_row
+        return None
+
+    def _compare(self, step: ViewedStep) -> None:
+        """Note on which rows the two outputs differ in `step`, once."""
+        assert self.other is not None
+        with self._comparing:
+            if step.name in self._compared:
+                return
+            if not self._compared:
+                self._view("other", self.other)
+                self._sources()
+            answer = quoted(step.name)
+            self._ask(
+                f"CREATE TABLE {differing(step)} AS "
+                f"SELECT one.{quoted(FILE)}, one.{ROW}, two.{ROW} AS other_row FROM "
+                f"(SELECT source, first_row + {ROW} AS number, {quoted(FILE)}, {ROW}, {answer} "
+                f"FROM published JOIN sources ON {quoted(FILE)} = sources.path) one JOIN "
+                f"(SELECT source, first_row + {ROW} AS number, {ROW}, {answer} "
+                f"FROM other JOIN sources ON {quoted(FILE)} = sources.path) two "
+                f"ON one.source = two.source AND one.number = two.number "
+                f"WHERE one.{answer}::VARCHAR IS DISTINCT FROM two.{answer}::VARCHAR"
+            )
+            self._compared.add(step.name)
+
+    def _sources(self) -> None:
+        """The source of each file, by number; only of sources that did not change in between."""
+        assert self.other is not None
+        numbers: dict[tuple[str, str], int] = {}
+        lines = []
+        for published in (self.published, self.other):
+            for place, file in enumerate(published.files):
+                number = numbers.setdefault((file.source, file.source_digest), len(numbers))
+                lines.append((str(published.path_of(place)), number, file.first_row))
+        self._ask("CREATE TABLE sources (path VARCHAR, source INT, first_row BIGINT)")
+        self._database.cursor().executemany("INSERT INTO sources VALUES (?, ?, ?)", lines)
+
+
+def _different(places: Sequence[Place]) -> list[Place]:
+    """The first of the rows with each key; a row without a key is like no other."""
+    first: dict[object, Place] = {}
+    for place in places:
+        first.setdefault(place.key or (place.file, place.row), place)
+    return list(first.values())
+
+
+def _with_lot(best: Sequence[Place], drawn: Sequence[Place]) -> Iterator[Place]:
+    """`best` in order, and in every tenth place one of `drawn`; none twice."""
+    shown = set()
+    rest = [iter(best), iter(drawn)]
+    for number in range(1, len(best) + len(drawn) + 1):
+        by_lot = number % LOT == 0
+        for turn in (by_lot, not by_lot):
+            place = next((place for place in rest[turn] if place not in shown), None)
+            if place is not None:
+                shown.add(place)
+                yield place
+                break

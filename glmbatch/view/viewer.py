@@ -1,0 +1,199 @@
+"""What the viewer's page asks for, as plain values: the rows, one row in full, a correction."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from glmbatch.ledger.manifest import read_manifest
+from glmbatch.run.prompts import as_text
+from glmbatch.settings.columns import Columns
+from glmbatch.store.values import prompt_values
+from glmbatch.view.corrections import Corrections, corrections_folder
+from glmbatch.view.prompts import find_text_column, shown_prompt
+from glmbatch.view.published import Published, RowsChanged, ViewedStep, read_published
+from glmbatch.view.query import Filters
+from glmbatch.view.rows import DEEPEST, Rows
+
+
+class Viewer:
+    """The answers in `output`, those in `beside` to compare them with, and the corrections.
+
+    Always of the last published version: what is asked about an earlier one raises RowsChanged.
+    Safe between threads.
+    """
+
+    def __init__(
+        self, output: str, beside: str | None = None, corrections: str | None = None
+    ) -> None:
+        self._output = output
+        self._beside = beside
+        self._opening = threading.Lock()
+        published = read_published(output)
+        self.corrections = Corrections(corrections_folder(published.root, corrections))
+        self._rows = self._open(published)
+
+    def close(self) -> None:
+        """End all queries."""
+        self._rows.close()
+
+    def _open(self, published: Published) -> Rows:
+        other = read_published(self._beside) if self._beside is not None else None
+        return Rows(published, find_text_column(published), other)
+
+    def _current(self) -> Rows:
+        """The last published version; it is opened again after a run has published."""
+        with self._opening:
+            # Of an unchanged manifest this is the same object.
+            if read_manifest(self._rows.published.root) is not self._rows.published.manifest:
+                before, self._rows = self._rows, self._open(read_published(self._output))
+                before.close()
+            return self._rows
+
+    def _of_version(self, version: str) -> Rows:
+        rows = self._current()
+        if version != rows.published.manifest.run:
+            raise RowsChanged("A run has published other answers. Load the page again.")
+        return rows
+
+    def output(self) -> dict[str, Any]:
+        """What is published: its steps, and how many files and rows."""
+        rows = self._current()
+        published = rows.published
+        steps = []
+        for step in published.steps:
+            corrected = len(self.corrections.of(step))
+            steps.append(
+                {
+                    "name": step.name,
+                    "kind": step.kind,
+                    "labels": step.labels,
+                    "grown": step.grown,
+                    "compared": rows.compares(step),
+                    "corrected": corrected,
+                }
+            )
+        return {
+            "output": self._output,
+            "beside": self._beside,
+            "corrections": str(self.corrections.file.parent),
+            "version": published.manifest.run,
+            "files": len(published.files),
+            "rows": sum(file.rows for file in published.files),
+            "limit": published.manifest.limit,
+            "deepest": DEEPEST,
+            "steps": steps,
+        }
+
+    def facets(self, step: str) -> dict[str, Any]:
+        """The number of rows of each label and each error of `step`."""
+        rows = self._current()
+        return rows.facets(rows.published.step(step))
+
+    def page(self, filters: Filters, offset: int, limit: int) -> dict[str, Any]:
+        """Rows of a list, each with what a person has said is right."""
+        rows = self._current()
+        step = rows.published.step(filters.step)
+        corrected = self.corrections.of(step)
+        places = rows.page(filters, list(corrected), offset, limit)
+        lines = rows.lines(filters, places)
+        for line, place in zip(lines, places, strict=True):
+            line["name"] = rows.published.files[place.file].output_name
+            line["truth"] = corrected.get(place.key) if place.key is not None else None
+        return {"version": rows.published.manifest.run, "rows": lines}
+
+    def count(self, filters: Filters) -> int:
+        """How many rows meet `filters`."""
+        rows = self._current()
+        return rows.count(filters, list(self.corrections.of(rows.published.step(filters.step))))
+
+    def row(self, version: str, file: int, row: int) -> dict[str, Any]:
+        """One row in full: its columns, and of each step prompt, answer and probabilities."""
+        rows = self._of_version(version)
+        published = rows.published
+        table = published.row(file, row)
+        source = published.source_columns(table.column_names)
+        place = rows.other_place(file, row)
+        other = rows.other.row(*place) if rows.other is not None and place is not None else None
+        steps = []
+        for step in published.steps:
+            shown = self._step(rows, step, file, table)
+            if rows.compares(step):
+                shown["beside"] = _answer(step.name, other) if other is not None else None
+                shown["is_beside"] = other is not None
+            steps.append(shown)
+        return {
+            "version": version,
+            "file": published.files[file].output_name,
+            "source": published.files[file].source,
+            "source_row": published.files[file].first_row + row,
+            "text_column": rows.text_column,
+            "columns": {name: _text(table.column(name)) for name in source},
+            "steps": steps,
+        }
+
+    def _step(self, rows: Rows, step: ViewedStep, file: int, table: pa.Table) -> dict[str, Any]:
+        columns = Columns(step.name)
+        prompt = shown_prompt(rows.published, step, file, table, rows.text_column)
+        key = table.column(columns.key)[0].as_py()
+        values = {name: table.column(name)[0].as_py() for name in step.columns}
+        beside = (columns.answer, columns.scores, columns.error, columns.error_type, columns.key)
+        numbers = {}
+        for name in step.columns:
+            if name not in beside and step.kind != "fields":
+                numbers[name.removeprefix(f"{step.name}_")] = values[name]
+        return {
+            "name": step.name,
+            "answer": _answer(step.name, table),
+            "scores": values.get(columns.scores),
+            "error": values.get(columns.error),
+            "error_type": values.get(columns.error_type),
+            "numbers": numbers,
+            "fields": _fields(step, values),
+            "prompt": {"text": prompt.text, "is_cut": prompt.is_cut, "lack": prompt.lack},
+            "can_correct": key is not None,
+            "truth": self.corrections.of(step).get(key) if key is not None else None,
+        }
+
+    def correct(
+        self, version: str, file: int, row: int, step: str, truth: object
+    ) -> dict[str, int]:
+        """Keep what is right for a row, or withdraw it; return how many rows are corrected."""
+        published = self._of_version(version).published
+        viewed = published.step(step)
+        self.corrections.keep(published, file, row, viewed, truth)
+        return {"corrected": len(self.corrections.of(viewed))}
+
+
+def _answer(step: str, table: pa.Table) -> Any:
+    """An answer for a page: a label, labels, a number, or a text."""
+    answer = table.column(step)[0].as_py()
+    return answer if isinstance(answer, list | float | None) else as_text(answer)
+
+
+def _text(column: pa.ChunkedArray) -> str | None:
+    """The value of a row as a prompt would show it."""
+    (value,) = prompt_values(column)
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _fields(step: ViewedStep, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each extracted field with how sure the model is of it, where it says."""
+    fields = {}
+    whole = values.get(step.name)
+    for name in step.fields:
+        columns = Columns(step.name).field(name)
+        value = values.get(columns.answer)
+        if isinstance(whole, dict):
+            value = whole.get(name)
+        sure = values.get(columns.score)
+        mean = values.get(columns.mean_log_prob)
+        fields[name] = {"value": _plain(value), "score": sure, "mean_log_prob": mean}
+    return fields
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
