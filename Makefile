@@ -40,7 +40,7 @@ $(RUN)/uv:
 
 # What a run needs; `ready` adds what the tests need.
 $(VENV)/ready-to-run: pyproject.toml constraints.txt | $(RUN)/uv
-	$(INSTALL) -c constraints.txt -e '.[cpu,train]'
+	$(INSTALL) -c constraints.txt -e '.[cpu,train,view]'
 	@$(COMPILE)
 	@touch $@
 

@@ -103,7 +103,9 @@ class Published:
 
     def source_columns(self, names: Sequence[str]) -> list[str]:
         """Those of `names` that are no answers."""
-        answers = {column for step in self.steps for column in step.columns}
+        answers: set[str] = set()
+        for step in self.steps:
+            answers.update(step.columns)
         return [name for name in names if name not in answers]
 
 

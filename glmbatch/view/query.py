@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -101,8 +102,8 @@ def where(
         parts.append((f"{negated}{is_corrected}", [list(corrected)]))
     if filters.differs:
         parts.append((f"{differs(step)} IS NOT NULL", []))
-    values = [value for _, given in parts for value in given]
-    return Clause(sql=" AND ".join(sql for sql, _ in parts) or "true", values=tuple(values))
+    values = tuple(chain.from_iterable(given for _, given in parts))
+    return Clause(sql=" AND ".join(sql for sql, _ in parts) or "true", values=values)
 
 
 def _error(columns: Columns, error: str) -> tuple[str, list[Any]]:
@@ -149,7 +150,5 @@ def _grown(step: ViewedStep) -> Clause:
     if step.kind != "label" or not step.grown:
         return Clause(sql="0")
     cases = ["WHEN ? THEN ?"] * len(step.grown)
-    values = [value for item in step.grown.items() for value in item]
-    return Clause(
-        sql=f"(CASE {quoted(step.name)} {' '.join(cases)} ELSE 0 END)", values=tuple(values)
-    )
+    values = tuple(chain.from_iterable(step.grown.items()))
+    return Clause(sql=f"(CASE {quoted(step.name)} {' '.join(cases)} ELSE 0 END)", values=values)
