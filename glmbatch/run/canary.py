@@ -245,7 +245,9 @@ def _same(step: AnyStep, outcome: Outcome | None, before: dict[str, object], exa
         tolerances = {"rel_tol": SCORE_TOLERANCE, "abs_tol": SCORE_TOLERANCE}
         return isinstance(text, float) and math.isclose(outcome.answer, text, **tolerances)
     if isinstance(outcome, Extraction):
-        return text == (outcome.text if isinstance(text, str) else dict(outcome.values))
+        # Without a text, the model abstained from all fields.
+        whole = isinstance(text, str) or outcome.text is None
+        return text == (outcome.text if whole else dict(outcome.values))
     if not isinstance(outcome, Writing):
         return False
     if exact or not text or outcome.text is None:

@@ -148,7 +148,9 @@ def value_of(row: dict[str, Any], name: str, layout: str) -> Any:
 
 
 @pytest.mark.parametrize("layout", ["columns", "struct"])
-def test_a_row_without_a_sure_field_has_no_answer(job: Settings, out: Path, layout: str) -> None:
+def test_a_row_without_a_sure_field_has_no_answer(
+    job: Settings, out: Path, tmp_path: Path, layout: str
+) -> None:
     settings = job(steps=[{**EXTRACT, "layout": layout, "abstain_below": 1.0}, REPLY])
     summary = run(settings)
     assert [step.abstained for step in summary.steps] == [3, 0]
@@ -161,6 +163,10 @@ def test_a_row_without_a_sure_field_has_no_answer(job: Settings, out: Path, layo
         assert row["reply_error_type"] == ("not_asked" if answered else "earlier_step_failed")
         assert (row["facts_tone_score"] is None) != answered
     assert verify(str(out)).sound
+    freeze(out, tmp_path / "canary.parquet", 2)
+    settings["canary"] = str(tmp_path / "canary.parquet")
+    settings["data"]["output"] = str(tmp_path / "again")
+    assert run(settings).audits[0].measured == 0
 
 
 def test_another_schema_asks_all_rows_again(job: Settings, out: Path) -> None:

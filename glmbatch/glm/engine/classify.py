@@ -24,6 +24,7 @@ from glmbatch.glm.engine.queue import (
     Limits,
     PendingRequest,
     WaitingQueue,
+    common_ids,
     shared_prefix,
 )
 from glmbatch.glm.engine.runner import Readback
@@ -210,7 +211,7 @@ class Group:
 
     def joined(self, question: ClassifyRequest) -> Group:
         """This group and `question`."""
-        common = _common(self.text.prompt_ids, question.prompt_ids)
+        common = common_ids(self.text.prompt_ids, question.prompt_ids)
         text = replace(
             self.text,
             prompt_ids=self.text.prompt_ids[:common],
@@ -262,12 +263,6 @@ def read_together(request: ClassifyRequest) -> list[Group]:
         else:
             groups.append(alone)
     return groups
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Number of ids that both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (mine, its) in pairs if mine != its), min(len(one), len(other)))
 
 
 def _tree_of(row: _Row) -> LabelTree:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -183,24 +183,72 @@ def shared_prefix(request: ClassifyRequest | GenerateRequest) -> tuple[int, ...]
     return tuple(request.prompt_ids[:shared])
 
 
-def requests_apart(
-    pending: PendingRequest[GenerateRequest],
-) -> tuple[list[PendingRequest[GenerateRequest]], Family | None]:
-    """A request and those beside it, each alone, and the family of their sequences, if any.
+def common_ids(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of ids that both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (mine, its) in pairs if mine != its), min(len(one), len(other)))
 
-    What they begin with leaves each an id of its own, because an answer begins behind the last one.
+
+@dataclass(frozen=True, slots=True)
+class _Kin:
+    """Requests whose prompts begin with the same `tokens` ids; `cached` of them are cached.
+
+    Each prompt keeps an id of its own, because an answer begins behind the last one.
     """
-    requests = [replace(pending.request, beside=()), *pending.request.beside]
-    tokens = min(len(request.prompt_ids) for request in requests) - 1
-    prefix = max(len(shared_prefix(request)) for request in requests)
-    first = requests[0].prompt_ids
-    for request in requests[1:]:
-        same = zip(first[:tokens], request.prompt_ids, strict=False)
-        tokens = next((at for at, (one, other) in enumerate(same) if one != other), tokens)
-    apart = [PendingRequest(pending.call, request, pending.arrival) for request in requests]
-    is_worth = len(requests) > 1 and tokens - prefix >= MIN_SHARED_TOKENS
-    longest = max((request.max_tokens, len(request.prompt_ids)) for request in requests)
-    return apart, Family(tokens, longest) if is_worth else None
+
+    requests: tuple[GenerateRequest, ...]
+    tokens: int
+    cached: int
+
+    @classmethod
+    def of(cls, request: GenerateRequest) -> _Kin:
+        return cls((request,), len(request.prompt_ids) - 1, len(shared_prefix(request)))
+
+    def joined(self, request: GenerateRequest) -> _Kin:
+        """These and `request`; all with one cached beginning, so that any of them reads alike."""
+        shared = min(self.requests[0].shared_tokens, request.shared_tokens)
+        requests = tuple(replace(each, shared_tokens=shared) for each in (*self.requests, request))
+        common = common_ids(requests[0].prompt_ids, request.prompt_ids)
+        tokens = min(self.tokens, common, len(request.prompt_ids) - 1)
+        return _Kin(requests, tokens, len(shared_prefix(requests[0])))
+
+    @property
+    def cost(self) -> int:
+        """Tokens of the prompts to read."""
+        own = sum(len(request.prompt_ids) - self.tokens for request in self.requests)
+        return self.tokens - self.cached + own
+
+    @property
+    def is_worth(self) -> bool:
+        """Whether enough is read once to be copied."""
+        return self.tokens - self.cached >= MIN_SHARED_TOKENS
+
+
+def in_families(
+    pending: PendingRequest[GenerateRequest],
+) -> Iterator[tuple[PendingRequest[GenerateRequest], Family | None]]:
+    """A request and those beside it, each alone and with its family, if any.
+
+    A request joins another where that reads fewer tokens than apart. It depends on these requests
+    alone.
+    """
+    found: list[_Kin] = []
+    for request in (replace(pending.request, beside=()), *pending.request.beside):
+        alone = _Kin.of(request)
+        for place, kin in enumerate(found):
+            joined = kin.joined(request)
+            if joined.is_worth and joined.cost < kin.cost + alone.cost:
+                found[place] = joined
+                break
+        else:
+            found.append(alone)
+    for kin in found:
+        family = None
+        if len(kin.requests) > 1:
+            longest = max((each.max_tokens, len(each.prompt_ids)) for each in kin.requests)
+            family = Family(kin.tokens, longest)
+        for request in kin.requests:
+            yield PendingRequest(pending.call, request, pending.arrival), family
 
 
 Item = TypeVar("Item")

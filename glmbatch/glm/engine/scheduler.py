@@ -17,7 +17,7 @@ from glmbatch.glm.engine.queue import (
     Limits,
     PendingRequest,
     TokenSequence,
-    requests_apart,
+    in_families,
     shared_prefix,
 )
 from glmbatch.glm.engine.sampler import Sampler
@@ -82,8 +82,7 @@ class Scheduler:
 
     def push(self, pending: PendingRequest[GenerateRequest]) -> None:
         """Add a request to the waiting queue, with those beside it."""
-        apart, family = requests_apart(pending)
-        for member, own in enumerate(apart):
+        for member, (own, family) in enumerate(in_families(pending)):
             request = own.request
             writing = None if request.form is None else request.form.begin()
             sampler = Sampler.of(request, self._eos_id, writing)

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmbatch.glm.engine.protocol import GenerateRequest
-from glmbatch.glm.engine.queue import Call, Limits, PendingRequest, TokenSequence
+from glmbatch.glm.engine.queue import (
+    Call,
+    Limits,
+    PendingRequest,
+    TokenSequence,
+    in_families,
+    shared_prefix,
+)
 from glmbatch.glm.engine.scheduler import Batch, Scheduler
 from glmbatch.glm.model.places import Places
 
@@ -180,6 +187,41 @@ def test_what_requests_begin_with_is_read_once() -> None:
 
     assert prompt_tokens(0) == 800
     assert prompt_tokens(4) == 8 * 99
+
+
+def asked_together(*requests: tuple[list[int], int]) -> list[tuple[int, int, int]]:
+    """For each request of ids and shared tokens: its index, those of its family, its prefix."""
+    asked = []
+    for index, (ids, shared) in enumerate(requests):
+        asked.append(GenerateRequest(index, ids, 9, shared_tokens=shared))
+    call: Call[object] = Call()  # type: ignore[type-var]
+    first = replace(asked[0], beside=tuple(asked[1:]))
+    found = []
+    for own, family in in_families(PendingRequest(call, first, 0)):
+        prefix = len(shared_prefix(own.request))
+        found.append((own.request.index, family.tokens if family else 0, prefix))
+    return sorted(found)
+
+
+def test_draws_are_read_once_beside_another_prompt() -> None:
+    text = [5] * 120
+    draws = [(text, 0)] * 4
+    assert asked_together(*draws, ([5] * 18 + [6] * 99, 0)) == [
+        *[(index, 119, 0) for index in range(4)],
+        (4, 0, 0),
+    ]
+    other = [6] * 80
+    found = asked_together((text, 0), (other, 0), (text, 0), (other, 0))
+    assert [tokens for _, tokens, _ in found] == [119, 79, 119, 79]
+
+
+def test_a_family_has_one_cached_beginning() -> None:
+    text = [5] * 120
+    found = asked_together((text, 50), ([*text, 6], 20), ([*text, 7], 90))
+    assert found == [(0, 119, 20), (1, 119, 20), (2, 119, 20)]
+    # What the templates share is cached anyway, so these have nothing to read together.
+    apart = asked_together(([5] * 50 + [6] * 70, 50), ([5] * 50 + [7] * 70, 50))
+    assert apart == [(0, 0, 50), (1, 0, 50)]
 
 
 def test_a_preempted_sequence_keeps_its_ids() -> None:
