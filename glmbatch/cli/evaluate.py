@@ -22,7 +22,12 @@ def evaluate_parsed(parsed: argparse.Namespace) -> tuple[Evaluation, BaseModel]:
     is_checkpoint = os.path.isdir(os.path.expanduser(parsed.job))
     job, truth = _checkpoint(parsed) if is_checkpoint else _job(parsed)
     found = evaluate(
-        job, parsed.rows, truth=truth, keep=parsed.keep, precisions=parsed.precision or PRECISIONS
+        job,
+        parsed.rows,
+        truth=truth,
+        keep=parsed.keep,
+        precisions=parsed.precision or PRECISIONS,
+        calibrate=parsed.calibrate,
     )
     if not is_checkpoint:
         return found, found
@@ -42,6 +47,8 @@ def _job(parsed: argparse.Namespace) -> tuple[JobConfig, dict[str, str]]:
 
 
 def _checkpoint(parsed: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+    if parsed.calibrate is not None:
+        raise InputError("--calibrate: is for a job. Name the checkpoint in one, as its model.")
     for flag in ("truth", "set"):
         if getattr(parsed, flag):
             raise InputError(f"--{flag}: is for a job. Use --label-column for a checkpoint.")

@@ -209,6 +209,12 @@ def _add_rows_settings(command: argparse.ArgumentParser) -> None:
         help="folder for the answers, so that the same rows are not asked again (default: "
         "evaluations in runtime.cache)",
     )
+    command.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="also fit how often answers of each confidence are right, and write it to this file, "
+        "for the setting `calibration`",
+    )
     command.add_argument("--text-column", metavar="NAME", help="column with the text")
     command.add_argument("--device", help="auto, cpu, cuda or cuda:N")
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from glmbatch.errors import InputError, some_of
 from glmbatch.evaluation.bootstrap import groups_of
+from glmbatch.evaluation.confidence.judged import field_values
 from glmbatch.evaluation.differences import Kind, moved, pair, without_nulls
 from glmbatch.evaluation.evaluate import ask_about, columns_of, measured_settings, own_folder
 from glmbatch.evaluation.fields import same_values
@@ -28,7 +29,7 @@ from glmbatch.evaluation.results import (
     Part,
     StepComparison,
 )
-from glmbatch.evaluation.steps import Answered, field_values
+from glmbatch.evaluation.steps import Answered
 from glmbatch.evaluation.truth import Truth, check_names, read_labelled_rows, truth_of
 from glmbatch.report.counts import busy_seconds
 from glmbatch.run.table import Job

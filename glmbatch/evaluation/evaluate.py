@@ -15,16 +15,19 @@ import pyarrow as pa
 
 from glmbatch.errors import GlmbatchError, InputError, some_of
 from glmbatch.evaluation.bootstrap import groups_of
+from glmbatch.evaluation.confidence.calibrate import check_writable, write_calibration
 from glmbatch.evaluation.results import Evaluation
 from glmbatch.evaluation.steps import Answered, score_step
 from glmbatch.evaluation.truth import (
     FLAG,
+    Truth,
     candidates,
     check_names,
     read_labelled_rows,
     truth_of,
 )
 from glmbatch.run.table import Job, answers_to, settings_of
+from glmbatch.run.work import confidence_keys
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import JobConfig
 from glmbatch.steps.inputs import prompt_inputs, schema_needs
@@ -42,32 +45,33 @@ SETTINGS: Mapping[str, object] = {
     "data.limit": None,
     "data.id_column": None,
     "canary": None,
+    "calibration": None,  # it is measured, or fitted anew, on the model's own confidence
     "on_error": "null",
     "max_error_rate": 1.0,
 }
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - the options of the command
     job: Job,
     rows: str,
     *,
     truth: Mapping[str, str] | None = None,
     keep: str | os.PathLike[str] | None = None,
     precisions: Sequence[float] = PRECISIONS,
+    calibrate: str | os.PathLike[str] | None = None,
 ) -> Evaluation:
     """The numbers of every step of `job` over the labelled `rows`: a Parquet file, folder or glob.
 
     `truth` maps steps, and fields as `step.field`, to columns; a step without an entry takes the
-    column of its own name. `keep` is the folder for the answers. InputError if no step has a truth,
-    and as for `annotate_table`.
+    column of its own name. `keep` is the folder for the answers. `calibrate` is the file for the
+    calibration of all steps. InputError if no step has a truth, and as for `annotate_table`.
     """
+    if calibrate is not None:
+        check_writable(calibrate)
     began = time.monotonic()
     settings = measured_settings(job)
     steps, given = settings.steps, truth or {}
-    check_names(steps, given)
-    wanted, places = columns_of(settings, given)
-    table, names = read_labelled_rows(rows, wanted)
-    truths = {step.name: truth_of(step, table, places[step.name], given) for step in steps}
+    table, names, truths = _read(settings, rows, given)
     if not any(truths.values()):
         raise InputError(
             f"{rows}: no column has the truth of a step; it has {some_of(names)}. "
@@ -75,10 +79,32 @@ def evaluate(
         )
     folder = keep or own_folder(settings.runtime.cache)
     answered = ask_about(table, settings, rows, folder)
-    found = [score_step(step, truths[step.name], answered, precisions) for step in steps]
-    return Evaluation(
-        rows=len(table), steps=tuple(found), kept=str(folder), seconds=time.monotonic() - began
+    fits = calibrate is not None
+    found = tuple(
+        score_step(step, truths[step.name], answered, precisions, calibrate=fits) for step in steps
     )
+    if calibrate is not None:
+        write_calibration(calibrate, found, answered.keys)
+    return Evaluation(
+        rows=len(table),
+        steps=found,
+        kept=str(folder),
+        calibrated=None if calibrate is None else os.fspath(calibrate),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _read(
+    job: Job, rows: str, given: Mapping[str, str]
+) -> tuple[pa.Table, list[str], dict[str, Truth | None]]:
+    """The labelled rows, the names of all their columns, and the truth of each step, if any."""
+    settings = settings_of(job, {})
+    steps = settings.steps
+    check_names(steps, given)
+    wanted, places = columns_of(settings, given)
+    table, names = read_labelled_rows(rows, wanted)
+    truths = {step.name: truth_of(step, table, places[step.name], given) for step in steps}
+    return table, names, truths
 
 
 def measured_settings(job: Job) -> JobConfig:
@@ -131,4 +157,5 @@ def ask_about(table: pa.Table, job: Job, name: str, folder: str | os.PathLike[st
     else:  # prompts of other columns: equal prompts are equal rows
         texts = found.answers.column(Columns(settings.steps[0].name).key).to_pylist()
     asked_of = {step.name: step for step in found.summary.steps}
-    return Answered(found.answers, groups_of(texts), asked_of, found.receipts)
+    keys = confidence_keys(found.questions)
+    return Answered(found.answers, groups_of(texts), asked_of, found.receipts, keys)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from glmbatch.evaluation.bootstrap import Compared, Measure, intervals, whole
+from glmbatch.evaluation.confidence.thresholds import coverages
 from glmbatch.evaluation.labels import score_labels
 from glmbatch.evaluation.results import ListResult, Result, ValueResult
 from glmbatch.evaluation.texts import score_written
-from glmbatch.evaluation.thresholds import coverages
 from glmbatch.settings.steps.fields import ExtractField
 
 NULL = "null"  # how a null is named among choices

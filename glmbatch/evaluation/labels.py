@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from glmbatch.evaluation.bootstrap import Compared, Measure, intervals, whole
+from glmbatch.evaluation.confidence.thresholds import coverages
 from glmbatch.evaluation.results import LabelResult, SeveralResult
-from glmbatch.evaluation.thresholds import coverages
 from glmbatch.tuning.scores import BINS, LabelScore, bins_of, calibration_error, score
 
 

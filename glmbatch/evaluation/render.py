@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from glmbatch.errors import shown
+from glmbatch.evaluation.confidence.calibrate import AS_IT_IS
 from glmbatch.evaluation.results import (
     Comparison,
     Cost,
@@ -53,6 +54,8 @@ def describe(evaluation: Evaluation) -> str:
     for step in evaluation.steps:
         lines += [*_step(step), ""]
     lines.append(f"answers kept in {evaluation.kept}")
+    if evaluation.calibrated is not None:
+        lines.append(f"calibration in {evaluation.calibrated}: name it as the job's calibration")
     return "\n".join(lines)
 
 
@@ -154,6 +157,7 @@ def _step(step: StepResult) -> Iterator[str]:
             left_out = step.abstained.get(name)
             yield f"  {name}" + (f" ({left_out:,} rows abstained)" if left_out else "")
         yield from _result(result)
+    yield from _calibration(step)
     tokens = f"{step.prompt_tokens:,} prompt and {step.completion_tokens:,} answer tokens"
     yield _line("asked now", f"{step.computed:,} prompts, {tokens}" if step.computed else "none")
 
@@ -212,6 +216,21 @@ def _coverage(coverage: Sequence[Coverage]) -> Iterator[str]:
             threshold = math.floor(covered.threshold * 1e6) / 1e6
             share = f"{covered.covered:.1%} of the rows"
             yield _line(title, f"abstain_below: {threshold:.6f} leaves {share}")
+
+
+def _calibration(step: StepResult) -> Iterator[str]:
+    """Each map with its errors, as before and after."""
+    table = [["calibrated", "map", "texts", "ECE", "after", "log loss", "after"]]
+    for name, fitted in list(step.calibration.items())[:MOST_LABELS]:
+        errors = [fitted.ece_before, fitted.ece_after]
+        errors += [fitted.log_loss_before, fitted.log_loss_after]
+        numbers = [f"{error:.4f}" for error in errors]
+        kind = "none" if fitted.map == AS_IT_IS else fitted.map.kind
+        table.append([name, kind, f"{fitted.texts:,}", *numbers])
+    if step.calibration:
+        yield from _table(table)
+    for name, texts in step.uncalibrated.items():
+        yield _line("not calibrated", f"{name}: {texts:,} texts are too few; see --calibrate")
 
 
 def _labels(result: LabelResult | SeveralResult) -> Iterator[str]:

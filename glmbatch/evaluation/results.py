@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from glmbatch.steps.calibration import Fitted
 from glmbatch.tuning.scores import LabelScore, Scores, TextScores
 
 Interval = tuple[float, float]
@@ -124,7 +125,8 @@ class StepResult(BaseModel, frozen=True, extra="forbid"):
     extract step. `results` has the same names. For fields, `exact_match` is the share of rows whose
     fields are all right, and `abstained` counts the rows that a field lacks because the model was
     not sure of it. `computed` answers were asked now, for so many tokens; the others were known.
-    `note` says why nothing could be scored.
+    `note` says why nothing could be scored. `calibration` has the maps that were fitted, by the
+    step or by its fields or labels, and `uncalibrated` the number of texts of those with too few.
     """
 
     step: str
@@ -137,14 +139,20 @@ class StepResult(BaseModel, frozen=True, extra="forbid"):
     prompt_tokens: int
     completion_tokens: int
     note: str | None = None
+    calibration: Mapping[str, Fitted] = {}
+    uncalibrated: Mapping[str, int] = {}
 
 
 class Evaluation(BaseModel, frozen=True, extra="forbid"):
-    """The numbers of a job over labelled rows. `kept` is the folder with the answers."""
+    """The numbers of a job over labelled rows.
+
+    `kept` is the folder with the answers, and `calibrated` the file with the calibration, if any.
+    """
 
     rows: int
     steps: tuple[StepResult, ...]
     kept: str
+    calibrated: str | None = None
     seconds: float
 
 

@@ -5,7 +5,7 @@ Shapes: R rows.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +16,19 @@ import pyarrow as pa
 
 from glmbatch.errors import InputError
 from glmbatch.evaluation.bootstrap import Compared, groups_of
+from glmbatch.evaluation.confidence.calibrate import fit_maps
+from glmbatch.evaluation.confidence.judged import field_values, judged, label_list
+from glmbatch.evaluation.confidence.thresholds import coverages
 from glmbatch.evaluation.fields import same_values, score_field, score_values
 from glmbatch.evaluation.labels import score_labels, score_several
-from glmbatch.evaluation.results import Counts, Result, StepResult
+from glmbatch.evaluation.results import Counts, Result, SeveralResult, StepResult
 from glmbatch.evaluation.texts import score_written
-from glmbatch.evaluation.thresholds import coverages
 from glmbatch.evaluation.truth import FLAG, Truth
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.report.summary import StepSummary
 from glmbatch.settings.columns import ABSTAINED, NOT_ASKED, Columns
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
+from glmbatch.steps.calibration import confidences
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +36,28 @@ class Answered:
     """The answers to the labelled rows, in their order, and the number of each row's text.
 
     `steps` says what was asked for each step, by its name. `receipts` tell what the answers took,
-    whenever they were asked.
+    whenever they were asked. `keys` are the confidence keys of the steps.
     """
 
     answers: pa.Table
     group_R: np.ndarray
     steps: Mapping[str, StepSummary]
     receipts: Sequence[AnswersReceipt] = ()
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def score_step(
-    step: AnyStep, truth: Truth | None, answered: Answered, precisions: Sequence[float]
+    step: AnyStep,
+    truth: Truth | None,
+    answered: Answered,
+    precisions: Sequence[float],
+    *,
+    calibrate: bool = False,
 ) -> StepResult:
-    """The numbers of `step` over the rows that have a truth and an answer."""
+    """The numbers of `step` over the rows that have a truth and an answer.
+
+    Also its calibration, if asked to `calibrate` and its answers have a confidence.
+    """
     kinds = answered.answers.column(Columns(step.name).error_type).to_pylist()
     known = [False] * len(kinds) if truth is None else truth.known
     scored, counts = _count(kinds, known)
@@ -66,10 +78,15 @@ def score_step(
     for name, of_rows in truth.values.items():
         expected[name] = [of_rows[row] for row in scored]
     if isinstance(step, ExtractStep):
-        fields = _score_fields(step, expected, picked, precisions, group_R)
-        return found.model_copy(update=fields)
-    result = _score_answers(step, expected[step.name], picked, precisions, group_R)
-    return found.model_copy(update={"results": {step.name: result}})
+        numbers = _score_fields(step, expected, picked, precisions, group_R)
+    else:
+        result = _score_answers(step, expected[step.name], picked, precisions, group_R)
+        numbers = {"results": {step.name: result}}
+    if calibrate:
+        several = isinstance(numbers["results"].get(step.name), SeveralResult)
+        maps, few = fit_maps(judged(step, expected, picked), group_R, several=several)
+        numbers |= {"calibration": maps, "uncalibrated": few}
+    return found.model_copy(update=numbers)
 
 
 def _count(kinds: Sequence[str | None], known: Sequence[bool]) -> tuple[list[int], Counts]:
@@ -114,24 +131,24 @@ def _score_answers(
     columns = Columns(step.name)
     column = answers.column(columns.answer)
     values = column.to_pylist()
+    sure = confidences(step, answers)
+    confidence = sure[step.name].tolist() if step.name in sure else None
     if not isinstance(step, ClassifyStep):
-        confidence = _mean_chances(columns, answers)
         coverage = coverages(precisions, confidence, same_values(truth, values), group_R)
         return score_written(truth, values, group_R).model_copy(update={"coverage": coverage})
     if pa.types.is_floating(column.type):  # a head that estimates a number
         return score_values(_numbers(step, truth), values, group_R)
     chances = answers.column(columns.scores)
     if pa.types.is_list(column.type):
-        lists = [value if isinstance(value, list) else [value] for value in truth]
+        lists = [label_list(value) for value in truth]
         return score_several(lists, values, chances.to_pylist(), group_R)
     if any(isinstance(value, list) for value in truth):
         raise InputError(
             f"{FLAG} {step.name}: the column holds lists, and the step gives one label for each "
             "row. Name another column, or set multiple: true."
         )
-    chosen = answers.column(columns.score).to_pylist()
     labels = [field.name for field in chances.type]
-    return score_labels(Compared(truth, values, group_R, chosen), labels, precisions)
+    return score_labels(Compared(truth, values, group_R, confidence), labels, precisions)
 
 
 def _numbers(step: AnyStep, truth: Sequence[Any]) -> list[float]:
@@ -156,19 +173,18 @@ def _score_fields(
     abstained = {}
     right_R = np.ones(len(answers), bool)
     whole_R = np.ones(len(answers), bool)
+    sure = confidences(step, answers)
     for field in step.fields:
         if field.name not in truth:
             continue
         values, is_missing = field_values(step, field.name, answers)
+        confidence_R = sure.get(field.name)
         rows = np.flatnonzero(~is_missing)
         abstained[field.name] = len(answers) - len(rows)
         whole_R &= ~is_missing
         if not len(rows):
             continue
-        own = Columns(step.name).field(field.name)
-        confidence = _mean_chances(own, answers)
-        if field.type == "choice":
-            confidence = answers.column(own.score).to_pylist()
+        confidence = None if confidence_R is None else confidence_R.tolist()
         expected = truth[field.name]
         compared = Compared(expected, values, group_R, confidence).of_rows(rows)
         results[field.name] = score_field(field, compared, precisions)
@@ -178,27 +194,3 @@ def _score_fields(
     if whole_R.any():
         found["exact_match"] = float(right_R[whole_R].mean())
     return found
-
-
-def field_values(step: ExtractStep, field: str, answers: pa.Table) -> tuple[list[Any], np.ndarray]:
-    """The values of a field, and whether the model abstained from each."""
-    columns = Columns(step.name)
-    if step.layout == "struct":
-        values = [row[field] for row in answers.column(columns.answer).to_pylist()]
-    else:
-        values = answers.column(columns.field(field).answer).to_pylist()
-    if columns.abstained not in answers.column_names:
-        return values, np.zeros(len(answers), bool)
-    lists = answers.column(columns.abstained).to_pylist()
-    return values, np.array([field in (fields or ()) for fields in lists])
-
-
-def _mean_chances(columns: Columns, answers: pa.Table) -> list[float] | None:
-    """The mean probability of a token of each answer, None if the step does not ask for it.
-
-    A text without a token has none to doubt, and the model never abstains from it.
-    """
-    if columns.mean_log_prob not in answers.column_names:
-        return None
-    logs = answers.column(columns.mean_log_prob).to_pylist()
-    return [1.0 if value is None else math.exp(value) for value in logs]

@@ -32,11 +32,12 @@ class PublishedFile:
     """One published file.
 
     It has `rows` rows of `source` from `first_row` on, with the answers of `step_keys` (by step).
-    Digests are SHA-256. `faulty_rows` counts rows on which any step failed. The last four fields
-    let a run leave an unchanged source alone (see input/unchanged.py): `basis` identifies what
-    decided the file besides its source, `stamp` and `place` are the stamps of the source and of the
-    file, and `counts` has what is known of its answers, by step. A new field needs a default, which
-    older manifests get.
+    Digests are SHA-256. `faulty_rows` counts rows on which any step failed. `calibration` is the
+    digest of the maps behind calibrated columns, if any. The four fields before it let a run leave
+    an unchanged source alone (see input/unchanged.py): `basis` identifies what decided the file
+    besides its source, `stamp` and `place` are the stamps of the source and of the file, and
+    `counts` has what is known of its answers, by step. A new field needs a default, which older
+    manifests get.
     """
 
     # A plain dataclass, because 100,000 models take three times the memory and the time.
@@ -56,6 +57,12 @@ class PublishedFile:
     stamp: tuple[int, ...] | None = None
     place: tuple[int, ...] | None = None
     counts: dict[str, AnswerCounts] = field(default_factory=dict)
+    calibration: str = ""
+
+    @property
+    def made_with(self) -> tuple[dict[str, str], str]:
+        """The step keys and the digest of the calibration, which are the same for all files."""
+        return self.step_keys, self.calibration
 
 
 class StepOrigin(BaseModel, frozen=True, extra="forbid"):
@@ -268,4 +275,5 @@ def published_file(output: OutputReceipt) -> PublishedFile:
         digest=output.digest,
         step_keys={answers.step: answers.step_key for answers in output.answers},
         answers_keys=tuple(answers.file_key for answers in output.answers),
+        calibration=output.calibration,
     )

@@ -123,7 +123,8 @@ class OutputReceipt(BaseModel, frozen=True, extra="forbid"):
 
     `answers` are in step order. `digest` is the SHA-256 of the file, which its own footer cannot
     hold: it is filled in afterwards. `faulty_rows` counts rows on which any step failed. `unusable`
-    says why the fragment cannot be read; then there is no file.
+    says why the fragment cannot be read; then there is no file. `calibration` is the digest of the
+    maps behind its calibrated columns, if it has any.
     """
 
     key: str
@@ -134,6 +135,7 @@ class OutputReceipt(BaseModel, frozen=True, extra="forbid"):
     faulty_rows: Count = 0
     digest: str = ""
     unusable: str | None = None
+    calibration: str = ""
 
 
 Receipt = TypeVar("Receipt", bound=BaseModel)

@@ -255,7 +255,7 @@ def _left_out(lines: Iterable[Line]) -> tuple[FileFault, ...]:
 
 
 def _note_mixture(manifest: Manifest, notes: list[str]) -> None:
-    settings = Counter(str(sorted(file.step_keys.items())) for file in manifest.files)
+    settings = {(*sorted(file.step_keys.items()), file.calibration) for file in manifest.files}
     if len(settings) > 1:
         notes.append(
             f"these files were answered with {len(settings)} different settings or weights, as "

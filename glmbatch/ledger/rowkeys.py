@@ -44,6 +44,8 @@ _OFF = {
     "threshold": None,
     "verdicts": None,
 }
+# Those of them that change no answer's confidence.
+_SHOWN = ("abstain_below", "confidence", "log_probs", "threshold")
 
 
 def _digest(parts: object) -> str:
@@ -86,6 +88,15 @@ def step_key(step: Step, model_identity: str, *, chat: bool = True) -> str:
     if isinstance(step, GenerateStep) and not chat:
         parts.append(CONTINUATIONS_VERSION)
     return _digest(parts)
+
+
+def confidence_key(step: Step, model_identity: str, *, chat: bool = True) -> str:
+    """The key of everything that changes how sure `step` is of its answers; as `step_key`.
+
+    Thresholds and columns of confidence are left out: they choose among answers, or show more.
+    """
+    off = {name: _OFF[name] for name in _SHOWN if name in type(step).model_fields}
+    return step_key(step.model_copy(update=off), model_identity, chat=chat)
 
 
 def row_key(step_key: str, prompt: str) -> bytes:
@@ -139,14 +150,23 @@ def bundle_key(keys: Sequence[str]) -> str:
     return keys[0] if len(keys) == 1 else _digest(list(keys))
 
 
-def output_key(fragment: Fragment, answers: Mapping[str, str], format: str = "parquet") -> str:
+def output_key(
+    fragment: Fragment,
+    answers: Mapping[str, str],
+    format: str = "parquet",
+    calibration: str = "",
+) -> str:
     """The key of the output file of `fragment`, from its place, rows and answers; 32 hex digits.
 
-    `answers` maps steps to their answers keys, in step order.
+    `answers` maps steps to their answers keys, in step order. `calibration` is the digest of the
+    maps that are applied to them.
     """
     place = fragment.model_dump(mode="json", exclude={"path", "stamp", "partitions"})
     # Left out when empty, as is the format: keys from before these fields existed stay valid.
     for later in ("form", "typed", "int96"):
         if not place[later]:
             del place[later]
-    return _digest([place, list(answers.items()), *([] if format == "parquet" else [format])])
+    others: list[object] = [] if format == "parquet" else [format]
+    if calibration:
+        others.append({"calibration": calibration})
+    return _digest([place, list(answers.items()), *others])

@@ -80,17 +80,18 @@ def _is_gone(plan: Plan, source: str) -> bool:
 
 def mixture(
     stay: Sequence[PublishedFile],
-    step_keys: Mapping[str, str],
+    made_with: tuple[Mapping[str, str], str],
     plan: Plan,
     damaged: Collection[str],
     *,
     drop_missing: bool,
 ) -> str | None:
-    """A message if files in `stay` were not answered under `step_keys`, with the ways out.
+    """A message if files in `stay` were not `made_with` what this run's are, with the ways out.
 
-    None if all were. `damaged` are the sources that could not be read completely.
+    None if all were: with the same step keys and calibration. `damaged` are the sources that could
+    not be read completely.
     """
-    other = [file for file in stay if file.step_keys != step_keys]
+    other = [file for file in stay if file.made_with != made_with]
     if not other:
         return None
     rules: dict[str, list[str]] = {}
@@ -99,9 +100,11 @@ def mixture(
         rules.setdefault(rule, []).append(source)
     counts = ", ".join(f"{len(names)} {rule} ({names[0]})" for rule, names in rules.items())
     ways = [f"{_WAYS[rule, drop_missing]}." for rule in rules]
+    answered = any(file.step_keys != made_with[0] for file in other)
+    what = "answered with other settings or weights" if answered else "calibrated otherwise"
     return (
-        f"{other[0].output_name} was answered with other settings or weights, and this run cannot "
-        f"replace it. Sources: {counts}. {' '.join(ways)} Or set data.output to another folder."
+        f"{other[0].output_name} was {what}, and this run cannot replace it. "
+        f"Sources: {counts}. {' '.join(ways)} Or set data.output to another folder."
     )
 
 

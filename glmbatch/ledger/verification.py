@@ -150,13 +150,11 @@ def _is_seen(name: PurePath) -> bool:
 
 
 def _mixed_keys(manifest: Manifest) -> Iterator[Finding]:
-    first = manifest.files[0] if manifest.files else None
     for file in manifest.files:
-        if first is not None and file.step_keys != first.step_keys:
-            yield _wrong(
-                file.output_name,
-                f"was answered with other settings or weights than {first.output_name}",
-            )
+        if file.made_with != manifest.files[0].made_with:
+            first = manifest.files[0].output_name
+            what = f"was answered with other settings or weights than {first}, or other maps"
+            yield _wrong(file.output_name, what)
 
 
 def _gaps(manifest: Manifest) -> Iterator[Finding]:
@@ -242,6 +240,7 @@ def _receipt_findings(file: PublishedFile, receipt: OutputReceipt) -> Iterator[F
         "first row": (fragment.first_row, file.first_row),
         "number of rows": (fragment.rows, file.rows),
         "number of failed rows": (receipt.faulty_rows, file.faulty_rows),
+        "calibration": (receipt.calibration, file.calibration),
         "step keys": (
             {answers.step: answers.step_key for answers in receipt.answers},
             file.step_keys,

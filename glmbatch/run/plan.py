@@ -39,12 +39,15 @@ from glmbatch.run.work import (
     Run,
     RunContext,
     Work,
+    confidence_keys,
+    made_with,
     now,
     plan_beside,
     plan_passes,
     with_beside,
 )
 from glmbatch.settings.job import AnyStep, DataConfig, ExtractStep, GenerateStep, JobConfig
+from glmbatch.steps.calibration import maps_of, read_calibration
 from glmbatch.steps.classify import encode_labels, scored_texts
 from glmbatch.steps.examples import with_examples
 from glmbatch.steps.extract import form_of
@@ -85,6 +88,8 @@ def plan_run(job: JobConfig, *, digests: bool = True, others: Sequence[str] = ()
     are read: such a plan can be inspected but not run. Known answers are also taken from the
     outputs `others`. InputError when nothing can be run.
     """
+    if job.calibration is not None:
+        read_calibration(job.calibration)  # before any work, as all that a person may misspell
     context = RunContext(
         id=uuid.uuid4().hex,
         began=now(),
@@ -158,8 +163,7 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model], engines: int = 1) 
     """
     questions = resolve_questions(job, run.inputs, models)
     run = _with_changed_settings(job.data, run, questions)
-    step_keys = {question.name: question.key for question in questions}
-    _refuse_mixing(job.data, run.plan, step_keys)
+    _refuse_mixing(job.data, run.plan, questions)
     passes = plan_passes(questions, together=questions[0].models_at_once >= len(models))
     beside = plan_beside(questions, passes)
     bundles = []
@@ -204,7 +208,9 @@ def basis_of_run(data: DataConfig, questions: Sequence[Question]) -> str:
         # Without `when` where it is unset: what was published before it existed stays as it is.
         inputs = question.inputs.model_dump(mode="json", exclude_defaults=True)
         steps.append([question.name, question.key, inputs])
-    return basis_of([steps, data.rows_per_fragment, data.format, data.id_column, data.follow_links])
+    parts = [steps, data.rows_per_fragment, data.format, data.id_column, data.follow_links]
+    calibration = made_with(questions)[1]
+    return basis_of([*parts, calibration] if calibration else parts)
 
 
 def resolve_questions(
@@ -238,7 +244,19 @@ def resolve_questions(
         )
     labels = {question.name: question.model.labels for question in questions}
     check_conditions(job.steps, inputs, labels)
-    return tuple(questions)
+    return _calibrated(job.calibration, questions)
+
+
+def _calibrated(calibration: str | None, questions: Sequence[Question]) -> tuple[Question, ...]:
+    """The questions with the maps in the file `calibration`, if any.
+
+    InputError when it was not fitted for them.
+    """
+    if calibration is None:
+        return tuple(questions)
+    keys = confidence_keys(questions)
+    maps = maps_of(calibration, read_calibration(calibration), keys)
+    return tuple(each.model_copy(update={"maps": maps[each.name]}) for each in questions)
 
 
 def _answer_tokens(step: AnyStep, model: Model) -> int:
@@ -311,8 +329,9 @@ def _bundle(
             )
         )
     output_keys = []
+    calibration = made_with(questions)[1]
     for fragment, own in zip(fragments, answers, strict=True):
-        output_keys.append(output_key(fragment, own, context.format))
+        output_keys.append(output_key(fragment, own, context.format, calibration))
     return Bundle(
         run=context,
         fragments=fragments,
@@ -321,11 +340,11 @@ def _bundle(
     )
 
 
-def _refuse_mixing(data: DataConfig, plan: Plan, keys: dict[str, str]) -> None:
+def _refuse_mixing(data: DataConfig, plan: Plan, questions: Sequence[Question]) -> None:
     # Damage within a file is not known yet; run/publish.py checks again once the rows are read.
     drop_missing = data.missing_sources == "drop"
     stay = staying(Ledger(data.output).manifest(), plan, drop_missing=drop_missing).files
     damaged = {fault.source for fault in plan.unusable}
-    problem = mixture(stay, keys, plan, damaged, drop_missing=drop_missing)
+    problem = mixture(stay, made_with(questions), plan, damaged, drop_missing=drop_missing)
     if problem is not None:
         raise InputError(f"{data.output}: {problem}")

@@ -35,7 +35,7 @@ from glmbatch.run.models import model_notes
 from glmbatch.run.plan import basis_of_run
 from glmbatch.run.prompts import prompt_notes
 from glmbatch.run.session import session_of
-from glmbatch.run.work import Question, Run, now
+from glmbatch.run.work import Question, Run, made_with, now
 from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
 from glmbatch.store.files import DIGEST_CHARS
 
@@ -127,12 +127,15 @@ def _refuse_mixing(
     `assign` has already refused sources that cannot be read at all. Damage within a file is known
     only now.
     """
-    step_keys = {question.name: question.key for question in questions}
     damaged = {fault.source for fault in collected.unusable}
     # A renamed source is listed as damaged under its new name.
     damaged |= {old for old, new in collected.staying.heirs.items() if new in damaged}
     problem = mixture(
-        collected.staying.files, step_keys, run.plan, damaged, drop_missing=drop_missing
+        collected.staying.files,
+        made_with(questions),
+        run.plan,
+        damaged,
+        drop_missing=drop_missing,
     )
     if problem is not None:
         raise AuditError(problem)

@@ -30,8 +30,10 @@ from glmbatch.run.job import run_job
 from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import resolve_questions
 from glmbatch.run.session import newest_progress
+from glmbatch.run.work import Question
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.jobfile import load_job, parse_settings
+from glmbatch.settings.steps.any_step import calibrated_columns
 from glmbatch.steps.inputs import PromptInputs, prompt_inputs, schema_needs
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import DIGEST_CHARS, commit, digest_file, partial_beside
@@ -98,6 +100,7 @@ class TableAnswers:
     answers: pa.Table
     summary: Summary
     receipts: Sequence[AnswersReceipt]
+    questions: Sequence[Question]
 
 
 def answers_to(frame: Frame, job: Job, cache: str | os.PathLike[str]) -> TableAnswers:
@@ -212,8 +215,9 @@ def _answers(
     manifest = Ledger(str(output)).manifest()
     assert manifest is not None  # the run has just published
     names: list[str] = []
-    for step in job.steps:
-        names += step.answer_columns
+    for question in questions:
+        names += question.step.answer_columns
+        names += calibrated_columns(question.step, question.maps)
     parts = []
     receipts: list[AnswersReceipt] = []
     for file in sorted(manifest.files, key=lambda file: file.first_row):
@@ -223,7 +227,7 @@ def _answers(
             parts.append(read_columns(path, names))
             receipt = read_receipt(path, OutputReceipt)
             receipts += () if receipt is None else receipt.answers
-    return TableAnswers(pa.concat_tables(parts), summary, receipts)
+    return TableAnswers(pa.concat_tables(parts), summary, receipts, questions)
 
 
 def _write(table: pa.Table, folder: AnyPath) -> AnyPath:

@@ -21,7 +21,9 @@ from pydantic import BaseModel
 
 from glmbatch.glm.checkpoint.config_check import Predicts
 from glmbatch.ledger.fragments import Fragment, Plan, bundle_name
+from glmbatch.ledger.rowkeys import confidence_key
 from glmbatch.settings.job import AnyStep, ClassifyStep, GenerateStep, ModelConfig, RuntimeConfig
+from glmbatch.steps.calibration import AnyMap, calibration_digest
 from glmbatch.steps.inputs import PromptInputs
 from glmbatch.store.inputs.needs import SchemaNeeds
 
@@ -95,7 +97,8 @@ class Question(BaseModel, frozen=True, extra="forbid"):
     """One step, resolved against job and model, so that no call after planning needs the job.
 
     `key` is the step key. `max_prompt_tokens` is the longest prompt that leaves room for an answer.
-    `models_at_once` is how many models of the run stay loaded together.
+    `models_at_once` is how many models of the run stay loaded together. `maps` are those of the
+    calibration, by the step or by its fields or labels.
     """
 
     step: AnyStep
@@ -105,11 +108,26 @@ class Question(BaseModel, frozen=True, extra="forbid"):
     max_prompt_tokens: int
     model: Model
     models_at_once: int  # an engine leaves memory for the caches of the others
+    maps: dict[str, AnyMap] = {}
 
     @property
     def name(self) -> str:
         """The step's name, which is also its answer column."""
         return self.step.name
+
+
+def made_with(questions: Sequence[Question]) -> tuple[dict[str, str], str]:
+    """What a run's files have in common: the key of each step, and the digest of its maps."""
+    keys = {question.name: question.key for question in questions}
+    return keys, calibration_digest({question.name: question.maps for question in questions})
+
+
+def confidence_keys(questions: Sequence[Question]) -> dict[str, str]:
+    """What a calibration of each question depends on."""
+    keys = {}
+    for each in questions:
+        keys[each.name] = confidence_key(each.step, each.model.identity, chat=each.chat)
+    return keys
 
 
 class AnswersKeys(BaseModel, frozen=True, extra="forbid"):

@@ -13,8 +13,9 @@ from glmbatch.ledger.fragments import Fragment, open_fragment, read_fragment
 from glmbatch.ledger.ledger import RESULTS, Ledger
 from glmbatch.ledger.outputs import Staging
 from glmbatch.ledger.receipts import AnswersReceipt, BundleReceipt, OutputReceipt
-from glmbatch.run.work import Bundle, RunContext
+from glmbatch.run.work import Bundle, Question, RunContext, made_with
 from glmbatch.settings.columns import Columns
+from glmbatch.steps.calibration import with_calibrated
 from glmbatch.store.footers import kept_metadata
 from glmbatch.store.types import converted, times_in_utc, written_fields
 
@@ -34,7 +35,9 @@ def write_outputs(
                 f"{ledger.root / RESULTS}: a stored result is not the one that its name says, so "
                 f"the answers to {bundle.name} are unknown. Delete this folder, and run again."
             )
-    tables = _Tables(ledger)
+    questions = [assignment.question for assignment in bundle.assignments]
+    tables = _Tables(ledger, questions)
+    calibration = made_with(questions)[1]
     outputs = []
     with ledger.outputs.staging() as staging:
         for key, fragment, *receipts in zip(
@@ -46,6 +49,7 @@ def write_outputs(
                 fragment=fragment,
                 output_name=fragment.output_name,
                 answers=tuple(receipts),
+                calibration=calibration,
             )
             outputs.append(_write_output(receipt, bundle.run, ledger, tables, staging))
     return outputs
@@ -67,10 +71,11 @@ def all_written(bundle: Bundle, answers: Sequence[BundleReceipt], ledger: Ledger
 
 
 class _Tables:
-    """The answers of a bundle, read when they are needed, each file once."""
+    """The answers of a bundle with their calibrated columns, each file read once, when needed."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, questions: Sequence[Question]) -> None:
         self._ledger = ledger
+        self._questions = {question.name: question for question in questions}
         self._read: dict[str, dict[str, pa.Table]] = {}
 
     def of(self, receipt: AnswersReceipt) -> pa.Table:
@@ -78,6 +83,8 @@ class _Tables:
         key = receipt.file_key
         if key not in self._read:
             committed, table = self._ledger.read_answers(key)
+            question = self._questions[receipt.step]
+            table = with_calibrated(question.step, question.maps, table)
             self._read[key] = committed.split(table)
         return self._read[key][receipt.key]
 

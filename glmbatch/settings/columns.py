@@ -91,6 +91,14 @@ class Columns:
         return f"{self.step}_least_log_prob"
 
     @property
+    def calibrated(self) -> str:
+        """How often answers of such a confidence are right; only with the job's `calibration`.
+
+        With `multiple`, a struct of how often each label applies.
+        """
+        return f"{self.step}_calibrated"
+
+    @property
     def error(self) -> str:
         """Why the row failed, as a sentence; null if it did not."""
         return f"{self.step}_error"

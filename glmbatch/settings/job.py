@@ -15,7 +15,7 @@ from glmbatch.settings.columns import Columns
 from glmbatch.settings.conditions import columns_of, parse_condition
 from glmbatch.settings.kinds import Address, LocalAddress, Settings, Share
 from glmbatch.settings.model import ModelConfig, ModelSetting
-from glmbatch.settings.steps.any_step import AnyStep
+from glmbatch.settings.steps.any_step import AnyStep, calibrated_columns
 from glmbatch.settings.steps.classify import ClassifyStep
 from glmbatch.settings.steps.extract import ExtractStep
 from glmbatch.settings.steps.generate import GenerateStep
@@ -240,6 +240,11 @@ class JobConfig(Settings):
         description="Rows with known-good answers to check the model against; the path of the file "
         "alone is enough. Empty: no such audit.",
     )
+    calibration: Address | None = Field(
+        None,
+        description="File of `glmbatch evaluate --calibrate`: adds a column {name}_calibrated, "
+        "which says how often answers of such a confidence are right. Empty: no such column.",
+    )
     report: ReportConfig = Field(
         default_factory=ReportConfig, description="What a run's report shows."
     )
@@ -263,7 +268,7 @@ class JobConfig(Settings):
                     "a step cannot be named 'text': {text} in a prompt is the text column; "
                     "rename the step"
                 )
-            for column in step.answer_columns:
+            for column in self.written_columns(step):
                 folded = column.casefold()  # Spark and DuckDB ignore case in column names
                 if folded in writers:
                     raise ValueError(
@@ -299,6 +304,11 @@ class JobConfig(Settings):
                         f"{writer.name!r} answers; use a column of the input"
                     )
         return self
+
+    def written_columns(self, step: AnyStep) -> list[str]:
+        """The answer columns of `step`, and those that a calibration may add."""
+        calibrated = calibrated_columns(step) if self.calibration is not None else []
+        return [*step.answer_columns, *calibrated]
 
     def model_of(self, step: Step) -> ModelConfig:
         """The checkpoint that answers `step`."""

@@ -117,7 +117,7 @@ def schema_needs(job: JobConfig, inputs: Mapping[str, PromptInputs]) -> SchemaNe
     written: dict[str, str] = {}
     tests: list[NeededTests] = []
     for index, step in enumerate(job.steps):
-        written.update(dict.fromkeys(step.answer_columns, step.name))
+        written.update(dict.fromkeys(job.written_columns(step), step.name))
         for name, column in inputs[step.name].columns.items():
             is_text = name in inputs[step.name].texts
             setting = "data.text_column" if is_text else f"steps[{index}].prompt_template"
