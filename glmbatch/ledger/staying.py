@@ -101,9 +101,11 @@ def mixture(
     counts = ", ".join(f"{len(names)} {rule} ({names[0]})" for rule, names in rules.items())
     ways = [f"{_WAYS[rule, drop_missing]}." for rule in rules]
     answered = any(file.step_keys != made_with[0] for file in other)
-    what = "answered with other settings or weights" if answered else "calibrated otherwise"
+    what = "was calibrated otherwise, and this run cannot replace it"
+    if answered:
+        what = "was answered with other settings or weights, and this run cannot replace it"
     return (
-        f"{other[0].output_name} was {what}, and this run cannot replace it. "
+        f"{other[0].output_name} {what}. "
         f"Sources: {counts}. {' '.join(ways)} Or set data.output to another folder."
     )
 
