@@ -44,7 +44,6 @@ QUARANTINED = 3
 INTERRUPTED = 130
 TERMINATED = 143
 
-# Python's own number, 700, is from when programs were small.
 OBJECTS_BETWEEN_SEARCHES = 10_000
 
 # Defaults that the user's environment overrides.
@@ -59,11 +58,8 @@ PREFECT_DEFAULTS = {
 
 
 def program() -> int:
-    """Run the command in this process's arguments, as the program `glmbatch`.
-
-    Imports make half a million objects that stay. Searching them for garbage again and again, and
-    once more at exit, takes a fifth of the time of a run that has nothing to do.
-    """
+    """Run the command in this process's arguments, as the program `glmbatch`."""
+    # Searching the half a million objects of imports for garbage takes a fifth of an idle run.
     gc.set_threshold(OBJECTS_BETWEEN_SEARCHES)
     try:
         return main()
@@ -204,16 +200,23 @@ def _train(parsed: argparse.Namespace) -> int:
     from glmbatch.settings.tuning import TuneConfig
 
     config = load_settings(parsed.file, TuneConfig, set_values(parsed.set))
+    if parsed.dry_run:
+        from glmbatch.cli.train import shown_plan
+
+        print(shown_plan(config, as_json=parsed.json))
+        return DONE
     _set_prefect_defaults()
     with _raising_on_sigterm(), _prefect_server() as wait_for_server:
-        from glmbatch.tuning.finetune import check
+        from glmbatch.report.display import showing_progress
+        from glmbatch.tuning.finetune import check, newest_progress
         from glmbatch.tuning.render import describe
 
         check(config)
-        from flows.finetune import finetune
+        with showing_progress(newest_progress):
+            from flows.finetune import finetune
 
-        wait_for_server()
-        report = finetune(config)
+            wait_for_server()
+            report = finetune(config)
     _show(report, lambda: describe(report), parsed.json)
     return DONE
 
@@ -302,9 +305,7 @@ def _prefect_server() -> Iterator[Callable[[], None]]:
 
 
 def _check_server(address: str) -> None:
-    """Send one request to the user's Prefect server, with the key, password, headers and proxy
-    that a run would use. Errors as in `_prefect_server`.
-    """
+    """Send the user's Prefect server one request as a run would. Errors as in `_prefect_server`."""
     from httpx import HTTPError, HTTPStatusError, InvalidURL
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings

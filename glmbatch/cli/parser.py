@@ -165,6 +165,11 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file of training settings, YAML or JSON; `glmbatch settings` lists them",
     )
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the rows, the prompt, the steps and what must be beaten, and train nothing",
+    )
     _add_set(command)
     _add_json(command)
 

@@ -96,9 +96,15 @@ def describe_progress(progress: Snapshot) -> str:
     # An overestimate if many of the remaining answers are known: reuse is only found row by row.
     remaining = f"{(progress.total - progress.done) / rate:.0f}" if rate else "unknown"
     return (
-        f"stage={progress.stage} answers={progress.done}/{progress.total} "
-        f"computed={progress.computed} answers_per_second={rate:.1f} seconds_left={remaining}"
+        f"stage={progress.stage} {progress.unit}={progress.done}/{progress.total} "
+        f"computed={progress.computed} {progress.unit}_per_second={rate:.1f} "
+        f"seconds_left={remaining}{' ' if progress.note else ''}{progress.note}"
     )
+
+
+def _rate(progress: Snapshot) -> str:
+    digits = 0 if progress.unit == "answers" else 1
+    return f"{progress.unit}, {progress.per_second:.{digits}f}/s {progress.note}".rstrip()
 
 
 def _bar(ended: threading.Event, newest: Newest) -> None:
@@ -115,11 +121,11 @@ def _bar(ended: threading.Event, newest: Newest) -> None:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("answers, {task.fields[rate]:.0f}/s"),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None, rate=0.0)
+        task = bar.add_task("starting", total=None, rate="")
         while not ended.wait(BAR_SECONDS):
             progress = newest()
             bar.update(
@@ -128,5 +134,5 @@ def _bar(ended: threading.Event, newest: Newest) -> None:
                 # None shows a pulsing bar while the number of answers is unknown.
                 total=progress.total or None,
                 completed=progress.done,
-                rate=progress.per_second,
+                rate=_rate(progress),
             )

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The counts at one moment, in answers (rows times steps).
+    """The counts at one moment, in answers (rows times steps), or in `unit`.
 
     `computed` is the part of `done` that the model answered; `seconds` is the time since the stage
-    began.
+    began. `note` is another number to show, as name=value.
     """
 
     stage: str
@@ -20,6 +20,8 @@ class Snapshot:
     done: int
     computed: int
     seconds: float
+    unit: str = "answers"
+    note: str = ""
 
     @property
     def per_second(self) -> float:

@@ -190,6 +190,12 @@ class TuneConfig(Settings):
         ge=1,
         description="Least number of test rows; with fewer, nothing is promoted.",
     )
+    keep_runs: int | None = Field(
+        None,
+        ge=1,
+        description="Runs to keep beside the current one; a promotion or a refusal deletes the "
+        "older ones. Empty: all.",
+    )
     runtime: RuntimeConfig = Field(
         default_factory=RuntimeConfig,
         description="Performance settings, such as the device.",

@@ -25,19 +25,31 @@ from pathlib import Path
 from typing import Any
 
 from glmbatch.errors import InputError
+from glmbatch.report.progress import Snapshot
 from glmbatch.run.models import locate_model, prepare_model
+from glmbatch.run.session import newest_progress as newest_answers
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.store.files import writable
 from glmbatch.store.locks import exclusive
 from glmbatch.tuning.evaluate import score_run
 from glmbatch.tuning.processes import train_together
-from glmbatch.tuning.promote import current_run, decide, make_current
+from glmbatch.tuning.promote import current_run, decide, make_current, prune
 from glmbatch.tuning.render import write_report
-from glmbatch.tuning.report import RUNS, TRAINED, TRAINER, Report, read_report
-from glmbatch.tuning.split import read_labelled, with_metric
+from glmbatch.tuning.report import (
+    PROGRESS,
+    RUNS,
+    TRAINED,
+    TRAINER,
+    Report,
+    TrainingPlan,
+    read_report,
+)
+from glmbatch.tuning.split import Labelled, read_labelled, with_metric
 
+# The folders of the runs that are being trained in this process.
+_TRAINING: list[Path] = []
 # Settings of the result's place, of speed and of the promotion do not make another run.
-UNIDENTIFIED = {"output", "runtime", "must_beat", "least_test_rows"}
+UNIDENTIFIED = {"output", "runtime", "must_beat", "least_test_rows", "keep_runs"}
 
 
 def finetune(config: TuneConfig) -> Report:
@@ -69,15 +81,47 @@ def begin(config: TuneConfig) -> str:
     """Create the run's folder and return its path. The same run always has the same folder."""
     labelled = read_labelled(config.data)
     with_metric(config, labelled)  # refuses one that cannot score these rows
+    run = _folder(config, labelled)
+    with writable(run):
+        run.mkdir(parents=True, exist_ok=True)
+    return str(run)
+
+
+def _folder(config: TuneConfig, labelled: Labelled) -> Path:
     base = prepare_model(locate_model(config.model, config.runtime)).identity
     settings = config.model_dump(mode="json", exclude=UNIDENTIFIED)
     if config.chat is None:  # so that trainings keep their ids from before it existed
         del settings["chat"]
     facts = json.dumps([settings, dict(labelled.audit.files), base], sort_keys=True)
-    run = Path(config.output) / RUNS / hashlib.sha256(facts.encode()).hexdigest()[:16]
-    with writable(run):
-        run.mkdir(parents=True, exist_ok=True)
-    return str(run)
+    return Path(config.output) / RUNS / hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def preview(config: TuneConfig) -> TrainingPlan:
+    """What a training would do, without loading or writing a weight. InputError as for it."""
+    check(config)
+    from glmbatch.tuning.train import plan_training
+
+    labelled = read_labelled(config.data)
+    run = _folder(config, labelled)
+    current = current_run(config.output)
+    planned = plan_training(config, labelled)
+    return planned.model_copy(
+        update={
+            "run": str(run),
+            "is_trained": (run / TRAINED).is_file(),
+            "current": None if current is None else current.name,
+        }
+    )
+
+
+def _train(config: TuneConfig, run: Path) -> None:
+    if config.training.processes > 1:
+        train_together(config, run)
+        return
+    # Imported here, because it loads torch, which importing the flow must not.
+    from glmbatch.tuning.train import train_here
+
+    train_here(config, run)
 
 
 def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
@@ -85,17 +129,28 @@ def train_run(config: TuneConfig, folder: str) -> dict[str, Any]:
     run = Path(folder)
     trained = run / TRAINED
     if not trained.is_file():
-        if config.training.processes > 1:
-            train_together(config, run)
-        else:
-            # Imported here, because it loads torch, which importing the flow must not.
-            from glmbatch.tuning.train import train_here
-
-            train_here(config, run)
+        (run / TRAINER / PROGRESS).unlink(missing_ok=True)  # of a killed training
+        _TRAINING.append(run)
+        try:
+            _train(config, run)
+        finally:
+            _TRAINING.remove(run)
     # Optimizer states take several times the size of the model.
     shutil.rmtree(run / TRAINER, ignore_errors=True)
     summary: dict[str, Any] = json.loads(trained.read_text(encoding="utf-8"))
     return summary
+
+
+def newest_progress() -> Snapshot:
+    """The steps of the training in this process, or the answers that it is scored on."""
+    run = _TRAINING[-1] if _TRAINING else None
+    if run is None:
+        return newest_answers()
+    try:
+        counts = json.loads((run / TRAINER / PROGRESS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no step is taken yet
+        return Snapshot("loading", 0, 0, 0, 0.0, unit="steps")
+    return Snapshot(stage="training", unit="steps", **counts)
 
 
 def evaluate_run(config: TuneConfig, folder: str) -> Report:
@@ -132,4 +187,6 @@ def promote(config: TuneConfig, report: Report) -> Report:
             report = evaluate_run(config, str(output / RUNS / report.run))
         if report.promoted:
             make_current(output, report.run)
+        if config.keep_runs is not None:
+            prune(output, config.keep_runs)
     return report

@@ -1,10 +1,13 @@
-"""The model to train: the base with a head, an adapter or neither. Checks the memory first."""
+"""The model to train, its memory, and its batches: the base with a head, an adapter or neither.
+
+Shapes: B rows of a batch, T tokens of its longest row, L labels.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from glmbatch.settings.tuning import TrainingConfig, TuneConfig
 from glmbatch.tuning.encode import TrainingRow
 
 PAD_ID = 0  # the unknown token; no encoded text contains it, because bytes encode every character
+IGNORED = -100  # label of a token without loss, as in torch and transformers
 # All matrices of a layer: adapting only attention learns less (QLoRA, Dettmers et al., 2023).
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 # Bytes per trained weight: the weight, its gradient and two moments, in float32.
@@ -140,6 +144,37 @@ def _with_adapter(model: Any, training: TrainingConfig, writes: bool) -> Any:
         # peft still uses a deprecated name of transformers.
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, adapter)
+
+
+def pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows of `RowDataset` as one batch, padded on the right.
+
+    Causal attention never looks to the right, so padding does not change a row. `labels` has B
+    label numbers, or BL of 1.0 and 0.0 where rows may have several, or BT token ids: the next token
+    of the answer at each position, else IGNORED.
+    """
+    longest = max(len(row["ids"]) for row in batch)
+    # GLM's classifier reads the last id that is not PAD_ID.
+    ids_BT = torch.full((len(batch), longest), PAD_ID)
+    mask_BT = torch.zeros((len(batch), longest), dtype=torch.long)
+    for at, row in enumerate(batch):
+        ids_BT[at, : len(row["ids"])] = torch.tensor(row["ids"])
+        mask_BT[at, : len(row["ids"])] = 1
+    labels = torch.tensor([row["label"] for row in batch])
+    if labels.dim() > 1:
+        labels = labels.float()
+    if batch[0]["answer"]:
+        labels = torch.full((len(batch), longest), IGNORED)
+        for at, row in enumerate(batch):
+            end = len(row["ids"])
+            first = end - row["answer"]
+            labels[at, first - 1 : end - 1] = ids_BT[at, first:end]
+    return {
+        "input_ids": ids_BT,
+        "attention_mask": mask_BT,
+        "labels": labels,
+        "at": torch.tensor([row["at"] for row in batch]),
+    }
 
 
 def check_memory(config: TuneConfig, rows: Sequence[TrainingRow], device: str) -> None:

@@ -7,6 +7,7 @@ distributes the batches and averages the gradients.
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def main() -> int:
 
     from glmbatch.tuning.train import train_here
 
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     run = Path(sys.argv[2])
     try:
         train_here(TuneConfig.model_validate_json(sys.argv[1]), run)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from glmbatch.errors import some_of
 from glmbatch.store.files import writable
-from glmbatch.tuning.report import CURRENT, RUNS, Comparison, Report
+from glmbatch.tuning.report import CURRENT, REPORT, RUNS, Comparison, Report
 from glmbatch.tuning.scores import Scores, SelectionScores
+
+logger = logging.getLogger(__name__)
 
 
 def current_run(output: str) -> Path | None:
@@ -26,6 +30,21 @@ def make_current(output: Path, run: str) -> None:
         link.unlink(missing_ok=True)
         link.symlink_to(Path(RUNS) / run)
         os.replace(link, output / CURRENT)
+
+
+def prune(output: Path, keep: int) -> None:
+    """Delete all evaluated runs but the current one and the last `keep` others."""
+    current = current_run(str(output))
+    runs = []
+    for folder in (output / RUNS).iterdir():
+        # One without a report may still be trained.
+        if folder.resolve() != current and (folder / REPORT).is_file():
+            runs.append(folder)
+    runs.sort(key=lambda run: (run / REPORT).stat().st_mtime_ns, reverse=True)
+    for folder in runs[keep:]:
+        with writable(folder):
+            shutil.rmtree(folder)
+        logger.info("%s: deleted (keep_runs)", folder)
 
 
 def decide(report: Report, must_beat: Collection[str], least_rows: int) -> Report:

@@ -57,7 +57,9 @@ def facts_of(report: Report) -> Facts:
         f"temperature {training['temperature']:.3f}, folded into the head",
         warnings=_warnings(report),
         rows=[*rows.items(), *audit.parts.items()],
-        settings=report.model_dump_json(include={"settings", "versions"}, indent=1),
+        settings=report.model_dump_json(
+            include={"settings": True, "training": {"used"}, "versions": True}, indent=1
+        ),
     )
 
 

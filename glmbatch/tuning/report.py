@@ -23,6 +23,7 @@ CHECKPOINT = "checkpoint"
 ADAPTER = "adapter"
 TRAINER = "trainer"
 TRAINED = "trained.json"
+PROGRESS = "progress.json"  # in TRAINER: how many steps are taken
 LEARNED = "learned.npy"  # keys of the learned texts, so that no later run tests on them
 REPORT = "report.json"
 PAGE = "report.html"
@@ -49,6 +50,7 @@ class Trained(BaseModel, frozen=True, extra="forbid"):
     learned      number of training and validation rows
     cut_texts    how many of those lost the end of their text
     cut_answers  how many of those lost the end of their answer
+    used         values that no setting gave: rates, steps, decay, how weights are stored
     """
 
     steps: int
@@ -60,6 +62,24 @@ class Trained(BaseModel, frozen=True, extra="forbid"):
     learned: int = 0
     cut_texts: int = 0
     cut_answers: int = 0
+    used: Mapping[str, int | float | str] = {}
+
+
+class TrainingPlan(BaseModel, frozen=True, extra="forbid"):
+    """What a training would do.
+
+    `tokens` has those of the shortest, the median and the longest row with its answer, and `cut`
+    how many texts and answers lose their end. `settings` are those used.
+    """
+
+    audit: LabelAudit
+    settings: dict[str, Any]
+    tokens: tuple[int, int, int]
+    cut: tuple[int, int]
+    steps: int
+    run: str = ""
+    is_trained: bool = False
+    current: str | None = None
 
 
 class Mistake(BaseModel, frozen=True, extra="forbid"):

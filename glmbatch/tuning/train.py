@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,15 @@ from glmbatch.tuning.model import (
     read_base,
     training_device,
 )
-from glmbatch.tuning.report import ADAPTER, CHECKPOINT, LEARNED, TRAINED, TRAINER, Trained
+from glmbatch.tuning.report import (
+    ADAPTER,
+    CHECKPOINT,
+    LEARNED,
+    TRAINED,
+    TRAINER,
+    Trained,
+    TrainingPlan,
+)
 from glmbatch.tuning.scores import fit_temperature
 from glmbatch.tuning.split import Labelled, read_labelled, with_metric
 from glmbatch.tuning.trainer import RowDataset, RowTrainer, is_stale, make_trainer
@@ -74,6 +83,27 @@ def train_here(config: TuneConfig, run: Path) -> None:
     np.save(run / LEARNED, np.unique(text_keys(learned)))
     with committed(run / TRAINED) as partial:
         partial.write_text(trained.model_dump_json(indent=1), encoding="utf-8")
+
+
+def plan_training(config: TuneConfig, labelled: Labelled) -> TrainingPlan:
+    """What a training on these rows would do. InputError if its memory would not suffice."""
+    config = config.model_copy(update={"model": locate_model(config.model, config.runtime)})
+    config = with_metric(config, labelled)
+    config = with_prompt(config, labelled.labels, several=labelled.several)
+    rows, valid = encode_parts(config, labelled)
+    check_memory(config, rows, training_device(config.runtime.device, config.training.processes))
+    lengths = sorted(row.length for row in rows)
+    training = config.training
+    step_rows = training.batch_rows * training.gradient_accumulation * training.processes
+    cut = _count_cut([*rows, *valid])
+    rate = training.model_copy(update={"learning_rate": config.learning_rate})
+    return TrainingPlan(
+        audit=labelled.audit,
+        settings=config.model_copy(update={"training": rate}).model_dump(mode="json"),
+        tokens=(lengths[0], lengths[len(lengths) // 2], lengths[-1]),
+        cut=(cut["cut_texts"], cut["cut_answers"]),
+        steps=math.ceil(len(rows) / step_rows) * training.epochs,
+    )
 
 
 def encode_parts(
@@ -140,7 +170,8 @@ def train(
         temperature = _temperature(trainer, valid)
     if trainer.is_world_process_zero():
         save_result(config, model, temperature, run)
-    return _summary(trainer.state, model, temperature)
+    summary = _summary(trainer.state, model, temperature)
+    return summary.model_copy(update={"used": _used(trainer, config)})
 
 
 def _resume(trainer: RowTrainer, config: TuneConfig, folder: Path) -> None:
@@ -234,6 +265,22 @@ def _merged(config: TuneConfig, model: Any, folder: Path) -> Any:
     finish_adapter(folder, read_base(config.model))
     # Merged by the code that a job with base and adapter uses, so the weights are the same bits.
     return load_model(config.model.path, STORED, adapter=folder)
+
+
+def _used(trainer: RowTrainer, config: TuneConfig) -> dict[str, int | float | str]:
+    """The values that the training used without being told."""
+    args, training = trainer.args, config.training
+    step_rows = training.batch_rows * training.gradient_accumulation * training.processes
+    return {
+        "rows_per_step": step_rows,
+        "learning_rate": args.learning_rate,
+        "schedule": f"{args.warmup_steps:g} warm-up steps, then a cosine to 0",
+        "optimizer": f"AdamW, beta2 {args.adam_beta2:g}, weight decay {args.weight_decay:g}",
+        "largest_gradient_norm": args.max_grad_norm,
+        "computed_in": "bfloat16" if args.bf16 else "float32",
+        "stored_as": STORED,
+        "device": str(args.device),
+    }
 
 
 def _summary(state: TrainerState, model: Any, temperature: float) -> Trained:

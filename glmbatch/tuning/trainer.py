@@ -5,10 +5,12 @@ Shapes: B rows of a batch, T tokens of its longest row, L labels, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,12 @@ from transformers.utils import logging as transformers_logging
 from glmbatch.errors import InputError
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.encode import TrainingRow
-from glmbatch.tuning.model import PAD_ID
+from glmbatch.tuning.model import IGNORED, pad
+from glmbatch.tuning.report import PROGRESS
 from glmbatch.tuning.scores import score, score_arrays
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # label of a token without loss, as in torch and transformers
 # Share of the steps with a rising rate, because the first gradients of a new head are its largest.
 WARM_UP_SHARE = 0.05
 # Only for matrices, because the Trainer exempts vectors. Between the usual 0.01 and 0.1.
@@ -40,6 +42,7 @@ BETA2 = 0.98
 # Number of batches to sort by length together: little padding, and the order is still random.
 BATCHES_SORTED = 50
 LOGS_PER_EPOCH = 10
+PROGRESS_SECONDS = 0.2  # as often as a bar is drawn
 
 
 class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -92,37 +95,6 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
         dice.shuffle(batches)
         for batch in [*batches, last]:
             yield from batch
-
-
-def pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows of `RowDataset` as one batch, padded on the right.
-
-    Causal attention never looks to the right, so padding does not change a row. `labels` has B
-    label numbers, or BL of 1.0 and 0.0 where rows may have several, or BT token ids: the next token
-    of the answer at each position, else IGNORED.
-    """
-    longest = max(len(row["ids"]) for row in batch)
-    # GLM's classifier reads the last id that is not PAD_ID.
-    ids_BT = torch.full((len(batch), longest), PAD_ID)
-    mask_BT = torch.zeros((len(batch), longest), dtype=torch.long)
-    for at, row in enumerate(batch):
-        ids_BT[at, : len(row["ids"])] = torch.tensor(row["ids"])
-        mask_BT[at, : len(row["ids"])] = 1
-    labels = torch.tensor([row["label"] for row in batch])
-    if labels.dim() > 1:
-        labels = labels.float()
-    if batch[0]["answer"]:
-        labels = torch.full((len(batch), longest), IGNORED)
-        for at, row in enumerate(batch):
-            end = len(row["ids"])
-            first = end - row["answer"]
-            labels[at, first - 1 : end - 1] = ids_BT[at, first:end]
-    return {
-        "input_ids": ids_BT,
-        "attention_mask": mask_BT,
-        "labels": labels,
-        "at": torch.tensor([row["at"] for row in batch]),
-    }
 
 
 class RowTrainer(Trainer):
@@ -207,7 +179,7 @@ def make_trainer(
         args=arguments,
         eval_dataset=RowDataset(valid),
         compute_metrics=None if config.writes else _measure,
-        callbacks=[_ProgressLog(), _EarlyStop(config)],
+        callbacks=[_ProgressLog(folder / PROGRESS), _EarlyStop(config)],
     )
     # If several GPUs are visible, the Trainer's DataParallel would change batches, steps and loss.
     arguments._n_gpu = 1
@@ -289,13 +261,44 @@ def _measure(prediction: Any) -> dict[str, float]:
 
 
 class _ProgressLog(TrainerCallback):
-    """Logs the numbers that the Trainer would print."""
+    """Logs the numbers that the Trainer would print, and keeps the count of steps in `file`.
+
+    A file, because the steps may be taken in other processes than the one that shows them.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._first = 0
+        self._began = self._written = 0.0
+        self._loss = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._first, self._began = state.global_step, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        now = time.monotonic()
+        if not state.is_world_process_zero or now - self._written < PROGRESS_SECONDS:
+            return
+        self._written = now
+        counts = {
+            "total": state.max_steps,
+            "done": state.global_step,
+            "computed": state.global_step - self._first,
+            "seconds": now - self._began,
+            "note": self._loss,
+        }
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps(counts), encoding="utf-8")
+        partial.replace(self._file)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         values = []
         for key, value in (logs or {}).items():
             if isinstance(value, float):
                 values.append(f"{key} {value:.4g}")
+        if "loss" in (logs or {}):
+            self._loss = f"loss={logs['loss']:.4g}"
         logger.info("step %d of %d: %s", state.global_step, state.max_steps, ", ".join(values))
 
 

@@ -65,8 +65,10 @@ def test_the_page_and_the_card_show_the_report(tune: Tune) -> None:
             assert (shown in page) == (rows > 0 and guess != label), "examples of each confusion"
     card = (run / "checkpoint" / "README.md").read_text()
     assert all(digest in card for digest in report.audit.files.values())
+    assert report.training["used"]["learning_rate"] == 4e-3
     for text in (page, card):
         assert report.baseline_name in text and report.run in text
+        assert "AdamW, beta2 0.98, weight decay 0.05" in text and "0.004" in text
     assert "lost their end" not in describe(report) and "cut texts 0" in describe(report)
     # As an earlier version wrote it.
     old = {key: value for key, value in report.training.items() if "cut" not in key}
@@ -158,6 +160,22 @@ def test_cut_texts_and_answers_are_reported(
         assert told in text and "lost their end" in text
     assert "are cut off" in caplog.text
     assert writes or "on the full texts" in report.baseline_name
+
+
+def test_a_dry_run_trains_nothing(
+    tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tune.json"
+    file.write_text(tune(prompt_template=None, training__max_input_tokens=48).model_dump_json())
+    assert main(["train", str(file), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "train 144, valid 48, test 48" in shown and "promoted by accuracy" in shown
+    assert "Is this bad, good or so so?', in the chat format" in shown
+    assert "27 steps in 3 epochs, learning rate 0.004" in shown
+    assert main(["train", str(file), "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["cut"][0] > 0 and plan["tokens"][2] == 48
+    assert not (tmp_path / "tuned").exists()
 
 
 def test_a_missing_model_is_an_error(tune: Tune) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ import pytest
 from glmbatch.errors import InputError
 from glmbatch.evaluation.paired import compare_answers
 from glmbatch.tuning.finetune import evaluate_run, finetune, promote
-from glmbatch.tuning.promote import decide
+from glmbatch.tuning.promote import decide, make_current, prune
 from glmbatch.tuning.render import card, describe
-from glmbatch.tuning.report import Comparison, Report
+from glmbatch.tuning.report import REPORT, RUNS, Comparison, Report
 from glmbatch.tuning.scores import score
 from tests.support import Tune, Write
 from tests.unit.tuning.rows import without_label
@@ -116,6 +117,20 @@ def test_a_run_no_better_than_its_base_is_not_promoted(tune: Tune, tmp_path: Pat
         assert "not beaten: the untrained base" in text
     # The decision is made again, without training or scoring anew.
     assert finetune(tune(**POOR, model={"path": good.checkpoint})).promoted
+
+
+def test_old_runs_are_deleted_but_not_the_current_one(tmp_path: Path) -> None:
+    for age, name in enumerate(["new", "old", "older", "current", "unfinished"]):
+        run = tmp_path / RUNS / name
+        run.mkdir(parents=True)
+        if name != "unfinished":
+            (run / REPORT).touch()
+            os.utime(run / REPORT, (1000 - age, 1000 - age))
+    make_current(tmp_path, "current")
+    prune(tmp_path, 1)
+    left = {run.name for run in (tmp_path / RUNS).iterdir()}
+    assert left == {"new", "current", "unfinished"}
+    assert (tmp_path / "current" / REPORT).exists()
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from safetensors.torch import load_file
 from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.load import load_model, read_checkpoint
 from glmbatch.glm.tokenizer import load_tokenizer
+from glmbatch.report.display import describe_progress
 from glmbatch.settings.tuning import TuneConfig
-from glmbatch.tuning.finetune import begin, train_run
+from glmbatch.tuning.finetune import begin, newest_progress, train_run
 from glmbatch.tuning.model import build_model
 from glmbatch.tuning.processes import train_together
-from glmbatch.tuning.report import TRAINER
+from glmbatch.tuning.report import PROGRESS, TRAINER
 from glmbatch.tuning.train import train_here
 from tests.support import CAUSAL, ROOT, Tune
 from tests.unit.glm.checkpoints import edit_config
@@ -182,9 +185,29 @@ def test_two_processes_equal_one_with_larger_batches(tune: Tune, more: dict[str,
     together = tune(training__processes=2, **more)
     two = Path(begin(together))
     train_together(together, two)
+    # Both the steps and the log of the processes are seen from outside.
+    counts = json.loads((two / TRAINER / PROGRESS).read_text())
+    assert 0 < counts["done"] <= counts["total"]
+    assert "step " in (two / "processes.log").read_text()
     for name, weight in last_weights(one).items():
         torch.testing.assert_close(last_weights(two)[name], weight, rtol=0, atol=1e-4)
     assert train_run(together, str(two))["steps"] == train_run(alone, str(one))["steps"]
+
+
+def test_steps_are_seen_while_a_training_runs(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glmbatch.tuning.trainer.PROGRESS_SECONDS", 0.0)
+    config = tune(training__epochs=2)
+    shown = []
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train_run, config, begin(config))
+        while not training.done():
+            shown.append(newest_progress())
+            time.sleep(0.005)
+    steps = training.result()["steps"]
+    last = [counts for counts in shown if counts.unit == "steps"][-1]
+    assert 0 < last.done <= last.total == steps and last.note.startswith("loss=")
+    assert f"stage=training steps={last.done}/{steps} " in describe_progress(last)
+    assert newest_progress().unit == "answers"
 
 
 def test_no_process_outlives_a_killed_training(tune: Tune) -> None:
