@@ -21,7 +21,7 @@ from glmbatch.run.work import Question
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.conditions import parse_condition
 from glmbatch.settings.job import placeholders
-from glmbatch.steps.answers import kind_of
+from glmbatch.steps.answers import answers_schema, kind_of
 from glmbatch.steps.extract import as_json
 from glmbatch.steps.history import read_histories
 from glmbatch.steps.inputs import PromptInputs, WhenInputs
@@ -291,7 +291,9 @@ class Triage:
 def triage(question: Question, distinct: Mapping[bytes, Prompt], known: KnownAnswers) -> Triage:
     """Look up `distinct` prompts in the index `known`, and sort them into known and to be asked."""
     columns = Columns(question.name)
-    answers = known.find(distinct)
+    schema = answers_schema(question.step, question.model.labels)
+    # The index may name its columns after another step with the same question.
+    answers = known.find(distinct).rename_columns(schema.names).cast(schema)
     failures = answers.column(columns.error).is_valid()
     failed = answers.filter(failures).column(columns.key).to_pylist()
     # Only `glmbatch plan` indexes failures; for a run, rows that failed are like new ones.

@@ -54,8 +54,8 @@ class Session:
         self.progress = Progress()
         self.log = AnswersLog(run.id, self.progress)
         self._stopped = False
-        # By step name and step key: steps with the same question still have columns of their own.
-        self._known: dict[tuple[str, str], KnownAnswers] = {}
+        # By step key: steps with the same question share an index, so that it is asked once.
+        self._known: dict[str, KnownAnswers] = {}
         # Fragments on which the model failed entirely, and their rows, by step key and reason.
         self._hopeless: dict[tuple[str, str], tuple[int, int]] = {}
         # By fragment name: why its rows cannot be read, or None if all of them can.
@@ -70,8 +70,11 @@ class Session:
         self._lock = threading.Lock()
 
     def known_answers(self, question: Question) -> KnownAnswers:
-        """The index of all committed answers to `question`; the run's fragments add theirs."""
-        key = (question.name, question.key)
+        """The index of all committed answers to `question`; the run's fragments add theirs.
+
+        Its columns may have the names of another step with the same question.
+        """
+        key = question.key
         with self._lock:  # built once, even if many fragments begin together
             if key not in self._known:
                 self._known[key] = index_answers(self.ledger, question, others=self.run.others)

@@ -16,6 +16,8 @@ from glmbatch.glm.engine.protocol import ClassifyResult
 from glmbatch.glm.engine.worker import TorchEngine
 from glmbatch.ledger.known.answers import Hold, KnownAnswers
 from glmbatch.ledger.verification import verify
+from glmbatch.run.preview import preview
+from glmbatch.settings.job import JobConfig
 from tests.support import CAUSAL, CLASSIFY, Settings, Write, rows_of, run
 
 ROWS = 40
@@ -116,6 +118,18 @@ def test_a_renamed_step_reuses_its_answers(
     assert run(settings).steps[0].computed == 0
     scores = {row["text"]: row["tone_scores"] for row in rows_of(out)}
     assert scores == {text: answer[1] for text, answer in published.items()}
+
+
+def test_one_question_under_two_names_is_asked_once(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    write_source("a.parquet", {"text": texts()})
+    step = {"kind": "generate", "prompt_template": "{text}", "max_tokens": 2}
+    settings = job_settings(steps=[{**step, "name": "a"}, {**step, "name": "b"}])
+    plan = preview(JobConfig.model_validate(settings)).steps
+    assert [(step.step, step.to_run) for step in plan] == [("a", ROWS), ("b", 0)]
+    assert sorted(computed(settings)) == [0, ROWS]
+    assert all(row["a"] == row["b"] and row["a_key"] == row["b_key"] for row in rows_of(out))
 
 
 def test_published_rows_alone_suffice_for_reuse(
