@@ -1,8 +1,9 @@
 """Conditions on a row, such as `stars < 3 and language in ('de', 'en')`. Parsed, never executed.
 
 Python's own parser reads the text, and only these forms of its grammar are accepted: a column by
-its name or as column('any name'), compared with one value or several, tested for null or, if it is
-a boolean, alone; and such tests joined by `and`, `or` and `not`.
+its name or as column('any name'), compared with one value or several, searched for a value if it
+is a list, tested for null or, if it is a boolean, alone; and such tests joined by `and`, `or` and
+`not`.
 """
 
 from __future__ import annotations
@@ -55,6 +56,14 @@ class IsOneOf:
 
 
 @dataclass(frozen=True, slots=True)
+class Has:
+    """Whether the list in `column` has `value`."""
+
+    column: str
+    value: Value
+
+
+@dataclass(frozen=True, slots=True)
 class IsNull:
     """Whether `column` has no value."""
 
@@ -68,7 +77,7 @@ class IsTrue:
     column: str
 
 
-Test = Compares | IsOneOf | IsNull | IsTrue
+Test = Compares | IsOneOf | Has | IsNull | IsTrue
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +155,12 @@ def _condition(node: ast.expr) -> Condition:
 
 def _test(whole: ast.expr, left: ast.expr, sign: ast.cmpop, right: ast.expr) -> Condition:
     if isinstance(sign, ast.In | ast.NotIn):
-        test: Test = IsOneOf(_needed_column(whole, left), _values(right))
+        listed = _column(right) if _column(left) is None else None
+        test: Test
+        if listed is not None:
+            test = Has(listed, _value(left))
+        else:
+            test = IsOneOf(_needed_column(whole, left), _values(right))
         return Not(test) if isinstance(sign, ast.NotIn) else test
     if isinstance(sign, ast.Is | ast.IsNot):
         if _column(right) is not None or _constant(right) is not None:

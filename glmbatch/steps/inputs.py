@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import get_args
 
 from pydantic import BaseModel
 
 from glmbatch.errors import InputError, some_of
-from glmbatch.settings.columns import Columns
-from glmbatch.settings.conditions import Compares, IsOneOf, Test, parse_condition, tests_of
+from glmbatch.settings.columns import NO_ERRORS, Columns
+from glmbatch.settings.conditions import (
+    Compares,
+    Has,
+    IsOneOf,
+    Test,
+    Value,
+    parse_condition,
+    tests_of,
+)
 from glmbatch.settings.job import (
     TEXT,
     AnyStep,
     ClassifyStep,
+    ExtractStep,
     JobConfig,
     conditioned_columns,
 )
 from glmbatch.steps.answers import answers_schema
-from glmbatch.steps.prompt import HISTORY
+from glmbatch.steps.prompt import HISTORY, FaultKind
 from glmbatch.store.inputs.conditions import check_tests
 from glmbatch.store.inputs.needs import NeededColumn, NeededTests, SchemaNeeds
 
@@ -121,7 +134,8 @@ def schema_needs(job: JobConfig, inputs: Mapping[str, PromptInputs]) -> SchemaNe
         for name, column in inputs[step.name].columns.items():
             is_text = name in inputs[step.name].texts
             setting = "data.text_column" if is_text else f"steps[{index}].prompt_template"
-            read.append(NeededColumn(column, setting, is_text))
+            advice = "" if is_text else _near_answers(name, job.steps_before(step))
+            read.append(NeededColumn(column, setting, is_text, advice=advice))
         history = inputs[step.name].history
         if history is not None:
             setting = f"steps[{index}].history_column"
@@ -129,12 +143,25 @@ def schema_needs(job: JobConfig, inputs: Mapping[str, PromptInputs]) -> SchemaNe
         when = inputs[step.name].when
         if when is not None:
             setting = f"steps[{index}].when"
-            for column in when.columns.values():
-                read.append(NeededColumn(column, setting, is_text=False, is_tested=True))
+            for name, column in when.columns.items():
+                advice = "" if name == TEXT else _near_answers(name, job.steps_before(step))
+                read.append(NeededColumn(column, setting, False, is_tested=True, advice=advice))
             tests.append(NeededTests(setting, when.text, when.columns))
     if job.data.id_column is not None:
         read.append(NeededColumn(job.data.id_column, "data.id_column", False))
     return SchemaNeeds(tuple(read), written, tuple(tests))
+
+
+def _near_answers(name: str, before: Sequence[AnyStep]) -> str:
+    """The end of a sentence about the missing column `name`: the earlier answers it may mean."""
+    columns = [column for step in before for column in step.answer_columns]
+    near = get_close_matches(name, columns, 1, cutoff=0.8)
+    if near:
+        return f"; did you mean {near[0]}?"
+    for step in before:
+        if name.startswith(f"{step.name}_"):
+            return f"; step {step.name!r} answers {some_of(step.answer_columns, name)}"
+    return ""
 
 
 def check_conditions(
@@ -158,23 +185,73 @@ def check_conditions(
         where = (f"step {step.name!r}", f"steps[{index}].when")
         check_tests(condition, kinds, where)
         for test in tests_of(condition):
-            earlier = by_name.get(test.column)
-            if test.column not in when.answers or not isinstance(earlier, ClassifyStep):
-                continue
-            if not earlier.number:
-                labels = earlier.labels or head_labels[earlier.name]
-                _check_labels(test, labels, where)
+            if test.column in when.answers:
+                earlier = by_name[when.answers[test.column]]
+                known = _known_values(earlier, head_labels[earlier.name])
+                if test.column in known:
+                    _check_values(test, earlier.name, known[test.column], where)
 
 
-def _check_labels(test: Test, labels: Sequence[str], where: tuple[str, str]) -> None:
-    values: Sequence[object] = ()
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The texts that a column may have, or the bounds of its numbers, and the word for them."""
+
+    what: str
+    texts: Sequence[str] | None = None
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+
+
+def _known_values(step: AnyStep, head_labels: Sequence[str]) -> dict[str, _Known]:
+    """What the answer columns of `step` may have, by their names, where that is limited."""
+    columns = Columns(step.name)
+    known = {columns.error_type: _Known("error types", (*get_args(FaultKind), *NO_ERRORS))}
+    if isinstance(step, ClassifyStep):
+        if not step.number:
+            known[columns.answer] = _Known("labels", step.labels or head_labels)
+        return known
+    known[columns.finish_reason] = _Known("finish reasons", ("stop", "length"))
+    if isinstance(step, ExtractStep):
+        known[columns.abstained] = _Known("fields", [field.name for field in step.fields])
+        for field in step.fields:
+            value = field.items or field
+            if value.type == "choice":
+                known[columns.field(field.name).answer] = _Known("choices", value.choices)
+            elif value.type in ("integer", "number"):
+                known[columns.field(field.name).answer] = _Known("bounds", bounds=value.bounds)
+    return known
+
+
+def _check_values(test: Test, step: str, known: _Known, where: tuple[str, str]) -> None:
+    values: Sequence[Value] = ()
+    sign = "=="
     if isinstance(test, IsOneOf):
         values = test.values
-    elif isinstance(test, Compares) and test.sign in ("==", "!="):
+    elif isinstance(test, Compares | Has):
         values = (test.value,)
+        sign = test.sign if isinstance(test, Compares) else sign
+    place = "" if test.column == step else f" in {test.column}"
     for value in values:
-        if value not in labels:
+        if known.texts is not None:
+            may_be = value in known.texts or sign not in ("==", "!=")
+            seen, range_text = f"{value!r}", some_of(known.texts, str(value))
+        else:
+            least, greatest = known.bounds
+            assert isinstance(value, int | float)
+            may_be = _within(sign, value, known.bounds)
+            seen = str(value) if sign == "==" else f"{sign} {value}"
+            range_text = f"{least} and {greatest}"
+        if not may_be:
             raise InputError(
-                f"{where[0]}: step {test.column!r} never answers {value!r}; its labels are "
-                f"{some_of(labels, str(value))}. Set {where[1]}."
+                f"{where[0]}: step {step!r} never answers {seen}{place}; its {known.what} are "
+                f"{range_text}. Set {where[1]}."
             )
+
+
+def _within(sign: str, value: float, bounds: tuple[float, float]) -> bool:
+    """Whether a number within `bounds` may compare as `sign` with `value`."""
+    least, greatest = bounds
+    if sign in ("<", "<="):
+        return least < value or (sign == "<=" and least == value)
+    if sign in (">", ">="):
+        return greatest > value or (sign == ">=" and greatest == value)
+    return least <= value <= greatest

@@ -326,18 +326,18 @@ def check_column(  # noqa: PLR0913 - what is asked of the column, and how a mess
     text: bool,
     plain: bool = True,
     folders: Sequence[str] = (),
+    advice: str = "",
 ) -> None:
     """InputError unless `schema` has exactly one column `name`, with values that read as text.
 
-    With `text`, the column itself must be text. Without `plain`, it may have any type. `setting` is
-    the setting that names the column. `folders` are the columns from folder names, which the
-    message lists too.
+    With `text`, the column itself must be text. Without `plain`, it may have any type. `setting`
+    names the column. The message about a missing one lists `folders` too and ends with `advice`.
     """
     if schema.names.count(name) != 1:
         problem = (
             f"two columns {name!r}"
             if name in schema.names
-            else f"no column {name!r}; it has {some_of([*schema.names, *folders], name)}"
+            else f"no column {name!r}; it has {some_of([*schema.names, *folders], name)}{advice}"
         )
         if setting.endswith("prompt_template"):
             setting += ", with {{ and }} for literal braces"

@@ -236,6 +236,12 @@ def test_a_canary_checks_the_rows_that_were_asked(
         (("stars < 'x'",), r"column 'stars' holds int64, .* Set steps\[0\].when"),
         ((None, "mood_scores == 'good'"), r"step 'reply': column 'mood_scores' holds struct"),
         ((None, "mood in ('good', 'godo')"), r"step 'mood' never answers 'godo'; its labels are"),
+        (
+            (None, "mood_error_type == 'to_long'"),
+            r"step 'mood' never answers 'to_long' in mood_error_type; its error types are .*",
+        ),
+        ((None, "mood_scor > 0.9"), r"no column 'mood_scor'; .*did you mean mood_score\?"),
+        ((None, "mood_probability > 0.9"), r"step 'mood' answers \['mood', 'mood_score', "),
     ],
 )
 def test_a_condition_that_can_never_hold_is_refused(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -19,6 +20,7 @@ from glmbatch.settings.conditions import (
     Compares,
     Condition,
     Either,
+    Has,
     IsNull,
     IsTrue,
     Not,
@@ -113,6 +115,8 @@ def _possible(
 
 def _outcomes(test: Test, column: pa.Array) -> pa.Array:
     """The outcome of `test` for each value, null for null. InputError for a type it cannot test."""
+    if isinstance(test, Has):
+        return _having(test, column)
     values = _plain(column)
     if isinstance(test, IsNull):
         return values.is_null()
@@ -132,12 +136,40 @@ def _outcomes(test: Test, column: pa.Array) -> pa.Array:
         try:
             outcome = SIGNS[sign](*_sides(values, value, sign))
         except (TypeError, pa.ArrowException) as error:
+            hint = f"; write {value!r} in {test.column}" if _is_list(column.type) else ""
             raise InputError(
                 f"column {test.column!r} holds {column.type}, which cannot be compared as "
-                f"{sign} {value!r}"
+                f"{sign} {value!r}{hint}"
             ) from error
         outcomes = outcome if outcomes is None else pc.or_kleene(outcomes, outcome)
     return outcomes
+
+
+def _having(test: Has, column: pa.Array) -> pa.Array:
+    """Whether each list has the value; null for null, and where only a null could be the value."""
+    if pa.types.is_null(column.type):
+        return pa.nulls(len(column), pa.bool_())
+    refused = f"column {test.column!r} holds {column.type}, which cannot be searched for"
+    if not _is_list(column.type):
+        raise InputError(f"{refused} {test.value!r}; it is no list")
+    items = _plain(pc.list_flatten(column))
+    try:
+        equal = pc.equal(*_sides(items, test.value, "=="))
+    except (TypeError, pa.ArrowException) as error:
+        raise InputError(f"{refused} {test.value!r}") from error
+    # Arrow's own numbers of the lists are wrong for a slice.
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
+    rows = pa.array(np.arange(len(column)).repeat(lengths))
+    numbers = pa.array(np.arange(len(column)))
+    found = pc.is_in(numbers, rows.filter(equal))
+    unsure = pc.or_(column.is_null(), pc.is_in(numbers, rows.filter(equal.is_null())))
+    return pc.if_else(pc.and_(unsure, pc.invert(found)), pa.scalar(None, pa.bool_()), found)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
 
 
 def _plain(column: pa.Array) -> pa.Array:

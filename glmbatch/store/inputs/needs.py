@@ -28,7 +28,7 @@ class NeededColumn:
     """A column that a job reads, and the setting that names it; `is_text` if it must be text.
 
     Its values must have a text of their own, unless it `is_tested` by a condition alone. If it
-    `is_history`, they are lists of turns.
+    `is_history`, they are lists of turns. `advice` goes with the message that it is missing.
     """
 
     name: str
@@ -36,6 +36,7 @@ class NeededColumn:
     is_text: bool
     is_tested: bool = False
     is_history: bool = False
+    advice: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds
                     text=needed.is_text,
                     plain=not needed.is_tested,
                     folders=tuple(folders),
+                    advice=needed.advice,
                 )
         for tests in needs.tests:
             kinds = {}

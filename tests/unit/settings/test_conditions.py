@@ -7,6 +7,7 @@ import pytest
 from glmbatch.settings.conditions import (
     Both,
     Compares,
+    Has,
     IsNull,
     IsOneOf,
     IsTrue,
@@ -21,6 +22,8 @@ def test_every_form_of_a_condition_is_read() -> None:
     assert parse_condition("3 > stars") == Compares("stars", "<", 3)
     assert parse_condition("-1.5 <= change") == Compares("change", ">=", -1.5)
     assert parse_condition("language in ['de', 'en']") == IsOneOf("language", ("de", "en"))
+    assert parse_condition("'price' in topics") == Has("topics", "price")
+    assert parse_condition("'price' not in topics") == Not(Has("topics", "price"))
     assert parse_condition("reply is not null") == Not(IsNull("reply"))
     assert parse_condition("verified") == IsTrue("verified")
     assert parse_condition("verified == true") == Compares("verified", "==", True)
@@ -49,6 +52,8 @@ def test_every_form_of_a_condition_is_read() -> None:
         ("stars == null", "write `is null`"),
         ("stars is 3", "only null comes after `is`"),
         ("language in 'de'", "a list of values comes after `in`"),
+        ("null in topics", "null compares with nothing"),
+        ("'a' in 'abc'", "'a' is no column"),
         ("language in ()", "a list of values comes after `in`"),
         ("stars < 1e999", "too large a number"),
         ("stars == 99999999999999999999", "too large a number"),

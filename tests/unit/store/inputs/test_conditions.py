@@ -86,3 +86,29 @@ def test_an_unknown_value_decides_only_where_it_matters() -> None:
     both = parse_condition("a < 3 and b < 3")
     assert rows_where(both, columns, unknown) == [True, None, False, False]
     assert rows_where(parse_condition("b is null"), columns, unknown) == [False, None, None, False]
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.large_list(pa.string())])
+def test_a_list_is_searched_with_nulls_as_in_sql(kind: pa.DataType) -> None:
+    lists = pa.array([["price", "fit"], ["fit"], [], None, ["fit", None], [None, "price"]], kind)
+    found = [True, False, False, False, False, True]
+    assert where("'price' in x", x=lists) == found
+    # Whether a null in the list is the price, nobody knows.
+    assert where("'price' not in x", x=lists) == [False, True, True, False, False, False]
+    assert where("2 in x", x=pa.array([[1, 2], [3]])) == [True, False]
+    pairs = pa.array([["a", "b"], None, ["c", "b"]], pa.list_(pa.string(), 2))
+    assert where("'c' in x", x=pairs) == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("test", "kind", "reason"),
+    [
+        ("x == 'a'", pa.list_(pa.string()), "as == 'a'; write 'a' in x"),
+        ("x in ('a', 'b')", pa.list_(pa.string()), "write 'a' in x"),
+        ("'a' in x", pa.string(), "cannot be searched for 'a'; it is no list"),
+        ("'a' in x", pa.list_(pa.int64()), "cannot be searched for 'a'"),
+    ],
+)
+def test_a_list_and_its_values_are_told_apart(test: str, kind: pa.DataType, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        check_tests(parse_condition(test), {"x": kind}, ("a.parquet", "steps[0].when"))
