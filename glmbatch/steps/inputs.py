@@ -154,7 +154,9 @@ def schema_needs(job: JobConfig, inputs: Mapping[str, PromptInputs]) -> SchemaNe
 
 def _near_answers(name: str, before: Sequence[AnyStep]) -> str:
     """The end of a sentence about the missing column `name`: the earlier answers it may mean."""
-    columns = [column for step in before for column in step.answer_columns]
+    columns: list[str] = []
+    for step in before:
+        columns += step.answer_columns
     near = get_close_matches(name, columns, 1, cutoff=0.8)
     if near:
         return f"; did you mean {near[0]}?"
