@@ -292,14 +292,6 @@ class JobConfig(Settings):
                         f"steps[{place}].{setting} uses {name!r}, which step {later[name]!r} does "
                         "not answer before; use a column of the input or of an earlier step"
                     )
-            for name in placeholders(step.prompt_template):
-                for earlier in self.steps[:place]:
-                    if name in unusable_columns(earlier):
-                        raise ValueError(
-                            f"steps[{place}].prompt_template uses {{{name}}}, and no prompt may "
-                            f"use errors or keys of step {earlier.name!r}; use its other columns, "
-                            "or errors in `when`"
-                        )
         return self
 
     @model_validator(mode="after")
@@ -331,8 +323,10 @@ class JobConfig(Settings):
         """The step that writes each placeholder of `step` that is a column of an earlier answer."""
         writers: dict[str, str] = {}
         for earlier in self.steps_before(step):
+            columns = Columns(earlier.name)
+            unusable = (*columns.reasons, columns.key)
             for name in earlier.answer_columns:
-                if name not in unusable_columns(earlier):
+                if name not in unusable:
                     writers[name] = earlier.name
         names = placeholders(step.prompt_template)
         return {name: writers[name] for name in names if name in writers}
@@ -345,12 +339,6 @@ class JobConfig(Settings):
             if name not in earlier:
                 columns[name] = self.data.text_column if name == TEXT else name
         return columns
-
-
-def unusable_columns(step: Step) -> tuple[str, ...]:
-    """Names of the columns of `step` that no prompt may use."""
-    columns = Columns(step.name)
-    return (*columns.reasons, columns.key)
 
 
 def conditioned_columns(step: Step) -> list[str]:

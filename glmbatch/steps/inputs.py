@@ -157,6 +157,8 @@ def _near_answers(name: str, before: Sequence[AnyStep]) -> str:
     columns: list[str] = []
     for step in before:
         columns += step.answer_columns
+        if name in (*Columns(step.name).reasons, Columns(step.name).key):
+            return f"; no prompt may use errors or keys of step {step.name!r}"
     near = get_close_matches(name, columns, 1, cutoff=0.8)
     if near:
         return f"; did you mean {near[0]}?"
