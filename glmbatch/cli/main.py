@@ -199,7 +199,7 @@ def _canary(parsed: argparse.Namespace) -> int:
 def _train(parsed: argparse.Namespace) -> int:
     from glmbatch.settings.tuning import TuneConfig
 
-    config = load_settings(parsed.file, TuneConfig, set_values(parsed.set))
+    config = load_settings(parsed.file, TuneConfig, set_values(parsed.set, TuneConfig))
     if parsed.dry_run:
         from glmbatch.cli.train import shown_plan
 

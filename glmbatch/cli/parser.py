@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 from glmbatch import __version__
 from glmbatch.errors import InputError
 from glmbatch.settings.job import JobConfig
-from glmbatch.settings.reading import MOST_REASON, parse_yaml
+from glmbatch.settings.jobfile import read_value
+from glmbatch.settings.reading import MOST_REASON
 
 # Settings with a flag of their own in `run` and `plan`, and the name of the value in the help; None
 # shows the choices. `--set` takes all the others, so that the help fits on one screen.
@@ -267,8 +268,8 @@ def _add_set(command: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="Any setting by its dotted name, such as steps.0.max_tokens=32. VALUE is YAML. "
-        "Can be repeated.",
+        help="Any setting by its dotted name, such as steps.0.max_tokens=32. VALUE is YAML, "
+        "or the text itself where the setting is a text. Can be repeated.",
     )
 
 
@@ -293,10 +294,10 @@ def truth_columns(pairs: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-def set_values(pairs: Sequence[str]) -> dict[str, object]:
-    """The NAME=VALUE pairs of `--set` as a mapping.
+def set_values(pairs: Sequence[str], kind: type[BaseModel] = JobConfig) -> dict[str, object]:
+    """The NAME=VALUE pairs of `--set` as a mapping, for settings of class `kind`.
 
-    InputError if one has no `=`, or its value is not YAML.
+    InputError if one has no `=`, or its value is neither YAML nor that of a text.
     """
     values: dict[str, object] = {}
     for pair in pairs:
@@ -304,7 +305,7 @@ def set_values(pairs: Sequence[str]) -> dict[str, object]:
         if not equals:
             raise InputError(f"--set {name[:50]}: has no `=`. Write --set NAME=VALUE.")
         try:
-            values[name] = parse_yaml(value)
+            values[name] = read_value(kind, name, value)
         except (yaml.YAMLError, ValueError, OverflowError, TypeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:MOST_REASON]
             raise InputError(f"--set {name}: the value is not YAML: {reason}.") from error

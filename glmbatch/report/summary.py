@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,5 +146,7 @@ def _reused(receipt: AnswersReceipt, run: str) -> int:
 def short(value: object, most: int = 100) -> str:
     """`value` on one line of at most `most` characters."""
     # Split no more words than can be shown; a cell of 50 MB has millions.
-    text = " ".join(str(value).split(None, most)[:most])
+    has_parts = isinstance(value, dict | list)  # of a struct or a list, which are read as JSON
+    shown = json.dumps(value, ensure_ascii=False, default=str) if has_parts else str(value)
+    text = " ".join(shown.split(None, most)[:most])
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -5,20 +5,23 @@ All errors are reported together in one InputError, one line each with the file 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from datetime import date
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from glmbatch.errors import InputError
 from glmbatch.settings.addresses import has_credentials
 from glmbatch.settings.job import AnyStep, JobConfig
 from glmbatch.settings.kinds import NAME_PATTERN
-from glmbatch.settings.reading import read_settings
+from glmbatch.settings.reading import parse_yaml, read_settings
 from glmbatch.settings.steps.fields import FIELD_NAME
 
 # Groups that may be a string alone, and the setting that the string then is.
@@ -27,6 +30,9 @@ TEXT_ALONE = {"model": "path", "canary": "file"}
 # Types that YAML reads unquoted words as: yes, off, 1.0, 012, 2024-01-01, ~.
 NOT_QUOTED = (bool, int, float, date, type(None))
 MOST_SHOWN = 100
+# What a quoted text begins with in YAML, and what stands for no text.
+QUOTES = ('"', "'", "|", ">")
+NOTHING = ("", "~", "null")
 
 # The class of each kind of step.
 KINDS: dict[str, type[BaseModel]] = {
@@ -79,6 +85,58 @@ def parse_settings(
         for detail in error.errors():
             lines.append(f"{where}: {_setting(detail, changed)}: {_reason(detail, kind)}")
         raise InputError("\n".join(lines)) from error
+
+
+def read_value(kind: type[BaseModel], name: str, text: str) -> object:
+    """The value that `text` of a command line gives the setting with the dotted `name`.
+
+    It is YAML. A setting that holds a text takes `text` as it is typed, unless it is quoted, so
+    that YAML reads no mapping, boolean, number or comment from it. Errors are as of `parse_yaml`.
+    """
+    types: list[Any] = [kind]
+    for part in name.split("."):
+        types = list(chain.from_iterable(_parts(outer, part) for outer in types))
+    if not types or not all(map(_is_text, types)):
+        return parse_yaml(text)
+    try:
+        value = parse_yaml(text)
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, RecursionError):
+        return text.strip()
+    may_be_empty = any(type(None) in _members(each) for each in types)
+    typed = text.strip()
+    if typed.lower() in NOTHING and may_be_empty:
+        return None
+    return value if isinstance(value, str) and typed.startswith(QUOTES) else typed
+
+
+def _parts(kind: Any, part: str) -> Iterator[Any]:
+    """The types that `part` of a setting of type `kind` may have: a field, an item or a value."""
+    for member in _members(kind):
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            if part in member.model_fields:
+                yield member.model_fields[part].annotation
+        elif get_args(member) and get_origin(member) is not Literal:
+            yield get_args(member)[-1]
+
+
+def _members(kind: Any) -> list[Any]:
+    """The types of a union, without what annotates them; else the type alone."""
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) not in (Union, UnionType):
+        return [kind]
+    return list(chain.from_iterable(map(_members, get_args(kind))))
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a setting of type `kind` holds a text, or a word of a few, or nothing."""
+    for member in _members(kind):
+        if get_origin(member) is Literal:
+            if not all(isinstance(word, str) for word in get_args(member)):
+                return False
+        elif member not in (str, type(None)):
+            return False
+    return True
 
 
 def _set(settings: dict[str, Any], name: str, value: object) -> None:

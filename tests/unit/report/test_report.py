@@ -6,6 +6,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from glmbatch.report.facts import Report
 from glmbatch.report.markdown import markdown
 from glmbatch.report.page.run import page as drawn
 from glmbatch.report.report import past_runs, read_report
-from glmbatch.report.summary import Summary
+from glmbatch.report.summary import Summary, short
 from glmbatch.report.text import describe
 from tests.support import CLASSIFIER, CLASSIFY, GENERATE, Settings, Write, run
 
@@ -334,3 +335,9 @@ def test_the_last_reports_and_the_published_one_are_kept(
     files = sorted((tmp_path / "out" / "_glmbatch" / "reports").iterdir())
     assert Counter(path.suffix for path in files) == {".html": 3, ".json": 3}
     assert published.run in {path.stem for path in files}
+
+
+def test_structs_and_lists_are_shown_as_json() -> None:
+    value = {"day": date(2024, 2, 29), "tags": ["好", None]}
+    assert short(value) == '{"day": "2024-02-29", "tags": ["好", null]}'
+    assert short(["a b"]) == '["a b"]' and short(date(2024, 2, 29)) == "2024-02-29"
