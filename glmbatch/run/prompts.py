@@ -192,12 +192,13 @@ def earlier_values(table: pa.Table, step: str) -> list[str | NoPrompt]:
 def field_values(earlier: Earlier, column: str) -> list[str | bytes | NoPrompt | None]:
     """The values that a later prompt takes from a `column` beside the answer, in row order.
 
-    Without an answer, they are as those of the answer. A row is not asked about a null in one.
+    After a failure, and before there is an answer, they are as those of the answer. A row is not
+    asked about a null in one; a row from whose answer the model abstained has its other values.
     """
     values: list[str | bytes | NoPrompt | None] = []
     texts = column_texts(earlier.table.column(column))
     for answer, text in zip(earlier.values, texts, strict=True):
-        if answer is None or isinstance(answer, NoPrompt):
+        if answer is None or isinstance(answer, RowFault):
             values.append(answer)
         else:
             values.append(NotAsked() if text is None else text)

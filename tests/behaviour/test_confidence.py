@@ -11,6 +11,8 @@ import pytest
 from glmbatch.ledger.verification import verify
 from glmbatch.report.text import describe
 from glmbatch.run.canary import freeze
+from glmbatch.run.preview import preview
+from glmbatch.settings.job import JobConfig
 from tests.support import CLASSIFY, GENERATE, Settings, Write, read_quarantine, rows_of, run
 
 ROWS = 20
@@ -68,3 +70,28 @@ def test_unsure_answers_are_null_and_no_failures(
     settings["canary"] = str(tmp_path / "canary.parquet")
     settings["data"]["output"] = str(tmp_path / "again")
     assert [audit.measured for audit in run(settings).audits] == [0, 0, 0, 0]
+
+
+def test_later_steps_may_use_the_numbers_of_unsure_answers(
+    write_source: Write, job_settings: Settings, out: Path
+) -> None:
+    source = write_source("a.parquet", {"text": [f"text {row}" for row in range(4)]})
+    draws = {"temperature": 1.0, "n": 3, "min_tokens": 2, "abstain_below": 0.9999}
+    judge = {**CLASSIFY, "name": "judge", "prompt_template": "{reply_answers}"}
+    steps = [
+        {**CLASSIFY, "abstain_below": 1.0},
+        {**GENERATE, "prompt_template": "{text}", **draws},
+        {**judge, "when": "reply_error_type == 'abstained'"},
+        {**judge, "name": "again", "prompt_template": "{mood_score} {mood_scores}: {text}"},
+        {**judge, "name": "never", "prompt_template": "{mood} {mood_score}"},
+    ]
+    settings = job_settings(steps=steps)
+    assert [step.failed for step in run(settings).steps] == [0] * 5
+    for row in rows_of(out):
+        assert (row["mood"], row["reply"]) == (None, None)
+        assert row["judge"] is not None and row["again"] is not None
+        assert row["never_error_type"] == "not_asked"
+    # A new copy of the rows is planned from known answers.
+    source.rename(source.with_name("b.parquet"))
+    plan = preview(JobConfig.model_validate(settings)).steps
+    assert [(step.to_run, step.not_asked) for step in plan] == [(0, 0)] * 4 + [(0, 4)]
