@@ -119,7 +119,9 @@ def log_end(summary: Summary, failures: Sequence[Mapping[str, Any]] = ()) -> Non
         logger.info("%s, total: %s", step.name, _counts(step))
     rows = [failure for failure in failures if failure.get("row") is not None]
     for failure in rows[:FAILURES_SHOWN]:
-        where = f"{failure['source']}: row {failure['row']}, {failure['step']}"
+        where = f"{failure['source']}: row {failure['row']}"
+        if "step" in failure:  # no step fails on a row that is damaged
+            where += f", {failure['step']}"
         logger.info("failed: %s: %s", where, short(failure["error"], 200))
     if len(rows) > FAILURES_SHOWN:
         more = counted(len(rows) - FAILURES_SHOWN, "more failure")

@@ -109,7 +109,8 @@ def bars(title: str, x: Axis, names: Sequence[str], series: Sequence[Bars]) -> s
 
 def round_numbers(low: float, high: float, least: float = 0.0) -> list[float]:
     """Round numbers at equal distances that cover `low` to `high`: steps of 1, 2 or 5 tens."""
-    if high <= low:
+    # Values that differ only by rounding, as means of a constant do, are as one value.
+    if high - low <= 1e-6 * max(abs(low), abs(high)):
         high = low + max(abs(low) * 0.1, least, 1e-6)
     order = 10.0 ** math.floor(math.log10((high - low) / TICKS))
     # The limit is a hair more, because 0.6 / 0.1 is not quite 6.
@@ -157,6 +158,7 @@ def _settings(x: Axis, y: Axis, xs: Sequence[float], ys: Sequence[float]) -> dic
         "margin_right": 16,
         "truncate_label": -1,
         "y_labels": y_marks,
+        "y_labels_major": y_marks,  # all alike; pygal cannot choose among two that are nearly equal
         "range": (y_marks[0], y_marks[-1]),
         "value_formatter": y.text,
         "x_labels": x_marks,

@@ -13,6 +13,12 @@ from glmbatch.report.page.plots import TICKS, Axis, bars, histogram, lines, roun
 NUMBERS = st.floats(-1e9, 1e9).filter(lambda value: value == 0 or abs(value) > 1e-6)
 
 
+def test_values_that_differ_by_rounding_alone_are_drawn() -> None:
+    points = [(1.0, 0.975), (2.0, 0.975 + 2e-16), (3.0, 0.975 - 2e-13), (4.0, 0.975)]
+    assert "0.975" in lines("confidence", Axis("run"), Axis("mean score"), [("mood", points)])
+    assert len(set(round_numbers(0.975 - 2e-13, 0.975))) > 1
+
+
 @pytest.mark.parametrize(
     ("low", "high", "numbers"),
     [
