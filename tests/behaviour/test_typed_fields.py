@@ -67,7 +67,7 @@ def test_later_steps_use_single_fields(job: Settings, out: Path, tmp_path: Path)
     template = "{facts_rating} {facts_tone} {facts_tone_score} {facts_days}: {text}"
     some = {**REPLY, "prompt_template": template, "when": "facts_rating <= 5"}
     null = {**REPLY, "name": "null", "prompt_template": "{facts_product}"}
-    none = {**null, "name": "none", "when": "facts_rating > 5"}
+    none = {**null, "name": "none", "when": "not facts_rating <= 5"}
     settings = job(steps=[EXTRACT, some, null, none])
     before = preview(JobConfig.model_validate(settings)).steps
     assert [(step.waiting, step.skipped) for step in before] == [(0, 1), (3, 1), (3, 1), (3, 1)]
