@@ -216,10 +216,16 @@ def ask_choices(
 
 
 def ask_prior(labels: LabelSet, prompt: Prompt | NoPrompt, engine: Engine) -> Prior | RowFault:
-    """The log-likelihoods of `labels` behind the content-free `prompt`, or why there are none."""
+    """The log-likelihoods of `labels` behind the content-free `prompt`, or why there are none.
+
+    InputError if there is no such prompt, which is no row's fault.
+    """
     assert not isinstance(prompt, NotAsked)
     if isinstance(prompt, RowFault):
-        return prompt
+        raise InputError(
+            "compare: prior asks the prompt without a row's values too, and cannot: "
+            f"{prompt.reason}. Set compare."
+        )
     request = ClassifyRequest(0, prompt.ids, labels.ids, prompt.shared_tokens)
     (result,) = engine.classify([request])
     if result.error is not None:

@@ -390,6 +390,17 @@ def test_priors_are_asked_once_and_divided_out(
         assert row["prior_scores"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_prior_without_a_prompt_is_no_fault_of_the_rows(
+    job_settings: Settings, write_source: Write, out: Path
+) -> None:
+    write_source("a.parquet", {"text": ["a"]})  # N/A has more tokens
+    short = {"prompt_template": "{text}", "chat": False, "max_input_tokens": 3}
+    step = {**STEPS[0], **short, "compare": "prior"}
+    with pytest.raises(InputError, match=r"without a row's values.*5 tokens, 3 are allowed"):
+        run(job_settings(steps=[step], max_error_rate=1.0))
+    assert not list(out.glob("*.parquet"))
+
+
 @pytest.mark.usefixtures("source")
 def test_descriptions_of_labels_enter_the_prompt(
     job_settings: Settings,
