@@ -34,7 +34,11 @@ def describe_plan(plan: Preview) -> str:
         lines.append(f"would be refused: {plan.refused}")
     lines += ["", *_table(plan)]
     if any(step.waiting for step in plan.steps):
-        lines += ["", "Tokens are not counted where a prompt waits for an earlier step's answer."]
+        lines += [
+            "",
+            "Where a prompt or condition waits for an earlier answer, fewer rows may run, "
+            "and tokens are not counted.",
+        ]
     if plan.seconds is not None and any(step.to_run for step in plan.steps):
         lines += ["", f"about {plan.seconds:,.0f} s of inference, at the rate of the last run"]
     return "\n".join(lines)
