@@ -73,6 +73,8 @@ def _described(labels: object) -> dict[Any, str] | None:
         raise ValueError(f"labels repeat: {some_of(repeated)}")
     described = {}
     for name, description in pairs:
+        if isinstance(name, list | dict):  # other values that are no text are refused as labels
+            raise ValueError(f"the name of a label is a text, not {name!r}")
         if not isinstance(description, str | None):
             raise ValueError(f"the description of label {name!r} is no text; put it in quotes")
         described[name] = " ".join((description or "").split())

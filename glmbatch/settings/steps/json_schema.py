@@ -116,6 +116,8 @@ def _without_null(
         nullable = None in schema["enum"] and (nullable or "type" not in rest)
         return {**rest, "enum": [value for value in schema["enum"] if value is not None]}, nullable
     if "anyOf" in schema:
+        if not isinstance(schema["anyOf"], list):
+            raise ValueError(f"{where} has the anyOf {schema['anyOf']!r}; it is a list of schemas")
         parts = [_resolved(where, part, definitions) for part in schema["anyOf"]]
         others = [part for part in parts if part.get("type") != "null"]
         if len(others) != 1:
@@ -168,7 +170,7 @@ def _value(where: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 def _decimals(where: str, step: Any) -> int:
     for decimals in range(10):
-        if isinstance(step, (int, float)) and math.isclose(step, 10.0**-decimals):
+        if isinstance(step, (int, float)) and step <= 1 and math.isclose(step, 10.0**-decimals):
             return decimals
     raise ValueError(f"{where} has multipleOf {step!r}; only 1, 0.1, 0.01 and so on are read")
 

@@ -111,6 +111,10 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
             "a label has a name and a description, and no ['of']",
         ),
         (
+            {"steps": [{"kind": "classify", "name": "a", "labels": [{"name": ["x", "y"]}, "z"]}]},
+            "the name of a label is a text, not ['x', 'y']",
+        ),
+        (
             {"steps": [{"kind": "classify", "name": "a", "labels": {"x": "one", "X": "two"}}]},
             "steps[0].labels: labels differ only in case: ['X', 'x']; keep one of them",
         ),
