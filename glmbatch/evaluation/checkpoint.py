@@ -28,7 +28,6 @@ def job_of_checkpoint(
     InputError if it has neither a trained head nor such a report.
     """
     report = read_report(Path(model).resolve().parent)
-    data = LabelledData(input=WHERE)
     runtime = RuntimeConfig(device=device)
     prepared = prepare_model(locate_model(ModelConfig(path=model), runtime))
     if report is None:
@@ -37,6 +36,7 @@ def job_of_checkpoint(
                 f"{model}: has no trained head. Give a job, or a checkpoint that `glmbatch train` "
                 "made."
             )
+        data = LabelledData(input=WHERE)
         training = TuneConfig(data=data, output=".", model=ModelConfig(path=model))
         settings = training.model_dump() | {"prompt_template": TEXT_ALONE}
     else:
@@ -45,12 +45,13 @@ def job_of_checkpoint(
         settings = settings | {"prompt_template": prompt_template}
     step = step_of(settings, several=prepared.predicts == "labels")
     asked = step.model_dump() | ({"number": True} if prepared.predicts == "number" else {})
+    trained_on = settings["data"]
     if truth_column is None:
         writes = isinstance(step, GenerateStep)
-        trained_on = settings["data"].get("response_column") if writes else None
-        truth_column = trained_on or data.label_column
+        response = trained_on.get("response_column") if writes else None
+        truth_column = response or trained_on["label_column"]
     job = {
-        "data": {"text_column": text_column or data.text_column},
+        "data": {"text_column": text_column or trained_on["text_column"]},
         "model": model,
         "steps": [asked],
         "runtime": {"device": device},

@@ -69,6 +69,9 @@ def read_labelled_rows(address: str, wanted: Collection[str]) -> tuple[pa.Table,
         raise InputError(
             f"{address}: its files have columns of other types: {error}. Give them one by one."
         ) from error
+    if not rows.num_columns:
+        lacks, has = some_of(sorted(wanted)), some_of([*names])
+        raise InputError(f"{address}: has none of the columns {lacks}; it has {has}")
     if not len(rows):
         raise InputError(f"{address}: has no rows. Name a file with labelled rows.")
     return rows, list(names)

@@ -194,6 +194,9 @@ def test_rows_without_any_truth_are_refused(
         evaluate(settings, str(file), keep=tmp_path)
     with pytest.raises(InputError, match=r"nowhere.*ROWS"):
         evaluate(settings, str(tmp_path / "nowhere"), keep=tmp_path)
+    pq.write_table(pa.table({"body": ["a"]}), file)
+    with pytest.raises(InputError, match=r"has none of the columns .*; it has \['body'\]"):
+        evaluate(settings, str(file), keep=tmp_path)
     lacking = table.drop_columns(["stars"]).append_column("mood", table.column("text"))
     pq.write_table(lacking, file)
     with pytest.raises(InputError, match=r"rows\.parquet: no column 'stars'"):

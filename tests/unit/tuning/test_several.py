@@ -188,6 +188,11 @@ def test_a_metric_that_cannot_score_the_rows_is_refused(tune: Tune, write_source
         begin(tune(metric="accuracy"))
 
 
+def under_other_names(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns as `body` and `topics`."""
+    return {"body": rows["text"], "topics": rows["label"]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_several_labels_are_learned_and_answered(
@@ -198,9 +203,10 @@ def test_several_labels_are_learned_and_answered(
     method: str,
 ) -> None:
     for day in range(2):
-        write_source(f"day={day}/a.parquet", several(120, day))
+        write_source(f"day={day}/a.parquet", under_other_names(several(120, day)))
     epochs = 6 if method == "full" else 1
-    report = finetune(tune(training__epochs=epochs, training__method=method))
+    columns = {"data__text_column": "body", "data__label_column": "topics"}
+    report = finetune(tune(training__epochs=epochs, training__method=method, **columns))
     checkpoint = tmp_path / "tuned" / "runs" / report.run / "checkpoint"
     assert read_checkpoint(checkpoint).predicts == "labels"
     job: dict[str, Any] = {
@@ -224,8 +230,9 @@ def test_several_labels_are_learned_and_answered(
     assert report.promoted
     assert report.scores.micro_f1 > 0.9  # type: ignore[union-attr]
     page = (checkpoint.parent / "report.html").read_text()
-    assert "validation micro-F1 by step" in page and "<td>so so</td>" in page
-    file = write_source("../other.parquet", several(40, 9))
+    assert "micro-F1 on validation rows" in page and "<td>so so</td>" in page
+    # The command takes the columns of the training.
+    file = write_source("../other.parquet", under_other_names(several(40, 9)))
     keep = ["--keep", str(tmp_path / "kept")]
     assert main(["evaluate", str(checkpoint), str(file), "--json", *keep]) == 0
     assert json.loads(capsys.readouterr().out)["micro_f1"] > 0.9
