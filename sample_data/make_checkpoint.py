@@ -24,7 +24,7 @@ from glmbatch.glm.checkpoint.save import save_checkpoint
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, load_tokenizer
 from glmbatch.settings.job import ExtractStep, JobConfig
 from glmbatch.settings.tuning import TuneConfig
-from glmbatch.tuning.encode import TrainingRow
+from glmbatch.tuning.encode import TEXT_ALONE, TrainingRow
 from glmbatch.tuning.model import build_model
 from glmbatch.tuning.split import Labelled, read_labelled
 from glmbatch.tuning.train import encode_parts
@@ -113,6 +113,7 @@ def _settings(instructions: Path, work: Path) -> TuneConfig:
             "data": data,
             "output": str(work),
             "model": str(work / "base"),
+            "prompt_template": TEXT_ALONE,
             "training": TRAINING,
             "runtime": {"device": "cpu"},
         }
