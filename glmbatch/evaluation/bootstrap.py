@@ -6,7 +6,7 @@ than one of them. Shapes: R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +78,17 @@ def drawn(measure: Measure, group_R: np.ndarray) -> dict[str, np.ndarray]:
     dice = np.random.default_rng(SEED)
     groups = int(group_R.max()) + 1
     draws: dict[str, list[float]] = {}
-    for _ in range(DRAWS):
-        times_G = np.bincount(dice.integers(groups, size=groups), minlength=groups)
-        for name, value in measure(times_G[group_R].astype(np.float64)).items():
+    for times_G in times_drawn(groups, dice):
+        for name, value in measure(times_G[group_R]).items():
             draws.setdefault(name, []).append(value)
     return {name: np.array(values) for name, values in draws.items()}
+
+
+def times_drawn(groups: int, dice: np.random.Generator) -> Iterator[np.ndarray]:
+    """How often each of so many texts is in each draw of as many."""
+    for _ in range(DRAWS):
+        drawn_G = dice.integers(groups, size=groups)
+        yield np.bincount(drawn_G, minlength=groups).astype(np.float64)
 
 
 def whole(measure: Measure, rows: int) -> Mapping[str, float]:

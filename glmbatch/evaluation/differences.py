@@ -20,9 +20,10 @@ from glmbatch.evaluation.fields import (
     measure_values,
     same_values,
 )
-from glmbatch.evaluation.labels import measure_labels, measure_several, one_hot
+from glmbatch.evaluation.labels import measure_labels, measure_several
 from glmbatch.evaluation.results import LabelMoves, Moved, NumberPair, PairedNumbers
 from glmbatch.evaluation.texts import measure_texts
+from glmbatch.tuning.scores import has_labels
 
 Kind = Literal["labels", "several labels", "text", "value", "list"]
 
@@ -74,7 +75,7 @@ def _measure(kind: Kind, truth: Sequence[Any], answers: Sequence[Any]) -> Measur
         return measure_items(truth, answers)
     if kind == "several labels":
         labels = sorted(set().union(*truth, *answers))
-        return measure_several(one_hot(truth, labels), one_hot(answers, labels))
+        return measure_several(has_labels(truth, labels), has_labels(answers, labels))
     labels = sorted({*truth, *answers})
     numbers = {label: number for number, label in enumerate(labels)}
     truth_R = np.array([numbers[label] for label in truth])

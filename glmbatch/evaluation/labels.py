@@ -13,7 +13,15 @@ import numpy as np
 from glmbatch.evaluation.bootstrap import Compared, Measure, intervals, whole
 from glmbatch.evaluation.confidence.thresholds import coverages
 from glmbatch.evaluation.results import LabelResult, SeveralResult
-from glmbatch.tuning.scores import BINS, LabelScore, bins_of, calibration_error, score
+from glmbatch.tuning.scores import (
+    BINS,
+    bin_of,
+    bins_of,
+    calibration_error,
+    has_labels,
+    score,
+    score_arrays,
+)
 
 
 def score_labels(
@@ -44,7 +52,7 @@ def measure_labels(
 ) -> Measure:
     """Accuracy, macro-F1 and calibration error by the number of times that each row is drawn."""
     right_R = truth_R == answer_R
-    bin_R = None if confidence_R is None else _bin_of(confidence_R)
+    bin_R = None if confidence_R is None else bin_of(confidence_R)
 
     def measure(times_R: np.ndarray) -> dict[str, float]:
         right_L = np.bincount(truth_R, times_R * right_R, labels)
@@ -57,11 +65,6 @@ def measure_labels(
         return found
 
     return measure
-
-
-def _bin_of(confidence_R: np.ndarray) -> np.ndarray:
-    bin_R: np.ndarray = np.minimum((confidence_R * BINS).astype(int), BINS - 1)
-    return bin_R
 
 
 def _mean_f1(right_L: np.ndarray, rows_L: np.ndarray) -> float:
@@ -82,15 +85,15 @@ def score_several(
     for row in truth:
         unknown.update({*row} - {*labels})
     everything = [*labels, *sorted(unknown)]
-    truth_RL = one_hot(truth, everything)
-    answer_RL = one_hot(answers, everything)
+    truth_RL = has_labels(truth, everything)
+    answer_RL = has_labels(answers, everything)
     measure = measure_several(truth_RL, answer_RL)
     chance_RL = np.array([list(row.values()) for row in chances])
     bins = bins_of(truth_RL[:, : len(labels)].ravel(), chance_RL.ravel())
     return SeveralResult(
         rows=len(truth),
         **whole(measure, len(truth)),
-        labels=_by_label(everything, truth_RL, answer_RL),
+        labels=score_arrays(truth_RL, answer_RL, everything).labels,
         ece=calibration_error(bins),
         bins=tuple(bins),
         unknown_truths=unknown,
@@ -98,19 +101,15 @@ def score_several(
     )
 
 
-def one_hot(rows: Sequence[Collection[str]], labels: Sequence[str]) -> np.ndarray:
-    """1 where a row has a label, else 0."""
-    numbers = {label: number for number, label in enumerate(labels)}
-    has_RL = np.zeros((len(rows), len(labels)))
-    for place, row in enumerate(rows):
-        has_RL[place, [numbers[label] for label in row]] = 1
-    return has_RL
-
-
 def measure_several(truth_RL: np.ndarray, answer_RL: np.ndarray) -> Measure:
-    """The numbers of several labels for a row by the number of times that each row is drawn."""
-    right_RL = truth_RL * answer_RL
+    """The numbers of several labels for a row by the number of times that each row is drawn.
+
+    The arrays say whether each row has each label.
+    """
     exact_R = (truth_RL == answer_RL).all(axis=1)
+    # As numbers once, and not in each draw.
+    right_RL = (truth_RL & answer_RL).astype(np.float64)
+    truth_RL, answer_RL = truth_RL.astype(np.float64), answer_RL.astype(np.float64)
 
     def measure(times_R: np.ndarray) -> dict[str, float]:
         right_L, truths_L, answers_L = times_R @ right_RL, times_R @ truth_RL, times_R @ answer_RL
@@ -126,19 +125,3 @@ def measure_several(truth_RL: np.ndarray, answer_RL: np.ndarray) -> Measure:
         }
 
     return measure
-
-
-def _by_label(
-    labels: Sequence[str], truth_RL: np.ndarray, answer_RL: np.ndarray
-) -> dict[str, LabelScore]:
-    scores = {}
-    for number, label in enumerate(labels):
-        right = float((truth_RL[:, number] * answer_RL[:, number]).sum())
-        truths, answers = float(truth_RL[:, number].sum()), float(answer_RL[:, number].sum())
-        scores[label] = LabelScore(
-            precision=right / max(1, answers),
-            recall=right / max(1, truths),
-            f1=2 * right / max(1, truths + answers),
-            rows=int(truths),
-        )
-    return scores

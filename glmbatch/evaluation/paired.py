@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from pydantic import BaseModel
 
-from glmbatch.evaluation.bootstrap import DRAWS, SEED, TAILS
+from glmbatch.evaluation.bootstrap import SEED, TAILS, times_drawn
 from glmbatch.evaluation.results import Interval
 from glmbatch.tuning.scores import rouge_l_of_texts
 
@@ -77,9 +77,7 @@ def paired_difference(our_GK: Sums, their_GK: Sums, value: Value) -> Paired:
     dice = np.random.default_rng(SEED)
     groups = len(our_GK)
     drawn = []
-    for _ in range(DRAWS):
-        times_G = np.bincount(dice.integers(groups, size=groups), minlength=groups)
-        times_G = times_G.astype(np.float64)
+    for times_G in times_drawn(groups, dice):
         drawn.append(value(times_G @ our_GK) - value(times_G @ their_GK))
     low, high = np.percentile(drawn, TAILS)
     ours, theirs = our_GK.sum(axis=0), their_GK.sum(axis=0)

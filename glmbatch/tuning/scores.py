@@ -234,10 +234,15 @@ def _rates(right: int, rows: int, guesses: int) -> LabelScore:
     )
 
 
+def bin_of(confidence_R: np.ndarray) -> np.ndarray:
+    """The number of the bin of each confidence; 1 belongs to the last bin."""
+    bin_R: np.ndarray = np.minimum((confidence_R * BINS).astype(int), BINS - 1)
+    return bin_R
+
+
 def bins_of(right_R: np.ndarray, confidence_R: np.ndarray) -> list[tuple[int, float, float]]:
     """Rows, mean confidence and accuracy of each bin that has rows."""
-    # A confidence of 1 belongs to the last bin.
-    bin_R = np.minimum((confidence_R * BINS).astype(int), BINS - 1)
+    bin_R = bin_of(confidence_R)
     bins = []
     for number in range(BINS):
         inside_R = bin_R == number
