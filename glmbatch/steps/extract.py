@@ -22,7 +22,7 @@ from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import ExtractStep
 from glmbatch.settings.steps.fields import ExtractField, FieldValue
 from glmbatch.steps.classify import Choice, LabelSet, ask_choices
-from glmbatch.steps.generate import Confidence, ask_by_key, request_of
+from glmbatch.steps.generate import Confidence, ask_by_number, request_of
 from glmbatch.steps.prompt import Prompt, RowFault, RowPrompts
 
 _ARROW = {
@@ -143,7 +143,8 @@ def ask_extractions(
         )
         for index, key in enumerate(keys)
     )
-    for key, result in ask_by_key(engine, keys, requests):
+    for number, result in ask_by_number(engine, requests):
+        key = keys[number]
         if isinstance(result, RowFault):
             yield key, result
         else:

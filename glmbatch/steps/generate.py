@@ -146,11 +146,11 @@ def ask_writings(
                 yield number, key, result
             continue
         of_row = draws.setdefault((number, key), {})
-        of_row[draw] = _written(step, result, prompt_tokens, tokenizer, chat=chat)
+        of_row[draw] = write_up(step, result, prompt_tokens, tokenizer, chat=chat)
         if len(of_row) == step.n:
             del draws[number, key]
             writings = [of_row[draw] for draw in range(step.n)]
-            yield number, key, _without_unsure(step, elect(writings))
+            yield number, key, without_unsure(step, elect(writings))
 
 
 def _request(  # noqa: PLR0913 - as `request_of`, and the step's stop rule
@@ -212,17 +212,6 @@ def request_of(  # noqa: PLR0913 - a prompt, its number and key, and what bounds
     )
 
 
-def ask_by_key(
-    engine: Engine, keys: Sequence[bytes], requests: Iterable[GenerateRequest]
-) -> Iterator[tuple[bytes, GenerateResult | RowFault]]:
-    """Each result with its row key, in any order; a RowFault where the model failed.
-
-    `keys` has the row key of each request, by its index.
-    """
-    for number, result in ask_by_number(engine, requests):
-        yield keys[number], result
-
-
 def ask_by_number(
     engine: Engine, requests: Iterable[GenerateRequest]
 ) -> Iterator[tuple[int, GenerateResult | RowFault]]:
@@ -240,23 +229,12 @@ def write_up(
     *,
     chat: bool = True,
 ) -> Writing:
-    """The answer to one prompt, from the generated ids; cut before the first stop text.
+    """The text that the model wrote to one prompt, however unsure of it; cut before a stop text.
 
-    `prompt_tokens` is the number of the prompt's token ids. Without `chat`, the answer is the text
-    that continues the prompt: its blanks and line ends are part of it.
+    With the numbers that the step asks for. `prompt_tokens` is the number of the prompt's token
+    ids. Without `chat`, the answer is the text that continues the prompt: its blanks and line ends
+    are part of it.
     """
-    return _without_unsure(step, _written(step, result, prompt_tokens, tokenizer, chat=chat))
-
-
-def _written(
-    step: GenerateStep,
-    result: GenerateResult,
-    prompt_tokens: int,
-    tokenizer: Tokenizer,
-    *,
-    chat: bool,
-) -> Writing:
-    """The text of `write_up` with the numbers that the step asks for, however unsure it is."""
     ids, finish_reason = result.ids, result.finish_reason
     # An incomplete last character is dropped only if the length limit cut it off.
     text = tokenizer.decode(ids, cut=finish_reason == "length", continues=not chat)
@@ -274,7 +252,7 @@ def _written(
     return replace(writing, **asdict(sure))
 
 
-def _without_unsure(step: GenerateStep, writing: Writing) -> Writing:
+def without_unsure(step: GenerateStep, writing: Writing) -> Writing:
     """`writing` without its text if the model is less sure of it than the step asks for."""
     if step.abstain_below is None or writing.log_prob is None:
         return writing

@@ -25,6 +25,7 @@ from glmbatch.glm.engine.queue import (
     PendingRequest,
     WaitingQueue,
     common_ids,
+    joined_where_cheaper,
     shared_prefix,
 )
 from glmbatch.glm.engine.runner import Readback
@@ -209,15 +210,15 @@ class Group:
         """The question alone."""
         return cls((question,), question)
 
-    def joined(self, question: ClassifyRequest) -> Group:
-        """This group and `question`."""
-        common = common_ids(self.text.prompt_ids, question.prompt_ids)
+    def joined(self, other: Group) -> Group:
+        """The questions of both."""
+        common = common_ids(self.text.prompt_ids, other.text.prompt_ids)
         text = replace(
             self.text,
             prompt_ids=self.text.prompt_ids[:common],
-            shared_tokens=min(self.text.shared_tokens, question.shared_tokens),
+            shared_tokens=min(self.text.shared_tokens, other.text.shared_tokens),
         )
-        return Group((*self.questions, question), text)
+        return Group((*self.questions, *other.questions), text)
 
     def branches(self) -> tuple[Branch, ...]:
         """What follows the text in each question."""
@@ -252,17 +253,7 @@ def read_together(request: ClassifyRequest) -> list[Group]:
     cached either way. Answers depend on the groups only by rounding, and the groups on this request
     alone.
     """
-    groups: list[Group] = []
-    for question in (request, *request.beside):
-        alone = Group.of(question)
-        for place, group in enumerate(groups):
-            joined = group.joined(question)
-            if joined.cost < group.cost + alone.cost and joined.fits:
-                groups[place] = joined
-                break
-        else:
-            groups.append(alone)
-    return groups
+    return joined_where_cheaper(map(Group.of, (request, *request.beside)))
 
 
 def _tree_of(row: _Row) -> LabelTree:

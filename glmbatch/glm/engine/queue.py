@@ -8,10 +8,10 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 from glmbatch.glm.engine.protocol import (
     ClassifyRequest,
@@ -189,6 +189,38 @@ def common_ids(one: Sequence[int], other: Sequence[int]) -> int:
     return next((at for at, (mine, its) in pairs if mine != its), min(len(one), len(other)))
 
 
+class Joinable(Protocol):
+    """Requests that may be read together: what that costs, and whether it may be done."""
+
+    @property
+    def cost(self) -> float:
+        """What reading them costs, in tokens of a prompt."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether enough is read once, and not too much at a time."""
+
+    def joined(self, other: Self) -> Self:
+        """These and those of `other`."""
+
+
+Joined = TypeVar("Joined", bound=Joinable)
+
+
+def joined_where_cheaper(alone: Iterable[Joined]) -> list[Joined]:
+    """Each joins the first of those before it with which it costs less than apart."""
+    found: list[Joined] = []
+    for one in alone:
+        for place, other in enumerate(found):
+            both = other.joined(one)
+            if both.fits and both.cost < other.cost + one.cost:
+                found[place] = both
+                break
+        else:
+            found.append(one)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class _Kin:
     """Requests whose prompts begin with the same `tokens` ids; `cached` of them are cached.
@@ -204,12 +236,13 @@ class _Kin:
     def of(cls, request: GenerateRequest) -> _Kin:
         return cls((request,), len(request.prompt_ids) - 1, len(shared_prefix(request)))
 
-    def joined(self, request: GenerateRequest) -> _Kin:
-        """These and `request`; all with one cached beginning, so that any of them reads alike."""
-        shared = min(self.requests[0].shared_tokens, request.shared_tokens)
-        requests = tuple(replace(each, shared_tokens=shared) for each in (*self.requests, request))
-        common = common_ids(requests[0].prompt_ids, request.prompt_ids)
-        tokens = min(self.tokens, common, len(request.prompt_ids) - 1)
+    def joined(self, other: _Kin) -> _Kin:
+        """These and those of `other`, with one cached beginning, so that each reads alike."""
+        both = (*self.requests, *other.requests)
+        shared = min(request.shared_tokens for request in both)
+        requests = tuple(replace(request, shared_tokens=shared) for request in both)
+        common = common_ids(self.requests[0].prompt_ids, other.requests[0].prompt_ids)
+        tokens = min(self.tokens, other.tokens, common)
         return _Kin(requests, tokens, len(shared_prefix(requests[0])))
 
     @property
@@ -219,7 +252,7 @@ class _Kin:
         return self.tokens - self.cached + own
 
     @property
-    def is_worth(self) -> bool:
+    def fits(self) -> bool:
         """Whether enough is read once to be copied."""
         return self.tokens - self.cached >= MIN_SHARED_TOKENS
 
@@ -232,16 +265,8 @@ def in_families(
     A request joins another where that reads fewer tokens than apart. It depends on these requests
     alone.
     """
-    found: list[_Kin] = []
-    for request in (replace(pending.request, beside=()), *pending.request.beside):
-        alone = _Kin.of(request)
-        for place, kin in enumerate(found):
-            joined = kin.joined(request)
-            if joined.is_worth and joined.cost < kin.cost + alone.cost:
-                found[place] = joined
-                break
-        else:
-            found.append(alone)
+    requests = (replace(pending.request, beside=()), *pending.request.beside)
+    found = joined_where_cheaper(map(_Kin.of, requests))
     for kin in found:
         family = None
         if len(kin.requests) > 1:

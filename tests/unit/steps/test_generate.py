@@ -16,7 +16,14 @@ from glmbatch.glm.engine.protocol import (
 from glmbatch.glm.stop_texts import stop_at
 from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.settings.job import GenerateStep
-from glmbatch.steps.generate import Writing, ask_writings, elect, write_up, writing_columns
+from glmbatch.steps.generate import (
+    Writing,
+    ask_writings,
+    elect,
+    without_unsure,
+    write_up,
+    writing_columns,
+)
 from glmbatch.steps.prompt import Prompt, RowFault
 from tests.support import CAUSAL
 
@@ -55,11 +62,11 @@ def test_an_unsure_text_is_left_out_with_its_numbers(tokenizer: Tokenizer) -> No
     answered = result(ids_of(tokenizer, "好"), "stop", (-0.5, -1.5))
     for least, text in ((math.exp(-1) - 1e-9, "好"), (math.exp(-1) + 1e-9, None)):
         step = GenerateStep(name="reply", abstain_below=least)
-        writing = write_up(step, answered, 7, tokenizer)
+        writing = without_unsure(step, write_up(step, answered, 7, tokenizer))
         assert writing.text == text
         assert (writing.log_prob, writing.mean_log_prob, writing.least_log_prob) == (-2, -1, -1.5)
     # An answer without a token has no mean, and the model was sure that there is nothing to say.
-    empty = write_up(step, result((), "stop"), 7, tokenizer)
+    empty = without_unsure(step, write_up(step, result((), "stop"), 7, tokenizer))
     assert (empty.text, empty.log_prob, empty.mean_log_prob) == ("", 0, None)
 
 
