@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from glmbatch.glm.tokenizer import Tokenizer, load_tokenizer
 from glmbatch.ledger.rowkeys import row_key
 from glmbatch.settings.job import ExtractStep
 from glmbatch.steps.extract import Extraction, ask_extractions
-from glmbatch.steps.prompt import Prompt, build_prompts
+from glmbatch.steps.prompt import NoPrompt, Prompt, build_prompts
 
 sys.path.insert(0, str(SCRIPTS))
 from models import make_model
@@ -90,14 +90,7 @@ class Bench:
         began = self.now()
         answers = dict(ask_extractions(step, prompts, engine, self.tokenizer))
         self.seconds["fields"] += self.now() - began
-        validator = Draft202012Validator(
-            {
-                "type": "object",
-                "properties": {field.name: exact(field.json_schema()) for field in step.fields},
-                "required": [field.name for field in step.fields],
-                "additionalProperties": False,
-            }
-        )
+        validator = Draft202012Validator(exact(schema_of(step)))
         for answer in answers.values():
             self.counts["rows"] += 1
             if not isinstance(answer, Extraction):
@@ -140,6 +133,30 @@ def exact(schema: dict[str, Any]) -> dict[str, Any]:
     return exact_schema
 
 
+def schema_of(step: ExtractStep) -> dict[str, Any]:
+    """The JSON schema of an answer as one object."""
+    return {
+        "type": "object",
+        "properties": {field.name: field.json_schema() for field in step.fields},
+        "required": [field.name for field in step.fields],
+        "additionalProperties": False,
+    }
+
+
+def prompts_of(
+    step: ExtractStep, texts: Sequence[str], tokenizer: Tokenizer
+) -> Sequence[Prompt | NoPrompt]:
+    """The prompt of each text, or why there is none."""
+    return build_prompts(
+        step,
+        [{"text": text} for text in texts],
+        tokenizer,
+        chat=True,
+        max_input_tokens=1500,
+        texts=["text"],
+    )
+
+
 def parts(
     rows: int, part: int, more_tokens: list[int], words: int, tokenizer: Tokenizer
 ) -> Iterator[tuple[ExtractStep, dict[bytes, Prompt]]]:
@@ -154,16 +171,8 @@ def parts(
         step = ExtractStep(**{**plain, **sampled, "max_tokens": max(1, least + more)})
         texts = [" ".join(rng.choices(WORDS, k=rng.randint(2, words))) for _ in range(part)]
         texts = texts[: rows - number * part]
-        built = build_prompts(
-            step,
-            [{"text": text} for text in texts],
-            tokenizer,
-            chat=True,
-            max_input_tokens=1500,
-            texts=["text"],
-        )
         prompts = {}
-        for prompt in built:
+        for prompt in prompts_of(step, texts, tokenizer):
             if isinstance(prompt, Prompt):  # some texts are blank
                 prompts[row_key(str(number), prompt.text)] = prompt
         yield step, prompts

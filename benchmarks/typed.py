@@ -8,13 +8,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from extract import SCHEMAS, WORDS, exact
+from extract import SCHEMAS, WORDS, exact, prompts_of, schema_of
 from jsonschema import Draft202012Validator
 
 from glmbatch.glm.tokenizer import load_tokenizer
 from glmbatch.settings.job import ExtractStep
 from glmbatch.steps.extract import form_of
-from glmbatch.steps.prompt import Prompt, build_prompts
+from glmbatch.steps.prompt import Prompt
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample_data" / "tiny-chatglm2"
 
@@ -36,14 +36,7 @@ def fields_work(rows: int, more_tokens: int, words: int, seed: int) -> dict[str,
         texts = [
             " ".join(rng.choices(WORDS, k=words)) + " lamp" for _ in range(rows // len(SCHEMAS))
         ]
-        prompts = build_prompts(
-            step,
-            [{"text": text} for text in texts],
-            tokenizer,
-            chat=True,
-            max_input_tokens=1500,
-            texts=["text"],
-        )
+        prompts = prompts_of(step, texts, tokenizer)
         work["steps"].append(plain)
         work["schemas"].append(schema_of(step))
         for prompt in prompts:
@@ -56,16 +49,6 @@ def fields_work(rows: int, more_tokens: int, words: int, seed: int) -> dict[str,
         "tokenizer": str(SAMPLE),
         "indexes": list(range(count)),
         "answer_tokens": [0] * count,
-    }
-
-
-def schema_of(step: ExtractStep) -> dict[str, Any]:
-    """The JSON schema of an answer as one object."""
-    return {
-        "type": "object",
-        "properties": {field.name: field.json_schema() for field in step.fields},
-        "required": [field.name for field in step.fields],
-        "additionalProperties": False,
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from glmbatch.cli.parser import set_values, truth_columns
+from glmbatch.cli.parser import flag_values, set_values, truth_columns
 from glmbatch.errors import InputError
 from glmbatch.evaluation.compare import compare
 from glmbatch.evaluation.results import Comparison, DifferingAnswer
@@ -39,8 +39,7 @@ def compare_parsed(parsed: argparse.Namespace) -> Comparison:
             f"{parsed.job}: there is nothing to compare it with. Name a second job, or change a "
             "setting with --set."
         )
-    overrides = {"data.text_column": parsed.text_column, "runtime.device": parsed.device}
-    given = {name: value for name, value in overrides.items() if value is not None}
+    given = flag_values(parsed)
     found = compare(
         load_job(parsed.job, given),
         load_job(parsed.other or parsed.job, given | changes),
@@ -54,7 +53,7 @@ def compare_parsed(parsed: argparse.Namespace) -> Comparison:
 
 
 def write_differences(path: Path, differences: tuple[DifferingAnswer, ...]) -> None:
-    """Write the answers that differ to a Parquet file; what is no text is written as JSON."""
+    """Write the answers that differ to a Parquet file: texts as they are, other values as JSON."""
     columns = []
     for field in SCHEMA:
         values = [getattr(row, field.name) for row in differences]

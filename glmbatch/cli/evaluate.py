@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from glmbatch.cli.parser import set_values, truth_columns
+from glmbatch.cli.parser import job_overrides, truth_columns
 from glmbatch.errors import InputError
 from glmbatch.evaluation.checkpoint import job_of_checkpoint
 from glmbatch.evaluation.evaluate import PRECISIONS, evaluate
@@ -41,9 +41,7 @@ def _job(parsed: argparse.Namespace) -> tuple[JobConfig, dict[str, str]]:
             raise InputError(
                 f"--{flag.replace('_', '-')}: is for a checkpoint. Use --truth or --set for a job."
             )
-    overrides = {"data.text_column": parsed.text_column, "runtime.device": parsed.device}
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return load_job(parsed.job, given | set_values(parsed.set)), truth_columns(parsed.truth)
+    return load_job(parsed.job, job_overrides(parsed)), truth_columns(parsed.truth)
 
 
 def _checkpoint(parsed: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
@@ -54,8 +52,8 @@ def _checkpoint(parsed: argparse.Namespace) -> tuple[dict[str, Any], dict[str, s
             raise InputError(f"--{flag}: is for a job. Use --label-column for a checkpoint.")
     return job_of_checkpoint(
         parsed.job,
-        text_column=parsed.text_column,
+        text_column=getattr(parsed, "data.text_column"),
         truth_column=parsed.label_column,
         prompt_template=parsed.prompt_template,
-        device=parsed.device or "auto",
+        device=getattr(parsed, "runtime.device") or "auto",
     )

@@ -221,8 +221,12 @@ def _add_rows_settings(command: argparse.ArgumentParser) -> None:
         help="also fit how often answers of each confidence are right, and write it to this file, "
         "for the setting `calibration`",
     )
-    command.add_argument("--text-column", metavar="NAME", help="column with the text")
-    command.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    command.add_argument(
+        "--text-column", dest="data.text_column", metavar="NAME", help="column with the text"
+    )
+    command.add_argument(
+        "--device", dest="runtime.device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N"
+    )
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:
@@ -275,12 +279,13 @@ def _add_set(command: argparse._ActionsContainer) -> None:
 
 def job_overrides(parsed: argparse.Namespace) -> dict[str, object]:
     """The settings to override, dotted name to value; `--set` wins over the other flags."""
-    overrides: dict[str, object] = {}
-    for name in EVERYDAY:
-        value = getattr(parsed, name)
-        if value is not None:
-            overrides[name] = value
-    return overrides | set_values(parsed.set)
+    return flag_values(parsed) | set_values(parsed.set)
+
+
+def flag_values(parsed: argparse.Namespace) -> dict[str, object]:
+    """The settings given by flags of their own, if the command has them; dotted name to value."""
+    values = {name: getattr(parsed, name, None) for name in EVERYDAY}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def truth_columns(pairs: Sequence[str]) -> dict[str, str]:

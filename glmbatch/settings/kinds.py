@@ -5,6 +5,8 @@ Reads no files and no environment.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -41,6 +43,15 @@ def _number_fields(schema: dict[str, Any]) -> None:
     # The Prefect form sorts the fields of a nested class by name unless each has a position.
     for position, field in enumerate(schema.get("properties", {}).values()):
         field["position"] = position
+
+
+def equal_but_for_case(names: Sequence[str]) -> list[str]:
+    """Those of `names` that are there more than once in any case.
+
+    They become columns or fields, whose case Spark and DuckDB ignore.
+    """
+    times = Counter(map(str.casefold, names))
+    return [name for name in names if times[name.casefold()] > 1]
 
 
 class Settings(BaseModel):

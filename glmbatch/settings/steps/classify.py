@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from glmbatch.errors import some_of
 from glmbatch.settings.columns import Columns
-from glmbatch.settings.kinds import Settings
+from glmbatch.settings.kinds import Settings, equal_but_for_case
 from glmbatch.settings.steps.step import Step
 
 
@@ -23,10 +23,8 @@ def _distinct(labels: list[str]) -> list[str]:
     repeated = sorted({label for label in labels if labels.count(label) > 1})
     if repeated:
         raise ValueError(f"labels repeat: {some_of(repeated)}")
-    folded = [label.casefold() for label in labels]
-    alike = [label for label in labels if folded.count(label.casefold()) > 1]
+    alike = equal_but_for_case(labels)
     if alike:
-        # Each label is a field of the scores, and Spark and DuckDB ignore the case of fields.
         raise ValueError(f"labels differ only in case: {some_of(alike)}; keep one of them")
     return labels
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from glmbatch.settings.columns import Columns
+from glmbatch.settings.kinds import equal_but_for_case
 from glmbatch.settings.steps.fields import Fields, check_room
 from glmbatch.settings.steps.generate import (
     AbstainBelow,
@@ -113,10 +114,9 @@ class ExtractStep(Step):
 
     @model_validator(mode="after")
     def _distinct_columns(self) -> Self:
-        columns = [column.casefold() for column in self.answer_columns]
-        for column in columns:
-            if columns.count(column) > 1:
-                raise ValueError(f"two columns would be named {column!r}; rename a field")
+        alike = equal_but_for_case(self.answer_columns)
+        if alike:
+            raise ValueError(f"two columns would be named {alike[0].casefold()!r}; rename a field")
         return self
 
     @model_validator(mode="after")

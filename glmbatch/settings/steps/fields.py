@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from glmbatch.errors import some_of
-from glmbatch.settings.kinds import Settings
+from glmbatch.settings.kinds import Settings, equal_but_for_case
 from glmbatch.settings.steps.json_schema import LONGEST_MATCH, anchored, longest_match, satisfiable
 
 # Letters of any script; a field's name becomes the name of a column.
@@ -120,8 +120,7 @@ class FieldValue(Settings):
             check_unicode("a choice", choice)
         if not all(choice.strip() for choice in choices):
             raise ValueError(f"a choice is empty: {some_of(choices)}")
-        folded = [choice.casefold() for choice in choices]
-        repeated = [choice for choice in choices if folded.count(choice.casefold()) > 1]
+        repeated = equal_but_for_case(choices)
         if repeated:
             raise ValueError(f"choices are equal but for case: {some_of(repeated)}")
 
@@ -310,10 +309,9 @@ def check_room(fields: Sequence[ExtractField], max_tokens: int) -> None:
 
 def distinct(fields: list[ExtractField]) -> list[ExtractField]:
     """`fields`. ValueError if two have the same name."""
-    names = [field.name.casefold() for field in fields]  # as readers compare columns
-    for field in fields:
-        if names.count(field.name.casefold()) > 1:
-            raise ValueError(f"field {field.name!r} is declared twice; remove or rename one")
+    alike = equal_but_for_case([field.name for field in fields])
+    if alike:
+        raise ValueError(f"field {alike[0]!r} is declared twice; remove or rename one")
     return fields
 
 
