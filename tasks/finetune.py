@@ -54,7 +54,7 @@ def evaluate(config: TuneConfig, folder: str) -> Report:
 )
 def promote(config: TuneConfig, report: Report) -> Report:
     """Promote the checkpoint if it is better, and show the report on the flow run's page."""
-    # It may be compared anew, so the card comes after it.
+    # Promotion may compare again, so the card comes after it.
     decided = tuning.promote(config, report)
     create_markdown_artifact(card(decided), key="finetune", description=decided.reason)
     return decided

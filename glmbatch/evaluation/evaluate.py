@@ -45,7 +45,7 @@ SETTINGS: Mapping[str, object] = {
     "data.limit": None,
     "data.id_column": None,
     "canary": None,
-    "calibration": None,  # it is measured, or fitted anew, on the model's own confidence
+    "calibration": None,  # it is measured, or fitted again, on the model's own confidence
     "on_error": "null",
     "max_error_rate": 1.0,
 }

@@ -108,7 +108,7 @@ class ConfigCheck:
 
 
 def head_predicts(config: Mapping[str, Any], rows: int, where: str) -> tuple[Predicts, list[str]]:
-    """What a head of `rows` rows was trained to predict, and every problem with what is said of it.
+    """What a head of `rows` rows was trained to predict, and every problem with what config says.
 
     As in transformers, 'problem_type' says so, or else 'function_to_apply'; without both, a single
     row is a number, and several are labels to choose from.
