@@ -39,9 +39,17 @@ def score_labels(
     truth_R = np.array([numbers[label] for label in truth])
     answer_R = np.array([numbers[label] for label in answers])
     measure = measure_labels(truth_R, answer_R, confidence_R, len(everything))
+    by_label = {}
+    if precisions and confidence_R is not None:
+        for label in labels:
+            rows = np.flatnonzero(answer_R == numbers[label])
+            right_R = truth_R[rows] == answer_R[rows]
+            groups = compared.group_R[rows]
+            by_label[label] = coverages(precisions, confidence_R[rows], right_R, groups)
     return LabelResult(
         **scores.model_dump(),
         coverage=coverages(precisions, confidence, truth_R == answer_R, compared.group_R),
+        by_label=by_label,
         unknown_truths=Counter(label for label in truth if label not in labels),
         intervals=intervals(measure, compared.group_R),
     )
@@ -78,8 +86,12 @@ def score_several(
     answers: Sequence[Collection[str]],
     chances: Sequence[Mapping[str, float]],
     group_R: np.ndarray,
+    precisions: Sequence[float] = (),
 ) -> SeveralResult:
-    """Scores of lists of labels; `chances` has the probability of each label of the step."""
+    """Scores of lists of labels; `chances` has the probability of each label of the step.
+
+    Also the rows that each label covers at each of `precisions`.
+    """
     labels = list(chances[0])
     unknown = Counter[str]()
     for row in truth:
@@ -90,12 +102,17 @@ def score_several(
     measure = measure_several(truth_RL, answer_RL)
     chance_RL = np.array([list(row.values()) for row in chances])
     bins = bins_of(truth_RL[:, : len(labels)].ravel(), chance_RL.ravel())
+    by_label = {}
+    for number, label in enumerate(labels if precisions else []):
+        chance_R, right_R = chance_RL[:, number], truth_RL[:, number].astype(bool)
+        by_label[label] = coverages(precisions, chance_R, right_R, group_R)
     return SeveralResult(
         rows=len(truth),
         **whole(measure, len(truth)),
         labels=score_arrays(truth_RL, answer_RL, everything).labels,
         ece=calibration_error(bins),
         bins=tuple(bins),
+        by_label=by_label,
         unknown_truths=unknown,
         intervals=intervals(measure, group_R),
     )

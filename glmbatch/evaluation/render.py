@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from glmbatch.errors import shown
+import yaml
+
+from glmbatch.errors import shown, some_of
 from glmbatch.evaluation.confidence.calibrate import AS_IT_IS
 from glmbatch.evaluation.results import (
     Comparison,
@@ -43,6 +45,7 @@ NAMES = {
 }
 WIDTH = max(map(len, NAMES.values()))
 MOST_LABELS = 20
+SUREST = 0.999999  # hardly any label is as probable; 1 is none for a setting
 MOST_CONFUSED = 5
 MOST_DIFFERENCES = 5
 MOST_CHARACTERS = 80
@@ -199,6 +202,7 @@ def _result(result: Result) -> Iterator[str]:
     if not isinstance(result, SeveralResult):
         yield from _coverage(result.coverage)
     if isinstance(result, LabelResult | SeveralResult):
+        yield from _coverage_by_label(result)
         yield from _labels(result)
         if result.unknown_truths:
             yield _line("no such label", _counts(result.unknown_truths))
@@ -212,10 +216,35 @@ def _coverage(coverage: Sequence[Coverage]) -> Iterator[str]:
         if covered.threshold is None:
             yield _line(title, "no abstain_below is sure to reach it with so few rows, or at all")
         else:
-            # Cut and not rounded, so that the row at the threshold is above it.
-            threshold = math.floor(covered.threshold * 1e6) / 1e6
             share = f"{covered.covered:.1%} of the rows"
-            yield _line(title, f"abstain_below: {threshold:.6f} leaves {share}")
+            yield _line(title, f"abstain_below: {_cut(covered.threshold):.6f} leaves {share}")
+
+
+def _coverage_by_label(result: LabelResult | SeveralResult) -> Iterator[str]:
+    """The setting that holds each label to a precision, as a job file takes it."""
+    setting = "abstain_below" if isinstance(result, LabelResult) else "threshold"
+    for number, first in enumerate(next(iter(result.by_label.values()), ())):
+        of_label = {label: found[number] for label, found in result.by_label.items()}
+        given = {}
+        for label, covered in of_label.items():
+            given[label] = SUREST if covered.threshold is None else _cut(covered.threshold)
+        unsure = [label for label, covered in of_label.items() if covered.threshold is None]
+        if len(unsure) == len(given):
+            continue
+        block = yaml.safe_dump(
+            given, default_flow_style=True, allow_unicode=True, sort_keys=False, width=math.inf
+        )
+        yield _line("" if number else "by label", f"{setting}: {block.strip()}")
+        yield _line("", f"each right in {first.precision:.0%} of the rows that get it")
+        if unsure:
+            yield _line(
+                "", f"{SUREST} as good as never: no threshold is sure for {some_of(unsure)}"
+            )
+
+
+def _cut(threshold: float) -> float:
+    """A threshold to paste: cut and not rounded, so that the row at it is above it."""
+    return min(max(math.floor(threshold * 1e6) / 1e6, 1e-6), SUREST)
 
 
 def _calibration(step: StepResult) -> Iterator[str]:

@@ -43,10 +43,14 @@ class Coverage(BaseModel, frozen=True, extra="forbid"):
 
 
 class LabelResult(Scores, frozen=True, extra="forbid"):
-    """How well one label for each row was chosen. `intervals` are of 95 %, by number."""
+    """How well one label for each row was chosen. `intervals` are of 95 %, by number.
+
+    `by_label` has the coverage of the rows that each label was the answer to.
+    """
 
     kind: Literal["labels"] = "labels"
     coverage: tuple[Coverage, ...] = ()
+    by_label: Mapping[str, tuple[Coverage, ...]] = {}
     unknown_truths: Mapping[str, int] = {}  # rows by truths that are no label of the step
     intervals: Mapping[str, Interval] = {}
 
@@ -57,6 +61,8 @@ class SeveralResult(BaseModel, frozen=True, extra="forbid"):
     `exact_match` is the share of rows whose labels are all right. `micro` counts each label of each
     row once; `macro_f1` is the mean over the labels that occur in the truth or the answers. `ece`
     and `bins` are over all labels of all rows: how probable a label is, and how often it applies.
+    `by_label` has the coverage of the rows by the probability of each label; its thresholds are
+    those of the setting `threshold`.
     """
 
     kind: Literal["several labels"] = "several labels"
@@ -69,6 +75,7 @@ class SeveralResult(BaseModel, frozen=True, extra="forbid"):
     labels: Mapping[str, LabelScore]
     ece: float
     bins: tuple[tuple[int, float, float], ...]
+    by_label: Mapping[str, tuple[Coverage, ...]] = {}
     unknown_truths: Mapping[str, int] = {}
     intervals: Mapping[str, Interval] = {}
 

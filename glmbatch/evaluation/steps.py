@@ -141,7 +141,7 @@ def _score_answers(
     chances = answers.column(columns.scores)
     if pa.types.is_list(column.type):
         lists = [label_list(value) for value in truth]
-        return score_several(lists, values, chances.to_pylist(), group_R)
+        return score_several(lists, values, chances.to_pylist(), group_R, precisions)
     if any(isinstance(value, list) for value in truth):
         raise InputError(
             f"{FLAG} {step.name}: the column holds lists, and the step gives one label for each "

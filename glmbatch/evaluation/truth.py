@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from glmbatch.settings.tuning import LabelledData
 from glmbatch.store.inputs.find import find_files
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import open_parquet, with_constants
-from glmbatch.store.values import prompt_values
+from glmbatch.store.values import is_list, prompt_values
 
 FLAG = "--truth"
 BOOLEANS = {"true": True, "false": False}
@@ -172,14 +173,14 @@ def _labels(values: pa.ChunkedArray) -> list[str | None]:
 
 
 def _label_lists(values: pa.ChunkedArray) -> list[list[str] | None]:
-    """Lists of labels; a text is a list of one."""
+    """Lists of labels, each as in `_labels` and without nulls; a label alone is a list of one."""
+    if not is_list(values.type):
+        return [None if label is None else [label] for label in _labels(values)]
+    labels = iter(_labels(pc.list_flatten(values)))
     lists: list[list[str] | None] = []
-    for value in values.to_pylist():
-        if value is None:
-            lists.append(None)
-            continue
-        items = value if isinstance(value, list) else [value]
-        lists.append(sorted({str(item).strip() for item in items if item is not None}))
+    for length in pc.list_value_length(values).to_pylist():
+        held = {label for label in islice(labels, length or 0) if label is not None}
+        lists.append(None if length is None else sorted(held))
     return lists
 
 

@@ -264,13 +264,13 @@ def _check_classifier(where: str, step: ClassifyStep, model: Model) -> None:
     if step.verdicts is not None:
         raise InputError(f"{where} has a head, which gives no verdicts. Leave verdicts out.")
     _check_trained_prompt(where, step, model)
-    named = step.threshold if isinstance(step.threshold, dict) else {}
-    unknown = sorted(named.keys() - set(model.labels))
-    if unknown:
-        raise InputError(
-            f"{where} was trained for {some_of(model.labels)}, not {some_of(unknown)}. "
-            "Set the step's threshold."
-        )
+    for setting, given in (("threshold", step.threshold), ("abstain_below", step.abstain_below)):
+        unknown = sorted(given.keys() - set(model.labels)) if isinstance(given, dict) else []
+        if unknown:
+            raise InputError(
+                f"{where} was trained for {some_of(model.labels)}, not {some_of(unknown)}. "
+                f"Set the step's {setting}."
+            )
     if step.labels is not None and sorted(step.labels) != sorted(model.labels):
         advice = "Set the step's labels"
         if model.config.adapter:

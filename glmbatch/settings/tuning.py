@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from glmbatch.settings.job import Address, RuntimeConfig, Settings, Share, placeholders
 from glmbatch.settings.kinds import LocalAddress
 from glmbatch.settings.model import ModelSetting
 
 Rival = Literal["base", "current", "baseline"]
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+# All matrices of a layer: adapting only attention learns less (QLoRA, Dettmers et al., 2023).
+LORA_TARGETS: list[LoraTarget] = list(get_args(LoraTarget))
 SplitShare = Annotated[float, Field(gt=0, le=0.5)]
 # Training all weights needs the smallest steps. A head starts from random weights, so it takes the
 # largest.
 LEARNING_RATES = {"lora": 2e-4, "full": 2e-5, "head": 1e-3}
 # valid_share and test_share may each be 0.5, but a fifth of the texts must remain for training.
 LARGEST_HELD_OUT_SHARE = 0.8
+
+
+def _in_order(targets: list[LoraTarget]) -> list[LoraTarget]:
+    """Each target once, in the order of a layer, so that another order is no other training."""
+    return [target for target in LORA_TARGETS if target in targets]
 
 
 class LabelledData(Settings):
@@ -137,6 +145,14 @@ class TrainingConfig(Settings):
         0.05,
         description="Share of the adapter's inputs dropped in training. Raise it if the model "
         "overfits.",
+    )
+    lora_targets: Annotated[list[LoraTarget], AfterValidator(_in_order)] = Field(
+        LORA_TARGETS,
+        min_length=1,
+        description="Matrices of each layer that get an adapter, by their names in peft and "
+        "transformers. ChatGLM2's query_key_value is q_proj, k_proj and v_proj; its dense is "
+        "o_proj, dense_h_to_4h is gate_up_proj, and dense_4h_to_h is down_proj. Fewer take less "
+        "memory and learn less.",
     )
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed for new weights, the order of rows and dropout."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -125,14 +125,14 @@ class LabelSet:
     """The labels of a step, and the token ids of what the engine scores.
 
     These are the labels; with `thresholds`, two verdicts on each label, one after the other. No
-    `ids` are those of a trained head. Below the probability `abstain_below` of the best label, none
-    is chosen. With a `prior`, labels are compared with what it has; a fault is why there is none.
+    `ids` are those of a trained head. The best label is chosen if its probability reaches the one
+    in `least`. With a `prior`, labels are compared with what it has; a fault is why there is none.
     With `number`, the head gives a number instead.
     """
 
     labels: Sequence[str]
     ids: tuple[tuple[int, ...], ...] | None
-    abstain_below: float | None = None
+    least: Mapping[str, float] = field(default_factory=dict)
     thresholds: Mapping[str, float] | None = None
     by_mean: bool = False
     prior: Prior | RowFault | None = None
@@ -156,7 +156,8 @@ class LabelSet:
             choice = choose_by_likelihood(
                 self.labels, self.ids, result.scores, by_mean=self.by_mean, prior=self.prior
             )
-        if self.abstain_below is not None and choice.score < self.abstain_below:
+        assert choice.label is not None
+        if choice.score < self.least.get(choice.label, 0.0):
             return replace(choice, label=None)
         return choice
 
@@ -172,10 +173,11 @@ def label_set(step: ClassifyStep, head_labels: Sequence[str], tokenizer: Tokeniz
     thresholds = None
     if step.multiple:
         thresholds = {label: step.threshold_of(label) for label in step.labels or head_labels}
+    least = {label: step.least_of(label) for label in labels}
     if head_labels:
-        return LabelSet(labels, None, step.abstain_below, thresholds, number=step.number)
+        return LabelSet(labels, None, least, thresholds, number=step.number)
     ids = encode_labels(scored_texts(step), tokenizer)
-    return LabelSet(labels, ids, step.abstain_below, thresholds, step.compare == "mean")
+    return LabelSet(labels, ids, least, thresholds, step.compare == "mean")
 
 
 def scored_texts(step: ClassifyStep) -> list[str]:

@@ -63,6 +63,18 @@ def is_plain(kind: pa.DataType) -> bool:
     )
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values of this type are lists, in any of Arrow's forms of them."""
+    kind = value_type(kind)
+    return bool(
+        pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_fixed_size_list(kind)
+        or pa.types.is_list_view(kind)
+        or pa.types.is_large_list_view(kind)
+    )
+
+
 def is_turns(kind: pa.DataType) -> bool:
     """Whether values of this type are lists of turns: structs of two texts (`TURNS`), or pairs.
 
@@ -71,12 +83,12 @@ def is_turns(kind: pa.DataType) -> bool:
     kind = value_type(kind)
     if pa.types.is_null(kind):
         return True
-    if not _is_list(kind):
+    if not is_list(kind):
         return False
     turn = value_type(kind.value_type)
     if pa.types.is_null(turn) or _turn_texts(turn):
         return True
-    return _is_list(turn) and is_text(turn.value_type)
+    return is_list(turn) and is_text(turn.value_type)
 
 
 def turn_values(column: pa.ChunkedArray) -> list[list[Any] | None]:
@@ -94,7 +106,7 @@ def _nested(array: pa.Array) -> list[Any]:
     kind = value_type(array.type)
     if kind != array.type:
         array = converted(array, kind)
-    if _is_list(kind):
+    if is_list(kind):
         items = iter(_nested(pc.list_flatten(array)))
         lengths = pc.list_value_length(array).to_pylist()
         return [None if length is None else list(islice(items, length)) for length in lengths]
@@ -106,16 +118,6 @@ def _nested(array: pa.Array) -> list[Any]:
     for is_valid, *row in zip(array.is_valid().to_pylist(), *texts, strict=True):
         turns.append(dict(zip(names, row, strict=True)) if is_valid else None)
     return turns
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_list(kind)
-        or pa.types.is_large_list(kind)
-        or pa.types.is_fixed_size_list(kind)
-        or pa.types.is_list_view(kind)
-        or pa.types.is_large_list_view(kind)
-    )
 
 
 def _turn_texts(kind: pa.DataType) -> tuple[str, ...]:

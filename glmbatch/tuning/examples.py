@@ -21,7 +21,8 @@ from glmbatch.store.inputs.find import find_files
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import open_parquet, read_rows
 from glmbatch.store.paths import AnyPath
-from glmbatch.store.values import is_text, prompt_values
+from glmbatch.store.types import converted
+from glmbatch.store.values import is_list, is_text, prompt_values, value_type
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ def _read_rows(where: AnyPath, data: LabelledData) -> Iterator[tuple[Value, ...]
                 column = batch.column(name)
                 if name != names.get("label_column"):
                     columns[name] += prompt_values(pa.chunked_array([column]))
-                elif _holds_lists(column.type):
+                elif is_list(column.type):
                     columns[name] += _lists(where, name, column)
                 else:
                     column = _whole(where, name, column)
@@ -221,9 +222,9 @@ def _check_column(
                 f"{where}: column {name!r} has type {kind}, not text. Set data.{setting}."
             )
         return
-    values = kind.value_type if _holds_lists(kind) else kind
+    values = value_type(kind)
+    values = value_type(values.value_type) if is_list(values) else values
     is_named = is_text(values)
-    values = values.value_type if pa.types.is_dictionary(values) else values
     is_number = pa.types.is_integer(values) or pa.types.is_floating(values)
     if not (is_named or is_number or pa.types.is_decimal(values) or values == pa.bool_()):
         raise InputError(
@@ -232,15 +233,11 @@ def _check_column(
         )
 
 
-def _holds_lists(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(is_list(kind) for is_list in tests)
-
-
 def _lists(where: AnyPath, name: str, column: pa.Array) -> list[Value]:
     """The labels of each row of a column of lists; None for a null."""
-    column = column.cast(pa.large_list(column.type.value_type))
-    labels = iter(prompt_values(pa.chunked_array([_whole(where, name, column.flatten())])))
+    column = converted(column, value_type(column.type))
+    flat = _whole(where, name, pc.list_flatten(column))
+    labels = iter(prompt_values(pa.chunked_array([flat])))
     rows: list[Value] = []
     for length in pc.list_value_length(column).to_pylist():
         if length is None:
@@ -257,8 +254,7 @@ def _whole(where: AnyPath, name: str, column: pa.Array) -> pa.Array:
     pandas stores integers with a missing value as floats. InputError if a number is not whole.
     """
     kind = column.type
-    if pa.types.is_dictionary(kind):
-        column = column.cast(kind.value_type)
+    column = converted(column, value_type(kind))
     try:
         if pa.types.is_floating(column.type):
             numbers = column.cast(pa.float64())

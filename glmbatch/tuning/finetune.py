@@ -28,7 +28,7 @@ from glmbatch.errors import InputError
 from glmbatch.report.progress import Snapshot
 from glmbatch.run.models import locate_model, prepare_model
 from glmbatch.run.session import newest_progress as newest_answers
-from glmbatch.settings.tuning import TuneConfig
+from glmbatch.settings.tuning import LORA_TARGETS, TuneConfig
 from glmbatch.store.files import writable
 from glmbatch.store.locks import exclusive
 from glmbatch.tuning.evaluate import score_run
@@ -90,8 +90,11 @@ def begin(config: TuneConfig) -> str:
 def _folder(config: TuneConfig, labelled: Labelled) -> Path:
     base = prepare_model(locate_model(config.model, config.runtime)).identity
     settings = config.model_dump(mode="json", exclude=UNIDENTIFIED)
-    if config.chat is None:  # so that trainings keep their ids from before it existed
+    # So that trainings keep their ids from before these settings existed.
+    if config.chat is None:
         del settings["chat"]
+    if config.training.lora_targets == LORA_TARGETS:
+        del settings["training"]["lora_targets"]
     facts = json.dumps([settings, dict(labelled.audit.files), base], sort_keys=True)
     return Path(config.output) / RUNS / hashlib.sha256(facts.encode()).hexdigest()[:16]
 

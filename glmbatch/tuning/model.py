@@ -18,13 +18,21 @@ from glmbatch.glm.checkpoint.config_check import PROBLEM_TYPES, Predicts
 from glmbatch.glm.checkpoint.load import Checkpoint, ClassifierHead, load_model, read_checkpoint
 from glmbatch.glm.device import DTYPE_BYTES, free_memory_bytes, resolve_device
 from glmbatch.settings.job import ModelConfig
-from glmbatch.settings.tuning import TrainingConfig, TuneConfig
+from glmbatch.settings.tuning import LoraTarget, TrainingConfig, TuneConfig
 from glmbatch.tuning.encode import TrainingRow
 
 PAD_ID = 0  # the unknown token; no encoded text contains it, because bytes encode every character
 IGNORED = -100  # label of a token without loss, as in torch and transformers
-# All matrices of a layer: adapting only attention learns less (QLoRA, Dettmers et al., 2023).
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+# Inputs and outputs of each matrix, as multiples of the hidden size and of the size between the
+# matrices of the MLP. Keys and values have few outputs, which are not counted.
+SIDES: Mapping[LoraTarget, tuple[int, int]] = {
+    "q_proj": (2, 0),
+    "k_proj": (1, 0),
+    "v_proj": (1, 0),
+    "o_proj": (2, 0),
+    "gate_up_proj": (1, 2),
+    "down_proj": (1, 1),
+}
 # Bytes per trained weight: the weight, its gradient and two moments, in float32.
 BYTES_TRAINED = 16
 # Values that a layer keeps per token for the backward pass, in units of the hidden size; measured
@@ -137,7 +145,7 @@ def _with_adapter(model: Any, training: TrainingConfig, writes: bool) -> Any:
         r=training.lora_rank,
         lora_alpha=training.lora_alpha,
         lora_dropout=training.lora_dropout,
-        target_modules=TARGETS,
+        target_modules=[*training.lora_targets],
         modules_to_save=None if writes else ["score"],
     )
     with warnings.catch_warnings():
@@ -219,8 +227,10 @@ def _weight_bytes(base: Checkpoint, training: TrainingConfig, device: str) -> in
     if training.method == "lora":
         shape = base.architecture
         # A LoRA pair has rank times (inputs + outputs) weights for each matrix that it adapts.
-        sides = shape.layers * (8 * shape.hidden_size + 3 * shape.ffn_size)
-        weights += BYTES_TRAINED * training.lora_rank * sides
+        for target in training.lora_targets:
+            hidden, between = SIDES[target]
+            sides = hidden * shape.hidden_size + between * shape.ffn_size
+            weights += BYTES_TRAINED * training.lora_rank * shape.layers * sides
     return weights
 
 

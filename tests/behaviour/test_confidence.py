@@ -72,6 +72,19 @@ def test_unsure_answers_are_null_and_no_failures(
     assert [audit.measured for audit in run(settings).audits] == [0, 0, 0, 0]
 
 
+def test_a_label_may_have_its_own_threshold(
+    answered: list[dict[str, Any]], job_settings: Settings, out: Path
+) -> None:
+    first, *others = sorted({row["mood"] for row in answered})
+    least = middle([row["mood_score"] for row in answered if row["mood"] == first])
+    run(job_settings(steps=[{**CLASSIFY, "abstain_below": {first: least}}]))
+    for sure, row in zip(answered, rows_of(out), strict=True):
+        is_sure = sure["mood"] != first or sure["mood_score"] >= least
+        assert row["mood"] == (sure["mood"] if is_sure else None)
+        assert row["mood_scores"] == sure["mood_scores"]
+    assert others, "the rows need two answers"
+
+
 def test_later_steps_may_use_the_numbers_of_unsure_answers(
     write_source: Write, job_settings: Settings, out: Path
 ) -> None:

@@ -23,7 +23,7 @@ NEGLIGIBLE = 1e-18
 
 def coverages(
     precisions: Sequence[float],
-    confidence: Sequence[float] | None,
+    confidence: Sequence[float] | np.ndarray | None,
     right_R: np.ndarray,
     group_R: np.ndarray,
 ) -> tuple[Coverage, ...]:
@@ -33,6 +33,11 @@ def coverages(
     # Of equal texts the first: a bound needs rows that do not repeat one another.
     rows = np.unique(group_R, return_index=True)[1]
     confidence_R = np.asarray(confidence, np.float64)
+    if not len(rows):
+        return tuple(
+            Coverage(precision=precision, threshold=None, covered=0.0, measured=None)
+            for precision in precisions
+        )
     found = []
     for precision in precisions:
         threshold = safe_threshold(precision, confidence_R[rows], right_R[rows])

@@ -37,6 +37,14 @@ def _within_bounds(threshold: float | dict[str, float] | None) -> float | dict[s
     return threshold
 
 
+def _sure_enough(least: float | dict[str, float] | None) -> float | dict[str, float] | None:
+    given = least.values() if isinstance(least, dict) else [least]
+    for probability in given:
+        if probability is not None and not 0 < probability <= 1:
+            raise ValueError(f"a least probability is above 0 and at most 1; it is {probability}")
+    return least
+
+
 def _two_words(verdicts: list[str] | None) -> list[str] | None:
     if verdicts is not None:
         distinct = {verdict.strip() for verdict in verdicts} - {""}
@@ -105,12 +113,22 @@ Labels = Annotated[list[str], AfterValidator(_distinct)]
 Probability = Annotated[
     float, Field(json_schema_extra={"exclusiveMinimum": 0, "exclusiveMaximum": 1})
 ]
+LeastProbability = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})]
 Threshold = Annotated[
     Probability | dict[str, Probability] | None,
     AfterValidator(_within_bounds),
     Field(
         description="With multiple: the probability from which on a label is in the answer, for "
         "all labels or as label: probability. Empty, and for labels left out: 0.5."
+    ),
+]
+AbstainBelow = Annotated[
+    LeastProbability | dict[str, LeastProbability] | None,
+    AfterValidator(_sure_enough),
+    Field(
+        description="Least probability of the chosen label, for all labels or as "
+        "label: probability; below it, the row gets no label and the reason `abstained`, which is "
+        "no failure. Empty, and for labels left out: 0."
     ),
 ]
 Verdicts = Annotated[
@@ -136,11 +154,18 @@ def check_multiple(
             if value is not None:
                 raise ValueError(f"{setting} is for steps with multiple: true; remove it")
         return
+    check_named("threshold", threshold, labels)
+
+
+def check_named(
+    setting: str, given: float | dict[str, float] | None, labels: Sequence[str] | None
+) -> None:
+    """ValueError if `given` names something else than one of `labels`, which may be unknown."""
     unknown: list[str] = []
-    if labels is not None and isinstance(threshold, dict):
-        unknown = sorted(threshold.keys() - set(labels))
+    if labels is not None and isinstance(given, dict):
+        unknown = sorted(given.keys() - set(labels))
     if unknown:
-        raise ValueError(f"threshold names {some_of(unknown)}, which is no label")
+        raise ValueError(f"{setting} names {some_of(unknown)}, which is no label")
 
 
 class ClassifyAudits(Settings):
@@ -167,13 +192,7 @@ class ClassifyStep(Step):
         "which the prompt shows in the place of {labels}, or else at its end. "
         "Empty: the labels of the checkpoint's trained head.",
     )
-    abstain_below: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Least probability of the chosen label; below it, the row gets no label and "
-        "the reason `abstained`, which is no failure. Empty: every row gets one.",
-    )
+    abstain_below: AbstainBelow = None
     multiple: bool = Field(
         False,
         description="Whether a row may have several labels, or none: each label is judged by "
@@ -214,6 +233,7 @@ class ClassifyStep(Step):
     @model_validator(mode="after")
     def _multiple_fits(self) -> Self:
         check_multiple(self.multiple, self.labels, self.threshold, self.verdicts)
+        check_named("abstain_below", self.abstain_below, self.labels)
         if self.multiple and self.abstain_below is not None:
             raise ValueError("abstain_below is for one label; with multiple: true set threshold")
         if self.compare != "sum" and (self.multiple or self.labels is None):
@@ -247,3 +267,9 @@ class ClassifyStep(Step):
         """The probability from which on `label` is in the answer of a row."""
         given = self.threshold.get(label) if isinstance(self.threshold, dict) else self.threshold
         return 0.5 if given is None else given
+
+    def least_of(self, label: str) -> float:
+        """The least probability with which `label` is chosen; below it, the model abstains."""
+        least = self.abstain_below
+        given = least.get(label) if isinstance(least, dict) else least
+        return given or 0.0

@@ -183,6 +183,23 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
             {"steps": [{"kind": "generate", "name": "a", "abstain_below": 1.5}]},
             "steps[0].abstain_below: input should be less than or equal to 1; it is 1.5",
         ),
+        (
+            {
+                "steps": [
+                    {
+                        "kind": "classify",
+                        "name": "a",
+                        "labels": ["x", "y"],
+                        "abstain_below": {"x": 0.5, "z": 0.5},
+                    }
+                ]
+            },
+            "steps[0]: abstain_below names ['z'], which is no label",
+        ),
+        (
+            {"steps": [{"kind": "classify", "name": "a", "abstain_below": {"x": 1.5}}]},
+            "steps[0].abstain_below: a least probability is above 0 and at most 1; it is 1.5",
+        ),
         ({"runtime__device": "tpu"}, "runtime.device: string should match"),
     ],
 )

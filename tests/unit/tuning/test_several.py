@@ -47,29 +47,42 @@ def several(rows: int, seed: int = 0) -> dict[str, list[Any]]:
     return {"text": texts, "label": lists}
 
 
+TEXTS = pa.string()
+NAMED = pa.dictionary(pa.int32(), TEXTS)
+
+
 @pytest.mark.parametrize(
     "kind",
     [
-        pa.list_(pa.string()),
+        pa.list_(TEXTS),
         pa.large_list(pa.large_string()),
-        pa.list_(pa.dictionary(pa.int32(), pa.string())),
+        pa.list_(pa.string_view()),
+        pa.list_view(TEXTS),
+        pa.large_list_view(TEXTS),
+        pa.list_(NAMED),
+        pa.large_list(NAMED),
+        pa.list_view(NAMED),
     ],
+    ids=str,
 )
 def test_lists_of_labels_are_read(tmp_path: Path, kind: pa.DataType) -> None:
     lists = [["b", "a", "b "], [], None, ["a", None], [" "], ["a"]]
-    table = pa.table({"text": list("uvwxyz"), "label": pa.array(lists, pa.list_(pa.string()))})
-    if not pa.types.is_dictionary(kind.value_type):
-        table = table.cast(pa.schema([("text", pa.string()), ("label", kind)]))
-    else:
-        flat = pa.array(lists, pa.list_(pa.string()))
-        encoded = flat.flatten().dictionary_encode()
-        column = pa.ListArray.from_arrays(flat.offsets, encoded, mask=flat.is_null())
-        table = table.set_column(1, "label", column)
+    table = pa.table({"text": list("uvwxyz"), "label": pa.array(lists, kind)})
     pq.write_table(table, tmp_path / "a.parquet")
     rows = read_examples(LabelledData(input=str(tmp_path)))
     assert [row.several for row in rows.examples] == [("a", "b"), (), ("a",)]
     assert [row.label for row in rows.examples] == ["a, b", "", "a"]
     assert rows.skipped == {"label": 3}
+
+
+@pytest.mark.parametrize("kind", [TEXTS, NAMED, pa.large_string()], ids=str)
+def test_lists_of_one_size_are_read(tmp_path: Path, kind: pa.DataType) -> None:
+    lists = [["b", "a"], None, ["a", None], ["a", "a "]]
+    table = pa.table({"text": list("uvwx"), "label": pa.array(lists, pa.list_(kind, 2))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = read_examples(LabelledData(input=str(tmp_path)))
+    assert [row.several for row in rows.examples] == [("a", "b"), ("a",)]
+    assert rows.skipped == {"label": 2}
 
 
 def test_lists_of_numbers_are_labels(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.load import load_model, read_checkpoint
 from glmbatch.glm.tokenizer import load_tokenizer
 from glmbatch.report.display import describe_progress
-from glmbatch.settings.tuning import TuneConfig
+from glmbatch.settings.tuning import LORA_TARGETS, TuneConfig
 from glmbatch.tuning.finetune import begin, newest_progress, train_run
 from glmbatch.tuning.model import build_model
 from glmbatch.tuning.processes import train_together
@@ -88,6 +88,32 @@ def test_a_merged_adapter_equals_an_unmerged_one(tune: Tune) -> None:
         assert (merged(input_ids=ids).logits - on_the_fly).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("targets", [["v_proj"], ["down_proj", "q_proj"], ["gate_up_proj"]])
+def test_only_the_chosen_matrices_get_an_adapter(tune: Tune, targets: list[str]) -> None:
+    fast = {"training__epochs": 1, "training__learning_rate": 5e-3}
+    run = trained(tune(**LORA, **fast, training__lora_targets=targets))
+    saved = load_file(run / "adapter" / "adapter_model.safetensors")
+    adapted = {name.split(".")[-3] for name in saved if "lora" in name}
+    assert adapted == {*targets}
+    # peft itself says the same of the files.
+    with_peft = PeftModel.from_pretrained(
+        build_model(tune(model=BASE, training__method="head"), ("bad", "good", "so so"), "cpu"),
+        run / "adapter",
+    )
+    assert {*with_peft.targeted_module_names} == {
+        name for name, _ in with_peft.base_model.model.named_modules() if name.endswith((*targets,))
+    }
+    assert_merged(run)
+
+
+def test_the_order_of_targets_is_the_same_run(tune: Tune) -> None:
+    runs = set()
+    for targets in (["q_proj", "v_proj"], ["v_proj", "q_proj", "v_proj"]):
+        runs.add(begin(tune(**LORA, training__lora_targets=targets)))
+    assert len(runs) == 1
+    assert begin(tune(**LORA)) == begin(tune(**LORA, training__lora_targets=LORA_TARGETS))
+
+
 def test_an_adapter_of_a_generator_is_merged(tune: Tune) -> None:
     config = tune(
         **LORA,
@@ -121,7 +147,7 @@ def test_an_adapter_over_an_adapter_includes_both(tune: Tune) -> None:
 
 KILLED = """
 import json, os, sys
-from glmbatch.settings.tuning import TuneConfig
+from glmbatch.settings.tuning import LORA_TARGETS, TuneConfig
 from glmbatch.tuning.finetune import begin, train_run
 config = TuneConfig.model_validate(json.loads(sys.argv[1]))
 train_run(config, begin(config))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import yaml
 
-from glmbatch.evaluation.bootstrap import groups_of
+from glmbatch.evaluation.bootstrap import Compared, groups_of
 from glmbatch.evaluation.confidence.thresholds import coverages, safe_threshold
+from glmbatch.evaluation.labels import score_labels, score_several
+from glmbatch.evaluation.render import _coverage_by_label
+from glmbatch.evaluation.results import LabelResult, SeveralResult
+from glmbatch.settings.job import ClassifyStep
 
 
 def drawn(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,3 +71,50 @@ def test_repeated_texts_count_once() -> None:
     (found,) = coverages([0.95], [0.9] * 300, right, groups_of([row % 50 for row in range(300)]))
     assert (found.threshold, found.covered, found.measured) == (None, 0.0, None)
     assert coverages([0.95], None, right, groups_of(range(300))) == ()
+
+
+def shown(result: LabelResult | SeveralResult) -> dict[str, Any]:
+    """The setting in the lines of an evaluation, read as a job file is."""
+    lines = list(_coverage_by_label(result))
+    settings: dict[str, Any] = yaml.safe_load(lines[0].split(maxsplit=2)[2])
+    return settings
+
+
+def test_each_label_gets_a_threshold_to_paste() -> None:
+    dice = np.random.default_rng(7)
+    labels = ["yes", "no: never", "差"]
+    confidence, right = drawn(6000, seed=7)
+    answers = [labels[number] for number in dice.integers(0, 2, 6000)]
+    answers[:20] = ["差"] * 20  # too few rows to be sure
+    truth = [a if is_right else labels[2] for a, is_right in zip(answers, right, strict=True)]
+    compared = Compared(truth, answers, groups_of(range(6000)), confidence.tolist())
+    result = score_labels(compared, labels, [0.95])
+    (setting,) = shown(result).items()
+    assert setting[0] == "abstain_below" and list(setting[1]) == labels
+    assert setting[1]["差"] == 0.999999
+    step = ClassifyStep(name="a", labels=labels, abstain_below=setting[1])
+    for label in labels[:2]:
+        rows = [row for row in range(6000) if answers[row] == label]
+        kept = [row for row in rows if confidence[row] >= step.least_of(label)]
+        assert len(kept) > len(rows) / 2
+        assert np.mean([right[row] for row in kept]) >= 0.95
+    assert "no threshold is sure for ['差']" in "\n".join(_coverage_by_label(result))
+
+
+def test_labels_judged_alone_get_a_threshold_to_paste() -> None:
+    dice = np.random.default_rng(8)
+    chance = dice.random((4000, 2))
+    applies = dice.random((4000, 2)) < chance
+    names = ("a", "b")
+    truth, answers, chances = [], [], []
+    for of_row, has in zip(chance, applies, strict=True):
+        truth.append([name for name, is_so in zip(names, has, strict=True) if is_so])
+        answers.append([name for name, one in zip(names, of_row, strict=True) if one >= 0.5])
+        chances.append(dict(zip(names, of_row.tolist(), strict=True)))
+    result = score_several(truth, answers, chances, groups_of(range(4000)), [0.9])
+    (setting,) = shown(result).items()
+    assert setting[0] == "threshold"
+    step = ClassifyStep(name="a", labels=[*names], multiple=True, threshold=setting[1])
+    for number, name in enumerate(names):
+        kept = chance[:, number] >= step.threshold_of(name)
+        assert kept.mean() >= 0.05 and applies[kept, number].mean() >= 0.9
