@@ -20,7 +20,13 @@ from glmbatch.errors import InputError, some_of
 from glmbatch.evaluation.bootstrap import groups_of
 from glmbatch.evaluation.confidence.judged import field_values
 from glmbatch.evaluation.differences import Kind, moved, pair, without_nulls
-from glmbatch.evaluation.evaluate import ask_about, columns_of, measured_settings, own_folder
+from glmbatch.evaluation.evaluate import (
+    ask_about,
+    columns_of,
+    measured_settings,
+    narrowed,
+    own_folder,
+)
 from glmbatch.evaluation.fields import same_values
 from glmbatch.evaluation.results import (
     Comparison,
@@ -67,9 +73,11 @@ def compare(
     given = truth or {}
     check_names([*steps.values(), *others.values()], given)
     wanted, places = columns_of(jobs[0], given)
-    table, _ = read_labelled_rows(rows, wanted | columns_of(jobs[1], given)[0])
+    table, every = read_labelled_rows(rows, wanted | columns_of(jobs[1], given)[0])
     folder = keep or own_folder(jobs[0].runtime.cache)
-    asked = [ask_about(table, job, rows, folder) for job in jobs]
+    # Of a step that only one job has, nothing is shown.
+    shared = [narrowed(job, names, rows, every) for job in jobs]
+    asked = [ask_about(table, job, rows, folder) for job in shared]
     text = jobs[0].data.text_column
     texts = table.column(text).to_pylist() if text in table.column_names else None
     compared = []
@@ -181,7 +189,7 @@ def _expected(kind: Kind, name: str, truth: Truth | None) -> Answers | None:
             values.append("; ".join(value))  # more than one label is never right
         else:
             values.append(value)
-    return Answers(kind, values, np.array(truth.known, bool))
+    return Answers(kind, values, np.array(truth.known[name], bool))
 
 
 def _part(a: Answers, b: Answers, expected: Answers | None, group_R: np.ndarray) -> Part:

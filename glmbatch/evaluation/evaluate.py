@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 import pyarrow as pa
 
 from glmbatch.errors import GlmbatchError, InputError, some_of
@@ -32,6 +33,7 @@ from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import JobConfig
 from glmbatch.steps.inputs import prompt_inputs, schema_needs
 from glmbatch.store.frames import WHERE, as_frame
+from glmbatch.store.parquet import check_column
 
 # Beside downloaded checkpoints. The answers may be deleted at any time.
 FOLDER = "evaluations"
@@ -71,27 +73,72 @@ def evaluate(  # noqa: PLR0913 - the options of the command
     began = time.monotonic()
     settings = measured_settings(job)
     steps, given = settings.steps, truth or {}
-    table, names, truths = _read(settings, rows, given)
+    table, every, truths = _read(settings, rows, given)
     if not any(truths.values()):
         raise InputError(
-            f"{rows}: no column has the truth of a step; it has {some_of(names)}. "
+            f"{rows}: no column has the truth of a step; it has {some_of(every)}. "
             f"Name one for each step, such as {FLAG} {steps[0].name}=COLUMN."
         )
+    names, known_R = known_by_step(rows, truths)
+    asked = narrowed(settings, names, rows, every)
     folder = keep or own_folder(settings.runtime.cache)
-    answered = ask_about(table, settings, rows, folder)
+    answered = ask_about(table.filter(pa.array(known_R)), asked, rows, folder).spread(known_R)
     fits = calibrate is not None
     found = tuple(
-        score_step(step, truths[step.name], answered, precisions, calibrate=fits) for step in steps
+        score_step(step, truths[step.name], answered, precisions, calibrate=fits)
+        for step in asked.steps
     )
     if calibrate is not None:
         write_calibration(calibrate, found, answered.keys)
     return Evaluation(
         rows=len(table),
         steps=found,
+        left_out=tuple(step.name for step in steps if step not in asked.steps),
         kept=str(folder),
         calibrated=None if calibrate is None else os.fspath(calibrate),
         seconds=time.monotonic() - began,
     )
+
+
+def known_by_step(rows: str, truths: Mapping[str, Truth | None]) -> tuple[list[str], np.ndarray]:
+    """The steps that have a truth in some rows, and the rows that have one of any step.
+
+    InputError if there are none.
+    """
+    known = {name: truth.known_rows for name, truth in truths.items() if truth is not None}
+    known_R = np.any(list(known.values()), axis=0)
+    if not known_R.any():
+        columns: list[str] = []
+        for truth in truths.values():
+            columns += () if truth is None else truth.columns.values()
+        raise InputError(
+            f"{rows}: no row has a truth: column {some_of([*dict.fromkeys(columns)])} is null in "
+            f"all. Label some rows, or name another column with {FLAG}."
+        )
+    return [name for name, known_rows in known.items() if any(known_rows)], known_R
+
+
+def narrowed(job: Job, names: Collection[str], rows: str, every: Sequence[str]) -> JobConfig:
+    """`job` with the steps `names` alone, and the earlier ones whose answers they use.
+
+    InputError if `rows`, whose columns are `every`, lack one that these read.
+    """
+    settings = settings_of(job, {})
+    inputs = prompt_inputs(settings)
+    needed = {*names}
+    for step in reversed(settings.steps):
+        if step.name in needed:
+            needed.update(inputs[step.name].earlier)
+    steps = [step for step in settings.steps if step.name in needed]
+    found = settings.model_copy(update={"steps": steps})
+    # Here, and not by the run, which is given no other columns and could not name them.
+    schema = pa.schema([(name, pa.null()) for name in every])
+    for column in schema_needs(found, inputs).read:
+        if column.name not in every:
+            check_column(
+                rows, schema, column.name, column.setting, text=False, advice=column.advice
+            )
+    return found
 
 
 def _read(

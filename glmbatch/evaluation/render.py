@@ -56,6 +56,8 @@ def describe(evaluation: Evaluation) -> str:
     lines: list[str] = []
     for step in evaluation.steps:
         lines += [*_step(step), ""]
+    if evaluation.left_out:
+        lines.append(f"not asked, since no row has their truth: {', '.join(evaluation.left_out)}")
     lines.append(f"answers kept in {evaluation.kept}")
     if evaluation.calibrated is not None:
         lines.append(f"calibration in {evaluation.calibrated}: name it as the job's calibration")
@@ -155,11 +157,13 @@ def _step(step: StepResult) -> Iterator[str]:
         yield _line("not scored", step.note)
     if step.exact_match is not None:
         yield _line("all right", f"{step.exact_match:.4f}")
-    for name, result in step.results.items():
+    for name in dict.fromkeys([*step.results, *step.without_truth, *step.abstained]):
         if name != step.step:
-            left_out = step.abstained.get(name)
-            yield f"  {name}" + (f" ({left_out:,} rows abstained)" if left_out else "")
-        yield from _result(result)
+            others = {"without truth": step.without_truth, "abstained": step.abstained}
+            parts = [f"{rows[name]:,} {what}" for what, rows in others.items() if name in rows]
+            yield f"  {name}" + (f" (rows left out: {', '.join(parts)})" if parts else "")
+        if name in step.results:
+            yield from _result(step.results[name])
     yield from _calibration(step)
     tokens = f"{step.prompt_tokens:,} prompt and {step.completion_tokens:,} answer tokens"
     yield _line("asked now", f"{step.computed:,} prompts, {tokens}" if step.computed else "none")

@@ -130,10 +130,11 @@ class StepResult(BaseModel, frozen=True, extra="forbid"):
 
     `truth` maps what is scored to the column with its truth: the step itself, or each field of an
     extract step. `results` has the same names. For fields, `exact_match` is the share of rows whose
-    fields are all right, and `abstained` counts the rows that a field lacks because the model was
-    not sure of it. `computed` answers were asked now, for so many tokens; the others were known.
-    `note` says why nothing could be scored. `calibration` has the maps that were fitted, by the
-    step or by its fields or labels, and `uncalibrated` the number of texts of those with too few.
+    fields are all right. `abstained` counts the scored rows that a field lacks because the model
+    was not sure of it, and `without_truth` those whose truth of the field is not known. `computed`
+    answers were asked now, for so many tokens; the others were known. `note` says why nothing could
+    be scored. `calibration` has the maps that were fitted, by the step or by its fields or labels,
+    and `uncalibrated` the number of texts of those with too few.
     """
 
     step: str
@@ -142,6 +143,7 @@ class StepResult(BaseModel, frozen=True, extra="forbid"):
     results: Mapping[str, Result]
     exact_match: float | None = None
     abstained: Mapping[str, int] = {}
+    without_truth: Mapping[str, int] = {}
     computed: int
     prompt_tokens: int
     completion_tokens: int
@@ -153,11 +155,13 @@ class StepResult(BaseModel, frozen=True, extra="forbid"):
 class Evaluation(BaseModel, frozen=True, extra="forbid"):
     """The numbers of a job over labelled rows.
 
+    `left_out` steps have no truth, and no other step needs their answers: they were not asked.
     `kept` is the folder with the answers, and `calibrated` the file with the calibration, if any.
     """
 
     rows: int
     steps: tuple[StepResult, ...]
+    left_out: tuple[str, ...] = ()
     kept: str
     calibrated: str | None = None
     seconds: float

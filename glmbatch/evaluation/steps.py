@@ -45,6 +45,15 @@ class Answered:
     receipts: Sequence[AnswersReceipt] = ()
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def spread(self, asked_R: np.ndarray) -> Answered:
+        """The answers to more rows, of which only those `asked_R` were asked; null for the others.
+
+        The others have no text of their own, and so cannot be scored.
+        """
+        place_R = np.cumsum(asked_R) - 1
+        answers = self.answers.take(pa.array(place_R, mask=~asked_R))
+        return dataclasses.replace(self, answers=answers, group_R=self.group_R[place_R])
+
 
 def score_step(
     step: AnyStep,
@@ -59,7 +68,7 @@ def score_step(
     Also its calibration, if asked to `calibrate` and its answers have a confidence.
     """
     kinds = answered.answers.column(Columns(step.name).error_type).to_pylist()
-    known = [False] * len(kinds) if truth is None else truth.known
+    known = [False] * len(kinds) if truth is None else truth.known_rows
     scored, counts = _count(kinds, known)
     found = StepResult(
         step=step.name,
@@ -74,13 +83,11 @@ def score_step(
         return found.model_copy(update={"note": "no row has both a truth and an answer"})
     picked = answered.answers.take(pa.array(scored, pa.int64()))
     group_R = groups_of(answered.group_R[scored].tolist())
-    expected = {}
-    for name, of_rows in truth.values.items():
-        expected[name] = [of_rows[row] for row in scored]
+    expected = truth.of_rows(scored)
     if isinstance(step, ExtractStep):
         numbers = _score_fields(step, expected, picked, precisions, group_R)
     else:
-        result = _score_answers(step, expected[step.name], picked, precisions, group_R)
+        result = _score_answers(step, expected.values[step.name], picked, precisions, group_R)
         numbers = {"results": {step.name: result}}
     if calibrate:
         several = isinstance(numbers["results"].get(step.name), SeveralResult)
@@ -163,7 +170,7 @@ def _numbers(step: AnyStep, truth: Sequence[Any]) -> list[float]:
 
 def _score_fields(
     step: ExtractStep,
-    truth: Mapping[str, Sequence[Any]],
+    truth: Truth,
     answers: pa.Table,
     precisions: Sequence[float],
     group_R: np.ndarray,
@@ -171,26 +178,30 @@ def _score_fields(
     """The numbers of each field over the rows that have it, and how often all of them are right."""
     results: dict[str, Result] = {}
     abstained = {}
+    without_truth = {}
     right_R = np.ones(len(answers), bool)
     whole_R = np.ones(len(answers), bool)
     sure = confidences(step, answers)
     for field in step.fields:
-        if field.name not in truth:
+        if field.name not in truth.values:
             continue
         values, is_missing = field_values(step, field.name, answers)
         confidence_R = sure.get(field.name)
-        rows = np.flatnonzero(~is_missing)
-        abstained[field.name] = len(answers) - len(rows)
-        whole_R &= ~is_missing
+        known_R = np.array(truth.known[field.name], bool)
+        rows = np.flatnonzero(known_R & ~is_missing)
+        without_truth[field.name] = int((~known_R).sum())
+        abstained[field.name] = int((known_R & is_missing).sum())
+        whole_R &= known_R & ~is_missing
         if not len(rows):
             continue
         confidence = None if confidence_R is None else confidence_R.tolist()
-        expected = truth[field.name]
+        expected = truth.values[field.name]
         compared = Compared(expected, values, group_R, confidence).of_rows(rows)
         results[field.name] = score_field(field, compared, precisions)
         right_R[rows] &= same_values(compared.truth, compared.answers)
     found: dict[str, Any] = {"results": results}
     found["abstained"] = {name: rows for name, rows in abstained.items() if rows}
+    found["without_truth"] = {name: rows for name, rows in without_truth.items() if rows}
     if whole_R.any():
         found["exact_match"] = float(right_R[whole_R].mean())
     return found

@@ -32,13 +32,26 @@ LABEL: str = LabelledData.model_fields["label_column"].default
 class Truth:
     """What is right for one step: by the step's name, or by field for an extract step.
 
-    `columns` are the columns that say so; `values` has one value for each row. `known` says which
-    rows have a truth.
+    `columns` are the columns that say so; `values` has one value for each row. `known` says in
+    which rows it is a truth.
     """
 
     columns: Mapping[str, str]
     values: Mapping[str, Sequence[Any]]
-    known: Sequence[bool]
+    known: Mapping[str, Sequence[bool]]
+
+    @property
+    def known_rows(self) -> list[bool]:
+        """Which rows have a truth, be it of one field alone."""
+        return [any(row) for row in zip(*self.known.values(), strict=True)]
+
+    def of_rows(self, rows: Sequence[int]) -> Truth:
+        """Only these rows."""
+        values, known = {}, {}
+        for name in self.values:
+            values[name] = [self.values[name][row] for row in rows]
+            known[name] = [self.known[name][row] for row in rows]
+        return Truth(self.columns, values, known)
 
 
 def read_labelled_rows(address: str, wanted: Collection[str]) -> tuple[pa.Table, list[str]]:
@@ -146,7 +159,7 @@ def truth_of(
     else:
         values = _flat(step, column, values)
         read = _labels(values) if isinstance(step, ClassifyStep) else prompt_values(values)
-    return Truth(columns, {step.name: read}, [value is not None for value in read])
+    return Truth(columns, {step.name: read}, {step.name: [value is not None for value in read]})
 
 
 def _flat(step: AnyStep, column: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -196,8 +209,14 @@ def _truth_of_fields(
             if column == whole:
                 read = [_part(value, field.name, column) for value in read]
             values[field.name] = [_value(field, value, column) for value in read]
-    # A null of a nullable field is a truth, unless nothing at all is known of the row.
-    known = [{*map(type, row)} != {type(None)} for row in zip(*values.values(), strict=True)]
+    # A null of a nullable field is a truth, unless nothing at all is known of the row. Another
+    # field is never null, so that a null says that nobody knows its value.
+    is_known = [{*map(type, row)} != {type(None)} for row in zip(*values.values(), strict=True)]
+    known: dict[str, Sequence[bool]] = {}
+    for field in step.fields:
+        if field.name in values:
+            own = [value is not None for value in values[field.name]]
+            known[field.name] = is_known if field.nullable else own
     return Truth({name: columns[name] for name in values}, values, known)
 
 

@@ -5,13 +5,14 @@ Shapes: R rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from glmbatch.evaluation.fields import same_values
+from glmbatch.evaluation.truth import Truth
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, ExtractStep
 from glmbatch.steps.calibration import confidences
@@ -20,26 +21,25 @@ from glmbatch.steps.calibration import confidences
 Judged = tuple[str, np.ndarray, np.ndarray]
 
 
-def judged(
-    step: AnyStep, truth: Mapping[str, Sequence[Any]], answers: pa.Table
-) -> Iterator[Judged]:
+def judged(step: AnyStep, truth: Truth, answers: pa.Table) -> Iterator[Judged]:
     """Each part of `step` with a confidence: the step itself, or each of its labels or fields.
 
-    Rows without an answer have a confidence that is not a number.
+    Rows without an answer, or without a truth, have a confidence that is not a number.
     """
     column = answers.schema.field(Columns(step.name).answer)
     several = pa.types.is_list(column.type)
     for part, confidence_R in confidences(step, answers).items():
         if isinstance(step, ExtractStep):
-            if part in truth:
+            if part in truth.values:
                 values, _ = field_values(step, part, answers)
-                yield part, confidence_R, same_values(truth[part], values)
+                known_R = np.where(truth.known[part], confidence_R, np.nan)
+                yield part, known_R, same_values(truth.values[part], values)
         elif several:
-            applies = [part in label_list(value) for value in truth[step.name]]
+            applies = [part in label_list(value) for value in truth.values[step.name]]
             yield part, confidence_R, np.array(applies)
         else:
             values = answers.column(column.name).to_pylist()
-            yield part, confidence_R, same_values(truth[step.name], values)
+            yield part, confidence_R, same_values(truth.values[step.name], values)
 
 
 def label_list(value: str | list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from glmbatch.cli.main import main
 from glmbatch.errors import InputError
 from glmbatch.evaluation.compare import compare
 from glmbatch.evaluation.differences import by_text, chance_of, moved, pair
+from glmbatch.evaluation.evaluate import evaluate
 from glmbatch.evaluation.results import Comparison
 from tests.support import CLASSIFY, Settings
 
@@ -152,6 +153,11 @@ def test_rows_are_told_by_what_became_of_them(
     found = compare(job, other, file, keep=tmp_path / "kept")
     assert found.only_in_a == ("reply",)
     assert found.steps[0].note is not None and not found.steps[0].parts
+    # Steps that only one job has are not asked; this one would cost an answer for each row.
+    longer = {**job, "steps": [*job["steps"], {**REPLY, "name": "more", "max_tokens": 3}]}
+    assert compare(job, longer, file, keep=tmp_path / "kept").only_in_b == ("more",)
+    found_now = evaluate(longer, file, truth={"more": "mood"}, keep=tmp_path / "kept")
+    assert found_now.steps[-1].step == "more" and found_now.steps[-1].computed == 8
     other["steps"] = [{**CLASSIFY, "name": "other"}]
     with pytest.raises(InputError, match="no step of the same name"):
         compare(job, other, file, keep=tmp_path / "kept")

@@ -15,8 +15,10 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from glmbatch.cli.main import main
 from glmbatch.errors import InputError
+from glmbatch.evaluation.compare import compare
 from glmbatch.evaluation.evaluate import evaluate
-from glmbatch.evaluation.results import Evaluation
+from glmbatch.evaluation.render import describe
+from glmbatch.evaluation.results import Evaluation, StepResult
 from glmbatch.evaluation.steps import Answered, score_step
 from glmbatch.evaluation.truth import Truth
 from glmbatch.report.summary import step_summary
@@ -115,6 +117,7 @@ def test_evaluating_again_asks_nothing(
     settings: dict[str, Any], table: pa.Table, tmp_path: Path
 ) -> None:
     table = table.append_column("mood", pa.array(["good"] * 14))
+    table = table.append_column("reply", pa.array(["good"] * 14))
     file = tmp_path / "labelled.parquet"
     pq.write_table(table, file)
 
@@ -124,15 +127,77 @@ def test_evaluating_again_asks_nothing(
     first = evaluate(settings, str(file), keep=tmp_path / "kept")
     assert all(computed and prompts for computed, prompts in tokens(first))
     again = evaluate(settings, str(file), keep=tmp_path / "kept")
-    assert tokens(again) == [(0, 0)] * 4
+    assert tokens(again) == [(0, 0)] * 2
     assert again.steps[0].results == first.steps[0].results
-    assert again.steps[1].note == "no column has its truth"
     # One more row costs one more answer, also if its truth changes.
     more = pa.concat_tables([table, table.slice(1, 1)])
     more = more.set_column(1, "text", pa.array([*table.column("text").to_pylist(), "new"]))
     pq.write_table(more, file)
     third = evaluate(settings, str(file), keep=tmp_path / "kept")
-    assert [computed for computed, _ in tokens(third)] == [1, 1, 1, 1]
+    assert [computed for computed, _ in tokens(third)] == [1, 1]
+
+
+def test_only_what_a_truth_needs_is_asked(
+    settings: dict[str, Any], table: pa.Table, tmp_path: Path
+) -> None:
+    truths = ["x", None] * 7
+    labelled = table.append_column("reply", pa.array(truths))
+    labelled = labelled.append_column("topics", pa.nulls(14, pa.string()))
+    file = tmp_path / "labelled.parquet"
+    pq.write_table(labelled, file)
+    found = evaluate(settings, str(file), keep=tmp_path / "kept")
+    mood, reply = found.steps
+    assert found.left_out == ("topics", "facts")
+    assert mood.note == "no column has its truth"
+    # Of seven rows with a truth, one is not to be asked for its mood, and one has no text.
+    assert (mood.computed, reply.computed) == (5, 5)
+    assert reply.counts.model_dump() == {
+        "rows": 14,
+        "scored": 5,
+        "without_truth": 7,
+        "not_asked": 1,
+        "abstained": 0,
+        "failed": {"earlier_step_failed": 1},
+    }
+    assert "no row has their truth: topics, facts\n" in describe(found)
+    # The same rows alone have the same numbers.
+    pq.write_table(labelled.take(list(range(0, 14, 2))), file)
+    alone = evaluate(settings, str(file), keep=tmp_path / "kept").steps[1]
+    assert alone.results == reply.results and alone.computed == 0
+    pq.write_table(table.append_column("reply", pa.nulls(14, pa.string())), file)
+    with pytest.raises(InputError, match=r"no row has a truth: column \['reply'\] is null"):
+        evaluate(settings, str(file), keep=tmp_path / "kept")
+
+
+def test_a_field_without_a_truth_is_left_out_of_its_numbers(
+    settings: dict[str, Any], table: pa.Table, tmp_path: Path
+) -> None:
+    answers = evaluate_fields(settings, table, tmp_path, [{"tone": "warm", "stars": 5}] * 14)
+    assert answers.without_truth == {}
+    half = [{"tone": "warm", "stars": None if row % 2 else 5} for row in range(14)]
+    found = evaluate_fields(settings, table, tmp_path, half)
+    # Row 12 has no text.
+    assert found.counts.scored == 13
+    assert found.without_truth == {"stars": 7}
+    assert (found.results["stars"].rows, found.results["tone"].rows) == (6, 13)
+    whole = [{"tone": None, "stars": 5} if row in (1, 3) else None for row in range(14)]
+    found = evaluate_fields(settings, table, tmp_path, whole)
+    assert found.counts.scored == 2 and found.exact_match is None
+    assert found.without_truth == {"tone": 2} and "tone" not in found.results
+    assert "  tone (rows left out: 2 without truth)\n" in describe(
+        Evaluation(rows=14, steps=(found,), kept="kept", seconds=1)
+    )
+
+
+def evaluate_fields(
+    settings: dict[str, Any], table: pa.Table, folder: Path, truth: list[Any]
+) -> StepResult:
+    file = folder / "labelled.parquet"
+    pq.write_table(table.append_column("facts", pa.array(truth)), file)
+    fields: Any = STEPS[3]["fields"]
+    step = {**STEPS[3], "fields": {name: fields[name] for name in ("stars", "tone")}}
+    only = {**settings, "steps": [step]}
+    return evaluate(only, str(file), keep=folder / "kept").steps[0]
 
 
 def test_a_field_that_the_model_abstains_from_is_left_out(
@@ -178,9 +243,11 @@ def test_answers_decide_how_a_truth_is_compared() -> None:
     kinds = pa.array([None, None], pa.string())
     answers = pa.table({"mood": [1.0, 2.5], "mood_error_type": kinds})
     answered = Answered(answers, np.arange(2), {"mood": step_summary("mood", "run", [])})
-    found = score_step(step, Truth({"mood": "x"}, {"mood": ["1", "2"]}, [True] * 2), answered, ())
+    found = score_step(
+        step, Truth({"mood": "x"}, {"mood": ["1", "2"]}, {"mood": [True] * 2}), answered, ()
+    )
     assert found.results["mood"].mean_absolute_error == 0.25
-    lists = Truth({"mood": "x"}, {"mood": [["good"], ["bad"]]}, [True] * 2)
+    lists = Truth({"mood": "x"}, {"mood": [["good"], ["bad"]]}, {"mood": [True] * 2})
     with pytest.raises(InputError, match="answers with numbers, and the column does not"):
         score_step(step, lists, answered, ())
 
@@ -197,6 +264,13 @@ def test_rows_without_any_truth_are_refused(
     pq.write_table(pa.table({"body": ["a"]}), file)
     with pytest.raises(InputError, match=r"has none of the columns .*; it has \['body'\]"):
         evaluate(settings, str(file), keep=tmp_path)
+    misspelt = {**settings, "data": {**settings["data"], "text_column": "txet"}}
+    pq.write_table(table.append_column("mood", table.column("text")), file)
+    every = r"no column 'txet'; it has \['id', 'text', 'stars', 'mood'\]\. Set data\.text_column"
+    with pytest.raises(InputError, match=every):
+        evaluate(misspelt, str(file), keep=tmp_path)
+    with pytest.raises(InputError, match=every):
+        compare(misspelt, misspelt, str(file), keep=tmp_path)
     lacking = table.drop_columns(["stars"]).append_column("mood", table.column("text"))
     pq.write_table(lacking, file)
     with pytest.raises(InputError, match=r"rows\.parquet: no column 'stars'"):

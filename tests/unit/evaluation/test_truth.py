@@ -40,7 +40,7 @@ def test_labels_are_read_as_training_reads_them() -> None:
     for values in ([1, 2, None], [1.0, 2.0, float("nan")], ["1", " 2 ", " "]):
         found = truth(MOOD, {"label": values})
         assert found is not None
-        assert found.values["mood"] == ["1", "2", None] and list(found.known) == [True, True, False]
+        assert found.values["mood"] == ["1", "2", None] and found.known_rows == [True, True, False]
     coded = pa.array(["1", None]).dictionary_encode()
     assert truth(MOOD, {"mood": coded}).values["mood"] == ["1", None]  # type: ignore[union-attr]
 
@@ -79,7 +79,11 @@ def test_fields_are_read_from_columns_structs_and_json() -> None:
 
 def test_a_null_field_is_a_truth_where_others_are_known() -> None:
     found = truth(FACTS, {"facts_stars": [None, None], "facts_good": [True, None]})
-    assert found is not None and list(found.known) == [True, False]
+    assert found is not None and found.known_rows == [True, False]
+    # A null of a field that cannot be null says that nobody knows it.
+    found = truth(FACTS, {"facts_stars": [None, 3], "facts_good": [True, None]})
+    assert found is not None
+    assert found.known == {"stars": [True, True], "good": [True, False]}
 
 
 def test_a_column_that_prompts_read_is_no_truth_of_a_field() -> None:
