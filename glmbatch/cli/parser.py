@@ -16,6 +16,7 @@ from glmbatch.settings.job import JobConfig
 from glmbatch.settings.jobfile import read_value
 from glmbatch.settings.reading import MOST_REASON
 
+LOG = "log each stage to stderr"
 # Settings with a flag of their own in `run` and `plan`, and the name of the value in the help; None
 # shows the choices. `--set` takes all the others, so that the help fits on one screen.
 EVERYDAY: dict[str, str | None] = {
@@ -30,6 +31,25 @@ EVERYDAY: dict[str, str | None] = {
 }
 
 
+class _Command(argparse.ArgumentParser):
+    """The parser of one command, which takes its options in any place.
+
+    argparse's own would take `compare A B --set x=1 ROWS` for a comparison of A over B.
+    """
+
+    _is_inside = False
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """As argparse's, which is what reads options apart from the rest."""
+        if self._is_inside:
+            return super().parse_known_args(args, namespace)
+        self._is_inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_inside = False
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; the result names the command in `command`."""
     parser = argparse.ArgumentParser(
@@ -39,15 +59,20 @@ def make_parser() -> argparse.ArgumentParser:
         "rows, 130/143 interrupted (run again to resume).",
     )
     parser.add_argument("--version", action="version", version=f"glmbatch {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log each stage to stderr")
+    parser.add_argument("-v", "--verbose", action="store_true", help=LOG)
     commands = parser.add_subparsers(
-        title="commands", required=True, metavar="COMMAND", dest="command"
+        title="commands", required=True, metavar="COMMAND", dest="command", parser_class=_Command
     )
 
     def command(name: str, summary: str) -> argparse.ArgumentParser:
         # Abbreviations would break scripts when a later version adds a similar flag.
         sentence = f"{summary[0].upper()}{summary[1:]}."
-        return commands.add_parser(name, help=summary, description=sentence, allow_abbrev=False)
+        added = commands.add_parser(name, help=summary, description=sentence, allow_abbrev=False)
+        # Without a default, so that it does not undo the same flag in front of the command.
+        added.add_argument(
+            "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help=LOG
+        )
+        return added
 
     run = command("run", "answer every row and publish the answers")
     run.add_argument(
@@ -194,6 +219,12 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
         help="also say how many rows have labels that are right in this share (default: 0.95). "
         "Can be repeated.",
     )
+    command.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="also fit how often answers of each confidence are right, and write it to this file, "
+        "for the setting `calibration`",
+    )
     _add_checkpoint(command.add_argument_group("a checkpoint instead of a job"))
     _add_set(command)
     _add_json(command)
@@ -214,12 +245,6 @@ def _add_rows_settings(command: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder for the answers, so that the same rows are not asked again (default: "
         "evaluations in runtime.cache)",
-    )
-    command.add_argument(
-        "--calibrate",
-        metavar="FILE",
-        help="also fit how often answers of each confidence are right, and write it to this file, "
-        "for the setting `calibration`",
     )
     command.add_argument(
         "--text-column", dest="data.text_column", metavar="NAME", help="column with the text"

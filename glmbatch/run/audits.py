@@ -7,7 +7,7 @@ AuditError completes a sentence that begins with "nothing published:".
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from glmbatch.errors import AuditError
@@ -32,26 +32,31 @@ def check_complete(plan: Plan, outputs: Sequence[OutputReceipt]) -> None:
         raise AuditError(f"fragments without output: {missing[:5]}.")
 
 
-def check_errors(
+def check_errors(  # noqa: PLR0913 - what is known of the rows of a run, or of a plan
     plan: Plan,
     outputs: Sequence[OutputReceipt],
     max_error_rate: float,
     unchanged: Sequence[PublishedFile] = (),
+    *,
+    faulty_rows: int = 0,
+    faults: Mapping[str, int] | None = None,
 ) -> None:
     """AuditError when the share of failed rows is above `max_error_rate`.
 
     Rows of unreadable files count as failed, by estimate if their number is unknown. `unchanged`
-    are the files of unchanged sources, whose rows count too.
+    are the files of unchanged sources, whose rows count too. Before there are `outputs`, so many
+    `faulty_rows` are known to fail, for the reasons in `faults`.
     """
     unchanged_rows = sum(file.rows for file in unchanged)
     out_of_reach = _rows_out_of_reach(plan, unchanged_rows)
     rows = plan.rows + unchanged_rows + out_of_reach
-    failed = out_of_reach + sum(file.faulty_rows for file in unchanged)
+    failed = out_of_reach + faulty_rows + sum(file.faulty_rows for file in unchanged)
     for output in outputs:
         failed += output.faulty_rows if output.unusable is None else output.fragment.rows
     # Divided, not multiplied: in floating point 0.29 times 100 is less than 29.
     if rows and failed / rows > max_error_rate:
-        reasons = _most_frequent(outputs, receipts_of(unchanged), out_of_reach)
+        known = Counter(faults or {})
+        reasons = _most_frequent(outputs, receipts_of(unchanged), out_of_reach, known)
         # The number of rows is unknown if a footer cannot be read.
         estimated = "some " if any(fault.rows is None for fault in plan.unusable) else ""
         some = f"{failed} of {estimated}{rows} rows failed ({failed / rows:.1%})"
@@ -86,10 +91,13 @@ def _rows_out_of_reach(plan: Plan, unchanged_rows: int) -> int:
 
 
 def _most_frequent(
-    outputs: Sequence[OutputReceipt], unchanged: Sequence[AnswersReceipt], out_of_reach: int
+    outputs: Sequence[OutputReceipt],
+    unchanged: Sequence[AnswersReceipt],
+    out_of_reach: int,
+    known: Counter[str],
 ) -> str:
     """The three most frequent reasons with their numbers of rows, as text."""
-    faults: Counter[str] = Counter({UNREADABLE: out_of_reach})
+    faults = known + Counter({UNREADABLE: out_of_reach})
     for output in outputs:
         if output.unusable is not None:
             faults[UNREADABLE] += output.fragment.rows

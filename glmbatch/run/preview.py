@@ -77,7 +77,7 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
 
     `seconds` is the inference time, estimated from that of the published answers; None if a step to
     run has no published answers. `refused` says why a run would publish nothing, if too many rows
-    are in unusable files. `notes` are remarks on the prompts.
+    are in unusable files or have no prompt. `notes` are remarks on the prompts.
     """
 
     output: str
@@ -134,7 +134,7 @@ def preview(job: JobConfig) -> Preview:
         seconds=_estimate(steps, ledger),
         skipped=plan.skipped,
         unchanged_sources=len(plan.unchanged),
-        refused=_refusal(plan, job.max_error_rate, unchanged),
+        refused=_refusal(plan, job.max_error_rate, unchanged, counted),
         notes=prompt_notes(work.questions),
     )
 
@@ -160,9 +160,18 @@ def _unchanged_steps(sources: int, files: Sequence[PublishedFile]) -> Iterator[S
         )
 
 
-def _refusal(plan: Plan, max_error_rate: float, unchanged: Sequence[PublishedFile]) -> str | None:
+def _refusal(
+    plan: Plan, max_error_rate: float, unchanged: Sequence[PublishedFile], counted: _Counted
+) -> str | None:
     try:
-        check_errors(plan, [], max_error_rate, unchanged)
+        check_errors(
+            plan,
+            [],
+            max_error_rate,
+            unchanged,
+            faulty_rows=counted.faulty_rows,
+            faults=counted.faults,
+        )
     except AuditError as error:
         return str(error)
     return None
@@ -184,6 +193,9 @@ class _Counted:
         # By step key, because steps with the same question share answers.
         self._asked: dict[str, dict[bytes | None, AnswersPlace | None]] = defaultdict(dict)
         self._counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+        # Rows of which a step cannot be asked, each once, and why.
+        self.faulty_rows = 0
+        self.faults: Counter[str] = Counter()
         self._reasons: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
 
     def add(
@@ -197,6 +209,10 @@ class _Counted:
         for question in self._questions:
             place = None if question.name in committed else keys[question.name]
             answers[question.name] = self._add(fragment, question, answers, place)
+        faulty: set[int] = set()
+        for earlier in answers.values():
+            faulty.update(row for row, x in enumerate(earlier.values) if isinstance(x, RowFault))
+        self.faulty_rows += len(faulty)
 
     def _add(
         self,
@@ -223,6 +239,7 @@ class _Counted:
             if isinstance(prompt, RowFault):
                 self._counts[place]["skipped"] += 1
                 self._reasons[place][prompt.kind] += 1
+                self.faults[prompt.kind] += 1
                 continue
             asked = self._asked[question.key]
             # Known, or asked for an earlier row, fragment or step with the same text.

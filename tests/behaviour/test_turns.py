@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from glmbatch.errors import InputError
+from glmbatch.errors import AuditError, InputError
 from glmbatch.run.canary import freeze
 from glmbatch.run.preview import preview
 from glmbatch.run.table import annotate_table
@@ -53,6 +53,23 @@ def test_a_run_reads_earlier_turns(
     run(settings)
     assert column_of(tmp_path / "bare", "reply_prompt_tokens")[0] == lengths[0]
     assert column_of(tmp_path / "bare", "reply")[0] == rows[0]["reply"]
+
+
+def test_a_plan_says_if_too_many_rows_have_no_prompt(
+    write_source: Write, job_settings: Settings
+) -> None:
+    empty = [[["hi", None]]] * 3
+    write_source("a.parquet", {"text": ["a", "b", None, "d"], "talk": [*empty, []]})
+    settings = job_settings(steps=[{**ASK, **HISTORY}, {**CLASSIFY, "prompt_template": "{reply}"}])
+    planned = preview(JobConfig.model_validate(settings))
+    assert [(step.to_run, step.skipped) for step in planned.steps] == [(1, 3)] * 2
+    assert planned.refused is not None
+    assert planned.refused.startswith("3 of 4 rows failed (75.0%), max_error_rate allows 10.0%: ")
+    with pytest.raises(AuditError) as found:
+        run(settings)
+    assert planned.refused in str(found.value)
+    settings["max_error_rate"] = 0.75
+    assert preview(JobConfig.model_validate(settings)).refused is None
 
 
 def test_messages_end_with_the_question(job_settings: Settings) -> None:
