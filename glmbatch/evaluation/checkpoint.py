@@ -7,6 +7,7 @@ from typing import Any
 
 from glmbatch.errors import InputError
 from glmbatch.run.models import locate_model, prepare_model
+from glmbatch.run.work import Model
 from glmbatch.settings.job import GenerateStep, ModelConfig, RuntimeConfig
 from glmbatch.settings.tuning import LabelledData, TuneConfig
 from glmbatch.store.frames import WHERE
@@ -44,7 +45,6 @@ def job_of_checkpoint(
     if prompt_template is not None:
         settings = settings | {"prompt_template": prompt_template}
     step = step_of(settings, several=prepared.predicts == "labels")
-    asked = step.model_dump() | ({"number": True} if prepared.predicts == "number" else {})
     trained_on = settings["data"]
     if truth_column is None:
         writes = isinstance(step, GenerateStep)
@@ -53,7 +53,17 @@ def job_of_checkpoint(
     job = {
         "data": {"text_column": text_column or trained_on["text_column"]},
         "model": model,
-        "steps": [asked],
+        "steps": [step.model_dump() | _changes(prepared)],
         "runtime": {"device": device},
     }
     return job, {step.name: truth_column}
+
+
+def _changes(model: Model) -> dict[str, Any]:
+    """What the step of the training does not say about `model`."""
+    if model.predicts == "number":
+        return {"number": True}
+    if model.is_tfidf:  # it lies beside the checkpoint, but reads the whole text alone
+        asked = dict.fromkeys(("system_prompt", "chat", "max_input_tokens"))
+        return {"prompt_template": TEXT_ALONE, **asked}
+    return {}

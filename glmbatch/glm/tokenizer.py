@@ -12,7 +12,7 @@ from functools import lru_cache
 from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sentencepiece import SentencePieceProcessor
 
@@ -35,6 +35,19 @@ _TURN = r"(?:\[Round *\d+\]|[问答] *[：:])"
 _BEFORE_TURN = re.compile(rf"(?<!{_INVISIBLE}){_INVISIBLE}*+(?={_TURN})")
 
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+
+
+class Encoder(Protocol):
+    """What turns prompts into ids: a tokenizer, or the n-grams of a TF-IDF model."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+
+    def __hash__(self) -> int:
+        """By identity."""
+
+    def surely_exceeds(self, text: str, limit: int) -> bool:
+        """Whether `text` has more than `limit` ids, judged without encoding it."""
 
 
 class Tokenizer:

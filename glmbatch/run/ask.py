@@ -197,28 +197,29 @@ def _divided(began: float, seconds: float, outcomes: list[dict[bytes, Outcome]])
 def _outcomes(
     questions: Sequence[Question], rows: Iterable[RowPrompts], engine: Engine, session: Session
 ) -> Iterator[tuple[int, bytes, Outcome]]:
-    tokenizer = tokenizer_of(questions[0].model)
     step = questions[0].step
+    if isinstance(step, ClassifyStep):
+        label_sets = [_label_set(question, engine, session) for question in questions]
+        return ask_choices(label_sets, rows, engine)
+    tokenizer = tokenizer_of(questions[0].model)
     if isinstance(step, ExtractStep):
         prompts = {key: prompt for ((_, key, prompt),) in rows}
         answers = ask_extractions(step, prompts, engine, tokenizer)
         return ((0, *answer) for answer in answers)
-    if isinstance(step, GenerateStep):
-        written = []
-        for question in questions:
-            assert isinstance(question.step, GenerateStep)
-            written.append((question.step, question.chat))
-        return ask_writings(written, rows, engine, tokenizer)
-    label_sets = []
+    written = []
     for question in questions:
-        label_sets.append(_label_set(question, engine, session))
-    return ask_choices(label_sets, rows, engine)
+        assert isinstance(question.step, GenerateStep)
+        written.append((question.step, question.chat))
+    return ask_writings(written, rows, engine, tokenizer)
 
 
 def _label_set(question: Question, engine: Engine, session: Session) -> LabelSet:
     """The labels of a classify step, with their prior if they are compared with it."""
     assert isinstance(question.step, ClassifyStep)
-    labels = label_set(question.step, question.model.labels, tokenizer_of(question.model))
+    model = question.model
+    # A head has labels of its own, which are not encoded.
+    tokenizer = None if model.has_head else tokenizer_of(model)
+    labels = label_set(question.step, model.labels, tokenizer)
     if question.step.compare != "prior":
         return labels
     row = dict.fromkeys(placeholders(question.step.prompt_template), CONTENT_FREE)

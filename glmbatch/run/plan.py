@@ -20,9 +20,9 @@ from glmbatch.ledger.manifest import Manifest
 from glmbatch.ledger.rowkeys import answers_key, bundle_key, output_key, step_key
 from glmbatch.ledger.staying import mixture, staying
 from glmbatch.report.log import log_plan
+from glmbatch.run.checks.steps import as_trained, check_step
 from glmbatch.run.models import (
-    as_trained,
-    check_step,
+    check_headers,
     fitting_models,
     job_models,
     locate_model,
@@ -76,9 +76,7 @@ def check_job(job: JobConfig) -> None:
         if not elsewhere and job.runtime.cluster is None:
             located = locate_model(model, job.runtime)
             if run.plan.fragments:
-                from glmbatch.glm.checkpoint.load import read_checkpoint
-
-                read_checkpoint(located.path, located.adapter)
+                check_headers(located)
 
 
 def plan_run(job: JobConfig, *, digests: bool = True, others: Sequence[str] = ()) -> Run:

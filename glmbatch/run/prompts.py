@@ -16,7 +16,7 @@ from glmbatch.errors import UnusableFile
 from glmbatch.ledger.fragments import Fragment, read_fragment
 from glmbatch.ledger.known.answers import KnownAnswers
 from glmbatch.ledger.rowkeys import row_key
-from glmbatch.run.models import tokenizer_of
+from glmbatch.run.models import encoder_of
 from glmbatch.run.work import Question
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.conditions import parse_condition
@@ -238,7 +238,7 @@ def build_question_prompts(
     return build_prompts(
         question.step,
         rows,
-        tokenizer_of(question.model),
+        encoder_of(question.model),
         chat=question.chat,
         max_input_tokens=question.max_prompt_tokens,
         texts=question.inputs.texts,

@@ -46,6 +46,7 @@ class Model(BaseModel, frozen=True, extra="forbid"):
     and the dtype it computes in. `labels` are those of its trained head, empty without one. `stamp`
     is the state of its files when they were digested. `notes` are warnings that do not stop a run.
     `chats` is true if it was trained on chat rounds. `predicts` is what a trained head predicts.
+    `is_tfidf` is true for the exported baseline of a training, whose head is a logistic regression.
     """
 
     config: ModelConfig
@@ -59,6 +60,7 @@ class Model(BaseModel, frozen=True, extra="forbid"):
     chats: bool = True
     predicts: Predicts = "label"
     notes: tuple[str, ...] = ()
+    is_tfidf: bool = False
 
 
 class RunContext(BaseModel, frozen=True, extra="forbid"):

@@ -162,12 +162,13 @@ class LabelSet:
         return choice
 
 
-def label_set(step: ClassifyStep, head_labels: Sequence[str], tokenizer: Tokenizer) -> LabelSet:
+def label_set(
+    step: ClassifyStep, head_labels: Sequence[str], tokenizer: Tokenizer | None
+) -> LabelSet:
     """The labels that the engine scores for `step`.
 
-    A checkpoint with `head_labels` answers with its trained head, any other by the likelihood of
-    the step's labels, or of verdicts on them. InputError when labels have no tokens or the same
-    tokens.
+    A checkpoint with `head_labels` answers with its trained head; any other needs `tokenizer`, for
+    the likelihood of the step's labels or verdicts. InputError when two have the same or no tokens.
     """
     labels = head_labels or step.labels or ()
     thresholds = None
@@ -176,6 +177,7 @@ def label_set(step: ClassifyStep, head_labels: Sequence[str], tokenizer: Tokeniz
     least = {label: step.least_of(label) for label in labels}
     if head_labels:
         return LabelSet(labels, None, least, thresholds, number=step.number)
+    assert tokenizer is not None
     ids = encode_labels(scored_texts(step), tokenizer)
     return LabelSet(labels, ids, least, thresholds, step.compare == "mean")
 

@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 from itertools import takewhile
 from typing import Literal
 
-from glmbatch.glm.tokenizer import Tokenizer, chat_prompt, escape_turns
+from glmbatch.glm.tokenizer import Encoder, chat_prompt, escape_turns
 from glmbatch.settings.job import TEXT, ClassifyStep, ExtractStep, Step, placeholders
 from glmbatch.settings.steps.fields import instructions
 from glmbatch.settings.steps.step import ANSWER
@@ -112,7 +112,7 @@ def longest_prompt(step: Step, max_positions: int, answer_tokens: int) -> int:
 def build_prompts(  # noqa: PLR0913 - facts about model and data beside the rows
     step: Step,
     rows: Sequence[RowValues | NoPrompt],
-    tokenizer: Tokenizer,
+    tokenizer: Encoder,
     *,
     chat: bool,
     max_input_tokens: int,
@@ -205,7 +205,7 @@ def _examples(step: Step, chat: bool) -> list[tuple[str, str]]:
 
 
 @lru_cache(64)  # the same for all fragments of a step
-def _head_ids(head: str, tokenizer: Tokenizer) -> list[int]:
+def _head_ids(head: str, tokenizer: Encoder) -> list[int]:
     """The ids of `head`, the template before its first value, that no value can change."""
     # Tried with values of several kinds: ids that are the same for all of them always are.
     tried = tokenizer.encode([head + value for value in ("a", "B", "1", "好", "。", " ", "\n")])
@@ -250,7 +250,7 @@ def _shortened(
     texts: Sequence[str],
     limit: int,
     render: Callable[[_Row], str],
-    tokenizer: Tokenizer,
+    tokenizer: Encoder,
 ) -> Prompt | None:
     """The prompt within `limit` tokens: without the oldest rounds, or with less of the text too.
 
@@ -282,7 +282,7 @@ def _shortened(
 
 
 def _longest(
-    over: int, text_of: Callable[[int], str], limit: int, tokenizer: Tokenizer
+    over: int, text_of: Callable[[int], str], limit: int, tokenizer: Encoder
 ) -> tuple[int, Prompt | None]:
     """The greatest length below `over` whose text fits into `limit` tokens, and its prompt.
 

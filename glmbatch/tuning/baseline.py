@@ -1,16 +1,24 @@
 """The baseline without a language model: TF-IDF and logistic regression on the same split.
 
-Shapes: R rows, L labels.
+It is kept as a model that a job can use.
+
+Shapes: R rows, F n-grams, L labels.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from glmbatch.glm.tfidf.model import TfidfModel, Units, save_tfidf
+from glmbatch.run.models import PROMPT_FILE
+from glmbatch.store.files import writable
 from glmbatch.tuning.examples import Example, Part
 from glmbatch.tuning.scores import (
     Scores,
@@ -27,7 +35,9 @@ MOST_FEATURES = 200_000
 # C of 10 instead of 1: short texts with many features need less regularisation.
 REGULARISATION = 10.0
 EVEN = 0.5  # from this probability on, a label applies
-WAYS: Mapping[str, dict[str, Any]] = {
+# The logit of a label that all training rows have: its probability is 1, to 17 digits.
+SURE = 40.0
+WAYS: Mapping[Units, dict[str, Any]] = {
     "words": {"analyzer": "word", "ngram_range": (1, 2), "min_df": 1},
     # For languages without spaces. A character n-gram that occurs in only one text is noise.
     "characters": {"analyzer": "char", "ngram_range": (1, 3), "min_df": 2},
@@ -38,11 +48,15 @@ Guess = str | list[str]
 
 
 class Baseline(NamedTuple):
-    """The name of a baseline, its test scores, and its answer to each test row."""
+    """The name of a baseline, its test scores, and its answer to each test row.
+
+    `model` is None if it is the most frequent label.
+    """
 
     name: str
     scores: Scores | SelectionScores
     answers: list[Guess]
+    model: TfidfModel | None = None
 
 
 def score_baseline(parts: Mapping[Part, Sequence[Example]], labels: Sequence[str]) -> Baseline:
@@ -53,14 +67,14 @@ def score_baseline(parts: Mapping[Part, Sequence[Example]], labels: Sequence[str
     """
     parts = {**parts, "train": parts["train"][:MOST_ROWS]}
     several = parts["train"][0].several is not None
-    probabilities_of = _of_each if several else _of_one
+    fit = _fit_each if several else _fit_one
     best_measured = -1.0
     best: Baseline | None = None
-    for name, way in WAYS.items():
-        answers = _answers(parts, labels, way, probabilities_of)
-        if answers is None:
+    for name in WAYS:
+        fitted = _fitted(parts, labels, name, fit)
+        if fitted is None:
             continue
-        valid, test = answers
+        model, (valid, test) = fitted
         scores = _score(parts["valid"], valid, labels)
         measured = scores.accuracy if isinstance(scores, Scores) else scores.micro_f1
         if measured > best_measured:
@@ -69,6 +83,7 @@ def score_baseline(parts: Mapping[Part, Sequence[Example]], labels: Sequence[str
                 f"TF-IDF of {name} and logistic regression",
                 _score(parts["test"], test, labels),
                 _guesses(test, labels, several=several),
+                model,
             )
     if best is not None:
         return best
@@ -78,12 +93,29 @@ def score_baseline(parts: Mapping[Part, Sequence[Example]], labels: Sequence[str
         counts.update(example.names)
     guess = max(labels, key=counts.__getitem__)
     truth = [example.names for example in parts["test"]]
-    name = "the most frequent label"
+    most_frequent = "the most frequent label"
     if several:
         selected = [[guess]] * len(truth)
-        return Baseline(name, score_selections(truth, selected, labels), [*selected])
+        return Baseline(most_frequent, score_selections(truth, selected, labels), [*selected])
     guesses = [guess] * len(truth)
-    return Baseline(name, score(_labels(parts["test"]), guesses, labels), [*guesses])
+    return Baseline(most_frequent, score(_labels(parts["test"]), guesses, labels), [*guesses])
+
+
+def keep_baseline(baseline: Baseline | None, folder: Path) -> str | None:
+    """Write the model of `baseline` as `folder`, for jobs; returns its path, None without a model.
+
+    Replaces the one of a killed evaluation.
+    """
+    with writable(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        if baseline is None or baseline.model is None:
+            return None
+        folder.mkdir(parents=True)
+        save_tfidf(baseline.model, folder)
+        # As a checkpoint records what its training asked: the text alone.
+        asked = {"prompt_template": "{text}", "system_prompt": None, "chat": False}
+        (folder / PROMPT_FILE).write_text(json.dumps(asked, indent=1), encoding="utf-8")
+    return str(folder)
 
 
 def same_for_all(scores: Scores | SelectionScores, metric: str) -> Guess:
@@ -106,31 +138,55 @@ def same_for_all(scores: Scores | SelectionScores, metric: str) -> Guess:
     return best[0]
 
 
-# Gives the probabilities of labels in other rows, from the features and labels of training rows.
-Method = Callable[[Any, Sequence[Example], Sequence[str], Sequence[Any]], list[np.ndarray]]
+class Regression(NamedTuple):
+    """A logistic regression as numbers: a weight for each n-gram and label, and a bias."""
+
+    weights_FL: np.ndarray
+    bias_L: np.ndarray
 
 
-def _answers(
-    parts: Mapping[Part, Sequence[Example]],
-    labels: Sequence[str],
-    way: Mapping[str, Any],
-    probabilities_of: Method,
-) -> list[np.ndarray] | None:
-    """The probabilities of `labels` in the validation and test rows; None without a feature."""
+# From the features and labels of training rows: the regression, and the probabilities of `labels`
+# in other rows.
+Method = Callable[
+    [Any, Sequence[Example], Sequence[str], Sequence[Any]], tuple[Regression, list[np.ndarray]]
+]
+
+
+def _fitted(
+    parts: Mapping[Part, Sequence[Example]], labels: Sequence[str], units: Units, fit: Method
+) -> tuple[TfidfModel, list[np.ndarray]] | None:
+    """The model, and its probabilities in the validation and test rows; None without a feature."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
+    way = WAYS[units]
     vectorizer = TfidfVectorizer(sublinear_tf=True, max_features=MOST_FEATURES, **way)
     try:
         features = vectorizer.fit_transform(_texts(parts["train"]))
     except ValueError:  # an empty vocabulary: no word, or no character in two texts
         return None
     others = [vectorizer.transform(_texts(parts[part])) for part in ("valid", "test")]
-    return probabilities_of(features, parts["train"], labels, others)
+    regression, answers = fit(features, parts["train"], labels, others)
+    model = TfidfModel(
+        units=units,
+        lengths=way["ngram_range"],
+        vocabulary=vectorizer.get_feature_names_out().tolist(),
+        labels=tuple(labels),
+        predicts="label" if parts["train"][0].several is None else "labels",
+        idf_F=vectorizer.idf_,
+        weights_FL=regression.weights_FL,
+        bias_L=regression.bias_L,
+    )
+    return model, answers
 
 
-def _of_one(
+def _no_regression(features: Any, labels: Sequence[str]) -> Regression:
+    """One in which no label ever applies."""
+    return Regression(np.zeros((features.shape[1], len(labels))), np.full(len(labels), -SURE))
+
+
+def _fit_one(
     features: Any, train: Sequence[Example], labels: Sequence[str], others: Sequence[Any]
-) -> list[np.ndarray]:
+) -> tuple[Regression, list[np.ndarray]]:
     classifier = _regression().fit(features, _labels(train))
     # Labels that training lacks have none.
     places = [labels.index(str(label)) for label in classifier.classes_]
@@ -139,23 +195,35 @@ def _of_one(
         probabilities_RL = np.zeros((other.shape[0], len(labels)))
         probabilities_RL[:, places] = classifier.predict_proba(other)
         answers.append(probabilities_RL)
-    return answers
+    regression = _no_regression(features, labels)
+    weights, bias = classifier.coef_.T, classifier.intercept_
+    if len(places) == 2:  # scikit-learn keeps the logit of the second; the first has 0
+        regression.weights_FL[:, places[0]] = 0
+        regression.bias_L[places[0]] = 0
+        places = places[1:]
+    regression.weights_FL[:, places] = weights
+    regression.bias_L[places] = bias
+    return regression, answers
 
 
-def _of_each(
+def _fit_each(
     features: Any, train: Sequence[Example], labels: Sequence[str], others: Sequence[Any]
-) -> list[np.ndarray]:
+) -> tuple[Regression, list[np.ndarray]]:
     answers = [np.zeros((other.shape[0], len(labels))) for other in others]
+    regression = _no_regression(features, labels)
     for place, label in enumerate(labels):
         applies_R = np.array([label in example.names for example in train])
         if applies_R.all():  # nothing to tell apart
+            regression.bias_L[place] = SURE
             for answer_RL in answers:
                 answer_RL[:, place] = 1
         elif applies_R.any():
             classifier = _regression().fit(features, applies_R)
+            regression.weights_FL[:, place] = classifier.coef_[0]
+            regression.bias_L[place] = classifier.intercept_[0]
             for answer_RL, other in zip(answers, others, strict=True):
                 answer_RL[:, place] = classifier.predict_proba(other)[:, 1]
-    return answers
+    return regression, answers
 
 
 def _regression() -> Any:

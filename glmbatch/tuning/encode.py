@@ -12,7 +12,8 @@ import numpy as np
 
 from glmbatch.errors import InputError
 from glmbatch.glm.tokenizer import Tokenizer
-from glmbatch.run.models import locate_model, prepare_model, trained_prompt
+from glmbatch.run.checks.steps import trained_prompt
+from glmbatch.run.models import locate_model, prepare_model
 from glmbatch.settings.job import ClassifyStep, GenerateStep
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.steps.prompt import Prompt, RowFault, build_prompts

@@ -29,10 +29,11 @@ from glmbatch.settings.job import (
     RuntimeConfig,
 )
 from glmbatch.settings.tuning import TuneConfig
-from glmbatch.tuning.baseline import Baseline, same_for_all, score_baseline
+from glmbatch.tuning.baseline import Baseline, keep_baseline, same_for_all, score_baseline
 from glmbatch.tuning.encode import STEP, question_of, step_of, with_prompt
 from glmbatch.tuning.examples import Example, text_keys
 from glmbatch.tuning.report import (
+    BASELINE,
     CHECKPOINT,
     LEARNED,
     REPORT,
@@ -116,6 +117,7 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
         mistakes=tuple(_shown(ours.mistakes, by_pair=isinstance(step, ClassifyStep))),
         baseline_name="none" if baseline is None else baseline.name,
         baseline=None if baseline is None else baseline.scores,
+        baseline_model=keep_baseline(baseline, run / BASELINE),
         current=None if answered is None else answered.scores,
         compared_with=None if current is None else current.name,
         untrained=None if untrained is None else untrained.scores,

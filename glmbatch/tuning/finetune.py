@@ -7,6 +7,7 @@
 
     OUTPUT/runs/<id>/checkpoint/   the new checkpoint, in the published layout
     OUTPUT/runs/<id>/adapter/      with LoRA: the adapter that was merged into it
+    OUTPUT/runs/<id>/baseline/     TF-IDF as a model that a job can use instead
     OUTPUT/runs/<id>/report.html   for people; report.json and the model card have the same facts
     OUTPUT/runs/<id>/trainer/      what a killed training resumes from
     OUTPUT/current -> runs/<id>    the promoted run; jobs use OUTPUT/current/checkpoint
@@ -88,7 +89,7 @@ def begin(config: TuneConfig) -> str:
 
 
 def _folder(config: TuneConfig, labelled: Labelled) -> Path:
-    base = prepare_model(locate_model(config.model, config.runtime)).identity
+    base = _checked_base(config)
     settings = config.model_dump(mode="json", exclude=UNIDENTIFIED)
     # So that trainings keep their ids from before these settings existed.
     if config.chat is None:
@@ -97,6 +98,17 @@ def _folder(config: TuneConfig, labelled: Labelled) -> Path:
         del settings["training"]["lora_targets"]
     facts = json.dumps([settings, dict(labelled.audit.files), base], sort_keys=True)
     return Path(config.output) / RUNS / hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def _checked_base(config: TuneConfig) -> str:
+    """The identity of the model to train. InputError if it cannot be trained."""
+    base = prepare_model(locate_model(config.model, config.runtime))
+    if base.is_tfidf:
+        raise InputError(
+            f"{config.model.path}: is TF-IDF, which cannot be trained further. Set model to a "
+            "checkpoint."
+        )
+    return base.identity
 
 
 def preview(config: TuneConfig) -> TrainingPlan:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from glmbatch.errors import some_of
+from glmbatch.errors import counted, some_of
 from glmbatch.store.files import writable
 from glmbatch.tuning.report import CURRENT, REPORT, RUNS, Comparison, Report
 from glmbatch.tuning.scores import Scores, SelectionScores
@@ -66,6 +66,7 @@ def decide(report: Report, must_beat: Collection[str], least_rows: int) -> Repor
         reason += f"; better than {' and '.join(beaten)}"
     if unbeaten:
         reason += f"; not surely better than {' and '.join(unbeaten)}, as it must be"
+    reason += _advice(report, compared)
     if refused:
         reason += f"; {refused}"
     return report.model_copy(
@@ -75,6 +76,17 @@ def decide(report: Report, must_beat: Collection[str], least_rows: int) -> Repor
             "reason": reason,
         }
     )
+
+
+def _advice(report: Report, compared: Collection[Comparison]) -> str:
+    """That a job can use the baseline, if it is what the run had to beat and did not."""
+    for each in compared:
+        if each.rival == "baseline" and each.needed and not each.test.is_better:
+            rows = counted(report.audit.parts["train"], "training row")
+            if report.baseline_model is not None:
+                better = "is the better choice" if each.test.difference < 0 else "is as good"
+                return f"; TF-IDF {better} with {rows}: set model: {report.baseline_model}"
+    return ""
 
 
 def _is_needed(comparison: Comparison, report: Report, must_beat: Collection[str]) -> bool:

@@ -147,6 +147,8 @@ def describe(report: Report) -> str:
         f"report: {Path(report.checkpoint).parent / PAGE}",
         f"checkpoint: {report.checkpoint}",
     ]
+    if report.baseline_model is not None:
+        lines.append(f"baseline as a model: {report.baseline_model}")
     return "\n".join(lines)
 
 

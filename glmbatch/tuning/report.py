@@ -21,6 +21,7 @@ RUNS = "runs"
 CURRENT = "current"
 CHECKPOINT = "checkpoint"
 ADAPTER = "adapter"
+BASELINE = "baseline"
 TRAINER = "trainer"
 TRAINED = "trained.json"
 PROGRESS = "progress.json"  # in TRAINER: how many steps are taken
@@ -107,10 +108,11 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
 class Report(BaseModel, frozen=True, extra="forbid"):
     """The report of a training run.
 
-    `baseline` exists only for classifiers. `current` has the scores of the previously promoted
-    checkpoint, of the run `compared_with`, on the same rows. `untrained` has those of the model
-    before the training; without them, `untrained_note` says why. `comparisons` decide; reports of
-    earlier versions have none. `reason` explains `promoted`.
+    `baseline` exists only for classifiers; jobs find it in the folder `baseline_model`. `current`
+    has the scores of the previously promoted checkpoint, of the run `compared_with`, on the same
+    rows. `untrained` has those of the model before the training; without them, `untrained_note`
+    says why. `comparisons` decide; reports of earlier versions have none. `reason` explains
+    `promoted`.
     """
 
     run: str
@@ -124,6 +126,7 @@ class Report(BaseModel, frozen=True, extra="forbid"):
     mistakes: tuple[Mistake, ...]
     baseline_name: str
     baseline: Scores | SelectionScores | None
+    baseline_model: str | None = None
     current: AnyScores | None
     compared_with: str | None
     untrained: AnyScores | None = None

@@ -19,6 +19,7 @@ from glmbatch.glm.checkpoint.load import (
     inspect_checkpoint,
 )
 from glmbatch.glm.device import DTYPE_BYTES
+from glmbatch.glm.tfidf.model import TfidfModel, digest_tfidf, is_tfidf, load_tfidf
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 # One is a special token: spelled out in a text, it must be encoded as text.
@@ -39,6 +40,7 @@ class Diagnosis:
 
     If the checkpoint cannot run, `checkpoint` is None and `problems` has the reasons. A digest that
     was not computed is None. `sample_ids` has the token ids of a few texts.
+    `tfidf` is the exported baseline of a training, which is no checkpoint.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class Diagnosis:
     tokenizer_digest: str | None
     sample_ids: tuple[tuple[str, tuple[int, ...]], ...]
     problems: tuple[str, ...]
+    tfidf: TfidfModel | None = None
 
     @property
     def memory(self) -> dict[str, Memory]:
@@ -70,6 +73,8 @@ def examine(
     of any size; `digests` read every byte, which takes about a second per gigabyte.
     """
     directory = Path(path)
+    if is_tfidf(directory):
+        return _examine_tfidf(directory, digests=digests)
     problems: list[str] = []
     checkpoint: Checkpoint | None = None
     tokenizer: Tokenizer | None = None
@@ -101,6 +106,15 @@ def examine(
     )
 
 
+def _examine_tfidf(directory: Path, *, digests: bool) -> Diagnosis:
+    try:
+        tfidf = load_tfidf(directory)
+        digest = digest_tfidf(directory) if digests else None
+    except GlmbatchError as error:
+        return Diagnosis(directory, None, None, None, (), (str(error),))
+    return Diagnosis(directory, None, digest, None, (), (), tfidf)
+
+
 def _sample(tokenizer: Tokenizer) -> tuple[tuple[str, tuple[int, ...]], ...]:
     encoded = tokenizer.encode(_SAMPLES)
     return tuple((text, tuple(ids)) for text, ids in zip(_SAMPLES, encoded, strict=True))
@@ -124,6 +138,8 @@ def _lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield _line("problem", problem)
     if diagnosis.checkpoint:
         yield from _facts(diagnosis.checkpoint)
+    if diagnosis.tfidf:
+        yield from _tfidf_facts(diagnosis.tfidf)
     for dtype, memory in diagnosis.memory.items():
         weights = f"{memory.weights / 2**30:.2f} GiB of weights"
         per_token = f"{memory.per_token / 2**10:g} KiB of KV cache per token"
@@ -134,6 +150,13 @@ def _lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield _line("tokenizer", f"sha256 {diagnosis.tokenizer_digest}")
     for text, ids in diagnosis.sample_ids:
         yield _line("ids", f"{text} -> {', '.join(map(str, ids))}")
+
+
+def _tfidf_facts(model: TfidfModel) -> Iterator[str]:
+    yield _line("kind", model.kind)
+    yield _line("labels", ", ".join(model.labels))
+    grams = f"{len(model.vocabulary):,} n-grams of {model.lengths[0]} to {model.lengths[1]}"
+    yield _line("model", f"{model.parameters:,} parameters: {grams} {model.units}")
 
 
 def _facts(checkpoint: Checkpoint) -> Iterator[str]:

@@ -8,6 +8,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from glmbatch.glm.engine.protocol import ClassifyRequest, Engine, GenerateRequest
+from glmbatch.glm.tfidf.engine import TfidfEngine
+from glmbatch.glm.tfidf.model import is_tfidf, load_tfidf
 
 if TYPE_CHECKING:  # not at run time, so that the model also runs without pydantic
     from glmbatch.glm.engine.worker import TorchEngine
@@ -49,6 +51,8 @@ def load_engine(
     Raises InputError if the checkpoint is invalid, TransientError if the machine fails, DeviceLost
     if a GPU failed before in this process.
     """
+    if is_tfidf(model.path):
+        return TfidfEngine(load_tfidf(model.path))
     from glmbatch.glm.device import resolve_device, resolve_dtype
 
     device = resolve_device(runtime.device)

@@ -185,7 +185,7 @@ def test_the_baseline_learns_each_label(tmp_path: Path, write_source: Write) -> 
     rows["label"] = [[*labels, "always"] for labels in rows["label"]]
     write_source("a.parquet", rows)
     labelled = read_labelled(LabelledData(input=str(tmp_path / "in")))
-    name, scores, answers = score_baseline(labelled.parts, labelled.labels)
+    name, scores, answers, _ = score_baseline(labelled.parts, labelled.labels)
     assert all("always" in answer for answer in answers)
     assert name.startswith("TF-IDF")
     assert scores.micro_f1 > 0.9  # type: ignore[union-attr]

@@ -1,0 +1,149 @@
+"""Whether a checked model can answer a step, and what the step takes from its training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from glmbatch.errors import InputError, some_of
+from glmbatch.glm.checkpoint.config_check import Predicts
+from glmbatch.run.models import PROMPT_FILE, describe_model, tokenizer_of
+from glmbatch.run.work import Model
+from glmbatch.settings.job import (
+    AnyStep,
+    ClassifyStep,
+    ExtractStep,
+    GenerateStep,
+    Step,
+    placeholders,
+)
+from glmbatch.steps.extract import form_of
+from glmbatch.steps.prompt import uses_chat
+
+
+def check_step(step: Step, model: Model) -> None:
+    """InputError when `model` cannot answer `step`."""
+    where = f"step {step.name!r}: the checkpoint {describe_model(model.config)}"
+    if model.is_tfidf and step.max_input_tokens is not None:
+        raise InputError(
+            f"{where} is TF-IDF, which reads texts of any length. Leave max_input_tokens out."
+        )
+    if model.has_head and step.examples is not None:
+        raise InputError(f"{where} has a trained head, which reads no examples. Unset examples.")
+    if step.history_column and not uses_chat(step, has_head=model.has_head, chats=model.chats):
+        raise InputError(f"{where} is asked without the chat form. Unset history_column.")
+    if isinstance(step, GenerateStep):
+        _check_writer(where, model, step.max_tokens)
+    elif isinstance(step, ExtractStep):
+        _check_writer(where, model, form_of(step, tokenizer_of(model)).longest)
+    elif isinstance(step, ClassifyStep):
+        _check_classifier(where, step, model)
+
+
+def _check_writer(where: str, model: Model, answer_tokens: int) -> None:
+    if model.has_head:
+        raise InputError(
+            f"{where} has a classification head and cannot generate. Set the step's model."
+        )
+    if answer_tokens >= model.max_positions:
+        raise InputError(
+            f"{where} has {model.max_positions} positions, none left for a prompt. Set max_tokens."
+        )
+
+
+def _check_classifier(where: str, step: ClassifyStep, model: Model) -> None:
+    if not model.has_head:
+        if step.number:
+            raise InputError(f"{where} has no trained head to predict a number. Set its model.")
+        if step.labels is None:
+            raise InputError(f"{where} has no trained head. Set the step's labels.")
+        return
+    _check_predicts(where, step, model)
+    if step.compare != "sum":
+        raise InputError(f"{where} has a head, whose labels have no length. Leave compare out.")
+    if step.verdicts is not None:
+        raise InputError(f"{where} has a head, which gives no verdicts. Leave verdicts out.")
+    _check_trained_prompt(where, step, model)
+    for setting, given in (("threshold", step.threshold), ("abstain_below", step.abstain_below)):
+        unknown = sorted(given.keys() - set(model.labels)) if isinstance(given, dict) else []
+        if unknown:
+            raise InputError(
+                f"{where} was trained for {some_of(model.labels)}, not {some_of(unknown)}. "
+                f"Set the step's {setting}."
+            )
+    if step.labels is not None and sorted(step.labels) != sorted(model.labels):
+        advice = "Set the step's labels"
+        if model.config.adapter:
+            advice += f", or name them with id2label in {model.config.adapter}/config.json"
+        raise InputError(
+            f"{where} was trained for {some_of(model.labels)}, not {some_of(step.labels)}. "
+            f"{advice}."
+        )
+
+
+def _check_predicts(where: str, step: ClassifyStep, model: Model) -> None:
+    """InputError when the step wants another kind of answer than the head gives."""
+    setting = "number" if step.number else "multiple" if step.multiple else None
+    wanted: Predicts = "number" if step.number else "labels" if step.multiple else "label"
+    if wanted == model.predicts:
+        return
+    if model.predicts == "label":
+        raise InputError(
+            f"{where} has a head that was trained to choose one label. Leave {setting} out, or set "
+            "the step's model."
+        )
+    does, right = {
+        "labels": ("judges each label by itself", "multiple"),
+        "number": ("predicts a number", "number"),
+    }[model.predicts]
+    instead = f" instead of {setting}" if setting else ""
+    raise InputError(f"{where} has a head that {does}. Set {right}: true{instead}.")
+
+
+def trained_prompt(model: Model) -> dict[str, Any] | None:
+    """The prompt that a head was trained with by `glmbatch train`; else None."""
+    for folder in (model.config.adapter, model.config.path):
+        file = None if folder is None else Path(folder) / PROMPT_FILE
+        if model.has_head and file is not None and file.is_file():
+            recorded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return recorded
+    return None
+
+
+def as_trained(step: AnyStep, model: Model) -> AnyStep:
+    """`step` with the prompt that its head was trained with, where the step sets none."""
+    trained = trained_prompt(model) if isinstance(step, ClassifyStep) else None
+    if trained is None:
+        return step
+    taken = {}
+    if step.prompt_template == ClassifyStep.model_fields["prompt_template"].default:
+        taken["prompt_template"] = trained["prompt_template"]
+        if step.system_prompt is None:
+            taken["system_prompt"] = trained["system_prompt"]
+    if step.chat is None and "chat" in trained:
+        taken["chat"] = trained["chat"]
+    return step.model_copy(update=taken)
+
+
+def _check_trained_prompt(where: str, step: ClassifyStep, model: Model) -> None:
+    """InputError when the step's prompt is not the one that the head was trained with."""
+    trained = trained_prompt(model)
+    if trained is None:
+        return
+    template = step.prompt_template
+    names = placeholders(template)
+    if len(names) == 1:  # training calls its only placeholder {text}
+        template = template.replace(f"{{{names[0]}}}", "{text}")
+    asked: dict[str, str | bool | None] = {
+        "prompt_template": template,
+        "system_prompt": step.system_prompt,
+    }
+    if "chat" in trained:
+        asked["chat"] = step.chat
+    for setting, value in asked.items():
+        if value != trained[setting]:
+            raise InputError(
+                f"{where} was trained with the {setting} {trained[setting]!r}. "
+                f"Set the step's {setting}."
+            )
