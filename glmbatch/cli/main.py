@@ -246,7 +246,7 @@ def _view(parsed: argparse.Namespace) -> int:
         raise InputError(
             f"view: {error.name} is not installed. Run pip install 'glmbatch[view]'."
         ) from error
-    view(parsed.output, parsed.beside, parsed.corrections, parsed.port)
+    view(parsed.output, parsed.beside, parsed.corrections, parsed.cache, parsed.port)
     return DONE
 
 

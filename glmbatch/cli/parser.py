@@ -178,7 +178,12 @@ def _add_view(command: argparse.ArgumentParser) -> None:
         "--corrections",
         metavar="FOLDER",
         help="where corrections are kept, as rows for train and evaluate "
-        "(default: OUTPUT-corrections)",
+        "(default: OUTPUT-corrections; in the current folder for an output in a store)",
+    )
+    command.add_argument(
+        "--cache",
+        metavar="FOLDER",
+        help="where the files of an output in a store are fetched to (default: ~/.cache/glmbatch)",
     )
     command.add_argument(
         "--port", type=int, default=0, help="port on this machine (default: any free one)"

@@ -1,8 +1,9 @@
 """Fetch a folder from a store into a local directory, once for all processes of this machine.
 
-A single file can be fetched for one process too.
+A single file can be fetched for one process too, and the published files of an output.
 
     CACHE/<name>-<digest of names, sizes and ETags>/    each file appears by one rename
+    CACHE/<name>-<digest of address>/<digest>/<file>    a published file
 
 If the folder changes in its store, it gets a new directory. Files that a killed process fetched
 completely are kept. The cache may be deleted; its files are then fetched again. Knows nothing of
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,7 +23,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from glmbatch.errors import InputError, TransientError
-from glmbatch.store.files import PARTIAL, sync
+from glmbatch.store.files import PARTIAL, digest_file, sync
+from glmbatch.store.folder import side_by_side
 from glmbatch.store.locks import exclusive
 from glmbatch.store.paths import AnyPath, ObjectPath, location, version_of
 
@@ -77,6 +79,36 @@ def snapshot_of(address: str, cache: str, patterns: Sequence[str]) -> Snapshot |
     return Snapshot(Path(cache).expanduser() / f"{folder.name}-{digest[:16]}", files)
 
 
+def fetch_published(folder: ObjectPath, digests: Mapping[str, str], cache: str) -> Path:
+    """The local directory with a folder's files by name and SHA-256; fetches those it lacks.
+
+    Each file is at `copied_name` in it. Others are deleted: they belong to an earlier version.
+    TransientError when an object has changed, InputError when the cache cannot be written.
+    """
+    address = sha256(str(folder).encode()).hexdigest()[:16]
+    directory = Path(cache).expanduser() / f"{folder.name}-{address}"
+    wanted = {copied_name(name, digest): name for name, digest in digests.items()}
+
+    def fetch(copied: str) -> None:
+        path = directory / copied
+        path.parent.mkdir(parents=True, exist_ok=True)
+        name = wanted[copied]
+        _fetch(folder / name, path, lambda partial: digest_file(partial) == digests[name])
+
+    with _held(directory):
+        there = {path.relative_to(directory).as_posix() for path in directory.rglob("*.parquet")}
+        for copied in there - wanted.keys():
+            (directory / copied).unlink()
+        for _ in side_by_side(folder, fetch, sorted(wanted.keys() - there)):
+            pass
+    return directory
+
+
+def copied_name(name: str, digest: str) -> str:
+    """Where `fetch_published` puts the file `name` with this digest."""
+    return f"{digest[:16]}/{name}"
+
+
 def open_copy(path: AnyPath) -> int:
     """A descriptor for reading a file; for an object, of a copy that is gone when it is closed."""
     if isinstance(path, Path):
@@ -87,16 +119,24 @@ def open_copy(path: AnyPath) -> int:
 
 
 def _download(file: SnapshotFile, target: Path) -> None:
+    def is_same(partial: Path) -> bool:
+        same_size = partial.stat().st_size == file.size_bytes
+        return same_size and version_of(file.path.info()) == file.version
+
+    _fetch(file.path, target, is_same)
+
+
+def _fetch(source: ObjectPath, target: Path, is_same: Callable[[Path], bool]) -> None:
+    """Fetch an object to `target`, by one rename, if the fetched bytes are those expected."""
     partial = target.with_name(f".{target.name}{PARTIAL}")
     try:
-        file.path.download(partial)
+        source.download(partial)
         # Checked after the download, so that a change during it is detected.
-        same_size = partial.stat().st_size == file.size_bytes
-        same = same_size and version_of(file.path.info()) == file.version
+        same = is_same(partial)
     except FileNotFoundError:
         same = False
     if not same:
-        raise TransientError(f"{file.path}: was changed while it was fetched.")
+        raise TransientError(f"{source}: was changed while it was fetched.")
     sync(partial)
     os.replace(partial, target)
 

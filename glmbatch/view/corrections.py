@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from glmbatch.errors import InputError
 from glmbatch.settings.columns import Columns
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import committed, real_path, stamp_if_any, writable
+from glmbatch.store.folder import Folder
 from glmbatch.store.locks import exclusive
 from glmbatch.store.modes import narrow
 from glmbatch.store.parquet import open_parquet, write_table
+from glmbatch.store.paths import AnyPath
 from glmbatch.view.published import Published, ViewedStep
 
 FILE = "corrections.parquet"
@@ -50,12 +52,28 @@ class Corrections:
         truths = zip(keys, table.column(step.name).to_pylist(), strict=True)
         return {key: truth for key, truth in truths if key is not None and truth is not None}
 
-    def keep(
-        self, published: Published, file: int, row: int, step: ViewedStep, truth: object
+    def said_of(self, step: ViewedStep, columns: Sequence[str]) -> pa.Table | None:
+        """The keys of `step` and these columns of the rows that have a truth; None without them."""
+        with self._lock:
+            table = self._read()
+        names = [Columns(step.name).key, *columns]
+        if table is None or not {step.name, *names} <= set(table.column_names):
+            return None
+        return table.filter(table.column(step.name).is_valid()).select(names)
+
+    def keep(  # noqa: PLR0913, PLR0917 - a row, and what is said of it
+        self,
+        published: Published,
+        file: int,
+        row: int,
+        step: ViewedStep,
+        truth: object,
+        known_as: Collection[bytes] = (),
     ) -> None:
         """Keep what is right for `step` in a published row; None withdraws it.
 
-        InputError if `truth` cannot be an answer, or the row has no key.
+        `known_as` are the row's keys in earlier versions. InputError if `truth` cannot be an
+        answer, or the row has no key.
         """
         if truth is not None:
             check_truth(step, truth)
@@ -68,7 +86,7 @@ class Corrections:
             with writable(self.file):
                 self.file.parent.mkdir(parents=True, exist_ok=True)
             with exclusive(self.file.with_name(".lock")):
-                table = _changed(self._read(), labelled, step, keys, truth)
+                table = _changed(self._read(), labelled, step, keys, truth, known_as)
                 self._write(table, published.path_of(file))
 
     def _read(self) -> pa.Table | None:
@@ -89,15 +107,35 @@ class Corrections:
             narrow(partial, [source, self.file])
 
 
-def corrections_folder(output: Path, given: str | None) -> Path:
-    """Where the corrections of `output` are kept. InputError if that is inside the output."""
-    folder = Path(given) if given is not None else output.with_name(f"{output.name}-corrections")
-    if real_path(folder).is_relative_to(real_path(output)):
+def corrections_folder(output: AnyPath, given: str | None) -> Path:
+    """Where the corrections of `output` are kept, on this machine: beside it, or as given.
+
+    For an output in a store, it is in the current folder. InputError if it is inside the output, or
+    in a store.
+    """
+    name = f"{output.name}-corrections"
+    if given is not None:
+        chosen = Folder(given).local
+        if chosen is None:
+            raise InputError(f"{given}: is in a store. Set --corrections to a local folder.")
+        folder = chosen
+    else:
+        folder = output.with_name(name) if isinstance(output, Path) else Path(name)
+    if isinstance(output, Path) and real_path(folder).is_relative_to(real_path(output)):
         raise InputError(
             f"{folder}: is inside the output, where it would be read as answers. "
             "Set --corrections to another folder."
         )
     return folder.absolute()
+
+
+def can_answer(step: ViewedStep, truth: object) -> bool:
+    """Whether `truth` is something that `step` could have answered."""
+    try:
+        check_truth(step, truth)
+    except InputError:
+        return False
+    return True
 
 
 def check_truth(step: ViewedStep, truth: object) -> None:
@@ -138,12 +176,13 @@ def _labelled(published: Published, row: pa.Table, step: ViewedStep, truth: obje
     return labelled
 
 
-def _changed(
+def _changed(  # noqa: PLR0913, PLR0917 - a row, and what is said of it
     table: pa.Table | None,
     labelled: pa.Table,
     step: ViewedStep,
     keys: dict[str, bytes | None],
     truth: object,
+    known_as: Collection[bytes],
 ) -> pa.Table:
     """`table` with the truth of `step`; a row of which nothing is known any more is left out."""
     if table is None:
@@ -155,18 +194,19 @@ def _changed(
             f"the columns are of other types than in the corrections so far: {one_line(error)}. "
             "Set --corrections to another folder."
         ) from error
-    *rows, new = range(len(table))
+    new = len(table) - 1
     truths = table.column(step.name).to_pylist()
-    same = _same_question(table, step, keys, truths, rows)
-    if same is not None:
-        truths[same] = truth
+    same = _same_questions(table, step, keys, truths[:new], known_as)
+    for row in same:
+        truths[row] = truth
+    if same:
         truths[new] = None
     place = table.column_names.index(step.name)
     table = table.set_column(place, step.name, pa.array(truths, table.schema.field(place).type))
     own = {*labelled.column_names} - {*keys}
     steps = [name for name in table.column_names if name not in own and _has_key(table, name)]
     kept = [True] * len(table)
-    for row in (new, new if same is None else same):
+    for row in (new, *same):
         kept[row] = any(table.column(name)[row].is_valid for name in steps)
     return table.filter(pa.array(kept, pa.bool_()))
 
@@ -176,19 +216,21 @@ def _has_key(table: pa.Table, name: str) -> bool:
     return Columns(name).key in table.column_names
 
 
-def _same_question(
+def _same_questions(
     table: pa.Table,
     step: ViewedStep,
     keys: dict[str, bytes | None],
     truths: Sequence[object],
-    rows: Sequence[int],
-) -> int | None:
-    """The row that has, or may take, what is right for the same question; None without one."""
+    known_as: Collection[bytes],
+) -> list[int]:
+    """The rows that have what is right for the same question, or else the one that may take it."""
     columns = {name: table.column(Columns(name).key).to_pylist() for name in keys}
-    for row in rows:
-        if columns[step.name][row] == keys[step.name] and truths[row] is not None:
-            return row
-    for row in rows:
+    its_keys = {keys[step.name], *known_as}
+    same = []
+    for row, truth in enumerate(truths):
+        if truth is not None and columns[step.name][row] in its_keys:
+            same.append(row)
+    for row in range(len(truths)) if not same else ():
         if all(columns[name][row] == key for name, key in keys.items()):
-            return row
-    return None
+            return [row]
+    return same

@@ -75,6 +75,17 @@ def find_text_column(published: Published) -> str | None:
     return candidates[0] if candidates else None
 
 
+def own_columns(published: Published, step: ViewedStep, text_column: str | None) -> list[str]:
+    """The source columns that the prompt of `step` shows; none if that is not known."""
+    if step.settings is None:
+        return []
+    names = dict.fromkeys(placeholders(step.settings.prompt_template))
+    shown = [text_column if name == TEXT and text_column is not None else name for name in names]
+    if step.settings.history_column is not None:
+        shown.append(step.settings.history_column)
+    return published.source_columns([name for name in shown if name in published.schema.names])
+
+
 def _first_asked(published: Published, step: ViewedStep) -> pa.Table | None:
     """The first row of the newest file that has a prompt of `step`."""
     file = len(published.files) - 1

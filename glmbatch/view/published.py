@@ -15,11 +15,15 @@ from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile, StepOrig
 from glmbatch.report.facts import label_shares
 from glmbatch.report.report import read_report
 from glmbatch.settings.columns import Columns
+from glmbatch.settings.job import RuntimeConfig
 from glmbatch.settings.steps.any_step import AnyStep
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import open_parquet, read_rows, with_constants
+from glmbatch.store.paths import AnyPath
+from glmbatch.store.snapshot import copied_name, fetch_published
 
+CACHE = RuntimeConfig().cache
 Kind = Literal["label", "labels", "number", "text", "fields"]
 _ANY_STEP: TypeAdapter[AnyStep] = TypeAdapter(AnyStep)
 
@@ -53,10 +57,12 @@ class ViewedStep:
 class Published:
     """The last published version of the output in the folder `root`.
 
-    `schema` has the columns of the newest file; other files may have others.
+    `paths` are its files on this machine, copies if `root` is in a store. `schema` has the columns
+    of the newest file; other files may have others.
     """
 
-    root: Path
+    root: AnyPath
+    paths: Sequence[Path]
     manifest: Manifest
     steps: tuple[ViewedStep, ...]
     schema: pa.Schema
@@ -68,7 +74,7 @@ class Published:
 
     def path_of(self, file: int) -> Path:
         """The path of the file at place `file`."""
-        return self.root / self.files[file].output_name
+        return self.paths[file]
 
     def step(self, name: str) -> ViewedStep:
         """The step named `name`. InputError if there is none."""
@@ -109,22 +115,32 @@ class Published:
         return [name for name in names if name not in answers]
 
 
-def read_published(output: str) -> Published:
-    """What is published in the folder `output`. InputError if nothing is, or it is in a store."""
-    root = Folder(output).local
-    if root is None:
-        raise InputError(f"{output}: is in a store. Copy it to this machine, and name the copy.")
+def read_published(output: str, cache: str = CACHE) -> Published:
+    """What is published in the folder `output`. InputError if nothing is.
+
+    Files in a store are fetched below the local folder `cache`.
+    """
+    root = Folder(output).path
     manifest = read_manifest(root)
     if manifest is None or not manifest.files:
         raise InputError(f"{output}: has no {MANIFEST} that lists files, so nothing to look at.")
-    with open_parquet(root / manifest.files[-1].output_name) as newest:
+    paths = _paths(root, manifest, cache)
+    with open_parquet(paths[-1]) as newest:
         schema = newest.schema_arrow
     grown = _grown_labels(output, manifest.run)
     steps = []
     for name in manifest.files[-1].step_keys:
         origin = manifest.steps.get(name)
         steps.append(_viewed_step(name, origin, schema, grown.get(name, {})))
-    return Published(root, manifest, tuple(steps), schema)
+    return Published(root, paths, manifest, tuple(steps), schema)
+
+
+def _paths(root: AnyPath, manifest: Manifest, cache: str) -> list[Path]:
+    if isinstance(root, Path):
+        return [root / file.output_name for file in manifest.files]
+    digests = {file.output_name: file.digest for file in manifest.files}
+    copies = fetch_published(root, digests, f"{cache}/viewed")
+    return [copies / copied_name(name, digest) for name, digest in digests.items()]
 
 
 def _viewed_step(

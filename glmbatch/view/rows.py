@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import duckdb
+import pyarrow as pa
 
 from glmbatch.errors import InputError, TransientError
 from glmbatch.settings.columns import Columns
@@ -84,9 +85,14 @@ class Rows:
             "file_row_number=true)"
         )
 
-    def _ask(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def _ask(
+        self,
+        sql: str,
+        values: Sequence[Any] = (),
+        cursor: duckdb.DuckDBPyConnection | None = None,
+    ) -> list[tuple[Any, ...]]:
         try:
-            return self._database.cursor().execute(sql, list(values)).fetchall()
+            return (cursor or self._database.cursor()).execute(sql, list(values)).fetchall()
         # A file is gone or another one, or the version was closed.
         except (
             duckdb.IOException,
@@ -218,6 +224,27 @@ class Rows:
             line = {"text": text_shown, "answer": answer, "score": its_score, "error": error}
             lines.append({"file": place.file, "row": place.row, **line})
         return lines
+
+    def carried(self, step: ViewedStep, said: pa.Table) -> dict[bytes, list[bytes]]:
+        """The keys of rows with the same own columns as one in `said`, by the key that it has.
+
+        `said` has keys of `step`, and the source columns that its prompt shows. Leaves out keys
+        that are published.
+        """
+        key, *columns = map(quoted, said.column_names)
+        same = [f"one.{name}::VARCHAR IS NOT DISTINCT FROM two.{name}::VARCHAR" for name in columns]
+        cursor = self._database.cursor()
+        cursor.register("said", said)
+        pairs = self._ask(
+            f"SELECT DISTINCT two.{key}, one.{key} FROM published one JOIN "
+            f"(SELECT * FROM said ANTI JOIN published USING ({key})) two ON {' AND '.join(same)} "
+            f"WHERE one.{key} IS NOT NULL",
+            cursor=cursor,
+        )
+        keys: dict[bytes, list[bytes]] = {}
+        for earlier, now in pairs:
+            keys.setdefault(earlier, []).append(now)
+        return keys
 
     def compares(self, step: ViewedStep) -> bool:
         """Whether there is a second output with the answers of `step`."""

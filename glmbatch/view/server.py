@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 
 from glmbatch.errors import GlmbatchError, InputError
-from glmbatch.view.published import RowsChanged
+from glmbatch.view.published import CACHE, RowsChanged
 from glmbatch.view.query import Filters
 from glmbatch.view.viewer import Viewer
 
@@ -132,12 +132,14 @@ def _asset(name: str) -> Response:
     return Response(content, media_type=f"{TYPES[name]}; charset=utf-8")
 
 
-def view(output: str, beside: str | None, corrections: str | None, port: int) -> None:
+def view(
+    output: str, beside: str | None, corrections: str | None, cache: str | None, port: int
+) -> None:
     """Show `output` on `port` of loopback, any free one if 0, until Ctrl-C.
 
     Prints the page's address. InputError when there is nothing to show, or the port cannot be used.
     """
-    viewer = Viewer(output, beside, corrections)
+    viewer = Viewer(output, beside, corrections, cache or CACHE)
     token = secrets.token_urlsafe(24)
     try:
         with _listening(port) as listening:

@@ -12,9 +12,9 @@ from glmbatch.ledger.manifest import read_manifest
 from glmbatch.run.prompts import as_text
 from glmbatch.settings.columns import Columns
 from glmbatch.store.values import prompt_values
-from glmbatch.view.corrections import Corrections, corrections_folder
-from glmbatch.view.prompts import find_text_column, shown_prompt
-from glmbatch.view.published import Published, RowsChanged, ViewedStep, read_published
+from glmbatch.view.corrections import Corrections, can_answer, corrections_folder
+from glmbatch.view.prompts import find_text_column, own_columns, shown_prompt
+from glmbatch.view.published import CACHE, Published, RowsChanged, ViewedStep, read_published
 from glmbatch.view.query import Filters
 from glmbatch.view.rows import DEEPEST, Rows
 
@@ -27,13 +27,20 @@ class Viewer:
     """
 
     def __init__(
-        self, output: str, beside: str | None = None, corrections: str | None = None
+        self,
+        output: str,
+        beside: str | None = None,
+        corrections: str | None = None,
+        cache: str = CACHE,
     ) -> None:
         self._output = output
         self._beside = beside
+        self._cache = cache
         self._opening = threading.Lock()
-        published = read_published(output)
+        published = read_published(output, cache)
         self.corrections = Corrections(corrections_folder(published.root, corrections))
+        # By version and step, the keys of rows of which something was said under an earlier key.
+        self._carried: dict[tuple[str, str], dict[bytes, list[bytes]]] = {}
         self._rows = self._open(published)
 
     def close(self) -> None:
@@ -41,7 +48,7 @@ class Viewer:
         self._rows.close()
 
     def _open(self, published: Published) -> Rows:
-        other = read_published(self._beside) if self._beside is not None else None
+        other = read_published(self._beside, self._cache) if self._beside is not None else None
         return Rows(published, find_text_column(published), other)
 
     def _current(self) -> Rows:
@@ -49,7 +56,10 @@ class Viewer:
         with self._opening:
             # Of an unchanged manifest this is the same object.
             if read_manifest(self._rows.published.root) is not self._rows.published.manifest:
-                before, self._rows = self._rows, self._open(read_published(self._output))
+                before, self._rows = (
+                    self._rows,
+                    self._open(read_published(self._output, self._cache)),
+                )
                 before.close()
             return self._rows
 
@@ -59,13 +69,36 @@ class Viewer:
             raise RowsChanged("A run has published other answers. Load the page again.")
         return rows
 
+    def _known(self, rows: Rows, step: ViewedStep) -> dict[bytes, list[bytes]]:
+        """The keys that rows have now, by one under which a person said something of them.
+
+        Only where they differ: after another prompt or model, the rows have other keys.
+        """
+        of = (rows.published.manifest.run, step.name)
+        if of not in self._carried:
+            columns = own_columns(rows.published, step, rows.text_column)
+            said = self.corrections.said_of(step, columns) if columns else None
+            self._carried[of] = rows.carried(step, said) if said is not None else {}
+        return self._carried[of]
+
+    def _right(self, rows: Rows, step: ViewedStep) -> dict[bytes, Any]:
+        """What is right for `step`, by row key, also of what was said under an earlier key."""
+        known = self._known(rows, step)
+        right = {}
+        for key, truth in self.corrections.of(step).items():
+            if key not in known:
+                right[key] = truth
+            elif can_answer(step, truth):
+                right.update(dict.fromkeys(known[key], truth))
+        return right
+
     def output(self) -> dict[str, Any]:
         """What is published: its steps, and how many files and rows."""
         rows = self._current()
         published = rows.published
         steps = []
         for step in published.steps:
-            corrected = len(self.corrections.of(step))
+            corrected = len(self._right(rows, step))
             steps.append(
                 {
                     "name": step.name,
@@ -97,7 +130,7 @@ class Viewer:
         """Rows of a list, each with what a person has said is right."""
         rows = self._current()
         step = rows.published.step(filters.step)
-        corrected = self.corrections.of(step)
+        corrected = self._right(rows, step)
         places = rows.page(filters, list(corrected), offset, limit)
         lines = rows.lines(filters, places)
         for line, place in zip(lines, places, strict=True):
@@ -108,7 +141,8 @@ class Viewer:
     def count(self, filters: Filters) -> int:
         """How many rows meet `filters`."""
         rows = self._current()
-        return rows.count(filters, list(self.corrections.of(rows.published.step(filters.step))))
+        step = rows.published.step(filters.step)
+        return rows.count(filters, list(self._right(rows, step)))
 
     def row(self, version: str, file: int, row: int) -> dict[str, Any]:
         """One row in full: its columns, and of each step prompt, answer and probabilities."""
@@ -155,17 +189,19 @@ class Viewer:
             "fields": _fields(step, values),
             "prompt": {"text": prompt.text, "is_cut": prompt.is_cut, "lack": prompt.lack},
             "can_correct": key is not None,
-            "truth": self.corrections.of(step).get(key) if key is not None else None,
+            "truth": self._right(rows, step).get(key) if key is not None else None,
         }
 
     def correct(
         self, version: str, file: int, row: int, step: str, truth: object
     ) -> dict[str, int]:
         """Keep what is right for a row, or withdraw it; return how many rows are corrected."""
-        published = self._of_version(version).published
-        viewed = published.step(step)
-        self.corrections.keep(published, file, row, viewed, truth)
-        return {"corrected": len(self.corrections.of(viewed))}
+        rows = self._of_version(version)
+        viewed = rows.published.step(step)
+        key = rows.published.row(file, row).column(Columns(step).key)[0].as_py()
+        earlier = [old for old, keys in self._known(rows, viewed).items() if key in keys]
+        self.corrections.keep(rows.published, file, row, viewed, truth, earlier)
+        return {"corrected": len(self._right(rows, viewed))}
 
 
 def _answer(step: str, table: pa.Table) -> Any:

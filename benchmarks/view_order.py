@@ -1,0 +1,215 @@
+"""How many labels `glmbatch view`'s order saves: rounds of labelling, beside rows drawn by lot.
+
+    python benchmarks/view_order.py ROWS TEST                     TF-IDF and logistic regression
+    python benchmarks/view_order.py ROWS TEST --learner full      `glmbatch train`, all weights
+
+A person is simulated who knows every label: a first round of rows drawn by lot, then rounds of the
+rows that the viewer shows first. After each round the learner is trained on the corrections and
+answers all rows again. The other way trains once on as many rows drawn by lot as `--random`
+says. Both are scored on the rows of TEST, which nobody labels. The outputs are published, the order
+is read from them, and the corrections are kept as the viewer keeps them.
+
+TF-IDF takes seconds, but no job can ask it: its answers are written over those of a published run.
+The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from glmbatch.run.job import run_job
+from glmbatch.settings.job import JobConfig
+from glmbatch.settings.tuning import TuneConfig
+from glmbatch.tuning.baseline import REGULARISATION, WAYS
+from glmbatch.tuning.finetune import begin, evaluate_run, train_run
+from glmbatch.view.query import Filters
+from glmbatch.view.viewer import Viewer
+
+MODEL = Path(__file__).resolve().parent.parent / "sample_data" / "tiny-chatglm2"
+STEP = "answer"
+PROMPT = "{text}"
+
+
+def main() -> None:
+    options = _options()
+    by_lot: list[float] = []
+    by_order: dict[int, list[float]] = {}
+    for seed in range(options.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            trial = Trial(Path(folder), options, seed)
+            by_lot.append(trial.by_lot())
+            for labels, accuracy in trial.by_order().items():
+                by_order.setdefault(labels, []).append(accuracy)
+        curve = {labels: round(values[-1], 4) for labels, values in by_order.items()}
+        print(
+            f"seed {seed}: {options.random} by lot {by_lot[-1]:.4f}; in order {curve}", flush=True
+        )
+    means = {labels: round(statistics.mean(values), 4) for labels, values in by_order.items()}
+    goal = statistics.mean(by_lot)
+    reached = next((labels for labels, mean in means.items() if mean >= goal), None)
+    facts = {"by_lot": round(goal, 4), "in_order": means, "reached_with": reached}
+    print(json.dumps({**{name: str(value) for name, value in vars(options).items()}, **facts}))
+
+
+class Trial:
+    """One seed: the input's two files, and the folders of a job over them."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace, seed: int) -> None:
+        self.folder, self.options = folder, options
+        self.dice = random.Random(seed)
+        self.files = {}
+        source = folder / "in"
+        source.mkdir()
+        for name, path in (("pool", options.rows), ("test", options.test)):
+            table = pq.read_table(path, columns=["text", "label"])
+            table = table.set_column(1, "truth", table.column("label"))  # a name of no step
+            if name == "pool":
+                picked = self.dice.sample(range(len(table)), min(options.pool, len(table)))
+                table = table.take(sorted(picked))
+            pq.write_table(table, source / f"{name}.parquet")
+            self.files[name] = table.to_pylist()
+        self.labels = sorted({row["truth"] for row in self.files["pool"]})
+        self.trained = 0
+
+    def by_lot(self) -> float:
+        """The accuracy on the test rows after training on rows drawn by lot."""
+        folder = self.folder / "by-lot"
+        folder.mkdir()
+        rows = self.dice.sample(self.files["pool"], self.options.random)
+        texts, truth = [row["text"] for row in rows], [row["truth"] for row in rows]
+        pq.write_table(pa.table({"text": texts, STEP: truth}), folder / "rows.parquet")
+        self._learn(folder)
+        return self._accuracy()
+
+    def by_order(self) -> dict[int, float]:
+        """The accuracy by the number of labels, from the first round, drawn by lot, to the last."""
+        folder = self.folder / "corrections"
+        found = {}
+        labels, order = 0, "random"
+        while labels < self.options.most:
+            self._label(folder, order, self.options.step)
+            labels += self.options.step
+            self._learn(folder)
+            found[labels], order = self._accuracy(), self.options.order
+        return found
+
+    def _label(self, folder: Path, order: str, count: int) -> None:
+        """Say what is right in the first `count` rows that the viewer shows in `order`."""
+        viewer = Viewer(str(self.folder / "out"), corrections=str(folder))
+        filters = Filters(step=STEP, order=order, file="pool-")
+        page = viewer.page(filters, 0, count)
+        for line in page["rows"]:
+            place = (page["version"], line["file"], line["row"])
+            truth = viewer.row(*place)["columns"]["truth"]
+            viewer.correct(*place, STEP, truth)
+        viewer.close()
+
+    def _learn(self, folder: Path) -> None:
+        """Train on the labelled rows in `folder`, and publish what the learner answers."""
+        if self.options.learner == "tfidf":
+            if not (self.folder / "out").exists():
+                self._run({"model": str(MODEL), "labels": self.labels})
+            self._learn_words(pq.read_table(folder))
+            return
+        run = begin(self._training(folder))
+        train_run(self._training(folder), run)
+        evaluate_run(self._training(folder), run)
+        shutil.rmtree(self.folder / "out", ignore_errors=True)
+        self._run({"model": str(Path(run) / "checkpoint")})
+
+    def _run(self, settings: Mapping[str, Any]) -> None:
+        given = dict(settings)
+        step = {"kind": "classify", "name": STEP, "on_too_long": "truncate"}
+        if "labels" in given:
+            step |= {"labels": given.pop("labels"), "prompt_template": PROMPT}
+        data = {"input": str(self.folder / "in"), "output": str(self.folder / "out")}
+        job = {"data": data, "steps": [step], "max_error_rate": 1.0, **given}
+        run_job(JobConfig.model_validate({**job, "runtime": {"device": "cpu"}}))
+
+    def _training(self, folder: Path) -> TuneConfig:
+        training = {"method": self.options.learner, "epochs": self.options.epochs, "batch_rows": 16}
+        training |= {"learning_rate": self.options.rate, "gradient_checkpointing": False}
+        return TuneConfig.model_validate(
+            {
+                "data": {"input": str(folder), "label_column": STEP},
+                "output": str(self.folder / "tuned"),
+                "model": str(MODEL),
+                "prompt_template": PROMPT,
+                "training": training,
+                "must_beat": [],
+                "runtime": {"device": "cpu"},
+            }
+        )
+
+    def _learn_words(self, labelled: pa.Table) -> None:
+        vectorizer = TfidfVectorizer(sublinear_tf=True, **WAYS["characters"])
+        features = vectorizer.fit_transform(labelled.column("text").to_pylist())
+        learner = LogisticRegression(C=REGULARISATION, max_iter=1000)
+        learner.fit(features, labelled.column(STEP).to_pylist())
+        for path in (self.folder / "out").glob("[!_]*.parquet"):
+            table = pq.read_table(path, partitioning=None)
+            texts = table.column("text").to_pylist()
+            known_RL = learner.predict_proba(vectorizer.transform(texts))
+            answered_RL = np.zeros((len(texts), len(self.labels)))
+            answered_RL[:, [self.labels.index(label) for label in learner.classes_]] = known_RL
+            pq.write_table(with_answers(table, answered_RL, self.labels), path)
+
+    def _accuracy(self) -> float:
+        table = pa.concat_tables(
+            pq.read_table(path, columns=["truth", STEP], partitioning=None)
+            for path in (self.folder / "out").glob("test-*.parquet")
+        )
+        right = pc.equal(table.column("truth"), table.column(STEP)).fill_null(False)
+        return float(pc.mean(right.cast("int8")).as_py())
+
+
+def with_answers(table: pa.Table, answered_RL: np.ndarray, labels: Sequence[str]) -> pa.Table:
+    """`table` with these probabilities of `labels` for its rows."""
+    best_RL = np.sort(answered_RL, axis=1)
+    columns = {
+        STEP: [labels[place] for place in answered_RL.argmax(axis=1)],
+        f"{STEP}_score": best_RL[:, -1],
+        f"{STEP}_margin": best_RL[:, -1] - best_RL[:, -2],
+    }
+    for name, values in columns.items():
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.array(values, table.schema.field(place).type))
+    return table
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", type=Path, help="Parquet with the columns text and label")
+    parser.add_argument("test", type=Path, help="such rows that nobody labels")
+    parser.add_argument("--learner", choices=["tfidf", "full", "lora", "head"], default="tfidf")
+    parser.add_argument("--order", choices=["worth", "unsure", "random"], default="worth")
+    parser.add_argument("--pool", type=int, default=3500, help="most rows to choose from")
+    parser.add_argument("--random", type=int, default=1000)
+    parser.add_argument("--most", type=int, default=300)
+    parser.add_argument("--step", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
