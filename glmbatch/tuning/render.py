@@ -204,6 +204,7 @@ def page(report: Report) -> str:
         html.heading("Rows"),
         html.facts(facts.rows),
         html.table(["label", "rows"], list(report.audit.labels.items())),
+        html.table(["file", "SHA-256"], list(report.audit.files.items())),
         html.heading("Settings"),
         html.folded("Every setting and version", [html.preformatted(facts.settings)]),
     ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from glmbatch.ledger.rowkeys import row_key
-from glmbatch.run.prompts import earlier_values, source_values
+from glmbatch.run.prompts import column_texts, earlier_values, source_values
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import TEXT, placeholders
 from glmbatch.settings.steps.any_step import AnyStep
@@ -100,12 +100,16 @@ def _values(
     published: Published, step: AnyStep, row: pa.Table, text_column: str | None
 ) -> dict[str, PromptValue | NoPrompt] | None:
     """What the prompt takes from the row; None if it lacks a column."""
-    earlier = [other.name for other in published.steps if other.name != step.name]
+    earlier = [other for other in published.steps if other.name != step.name]
+    names = [other.name for other in earlier]
+    beside = {column for other in earlier for column in other.columns}
     columns = {}
-    answers = []
+    answers, fields = [], []
     for name in placeholders(step.prompt_template):
-        if name in earlier:
+        if name in names:
             answers.append(name)
+        elif name in beside:
+            fields.append(name)
         else:
             columns[name] = text_column if name == TEXT and text_column is not None else name
     questions = [name for name, column in columns.items() if column == step.history_column]
@@ -119,7 +123,8 @@ def _values(
     if not set(inputs.sources.values()) <= set(row.column_names):
         return None
     values = {name: column[0] for name, column in source_values(inputs, row).items()}
-    return values | {name: earlier_values(row, name)[0] for name in answers}
+    values |= {name: earlier_values(row, name)[0] for name in answers}
+    return values | {name: column_texts(row.column(name))[0] for name in fields}
 
 
 def _texts(step: AnyStep, text_column: str | None) -> list[str]:

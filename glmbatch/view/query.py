@@ -74,9 +74,16 @@ def score(step: ViewedStep) -> str:
 
 
 def where(
-    filters: Filters, step: ViewedStep, text_column: str | None, corrected: Sequence[bytes]
+    filters: Filters,
+    step: ViewedStep,
+    text_column: str | None,
+    corrected: Sequence[bytes],
+    folder_chars: int,
 ) -> Clause:
-    """The rows that meet `filters`; `corrected` are the keys of those that a person looked at."""
+    """The rows that meet `filters`; `corrected` are the keys of those that a person looked at.
+
+    Paths of files begin with `folder_chars` characters before their name.
+    """
     columns = Columns(step.name)
     answer, key = quoted(step.name), quoted(columns.key)
     parts: list[tuple[str, list[Any]]] = []
@@ -90,7 +97,7 @@ def where(
     if filters.most is not None:
         parts.append((f"{score(step)} <= ?", [filters.most]))
     if filters.file:
-        parts.append((f"contains({quoted(FILE)}, ?)", [filters.file]))
+        parts.append((f"contains(substr({quoted(FILE)}, ?), ?)", [folder_chars + 1, filters.file]))
     if filters.text:
         searched = [quoted(text_column)] if text_column is not None else []
         searched += [f"{answer}::VARCHAR"] if step.kind in ("text", "fields") else []

@@ -19,6 +19,7 @@ from glmbatch.view.query import (
     CHANCE,
     FILE,
     ROW,
+    Clause,
     Filters,
     Order,
     differing,
@@ -131,7 +132,7 @@ class Rows:
         offset: int,
         limit: int,
     ) -> list[Place]:
-        chosen = where(filters, step, self.text_column, corrected)
+        chosen = self._where(filters, step, corrected)
         key = quoted(Columns(step.name).key)
         return self._placed(
             f"SELECT {quoted(FILE)}, {ROW}, {key} FROM {self._source(filters, step)} "
@@ -144,7 +145,7 @@ class Rows:
     ) -> list[Place]:
         """The first `count` rows of different keys in `order`."""
         step = self.published.step(filters.step)
-        chosen = where(filters, step, self.text_column, corrected)
+        chosen = self._where(filters, step, corrected)
         rank = ranking(order, step, compared=self.compares(step))
         key = quoted(Columns(step.name).key)
         source = self._source(filters.model_copy(update={"order": order}), step)
@@ -165,6 +166,11 @@ class Rows:
     def _placed(self, sql: str, values: Sequence[Any]) -> list[Place]:
         return [Place(self._places[name], row, key) for name, row, key in self._ask(sql, values)]
 
+    def _where(self, filters: Filters, step: ViewedStep, corrected: Sequence[bytes]) -> Clause:
+        # DuckDB has whole paths; a viewer looks for part of a name below the output.
+        folder = len(str(self.published.path_of(0))) - len(self.published.files[0].output_name)
+        return where(filters, step, self.text_column, corrected, folder)
+
     def _source(self, filters: Filters, step: ViewedStep) -> str:
         """The published rows, beside those that differ where the order or a filter needs them."""
         if filters.differs and not self.compares(step):
@@ -179,7 +185,7 @@ class Rows:
     def count(self, filters: Filters, corrected: Sequence[bytes]) -> int:
         """How many rows meet `filters`."""
         step = self.published.step(filters.step)
-        chosen = where(filters, step, self.text_column, corrected)
+        chosen = self._where(filters, step, corrected)
         source = self._source(filters, step)
         ((rows,),) = self._ask(f"SELECT count(*) FROM {source} WHERE {chosen.sql}", chosen.values)
         return int(rows)

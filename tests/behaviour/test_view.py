@@ -84,10 +84,21 @@ def show(answers: Path, browser: Browser) -> Iterator[Show]:
         process.communicate()
 
 
-def photograph(page: Page, name: str) -> None:
+def photograph(page: Page, name: str, *, full_page: bool = False) -> None:
     folder = os.environ.get("GLMBATCH_SCREENSHOTS")
     if folder:
-        page.screenshot(path=Path(folder) / f"{name}.png")
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=full_page)
+
+
+def photograph_sizes(page: Page, name: str) -> None:
+    """The whole page on a desktop, on a phone and in print; it never scrolls sideways."""
+    for size, width in (("desktop", 1280), ("phone", 390)):
+        page.set_viewport_size({"width": width, "height": 860})
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        photograph(page, f"{name}-{size}", full_page=True)
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 794, "height": 1123})
+    photograph(page, f"{name}-print", full_page=True)
 
 
 def test_three_rows_are_corrected_by_keyboard_and_trained_with(
@@ -132,6 +143,14 @@ def test_three_rows_are_corrected_by_keyboard_and_trained_with(
     assert corrected == {ten[0]: "good", ten[1]: "bad", ten[2]: "so so"}
     report = finetune(config)
     assert report.audit.rows == 63
+    page.set_default_timeout(20_000)
+    page.goto((Path(report.checkpoint).parent / "report.html").as_uri())
+    expect(page.locator("body")).to_contain_text("corrections.parquet")
+    for label in ("good", "bad", "so so"):
+        rows_now = rows["label"].count(label) + 1
+        line = page.get_by_role("row").filter(has_text=f"{label}{rows_now}")
+        expect(line.first).to_be_visible()
+    photograph_sizes(page, "report-of-corrections")
 
 
 def most_frequent(answers: Path) -> str:

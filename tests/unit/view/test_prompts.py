@@ -97,3 +97,25 @@ def test_settings_that_are_not_known_are_no_crash(published: Published) -> None:
 def test_the_text_column_is_proved_by_a_key(published: Published) -> None:
     # `note` comes first and is text too.
     assert find_text_column(published) == "body"
+
+
+def test_prompts_with_fields_of_an_earlier_step_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"body": TEXTS[:4]}), tmp_path / "in" / "a.parquet")
+    settings = job(tmp_path)
+    fields = {
+        "ok": {"type": "boolean"},
+        "day": {"type": "date"},
+        "tags": {"type": "list", "items": {"type": "integer", "minimum": 0, "maximum": 3}},
+    }
+    facts = {"kind": "extract", "name": "facts", "fields": fields, "max_tokens": 60}
+    prompt = "{facts_ok} {facts_day} {facts_tags} {facts}: {body}"
+    reply = {"kind": "generate", "name": "reply", "prompt_template": prompt, "max_tokens": 2}
+    settings["steps"] = [facts, reply]
+    run(settings)
+    published = read_published(str(tmp_path / "out"))
+    answered = [published.row(0, row) for row in range(4)]
+    asked = [row for row in answered if row.column("reply_key")[0].is_valid]
+    assert asked
+    for row in asked:
+        assert shown_prompt(published, published.step("reply"), 0, row, "body").text

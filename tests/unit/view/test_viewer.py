@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
+from glmbatch.errors import InputError
 from glmbatch.view.query import Filters
 from glmbatch.view.viewer import Viewer
+from tests.stores import Store
 from tests.support import run
 from tests.unit.view.conftest import STEPS, job
 
@@ -47,3 +50,49 @@ def test_truths_that_are_no_labels_any_more_are_left(folder: Path) -> None:
     run({**job(folder, "again"), "steps": [changed, *STEPS[1:]]})
     assert viewer.output()["steps"][0]["corrected"] == 1
     viewer.close()
+
+
+@pytest.mark.slow
+def test_an_output_in_a_store_is_shown(
+    folder: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = job(folder)
+    settings["data"]["output"] = store.url("out")
+    run(settings)
+    monkeypatch.chdir(tmp_path)
+    cache = str(tmp_path / "cache")
+    viewer = Viewer(store.url("out"), cache=cache)
+    output = viewer.output()
+    assert (output["rows"], output["files"]) == (23, 3)
+    row = viewer.row(output["version"], 0, 1)
+    assert row["columns"]["day"] == "1" and row["steps"][0]["prompt"]["text"]
+    assert viewer.count(Filters(step="mood", order="file", file="day=1", state="all")) == 23
+    assert viewer.count(Filters(step="mood", order="file", file="cache", state="all")) == 0
+    viewer.correct(output["version"], 0, 1, "mood", "bad")
+    assert viewer.corrections.file == tmp_path / "out-corrections" / "corrections.parquet"
+    # A run publishes other files, and one stays as it was: only what is new is fetched.
+    settings["steps"] = [{**STEPS[0], "prompt_template": "How is this? {body}"}, *STEPS[1:]]
+    run(settings)
+    assert viewer.output()["version"] != output["version"]
+    assert viewer.output()["steps"][0]["corrected"] == 1
+    copies = [path for path in (tmp_path / "cache").rglob("*.parquet")]
+    assert len(copies) == 3
+    viewer.close()
+    store.requests.clear()
+    Viewer(store.url("out"), cache=cache).close()
+    published = {request.key for request in store.requests if request.key.endswith(".parquet")}
+    assert not {key for key in published if "/day=" in key}
+    with pytest.raises(InputError, match="Set --corrections to a local folder"):
+        Viewer(store.url("out"), corrections=store.url("right"), cache=cache)
+
+
+@pytest.mark.slow
+def test_an_empty_store_and_a_full_cache_are_one_line(folder: Path, store: Store) -> None:
+    with pytest.raises(InputError, match="so nothing to look at"):
+        Viewer(store.url("out"))
+    settings = job(folder)
+    settings["data"]["output"] = store.url("out")
+    run(settings)
+    (folder / "file").touch()
+    with pytest.raises(InputError, match=r"cannot be written: Not a directory. Set"):
+        Viewer(store.url("out"), cache=str(folder / "file"))
