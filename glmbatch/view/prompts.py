@@ -102,7 +102,7 @@ def _values(
     """What the prompt takes from the row; None if it lacks a column."""
     earlier = [other for other in published.steps if other.name != step.name]
     names = [other.name for other in earlier]
-    beside = {column for other in earlier for column in other.columns}
+    beside = set(published.schema.names) - set(published.source_columns(published.schema.names))
     columns = {}
     answers, fields = [], []
     for name in placeholders(step.prompt_template):

@@ -143,7 +143,6 @@ def test_three_rows_are_corrected_by_keyboard_and_trained_with(
     assert corrected == {ten[0]: "good", ten[1]: "bad", ten[2]: "so so"}
     report = finetune(config)
     assert report.audit.rows == 63
-    page.set_default_timeout(20_000)
     page.goto((Path(report.checkpoint).parent / "report.html").as_uri())
     expect(page.locator("body")).to_contain_text("corrections.parquet")
     for label in ("good", "bad", "so so"):
@@ -214,3 +213,7 @@ def test_the_page_fits_the_screen(show: Show, name: str, options: dict[str, Any]
     page.get_by_role("button", name="good", exact=False).first.click()
     expect(page.locator("#facts")).to_contain_text("1 looked at")
     photograph(page, name)
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 794, "height": 1123})
+    assert page.locator("#row .labels").is_visible() and not page.locator("#list").is_visible()
+    photograph(page, f"{name}-print")

@@ -189,7 +189,8 @@ function stepParts(step) {
 function heading(step) {
   const hint = { label: "press its number", labels: "press numbers, then Enter" }[state.step.kind];
   const what = step.can_correct ? hint ?? "e to write the right answer" : "was not asked";
-  return element("h2", {}, `${step.name} `, element("span", {}, `· ${what}`));
+  const kind = step.can_correct ? "keys" : "";
+  return element("h2", {}, `${step.name} `, element("span", { class: kind }, `· ${what}`));
 }
 
 function failure(step) {
@@ -470,7 +471,10 @@ async function start() {
   state.output = await ask("api/output");
   state.undo = [];
   const { steps, output, beside: other } = state.output;
-  $("output").textContent = other ? `${output} beside ${other}` : output;
+  // The ends of the paths, since whole ones fill the head of the page on a phone.
+  const end = (path) => path.split("/").filter(Boolean).slice(-2).join("/");
+  $("output").textContent = other ? `${end(output)} beside ${end(other)}` : end(output);
+  $("output").title = other ? `${output} beside ${other}` : output;
   document.title = `${output} · glmbatch view`;
   $("steps").replaceChildren(...steps.map((step, place) => element(
     "button", { type: "button", onclick: () => focusStep(place) }, step.name)));

@@ -75,7 +75,7 @@ def test_an_output_in_a_store_is_shown(
     run(settings)
     assert viewer.output()["version"] != output["version"]
     assert viewer.output()["steps"][0]["corrected"] == 1
-    copies = [path for path in (tmp_path / "cache").rglob("*.parquet")]
+    copies = list((tmp_path / "cache").rglob("*.parquet"))
     assert len(copies) == 3
     viewer.close()
     store.requests.clear()
