@@ -102,19 +102,22 @@ def score_baseline(parts: Mapping[Part, Sequence[Example]], labels: Sequence[str
 
 
 def keep_baseline(baseline: Baseline | None, folder: Path) -> str | None:
-    """Write the model of `baseline` as `folder`, for jobs; returns its path, None without a model.
+    """Keep the model of `baseline` as `folder`, for jobs; returns its path, None without a model.
 
-    Replaces the one of a killed evaluation.
+    One that is there already stays: it learned the same rows, and a job may be reading it.
     """
+    if baseline is None or baseline.model is None:
+        return None
+    partial = folder.with_name(f".{folder.name}")
     with writable(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        if baseline is None or baseline.model is None:
-            return None
-        folder.mkdir(parents=True)
-        save_tfidf(baseline.model, folder)
-        # As a checkpoint records what its training asked: the text alone.
-        asked = {"prompt_template": "{text}", "system_prompt": None, "chat": False}
-        (folder / PROMPT_FILE).write_text(json.dumps(asked, indent=1), encoding="utf-8")
+        if not folder.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)  # of a killed evaluation
+            partial.mkdir(parents=True)
+            save_tfidf(baseline.model, partial)
+            # As a checkpoint records what its training asked: the text alone.
+            asked = {"prompt_template": "{text}", "system_prompt": None, "chat": False}
+            (partial / PROMPT_FILE).write_text(json.dumps(asked, indent=1), encoding="utf-8")
+            partial.replace(folder)
     return str(folder)
 
 

@@ -125,6 +125,12 @@ def test_texts_without_features_leave_no_model(tmp_path: Path) -> None:
     assert not (tmp_path / "baseline").exists()
 
 
+def test_a_kept_baseline_stays_as_it_is(model: str) -> None:
+    before = {file.name: file.stat().st_mtime_ns for file in Path(model).iterdir()}
+    assert exported(parts_of(labelled(240)), sorted(WORDS), Path(model)) == model
+    assert {file.name: file.stat().st_mtime_ns for file in Path(model).iterdir()} == before
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     return exported(parts_of(labelled(240)), sorted(WORDS), tmp_path / "baseline")
