@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from glmbatch.config import JobConfig
 from glmbatch.report.summary import Summary
@@ -15,6 +16,8 @@ from tasks.page import logged_on_page
 @flow(name="annotate", flow_run_name="annotate {job.data.input}")
 def annotate(job: JobConfig) -> Summary:
     """Run a job and return its summary. A run that fails publishes nothing."""
+    # Of a run that is late or repeated too, so that it reads the same day.
+    job = job.dated(flow_run.scheduled_start_time)
     tasks = JobTasks(with_whole_paths(job))
     with logged_on_page():
         run = tasks.ingest()

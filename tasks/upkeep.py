@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 from prefect import get_run_logger, task
@@ -17,6 +16,7 @@ from prefect.settings import PREFECT_HOME
 from prefect.states import Scheduled
 
 from glmbatch.errors import InputError
+from glmbatch.settings.job import DataConfig
 from glmbatch.store.locks import seconds_until_free
 from tasks.policies import machine_failed
 
@@ -74,11 +74,13 @@ def _wait_for_lock(flow_run: FlowRun) -> timedelta:
 
     On a disk, the system releases the lock when the process ends; in a store, it must expire.
     """
-    return timedelta(seconds=seconds_until_free(_output(flow_run.parameters)))
+    return timedelta(seconds=seconds_until_free(_output(flow_run)))
 
 
-def _output(parameters: dict[str, Any]) -> str:
+def _output(flow_run: FlowRun) -> str:
     """The output of a run of `annotate` or `finetune`, the two flows that are restarted."""
+    parameters = flow_run.parameters
     if "job" in parameters:
-        return str(parameters["job"]["data"]["output"])
+        data = DataConfig.model_validate(parameters["job"]["data"])
+        return data.dated(flow_run.expected_start_time).output
     return str(parameters["config"]["output"])

@@ -124,7 +124,7 @@ def _show(result: BaseModel, text: Callable[[], str], as_json: bool) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         return _plan(parsed)
-    job = load_job(parsed.job, job_overrides(parsed))
+    job = load_job(parsed.job, job_overrides(parsed)).from_today()
     _set_prefect_defaults()
     with _raising_on_sigterm(), _prefect_server() as wait_for_server:
         from glmbatch.report.display import showing_progress

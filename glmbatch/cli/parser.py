@@ -26,6 +26,7 @@ EVERYDAY: dict[str, str | None] = {
     "data.text_column": "NAME",
     "data.id_column": "NAME",
     "data.limit": "ROWS",
+    "data.today": "DATE",
     "runtime.device": "DEVICE",
     "on_error": None,
 }

@@ -15,6 +15,8 @@ def describe_plan(plan: Preview) -> str:
     """The preview as text for people, in lines without a final newline."""
     size = f"{counted(plan.rows, 'row')} in {counted(plan.fragments, 'fragment')}"
     lines = [f"{size} -> {plan.output}"]
+    if plan.filtered is not None:
+        lines.append(f"where {plan.filtered}")
     for model in plan.models:
         size = (
             f"{model.parameters / 1e6:,.1f} million parameters, "

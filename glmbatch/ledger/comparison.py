@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from glmbatch.ledger.fragments import Fragment
-from glmbatch.store.parquet import open_parquet
+from glmbatch.settings.conditions import columns_of, parse_condition
+from glmbatch.store.inputs.filters import holding
+from glmbatch.store.parquet import open_parquet, read_opened
 from glmbatch.store.paths import AnyPath
-from glmbatch.store.times import int96_unit
+from glmbatch.store.times import ALL_ROWS, int96_unit
 from glmbatch.store.types import (
     changes_type,
     converted,
@@ -43,24 +46,70 @@ def open_source(path: AnyPath, fragment: Fragment) -> Iterator[tuple[pq.ParquetF
         file = opened.enter_context(open_parquet(path))
         other_types = any(map(changes_type, leaves(file)))
         if has_int96(file):
-            rows = (fragment.row_groups, fragment.skip_rows, fragment.rows)
+            most = ALL_ROWS if fragment.span else fragment.rows
+            rows = (fragment.row_groups, fragment.skip_rows, most)
             unit = int96_unit(path, *rows)
             if unit != "us":
                 file = opened.enter_context(open_parquet(path, unit))
         yield file, other_types
 
 
-def pair_columns(source: pq.ParquetFile, published: pq.ParquetFile) -> tuple[list[Pair], list[str]]:
-    """Pairs of the source's columns with the output's, and the names that the output lacks."""
+def source_rows(source: pq.ParquetFile, fragment: Fragment) -> Iterator[pa.RecordBatch]:
+    """The rows of the open `source` that `fragment` covers and that meet its condition.
+
+    Read and tested anew: what the fragment says of its rows is not used.
+    """
+    for batch, holds in _tested(source, fragment, None):
+        yield batch if holds is None else batch.filter(holds)
+
+
+def kept_count(source: pq.ParquetFile, fragment: Fragment) -> int:
+    """The number of `source_rows`."""
+    if not fragment.where:
+        return fragment.rows
+    columns = columns_of(parse_condition(fragment.where))
+    return sum(holds.true_count for _, holds in _tested(source, fragment, columns))
+
+
+def _tested(
+    source: pq.ParquetFile, fragment: Fragment, columns: Sequence[str] | None
+) -> Iterator[tuple[pa.RecordBatch, Any]]:
+    """The rows that `fragment` covers, and whether each meets its condition; None without one."""
+    condition = parse_condition(fragment.where) if fragment.where else None
+    groups, skip = _groups(source, fragment)
+    rows = (groups, skip, fragment.covered)
+    for batch in read_opened(source, *rows, columns=columns, where=fragment.path):
+        yield batch, None if condition is None else holding(condition, batch)
+
+
+def _groups(source: pq.ParquetFile, fragment: Fragment) -> tuple[list[int], int]:
+    """The row groups that `fragment` covers, and the rows of the first that it does not."""
+    groups: list[int] = []
+    skip = begin = 0
+    for number in range(source.num_row_groups):
+        end = begin + source.metadata.row_group(number).num_rows
+        if begin < fragment.first_row + fragment.covered and fragment.first_row < end:
+            skip = skip if groups else max(0, fragment.first_row - begin)
+            groups.append(number)
+        begin = end
+    return groups, skip
+
+
+def pair_columns(
+    source: pq.ParquetFile, published: pq.ParquetFile, fragment: Fragment
+) -> tuple[list[Pair], list[str]]:
+    """Pairs of the source's columns with the output's, and what is wrong with the output's."""
     ours = _places(published)
     pairs: list[Pair] = []
-    lost: list[str] = []
+    faults: list[str] = []
     for key, at in _places(source).items():
         if key in ours:
             pairs.append((key[0], ours[key], at))
-        else:
-            lost.append(key[0])
-    return pairs, lost
+        if (key in ours) != fragment.has_out(key[0]):
+            lacks = f"has no column {key[0]!r}, which {fragment.path} has"
+            shows = f"has column {key[0]!r}, which data.columns leaves out"
+            faults.append(shows if key in ours else lacks)
+    return pairs, faults
 
 
 def _places(file: pq.ParquetFile) -> dict[tuple[str, int], int]:
@@ -71,6 +120,12 @@ def _places(file: pq.ParquetFile) -> dict[tuple[str, int], int]:
         places[name, counts[name]] = at
         counts[name] += 1
     return places
+
+
+def rows_where(holds: pa.ChunkedArray | pa.Array) -> list[int]:
+    """The numbers of the rows in which `holds` is true."""
+    numbers: list[int] = pc.indices_nonzero(holds).to_pylist()
+    return numbers
 
 
 def differences(

@@ -6,11 +6,15 @@ file's path below the input and its first row, so adding files renames no fragme
 
 from __future__ import annotations
 
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, field_serializer
@@ -35,6 +39,10 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     - `typed` holds the types that a Delta table gives to columns without one (see `typed_text`).
     - `partitions` are the columns that the job reads from folder names such as `day=1`.
     - `int96` is the unit in which INT96 times are read and written; empty if the file has none.
+    - `columns` are those that go out, sorted; empty if all do.
+    - `where` is the condition on the rows of the file; empty if it has none. If some rows do not
+      meet it, the fragment covers `span` rows of the file and has `rows` of them: `picked` says
+      which (see `packed`), and its row groups are those that have one.
     """
 
     source: str
@@ -49,6 +57,10 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     typed: str = ""
     int96: Literal["", "us", "ns"] = ""
     partitions: tuple[tuple[str, str | None], ...] = ()
+    columns: tuple[str, ...] = ()
+    where: str = ""
+    span: int = 0
+    picked: str = ""
 
     @field_serializer("stamp", when_used="json")
     def _recorded(self, stamp: tuple[int, ...]) -> tuple[int, ...]:
@@ -59,6 +71,22 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
         """The source and the first row, unique within the input."""
         return f"{self.source}@{self.first_row}"
 
+    def has_out(self, column: str) -> bool:
+        """Whether a column of the source goes out."""
+        return not self.columns or column in self.columns
+
+    @property
+    def covered(self) -> int:
+        """The number of rows of the source, from `first_row`, that have a place here or none."""
+        return self.span or self.rows
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The number in the source of each row."""
+        if not self.span:
+            return np.arange(self.first_row, self.first_row + self.rows)
+        return self.first_row + _unpacked(self.picked, self.span)[: self.rows]
+
     @property
     def unit(self) -> TimeUnit:
         """The unit in which the file's INT96 times are read."""
@@ -68,6 +96,19 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     def output_name(self) -> str:
         """The path of the fragment's file below the output."""
         return output_name(self.source, self.first_row)
+
+
+def packed(picked: np.ndarray, span: int) -> str:
+    """Which of `span` rows are `picked`, by their numbers: a compressed bit for each, as text."""
+    mask = np.zeros(span, bool)
+    mask[picked] = True
+    return b64encode(zlib.compress(np.packbits(mask).tobytes())).decode()
+
+
+@lru_cache(16)
+def _unpacked(picked: str, span: int) -> np.ndarray:
+    bits = np.frombuffer(zlib.decompress(b64decode(picked)), np.uint8)
+    return np.flatnonzero(np.unpackbits(bits, count=span))
 
 
 def bundle_name(fragments: Sequence[str]) -> str:
@@ -115,7 +156,8 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     """All fragments of a run, file by file, and the files that cannot be used.
 
     Sources are paths below the folder `root`. `skipped` are names below the input that are no input
-    files, such as hidden ones. `limit` is `data.limit`, in rows.
+    files, such as hidden ones. `limit` is `data.limit`, in rows. `where` is the condition on rows,
+    which left out all rows of the sources `left_out`.
 
     - `unchanged` sources are published and make no fragment. `stamps` are those of all others. A
       stamp is empty if a later write might leave it as it is.
@@ -132,6 +174,8 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     stamps: dict[str, tuple[int, ...]] = {}
     rechecked: int = 0
     silent: tuple[str, ...] = ()
+    where: str | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -149,18 +193,53 @@ def read_fragment(
 ) -> Iterator[pa.RecordBatch]:
     """The rows of `fragment` in order, as batches of all columns or only `columns`.
 
-    Columns of folder names come only if named in `columns`. With `whole`, the other columns are
-    decoded too, so that damage in them is found. UnusableFile when the rows cannot be read, or,
-    after the last batch, when the file changed since it was planned.
+    Columns of folder names come only if named in `columns`. With `whole`, the other columns that go
+    out are decoded too, so that damage in them is found. UnusableFile when the rows cannot be read,
+    or, after the last batch, when the file changed since it was planned.
     """
     given = {name: value for name, value in fragment.partitions if name in (columns or ())}
     stored = None if columns is None else [name for name in columns if name not in given]
-    rows = (fragment.row_groups, fragment.skip_rows, fragment.rows)
     if fragment.rows:
         # Here and last: a file that is replaced, and put back while it is read, shows only here.
         with open_fragment(fragment) as file:
-            read = None if whole else stored
-            for batch in read_opened(file, *rows, columns=read, where=fragment.path):
+            read = stored
+            if whole:
+                names = file.schema_arrow.names
+                read = [name for name in names if fragment.has_out(name) or name in (stored or ())]
+            for batch in _read(fragment, file, read):
                 yield with_constants(batch if stored is None else batch.select(stored), given)
     with readable(fragment.path):
         refuse_change(fragment.path, fragment.stamp, digest=fragment.digest)
+
+
+def _read(
+    fragment: Fragment, file: pq.ParquetFile, columns: Sequence[str] | None
+) -> Iterator[pa.RecordBatch]:
+    """The rows of `fragment` in its open file."""
+    if not fragment.span:
+        rows = (fragment.row_groups, fragment.skip_rows, fragment.rows)
+        yield from read_opened(file, *rows, columns=columns, where=fragment.path)
+        return
+    places = _places(fragment, file)
+    rows = (fragment.row_groups, 0, int(places[-1]) + 1)
+    begin = 0
+    for batch in read_opened(file, *rows, columns=columns, where=fragment.path):
+        within = places[(places >= begin) & (places < begin + batch.num_rows)] - begin
+        if len(within):
+            yield batch.take(pa.array(within))
+        begin += batch.num_rows
+
+
+def _places(fragment: Fragment, file: pq.ParquetFile) -> np.ndarray:
+    """Where each row is among all rows of the fragment's row groups."""
+    metadata = file.metadata
+    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    starts = np.cumsum([0, *sizes])
+    numbers = fragment.numbers
+    places = []
+    before = 0
+    for group in fragment.row_groups:
+        within = numbers[(numbers >= starts[group]) & (numbers < starts[group + 1])]
+        places.append(within - starts[group] + before)
+        before += sizes[group]
+    return np.concatenate(places)

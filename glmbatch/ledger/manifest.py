@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -36,7 +37,8 @@ class PublishedFile:
     digest of the maps behind calibrated columns, if any. The four fields before it let a run leave
     an unchanged source alone (see input/unchanged.py): `basis` identifies what decided the file
     besides its source, `stamp` and `place` are the stamps of the source and of the file, and
-    `counts` has what is known of its answers, by step. A new field needs a default, which older
+    `counts` has what is known of its answers, by step. `where` and `span` are as in
+    `Fragment`. A new field needs a default, which older
     manifests get.
     """
 
@@ -58,6 +60,13 @@ class PublishedFile:
     place: tuple[int, ...] | None = None
     counts: dict[str, AnswerCounts] = field(default_factory=dict)
     calibration: str = ""
+    where: str = ""
+    span: int = 0
+
+    @property
+    def covered(self) -> int:
+        """The number of rows of the source, from `first_row`, that have a place here or none."""
+        return self.span or self.rows
 
     @property
     def made_with(self) -> tuple[dict[str, str], str]:
@@ -78,6 +87,9 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     - Sources are paths below the folder `root`. `run` published last.
     - `replaced` files are no longer published. They are deleted unless a run was killed.
     - `unusable` lists the files that the run left out.
+    - `where` is `data.where` of the run. Each file has the condition that chose its own rows.
+    - `spared` maps keys of answers files that no published file uses to a source and its digest.
+      While these stay the same, the condition of another night may bring their rows back.
     - `limit` is `data.limit` of the run: if set, the files do not have all rows.
     - `steps` says what the step keys of the run were made from.
     - With the `format` "delta" the same files form a Delta table. Replaced files then stay for the
@@ -92,6 +104,8 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     limit: int | None = None
     steps: dict[str, StepOrigin] = {}
     format: Literal["parquet", "delta"] = "parquet"
+    where: str | None = None
+    spared: dict[str, tuple[str, str]] = {}
 
 
 class Copy(NamedTuple):
@@ -259,7 +273,30 @@ def next_manifest(  # noqa: PLR0913 - the run, and what is published before and 
         limit=plan.limit,
         steps=dict(steps),
         format=format,
+        where=plan.where,
+        spared=_spared(plan, before, files),
     )
+
+
+def _spared(
+    plan: Plan, before: Manifest | None, files: Sequence[PublishedFile]
+) -> dict[str, tuple[str, str]]:
+    """The answers to spare when `files` are published, of rows that only a condition leaves out."""
+    if plan.where is None or before is None or not before.files or not files:
+        return {}
+    if files[0].step_keys != before.files[0].step_keys:
+        return {}
+    spared = dict(before.spared)
+    for file in before.files:
+        spared |= dict.fromkeys(file.answers_keys, (file.source, file.source_digest))
+    digests = {file.source: file.source_digest for file in files}
+    left_out = set(plan.left_out)
+    used = set(chain.from_iterable(file.answers_keys for file in files))
+    return {
+        key: (source, digest)
+        for key, (source, digest) in spared.items()
+        if key not in used and (digests.get(source) == digest or source in left_out)
+    }
 
 
 def published_file(output: OutputReceipt) -> PublishedFile:
@@ -276,4 +313,6 @@ def published_file(output: OutputReceipt) -> PublishedFile:
         step_keys={answers.step: answers.step_key for answers in output.answers},
         answers_keys=tuple(answers.file_key for answers in output.answers),
         calibration=output.calibration,
+        where=output.fragment.where,
+        span=output.fragment.span,
     )

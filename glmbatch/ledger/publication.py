@@ -213,7 +213,7 @@ def _delete_own(root: Folder, name: str) -> None:
 
 def _sweep(root: Folder, manifest: Manifest) -> None:
     """Delete unused answers, what was overwritten, and the partial files of killed runs."""
-    used: set[str] = set()
+    used = set(manifest.spared)
     for file in manifest.files:
         used.update(file.answers_keys)
     stale = root.partials()

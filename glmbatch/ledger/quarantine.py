@@ -19,6 +19,7 @@ import pyarrow as pa
 from glmbatch.errors import UnusableFile
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.manifest import PublishedFile
+from glmbatch.ledger.receipts import OutputReceipt, read_receipt
 from glmbatch.settings.columns import Columns
 from glmbatch.store.files import committed
 from glmbatch.store.modes import narrow
@@ -53,7 +54,7 @@ def read_quarantine(
     """
     ranges: dict[str, list[range]] = {}
     for file in sorted(files, key=lambda file: file.first_row):
-        rows = range(file.first_row, file.first_row + file.rows)
+        rows = range(file.first_row, file.first_row + file.covered)
         ranges.setdefault(file.source, []).append(rows)
 
     def is_of_files(line: Line) -> bool:
@@ -89,7 +90,7 @@ def mended_quarantine(
             continue
         of_source = listed[file.source]
         begin = bisect_left(of_source, file.first_row, key=_row)
-        lines = of_source[begin : bisect_left(of_source, file.first_row + file.rows, key=_row)]
+        lines = of_source[begin : bisect_left(of_source, file.first_row + file.covered, key=_row)]
         if len({line["row"] for line in lines}) != file.faulty_rows:
             try:
                 lines = list(_failed_rows(output, file))
@@ -120,15 +121,22 @@ def read_lines(path: AnyPath) -> list[Line] | None:
 
 def _failed_rows(output: AnyPath, file: PublishedFile) -> Iterator[Line]:
     """An entry for each failure of a step on a row of a published file; without row ids."""
+    path = output / file.output_name
+    rows: Sequence[int] = range(file.first_row, file.first_row + file.rows)
+    if file.span:
+        receipt = read_receipt(path, OutputReceipt)
+        if receipt is None:
+            raise UnusableFile(f"{path}: has no receipt in its footer")
+        rows = receipt.fragment.numbers.tolist()
     for step in file.step_keys:
         columns = Columns(step)
-        table = read_columns(output / file.output_name, [columns.error_type, columns.error])
+        table = read_columns(path, [columns.error_type, columns.error])
         kinds, reasons = (column.to_pylist() for column in table.columns)
-        for number, (kind, reason) in enumerate(zip(kinds, reasons, strict=True), file.first_row):
+        for at, (kind, reason) in enumerate(zip(kinds, reasons, strict=True)):
             if reason is not None:
                 yield {
                     "source": file.source,
-                    "row": number,
+                    "row": rows[at],
                     "step": step,
                     "error_type": kind,
                     "error": reason,

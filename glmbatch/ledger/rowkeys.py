@@ -135,6 +135,8 @@ def answers_key(  # noqa: PLR0913 - all that decides the answers beside the rows
     asked = {name: value for name, value in fragment.partitions if name in sources}
     # Values from folder names are not in the file, so its digest does not cover them.
     given: list[object] = [asked] if asked else []
+    if fragment.span:
+        given.append([fragment.span, fragment.picked])
     if fragment.int96:  # the unit changes how a prompt shows times
         given.append(fragment.int96)
     if when:
@@ -163,7 +165,7 @@ def output_key(
     """
     place = fragment.model_dump(mode="json", exclude={"path", "stamp", "partitions"})
     # Left out when empty, as is the format: keys from before these fields existed stay valid.
-    for later in ("form", "typed", "int96"):
+    for later in ("form", "typed", "int96", "columns", "where", "span", "picked"):
         if not place[later]:
             del place[later]
     others: list[object] = [] if format == "parquet" else [format]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from pydantic import BaseModel
+
+from glmbatch.errors import counted
 from glmbatch.ledger.fragments import Fragment, Plan
 from glmbatch.ledger.manifest import Manifest, PublishedFile
 from glmbatch.store.folder import Folder
@@ -41,12 +44,13 @@ def staying(
     sources of which it could not write every fragment. The caller refuses files that were made with
     other settings (see `mixture`).
 
-    - unchanged: the plan leaves the source alone. Its files stay.
-    - replaced: the source is in the plan. Its files are removed.
+    - unchanged: the plan leaves the source alone. Its files stay. Replaced: it is in the plan. Its
+      files are removed.
     - renamed: the source is missing, and the plan has a file with the same bytes, in the same
       partition folders, under a new name. Its files are removed. One new name replaces one old
       name, so that a second copy keeps its rows.
-    - missing: the source is missing and no file replaces it. Its files stay unless `drop_missing`.
+    - missing: the source is missing and no file replaces it, or `data.where` leaves out all of its
+      rows. Its files stay unless `drop_missing`.
     - damaged: the source was replaced or renamed, but not all of it could be written. If nothing
       was written, its files stay. Otherwise files from the same bytes stay if no new file has
       their rows.
@@ -61,21 +65,49 @@ def staying(
     for fragment in plan.fragments if written is None else written:
         new.setdefault(fragment.source, []).append(fragment)
     planned = {fragment.source for fragment in plan.fragments}
+    left_out = set(plan.left_out)
     stay = []
     for file in before.files:
         heir = file.source if file.source in planned else heirs.get(file.source)
         if heir is None:
-            exists = file.source in plan.unchanged
-            # Checked last, because a lookup in a store costs a request.
-            if exists or not drop_missing or not _is_gone(plan, file.source):
+            if not drop_missing or _exists(plan, left_out, file.source):
                 stay.append(file)
         elif heir in damaged and _uncovered(file, new.get(heir, [])):
             stay.append(file)
     return Staying(stay, heirs)
 
 
+def _exists(plan: Plan, left_out: Collection[str], source: str) -> bool:
+    """Whether the input has rows of `source`."""
+    if source in plan.unchanged:
+        return True
+    # Looked up last, because that costs a request in a store.
+    return source not in left_out and not _is_gone(plan, source)
+
+
 def _is_gone(plan: Plan, source: str) -> bool:
     return not (Folder(plan.root) / source).exists()
+
+
+class Filtered(BaseModel, frozen=True, extra="forbid"):
+    """What the condition `where` left out: all rows of `sources`, and `rows` of other sources."""
+
+    where: str
+    sources: int
+    rows: int
+
+    def __str__(self) -> str:
+        sources, rows = counted(self.sources, "file"), counted(self.rows, "row")
+        return f"{self.where}: leaves out {sources}, and {rows} of others"
+
+
+def filtered(plan: Plan, unchanged: Sequence[PublishedFile] = ()) -> Filtered | None:
+    """What `data.where` left out, also of `unchanged` files; None without a condition."""
+    if plan.where is None:
+        return None
+    parts: list[Fragment | PublishedFile] = [*plan.fragments, *unchanged]
+    rows = sum(part.covered - part.rows for part in parts)
+    return Filtered(where=plan.where, sources=len(plan.left_out), rows=rows)
 
 
 def mixture(
@@ -120,7 +152,7 @@ _WAYS = {
         "Replace the damaged files, or delete them and set data.missing_sources to drop"
     ),
     ("damaged", True): "Replace the damaged files, or delete them to remove their rows",
-    ("not read", False): "Let data.input cover all sources",
+    ("not read", False): "Let data.input and data.where cover all sources",
     ("not read", True): "Let data.input cover all sources",
 }
 
@@ -178,5 +210,6 @@ def _is_new(published: Sequence[PublishedFile], files: Sequence[PublishedFile]) 
 def overlap(one: PublishedFile, other: PublishedFile | Fragment) -> bool:
     """Whether the row ranges of two files from the same bytes share a row."""
     return (
-        one.first_row < other.first_row + other.rows and other.first_row < one.first_row + one.rows
+        one.first_row < other.first_row + other.covered
+        and other.first_row < one.first_row + one.covered
     )

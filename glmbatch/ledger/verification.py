@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
@@ -17,7 +17,14 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from glmbatch.errors import InputError, UnusableFile, counted
-from glmbatch.ledger.comparison import differences, open_source, pair_columns
+from glmbatch.ledger.comparison import (
+    differences,
+    kept_count,
+    open_source,
+    pair_columns,
+    rows_where,
+    source_rows,
+)
 from glmbatch.ledger.delta.table import LOG, table_files
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile, forget_manifests
@@ -138,15 +145,12 @@ def _strangers(ledger: Ledger, manifest: Manifest) -> Iterator[Finding]:
         elif (
             manifest.format == "parquet"
             and name not in named
-            and _is_seen(path.relative_to(ledger.root))
+            and path.suffix == ".parquet"
+            and not is_hidden(path.relative_to(ledger.root))
         ):
             yield _wrong(
                 name, f"is not in {MANIFEST}: of a run that was killed, or not of glmbatch"
             )
-
-
-def _is_seen(name: PurePath) -> bool:
-    return name.suffix == ".parquet" and not is_hidden(name)
 
 
 def _mixed_keys(manifest: Manifest) -> Iterator[Finding]:
@@ -178,7 +182,7 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
                     file.output_name,
                     f"rows {next_row} to {file.first_row - 1} of {source} are in no file",
                 )
-            next_row = max(next_row, file.first_row + file.rows)
+            next_row = max(next_row, file.first_row + file.covered)
         path = Folder(manifest.root) / source
         # Only the source itself shows whether rows are missing after the last file.
         total = _rows_of(path)
@@ -239,6 +243,8 @@ def _receipt_findings(file: PublishedFile, receipt: OutputReceipt) -> Iterator[F
         "digest of the source": (fragment.digest, file.source_digest),
         "first row": (fragment.first_row, file.first_row),
         "number of rows": (fragment.rows, file.rows),
+        "condition on its rows": (fragment.where, file.where),
+        "rows that it covers": (fragment.covered, file.covered),
         "number of failed rows": (receipt.faulty_rows, file.faulty_rows),
         "calibration": (receipt.calibration, file.calibration),
         "step keys": (
@@ -281,11 +287,11 @@ def _answer_findings(
         key = table.column(columns.key).is_valid()
         # One finding of each kind, for the first such row, is enough.
         excused = pc.is_in(table.column(columns.error_type), pa.array(NO_ERRORS))
-        for row in _rows_where(pc.equal(answered, pc.or_(reason, excused)))[:1]:
+        for row in rows_where(pc.equal(answered, pc.or_(reason, excused)))[:1]:
             yield _wrong(
                 file.output_name, f"step {step!r} has neither an answer nor a reason, or both", row
             )
-        for row in _rows_where(pc.and_(answered, pc.invert(key)))[:1]:
+        for row in rows_where(pc.and_(answered, pc.invert(key)))[:1]:
             yield _wrong(file.output_name, f"step {step!r} has an answer without its key", row)
         failed = pc.or_(failed, reason.combine_chunks())
         faulty[file.source] += int(pc.sum(reason).as_py() or 0)
@@ -294,10 +300,6 @@ def _answer_findings(
         yield _wrong(
             file.output_name, f"{count} of its rows failed, {MANIFEST} says {file.faulty_rows}"
         )
-
-
-def _rows_where(condition: pa.ChunkedArray | pa.Array) -> list[int]:
-    return [row for row, holds in enumerate(condition.to_pylist()) if holds]
 
 
 def _source_findings(
@@ -317,15 +319,14 @@ def _source_findings(
         return
     fragment = receipt.fragment
     with open_source(source, fragment) as (opened, others):
-        pairs, lost = pair_columns(opened, published)
-        for name in lost:
-            yield _wrong(file.output_name, f"has no column {name!r}, which {source} has")
+        pairs, faults = pair_columns(opened, published, fragment)
+        if manifest.limit is None and (kept := kept_count(opened, fragment)) != file.rows:
+            faults.append(f"has {file.rows} rows, but {kept} meet {fragment.where}")
+        yield from (_wrong(file.output_name, what) for what in faults)
         ours = read_opened(
             published, range(published.num_row_groups), 0, file.rows, where=file.output_name
         )
-        theirs = read_opened(
-            opened, fragment.row_groups, fragment.skip_rows, fragment.rows, where=source
-        )
+        theirs = source_rows(opened, fragment)
         other_types = manifest.format == "delta" or others
         for name, row in differences(ours, theirs, pairs, other_types=other_types):
             yield _wrong(

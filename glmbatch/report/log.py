@@ -13,6 +13,7 @@ from typing import Any
 from glmbatch.errors import counted
 from glmbatch.ledger.fragments import FileFault, Plan, bundle_name
 from glmbatch.ledger.receipts import AnswersReceipt
+from glmbatch.ledger.staying import filtered
 from glmbatch.report.counts import Audit
 from glmbatch.report.progress import Progress, Snapshot
 from glmbatch.report.summary import StepSummary, Summary, short, step_summary
@@ -34,6 +35,8 @@ def log_plan(plan: Plan) -> None:
         *(counted(len(plan.fragments), "fragment"), f"{len(plan.unchanged):,}"),
         len(plan.unusable),
     )
+    if plan.where is not None:
+        logger.info("where %s", filtered(plan))
     for source in plan.silent[:LEFT_OUT_SHOWN]:
         logger.warning("%s: has other bytes under the same size and times; read again", source)
     _log_left_out(plan.unusable)

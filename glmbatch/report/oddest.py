@@ -78,7 +78,7 @@ def odd_rows(
         rows.append(
             OddRow(
                 source=output.fragment.source,
-                row=output.fragment.first_row + row,
+                row=int(output.fragment.numbers[row]),
                 text=short(" · ".join(texts), SAMPLE_CHARS),
                 answer=short(prompt_values(table.column(answer))[0], SAMPLE_CHARS),
                 value=abs(rank),

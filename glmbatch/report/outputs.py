@@ -260,7 +260,7 @@ def _failures(
         for row, name, kind, reason in zip(rows, names, kinds, reasons, strict=True):
             yield {
                 "source": fragment.source,
-                "row": fragment.first_row + row,
+                "row": int(fragment.numbers[row]),
                 "id": None if name is None else str(name),
                 "step": step.name,
                 "error_type": kind,

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.receipts import AnswersReceipt
+from glmbatch.ledger.staying import Filtered
 from glmbatch.report.counts import Audit, busy_seconds, total
 from glmbatch.store.inputs.find import Skipped
 
@@ -74,6 +75,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     unchanged_sources  sources that were neither read nor asked about; their rows count as reused
     rechecked_sources  those of them that were digested again all the same
     silently_changed   sources that had other bytes under the same size and times
+    filtered           what the condition on rows left out; None without one
     """
 
     run: str
@@ -96,6 +98,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     unchanged_sources: int = 0
     rechecked_sources: int = 0
     silently_changed: tuple[str, ...] = ()
+    filtered: Filtered | None = None
 
     @property
     def computed(self) -> int:

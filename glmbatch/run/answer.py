@@ -341,8 +341,9 @@ def _refuse_faults(
     left = iter(reasons)
     for part in parts:
         fragment = part.fragment
-        for number, reason in enumerate(islice(left, fragment.rows), fragment.first_row):
+        for at, reason in enumerate(islice(left, fragment.rows)):
             if reason is not None:
+                number = fragment.numbers[at]
                 raise BadRow(
                     f"{fragment.path}: row {number}, step {assignment.question.name!r}: {reason}. "
                     "Fix the row, or set on_error to quarantine."

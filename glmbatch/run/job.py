@@ -27,6 +27,7 @@ def run_job(job: JobConfig, others: Sequence[str] = ()) -> Summary:
     the job or its input must change, AuditError when nothing was published, TransientError when the
     machine failed.
     """
+    job = job.dated()
     check_canary_file(job)
     run = plan_run(job, others=others)  # which rows, in which fragments
     with session(run) as opened:  # the output's lock, engines, known answers, progress

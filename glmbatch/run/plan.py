@@ -67,7 +67,7 @@ def check_job(job: JobConfig) -> None:
     Reads the headers of a checkpoint only if there are rows to answer, because that takes torch;
     without such rows the run itself reads those of a checkpoint that changed.
     """
-    run = plan_run(job, digests=False)
+    run = plan_run(job := job.dated(), digests=False)
     with session(run):
         pass  # proves that the output can be written and that no other run holds it
     for model in job_models(job):
@@ -203,12 +203,12 @@ def basis_of_run(data: DataConfig, questions: Sequence[Question]) -> str:
     """What decides, besides a source, the files that a run of `questions` publishes for it."""
     steps = []
     for question in questions:
-        # Without `when` where it is unset: what was published before it existed stays as it is.
+        # Without what is unset: what was published before it existed stays as it is.
         inputs = question.inputs.model_dump(mode="json", exclude_defaults=True)
         steps.append([question.name, question.key, inputs])
     parts = [steps, data.rows_per_fragment, data.format, data.id_column, data.follow_links]
-    calibration = made_with(questions)[1]
-    return basis_of([*parts, calibration] if calibration else parts)
+    later = [part for part in (made_with(questions)[1], data.columns_out) if part]
+    return basis_of([*parts, *later])
 
 
 def resolve_questions(

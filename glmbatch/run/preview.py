@@ -19,6 +19,7 @@ from glmbatch.ledger.known.answers import KnownAnswers
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, PublishedFile, StepOrigin
 from glmbatch.ledger.rowkeys import answer_settings
+from glmbatch.ledger.staying import Filtered, filtered
 from glmbatch.report.counts import latest_rate
 from glmbatch.run.answer import find_answers
 from glmbatch.run.audits import check_errors
@@ -90,12 +91,14 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
     seconds: float | None
     skipped: tuple[Skipped, ...] = ()
     unchanged_sources: int = 0
+    filtered: Filtered | None = None
     refused: str | None = None
     notes: tuple[str, ...] = ()
 
 
 def preview(job: JobConfig) -> Preview:
     """What a run of `job` would do now. InputError when the run could not start."""
+    job = job.dated()
     check_canary_file(job)  # a run would refuse the same files
     run = plan_run(job)
     models = prepare_models(job)
@@ -119,8 +122,7 @@ def preview(job: JobConfig) -> Preview:
                         source=fragment.source, first_row=fragment.first_row, reason=shown(error)
                     )
                 )
-    manifest = ledger.manifest()
-    published = manifest.files if manifest is not None else ()
+    published = manifest.files if (manifest := ledger.manifest()) is not None else ()
     unchanged = [file for file in published if file.source in plan.unchanged]
     steps = (*counted.steps(), *_unchanged_steps(len(plan.unchanged), unchanged))
     return Preview(
@@ -134,6 +136,7 @@ def preview(job: JobConfig) -> Preview:
         seconds=_estimate(steps, ledger),
         skipped=plan.skipped,
         unchanged_sources=len(plan.unchanged),
+        filtered=filtered(plan, unchanged),
         refused=_refusal(plan, job.max_error_rate, unchanged, counted),
         notes=prompt_notes(work.questions),
     )

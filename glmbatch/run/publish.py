@@ -15,7 +15,7 @@ from glmbatch.ledger.publication import publish as make_public
 from glmbatch.ledger.quarantine import line_of_file, mended_quarantine, write_refused
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.ledger.rowkeys import answer_settings
-from glmbatch.ledger.staying import Staying, mixture, staying
+from glmbatch.ledger.staying import Staying, filtered, mixture, staying
 from glmbatch.report.counts import Audit
 from glmbatch.report.log import log_audits, log_end
 from glmbatch.report.measures import Measures, measure
@@ -36,7 +36,7 @@ from glmbatch.run.plan import basis_of_run
 from glmbatch.run.prompts import prompt_notes
 from glmbatch.run.session import session_of
 from glmbatch.run.work import Question, Run, made_with, now
-from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig
+from glmbatch.settings.job import AnyStep, ClassifyStep, DataConfig, JobConfig
 from glmbatch.store.files import DIGEST_CHARS
 
 MOST_REFUSED = 100_000  # rows listed for a refused run, in which perhaps every row failed
@@ -94,7 +94,7 @@ def publish(
     except AuditError as error:
         _refuse_publishing(job, run, questions, collected, error)
     # Before publication moves the files from where their receipts say.
-    results = _measure_run(run, questions, collected, job.data.id_column)
+    results = _measure_run(run, questions, collected, job.data)
     if results.failures and run.context.raises:  # committed under another `on_error`
         first = results.failures[0]
         raise BadRow(
@@ -154,7 +154,7 @@ def _refuse_publishing(
     """
     reason = f"{job.data.output}: nothing published: {error}"
     try:
-        results = _measure_run(run, questions, collected, job.data.id_column, MOST_REFUSED)
+        results = _measure_run(run, questions, collected, job.data, MOST_REFUSED)
     except GlmbatchError as unread:  # the audit's error matters more
         raise AuditError(f"{reason} Its rows cannot be listed: {unread}") from error
     why = model_reason(results.failures)
@@ -232,18 +232,19 @@ def _measure_run(
     run: Run,
     questions: Sequence[Question],
     collected: Collected,
-    id_column: str | None,
+    data: DataConfig,
     most_failures: int | None = None,
 ) -> Results:
     """What the run did, from its receipts and one read of each output file."""
     steps = []
     for question in questions:
-        sources = tuple(question.inputs.columns.values())
+        # No report shows a column that does not go out.
+        sources = tuple(filter(data.has_out, question.inputs.columns.values()))
         classifies = isinstance(question.step, ClassifyStep)
         number = isinstance(question.step, ClassifyStep) and question.step.number
         steps.append(ReportedStep(question.name, classifies, sources, number))
     written = collected.written
-    reading = read_outputs(steps, written, collected.ledger, id_column, most_failures)
+    reading = read_outputs(steps, written, collected.ledger, data.id_column, most_failures)
     return Results(
         summary=_summarize(run, questions, collected, reading.rows),
         measures=measure(steps, run.context.id, written, reading),
@@ -292,6 +293,7 @@ def _summarize(
         unchanged_sources=len(run.plan.unchanged),
         rechecked_sources=run.plan.rechecked,
         silently_changed=run.plan.silent,
+        filtered=filtered(run.plan, unchanged),
     )
 
 

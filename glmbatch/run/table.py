@@ -31,6 +31,7 @@ from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import resolve_questions
 from glmbatch.run.session import newest_progress
 from glmbatch.run.work import Question
+from glmbatch.settings.data import plain
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.jobfile import load_job, parse_settings
 from glmbatch.settings.steps.any_step import calibrated_columns
@@ -118,13 +119,19 @@ def answers_to(frame: Frame, job: Job, cache: str | os.PathLike[str]) -> TableAn
 def _settings_of_table(job: Job) -> JobConfig:
     """The job with the settings that a table leaves out or cannot have."""
     # A job requires these; `_answers` replaces them with a folder of this call.
-    places = {"data.input": WHERE, "data.output": WHERE, "data.format": "parquet"}
+    places: dict[str, object] = {
+        "data.input": WHERE,
+        "data.output": WHERE,
+        "data.format": "parquet",
+    }
+    places["data.columns"] = None
     settings = settings_of(job, {**places, "data.missing_sources": "keep"})
-    if settings.data.limit is not None:
-        raise InputError(
-            f"{WHERE}: data.limit is set, but every row of a table is answered. "
-            "Select the rows you want, and unset data.limit."
-        )
+    for name in ("limit", "where"):
+        if getattr(settings.data, name) is not None:
+            raise InputError(
+                f"{WHERE}: data.{name} is set, but every row of a table is answered. "
+                f"Select the rows you want, and unset data.{name}."
+            )
     chosen = job.model_fields_set if isinstance(job, JobConfig) else settings.model_fields_set
     if "max_error_rate" in chosen:
         return settings
@@ -205,7 +212,8 @@ def _answers(
     source = _write(columns, folder / settings)
     output = folder / settings / OUTPUT
     others = [str(path.parent) for path in folder.glob(f"*/{OUTPUT}/{MANIFEST}")]
-    data = job.data.model_copy(update={"input": str(source), "output": str(output)})
+    places = {"input": plain(str(source)), "output": plain(str(output))}
+    data = job.data.model_copy(update=places)
     # An ordinary file run, so that audits, reuse and failures work the same way.
     with _naming_the_table(source, output):
         own = job.model_copy(update={"data": data})

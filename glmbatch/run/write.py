@@ -124,11 +124,11 @@ def _output_schema(
     with open_fragment(fragment) as file:
         source = file.schema_arrow
         utc_times = times_in_utc(file)
-        fields = written_fields(file)
+        fields = [field for field in written_fields(file) if fragment.has_out(field.name)]
     for table in tables:
         fields += list(table.schema)
     rows = range(fragment.first_row, fragment.first_row + fragment.rows)
-    schema = pa.schema(fields, kept_metadata(source, fields, rows))
+    schema = pa.schema(fields, kept_metadata(source, fields, None if fragment.span else rows))
     if run.format == "delta":
         schema = delta_schema(fragment.path, schema, typed_columns(fragment.typed))
     return schema, utc_times
@@ -149,7 +149,8 @@ def _rows_with_answers(
 ) -> Iterator[pa.RecordBatch]:
     """The source's batches, each with its part of the answers beside it."""
     first_row = 0
-    for batch in read_fragment(fragment):
+    names = [name for name in schema.names if name in fragment.columns]
+    for batch in read_fragment(fragment, names if fragment.columns else None):
         columns = list(batch.columns)
         for table in tables:
             # Answers are in row order, so the same slice holds the same rows.

@@ -1,37 +1,35 @@
 """Conditions on a row, such as `stars < 3 and language in ('de', 'en')`. Parsed, never executed.
 
-Python's own parser reads the text, and only these forms of its grammar are accepted: a column by
-its name or as column('any name'), compared with one value or several, searched for a value if it
-is a list, tested for null or, if it is a boolean, alone; and such tests joined by `and`, `or` and
-`not`.
+They are written as after SQL's `where`, and sqlglot parses them. Only these forms are accepted: a
+column by its name or as column('any name'), compared with one value or several, searched for a
+value if it is a list, tested for null or, if it is a boolean, alone; and such tests joined by
+`and`, `or` and `not`.
 """
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, reduce
-from typing import TypeGuard
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from sqlglot import exp
 
 Value = str | int | float | bool
 
-SIGNS: dict[type[ast.cmpop], str] = {
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-    ast.Eq: "==",
-    ast.NotEq: "!=",
-}
+# The signs of sqlglot's comparisons, by the names of their classes.
+SIGNS = {"LT": "<", "LTE": "<=", "GT": ">", "GTE": ">=", "EQ": "==", "NEQ": "!="}
 # The sign that says the same with the sides exchanged.
 MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
-# As YAML and SQL spell them; a column of such a name is column('null').
-CONSTANTS = {"null": None, "true": True, "false": False}
-# Instead of the parser's advice, which is about Python.
+# The words and signs that mean something; every other word is a column, as `order` is.
+WORDS = ("AND", "OR", "NOT", "IN", "IS", "NULL", "TRUE", "FALSE", "BETWEEN", "LIKE")
+SQL_SIGNS = ("==", "<>", "!=", "<=", ">=")
+# Python's word for null; a column of such a name is column('none').
+NONE = "none"
 ADVICE = (
-    "write == for equality, `and`, `or`, `not` in small letters, text and dates in quotes; "
+    "compare with = or <, join with `and`, `or` and `not`, and write text and dates in quotes; "
     "LIKE, && and so on are not known"
 )
 SHOWN_CHARS = 60
@@ -109,13 +107,40 @@ Condition = Test | Not | Both | Either
 @lru_cache(256)
 def parse_condition(text: str) -> Condition:
     """The condition that `text` says. ValueError, in one line, if it says none."""
+    from sqlglot import exp
+    from sqlglot.errors import SqlglotError
+
     try:
-        # In parentheses, so that it may be several lines.
-        return _condition(ast.parse(f"({text}\n)", mode="eval").body)
-    except SyntaxError as error:
+        tree = exp.maybe_parse(text, into=exp.Condition, dialect=_dialect())
+        return _condition(tree)
+    except SqlglotError as error:
         raise ValueError(f"{_shown(text)} is no condition: {ADVICE}") from error
     except (RecursionError, MemoryError) as error:
         raise ValueError(f"{_shown(text)} is nested too deeply") from error
+
+
+@cache
+def _dialect() -> Any:
+    """SQL in which text may have either quotes, and which has no word but WORDS."""
+    from sqlglot import parser, tokens
+    from sqlglot.dialects.dialect import Dialect
+
+    words = {*WORDS, *SQL_SIGNS}
+    own = {word: kind for word, kind in tokens.Tokenizer.KEYWORDS.items() if word in words}
+
+    class Conditions(Dialect):
+        class Tokenizer(tokens.Tokenizer):
+            QUOTES: ClassVar = ["'", '"']
+            IDENTIFIERS: ClassVar = ["`"]
+            COMMENTS: ClassVar = []
+            KEYWORDS: ClassVar = own
+
+        class Parser(parser.Parser):
+            FUNCTIONS: ClassVar = {}
+            FUNCTION_PARSERS: ClassVar = {}
+            NO_PAREN_FUNCTION_PARSERS: ClassVar = {}
+
+    return Conditions
 
 
 def tests_of(condition: Condition) -> Iterator[Test]:
@@ -134,40 +159,81 @@ def columns_of(condition: Condition) -> list[str]:
     return list(dict.fromkeys(test.column for test in tests_of(condition)))
 
 
-def _condition(node: ast.expr) -> Condition:
-    if isinstance(node, ast.BoolOp):
-        join = Both if isinstance(node.op, ast.And) else Either
-        return reduce(join, map(_condition, node.values))
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        return Not(_condition(node.operand))
-    if isinstance(node, ast.Compare):
-        sides = [node.left, *node.comparators]
-        # 1 < stars < 4 says two things.
-        pairs = zip(sides, node.ops, sides[1:], strict=False)
-        return reduce(Both, [_test(node, *pair) for pair in pairs])
-    column = _column(node)
-    if column is None:
+def text_of(condition: Condition) -> str:
+    """A text that `parse_condition` reads as `condition`, the same for equal ones."""
+    if isinstance(condition, Not):
+        return f"not ({text_of(condition.part)})"
+    if isinstance(condition, Both | Either):
+        join = "and" if isinstance(condition, Both) else "or"
+        return f"({text_of(condition.first)} {join} {text_of(condition.second)})"
+    column = f"column({_quoted(condition.column)})"
+    if isinstance(condition, Compares):
+        return f"{column} {condition.sign} {_spelled(condition.value)}"
+    if isinstance(condition, IsOneOf):
+        return f"{column} in ({', '.join(map(_spelled, condition.values))})"
+    if isinstance(condition, Has):
+        return f"{_spelled(condition.value)} in {column}"
+    return f"{column} is null" if isinstance(condition, IsNull) else column
+
+
+def _spelled(value: Value) -> str:
+    return _quoted(value) if isinstance(value, str) else repr(value).lower()
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _condition(node: exp.Expr) -> Condition:
+    from sqlglot import exp
+
+    if isinstance(node, exp.Paren):
+        return _condition(node.this)
+    if isinstance(node, exp.And | exp.Or):
+        join = Both if isinstance(node, exp.And) else Either
+        return _joined(join, list(map(_condition, node.flatten(unnest=False))))
+    if isinstance(node, exp.Not):
+        return Not(_condition(node.this))
+    test = _test(node)
+    if test is None:
         raise ValueError(
             f"{_shown(node)} is no condition: compare a column with a value, as in stars < 3"
         )
-    return IsTrue(column)
+    return test
 
 
-def _test(whole: ast.expr, left: ast.expr, sign: ast.cmpop, right: ast.expr) -> Condition:
-    if isinstance(sign, ast.In | ast.NotIn):
-        listed = _column(right) if _column(left) is None else None
-        test: Test
-        if listed is not None:
-            test = Has(listed, _value(left))
-        else:
-            test = IsOneOf(_needed_column(whole, left), _values(right))
-        return Not(test) if isinstance(sign, ast.NotIn) else test
-    if isinstance(sign, ast.Is | ast.IsNot):
-        if _column(right) is not None or _constant(right) is not None:
-            raise ValueError(f"{_shown(whole)}: only null comes after `is`; write == for a value")
-        test = IsNull(_needed_column(whole, left))
-        return Not(test) if isinstance(sign, ast.IsNot) else test
-    name = SIGNS[type(sign)]
+def _joined(join: type[Both | Either], parts: list[Condition]) -> Condition:
+    """The parts as a tree that is not deep, however many they are."""
+    if len(parts) == 1:
+        return parts[0]
+    middle = (len(parts) + 1) // 2
+    return join(_joined(join, parts[:middle]), _joined(join, parts[middle:]))
+
+
+def _test(node: exp.Expr) -> Condition | None:
+    from sqlglot import exp
+
+    if isinstance(node, exp.In):
+        return _searched(node)
+    if isinstance(node, exp.Between):
+        column = _needed_column(node, node.this)
+        least, most = _value(node.args["low"]), _value(node.args["high"])
+        return Both(Compares(column, ">=", least), Compares(column, "<=", most))
+    if isinstance(node, exp.Is):
+        if not _is_null(node.expression):
+            raise ValueError(f"{_shown(node)}: only null comes after `is`; write = for a value")
+        return IsNull(_needed_column(node, node.this))
+    name = SIGNS.get(type(node).__name__)
+    if name is None:
+        alone = _column(node)
+        return None if alone is None else IsTrue(alone)
+    left, right = node.this, node.expression
+    if type(left).__name__ in SIGNS:  # 1 < stars < 4 says two things
+        return Both(_condition(left), _compared(node, left.expression, name, right))
+    return _compared(node, left, name, right)
+
+
+def _compared(whole: exp.Expr, left: exp.Expr, name: str, right: exp.Expr) -> Condition:
     if _column(left) is None and _column(right) is not None:
         left, right, name = right, left, MIRRORED.get(name, name)
     if _column(right) is not None:
@@ -177,18 +243,44 @@ def _test(whole: ast.expr, left: ast.expr, sign: ast.cmpop, right: ast.expr) -> 
     return Compares(_needed_column(whole, left), name, _value(right))
 
 
-def _column(node: ast.expr) -> str | None:
+def _searched(node: exp.In) -> Condition:
+    from sqlglot import exp
+
+    field = node.args.get("field")
+    listed = None if field is None or _column(node.this) is not None else _column(field)
+    if listed is not None:
+        return Has(listed, _value(node.this))
+    column = _needed_column(node, node.this)
+    values = node.expressions
+    if isinstance(field, exp.Struct | exp.Array | exp.Tuple):
+        values = field.expressions
+    if not values:
+        raise ValueError(f"{_shown(node)}: a list of values comes after `in`, as in ('de', 'en')")
+    return IsOneOf(column, tuple(map(_value, values)))
+
+
+def _is_null(node: exp.Expr) -> bool:
+    from sqlglot import exp
+
+    if isinstance(node, exp.Column):
+        return node.name.casefold() == NONE and not node.this.quoted
+    return isinstance(node, exp.Null)
+
+
+def _column(node: exp.Expr) -> str | None:
     """The column that `node` names; None if it names none."""
-    if isinstance(node, ast.Name) and node.id not in CONSTANTS:
-        return node.id
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "column":
-        match node.args, node.keywords:
-            case [ast.Constant(value=str(name))], []:
-                return _text(node, name)
+    from sqlglot import exp
+
+    if isinstance(node, exp.Column) and not node.table and not _is_null(node):
+        return _text(node, node.name)
+    if isinstance(node, exp.Anonymous) and node.name == "column" and len(node.expressions) == 1:
+        name = node.expressions[0]
+        if isinstance(name, exp.Literal) and name.is_string:
+            return _text(node, name.name)
     return None
 
 
-def _needed_column(whole: ast.expr, node: ast.expr) -> str:
+def _needed_column(whole: exp.Expr, node: exp.Expr) -> str:
     column = _column(node)
     if column is None:
         raise ValueError(
@@ -197,43 +289,39 @@ def _needed_column(whole: ast.expr, node: ast.expr) -> str:
     return column
 
 
-def _values(node: ast.expr) -> tuple[Value, ...]:
-    if not isinstance(node, ast.Tuple | ast.List | ast.Set) or not node.elts:
-        raise ValueError(f"{_shown(node)}: a list of values comes after `in`, as in ('de', 'en')")
-    return tuple(map(_value, node.elts))
+def _value(node: exp.Expr) -> Value:
+    """The text, number or boolean that `node` spells out."""
+    from sqlglot import exp
 
-
-def _value(node: ast.expr) -> Value:
-    value = _constant(node)
-    if value is None:
+    if _is_null(node):
         raise ValueError(f"{_shown(node)} compares with nothing; write `is null` or `is not null`")
-    return value
-
-
-def _constant(node: ast.expr) -> Value | None:
-    """The text, number or boolean that `node` spells out; None for null."""
-    if isinstance(node, ast.Name) and node.id in CONSTANTS:
-        return CONSTANTS[node.id]
+    if isinstance(node, exp.Boolean):
+        return bool(node.this)
+    if isinstance(node, exp.Literal) and node.is_string:
+        return _text(node, node.name)
     sign = 1
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        sign, node = (-1 if isinstance(node.op, ast.USub) else 1), node.operand
-        if isinstance(node, ast.Constant) and not _is_number(node.value):
-            raise ValueError(f"{_shown(node)} has a sign but is no number")
-    if not isinstance(node, ast.Constant) or not isinstance(node.value, Value | None):
+    number = node
+    if isinstance(node, exp.Neg):
+        sign, number = -1, node.this
+    if not isinstance(number, exp.Literal) or number.is_string:
         raise ValueError(
             f"{_shown(node)} is no value: write text and dates in quotes, a number or true"
         )
-    value = node.value
-    if isinstance(value, str):
-        return _text(node, value)
-    if value is None or not _is_number(value):
-        return value
-    if not math.isfinite(value) or (isinstance(value, int) and value >= NUMBERS):
-        raise ValueError(f"{_shown(node)} is too large a number")
+    value = _number(node, number.name)
     return sign * value
 
 
-def _text(node: ast.expr, text: str) -> str:
+def _number(node: exp.Expr, digits: str) -> int | float:
+    try:
+        value: int | float = int(digits) if digits.isdecimal() else float(digits)
+    except ValueError as error:
+        raise ValueError(f"{_shown(node)} is no number") from error
+    if not math.isfinite(value) or (isinstance(value, int) and value >= NUMBERS):
+        raise ValueError(f"{_shown(node)} is too large a number")
+    return value
+
+
+def _text(node: exp.Expr, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -241,10 +329,7 @@ def _text(node: ast.expr, text: str) -> str:
     return text
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _shown(part: ast.expr | str) -> str:
-    text = " ".join((part if isinstance(part, str) else ast.unparse(part)).split())
+def _shown(part: exp.Expr | str) -> str:
+    text = part if isinstance(part, str) else part.sql()
+    text = " ".join(text.encode(errors="backslashreplace").decode().split())
     return text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 1]}…"

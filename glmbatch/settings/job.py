@@ -6,6 +6,7 @@ answers; those of `RuntimeConfig` change only speed.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -13,6 +14,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from glmbatch.settings.addresses import has_credentials
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.conditions import columns_of, parse_condition
+from glmbatch.settings.data import DataConfig
 from glmbatch.settings.kinds import Address, LocalAddress, Settings, Share
 from glmbatch.settings.model import ModelConfig, ModelSetting
 from glmbatch.settings.steps.any_step import AnyStep, calibrated_columns
@@ -41,61 +43,6 @@ __all__ = [
     "has_credentials",
     "placeholders",
 ]
-
-
-class DataConfig(Settings):
-    """Where rows are read from and where answers are written."""
-
-    input: Address = Field(
-        description="Parquet file, folder of Parquet files, or glob such as `in/day=*/*.parquet`. "
-        "A local path or an address such as s3://bucket/name.",
-    )
-    output: Address = Field(
-        description="Folder for the answers, created if absent; it mirrors the input's folders. "
-        "A local path or an address such as s3://bucket/name.",
-    )
-    format: Literal["parquet", "delta"] = Field(
-        "parquet",
-        description="parquet: a folder of Parquet files. delta: also a Delta Lake table over them; "
-        "choose it if readers must never see two publications mixed (needs glmbatch[delta]).",
-    )
-    text_column: str = Field(
-        "text", min_length=1, description="Column with the text; prompts refer to it as {text}."
-    )
-    id_column: str | None = Field(
-        None,
-        description="Column that identifies rows in error lists. Empty: the row number in the "
-        "file identifies them.",
-    )
-    rows_per_fragment: int = Field(
-        10_000,  # minutes of work on a GPU, and some MB of answers
-        ge=1,
-        le=10_000_000,
-        description="The most rows of a file, and of a task, its retry and its commit. Fewer rows "
-        "lose less work in a crash; more make fewer, larger files.",
-    )
-    missing_sources: Literal["keep", "drop"] = Field(
-        "keep",
-        description="What happens to published rows whose source file is gone. keep: for a landing "
-        "folder that is emptied after each run. drop: for full snapshots, whose files may be split "
-        "or renamed.",
-    )
-    follow_links: bool = Field(
-        False,
-        description="Follow symbolic links that lead out of the input, as in a Hugging Face cache. "
-        "Anyone who can write to the input can then make the job read any file on this machine.",
-    )
-    recheck_share: float = Field(
-        0.01,
-        ge=0.0,
-        le=1.0,
-        description="Share of the unchanged files to digest again in each run, chosen at random. "
-        "It detects bytes that changed under the same size and times, as on a failing disk. 1 "
-        "reads every file every night; 0 trusts sizes and times.",
-    )
-    limit: int | None = Field(
-        None, ge=1, description="Process only the first N rows, for a trial. Empty: all rows."
-    )
 
 
 class RuntimeConfig(Settings):
@@ -304,6 +251,15 @@ class JobConfig(Settings):
                         f"{writer.name!r} answers; use a column of the input"
                     )
         return self
+
+    def from_today(self) -> JobConfig:
+        """The job with the date of today, if it has none, so that it reads one day throughout."""
+        dated = self.data.dated(None)
+        return self.model_copy(update={"data": self.data.model_copy(update={"today": dated.today})})
+
+    def dated(self, moment: datetime | None = None) -> JobConfig:
+        """The job with the dates of a run that was to start at `moment`, or that starts now."""
+        return self.model_copy(update={"data": self.data.dated(moment)})
 
     def written_columns(self, step: AnyStep) -> list[str]:
         """The answer columns of `step`, and those that a calibration may add."""

@@ -149,6 +149,8 @@ def schema_needs(job: JobConfig, inputs: Mapping[str, PromptInputs]) -> SchemaNe
             tests.append(NeededTests(setting, when.text, when.columns))
     if job.data.id_column is not None:
         read.append(NeededColumn(job.data.id_column, "data.id_column", False))
+    for name in job.data.columns or ():
+        read.append(NeededColumn(name, "data.columns", False, is_tested=True))
     return SchemaNeeds(tuple(read), written, tuple(tests))
 
 

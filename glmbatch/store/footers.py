@@ -50,10 +50,11 @@ def written_form(file: pq.ParquetFile) -> str:
 
 
 def kept_metadata(
-    source: pa.Schema, columns: Sequence[pa.Field], rows: range
+    source: pa.Schema, columns: Sequence[pa.Field], rows: range | None
 ) -> dict[bytes, bytes]:
     """The footer metadata of `source` that stays true in a file of its `rows` with `columns`.
 
+    `rows` is None if they are no range.
     Keys and values are as Parquet stores them.
     """
     kept: dict[bytes, bytes] = {}
@@ -110,7 +111,7 @@ def _names_columns(text: str, names: Sequence[str]) -> bool:
 
 
 def _pandas(
-    value: bytes, source: pa.Schema, columns: Sequence[pa.Field], rows: range
+    value: bytes, source: pa.Schema, columns: Sequence[pa.Field], rows: range | None
 ) -> bytes | None:
     """The description that pandas writes, extended by our columns; None if it is not valid.
 
@@ -122,7 +123,10 @@ def _pandas(
         index = [_index_part(part, rows) for part in described["index_columns"]]
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    described["index_columns"] = [part for part in index if part is not None]
+    written = {field.name for field in columns}
+    described["index_columns"] = [
+        part for part in index if part is not None and (isinstance(part, dict) or part in written)
+    ]
     # If the frame's names were numbers or tuples, pandas would convert our names too, and fail.
     labels = described.get("column_indexes") or []
     if [label.get("pandas_type") for label in labels] != ["unicode"]:
@@ -131,12 +135,12 @@ def _pandas(
     return json.dumps(described).encode()
 
 
-def _index_part(part: Any, rows: range) -> Any:
+def _index_part(part: Any, rows: range | None) -> Any:
     """The name of an index column, or the part of a range index that these rows have."""
     if not isinstance(part, dict):
         return part
     counted = range(part["start"], part["stop"], part["step"])
-    if len(counted) < rows.stop:  # the range does not match the file
+    if rows is None or len(counted) < rows.stop:  # the range does not match the file
         return None
     own = counted[rows.start : rows.stop]
     return {**part, "start": own.start, "stop": own.stop, "step": own.step}

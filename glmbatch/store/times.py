@@ -17,6 +17,7 @@ from glmbatch.store.parquet import TimeUnit, open_parquet, read_rows
 from glmbatch.store.paths import Address
 from glmbatch.store.types import has_int96, inner_arrays
 
+ALL_ROWS = 1 << 62  # in place of a number of rows
 MAX_MICROSECONDS = (2**63 - 1) // 1000  # before and after 1970, the range of nanoseconds
 
 
@@ -59,9 +60,13 @@ class Times:
 def look_at_times(path: Address, row_groups: Sequence[int], skip_rows: int, rows: int) -> Times:
     """The INT96 times in these rows, which it reads twice, once in each unit.
 
-    Rows are given as to `read_rows`. UnusableFile when they cannot be read.
+    Rows are given as to `read_rows`, ALL_ROWS for those of the row groups. UnusableFile when they
+    cannot be read.
     """
     names = int96_columns(path)
+    if rows == ALL_ROWS:
+        with open_parquet(path) as file:
+            rows = sum(file.metadata.row_group(group).num_rows for group in row_groups)
     coarse = read_rows(path, row_groups, skip_rows, rows, names)
     fine = read_rows(path, row_groups, skip_rows, rows, names, int96="ns")
     finer = far = False

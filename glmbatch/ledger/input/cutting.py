@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import pyarrow as pa
+import pyarrow.parquet as pq
 
-from glmbatch.errors import InputError, UnusableFile, shown
-from glmbatch.ledger.fragments import FileFault, Fragment, Plan, output_name, telling_size
+from glmbatch.errors import InputError, UnusableFile, counted, shown
+from glmbatch.ledger.fragments import (
+    FileFault,
+    Fragment,
+    Plan,
+    output_name,
+    telling_size,
+)
+from glmbatch.ledger.input.ranges import limited, ranges
 from glmbatch.ledger.input.unchanged import Look, PublishedSource, is_sampled, look_at
 from glmbatch.settings.job import DataConfig
 from glmbatch.store.files import (
@@ -22,6 +29,12 @@ from glmbatch.store.files import (
     whole_name,
 )
 from glmbatch.store.footers import written_form
+from glmbatch.store.inputs.filters import (
+    RowFilter,
+    check_filter,
+    kept_rows,
+    row_filter,
+)
 from glmbatch.store.inputs.find import Found, find_files
 from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, from_folders
 from glmbatch.store.inputs.nesting import refuse_nesting, refuse_reach
@@ -34,13 +47,14 @@ class _Outcome(NamedTuple):
     """What became of one usable file: its stamp, and its fragments unless it is unchanged.
 
     `rechecked` files were digested although their stamp is the recorded one; `silent` ones have
-    other bytes than their stamp says.
+    other bytes than their stamp says. The filter may have `left_out` all rows of a published file.
     """
 
     look: Look
     fragments: list[Fragment] | None
     rechecked: bool = False
     silent: bool = False
+    left_out: bool = False
 
 
 def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how much to read
@@ -65,11 +79,12 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
     """
     found = find_files(data.input, follow_links=data.follow_links)
     refuse_nesting(found, data.input, data.output)
-    look = _Looker(found, data, needs, published, frozenset(again), seed, digests)
+    keeps = row_filter(data.where, data.text_column)
+    found, left_out = _in_folders(found, keeps, data)
+    look = _Looker(found, data, needs, published, frozenset(again), seed, digests, keeps)
     outcomes = look.left_alone()
     names = [name for name in found.names if name not in outcomes]
-    refused = found.refused.items()
-    faults = [FileFault(source=shown(name), reason=reason) for name, reason in refused]
+    faults = [FileFault(source=shown(name), reason=why) for name, why in found.refused.items()]
     if raise_faults and faults:
         raise UnusableFile(faults[0].reason)
     for name, outcome in zip(names, look.at_all(names), strict=True):
@@ -81,32 +96,56 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
             faults.append(_fault(found.root, name, outcome))
     if not outcomes:
         raise none_usable(shown(data.input), faults)
-    plan = _joined(outcomes, data)
+    plan = _joined(outcomes, data, left_out)
     refuse_reach(found, data.input, data.output, (part.output_name for part in plan.fragments))
     told = {"unusable": tuple(faults), "skipped": tuple(found.skipped)}
     return plan.model_copy(update={"root": whole_name(found.root), **told})
 
 
-def _joined(outcomes: Mapping[str, _Outcome], data: DataConfig) -> Plan:
-    """The plan of all usable files, in the order of `outcomes`.
+def _in_folders(found: Found, keeps: RowFilter, data: DataConfig) -> tuple[Found, list[str]]:
+    """The files that are not left out by the names of their folders, and those that are.
+
+    InputError when all are.
+    """
+    left_out = [name for name in found.names if keeps.left_of(name) is False]
+    if not left_out:
+        return found, []
+    refused = {name: why for name, why in found.refused.items() if keeps.left_of(name) is not False}
+    if len(left_out) == len(found.names) and not refused:
+        raise InputError(
+            f"{shown(data.input)}: {counted(len(left_out), 'file')}, and no folder's name meets "
+            f"data.where: {data.where}. Set data.where."
+        )
+    gone = set(left_out)
+    names = [name for name in found.names if name not in gone]
+    stamps = {name: stamp for name, stamp in found.stamps.items() if name not in gone}
+    return replace(found, names=names, stamps=stamps, refused=refused), left_out
+
+
+def _joined(outcomes: Mapping[str, _Outcome], data: DataConfig, left_out: Sequence[str]) -> Plan:
+    """The plan of all usable files, in the order of `outcomes`; the filter left out others too.
 
     InputError when two would have the same output.
     """
-    ranges: list[Fragment] = []
+    parts: list[Fragment] = []
     stamps: dict[str, tuple[int, ...]] = {}
     unchanged: dict[str, tuple[int, ...]] = {}
     for name, outcome in outcomes.items():
-        ranges += outcome.fragments or []
+        parts += outcome.fragments or []
+        if outcome.left_out:
+            continue
         kind = unchanged if outcome.fragments is None else stamps
         kind[name] = outcome.look.recorded
-    _refuse_same_output(ranges, unchanged)
+    _refuse_same_output(parts, unchanged)
     return Plan(
         root="",
-        fragments=tuple(_limited(ranges, data.limit)),
+        fragments=tuple(limited(parts, data.limit)),
         unusable=(),
         limit=data.limit,
         unchanged=unchanged,
         stamps=stamps,
+        where=data.where,
+        left_out=(*left_out, *(name for name, outcome in outcomes.items() if outcome.left_out)),
         rechecked=sum(outcome.rechecked for outcome in outcomes.values()),
         silent=tuple(name for name, outcome in outcomes.items() if outcome.silent),
     )
@@ -137,6 +176,7 @@ class _Looker:
     again: frozenset[str]
     seed: str
     digests: bool
+    keeps: RowFilter
 
     def left_alone(self) -> dict[str, _Outcome]:
         """The files whose stamps when they were found are the recorded ones, without a look.
@@ -146,10 +186,14 @@ class _Looker:
         outcomes = {}
         for name, stamp in self.found.stamps.items():
             source = self.published.get(name)
-            same = source is not None and stamp == source.stamp
+            same = source is not None and stamp == source.stamp and self._is_kept_so(name)
             if same and name not in self.again and not self._is_drawn(name):
                 outcomes[name] = _Outcome(Look(stamp, settled=True), None)
         return outcomes
+
+    def _is_kept_so(self, name: str) -> bool:
+        """Whether the published rows of the source `name` were chosen by the same condition."""
+        return self.published[name].where == self.keeps.text_for(name)
 
     def at_all(self, names: Sequence[str]) -> Iterator[_Outcome | UnusableFile]:
         """What became of each file, or why it cannot be used, in order."""
@@ -184,7 +228,7 @@ class _Looker:
     def _outcome(self, path: AnyPath, name: str, look: Look) -> _Outcome:
         """One file that has the stamp of `look`. UnusableFile if it has another one by now."""
         source = self.published.get(name)
-        leave = source is not None and name not in self.again
+        leave = source is not None and name not in self.again and self._is_kept_so(name)
         drawn = leave and self._is_drawn(name)
         same_stamp = source is not None and look.stamp == source.stamp
         digest = ""
@@ -198,6 +242,11 @@ class _Looker:
         if self.digests and not digest:
             digest = _digest(path, look)
         fragments = [fragment.model_copy(update={"digest": digest}) for fragment in fragments]
+        # Its published rows met another condition. They stay, as those of a folder left out do.
+        keep = source is not None and self.data.missing_sources == "keep"
+        empty = bool(fragments[0].span) and not any(fragment.rows for fragment in fragments)
+        if keep and empty and not self._is_kept_so(name):
+            return _Outcome(look, None, left_out=True)
         silent = same_stamp and source is not None and digest not in ("", source.digest)
         return _Outcome(look, fragments, silent=silent)
 
@@ -214,28 +263,36 @@ class _Looker:
 
     def _cut(self, path: AnyPath, name: str, look: Look) -> list[Fragment]:
         """The fragments of one file, without its digest."""
-        schema, group_rows, written = _read_footer(path, look)
-        try:
-            check_schema(path, name, schema, self.needs)
-            _check_output_name(name, self.data)
-        except UnusableFile as error:
-            error.rows = sum(group_rows)
-            raise
+        left = self.keeps.left_of(name)
+        kept = None
+        with open_parquet(path, stamp=look.stamp) as file:
+            schema = file.schema_arrow
+            group_rows, written = _read_footer(path, file)
+            try:
+                check_schema(path, name, schema, self.needs)
+                if not isinstance(left, bool):
+                    check_filter(shown(path), name, left, schema)
+                _check_output_name(name, self.data)
+            except UnusableFile as error:
+                error.rows = sum(group_rows)
+                raise
+            if not isinstance(left, bool):
+                kept = list(kept_rows(file, left, str(path)))
         partitions = from_folders(name, [needed.name for needed in self.needs.read], schema)
+        chosen = self.data.columns_out
         fragments = []
-        for first_row, rows, groups, skip_rows in cut(group_rows, self.data.rows_per_fragment):
+        for part in ranges(group_rows, self.data.rows_per_fragment, kept):
             fragments.append(
                 Fragment(
                     source=name,
                     path=str(path),
                     digest="",
                     stamp=look.stamp,
-                    first_row=first_row,
-                    rows=rows,
-                    row_groups=groups,
-                    skip_rows=skip_rows,
                     partitions=partitions,
+                    columns=chosen,
+                    where=self.keeps.text_for(name),
                     **written,
+                    **part._asdict(),
                 )
             )
         return fragments
@@ -243,9 +300,7 @@ class _Looker:
 
 def _refuse_same_output(ranges: list[Fragment], unchanged: Iterable[str]) -> None:
     # For example a.parquet and a, which one glob may match.
-    sources: dict[str, str] = {}
-    if ranges:
-        sources = {output_name(source, 0): source for source in unchanged}
+    sources = {output_name(source, 0): source for source in unchanged} if ranges else {}
     for fragment in ranges:
         name = output_name(fragment.source, 0)
         first = sources.setdefault(name, fragment.source)
@@ -261,22 +316,18 @@ def _look(path: AnyPath) -> Look:
         return look_at(path)
 
 
-def _read_footer(path: AnyPath, look: Look) -> tuple[pa.Schema, list[int], dict[str, Any]]:
-    """The columns of a file, the rows of each row group, and the fields of how it is written."""
-    with open_parquet(path, stamp=look.stamp) as file:
-        check_carried(str(path), file)
-        metadata = file.metadata
-        group_rows = [
-            metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)
-        ]
-        # A damaged footer may contradict itself; pyarrow does not compare the two numbers.
-        if sum(group_rows) != metadata.num_rows:
-            raise UnusableFile(
-                f"{shown(path)}: its row groups hold {sum(group_rows)} rows, its footer says "
-                f"{metadata.num_rows}. Replace the file."
-            )
-        written = {"form": written_form(file), "int96": "us" if has_int96(file) else ""}
-        return file.schema_arrow, group_rows, written
+def _read_footer(path: AnyPath, file: pq.ParquetFile) -> tuple[list[int], dict[str, Any]]:
+    """The rows of each row group of an open file, and the fields of how it is written."""
+    check_carried(str(path), file)
+    metadata = file.metadata
+    group_rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    # A damaged footer may contradict itself; pyarrow does not compare the two numbers.
+    if sum(group_rows) != metadata.num_rows:
+        raise UnusableFile(
+            f"{shown(path)}: its row groups hold {sum(group_rows)} rows, its footer says "
+            f"{metadata.num_rows}. Replace the file."
+        )
+    return group_rows, {"form": written_form(file), "int96": "us" if has_int96(file) else ""}
 
 
 def _check_output_name(name: str, data: DataConfig) -> None:
@@ -288,49 +339,7 @@ def _check_output_name(name: str, data: DataConfig) -> None:
         raise UnusableFile(f"{shown(name)}: the name of its output {problem}. Rename the file.")
 
 
-def cut(
-    group_rows: list[int], rows_per_fragment: int
-) -> Iterator[tuple[int, int, tuple[int, ...], int]]:
-    """Cut row groups of the given sizes into ranges, in order.
-
-    A range is (first row, rows, row groups, rows to skip in the first group).
-
-    Whole row groups are joined up to `rows_per_fragment`, so that none is read twice. Only a row
-    group that is larger is cut. A file without rows gives one empty range, so that it has a file in
-    the output.
-    """
-    first_row = 0
-    pending: list[int] = []
-    pending_rows = 0
-    for group, size in enumerate(group_rows):
-        if pending and pending_rows + size > rows_per_fragment:
-            yield first_row, pending_rows, tuple(pending), 0
-            first_row += pending_rows
-            pending = []
-            pending_rows = 0
-        if size > rows_per_fragment:
-            for skip in range(0, size, rows_per_fragment):
-                yield first_row + skip, min(rows_per_fragment, size - skip), (group,), skip
-            first_row += size
-        elif size:
-            pending.append(group)
-            pending_rows += size
-    if pending or not first_row:
-        yield first_row, pending_rows, tuple(pending), 0
-
-
 def _digest(path: AnyPath, look: Look) -> str:
     """The digest of the bytes that have the stamp of `look`. UnusableFile if they were replaced."""
     with readable(path):
         return digest_file(path, look.stamp)
-
-
-def _limited(ranges: list[Fragment], limit: int | None) -> Iterator[Fragment]:
-    missing = sum(fragment.rows for fragment in ranges) if limit is None else limit
-    for fragment in ranges:
-        if limit is not None and not missing:
-            return
-        yield (
-            fragment if fragment.rows <= missing else fragment.model_copy(update={"rows": missing})
-        )
-        missing -= min(missing, fragment.rows)

@@ -15,7 +15,7 @@ from glmbatch.ledger.staying import staying
 from glmbatch.settings.job import DataConfig
 from glmbatch.store.folder import Folder
 from glmbatch.store.parquet import TimeUnit
-from glmbatch.store.times import Times, look_at_times, one_unit, with_common_columns
+from glmbatch.store.times import ALL_ROWS, Times, look_at_times, one_unit, with_common_columns
 
 
 def fit_times(
@@ -56,7 +56,9 @@ def _times_of_sources(plan: Plan) -> tuple[dict[str, Times], dict[str, str]]:
     for fragment in plan.fragments:
         if fragment.int96:
             place = (fragment.source, fragment.path, fragment.row_groups)
-            rows[place] = max(rows.get(place, 0), fragment.skip_rows + fragment.rows)
+            # Of picked rows, all in their row groups.
+            most = ALL_ROWS if fragment.span else fragment.skip_rows + fragment.rows
+            rows[place] = max(rows.get(place, 0), most)
 
     def look(place: tuple[str, str, tuple[int, ...]]) -> Times | str:
         try:

@@ -33,10 +33,14 @@ UNCHANGED = "unchanged"
 
 @dataclass(frozen=True, slots=True)
 class PublishedSource:
-    """What the manifest records about one source: the digest of its bytes, and its stamp."""
+    """What the manifest records about one source: the digest of its bytes, its stamp, its filter.
+
+    `where` is the condition that chose its rows, as in `Fragment`.
+    """
 
     digest: str
     stamp: tuple[int, ...]
+    where: str = ""
 
 
 def published_sources(output: Folder, manifest: Manifest | None) -> dict[str, PublishedSource]:
@@ -50,7 +54,7 @@ def published_sources(output: Folder, manifest: Manifest | None) -> dict[str, Pu
         if file.stamp is None or not file.basis or place is None or place != file.place:
             lost.add(file.source)
         else:
-            sources[file.source] = PublishedSource(file.source_digest, file.stamp)
+            sources[file.source] = PublishedSource(file.source_digest, file.stamp, file.where)
     return {name: source for name, source in sources.items() if name not in lost}
 
 

@@ -6,7 +6,7 @@ null here, as it is in a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ def check_tests(
     for test in tests_of(condition):
         if test.column in kinds:
             try:
-                _outcomes(test, pa.array([], kinds[test.column]))
+                outcomes_of(test, pa.array([], kinds[test.column]))
             except InputError as error:
                 raise InputError(f"{where[0]}: {error}. Set {where[1]}.") from error
 
@@ -68,52 +68,61 @@ def rows_where(
     `unknown` says of some columns in which rows their values are not known yet. None for a row in
     which these decide.
     """
-    possible = _possible(condition, columns, unknown or {})
+    unsure = unknown or {}
+    possible = joined(condition, lambda test: _possible(test, columns[test.column], unsure))
     certain = pc.invert(pc.or_(possible.no, possible.null))
     rows = pc.if_else(pc.equal(possible.yes, certain), possible.yes, None)
     holds: list[bool | None] = rows.to_pylist()
     return holds
 
 
-class _Possible(NamedTuple):
+def where_holds(condition: Condition, columns: Mapping[str, pa.ChunkedArray]) -> pa.Array:
+    """For each row of `columns` whether `condition` surely holds: true or false, never null."""
+    return joined(condition, lambda test: _possible(test, columns[test.column], {})).yes
+
+
+class Possible(NamedTuple):
     """For each row, whether a condition may be met, may be missed, and may hinge on a null."""
 
     yes: pa.Array
     no: pa.Array
     null: pa.Array
 
-    def __invert__(self) -> _Possible:
-        return _Possible(self.no, self.yes, self.null)
+    def __invert__(self) -> Possible:
+        return Possible(self.no, self.yes, self.null)
 
-    def __and__(self, other: _Possible) -> _Possible:
+    def __and__(self, other: Possible) -> Possible:
         # As in SQL: no with anything is no, and yes with null is null.
         mine = pc.and_(self.null, pc.or_(other.null, other.yes))
         null = pc.or_(mine, pc.and_(self.yes, other.null))
-        return _Possible(pc.and_(self.yes, other.yes), pc.or_(self.no, other.no), null)
+        return Possible(pc.and_(self.yes, other.yes), pc.or_(self.no, other.no), null)
+
+
+def joined(condition: Condition, possible: Callable[[Test], Possible]) -> Possible:
+    """What is possible for `condition`, from what is for each test."""
+    if isinstance(condition, Not):
+        return ~joined(condition.part, possible)
+    if isinstance(condition, Both | Either):
+        first = joined(condition.first, possible)
+        second = joined(condition.second, possible)
+        return first & second if isinstance(condition, Both) else ~(~first & ~second)
+    return possible(condition)
 
 
 def _possible(
-    condition: Condition,
-    columns: Mapping[str, pa.ChunkedArray],
-    unknown: Mapping[str, pa.ChunkedArray],
-) -> _Possible:
-    if isinstance(condition, Not):
-        return ~_possible(condition.part, columns, unknown)
-    if isinstance(condition, Both | Either):
-        first = _possible(condition.first, columns, unknown)
-        second = _possible(condition.second, columns, unknown)
-        return first & second if isinstance(condition, Both) else ~(~first & ~second)
-    chunks = [_outcomes(condition, chunk) for chunk in columns[condition.column].chunks]
+    test: Test, column: pa.ChunkedArray, unknown: Mapping[str, pa.ChunkedArray]
+) -> Possible:
+    chunks = [outcomes_of(test, chunk) for chunk in column.chunks]
     outcomes = pa.concat_arrays([pa.array([], pa.bool_()), *chunks])
     parts = (outcomes.fill_null(fill_value=False), pc.invert(outcomes).fill_null(fill_value=False))
-    if condition.column not in unknown:
-        return _Possible(*parts, outcomes.is_null())
+    if test.column not in unknown:
+        return Possible(*parts, outcomes.is_null())
     # What is not known may be anything.
-    mask = pa.concat_arrays([pa.array([], pa.bool_()), *unknown[condition.column].chunks])
-    return _Possible(*(pc.or_(part, mask) for part in (*parts, outcomes.is_null())))
+    mask = pa.concat_arrays([pa.array([], pa.bool_()), *unknown[test.column].chunks])
+    return Possible(*(pc.or_(part, mask) for part in (*parts, outcomes.is_null())))
 
 
-def _outcomes(test: Test, column: pa.Array) -> pa.Array:
+def outcomes_of(test: Test, column: pa.Array) -> pa.Array:
     """The outcome of `test` for each value, null for null. InputError for a type it cannot test."""
     if isinstance(test, Has):
         return _having(test, column)

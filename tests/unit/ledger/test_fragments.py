@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.fragments import Plan, read_fragment
-from glmbatch.ledger.input.cutting import cut
+from glmbatch.ledger.input.ranges import cut
 from glmbatch.run.plan import plan_run
 from glmbatch.settings.job import JobConfig
 from glmbatch.store.files import too_long

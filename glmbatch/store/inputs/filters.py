@@ -1,0 +1,228 @@
+"""Which rows `data.where` keeps: by the names of folders, by footers, and only then by values.
+
+A file in the folder `day=1` is tested by that name, before it is opened. What is left of the
+condition is tested by the least and greatest values that a footer has of each row group. Rows are
+read only of the others, and of them only the columns in the condition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from decimal import Decimal, InvalidOperation
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from glmbatch.errors import InputError, UnusableFile, shown
+from glmbatch.settings.conditions import (
+    Both,
+    Compares,
+    Condition,
+    Either,
+    Has,
+    IsNull,
+    IsOneOf,
+    Not,
+    Test,
+    Value,
+    columns_of,
+    parse_condition,
+    text_of,
+)
+from glmbatch.store.inputs.conditions import (
+    Possible,
+    check_tests,
+    joined,
+    outcomes_of,
+    where_holds,
+)
+from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.parquet import check_column, read_opened
+from glmbatch.store.types import leaves
+
+SETTING = "data.where"
+# Kinds of values whose order in a footer is that of the values.
+_ORDERED = (
+    pa.types.is_integer,
+    pa.types.is_float32,
+    pa.types.is_float64,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_date,
+    pa.types.is_timestamp,
+    pa.types.is_decimal,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RowFilter:
+    """The condition of a job on its rows; None keeps all. `text` in it means `text_column`."""
+
+    condition: Condition | None
+    text_column: str
+    _by_folder: dict[str, Condition | bool] = field(default_factory=dict, compare=False)
+
+    def left_of(self, name: str) -> Condition | bool:
+        """What the folders of the file `name` leave of the condition.
+
+        True if it holds for all rows, and False if for none. InputError for a test that a value in
+        the name does not allow.
+        """
+        if self.condition is None:
+            return True
+        folder = name.rpartition("/")[0]
+        if folder not in self._by_folder:
+            values = folder_columns(name)
+            try:
+                left = _left(self.condition, values, self.text_column, positive=True)
+            except InputError as error:
+                raise InputError(f"{shown(folder)}: {error}. Set {SETTING}.") from error
+            self._by_folder[folder] = left
+        return self._by_folder[folder]
+
+    def text_for(self, name: str) -> str:
+        """The condition on the rows of the file `name`, as text; empty if all of them are kept."""
+        left = self.left_of(name)
+        return "" if isinstance(left, bool) else text_of(left)
+
+
+def row_filter(where: str | None, text_column: str) -> RowFilter:
+    """The filter that `data.where` says."""
+    return RowFilter(None if where is None else parse_condition(where), text_column)
+
+
+def _left(
+    condition: Condition, values: Mapping[str, str | None], text_column: str, *, positive: bool
+) -> Condition | bool:
+    """What is left of `condition` where `values` are known.
+
+    A test of a null counts as missed or, within a `not`, as met: the row is left out either way.
+    """
+    if isinstance(condition, Not):
+        part = _left(condition.part, values, text_column, positive=not positive)
+        return not part if isinstance(part, bool) else Not(part)
+    if isinstance(condition, Both | Either):
+        first = _left(condition.first, values, text_column, positive=positive)
+        second = _left(condition.second, values, text_column, positive=positive)
+        decides = isinstance(condition, Either)
+        for one, other in ((first, second), (second, first)):
+            if isinstance(one, bool):
+                return one if one is decides else other
+        assert not isinstance(first, bool)
+        assert not isinstance(second, bool)
+        return type(condition)(first, second)
+    if condition.column not in values:
+        column = text_column if condition.column == "text" else condition.column
+        return replace(condition, column=column)
+    outcome = outcomes_of(condition, _value(condition, values[condition.column]))[0].as_py()
+    return not positive if outcome is None else bool(outcome)
+
+
+def _value(test: Test, value: str | None) -> pa.Array:
+    """The value in a folder's name, as a number if it is tested as one."""
+    wanted: tuple[Value, ...] = ()
+    if isinstance(test, Compares | Has):
+        wanted = (test.value,)
+    elif isinstance(test, IsOneOf):
+        wanted = test.values
+    numbers = [isinstance(one, int | float) and not isinstance(one, bool) for one in wanted]
+    if value is None or not numbers or not all(numbers):
+        return pa.array([value], pa.string())
+    try:
+        number = Decimal(value)
+    except InvalidOperation as error:
+        raise InputError(
+            f"column {test.column!r} is {value!r} here, which is compared with a number"
+        ) from error
+    return pa.array([number if number.is_finite() else None], pa.decimal256(76, 30))
+
+
+def check_filter(where: str, name: str, condition: Condition, schema: pa.Schema) -> None:
+    """UnusableFile unless a file with this schema has the columns of `condition`, of fit types."""
+    folders = tuple(folder_columns(name))
+    try:
+        for column in columns_of(condition):
+            check_column(where, schema, column, SETTING, text=False, plain=False, folders=folders)
+        kinds = {column: schema.field(column).type for column in columns_of(condition)}
+        check_tests(condition, kinds, (where, SETTING))
+    except InputError as error:
+        raise UnusableFile(str(error)) from error
+
+
+def kept_rows(file: pq.ParquetFile, condition: Condition, where: str) -> Iterator[np.ndarray]:
+    """For each row group of an open file, the numbers of the rows that are kept, from 0 in it."""
+    places = {leaf.path: at for at, leaf in enumerate(leaves(file))}
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        if not group.num_rows or not _may_hold(condition, group, places, file.schema_arrow):
+            yield np.empty(0, np.int64)
+            continue
+        rows = (number,), 0, group.num_rows
+        batches = read_opened(file, *rows, columns=columns_of(condition), where=where)
+        holds = [holding(condition, batch).to_numpy(zero_copy_only=False) for batch in batches]
+        yield np.flatnonzero(np.concatenate(holds))
+
+
+def holding(condition: Condition, rows: pa.RecordBatch) -> pa.Array:
+    """For each row whether `condition` holds: true or false, never null."""
+    columns = {name: pa.chunked_array([rows[name]]) for name in columns_of(condition)}
+    return where_holds(condition, columns)
+
+
+def _may_hold(
+    condition: Condition,
+    group: pq.RowGroupMetaData,
+    places: Mapping[str, int],
+    schema: pa.Schema,
+) -> bool:
+    """Whether a row of the group may be kept, by what the footer says of its columns."""
+
+    def possible(test: Test) -> Possible:
+        yes, no, null = True, True, True
+        if test.column in places:
+            counts = group.column(places[test.column]).statistics
+            kind = schema.field(test.column).type
+            if counts is not None:
+                yes, no, null = _by_counts(test, counts, kind)
+        return Possible(*(pa.array([one]) for one in (yes, no, null)))
+
+    return bool(joined(condition, possible).yes[0].as_py())
+
+
+def _by_counts(test: Test, counts: pq.Statistics, kind: pa.DataType) -> tuple[bool, bool, bool]:
+    """Whether a test may be met, may be missed, and may meet a null; NaN counts as null."""
+    floats = pa.types.is_floating(kind)
+    null = floats or not counts.has_null_count or counts.null_count > 0
+    if isinstance(test, IsNull):
+        return null, True, False
+    if not counts.has_min_max or not any(is_kind(kind) for is_kind in _ORDERED):
+        return True, True, null
+    try:
+        bounds = pa.array([counts.min, counts.max], kind)
+        if bounds.null_count or (floats and any(map(math.isnan, bounds.to_pylist()))):
+            return True, True, null
+        return *_within(test, bounds), null
+    except (pa.ArrowException, InputError, TypeError, ValueError, OverflowError):
+        return True, True, null
+
+
+def _within(test: Test, bounds: pa.Array) -> tuple[bool, bool]:
+    """Whether a test may be met, and may be missed, by a value within `bounds`."""
+    if isinstance(test, Compares) and test.sign not in ("==", "!="):
+        # One of the bounds comes nearest to meeting it, and the other to missing it.
+        met = outcomes_of(test, bounds)
+        return bool(pc.any(met).as_py()), not pc.all(met).as_py()
+    if not isinstance(test, Compares | IsOneOf):
+        return True, True
+    inside = False
+    for value in (test.value,) if isinstance(test, Compares) else test.values:
+        above = outcomes_of(Compares(test.column, "<=", value), bounds)[0].as_py()
+        below = outcomes_of(Compares(test.column, ">=", value), bounds)[1].as_py()
+        inside = inside or bool(above and below)
+    if isinstance(test, Compares) and test.sign == "!=":
+        return True, inside
+    return inside, True
