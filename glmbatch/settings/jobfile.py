@@ -48,6 +48,31 @@ OTHER_TYPES = {
     "datetime": "date",
 }
 LETTERS = {NAME_PATTERN: "letters from a to z", FIELD_NAME: "letters"}
+MUST = {
+    "invalid_key": "must be text, as all names of settings",
+    "string_pattern_mismatch": "must match {pattern}",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "too_long": "must have {max_length} values at most",
+}
+TYPE_NAMES = ("bool", "dict", "float", "int", "list", "str", "constrained-str")
+# What a value must be, by the type of pydantic's error, with what its context tells of the bounds.
+MUST_BE = {
+    "string": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "finite_number": "a number other than infinity",
+    "bool": "true or false",
+    "list": "a list, such as [a, b]",
+    "dict": "a mapping, such as {{name: value}}",
+    "model": "a group of settings, such as {{name: value}}",
+    "literal_error": "{expected}",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "string_too_long": "at most {max_length} characters long",
+}
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
@@ -81,9 +106,11 @@ def parse_settings(
     try:
         return kind.model_validate(changed)
     except ValidationError as error:
-        lines = []
+        reasons: dict[str, str] = {}
         for detail in error.errors():
-            lines.append(f"{where}: {_setting(detail, changed)}: {_reason(detail, kind)}")
+            name, reason = _setting(detail, changed), _reason(detail, kind)
+            reasons[name] = _either(reasons[name], reason) if name in reasons else reason
+        lines = [f"{where}: {name}: {reason}" for name, reason in reasons.items()]
         raise InputError("\n".join(lines)) from error
 
 
@@ -179,10 +206,17 @@ def _setting(detail: Any, settings: object) -> str:
         # After a step's index, pydantic adds its kind, which is not part of the name.
         if (name.endswith("]") and part in KINDS) or (is_key and part == "name"):
             continue
+        # Of a setting that may be of two types, it adds the type.
+        if isinstance(part, str) and part.partition("[")[0] in TYPE_NAMES and not _has(group, part):
+            continue
         # A mapping of fields was read as a list, and its keys as the names of the fields.
-        is_key = isinstance(part, int) and name.endswith(".fields") and isinstance(group, Mapping)
+        if part == "fields" and isinstance(group, Mapping) and group.get("schema") is not None:
+            name, group = f"{name}.schema.properties", _properties(group["schema"])
+            continue
+        listed = name.endswith((".fields", ".properties"))
+        is_key = isinstance(part, int) and listed and isinstance(group, Mapping)
         key = list(group)[part] if is_key else part
-        if isinstance(part, int) and not is_key:
+        if isinstance(part, int) and not is_key and not isinstance(group, Mapping):
             name += f"[{part}]"
         else:
             name += f".{key}" if name else str(key)
@@ -193,6 +227,28 @@ def _setting(detail: Any, settings: object) -> str:
     if detail["type"].startswith("union_tag_"):
         name += ".kind"
     return name or "job"
+
+
+def _has(group: object, name: str) -> bool:
+    return isinstance(group, Mapping) and name in group
+
+
+def _bound(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _either(one: str, other: str) -> str:
+    """One sentence of what is wrong with a setting that may be of two types."""
+    ends = [reason.rpartition("; it is ") for reason in (one, other)]
+    first, second = (end[0].removeprefix("must be ") for end in ends)
+    if ends[0][2] != ends[1][2] or first == second or not first or not second:
+        return one
+    return f"must be {first}, or {second}; it is {ends[0][2]}"
+
+
+def _properties(schema: Any) -> Any:
+    """The properties of a JSON schema or pydantic class, by name."""
+    return getattr(schema, "model_fields", None) or dict(schema).get("properties")
 
 
 def _reason(detail: Any, settings: type[BaseModel]) -> str:
@@ -207,16 +263,37 @@ def _reason(detail: Any, settings: type[BaseModel]) -> str:
     # Our own validators write complete sentences and quote the refused value themselves.
     if detail["type"] == "value_error":
         return message.removeprefix("Value error, ")
+    return _wrong_value(detail)
+
+
+def _wrong_value(detail: Any) -> str:
+    """What was seen of a value that its type refuses, and what it must be."""
     value = detail["input"]
     if detail["type"] == "string_type" and isinstance(value, NOT_QUOTED):
-        return f"must be text, but YAML reads it as {_shown(value)}. Write it in quotes"
-    if detail["type"] == "string_pattern_mismatch" and detail["ctx"]["pattern"] in LETTERS:
-        letters = LETTERS[detail["ctx"]["pattern"]]
-        message = f"must be {letters}, digits and underscores, and begin with no digit"
+        read = "null" if value is None else _shown(value)
+        return f"must be text, but YAML reads it as {read}. Write it in quotes"
+    if value is None:
+        return f"is empty; {_must_be(detail)}, or leave it out"
     hint = ""
     if detail["loc"][-1:] == ("type",) and isinstance(value, str) and value in OTHER_TYPES:
         hint = f"; did you mean {OTHER_TYPES[value]}?"
-    return f"{message[0].lower()}{message[1:]}; it is {_shown(value)}{hint}"
+    return f"{_must_be(detail)}; it is {_shown(value)}{hint}"
+
+
+def _must_be(detail: Any) -> str:
+    """What the value of an error must be; pydantic's own words for what has no others here."""
+    kind = detail["type"]
+    context = {name: _bound(value) for name, value in detail.get("ctx", {}).items()}
+    letters = LETTERS.get(str(context.get("pattern")))
+    if letters is not None:
+        return f"must be {letters}, digits and underscores, and begin with no digit"
+    if kind in MUST:
+        return MUST[kind].format(**context)
+    for begin, what in MUST_BE.items():
+        if kind == begin or (kind.startswith(f"{begin}_") and begin in kind.split("_")[0]):
+            return f"must be {what.format(**context)}"
+    message = str(detail["msg"]).replace("Input should be", "must be")
+    return f"{message[0].lower()}{message[1:]}"
 
 
 def _wrong_kind(kind: str | None) -> str:

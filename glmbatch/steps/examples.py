@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import Any
 
+import pyarrow as pa
+
 from glmbatch.errors import SHOWN_CHARS, InputError, UnusableFile, shown, some_of
 from glmbatch.glm.form import is_value
 from glmbatch.settings.job import TEXT, AnyStep, ClassifyStep, ExtractStep, placeholders
 from glmbatch.settings.steps.fields import ExtractField
-from glmbatch.settings.steps.step import ANSWER, MOST_EXAMPLES, Examples
+from glmbatch.settings.steps.step import ANSWER, MOST_EXAMPLES, Examples, object_text
 from glmbatch.steps.classify import scored_texts
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.values import is_plain, prompt_values
@@ -52,12 +54,17 @@ def _read(file: str, needed: list[str], text_column: str) -> Iterator[dict[str, 
             table = opened.read()
     except (UnusableFile, OSError) as error:
         raise InputError(f"{error} Set examples.") from error
-    columns = {}
+    columns: dict[str, Sequence[object]] = {}
     for name in needed:
         column = name
         if name == TEXT and name not in table.column_names and text_column != ANSWER:
             column = text_column
-        if table.column_names.count(column) != 1 or not is_plain(table.column(column).type):
+        is_usable = table.column_names.count(column) == 1
+        if is_usable and name == ANSWER and pa.types.is_struct(table.column(column).type):
+            # The fields of an extraction.
+            columns[name] = [object_text(value) for value in table.column(column).to_pylist()]
+            continue
+        if not is_usable or not is_plain(table.column(column).type):
             raise InputError(
                 f"{file}: has no plain column {column!r}; it has "
                 f"{some_of(table.column_names, column)}. Set examples."
@@ -100,8 +107,8 @@ def _as_written(answer: str, fields: Sequence[ExtractField]) -> str:
     except ValueError as error:
         raise ValueError("has an answer that is no JSON") from error
     names = [field.name for field in fields]
-    if not isinstance(value, dict) or list(value) != names:
-        raise ValueError(f"has an answer that is no object of {some_of(names)} in this order")
+    if not isinstance(value, dict) or {*value} != {*names}:
+        raise ValueError(f"has an answer that is no object of the fields {some_of(names)}")
     parts = []
     for field in fields:
         text = _as_json(value[field.name])

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from glmbatch.errors import some_of
+from glmbatch.errors import SHOWN_CHARS, shown, some_of
 from glmbatch.settings.kinds import Settings, equal_but_for_case
 from glmbatch.settings.steps.json_schema import LONGEST_MATCH, anchored, longest_match, satisfiable
 
@@ -272,12 +272,28 @@ def _describe(value: FieldValue) -> str:
     return text if value.pattern is None else f"{text}, as {value.pattern}"
 
 
+def _seen(value: object) -> str:
+    return "empty" if value is None else shown(repr(value))[:SHOWN_CHARS]
+
+
 def as_fields(value: object) -> object:
     """`fields` as a list: a mapping has the names as keys, and a type alone stands for a field."""
+    if isinstance(value, list):
+        for field in value:
+            if not isinstance(field, Mapping | ExtractField):
+                raise ValueError(
+                    "each field of a list has a name and a type, such as "
+                    f"{{name: rating, type: integer}}; one is {_seen(field)}"
+                )
     if not isinstance(value, Mapping):
         return value
     listed = []
     for name, typed in value.items():
+        if not isinstance(typed, str | Mapping):
+            raise ValueError(
+                f"field {name!r} is {_seen(typed)}; give it a type, such as {name}: text, or "
+                "settings, such as {type: text, max_length: 60}"
+            )
         field = _typed(typed)
         listed.append({"name": name, **field} if isinstance(field, Mapping) else field)
     return listed

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic.errors import PydanticInvalidForJsonSchema
 
-from glmbatch.errors import some_of
+from glmbatch.errors import SHOWN_CHARS, shown, some_of
 
 # A longer match of a pattern is one without end.
 LONGEST_MATCH = 256
@@ -43,6 +43,11 @@ def fields_of_schema(schema: object) -> list[dict[str, Any]]:
             raise ValueError(
                 f"the class has no JSON schema: {reason}; remove that field"
             ) from error
+    if isinstance(schema, str):
+        raise ValueError(
+            f"schema is {shown(schema)[:SHOWN_CHARS]!r}, a text; write the JSON schema itself "
+            "below schema, as a mapping"
+        )
     if not isinstance(schema, Mapping) or schema.get("type") != "object":
         raise ValueError("the schema is not of an object; set its type to object")
     _refuse_others("the schema", schema, {"type", "properties", "required", "additionalProperties"})
@@ -234,8 +239,8 @@ def longest_match(pattern: str, max_length: int | None) -> int:
     satisfiable(schema, f"pattern {pattern!r} cannot be used")
     if not _excluded({**schema, "minLength": LONGEST_MATCH + 1}):
         raise ValueError(
-            f"pattern {pattern!r} matches texts without end; bound its repeats, such as "
-            "{1,20} for +, or set max_length"
+            f"pattern {shown(pattern)[:SHOWN_CHARS]!r} matches texts without end; bound its "
+            "repeats, such as {1,20} for +, or set max_length"
         )
     shortest, longest = 0, LONGEST_MATCH
     while shortest < longest:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import string
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from datetime import date
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -16,14 +20,35 @@ ANSWER = "answer"  # the name of an example's answer, beside those of the placeh
 MOST_EXAMPLES = 64  # each takes room in every prompt
 
 
+def object_text(value: object) -> object:
+    """A mapping of fields as the JSON text that it stands for; other values as they are."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return json.dumps(dict(value), ensure_ascii=False, default=_plain)
+    except TypeError as error:
+        raise ValueError(f"is no mapping of fields: {error}") from error
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return float(value)
+    raise TypeError(f"{value!r} is no value of a field")
+
+
+Value = Annotated[str, BeforeValidator(object_text, json_schema_input_type=str | dict[str, Any])]
+
+
 class Examples(Settings):
     """A few rows with their right answers, which the model reads before each row."""
 
-    rows: list[dict[str, str]] = Field(
+    rows: list[dict[str, Value]] = Field(
         default_factory=list,
         max_length=MOST_EXAMPLES,
-        description="The examples: a value for each placeholder of the prompt, and the `answer`. "
-        "Empty: those of the file.",
+        description="The examples: a value for each placeholder of the prompt, and the `answer`, "
+        "which for an extract step is a mapping of its fields. Empty: those of the file.",
     )
     file: Address | None = Field(
         None,

@@ -95,14 +95,17 @@ def test_fields_that_cannot_be_are_refused(fields: Any, message: str) -> None:
         ),
         ({"product name": "text"}, "fields.product name: must be letters, digits and underscores"),
         ([{"name": "a b", "type": "text"}], "fields[0].name: must be letters, digits and"),
-        ({"a": "text", "b": "string"}, "steps[0].fields.b.type: input should be 'text'"),
+        ({"a": "text", "b": "string"}, "steps[0].fields.b.type: must be 'text'"),
         ({"a": "string"}, "it is 'string'; did you mean text?"),
         ({"a": "str"}, "did you mean text?"),
         ({"a": "int"}, "did you mean integer?"),
         ({"a": "float"}, "did you mean number?"),
-        ({"a": {"type": "list", "items": "bool"}}, "fields.a.items.type: input should be 'text'"),
+        ({"a": {"type": "list", "items": "bool"}}, "fields.a.items.type: must be 'text'"),
         ({"a": "bool"}, "did you mean boolean?"),
         ({"a": "datetime"}, "did you mean date?"),
+        ({"a": None}, "steps[0].fields: field 'a' is empty; give it a type, such as a: text"),
+        (["a", "b"], "steps[0].fields: each field of a list has a name and a type, such as"),
+        ({}, "steps[0].fields: must not be empty; it is []"),
     ],
 )
 def test_a_wrong_field_is_named_in_one_line(job_settings: Settings, fields: Any, line: str) -> None:
@@ -260,3 +263,20 @@ def test_a_schema_beyond_fields_is_refused_by_name(schema: Any, message: str) ->
 def test_fields_and_schema_together_are_refused() -> None:
     with pytest.raises(ValidationError, match="both set"):
         step(schema=Review, fields={"a": "text"})
+
+
+@pytest.mark.parametrize(
+    ("schema", "line"),
+    [
+        ("schema.json", "steps[0]: schema is 'schema.json', a text; write the JSON schema itself"),
+        (
+            {"type": "object", "properties": {"a": {"type": "string", "maxLength": "x"}}},
+            "steps[0].schema.properties.a.max_length: must be a whole number; it is 'x'",
+        ),
+    ],
+)
+def test_a_fault_of_a_schema_is_named_there(job_settings: Settings, schema: Any, line: str) -> None:
+    settings = job_settings(steps=[{"kind": "extract", "name": "facts", "schema": schema}])
+    with pytest.raises(InputError) as refused:
+        parse_settings("job", settings, JobConfig)
+    assert line in str(refused.value) and "\n" not in str(refused.value)

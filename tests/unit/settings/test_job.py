@@ -70,13 +70,13 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
             {"steps": [{"kind": "classify", "name": "a", "max_tokens": 9}]},
             "is not a setting of kind classify; steps of kind generate or extract have it",
         ),
-        ({"data__limit": 0}, "data.limit: input should be greater than or equal to 1; it is 0"),
+        ({"data__limit": 0}, "data.limit: must be at least 1; it is 0"),
         ({"model": {}}, "model.path: is required but not set"),
         (
             {"on_error": "ignore"},
-            "on_error: input should be 'raise', 'quarantine' or 'null'; it is 'ignore'",
+            "on_error: must be 'raise', 'quarantine' or 'null'; it is 'ignore'",
         ),
-        ({"steps": []}, "steps: list should have at least 1 item"),
+        ({"steps": []}, "steps: must not be empty"),
         (
             {"steps": [{"kind": "clasify", "name": "x"}]},
             "steps[0].kind: must be one of classify, generate, extract; it is 'clasify'; did you "
@@ -181,7 +181,7 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
         ),
         (
             {"steps": [{"kind": "generate", "name": "a", "abstain_below": 1.5}]},
-            "steps[0].abstain_below: input should be less than or equal to 1; it is 1.5",
+            "steps[0].abstain_below: must be at most 1; it is 1.5",
         ),
         (
             {
@@ -200,7 +200,7 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
             {"steps": [{"kind": "classify", "name": "a", "abstain_below": {"x": 1.5}}]},
             "steps[0].abstain_below: a least probability is above 0 and at most 1; it is 1.5",
         ),
-        ({"runtime__device": "tpu"}, "runtime.device: string should match"),
+        ({"runtime__device": "tpu"}, "runtime.device: must match"),
     ],
 )
 def test_a_wrong_setting_is_named_in_one_line(

@@ -85,8 +85,16 @@ def test_a_file_of_examples_is_the_same_as_a_list(tmp_path: Path) -> None:
     filled = step_of({**extract, "examples": [row]}).examples
     assert filled is not None
     assert filled.rows[0]["answer"] == '{"stars": 3, "note": "好"}'
-    with pytest.raises(InputError, match=r"no object of \['stars', 'note'\] in this order"):
+    with pytest.raises(InputError, match=r"no object of the fields \['stars', 'note'\]"):
         step_of({**extract, "examples": [{"text": "x", "answer": '{"note": "a"}'}]})
+    # The same as a mapping in YAML, in any order, and as a struct of a file.
+    mapping = {"text": "x", "answer": {"note": "好", "stars": 3}}
+    assert step_of({**extract, "examples": [mapping]}).examples == filled
+    file = tmp_path / "examples.parquet"
+    pq.write_table(pa.table({"text": ["x"], "answer": [mapping["answer"]]}), file)
+    assert step_of({**extract, "examples": str(file)}).examples == filled
+    with pytest.raises(ValidationError, match="is no value of a field"):
+        step_of({**extract, "examples": [{"text": "x", "answer": {"note": b"a", "stars": 3}}]})
 
 
 FIELDS = {
