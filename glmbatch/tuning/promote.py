@@ -81,11 +81,11 @@ def decide(report: Report, must_beat: Collection[str], least_rows: int) -> Repor
 def _advice(report: Report, compared: Collection[Comparison]) -> str:
     """That a job can use the baseline, if it is what the run had to beat and did not."""
     for each in compared:
-        if each.rival == "baseline" and each.needed and not each.test.is_better:
+        refused = each.rival == "baseline" and each.needed and not each.test.is_better
+        if refused and report.baseline_model is not None:
             rows = counted(report.audit.parts["train"], "training row")
-            if report.baseline_model is not None:
-                better = "is the better choice" if each.test.difference < 0 else "is as good"
-                return f"; TF-IDF {better} with {rows}: set model: {report.baseline_model}"
+            better = "is the better choice" if each.test.difference < 0 else "is as good"
+            return f"; TF-IDF {better} with {rows}: set model: {report.baseline_model}"
     return ""
 
 

@@ -116,10 +116,19 @@ def _warnings(report: Report) -> list[str]:
             continue
         # By the score that decides; accuracy hides mistakes on rare labels.
         warning = f"{comparison.name} scores higher ({report.promoted_by})"
-        if comparison.rival == "baseline" and learned < FEW_ROWS:
-            warning += f" and is the better choice for {counted(learned, 'training row')}"
+        if comparison.rival == "baseline":
+            warning += _few_rows(learned)
+            if report.baseline_model is not None:
+                warning += f"; a job can use it: set model: {report.baseline_model}"
         warnings.append(warning)
     return warnings
+
+
+def _few_rows(rows: int) -> str:
+    """That TF-IDF usually wins with so few training rows; "" if they are enough."""
+    if rows >= FEW_ROWS:
+        return ""
+    return f", as it usually does below {FEW_ROWS:,} training rows (these are {rows:,})"
 
 
 def _cut_warnings(training: Mapping[str, Any]) -> Iterator[str]:

@@ -13,9 +13,10 @@ from glmbatch.errors import InputError
 from glmbatch.evaluation.paired import compare_answers
 from glmbatch.tuning.finetune import evaluate_run, finetune, promote
 from glmbatch.tuning.promote import decide, make_current, prune
-from glmbatch.tuning.render import card, describe
+from glmbatch.tuning.render import _warnings, card, describe
 from glmbatch.tuning.report import REPORT, RUNS, Comparison, Report
 from glmbatch.tuning.scores import score
+from glmbatch.tuning.split import LabelAudit
 from tests.support import Tune, Write
 from tests.unit.tuning.rows import without_label
 from tests.unit.tuning.runs import trained
@@ -102,6 +103,19 @@ def test_a_baseline_like_chance_need_not_be_beaten() -> None:
 def test_too_few_test_rows_promote_nothing() -> None:
     decided = decide(report_of(wrong_in(0)), [], 101)
     assert not decided.promoted and "101 test rows are needed" in decided.reason
+
+
+@pytest.mark.parametrize(("rows", "few"), [(1499, True), (1500, False)])
+def test_a_better_baseline_is_advised(rows: int, few: bool) -> None:
+    audit = LabelAudit.model_construct(parts={"train": rows}, warnings=())
+    given = {"audit": audit, "baseline_model": "out/baseline", "training": {}}
+    report = report_of(wrong_in(20), baseline=wrong_in(2)).model_copy(update=given)
+    decided = decide(report, ["baseline"], 100)
+    assert f"better choice with {rows:,} training rows: set model: out/baseline" in decided.reason
+    (warning,) = _warnings(decided)
+    assert "set model: out/baseline" in warning
+    assert ("below 1,500 training rows" in warning) == few
+    assert "set model" not in decide(report, [], 100).reason
 
 
 @pytest.mark.slow
