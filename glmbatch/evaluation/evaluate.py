@@ -45,6 +45,8 @@ SETTINGS: Mapping[str, object] = {
     "data.format": "parquet",
     "data.missing_sources": "keep",
     "data.limit": None,
+    "data.where": None,
+    "data.columns": None,
     "data.id_column": None,
     "canary": None,
     "calibration": None,  # it is measured, or fitted again, on the model's own confidence

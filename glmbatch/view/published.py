@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from glmbatch.errors import InputError, TransientError, UnusableFile, some_of
 from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile, StepOrigin, read_manifest
+from glmbatch.ledger.receipts import OutputReceipt, read_receipt
 from glmbatch.report.facts import label_shares
 from glmbatch.report.report import read_report
 from glmbatch.settings.columns import Columns
@@ -106,6 +107,17 @@ class Published:
         return with_constants(
             table, {name: given[name] for name in given if name not in table.column_names}
         )
+
+    def numbers(self, file: int) -> Sequence[int]:
+        """The number in the source of each row of a file. UnusableFile if it cannot be read."""
+        published = self.files[file]
+        if not published.span:
+            return range(published.first_row, published.first_row + published.rows)
+        receipt = read_receipt(self.path_of(file), OutputReceipt)
+        if receipt is None:
+            raise UnusableFile(f"{self.path_of(file)}: has no receipt in its footer.")
+        numbers: list[int] = receipt.fragment.numbers.tolist()
+        return numbers
 
     def source_columns(self, names: Sequence[str]) -> list[str]:
         """Those of `names` that are no answers."""

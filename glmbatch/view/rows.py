@@ -259,14 +259,16 @@ class Rows:
     def other_place(self, file: int, row: int) -> tuple[int, int] | None:
         """The place of a row in the second output; None if it is not there, or was another row."""
         published = self.published.files[file]
-        number = published.first_row + row
+        number = self.published.numbers(file)[row]
         for place, other in enumerate(self.other.files if self.other is not None else ()):
             is_same = (other.source, other.source_digest) == (
                 published.source,
                 published.source_digest,
             )
-            if is_same and 0 <= number - other.first_row < other.rows:
-                return place, number - other.first_row
+            if is_same and 0 <= number - other.first_row < other.covered:
+                assert self.other is not None
+                numbers = self.other.numbers(place)
+                return (place, numbers.index(number)) if number in numbers else None
         return None
 
     def _compare(self, step: ViewedStep) -> None:
@@ -294,11 +296,14 @@ class Rows:
     def _sources(self) -> None:
         """The source of each file, by number; only of sources that did not change in between."""
         assert self.other is not None
-        numbers: dict[tuple[str, str], int] = {}
+        numbers: dict[tuple[object, ...], int] = {}
         lines = []
         for published in (self.published, self.other):
             for place, file in enumerate(published.files):
-                number = numbers.setdefault((file.source, file.source_digest), len(numbers))
+                # Rows picked by a condition are in the same places only where all of this agrees.
+                picked = (file.where, file.first_row, file.span) if file.span else ()
+                key = (file.source, file.source_digest, *picked)
+                number = numbers.setdefault(key, len(numbers))
                 lines.append((str(published.path_of(place)), number, file.first_row))
         self._ask("CREATE TABLE sources (path VARCHAR, source INT, first_row BIGINT)")
         self._database.cursor().executemany("INSERT INTO sources VALUES (?, ?, ?)", lines)

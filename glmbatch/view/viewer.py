@@ -163,7 +163,7 @@ class Viewer:
             "version": version,
             "file": published.files[file].output_name,
             "source": published.files[file].source,
-            "source_row": published.files[file].first_row + row,
+            "source_row": published.numbers(file)[row],
             "text_column": rows.text_column,
             "columns": {name: _text(table.column(name)) for name in source},
             "steps": steps,

@@ -270,3 +270,37 @@ def test_another_flow_runs_the_job_as_a_subflow(
     assert [inner["state_type"], outer["state_type"]] == ["COMPLETED", "COMPLETED"]
     assert inner["name"] == "annotate sample_data/reviews"
     assert inner["parent_task_run_id"] is not None
+
+
+# A run of a schedule that a worker starts weeks late, twice.
+LATE = """
+import sys
+from datetime import UTC, datetime
+from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow
+from prefect.states import Scheduled
+from flows.annotate import annotate
+from glmbatch.settings.jobfile import load_job
+
+job = {"job": load_job(sys.argv[1])}
+meant = Scheduled(scheduled_time=datetime(2026, 11, 1, 23, 30, tzinfo=UTC))
+with get_client(sync_client=True) as client:
+    run = client.create_flow_run(annotate, parameters=job, state=meant)
+    run_flow(annotate, flow_run=run, parameters=job)
+    client.set_flow_run_state(run.id, Scheduled(), force=True)
+    run_flow(annotate, flow_run=client.read_flow_run(run.id), parameters=job)
+"""
+
+
+def test_a_late_run_reads_the_day_that_it_was_meant_for(
+    prefect_server: dict[str, str], job_file: str, out: Path
+) -> None:
+    job = yaml.safe_load(Path(job_file).read_text())
+    job["data"] |= {"where": "day = '{today:%-d}' or day = '{today}'", "time_zone": "Asia/Tokyo"}
+    Path(job_file).write_text(yaml.safe_dump(job))
+    done = run(prefect_server, "-c", LATE, job_file)
+    assert done.returncode == 0, done.stderr
+    assert ds.dataset(out, partitioning=None).to_table()["text"].to_pylist() == ["one", "two"]
+    manifest = json.loads((out / "_manifest.json").read_text())
+    assert manifest["where"] == "day = '2' or day = '2026-11-02'"
+    assert len(list((out / "_glmbatch" / "reports").glob("*.json"))) == 2
