@@ -7,6 +7,7 @@ from prefect.runtime import flow_run
 
 from glmbatch.config import JobConfig
 from glmbatch.report.summary import Summary
+from glmbatch.run.promotion.rule import passed
 from glmbatch.run.session import session
 from tasks.annotate import JobTasks
 from tasks.cluster import places_of, with_whole_paths
@@ -26,7 +27,10 @@ def annotate(job: JobConfig) -> Summary:
             with places_of(run.context) as places:
                 models = tasks.prepare_models(places[0])
                 work = tasks.assign(run, models, places)
+                measured = tasks.measure(work, places[0])
+                if not passed(measured):
+                    return tasks.publish(work, [], [], measured)  # refuses, and says why
                 outputs = tasks.answer_fragments(work, places)
                 canaries = tasks.check_canary(work, places[0])
             # Publishing needs no engine, so the cluster is released first.
-            return tasks.publish(work, outputs, canaries)
+            return tasks.publish(work, outputs, canaries, measured)

@@ -11,7 +11,7 @@ from prefect.futures import PrefectFuture
 from prefect.utilities.annotations import quote
 
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
-from glmbatch.report.counts import Audit
+from glmbatch.report.counts import Audit, Measured, Proofs
 from glmbatch.report.summary import Summary
 from glmbatch.run.answer import find_answers
 from glmbatch.run.models import job_models
@@ -60,6 +60,16 @@ class JobTasks:
         count_rows(work.run)
         return work
 
+    def measure(self, work: Work, place: Place) -> tuple[Measured, ...]:
+        """How the changed steps score on labelled rows; () if the job names none."""
+        if self._job.evaluate is None:
+            return ()
+        measured: tuple[Measured, ...] = self._configured(prepare.measure)(
+            self._job.evaluate, self._job.data, quote(work.run), quote(work.questions), place
+        )
+        count_rows(work.run)
+        return measured
+
     def answer_fragments(self, work: Work, places: Sequence[Place]) -> list[OutputReceipt]:
         """Answer and write every bundle, pass by pass; the receipts of the outputs, in order.
 
@@ -94,12 +104,19 @@ class JobTasks:
         )
         return audits
 
-    def publish(self, work: Work, outputs: list[OutputReceipt], canaries: list[Audit]) -> Summary:
+    def publish(
+        self,
+        work: Work,
+        outputs: list[OutputReceipt],
+        canaries: list[Audit],
+        measured: tuple[Measured, ...],
+    ) -> Summary:
         """Audit the staged outputs and publish them. AuditError, with nothing published, if one
         fails.
         """
+        proofs = Proofs(canaries=tuple(canaries), measured=measured)
         summary: Summary = self._configured(publish.publish)(
-            self._job, quote(work.run), quote(work.questions), quote(outputs), canaries
+            self._job, quote(work.run), quote(work.questions), quote(outputs), proofs
         )
         return summary
 

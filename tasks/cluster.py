@@ -214,12 +214,16 @@ def with_whole_paths(job: JobConfig) -> JobConfig:
         model = step.model and _whole_model(step.model)
         steps.append(step.model_copy(update={"model": model}))
     canary = job.canary and job.canary.model_copy(update={"file": whole_address(job.canary.file)})
+    evaluate = job.evaluate and job.evaluate.model_copy(
+        update={"rows": whole_address(job.evaluate.rows)}
+    )
     return job.model_copy(
         update={
             "data": job.data.model_copy(update=data),
             "model": _whole_model(job.model),
             "steps": steps,
             "canary": canary,
+            "evaluate": evaluate,
         }
     )
 

@@ -5,6 +5,7 @@ The first task that needs weights loads them, once per process.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from prefect import task
@@ -12,9 +13,17 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 from prefect.utilities.hashing import hash_objects
 
+from glmbatch.report.counts import Measured
 from glmbatch.run import canary, models, plan
-from glmbatch.run.work import Model, Run, Work
-from glmbatch.settings.job import JobConfig, ModelConfig, RuntimeConfig
+from glmbatch.run.promotion import measure as promotion
+from glmbatch.run.work import Model, Question, Run, Work
+from glmbatch.settings.job import (
+    DataConfig,
+    EvaluateConfig,
+    JobConfig,
+    ModelConfig,
+    RuntimeConfig,
+)
 from tasks.cluster import Place
 from tasks.policies import RESULTS_VERSION, machine_failed
 from tasks.results import SealedResult
@@ -76,3 +85,16 @@ def prepare_model(model: ModelConfig) -> Model:
 def assign(job: JobConfig, run: Run, models: list[Model], place: Place, engines: int) -> Work:
     """The work of each bundle: question and step key of each step. Measures memory at `place`."""
     return place.call(plan.assign, job, run, models, engines)
+
+
+@task(
+    name="measure",
+    task_run_name="measure on {config.rows}",
+    cache_policy=NO_CACHE,  # the output keeps the scores
+    retry_condition_fn=machine_failed,
+)
+def measure(
+    config: EvaluateConfig, data: DataConfig, run: Run, questions: Sequence[Question], place: Place
+) -> tuple[Measured, ...]:
+    """Measure the changed steps on labelled rows at `place`; a retry asks no row again."""
+    return place.call(promotion.measure_changes, config, data, run, questions)

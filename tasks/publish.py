@@ -13,7 +13,7 @@ from prefect.events import emit_event
 from glmbatch.errors import AuditError
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.ledger.rowkeys import bundle_key
-from glmbatch.report.counts import Audit
+from glmbatch.report.counts import Audit, Proofs
 from glmbatch.report.summary import Summary
 from glmbatch.run import publish as run_publish
 from glmbatch.run import write as run_write
@@ -70,7 +70,7 @@ def publish(
     run: Run,
     questions: Sequence[Question],
     outputs: list[OutputReceipt],
-    canaries: list[Audit],
+    proofs: Proofs,
 ) -> Summary:
     """Audit the staged outputs, publish them, and show the report on the flow run's page.
 
@@ -78,7 +78,7 @@ def publish(
     """
     output = job.data.output
     try:
-        return run_publish.publish(job, run, questions, outputs, canaries)
+        return run_publish.publish(job, run, questions, outputs, proofs)
     except AuditError as error:
         resource = {
             "prefect.resource.id": f"glmbatch.output.{output}",

@@ -29,6 +29,8 @@ def describe_plan(plan: Preview) -> str:
         lines.append(
             f"the models do not fit in memory together: {plan.passes} passes over all fragments"
         )
+    if plan.measured_first:
+        lines.append(f"measured first: {plan.measured_first}")
     lines += left_out(plan.unusable, "left out: ")
     if plan.skipped:
         lines.append(f"not read: {', '.join(map(str, plan.skipped))}")

@@ -49,6 +49,7 @@ SETTINGS: Mapping[str, object] = {
     "data.columns": None,
     "data.id_column": None,
     "canary": None,
+    "evaluate": None,
     "calibration": None,  # it is measured, or fitted again, on the model's own confidence
     "on_error": "null",
     "max_error_rate": 1.0,

@@ -8,9 +8,11 @@ from math import log
 
 from pydantic import BaseModel
 
+from glmbatch.errors import counted
 from glmbatch.ledger.receipts import AnswersReceipt
 
 NO_LABEL = ""  # no label of a step is empty
+NEW = "not published before"  # the change of a step that has no published answers
 
 
 class Audit(BaseModel, frozen=True, extra="forbid"):
@@ -33,6 +35,53 @@ class Audit(BaseModel, frozen=True, extra="forbid"):
     def __str__(self) -> str:
         line = f"{self.step}: {self.what} {self.measured:.3g}, at most {self.allowed:.3g} allowed"
         return f"{line} ({'; '.join(self.seen)})" if self.seen else line
+
+
+class Measured(BaseModel, frozen=True, extra="forbid"):
+    """How one step scores on labelled rows, from 0 to 1.
+
+    `change` says how it differs from the published step; None if it does not. `before` is the score
+    of the published step over the `paired` rows that both have, and `gain` the present one less
+    that; None if the published step was not measured. `worse` and `better` are numbers of texts;
+    `p` says how often chance alone makes such a loss. `kept` is the key of the measurement.
+    The model was asked `prompts` for it in this run, of so many `tokens` with their answers;
+    `refused` says why the step must not be published.
+    """
+
+    step: str
+    rows: int
+    score: float
+    change: str | None
+    kept: str
+    prompts: int = 0
+    tokens: int = 0
+    paired: int = 0
+    before: float | None = None
+    gain: float | None = None
+    worse: int = 0
+    better: int = 0
+    p: float | None = None
+    refused: str | None = None
+
+    def __str__(self) -> str:
+        line = f"{self.step} scores {self.score:.4f} on {counted(self.rows, 'labelled row')}"
+        if self.change is None:
+            return f"{line}, unchanged"
+        line = f"{line} ({self.change})"
+        if self.gain is None or self.before is None or self.p is None:
+            is_new = self.change == NEW
+            return line if is_new else f"{line}; what is published was not measured on such rows"
+        return (
+            f"{line}; what is published scores {self.before:.4f}: {100 * self.gain:+.1f} points, "
+            f"{counted(self.worse, 'text')} worse, {self.better:,} better, p {self.p:.2g}"
+        )
+
+
+class Proofs(BaseModel, frozen=True, extra="forbid"):
+    """What speaks for a run besides its own answers: its canaries, and what was measured."""
+
+    canaries: tuple[Audit, ...] = ()
+    measured: tuple[Measured, ...] = ()
 
 
 def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

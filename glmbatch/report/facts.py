@@ -107,6 +107,7 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
     ]
     for name, path in report.models.items():
         lines.append((f"model for {name}", path))
+    lines += [("measured", str(each)) for each in summary.measured]
     lines += [("note", note) for note in summary.notes]
     if report.cost is not None:
         lines.append(("cost", f"{report.cost:.4g} at {report.price_per_hour:g} per hour"))

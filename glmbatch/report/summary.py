@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.ledger.staying import Filtered
-from glmbatch.report.counts import Audit, busy_seconds, total
+from glmbatch.report.counts import Audit, Measured, busy_seconds, total
 from glmbatch.store.inputs.find import Skipped
 
 
@@ -76,6 +76,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     rechecked_sources  those of them that were digested again all the same
     silently_changed   sources that had other bytes under the same size and times
     filtered           what the condition on rows left out; None without one
+    measured           how the steps score on labelled rows
     """
 
     run: str
@@ -99,11 +100,13 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     rechecked_sources: int = 0
     silently_changed: tuple[str, ...] = ()
     filtered: Filtered | None = None
+    measured: tuple[Measured, ...] = ()
 
     @property
     def computed(self) -> int:
         """Number of answers that models computed in this run; 0 if no model was loaded."""
-        return sum(step.computed for step in self.steps)
+        measured = sum(each.prompts for each in self.measured)
+        return measured + sum(step.computed for step in self.steps)
 
 
 def step_summary(

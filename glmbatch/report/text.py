@@ -35,8 +35,9 @@ def _blocks(summary: Summary) -> Iterator[list[str]]:
         yield _failures(summary)
     if summary.skipped:
         yield [f"not read: {', '.join(map(str, summary.skipped))}"]
-    if summary.audits:
-        yield [f"audit {audit}" for audit in summary.audits]
+    if summary.measured or summary.audits:
+        lines = [f"measured: {each}" for each in summary.measured]
+        yield [*lines, *(f"audit {audit}" for audit in summary.audits)]
     if summary.notes:
         yield [f"note: {note}" for note in summary.notes]
     if summary.unchanged_sources:

@@ -51,6 +51,8 @@ def _outcome(summary: Summary) -> str:
         parts.append(f"{counted(len(summary.audits), 'audit')} passed")
     else:
         parts.append("no audit is set")
+    if changed := [each for each in summary.measured if each.change is not None]:
+        parts.append(f"{counted(len(changed), 'changed step')} measured and passed")
     return f"{', '.join(parts)}."
 
 

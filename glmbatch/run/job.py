@@ -2,17 +2,22 @@
 
 rows -> prompts -> token ids -> [ engine ] -> answers, committed -> staged file -> audit ->
 published file
+
+Before the first row is asked, steps that changed are measured on labelled rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from glmbatch.report.counts import Proofs
 from glmbatch.report.summary import Summary
 from glmbatch.run.answer import answer
 from glmbatch.run.canary import check_canary, check_canary_file
 from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import assign, plan_run
+from glmbatch.run.promotion.measure import measure_changes
+from glmbatch.run.promotion.rule import passed
 from glmbatch.run.publish import publish
 from glmbatch.run.session import count_rows, session
 from glmbatch.run.write import write_outputs
@@ -33,6 +38,10 @@ def run_job(job: JobConfig, others: Sequence[str] = ()) -> Summary:
     with session(run) as opened:  # the output's lock, engines, known answers, progress
         models = prepare_models(job)
         work = assign(job, run, models)  # a question and a key for each step and fragment
+        measured = measure_changes(job.evaluate, job.data, work.run, work.questions)
+        if not passed(measured):
+            # Refuses, and says why.
+            return publish(job, work.run, work.questions, [], Proofs(measured=measured))
         count_rows(work.run)
         receipts = {}  # by the key of the answers file, which bundles with the same rows share
         for assignment in work.in_passes():
@@ -42,4 +51,5 @@ def run_job(job: JobConfig, others: Sequence[str] = ()) -> Summary:
             answers = [receipts[assignment.answers_keys.file] for assignment in bundle.assignments]
             staged += write_outputs(bundle, answers, opened.ledger)
         canaries = check_canary(job.canary, work.questions, run.context)
-        return publish(job, work.run, work.questions, staged, canaries)
+        proofs = Proofs(canaries=tuple(canaries), measured=measured)
+        return publish(job, work.run, work.questions, staged, proofs)

@@ -14,7 +14,7 @@ from glmbatch.errors import InputError
 from glmbatch.ledger.fragments import Fragment, Plan
 from glmbatch.ledger.input.cutting import plan_fragments
 from glmbatch.ledger.input.fitting import fit_format, fit_times
-from glmbatch.ledger.input.unchanged import basis_of, published_sources
+from glmbatch.ledger.input.unchanged import published_sources
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest
 from glmbatch.ledger.rowkeys import answers_key, bundle_key, output_key, step_key
@@ -29,6 +29,7 @@ from glmbatch.run.models import (
     needs_network,
     tokenizer_of,
 )
+from glmbatch.run.promotion.labelled import read_labelled
 from glmbatch.run.session import session
 from glmbatch.run.work import (
     AnswersKeys,
@@ -39,6 +40,7 @@ from glmbatch.run.work import (
     Run,
     RunContext,
     Work,
+    basis_of_run,
     confidence_keys,
     made_with,
     now,
@@ -88,6 +90,10 @@ def plan_run(job: JobConfig, *, digests: bool = True, others: Sequence[str] = ()
     """
     if job.calibration is not None:
         read_calibration(job.calibration)  # before any work, as all that a person may misspell
+    inputs = prompt_inputs(job)
+    needs = schema_needs(job, inputs)
+    if job.evaluate is not None:
+        read_labelled(job.evaluate, job.steps, job.data.text_column, needs)
     context = RunContext(
         id=uuid.uuid4().hex,
         began=now(),
@@ -97,8 +103,6 @@ def plan_run(job: JobConfig, *, digests: bool = True, others: Sequence[str] = ()
         runtime=job.runtime,
         others=tuple(others),
     )
-    inputs = prompt_inputs(job)
-    needs = schema_needs(job, inputs)
     plan = _plan_sources(job.data, needs, context, digests=digests)
     if digests:
         log_plan(plan)
@@ -162,18 +166,21 @@ def assign(job: JobConfig, run: Run, models: Sequence[Model], engines: int = 1) 
     questions = resolve_questions(job, run.inputs, models)
     run = _with_changed_settings(job.data, run, questions)
     _refuse_mixing(job.data, run.plan, questions)
+    return assign_questions(run, questions, job.data.rows_per_fragment, engines)
+
+
+def assign_questions(
+    run: Run, questions: Sequence[Question], rows_per_fragment: int, engines: int = 1
+) -> Work:
+    """An assignment for each question and bundle of the run's fragments."""
+    models = {question.model.config for question in questions}
     passes = plan_passes(questions, together=questions[0].models_at_once >= len(models))
     beside = plan_beside(questions, passes)
     bundles = []
     # In the order of the plan; an audit compares it with the order of the outputs.
-    for fragments in bundled(run.plan.fragments, job.data.rows_per_fragment, engines * BUNDLES):
+    for fragments in bundled(run.plan.fragments, rows_per_fragment, engines * BUNDLES):
         bundles.append(_bundle(run.context, fragments, questions, beside))
-    return Work(
-        run=run,
-        questions=questions,
-        bundles=tuple(bundles),
-        passes=passes,
-    )
+    return Work(run=run, questions=tuple(questions), bundles=tuple(bundles), passes=passes)
 
 
 def _with_changed_settings(data: DataConfig, run: Run, questions: Sequence[Question]) -> Run:
@@ -197,18 +204,6 @@ def _with_changed_settings(data: DataConfig, run: Run, questions: Sequence[Quest
     plan = _plan_sources(data, run.needs, run.context, again=again)
     log_plan(plan)
     return run.model_copy(update={"plan": plan})
-
-
-def basis_of_run(data: DataConfig, questions: Sequence[Question]) -> str:
-    """What decides, besides a source, the files that a run of `questions` publishes for it."""
-    steps = []
-    for question in questions:
-        # Without what is unset: what was published before it existed stays as it is.
-        inputs = question.inputs.model_dump(mode="json", exclude_defaults=True)
-        steps.append([question.name, question.key, inputs])
-    parts = [steps, data.rows_per_fragment, data.format, data.id_column, data.follow_links]
-    later = [part for part in (made_with(questions)[1], data.columns_out) if part]
-    return basis_of([*parts, *later])
 
 
 def resolve_questions(

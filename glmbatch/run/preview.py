@@ -17,8 +17,7 @@ from glmbatch.ledger.fragments import FileFault, Fragment, Plan
 from glmbatch.ledger.input.unchanged import receipts_of
 from glmbatch.ledger.known.answers import KnownAnswers
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.ledger.manifest import Manifest, PublishedFile, StepOrigin
-from glmbatch.ledger.rowkeys import answer_settings
+from glmbatch.ledger.manifest import PublishedFile
 from glmbatch.ledger.staying import Filtered, filtered
 from glmbatch.report.counts import latest_rate
 from glmbatch.run.answer import find_answers
@@ -26,6 +25,8 @@ from glmbatch.run.audits import check_errors
 from glmbatch.run.canary import check_canary_file
 from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import assign, plan_run
+from glmbatch.run.promotion.changes import what_changed
+from glmbatch.run.promotion.measure import preview_measures
 from glmbatch.run.prompts import (
     Earlier,
     build_question_prompts,
@@ -40,7 +41,7 @@ from glmbatch.run.prompts import (
 from glmbatch.run.session import index_answers
 from glmbatch.run.work import Bundle, Model, Question
 from glmbatch.settings.columns import Columns
-from glmbatch.settings.job import AnyStep, JobConfig
+from glmbatch.settings.job import JobConfig
 from glmbatch.steps.prompt import NoPrompt, NotAsked, Prompt, RowFault
 from glmbatch.store.inputs.find import Skipped
 
@@ -78,7 +79,8 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
 
     `seconds` is the inference time, estimated from that of the published answers; None if a step to
     run has no published answers. `refused` says why a run would publish nothing, if too many rows
-    are in unusable files or have no prompt. `notes` are remarks on the prompts.
+    are in unusable files or have no prompt, or a measured change did not pass. `notes` are remarks
+    on the prompts. `measured_first` says which steps are measured on labelled rows before, and why.
     """
 
     output: str
@@ -94,6 +96,7 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
     filtered: Filtered | None = None
     refused: str | None = None
     notes: tuple[str, ...] = ()
+    measured_first: str | None = None
 
 
 def preview(job: JobConfig) -> Preview:
@@ -101,8 +104,7 @@ def preview(job: JobConfig) -> Preview:
     job = job.dated()
     check_canary_file(job)  # a run would refuse the same files
     run = plan_run(job)
-    models = prepare_models(job)
-    work = assign(job, run, models)
+    work = assign(job, run, models := prepare_models(job))
     plan = work.run.plan
     ledger = Ledger(job.data.output)
     counted = _Counted(ledger, work.questions)
@@ -122,6 +124,7 @@ def preview(job: JobConfig) -> Preview:
                         source=fragment.source, first_row=fragment.first_row, reason=shown(error)
                     )
                 )
+    first, refused = preview_measures(job.evaluate, job.data, work.run, work.questions)
     published = manifest.files if (manifest := ledger.manifest()) is not None else ()
     unchanged = [file for file in published if file.source in plan.unchanged]
     steps = (*counted.steps(), *_unchanged_steps(len(plan.unchanged), unchanged))
@@ -137,7 +140,8 @@ def preview(job: JobConfig) -> Preview:
         skipped=plan.skipped,
         unchanged_sources=len(plan.unchanged),
         filtered=filtered(plan, unchanged),
-        refused=_refusal(plan, job.max_error_rate, unchanged, counted),
+        refused=refused or _refusal(plan, job.max_error_rate, unchanged, counted),
+        measured_first=first,
         notes=prompt_notes(work.questions),
     )
 
@@ -192,7 +196,7 @@ class _Counted:
             # With failures, which tell a row that failed before from a new one.
             known = index_answers(ledger, question, include_failed=True)
             self._known[question.name, question.key] = known
-            self._changes[question.name] = _what_changed(question, manifest)
+            self._changes[question.name] = what_changed(question, manifest)
         # By step key, because steps with the same question share answers.
         self._asked: dict[str, dict[bytes | None, AnswersPlace | None]] = defaultdict(dict)
         self._counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
@@ -305,31 +309,6 @@ def _known(
         if place is None and not isinstance(prompt, NoPrompt):
             values[row] = None  # still to be asked
     return Earlier(values, table)
-
-
-def _what_changed(question: Question, manifest: Manifest | None) -> str | None:
-    """How this step differs from the one that made the published answers; None if it does not."""
-    if manifest is None or question.name not in manifest.steps:
-        return None
-    published = {file.step_keys.get(question.name) for file in manifest.files}
-    if question.key in published:
-        return None
-    origin = manifest.steps[question.name]
-    changed = _changed_settings(question.step, origin)
-    before = origin.model.split("/")
-    now = question.model.identity.split("/")
-    # The parts of a model's identity, in order.
-    parts = ("weights", "tokenizer", "numbers", "form of prompts")
-    for part, old, new in zip(parts, before, now, strict=False):
-        if old != new:
-            changed.append(part)
-    return f"changed {', '.join(changed) or 'version of answers'}"
-
-
-def _changed_settings(step: AnyStep, origin: StepOrigin) -> list[str]:
-    now = answer_settings(step)
-    names = sorted(now.keys() | origin.settings.keys())
-    return [name for name in names if now.get(name) != origin.settings.get(name)]
 
 
 def _estimate(steps: Sequence[StepPreview], ledger: Ledger) -> float | None:

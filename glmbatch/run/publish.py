@@ -16,7 +16,7 @@ from glmbatch.ledger.quarantine import line_of_file, mended_quarantine, write_re
 from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt
 from glmbatch.ledger.rowkeys import answer_settings
 from glmbatch.ledger.staying import Staying, filtered, mixture, staying
-from glmbatch.report.counts import Audit
+from glmbatch.report.counts import Audit, Measured, Proofs
 from glmbatch.report.log import log_audits, log_end
 from glmbatch.report.measures import Measures, measure
 from glmbatch.report.outputs import ReportedStep, read_outputs
@@ -32,10 +32,11 @@ from glmbatch.run.audits import (
     published_counts,
 )
 from glmbatch.run.models import model_notes
-from glmbatch.run.plan import basis_of_run
+from glmbatch.run.promotion.kept import kept_in
+from glmbatch.run.promotion.rule import check_measured
 from glmbatch.run.prompts import prompt_notes
 from glmbatch.run.session import session_of
-from glmbatch.run.work import Question, Run, made_with, now
+from glmbatch.run.work import Question, Run, basis_of_run, made_with, now
 from glmbatch.settings.job import AnyStep, ClassifyStep, DataConfig, JobConfig
 from glmbatch.store.files import DIGEST_CHARS
 
@@ -50,6 +51,7 @@ class Collected:
     files and fragments that are left out. `before` is the current manifest, and `last_run` its run,
     unless that is this one. `staying` has the published files that stay, and `unchanged` those of
     unchanged sources among them; `kept` has a receipt for each step that stands for their answers.
+    `measured` says how the steps score on labelled rows.
     """
 
     ledger: Ledger
@@ -61,6 +63,7 @@ class Collected:
     staying: Staying
     unchanged: list[PublishedFile]
     kept: list[AnswersReceipt]
+    measured: tuple[Measured, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +80,20 @@ def publish(
     run: Run,
     questions: Sequence[Question],
     outputs: Sequence[OutputReceipt],
-    canaries: Sequence[Audit] = (),
+    proofs: Proofs,
 ) -> Summary:
     """Audit the staged outputs, publish them, write the report, and return the summary.
 
-    `outputs` are in the order of the plan. `canaries` are the audits of `check_canary`. Safe to
-    repeat after a crash. AuditError when fragments are missing, more rows failed than the job
-    allows, or another audit failed; BadRow under `on_error: raise` when a row failed. Either way,
-    nothing is published.
+    `outputs` are in the order of the plan; none if a measured step did not pass. Safe to repeat
+    after a crash. Publishes nothing on AuditError (fragments are missing, more rows failed than the
+    job allows, a proof or another audit failed) and BadRow (on_error: raise, when a row failed).
     """
     drop_missing = job.data.missing_sources == "drop"
-    collected = _collect(run, outputs, drop_missing=drop_missing)
+    collected = _collect(run, outputs, proofs.measured, drop_missing=drop_missing)
     try:
+        check_measured(proofs.measured)
         _refuse_mixing(collected, run, questions, drop_missing=drop_missing)
-        audits = _review(job.steps, job.max_error_rate, run, collected, canaries)
+        audits = _review(job.steps, job.max_error_rate, run, collected, proofs.canaries)
     except AuditError as error:
         _refuse_publishing(job, run, questions, collected, error)
     # Before publication moves the files from where their receipts say.
@@ -188,7 +191,13 @@ def _review(
     return tuple(audits)
 
 
-def _collect(run: Run, outputs: Sequence[OutputReceipt], *, drop_missing: bool) -> Collected:
+def _collect(
+    run: Run,
+    outputs: Sequence[OutputReceipt],
+    measured: tuple[Measured, ...],
+    *,
+    drop_missing: bool,
+) -> Collected:
     ledger = session_of(run.context).ledger
     current = ledger.newest(outputs, run.context.id)
     written = []
@@ -197,12 +206,8 @@ def _collect(run: Run, outputs: Sequence[OutputReceipt], *, drop_missing: bool) 
         if output.unusable is None:
             written.append(_with_published_name(run, output))
             continue
-        fragment = output.fragment
-        unusable.append(
-            FileFault(
-                source=fragment.source, first_row=fragment.first_row, reason=shown(output.unusable)
-            )
-        )
+        place = {"source": output.fragment.source, "first_row": output.fragment.first_row}
+        unusable.append(FileFault(**place, reason=shown(output.unusable)))
     before = ledger.manifest()
     # If this run's own publication was killed and is retried, the manifest may already be its own.
     last_run = before.run if before and before.run != run.context.id else None
@@ -215,7 +220,9 @@ def _collect(run: Run, outputs: Sequence[OutputReceipt], *, drop_missing: bool) 
     )
     unchanged = [file for file in stay.files if file.source in run.plan.unchanged]
     kept = receipts_of(unchanged)
-    return Collected(ledger, before, last_run, current, written, unusable, stay, unchanged, kept)
+    return Collected(
+        ledger, before, last_run, current, written, unusable, stay, unchanged, kept, measured
+    )
 
 
 def _with_published_name(run: Run, output: OutputReceipt) -> OutputReceipt:
@@ -252,13 +259,6 @@ def _measure_run(
     )
 
 
-def _labels(question: Question) -> Sequence[str]:
-    """The labels that a row may get; none if the step chooses no label."""
-    if not isinstance(question.step, ClassifyStep) or question.step.number:
-        return ()
-    return question.step.labels or question.model.labels
-
-
 def _summarize(
     run: Run,
     questions: Sequence[Question],
@@ -272,8 +272,7 @@ def _summarize(
     for index, question in enumerate(questions):
         receipts = [output.answers[index] for output in written]
         receipts += [receipt for receipt in collected.kept if receipt.step == question.name]
-        labels = _labels(question)
-        steps.append(step_summary(question.name, run.context.id, receipts, labels))
+        steps.append(step_summary(question.name, run.context.id, receipts, question.labels))
     faulty_rows = sum(output.faulty_rows for output in written)
     return Summary(
         run=run.context.id,
@@ -294,6 +293,7 @@ def _summarize(
         rechecked_sources=run.plan.rechecked,
         silently_changed=run.plan.silent,
         filtered=filtered(run.plan, unchanged),
+        measured=collected.measured,
     )
 
 
@@ -344,5 +344,6 @@ def _release(
         lines,
         lambda moved: with_stamps(ledger.folder, moved, written, run.plan, basis),
     )
+    kept_in(run.context.output).mark_published(collected.measured)
     tonight = {output.fragment.source for output in collected.written} | run.plan.unchanged.keys()
     return len({file.source for file in collected.staying.files} - tonight)

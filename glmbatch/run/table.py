@@ -124,7 +124,7 @@ def _settings_of_table(job: Job) -> JobConfig:
         "data.output": WHERE,
         "data.format": "parquet",
     }
-    places["data.columns"] = None
+    places |= {"data.columns": None, "evaluate": None}
     settings = settings_of(job, {**places, "data.missing_sources": "keep"})
     for name in ("limit", "where"):
         if getattr(settings.data, name) is not None:

@@ -21,8 +21,16 @@ from pydantic import BaseModel
 
 from glmbatch.glm.checkpoint.config_check import Predicts
 from glmbatch.ledger.fragments import Fragment, Plan, bundle_name
+from glmbatch.ledger.input.unchanged import basis_of
 from glmbatch.ledger.rowkeys import confidence_key
-from glmbatch.settings.job import AnyStep, ClassifyStep, GenerateStep, ModelConfig, RuntimeConfig
+from glmbatch.settings.job import (
+    AnyStep,
+    ClassifyStep,
+    DataConfig,
+    GenerateStep,
+    ModelConfig,
+    RuntimeConfig,
+)
 from glmbatch.steps.calibration import AnyMap, calibration_digest
 from glmbatch.steps.inputs import PromptInputs
 from glmbatch.store.inputs.needs import SchemaNeeds
@@ -117,6 +125,13 @@ class Question(BaseModel, frozen=True, extra="forbid"):
         """The step's name, which is also its answer column."""
         return self.step.name
 
+    @property
+    def labels(self) -> Sequence[str]:
+        """The labels that a row may get; none if the step chooses no label."""
+        if not isinstance(self.step, ClassifyStep) or self.step.number:
+            return ()
+        return self.step.labels or self.model.labels
+
 
 def made_with(questions: Sequence[Question]) -> tuple[dict[str, str], str]:
     """What a run's files have in common: the key of each step, and the digest of its maps."""
@@ -130,6 +145,18 @@ def confidence_keys(questions: Sequence[Question]) -> dict[str, str]:
     for each in questions:
         keys[each.name] = confidence_key(each.step, each.model.identity, chat=each.chat)
     return keys
+
+
+def basis_of_run(data: DataConfig, questions: Sequence[Question]) -> str:
+    """What decides, besides a source, the files that a run of `questions` publishes for it."""
+    steps = []
+    for question in questions:
+        # Without what is unset: what was published before it existed stays as it is.
+        inputs = question.inputs.model_dump(mode="json", exclude_defaults=True)
+        steps.append([question.name, question.key, inputs])
+    parts = [steps, data.rows_per_fragment, data.format, data.id_column, data.follow_links]
+    later = [part for part in (made_with(questions)[1], data.columns_out) if part]
+    return basis_of([*parts, *later])
 
 
 class AnswersKeys(BaseModel, frozen=True, extra="forbid"):

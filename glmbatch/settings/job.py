@@ -7,14 +7,20 @@ answers; those of `RuntimeConfig` change only speed.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from glmbatch.settings.addresses import has_credentials
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.conditions import columns_of, parse_condition
 from glmbatch.settings.data import DataConfig
+from glmbatch.settings.gates import (
+    CanaryConfig,
+    CanarySetting,
+    EvaluateConfig,
+    EvaluateSetting,
+)
 from glmbatch.settings.kinds import Address, LocalAddress, Settings, Share
 from glmbatch.settings.model import ModelConfig, ModelSetting
 from glmbatch.settings.steps.any_step import AnyStep, calibrated_columns
@@ -31,6 +37,7 @@ __all__ = [
     "CanaryConfig",
     "ClassifyStep",
     "DataConfig",
+    "EvaluateConfig",
     "ExtractStep",
     "GenerateStep",
     "JobConfig",
@@ -131,25 +138,6 @@ class RuntimeConfig(Settings):
         return self
 
 
-class CanaryConfig(Settings):
-    """Rows with known-good answers, which a run must reproduce before it publishes."""
-
-    file: Address = Field(
-        description="Parquet file of rows and answers, written by `glmbatch canary`. A run that "
-        "uses the model answers these rows too.",
-    )
-    max_change: Share = Field(
-        0.0,
-        description="Maximum share of canary rows whose answers may change; above it, nothing is "
-        "published. Use 0 in float32 and 0.1 in half precision, where rounding changes some "
-        "answers. In half precision, only the first quarter of a text must stay the same.",
-    )
-
-
-def _file_alone(value: object) -> object:
-    return {"file": value} if isinstance(value, str) else value
-
-
 class ReportConfig(Settings):
     """What a run's report shows; these settings change no answers."""
 
@@ -182,10 +170,15 @@ class JobConfig(Settings):
         description="Maximum share of rows that may fail, including rows of unreadable files; "
         "above it, nothing is published. Set it a little above the rate of a normal run.",
     )
-    canary: Annotated[CanaryConfig, BeforeValidator(_file_alone)] | None = Field(
+    canary: CanarySetting | None = Field(
         None,
         description="Rows with known-good answers to check the model against; the path of the file "
         "alone is enough. Empty: no such audit.",
+    )
+    evaluate: EvaluateSetting | None = Field(
+        None,
+        description="Labelled rows on which a changed prompt, model or setting is measured before "
+        "anything else; the path of the rows alone is enough. Empty: changes are not measured.",
     )
     calibration: Address | None = Field(
         None,
