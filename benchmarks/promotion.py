@@ -31,7 +31,7 @@ PROMPT = "Review of {product}: {text}\n\nIs this review positive, neutral or neg
 DRAWN, TRIALS, SEED = 1000, 100, 20_261_126
 
 CUTS = ("How is this: {text}", "{text}", "Review of {product}: {text}\n\nIs this review positive")
-NOISES = (0.05, 0.08, 0.12)
+NOISES = (0.25, 0.35, 0.5)
 HARMLESS = (
     "Review of {product}: {text}\n\nIs the review positive, neutral or negative?",
     "Review of {product}: {text}\n\nIs this review positive, neutral, or negative?",

@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -304,3 +306,48 @@ def test_a_late_run_reads_the_day_that_it_was_meant_for(
     manifest = json.loads((out / "_manifest.json").read_text())
     assert manifest["where"] == "day = '2' or day = '2026-11-02'"
     assert len(list((out / "_glmbatch" / "reports").glob("*.json"))) == 2
+
+
+def test_a_worse_change_is_measured_and_refused(
+    prefect_server: dict[str, str],
+    job_settings: Settings,
+    write_source: Write,
+    tmp_path: Path,
+    out: Path,
+) -> None:
+    """The measurement is a task of its own; the refusal and its reason are seen in Prefect."""
+    texts = [f"row {number}" for number in range(20)]
+    write_source("a.parquet", {"text": texts[:5]})
+    labelled = tmp_path / "labelled.parquet"
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job_settings(steps=[CLASSIFY])))
+    first = run(prefect_server, "-m", "glmbatch.cli.main", "run", str(path))
+    assert first.returncode == 0, first.stderr
+    # Every label that the tiny model gives is right.
+    answers = ds.dataset(out, partitioning=None).to_table().column("mood").to_pylist()
+    pq.write_table(pa.table({"text": texts, "mood": [answers[0]] * 20}), labelled)
+    settings = job_settings(steps=[CLASSIFY], evaluate=str(labelled))
+    path.write_text(yaml.safe_dump(settings))
+    done = run(prefect_server, "-m", "glmbatch.cli.main", "run", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "measured: mood scores" in done.stdout and "unchanged" in done.stdout
+    assert states(task_runs(prefect_server, 5), "measure") == {"Completed"}
+
+    settings["steps"] = [{**CLASSIFY, "labels": ["fine", "poor", "middling"]}]
+    path.write_text(yaml.safe_dump(settings))
+    for _ in range(2):
+        refused = run(prefect_server, "-m", "glmbatch.cli.main", "run", str(path))
+        assert refused.returncode == 1
+        assert "nothing published: mood scores 0.0000 on 20 labelled rows" in refused.stderr
+        flow_run = last_flow_run(prefect_server)
+        assert flow_run["state_type"] == "FAILED"
+        assert "mood scores 0.0000" in str(flow_run["state"]["message"])
+        tasks = task_runs(prefect_server, 6)
+        assert states(tasks, "measure") == {"Completed"}
+        assert states(tasks, "publish") == {"Failed"}
+        assert not states(tasks, "classify", "write"), "rows of the night were asked"
+        shown = artifacts(prefect_server)["annotate"]["data"]
+        assert "mood scores 0" in shown and "hardly chance" in shown
+    log = "\n".join(log_lines(prefect_server))
+    assert "answered by the model" not in log.split("total:")[0], "the second night asked again"
+    assert ds.dataset(out, partitioning=None).to_table().column("mood").to_pylist() == answers
