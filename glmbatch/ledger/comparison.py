@@ -15,9 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from glmbatch.errors import UnusableFile
 from glmbatch.ledger.fragments import Fragment
+from glmbatch.ledger.receipts import whole_digest
 from glmbatch.settings.conditions import columns_of, parse_condition
+from glmbatch.store.files import version_stamp
 from glmbatch.store.inputs.filters import holding
+from glmbatch.store.lines.form import Form
+from glmbatch.store.lines.stored import store_lines, stored_lines
 from glmbatch.store.parquet import open_parquet, read_opened
 from glmbatch.store.paths import AnyPath
 from glmbatch.store.times import ALL_ROWS, int96_unit
@@ -35,9 +40,42 @@ from glmbatch.store.types import (
 Pair = tuple[str, int, int]
 
 
+class Sources:
+    """The sources of an output, each digested once. Rows of lines are stored in `folder`."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._digests: dict[AnyPath, str] = {}
+        self._stored: dict[AnyPath, AnyPath] = {}
+
+    def digest(self, path: AnyPath) -> str:
+        """The digest of a source; empty if it cannot be read."""
+        if path not in self._digests:
+            self._digests[path] = whole_digest(path) or ""
+        return self._digests[path]
+
+    def parquet(self, path: AnyPath, fragment: Fragment) -> AnyPath:
+        """The Parquet file with the rows of the source of `fragment`, which is now at `path`."""
+        if not fragment.reading:
+            return path
+        form = Form.model_validate_json(fragment.reading)
+        stored = stored_lines(self._folder, fragment.digest, form)
+        store_lines(path, form, stored, version_stamp(path), fragment.digest)
+        self._stored[path] = stored
+        return stored
+
+    def rows(self, path: AnyPath) -> int | None:
+        """The number of rows of a source of which a file was compared; None if it is unknown."""
+        try:
+            with open_parquet(self._stored.get(path, path)) as file:
+                return int(file.metadata.num_rows)
+        except (UnusableFile, OSError):
+            return None
+
+
 @contextmanager
 def open_source(path: AnyPath, fragment: Fragment) -> Iterator[tuple[pq.ParquetFile, bool]]:
-    """The open source file at `path`, and whether an output may have a column in another type.
+    """The open file at `path` with the source's rows, and whether a column may change its type.
 
     INT96 times are read in the unit that holds those of `fragment`. UnusableFile when the file
     cannot be read.

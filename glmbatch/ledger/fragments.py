@@ -11,7 +11,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -21,7 +21,10 @@ from pydantic import BaseModel, field_serializer
 
 from glmbatch.errors import GlmbatchError, counted
 from glmbatch.store.files import refuse_change
+from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.find import Skipped
+from glmbatch.store.lines.form import Form
+from glmbatch.store.lines.stored import store_lines
 from glmbatch.store.parquet import TimeUnit, open_parquet, read_opened, readable, with_constants
 from glmbatch.store.paths import AnyPath
 
@@ -43,6 +46,8 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     - `where` is the condition on the rows of the file; empty if it has none. If some rows do not
       meet it, the fragment covers `span` rows of the file and has `rows` of them: `picked` says
       which (see `packed`), and its row groups are those that have one.
+    - `reading` says how a file of lines is read (see `Form`), and `stored` where its rows are as
+      Parquet, while the cache has them. Both are empty for a Parquet file.
     """
 
     source: str
@@ -58,6 +63,8 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     int96: Literal["", "us", "ns"] = ""
     partitions: tuple[tuple[str, str | None], ...] = ()
     columns: tuple[str, ...] = ()
+    reading: str = ""
+    stored: str = ""
     where: str = ""
     span: int = 0
     picked: str = ""
@@ -185,6 +192,11 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
 
 def open_fragment(fragment: Fragment) -> AbstractContextManager[pq.ParquetFile]:
     """The open file of `fragment`. UnusableFile if it is not the one that was planned."""
+    if fragment.reading:
+        form = Form.model_validate_json(fragment.reading)
+        stored, path = Path(fragment.stored), Folder(fragment.path).path
+        store_lines(path, form, stored, fragment.stamp, fragment.digest)
+        return open_parquet(stored)
     return open_parquet(fragment.path, fragment.unit, fragment.stamp, fragment.digest)
 
 

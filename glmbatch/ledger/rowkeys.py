@@ -139,6 +139,8 @@ def answers_key(  # noqa: PLR0913 - all that decides the answers beside the rows
         given.append([fragment.span, fragment.picked])
     if fragment.int96:  # the unit changes how a prompt shows times
         given.append(fragment.int96)
+    if fragment.reading:  # the same bytes read in another way are other rows
+        given.append(fragment.reading)
     if when:
         given.append([when[0], dict(when[1])])
     return _digest([step, step_key, rows, dict(columns), dict(earlier), *given])
@@ -163,9 +165,9 @@ def output_key(
     `answers` maps steps to their answers keys, in step order. `calibration` is the digest of the
     maps that are applied to them.
     """
-    place = fragment.model_dump(mode="json", exclude={"path", "stamp", "partitions"})
+    place = fragment.model_dump(mode="json", exclude={"path", "stamp", "partitions", "stored"})
     # Left out when empty, as is the format: keys from before these fields existed stay valid.
-    for later in ("form", "typed", "int96", "columns", "where", "span", "picked"):
+    for later in ("form", "typed", "int96", "columns", "where", "span", "picked", "reading"):
         if not place[later]:
             del place[later]
     others: list[object] = [] if format == "parquet" else [format]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from glmbatch.errors import InputError, UnusableFile, counted
 from glmbatch.ledger.comparison import (
+    Sources,
     differences,
     kept_count,
     open_source,
@@ -84,11 +85,14 @@ def verify(output: str | Path) -> Verification:
             f"{output}: there is no {MANIFEST}, so nothing is published here. Give the job's "
             "data.output."
         )
-    _source_digest.cache_clear()  # a source may have changed since this process last read it
-    findings = [*_strangers(ledger, manifest), *_mixed_keys(manifest), *_gaps(manifest)]
     faulty: Counter[str] = Counter()
-    for file in manifest.files:
-        findings += _file_findings(ledger.root, manifest, file, faulty)
+    of_files: list[Finding] = []
+    with TemporaryDirectory(prefix="glmbatch-") as folder:
+        sources = Sources(folder)
+        for file in manifest.files:
+            of_files += _file_findings(ledger.root, manifest, file, faulty, sources)
+        gaps = list(_gaps(manifest, sources))
+    findings = [*_strangers(ledger, manifest), *_mixed_keys(manifest), *gaps, *of_files]
     findings += _quarantine_findings(ledger, manifest, faulty)
     return Verification(
         output=str(output),
@@ -108,12 +112,6 @@ def describe(verification: Verification) -> str:
     size = f"{counted(verification.files, 'file')}, {counted(verification.rows, 'row')}"
     head = f"{verification.output}: {size}: {end}"
     return "\n".join([*(str(finding) for finding in verification.findings), head])
-
-
-@lru_cache(maxsize=1024)
-def _source_digest(path: AnyPath) -> str:
-    """The digest of a source. Cached, because a source has many fragments."""
-    return whole_digest(path) or ""
 
 
 def _wrong(file: str, what: str, row: int | None = None) -> Finding:
@@ -161,7 +159,7 @@ def _mixed_keys(manifest: Manifest) -> Iterator[Finding]:
             yield _wrong(file.output_name, what)
 
 
-def _gaps(manifest: Manifest) -> Iterator[Finding]:
+def _gaps(manifest: Manifest, sources: Sources) -> Iterator[Finding]:
     """Findings for rows of a source that are in no file or in two."""
     ranges: dict[str, list[PublishedFile]] = defaultdict(list)
     for file in manifest.files:
@@ -185,7 +183,7 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
             next_row = max(next_row, file.first_row + file.covered)
         path = Folder(manifest.root) / source
         # Only the source itself shows whether rows are missing after the last file.
-        total = _rows_of(path)
+        total = sources.rows(path)
         same = all(file.source_digest == files[0].source_digest for file in files)
         whole = manifest.limit is None and source not in damaged and same
         if (
@@ -193,7 +191,7 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
             and total is not None
             and next_row < total
             # Checked last, because digesting reads the whole source.
-            and _source_digest(path) == files[0].source_digest
+            and sources.digest(path) == files[0].source_digest
         ):
             yield _wrong(
                 files[-1].output_name,
@@ -201,16 +199,12 @@ def _gaps(manifest: Manifest) -> Iterator[Finding]:
             )
 
 
-def _rows_of(path: AnyPath) -> int | None:
-    try:
-        with open_parquet(path) as file:
-            return int(file.metadata.num_rows)
-    except (UnusableFile, OSError):
-        return None
-
-
 def _file_findings(
-    root: AnyPath, manifest: Manifest, file: PublishedFile, faulty: Counter[str]
+    root: AnyPath,
+    manifest: Manifest,
+    file: PublishedFile,
+    faulty: Counter[str],
+    sources: Sources,
 ) -> Iterator[Finding]:
     name = file.output_name
     path = root / name
@@ -231,7 +225,7 @@ def _file_findings(
                 return
             yield from _receipt_findings(file, receipt)
             yield from _answer_findings(published, file, receipt, faulty)
-            yield from _source_findings(published, manifest, file, receipt)
+            yield from _source_findings(published, manifest, file, receipt, sources)
     except UnusableFile as error:
         yield _wrong(name, str(error))
 
@@ -303,14 +297,18 @@ def _answer_findings(
 
 
 def _source_findings(
-    published: pq.ParquetFile, manifest: Manifest, file: PublishedFile, receipt: OutputReceipt
+    published: pq.ParquetFile,
+    manifest: Manifest,
+    file: PublishedFile,
+    receipt: OutputReceipt,
+    sources: Sources,
 ) -> Iterator[Finding]:
     """Check that the output has the source's own columns unchanged, row by row."""
     source = Folder(manifest.root) / file.source
     if not source.is_file():
         yield Finding(kind="unchecked", file=file.output_name, what=f"{source} is gone")
         return
-    if _source_digest(source) != file.source_digest:
+    if sources.digest(source) != file.source_digest:
         yield Finding(
             kind="unchecked",
             file=file.output_name,
@@ -318,7 +316,7 @@ def _source_findings(
         )
         return
     fragment = receipt.fragment
-    with open_source(source, fragment) as (opened, others):
+    with open_source(sources.parquet(source, fragment), fragment) as (opened, others):
         pairs, faults = pair_columns(opened, published, fragment)
         if manifest.limit is None and (kept := kept_count(opened, fragment)) != file.rows:
             faults.append(f"has {file.rows} rows, but {kept} meet {fragment.where}")

@@ -130,6 +130,7 @@ def _plan_sources(
         seed=context.id,
         raise_faults=context.raises,
         digests=digests,
+        cache=context.runtime.cache,
     )
     # Checked now, because a publication that fails halfway leaves files of two runs.
     ledger.folder.check_places(fragment.output_name for fragment in plan.fragments)

@@ -37,7 +37,11 @@ from glmbatch.steps.prompt import (
     build_prompts,
 )
 from glmbatch.store.inputs.conditions import rows_where
+from glmbatch.store.lines.form import LINE_ERROR
 from glmbatch.store.values import is_plain, prompt_values, turn_values
+
+# The column of `source_table` that says why a line cannot be read. No file has such a name.
+UNREADABLE = "[unreadable]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +88,16 @@ def source_table(fragment: Fragment, question: Question, *, whole: bool = False)
     when = question.inputs.when
     # Several placeholders may stand for one column, which is read once.
     names = {*question.inputs.sources.values(), *(when.columns.values() if when else ())}
+    if fragment.reading:
+        names.add(LINE_ERROR)
     batches = []
     if names or whole:
         batches = list(read_fragment(fragment, sorted(names), whole=whole))
     if batches and names:
-        return pa.Table.from_batches(batches)
+        table = pa.Table.from_batches(batches)
+        if fragment.reading:
+            table = table.append_column(UNREADABLE, table.column(LINE_ERROR))
+        return table
     # As long as the fragment, because a table without columns has no length.
     return pa.table({name: pa.nulls(fragment.rows) for name in names or {"no column"}})
 
@@ -108,7 +117,11 @@ def prompt_rows(
         used.append(name)
     rows: list[RowValues | NoPrompt | None] = []
     asked = _asked(question.inputs.when, source, earlier)
-    for row, is_asked in zip(rows_of(values, len(source)), asked, strict=True):
+    faults = _unreadable(source)
+    for place, (row, is_asked) in enumerate(zip(rows_of(values, len(source)), asked, strict=True)):
+        if place in faults:
+            rows.append(faults[place])
+            continue
         if isinstance(is_asked, NoPrompt):
             rows.append(is_asked)
             continue
@@ -116,6 +129,16 @@ def prompt_rows(
         waits = is_asked is None or any(row[name] is None for name in used)
         rows.append(None if waits else row)
     return rows
+
+
+def _unreadable(source: pa.Table) -> dict[int, RowFault]:
+    """The rows of lines that cannot be read, by their place in `source`."""
+    faults = {}
+    if UNREADABLE in source.column_names:
+        errors = source.column(UNREADABLE)
+        for place in pc.indices_nonzero(errors.is_valid()).to_pylist():
+            faults[place] = RowFault("unreadable_line", errors[place].as_py())
+    return faults
 
 
 def source_values(inputs: PromptInputs, source: pa.Table) -> dict[str, Sequence[PromptValue]]:

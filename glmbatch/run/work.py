@@ -155,7 +155,8 @@ def basis_of_run(data: DataConfig, questions: Sequence[Question]) -> str:
         inputs = question.inputs.model_dump(mode="json", exclude_defaults=True)
         steps.append([question.name, question.key, inputs])
     parts = [steps, data.rows_per_fragment, data.format, data.id_column, data.follow_links]
-    later = [part for part in (made_with(questions)[1], data.columns_out) if part]
+    lines = data.lines.model_dump(exclude_defaults=True)
+    later = [part for part in (made_with(questions)[1], data.columns_out, lines) if part]
     return basis_of([*parts, *later])
 
 

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from glmbatch.settings.conditions import parse_condition
 from glmbatch.settings.kinds import Address, Settings
+from glmbatch.settings.lines import LinesConfig
 
 # The settings in which dates may stand.
 DATED = ("input", "output", "where")
@@ -28,8 +29,9 @@ class DataConfig(Settings):
     """Where rows are read from and where answers are written."""
 
     input: Address = Field(
-        description="Parquet file, folder of Parquet files, or glob such as `in/day=*/*.parquet`. "
-        "A local path or an address such as s3://bucket/name. {today} is a date: see data.today.",
+        description="File, folder of files, or glob such as `in/day=*/*.parquet`: Parquet, CSV or "
+        "JSON lines. A local path or an address such as s3://bucket/name. {today} is a date: see "
+        "data.today.",
     )
     output: Address = Field(
         description="Folder for the answers, created if absent; it mirrors the input's folders. "
@@ -98,6 +100,7 @@ class DataConfig(Settings):
         "It detects bytes that changed under the same size and times, as on a failing disk. 1 "
         "reads every file every night; 0 trusts sizes and times.",
     )
+    lines: LinesConfig = Field(LinesConfig(), description="How CSV and JSON lines are read.")
     limit: int | None = Field(
         None, ge=1, description="Process only the first N rows, for a trial. Empty: all rows."
     )

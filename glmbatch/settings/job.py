@@ -51,6 +51,8 @@ __all__ = [
     "placeholders",
 ]
 
+CACHE = "~/.cache/glmbatch"
+
 
 class RuntimeConfig(Settings):
     """Performance settings; changing them never invalidates answers."""
@@ -87,9 +89,9 @@ class RuntimeConfig(Settings):
         "ones that share a task. Raise it if the device waits for files.",
     )
     cache: LocalAddress = Field(
-        "~/.cache/glmbatch",
-        description="Folder for checkpoints downloaded from an object store. On a cluster, all "
-        "machines must share it.",
+        CACHE,
+        description="Folder for checkpoints downloaded from an object store, and for the rows of "
+        "CSV and JSON lines. On a cluster, all machines must share it.",
     )
     cluster: Literal["ray"] | None = Field(
         None,

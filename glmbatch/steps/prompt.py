@@ -20,6 +20,7 @@ VALUE = "\ue000"
 HISTORY = "[history]"
 
 FaultKind = Literal[
+    "unreadable_line",
     "null_value",
     "empty_text",
     "not_utf8",

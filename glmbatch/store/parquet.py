@@ -48,7 +48,7 @@ TimeUnit = Literal["us", "ns"]
 
 
 @contextmanager
-def readable(address: Address) -> Iterator[None]:
+def readable(address: Address, form: str = "Parquet") -> Iterator[None]:
     """Turn errors of reading a file into UnusableFile, or TransientError if the machine failed.
 
     A refusal by a store stays StoreRefused: credentials may expire during a run, which is not the
@@ -75,7 +75,7 @@ def readable(address: Address) -> Iterator[None]:
         # pyarrow also raises OSError for damaged bytes, but without a system errno.
         if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
             raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error
-        raise UnusableFile(f"{path}: not readable as Parquet: {one_line(error)}.") from error
+        raise UnusableFile(f"{path}: not readable as {form}: {one_line(error)}.") from error
 
 
 @contextmanager

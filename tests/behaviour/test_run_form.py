@@ -23,6 +23,7 @@ from glmbatch.settings.job import (
     ReportConfig,
     RuntimeConfig,
 )
+from glmbatch.settings.lines import LinesConfig
 from glmbatch.settings.steps.classify import ClassifyAudits
 from glmbatch.settings.steps.extract import ExtractStep
 from glmbatch.settings.steps.fields import ExtractField, FieldValue
@@ -44,6 +45,7 @@ OF_JOBS = {
     GenerateAudits,
     GenerateStep,
     JobConfig,
+    LinesConfig,
     ModelConfig,
     ReportConfig,
     RuntimeConfig,

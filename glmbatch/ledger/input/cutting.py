@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
-
-import pyarrow.parquet as pq
+from typing import NamedTuple
 
 from glmbatch.errors import InputError, UnusableFile, counted, shown
 from glmbatch.ledger.fragments import (
@@ -17,18 +15,25 @@ from glmbatch.ledger.fragments import (
     output_name,
     telling_size,
 )
+from glmbatch.ledger.input.opening import (
+    LinesFile,
+    file_digest,
+    look_once,
+    open_rows,
+    read_footer,
+    stored_fields,
+)
 from glmbatch.ledger.input.ranges import limited, ranges
-from glmbatch.ledger.input.unchanged import Look, PublishedSource, is_sampled, look_at
-from glmbatch.settings.job import DataConfig
+from glmbatch.ledger.input.unchanged import Look, PublishedSource, is_sampled
+from glmbatch.settings.conditions import columns_of
+from glmbatch.settings.job import CACHE, DataConfig
 from glmbatch.store.files import (
     DIGEST_CHARS,
-    digest_file,
     naming,
     real_path,
     too_long,
     whole_name,
 )
-from glmbatch.store.footers import written_form
 from glmbatch.store.inputs.filters import (
     RowFilter,
     check_filter,
@@ -36,11 +41,11 @@ from glmbatch.store.inputs.filters import (
     row_filter,
 )
 from glmbatch.store.inputs.find import Found, find_files
-from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, from_folders
+from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, folder_columns, from_folders
 from glmbatch.store.inputs.nesting import refuse_nesting, refuse_reach
-from glmbatch.store.parquet import open_parquet, readable
+from glmbatch.store.lines.form import LINE_ERROR, form_of
+from glmbatch.store.lines.stored import sweep_lines
 from glmbatch.store.paths import AnyPath
-from glmbatch.store.types import check_carried, has_int96
 
 
 class _Outcome(NamedTuple):
@@ -66,6 +71,7 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
     seed: str = "",
     raise_faults: bool = False,
     digests: bool = True,
+    cache: str = CACHE,
 ) -> Plan:
     """Check every file of the input against the job's `needs`, and cut it into fragments.
 
@@ -74,14 +80,15 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
     digest again all the same. Fragments are in the order of file names, then of rows. Without
     `digests` only footers are read.
 
-    Files that cannot be used are listed in the plan; with `raise_faults`, the first one raises
-    UnusableFile. InputError when no file can be used, or two would have the same output file.
+    Rows of lines are stored in `cache`. Files that cannot be used are listed in the plan; with
+    `raise_faults`, the first one raises UnusableFile. InputError when no file can be used, or two
+    would have the same output file.
     """
-    found = find_files(data.input, follow_links=data.follow_links)
+    found = find_files(data.input, follow_links=data.follow_links, lines=True)
     refuse_nesting(found, data.input, data.output)
     keeps = row_filter(data.where, data.text_column)
     found, left_out = _in_folders(found, keeps, data)
-    look = _Looker(found, data, needs, published, frozenset(again), seed, digests, keeps)
+    look = _Looker(found, data, needs, published, frozenset(again), seed, digests, keeps, cache)
     outcomes = look.left_alone()
     names = [name for name in found.names if name not in outcomes]
     faults = [FileFault(source=shown(name), reason=why) for name, why in found.refused.items()]
@@ -177,6 +184,7 @@ class _Looker:
     seed: str
     digests: bool
     keeps: RowFilter
+    cache: str
 
     def left_alone(self) -> dict[str, _Outcome]:
         """The files whose stamps when they were found are the recorded ones, without a look.
@@ -207,6 +215,7 @@ class _Looker:
             except UnusableFile as error:
                 return error
 
+        sweep_lines(self.cache)
         # SHA-256 releases Python's lock, so four threads digest as fast as a disk reads.
         with ThreadPoolExecutor(4) as pool:
             yield from pool.map(outcome, names)
@@ -216,11 +225,11 @@ class _Looker:
         path = self.found.root / name
         self._refuse_link(path, given)
         # Before the footer, so that `read_fragment` detects every later change.
-        look = _look(path)
+        look = look_once(path)
         try:
             return self._outcome(path, name, look)
         except UnusableFile:
-            if (later := _look(path)).stamp == look.stamp:
+            if (later := look_once(path)).stamp == look.stamp:
                 raise
         # It was replaced, or only linked, which changes its stamp too.
         return self._outcome(path, name, later)
@@ -235,12 +244,17 @@ class _Looker:
         # Nothing but a file is digested: reading a pipe would wait for its writer.
         if source is not None and self.digests and path.is_file():
             trusted = same_stamp and not drawn
-            digest = source.digest if trusted else _digest(path, look)
+            digest = source.digest if trusted else file_digest(path, look)
             if leave and digest == source.digest:
                 return _Outcome(look, None, rechecked=same_stamp and drawn)
-        fragments = self._cut(path, name, look)
+        lines: dict[str, str] = {}
+        if (form := form_of(name, self.data.lines)) is not None:
+            # Stored under their digest, so also for a look alone.
+            digest = digest or file_digest(path, look)
+            lines = self._stored(LinesFile(path, form, look.stamp, digest), name)
+        fragments = self._cut(path, name, look, lines)
         if self.digests and not digest:
-            digest = _digest(path, look)
+            digest = file_digest(path, look)
         fragments = [fragment.model_copy(update={"digest": digest}) for fragment in fragments]
         # Its published rows met another condition. They stay, as those of a folder left out do.
         keep = source is not None and self.data.missing_sources == "keep"
@@ -261,13 +275,23 @@ class _Looker:
                 "data.follow_links if you trust everyone who can write there."
             )
 
-    def _cut(self, path: AnyPath, name: str, look: Look) -> list[Fragment]:
-        """The fragments of one file, without its digest."""
+    def _stored(self, file: LinesFile, name: str) -> dict[str, str]:
+        """Store the rows of a file of lines; the fields of its fragments that say where and how."""
+        wanted = {needed.name for needed in self.needs.read if not needed.is_history}
+        left = self.keeps.left_of(name)
+        if not isinstance(left, bool):
+            wanted |= {*columns_of(left)} - {LINE_ERROR}
+        return stored_fields(file, self.cache, wanted - folder_columns(name).keys())
+
+    def _cut(
+        self, path: AnyPath, name: str, look: Look, lines: Mapping[str, str]
+    ) -> list[Fragment]:
+        """The fragments of one file, without its digest; `lines` says where its rows are stored."""
         left = self.keeps.left_of(name)
         kept = None
-        with open_parquet(path, stamp=look.stamp) as file:
+        with open_rows(path, look.stamp, lines) as file:
             schema = file.schema_arrow
-            group_rows, written = _read_footer(path, file)
+            group_rows, written = read_footer(path, file)
             try:
                 check_schema(path, name, schema, self.needs)
                 if not isinstance(left, bool):
@@ -292,6 +316,7 @@ class _Looker:
                     columns=chosen,
                     where=self.keeps.text_for(name),
                     **written,
+                    **lines,
                     **part._asdict(),
                 )
             )
@@ -311,25 +336,6 @@ def _refuse_same_output(ranges: list[Fragment], unchanged: Iterable[str]) -> Non
             )
 
 
-def _look(path: AnyPath) -> Look:
-    with readable(path):
-        return look_at(path)
-
-
-def _read_footer(path: AnyPath, file: pq.ParquetFile) -> tuple[list[int], dict[str, Any]]:
-    """The rows of each row group of an open file, and the fields of how it is written."""
-    check_carried(str(path), file)
-    metadata = file.metadata
-    group_rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-    # A damaged footer may contradict itself; pyarrow does not compare the two numbers.
-    if sum(group_rows) != metadata.num_rows:
-        raise UnusableFile(
-            f"{shown(path)}: its row groups hold {sum(group_rows)} rows, its footer says "
-            f"{metadata.num_rows}. Replace the file."
-        )
-    return group_rows, {"form": written_form(file), "int96": "us" if has_int96(file) else ""}
-
-
 def _check_output_name(name: str, data: DataConfig) -> None:
     """UnusableFile when the output file of `name` would have a name that is too long."""
     longest = output_name(name, 0)
@@ -337,9 +343,3 @@ def _check_output_name(name: str, data: DataConfig) -> None:
         longest = f"{longest}.{DIGEST_CHARS * '0'}"  # as run/publish.py adds it
     if problem := too_long(data.output, longest):
         raise UnusableFile(f"{shown(name)}: the name of its output {problem}. Rename the file.")
-
-
-def _digest(path: AnyPath, look: Look) -> str:
-    """The digest of the bytes that have the stamp of `look`. UnusableFile if they were replaced."""
-    with readable(path):
-        return digest_file(path, look.stamp)

@@ -112,7 +112,7 @@ def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
                 f"{data.output}: is a Delta table. Set data.format to delta, or data.output."
             )
         return plan
-    sources = {fragment.source: fragment.path for fragment in plan.fragments}
+    sources = {fragment.source: fragment.stored or fragment.path for fragment in plan.fragments}
     stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop").files
     typed = check_sources(data.output, sources, [file.output_name for file in stay])
     fragments = []

@@ -41,6 +41,7 @@ from glmbatch.store.inputs.conditions import (
     where_holds,
 )
 from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.lines.form import LINE_ERROR, is_lines
 from glmbatch.store.parquet import check_column, read_opened
 from glmbatch.store.types import leaves
 
@@ -82,7 +83,11 @@ class RowFilter:
             except InputError as error:
                 raise InputError(f"{shown(folder)}: {error}. Set {SETTING}.") from error
             self._by_folder[folder] = left
-        return self._by_folder[folder]
+        left = self._by_folder[folder]
+        if isinstance(left, bool) or not is_lines(name):
+            return left
+        # A line that cannot be read has no values, and must not be left out for that.
+        return Either(left, Not(IsNull(LINE_ERROR)))
 
     def text_for(self, name: str) -> str:
         """The condition on the rows of the file `name`, as text; empty if all of them are kept."""

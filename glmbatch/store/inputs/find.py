@@ -23,11 +23,13 @@ from glmbatch.store.inputs.tables import (
     refuse_tables_above,
     table_of,
 )
+from glmbatch.store.lines.form import ENDINGS
 from glmbatch.store.paths import GLOB_MARKS, AnyPath, ObjectStatus, is_hidden, odd_part
 
 SETTING = "data.input"
 # Why names are not read; continues "3 ...".
-OTHER_ENDING = "that do not end in .parquet"
+OTHER_ENDING = "with another ending"
+PARQUET = ".parquet"
 HIDDEN = "with a name that begins with . or _"
 LINKED_FOLDER = "behind a link to a folder"
 
@@ -62,23 +64,25 @@ class Found:
     skipped: list[Skipped]
 
 
-def find_files(pattern: str, *, follow_links: bool = False) -> Found:
+def find_files(pattern: str, *, follow_links: bool = False, lines: bool = False) -> Found:
     """The files that `pattern` names; it is a file, a folder or a glob.
 
-    A folder means every `.parquet` file below it. Names that start with a dot or an underscore are
-    skipped, as by Arrow, Spark and DuckDB, except `_x=1`, which is a partition. Links to folders
-    are followed only with `follow_links`. Names begin above the partition folders (`day=1`), so
-    that a run over one day gives files the same names as a run over all days. InputError when
-    nothing matches, or when the files belong to a table of another format.
+    A folder means every `.parquet` file below it, and with `lines` CSV and JSON lines too. Names
+    that start with a dot or an underscore are skipped, as by Arrow, Spark and DuckDB, except
+    `_x=1`, which is a partition. Links to folders are followed only with `follow_links`. Names
+    begin above the partition folders (`day=1`), so that a run over one day gives files the same
+    names as a run over all days. InputError when nothing matches, or when the files belong to a
+    table of another format.
     """
     with naming(SETTING):
         whole = Folder(pattern).path
-        listing = _list(whole, pattern, follow_links)
+        endings = (PARQUET, *ENDINGS) if lines else (PARQUET,)
+        listing = _list(whole, pattern, follow_links, endings)
         # A folder that was listed completely has been checked itself.
         refuse_tables_above(listing.root, SETTING, itself=listing.root != whole)
     if not listing.stamps and not listing.refused:
         raise InputError(
-            f"{shown(pattern)}: no Parquet file matches{_instead(listing)}. Set {SETTING}."
+            f"{shown(pattern)}: no file to read matches{_instead(listing)}. Set {SETTING}."
         )
     return _from_above_partitions(listing)
 
@@ -94,6 +98,7 @@ class _Listing:
     root: AnyPath
     follow_links: bool
     kind: Literal["file", "folder", "glob"]
+    endings: tuple[str, ...]
     stamps: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
     links: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
@@ -112,7 +117,7 @@ class _Listing:
 
     def skip_by_ending(self, name: str) -> bool:
         """Skip a file below a folder that the input names by its ending; return whether it was."""
-        if is_other := not name.casefold().endswith(".parquet"):
+        if is_other := not name.casefold().endswith(self.endings):
             self.skipped[name] = OTHER_ENDING
         return is_other
 
@@ -199,30 +204,30 @@ def _stamp_of(entry: os.DirEntry[str]) -> tuple[int, ...] | None:
         return None
 
 
-def _list(whole: AnyPath, pattern: str, follow_links: bool) -> _Listing:
+def _list(whole: AnyPath, pattern: str, follow_links: bool, endings: tuple[str, ...]) -> _Listing:
     kind = kind_of(whole)
     if kind == "file":
-        listing = _Listing(whole.parent, follow_links, kind)
+        listing = _Listing(whole.parent, follow_links, kind, endings)
         listing.add(whole.name, stamp_if_any(whole), is_link=is_link(whole))
     elif kind == "folder":
-        listing = _Listing(whole, follow_links, kind)
+        listing = _Listing(whole, follow_links, kind, endings)
         if isinstance(whole, Path):
             listing.walk("")
         else:
             _list_objects(listing, whole.keys(), None)
     elif is_glob(pattern):
-        listing = _list_matches(whole, follow_links)
+        listing = _list_matches(whole, follow_links, endings)
     else:
         origin = f" (from {Path.cwd()})" if isinstance(whole, Path) else ""
         raise InputError(f"{shown(pattern)}: no such file or folder{origin}. Set {SETTING}.")
     return listing
 
 
-def _list_matches(pattern: AnyPath, follow_links: bool) -> _Listing:
+def _list_matches(pattern: AnyPath, follow_links: bool, endings: tuple[str, ...]) -> _Listing:
     root, rest = split_glob(pattern)
     if kind_of(root) != "folder":
         raise InputError(f"{shown(pattern)}: there is no folder {shown(root)}. Set {SETTING}.")
-    listing = _Listing(root, follow_links, "glob")
+    listing = _Listing(root, follow_links, "glob", endings)
     if not isinstance(root, Path):
         # Lists only keys that begin like the pattern up to its first wildcard.
         _list_objects(listing, root.keys(re.split(r"[*?\[]", rest, maxsplit=1)[0]), rest)
@@ -271,7 +276,7 @@ def _list_objects(
         by_name = matches.file(name)
         if not by_name and not matches.folder_of(name):
             continue
-        if odd_part(name) and name.casefold().rstrip("/").endswith(".parquet"):
+        if odd_part(name) and name.casefold().rstrip("/").endswith(listing.endings):
             listing.add(name, None)
         elif listing.skip_hidden(name, is_folder=False):
             continue

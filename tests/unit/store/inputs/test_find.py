@@ -81,6 +81,13 @@ def test_partitions_may_begin_with_an_underscore(tmp_path: Path) -> None:
     assert not is_hidden("_year=1/a.parquet")
 
 
+def test_lines_are_found_only_where_they_are_read(tmp_path: Path) -> None:
+    touch(tmp_path, "a.CSV", "b.jsonl.gz", "c.tsv.zst", "d.parquet", "e.csv.zip", "f.json")
+    found = find_files(str(tmp_path), lines=True)
+    assert found.names == ["a.CSV", "b.jsonl.gz", "c.tsv.zst", "d.parquet"]
+    assert find_files(str(tmp_path)).names == ["d.parquet"]
+
+
 def test_the_ending_may_be_in_any_case(tmp_path: Path) -> None:
     touch(tmp_path, "a.PARQUET", "b.Parquet", "c.parquet")
     assert find_files(str(tmp_path)).names == ["a.PARQUET", "b.Parquet", "c.parquet"]
@@ -109,11 +116,12 @@ def test_skipped_names_are_counted_by_reason(tmp_path: Path, store: Store) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "word"), [("d.parq", "end in"), ("e", "end in"), ("_f.parquet", "begins with . or _")]
+    ("name", "word"),
+    [("d.parq", "another ending"), ("e", "another ending"), ("_f.parquet", "begins with . or _")],
 )
 def test_a_folder_without_readable_names_says_why(tmp_path: Path, name: str, word: str) -> None:
     touch(tmp_path, f"in/{name}")
-    with pytest.raises(InputError, match=f"no Parquet file matches; not read: 1 .*{word}.*{name}"):
+    with pytest.raises(InputError, match=f"no file to read matches; not read: 1 .*{word}.*{name}"):
         find_files(str(tmp_path / "in"))
 
 

@@ -1,0 +1,83 @@
+"""Open a file of the input to plan it. The rows of a file of lines are stored as Parquet first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from glmbatch.errors import UnusableFile, shown
+from glmbatch.ledger.input.unchanged import Look, look_at
+from glmbatch.store.files import digest_file
+from glmbatch.store.footers import written_form
+from glmbatch.store.lines.form import Form
+from glmbatch.store.lines.stored import OWN_FIELDS, store_lines, stored_lines
+from glmbatch.store.parquet import open_parquet, readable
+from glmbatch.store.paths import AnyPath
+from glmbatch.store.types import check_carried, has_int96
+
+
+def look_once(path: AnyPath) -> Look:
+    """The stamp of a source now. UnusableFile when it cannot be read."""
+    with readable(path):
+        return look_at(path)
+
+
+def open_rows(
+    path: AnyPath, stamp: tuple[int, ...], lines: Mapping[str, str]
+) -> AbstractContextManager[pq.ParquetFile]:
+    """The open file with the rows of the source `path`: itself, or what `lines` says is stored."""
+    return open_parquet(Path(lines["stored"])) if lines else open_parquet(path, stamp=stamp)
+
+
+def read_footer(path: AnyPath, file: pq.ParquetFile) -> tuple[list[int], dict[str, Any]]:
+    """The rows of each row group of an open file, and the fields of how it is written."""
+    check_carried(str(path), file)
+    metadata = file.metadata
+    group_rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    # A damaged footer may contradict itself; pyarrow does not compare the two numbers.
+    if sum(group_rows) != metadata.num_rows:
+        raise UnusableFile(
+            f"{shown(path)}: its row groups hold {sum(group_rows)} rows, its footer says "
+            f"{metadata.num_rows}. Replace the file."
+        )
+    return group_rows, {"form": written_form(file), "int96": "us" if has_int96(file) else ""}
+
+
+@dataclass(frozen=True, slots=True)
+class LinesFile:
+    """A file of lines: how it is read, and its stamp and digest when it was planned."""
+
+    path: AnyPath
+    form: Form
+    stamp: tuple[int, ...]
+    digest: str
+
+
+def stored_fields(file: LinesFile, cache: str, wanted: AbstractSet[str]) -> dict[str, str]:
+    """Store the rows of a file of lines in `cache`; the fields of a fragment that say so.
+
+    If no line can be read, the file has no columns: those `wanted` are null in all rows.
+    """
+    stored = stored_lines(cache, file.digest, file.form)
+    store_lines(file.path, file.form, stored, file.stamp, file.digest)
+    with open_parquet(stored) as opened:
+        has_columns = len(opened.schema_arrow) > len(OWN_FIELDS)
+    if has_columns or file.form.columns or not wanted:
+        return {"reading": file.form.as_text(), "stored": str(stored)}
+    form = file.form.model_copy(update={"columns": tuple(sorted(wanted))})
+    return stored_fields(replace(file, form=form), cache, wanted)
+
+
+def file_digest(path: AnyPath, look: Look) -> str:
+    """The digest of the bytes that have the stamp of `look`. UnusableFile if they were replaced."""
+    # Reading a pipe would wait for its writer.
+    if path.exists() and not path.is_file():
+        raise UnusableFile(f"{shown(path)}: is a folder, pipe or device where a file is expected.")
+    with readable(path):
+        return digest_file(path, look.stamp)
