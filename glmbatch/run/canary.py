@@ -170,7 +170,8 @@ def _frozen(file: str, columns: set[str]) -> pa.Table:
     if missing or not len(table):
         raise InputError(
             f"{file}: has {len(table)} rows, and no column {some_of(missing)}. "
-            "Freeze rows of this job again with glmbatch canary."
+            "Freeze rows of this job again with glmbatch canary; if data.columns is set, it needs "
+            "these columns."
         )
     return table
 

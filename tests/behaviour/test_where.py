@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from glmbatch.report.text import describe
 from glmbatch.run.preview import Preview, preview
 from glmbatch.settings.job import JobConfig
 from glmbatch.store.inputs.filters import kept_rows
+from glmbatch.view.published import read_published
+from glmbatch.view.rows import Rows
 from tests.stores import Store
 from tests.support import CLASSIFY, Settings, Write, column_of, read_quarantine, rows_of, run
 
@@ -219,6 +222,34 @@ def test_failed_rows_are_listed_again_by_their_numbers(night: Night, out: Path) 
     repair(out)
     assert sound(out)
     assert night("length > 20").computed == 0
+
+
+def test_the_viewer_shows_rows_by_their_numbers(night: Night, tmp_path: Path, out: Path) -> None:
+    night("length > 20", data__columns=["length", "text"])
+    night("length > 25 and id > 2500", data__output=str(tmp_path / "other"))
+    viewed, other = read_published(str(out)), read_published(str(tmp_path / "other"))
+    assert viewed.numbers(2) == list(range(21, 28)), "as many row groups as make eight rows"
+    assert other.files[1].source == viewed.files[2].source
+    with closing(Rows(viewed, "text", other)) as rows:
+        assert rows.other_place(2, 5) == (1, 0)
+        assert rows.other_place(2, 4) is None, "row 25 is in one output alone"
+
+
+@pytest.mark.parametrize("missing_sources", ["keep", "drop"])
+def test_a_delta_table_has_only_rows_that_are_kept(
+    night: Night, out: Path, missing_sources: str
+) -> None:
+    deltalake = pytest.importorskip("deltalake")
+    for where in ("day >= '2026-11-25' and length > 20", "day = '2026-11-26' and length > 25"):
+        kinds = {"data__format": "delta", "data__missing_sources": missing_sources}
+        night(where, **kinds, data__columns=["length"])
+        assert sound(out)
+    table = deltalake.DeltaTable(str(out)).to_pandas()
+    last = list(range(2626, 2630))
+    assert sorted(table["id"]) == (
+        last if missing_sources == "drop" else [*range(2521, 2530), *last]
+    )
+    assert "text" not in table
 
 
 def test_verify_tests_each_row_of_the_source_anew(
