@@ -257,10 +257,11 @@ def _failures(
         names: list[Any] = [None] * len(rows)
         if id_column is not None:
             names = prompt_values(failed.column(id_column))
-        for row, name, kind, reason in zip(rows, names, kinds, reasons, strict=True):
+        numbers = fragment.numbers[np.array(rows, np.int64)].tolist()
+        for row, name, kind, reason in zip(numbers, names, kinds, reasons, strict=True):
             yield {
                 "source": fragment.source,
-                "row": int(fragment.numbers[row]),
+                "row": row,
                 "id": None if name is None else str(name),
                 "step": step.name,
                 "error_type": kind,
