@@ -10,6 +10,7 @@
     glmbatch evaluate JOB ROWS    score the answers of a job or a checkpoint on labelled rows
     glmbatch compare A [B] ROWS   compare two jobs, or a job with changes, row by row
     glmbatch view OUTPUT          look at published answers in a browser, and correct them
+    glmbatch snapshot URL FILE    write a database's table or query to a Parquet file
     glmbatch settings             list every setting of a job and of a training
 
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined rows, 130/143
@@ -32,19 +33,17 @@ from io import TextIOWrapper
 from pydantic import BaseModel
 
 from glmbatch.cli.parser import job_overrides, make_parser, set_values
+from glmbatch.cli.snapshot import snapshot
 from glmbatch.errors import GlmbatchError, InputError, TransientError, counted
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.jobfile import load_job, load_settings
 
-# Exit codes.
 DONE = 0
 FAILED = 1
 BAD_INPUT = 2
 QUARANTINED = 3
 INTERRUPTED = 130
 TERMINATED = 143
-
-OBJECTS_BETWEEN_SEARCHES = 10_000
 
 # Defaults that the user's environment overrides.
 PREFECT_DEFAULTS = {
@@ -60,7 +59,7 @@ PREFECT_DEFAULTS = {
 def program() -> int:
     """Run the command in this process's arguments, as the program `glmbatch`."""
     # Searching the half a million objects of imports for garbage takes a fifth of an idle run.
-    gc.set_threshold(OBJECTS_BETWEEN_SEARCHES)
+    gc.set_threshold(10_000)
     try:
         return main()
     finally:
@@ -269,6 +268,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "view": _view,
+    "snapshot": snapshot,
     "settings": _settings,
 }
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from glmbatch import __version__
+from glmbatch.cli.snapshot import add_snapshot
 from glmbatch.errors import InputError
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.jobfile import read_value
@@ -91,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_compare(command("compare", "compare two jobs, or a job with changes, row by row"))
     _add_view(command("view", "look at published answers in a browser, and correct them"))
+    add_snapshot(command("snapshot", "write a database's table or query to a Parquet file"))
     command("settings", "list every setting of a job and of a training, as Markdown")
     return parser
 

@@ -22,6 +22,7 @@ LINES: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
     "evaluate": (["JOB", "ROWS"], [["--truth", "a=b"], ["--truth", "c=d"], ["--json"]]),
     "compare": (["A", "B", "ROWS"], [["--set", "a=1"], ["--json"]]),
     "view": (["OUT"], [["--port", "1"], ["--beside", "x"]]),
+    "snapshot": (["URL", "FILE"], [["--key", "k"], ["--table", "t"], ["-v"]]),
     "settings": ([], [["-v"]]),
 }
 
