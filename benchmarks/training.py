@@ -259,8 +259,7 @@ def plain_model(base: Path, options: argparse.Namespace) -> Any:
         return model
     from peft import LoraConfig, get_peft_model
 
-    from glmbatch.settings.tuning import TrainingConfig
-    from glmbatch.tuning.model import TARGETS
+    from glmbatch.settings.tuning import LORA_TARGETS, TrainingConfig
 
     ours = TrainingConfig()
     adapter = LoraConfig(
@@ -268,7 +267,7 @@ def plain_model(base: Path, options: argparse.Namespace) -> Any:
         r=ours.lora_rank,
         lora_alpha=ours.lora_alpha,
         lora_dropout=ours.lora_dropout,
-        target_modules=TARGETS,
+        target_modules=[*LORA_TARGETS],
         modules_to_save=["score"],
     )
     return get_peft_model(model, adapter)
