@@ -43,7 +43,7 @@ class JobTasks:
     def prepare_models(self, place: Place) -> list[Model]:
         """The job's checkpoints, located and checked."""
         models = []
-        for model in job_models(self._job):
+        for model in job_models(self._job.model, self._job.steps):
             located = self._configured(prepare.locate_model)(model, self._job.runtime, place)
             prepared = self._configured(prepare.prepare_model)(located)
             # A stored result may have been swapped with another one.

@@ -11,7 +11,8 @@ from glmbatch.run.work import Model
 from glmbatch.settings.job import GenerateStep, ModelConfig, RuntimeConfig
 from glmbatch.settings.tuning import LabelledData, TuneConfig
 from glmbatch.store.frames import WHERE
-from glmbatch.tuning.encode import TEXT_ALONE, step_of
+from glmbatch.tuning.encode import step_of
+from glmbatch.tuning.examples import TEXT_ALONE
 from glmbatch.tuning.report import read_report
 
 

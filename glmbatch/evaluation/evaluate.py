@@ -27,11 +27,12 @@ from glmbatch.evaluation.truth import (
     read_labelled_rows,
     truth_of,
 )
+from glmbatch.run.prompts import inputs_of
 from glmbatch.run.table import Job, answers_to, settings_of
 from glmbatch.run.work import confidence_keys
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import JobConfig
-from glmbatch.steps.inputs import prompt_inputs, schema_needs
+from glmbatch.steps.inputs import schema_needs
 from glmbatch.store.frames import WHERE, as_frame
 from glmbatch.store.parquet import check_column
 
@@ -127,7 +128,7 @@ def narrowed(job: Job, names: Collection[str], rows: str, every: Sequence[str]) 
     InputError if `rows`, whose columns are `every`, lack one that these read.
     """
     settings = settings_of(job, {})
-    inputs = prompt_inputs(settings)
+    inputs = inputs_of(settings)
     needed = {*names}
     for step in reversed(settings.steps):
         if step.name in needed:
@@ -172,7 +173,7 @@ def columns_of(
     The latter are as `candidates` returns them.
     """
     settings = settings_of(job, {})
-    needs = schema_needs(settings, prompt_inputs(settings))
+    needs = schema_needs(settings, inputs_of(settings))
     read = {column.name for column in needs.read}
     steps = settings.steps
     places = {step.name: candidates(step, steps, given, read) for step in steps}

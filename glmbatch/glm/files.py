@@ -21,7 +21,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_LABELS = "config.json"
 ADAPTER_BASE = "glmbatch_base.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_LABELS, ADAPTER_BASE)
-
+# `glmbatch train` records the prompt of the training here; a step must use the same one.
+PROMPT_FILE = "glmbatch.json"
 
 # How the small text file begins that Git keeps in place of a large file until Git LFS fetches it.
 POINTER = b"version https://git-lfs"
@@ -139,3 +140,12 @@ def digest_file(file: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise file_error(file, error) from error
+
+
+def recorded_prompt(path: str, adapter: str | None) -> dict[str, Any] | None:
+    """What `glmbatch train` recorded beside an adapter or a checkpoint on this machine, if any."""
+    for folder in (adapter, path):
+        file = None if folder is None else Path(folder).expanduser() / PROMPT_FILE
+        if file is not None and file.is_file():
+            return read_json(file)
+    return None

@@ -23,6 +23,7 @@ from glmbatch.run.prompts import (
     as_text,
     build_question_prompts,
     column_texts,
+    inputs_of,
     key_prompts,
     rows_of,
     source_values,
@@ -34,7 +35,7 @@ from glmbatch.settings.job import AnyStep, CanaryConfig, JobConfig
 from glmbatch.steps.classify import Choice, Number, Selection
 from glmbatch.steps.extract import Extraction
 from glmbatch.steps.generate import Writing
-from glmbatch.steps.inputs import PromptInputs, prompt_inputs
+from glmbatch.steps.inputs import PromptInputs
 from glmbatch.steps.prompt import one_by_one
 from glmbatch.store.files import committed, real_path
 from glmbatch.store.inputs.needs import folder_columns
@@ -147,7 +148,7 @@ def check_canary_file(job: JobConfig) -> None:
     """Check the job's canary file before any work. InputError when it cannot be used."""
     if job.canary is None:
         return
-    _frozen(job.canary.file, _needed_columns(job.steps, prompt_inputs(job).values()))
+    _frozen(job.canary.file, _needed_columns(job.steps, inputs_of(job).values()))
 
 
 def _needed_columns(steps: Iterable[AnyStep], inputs: Iterable[PromptInputs]) -> set[str]:

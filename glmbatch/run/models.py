@@ -9,18 +9,16 @@ from pathlib import Path
 
 from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.hub import SMALL_FILES, fetch_weights, locate_checkpoint
-from glmbatch.glm.files import ADAPTER_FILES
+from glmbatch.glm.files import ADAPTER_FILES, PROMPT_FILE
 from glmbatch.glm.tfidf.grams import Grams
 from glmbatch.glm.tfidf.model import VOCABULARY, digest_tfidf, is_tfidf, load_tfidf
 from glmbatch.glm.tokenizer import Encoder, Tokenizer, load_tokenizer
 from glmbatch.run.work import Model
-from glmbatch.settings.job import JobConfig, ModelConfig, RuntimeConfig
+from glmbatch.settings.job import AnyStep, JobConfig, ModelConfig, RuntimeConfig
 from glmbatch.store.files import naming
 from glmbatch.store.paths import is_remote
 from glmbatch.store.snapshot import Snapshot, snapshot_of
 
-# `glmbatch train` records the prompt of the training here; a step must use the same one.
-PROMPT_FILE = "glmbatch.json"
 # The only files that are read from a checkpoint; its code never is.
 KINDS = ("*.json", "*.model", "*.safetensors", "*.bin")
 # Memory for a model in multiples of its weights: half as much again for caches and activations.
@@ -29,14 +27,17 @@ ROOM = 1.5
 NO_LIMIT = 2**31 - 1
 
 
-def job_models(job: JobConfig) -> list[ModelConfig]:
-    """The distinct models of the job's steps, in the order of their first use."""
-    return list(dict.fromkeys(job.model_of(step) for step in job.steps))
+def job_models(model: ModelConfig, steps: Sequence[AnyStep]) -> list[ModelConfig]:
+    """The distinct models of a job's steps, in the order of their first use; `model` is its own."""
+    return list(dict.fromkeys(step.model or model for step in steps))
 
 
 def prepare_models(job: JobConfig) -> list[Model]:
     """Every model of the job, located and checked, in the order of `job_models`."""
-    return [prepare_model(locate_model(model, job.runtime)) for model in job_models(job)]
+    return [
+        prepare_model(locate_model(model, job.runtime))
+        for model in job_models(job.model, job.steps)
+    ]
 
 
 def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:

@@ -30,6 +30,7 @@ from glmbatch.run.models import (
     tokenizer_of,
 )
 from glmbatch.run.promotion.labelled import read_labelled
+from glmbatch.run.prompts import inputs_of
 from glmbatch.run.session import session
 from glmbatch.run.work import (
     AnswersKeys,
@@ -53,7 +54,7 @@ from glmbatch.steps.calibration import maps_of, read_calibration
 from glmbatch.steps.classify import encode_labels, scored_texts
 from glmbatch.steps.examples import with_examples
 from glmbatch.steps.extract import form_of
-from glmbatch.steps.inputs import PromptInputs, check_conditions, prompt_inputs, schema_needs
+from glmbatch.steps.inputs import PromptInputs, check_conditions, schema_needs
 from glmbatch.steps.prompt import longest_prompt, uses_chat
 from glmbatch.store.files import real_path
 from glmbatch.store.inputs.needs import SchemaNeeds
@@ -72,7 +73,7 @@ def check_job(job: JobConfig) -> None:
     run = plan_run(job := job.dated(), digests=False)
     with session(run):
         pass  # proves that the output can be written and that no other run holds it
-    for model in job_models(job):
+    for model in job_models(job.model, job.steps):
         # The flow retries what needs the network, and only the cluster may have the device.
         elsewhere = needs_network(model.path, model.revision, model.adapter)
         if not elsewhere and job.runtime.cluster is None:
@@ -90,7 +91,7 @@ def plan_run(job: JobConfig, *, digests: bool = True, others: Sequence[str] = ()
     """
     if job.calibration is not None:
         read_calibration(job.calibration)  # before any work, as all that a person may misspell
-    inputs = prompt_inputs(job)
+    inputs = inputs_of(job)
     needs = schema_needs(job, inputs)
     if job.evaluate is not None:
         read_labelled(job.evaluate, job.steps, job.data.text_column, needs)
@@ -214,24 +215,24 @@ def resolve_questions(
 
     InputError when a model cannot answer its step.
     """
-    prepared = dict(zip(job_models(job), models, strict=True))
+    prepared = dict(zip(job_models(job.model, job.steps), models, strict=True))
     at_once = fitting_models(models, job.runtime)
     questions = []
     for setting in job.steps:
         model = prepared[job.model_of(setting)]
-        step = as_trained(with_examples(setting, job.data.text_column), model)
+        step = with_examples(setting, job.data.text_column)
+        step = as_trained(step, model, inputs[setting.name].columns)
         # All steps are checked before any inference.
         check_step(step, model)
         chat = uses_chat(step, has_head=model.has_head, chats=model.chats)
+        answer_tokens = _answer_tokens(step, model)
         questions.append(
             Question(
                 step=step,
                 key=step_key(step, model.identity, chat=chat),
                 inputs=inputs[step.name],
                 chat=chat,
-                max_prompt_tokens=longest_prompt(
-                    step, model.max_positions, _answer_tokens(step, model)
-                ),
+                max_prompt_tokens=longest_prompt(step, model.max_positions, answer_tokens),
                 model=model,
                 models_at_once=at_once,
             )
@@ -261,8 +262,7 @@ def _answer_tokens(step: AnyStep, model: Model) -> int:
         return form_of(step, tokenizer_of(model)).longest
     if model.has_head:
         return 0
-    label_ids = encode_labels(scored_texts(step), tokenizer_of(model))
-    return len(max(label_ids, key=len))
+    return max(map(len, encode_labels(scored_texts(step), tokenizer_of(model))))
 
 
 def bundled(

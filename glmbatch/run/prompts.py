@@ -13,18 +13,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glmbatch.errors import UnusableFile
+from glmbatch.glm.files import recorded_prompt
 from glmbatch.ledger.fragments import Fragment, read_fragment
 from glmbatch.ledger.known.answers import KnownAnswers
 from glmbatch.ledger.rowkeys import row_key
+from glmbatch.run.checks.steps import with_trained
 from glmbatch.run.models import encoder_of
 from glmbatch.run.work import Question
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.conditions import parse_condition
-from glmbatch.settings.job import placeholders
+from glmbatch.settings.job import AnyStep, ClassifyStep, JobConfig, placeholders
 from glmbatch.steps.answers import answers_schema, kind_of
 from glmbatch.steps.extract import as_json
 from glmbatch.steps.history import read_histories
-from glmbatch.steps.inputs import PromptInputs, WhenInputs
+from glmbatch.steps.inputs import PromptInputs, WhenInputs, prompt_inputs
 from glmbatch.steps.prompt import (
     HISTORY,
     History,
@@ -53,6 +55,23 @@ class Earlier:
 
     values: Sequence[str | NoPrompt | None]
     table: pa.Table
+
+
+def inputs_of(job: JobConfig) -> dict[str, PromptInputs]:
+    """Where each step's placeholders get their values, as `prompt_inputs`.
+
+    A step without a prompt takes that of its head's training, with the columns that it shows. Only
+    from checkpoints on this machine: the columns are needed before any checkpoint is fetched.
+    """
+    steps: list[AnyStep] = []
+    for step in job.steps:
+        model = job.model_of(step)
+        trained = recorded_prompt(model.path, model.adapter)
+        if isinstance(step, ClassifyStep) and trained is not None and not trained.get("writes"):
+            steps.append(with_trained(step, trained))
+        else:
+            steps.append(step)
+    return prompt_inputs(job.model_copy(update={"steps": steps}))
 
 
 def read_prompt_rows(

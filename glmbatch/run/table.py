@@ -29,13 +29,14 @@ from glmbatch.report.summary import Summary
 from glmbatch.run.job import run_job
 from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import resolve_questions
+from glmbatch.run.prompts import inputs_of
 from glmbatch.run.session import newest_progress
 from glmbatch.run.work import Question
 from glmbatch.settings.data import plain
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.jobfile import load_job, parse_settings
 from glmbatch.settings.steps.any_step import calibrated_columns
-from glmbatch.steps.inputs import PromptInputs, prompt_inputs, schema_needs
+from glmbatch.steps.inputs import PromptInputs, schema_needs
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import DIGEST_CHARS, commit, digest_file, partial_beside
 from glmbatch.store.folder import Folder
@@ -83,7 +84,7 @@ def annotate_table(
         answers = answers_to(frame, job, cache).answers
     else:
         settings = _settings_of_table(job)
-        inputs = prompt_inputs(settings)
+        inputs = inputs_of(settings)
         columns = _columns(frame, schema_needs(settings, inputs))
         with showing_bar(newest_progress), TemporaryDirectory(prefix="glmbatch-") as folder:
             answers = _uncached(columns, settings, inputs, Path(folder)).answers
@@ -110,7 +111,7 @@ def answers_to(frame: Frame, job: Job, cache: str | os.PathLike[str]) -> TableAn
     The folder `cache` keeps the answers. Settings and errors are as for `annotate_table`.
     """
     settings = _settings_of_table(job)
-    inputs = prompt_inputs(settings)
+    inputs = inputs_of(settings)
     columns = _columns(frame, schema_needs(settings, inputs))
     with showing_bar(newest_progress):
         return _answers(columns, settings, inputs, Folder(os.fspath(cache)).path)

@@ -27,7 +27,7 @@ from glmbatch.settings.steps.any_step import AnyStep, calibrated_columns
 from glmbatch.settings.steps.classify import ClassifyStep
 from glmbatch.settings.steps.extract import ExtractStep
 from glmbatch.settings.steps.generate import GenerateStep
-from glmbatch.settings.steps.step import TEXT, Step, placeholders
+from glmbatch.settings.steps.step import TEXT, Step, differ_in_names, placeholders
 
 # Other modules import a job and its parts from here, whichever module declares them.
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "Settings",
     "Share",
     "Step",
+    "differ_in_names",
     "has_credentials",
     "placeholders",
 ]

@@ -15,6 +15,7 @@ LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "do
 # All matrices of a layer: adapting only attention learns less (QLoRA, Dettmers et al., 2023).
 LORA_TARGETS: list[LoraTarget] = list(get_args(LoraTarget))
 SplitShare = Annotated[float, Field(gt=0, le=0.5)]
+SCORED_AS = "predicted"  # the step that asks a checkpoint to score it, and its answer column
 # Training all weights needs the smallest steps. A head starts from random weights, so it takes the
 # largest.
 LEARNING_RATES = {"lora": 2e-4, "full": 2e-5, "head": 1e-3}
@@ -69,6 +70,27 @@ class LabelledData(Settings):
         lt=2**63,
         description="Seed of the split; keep it to compare runs on the same rows.",
     )
+
+
+def _check_columns(template: str, data: LabelledData) -> None:
+    """ValueError if a prompt by `template` shows no column, or one that it must not show."""
+    names = placeholders(template)
+    if not names:
+        raise ValueError(
+            f"prompt_template has no column, such as {{text}}, so all prompts are {template!r}"
+        )
+    learned = data.response_column or data.label_column
+    for name in names:
+        if name == learned != data.text_column:
+            raise ValueError(
+                f"prompt_template has {{{name}}}, the column that the model learns to answer with; "
+                "remove it"
+            )
+        if name.casefold().startswith(SCORED_AS):
+            raise ValueError(
+                f"prompt_template has {{{name}}}, but names that begin with {SCORED_AS!r} are of "
+                "the answers when a checkpoint is scored; rename the column"
+            )
 
 
 class TrainingConfig(Settings):
@@ -172,7 +194,8 @@ class TuneConfig(Settings):
     prompt_template: str | None = Field(
         None,
         min_length=1,
-        description="Prompt of a row: {text} inserts its text. Empty: the text, and for labels "
+        description="Prompt of a row: {text} inserts its text, and {column} its value of another "
+        "column. Empty: the text, and for labels "
         "also the question which of them fits, in the chat format. A job over the result takes "
         "this prompt if its step sets none.",
     )
@@ -220,10 +243,8 @@ class TuneConfig(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> TuneConfig:
         template = self.prompt_template
-        if template is not None and placeholders(template) != ["text"]:
-            raise ValueError(
-                f"prompt_template must use {{text}} and no other column; it is {template!r}"
-            )
+        if template is not None:
+            _check_columns(template, self.data)
         if self.metric is not None and self.writes != (self.metric in ("exact_match", "rouge_l")):
             task = "generates" if self.writes else "classifies"
             raise ValueError(f"metric {self.metric} cannot score a model that {task}")

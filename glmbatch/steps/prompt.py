@@ -225,14 +225,15 @@ def _check_row(
     assert isinstance(history, History)
     values: dict[str, str] = {}
     for name in needed:
-        value = _check_value(name, row[name], is_text=name in texts)
+        value = check_value(name, row[name], is_text=name in texts)
         if not isinstance(value, str):
             return value
         values[name] = value
     return _Row(values, history)
 
 
-def _check_value(name: str, value: PromptValue, *, is_text: bool) -> str | NoPrompt:
+def check_value(name: str, value: PromptValue, *, is_text: bool) -> str | NoPrompt:
+    """The value of the placeholder `name` as text, or the reason against a prompt."""
     if isinstance(value, NoPrompt):
         return value
     if value is None:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from glmbatch.glm.files import PROMPT_FILE
 from glmbatch.glm.tfidf.model import TfidfModel, Units, save_tfidf
-from glmbatch.run.models import PROMPT_FILE
 from glmbatch.store.files import writable
 from glmbatch.tuning.examples import Example, Part
 from glmbatch.tuning.scores import (
@@ -101,8 +101,10 @@ def score_baseline(parts: Mapping[Part, Sequence[Example]], labels: Sequence[str
     return Baseline(most_frequent, score(_labels(parts["test"]), guesses, labels), [*guesses])
 
 
-def keep_baseline(baseline: Baseline | None, folder: Path) -> str | None:
+def keep_baseline(baseline: Baseline | None, columns: Sequence[str], folder: Path) -> str | None:
     """Keep the model of `baseline` as `folder`, for jobs; returns its path, None without a model.
+
+    It reads the texts of `columns`, on a line each.
 
     One that is there already stays: it learned the same rows, and a job may be reading it.
     """
@@ -114,8 +116,9 @@ def keep_baseline(baseline: Baseline | None, folder: Path) -> str | None:
             shutil.rmtree(partial, ignore_errors=True)  # of a killed evaluation
             partial.mkdir(parents=True)
             save_tfidf(baseline.model, partial)
-            # As a checkpoint records what its training asked: the text alone.
-            asked = {"prompt_template": "{text}", "system_prompt": None, "chat": False}
+            # As a checkpoint records what its training asked: the texts alone.
+            template = "\n".join(f"{{{name}}}" for name in columns)
+            asked = {"prompt_template": template, "system_prompt": None, "chat": False}
             (partial / PROMPT_FILE).write_text(json.dumps(asked, indent=1), encoding="utf-8")
             partial.replace(folder)
     return str(folder)

@@ -14,14 +14,14 @@ from glmbatch.errors import InputError
 from glmbatch.glm.tokenizer import Tokenizer
 from glmbatch.run.checks.steps import trained_prompt
 from glmbatch.run.models import locate_model, prepare_model
-from glmbatch.settings.job import ClassifyStep, GenerateStep
-from glmbatch.settings.tuning import TuneConfig
+from glmbatch.settings.job import TEXT, ClassifyStep, GenerateStep, placeholders
+from glmbatch.settings.steps.step import literal, renamed
+from glmbatch.settings.tuning import SCORED_AS, TuneConfig
 from glmbatch.steps.prompt import Prompt, RowFault, build_prompts
-from glmbatch.tuning.examples import Example
+from glmbatch.tuning.examples import TEXT_ALONE, Example
 
-TEXT_ALONE = "{text}"
 MOST_NAMED = 50  # labels in a default prompt; more would take the room of the text
-STEP = "predicted"  # name of the step, and of the answer column when a checkpoint is scored
+STEP = SCORED_AS
 
 
 class TrainingRow(NamedTuple):
@@ -68,6 +68,18 @@ def step_of(settings: Mapping[str, Any], *, several: bool = False) -> ClassifySt
     return GenerateStep(**asked, max_tokens=training["max_answer_tokens"])
 
 
+def template_of(config: TuneConfig) -> str:
+    """The template of a training without a question: its own, or that of a head trained further.
+
+    It names the text column {text}, so that a job may have another name for it.
+    """
+    template = config.prompt_template
+    if template is None and not config.writes:
+        base = prepare_model(locate_model(config.model, config.runtime))
+        template = (trained_prompt(base) or {}).get("prompt_template")
+    return renamed(template or TEXT_ALONE, {config.data.text_column: TEXT})
+
+
 def with_prompt(config: TuneConfig, labels: Sequence[str], *, several: bool) -> TuneConfig:
     """`config` with the prompt that it leaves to us.
 
@@ -75,7 +87,7 @@ def with_prompt(config: TuneConfig, labels: Sequence[str], *, several: bool) -> 
     which the base understands, unless they are too many to name.
     """
     if config.prompt_template is not None:
-        return config
+        return config.model_copy(update={"prompt_template": template_of(config)})
     if config.writes or len(labels) > MOST_NAMED:
         return config.model_copy(update={"prompt_template": TEXT_ALONE})
     base = prepare_model(locate_model(config.model, config.runtime))
@@ -98,7 +110,7 @@ def question_of(template: str, labels: Sequence[str], *, several: bool) -> str:
     named = template.casefold()
     if all(label.casefold() in named for label in labels):
         return template
-    *others, last = (label.replace("{", "{{").replace("}", "}}") for label in labels)
+    *others, last = map(literal, labels)
     if several:
         return f"{template}\n\nWhich of these apply: {', '.join([*others, last])}?"
     listed = f"{', '.join(others)} or {last}" if others else last
@@ -125,8 +137,9 @@ def encode_rows(
         room -= step.max_tokens  # the longest answer must fit after any prompt
     prompts = build_prompts(
         step,
-        [{"text": example.text} for example in examples],
+        [example.values for example in examples],
         tokenizer,
+        texts=[name for name in placeholders(step.prompt_template) if name == TEXT],
         chat=writes if step.chat is None else step.chat,
         max_input_tokens=min(room, step.max_input_tokens or room),
     )

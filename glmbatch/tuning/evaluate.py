@@ -7,9 +7,8 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
@@ -21,21 +20,23 @@ from glmbatch.run.job import run_job
 from glmbatch.run.models import locate_model, prepare_model
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import (
+    TEXT,
     ClassifyStep,
     DataConfig,
     GenerateStep,
     JobConfig,
     ModelConfig,
     RuntimeConfig,
+    placeholders,
 )
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.baseline import Baseline, keep_baseline, same_for_all, score_baseline
-from glmbatch.tuning.encode import STEP, question_of, step_of, with_prompt
-from glmbatch.tuning.examples import Example, text_keys
+from glmbatch.tuning.encode import STEP, question_of, step_of, template_of, with_prompt
+from glmbatch.tuning.examples import Example
+from glmbatch.tuning.promote import template_of_current, without_learned
 from glmbatch.tuning.report import (
     BASELINE,
     CHECKPOINT,
-    LEARNED,
     REPORT,
     TRAINED,
     AnyScores,
@@ -87,7 +88,8 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
 
     The decision on the promotion is still missing.
     """
-    labelled = _without_learned(read_labelled(config.data), current, config.data.input)
+    template = template_of(config)
+    labelled = _read(config, template, current)
     config = with_metric(config, labelled)
     config = with_prompt(config, labelled.labels, several=labelled.several)
     # All answer the same rows, each with the prompts of its own training.
@@ -96,9 +98,7 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
     own = ModelConfig(path=str(run / CHECKPOINT))
     ours = evaluate(own, step, held_out, config.runtime, run / "test")
     training = json.loads((run / TRAINED).read_text(encoding="utf-8"))
-    baseline = None if config.writes else score_baseline(labelled.parts, labelled.labels)
-    if baseline is not None and training.get("cut_texts"):
-        baseline = baseline._replace(name=f"{baseline.name} (on the full texts)")
+    baseline = None if config.writes else _score_baseline(labelled, template, training)
     answered = None
     if current is not None:
         answered = _score_current(current, (config, step), held_out, run / "current")
@@ -117,7 +117,7 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
         mistakes=tuple(_shown(ours.mistakes, by_pair=isinstance(step, ClassifyStep))),
         baseline_name="none" if baseline is None else baseline.name,
         baseline=None if baseline is None else baseline.scores,
-        baseline_model=keep_baseline(baseline, run / BASELINE),
+        baseline_model=keep_baseline(baseline, placeholders(template), run / BASELINE),
         current=None if answered is None else answered.scores,
         compared_with=None if current is None else current.name,
         untrained=None if untrained is None else untrained.scores,
@@ -129,30 +129,24 @@ def score_run(config: TuneConfig, run: Path, current: Path | None) -> Report:
     )
 
 
-def _without_learned(labelled: Labelled, current: Path | None, source: str) -> Labelled:
-    """`labelled` without the test rows that the current checkpoint was trained on.
+def _read(config: TuneConfig, template: str, current: Path | None) -> Labelled:
+    """The rows, with what the current checkpoint's prompt shows, and without those it learned."""
+    theirs = template_of_current(config.output) or template
+    labelled = read_labelled(config.data, template, placeholders(theirs))
+    return without_learned(labelled, current, theirs, config.data.input)
 
-    They overlap if that checkpoint had another seed, split or input. InputError if no row is left.
-    """
-    # Runs of early versions have no list of the texts they learned.
-    if current is None or not (current / LEARNED).is_file():
-        return labelled
-    test = labelled.parts["test"]
-    learned = np.isin(text_keys(test), np.load(current / LEARNED))
-    new = [row for row, is_learned in zip(test, learned, strict=True) if not is_learned]
-    if not new:
-        raise InputError(
-            f"{source}: {current} was trained on all test rows. Set data.seed to the value it had, "
-            "or set another output."
-        )
-    if len(new) == len(test):
-        return labelled
-    warning = (
-        f"{len(test) - len(new)} test rows were left out: "
-        "the current checkpoint was trained on their texts"
-    )
-    audit = labelled.audit.model_copy(update={"warnings": (*labelled.audit.warnings, warning)})
-    return Labelled({**labelled.parts, "test": new}, audit)
+
+def _score_baseline(labelled: Labelled, template: str, training: Mapping[str, Any]) -> Baseline:
+    """The baseline, with what it reads behind its name unless that is the text of the prompt."""
+    baseline = score_baseline(labelled.parts, labelled.labels)
+    columns = placeholders(template)
+    notes = []
+    if columns != [TEXT]:
+        notes.append(f"{' and '.join(columns)}{', joined' if len(columns) > 1 else ''}")
+    if training.get("cut_texts"):
+        notes.append("the full texts")
+    note = f" (on {', '.join(notes)})" if notes else ""
+    return baseline._replace(name=f"{baseline.name}{note}")
 
 
 def _score_current(
@@ -255,8 +249,10 @@ def evaluate(
     """
     shutil.rmtree(folder, ignore_errors=True)  # left by a killed evaluation
     folder.mkdir(parents=True)
-    texts = [row.text for row in held_out.rows]
-    pq.write_table(pa.table({"text": texts}), folder / "rows.parquet")
+    columns = {}
+    for name in placeholders(step.prompt_template):
+        columns[name] = [row.values.get(name) for row in held_out.rows]
+    pq.write_table(pa.table(columns), folder / "rows.parquet")
     job = JobConfig(
         data=DataConfig(input=str(folder / "rows.parquet"), output=str(folder / "answers")),
         model=model,

@@ -15,11 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glmbatch.errors import InputError, some_of
+from glmbatch.settings.job import TEXT, placeholders
 from glmbatch.settings.tuning import LabelledData
+from glmbatch.steps.prompt import check_value
 from glmbatch.store.files import digest_file
 from glmbatch.store.inputs.find import find_files
 from glmbatch.store.inputs.needs import folder_columns
-from glmbatch.store.parquet import open_parquet, read_rows
+from glmbatch.store.parquet import check_column, open_parquet, read_rows
 from glmbatch.store.paths import AnyPath
 from glmbatch.store.types import converted
 from glmbatch.store.values import is_list, is_text, prompt_values, value_type
@@ -30,6 +32,9 @@ Part = Literal["train", "valid", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
 # The labels of a row are a list where it may have several.
 Value = str | bytes | list[str | None] | None
+TEXT_ALONE = "{text}"
+# In the place of a setting, if a column is missing.
+OF_CURRENT = "another output, because the prompt of the current checkpoint has this column"
 
 
 class Example(NamedTuple):
@@ -37,12 +42,22 @@ class Example(NamedTuple):
 
     Where a row may have several labels, or none, they are in `several`, in sorted order, and
     `label` names them for people.
+
+    With several columns in its prompt, or other than the text, `columns` has their values by
+    placeholder, `text` has all of them, and `asked` is the filled template.
     """
 
     place: str
     text: str
     label: str
     several: tuple[str, ...] | None = None
+    columns: Mapping[str, str | None] = {}
+    asked: str = ""
+
+    @property
+    def values(self) -> Mapping[str, str | None]:
+        """What the row has for placeholders, by their names."""
+        return self.columns or {TEXT: self.text}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,8 +66,19 @@ class Example(NamedTuple):
 
     @property
     def same(self) -> str:
-        """The text normalised (NFKC, case, white space): equal for texts that read the same."""
-        return " ".join(unicodedata.normalize("NFKC", self.text).casefold().split())
+        """The text normalised (NFKC, case, white space): equal for texts that read the same.
+
+        With several columns, it is the whole prompt: ("ab", "c") and ("a", "bc") may read the same.
+        """
+        text = self.asked or self.text
+        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+    def with_template(self, template: str) -> Example:
+        """The same row, asked by another template."""
+        names = placeholders(template)
+        values = {name: self.values.get(name) or "" for name in names}
+        asked = template.format_map(values) if len(names) > 1 else ""
+        return self._replace(text="\n".join(values.values()), asked=asked)
 
 
 class Rows(NamedTuple):
@@ -60,7 +86,8 @@ class Rows(NamedTuple):
 
     examples  the rows, in order
     given     part of each row by its place, from the split column; empty without one
-    skipped   number of unusable rows by what they lack, "text" or "label"
+    skipped   number of unusable rows by what they lack, "text", "value" (of another column) or
+              "label"
     files     SHA-256 digest of each file
     """
 
@@ -70,8 +97,12 @@ class Rows(NamedTuple):
     files: Mapping[str, str]
 
 
-def read_examples(data: LabelledData) -> Rows:
-    """All rows that have a text and a label. InputError if there are none."""
+def read_examples(data: LabelledData, template: str = TEXT_ALONE, also: Sequence[str] = ()) -> Rows:
+    """All rows that have a label and what `template` asks for. InputError if there are none.
+
+    The current checkpoint's prompt has the placeholders `also`, which may be null.
+    """
+    sources = {name: data.text_column if name == TEXT else name for name in placeholders(template)}
     found = find_files(data.input)
     for reason in found.refused.values():
         raise InputError(reason)
@@ -85,13 +116,14 @@ def read_examples(data: LabelledData) -> Rows:
     for name in names:
         # The run's id includes the digests, so a changed file makes another run.
         files[name] = digest_file(root / name)
-        for row, values in enumerate(_read_rows(root / name, data)):
+        read = _read_rows(root / name, data, sources, also)
+        for row, (values, label, part) in enumerate(read):
             place = f"{name} row {row}"
-            example = _example(place, values, data)
+            example = _example(place, values, label, data, template)
             if isinstance(example, Example):
                 examples.append(example)
                 if data.split_column is not None:
-                    given[place] = _part(place, values[2], data.split_column)
+                    given[place] = _part(place, part, data.split_column)
             else:
                 skipped[example] += 1
     if not examples:
@@ -106,22 +138,25 @@ def read_examples(data: LabelledData) -> Rows:
 
 def _nothing_to_read(data: LabelledData, skipped: Mapping[str, int]) -> InputError:
     """The error if no row is usable; it names the setting of what the rows lack."""
-    learned, setting = "a label", "data.label_column"
+    label = ("a label", "data.label_column")
     if data.response_column is not None:
-        learned, setting = "an answer", "data.response_column"
-    without_text, without_label = skipped.get("text", 0), skipped.get("label", 0)
-    rows = without_text + without_label
-    if not rows:
-        lack, setting = "there are none", "data.input"
-    elif not without_text:
-        lack = f"all lack {learned}"
-    elif not without_label:
-        lack, setting = "all lack a text", "data.text_column"
+        label = ("an answer", "data.response_column")
+    lacks = {
+        "text": ("a text", "data.text_column"),
+        "value": ("a value of another column in the prompt", "prompt_template"),
+        "label": label,
+    }
+    kinds = [kind for kind in lacks if skipped.get(kind)]
+    advice = " or ".join(lacks[kind][1] for kind in kinds) or "data.input"
+    if len(kinds) < 2:
+        lack = f"all lack {lacks[kinds[0]][0]}" if kinds else "there are none"
     else:
-        lack = f"{without_text} lack a text, the others lack {learned}"
-        setting = f"data.text_column or {setting}"
+        *first, last = kinds
+        shares = [f"{skipped[kind]} lack {lacks[kind][0]}" for kind in first]
+        lack = f"{', '.join(shares)}, the others lack {lacks[last][0]}"
     return InputError(
-        f"{data.input}: none of {rows} rows has a text and {learned}: {lack}. Set {setting}."
+        f"{data.input}: none of {sum(skipped.values())} rows has a text and {label[0]}: {lack}. "
+        f"Set {advice}."
     )
 
 
@@ -134,20 +169,32 @@ def text_keys(examples: Sequence[Example]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
-def _example(place: str, values: Sequence[Value], data: LabelledData) -> Example | str:
+def _example(
+    place: str, values: Mapping[str, Value], label: Value, data: LabelledData, template: str
+) -> Example | str:
     """The example, or the name of what the row lacks."""
-    text, label, *_ = values
-    if not isinstance(text, str) or not text.strip():
-        return "text"
+    needed = placeholders(template)
+    columns: dict[str, str | None] = {}
+    for name, value in values.items():
+        assert not isinstance(value, list)
+        text = check_value(name, value, is_text=name == TEXT)
+        columns[name] = text if isinstance(text, str) else None
+        if name in needed and columns[name] is None:
+            return "text" if name == TEXT else "value"
+    several = None
     if isinstance(label, list):
         if not all(name and name.strip() for name in label):
             return "label"
         several = tuple(sorted({name.strip() for name in label if name}))
-        return Example(place, text, ", ".join(several), several)
-    if not isinstance(label, str) or not label.strip():
+        label = ", ".join(several)
+    elif not isinstance(label, str) or not label.strip():
         return "label"
-    # Spaces around an answer are learned with it, but a label is a name.
-    return Example(place, text, label if data.response_column is not None else label.strip())
+    elif data.response_column is None:
+        label = label.strip()  # spaces around an answer are learned with it, but a label is a name
+    example = Example(place, columns.get(TEXT) or "", label, several)
+    if [*columns] == [TEXT]:
+        return example
+    return example._replace(columns=columns).with_template(template)
 
 
 def _part(place: str, value: Value, column: str) -> Part:
@@ -160,8 +207,8 @@ def _part(place: str, value: Value, column: str) -> Part:
 
 
 def _column_names(data: LabelledData) -> dict[str, str]:
-    """The columns to read, by the setting that names each: text, label or answer, split."""
-    names = {"text_column": data.text_column}
+    """The columns to read beside those of the prompt, by the setting that names each."""
+    names = {}
     if data.response_column is None:
         names["label_column"] = data.label_column
     else:
@@ -171,10 +218,13 @@ def _column_names(data: LabelledData) -> dict[str, str]:
     return names
 
 
-def _read_rows(where: AnyPath, data: LabelledData) -> Iterator[tuple[Value, ...]]:
-    """Rows of one file as (text, label, part), or (text, label) without a split column.
+def _read_rows(
+    where: AnyPath, data: LabelledData, sources: Mapping[str, str], also: Sequence[str]
+) -> Iterator[tuple[dict[str, Value], Value, Value]]:
+    """Rows of one file: values by placeholder, the label or answer, and the part if any.
 
-    A folder `name=value` above the file is a column as well.
+    `sources` maps placeholders to columns. A folder `name=value` above the file is a column as
+    well.
     """
     with open_parquet(where) as file:
         schema = file.schema_arrow
@@ -184,25 +234,49 @@ def _read_rows(where: AnyPath, data: LabelledData) -> Iterator[tuple[Value, ...]
     # A stored column wins over a folder of the same name, as in Spark and Arrow.
     folders = {name: given[name] for name in given if name not in schema.names}
     names = _column_names(data)
+    if TEXT in (*sources, *also):
+        names["text_column"] = data.text_column
     for setting, name in names.items():
         if name not in folders:
             _check_column(where, schema, folders, (setting, name))
-    columns: dict[str, list[Value]] = {name: [] for name in names.values() if name not in folders}
-    stored = list(columns)
-    if stored:
-        for batch in read_rows(where, groups, 0, rows, stored):
-            for name in stored:
-                column = batch.column(name)
-                if name != names.get("label_column"):
-                    columns[name] += prompt_values(pa.chunked_array([column]))
-                elif is_list(column.type):
-                    columns[name] += _lists(where, name, column)
-                else:
-                    column = _whole(where, name, column)
-                    columns[name] += prompt_values(pa.chunked_array([column]))
+    asked = {name: data.text_column if name == TEXT else name for name in also} | {**sources}
+    for name, column in asked.items():
+        if name != TEXT and column not in folders:
+            setting = "prompt_template" if name in sources else OF_CURRENT
+            check_column(str(where), schema, column, setting, text=False, folders=(*folders,))
+    read = {*names.values(), *asked.values()}
+    stored = [name for name in schema.names if name in read]
+    columns = _read_columns(where, names, stored, groups, rows)
     for name, value in folders.items():
         columns[name] = [value] * rows
-    return zip(*(columns[name] for name in names.values()), strict=True)
+    learned, part = columns[data.response_column or data.label_column], data.split_column
+    parts: Sequence[Value] = [None] * rows if part is None else columns[part]
+    for row, (label, of_row) in enumerate(zip(learned, parts, strict=True)):
+        yield {name: columns[column][row] for name, column in asked.items()}, label, of_row
+
+
+def _read_columns(
+    where: AnyPath,
+    names: Mapping[str, str],
+    stored: Sequence[str],
+    groups: Sequence[int],
+    rows: int,
+) -> dict[str, list[Value]]:
+    """The values of the columns `stored` in the file; those of labels are whole, or lists."""
+    columns: dict[str, list[Value]] = {name: [] for name in stored}
+    if not stored:
+        return columns
+    for batch in read_rows(where, groups, 0, rows, stored):
+        for name in stored:
+            column = batch.column(name)
+            if name != names.get("label_column"):
+                columns[name] += prompt_values(pa.chunked_array([column]))
+            elif is_list(column.type):
+                columns[name] += _lists(where, name, column)
+            else:
+                column = _whole(where, name, column)
+                columns[name] += prompt_values(pa.chunked_array([column]))
+    return columns
 
 
 def _check_column(

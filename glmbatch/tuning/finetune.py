@@ -29,12 +29,15 @@ from glmbatch.errors import InputError
 from glmbatch.report.progress import Snapshot
 from glmbatch.run.models import locate_model, prepare_model
 from glmbatch.run.session import newest_progress as newest_answers
+from glmbatch.settings.job import placeholders
 from glmbatch.settings.tuning import LORA_TARGETS, TuneConfig
 from glmbatch.store.files import writable
 from glmbatch.store.locks import exclusive
+from glmbatch.tuning.encode import template_of
 from glmbatch.tuning.evaluate import score_run
+from glmbatch.tuning.examples import TEXT_ALONE
 from glmbatch.tuning.processes import train_together
-from glmbatch.tuning.promote import current_run, decide, make_current, prune
+from glmbatch.tuning.promote import current_run, decide, make_current, prune, template_of_current
 from glmbatch.tuning.render import write_report
 from glmbatch.tuning.report import (
     PROGRESS,
@@ -71,16 +74,18 @@ def check(config: TuneConfig) -> None:
                 f"training needs {package}, which is not installed. "
                 "Run pip install 'glmbatch[train]'."
             )
-    with_metric(config, read_labelled(config.data))
-    if (
-        config.model.revision is None
-    ):  # a hub id may need the network, whose errors the flow retries
+    template = config.prompt_template or TEXT_ALONE
+    # A hub id may need the network, whose errors the flow retries.
+    if config.model.revision is None:
         locate_model(config.model, config.runtime)
+        template = template_of(config)
+    also = placeholders(template_of_current(config.output) or template)
+    with_metric(config, read_labelled(config.data, template, also))
 
 
 def begin(config: TuneConfig) -> str:
     """Create the run's folder and return its path. The same run always has the same folder."""
-    labelled = read_labelled(config.data)
+    labelled = read_labelled(config.data, template_of(config))
     with_metric(config, labelled)  # refuses one that cannot score these rows
     run = _folder(config, labelled)
     with writable(run):
@@ -116,7 +121,7 @@ def preview(config: TuneConfig) -> TrainingPlan:
     check(config)
     from glmbatch.tuning.train import plan_training
 
-    labelled = read_labelled(config.data)
+    labelled = read_labelled(config.data, template_of(config))
     run = _folder(config, labelled)
     current = current_run(config.output)
     planned = plan_training(config, labelled)

@@ -8,10 +8,14 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from glmbatch.errors import counted, some_of
+import numpy as np
+
+from glmbatch.errors import InputError, counted, some_of
 from glmbatch.store.files import writable
-from glmbatch.tuning.report import CURRENT, REPORT, RUNS, Comparison, Report
+from glmbatch.tuning.examples import text_keys
+from glmbatch.tuning.report import CURRENT, LEARNED, REPORT, RUNS, Comparison, Report, read_report
 from glmbatch.tuning.scores import Scores, SelectionScores
+from glmbatch.tuning.split import Labelled
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +24,43 @@ def current_run(output: str) -> Path | None:
     """The folder of the promoted run of `output`; None if there is none."""
     current = Path(output) / CURRENT
     return current.resolve() if current.exists() else None
+
+
+def template_of_current(output: str) -> str | None:
+    """The prompt of the promoted run of `output`; None if there is none."""
+    current = current_run(output)
+    report = None if current is None else read_report(current)
+    return None if report is None else report.settings["prompt_template"]
+
+
+def without_learned(
+    labelled: Labelled, current: Path | None, template: str, source: str
+) -> Labelled:
+    """`labelled` without the test rows that the current checkpoint was trained on.
+
+    They overlap if that checkpoint, which asks by `template`, had another seed, split or input.
+    InputError if no row is left.
+    """
+    # Runs of early versions have no list of the texts they learned.
+    if current is None or not (current / LEARNED).is_file():
+        return labelled
+    test = labelled.parts["test"]
+    asked = [row.with_template(template) for row in test]
+    learned = np.isin(text_keys(asked), np.load(current / LEARNED))
+    new = [row for row, is_learned in zip(test, learned, strict=True) if not is_learned]
+    if not new:
+        raise InputError(
+            f"{source}: {current} was trained on all test rows. Set data.seed to the value it had, "
+            "or set another output."
+        )
+    if len(new) == len(test):
+        return labelled
+    warning = (
+        f"{len(test) - len(new)} test rows were left out: "
+        "the current checkpoint was trained on their texts"
+    )
+    audit = labelled.audit.model_copy(update={"warnings": (*labelled.audit.warnings, warning)})
+    return Labelled({**labelled.parts, "test": new}, audit)
 
 
 def make_current(output: Path, run: str) -> None:

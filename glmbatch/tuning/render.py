@@ -39,7 +39,7 @@ def facts_of(report: Report) -> Facts:
     """The facts of a report, as text."""
     training = report.training
     audit = report.audit
-    rows = {"rows": audit.rows, "used": audit.used}
+    rows = {"rows": audit.rows, "used": audit.used, "without value": audit.without_value}
     rows |= {"without text": audit.without_text, "without label": audit.without_label}
     rows |= {"repeated": audit.repeated, "conflicting": audit.conflicting, "leaking": audit.leaking}
     # Reports of earlier versions lack these.

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from glmbatch.errors import InputError, counted
 from glmbatch.settings.tuning import LabelledData, TuneConfig
-from glmbatch.tuning.examples import PARTS, Example, Part, read_examples
+from glmbatch.tuning.examples import PARTS, TEXT_ALONE, Example, Part, read_examples
 
 # A label column with more values than this is an id or free text.
 MOST_LABELS = 1000
@@ -32,6 +32,7 @@ class LabelAudit(BaseModel, frozen=True, extra="forbid"):
     used           rows in the split
     without_text   left out, because the text is missing
     without_label  left out, because the label or answer is missing
+    without_value  left out, because another column of the prompt is null
     repeated       same text and label as an earlier row; used, in the same part as that row
     conflicting    left out, because the text has two labels
     leaking        left out, because the split column puts the text into two parts
@@ -45,6 +46,7 @@ class LabelAudit(BaseModel, frozen=True, extra="forbid"):
     used: int
     without_text: int
     without_label: int
+    without_value: int = 0
     repeated: int
     conflicting: int
     leaking: int
@@ -82,9 +84,14 @@ def with_metric(config: TuneConfig, labelled: Labelled) -> TuneConfig:
     return config.model_copy(update={"metric": metric})
 
 
-def read_labelled(data: LabelledData) -> Labelled:
-    """Read, audit and split all rows. InputError if they cannot be trained on."""
-    rows = read_examples(data)
+def read_labelled(
+    data: LabelledData, template: str = TEXT_ALONE, also: Sequence[str] = ()
+) -> Labelled:
+    """Read, audit and split all rows, as `template` asks about them; see `read_examples`.
+
+    InputError if they cannot be trained on.
+    """
+    rows = read_examples(data, template, also)
     used, conflicting = rows.examples, 0
     if data.response_column is None:  # a text may have several good answers, but only one label
         used = _without_conflicts(rows.examples)
@@ -101,6 +108,7 @@ def read_labelled(data: LabelledData) -> Labelled:
         used=sum(sizes.values()),
         without_text=rows.skipped.get("text", 0),
         without_label=rows.skipped.get("label", 0),
+        without_value=rows.skipped.get("value", 0),
         repeated=_repeated(used),
         conflicting=conflicting,
         leaking=len(used) - sum(sizes.values()),
@@ -264,4 +272,9 @@ def _warnings(audit: LabelAudit) -> list[str]:
     unusable = audit.without_text + audit.without_label
     if unusable:
         warnings.append(f"{unusable} of {audit.rows} rows have no text or no label")
+    if audit.without_value:
+        warnings.append(
+            f"{audit.without_value} of {audit.rows} rows were left out: a column of the prompt is "
+            "null"
+        )
     return warnings

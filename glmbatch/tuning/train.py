@@ -22,13 +22,14 @@ from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.adapter_save import finish_adapter
 from glmbatch.glm.checkpoint.load import load_model
 from glmbatch.glm.checkpoint.save import StoredDtype, save_checkpoint
+from glmbatch.glm.files import PROMPT_FILE
 from glmbatch.glm.oom import is_out_of_memory
 from glmbatch.glm.tokenizer import TOKENIZER_FILE, load_tokenizer
-from glmbatch.run.models import PROMPT_FILE, locate_model
+from glmbatch.run.models import locate_model
 from glmbatch.settings.job import GenerateStep
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.store.files import committed
-from glmbatch.tuning.encode import TrainingRow, encode_rows, step_of, with_prompt
+from glmbatch.tuning.encode import TrainingRow, encode_rows, step_of, template_of, with_prompt
 from glmbatch.tuning.examples import text_keys
 from glmbatch.tuning.model import (
     build_model,
@@ -64,7 +65,7 @@ def train_here(config: TuneConfig, run: Path) -> None:
     """
     # The base or the adapter may be in an object store; from here on, both are local.
     config = config.model_copy(update={"model": locate_model(config.model, config.runtime)})
-    labelled = read_labelled(config.data)
+    labelled = read_labelled(config.data, template_of(config))
     config = with_metric(config, labelled)
     config = with_prompt(config, labelled.labels, several=labelled.several)
     rows, valid = encode_parts(config, labelled)
@@ -74,6 +75,7 @@ def train_here(config: TuneConfig, run: Path) -> None:
         return
     asked = config.model_dump(include={"prompt_template", "system_prompt"})
     asked |= {"chat": True} if config.chat else {}
+    asked |= {"writes": True} if config.writes else {}  # no head, whose prompt a job would take
     for folder in (run / CHECKPOINT, run / ADAPTER):
         if folder.is_dir():
             with committed(folder / PROMPT_FILE) as partial:

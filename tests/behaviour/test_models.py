@@ -13,7 +13,8 @@ from glmbatch.errors import InputError
 from glmbatch.glm import device
 from glmbatch.run.answer import answer
 from glmbatch.run.models import locate_model, prepare_model, prepare_models
-from glmbatch.run.plan import assign, plan_run, prompt_inputs, resolve_questions
+from glmbatch.run.plan import assign, plan_run, resolve_questions
+from glmbatch.run.prompts import inputs_of
 from glmbatch.run.session import session
 from glmbatch.run.work import plan_passes
 from glmbatch.settings.job import JobConfig, ModelConfig
@@ -117,7 +118,7 @@ def test_models_too_large_to_load_together_take_turns(job_settings: Settings) ->
         {**GENERATE, "name": "d", "prompt_template": "{b} {text}"},
     ]
     job = JobConfig.model_validate(settings)
-    questions = resolve_questions(job, prompt_inputs(job), prepare_models(job))
+    questions = resolve_questions(job, inputs_of(job), prepare_models(job))
     assert plan_passes(questions, together=True) == ((0, 1, 2, 3),)
     assert plan_passes(questions, together=False) == ((0, 2), (1,), (3,))
 

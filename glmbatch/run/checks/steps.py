@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from glmbatch.errors import InputError, some_of
 from glmbatch.glm.checkpoint.config_check import Predicts
-from glmbatch.run.models import PROMPT_FILE, describe_model, tokenizer_of
+from glmbatch.glm.files import recorded_prompt
+from glmbatch.run.models import describe_model, tokenizer_of
 from glmbatch.run.work import Model
 from glmbatch.settings.job import (
     AnyStep,
@@ -16,6 +16,7 @@ from glmbatch.settings.job import (
     ExtractStep,
     GenerateStep,
     Step,
+    differ_in_names,
     placeholders,
 )
 from glmbatch.steps.extract import form_of
@@ -103,21 +104,26 @@ def _check_predicts(where: str, step: ClassifyStep, model: Model) -> None:
 
 def trained_prompt(model: Model) -> dict[str, Any] | None:
     """The prompt that a head was trained with by `glmbatch train`; else None."""
-    for folder in (model.config.adapter, model.config.path):
-        file = None if folder is None else Path(folder) / PROMPT_FILE
-        if model.has_head and file is not None and file.is_file():
-            recorded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return recorded
-    return None
+    return recorded_prompt(model.config.path, model.config.adapter) if model.has_head else None
 
 
-def as_trained(step: AnyStep, model: Model) -> AnyStep:
-    """`step` with the prompt that its head was trained with, where the step sets none."""
+def as_trained(step: AnyStep, model: Model, columns: Collection[str]) -> AnyStep:
+    """`step` with the prompt that its head was trained with, where the step sets none.
+
+    It stays as it is if that prompt has other columns than those read for the step, `columns`.
+    """
     trained = trained_prompt(model) if isinstance(step, ClassifyStep) else None
-    if trained is None:
-        return step
+    return step if trained is None else with_trained(step, trained, columns)
+
+
+def with_trained(
+    step: AnyStep, trained: Mapping[str, Any], columns: Collection[str] | None = None
+) -> AnyStep:
+    """`step` with the prompt `trained`, where it sets none; with any columns, or only `columns`."""
     taken = {}
-    if step.prompt_template == ClassifyStep.model_fields["prompt_template"].default:
+    names = placeholders(trained["prompt_template"])
+    is_read = columns is None or all(name in columns for name in names)
+    if is_read and step.prompt_template == ClassifyStep.model_fields["prompt_template"].default:
         taken["prompt_template"] = trained["prompt_template"]
         if step.system_prompt is None:
             taken["system_prompt"] = trained["system_prompt"]
@@ -132,17 +138,11 @@ def _check_trained_prompt(where: str, step: ClassifyStep, model: Model) -> None:
     if trained is None:
         return
     template = step.prompt_template
-    names = placeholders(template)
-    if len(names) == 1:  # training calls its only placeholder {text}
-        template = template.replace(f"{{{names[0]}}}", "{text}")
-    asked: dict[str, str | bool | None] = {
-        "prompt_template": template,
-        "system_prompt": step.system_prompt,
-    }
-    if "chat" in trained:
-        asked["chat"] = step.chat
+    if differ_in_names(template, trained["prompt_template"]):
+        template = trained["prompt_template"]
+    asked = {"prompt_template": template, "system_prompt": step.system_prompt, "chat": step.chat}
     for setting, value in asked.items():
-        if value != trained[setting]:
+        if setting in trained and value != trained[setting]:
             raise InputError(
                 f"{where} was trained with the {setting} {trained[setting]!r}. "
                 f"Set the step's {setting}."

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from glmbatch.errors import some_of
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.kinds import Settings, equal_but_for_case
-from glmbatch.settings.steps.step import Step
+from glmbatch.settings.steps.step import Step, literal
 
 
 def _distinct(labels: list[str]) -> list[str]:
@@ -90,11 +90,11 @@ def _described(labels: object) -> dict[Any, str] | None:
 def _with_descriptions(template: str, described: Mapping[Any, str]) -> str:
     """`template` with a line for each label in the place of {labels}, or else at its end."""
     lines = [f"{name}: {text}" if text else str(name) for name, text in described.items()]
-    block = _literal("\n".join(lines))
+    block = literal("\n".join(lines))
     parts = []
     placed = False
     for text, name, spec, conversion in string.Formatter().parse(template):
-        parts.append(_literal(text))
+        parts.append(literal(text))
         if name == "labels" and not spec and not conversion:
             parts.append(block)
             placed = True
@@ -102,10 +102,6 @@ def _with_descriptions(template: str, described: Mapping[Any, str]) -> str:
             marks = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             parts.append(f"{{{name}{marks}}}")
     return "".join(parts) if placed else f"{template}\n\n{block}"
-
-
-def _literal(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")
 
 
 Labels = Annotated[list[str], AfterValidator(_distinct)]

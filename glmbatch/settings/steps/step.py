@@ -158,6 +158,32 @@ class Step(Settings):
         return when
 
 
+def literal(text: str) -> str:
+    """`text` as a template has it, so that its braces stay braces."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def renamed(template: str, names: Mapping[str, str]) -> str:
+    """`template` with other names in its placeholders, where `names` has one for them."""
+    parts = []
+    for text, name, _, _ in string.Formatter().parse(template):
+        parts.append(literal(text))
+        if name is not None:
+            parts.append(f"{{{names.get(name, name)}}}")
+    return "".join(parts)
+
+
+def differ_in_names(one: str, other: str) -> bool:
+    """Whether two templates differ in nothing but the names of columns.
+
+    A name that is in both must have the same places.
+    """
+    names, others = placeholders(one), placeholders(other)
+    pairs = dict(zip(names, others, strict=False))
+    moved = [name for name, new in pairs.items() if name != new and name in others]
+    return len(names) == len(others) and not moved and renamed(one, pairs) == renamed(other, {})
+
+
 def placeholders(template: str) -> list[str]:
     """Names of the columns that `template` uses, each once, in order of first use.
 

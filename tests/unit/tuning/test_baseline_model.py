@@ -53,7 +53,7 @@ def parts_of(rows: dict[str, list[Any]]) -> dict[Part, list[Example]]:
 
 
 def exported(parts: dict[Part, list[Example]], labels: list[str], folder: Path) -> str:
-    path = keep_baseline(score_baseline(parts, labels), folder)
+    path = keep_baseline(score_baseline(parts, labels), ["text"], folder)
     assert path is not None
     return path
 
@@ -109,7 +109,7 @@ def test_a_model_of_several_labels_judges_each(tmp_path: Path) -> None:
     parts = parts_of(rows)
     labels = [*sorted(WORDS), "never"]
     baseline = score_baseline(parts, labels)
-    model = keep_baseline(baseline, tmp_path / "baseline")
+    model = keep_baseline(baseline, ["text"], tmp_path / "baseline")
     assert model is not None
     texts = [row.text for row in parts["test"]]
     found = answered(texts, model, tmp_path / "job", multiple=True)
@@ -121,7 +121,7 @@ def test_texts_without_features_leave_no_model(tmp_path: Path) -> None:
     letters = [chr(0x4E00 + at) for at in range(240)]
     parts = parts_of({"text": letters, "label": ["a", "b"] * 120})
     baseline = score_baseline(parts, ["a", "b"])
-    assert keep_baseline(baseline, tmp_path / "baseline") is None
+    assert keep_baseline(baseline, ["text"], tmp_path / "baseline") is None
     assert not (tmp_path / "baseline").exists()
 
 
