@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import io
-import json
 import os
 import socket
 import struct
@@ -15,17 +14,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import fsspec
+import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from glmbatch.store.paths import ObjectPath, _filesystem
+from glmbatch.store.objects import clients
+from glmbatch.store.paths import ObjectPath
 
 BUCKET = "shop"
 WRONG_REGION = (
@@ -80,14 +81,18 @@ class Store:
 
     def mark(self, folder: str) -> None:
         """Create the empty object with which some tools mark a folder."""
-        _filesystem("s3").call_s3(
-            "put_object", Bucket=BUCKET, Key=f"{self.folder}/{folder}/", Body=b""
-        )
+        self.client.put_object(Bucket=BUCKET, Key=f"{self.folder}/{folder}/", Body=b"")
+
+    @cached_property
+    def client(self) -> Any:
+        """A client of another package, for what paths cannot name or do."""
+        return boto3.client("s3")
 
     def put(self, name: str, table: pa.Table, **options: Any) -> None:
         file = io.BytesIO()
         pq.write_table(table, file, **options)
-        self.path(name).write_bytes(file.getvalue())
+        key = f"{self.folder}/{name}"
+        self.client.put_object(Bucket=BUCKET, Key=key, Body=file.getvalue())
 
     def names(self, folder: str = "") -> list[str]:
         return [str(path.relative_to(self.path(""))) for path in self.path(folder).listed()]
@@ -145,7 +150,8 @@ class Proxy(BaseHTTPRequestHandler):
             .lstrip("/")
             .removeprefix(f"{self.server.store.folder}/")
         )
-        request = Request(self.command, key, dict(self.headers))
+        headers = {name.title(): value for name, value in self.headers.items()}
+        request = Request(self.command, key, headers)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.store.requests.append(request)
         harm = self.server.store.harm(request)
@@ -223,7 +229,7 @@ def proxied(port: int) -> Iterator[Store]:
             thread.join()
 
 
-# Settings of the S3 library: two attempts, and a timeout of one second.
+# Settings of the listing client: two attempts.
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test-key",
     "AWS_SECRET_ACCESS_KEY": "test-secret-of-nobody",
@@ -232,7 +238,6 @@ ENVIRONMENT = {
     "AWS_EC2_METADATA_DISABLED": "true",
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    "FSSPEC_S3": '{"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}}',
 }
 
 
@@ -242,6 +247,9 @@ def s3_store(log: Path) -> Iterator[Store]:
     with s3_server(log) as port, proxied(port) as store, pytest.MonkeyPatch.context() as patch:
         for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": store.address}.items():
             patch.setenv(name, value)
-        patch.setitem(fsspec.config.conf, "s3", json.loads(ENVIRONMENT["FSSPEC_S3"]))
-        _filesystem("s3").mkdir(BUCKET)
+        patch.setattr(clients, "READ_SECONDS", 1.0)
+        patch.setattr(clients, "RETRIES", 1)
+        patch.setattr("glmbatch.store.paths.PAUSES", (0.05,))
+        clients.client.cache_clear()
+        store.client.create_bucket(Bucket=BUCKET)
         yield store

@@ -1,22 +1,24 @@
 """Sort errors of files and stores: those that the caller must fix, and those that may pass.
 
-Errors of a store's own package (s3fs, gcsfs, adlfs) become ours:
+Errors of the stores' clients, obstore and boto3, become ours:
 
     FileNotFoundError, FileExistsError    as pathlib raises them
-    StoreRefused                          denied, no credentials, another region
+    StoreRefused                          denied, no credentials, another region, another version
     TransientError                        5xx, too many requests, timeouts, broken connections
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePath
+from typing import Any
 
-from glmbatch.errors import StoreRefused, TransientError
+from glmbatch.errors import GlmbatchError, StoreRefused, TransientError
 
 # Errors of writing that only the caller can fix; any other one may pass.
 UNWRITABLE = frozenset(
@@ -34,10 +36,11 @@ UNWRITABLE = frozenset(
 # HTTP status codes that may pass: timeout, write conflict, too early, too many requests. So may all
 # from 500 on.
 PASSING_STATUS = frozenset({408, 409, 425, 429})
-CHANGED_STATUS = 412  # a conditional read found that the object has changed
-EXISTS_STATUS = frozenset({409, CHANGED_STATUS})  # a conditional create found an object
+MISSING_STATUS = 404
 NOT_IMPLEMENTED = 501
-
+# obstore has types for the errors about one object. For all others it has one type, and the
+# status stands only in the text that it gives every answer.
+_STATUS = re.compile(r"non-2xx status code: (\d{3})\b")
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # deltalake colours its messages
 
@@ -58,85 +61,111 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 @contextmanager
 def store_errors(path: PurePath) -> Iterator[None]:
-    """Turn errors of a store's package into ours, with `path` in the message.
+    """Turn errors of a store's client into ours, with `path` in the message.
 
     Raises TransientError if the error may pass and StoreRefused if the store refuses the access.
-    Does not change FileNotFoundError, FileExistsError, or errors about a local path.
+    FileNotFoundError and FileExistsError are as pathlib raises them. Does not change errors about
+    a local path.
     """
     try:
         yield
-    except (FileNotFoundError, FileExistsError, StoreRefused, TransientError):
+    except GlmbatchError:
         raise
     except Exception as error:
-        if isinstance(path, Path):
+        if isinstance(path, Path) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        status = status_of(error)
-        if isinstance(error, _passing()) or (
-            status is not None and (status >= 500 or status in PASSING_STATUS)
-        ):
-            raise TransientError(
-                f"{path}: the store cannot be reached now ({_reason(error)})."
-            ) from error
-        if isinstance(error, (PermissionError, *_refusing())) or status is not None:
-            raise StoreRefused(
-                f"{path}: the store refuses it ({_reason(error)}). Check the address, and "
-                "credentials and region in the environment."
-            ) from error
-        raise
+        ours = _ours(path, error)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def _ours(path: PurePath, error: Exception) -> Exception | None:
+    """Our error for one of a store's client; None for any other error."""
+    exceptions = _obstore()
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if exceptions and isinstance(error, exceptions.AlreadyExistsError):
+        return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    if may_pass(error):
+        return TransientError(f"{path}: the store cannot be reached now ({_reason(error)}).")
+    if isinstance(error, (PermissionError, *_refusing())) or status_of(error) is not None:
+        return StoreRefused(
+            f"{path}: the store refuses it ({_reason(error)}). Check the address, and "
+            "credentials and region in the environment."
+        )
+    return None
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same request to a store may succeed later."""
+    status = status_of(error)
+    if status is not None:
+        return status >= 500 or status in PASSING_STATUS
+    return isinstance(error, _passing())
+
+
+def was_changed(error: BaseException) -> bool:
+    """Whether a store refused because the object has another version than was asked for."""
+    exceptions = _obstore()
+    return bool(exceptions) and isinstance(error.__cause__, exceptions.PreconditionError)
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status in an error or its causes; None without one."""
+    """The HTTP status in an error of a store's client or in its causes; None without one."""
+    exceptions = _obstore()
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
-        for name in ("status_code", "code", "status"):
-            if isinstance(status := getattr(error, name, None), int):
-                return status
+        if exceptions and isinstance(error, exceptions.GenericError):
+            found = _STATUS.search(str(error))
+            return int(found[1]) if found else None
         error = error.__cause__
     return None
 
 
 def _reason(error: BaseException) -> str:
-    """The error's code or class; never its text, which may contain secrets."""
-    cause = error.__cause__ or error
-    response = getattr(cause, "response", None)
-    return (
-        str(response["Error"].get("Code")) if isinstance(response, dict) else type(cause).__name__
-    )
+    """The error's code, status or class; never its text, which may contain secrets."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return str(response["Error"].get("Code"))
+    status = status_of(error)
+    return type(error).__name__ if status is None else f"status {status}"
+
+
+@lru_cache
+def _obstore() -> Any:
+    """The errors of obstore; None if it is not installed."""
+    try:
+        from obstore import exceptions
+    except ImportError:
+        return None
+    return exceptions
 
 
 @lru_cache
 def _passing() -> tuple[type[Exception], ...]:
     """The errors that the installed packages raise when a connection fails."""
     kinds: list[type[Exception]] = [ConnectionError, TimeoutError]
-    with suppress(ImportError):
-        from aiohttp import ClientError
-
-        kinds.append(ClientError)
+    if _obstore():
+        kinds.append(_obstore().GenericError)  # without a status: no answer came
     with suppress(ImportError):
         from botocore.exceptions import ConnectionError as Unconnected
         from botocore.exceptions import HTTPClientError
 
         kinds += [Unconnected, HTTPClientError]
-    with suppress(ImportError):
-        from azure.core.exceptions import ServiceRequestError, ServiceResponseError
-
-        kinds += [ServiceRequestError, ServiceResponseError]
     return tuple(kinds)
 
 
 @lru_cache
 def _refusing() -> tuple[type[Exception], ...]:
-    """The errors that they raise without credentials, or if their own settings are not usable."""
+    """The errors that they raise when a store refuses, or if their own settings are unusable."""
     kinds: list[type[Exception]] = []
+    if _obstore():
+        kinds.append(_obstore().BaseError)
     with suppress(ImportError):
         from botocore.exceptions import BotoCoreError
 
         kinds.append(BotoCoreError)
-    with suppress(ImportError):
-        from google.auth.exceptions import GoogleAuthError
-
-        kinds.append(GoogleAuthError)
     return tuple(kinds)

@@ -23,12 +23,7 @@ from glmbatch.errors import (
     shown,
     some_of,
 )
-from glmbatch.store.errors import (
-    CHANGED_STATUS,
-    one_line,
-    status_of,
-    store_errors,
-)
+from glmbatch.store.errors import one_line, store_errors, was_changed
 from glmbatch.store.files import refuse_change
 from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 from glmbatch.store.types import leaves
@@ -59,7 +54,7 @@ def readable(address: Address, form: str = "Parquet") -> Iterator[None]:
         with store_errors(path):
             yield
     except StoreRefused as error:
-        if status_of(error) != CHANGED_STATUS:
+        if not was_changed(error):
             raise
         raise UnusableFile(
             f"{path}: was changed while the run read it. Run again when it is complete."
@@ -101,7 +96,7 @@ def open_parquet(
     with readable(path), ExitStack() as opened:
         if isinstance(path, ObjectPath):
             source = opened.enter_context(path.open_ranges())
-            small = getattr(source, "size", 0) <= SMALL_BYTES
+            small = source.facts.size <= SMALL_BYTES
         else:
             source = opened.enter_context(pa.OSFile(str(path)))
             small = False

@@ -1,39 +1,38 @@
 """Paths in an object store, with the part of pathlib's interface that this project uses.
 
-fsspec and the store's own package (s3fs, gcsfs, adlfs) do the work, find the credentials and retry
-failed requests. errors.py turns their errors into ours.
+objects/ opens the clients, lists and reads. errors.py turns their errors into ours.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from glmbatch.errors import InputError, StoreRefused, TransientError, shown
-from glmbatch.settings.addresses import has_credentials, misspelt
-from glmbatch.store.errors import EXISTS_STATUS, NOT_IMPLEMENTED, status_of, store_errors
+from glmbatch.settings.addresses import STORES, has_credentials, misspelt
+from glmbatch.store.errors import NOT_IMPLEMENTED, may_pass, status_of, store_errors
+from glmbatch.store.objects.clients import Client, client
+from glmbatch.store.objects.listing import Facts, facts_of, glob_matcher, list_keys
+from glmbatch.store.objects.reading import AHEAD_BYTES, open_ranges, open_stream
 
-# The scheme of an address, and the package to install for it.
-STORES = {"s3": "'glmbatch[s3]'", "gs": "gcsfs", "az": "adlfs"}
+Made = TypeVar("Made")
+
 SCHEMES = tuple(f"{scheme}:/" for scheme in STORES)
 GLOB_MARKS = frozenset("*?[")
-AHEAD_BYTES = 8 << 20  # fetched with each request when an object is read from start to end
+# A larger file is uploaded in parts of this size, some of them at the same time.
+PART_BYTES, PARTS_AT_ONCE = 16 << 20, 4
 BUCKET_PARTS = 2  # the parts of a bucket's own path: its scheme and its name
-# The cache of small objects: the largest size in bytes, and how many of them.
-KEPT_BYTES, KEPT_OBJECTS = 1 << 20, 64
-# Options with which a whole object costs one request: by default s3fs asks for its size before.
-WHOLE = {"s3:": {"max_concurrency": 1}}
-# When an object was last written, in the `info` of s3fs, gcsfs and adlfs.
-TIMES = ("LastModified", "mtime", "last_modified")
+# Seconds before each repetition of a change that failed and may pass.
+PAUSES: tuple[float, ...] = (0.2, 1.0, 4.0)
 
 
 def location(address: Address) -> AnyPath:
@@ -111,14 +110,6 @@ class ObjectStatus:
     st_ino: int = 0
 
 
-class _Kept(BytesIO):
-    """The bytes of a small object as a file, with the `details` that fsspec's files have."""
-
-    def __init__(self, content: bytes, details: dict[str, Any]) -> None:
-        super().__init__(content)
-        self.details = details
-
-
 class ObjectPath(PurePosixPath):
     """The path of an object in a store, or of a folder, which exists only in objects' names.
 
@@ -153,47 +144,37 @@ class ObjectPath(PurePosixPath):
 
     def kind(self) -> Literal["file", "folder"] | None:
         """`file` for an object, `folder` for a name with objects below it, else None."""
-        try:
-            return "file" if self.info()["type"] == "file" else "folder"
-        except FileNotFoundError:
-            return None
+        with suppress(FileNotFoundError):
+            if self._key:
+                self.facts()
+                return "file"
+        return "folder" if self._list(most=1) else None
 
     def stat(self) -> ObjectStatus:
         """The size of the object, and a number that changes with its bytes."""
-        return _status(self.info())
+        return _status(self.facts())
 
-    def info(self) -> dict[str, Any]:
-        """The facts about the object, as fsspec's `info` gives them."""
-        return cast(dict[str, Any], self._call("info"))
+    def facts(self) -> Facts:
+        """What the store says of the object."""
+        return self._read(lambda store, key: facts_of(store.head(key)))
 
     def modified(self) -> datetime:
         """When it was last written, by the store's clock."""
-        return cast(datetime, self._call("modified"))
+        return self.facts().modified
 
     def open(self, mode: str = "rb") -> Any:
-        """A file object for reading from start to end; each request fetches AHEAD_BYTES."""
-        return self._opened(cache_type="readahead", block_size=AHEAD_BYTES)
+        """A file object for reading from start to end, in one request."""
+        with store_errors(self):
+            return open_stream(self._client, self._key, partial(store_errors, self))
 
     def open_ranges(self) -> Any:
         """A file object for random access: each read is one request for exactly its bytes."""
-        return self._opened(cache_type="none")
-
-    def _opened(self, **options: object) -> Any:
         with store_errors(self):
-            file = self._store().open(str(self), "rb", **options)
-            info = file.details
-            if info["type"] != "file" or file.size > KEPT_BYTES:
-                return file
-            # The ledger reads small objects several times. Through `file`, because s3fs then
-            # refuses bytes of another version.
-            kept = _kept(self, version_of(info))
-            if not kept:
-                kept.append(file.read())
-            return _Kept(kept[0], info)
+            return open_ranges(self._client, self._key, partial(store_errors, self))
 
     def read_bytes(self) -> bytes:
         """The bytes of the object."""
-        return cast(bytes, self._call("cat_file", **WHOLE.get(self.parts[0], {})))
+        return self._read(lambda store, key: bytes(store.get(key).bytes()))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """The text of the object. UnicodeDecodeError when it does not have this encoding."""
@@ -201,92 +182,94 @@ class ObjectPath(PurePosixPath):
 
     def write_bytes(self, content: bytes) -> None:
         """Write the object in one request; replaces an earlier one."""
-        self._call("pipe_file", content)
+        self._change(lambda store, key: store.put(key, content, use_multipart=False))
 
     def create(self, content: bytes) -> bool:
         """Write the object unless it exists; return whether it was written.
 
-        A store may ignore the condition, and then replaces the object.
+        A store may ignore the condition, and then replaces the object. If it is written but the
+        answer is lost, it is found to exist.
         """
         try:
-            self._call("pipe_file", content, mode="create")
+            self._change(lambda store, key: store.put(key, content, mode="create"))
         except FileExistsError:
             return False
         except (StoreRefused, TransientError) as error:
-            status = status_of(error)
-            if status == NOT_IMPLEMENTED:  # the store has no conditional writes
-                self.write_bytes(content)
-            elif status in EXISTS_STATUS:
-                return False
-            else:
+            if status_of(error) != NOT_IMPLEMENTED:
                 raise
+            self.write_bytes(content)  # the store has no conditional writes
         return True
 
     def upload(self, file: Path) -> None:
         """Write the bytes of the local `file`, perhaps in parts; visible only when complete."""
-        with store_errors(self):
-            self._store().put_file(str(file), str(self))
+        is_large = file.stat().st_size > PART_BYTES
+
+        def put(store: Any, key: str) -> None:
+            store.put(
+                key,
+                file,
+                use_multipart=is_large,
+                chunk_size=PART_BYTES,
+                max_concurrency=PARTS_AT_ONCE,
+            )
+
+        # The client repeats parts that failed; they show only in the last request.
+        (self._read if is_large else self._change)(put)
 
     def copy_from(self, other: ObjectPath) -> None:
         """Write the bytes of the object `other`, copied inside the store."""
-        with store_errors(self):
-            self._store().cp_file(str(other), str(self))
+        self._change(lambda store, key: store.copy(other._key, key))
 
     def download(self, file: Path) -> None:
         """Write the bytes of the object to the local `file`."""
-        with store_errors(self):
-            self._store().get_file(str(self), str(file))
+
+        def get(store: Any, key: str) -> None:
+            with file.open("wb") as target:
+                for chunk in store.get(key).stream(AHEAD_BYTES):
+                    target.write(chunk)
+
+        self._read(get)
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete the object."""
         with suppress(*([FileNotFoundError] if missing_ok else [])):
-            self._call("rm_file")
+            self._change(lambda store, key: store.delete(key))
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: folders exist only in objects' names."""
 
-    def listed(self, prefix: str = "") -> dict[ObjectPath, dict[str, Any]]:
-        """All objects below it whose names begin with `prefix`, sorted, with the facts of `info`.
+    def listed(self, prefix: str = "") -> dict[ObjectPath, Facts]:
+        """All objects below it whose names begin with `prefix`, sorted, with their facts.
 
         Leaves out keys such as a/ or a//b, which a path would turn into that of another object.
         """
-        scheme = self.parts[0]
-        files = sorted(self._infos(prefix).items())
-        return {ObjectPath(f"{scheme}//{name}"): info for name, info in files if not odd_part(name)}
+        found = self._list(prefix).items()
+        return {self / name: facts for name, facts in found if not odd_part(name)}
 
     def keys(self, prefix: str = "", most: int | None = None) -> dict[str, ObjectStatus]:
         """The keys of all objects below it, relative to it and sorted, as `stat` would see them.
 
-        From S3 only the first `most`; the packages of other stores have no such limit.
+        Only the first `most`.
         """
-        base = len(str(self).partition("://")[2]) + 1
-        infos = sorted(self._infos(prefix, max_items=most).items())
-        return {name[base:]: _status(info) for name, info in infos if name[base:]}
+        return {name: _status(facts) for name, facts in self._list(prefix, most).items() if name}
 
     def times(self, pattern: str) -> dict[ObjectPath, datetime]:
         """When the objects below it that match `pattern` were written, from the listing itself."""
-        infos = self._matching(pattern).items()
-        return {path: next(filter(None, map(info.get, TIMES))) for path, info in infos}
+        return {path: facts.modified for path, facts in self._matching(pattern).items()}
 
-    def _infos(self, prefix: str, **options: object) -> dict[str, dict[str, Any]]:
-        place = self
-        # Without a prefix, s3fs sends two requests more when there is nothing.
-        if not prefix and self.parts[0] == "s3:" and len(self.parts) > BUCKET_PARTS:
-            place, prefix = self.parent, f"{self.name}/"
-        try:
-            found = place._call("find", prefix=prefix, detail=True, **options)
-            return cast(dict[str, dict[str, Any]], found)
-        except FileNotFoundError:  # no such bucket
-            return {}
+    def _list(self, prefix: str = "", most: int | None = None) -> dict[str, Facts]:
+        """The objects below it by their keys relative to it; the empty one marks the folder."""
+        base = f"{self._key}/" if self._key else ""
+        with store_errors(self):
+            found = list_keys(self._client, base + prefix, most)
+        return {key[len(base) :]: facts for key, facts in found.items()}
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
         """The objects below it that match `pattern`, in which `**` matches any folders."""
         yield from self._matching(pattern)
 
-    def _matching(self, pattern: str) -> dict[ObjectPath, dict[str, Any]]:
-        from fsspec.utils import glob_translate
-
-        matches = re.compile(glob_translate(pattern)).fullmatch
+    def _matching(self, pattern: str) -> dict[ObjectPath, Facts]:
+        matches = glob_matcher(pattern).fullmatch
         # Lists only keys that begin like the pattern up to its first wildcard.
         plain = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
         listed = self.listed(plain).items()
@@ -296,12 +279,31 @@ class ObjectPath(PurePosixPath):
         """The objects below it, at any depth, whose last name matches `pattern`."""
         return (path for path in self.listed() if fnmatchcase(path.name, pattern))
 
-    def _store(self) -> Any:
-        return _filesystem(self.parts[0].removesuffix(":"))
+    @property
+    def _key(self) -> str:
+        return "/".join(self.parts[BUCKET_PARTS:])
 
-    def _call(self, method: str, *arguments: object, **options: object) -> Any:
+    @property
+    def _client(self) -> Client:
+        scheme, bucket, *_ = self.parts
+        return client(scheme.removesuffix(":"), bucket)
+
+    def _read(self, work: Callable[[Any, str], Made]) -> Made:
+        """The result of `work`, which gets the client that repeats requests, and the key."""
         with store_errors(self):
-            return getattr(self._store(), method)(str(self), *arguments, **options)
+            return work(self._client.reading, self._key)
+
+    def _change(self, work: Callable[[Any, str], Made]) -> Made:
+        """The result of `work`, which sends one request that changes the store."""
+        with store_errors(self):
+            for pause in (*PAUSES, None):
+                try:
+                    return work(self._client.writing, self._key)
+                except Exception as error:
+                    if pause is None or not may_pass(error):
+                        raise
+                time.sleep(pause)
+        raise AssertionError  # the last try returns or raises
 
 
 AnyPath: TypeAlias = Path | ObjectPath
@@ -309,42 +311,11 @@ AnyPath: TypeAlias = Path | ObjectPath
 Address: TypeAlias = str | Path | ObjectPath
 
 
-def version_of(info: dict[str, Any]) -> str:
-    """The version of an object: its ETag, the same from a listing as from a look at the object."""
-    # Its name differs between packages, and an S3 store may leave out its quotes in listings.
-    if tag := info.get("ETag"):
-        return '"{}"'.format(str(tag).strip('"'))
-    return str(info.get("etag") or info)
-
-
 def status_opened(file: Any) -> ObjectStatus:
     """The `stat` of the version that an open file of an ObjectPath reads."""
-    return _status(file.details)
+    return _status(file.facts)
 
 
-def _status(info: dict[str, Any]) -> ObjectStatus:
-    digest = sha256(version_of(info).encode()).hexdigest()
-    return ObjectStatus(int(info["size"] or 0), int(digest[:15], 16))
-
-
-@lru_cache(KEPT_OBJECTS)
-def _kept(path: ObjectPath, version: str) -> list[bytes]:
-    """The bytes of a small object, once its reader has put them here."""
-    return []
-
-
-@lru_cache
-def _filesystem(scheme: str) -> Any:
-    """The fsspec file system of `scheme`, with connections that all threads share.
-
-    Listings are not cached. InputError when its package is not installed.
-    """
-    try:
-        import fsspec
-
-        return fsspec.filesystem(scheme, use_listings_cache=False)
-    except ImportError as error:
-        raise InputError(
-            f"{scheme}://: the package for this store is not installed. Run pip install "
-            f"{STORES[scheme]}."
-        ) from error
+def _status(facts: Facts) -> ObjectStatus:
+    digest = sha256(facts.version.encode()).hexdigest()
+    return ObjectStatus(facts.size, int(digest[:15], 16))

@@ -26,7 +26,7 @@ from glmbatch.errors import InputError, TransientError
 from glmbatch.store.files import PARTIAL, digest_file, sync
 from glmbatch.store.folder import side_by_side
 from glmbatch.store.locks import exclusive
-from glmbatch.store.paths import AnyPath, ObjectPath, location, version_of
+from glmbatch.store.paths import AnyPath, ObjectPath, location
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +67,15 @@ def snapshot_of(address: str, cache: str, patterns: Sequence[str]) -> Snapshot |
     """
     folder = location(address)
     files: dict[str, SnapshotFile] = {}
-    for path, info in folder.listed().items() if isinstance(folder, ObjectPath) else ():
+    for path, facts in folder.listed().items() if isinstance(folder, ObjectPath) else ():
         name = str(path.relative_to(folder))
         if "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns):
-            files[name] = SnapshotFile(path, info["size"], version_of(info))
+            files[name] = SnapshotFile(path, facts.size, facts.version)
     if not files:
         return None
-    facts = [(name, file.size_bytes, file.version) for name, file in sorted(files.items())]
+    described = [(name, file.size_bytes, file.version) for name, file in sorted(files.items())]
     # With the address, because two folders may have the same names and versions.
-    digest = sha256(json.dumps([address, *facts]).encode()).hexdigest()
+    digest = sha256(json.dumps([address, *described]).encode()).hexdigest()
     return Snapshot(Path(cache).expanduser() / f"{folder.name}-{digest[:16]}", files)
 
 
@@ -121,7 +121,7 @@ def open_copy(path: AnyPath) -> int:
 def _download(file: SnapshotFile, target: Path) -> None:
     def is_same(partial: Path) -> bool:
         same_size = partial.stat().st_size == file.size_bytes
-        return same_size and version_of(file.path.info()) == file.version
+        return same_size and file.path.facts().version == file.version
 
     _fetch(file.path, target, is_same)
 

@@ -22,7 +22,6 @@ from glmbatch.run.plan import plan_run
 from glmbatch.settings.job import JobConfig
 from glmbatch.store import folder
 from glmbatch.store.files import version_stamp
-from glmbatch.store.paths import _filesystem
 from tests.stores import BUCKET, Request, Store
 from tests.support import CLASSIFY, Settings, run
 
@@ -62,11 +61,11 @@ def in_one_part(store: Store, name: str) -> None:
     """Write the object again with the same bytes, in a way that gives it another ETag."""
     place = {"Bucket": BUCKET, "Key": f"{store.folder}/{name}"}
     body = store.path(name).read_bytes()
-    call = _filesystem("s3").call_s3
-    upload = {**place, "UploadId": call("create_multipart_upload", **place)["UploadId"]}
-    part = call("upload_part", **upload, PartNumber=1, Body=body)
+    client = store.client
+    upload = {**place, "UploadId": client.create_multipart_upload(**place)["UploadId"]}
+    part = client.upload_part(**upload, PartNumber=1, Body=body)
     parts = [{"PartNumber": 1, "ETag": part["ETag"]}]
-    call("complete_multipart_upload", **upload, MultipartUpload={"Parts": parts})
+    client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
 
 
 def test_a_night_asks_for_no_file_that_is_published(

@@ -24,6 +24,7 @@ from glmbatch.store.inputs.tables import (
     table_of,
 )
 from glmbatch.store.lines.form import ENDINGS
+from glmbatch.store.objects.listing import glob_matcher
 from glmbatch.store.paths import GLOB_MARKS, AnyPath, ObjectStatus, is_hidden, odd_part
 
 SETTING = "data.input"
@@ -288,9 +289,7 @@ class Matches:
     """Tells which objects a glob names, directly or by a folder; None names all objects."""
 
     def __init__(self, pattern: str | None) -> None:
-        from fsspec.utils import glob_translate
-
-        self._matches = None if pattern is None else re.compile(glob_translate(pattern)).fullmatch
+        self._matches = None if pattern is None else glob_matcher(pattern).fullmatch
         # A pattern that ends in ** names only folders, as in pathlib.
         self._names_files = pattern is not None and not pattern.endswith("**")
         self._folders: dict[str, bool] = {"": pattern in (None, "**")}

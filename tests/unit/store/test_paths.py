@@ -108,7 +108,7 @@ def test_removing_a_folder_ignores_wildcards_in_its_name(store: Store) -> None:
 
 def test_a_missing_package_says_what_to_install() -> None:
     code = (
-        "import sys; sys.modules['s3fs'] = None\n"
+        "import sys; sys.modules['obstore'] = None\n"
         "from glmbatch.store.inputs.find import find_files\n"
         "try: find_files('s3://bucket/in')\n"
         "except Exception as error: print(f'{type(error).__name__}: {error}')"

@@ -17,7 +17,7 @@ from glmbatch.store.inputs.find import (
     find_files,
     is_hidden,
 )
-from tests.stores import Store
+from tests.stores import BUCKET, Store
 
 
 def touch(root: Path, *names: str) -> None:
@@ -233,10 +233,7 @@ ODD = ["/a.parquet", "./b.parquet", "../c.parquet", "x//d.parquet", "x/./e.parqu
 
 
 def put(store: Store, key: str, content: bytes) -> None:
-    from glmbatch.store.paths import _filesystem
-    from tests.stores import BUCKET
-
-    _filesystem("s3").call_s3("put_object", Bucket=BUCKET, Key=key, Body=content)
+    store.client.put_object(Bucket=BUCKET, Key=key, Body=content)
 
 
 @pytest.mark.parametrize("key", ODD)
