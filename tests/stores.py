@@ -249,7 +249,7 @@ def s3_store(log: Path) -> Iterator[Store]:
             patch.setenv(name, value)
         patch.setattr(clients, "READ_SECONDS", 1.0)
         patch.setattr(clients, "RETRIES", 1)
-        patch.setattr("glmbatch.store.paths.PAUSES", (0.05,))
+        patch.setattr("glmbatch.store.objects.access.PAUSES", (0.05,))
         clients.client.cache_clear()
         store.client.create_bucket(Bucket=BUCKET)
         yield store

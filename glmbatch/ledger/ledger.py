@@ -24,9 +24,9 @@ from glmbatch.ledger.delta.table import LOG
 from glmbatch.ledger.known.keeping import StoredKeys
 from glmbatch.ledger.known.keys import AnswerFile, keys_of
 from glmbatch.ledger.known.stored import KEYS, StoredSegment
-from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile, read_manifest
-from glmbatch.ledger.outputs import OutputFiles, put_back
-from glmbatch.ledger.quarantine import OWN
+from glmbatch.ledger.manifest import COPY, MANIFEST, Manifest, PublishedFile, read_manifest
+from glmbatch.ledger.outputs import STAGED, OutputFiles, put_back
+from glmbatch.ledger.quarantine import OWN, QUARANTINE
 from glmbatch.ledger.receipts import (
     AnswersReceipt,
     BundleReceipt,
@@ -43,8 +43,8 @@ from glmbatch.store.files import (
     reachable,
     writable,
 )
-from glmbatch.store.folder import Folder, times_written
-from glmbatch.store.locks import hold, release
+from glmbatch.store.folder import Folder, remove_tree, times_written
+from glmbatch.store.locks import guard, hold, release
 from glmbatch.store.modes import narrow
 from glmbatch.store.paths import AnyPath
 
@@ -53,6 +53,9 @@ logger = logging.getLogger(__name__)
 ANSWERS = "_glmbatch/answers"
 RESULTS = "_glmbatch/results"
 LOCK = "_glmbatch/lock"
+PUBLISHING = "_glmbatch/publishing.json"
+# Written by the holder of the lock alone.
+GUARDED = (MANIFEST, COPY, QUARANTINE, PUBLISHING)
 
 
 class Ledger:
@@ -78,9 +81,13 @@ class Ledger:
         it. TransientError when the machine failed.
         """
         self._refuse_links()
-        hold(self.root / LOCK, run)
+        may_live = hold(self.root / LOCK, run)
         try:
+            if may_live:
+                # What a stalled holder has staged, it could still copy into place.
+                remove_tree(self.root / STAGED)
             put_back(self.folder)
+            guard(self.root / name for name in GUARDED)
         except BaseException:
             self.close(run)
             raise

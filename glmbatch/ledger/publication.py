@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from glmbatch.errors import MACHINE_ERRNOS, InputError, TransientError
 from glmbatch.ledger.delta.table import Commit, commit_table, plan_commit
 from glmbatch.ledger.filelist import find_lists
-from glmbatch.ledger.ledger import ANSWERS, LOCK, Ledger
+from glmbatch.ledger.ledger import ANSWERS, LOCK, PUBLISHING, Ledger
 from glmbatch.ledger.manifest import Manifest, copy_manifest, write_manifest
 from glmbatch.ledger.outputs import OVERWRITTEN, STAGED, keep_overwritten, staged_name
 from glmbatch.ledger.quarantine import OWN, REFUSED, Line, write_quarantine
@@ -38,7 +38,6 @@ from glmbatch.store.seal import sealed, unsealed
 
 logger = logging.getLogger(__name__)
 
-PUBLISHING = "_glmbatch/publishing.json"
 _NAMES = TypeAdapter(list[Name])
 
 
@@ -80,6 +79,7 @@ def publish(
     # Moving the files may have taken longer than a lock in a store lives without renewal.
     check_held(root / LOCK)
     write_manifest(root, manifest)
+    check_held(root / LOCK)  # another run may have published by now what would be deleted
     with writable(root):
         if announced.lost and manifest.format == "parquet":
             put_strangers_aside(ledger.folder, {file.output_name for file in manifest.files})

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from glmbatch.errors import InputError, UnusableFile, counted
 from glmbatch.ledger.delta.table import is_table, table_files
 from glmbatch.ledger.fragments import FileFault
-from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.ledger import PUBLISHING, Ledger
 from glmbatch.ledger.manifest import (
     COPY,
     MANIFEST,
@@ -29,7 +29,7 @@ from glmbatch.ledger.manifest import (
     read_copy,
     write_manifest,
 )
-from glmbatch.ledger.publication import PUBLISHING, read_announced
+from glmbatch.ledger.publication import read_announced
 from glmbatch.ledger.quarantine import (
     QUARANTINE,
     Line,

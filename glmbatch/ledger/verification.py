@@ -27,10 +27,9 @@ from glmbatch.ledger.comparison import (
     source_rows,
 )
 from glmbatch.ledger.delta.table import LOG, table_files
-from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.ledger import PUBLISHING, Ledger
 from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile, forget_manifests
 from glmbatch.ledger.outputs import STAGED
-from glmbatch.ledger.publication import PUBLISHING
 from glmbatch.ledger.quarantine import QUARANTINE, read_quarantine
 from glmbatch.ledger.receipts import OutputReceipt, receipt_of, whole_digest
 from glmbatch.settings.columns import NO_ERRORS, Columns

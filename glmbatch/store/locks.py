@@ -8,6 +8,10 @@ one with the highest number is valid:
     keep      write the object again every 20 seconds
     lose      a higher number exists: another run took over after minutes without a renewal
     release   write that the lock is free; the object stays, so that no number is used twice
+
+A process may stand still between its last look at the lock and its next request. So every request
+that changes the output first passes a gate, which closes when the lock was not renewed for too
+long; and the holder's guarded objects are written only over the version that it knows.
 """
 
 from __future__ import annotations
@@ -20,16 +24,17 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
 
 from pydantic_core import from_json
 
-from glmbatch.errors import GlmbatchError, InputError, Interrupted
+from glmbatch.errors import GlmbatchError, InputError, Interrupted, TransientError
 from glmbatch.store.files import committed, real_path, writable
+from glmbatch.store.objects import access
 from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 
 logger = logging.getLogger(__name__)
@@ -44,9 +49,10 @@ _TAKING = threading.Lock()
 _TOKEN = uuid.uuid4().hex
 
 
-def hold(path: AnyPath, run: str) -> None:
+def hold(path: AnyPath, run: str) -> bool:
     """Take the lock `path` for `run` until `release`; safe to repeat.
 
+    Return whether an earlier holder may still be alive, which in a store did not release it.
     InputError when another run or process holds it, or when the output cannot be written.
     """
     name = _name(path)
@@ -59,8 +65,10 @@ def hold(path: AnyPath, run: str) -> None:
             )
         if name not in _LOCKS:
             lock = StoreLock(path, token=_TOKEN) if isinstance(path, ObjectPath) else FileLock(path)
-            lock.take()
+            may_live = lock.take()
             _LOCKS[name] = run, lock
+            return may_live
+    return False
 
 
 def _name(path: AnyPath) -> str:
@@ -73,6 +81,18 @@ def release(path: AnyPath, run: str) -> None:
     name = _name(path)
     if name in _LOCKS and _LOCKS[name][0] == run:
         _LOCKS.pop(name)[1].let_go()
+        if isinstance(path, ObjectPath):
+            access.unguard(path.parent.parent)
+
+
+def guard(paths: Iterable[AnyPath]) -> None:
+    """Until `release`, write these files only over what is there now; on a disk, nothing to do.
+
+    The holder of an `flock` keeps it while it stands still, so nobody else writes meanwhile.
+    """
+    for path in paths:
+        if isinstance(path, ObjectPath):
+            access.guard(path)
 
 
 def check_held(path: AnyPath) -> None:
@@ -132,8 +152,11 @@ class FileLock:
         self._path = path
         self._handle = -1
 
-    def take(self) -> None:
-        """Take the lock. InputError when another process has it or the folder cannot be written."""
+    def take(self) -> bool:
+        """Take the lock; False: no earlier holder is alive.
+
+        InputError when another process has it or the folder cannot be written.
+        """
         with committed(self._path.with_name("writable")) as partial:
             partial.write_bytes(b"")
         with writable(self._path):
@@ -147,6 +170,7 @@ class FileLock:
             except BaseException:
                 os.close(self._handle)
                 raise
+        return False
 
     def _lock(self) -> None:
         try:
@@ -191,39 +215,57 @@ class StoreLock:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="store lock", daemon=True)
 
-    def take(self) -> None:
-        """Take the lock. InputError when another run holds or takes it.
+    def take(self) -> bool:
+        """Take the lock; return whether an earlier holder did not release it and may be alive.
 
-        Also InputError when the store cannot be written. TransientError when it cannot be reached.
+        InputError when another run holds or takes it, or the store cannot be written.
+        TransientError when it cannot be reached.
         """
         now, numbers = self._probe(), self._numbers()
-        if numbers and (age := self._age(numbers[-1], now)) <= self._stale_seconds:
+        age = self._age(numbers[-1], now) if numbers else STALE_SECONDS
+        if numbers and age <= self._stale_seconds:
             self._refuse(numbers[-1], age)
         self._number = numbers[-1] + 1 if numbers else 1
         # Decided by the content of the lock, not by the result of `create`: if the response to a
         # first attempt was lost, the object exists and is ours.
         self._heard = time.monotonic()
-        self._path(self._number).create(self._content())
+        with suppress(TransientError):  # it may have been written although the answer was lost
+            self._path(self._number).create(self._content())
         numbers_now = self._numbers()
         if numbers_now[-1:] != [self._number] or self._read(self._number)["token"] != self._token:
             self._refuse(max(numbers_now, default=self._number), 0)
         for number in numbers_now[:-1]:
             self._path(number).unlink(missing_ok=True)
+        access.GATES[self._output] = self._gate
         self._thread.start()
+        return age != float("inf")
 
     def check(self) -> None:
         """Interrupted when another run took over, or may do so at any moment."""
-        silent = time.monotonic() - self._heard > self._stale_seconds
-        if silent or self._numbers()[-1:] != [self._number]:
-            raise Interrupted(
-                f"{self._output}: this run stopped writing: its lock was not renewed for "
-                f"{self._stale_seconds:.0f} s, and another run may have taken over. Run again "
-                "when that has ended."
-            )
+        if self._is_silent() or self._numbers()[-1:] != [self._number]:
+            self._interrupt()
+
+    def _gate(self, path: PurePosixPath) -> None:
+        """Interrupted if the lock was not renewed in time; the lock itself may be written."""
+        is_lock = path.parent == self._folder and path.name.startswith(f"{self._name}.")
+        if self._is_silent() and not is_lock:
+            self._interrupt()
+
+    def _is_silent(self) -> bool:
+        return time.monotonic() - self._heard > self._stale_seconds
+
+    def _interrupt(self) -> NoReturn:
+        raise Interrupted(
+            f"{self._output}: this run stopped writing: its lock was not renewed for "
+            f"{self._stale_seconds:.0f} s, and another run may have taken over. Run again "
+            "when that has ended."
+        )
 
     def let_go(self) -> None:
         """Release the lock; if that fails, with a warning, it is free once it is stale."""
         self._ended.set()
+        if access.GATES.get(self._output) == self._gate:
+            del access.GATES[self._output]
         self._thread.join()
         try:
             self._write_sign(free=True)

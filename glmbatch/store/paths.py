@@ -1,13 +1,12 @@
 """Paths in an object store, with the part of pathlib's interface that this project uses.
 
-objects/ opens the clients, lists and reads. errors.py turns their errors into ours.
+objects/ sends the requests. errors.py turns their errors into ours.
 """
 
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,24 +14,17 @@ from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 from glmbatch.errors import InputError, StoreRefused, TransientError, shown
 from glmbatch.settings.addresses import STORES, has_credentials, misspelt
-from glmbatch.store.errors import NOT_IMPLEMENTED, may_pass, status_of, store_errors
-from glmbatch.store.objects.clients import Client, client
+from glmbatch.store.errors import NOT_IMPLEMENTED, status_of, store_errors
+from glmbatch.store.objects import access
 from glmbatch.store.objects.listing import Facts, facts_of, glob_matcher, list_keys
 from glmbatch.store.objects.reading import AHEAD_BYTES, open_ranges, open_stream
 
-Made = TypeVar("Made")
-
 SCHEMES = tuple(f"{scheme}:/" for scheme in STORES)
 GLOB_MARKS = frozenset("*?[")
-# A larger file is uploaded in parts of this size, some of them at the same time.
-PART_BYTES, PARTS_AT_ONCE = 16 << 20, 4
-BUCKET_PARTS = 2  # the parts of a bucket's own path: its scheme and its name
-# Seconds before each repetition of a change that failed and may pass.
-PAUSES: tuple[float, ...] = (0.2, 1.0, 4.0)
 
 
 def location(address: Address) -> AnyPath:
@@ -145,7 +137,7 @@ class ObjectPath(PurePosixPath):
     def kind(self) -> Literal["file", "folder"] | None:
         """`file` for an object, `folder` for a name with objects below it, else None."""
         with suppress(FileNotFoundError):
-            if self._key:
+            if access.key_of(self):
                 self.facts()
                 return "file"
         return "folder" if self._list(most=1) else None
@@ -156,7 +148,7 @@ class ObjectPath(PurePosixPath):
 
     def facts(self) -> Facts:
         """What the store says of the object."""
-        return self._read(lambda store, key: facts_of(store.head(key)))
+        return access.read(self, lambda store, key: facts_of(store.head(key)))
 
     def modified(self) -> datetime:
         """When it was last written, by the store's clock."""
@@ -165,24 +157,28 @@ class ObjectPath(PurePosixPath):
     def open(self, mode: str = "rb") -> Any:
         """A file object for reading from start to end, in one request."""
         with store_errors(self):
-            return open_stream(self._client, self._key, partial(store_errors, self))
+            return open_stream(
+                access.client_of(self), access.key_of(self), partial(store_errors, self)
+            )
 
     def open_ranges(self) -> Any:
         """A file object for random access: each read is one request for exactly its bytes."""
         with store_errors(self):
-            return open_ranges(self._client, self._key, partial(store_errors, self))
+            return open_ranges(
+                access.client_of(self), access.key_of(self), partial(store_errors, self)
+            )
 
     def read_bytes(self) -> bytes:
         """The bytes of the object."""
-        return self._read(lambda store, key: bytes(store.get(key).bytes()))
+        return access.read(self, lambda store, key: bytes(store.get(key).bytes()))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """The text of the object. UnicodeDecodeError when it does not have this encoding."""
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, content: bytes) -> None:
-        """Write the object in one request; replaces an earlier one."""
-        self._change(lambda store, key: store.put(key, content, use_multipart=False))
+        """Write the object in one request; replaces an earlier one. See `access.put`."""
+        access.put(self, content)
 
     def create(self, content: bytes) -> bool:
         """Write the object unless it exists; return whether it was written.
@@ -191,7 +187,7 @@ class ObjectPath(PurePosixPath):
         answer is lost, it is found to exist.
         """
         try:
-            self._change(lambda store, key: store.put(key, content, mode="create"))
+            access.change(self, lambda store, key: store.put(key, content, mode="create"))
         except FileExistsError:
             return False
         except (StoreRefused, TransientError) as error:
@@ -202,23 +198,11 @@ class ObjectPath(PurePosixPath):
 
     def upload(self, file: Path) -> None:
         """Write the bytes of the local `file`, perhaps in parts; visible only when complete."""
-        is_large = file.stat().st_size > PART_BYTES
-
-        def put(store: Any, key: str) -> None:
-            store.put(
-                key,
-                file,
-                use_multipart=is_large,
-                chunk_size=PART_BYTES,
-                max_concurrency=PARTS_AT_ONCE,
-            )
-
-        # The client repeats parts that failed; they show only in the last request.
-        (self._read if is_large else self._change)(put)
+        access.put(self, file)
 
     def copy_from(self, other: ObjectPath) -> None:
         """Write the bytes of the object `other`, copied inside the store."""
-        self._change(lambda store, key: store.copy(other._key, key))
+        access.change(self, lambda store, key: store.copy(access.key_of(other), key))
 
     def download(self, file: Path) -> None:
         """Write the bytes of the object to the local `file`."""
@@ -228,12 +212,12 @@ class ObjectPath(PurePosixPath):
                 for chunk in store.get(key).stream(AHEAD_BYTES):
                     target.write(chunk)
 
-        self._read(get)
+        access.read(self, get)
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete the object."""
         with suppress(*([FileNotFoundError] if missing_ok else [])):
-            self._change(lambda store, key: store.delete(key))
+            access.delete(self)
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: folders exist only in objects' names."""
@@ -259,9 +243,9 @@ class ObjectPath(PurePosixPath):
 
     def _list(self, prefix: str = "", most: int | None = None) -> dict[str, Facts]:
         """The objects below it by their keys relative to it; the empty one marks the folder."""
-        base = f"{self._key}/" if self._key else ""
+        base = f"{key}/" if (key := access.key_of(self)) else ""
         with store_errors(self):
-            found = list_keys(self._client, base + prefix, most)
+            found = list_keys(access.client_of(self), base + prefix, most)
         return {key[len(base) :]: facts for key, facts in found.items()}
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
@@ -278,32 +262,6 @@ class ObjectPath(PurePosixPath):
     def rglob(self, pattern: str) -> Iterator[ObjectPath]:
         """The objects below it, at any depth, whose last name matches `pattern`."""
         return (path for path in self.listed() if fnmatchcase(path.name, pattern))
-
-    @property
-    def _key(self) -> str:
-        return "/".join(self.parts[BUCKET_PARTS:])
-
-    @property
-    def _client(self) -> Client:
-        scheme, bucket, *_ = self.parts
-        return client(scheme.removesuffix(":"), bucket)
-
-    def _read(self, work: Callable[[Any, str], Made]) -> Made:
-        """The result of `work`, which gets the client that repeats requests, and the key."""
-        with store_errors(self):
-            return work(self._client.reading, self._key)
-
-    def _change(self, work: Callable[[Any, str], Made]) -> Made:
-        """The result of `work`, which sends one request that changes the store."""
-        with store_errors(self):
-            for pause in (*PAUSES, None):
-                try:
-                    return work(self._client.writing, self._key)
-                except Exception as error:
-                    if pause is None or not may_pass(error):
-                        raise
-                time.sleep(pause)
-        raise AssertionError  # the last try returns or raises
 
 
 AnyPath: TypeAlias = Path | ObjectPath

@@ -19,9 +19,8 @@ import pytest
 
 from glmbatch.errors import GlmbatchError, InputError
 from glmbatch.ledger.filelist import LISTS
-from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.ledger import PUBLISHING, Ledger
 from glmbatch.ledger.manifest import COPY, MANIFEST, copy_manifest, write_manifest
-from glmbatch.ledger.publication import PUBLISHING
 from glmbatch.ledger.quarantine import QUARANTINE, REFUSED
 from glmbatch.ledger.repair import describe, repair
 from glmbatch.ledger.verification import verify

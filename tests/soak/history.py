@@ -15,9 +15,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.ledger import PUBLISHING, Ledger
 from glmbatch.ledger.manifest import MANIFEST, PublishedFile
-from glmbatch.ledger.publication import PUBLISHING
 from glmbatch.ledger.quarantine import QUARANTINE
 from glmbatch.ledger.verification import verify
 from tests.soak.changes import CHANGES, World, new_file, read_texts

@@ -14,9 +14,8 @@ import pytest
 from glmbatch.cli.main import main
 from glmbatch.errors import InputError
 from glmbatch.ledger.filelist import LISTS
-from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.ledger import PUBLISHING, Ledger
 from glmbatch.ledger.manifest import COPY, MANIFEST, Manifest
-from glmbatch.ledger.publication import PUBLISHING
 from glmbatch.ledger.quarantine import QUARANTINE
 from glmbatch.ledger.repair import repair
 from glmbatch.ledger.verification import verify
