@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from glmbatch.run.plan import plan_run
 from glmbatch.run.preview import preview
 from glmbatch.settings.job import JobConfig
 from glmbatch.store.files import digest_file
+from glmbatch.store.locks import StoreLock
 from glmbatch.store.objects.reading import kept
 from tests.stores import Request, Store
 from tests.support import CAUSAL, ROOT, Settings, Write, run
@@ -240,6 +243,53 @@ def test_the_next_run_finishes_a_killed_publication(
     rows = run_again(store, job, "killed")
     assert rows.column("text").to_pylist() == [*(f"changed {n}" for n in range(12)), *DAYS[2]]
     assert verify(store.url("killed")).findings == ()
+
+
+# As RUN, with a lock that another run may take after two seconds without a renewal.
+STALLING = RUN.replace(
+    "run_job(", "from glmbatch.store.locks import StoreLock\n"
+    "StoreLock.__init__.__defaults__ = (0.3, 2, None)\nrun_job(", 1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("last", ["day=1/", "_manifest.json"])
+def test_a_stopped_holder_changes_nothing_once_another_ran(
+    store: Store,
+    changed: Callable[[str], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    last: str,
+) -> None:
+    monkeypatch.setattr(StoreLock.__init__, "__defaults__", (0.3, 2, None))
+    job = changed("stopped")
+    stopped, published_by_other = threading.Event(), threading.Event()
+
+    def harm(request: Request) -> None:
+        if request.method == "PUT" and request.key.startswith(f"stopped/{last}"):
+            store.harm = lambda request: None
+            process.send_signal(signal.SIGSTOP)
+            stopped.set()
+            published_by_other.wait(120)  # the request stands still too
+
+    store.harm = harm
+    with subprocess.Popen(
+        [sys.executable, "-c", STALLING, json.dumps(job)], cwd=ROOT, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        assert stopped.wait(120)
+        time.sleep(3)
+        store.put("in/day=1/a.parquet", pa.table({"text": ["newer", "rows"]}))
+        store.put("in/day=2/a.parquet", pa.table({"text": [None, "and others"]}))
+        run(job)
+        after = {str(path): facts.version for path, facts in store.path("stopped").listed().items()}
+        published_by_other.set()
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(120) != 0
+        assert b"this run stopped writing" in process.stderr.read()
+    texts = published(store, "stopped").column("text").to_pylist()
+    assert texts == ["newer", "rows", None, "and others"]
+    now = {str(path): facts.version for path, facts in store.path("stopped").listed().items()}
+    assert now == after
+    assert verify(store.url("stopped")).findings == ()
 
 
 def test_refused_reads_are_not_mistaken_for_damage(store: Store, settings: Settings) -> None:

@@ -32,7 +32,7 @@ PAUSES: tuple[float, ...] = (0.2, 1.0, 4.0)
 # What is called before each change of an object in a folder, by folder.
 GATES: dict[PurePosixPath, Callable[[PurePosixPath], None]] = {}
 # The last known version of each guarded object; None if there was none.
-_GUARDED: dict[PurePosixPath, dict[str, str | None] | None] = {}
+_GUARDED: dict[PurePosixPath, dict[str, str] | None] = {}
 
 
 def client_of(path: PurePosixPath) -> Client:
@@ -138,8 +138,9 @@ def _refuse_other(path: PurePosixPath, content: bytes | Path, error: Exception) 
     ) from error
 
 
-def _version(meta: Any) -> dict[str, str | None]:
-    return {"e_tag": meta["e_tag"], "version": meta["version"]}
+def _version(meta: Any) -> dict[str, str]:
+    """What a store compares: an ETag, or a number of its own."""
+    return {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
 
 
 def _pass_gates(path: PurePosixPath) -> None:
