@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
-from glmbatch.errors import MACHINE_ERRNOS, InputError, TransientError
+from glmbatch.errors import MACHINE_ERRNOS, GlmbatchError, InputError, TransientError
 from glmbatch.ledger.delta.table import Commit, commit_table, plan_commit
 from glmbatch.ledger.filelist import find_lists
 from glmbatch.ledger.ledger import ANSWERS, LOCK, PUBLISHING, Ledger
@@ -70,7 +70,11 @@ def publish(
         stale -= version.known  # older versions of the table need their files
     # Before the first move, so that files moved before a kill are found again.
     _announce(root, stale | {output.output_name for output in outputs}, lost=announced.lost)
-    _move_staged(ledger, outputs)
+    try:
+        _move_staged(ledger, outputs)
+    except GlmbatchError:
+        check_held(root / LOCK)  # another run that took over has deleted what was staged
+        raise
     manifest = leave_alone(manifest)
     if version is not None:
         commit_table(root, {file.output_name: file.rows for file in manifest.files}, version)

@@ -6,7 +6,7 @@ objects/ sends the requests. errors.py turns their errors into ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,6 +20,7 @@ from glmbatch.errors import InputError, StoreRefused, TransientError, shown
 from glmbatch.settings.addresses import STORES, has_credentials, misspelt
 from glmbatch.store.errors import NOT_IMPLEMENTED, status_of, store_errors
 from glmbatch.store.objects import access
+from glmbatch.store.objects.clients import Client
 from glmbatch.store.objects.listing import Facts, facts_of, glob_matcher, list_keys
 from glmbatch.store.objects.reading import AHEAD_BYTES, open_ranges, open_stream
 
@@ -156,17 +157,17 @@ class ObjectPath(PurePosixPath):
 
     def open(self, mode: str = "rb") -> Any:
         """A file object for reading from start to end, in one request."""
-        with store_errors(self):
-            return open_stream(
-                access.client_of(self), access.key_of(self), partial(store_errors, self)
-            )
+        return self._opened(open_stream)
 
     def open_ranges(self) -> Any:
         """A file object for random access: each read is one request for exactly its bytes."""
-        with store_errors(self):
-            return open_ranges(
-                access.client_of(self), access.key_of(self), partial(store_errors, self)
-            )
+        return self._opened(open_ranges)
+
+    def _opened(self, opener: Callable[[Client, str, Where], Any]) -> Any:
+        where = partial(store_errors, self)
+        return access.repeated(
+            self, lambda: opener(access.client_of(self), access.key_of(self), where)
+        )
 
     def read_bytes(self) -> bytes:
         """The bytes of the object."""
@@ -244,8 +245,9 @@ class ObjectPath(PurePosixPath):
     def _list(self, prefix: str = "", most: int | None = None) -> dict[str, Facts]:
         """The objects below it by their keys relative to it; the empty one marks the folder."""
         base = f"{key}/" if (key := access.key_of(self)) else ""
-        with store_errors(self):
-            found = list_keys(access.client_of(self), base + prefix, most)
+        found = access.repeated(
+            self, lambda: list_keys(access.client_of(self), base + prefix, most)
+        )
         return {key[len(base) :]: facts for key, facts in found.items()}
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:

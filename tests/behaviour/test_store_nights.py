@@ -80,7 +80,7 @@ def test_a_night_asks_for_no_file_that_is_published(
     store.calm()
     assert run(settings()).unchanged_sources == 3
     assert published.isdisjoint(request.key for request in store.requests)
-    assert len(store.requests) < 70
+    assert len(store.requests) < 75
     # Nor for their keys when the model is asked about something new.
     store.path("in/day=1/new.parquet").write_bytes(content("new"))
     store.calm()

@@ -48,22 +48,30 @@ def key_of(path: PurePosixPath) -> str:
 
 def read(path: PurePosixPath, work: Callable[[Any, str], Made]) -> Made:
     """The result of `work`, which gets the client that repeats requests, and the key."""
-    with store_errors(path):
-        return work(client_of(path).reading, key_of(path))
+    return repeated(path, lambda: work(client_of(path).reading, key_of(path)))
 
 
 def change(path: PurePosixPath, work: Callable[[Any, str], Made]) -> Made:
     """The result of `work`, which sends one request that changes the store."""
+
+    def send() -> Made:
+        _pass_gates(path)
+        return work(client_of(path).writing, key_of(path))
+
+    return repeated(path, send)
+
+
+def repeated(path: PurePosixPath, send: Callable[[], Made]) -> Made:
+    """The result of `send`, which is called again after errors that may pass."""
     with store_errors(path):
-        for pause in (*PAUSES, None):
-            _pass_gates(path)
+        for pause in PAUSES:
             try:
-                return work(client_of(path).writing, key_of(path))
+                return send()
             except Exception as error:
-                if pause is None or not may_pass(error):
+                if not may_pass(error):
                     raise
             time.sleep(pause)
-    raise AssertionError  # the last try returns or raises
+        return send()
 
 
 def delete(path: PurePosixPath) -> None:
