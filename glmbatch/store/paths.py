@@ -22,7 +22,7 @@ from glmbatch.store.errors import NOT_IMPLEMENTED, status_of, store_errors
 from glmbatch.store.objects import access
 from glmbatch.store.objects.clients import Client
 from glmbatch.store.objects.listing import Facts, facts_of, glob_matcher, list_keys
-from glmbatch.store.objects.reading import AHEAD_BYTES, open_ranges, open_stream
+from glmbatch.store.objects.reading import AHEAD_BYTES, Where, open_ranges, open_stream
 
 SCHEMES = tuple(f"{scheme}:/" for scheme in STORES)
 GLOB_MARKS = frozenset("*?[")
