@@ -15,7 +15,8 @@ takes the lock, and what was added when it publishes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
@@ -70,11 +71,7 @@ def publish(
         stale -= version.known  # older versions of the table need their files
     # Before the first move, so that files moved before a kill are found again.
     _announce(root, stale | {output.output_name for output in outputs}, lost=announced.lost)
-    try:
-        _move_staged(ledger, outputs)
-    except GlmbatchError:
-        check_held(root / LOCK)  # another run that took over has deleted what was staged
-        raise
+    _move_staged(ledger, outputs)
     manifest = leave_alone(manifest)
     if version is not None:
         commit_table(root, {file.output_name: file.rows for file in manifest.files}, version)
@@ -83,7 +80,6 @@ def publish(
     # Moving the files may have taken longer than a lock in a store lives without renewal.
     check_held(root / LOCK)
     write_manifest(root, manifest)
-    check_held(root / LOCK)  # another run may have published by now what would be deleted
     with writable(root):
         if announced.lost and manifest.format == "parquet":
             put_strangers_aside(ledger.folder, {file.output_name for file in manifest.files})
@@ -159,6 +155,16 @@ def _delta_version(ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputR
     return plan_commit(ledger.root, places)
 
 
+@contextmanager
+def _lock_lost_first(root: AnyPath) -> Iterator[None]:
+    """If the block fails because another run took over and deleted what was staged, say that."""
+    try:
+        yield
+    except GlmbatchError:
+        check_held(root / LOCK)
+        raise
+
+
 def _move_staged(ledger: Ledger, outputs: Sequence[OutputReceipt]) -> None:
     root = ledger.folder
     if not outputs:
@@ -186,12 +192,14 @@ def _move_staged(ledger: Ledger, outputs: Sequence[OutputReceipt]) -> None:
         if receipt is None or receipt.key != output.key:
             raise TransientError(f"{path}: its staged file is missing. Run the job again.")
 
-    for _ in root.map(check, others):  # the results must be consumed: the map is lazy
-        pass
-    commit_all(moves)
+    with _lock_lost_first(root.path):
+        for _ in root.map(check, others):  # the results must be consumed: the map is lazy
+            pass
+        commit_all(moves)
 
 
 def _delete_replaced(root: Folder, manifest: Manifest, stale: set[str]) -> None:
+    check_held(root / LOCK)  # another run may have published by now what would be deleted
     names = {*manifest.replaced, *stale} - {file.output_name for file in manifest.files}
     for _ in root.map(lambda name: _delete_own(root, name), sorted(names)):
         pass

@@ -92,7 +92,9 @@ def _parts(store: Any, prefix: str, most: int | None) -> Iterator[tuple[str, Fac
             "so it cannot be listed. Rename the object."
         ) from error
     # An object that marks a folder is empty, and obstore drops the slash from its key.
-    folders = {key[: place.start()] for key, _ in entries for place in re.finditer("/", key)}
+    folders: set[str] = set()
+    for key, _ in entries:
+        folders.update(key[: slash.start()] for slash in re.finditer("/", key))
     yield from [entry for entry in entries if entry[1].size or entry[0] not in folders][:most]
 
 
