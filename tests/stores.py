@@ -156,7 +156,7 @@ class Proxy(BaseHTTPRequestHandler):
         self.server.store.requests.append(request)
         harm = self.server.store.harm(request)
         if harm == "slow":
-            time.sleep(1.5)
+            time.sleep(4)
         if harm == "reset":
             self.reset()
         elif isinstance(harm, int):
@@ -247,7 +247,7 @@ def s3_store(log: Path) -> Iterator[Store]:
     with s3_server(log) as port, proxied(port) as store, pytest.MonkeyPatch.context() as patch:
         for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": store.address}.items():
             patch.setenv(name, value)
-        patch.setattr(clients, "READ_SECONDS", 1.0)
+        patch.setattr(clients, "READ_SECONDS", 3.0)
         patch.setattr(clients, "RETRIES", 1)
         patch.setattr("glmbatch.store.objects.access.PAUSES", (0.05,))
         clients.client.cache_clear()
