@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from glmbatch.glm.engine.pool import EnginePool
-from glmbatch.ledger.input import cutting
+from glmbatch.ledger.input import opening
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.store.paths import AnyPath
 from tests.stores import Store, s3_store
@@ -164,11 +164,11 @@ def tune(tmp_path: Path, write_source: Write) -> Tune:
 def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the sources that runs digest from now on."""
     names: list[str] = []
-    digest = cutting.digest_file
+    digest = opening.digest_file
 
     def counting(path: AnyPath, *stamp: Any) -> str:
         names.append(path.name)
         return digest(path, *stamp)
 
-    monkeypatch.setattr(cutting, "digest_file", counting)
+    monkeypatch.setattr(opening, "digest_file", counting)
     return names

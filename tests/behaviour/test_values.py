@@ -165,7 +165,7 @@ def test_wrongly_published_values_are_rewritten(
     columns = {"text": ["fine"], "until": pa.array([FAR[0]], pa.timestamp("us"))}
     write_source("a.parquet", columns, use_deprecated_int96_timestamps=True)
     with pytest.MonkeyPatch.context() as before:
-        before.setattr("glmbatch.ledger.input.cutting.has_int96", lambda file: False)
+        before.setattr("glmbatch.ledger.input.opening.has_int96", lambda file: False)
         before.setattr("glmbatch.ledger.input.unchanged.LAYOUT", 0)
         before.setattr(Fragment, "unit", "ns")
         run(job_settings(steps=[CLASSIFY]))

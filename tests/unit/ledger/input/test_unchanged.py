@@ -17,7 +17,7 @@ import pytest
 
 from glmbatch.errors import AuditError, UnusableFile
 from glmbatch.ledger.fragments import read_fragment
-from glmbatch.ledger.input import cutting
+from glmbatch.ledger.input import opening
 from glmbatch.ledger.input.unchanged import is_sampled, receipts_of
 from glmbatch.ledger.manifest import read_manifest, write_manifest
 from glmbatch.ledger.verification import verify
@@ -202,7 +202,7 @@ def test_a_source_replaced_while_it_is_read_is_read_again(
     out: Path,
 ) -> None:
     write_source("day=1/a.parquet", {"text": ["first"]})
-    digest = cutting.digest_file
+    digest = opening.digest_file
 
     def slow(path: Path, *stamp: Any) -> str:
         result = digest(path, *stamp)
@@ -211,7 +211,7 @@ def test_a_source_replaced_while_it_is_read_is_read_again(
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(cutting, "digest_file", slow)
+        patch.setattr(opening, "digest_file", slow)
         assert run(published).unusable[0].source == "day=1/a.parquet"
     summary = run(published)
     assert (summary.unchanged_sources, summary.unusable) == (2, ())
@@ -387,7 +387,7 @@ def test_a_source_linked_while_it_is_planned_is_looked_at_again(
     settings: Settings, write_source: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_source("a.parquet", {"text": ["one"]})
-    look_at, links = cutting.look_at, count()
+    look_at, links = opening.look_at, count()
 
     def linked(looked: Path) -> Any:
         look = look_at(looked)
@@ -395,6 +395,6 @@ def test_a_source_linked_while_it_is_planned_is_looked_at_again(
             os.link(path, tmp_path / "link")
         return look
 
-    monkeypatch.setattr(cutting, "look_at", linked)
+    monkeypatch.setattr(opening, "look_at", linked)
     (fragment,) = plan_run(JobConfig.model_validate(settings())).plan.fragments
     assert fragment.stamp == version_stamp(path)
