@@ -212,7 +212,11 @@ def with_whole_paths(job: JobConfig) -> JobConfig:
     steps = []
     for step in job.steps:
         model = step.model and _whole_model(step.model)
-        steps.append(step.model_copy(update={"model": model}))
+        examples = step.examples
+        if examples is not None and examples.file is not None:
+            examples = examples.model_copy(update={"file": whole_address(examples.file)})
+        steps.append(step.model_copy(update={"model": model, "examples": examples}))
+    calibration = job.calibration and whole_address(job.calibration)
     canary = job.canary and job.canary.model_copy(update={"file": whole_address(job.canary.file)})
     evaluate = job.evaluate and job.evaluate.model_copy(
         update={"rows": whole_address(job.evaluate.rows)}
@@ -222,6 +226,7 @@ def with_whole_paths(job: JobConfig) -> JobConfig:
             "data": job.data.model_copy(update=data),
             "model": _whole_model(job.model),
             "steps": steps,
+            "calibration": calibration,
             "canary": canary,
             "evaluate": evaluate,
         }

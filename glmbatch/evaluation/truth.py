@@ -19,6 +19,7 @@ from glmbatch.settings.steps.fields import ExtractField
 from glmbatch.settings.tuning import LabelledData
 from glmbatch.store.inputs.find import find_files
 from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.lines.form import ENDINGS
 from glmbatch.store.parquet import open_parquet, with_constants
 from glmbatch.store.values import is_list, prompt_values
 
@@ -61,7 +62,7 @@ def read_labelled_rows(address: str, wanted: Collection[str]) -> tuple[pa.Table,
     there are no rows.
     """
     try:
-        found = find_files(address)
+        found = find_files(address, lines=True)
     except InputError as error:
         raise InputError(str(error).replace("data.input", "ROWS")) from error
     for reason in found.refused.values():
@@ -69,6 +70,11 @@ def read_labelled_rows(address: str, wanted: Collection[str]) -> tuple[pa.Table,
     tables = []
     names: dict[str, None] = {}
     for name in found.names:
+        if name.casefold().endswith(ENDINGS):
+            raise InputError(
+                f"{found.root / name}: labelled rows are read from Parquet. Name such files alone, "
+                "as in rows/*.parquet."
+            )
         with open_parquet(found.root / name) as file:
             stored = file.schema_arrow.names
             table = file.read(columns=[column for column in stored if column in wanted])

@@ -65,6 +65,8 @@ class Measured(BaseModel, frozen=True, extra="forbid"):
 
     def __str__(self) -> str:
         line = f"{self.step} scores {self.score:.4f} on {counted(self.rows, 'labelled row')}"
+        if not self.rows:
+            line = f"{self.step} was asked about no labelled row"
         if self.change is None:
             return f"{line}, unchanged"
         line = f"{line} ({self.change})"

@@ -58,9 +58,10 @@ class Session:
         self._known: dict[str, KnownAnswers] = {}
         # Fragments on which the model failed entirely, and their rows, by step key and reason.
         self._hopeless: dict[tuple[str, str], tuple[int, int]] = {}
-        # By fragment name: why its rows cannot be read, or None if all of them can.
-        self._read: dict[str, str | None] = {}
-        self._reading: dict[str, threading.Lock] = {}
+        # By file and first row: why a fragment's rows cannot be read, or None if all of them can.
+        # Not by name, because a file of labelled rows may have the name of an input file.
+        self._read: dict[tuple[str, int], str | None] = {}
+        self._reading: dict[tuple[str, int], threading.Lock] = {}
         # By step key: the likelihoods of its labels without a row.
         self._priors: dict[str, Sequence[float]] = {}
         self._asking_prior = threading.Lock()
@@ -68,6 +69,11 @@ class Session:
         self.answered_beside: dict[str, list[AnswersReceipt]] = {}
         self._holding = threading.Lock()
         self._lock = threading.Lock()
+
+    def start(self, stage: str, answers: int) -> None:
+        """Begin a stage with so many `answers` to give; nothing of an earlier one counts."""
+        self.progress.start(stage, answers)
+        self.log = AnswersLog(self.run.id, self.progress)
 
     def known_answers(self, question: Question) -> KnownAnswers:
         """The index of all committed answers to `question`; the run's fragments add theirs.
@@ -108,18 +114,19 @@ class Session:
         An UnusableFile from `read` is remembered and raised again for the other steps. Other errors
         are not: the next step calls its own `read`.
         """
+        rows = (fragment.path, fragment.first_row)
         with self._lock:
-            reading = self._reading.setdefault(fragment.name, threading.Lock())
+            reading = self._reading.setdefault(rows, threading.Lock())
         with reading:  # another step of the same fragment may be reading
-            if fragment.name not in self._read:
+            if rows not in self._read:
                 try:
                     values = read()
-                    self._read[fragment.name] = None
+                    self._read[rows] = None
                     return values
                 except UnusableFile as error:
-                    self._read[fragment.name] = str(error)
+                    self._read[rows] = str(error)
                     raise
-        reason = self._read[fragment.name]
+        reason = self._read[rows]
         if reason is not None:
             raise UnusableFile(reason)
         return None
@@ -219,7 +226,7 @@ def count_rows(run: Run) -> None:
     """Set the progress of the open session of `run` to none of its rows; nothing without one."""
     opened = _SESSIONS.get(run.context.id)
     if opened is not None:
-        opened.progress.start("annotate", run.plan.rows * len(run.inputs))
+        opened.start("annotate", run.plan.rows * len(run.inputs))
 
 
 def _lock(opened: Session) -> None:

@@ -37,30 +37,36 @@ class Kept(BaseModel, frozen=True, extra="forbid"):
     """The scores of one step over labelled rows, None for rows that do not count.
 
     `made_with` has the step keys of the step and of the earlier ones that it uses, `inputs` a
-    digest of their columns and conditions. `ids` tell which rows of two measurements are the same.
+    digest of their columns and conditions. `ids` tell which rows of two measurements are the same,
+    and `values` is a digest of what their prompts and conditions read there.
     """
 
     step: str
     made_with: dict[str, str]
     inputs: str
     ids: tuple[str, ...]
+    values: str
     scores: tuple[float | None, ...]
 
     @property
     def key(self) -> str:
         """The same key means the same measurement."""
-        return key_of(self.step, self.made_with, self.inputs, self.ids)
-
-
-def key_of(step: str, made_with: Mapping[str, str], inputs: str, ids: Sequence[str]) -> str:
-    """The key of a measurement, which names its file."""
-    return digest([step, dict(made_with), inputs, list(ids)])
+        return digest(self.model_dump(mode="json", exclude={"scores"}))
 
 
 def digest(parts: object) -> str:
     """32 hexadecimal digits for JSON values."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def columns_read(questions: Sequence[Question]) -> set[str]:
+    """The columns that the prompts and conditions of `questions` read."""
+    columns: set[str] = set()
+    for question in questions:
+        when = question.inputs.when
+        columns.update(question.inputs.sources.values(), when.columns.values() if when else ())
+    return columns
 
 
 def asked_with(question: Question, questions: Mapping[str, Question]) -> list[Question]:

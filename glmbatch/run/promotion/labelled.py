@@ -24,12 +24,18 @@ from glmbatch.store.inputs.needs import SchemaNeeds
 class Labelled:
     """Labelled rows: what is right for each step that has a truth, and the id of each row by step.
 
-    Rows with the same text have ids that begin alike.
+    Rows with the same text have ids that begin alike. `columns` has a digest of each column that
+    the job reads.
     """
 
     rows: int
     truths: Mapping[str, Truth]
     ids: Mapping[str, tuple[str, ...]]
+    columns: Mapping[str, str]
+
+    def digest_of(self, columns: Iterable[str]) -> str:
+        """A digest of the values in `columns`."""
+        return digest([self.columns.get(name) for name in sorted(columns)])
 
 
 def read_labelled(
@@ -47,12 +53,12 @@ def read_labelled(
     given = config.truth
     read = {column.name for column in needs.read}
     places = {step.name: candidates(step, steps, given, read) for step in steps}
-    wanted = {text_column}
+    wanted = {text_column, *read}
     for choices in places.values():
         wanted.update(*choices.values())
     try:
         check_names(steps, given)
-        table, columns = read_labelled_rows(config.rows, wanted)
+        table, every = read_labelled_rows(config.rows, wanted)
         truths = {}
         for step in steps:
             truth = truth_of(step, table, places[step.name], given)
@@ -64,7 +70,7 @@ def read_labelled(
         raise InputError(text.replace(f"{FLAG}:", "evaluate.truth:")) from error
     if not truths:
         raise InputError(
-            f"{config.rows}: no column has the truth of a step; it has {some_of(columns)}. "
+            f"{config.rows}: no column has the truth of a step; it has {some_of(every)}. "
             f"Name one for each step, such as evaluate.truth: {{{names[0]}: COLUMN}}."
         )
     texts: Iterable[object] = range(len(table))  # without the text column, the place tells a row
@@ -72,7 +78,10 @@ def read_labelled(
         texts = table.column(text_column).to_pylist()
     begins = [digest(str(text))[:TEXT_CHARS] for text in texts]
     ids = {name: _ids(begins, truth) for name, truth in truths.items()}
-    return Labelled(len(table), truths, ids)
+    columns = {
+        name: digest(table.column(name).to_pylist()) for name in read & {*table.column_names}
+    }
+    return Labelled(len(table), truths, ids, columns)
 
 
 def _ids(begins: Sequence[str], truth: Truth) -> tuple[str, ...]:

@@ -30,9 +30,9 @@ from glmbatch.run.promotion.kept import (
     TEXT_CHARS,
     Kept,
     asked_with,
+    columns_read,
     inputs_of,
     kept_in,
-    key_of,
 )
 from glmbatch.run.promotion.labelled import Labelled, read_labelled
 from glmbatch.run.promotion.rule import check_measured, judged, paired
@@ -52,14 +52,14 @@ Costs = dict[str, Counter[str]]
 class Standing:
     """One step that has a truth: how it is measured, and what is known of it.
 
-    `change` says how it differs from the published step, None if it does not. `now` is the
-    measurement of the step and `before` that of the published one, if there are such.
+    `change` says how it differs from the published step, None if it does not. `blank` is its
+    measurement without scores, `now` the one with them, and `before` that of the published step, if
+    there are such.
     """
 
     question: Question
     asked: Sequence[Question]
-    inputs: str
-    key: str
+    blank: Kept
     change: str | None
     now: Kept | None
     before: Kept | None
@@ -90,10 +90,11 @@ def measure_changes(
         work = _work(config.rows, data, run, chosen)
         costs = _ask(work)
         answers = _answers(work, ledger)
+        again = read_labelled(config, steps, data.text_column, run.needs)
+        if (again.ids, again.columns) != (labelled.ids, labelled.columns):
+            raise InputError(f"{config.rows}: was changed while it was read. Run again.")
         for standing in due:
             table = answers[standing.question.name]
-            if len(table) != labelled.rows:
-                raise InputError(f"{config.rows}: was changed while it was read. Run again.")
             kept.keep(_scored(standing, labelled, table))
         found = standings(labelled, questions, ledger)
     measured = judgements(config, found, costs)
@@ -131,13 +132,8 @@ def preview_measures(
 def _scored(standing: Standing, labelled: Labelled, answers: pa.Table) -> Kept:
     name = standing.question.name
     score_R = row_scores(standing.question.step, labelled.truths[name], answers)
-    return Kept(
-        step=name,
-        made_with={each.name: each.key for each in standing.asked},
-        inputs=standing.inputs,
-        ids=labelled.ids[name],
-        scores=tuple(None if np.isnan(score) else float(score) for score in score_R),
-    )
+    scores = tuple(None if np.isnan(score) else float(score) for score in score_R)
+    return standing.blank.model_copy(update={"scores": scores})
 
 
 def standings(labelled: Labelled, questions: Sequence[Question], ledger: Ledger) -> list[Standing]:
@@ -153,15 +149,20 @@ def standings(labelled: Labelled, questions: Sequence[Question], ledger: Ledger)
         if question.name not in labelled.truths:
             continue
         asked = asked_with(question, by_name)
-        inputs = inputs_of(asked)
-        made_with = {each.name: each.key for each in asked}
-        key = key_of(question.name, made_with, inputs, labelled.ids[question.name])
+        blank = Kept(
+            step=question.name,
+            made_with={each.name: each.key for each in asked},
+            inputs=inputs_of(asked),
+            ids=labelled.ids[question.name],
+            values=labelled.digest_of(columns_read(asked)),
+            scores=(),
+        )
         before = kept.of_published(question.name, published)
         change = _change(question, asked, published, manifest)
-        if change is None and before is not None and before.inputs != inputs:
+        if change is None and before is not None and before.inputs != blank.inputs:
             change = "changed columns or condition"
-        now = kept.find(key)
-        found.append(Standing(question, asked, inputs, key, change, now, before))
+        now = kept.find(blank.key)
+        found.append(Standing(question, asked, blank, change, now, before))
     return found
 
 
@@ -200,7 +201,7 @@ def judgements(
             rows=len(scored),
             score=float(np.mean(scored)) if scored else 0.0,
             change=standing.change,
-            kept=standing.key,
+            kept=now.key,
             **costs.get(standing.question.name, Counter()),
             **facts,
         )
@@ -225,10 +226,7 @@ def _beside(before: Kept, now: Kept) -> dict[str, float]:
 
 def _work(rows: str, data: DataConfig, run: Run, questions: Sequence[Question]) -> Work:
     """The questions over the labelled rows, as a run asks them."""
-    columns: set[str] = set()
-    for question in questions:
-        when = question.inputs.when
-        columns.update(question.inputs.sources.values(), when.columns.values() if when else ())
+    columns = columns_read(questions)
     # Published rows that were corrected have answer columns too, and nothing is written here.
     needs = replace(
         run.needs,
@@ -253,7 +251,7 @@ def _ask(work: Work) -> Costs:
     """Answer and commit every question; what each one asked of the model in this run."""
     run = work.run
     number = len(work.questions)
-    session_of(run.context).progress.start("measure", run.plan.rows * number)
+    session_of(run.context).start("measure", run.plan.rows * number)
     logger.info("measuring %s on %s", counted(number, "step"), counted(run.plan.rows, "row"))
     costs: Costs = {}
     for assignment in work.in_passes():

@@ -52,7 +52,12 @@ def _scores(step: AnyStep, given: Answers, expected: Answers) -> np.ndarray:
     elif given.kind in ("several labels", "list"):
         score_R[rows] = [_f1(one, other) for one, other in zip(truth, values, strict=True)]
     elif given.kind == "value" and isinstance(step, ClassifyStep):
-        score_R[rows] = _nearness(step, truth, values)
+        # Of all rows with a truth, so that a row scores the same whichever others have an answer.
+        number_R = np.full(len(score_R), np.nan)
+        known_R = expected.answered_R
+        number_R[known_R] = _numbers(step, [x for x in expected.values if x is not None])
+        extent = np.ptp(number_R[known_R]) or 1.0
+        score_R[rows] = np.clip(1 - np.abs(number_R[rows] - values) / extent, 0, 1)
     else:
         score_R[rows] = same_values(truth, values)
     return score_R
@@ -73,15 +78,11 @@ def _f1(truth: Sequence[Any] | None, answer: Sequence[Any] | None) -> float:
     return 2 * (one & other).total() / both if both else 1.0
 
 
-def _nearness(step: AnyStep, truth: Sequence[Any], values: Sequence[float]) -> np.ndarray:
+def _numbers(step: AnyStep, truth: Sequence[Any]) -> np.ndarray:
     try:
-        truth_R = np.array([float(value) for value in truth])
+        return np.array([float(value) for value in truth])
     except (TypeError, ValueError) as error:
         raise InputError(
             f"evaluate.truth: step {step.name!r} answers with numbers, and its truth has others: "
             f"{error}. Name another column."
         ) from error
-    extent = float(np.ptp(truth_R)) if len(truth_R) else 0.0
-    distance_R = np.abs(truth_R - np.array(values, np.float64))
-    near_R: np.ndarray = np.clip(1 - distance_R / (extent or 1.0), 0, 1)
-    return near_R

@@ -97,6 +97,23 @@ def test_a_task_that_outlives_its_run_is_interrupted(planned: Any) -> None:
         answer(work)
 
 
+def test_files_of_one_name_in_two_folders_are_both_read(planned: Any) -> None:
+    run, work = planned("one", 1)
+    fragment = work.fragments[0]
+    other = fragment.model_copy(update={"path": "/elsewhere/a.parquet"})
+    with session(run) as opened:
+        assert opened.read_once(fragment, lambda: "rows") == "rows"
+        assert opened.read_once(fragment, lambda: "rows") is None
+        assert opened.read_once(other, lambda: "other rows") == "other rows"
+
+
+def test_each_stage_is_logged_from_its_start(planned: Any) -> None:
+    with session(planned("one", 1)[0]) as opened:
+        before = opened.log
+        opened.start("measure", 10)
+        assert opened.log is not before and opened.progress.snapshot().total == 10
+
+
 def test_a_session_holds_its_output_until_it_ends(planned: Any) -> None:
     run, _ = planned("held", 2)
     other, _ = planned("held", 2)

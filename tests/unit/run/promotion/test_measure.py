@@ -19,6 +19,8 @@ from glmbatch.report.report import read_report
 from glmbatch.report.summary import Summary
 from glmbatch.report.text import describe
 from glmbatch.run.preview import preview
+from glmbatch.run.promotion.measure import Costs, _ask
+from glmbatch.run.work import Work
 from glmbatch.settings.job import JobConfig
 from tests.support import CLASSIFY, GENERATE, Settings, Write, column_of, run
 
@@ -127,6 +129,56 @@ def test_only_changed_rows_are_left_out_of_the_pairs(job: dict[str, Any], tmp_pa
     pq.write_table(pa.concat_tables([table, more]), tmp_path / "labelled.parquet")
     found = run(with_step(job, OTHER, least_gain=-1))
     assert (found.measured[0].rows, found.measured[0].paired) == (42, 40)
+
+
+def test_rows_with_other_values_are_measured_again(job: dict[str, Any], tmp_path: Path) -> None:
+    """Also values beside the text and the truth, which a prompt reads."""
+    table = pq.read_table(tmp_path / "labelled.parquet")
+    for source in (tmp_path / "labelled.parquet", Path(job["data"]["input"]) / "a.parquet"):
+        rows = pq.read_table(source)
+        pq.write_table(rows.append_column("shop", pa.array(["one"] * len(rows))), source)
+    step = {**CLASSIFY, "prompt_template": "{shop}: {text}"}
+    first = run(with_step(job, step, least_gain=-1))
+    assert first.measured[0].prompts > 0
+    assert asked(run(with_step(job, step))) == [(0, 0)]
+    others = table.append_column("shop", pa.array(["another"] * len(table)))
+    pq.write_table(others, tmp_path / "labelled.parquet")
+    again = run(with_step(job, step))
+    assert again.measured[0].prompts > 0, "the score of other prompts was taken"
+    assert (again.measured[0].change, again.refused) == (None, None)
+
+
+def test_lines_among_labelled_rows_are_refused(job: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "labelled"
+    folder.mkdir()
+    (tmp_path / "labelled.parquet").rename(folder / "a.parquet")
+    (folder / "b.csv").write_text("text,mood\nfine,good\n")
+    with pytest.raises(InputError, match=r"b\.csv: labelled rows are read from Parquet"):
+        run(with_step(job, OTHER, rows=str(folder)))
+    assert run(with_step(job, CLASSIFY, rows=f"{folder}/*.parquet")).refused is None
+
+
+def test_rows_that_change_while_asked_are_not_kept(
+    job: dict[str, Any], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "labelled.parquet"
+    kept = {*out.glob("_glmbatch/measured/*.json")}
+
+    def replaced(work: Work) -> Costs:
+        costs = _ask(work)
+        pq.write_table(pq.read_table(rows).slice(1, 1).take([0] * 46), rows)
+        return costs
+
+    monkeypatch.setattr("glmbatch.run.promotion.measure._ask", replaced)
+    with pytest.raises(InputError, match=r"labelled\.parquet: was changed while it was read"):
+        run(with_step(job, OTHER))
+    assert {*out.glob("_glmbatch/measured/*.json")} == kept
+
+
+def test_a_step_that_is_asked_no_row_is_not_proven(job: dict[str, Any]) -> None:
+    never = {**CLASSIFY, "when": "text = 'no such text'"}
+    with pytest.raises(AuditError, match=r"mood was asked about no labelled row .*asks for 0.5"):
+        run(with_step(job, never, least_score=0.5))
 
 
 def test_only_the_least_score_decides_a_first_night(

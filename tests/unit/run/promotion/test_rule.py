@@ -120,6 +120,10 @@ def test_each_kind_of_answer_has_a_score() -> None:
     number = {"kind": "classify", "name": "mood", "number": True}
     near = scores(number, {"mood": ["1", "5"]}, mood=[1.0, 4.0], mood_error_type=none)
     assert near == pytest.approx([1, 0.75])
+    # On the scale of all truths, also of those whose rows failed.
+    failed = pa.array([None, "too_long"])
+    near = scores(number, {"mood": ["2", "6"]}, mood=[1.0, None], mood_error_type=failed)
+    assert near == pytest.approx([0.75, 0])
     facts = {
         "kind": "extract",
         "name": "facts",
