@@ -45,6 +45,11 @@ def _outcome(summary: Summary) -> str:
     if summary.faulty_rows:
         failed += f" ({summary.faulty_rows / max(1, summary.rows):.1%})"
     parts = [f"Published: {counted(summary.rows, 'row')}", failed]
+    for step in summary.steps:
+        if step.abstained:
+            share = step.abstained / max(1, step.answers - step.failed - step.not_asked)
+            rows = counted(step.abstained, "row")
+            parts.append(f"{step.name} abstained from {rows} ({share:.1%})")
     if summary.unusable:
         parts.append(f"{counted(len(summary.unusable), 'file or fragment')} left out")
     if summary.audits:

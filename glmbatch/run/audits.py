@@ -161,11 +161,22 @@ def audit_steps(
         now = [output.answers[index] for output in readable]
         now += [receipt for receipt in unchanged if receipt.step == step.name]
         before = [receipt for receipt in published if receipt.step == step.name]
+        audits += _abstained_audits(step, now)
         if isinstance(step, ClassifyStep):
             audits += _label_audits(step, now, before)
         else:
             audits += _text_audits(step, now, before)
     return audits
+
+
+def _abstained_audits(step: AnyStep, now: Sequence[AnswersReceipt]) -> Iterator[Audit]:
+    allowed = step.audits.max_abstained_rate
+    answered = 0
+    for receipt in now:
+        answered += receipt.rows - receipt.not_asked - sum(receipt.faults.values())
+    if allowed is not None and answered:
+        share = sum(receipt.abstained for receipt in now) / answered
+        yield Audit(step=step.name, what="share of rows abstained", measured=share, allowed=allowed)
 
 
 def _label_audits(

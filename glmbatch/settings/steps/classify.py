@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from glmbatch.errors import some_of
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.kinds import Settings, equal_but_for_case
-from glmbatch.settings.steps.step import Step, literal
+from glmbatch.settings.steps.step import AbstainedRate, Step, literal
 
 
 def _distinct(labels: list[str]) -> list[str]:
@@ -174,6 +174,7 @@ class ClassifyAudits(Settings):
         "stability index: 0.1 is a small shift, 0.25 a large one. Start with 0.25. "
         "Empty: no audit.",
     )
+    max_abstained_rate: AbstainedRate = None
 
 
 class ClassifyStep(Step):

@@ -8,7 +8,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.kinds import Settings, Share
-from glmbatch.settings.steps.step import Step
+from glmbatch.settings.steps.step import AbstainedRate, Step
 
 MaxTokens = Annotated[
     int,
@@ -53,6 +53,7 @@ class GenerateAudits(Settings):
     max_empty_rate: Share | None = Field(
         None, description="Maximum share of empty answers. Start with 0.01. Empty: no audit."
     )
+    max_abstained_rate: AbstainedRate = None
     max_length_drift: float | None = Field(
         None,
         gt=0,

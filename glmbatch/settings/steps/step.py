@@ -12,12 +12,21 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from glmbatch.settings.conditions import parse_condition
-from glmbatch.settings.kinds import Address, Settings, StepName
+from glmbatch.settings.kinds import Address, Settings, Share, StepName
 from glmbatch.settings.model import ModelSetting
 
 TEXT = "text"  # the placeholder for data.text_column, whatever the column's name
 ANSWER = "answer"  # the name of an example's answer, beside those of the placeholders
 MOST_EXAMPLES = 64  # each takes room in every prompt
+
+
+AbstainedRate = Annotated[
+    Share | None,
+    Field(
+        description="Maximum share of the answered rows that get no answer because of "
+        "abstain_below. Empty: no audit."
+    ),
+]
 
 
 def object_text(value: object) -> object:

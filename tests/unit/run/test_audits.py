@@ -150,6 +150,27 @@ def test_empty_answers_are_counted(
         run(settings)
 
 
+def test_too_many_abstentions_are_not_published(
+    write_source: Write, job_settings: Settings, out: Path, rows: list[str | None]
+) -> None:
+    """Also on the first night, and beside rows that fail or are not asked."""
+    write_source("a.parquet", {"text": [*rows[:6], None, "short"]})
+    settings = job_settings()
+    for step in settings["steps"]:
+        step |= {"abstain_below": 1.0, "when": "text != 'short'"}
+        step["audits"] = {"max_abstained_rate": 0.5}
+    with pytest.raises(AuditError, match=r"mood: share of rows abstained 1, at most 0\.5 allowed"):
+        run({**settings, "max_error_rate": 1.0})
+    assert published(out) == {}
+    settings["steps"][0]["audits"]["max_abstained_rate"] = 1.0
+    settings["steps"] = settings["steps"][:1]
+    summary = run({**settings, "max_error_rate": 1.0})
+    assert [audit.measured for audit in summary.audits] == [1.0]
+    report = read_report(str(out), summary.run)
+    assert report is not None and report.verdict is not None
+    assert "mood abstained from 6 rows (100.0%)" in report.verdict.lines[0]
+
+
 def test_much_longer_answers_are_not_published(
     write_source: Write, job_settings: Settings, out: Path, rows: list[str | None]
 ) -> None:
