@@ -143,7 +143,11 @@ class Trial:
         run_job(JobConfig.model_validate({**job, "runtime": {"device": "cpu"}}))
 
     def _training(self, folder: Path) -> TuneConfig:
-        training = {"method": self.options.learner, "epochs": self.options.epochs, "batch_rows": 16}
+        epochs = self.options.epochs
+        if self.options.even:
+            labelled = len(pq.read_table(folder, columns=[STEP]))
+            epochs = round(epochs * self.options.random / labelled)
+        training = {"method": self.options.learner, "epochs": epochs, "batch_rows": 16}
         training |= {"learning_rate": self.options.rate, "gradient_checkpointing": False}
         return TuneConfig.model_validate(
             {
@@ -207,6 +211,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--step", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument(
+        "--even", action="store_true", help="as many updates for few labels as for --random"
+    )
     parser.add_argument("--rate", type=float, default=5e-4)
     return parser.parse_args()
 

@@ -1,13 +1,14 @@
 """Take the pictures in docs/img: the sample job's page of a run, and the same run in Prefect's UI.
 
-    .venv/bin/python docs/screenshots.py          about two minutes; needs Chromium on PATH
+    .venv/bin/python docs/screenshots.py          some minutes; needs Chromium on PATH
 
-Everything is real: a Prefect server on loopback, the whole sample job, a browser. Names of runs,
-times and rates differ from one call to the next.
+Everything is real: a Prefect server on loopback, the sample job over one of its days, a browser.
+Names of runs, times and rates differ from one call to the next.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import socket
@@ -25,6 +26,8 @@ from deployments.local import Local  # noqa: E402
 
 PICTURES = ROOT / "docs" / "img"
 JOB = "sample_data/reviews.yaml"
+# Few enough tasks for their names to be legible.
+DAYS = "day = '2026-11-03'"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Inside the checkout, so that the pictures show no folder of this machine. Git ignores it.
 OUTPUT = Path("build") / "answers"
@@ -38,10 +41,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_sample(server: Local) -> None:
-    """Run the sample job on `server`; its exit code 3 says that bad rows were quarantined."""
+def run_sample(server: Local, where: str) -> None:
+    """Run the sample job on `server` over the rows that meet `where`.
+
+    Its exit code 3 says that bad rows were quarantined.
+    """
     shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)  # answers that are known take no time
-    command = [Path(sys.executable).parent / "glmbatch", "run", JOB, "--output", OUTPUT]
+    program = Path(sys.executable).parent / "glmbatch"
+    command = [program, "run", JOB, "--output", OUTPUT, "--set", f"data.where={where}"]
     code = subprocess.run(command, cwd=ROOT, env=server.environment, check=False).returncode
     if code not in (0, 3):
         sys.exit(f"glmbatch run: exit code {code}")
@@ -72,6 +79,9 @@ def picture_of_prefect(browser: Browser, server: Local) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Take the pictures in docs/img.")
+    parser.add_argument("--where", default=DAYS, help="the rows of the sample that are answered")
+    options = parser.parse_args()
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         sys.exit("no Chromium on PATH; Debian has it as the package chromium")
@@ -81,7 +91,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=program, chromium_sandbox=sandbox)
         try:
             server.up()
-            run_sample(server)
+            run_sample(server, options.where)
             picture_of_report(browser)
             picture_of_prefect(browser, server)
         finally:

@@ -61,6 +61,12 @@ class Corrections:
             return None
         return table.filter(table.column(step.name).is_valid()).select(names)
 
+    def texts(self, step: ViewedStep, column: str | None) -> list[str]:
+        """The values of `column` in the rows that have a truth of `step`; [] without them."""
+        said = self.said_of(step, [column]) if column is not None else None
+        values = said.column(column).to_pylist() if said is not None else []
+        return [str(value) for value in values if value is not None]
+
     def keep(  # noqa: PLR0913, PLR0917 - a row, and what is said of it
         self,
         published: Published,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -29,12 +29,13 @@ from glmbatch.view.query import (
     score,
     where,
 )
+from glmbatch.view.spread import LOT, spread, with_lot
 
 MEMORY = "1GB"
 # Rows that can be paged through in one order; further ones are found by a filter.
 DEEPEST = 10_000
-# One row in ten is drawn by lot: those of which the model is sure are looked at too.
-LOT = 10
+# Rows of the greatest worth among which those that are like others step back.
+SPREAD = 1_000
 SHOWN_CHARS = 400
 
 
@@ -107,11 +108,17 @@ class Rows:
             ) from error
 
     def page(
-        self, filters: Filters, corrected: Sequence[bytes], offset: int, limit: int
+        self,
+        filters: Filters,
+        corrected: Sequence[bytes],
+        offset: int,
+        limit: int,
+        known: Sequence[str] = (),
     ) -> list[Place]:
         """The rows from `offset` on, at most `limit`, in the order asked for.
 
-        Rows of one question are shown once, but for the order of the files.
+        Rows of one question are shown once, but for the order of the files. By worth, rows that are
+        like the texts in `known` come later.
         """
         if offset + limit > DEEPEST and filters.order != "file":
             raise InputError(f"only the first {DEEPEST:,} rows are sorted. Set a filter.")
@@ -120,9 +127,31 @@ class Rows:
             return self._in_files(filters, step, corrected, offset, limit)
         if filters.order != "worth":
             return self._sorted(filters.order, filters, corrected, offset + limit)[offset:]
-        best = self._sorted("worth", filters, corrected, offset + limit)
+        best = self._sorted("worth", filters, corrected, max(offset + limit, SPREAD))
+        spread_out = chain(self._spread(filters, best[:SPREAD], known), best[SPREAD:])
         drawn = self._sorted("random", filters, corrected, (offset + limit) // LOT + 1)
-        return [*islice(_with_lot(best, drawn), offset, offset + limit)]
+        return [*islice(with_lot(spread_out, drawn), offset, offset + limit)]
+
+    def _spread(
+        self, filters: Filters, best: Sequence[Place], known: Sequence[str]
+    ) -> Iterator[Place]:
+        """`best` by worth times newness; as they are without a text to compare."""
+        if self.text_column is None or not best:
+            return iter(best)
+        step = self.published.step(filters.step)
+        rank = ranking("worth", step, compared=self.compares(step))
+        found = self._ask(
+            f"SELECT {quoted(FILE)}, {ROW}, coalesce(left({quoted(self.text_column)}::VARCHAR, "
+            f"{SHOWN_CHARS}), ''), {rank.sql} FROM {self._source(filters, step)} "
+            f"WHERE {self._among(best)}",
+            rank.values,
+        )
+        by_place = {(self._places[name], row): rest for name, row, *rest in found}
+        rows = [by_place[place.file, place.row] for place in best]
+        # The lowest rank comes first; that of a row of which the model is sure is 1.
+        worths = [max(0.0, 1 - rank) for _, rank in rows]
+        order = spread([text for text, _ in rows], worths, [text[:SHOWN_CHARS] for text in known])
+        return (best[place] for place in order)
 
     def _in_files(
         self,
@@ -210,18 +239,12 @@ class Rows:
         step = self.published.step(filters.step)
         columns = Columns(step.name)
         text = quoted(self.text_column) if self.text_column is not None else "NULL"
-        files = {place.file for place in places}
-        if not files:
+        if not places:
             return []
-        names = ", ".join(literal(str(self.published.path_of(file))) for file in files)
-        wanted = ", ".join(
-            f"({literal(str(self.published.path_of(place.file)))}, {place.row})" for place in places
-        )
         found = self._ask(
             f"SELECT {quoted(FILE)}, {ROW}, left({text}::VARCHAR, {SHOWN_CHARS}), "
             f"left({quoted(step.name)}::VARCHAR, {SHOWN_CHARS}), {score(step)}, "
-            f"{quoted(columns.error_type)} FROM published WHERE {quoted(FILE)} IN ({names}) "
-            f"AND ({quoted(FILE)}, {ROW}) IN ({wanted})"
+            f"{quoted(columns.error_type)} FROM published WHERE {self._among(places)}"
         )
         by_place = {(self._places[name], row): rest for name, row, *rest in found}
         lines = []
@@ -230,6 +253,13 @@ class Rows:
             line = {"text": text_shown, "answer": answer, "score": its_score, "error": error}
             lines.append({"file": place.file, "row": place.row, **line})
         return lines
+
+    def _among(self, places: Sequence[Place]) -> str:
+        """The condition that a row is one of `places`, as SQL."""
+        names = {place.file: literal(str(self.published.path_of(place.file))) for place in places}
+        wanted = ", ".join(f"({names[place.file]}, {place.row})" for place in places)
+        files = ", ".join(names.values())
+        return f"{quoted(FILE)} IN ({files}) AND ({quoted(FILE)}, {ROW}) IN ({wanted})"
 
     def carried(self, step: ViewedStep, said: pa.Table) -> dict[bytes, list[bytes]]:
         """The keys of rows with the same own columns as one in `said`, by the key that it has.
@@ -315,17 +345,3 @@ def _different(places: Sequence[Place]) -> list[Place]:
     for place in places:
         first.setdefault(place.key or (place.file, place.row), place)
     return list(first.values())
-
-
-def _with_lot(best: Sequence[Place], drawn: Sequence[Place]) -> Iterator[Place]:
-    """`best` in order, and in every tenth place one of `drawn`; none twice."""
-    shown = set()
-    rest = [iter(best), iter(drawn)]
-    for number in range(1, len(best) + len(drawn) + 1):
-        by_lot = number % LOT == 0
-        for turn in (by_lot, not by_lot):
-            place = next((place for place in rest[turn] if place not in shown), None)
-            if place is not None:
-                shown.add(place)
-                yield place
-                break

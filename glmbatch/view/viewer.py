@@ -131,7 +131,8 @@ class Viewer:
         rows = self._current()
         step = rows.published.step(filters.step)
         corrected = self._right(rows, step)
-        places = rows.page(filters, list(corrected), offset, limit)
+        known = self.corrections.texts(step, rows.text_column)
+        places = rows.page(filters, list(corrected), offset, limit, known)
         lines = rows.lines(filters, places)
         for line, place in zip(lines, places, strict=True):
             line["name"] = rows.published.files[place.file].output_name

@@ -53,7 +53,9 @@ def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> str
     write_source("day=1/a.parquet", {"text": [f"row {n}" for n in range(12)] + [None]})
     write_source("day=2/b.parquet", {"text": ["one", "two"]})
     path = tmp_path / "job.yaml"
-    path.write_text(yaml.safe_dump(job_settings(max_error_rate=0.5)))
+    settings = job_settings(max_error_rate=0.5)
+    settings["steps"][1]["audits"] = {"max_empty_rate": 1.0}
+    path.write_text(yaml.safe_dump(settings))
     return str(path)
 
 
@@ -150,6 +152,7 @@ def assert_log_shows_the_run(environment: dict[str, str], out: Path) -> None:
     assert re.search(r"mood, day=2/b.parquet@0: 2 rows, 2 answered by the model, .* in \d", log)
     assert "1 failed (null_value 1)" in log
     assert re.search(r"failed: day=1/a.parquet: row 12, mood: text is null", log), log
+    assert "audit passed: reply: share of empty answers" in log
     assert "reply, total: 15 rows, 14 answered by the model, 0 reused, 0 repeated" in log
     assert f"{out}: published 15 rows in 3 files; 1 failed, files or fragments left out: 0" in log
 
@@ -168,7 +171,7 @@ def assert_page_shows_the_run(environment: dict[str, str], out: Path, printed: s
     ]
     lines = shown["annotate"]["data"].splitlines()
     facts = [line.strip("| ").split(" | ") for line in lines if line]
-    assert facts[0] == [r"Published\: 15 rows\, 1 row failed \(6\.7\%\)\, no audit is set\."]
+    assert facts[0] == [r"Published\: 15 rows\, 1 row failed \(6\.7\%\)\, 1 audit passed\."]
     assert facts[1][0].startswith("No earlier run was published")
     assert facts[2][0].startswith("Look first at 1 row that failed in mood with null")
     assert ["run", page.stem] in facts

@@ -17,7 +17,8 @@ from glmbatch.errors import InputError
 from glmbatch.ledger.manifest import read_manifest, write_manifest
 from glmbatch.view.published import RowsChanged, read_published
 from glmbatch.view.query import Filters
-from glmbatch.view.rows import DEEPEST, LOT, Place, Rows
+from glmbatch.view.rows import DEEPEST, Place, Rows
+from glmbatch.view.spread import LOT
 from tests.support import rows_of
 
 Open = Callable[..., Rows]
@@ -104,11 +105,24 @@ def test_pages_are_parts_of_one_order(rows_in: Open) -> None:
 def test_every_tenth_row_is_drawn_by_lot(rows_in: Open) -> None:
     rows = rows_in()
     drawn = rows.page(Filters(step="mood", order="random"), [], 0, 22)
-    unsure = rows.page(Filters(step="mood", order="unsure"), [], 0, 22)
+    unsure = rows.page(Filters(step="mood", order="unsure"), [], 0, 1)
     worth = rows.page(Filters(step="mood"), [], 0, LOT)
-    assert worth[: LOT - 1] == unsure[: LOT - 1]
+    assert worth[0] == unsure[0]
     assert worth[LOT - 1] == next(place for place in drawn if place not in worth[: LOT - 1])
     assert drawn[-1].key is None  # nothing to correct
+
+
+def test_rows_like_those_looked_at_come_later(rows_in: Open) -> None:
+    rows = rows_in()
+    asked = Filters(step="mood")
+    first, *others = rows.page(asked, [], 0, 22)
+    (line,) = rows.lines(asked, [first])
+    later = rows.page(asked, [], 0, 22, known=[line["text"]])
+    assert later.index(first) > len(others) // 2
+    assert set(later) == {first, *others}
+    rows.text_column = None  # nothing to compare
+    unsure = rows.page(Filters(step="mood", order="unsure"), [], 0, 9)
+    assert rows.page(asked, [], 0, 9, known=["any"]) == unsure
 
 
 def test_labels_that_have_grown_come_first(rows_in: Open, folder: Path) -> None:
