@@ -81,11 +81,20 @@ class Trial:
             table = table.set_column(1, "truth", table.column("label"))  # a name of no step
             if name == "pool":
                 picked = self.dice.sample(range(len(table)), min(options.pool, len(table)))
-                table = table.take(sorted(picked))
+                table = self._with_copies(table.take(sorted(picked)))
             pq.write_table(table, source / f"{name}.parquet")
             self.files[name] = table.to_pylist()
         self.labels = sorted({row["truth"] for row in self.files["pool"]})
         self.trained = 0
+
+    def _with_copies(self, table: pa.Table) -> pa.Table:
+        """`table` and copies of every tenth row, as of a template: each with another number."""
+        tenth = table.take(list(range(0, len(table), 10)))
+        copies = []
+        for _ in range(self.options.copies):
+            texts = [f"{text} {self.dice.randrange(10**6)}" for text in tenth["text"].to_pylist()]
+            copies.append(tenth.set_column(0, "text", pa.array(texts, table.schema.types[0])))
+        return pa.concat_tables([table, *copies])
 
     def by_lot(self) -> float:
         """The accuracy on the test rows after training on rows drawn by lot."""
@@ -206,6 +215,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--learner", choices=["tfidf", "full", "lora", "head"], default="tfidf")
     parser.add_argument("--order", choices=["worth", "unsure", "random"], default="worth")
     parser.add_argument("--pool", type=int, default=3500, help="most rows to choose from")
+    parser.add_argument("--copies", type=int, default=0, help="copies of every tenth row to add")
     parser.add_argument("--random", type=int, default=1000)
     parser.add_argument("--most", type=int, default=300)
     parser.add_argument("--step", type=int, default=50)
