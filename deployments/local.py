@@ -59,8 +59,6 @@ DEFAULTS = {
     "PREFECT_SERVER_UI_V2_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds, Prefect's minimum
-    # A page's log says what happened, without "Finished in state Completed()" of each task.
-    "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "WARNING",
     "PREFECT_WORKER_QUERY_SECONDS": "5",
     # By default, a server that was down for over a minute forgets which runs owe a heartbeat.
     "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P7D",

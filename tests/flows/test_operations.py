@@ -466,26 +466,10 @@ def test_the_local_server_also_runs_on_sqlite(
             api.set_parameters("annotate/arrivals", job=job())
             run = api.run("annotate/arrivals")
             wait(lambda: api.state(run) == "Completed", "a run completes")
-            assert_log_is_of_the_run(api, run)
         finally:
             plain.down()
     assert (tmp_path / "home" / "prefect.db").exists()
     assert len(rows_of(out)) == 40
-
-
-def assert_log_is_of_the_run(api: Api, run: str) -> None:
-    """A run's page says what happened, without a line for each task that ended well."""
-
-    def lines() -> list[str]:
-        body = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC"}
-        return [line["message"] for line in api.ask("POST", "/logs/filter", body)]
-
-    ended = "Finished in state Completed("
-    wait(lambda: any(ended in line for line in lines()), "the end of the flow is logged")
-    log = lines()
-    assert sum(ended in line for line in log) == 1, log
-    assert any(": loaded in " in line for line in log), log
-    assert any(": published 40 rows in " in line for line in log), log
 
 
 def test_a_run_survives_a_server_restart(
