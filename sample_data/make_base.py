@@ -1,9 +1,16 @@
-"""Write a small ChatGLM2 in the published layout: random weights, and a tokenizer for the texts."""
+"""Write a small ChatGLM2 in the published layout: random weights, and a tokenizer for the texts.
+
+    python sample_data/make_base.py TRAINING.yaml    the base that this training names as its model
+
+`docs/training.md` shows such a training.
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentencepiece import SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.architecture import native_config, read_architecture
 from glmbatch.glm.checkpoint.save import save_checkpoint
+from glmbatch.settings.jobfile import load_settings
+from glmbatch.settings.tuning import TuneConfig
+from glmbatch.tuning.split import read_labelled
 
 HEADS = 4
 GROUPS = 2
@@ -52,8 +63,44 @@ class Shape:
     max_positions: int
 
 
-def make_base(directory: Path, texts: Sequence[str], shape: Shape, seed: int) -> None:
-    """Write the checkpoint to `directory`, with the same bytes each time on the same hardware."""
+# For a training's own texts. A piece that few texts have is hardly learned.
+TEXTS_PER_PIECE = 3
+LEAST_PIECES = 3000
+MOST_PIECES = 8000
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="YAML file of a training, as for glmbatch train")
+    try:
+        print(make_base_for(load_settings(parser.parse_args().file, TuneConfig)))
+    except InputError as error:
+        print(f"make_base.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_base_for(config: TuneConfig) -> str:
+    """Write the base that `config` names as its model, for its training rows; returns a summary.
+
+    InputError if a checkpoint is there, or if the rows cannot be trained on.
+    """
+    path = config.model.path
+    if "://" in path:
+        raise InputError(f"{path}: is not a folder of this machine. Set model to a new folder.")
+    texts = [example.text for example in read_labelled(config.data).parts["train"]]
+    most_pieces = min(MOST_PIECES, max(LEAST_PIECES, len(texts) // TEXTS_PER_PIECE))
+    training = config.training
+    positions = training.max_input_tokens + (training.max_answer_tokens if config.writes else 0)
+    pieces = make_base(Path(path), texts, Shape(128, 2, most_pieces, positions), training.seed)
+    return f"{path}: random weights, and a vocabulary of {pieces} pieces from {len(texts)} texts"
+
+
+def make_base(directory: Path, texts: Sequence[str], shape: Shape, seed: int) -> int:
+    """Write the checkpoint to `directory`; returns the number of pieces in its vocabulary.
+
+    It has the same bytes each time on the same hardware.
+    """
     from transformers import GlmConfig, GlmForCausalLM
 
     tokenizer, pieces = _train_tokenizer(texts, shape.vocabulary)
@@ -81,6 +128,7 @@ def make_base(directory: Path, texts: Sequence[str], shape: Shape, seed: int) ->
             scale = _first_scale(name, weight.shape[1])
             torch.nn.init.normal_(weight, 0.0, scale, generator=generator)
     save_checkpoint(model, directory, tokenizer_model=tokenizer, dtype="float32")
+    return pieces
 
 
 def _first_scale(name: str, inputs: int) -> float:
@@ -100,42 +148,47 @@ def _first_scale(name: str, inputs: int) -> float:
 def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> tuple[bytes, int]:
     """A sentencepiece model with the published settings, and its number of pieces.
 
-    sentencepiece raises RuntimeError if the texts have too few distinct pieces. Smaller
-    vocabularies are then tried, down to the 256 bytes and the characters.
+    Half of the vocabulary at most is for single characters. Texts with too few distinct pieces get
+    a smaller vocabulary.
     """
-    lines = []
-    for text in texts[:MOST_SENTENCES]:
-        lines += [line for line in text.splitlines() if line.strip()]
-    settings = TOKENIZER_SETTINGS | {"character_coverage": _coverage(lines, vocabulary // 2)}
-    while True:
-        model = io.BytesIO()
-        try:
-            SentencePieceTrainer.train(
-                sentence_iterator=_short(lines),
-                model_writer=model,
-                vocab_size=vocabulary,
-                **settings,
-            )
-            return model.getvalue(), vocabulary
-        except RuntimeError:
-            vocabulary = int(vocabulary * 0.8)
-            if vocabulary < 300:
-                raise
+    lines = _without_rare(texts[:MOST_SENTENCES], vocabulary // 2)
+    settings = TOKENIZER_SETTINGS | {"vocab_size": vocabulary}
+    try:
+        model = _sentencepiece(lines, settings)
+    except RuntimeError:
+        model = _sentencepiece(lines, settings | {"hard_vocab_limit": False})
+    return model, SentencePieceProcessor(model_proto=model).vocab_size()
 
 
-def _coverage(lines: Sequence[str], most: int) -> float:
-    """The share of the text in the `most` frequent characters. All others are spelled as bytes.
+def _sentencepiece(lines: Sequence[str], settings: dict[str, Any]) -> bytes:
+    """RuntimeError if the lines have fewer distinct pieces than a hard limit of the vocabulary."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(sentence_iterator=_short(lines), model_writer=model, **settings)
+    return model.getvalue()
 
-    Chinese texts have thousands of mostly rare characters. Pieces are better spent on words.
+
+def _without_rare(texts: Sequence[str], most: int) -> list[str]:
+    """The lines of `texts`, divided at each character that is not among the `most` frequent.
+
+    Bytes spell those: Chinese texts have thousands, and pieces are better spent on words. To set
+    `character_coverage` instead would fail, because sentencepiece refuses one below 0.98.
     """
     counts = Counter[str]()
-    for line in lines:
-        counts.update(line)
-    common = sum(count for _, count in counts.most_common(most)) / max(1, counts.total())
-    return min(common, float(TOKENIZER_SETTINGS["character_coverage"]))
+    for text in texts:
+        counts.update(text)
+    rare = {character for character, _ in counts.most_common()[most:]}
+    divided = str.maketrans(dict.fromkeys(rare, "\n"))
+    lines: list[str] = []
+    for text in texts:
+        lines += [line for line in text.translate(divided).splitlines() if line.strip()]
+    return lines
 
 
 def _short(lines: Sequence[str]) -> Iterator[str]:
     for line in lines:
         for start in range(0, len(line), MOST_CHARACTERS):
             yield line[start : start + MOST_CHARACTERS]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

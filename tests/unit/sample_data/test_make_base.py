@@ -1,0 +1,59 @@
+"""A base with random weights fits the texts of a training, however many characters they have."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from glmbatch.glm.tokenizer import load_tokenizer
+from tests.support import ROOT, Tune
+from tests.unit.tuning.runs import trained, weights
+
+SAMPLE = ROOT / "sample_data"
+sys.path.insert(0, str(SAMPLE))
+
+from make_base import Shape, make_base  # noqa: E402
+
+
+def many_characters(rows: int) -> list[str]:
+    """Texts of evenly frequent characters: any 1,000 of them cover a sixth of the text."""
+    dice = random.Random(0)
+    characters = [chr(0x4E00 + number) for number in range(6000)]
+    return ["".join(dice.choices(characters, k=30)) for _ in range(rows)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "pieces"),
+    [
+        (many_characters(1500), 2000),
+        (["好"], 262),  # 256 bytes, 3 special tokens, the space, the character, and both together
+        (["a b c", "\U0001f600"], None),
+    ],
+)
+def test_spells_every_text_that_it_was_made_for(
+    texts: list[str], pieces: int | None, tmp_path: Path
+) -> None:
+    made = make_base(tmp_path / "base", texts, Shape(32, 1, 2000, 64), seed=0)
+    assert pieces in (made, None)
+    tokenizer = load_tokenizer(tmp_path / "base")
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_plain(texts)] == texts
+
+
+def test_a_training_starts_from_the_base_made_for_it(tune: Tune, tmp_path: Path) -> None:
+    config = tune(model=str(tmp_path / "small"), prompt_template="{text}\n", training__epochs=1)
+    file = tmp_path / "training.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    command = [sys.executable, str(SAMPLE / "make_base.py"), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "random weights" in done.stdout
+    assert weights(trained(config))
+    again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert again.returncode == 2
+    (line,) = again.stderr.splitlines()
+    assert str(tmp_path / "small") in line
