@@ -25,6 +25,7 @@ from glmbatch.glm.checkpoint.architecture import native_config, read_architectur
 from glmbatch.glm.checkpoint.save import save_checkpoint
 from glmbatch.settings.jobfile import load_settings
 from glmbatch.settings.tuning import TuneConfig
+from glmbatch.tuning.examples import TEXT_ALONE
 from glmbatch.tuning.split import read_labelled
 
 HEADS = 4
@@ -34,6 +35,12 @@ UNUSED_ROWS = 8
 MOST_SENTENCES = 200_000
 # sentencepiece skips sentences of more than 4,192 bytes.
 MOST_CHARACTERS = 1000
+# The base for a training. Its vocabulary has a piece for every so many texts, within these bounds.
+TEXTS_PER_PIECE = 3
+LEAST_PIECES = 3000
+MOST_PIECES = 8000
+WIDTH = 128
+LAYERS = 2
 # The published tokenizer's settings.
 TOKENIZER_SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
@@ -63,12 +70,6 @@ class Shape:
     max_positions: int
 
 
-# For a training's own texts. A piece that few texts have is hardly learned.
-TEXTS_PER_PIECE = 3
-LEAST_PIECES = 3000
-MOST_PIECES = 8000
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="YAML file of a training, as for glmbatch train")
@@ -88,11 +89,14 @@ def make_base_for(config: TuneConfig) -> str:
     path = config.model.path
     if "://" in path:
         raise InputError(f"{path}: is not a folder of this machine. Set model to a new folder.")
-    texts = [example.text for example in read_labelled(config.data).parts["train"]]
+    labelled = read_labelled(config.data, config.prompt_template or TEXT_ALONE)
+    texts = [example.text for example in labelled.parts["train"]]
     most_pieces = min(MOST_PIECES, max(LEAST_PIECES, len(texts) // TEXTS_PER_PIECE))
     training = config.training
     positions = training.max_input_tokens + (training.max_answer_tokens if config.writes else 0)
-    pieces = make_base(Path(path), texts, Shape(128, 2, most_pieces, positions), training.seed)
+    pieces = make_base(
+        Path(path), texts, Shape(WIDTH, LAYERS, most_pieces, positions), training.seed
+    )
     return f"{path}: random weights, and a vocabulary of {pieces} pieces from {len(texts)} texts"
 
 
