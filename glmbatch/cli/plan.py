@@ -9,6 +9,7 @@ from glmbatch.errors import counted, shown
 from glmbatch.report.text import left_out
 from glmbatch.run.models import describe_model
 from glmbatch.run.preview import Preview
+from glmbatch.run.work import Model
 
 
 def describe_plan(plan: Preview) -> str:
@@ -18,11 +19,7 @@ def describe_plan(plan: Preview) -> str:
     if plan.filtered is not None:
         lines.append(f"where {plan.filtered}")
     for model in plan.models:
-        size = (
-            f"{model.parameters / 1e6:,.1f} million parameters, "
-            f"{model.size_bytes / 1e9:.3f} GB as {model.config.dtype}"
-        )
-        lines.append(f"model {describe_model(model.config)}: {size}")
+        lines.append(f"model {describe_model(model.config)}: {_size(model)}")
         lines += [f"  note: {note}" for note in model.notes]
     lines += [f"note: {note}" for note in plan.notes]
     if plan.passes > 1:
@@ -46,6 +43,14 @@ def describe_plan(plan: Preview) -> str:
     if plan.seconds is not None and any(step.to_run for step in plan.steps):
         lines += ["", f"about {plan.seconds:,.0f} s of inference, at the rate of the last run"]
     return "\n".join(lines)
+
+
+def _size(model: Model) -> str:
+    if model.is_tfidf:  # thousands of numbers, not millions
+        size = f"{counted(model.parameters, 'parameter')}, {model.size_bytes / 1e6:.3f} MB"
+    else:
+        size = f"{model.parameters / 1e6:,.1f} million parameters, {model.size_bytes / 1e9:.3f} GB"
+    return f"{size} as {model.config.dtype}"
 
 
 def _table(plan: Preview) -> Iterator[str]:

@@ -52,6 +52,10 @@ def locate_model(model: ModelConfig, runtime: RuntimeConfig) -> ModelConfig:
     # The small adapter first: a wrong address shows before gigabytes of weights are fetched.
     adapter = None if model.adapter is None else local_adapter(model.adapter, runtime.cache)
     directory = local_checkpoint(model.path, model.revision, runtime.cache)
+    if is_tfidf(directory):
+        _check_tfidf(model)
+        stored = {"path": str(directory), "revision": None, "dtype": "float32"}
+        return model.model_copy(update=stored)
     device = resolve_device(runtime.device)
     dtype = resolve_dtype(model.dtype, device)
     if model.quantization != "none":
@@ -164,10 +168,14 @@ def _prepared(located: ModelConfig, stamp: str) -> Model:
     )
 
 
+def _check_tfidf(model: ModelConfig) -> None:
+    """InputError if a setting has no effect on a TF-IDF model."""
+    for setting in ("adapter", "quantization", "dtype"):
+        if getattr(model, setting) not in (None, "none", "auto"):
+            raise InputError(f"{model.path}: is TF-IDF, which has no {setting}. Leave it out.")
+
+
 def _prepared_tfidf(located: ModelConfig, stamp: str) -> Model:
-    for setting in ("adapter", "quantization"):
-        if getattr(located, setting) not in (None, "none"):
-            raise InputError(f"{located.path}: is TF-IDF, which has no {setting}. Leave it out.")
     model = load_tfidf(located.path)
     return Model(
         config=located,

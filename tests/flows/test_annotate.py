@@ -21,7 +21,18 @@ import yaml
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from tests.flows.commands import artifacts, last_flow_run, log_lines, query, run, task_runs
-from tests.support import CAUSAL, CLASSIFY, ROOT, Settings, Write, committed, touch_published
+from tests.support import (
+    CAUSAL,
+    CLASSIFY,
+    ROOT,
+    Settings,
+    Write,
+    committed,
+    rows_of,
+    touch_published,
+)
+from tests.unit.tuning.rows import WORDS, labelled
+from tests.unit.tuning.test_baseline_model import exported, parts_of
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
@@ -354,3 +365,20 @@ def test_a_worse_change_is_measured_and_refused(
     log = "\n".join(log_lines(prefect_server))
     assert "answered by the model" not in log.split("total:")[0], "the second night asked again"
     assert ds.dataset(out, partitioning=None).to_table().column("mood").to_pylist() == answers
+
+
+def test_a_flow_asks_the_baseline_of_a_training(
+    prefect_server: dict[str, str], job_settings: Settings, write_source: Write, tmp_path: Path
+) -> None:
+    write_source("a.parquet", {"text": ["great food", "awful food"]})
+    step = {"kind": "classify", "name": "found"}
+    model = exported(parts_of(labelled(240)), sorted(WORDS), tmp_path / "baseline")
+    settings = job_settings(model=model, steps=[step])
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    done = run(prefect_server, "-m", "glmbatch.cli.main", "run", str(file))
+    assert done.returncode == 0, done.stderr
+    flow = last_flow_run(prefect_server)
+    assert (flow["name"].split()[0], flow["state_name"]) == ("annotate", "Completed")
+    rows = rows_of(Path(settings["data"]["output"]))
+    assert [row["found"] for row in rows] == ["good", "bad"]

@@ -26,6 +26,8 @@ from glmbatch.tuning import baseline as module
 from glmbatch.tuning.baseline import keep_baseline, score_baseline
 from glmbatch.tuning.examples import Example, Part
 from glmbatch.tuning.finetune import finetune
+from glmbatch.view.query import Filters
+from glmbatch.view.viewer import Viewer
 from tests.support import Tune
 from tests.unit.tuning.rows import FILLERS, WORDS, labelled
 
@@ -146,6 +148,8 @@ def model(tmp_path: Path) -> str:
         ({}, {"max_input_tokens": 64}, "reads texts of any length. Leave max_input_tokens out"),
         ({"quantization": "int8"}, {}, "has no quantization. Leave it out"),
         ({"adapter": "."}, {}, "has no adapter. Leave it out"),
+        ({"dtype": "float32"}, {}, "has no dtype. Leave it out"),
+        ({"dtype": "bfloat16"}, {}, "has no dtype. Leave it out"),
     ],
 )
 def test_what_it_cannot_do_is_refused(
@@ -180,6 +184,34 @@ def test_the_doctor_says_what_it_is(model: str, capsys: pytest.CaptureFixture[st
     assert "logistic regression, no language model" in describe(examine(model))
     assert main(["doctor", model]) == 0
     assert "bad, good, so so" in capsys.readouterr().out
+
+
+def test_the_plan_says_how_large_it_is(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answered(["great food"], model, tmp_path / "job")
+    data = f"{{input: {tmp_path}/job/rows.parquet, output: {tmp_path}/planned}}"
+    steps = "[{kind: classify, name: found}]"
+    file = tmp_path / "job.yaml"
+    file.write_text(f"data: {data}\nmodel: {model}\nsteps: {steps}\n", encoding="utf-8")
+    assert main(["plan", str(file)]) == 0
+    parameters = load_tfidf(model).parameters
+    size = f"{parameters:,} parameters, {parameters * 4 / 1e6:.3f} MB as float32"
+    assert f"model {model}: {size}" in capsys.readouterr().out
+
+
+def test_people_correct_its_answers_in_the_viewer(model: str, tmp_path: Path) -> None:
+    texts = ["great food", "awful food", "great and awful"]
+    answered(texts, model, tmp_path / "job")
+    viewer = Viewer(str(tmp_path / "job" / "out"))
+    page = viewer.page(Filters(step="found", order="unsure"), 0, 10)
+    assert {row["text"] for row in page["rows"]} == set(texts)
+    version = viewer.output()["version"]
+    viewer.correct(version, 0, 1, "found", "bad")
+    (step,) = viewer.row(version, 0, 1)["steps"]
+    assert (step["truth"], set(step["scores"])) == ("bad", set(WORDS))
+    assert pq.read_table(viewer.corrections.file)["found"].to_pylist() == ["bad"]
+    viewer.close()
 
 
 def test_its_engine_needs_no_device(model: str) -> None:
