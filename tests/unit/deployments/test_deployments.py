@@ -85,5 +85,5 @@ def test_each_scheduled_job_has_its_own_output() -> None:
 
 
 def test_the_weekly_training_is_the_sample_training() -> None:
-    sample = load_settings(str(ROOT / "sample_data/sentiment.yaml"), TuneConfig)
+    sample = load_settings(str(ROOT / "sample_data/rating.yaml"), TuneConfig)
     assert TuneConfig.model_validate(DEPLOYMENTS["weekly"]["parameters"]["config"]) == sample
