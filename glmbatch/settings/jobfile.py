@@ -63,6 +63,7 @@ MUST_BE = {
     "float": "a number",
     "finite_number": "a number other than infinity",
     "bool": "true or false",
+    "date": "a date, such as 2026-11-25",
     "list": "a list, such as [a, b]",
     "dict": "a mapping, such as {{name: value}}",
     "model": "a group of settings, such as {{name: value}}",

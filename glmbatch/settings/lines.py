@@ -41,7 +41,7 @@ class LinesConfig(Settings):
                 "\n".encode(codecs.lookup(name).name)
         except (LookupError, ValueError) as error:
             raise ValueError(
-                f"{name!r} is no encoding of text that Python knows; write utf-8, gb18030, "
+                f"{name[:40]!r} is no encoding of text that Python knows; write utf-8, gb18030, "
                 "cp1252 or another"
             ) from error
         return name

@@ -157,7 +157,7 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
         ),
         (
             {"steps": [{"kind": "generate", "name": "a", "when": "stars <"}]},
-            "steps[0].when: stars < is no condition: write == for equality",
+            "steps[0].when: stars < is no condition: compare with = or <",
         ),
         (
             {"steps": [{"kind": "generate", "name": "a", "when": "a_error is null"}]},

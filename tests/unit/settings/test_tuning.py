@@ -15,7 +15,7 @@ from tests.support import Tune
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"prompt_template": "{other}"}, "must use {text}"),
+        ({"prompt_template": "How is it?"}, "has no column"),
         ({"metric": "rouge_l"}, "cannot score a model that classifies"),
         (
             {"data__response_column": "label", "metric": "accuracy"},
