@@ -36,9 +36,10 @@ class LinesConfig(Settings):
     @field_validator("encoding")
     @classmethod
     def _is_of_text(cls, name: str | None) -> str | None:
+        if name is None:
+            return None
         try:
-            if name is not None:
-                "\n".encode(codecs.lookup(name).name)
+            "\n".encode(codecs.lookup(name).name)
         except (LookupError, ValueError) as error:
             raise ValueError(
                 f"{name[:40]!r} is no encoding of text that Python knows; write utf-8, gb18030, "
