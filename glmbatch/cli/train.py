@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from glmbatch.errors import counted
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.finetune import preview
 from glmbatch.tuning.report import TrainingPlan
@@ -24,6 +27,13 @@ def describe_plan(plan: TrainingPlan) -> str:
     if audit.labels:
         lines.append("labels: " + ", ".join(f"{name} {n:,}" for name, n in audit.labels.items()))
     lines += [f"warning: {warning}" for warning in audit.warnings]
+    tested, needed = audit.parts.get("test", 0), settings["least_test_rows"]
+    if tested < needed:
+        lines.append(
+            f"warning: nothing can be promoted: {counted(tested, 'test row')}, and {needed} are "
+            f"needed (least_test_rows), so some {_round(audit.used * needed / max(tested, 1)):,} "
+            "labelled rows"
+        )
     beaten = ", ".join(settings["must_beat"]) or "nothing"
     lines += [
         f"prompt: {settings['prompt_template']!r}{', in the chat format' * bool(settings['chat'])}",
@@ -36,3 +46,9 @@ def describe_plan(plan: TrainingPlan) -> str:
         f"run: {plan.run}{' (already trained)' * plan.is_trained}",
     ]
     return "\n".join(lines)
+
+
+def _round(rows: float) -> int:
+    """`rows` rounded up to two digits."""
+    step = int(10 ** max(len(str(int(rows))) - 2, 0))
+    return math.ceil(rows / step) * step

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from glmbatch.errors import InputError
+from glmbatch.errors import InputError, counted
 from glmbatch.settings.addresses import has_credentials
 from glmbatch.settings.job import AnyStep, JobConfig
 from glmbatch.settings.kinds import NAME_PATTERN
@@ -25,7 +25,7 @@ from glmbatch.settings.reading import parse_yaml, read_settings
 from glmbatch.settings.steps.fields import FIELD_NAME
 
 # Groups that may be a string alone, and the setting that the string then is.
-TEXT_ALONE = {"model": "path", "canary": "file"}
+TEXT_ALONE = {"model": "path", "canary": "file", "evaluate": "rows"}
 
 # Types that YAML reads unquoted words as: yes, off, 1.0, 012, 2024-01-01, ~.
 NOT_QUOTED = (bool, int, float, date, type(None))
@@ -55,7 +55,8 @@ MUST = {
     "too_short": "must not be empty",
     "too_long": "must have {max_length} values at most",
 }
-TYPE_NAMES = ("bool", "dict", "float", "int", "list", "str", "constrained-str")
+CONSTRAINED = "constrained-"
+TYPE_NAMES = ("bool", "dict", "float", "int", "list", "str")
 # What a value must be, by the type of pydantic's error, with what its context tells of the bounds.
 MUST_BE = {
     "string": "text",
@@ -72,7 +73,6 @@ MUST_BE = {
     "greater_than_equal": "at least {ge}",
     "less_than": "below {lt}",
     "less_than_equal": "at most {le}",
-    "string_too_long": "at most {max_length} characters long",
 }
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
@@ -208,7 +208,7 @@ def _setting(detail: Any, settings: object) -> str:
         if (name.endswith("]") and part in KINDS) or (is_key and part == "name"):
             continue
         # Of a setting that may be of two types, it adds the type.
-        if isinstance(part, str) and part.partition("[")[0] in TYPE_NAMES and not _has(group, part):
+        if isinstance(part, str) and _is_type(part) and not _has(group, part):
             continue
         # A mapping of fields was read as a list, and its keys as the names of the fields.
         if part == "fields" and isinstance(group, Mapping) and group.get("schema") is not None:
@@ -228,6 +228,10 @@ def _setting(detail: Any, settings: object) -> str:
     if detail["type"].startswith("union_tag_"):
         name += ".kind"
     return name or "job"
+
+
+def _is_type(part: str) -> bool:
+    return part.partition("[")[0].removeprefix(CONSTRAINED) in TYPE_NAMES
 
 
 def _has(group: object, name: str) -> bool:
@@ -285,6 +289,8 @@ def _must_be(detail: Any) -> str:
     """What the value of an error must be; pydantic's own words for what has no others here."""
     kind = detail["type"]
     context = {name: _bound(value) for name, value in detail.get("ctx", {}).items()}
+    if kind == "string_too_long":
+        return f"must have at most {counted(detail['ctx']['max_length'], 'character')}"
     letters = LETTERS.get(str(context.get("pattern")))
     if letters is not None:
         return f"must be {letters}, digits and underscores, and begin with no digit"

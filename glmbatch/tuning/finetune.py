@@ -74,6 +74,8 @@ def check(config: TuneConfig) -> None:
                 f"training needs {package}, which is not installed. "
                 "Run pip install 'glmbatch[train]'."
             )
+    if Path(config.output).is_file():
+        raise InputError(f"{config.output}: is a file where a folder is expected. Set output.")
     template = config.prompt_template or TEXT_ALONE
     # A hub id may need the network, whose errors the flow retries.
     if config.model.revision is None:

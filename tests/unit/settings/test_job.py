@@ -15,6 +15,7 @@ from glmbatch.errors import InputError
 from glmbatch.settings.job import (
     CanaryConfig,
     ClassifyStep,
+    EvaluateConfig,
     GenerateStep,
     JobConfig,
     placeholders,
@@ -54,6 +55,12 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
     assert job.canary == CanaryConfig(file="c.parquet", max_change=0)
     changed = load_job(job_file(canary="c.parquet"), {"canary.max_change": 0.5})
     assert changed.canary == CanaryConfig(file="c.parquet", max_change=0.5)
+
+
+def test_a_file_alone_is_rows_to_measure_on(job_file: Any) -> None:
+    accepted = {"evaluate.least_gain": -1, "evaluate.least_score": 0}
+    measured = load_job(job_file(evaluate="rows.parquet"), accepted).evaluate
+    assert measured == EvaluateConfig(rows="rows.parquet", least_gain=-1, least_score=0)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +208,11 @@ def test_a_file_alone_is_a_canary(job_file: Any, job_settings: Settings) -> None
             "steps[0].abstain_below: a least probability is above 0 and at most 1; it is 1.5",
         ),
         ({"runtime__device": "tpu"}, "runtime.device: must match"),
+        ({"data__lines": {"delimiter": ";;"}}, "delimiter: must have at most 1 character; it is"),
+        (
+            {"evaluate": {"rows": "a.parquet", "least_score": 95}},
+            "least_score: must be at most 1, or a mapping, such as {name: value}; it is 95",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_in_one_line(

@@ -15,7 +15,7 @@ from glmbatch.glm.checkpoint.doctor import examine
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from glmbatch.tuning.encode import with_prompt
-from glmbatch.tuning.finetune import finetune
+from glmbatch.tuning.finetune import check, finetune
 from glmbatch.tuning.render import describe
 from glmbatch.tuning.report import TRAINER
 from tests.support import Tune, Write
@@ -174,8 +174,17 @@ def test_a_dry_run_trains_nothing(
     assert "27 steps in 3 epochs, learning rate 0.004" in shown
     assert main(["train", str(file), "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
+    assert main(["train", str(file), "--dry-run", "--set", "least_test_rows=100"]) == 0
+    warned = "nothing can be promoted: 48 test rows, and 100 are needed (least_test_rows), so some "
+    assert f"{warned}500 labelled rows" in capsys.readouterr().out
     assert plan["cut"][0] > 0 and plan["tokens"][2] == 48
     assert not (tmp_path / "tuned").exists()
+
+
+def test_a_file_in_place_of_the_output_is_refused_early(tune: Tune, tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(InputError, match=r"taken: is a file where a folder .* Set output"):
+        check(tune(output=str(tmp_path / "taken")))
 
 
 def test_a_missing_model_is_an_error(tune: Tune) -> None:
