@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from glmbatch.errors import counted, shown
+from glmbatch.report.counts import RATED_ROWS
 from glmbatch.report.text import left_out
 from glmbatch.run.models import describe_model
 from glmbatch.run.preview import Preview
@@ -41,7 +42,8 @@ def describe_plan(plan: Preview) -> str:
             "and tokens are not counted.",
         ]
     if plan.seconds is not None and any(step.to_run for step in plan.steps):
-        lines += ["", f"about {plan.seconds:,.0f} s of inference, at the rate of the last run"]
+        rate = f"the rate of the last run of at least {RATED_ROWS} rows"
+        lines += ["", f"about {plan.seconds:,.0f} s of inference, at {rate}"]
     return "\n".join(lines)
 
 

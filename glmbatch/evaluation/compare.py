@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,8 +36,9 @@ from glmbatch.evaluation.results import (
 )
 from glmbatch.evaluation.steps import Answered
 from glmbatch.evaluation.truth import Truth, check_names, read_labelled_rows, truth_of
+from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.report.counts import busy_seconds
-from glmbatch.run.table import Job
+from glmbatch.run.table import Job, first_asked
 from glmbatch.settings.job import AnyStep
 
 
@@ -72,7 +74,7 @@ def compare(
     differences: list[DifferingAnswer] = []
     for name in names:
         expected = truth_of(steps[name], table, places[name], given)
-        found, differing = compare_step((steps[name], others[name]), expected, asked, texts)
+        found, differing = compare_step((steps[name], others[name]), expected, asked, texts, folder)
         compared.append(found)
         differences += differing
     return Comparison(
@@ -102,8 +104,12 @@ def compare_step(
     truth: Truth | None,
     answered: Sequence[Answered],
     texts: Sequence[Any] | None,
+    folder: str | os.PathLike[str],
 ) -> tuple[StepComparison, list[DifferingAnswer]]:
-    """A step of both jobs, and its answers that differ, in row order."""
+    """A step of both jobs, and its answers that differ, in row order.
+
+    The answers are kept in `folder`.
+    """
     a, b = (answers_of(step, of.answers) for step, of in zip(steps, answered, strict=True))
     parts = {}
     differences: list[DifferingAnswer] = []
@@ -121,8 +127,8 @@ def compare_step(
         step=steps[0].name,
         truth={} if truth is None else truth.columns,
         parts=parts,
-        a=_cost(steps[0].name, answered[0]),
-        b=_cost(steps[0].name, answered[1]),
+        a=_cost(steps[0].name, answered[0], folder),
+        b=_cost(steps[0].name, answered[1], folder),
         note=note if left_out else None,
     )
     return found, differences
@@ -173,16 +179,17 @@ def _differing(
         )
 
 
-def _cost(step: str, answered: Answered) -> Cost:
-    """What the step took. Fragments with the same rows share a receipt, which counts once."""
-    own = {(part.file_key, part.key): part for part in answered.receipts if part.step == step}
-    receipts = list(own.values())
+def _cost(step: str, answered: Answered, folder: str | os.PathLike[str]) -> Cost:
+    receipts = first_asked(answered.answers, step, answered.step_keys[step], folder)
+    by_run: dict[str, list[AnswersReceipt]] = defaultdict(list)
+    for receipt in receipts:
+        by_run[receipt.run].append(receipt)
     now = answered.steps[step]
     return Cost(
         prompts=sum(receipt.computed_rows for receipt in receipts),
         prompt_tokens=sum(receipt.prompt_tokens for receipt in receipts),
         completion_tokens=sum(receipt.completion_tokens for receipt in receipts),
-        seconds=busy_seconds(receipts),
+        seconds=sum(map(busy_seconds, by_run.values())),
         now=now.computed,
         tokens_now=now.prompt_tokens + now.completion_tokens,
     )

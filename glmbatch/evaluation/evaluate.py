@@ -208,5 +208,6 @@ def ask_about(table: pa.Table, job: Job, name: str, folder: str | os.PathLike[st
     else:  # prompts of other columns: equal prompts are equal rows
         texts = found.answers.column(Columns(settings.steps[0].name).key).to_pylist()
     asked_of = {step.name: step for step in found.summary.steps}
+    step_keys = {question.name: question.key for question in found.questions}
     keys = confidence_keys(found.questions)
-    return Answered(found.answers, groups_of(texts), asked_of, found.receipts, keys)
+    return Answered(found.answers, groups_of(texts), asked_of, step_keys, keys)

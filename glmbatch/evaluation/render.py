@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import yaml
 
-from glmbatch.errors import shown, some_of
+from glmbatch.errors import counted, shown, some_of
 from glmbatch.evaluation.confidence.calibrate import AS_IT_IS
 from glmbatch.evaluation.results import (
     Comparison,
@@ -119,7 +119,7 @@ def _pair(numbers: NumberPair, digits: int) -> str:
 
 def _cost(cost: Cost) -> str:
     tokens = f"{cost.prompt_tokens:,} prompt and {cost.completion_tokens:,} answer tokens"
-    asked = f"{cost.prompts:,} prompts, {tokens}, {cost.seconds:.1f} s"
+    asked = f"{counted(cost.prompts, 'prompt')}, {tokens}, {cost.seconds:.1f} s"
     return f"{asked}; now {cost.tokens_now:,} tokens"
 
 
@@ -166,7 +166,8 @@ def _step(step: StepResult) -> Iterator[str]:
             yield from _result(step.results[name])
     yield from _calibration(step)
     tokens = f"{step.prompt_tokens:,} prompt and {step.completion_tokens:,} answer tokens"
-    yield _line("asked now", f"{step.computed:,} prompts, {tokens}" if step.computed else "none")
+    asked = f"{counted(step.computed, 'prompt')}, {tokens}"
+    yield _line("asked now", asked if step.computed else "none")
 
 
 def _line(name: str, value: str) -> str:

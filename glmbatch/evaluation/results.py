@@ -231,9 +231,10 @@ class Part(BaseModel, frozen=True, extra="forbid"):
 
 
 class Cost(BaseModel, frozen=True, extra="forbid"):
-    """What the model was asked for the answers to these rows, now or when they were first asked.
+    """What the answers to these rows took when each prompt was first asked, by whichever job.
 
-    `now` counts the prompts of this comparison. Prompts that another job has asked are not counted.
+    Of a run that asked about other rows too, it is the share of these. `now` and `tokens_now` count
+    what this comparison asked.
     """
 
     prompts: int

@@ -24,7 +24,6 @@ from glmbatch.evaluation.labels import score_labels, score_several
 from glmbatch.evaluation.results import Counts, Result, SeveralResult, StepResult
 from glmbatch.evaluation.texts import score_written
 from glmbatch.evaluation.truth import FLAG, Truth
-from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.report.summary import StepSummary
 from glmbatch.settings.columns import ABSTAINED, NOT_ASKED, Columns
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
@@ -35,14 +34,14 @@ from glmbatch.steps.calibration import confidences
 class Answered:
     """The answers to the labelled rows, in their order, and the number of each row's text.
 
-    `steps` says what was asked for each step, by its name. `receipts` tell what the answers took,
-    whenever they were asked. `keys` are the confidence keys of the steps.
+    `steps` says what was asked now for each step, by its name. `step_keys` and `keys` are the step
+    keys and the confidence keys of the steps.
     """
 
     answers: pa.Table
     group_R: np.ndarray
     steps: Mapping[str, StepSummary]
-    receipts: Sequence[AnswersReceipt] = ()
+    step_keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def spread(self, asked_R: np.ndarray) -> Answered:

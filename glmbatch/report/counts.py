@@ -12,6 +12,8 @@ from glmbatch.errors import counted
 from glmbatch.ledger.receipts import AnswersReceipt
 
 NO_LABEL = ""  # no label of a step is empty
+# The time that a run of fewer rows takes is mostly that of its start.
+RATED_ROWS = 50
 NEW = "not published before"  # the change of a step that has no published answers
 
 
@@ -106,14 +108,18 @@ def busy_seconds(receipts: Iterable[AnswersReceipt]) -> float:
 
 
 def latest_rate(receipts: Sequence[AnswersReceipt]) -> float | None:
-    """Rows per second of the latest run that computed any of `receipts`; None if no run did."""
-    busy = [receipt for receipt in receipts if receipt.computed_rows]
-    if not busy:
+    """Rows per second of the latest run that computed at least RATED_ROWS of `receipts`, if any."""
+    # Fragments of a bundle with the same rows share one receipt; its work counts once.
+    own = {(receipt.file_key, receipt.key): receipt for receipt in receipts}.values()
+    rows: Counter[str] = Counter()
+    for receipt in own:
+        rows[receipt.run] += receipt.computed_rows
+    rated = [receipt for receipt in own if rows[receipt.run] >= RATED_ROWS]
+    if not rated:
         return None
-    latest = max(busy, key=lambda receipt: receipt.began).run
-    busy = [receipt for receipt in busy if receipt.run == latest]
-    seconds = busy_seconds(busy)
-    return sum(receipt.computed_rows for receipt in busy) / seconds if seconds else None
+    latest = max(rated, key=lambda receipt: receipt.began).run
+    seconds = busy_seconds(receipt for receipt in rated if receipt.run == latest)
+    return rows[latest] / seconds if seconds else None
 
 
 def span_seconds(receipts: Sequence[AnswersReceipt]) -> float:

@@ -77,10 +77,11 @@ class StepPreview(BaseModel, frozen=True, extra="forbid"):
 class Preview(BaseModel, frozen=True, extra="forbid"):
     """What a run would do. `passes` > 1 means that the models do not fit in memory together.
 
-    `seconds` is the inference time, estimated from that of the published answers; None if a step to
-    run has no published answers. `refused` says why a run would publish nothing, if too many rows
-    are in unusable files or have no prompt, or a measured change did not pass. `notes` are remarks
-    on the prompts. `measured_first` says which steps are measured on labelled rows before, and why.
+    `seconds` is the inference time, estimated from that of the published answers; None if no run
+    has published enough answers of a step to run. `refused` says why a run would publish nothing,
+    if too many rows are in unusable files or have no prompt, or a measured change did not pass.
+    `notes` are remarks on the prompts. `measured_first` says which steps are measured on labelled
+    rows before, and why.
     """
 
     output: str

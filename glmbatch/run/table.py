@@ -7,12 +7,14 @@ table libraries.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate, chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -21,9 +23,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glmbatch.errors import AuditError, GlmbatchError, InputError, TransientError
+from glmbatch.ledger.known.keys import AnswerFile, keys_of, read_keys
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import MANIFEST
-from glmbatch.ledger.receipts import AnswersReceipt, OutputReceipt, read_receipt
+from glmbatch.ledger.receipts import (
+    AnswersReceipt,
+    BundleReceipt,
+    OutputReceipt,
+    read_receipt,
+)
 from glmbatch.report.display import showing_bar
 from glmbatch.report.summary import Summary
 from glmbatch.run.job import run_job
@@ -44,6 +52,8 @@ from glmbatch.store.frames import WHERE, Frame, as_frame
 from glmbatch.store.inputs.needs import SchemaNeeds, check_schema
 from glmbatch.store.parquet import ROW_GROUP_ROWS, read_columns, write_table
 from glmbatch.store.paths import AnyPath
+
+logger = logging.getLogger(__name__)
 
 OUTPUT = "answers"  # below the folder of a set of steps
 
@@ -94,14 +104,10 @@ def annotate_table(
 
 @dataclass(frozen=True, slots=True)
 class TableAnswers:
-    """The answer columns for each row of a table, and what the run did.
-
-    `receipts` tell what the answers took, by whichever run.
-    """
+    """The answer columns for each row of a table, and what the run did."""
 
     answers: pa.Table
     summary: Summary
-    receipts: Sequence[AnswersReceipt]
     questions: Sequence[Question]
 
 
@@ -115,6 +121,69 @@ def answers_to(frame: Frame, job: Job, cache: str | os.PathLike[str]) -> TableAn
     columns = _columns(frame, schema_needs(settings, inputs))
     with showing_bar(newest_progress):
         return _answers(columns, settings, inputs, Folder(os.fspath(cache)).path)
+
+
+def first_asked(
+    answers: pa.Table, step: str, step_key: str, cache: str | os.PathLike[str]
+) -> list[AnswersReceipt]:
+    """The receipts that say what the `answers` of `step` took when each prompt was first asked.
+
+    By whichever run of the folder `cache`. Of a receipt that counts other prompts too, this is the
+    share of those in `answers`, as if all of its prompts took the same.
+    """
+    outputs = _outputs(Folder(os.fspath(cache)).path)
+    receipts = chain.from_iterable(_asked_in(output, step_key) for output in outputs)
+    wanted = set(keys_of(answers, step, WHERE).halves_K.tolist())
+    shares = []
+    # What a receipt without known answers counts was surely asked then; so these come first.
+    for receipt, keys in sorted(receipts, key=lambda one: (one[0].known_rows > 0, one[0].began)):
+        mine = wanted.intersection(keys)
+        wanted -= mine
+        if mine:
+            shares.append(_share(receipt, len(mine)))
+    return shares
+
+
+def _asked_in(output: AnyPath, step_key: str) -> Iterator[tuple[AnswersReceipt, list[int]]]:
+    """The receipts of an output for which a model was asked, and the row keys of their rows."""
+    try:
+        for file in Ledger(str(output)).answer_files(step_key):
+            parts = _parts_of(file)
+            keys = read_keys(file)
+            ends = accumulate(part.rows for part in parts)
+            for part, end in zip(parts, ends, strict=True):
+                is_own_K = (keys.rows_K >= end - part.rows) & (keys.rows_K < end)
+                if part.computed_rows:
+                    yield part, keys.halves_K[is_own_K].tolist()
+    except (GlmbatchError, OSError) as error:
+        logger.warning("%s: what its answers took is not counted: %s", output, error)
+
+
+def _parts_of(file: AnswerFile) -> Sequence[AnswersReceipt]:
+    """The receipts of the answers in `file`, in the order of its rows."""
+    if not file.is_published:
+        bundle = read_receipt(file.path, BundleReceipt)
+        return () if bundle is None else bundle.parts
+    receipt = read_receipt(file.path, OutputReceipt)
+    answers = () if receipt is None else receipt.answers
+    return [part for part in answers if part.step == file.step]
+
+
+def _share(receipt: AnswersReceipt, prompts: int) -> AnswersReceipt:
+    """The part of `receipt` that so many of its prompts took."""
+    share = prompts / receipt.computed_rows
+    counts = {
+        "computed_rows": prompts,
+        "prompt_tokens": round(share * receipt.prompt_tokens),
+        "completion_tokens": round(share * receipt.completion_tokens),
+        "seconds": share * receipt.seconds,
+    }
+    return receipt.model_copy(update=counts)
+
+
+def _outputs(folder: AnyPath) -> list[AnyPath]:
+    """The outputs in the `folder` of a cache, one for each set of steps."""
+    return sorted(path.parent for path in folder.glob(f"*/{OUTPUT}/{MANIFEST}"))
 
 
 def _settings_of_table(job: Job) -> JobConfig:
@@ -212,13 +281,13 @@ def _answers(
     settings = blake2b(repr(step_keys).encode(), digest_size=DIGEST_CHARS // 2).hexdigest()
     source = _write(columns, folder / settings)
     output = folder / settings / OUTPUT
-    others = [str(path.parent) for path in folder.glob(f"*/{OUTPUT}/{MANIFEST}")]
+    others = [str(other) for other in _outputs(folder) if str(other) != str(output)]
     places = {"input": plain(str(source)), "output": plain(str(output))}
     data = job.data.model_copy(update=places)
     # An ordinary file run, so that audits, reuse and failures work the same way.
     with _naming_the_table(source, output):
         own = job.model_copy(update={"data": data})
-        summary = run_job(own, sorted(other for other in others if other != str(output)))
+        summary = run_job(own, others)
         if summary.unusable:
             raise InputError(summary.unusable[0].reason)
     manifest = Ledger(str(output)).manifest()
@@ -228,15 +297,11 @@ def _answers(
         names += question.step.answer_columns
         names += calibrated_columns(question.step, question.maps)
     parts = []
-    receipts: list[AnswersReceipt] = []
     for file in sorted(manifest.files, key=lambda file: file.first_row):
         # A cache also holds the answers of earlier tables.
         if file.source == source.name:
-            path = output / file.output_name
-            parts.append(read_columns(path, names))
-            receipt = read_receipt(path, OutputReceipt)
-            receipts += () if receipt is None else receipt.answers
-    return TableAnswers(pa.concat_tables(parts), summary, receipts, questions)
+            parts.append(read_columns(output / file.output_name, names))
+    return TableAnswers(pa.concat_tables(parts), summary, questions)
 
 
 def _write(table: pa.Table, folder: AnyPath) -> AnyPath:

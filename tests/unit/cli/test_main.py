@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from glmbatch.cli import main as cli
+from glmbatch.report.counts import RATED_ROWS
 from tests.support import CAUSAL, CLASSIFIER, ROOT, Settings, Write, run
 from tests.unit.glm.adapters import make_original_adapter
 from tests.unit.glm.checkpoints import read_json
@@ -47,21 +48,21 @@ def test_plan_shows_what_would_run_and_writes_nothing(
 def test_plan_says_why_rows_run_again(
     job_file: str, write_source: Write, job_settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_source("a.parquet", {"text": [f"text {number}" for number in range(5)]})
+    write_source("a.parquet", {"text": [f"text {number}" for number in range(RATED_ROWS)]})
     run(job_settings())
     write_source("b.parquet", {"text": ["text 3", "new", "new", None]})
     cli.main(["run", job_file, "--dry-run"])
     said = capsys.readouterr().out
     assert table(said, "1 unchanged file") == [
-        "unchanged file mood 5 0 5 0 0 0",
-        "unchanged file reply 5 0 5 0 0 0",
+        "unchanged file mood 50 0 50 0 0 0",
+        "unchanged file reply 50 0 50 0 0 0",
     ]
     tokens = table(said, "b.parquet")[0].split()[6]
     assert table(said, "b.parquet") == [
         f"mood 4 1 1 1 1 {tokens} new text 1, null_value 1",
         "reply 4 2 1 0 1 0 new text 2, earlier_step_failed 1",
     ]
-    assert "s of inference, at the rate of the last run" in said
+    assert "s of inference, at the rate of the last run of at least 50 rows" in said
     run(job_settings(max_error_rate=0.5))
     assert not any(line["to_run"] for line in capsys_plan(job_file, capsys)["steps"])
     cli.main(
@@ -76,8 +77,8 @@ def test_plan_says_why_rows_run_again(
     )
     said = capsys.readouterr().out
     assert {line.split(maxsplit=7)[7] for line in table(said, "a.parquet")} == {
-        "changed prompt_template 5",
-        "changed max_tokens 5",
+        "changed prompt_template 50",
+        "changed max_tokens 50",
     }
 
 
@@ -101,7 +102,9 @@ def test_plan_counts_the_tokens_of_the_next_run(
     assert [(step["to_run"], step["reused"]) for step in after["steps"]] == [(0, 60), (0, 60)]
     # Another row with a known text repeats an answer of its fragment, as one with a new text does.
     write_source("b.parquet", {"text": ["text 3", "text 3", "new", "new", "text 4"]})
-    line = capsys_plan(job_file, capsys)["steps"][0]
+    plan = capsys_plan(job_file, capsys)
+    assert plan["seconds"] is None  # the run of so few rows gives no rate
+    line = plan["steps"][0]
     step = run(job_settings()).steps[0]
     assert (line["to_run"], line["reused"], line["repeated"]) == (1, 2, 2)
     assert (step.computed, step.reused - 60, step.repeated) == (1, 2, 2)

@@ -19,7 +19,7 @@ from glmbatch.errors import InputError
 from glmbatch.evaluation.compare import compare
 from glmbatch.evaluation.differences import by_text, chance_of, moved, pair
 from glmbatch.evaluation.evaluate import evaluate
-from glmbatch.evaluation.results import Comparison
+from glmbatch.evaluation.results import Comparison, Cost
 from tests.support import CLASSIFY, Settings
 
 MOOD = {**CLASSIFY, "compare": "prior"}
@@ -131,6 +131,44 @@ def test_only_a_changed_step_is_asked_and_once(
     assert tokens(
         compare(alone, {**other, "steps": other["steps"][:1]}, file, keep=tmp_path / "kept")
     ) == [(0, 0)]
+
+
+@pytest.mark.slow
+def test_the_cost_counts_whatever_asked_first(
+    job: dict[str, Any], rows: list[str | None], tmp_path: Path
+) -> None:
+    alone = {**job, "steps": [MOOD]}
+    other = changed(alone, prompt_template="Is this good? {text}")
+    file, few = str(tmp_path / "rows.parquet"), str(tmp_path / "few.parquet")
+    # A text twice, and one that no evaluation asks about.
+    table = pa.table({"text": [*rows[:9], rows[0]], "mood": [*["bad"] * 8, None, "bad"]})
+    pq.write_table(table.append_column("tone", table.column("mood")), file)
+    pq.write_table(table.slice(0, 4), few)
+    fresh = compare(alone, other, file, keep=tmp_path / "fresh").steps[0]
+    assert (fresh.a.prompts, fresh.a.now, fresh.b.prompts) == (9, 9, 9)
+    assert fresh.a.prompt_tokens == fresh.a.tokens_now
+
+    def cost(b: dict[str, Any], rows: str) -> tuple[Cost, Cost]:
+        step = compare(alone, b, rows, keep=tmp_path / "kept").steps[0]
+        return step.a, step.b
+
+    evaluate({**job, "steps": [MOOD, FACTS]}, file, keep=tmp_path / "kept")
+    a, b = cost(other, file)
+    assert (a.now, b.now, a.prompts, b.prompts) == (1, 9, 9, 9)
+    assert (a.prompt_tokens, b.prompt_tokens) == (fresh.a.prompt_tokens, fresh.b.prompt_tokens)
+    assert a.seconds > 0 and b.seconds > 0
+    again = cost(other, file)
+    assert [(job.now, job.prompts, job.prompt_tokens) for job in again] == [
+        (0, 9, a.prompt_tokens),
+        (0, 9, b.prompt_tokens),
+    ]
+    assert [job.seconds for job in again] == pytest.approx([a.seconds, b.seconds])
+    # Some of the rows are a share of all, and what the other job asked is counted too.
+    share, _ = cost(other, few)
+    assert (share.now, share.prompts) == (0, 4)
+    assert share.prompt_tokens == pytest.approx(a.prompt_tokens * 4 / 9, rel=0.1)
+    both = cost({**job, "steps": [MOOD, FACTS]}, file)
+    assert both[0] == both[1] and both[0].prompts == 9
 
 
 @pytest.mark.slow

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmbatch.ledger.receipts import AnswersReceipt
-from glmbatch.report.counts import busy_seconds, population_stability, total
+from glmbatch.report.counts import (
+    RATED_ROWS,
+    busy_seconds,
+    latest_rate,
+    population_stability,
+    total,
+)
 
 COUNTS = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 1000), min_size=1)
 
@@ -34,6 +40,20 @@ def test_fragments_without_inference_are_not_busy() -> None:
     assert busy_seconds([receipt(100, 5, 8), receipt(10, 4, 0)]) == 5
     assert busy_seconds([receipt(10, 4, 0)]) == 0
     assert busy_seconds([]) == 0
+
+
+def test_a_run_of_a_few_rows_gives_no_rate() -> None:
+    few = receipt(300, 9, 2).model_copy(update={"run": "few", "key": "few"})
+    assert latest_rate([]) is None
+    assert latest_rate([few]) is None
+    # Of fragments that share a receipt, its rows count once.
+    assert latest_rate([few] * RATED_ROWS) is None
+    parts = []
+    for number in range(2):
+        part = receipt(100 + 5 * number, 5, RATED_ROWS // 2)
+        parts.append(part.model_copy(update={"key": f"part {number}"}))
+    assert latest_rate(parts[:1]) is None
+    assert latest_rate([*parts, few]) == RATED_ROWS / 10
 
 
 def test_sums_are_listed_largest_first() -> None:
