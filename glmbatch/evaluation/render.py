@@ -101,7 +101,7 @@ def _part(part: Part, rows: int) -> Iterator[str]:
                 yield _line(title, _pair(paired.numbers[name], 2 if name == "chrf" else 4))
         alone = [f"{paired.only_a:,} with A alone", f"{paired.only_b:,} with B alone"]
         yield _line("right", f"{', '.join(alone)}; McNemar p {paired.p:.2g}")
-    yield _line("moved", f"{part.moved.differ:,} rows ({part.moved.share:.1%})")
+    yield _line("moved", f"{counted(part.moved.differ, 'row')} ({part.moved.share:.1%})")
     if part.moved.labels:
         table = [["label", "A", "B", "moved"]]
         for label, moves in list(part.moved.labels.items())[:MOST_LABELS]:
@@ -120,7 +120,7 @@ def _pair(numbers: NumberPair, digits: int) -> str:
 def _cost(cost: Cost) -> str:
     tokens = f"{cost.prompt_tokens:,} prompt and {cost.completion_tokens:,} answer tokens"
     asked = f"{counted(cost.prompts, 'prompt')}, {tokens}, {cost.seconds:.1f} s"
-    return f"{asked}; now {cost.tokens_now:,} tokens"
+    return f"{asked}; now {counted(cost.tokens_now, 'token')}"
 
 
 def _differences(step: StepComparison, every: Sequence[DifferingAnswer]) -> Iterator[str]:
