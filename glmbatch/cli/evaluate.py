@@ -41,6 +41,11 @@ def _job(parsed: argparse.Namespace) -> tuple[JobConfig, dict[str, str]]:
             raise InputError(
                 f"--{flag.replace('_', '-')}: is for a checkpoint. Use --truth or --set for a job."
             )
+    if not os.path.exists(parsed.job):
+        raise InputError(
+            f"{parsed.job}: there is no job file or checkpoint. Check the path; a training that "
+            "promoted none leaves none in `current`, but one in the folder of its run."
+        )
     return load_job(parsed.job, job_overrides(parsed)), truth_columns(parsed.truth)
 
 

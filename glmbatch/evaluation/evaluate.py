@@ -23,6 +23,7 @@ from glmbatch.evaluation.truth import (
     FLAG,
     Truth,
     candidates,
+    check_labels,
     check_names,
     read_labelled_rows,
     truth_of,
@@ -31,7 +32,7 @@ from glmbatch.run.prompts import inputs_of
 from glmbatch.run.table import Job, answers_to, settings_of
 from glmbatch.run.work import confidence_keys
 from glmbatch.settings.columns import Columns
-from glmbatch.settings.job import JobConfig
+from glmbatch.settings.job import ClassifyStep, JobConfig
 from glmbatch.steps.inputs import schema_needs
 from glmbatch.store.frames import WHERE, as_frame
 from glmbatch.store.parquet import check_column
@@ -155,6 +156,9 @@ def _read(
     wanted, places = columns_of(settings, given)
     table, names = read_labelled_rows(rows, wanted)
     truths = {step.name: truth_of(step, table, places[step.name], given) for step in steps}
+    for step in steps:
+        if isinstance(step, ClassifyStep):  # the labels of a trained head are known only later
+            check_labels(step.name, step.labels or (), truths[step.name])
     return table, names, truths
 
 

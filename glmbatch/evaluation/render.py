@@ -210,7 +210,9 @@ def _result(result: Result) -> Iterator[str]:
         yield from _coverage_by_label(result)
         yield from _labels(result)
         if result.unknown_truths:
-            yield _line("no such label", _counts(result.unknown_truths))
+            unknown = sorted(result.unknown_truths.items(), key=lambda pair: (-pair[1], pair[0]))
+            parts = [f"{name!r}: {counted(rows, 'row')}" for name, rows in unknown]
+            yield _line("no such label", ", ".join(parts))
     if isinstance(result, LabelResult):
         yield from _confused(result)
 

@@ -23,7 +23,7 @@ from glmbatch.evaluation.fields import same_values, score_field, score_values
 from glmbatch.evaluation.labels import score_labels, score_several
 from glmbatch.evaluation.results import Counts, Result, SeveralResult, StepResult
 from glmbatch.evaluation.texts import score_written
-from glmbatch.evaluation.truth import FLAG, Truth
+from glmbatch.evaluation.truth import FLAG, Truth, check_labels
 from glmbatch.report.summary import StepSummary
 from glmbatch.settings.columns import ABSTAINED, NOT_ASKED, Columns
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
@@ -80,6 +80,11 @@ def score_step(
         return found.model_copy(update={"note": "no column has its truth"})
     if not scored:
         return found.model_copy(update={"note": "no row has both a truth and an answer"})
+    chances = Columns(step.name).scores
+    if isinstance(step, ClassifyStep) and chances in answered.answers.column_names:
+        # Those of a trained head, which the step need not name.
+        kind = answered.answers.schema.field(chances).type
+        check_labels(step.name, [field.name for field in kind], truth)
     picked = answered.answers.take(pa.array(scored, pa.int64()))
     group_R = groups_of(answered.group_R[scored].tolist())
     expected = truth.of_rows(scored)

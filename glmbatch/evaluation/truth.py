@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -17,9 +18,8 @@ from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
 from glmbatch.settings.steps.fields import ExtractField
 from glmbatch.settings.tuning import LabelledData
-from glmbatch.store.inputs.find import find_files
+from glmbatch.store.inputs.labelled import labelled_files
 from glmbatch.store.inputs.needs import folder_columns
-from glmbatch.store.lines.form import ENDINGS
 from glmbatch.store.parquet import open_parquet, with_constants
 from glmbatch.store.values import is_list, prompt_values
 
@@ -62,19 +62,12 @@ def read_labelled_rows(address: str, wanted: Collection[str]) -> tuple[pa.Table,
     there are no rows.
     """
     try:
-        found = find_files(address, lines=True)
+        found = labelled_files(address)
     except InputError as error:
         raise InputError(str(error).replace("data.input", "ROWS")) from error
-    for reason in found.refused.values():
-        raise InputError(reason)
     tables = []
     names: dict[str, None] = {}
     for name in found.names:
-        if name.casefold().endswith(ENDINGS):
-            raise InputError(
-                f"{found.root / name}: labelled rows are read from Parquet. Name such files alone, "
-                "as in rows/*.parquet."
-            )
         with open_parquet(found.root / name) as file:
             stored = file.schema_arrow.names
             table = file.read(columns=[column for column in stored if column in wanted])
@@ -166,6 +159,25 @@ def truth_of(
         values = _flat(step, column, values)
         read = _labels(values) if isinstance(step, ClassifyStep) else prompt_values(values)
     return Truth(columns, {step.name: read}, {step.name: [value is not None for value in read]})
+
+
+def check_labels(name: str, labels: Sequence[str], truth: Truth | None, flag: str = FLAG) -> None:
+    """InputError if the step `name` has `labels`, and none of its truths is one of them.
+
+    Every answer would be wrong, which looks like a bad model. `flag` names the truth in the error.
+    """
+    if truth is None or not labels:
+        return
+    seen = Counter[str]()
+    for value in truth.values[name]:
+        seen.update([value] if isinstance(value, str) else value or ())
+    if seen and seen.keys().isdisjoint(labels):
+        (column,) = truth.columns.values()
+        values = some_of([value for value, _ in seen.most_common()])
+        raise InputError(
+            f"{flag} {name}={column}: the column has {values}, and none of them is a label of the "
+            f"step; the labels are {some_of(labels)}. Name another column, or set the labels."
+        )
 
 
 def _flat(step: AnyStep, column: str, values: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -6,6 +6,7 @@ file's path below the input and its first row, so adding files renames no fragme
 
 from __future__ import annotations
 
+import re
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, field_serializer
 
-from glmbatch.errors import GlmbatchError, counted
+from glmbatch.errors import GlmbatchError, InputError, counted
 from glmbatch.store.files import refuse_change
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.find import Skipped
@@ -28,6 +29,7 @@ from glmbatch.store.lines.stored import store_lines
 from glmbatch.store.parquet import TimeUnit, open_parquet, read_opened, readable, with_constants
 from glmbatch.store.paths import AnyPath
 
+VARYING = re.compile(r"\[.*\]|'[^']*'|\d+")  # of a reason: what differs between files of one kind
 MAGIC = b"PAR1"  # begins every Parquet file that is not encrypted
 
 
@@ -142,6 +144,19 @@ class FileFault(BaseModel, frozen=True, extra="forbid"):
     first_row: int | None = None
     size_bytes: int = 0
     rows: int | None = None
+
+
+def none_usable(where: str, faults: Sequence[FileFault]) -> InputError:
+    """The error to raise when every file of an input is left out, with the most frequent reason."""
+    kinds: dict[str, list[FileFault]] = {}
+    for fault in faults:
+        reason = fault.reason.partition(f"{fault.source}: ")[2] or fault.reason
+        kinds.setdefault(VARYING.sub("", reason), []).append(fault)
+    most = max(kinds.values(), key=len)
+    which = "the first" if len(most) in (1, len(faults)) else f"{len(most)} of them like"
+    return InputError(
+        f"{where}: none of {len(faults)} files can be used; {which}: {most[0].reason}"
+    )
 
 
 def telling_size(path: AnyPath) -> int:

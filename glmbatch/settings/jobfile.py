@@ -87,7 +87,8 @@ def load_settings(
     path: str, kind: type[AnySettings], overrides: Mapping[str, object] | None = None
 ) -> AnySettings:
     """The settings in a YAML or JSON file; `overrides` and errors as in `parse_settings`."""
-    return parse_settings(path, read_settings(Path(path)), kind, overrides)
+    what = "job file" if issubclass(kind, JobConfig) else "file with a training's settings"
+    return parse_settings(path, read_settings(Path(path), what), kind, overrides)
 
 
 def parse_settings(

@@ -26,18 +26,24 @@ class RefusedSettings(ValueError):
     """The file is valid YAML or JSON, but not a valid file of settings."""
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file. InputError if it cannot be read or is not a mapping."""
+def read_settings(path: Path, what: str = "job file") -> dict[str, Any]:
+    """The mapping in a YAML or JSON file. InputError if it cannot be read or is not a mapping.
+
+    `what` it is said to be in messages.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
         text = content.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        origin = "" if path.is_absolute() else f" (from {Path.cwd()})"
+        raise InputError(f"{path}: there is no {what}{origin}. Check the path.") from error
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise InputError(f"{path}: the job file cannot be read: {reason}.") from error
+        raise InputError(f"{path}: the {what} cannot be read: {reason}.") from error
     if len(content) > MOST_BYTES:
         raise InputError(
-            f"{path}: is larger than {MOST_BYTES >> 20} MB, so it cannot be a job file. "
+            f"{path}: is larger than {MOST_BYTES >> 20} MB, so it cannot be a {what}. "
             "Check the path."
         )
     settings = _parsed(path, text)

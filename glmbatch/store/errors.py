@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any
 
-from glmbatch.errors import GlmbatchError, StoreRefused, TransientError
+from glmbatch.errors import GlmbatchError, StoreRefused, TransientError, shown
 
 # Errors of writing that only the caller can fix; any other one may pass.
 UNWRITABLE = frozenset(
@@ -42,6 +42,9 @@ NOT_IMPLEMENTED = 501
 # status stands only in the text that it gives every answer.
 _STATUS = re.compile(r"non-2xx status code: (\d{3})\b")
 
+ENDINGS_READ = (
+    "labelled rows must be Parquet, and other rows may end in .csv, .tsv, .jsonl or .ndjson too"
+)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # deltalake colours its messages
 
 
@@ -57,6 +60,14 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     )
     text = " ".join(plain.split()) or type(error).__name__
     return text[:limit].rstrip(".")
+
+
+def unread(path: PurePath, form: str, error: BaseException) -> str:
+    """Why the file `path` cannot be read as `form`, without a full stop at the end."""
+    ending = path.suffix
+    if "magic bytes not found" in str(error) and ending.casefold() not in ("", ".parquet"):
+        return f"is not Parquet, and the ending {shown(ending)} is not read; {ENDINGS_READ}"
+    return f"not readable as {form}: {one_line(error)}"
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from glmbatch.errors import (
     shown,
     some_of,
 )
-from glmbatch.store.errors import one_line, store_errors, was_changed
+from glmbatch.store.errors import store_errors, unread, was_changed
 from glmbatch.store.files import refuse_change
 from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 from glmbatch.store.types import leaves
@@ -70,7 +70,7 @@ def readable(address: Address, form: str = "Parquet") -> Iterator[None]:
         # pyarrow also raises OSError for damaged bytes, but without a system errno.
         if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
             raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error
-        raise UnusableFile(f"{path}: not readable as {form}: {one_line(error)}.") from error
+        raise UnusableFile(f"{path}: {unread(path, form, error)}.") from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from glmbatch.settings.job import TEXT, placeholders
 from glmbatch.settings.tuning import LabelledData
 from glmbatch.steps.prompt import check_value
 from glmbatch.store.files import digest_file
-from glmbatch.store.inputs.find import find_files
+from glmbatch.store.inputs.labelled import labelled_files
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import check_column, open_parquet, read_rows
 from glmbatch.store.paths import AnyPath
@@ -103,9 +103,7 @@ def read_examples(data: LabelledData, template: str = TEXT_ALONE, also: Sequence
     The current checkpoint's prompt has the placeholders `also`, which may be null.
     """
     sources = {name: data.text_column if name == TEXT else name for name in placeholders(template)}
-    found = find_files(data.input)
-    for reason in found.refused.values():
-        raise InputError(reason)
+    found = labelled_files(data.input)
     if found.skipped:
         logger.warning("%s: not read: %s", data.input, ", ".join(map(str, found.skipped)))
     root, names = found.root, found.names

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,23 @@ def test_a_file_that_cannot_be_read_is_left_out(
     for name, (_, reason) in FAULTS.items():
         assert reason in reasons[name], reasons[name]
     assert [row["text"] for row in rows_of(out)] == ["fine"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "id;body\n1;fine\n", "it has ['id;body']. Set data.lines.delimiter."),
+        ("a.tsv", "id,body\n1,fine\n", "it has ['id,body']. Set data.lines.delimiter."),
+        ("a.csv", "id,text\n1,fine\n", "it has ['id', 'text']. Set data.text_column."),
+        ("a.jsonl", '{"id;body": "fine"}\n', "it has ['id;body']. Set data.text_column."),
+    ],
+)
+def test_another_delimiter_is_advised(
+    lines_job: Settings, tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / "in" / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(f"no column 'body'; {message}")):
+        preview(JobConfig.model_validate(lines_job(data__text_column="body")))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])

@@ -12,6 +12,7 @@ from glmbatch.ledger.fragments import (
     FileFault,
     Fragment,
     Plan,
+    none_usable,
     output_name,
     telling_size,
 )
@@ -155,13 +156,6 @@ def _joined(outcomes: Mapping[str, _Outcome], data: DataConfig, left_out: Sequen
         left_out=(*left_out, *(name for name, outcome in outcomes.items() if outcome.left_out)),
         rechecked=sum(outcome.rechecked for outcome in outcomes.values()),
         silent=tuple(name for name, outcome in outcomes.items() if outcome.silent),
-    )
-
-
-def none_usable(where: str, faults: Sequence[FileFault]) -> InputError:
-    """The error to raise when every file of an input is left out."""
-    return InputError(
-        f"{where}: none of {len(faults)} files can be used; the first: {faults[0].reason}"
     )
 
 

@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from glmbatch.errors import InputError, UnusableFile, shown
 from glmbatch.ledger.delta.table import check_sources, is_table
-from glmbatch.ledger.fragments import FileFault, Plan
-from glmbatch.ledger.input.cutting import none_usable
+from glmbatch.ledger.fragments import FileFault, Plan, none_usable
 from glmbatch.ledger.manifest import Manifest
 from glmbatch.ledger.staying import staying
 from glmbatch.settings.job import DataConfig

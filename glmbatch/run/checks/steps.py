@@ -70,11 +70,12 @@ def _check_classifier(where: str, step: ClassifyStep, model: Model) -> None:
         unknown = sorted(given.keys() - set(model.labels)) if isinstance(given, dict) else []
         if unknown:
             raise InputError(
-                f"{where} was trained for {some_of(model.labels)}, not {some_of(unknown)}. "
-                f"Set the step's {setting}."
+                f"step {step.name!r}: {setting} names {some_of(unknown)}, which "
+                f"{'is no label' if len(unknown) == 1 else 'are no labels'}; the labels are "
+                f"{some_of(model.labels)}."
             )
     if step.labels is not None and sorted(step.labels) != sorted(model.labels):
-        advice = "Set the step's labels"
+        advice = "Leave the step's labels out, or set them to those"
         if model.config.adapter:
             advice += f", or name them with id2label in {model.config.adapter}/config.json"
         raise InputError(
@@ -145,5 +146,14 @@ def _check_trained_prompt(where: str, step: ClassifyStep, model: Model) -> None:
         if setting in trained and value != trained[setting]:
             raise InputError(
                 f"{where} was trained with the {setting} {trained[setting]!r}. "
-                f"Set the step's {setting}."
+                f"{_advice(step, setting, trained[setting])}"
             )
+
+
+def _advice(step: ClassifyStep, setting: str, trained: object) -> str:
+    """How to get the `trained` value of a setting, some of which a step takes if it sets none."""
+    is_left_out = getattr(step, setting) == ClassifyStep.model_fields[setting].default
+    # A system prompt is taken only with the template.
+    if is_left_out or (setting == "system_prompt" and trained is not None):
+        return f"Set the step's {setting} to that."
+    return f"Leave the step's {setting} out, or set it to that."

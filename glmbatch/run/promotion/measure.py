@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from glmbatch.errors import AuditError, InputError, counted
 from glmbatch.evaluation.bootstrap import groups_of
+from glmbatch.evaluation.truth import check_labels
 from glmbatch.ledger.input.cutting import plan_fragments
 from glmbatch.ledger.input.fitting import fit_times
 from glmbatch.ledger.ledger import Ledger
@@ -148,6 +149,9 @@ def standings(labelled: Labelled, questions: Sequence[Question], ledger: Ledger)
     for question in questions:
         if question.name not in labelled.truths:
             continue
+        check_labels(
+            question.name, question.labels, labelled.truths[question.name], "evaluate.truth"
+        )
         asked = asked_with(question, by_name)
         blank = Kept(
             step=question.name,

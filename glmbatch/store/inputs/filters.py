@@ -40,7 +40,7 @@ from glmbatch.store.inputs.conditions import (
     outcomes_of,
     where_holds,
 )
-from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.inputs.needs import folder_columns, in_file
 from glmbatch.store.lines.form import LINE_ERROR, is_lines
 from glmbatch.store.parquet import check_column, read_opened
 from glmbatch.store.types import leaves
@@ -151,7 +151,8 @@ def check_filter(where: str, name: str, condition: Condition, schema: pa.Schema)
     folders = tuple(folder_columns(name))
     try:
         for column in columns_of(condition):
-            check_column(where, schema, column, SETTING, text=False, plain=False, folders=folders)
+            own, setting = in_file(name, schema, column, SETTING)
+            check_column(where, own, column, setting, text=False, plain=False, folders=folders)
         kinds = {column: schema.field(column).type for column in columns_of(condition)}
         check_tests(condition, kinds, (where, SETTING))
     except InputError as error:

@@ -16,10 +16,13 @@ import pyarrow as pa
 from glmbatch.errors import InputError, UnusableFile, shown
 from glmbatch.settings.conditions import parse_condition
 from glmbatch.store.inputs.conditions import check_tests
+from glmbatch.store.lines.form import is_lines
+from glmbatch.store.lines.stored import OWN_FIELDS
 from glmbatch.store.parquet import check_column
 from glmbatch.store.paths import AnyPath
 from glmbatch.store.values import is_turns
 
+DELIMITERS = frozenset(",;|\t")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -113,13 +116,14 @@ def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds
     try:
         for needed in needs.read:
             if needed.is_history:
-                _check_history(shown(path), schema, needed, folders)
+                _check_history(path, schema, needed, folders)
             elif needed.name not in given:
+                own, setting = in_file(path.name, schema, needed.name, needed.setting)
                 check_column(
                     shown(path),
-                    schema,
+                    own,
                     needed.name,
-                    needed.setting,
+                    setting,
                     text=needed.is_text,
                     plain=not needed.is_tested,
                     folders=tuple(folders),
@@ -135,15 +139,30 @@ def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds
         raise UnusableFile(str(error)) from error
 
 
+def in_file(name: str, schema: pa.Schema, column: str, setting: str) -> tuple[pa.Schema, str]:
+    """What to say if the file `name` lacks `column`: the columns of its own, and what to set.
+
+    A CSV file with a single column that has a delimiter in its name has another one than was set.
+    """
+    if not is_lines(name) or column in schema.names:
+        return schema, setting
+    own = pa.schema([field for field in schema if field not in OWN_FIELDS])
+    (first, *others) = own.names or [""]
+    is_csv = is_lines(name, "csv")
+    if is_csv and not others and not DELIMITERS.isdisjoint(first):
+        return own, "data.lines.delimiter"
+    return own, setting
+
+
 def _check_history(
-    where: str, schema: pa.Schema, needed: NeededColumn, folders: Mapping[str, str | None]
+    path: AnyPath, schema: pa.Schema, needed: NeededColumn, folders: Mapping[str, str | None]
 ) -> None:
+    where = shown(path)
     kind: pa.DataType = pa.string()  # a value from a folder's name
     if needed.name in schema.names or needed.name not in folders:
         columns = tuple(folders)
-        check_column(
-            where, schema, needed.name, needed.setting, text=False, plain=False, folders=columns
-        )
+        own, setting = in_file(path.name, schema, needed.name, needed.setting)
+        check_column(where, own, needed.name, setting, text=False, plain=False, folders=columns)
         kind = schema.field(needed.name).type
     if not is_turns(kind):
         raise InputError(

@@ -44,9 +44,10 @@ class Form(BaseModel, frozen=True, extra="forbid"):
         return self.model_dump_json()
 
 
-def is_lines(name: str) -> bool:
-    """Whether the file `name` holds lines, by its ending."""
-    return name.casefold().endswith(ENDINGS)
+def is_lines(name: str, kind: Literal["csv", "json"] | None = None) -> bool:
+    """Whether the file `name` holds lines, by its ending; with a `kind`, only lines of that."""
+    endings = [ending for ending in ENDINGS if kind in (None, KINDS["." + ending.split(".")[1]])]
+    return name.casefold().endswith((*endings,))
 
 
 def form_of(name: str, settings: LinesConfig) -> Form | None:

@@ -252,6 +252,22 @@ def test_answers_decide_how_a_truth_is_compared() -> None:
         score_step(step, lists, answered, ())
 
 
+def test_a_heads_labels_are_compared_with_the_truth() -> None:
+    step = ClassifyStep(name="mood")
+    scores = pa.array([{"good": 0.75, "bad": 0.25}] * 2)
+    kinds = pa.array([None, None], pa.string())
+    answers = pa.table({"mood": ["good"] * 2, "mood_scores": scores, "mood_error_type": kinds})
+    answered = Answered(answers, np.arange(2), {"mood": step_summary("mood", "run", [])})
+    truth = Truth({"mood": "stars"}, {"mood": ["5", "3"]}, {"mood": [True] * 2})
+    with pytest.raises(InputError, match=r"mood=stars: the column has \['5', '3'\]"):
+        score_step(step, truth, answered, ())
+    mixed = Truth({"mood": "stars"}, {"mood": ["good", "3"]}, {"mood": [True] * 2})
+    found = Evaluation(
+        rows=2, steps=(score_step(step, mixed, answered, ()),), left_out=(), kept="", seconds=0.0
+    )
+    assert "'3': 1 row" in describe(found)
+
+
 def test_rows_without_any_truth_are_refused(
     settings: dict[str, Any], table: pa.Table, tmp_path: Path
 ) -> None:
@@ -264,14 +280,18 @@ def test_rows_without_any_truth_are_refused(
     pq.write_table(pa.table({"body": ["a"]}), file)
     with pytest.raises(InputError, match=r"has none of the columns .*; it has \['body'\]"):
         evaluate(settings, str(file), keep=tmp_path)
+    pq.write_table(table.append_column("mood", table.column("id")), file)
+    with pytest.raises(InputError, match=r"--truth mood=mood: .* none of them is a label of the"):
+        evaluate(settings, str(file), keep=tmp_path)
+    truths = pa.array([*table.column("text").to_pylist()[:-1], "good"])
     misspelt = {**settings, "data": {**settings["data"], "text_column": "txet"}}
-    pq.write_table(table.append_column("mood", table.column("text")), file)
+    pq.write_table(table.append_column("mood", truths), file)
     every = r"no column 'txet'; it has \['id', 'text', 'stars', 'mood'\]\. Set data\.text_column"
     with pytest.raises(InputError, match=every):
         evaluate(misspelt, str(file), keep=tmp_path)
     with pytest.raises(InputError, match=every):
         compare(misspelt, misspelt, str(file), keep=tmp_path)
-    lacking = table.drop_columns(["stars"]).append_column("mood", table.column("text"))
+    lacking = table.drop_columns(["stars"]).append_column("mood", truths)
     pq.write_table(lacking, file)
     with pytest.raises(InputError, match=r"rows\.parquet: no column 'stars'"):
         evaluate(settings, str(file), keep=tmp_path)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from glmbatch.errors import InputError
-from glmbatch.evaluation.truth import Truth, candidates, check_names, truth_of
+from glmbatch.evaluation.truth import Truth, candidates, check_labels, check_names, truth_of
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep, GenerateStep
 
 MOOD = ClassifyStep(name="mood", labels=["1", "2"])
@@ -105,6 +105,21 @@ def test_what_cannot_be_a_truth_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
         truth(step, columns, given)
+
+
+def test_truths_that_are_no_labels_are_refused() -> None:
+    stars = truth(MOOD, {"stars": [5, 3, 5, None]}, {"mood": "stars"})
+    refused = (
+        r"--truth mood=stars: the column has \['5', '3'\], and none .* are \['1', '2'\]\. Name"
+    )
+    with pytest.raises(InputError, match=refused):
+        check_labels("mood", ["1", "2"], stars)
+    check_labels("mood", ["5", "2"], stars)
+    check_labels("mood", [], stars)  # those of a trained head are not known yet
+    lists = truth(TOPICS, {"topics": [["c"], []]})
+    with pytest.raises(InputError, match=r"evaluate.truth topics=topics: the column has \['c'\]"):
+        check_labels("topics", ["a", "b"], lists, "evaluate.truth")
+    check_labels("topics", ["a", "b"], truth(TOPICS, {"topics": [[], []]}))
 
 
 def test_unknown_steps_are_refused() -> None:

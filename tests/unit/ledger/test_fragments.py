@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmbatch.errors import InputError, UnusableFile
-from glmbatch.ledger.fragments import Plan, read_fragment
+from glmbatch.ledger.fragments import FileFault, Plan, none_usable, read_fragment
 from glmbatch.ledger.input.ranges import cut
 from glmbatch.run.plan import plan_run
 from glmbatch.settings.job import JobConfig
@@ -120,6 +120,20 @@ def test_a_column_that_no_file_has_stops_the_run(
     write_source("a.parquet", columns)
     with pytest.raises(InputError, match=message):
         planned(job_settings())
+
+
+def test_the_most_frequent_reason_is_said() -> None:
+    def fault(name: str, reason: str) -> FileFault:
+        return FileFault(source=name, reason=f"in/{name}: {reason}")
+
+    odd = fault("a", "not readable as Parquet: it is empty.")
+    usual = [fault(f"b{n}", f"no column 'text'; it has ['x', '{n}']. Set it.") for n in range(3)]
+    assert str(none_usable("in", [odd, *usual])) == (
+        "in: none of 4 files can be used; 3 of them like: in/b0: no column 'text'; it has "
+        "['x', '0']. Set it."
+    )
+    assert "3 files can be used; the first: in/b0" in str(none_usable("in", usual))
+    assert "2 files can be used; the first: in/a" in str(none_usable("in", [odd, usual[0]]))
 
 
 def test_a_prompt_that_names_an_unknown_column_says_which_step(

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from glmbatch.errors import InputError
-from glmbatch.settings.jobfile import load_job
+from glmbatch.settings.jobfile import load_job, load_settings
 from glmbatch.settings.reading import read_settings
+from glmbatch.settings.tuning import TuneConfig
 
 JOB = (
     "data: {input: a, output: b}\nmodel: m\nsteps: [{kind: classify, name: s, labels: [LABELS]}]\n"
@@ -24,6 +25,14 @@ def load(tmp_path: Path, content: str | bytes, name: str = "job.yaml") -> object
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return load_job(str(path))
+
+
+def test_a_missing_file_is_named_for_what_it_is(tmp_path: Path) -> None:
+    missing = tmp_path / "none.yaml"
+    with pytest.raises(InputError, match=r"none\.yaml: there is no job file\. Check the path\."):
+        load_job(str(missing))
+    with pytest.raises(InputError, match="there is no file with a training's settings"):
+        load_settings(str(missing), TuneConfig)
 
 
 @pytest.mark.parametrize(

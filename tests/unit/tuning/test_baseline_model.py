@@ -145,6 +145,13 @@ def model(tmp_path: Path) -> str:
         ({}, {"labels": ["x", "y"]}, r"was trained for .*, not \['x', 'y'\]"),
         ({}, {"chat": True}, "was trained with the chat False"),
         ({}, {"prompt_template": "Is it? {text}"}, "was trained with the prompt_template '{text}'"),
+        (
+            {},
+            {"prompt_template": "Is it? {text}"},
+            "Leave the step's prompt_template out, or set it",
+        ),
+        ({}, {"labels": ["x", "y"]}, "Leave the step's labels out, or set them to those"),
+        ({}, {"abstain_below": {"x": 0.5}}, r"abstain_below names \['x'\], which is no label; the"),
         ({}, {"max_input_tokens": 64}, "reads texts of any length. Leave max_input_tokens out"),
         ({"quantization": "int8"}, {}, "has no quantization. Leave it out"),
         ({"adapter": "."}, {}, "has no adapter. Leave it out"),

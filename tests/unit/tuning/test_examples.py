@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from glmbatch.errors import InputError
+from glmbatch.evaluation.truth import read_labelled_rows
 from glmbatch.settings.tuning import LabelledData
 from glmbatch.tuning.examples import Example, read_examples, text_keys
 from glmbatch.tuning.split import PARTS, read_labelled
@@ -23,6 +25,27 @@ def test_rows_without_a_text_or_a_label_are_counted(tmp_path: Path, write_source
     rows = read_examples(LabelledData(input=str(tmp_path / "in")))
     assert rows.examples == [Example("a.parquet row 0", "fine", "good")]
     assert rows.skipped == {"text": 2, "label": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.csv", "labelled rows must be Parquet, not CSV or JSON lines. Convert the file."),
+        ("b.JSONL.gz", "labelled rows must be Parquet, not CSV or JSON lines. Convert the file."),
+        ("notes.txt", "is not Parquet, and the ending .txt is not read; labelled rows must be"),
+    ],
+)
+def test_labelled_rows_must_be_parquet(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / name).write_text("text,label\nfine,good\n")
+    with pytest.raises(InputError, match=re.escape(f"{name}: {message}")):
+        read_examples(LabelledData(input=str(tmp_path / name)))
+    with pytest.raises(InputError, match=re.escape(f"{name}: {message}")):
+        read_labelled_rows(str(tmp_path / name), ["text", "label"])
+
+
+def test_parquet_under_another_ending_is_read(tmp_path: Path, write_source: Write) -> None:
+    write_source("a.parquet", {"text": ["fine"], "label": ["good"]}).rename(tmp_path / "a.data")
+    assert len(read_examples(LabelledData(input=str(tmp_path / "a.data"))).examples) == 1
 
 
 def test_an_answer_keeps_its_spaces(tmp_path: Path, write_source: Write) -> None:

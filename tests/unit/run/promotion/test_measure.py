@@ -24,7 +24,7 @@ from glmbatch.run.work import Work
 from glmbatch.settings.job import JobConfig
 from tests.support import CLASSIFY, GENERATE, Settings, Write, column_of, run
 
-OTHER = {**CLASSIFY, "labels": ["fine", "poor", "middling"]}  # whose labels are never right
+OTHER = {**CLASSIFY, "labels": ["x", "the", "a", "bad"]}  # never the right one, "bad"
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_lines_among_labelled_rows_are_refused(job: dict[str, Any], tmp_path: Pa
     folder.mkdir()
     (tmp_path / "labelled.parquet").rename(folder / "a.parquet")
     (folder / "b.csv").write_text("text,mood\nfine,good\n")
-    with pytest.raises(InputError, match=r"b\.csv: labelled rows are read from Parquet"):
+    with pytest.raises(InputError, match=r"b\.csv: labelled rows must be Parquet"):
         run(with_step(job, OTHER, rows=str(folder)))
     assert run(with_step(job, CLASSIFY, rows=f"{folder}/*.parquet")).refused is None
 
@@ -212,6 +212,7 @@ def test_what_cannot_be_measured_is_refused_at_once(job: dict[str, Any], tmp_pat
         ({"rows": str(tmp_path / "none.parquet")}, r"none.parquet"),
         ({"truth": {"tone": "mood"}}, r"evaluate.truth tone: the job has no such step"),
         ({"truth": {"mood": "tone"}}, r"evaluate.truth mood=tone: the rows have no column 'tone'"),
+        ({"truth": {"mood": "text"}}, r"evaluate.truth mood=text: .* none of them is a label"),
         ({"least_score": {"tone": 0.5}}, r"evaluate.least_score: the job has no step 'tone'"),
     )
     for settings, message in cases:
