@@ -10,8 +10,7 @@ from glmbatch.store.lines.form import is_lines
 def labelled_files(address: str) -> Found:
     """The files of labelled rows at `address`: a file, a folder or a glob.
 
-    InputError as for `find_files`, and for CSV and JSON lines: without types, 1 and 01 would be two
-    labels.
+    InputError as for `find_files`, and for CSV and JSON lines.
     """
     found = find_files(address, lines=True)
     for reason in found.refused.values():

@@ -124,6 +124,16 @@ def table(said: str, source: str) -> list[str]:
     return [" ".join(line.split()[1:]) for line in said.splitlines() if line.startswith(source)]
 
 
+def test_evaluating_a_missing_checkpoint_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "trained" / "current" / "checkpoint"
+    assert cli.main(["evaluate", str(missing), "rows.parquet"]) == 2
+    said = capsys.readouterr().err
+    assert f"{missing}: there is no job file or checkpoint. Check the path" in said
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("flag", [["--text-column", "body"], ["--set", "data.text_column=body"]])
 def test_an_input_error_is_one_line_and_exit_code_2(
     job_file: str, write_source: Write, capsys: pytest.CaptureFixture[str], flag: list[str]
