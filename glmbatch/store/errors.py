@@ -45,6 +45,8 @@ _STATUS = re.compile(r"non-2xx status code: (\d{3})\b")
 ENDINGS_READ = (
     "labelled rows must be Parquet, and other rows may end in .csv, .tsv, .jsonl or .ndjson too"
 )
+# How pyarrow says that a file, which may be short, does not end as Parquet does.
+NOT_PARQUET = re.compile(r"Parquet magic bytes not found|Parquet file size is \d+ bytes, smaller")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # deltalake colours its messages
 
 
@@ -65,7 +67,7 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 def unread(path: PurePath, form: str, error: BaseException) -> str:
     """Why the file `path` cannot be read as `form`, without a full stop at the end."""
     ending = path.suffix
-    if "magic bytes not found" in str(error) and ending.casefold() not in ("", ".parquet"):
+    if NOT_PARQUET.search(str(error)) and ending.casefold() not in ("", ".parquet"):
         return f"is not Parquet, and the ending {shown(ending)} is not read; {ENDINGS_READ}"
     return f"not readable as {form}: {one_line(error)}"
 

@@ -134,7 +134,11 @@ def test_what_a_head_predicts_survives_saving(tmp_path: Path, several: Path) -> 
         ("several", {}, "judges each label by itself. Set multiple: true."),
         ("several", {"number": True}, "Set multiple: true instead of number."),
         ("several", {"multiple": True, "verdicts": ["ja", "nein"]}, "Leave verdicts out."),
-        ("several", {"multiple": True, "threshold": {"x": 0.3}}, r"not \['x'\]. Set the step's th"),
+        (
+            "several",
+            {"multiple": True, "threshold": {"x": 0.3}},
+            r"names \['x'\], which is no label",
+        ),
         ("several", {"multiple": True, "labels": ["a", "b"]}, "Leave the step's labels out"),
         ("number", {}, "predicts a number. Set number: true."),
         ("number", {"multiple": True}, "Set number: true instead of multiple."),

@@ -32,11 +32,12 @@ def test_rows_without_a_text_or_a_label_are_counted(tmp_path: Path, write_source
     [
         ("a.csv", "labelled rows must be Parquet, not CSV or JSON lines. Convert the file."),
         ("b.JSONL.gz", "labelled rows must be Parquet, not CSV or JSON lines. Convert the file."),
+        ("x.txt", "is not Parquet, and the ending .txt is not read; labelled rows must be Parquet"),
         ("notes.txt", "is not Parquet, and the ending .txt is not read; labelled rows must be"),
     ],
 )
 def test_labelled_rows_must_be_parquet(tmp_path: Path, name: str, message: str) -> None:
-    (tmp_path / name).write_text("text,label\nfine,good\n")
+    (tmp_path / name).write_text("hi\n" if name == "x.txt" else "text,label\nfine,good\n")
     with pytest.raises(InputError, match=re.escape(f"{name}: {message}")):
         read_examples(LabelledData(input=str(tmp_path / name)))
     with pytest.raises(InputError, match=re.escape(f"{name}: {message}")):
