@@ -337,9 +337,9 @@ def test_a_worse_change_is_measured_and_refused(
     path.write_text(yaml.safe_dump(job_settings(steps=[CLASSIFY])))
     first = run(prefect_server, "-m", "glmbatch.cli.main", "run", str(path))
     assert first.returncode == 0, first.stderr
-    # Every label that the tiny model gives is right.
+    # All labels that the tiny model gives are right but one, which only the changed step can give.
     answers = ds.dataset(out, partitioning=None).to_table().column("mood").to_pylist()
-    pq.write_table(pa.table({"text": texts, "mood": [answers[0]] * 20}), labelled)
+    pq.write_table(pa.table({"text": texts, "mood": [answers[0]] * 19 + ["poor"]}), labelled)
     settings = job_settings(steps=[CLASSIFY], evaluate=str(labelled))
     path.write_text(yaml.safe_dump(settings))
     done = run(prefect_server, "-m", "glmbatch.cli.main", "run", str(path))
@@ -352,10 +352,10 @@ def test_a_worse_change_is_measured_and_refused(
     for _ in range(2):
         refused = run(prefect_server, "-m", "glmbatch.cli.main", "run", str(path))
         assert refused.returncode == 1
-        assert "nothing published: mood scores 0.0000 on 20 labelled rows" in refused.stderr
+        assert "nothing published: mood scores 0.0" in refused.stderr
         flow_run = last_flow_run(prefect_server)
         assert flow_run["state_type"] == "FAILED"
-        assert "mood scores 0.0000" in str(flow_run["state"]["message"])
+        assert "mood scores 0.0" in str(flow_run["state"]["message"])
         tasks = task_runs(prefect_server, 6)
         assert states(tasks, "measure") == {"Completed"}
         assert states(tasks, "publish") == {"Failed"}
