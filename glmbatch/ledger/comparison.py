@@ -95,7 +95,7 @@ def open_source(path: AnyPath, fragment: Fragment) -> Iterator[tuple[pq.ParquetF
 def source_rows(source: pq.ParquetFile, fragment: Fragment) -> Iterator[pa.RecordBatch]:
     """The rows of the open `source` that `fragment` covers and that meet its condition.
 
-    Read and tested anew: what the fragment says of its rows is not used.
+    They are read and tested again: the row numbers in the fragment are not used.
     """
     for batch, holds in _tested(source, fragment, None):
         yield batch if holds is None else batch.filter(holds)

@@ -70,7 +70,8 @@ def check_job(job: JobConfig) -> None:
     Reads the headers of a checkpoint only if there are rows to answer, because that takes torch;
     without such rows the run itself reads those of a checkpoint that changed.
     """
-    run = plan_run(job := job.dated(), digests=False)
+    job = job.dated()
+    run = plan_run(job, digests=False)
     with session(run):
         pass  # proves that the output can be written and that no other run holds it
     for model in job_models(job.model, job.steps):

@@ -105,28 +105,15 @@ def preview(job: JobConfig) -> Preview:
     job = job.dated()
     check_canary_file(job)  # a run would refuse the same files
     run = plan_run(job)
-    work = assign(job, run, models := prepare_models(job))
+    models = prepare_models(job)
+    work = assign(job, run, models)
     plan = work.run.plan
     ledger = Ledger(job.data.output)
     counted = _Counted(ledger, work.questions)
-    unusable = list(plan.unusable)
-    for bundle in work.bundles:
-        committed = _committed(bundle, ledger)
-        for number, fragment in enumerate(bundle.fragments):
-            keys = {}
-            for assignment in bundle.assignments:
-                answers = assignment.answers_keys
-                keys[assignment.question.name] = (answers.file, answers.fragments[number])
-            try:
-                counted.add(fragment, keys, committed)
-            except UnusableFile as error:
-                unusable.append(
-                    FileFault(
-                        source=fragment.source, first_row=fragment.first_row, reason=shown(error)
-                    )
-                )
+    unusable = [*plan.unusable, *_count(counted, work.bundles, ledger)]
     first, refused = preview_measures(job.evaluate, job.data, work.run, work.questions)
-    published = manifest.files if (manifest := ledger.manifest()) is not None else ()
+    manifest = ledger.manifest()
+    published = manifest.files if manifest is not None else ()
     unchanged = [file for file in published if file.source in plan.unchanged]
     steps = (*counted.steps(), *_unchanged_steps(len(plan.unchanged), unchanged))
     return Preview(
@@ -145,6 +132,24 @@ def preview(job: JobConfig) -> Preview:
         measured_first=first,
         notes=prompt_notes(work.questions),
     )
+
+
+def _count(counted: _Counted, bundles: Sequence[Bundle], ledger: Ledger) -> list[FileFault]:
+    """Count the rows of all fragments, and return why the others cannot be read."""
+    faults = []
+    for bundle in bundles:
+        committed = _committed(bundle, ledger)
+        for number, fragment in enumerate(bundle.fragments):
+            keys = {}
+            for assignment in bundle.assignments:
+                answers = assignment.answers_keys
+                keys[assignment.question.name] = (answers.file, answers.fragments[number])
+            try:
+                counted.add(fragment, keys, committed)
+            except UnusableFile as error:
+                source, first_row = fragment.source, fragment.first_row
+                faults.append(FileFault(source=source, first_row=first_row, reason=shown(error)))
+    return faults
 
 
 def _committed(bundle: Bundle, ledger: Ledger) -> set[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from glmbatch.settings.kinds import Address, Settings, Share, StepName
+from glmbatch.settings.kinds import Address, Settings, Share, StepName, text_alone
 
 
 class CanaryConfig(Settings):
@@ -49,10 +49,5 @@ class EvaluateConfig(Settings):
     )
 
 
-def _alone(name: str) -> BeforeValidator:
-    """Accept the value of the field `name` in place of a group with nothing else."""
-    return BeforeValidator(lambda value: {name: value} if isinstance(value, str) else value)
-
-
-CanarySetting = Annotated[CanaryConfig, _alone("file")]
-EvaluateSetting = Annotated[EvaluateConfig, _alone("rows")]
+CanarySetting = Annotated[CanaryConfig, text_alone("canary")]
+EvaluateSetting = Annotated[EvaluateConfig, text_alone("evaluate")]

@@ -20,12 +20,9 @@ from pydantic import BaseModel, ValidationError
 from glmbatch.errors import InputError, counted
 from glmbatch.settings.addresses import has_credentials
 from glmbatch.settings.job import AnyStep, JobConfig
-from glmbatch.settings.kinds import NAME_PATTERN
+from glmbatch.settings.kinds import NAME_PATTERN, TEXT_ALONE
 from glmbatch.settings.reading import parse_yaml, read_settings
 from glmbatch.settings.steps.fields import FIELD_NAME
-
-# Groups that may be a string alone, and the setting that the string then is.
-TEXT_ALONE = {"model": "path", "canary": "file", "evaluate": "rows"}
 
 # Types that YAML reads unquoted words as: yes, off, 1.0, 012, 2024-01-01, ~.
 NOT_QUOTED = (bool, int, float, date, type(None))

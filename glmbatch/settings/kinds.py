@@ -6,10 +6,17 @@ Reads no files and no environment.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from glmbatch.settings.addresses import checked, on_this_machine
 
@@ -33,7 +40,8 @@ MOVED = {
     "n": "is for generate steps, which draw several texts and take the most frequent; remove it",
     "max_length": "would include the prompt; set max_tokens (and max_input_tokens) instead",
 }
-
+# Groups of settings that may be a string alone, and the setting that the string then is.
+TEXT_ALONE = {"model": "path", "canary": "file", "evaluate": "rows"}
 
 Address = Annotated[str, Field(min_length=1), AfterValidator(checked)]
 LocalAddress = Annotated[str, Field(min_length=1), AfterValidator(on_this_machine)]
@@ -52,6 +60,17 @@ def equal_but_for_case(names: Sequence[str]) -> list[str]:
     """
     times = Counter(map(str.casefold, names))
     return [name for name in names if times[name.casefold()] > 1]
+
+
+def text_alone(group: str) -> BeforeValidator:
+    """Accept a string in place of a group that has only the setting of `TEXT_ALONE`."""
+    name = TEXT_ALONE[group]
+    return BeforeValidator(lambda value: {name: value} if isinstance(value, str) else value)
+
+
+def value_for(name: str, given: float | Mapping[str, float] | None) -> float | None:
+    """What a setting that is one number for all names, or one for each, says of `name`."""
+    return given.get(name) if isinstance(given, Mapping) else given
 
 
 class Settings(BaseModel):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from glmbatch.settings.kinds import Address, Settings
+from glmbatch.settings.kinds import Address, Settings, text_alone
 
 
 class ModelConfig(Settings):
@@ -38,9 +38,4 @@ class ModelConfig(Settings):
     )
 
 
-def _path_alone(value: object) -> object:
-    return {"path": value} if isinstance(value, str) else value
-
-
-# A string alone is the path of a model that sets nothing else.
-ModelSetting = Annotated[ModelConfig, BeforeValidator(_path_alone)]
+ModelSetting = Annotated[ModelConfig, text_alone("model")]

@@ -86,7 +86,7 @@ def release(path: AnyPath, run: str) -> None:
 
 
 def guard(paths: Iterable[AnyPath]) -> None:
-    """Until `release`, write these files only over what is there now; on a disk, nothing to do.
+    """Until `release`, write these files only over their present versions. Does nothing on a disk.
 
     The holder of an `flock` keeps it while it stands still, so nobody else writes meanwhile.
     """

@@ -67,7 +67,7 @@ class Corrections:
         values = said.column(column).to_pylist() if said is not None else []
         return [str(value) for value in values if value is not None]
 
-    def keep(  # noqa: PLR0913, PLR0917 - a row, and what is said of it
+    def keep(  # noqa: PLR0913, PLR0917 - a row, and its truth
         self,
         published: Published,
         file: int,
@@ -182,7 +182,7 @@ def _labelled(published: Published, row: pa.Table, step: ViewedStep, truth: obje
     return labelled
 
 
-def _changed(  # noqa: PLR0913, PLR0917 - a row, and what is said of it
+def _changed(  # noqa: PLR0913, PLR0917 - a row, and its truth
     table: pa.Table | None,
     labelled: pa.Table,
     step: ViewedStep,

@@ -82,7 +82,7 @@ class Viewer:
         return self._carried[of]
 
     def _right(self, rows: Rows, step: ViewedStep) -> dict[bytes, Any]:
-        """What is right for `step`, by row key, also of what was said under an earlier key."""
+        """What is right for `step`, by row key, including corrections under earlier keys."""
         known = self._known(rows, step)
         right = {}
         for key, truth in self.corrections.of(step).items():

@@ -94,10 +94,11 @@ def measure_changes(
         again = read_labelled(config, steps, data.text_column, run.needs)
         if (again.ids, again.columns) != (labelled.ids, labelled.columns):
             raise InputError(f"{config.rows}: was changed while it was read. Run again.")
-        for standing in due:
-            table = answers[standing.question.name]
-            kept.keep(_scored(standing, labelled, table))
-        found = standings(labelled, questions, ledger)
+        for place, standing in enumerate(found):
+            if standing.now is None:
+                scored = _scored(standing, labelled, answers[standing.question.name])
+                kept.keep(scored)
+                found[place] = replace(standing, now=scored)
     measured = judgements(config, found, costs)
     for each in measured:
         logger.info("measured on %s: %s", config.rows, each.refused or each)

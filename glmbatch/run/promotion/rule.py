@@ -12,6 +12,7 @@ import numpy as np
 from glmbatch.errors import AuditError
 from glmbatch.report.counts import Measured
 from glmbatch.settings.job import EvaluateConfig
+from glmbatch.settings.kinds import value_for
 
 # A loss is refused beyond this many points if chance alone makes one so large this rarely. Found by
 # simulation: benchmarks/promotion.py.
@@ -59,9 +60,7 @@ def judged(measured: Measured, config: EvaluateConfig) -> Measured:
     """
     if measured.change is None:
         return measured
-    least = config.least_score
-    if isinstance(least, dict):
-        least = least.get(measured.step)
+    least = value_for(measured.step, config.least_score)
     reasons = []
     if least is not None and measured.score < least - ROUNDING:
         reasons.append(f"evaluate.least_score asks for {least:g}")

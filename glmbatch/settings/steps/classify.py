@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from glmbatch.errors import some_of
 from glmbatch.settings.columns import Columns
-from glmbatch.settings.kinds import Settings, equal_but_for_case
+from glmbatch.settings.kinds import Settings, equal_but_for_case, value_for
 from glmbatch.settings.steps.step import AbstainedRate, Step, literal
 
 
@@ -262,11 +262,9 @@ class ClassifyStep(Step):
 
     def threshold_of(self, label: str) -> float:
         """The probability from which on `label` is in the answer of a row."""
-        given = self.threshold.get(label) if isinstance(self.threshold, dict) else self.threshold
+        given = value_for(label, self.threshold)
         return 0.5 if given is None else given
 
     def least_of(self, label: str) -> float:
         """The least probability with which `label` is chosen; below it, the model abstains."""
-        least = self.abstain_below
-        given = least.get(label) if isinstance(least, dict) else least
-        return given or 0.0
+        return value_for(label, self.abstain_below) or 0.0
