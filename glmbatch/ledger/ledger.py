@@ -20,7 +20,6 @@ import pyarrow as pa
 
 from glmbatch.errors import GlmbatchError, InputError, TransientError
 from glmbatch.ledger.committed import CommittedFiles, Content
-from glmbatch.ledger.delta.table import LOG
 from glmbatch.ledger.known.keeping import StoredKeys
 from glmbatch.ledger.known.keys import AnswerFile, keys_of
 from glmbatch.ledger.known.stored import KEYS, StoredSegment
@@ -35,6 +34,7 @@ from glmbatch.ledger.receipts import (
     read_receipt,
     write_with_receipt,
 )
+from glmbatch.ledger.tables.delta import LOG
 from glmbatch.store.files import (
     Digests,
     digest_file,

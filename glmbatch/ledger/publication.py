@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter
 
 from glmbatch.errors import MACHINE_ERRNOS, GlmbatchError, InputError, TransientError
-from glmbatch.ledger.delta.table import Commit, commit_table, plan_commit
 from glmbatch.ledger.filelist import find_lists
 from glmbatch.ledger.ledger import ANSWERS, LOCK, PUBLISHING, Ledger
 from glmbatch.ledger.manifest import Manifest, copy_manifest, write_manifest
 from glmbatch.ledger.outputs import OVERWRITTEN, STAGED, keep_overwritten, staged_name
 from glmbatch.ledger.quarantine import OWN, REFUSED, Line, write_quarantine
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt
+from glmbatch.ledger.tables.columns import Commit
+from glmbatch.ledger.tables.table import Table, commit_table, plan_commit, table_over
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import PARTIAL, committed, reachable, writable
 from glmbatch.store.folder import Folder, Name, commit_all, remove_tree, unlink_all
@@ -51,11 +52,10 @@ def publish(
 ) -> None:
     """Move staged files into place, write `manifest`, and delete replaced files; safe to repeat.
 
-    If this is killed halfway, the next publication finds what to delete in `publishing.json` and
-    the manifest. `quarantine` replaces the list of failed rows. `leave_alone` adds to the manifest
-    what lets the next run leave sources alone, once all files are in their places. Interrupted when
-    another run took over the lock; TransientError when a staged file is missing or the machine
-    failed; InputError when the output cannot be written.
+    `quarantine` replaces the list of failed rows. `leave_alone` adds to the manifest what lets the
+    next run leave sources alone, once all files are in their places. Interrupted when another run
+    took over the lock; TransientError when a staged file is missing or the machine failed;
+    InputError when the output cannot be written.
     """
     root = ledger.root
     check_held(root / LOCK)  # in a store, another run may have taken over the lock
@@ -65,16 +65,16 @@ def publish(
     )
     announced = read_announced(root)
     stale = announced.names
-    version = None
-    if manifest.format == "delta":
-        version = _delta_version(ledger, manifest, outputs)
+    table = table_over(root, manifest.format)
+    version = None if table is None else _next_version(table, ledger, manifest, outputs)
+    if version is not None:
         stale -= version.known  # older versions of the table need their files
     # Before the first move, so that files moved before a kill are found again.
     _announce(root, stale | {output.output_name for output in outputs}, lost=announced.lost)
     _move_staged(ledger, outputs)
     manifest = leave_alone(manifest)
-    if version is not None:
-        commit_table(root, {file.output_name: file.rows for file in manifest.files}, version)
+    if table is not None and version is not None:
+        commit_table(table, {file.output_name: file.rows for file in manifest.files}, version)
     write_quarantine(root, quarantine)
     old_lists = find_lists(root)
     # Moving the files may have taken longer than a lock in a store lives without renewal.
@@ -148,11 +148,13 @@ def put_strangers_aside(folder: Folder, named: Collection[str]) -> list[str]:
     return moved
 
 
-def _delta_version(ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputReceipt]) -> Commit:
+def _next_version(
+    table: Table, ledger: Ledger, manifest: Manifest, outputs: Sequence[OutputReceipt]
+) -> Commit:
     places = {file.output_name: ledger.root / file.output_name for file in manifest.files}
     for output in outputs:
         places[output.output_name] = ledger.outputs.path(output)
-    return plan_commit(ledger.root, places)
+    return plan_commit(table, places)
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from glmbatch.errors import InputError, UnusableFile, counted
-from glmbatch.ledger.delta.table import is_table, table_files
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.ledger import PUBLISHING, Ledger
 from glmbatch.ledger.manifest import (
@@ -40,6 +39,7 @@ from glmbatch.ledger.quarantine import (
 )
 from glmbatch.ledger.receipts import OutputReceipt, has_digest, read_receipt, whole_digest
 from glmbatch.ledger.staying import overlap
+from glmbatch.ledger.tables.delta import is_table, table_files
 from glmbatch.store.files import modified, whole_address
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import AnyPath

@@ -26,12 +26,12 @@ from glmbatch.ledger.comparison import (
     rows_where,
     source_rows,
 )
-from glmbatch.ledger.delta.table import LOG, table_files
 from glmbatch.ledger.ledger import PUBLISHING, Ledger
 from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile, forget_manifests
 from glmbatch.ledger.outputs import STAGED
 from glmbatch.ledger.quarantine import QUARANTINE, read_quarantine
 from glmbatch.ledger.receipts import OutputReceipt, receipt_of, whole_digest
+from glmbatch.ledger.tables.table import table_over
 from glmbatch.settings.columns import NO_ERRORS, Columns
 from glmbatch.store.files import PARTIAL, reachable
 from glmbatch.store.folder import Folder
@@ -120,11 +120,10 @@ def _wrong(file: str, what: str, row: int | None = None) -> Finding:
 def _strangers(ledger: Ledger, manifest: Manifest) -> Iterator[Finding]:
     """Findings for files that readers would mistake for answers, and for unfinished files."""
     named = {file.output_name for file in manifest.files}
-    if manifest.format == "delta":
-        for name in sorted(named ^ table_files(ledger.root)):
-            yield _wrong(
-                name, f"is only in {LOG if name not in named else MANIFEST}; run the job again"
-            )
+    table = table_over(ledger.root, manifest.format)
+    for name in sorted(named ^ table.files) if table is not None else ():
+        where = MANIFEST if name in named else "the table"
+        yield _wrong(name, f"is only in {where}; run the job again")
     with reachable(ledger.root):
         paths = sorted(ledger.root.rglob("*"))
     for path in paths:
@@ -324,7 +323,7 @@ def _source_findings(
             published, range(published.num_row_groups), 0, file.rows, where=file.output_name
         )
         theirs = source_rows(opened, fragment)
-        other_types = manifest.format == "delta" or others
+        other_types = manifest.format != "parquet" or others
         for name, row in differences(ours, theirs, pairs, other_types=other_types):
             yield _wrong(
                 file.output_name,

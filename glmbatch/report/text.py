@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from glmbatch.errors import counted, some_of
-from glmbatch.ledger.delta.table import is_table
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.quarantine import QUARANTINE
+from glmbatch.ledger.tables.delta import is_table
 from glmbatch.report.facts import answers, by_count, size, tokens, unchanged
 from glmbatch.report.summary import StepSummary, Summary, short
 from glmbatch.store.folder import Folder

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glmbatch.errors import InputError, UnusableFile
-from glmbatch.ledger.delta.types import delta_schema, typed_columns
 from glmbatch.ledger.fragments import Fragment, open_fragment, read_fragment
 from glmbatch.ledger.ledger import RESULTS, Ledger
 from glmbatch.ledger.outputs import Staging
 from glmbatch.ledger.receipts import AnswersReceipt, BundleReceipt, OutputReceipt
+from glmbatch.ledger.tables.types import FORMATS, table_schema, typed_columns
 from glmbatch.run.work import Bundle, Question, RunContext, made_with
 from glmbatch.settings.columns import Columns
 from glmbatch.steps.calibration import with_calibrated
@@ -129,8 +129,9 @@ def _output_schema(
         fields += list(table.schema)
     rows = range(fragment.first_row, fragment.first_row + fragment.rows)
     schema = pa.schema(fields, kept_metadata(source, fields, None if fragment.span else rows))
-    if run.format == "delta":
-        schema = delta_schema(fragment.path, schema, typed_columns(fragment.typed))
+    if run.format in FORMATS:
+        typed = typed_columns(fragment.typed)
+        schema = table_schema(FORMATS[run.format], fragment.path, schema, typed)
     return schema, utc_times
 
 

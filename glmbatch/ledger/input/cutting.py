@@ -333,7 +333,7 @@ def _refuse_same_output(ranges: list[Fragment], unchanged: Iterable[str]) -> Non
 def _check_output_name(name: str, data: DataConfig) -> None:
     """UnusableFile when the output file of `name` would have a name that is too long."""
     longest = output_name(name, 0)
-    if data.format == "delta":
+    if data.format != "parquet":
         longest = f"{longest}.{DIGEST_CHARS * '0'}"  # as run/publish.py adds it
     if problem := too_long(data.output, longest):
         raise UnusableFile(f"{shown(name)}: the name of its output {problem}. Rename the file.")

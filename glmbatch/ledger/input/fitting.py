@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from glmbatch.errors import InputError, UnusableFile, shown
-from glmbatch.ledger.delta.table import check_sources, is_table
 from glmbatch.ledger.fragments import FileFault, Plan, none_usable
 from glmbatch.ledger.manifest import Manifest
 from glmbatch.ledger.staying import staying
+from glmbatch.ledger.tables.delta import is_table
+from glmbatch.ledger.tables.table import check_sources, table_over
 from glmbatch.settings.job import DataConfig
 from glmbatch.store.folder import Folder
 from glmbatch.store.parquet import TimeUnit
@@ -35,8 +36,8 @@ def fit_times(
     units: dict[str, TimeUnit] = {}
     misfits = {}
     for group in with_common_columns(times):
-        # Delta Lake's only timestamp unit is the microsecond.
-        unit = "us" if data.format == "delta" else one_unit(group.values(), kept, published)
+        # The only unit of times in a table.
+        unit = one_unit(group.values(), kept, published) if data.format == "parquet" else "us"
         units.update(dict.fromkeys(group, unit))
         for source, its_times in group.items():
             if problem := its_times.misfit(unit):
@@ -101,11 +102,12 @@ def _without(plan: Plan, reasons: Mapping[str, str], raise_faults: bool) -> Plan
 
 
 def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
-    """The plan with the types that a Delta table gives to each fragment's columns.
+    """The plan with the types that a table as output gives to each fragment's columns.
 
-    InputError if the output is a Delta table and the job writes plain Parquet.
+    InputError if the output is a table and the job writes plain Parquet.
     """
-    if data.format == "parquet":
+    table = table_over(data.output, data.format)
+    if table is None:
         if is_table(data.output):
             raise InputError(
                 f"{data.output}: is a Delta table. Set data.format to delta, or data.output."
@@ -113,7 +115,7 @@ def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
         return plan
     sources = {fragment.source: fragment.stored or fragment.path for fragment in plan.fragments}
     stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop").files
-    typed = check_sources(data.output, sources, [file.output_name for file in stay])
+    typed = check_sources(table, sources, [file.output_name for file in stay])
     fragments = []
     for fragment in plan.fragments:
         fragments.append(fragment.model_copy(update={"typed": typed.get(fragment.source, "")}))

@@ -1,8 +1,10 @@
-"""Convert Arrow types to those of Delta Lake, which has fewer. Knows no tables and no files."""
+"""The types of table formats, which have fewer than Arrow. Knows no tables and no files."""
 
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -11,13 +13,6 @@ from glmbatch.errors import InputError
 from glmbatch.store.types import parts_of, with_parts
 from glmbatch.store.values import is_text, value_type
 
-# Delta Lake has no unsigned integers, and no dates in milliseconds; these types lose no value.
-WIDER = {
-    pa.uint8(): pa.int16(),
-    pa.uint16(): pa.int32(),
-    pa.uint32(): pa.int64(),
-    pa.date64(): pa.date32(),
-}
 SAME = frozenset(
     {
         pa.bool_(),
@@ -30,18 +25,44 @@ SAME = frozenset(
         pa.date32(),
     }
 )
+# Table formats have no unsigned integers, and no dates in milliseconds. No value is lost.
+WIDER = {
+    pa.uint8(): pa.int16(),
+    pa.uint16(): pa.int32(),
+    pa.uint32(): pa.int64(),
+    pa.date64(): pa.date32(),
+}
 HINT = "Set data.format to parquet, or leave the column out."
 
 
-def delta_schema(where: str, schema: pa.Schema, typed: pa.Schema | None = None) -> pa.Schema:
-    """`schema` in the types of Delta Lake.
+@dataclass(frozen=True, slots=True)
+class TableFormat:
+    """A table format: its `name`, what `a_table` is called, and its `wider` types for others.
+
+    `advice` is what to do when a column's type cannot change in a table.
+    """
+
+    name: str
+    a_table: str
+    wider: Mapping[pa.DataType, pa.DataType]
+    advice: str
+
+
+DELTA = TableFormat("Delta Lake", "a Delta table", WIDER, "Set data.format to parquet.")
+FORMATS = {"delta": DELTA}
+
+
+def table_schema(
+    form: TableFormat, where: str, schema: pa.Schema, typed: pa.Schema | None = None
+) -> pa.Schema:
+    """`schema` in the types of a table format.
 
     Unsigned integers get the next wider type, and times get microseconds. A column without a type
-    (null) gets that of `typed`, else text. InputError, naming `where`, when Delta Lake has no type
+    (null) gets that of `typed`, else text. InputError, naming `where`, when the format has no type
     for a column.
     """
     fields = []
-    for field in open_schema(where, schema):
+    for field in open_schema(form, where, schema):
         kind = field.type
         if typed is not None and field.name in typed.names:
             kind = typed.field(field.name).type
@@ -49,23 +70,23 @@ def delta_schema(where: str, schema: pa.Schema, typed: pa.Schema | None = None) 
     return pa.schema(fields, schema.metadata)
 
 
-def open_schema(where: str, schema: pa.Schema) -> pa.Schema:
-    """As `delta_schema`, but a column without a type stays so."""
-    return pa.schema([_delta_field(where, field) for field in schema], schema.metadata)
+def open_schema(form: TableFormat, where: str, schema: pa.Schema) -> pa.Schema:
+    """As `table_schema`, but a column without a type stays so."""
+    return pa.schema([_field(form, where, field) for field in schema], schema.metadata)
 
 
-def _delta_field(where: str, field: pa.Field) -> pa.Field:
-    kind = _delta_type(field.type)
+def _field(form: TableFormat, where: str, field: pa.Field) -> pa.Field:
+    kind = _type(form, field.type)
     if kind is None:
         raise InputError(
-            f"{where}: column {field.name!r} has the type {field.type}, which Delta Lake does not "
+            f"{where}: column {field.name!r} has the type {field.type}, which {form.name} does not "
             f"have. {HINT}"
         )
     return pa.field(field.name, kind, nullable=True)
 
 
-def _delta_type(kind: pa.DataType) -> pa.DataType | None:
-    """The Arrow type of Delta Lake's counterpart of `kind`; None if there is none."""
+def _type(form: TableFormat, kind: pa.DataType) -> pa.DataType | None:
+    """The Arrow type of the format's counterpart of `kind`; None if there is none."""
     if pa.types.is_null(kind):
         return kind
     kind = value_type(kind)
@@ -77,19 +98,17 @@ def _delta_type(kind: pa.DataType) -> pa.DataType | None:
         )
         return pa.binary() if holds_bytes else pa.string()
     if pa.types.is_timestamp(kind):
-        # The instant stays. Delta Lake has only UTC or no zone, and only microseconds.
+        # The instant stays. Table formats have only UTC or no zone, and only microseconds.
         return pa.timestamp("us", "UTC" if kind.tz else None)
     if pa.types.is_fixed_size_binary(kind):
         return pa.binary()
-    return (
-        kind
-        if kind in SAME or pa.types.is_decimal128(kind)
-        else WIDER.get(kind, _delta_nested(kind))
-    )
+    if kind in form.wider:
+        return form.wider[kind]
+    return kind if kind in SAME or pa.types.is_decimal128(kind) else _nested(form, kind)
 
 
-def _delta_nested(kind: pa.DataType) -> pa.DataType | None:
-    parts = [_delta_type(part.type) for part in parts_of(kind)]
+def _nested(form: TableFormat, kind: pa.DataType) -> pa.DataType | None:
+    parts = [_type(form, part.type) for part in parts_of(kind)]
     if not parts or None in parts:
         return None
     if pa.types.is_struct(kind):

@@ -16,9 +16,10 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from glmbatch.errors import InputError
-from glmbatch.ledger.delta.table import APPLICATION, commit_table, table_files
-from glmbatch.ledger.delta.types import delta_schema
 from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.tables.delta import APPLICATION, table_files
+from glmbatch.ledger.tables.table import commit_table
+from glmbatch.ledger.tables.types import DELTA, table_schema
 from glmbatch.ledger.verification import verify
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
@@ -204,7 +205,7 @@ def test_types_that_delta_lacks_are_widened_or_refused() -> None:
         pa.decimal128(10, 2): pa.decimal128(10, 2),
     }
     for kind, delta in kinds.items():
-        assert delta_schema("a", pa.schema([("x", kind)])).field("x").type == delta
+        assert table_schema(DELTA, "a", pa.schema([("x", kind)])).field("x").type == delta
     for kind in (
         pa.uint64(),
         pa.duration("s"),
@@ -217,7 +218,7 @@ def test_types_that_delta_lacks_are_widened_or_refused() -> None:
             InputError,
             match=r"^a: column 'x' has the type .* Delta Lake does not have",
         ):
-            delta_schema("a", pa.schema([("x", kind)]))
+            table_schema(DELTA, "a", pa.schema([("x", kind)]))
 
 
 def test_files_that_do_not_form_one_table_are_refused(

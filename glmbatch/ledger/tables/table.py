@@ -1,0 +1,90 @@
+"""The table over published files, of any format: its readers see whole publications only.
+
+A table names the files of each of its versions. Files of earlier versions stay for their readers,
+until the format's own tools delete them. Knows no jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from glmbatch.ledger.tables import delta
+from glmbatch.ledger.tables.columns import Commit, Current, fitted, schema_of
+from glmbatch.ledger.tables.types import FORMATS, typed_text
+from glmbatch.store.files import exists
+from glmbatch.store.folder import Folder
+from glmbatch.store.paths import Address, AnyPath
+
+OutputFormat = Literal["parquet", "delta"]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The table over the files of an output folder: its `format`, and the folder, its `root`."""
+
+    root: AnyPath
+    format: OutputFormat
+
+    @property
+    def current(self) -> Current:
+        """The table as it is. InputError when it is not ours, or its package is not installed."""
+        return delta.current(self.root)
+
+    @property
+    def files(self) -> set[str]:
+        """The names of the files in the table's current version; none without a table."""
+        return delta.table_files(self.root)
+
+
+def table_over(root: Address, format: OutputFormat) -> Table | None:
+    """The table over the output `root`; None for an output that is plain Parquet."""
+    return None if format == "parquet" else Table(Folder(root).path, format)
+
+
+def check_sources(
+    table: Table, sources: Mapping[str, Address], staying: Sequence[str]
+) -> dict[str, str]:
+    """Check that the Parquet files `sources` (name to path) can be in one `table`.
+
+    Returns for each source the types that other files give to its columns without one, as
+    `typed_text`. The files `staying`, by name, stay in the table beside them. InputError when the
+    columns do not match, or as `Table.current`.
+    """
+    current = table.current
+    # The table has the columns of its files, so their footers are not read.
+    others = set(staying) - current.files
+    files = {**sources, **{name: table.root / name for name in others}}
+    form = FORMATS[table.format]
+    schemas = {name: schema_of(form, path) for name, path in files.items() if exists(path)}
+    columns, _ = fitted(form, str(table.root), current.columns, schemas, bool(staying))
+    return {name: typed_text(schemas[name], columns.schema) for name in sources if name in schemas}
+
+
+def plan_commit(table: Table, files: Mapping[str, AnyPath]) -> Commit:
+    """Plan the version of the `table` that has exactly `files`; writes nothing.
+
+    `files` maps names below its root to the current paths. InputError when one table cannot hold
+    them all.
+    """
+    current = table.current
+    form = FORMATS[table.format]
+    # The table has the columns of its files, so only the footers of new ones are read.
+    schemas = {
+        name: schema_of(form, path) for name, path in files.items() if name not in current.files
+    }
+    some_stay = bool(current.files & files.keys())
+    columns, grows = fitted(form, str(table.root), current.columns, schemas, some_stay)
+    return Commit(columns, grows, current.files)
+
+
+def commit_table(table: Table, rows: Mapping[str, int], commit: Commit) -> None:
+    """Commit a version of the `table` with exactly the files in `rows`.
+
+    `rows` maps file names to numbers of rows. Safe to repeat: a table that has just these files is
+    not committed again. The commit is on disk when this returns. TransientError when another commit
+    came between, InputError when the table cannot be used.
+    """
+    if commit.known != set(rows):
+        delta.commit(table.root, rows, commit)
