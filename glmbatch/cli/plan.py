@@ -17,6 +17,8 @@ def describe_plan(plan: Preview) -> str:
     """The preview as text for people, in lines without a final newline."""
     size = f"{counted(plan.rows, 'row')} in {counted(plan.fragments, 'fragment')}"
     lines = [f"{size} -> {plan.output}"]
+    if plan.version is not None:
+        lines.append(f"reads {plan.version}")
     if plan.filtered is not None:
         lines.append(f"where {plan.filtered}")
     for model in plan.models:

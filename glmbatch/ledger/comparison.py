@@ -25,6 +25,7 @@ from glmbatch.store.lines.form import Form
 from glmbatch.store.lines.stored import store_lines, stored_lines
 from glmbatch.store.parquet import open_parquet, read_opened
 from glmbatch.store.paths import AnyPath
+from glmbatch.store.tables.fitting import fitted_fields, fitted_rows
 from glmbatch.store.times import ALL_ROWS, int96_unit
 from glmbatch.store.types import (
     changes_type,
@@ -98,7 +99,8 @@ def source_rows(source: pq.ParquetFile, fragment: Fragment) -> Iterator[pa.Recor
     They are read and tested again: the row numbers in the fragment are not used.
     """
     for batch, holds in _tested(source, fragment, None):
-        yield batch if holds is None else batch.filter(holds)
+        rows = fitted_rows(batch, fragment.fitted, None)
+        yield rows if holds is None else rows.filter(holds)
 
 
 def kept_count(source: pq.ParquetFile, fragment: Fragment) -> int:
@@ -117,7 +119,11 @@ def _tested(
     groups, skip = _groups(source, fragment)
     rows = (groups, skip, fragment.covered)
     for batch in read_opened(source, *rows, columns=columns, where=fragment.path):
-        yield batch, None if condition is None else holding(condition, batch)
+        if condition is None:
+            yield batch, None
+        else:
+            tested = fitted_rows(batch, fragment.fitted, columns_of(condition))
+            yield batch, holding(condition, tested)
 
 
 def _groups(source: pq.ParquetFile, fragment: Fragment) -> tuple[list[int], int]:
@@ -137,10 +143,11 @@ def pair_columns(
     source: pq.ParquetFile, published: pq.ParquetFile, fragment: Fragment
 ) -> tuple[list[Pair], list[str]]:
     """Pairs of the source's columns with the output's, and what is wrong with the output's."""
-    ours = _places(published)
+    ours = _places(published.schema_arrow.names)
     pairs: list[Pair] = []
     faults: list[str] = []
-    for key, at in _places(source).items():
+    columns = fitted_fields(list(source.schema_arrow), fragment.fitted)
+    for key, at in _places([field.name for field in columns]).items():
         if key in ours:
             pairs.append((key[0], ours[key], at))
         if (key in ours) != fragment.has_out(key[0]):
@@ -150,11 +157,11 @@ def pair_columns(
     return pairs, faults
 
 
-def _places(file: pq.ParquetFile) -> dict[tuple[str, int], int]:
+def _places(names: Sequence[str]) -> dict[tuple[str, int], int]:
     """The position of each column, by its name and the number of earlier columns of that name."""
     places: dict[tuple[str, int], int] = {}
     counts: Counter[str] = Counter()
-    for at, name in enumerate(file.schema_arrow.names):
+    for at, name in enumerate(names):
         places[name, counts[name]] = at
         counts[name] += 1
     return places

@@ -23,11 +23,12 @@ from pydantic import BaseModel, field_serializer
 from glmbatch.errors import GlmbatchError, InputError, counted
 from glmbatch.store.files import refuse_change
 from glmbatch.store.folder import Folder
-from glmbatch.store.inputs.find import Skipped
+from glmbatch.store.inputs.found import Skipped, Version
 from glmbatch.store.lines.form import Form
 from glmbatch.store.lines.stored import store_lines
 from glmbatch.store.parquet import TimeUnit, open_parquet, read_opened, readable, with_constants
 from glmbatch.store.paths import AnyPath
+from glmbatch.store.tables.fitting import fitted_rows
 
 VARYING = re.compile(r"\[.*\]|'[^']*'|\d+")  # of a reason: what differs between files of one kind
 MAGIC = b"PAR1"  # begins every Parquet file that is not encrypted
@@ -45,6 +46,8 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     - `partitions` are the columns that the job reads from folder names such as `day=1`.
     - `int96` is the unit in which INT96 times are read and written; empty if the file has none.
     - `columns` are those that go out, sorted; empty if all do.
+    - `fitted` has the columns of the file's table that the file lacks, or has in narrower types,
+      as text (see store/tables/fitting.py).
     - `where` is the condition on the rows of the file; empty if it has none. If some rows do not
       meet it, the fragment covers `span` rows of the file and has `rows` of them: `picked` says
       which (see `packed`), and its row groups are those that have one.
@@ -67,6 +70,7 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     columns: tuple[str, ...] = ()
     reading: str = ""
     stored: str = ""
+    fitted: str = ""
     where: str = ""
     span: int = 0
     picked: str = ""
@@ -183,6 +187,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
 
     - `unchanged` sources are published and make no fragment. `stamps` are those of all others. A
       stamp is empty if a later write might leave it as it is.
+    - Of a table, they are the files of one `version`, and `columns` says which columns it has.
     - `rechecked` unchanged sources were digested again by chance. `silent` ones had other bytes
       under the same stamp, so they are planned.
     """
@@ -198,6 +203,8 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     silent: tuple[str, ...] = ()
     where: str | None = None
     left_out: tuple[str, ...] = ()
+    version: Version | None = None
+    columns: str = ""
 
     @property
     def rows(self) -> int:
@@ -234,7 +241,8 @@ def read_fragment(
                 names = file.schema_arrow.names
                 read = [name for name in names if fragment.has_out(name) or name in (stored or ())]
             for batch in _read(fragment, file, read):
-                yield with_constants(batch if stored is None else batch.select(stored), given)
+                rows = fitted_rows(batch, fragment.fitted, stored)
+                yield with_constants(rows if stored is None else rows.select(stored), given)
     with readable(fragment.path):
         refuse_change(fragment.path, fragment.stamp, digest=fragment.digest)
 

@@ -17,6 +17,7 @@ from glmbatch.ledger.receipts import AnswerCounts, OutputReceipt
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import committed, naming, reachable, writable
 from glmbatch.store.folder import Folder, Name, unlink_all
+from glmbatch.store.inputs.found import Version
 from glmbatch.store.paths import AnyPath
 from glmbatch.store.seal import sealed, unsealed
 
@@ -88,6 +89,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     - `replaced` files are no longer published. They are deleted unless a run was killed.
     - `unusable` lists the files that the run left out.
     - `where` is `data.where` of the run. Each file has the condition that chose its own rows.
+    - `version` is that of the table which the run read; None for other inputs.
     - `spared` maps keys of answers files that no published file uses to a source and its digest.
       While these stay the same, the condition of another night may bring their rows back.
     - `limit` is `data.limit` of the run: if set, the files do not have all rows.
@@ -105,6 +107,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     steps: dict[str, StepOrigin] = {}
     format: Literal["parquet", "delta"] = "parquet"
     where: str | None = None
+    version: Version | None = None
     spared: dict[str, tuple[str, str]] = {}
 
 
@@ -274,6 +277,7 @@ def next_manifest(  # noqa: PLR0913 - the run, and what is published before and 
         steps=dict(steps),
         format=format,
         where=plan.where,
+        version=plan.version,
         spared=_spared(plan, before, files),
     )
 

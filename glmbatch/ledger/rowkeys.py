@@ -141,6 +141,8 @@ def answers_key(  # noqa: PLR0913 - all that decides the answers beside the rows
         given.append(fragment.int96)
     if fragment.reading:  # the same bytes read in another way are other rows
         given.append(fragment.reading)
+    if fragment.fitted:
+        given.append({"fitted": fragment.fitted})
     if when:
         given.append([when[0], dict(when[1])])
     return _digest([step, step_key, rows, dict(columns), dict(earlier), *given])
@@ -167,7 +169,17 @@ def output_key(
     """
     place = fragment.model_dump(mode="json", exclude={"path", "stamp", "partitions", "stored"})
     # Left out when empty, as is the format: keys from before these fields existed stay valid.
-    for later in ("form", "typed", "int96", "columns", "where", "span", "picked", "reading"):
+    for later in (
+        "form",
+        "typed",
+        "int96",
+        "columns",
+        "where",
+        "span",
+        "picked",
+        "reading",
+        "fitted",
+    ):
         if not place[later]:
             del place[later]
     others: list[object] = [] if format == "parquet" else [format]

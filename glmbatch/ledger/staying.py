@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel
@@ -50,7 +50,8 @@ def staying(
       partition folders, under a new name. Its files are removed. One new name replaces one old
       name, so that a second copy keeps its rows.
     - missing: the source is missing and no file replaces it, or `data.where` leaves out all of its
-      rows. Its files stay unless `drop_missing`.
+      rows. Its files stay unless `drop_missing`. But a file that the version of a table does not
+      have was removed from it on purpose, and its rows may be in others now: its files are removed.
     - damaged: the source was replaced or renamed, but not all of it could be written. If nothing
       was written, its files stay. Otherwise files from the same bytes stay if no new file has
       their rows.
@@ -60,33 +61,47 @@ def staying(
     """
     if before is None or before.limit is not None:
         return Staying([], {})
-    heirs = _heirs(before, plan)
+    is_gone = _gone(plan)
+    heirs = _heirs(before, plan, is_gone)
     new: dict[str, list[Fragment]] = {}
     for fragment in plan.fragments if written is None else written:
         new.setdefault(fragment.source, []).append(fragment)
     planned = {fragment.source for fragment in plan.fragments}
-    left_out = set(plan.left_out)
+    is_kept = _kept(plan, is_gone, drop_missing=drop_missing)
     stay = []
     for file in before.files:
         heir = file.source if file.source in planned else heirs.get(file.source)
         if heir is None:
-            if not drop_missing or _exists(plan, left_out, file.source):
+            if is_kept(file.source):
                 stay.append(file)
         elif heir in damaged and _uncovered(file, new.get(heir, [])):
             stay.append(file)
     return Staying(stay, heirs)
 
 
-def _exists(plan: Plan, left_out: Collection[str], source: str) -> bool:
-    """Whether the input has rows of `source`."""
-    if source in plan.unchanged:
-        return True
-    # Looked up last, because that costs a request in a store.
-    return source not in left_out and not _is_gone(plan, source)
+def _kept(
+    plan: Plan, is_gone: Callable[[str], bool], *, drop_missing: bool
+) -> Callable[[str], bool]:
+    """Whether the files of a source stay that the plan does not read, and nothing replaces."""
+    left_out = set(plan.left_out)
+
+    def is_kept(source: str) -> bool:
+        if source in plan.unchanged:
+            return True
+        if source in left_out:
+            return not drop_missing
+        # Asked only if it matters, because that costs a request in a store.
+        return (plan.version is None and not drop_missing) or not is_gone(source)
+
+    return is_kept
 
 
-def _is_gone(plan: Plan, source: str) -> bool:
-    return not (Folder(plan.root) / source).exists()
+def _gone(plan: Plan) -> Callable[[str], bool]:
+    """Whether the input no longer has a source, of those that the plan does not read."""
+    if plan.version is None:
+        return lambda source: not (Folder(plan.root) / source).exists()
+    others = {*plan.left_out, *(fault.source for fault in plan.unusable)}
+    return lambda source: source not in others
 
 
 class Filtered(BaseModel, frozen=True, extra="forbid"):
@@ -126,9 +141,10 @@ def mixture(
     other = [file for file in stay if file.made_with != made_with]
     if not other:
         return None
+    is_gone = _gone(plan)
     rules: dict[str, list[str]] = {}
     for source in sorted({file.source for file in other}):
-        rule = "damaged" if source in damaged else "gone" if _is_gone(plan, source) else "not read"
+        rule = "damaged" if source in damaged else "gone" if is_gone(source) else "not read"
         rules.setdefault(rule, []).append(source)
     counts = ", ".join(f"{len(names)} {rule} ({names[0]})" for rule, names in rules.items())
     ways = [f"{_WAYS[rule, drop_missing]}." for rule in rules]
@@ -165,7 +181,7 @@ def _uncovered(file: PublishedFile, fragments: Sequence[Fragment]) -> bool:
     return same_bytes and not any(overlap(file, fragment) for fragment in fragments)
 
 
-def _heirs(before: Manifest, plan: Plan) -> dict[str, str]:
+def _heirs(before: Manifest, plan: Plan, is_gone: Callable[[str], bool]) -> dict[str, str]:
     """For each published source that the plan does not read, a new source with its bytes."""
     published: dict[str, list[PublishedFile]] = {}
     for file in before.files:
@@ -180,7 +196,7 @@ def _heirs(before: Manifest, plan: Plan) -> dict[str, str]:
         same_bytes = candidates.get(files[0].source_digest, [])
         # A source that still exists was not renamed, so it must not take a new name.
         exists = source in digests or source in plan.unchanged
-        if exists or not same_bytes or not _is_gone(plan, source):
+        if exists or not same_bytes or not is_gone(source):
             continue
         for name in same_bytes:
             if folder_columns(name) == folder_columns(source) and _is_new(

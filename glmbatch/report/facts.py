@@ -98,6 +98,7 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
         ("changed silently", ", ".join(summary.silently_changed[:5]) or "0"),
         ("sources kept, renamed", f"{summary.kept_sources:,}, {summary.renamed_sources:,}"),
         ("not read", ", ".join(map(str, summary.skipped)) or "0"),
+        *([("input", str(summary.version))] if summary.version else []),
         *([("where", str(summary.filtered))] if summary.filtered else []),
         ("answers", f"{sums['answers']:,}"),
         ("computed, reused, repeated", sources),

@@ -35,6 +35,8 @@ def log_plan(plan: Plan) -> None:
         *(counted(len(plan.fragments), "fragment"), f"{len(plan.unchanged):,}"),
         len(plan.unusable),
     )
+    if plan.version is not None:
+        logger.info("reads %s", plan.version)
     if plan.where is not None:
         logger.info("where %s", filtered(plan))
     for source in plan.silent[:LEFT_OUT_SHOWN]:

@@ -12,7 +12,7 @@ from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.ledger.staying import Filtered
 from glmbatch.report.counts import Audit, Measured, busy_seconds, total
-from glmbatch.store.inputs.find import Skipped
+from glmbatch.store.inputs.found import Skipped, Version
 
 
 class StepSummary(BaseModel, frozen=True, extra="forbid"):
@@ -76,6 +76,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     rechecked_sources  those of them that were digested again all the same
     silently_changed   sources that had other bytes under the same size and times
     filtered           what the condition on rows left out; None without one
+    version            the version of the table that was read; None for other inputs
     measured           how the steps score on labelled rows
     """
 
@@ -100,6 +101,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     rechecked_sources: int = 0
     silently_changed: tuple[str, ...] = ()
     filtered: Filtered | None = None
+    version: Version | None = None
     measured: tuple[Measured, ...] = ()
 
     @property

@@ -25,6 +25,7 @@ def _blocks(summary: Summary) -> Iterator[list[str]]:
     yield [
         f"{size(summary)}, {summary.seconds:.1f} s -> {summary.output}",
         f"run {summary.run}",
+        *([f"reads {summary.version}"] if summary.version else []),
         *([f"where {summary.filtered}"] if summary.filtered else []),
     ]
     for step in summary.steps:

@@ -192,7 +192,7 @@ def _with_changed_settings(data: DataConfig, run: Run, questions: Sequence[Quest
     Also for those with failed rows under `on_error: raise`, which must name the first of them.
     """
     manifest = Ledger(data.output).manifest()
-    basis = basis_of_run(data, questions)
+    basis = basis_of_run(data, run.plan.columns, questions)
     left = dict.fromkeys(run.plan.unchanged, False)
     again = set()
     for file in manifest.files if manifest is not None else ():
@@ -204,6 +204,8 @@ def _with_changed_settings(data: DataConfig, run: Run, questions: Sequence[Quest
     again |= {source for source, is_published in left.items() if not is_published}
     if not again:
         return run
+    if run.plan.version is not None:  # a table may have a newer one by now
+        data = data.model_copy(update={"version": run.plan.version.number})
     plan = _plan_sources(data, run.needs, run.context, again=again)
     log_plan(plan)
     return run.model_copy(update={"plan": plan})

@@ -43,7 +43,7 @@ from glmbatch.run.work import Bundle, Model, Question
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import JobConfig
 from glmbatch.steps.prompt import NoPrompt, NotAsked, Prompt, RowFault
-from glmbatch.store.inputs.find import Skipped
+from glmbatch.store.inputs.found import Skipped, Version
 
 NEW = "new text"
 FAILED = "failed before"
@@ -80,8 +80,8 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
     `seconds` is the inference time, estimated from that of the published answers; None if no run
     has published enough answers of a step to run. `refused` says why a run would publish nothing,
     if too many rows are in unusable files or have no prompt, or a measured change did not pass.
-    `notes` are remarks on the prompts. `measured_first` says which steps are measured on labelled
-    rows before, and why.
+    `notes` are remarks on the prompts. `version` is that of the table which is read.
+    `measured_first` says which steps are measured on labelled rows before, and why.
     """
 
     output: str
@@ -95,6 +95,7 @@ class Preview(BaseModel, frozen=True, extra="forbid"):
     skipped: tuple[Skipped, ...] = ()
     unchanged_sources: int = 0
     filtered: Filtered | None = None
+    version: Version | None = None
     refused: str | None = None
     notes: tuple[str, ...] = ()
     measured_first: str | None = None
@@ -128,6 +129,7 @@ def preview(job: JobConfig) -> Preview:
         skipped=plan.skipped,
         unchanged_sources=len(plan.unchanged),
         filtered=filtered(plan, unchanged),
+        version=plan.version,
         refused=refused or _refusal(plan, job.max_error_rate, unchanged, counted),
         measured_first=first,
         notes=prompt_notes(work.questions),

@@ -105,7 +105,7 @@ def publish(
             f"step {first.get('step')!r}: {first['error']}. "
             "Fix the row, or set on_error to quarantine."
         )
-    basis = basis_of_run(job.data, questions)
+    basis = basis_of_run(job.data, run.plan.columns, questions)
     kept_sources = _release(run, questions, collected, results.failures, basis)
     summary = results.summary.model_copy(
         update={
@@ -293,6 +293,7 @@ def _summarize(
         rechecked_sources=run.plan.rechecked,
         silently_changed=run.plan.silent,
         filtered=filtered(run.plan, unchanged),
+        version=run.plan.version,
         measured=collected.measured,
     )
 

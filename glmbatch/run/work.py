@@ -147,8 +147,11 @@ def confidence_keys(questions: Sequence[Question]) -> dict[str, str]:
     return keys
 
 
-def basis_of_run(data: DataConfig, questions: Sequence[Question]) -> str:
-    """What decides, besides a source, the files that a run of `questions` publishes for it."""
+def basis_of_run(data: DataConfig, columns: str, questions: Sequence[Question]) -> str:
+    """What decides, besides a source, the files that a run of `questions` publishes for it.
+
+    `columns` are those of the table that the source belongs to, as in `Plan`.
+    """
     steps = []
     for question in questions:
         # Without what is unset: what was published before it existed stays as it is.
@@ -156,7 +159,7 @@ def basis_of_run(data: DataConfig, questions: Sequence[Question]) -> str:
         steps.append([question.name, question.key, inputs])
     parts = [steps, data.rows_per_fragment, data.format, data.id_column, data.follow_links]
     lines = data.lines.model_dump(exclude_defaults=True)
-    later = [part for part in (made_with(questions)[1], data.columns_out, lines) if part]
+    later = [part for part in (made_with(questions)[1], data.columns_out, lines, columns) if part]
     return basis_of([*parts, *later])
 
 

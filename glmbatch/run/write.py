@@ -17,6 +17,7 @@ from glmbatch.run.work import Bundle, Question, RunContext, made_with
 from glmbatch.settings.columns import Columns
 from glmbatch.steps.calibration import with_calibrated
 from glmbatch.store.footers import kept_metadata
+from glmbatch.store.tables.fitting import fitted_fields
 from glmbatch.store.types import converted, times_in_utc, written_fields
 
 
@@ -124,7 +125,8 @@ def _output_schema(
     with open_fragment(fragment) as file:
         source = file.schema_arrow
         utc_times = times_in_utc(file)
-        fields = [field for field in written_fields(file) if fragment.has_out(field.name)]
+        fields = fitted_fields(written_fields(file), fragment.fitted)
+        fields = [field for field in fields if fragment.has_out(field.name)]
     for table in tables:
         fields += list(table.schema)
     rows = range(fragment.first_row, fragment.first_row + fragment.rows)

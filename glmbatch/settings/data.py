@@ -42,6 +42,12 @@ class DataConfig(Settings):
         description="parquet: a folder of Parquet files. delta: also a Delta Lake table over them; "
         "choose it if readers must never see two publications mixed (needs glmbatch[delta]).",
     )
+    version: int | None = Field(
+        None,
+        ge=0,
+        description="Of an input that is a table: the version of a Delta table to read, or the "
+        "snapshot of an Iceberg table. Empty: the newest when the run is planned.",
+    )
     text_column: str = Field(
         "text", min_length=1, description="Column with the text; prompts refer to it as {text}."
     )
@@ -85,7 +91,8 @@ class DataConfig(Settings):
         "keep",
         description="What happens to published rows whose source file is gone. keep: for a landing "
         "folder that is emptied after each run. drop: for full snapshots, whose files may be split "
-        "or renamed. Rows of files of which data.where leaves out all rows are treated so too.",
+        "or renamed. Rows of files of which data.where leaves out all rows are treated so too. "
+        "Rows of files that a table no longer has are removed in any case.",
     )
     follow_links: bool = Field(
         False,
@@ -98,7 +105,8 @@ class DataConfig(Settings):
         le=1.0,
         description="Share of the unchanged files to digest again in each run, chosen at random. "
         "It detects bytes that changed under the same size and times, as on a failing disk. 1 "
-        "reads every file every night; 0 trusts sizes and times.",
+        "reads every file every night; 0 trusts sizes and times. Files of a table are never "
+        "digested again.",
     )
     lines: LinesConfig = Field(LinesConfig(), description="How CSV and JSON lines are read.")
     limit: int | None = Field(

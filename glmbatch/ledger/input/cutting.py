@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from glmbatch.errors import InputError, UnusableFile, counted, shown
+import pyarrow as pa
+
+from glmbatch.errors import InputError, UnusableFile, shown
 from glmbatch.ledger.fragments import (
     FileFault,
     Fragment,
@@ -19,6 +21,7 @@ from glmbatch.ledger.fragments import (
 from glmbatch.ledger.input.opening import (
     LinesFile,
     file_digest,
+    look_at_one_of,
     look_once,
     open_rows,
     read_footer,
@@ -38,15 +41,18 @@ from glmbatch.store.files import (
 from glmbatch.store.inputs.filters import (
     RowFilter,
     check_filter,
+    in_folders,
     kept_rows,
     row_filter,
 )
-from glmbatch.store.inputs.find import Found, find_files
+from glmbatch.store.inputs.found import Found
 from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, folder_columns, from_folders
 from glmbatch.store.inputs.nesting import refuse_nesting, refuse_reach
 from glmbatch.store.lines.form import LINE_ERROR, form_of
 from glmbatch.store.lines.stored import sweep_lines
 from glmbatch.store.paths import AnyPath
+from glmbatch.store.tables.find import find_input
+from glmbatch.store.tables.fitting import differing, fitted_fields, schema_text
 
 
 class _Outcome(NamedTuple):
@@ -85,10 +91,10 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
     `raise_faults`, the first one raises UnusableFile. InputError when no file can be used, or two
     would have the same output file.
     """
-    found = find_files(data.input, follow_links=data.follow_links, lines=True)
+    found = find_input(data)
     refuse_nesting(found, data.input, data.output)
     keeps = row_filter(data.where, data.text_column)
-    found, left_out = _in_folders(found, keeps, data)
+    found, left_out = in_folders(found, keeps, data.input, data.where)
     look = _Looker(found, data, needs, published, frozenset(again), seed, digests, keeps, cache)
     outcomes = look.left_alone()
     names = [name for name in found.names if name not in outcomes]
@@ -104,33 +110,15 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
             faults.append(_fault(found.root, name, outcome))
     if not outcomes:
         raise none_usable(shown(data.input), faults)
-    plan = _joined(outcomes, data, left_out)
+    plan = _joined(outcomes, found, data, left_out)
     refuse_reach(found, data.input, data.output, (part.output_name for part in plan.fragments))
     told = {"unusable": tuple(faults), "skipped": tuple(found.skipped)}
     return plan.model_copy(update={"root": whole_name(found.root), **told})
 
 
-def _in_folders(found: Found, keeps: RowFilter, data: DataConfig) -> tuple[Found, list[str]]:
-    """The files that are not left out by the names of their folders, and those that are.
-
-    InputError when all are.
-    """
-    left_out = [name for name in found.names if keeps.left_of(name) is False]
-    if not left_out:
-        return found, []
-    refused = {name: why for name, why in found.refused.items() if keeps.left_of(name) is not False}
-    if len(left_out) == len(found.names) and not refused:
-        raise InputError(
-            f"{shown(data.input)}: {counted(len(left_out), 'file')}, and no folder's name meets "
-            f"data.where: {data.where}. Set data.where."
-        )
-    gone = set(left_out)
-    names = [name for name in found.names if name not in gone]
-    stamps = {name: stamp for name, stamp in found.stamps.items() if name not in gone}
-    return replace(found, names=names, stamps=stamps, refused=refused), left_out
-
-
-def _joined(outcomes: Mapping[str, _Outcome], data: DataConfig, left_out: Sequence[str]) -> Plan:
+def _joined(
+    outcomes: Mapping[str, _Outcome], found: Found, data: DataConfig, left_out: Sequence[str]
+) -> Plan:
     """The plan of all usable files, in the order of `outcomes`; the filter left out others too.
 
     InputError when two would have the same output.
@@ -143,7 +131,8 @@ def _joined(outcomes: Mapping[str, _Outcome], data: DataConfig, left_out: Sequen
         if outcome.left_out:
             continue
         kind = unchanged if outcome.fragments is None else stamps
-        kind[name] = outcome.look.recorded
+        # A table's own record of a file can be compared with the next without a look at the file.
+        kind[name] = found.stamps[name] if found.version else outcome.look.recorded
     _refuse_same_output(parts, unchanged)
     return Plan(
         root="",
@@ -156,6 +145,8 @@ def _joined(outcomes: Mapping[str, _Outcome], data: DataConfig, left_out: Sequen
         left_out=(*left_out, *(name for name, outcome in outcomes.items() if outcome.left_out)),
         rechecked=sum(outcome.rechecked for outcome in outcomes.values()),
         silent=tuple(name for name, outcome in outcomes.items() if outcome.silent),
+        version=found.version,
+        columns=schema_text(found.columns) if found.columns is not None else "",
     )
 
 
@@ -219,7 +210,7 @@ class _Looker:
         path = self.found.root / name
         self._refuse_link(path, given)
         # Before the footer, so that `read_fragment` detects every later change.
-        look = look_once(path)
+        look = look_once(path) if self.found.version is None else look_at_one_of(self.found, name)
         try:
             return self._outcome(path, name, look)
         except UnusableFile:
@@ -233,7 +224,8 @@ class _Looker:
         source = self.published.get(name)
         leave = source is not None and name not in self.again and self._is_kept_so(name)
         drawn = leave and self._is_drawn(name)
-        same_stamp = source is not None and look.stamp == source.stamp
+        stamp = self.found.stamps[name] if self.found.version else look.stamp
+        same_stamp = source is not None and stamp == source.stamp
         digest = ""
         # Nothing but a file is digested: reading a pipe would wait for its writer.
         if source is not None and self.digests and path.is_file():
@@ -260,7 +252,8 @@ class _Looker:
 
     def _is_drawn(self, name: str) -> bool:
         """Whether the unchanged source `name` is to be digested again in this run."""
-        return self.digests and is_sampled(name, self.seed, self.data.recheck_share)
+        may_change = self.found.version is None
+        return may_change and self.digests and is_sampled(name, self.seed, self.data.recheck_share)
 
     def _refuse_link(self, path: AnyPath, given: AnyPath) -> None:
         if not self.data.follow_links and not real_path(path).is_relative_to(given):
@@ -287,6 +280,9 @@ class _Looker:
             schema = file.schema_arrow
             group_rows, written = read_footer(path, file)
             try:
+                if self.found.columns is not None:
+                    written["fitted"] = differing(shown(path), schema, self.found.columns)
+                    schema = pa.schema(fitted_fields(list(schema), written["fitted"]))
                 check_schema(path, name, schema, self.needs)
                 if not isinstance(left, bool):
                     check_filter(shown(path), name, left, schema)
@@ -295,7 +291,7 @@ class _Looker:
                 error.rows = sum(group_rows)
                 raise
             if not isinstance(left, bool):
-                kept = list(kept_rows(file, left, str(path)))
+                kept = list(kept_rows(file, left, str(path), written.get("fitted", "")))
         partitions = from_folders(name, [needed.name for needed in self.needs.read], schema)
         chosen = self.data.columns_out
         fragments = []

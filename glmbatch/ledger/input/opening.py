@@ -11,10 +11,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from glmbatch.errors import UnusableFile, shown
+from glmbatch.errors import InputError, UnusableFile, shown
 from glmbatch.ledger.input.unchanged import Look, look_at
 from glmbatch.store.files import digest_file
 from glmbatch.store.footers import written_form
+from glmbatch.store.inputs.found import Found
 from glmbatch.store.lines.form import Form
 from glmbatch.store.lines.stored import OWN_FIELDS, store_lines, stored_lines
 from glmbatch.store.parquet import open_parquet, readable
@@ -26,6 +27,30 @@ def look_once(path: AnyPath) -> Look:
     """The stamp of a source now. UnusableFile when it cannot be read."""
     with readable(path):
         return look_at(path)
+
+
+def look_at_one_of(found: Found, name: str) -> Look:
+    """The stamp now of the file `name` of a table; its bytes never change.
+
+    InputError when it is gone, as after a vacuum; UnusableFile when it has another size than the
+    table says.
+    """
+    path = found.root / name
+    try:
+        look = look_once(path)
+    except UnusableFile as error:
+        if path.exists():
+            raise
+        raise InputError(
+            f"{shown(path)}: is gone, but {found.version} has it; a vacuum may have deleted it. "
+            "Set data.version to a later one, or leave it out."
+        ) from error
+    if look.stamp[0] != found.stamps[name][0]:
+        raise UnusableFile(
+            f"{shown(path)}: has {look.stamp[0]:,} bytes, but {found.version} says "
+            f"{found.stamps[name][0]:,}. Restore the file."
+        )
+    return look
 
 
 def open_rows(

@@ -239,7 +239,7 @@ def _work(rows: str, data: DataConfig, run: Run, questions: Sequence[Question]) 
         written={},
         tests=tuple(test for test in run.needs.tests if columns.issuperset(test.columns.values())),
     )
-    places = {"input": rows, "limit": None, "where": None, "follow_links": False}
+    places = {"input": rows, "limit": None, "where": None, "follow_links": False, "version": None}
     labelled = data.model_copy(update=places)
     try:
         plan = plan_fragments(labelled, needs, {}, raise_faults=True)

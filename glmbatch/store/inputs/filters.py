@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from glmbatch.errors import InputError, UnusableFile, shown
+from glmbatch.errors import InputError, UnusableFile, counted, shown
 from glmbatch.settings.conditions import (
     Both,
     Compares,
@@ -40,9 +40,11 @@ from glmbatch.store.inputs.conditions import (
     outcomes_of,
     where_holds,
 )
+from glmbatch.store.inputs.found import Found
 from glmbatch.store.inputs.needs import folder_columns, in_file
 from glmbatch.store.lines.form import LINE_ERROR, is_lines
 from glmbatch.store.parquet import check_column, read_opened
+from glmbatch.store.tables.fitting import fitted_rows
 from glmbatch.store.types import leaves
 
 SETTING = "data.where"
@@ -98,6 +100,28 @@ class RowFilter:
 def row_filter(where: str | None, text_column: str) -> RowFilter:
     """The filter that `data.where` says."""
     return RowFilter(None if where is None else parse_condition(where), text_column)
+
+
+def in_folders(
+    found: Found, keeps: RowFilter, address: str, where: str | None
+) -> tuple[Found, list[str]]:
+    """The files that are not left out by the names of their folders, and those that are.
+
+    InputError when all of the files at `address` are, which names the condition `where`.
+    """
+    left_out = [name for name in found.names if keeps.left_of(name) is False]
+    if not left_out:
+        return found, []
+    refused = {name: why for name, why in found.refused.items() if keeps.left_of(name) is not False}
+    if len(left_out) == len(found.names) and not refused:
+        raise InputError(
+            f"{shown(address)}: {counted(len(left_out), 'file')}, and no folder's name meets "
+            f"{SETTING}: {where}. Set {SETTING}."
+        )
+    gone = set(left_out)
+    names = [name for name in found.names if name not in gone]
+    stamps = {name: stamp for name, stamp in found.stamps.items() if name not in gone}
+    return replace(found, names=names, stamps=stamps, refused=refused), left_out
 
 
 def _left(
@@ -159,8 +183,14 @@ def check_filter(where: str, name: str, condition: Condition, schema: pa.Schema)
         raise UnusableFile(str(error)) from error
 
 
-def kept_rows(file: pq.ParquetFile, condition: Condition, where: str) -> Iterator[np.ndarray]:
-    """For each row group of an open file, the numbers of the rows that are kept, from 0 in it."""
+def kept_rows(
+    file: pq.ParquetFile, condition: Condition, where: str, fitted: str = ""
+) -> Iterator[np.ndarray]:
+    """For each row group of an open file, the numbers of the rows that are kept, from 0 in it.
+
+    `fitted` is as in `Fragment`.
+    """
+    columns = columns_of(condition)
     places = {leaf.path: at for at, leaf in enumerate(leaves(file))}
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
@@ -168,8 +198,10 @@ def kept_rows(file: pq.ParquetFile, condition: Condition, where: str) -> Iterato
             yield np.empty(0, np.int64)
             continue
         rows = (number,), 0, group.num_rows
-        batches = read_opened(file, *rows, columns=columns_of(condition), where=where)
-        holds = [holding(condition, batch).to_numpy(zero_copy_only=False) for batch in batches]
+        holds = []
+        for batch in read_opened(file, *rows, columns=columns, where=where):
+            row_holds = holding(condition, fitted_rows(batch, fitted, columns))
+            holds.append(row_holds.to_numpy(zero_copy_only=False))
         yield np.flatnonzero(np.concatenate(holds))
 
 

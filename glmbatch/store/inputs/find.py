@@ -16,6 +16,7 @@ from typing import Literal
 from glmbatch.errors import MACHINE_ERRNOS, InputError, TransientError, shown
 from glmbatch.store.files import is_link, kind_of, naming, real_path, stamp_if_any, stamp_of
 from glmbatch.store.folder import Folder
+from glmbatch.store.inputs.found import Found, Skipped
 from glmbatch.store.inputs.tables import (
     MARKS,
     first_table,
@@ -33,36 +34,6 @@ OTHER_ENDING = "with another ending"
 PARQUET = ".parquet"
 HIDDEN = "with a name that begins with . or _"
 LINKED_FOLDER = "behind a link to a folder"
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """The number of names of an input that are not read for one `reason`, and the first name."""
-
-    reason: str
-    count: int
-    first: str
-
-    def __str__(self) -> str:
-        return f"{self.count:,} {self.reason} (for example {self.first})"
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The files that an input names, as sorted POSIX paths below the folder `root`.
-
-    `kind` says what the input itself is. `stamps` are the files' own (see `version_stamp`) when
-    they were found, and `links` those files that are links. `refused` maps files that cannot be
-    read because of their names to the reason. `skipped` counts the names that are not input files.
-    """
-
-    root: AnyPath
-    kind: Literal["file", "folder", "glob"]
-    names: list[str]
-    stamps: dict[str, tuple[int, ...]]
-    links: frozenset[str]
-    refused: dict[str, str]
-    skipped: list[Skipped]
 
 
 def find_files(pattern: str, *, follow_links: bool = False, lines: bool = False) -> Found:
@@ -109,7 +80,7 @@ class _Listing:
 
     def add(self, name: str, stamp: tuple[int, ...] | None, *, is_link: bool = False) -> None:
         """Add a file that the input names, or refuse it if its name cannot be used."""
-        if fault := _name_fault(name):
+        if fault := name_fault(name):
             self.refused[name] = f"{shown(self.root)}/{shown(name)}: {fault}"
             return
         self.stamps[name] = stamp
@@ -169,7 +140,7 @@ class _Listing:
         return self.follow_links
 
 
-def _name_fault(name: str) -> str | None:
+def name_fault(name: str) -> str | None:
     """Why a file cannot be used under its `name`; None if it can."""
     try:
         name.encode()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from glmbatch.errors import InputError, shown
-from glmbatch.store.inputs.find import Found, find_files
+from glmbatch.store.inputs.find import find_files
+from glmbatch.store.inputs.found import Found
 from glmbatch.store.lines.form import is_lines
 
 

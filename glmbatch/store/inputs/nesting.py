@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from glmbatch.errors import InputError, shown
 from glmbatch.store.files import kind_of, naming, real_path
 from glmbatch.store.folder import Folder
-from glmbatch.store.inputs.find import Found, Matches, split_glob
+from glmbatch.store.inputs.find import Matches, split_glob
+from glmbatch.store.inputs.found import Found
 from glmbatch.store.paths import AnyPath, is_hidden
 
 
@@ -19,7 +20,7 @@ def refuse_nesting(found: Found, pattern: str, output: str) -> None:
     if kind not in ("folder", None):
         raise InputError(f"{shown(output)}: is a file where a folder is expected. Set data.output.")
     # Other globs are checked by `refuse_reach`, once the names of the output files are known.
-    recursive = found.kind == "folder" or "**" in pattern
+    recursive = found.kind in ("folder", "table") or "**" in pattern
     if recursive and place.is_relative_to(real_path(found.root)):
         raise _inside(output, str(found.root))
     # A folder is resolved once for all its files, and a file only if it is a link itself.

@@ -31,6 +31,7 @@ MARKS = {
     "snapshot": ("a Paimon table", r"snapshot-\d+", ("snapshot-",)),
     "_spark_metadata": ("an output of a Spark stream", ".*", ("",)),
 }
+READ = frozenset({"_delta_log"})  # the marks of tables that a run reads (see store/tables/)
 # At most this many keys are listed for each prefix. A folder above an input in a store may have
 # millions of them, and the ones that make it a table are among the first.
 MOST_KEYS = 100
@@ -40,9 +41,12 @@ def refuse_table(folder: AnyPath, table: tuple[str, str] | None, setting: str) -
     """InputError if `table` (mark, kind) is not None; `setting` led to the `folder` it is in."""
     if table is not None:
         mark, kind = table
+        way = f"Export its current rows to a separate folder, and set {setting} to that."
+        if mark in READ:
+            way = f"Set {setting} to this folder itself, whose current rows a run reads."
         raise InputError(
             f"{shown(folder)}: is {kind} ({mark}), whose files hold deleted and replaced rows too. "
-            f"Export its current rows to a separate folder, and set {setting} to that."
+            f"{way}"
         )
 
 
@@ -67,6 +71,11 @@ def table_of(folder: AnyPath) -> tuple[str, str] | None:
     """The mark and the kind of the table that `folder` is; None if it is not a table."""
     tables = (_table(folder, mark) for mark in MARKS)
     return next((table for table in tables if table), None)
+
+
+def is_marked(folder: AnyPath, mark: str) -> bool:
+    """Whether `mark` makes `folder` a table."""
+    return _table(folder, mark) is not None
 
 
 def _table(folder: AnyPath, mark: str) -> tuple[str, str] | None:

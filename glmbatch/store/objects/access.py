@@ -41,6 +41,14 @@ def client_of(path: PurePosixPath) -> Client:
     return client(scheme.removesuffix(":"), bucket)
 
 
+def storage_options(path: Path | PurePosixPath) -> dict[str, str] | None:
+    """How another library reaches the bucket of `path` (see `Client.options`); None on a disk."""
+    if isinstance(path, Path):
+        return None
+    with store_errors(path):
+        return client_of(path).options()
+
+
 def key_of(path: PurePosixPath) -> str:
     """The key of `path` in its bucket; empty for the bucket itself."""
     return "/".join(path.parts[BUCKET_PARTS:])

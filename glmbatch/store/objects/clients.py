@@ -51,6 +51,27 @@ class Client:
     writing: Any
     s3: Any = None
 
+    def options(self) -> dict[str, str]:
+        """Options with which another library over the crate object_store reaches the bucket.
+
+        They have the credentials of now, which may expire in an hour.
+        """
+        options = {name: str(value) for name, value in self.reading.config.items()}
+        for own in ("bucket", "container_name", "disable_bulk_delete"):
+            options.pop(own, None)
+        if any(value.startswith("http://") for value in options.values()):
+            options["allow_http"] = "true"
+        provider = getattr(self.reading, "credential_provider", None)
+        if provider is not None:
+            now = provider()
+            options["access_key_id"] = now["access_key_id"]
+            options["secret_access_key"] = now["secret_access_key"]
+            if now.get("token"):
+                options["session_token"] = now["token"]
+        if self.s3 is not None:
+            options["conditional_put"] = "etag"
+        return options
+
 
 @lru_cache
 def client(scheme: str, bucket: str) -> Client:

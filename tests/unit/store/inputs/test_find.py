@@ -13,10 +13,10 @@ from glmbatch.store.inputs.find import (
     HIDDEN,
     LINKED_FOLDER,
     OTHER_ENDING,
-    Found,
     find_files,
     is_hidden,
 )
+from glmbatch.store.inputs.found import Found
 from tests.stores import BUCKET, Store
 
 

@@ -1,0 +1,58 @@
+"""What an input names: its files, and the version of the table that they belong to. Opens none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+from glmbatch.store.paths import AnyPath
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """The number of names of an input that are not read for one `reason`, and the first name."""
+
+    reason: str
+    count: int
+    first: str
+
+    def __str__(self) -> str:
+        return f"{self.count:,} {self.reason} (for example {self.first})"
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """The version of a table that a run reads: a version of Delta Lake, a snapshot of Iceberg."""
+
+    format: Literal["Delta", "Iceberg"]
+    number: int
+
+    def __str__(self) -> str:
+        noun = "version" if self.format == "Delta" else "snapshot"
+        return f"{noun} {self.number} of the {self.format} table"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The files that an input names, as sorted POSIX paths below the folder `root`.
+
+    `kind` says what the input itself is. `stamps` are the files' own (see `version_stamp`) when
+    they were found, and `links` those files that are links. `refused` maps files that cannot be
+    read because of their names to the reason. `skipped` counts the names that are not input files.
+
+    Of a table they are the files of one `version`, which never change. Their stamps are what the
+    table itself says of them: size and time. `columns` are those of the table that come from files
+    and not from the names of folders.
+    """
+
+    root: AnyPath
+    kind: Literal["file", "folder", "glob", "table"]
+    names: list[str]
+    stamps: dict[str, tuple[int, ...]]
+    links: frozenset[str]
+    refused: dict[str, str]
+    skipped: list[Skipped]
+    version: Version | None = None
+    columns: pa.Schema | None = None

@@ -1,0 +1,30 @@
+"""The files of an input: those of a table at one version, or those of a file, folder or glob."""
+
+from __future__ import annotations
+
+from glmbatch.errors import InputError, shown
+from glmbatch.settings.job import DataConfig
+from glmbatch.store.files import naming
+from glmbatch.store.folder import Folder
+from glmbatch.store.inputs.find import SETTING, find_files
+from glmbatch.store.inputs.found import Found
+from glmbatch.store.inputs.tables import is_marked, refuse_tables_above
+from glmbatch.store.tables.delta import LOG, find_delta
+
+
+def find_input(data: DataConfig) -> Found:
+    """The files that `data.input` names, at `data.version` if it is a table.
+
+    InputError when it is inside another table, or is none although a version is set.
+    """
+    folder = Folder(data.input).path
+    with naming(SETTING):
+        if is_marked(folder, LOG):
+            refuse_tables_above(folder, SETTING, itself=False)
+            return find_delta(folder, data.version)
+    if data.version is not None:
+        raise InputError(
+            f"{shown(data.input)}: is no table, so it has no version {data.version}. Leave out "
+            f"data.version, or set {SETTING} to the folder of a Delta table."
+        )
+    return find_files(data.input, follow_links=data.follow_links, lines=True)
