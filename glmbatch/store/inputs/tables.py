@@ -43,7 +43,7 @@ def refuse_table(folder: AnyPath, table: tuple[str, str] | None, setting: str) -
         mark, kind = table
         way = f"Export its current rows to a separate folder, and set {setting} to that."
         if mark in READ:
-            way = f"Set {setting} to this folder itself, whose current rows a run reads."
+            way = f"Set {setting} to this folder, or export its current rows to a separate folder."
         raise InputError(
             f"{shown(folder)}: is {kind} ({mark}), whose files hold deleted and replaced rows too. "
             f"{way}"
