@@ -50,8 +50,7 @@ def staying(
       partition folders, under a new name. Its files are removed. One new name replaces one old
       name, so that a second copy keeps its rows.
     - missing: the source is missing and no file replaces it, or `data.where` leaves out all of its
-      rows. Its files stay unless `drop_missing`. But a file that the version of a table does not
-      have was removed from it on purpose, and its rows may be in others now: its files are removed.
+      rows. Its files stay unless `drop_missing`, or a table does not have the source any more.
     - damaged: the source was replaced or renamed, but not all of it could be written. If nothing
       was written, its files stay. Otherwise files from the same bytes stay if no new file has
       their rows.
@@ -90,7 +89,8 @@ def _kept(
             return True
         if source in left_out:
             return not drop_missing
-        # Asked only if it matters, because that costs a request in a store.
+        # A table removes a file on purpose, and its rows may be in others now. Of other inputs this
+        # is asked only if it matters, because that costs a request in a store.
         return (plan.version is None and not drop_missing) or not is_gone(source)
 
     return is_kept
