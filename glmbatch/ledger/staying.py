@@ -60,13 +60,12 @@ def staying(
     """
     if before is None or before.limit is not None:
         return Staying([], {})
-    is_gone = _gone(plan)
-    heirs = _heirs(before, plan, is_gone)
+    heirs = _heirs(before, plan)
     new: dict[str, list[Fragment]] = {}
     for fragment in plan.fragments if written is None else written:
         new.setdefault(fragment.source, []).append(fragment)
     planned = {fragment.source for fragment in plan.fragments}
-    is_kept = _kept(plan, is_gone, drop_missing=drop_missing)
+    is_kept = _kept(plan, drop_missing=drop_missing)
     stay = []
     for file in before.files:
         heir = file.source if file.source in planned else heirs.get(file.source)
@@ -78,10 +77,9 @@ def staying(
     return Staying(stay, heirs)
 
 
-def _kept(
-    plan: Plan, is_gone: Callable[[str], bool], *, drop_missing: bool
-) -> Callable[[str], bool]:
+def _kept(plan: Plan, *, drop_missing: bool) -> Callable[[str], bool]:
     """Whether the files of a source stay that the plan does not read, and nothing replaces."""
+    is_gone = _gone(plan)
     left_out = set(plan.left_out)
 
     def is_kept(source: str) -> bool:
@@ -181,8 +179,9 @@ def _uncovered(file: PublishedFile, fragments: Sequence[Fragment]) -> bool:
     return same_bytes and not any(overlap(file, fragment) for fragment in fragments)
 
 
-def _heirs(before: Manifest, plan: Plan, is_gone: Callable[[str], bool]) -> dict[str, str]:
+def _heirs(before: Manifest, plan: Plan) -> dict[str, str]:
     """For each published source that the plan does not read, a new source with its bytes."""
+    is_gone = _gone(plan)
     published: dict[str, list[PublishedFile]] = {}
     for file in before.files:
         published.setdefault(file.source, []).append(file)
