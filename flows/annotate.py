@@ -7,6 +7,7 @@ from prefect.runtime import flow_run
 
 from glmbatch.config import JobConfig
 from glmbatch.report.summary import Summary
+from glmbatch.run.lineage.events import Trigger, traced
 from glmbatch.run.promotion.rule import passed
 from glmbatch.run.session import session
 from tasks.annotate import JobTasks
@@ -20,13 +21,17 @@ def annotate(job: JobConfig) -> Summary:
     # Of a run that is late or repeated too, so that it reads the same day.
     job = job.dated(flow_run.scheduled_start_time)
     tasks = JobTasks(with_whole_paths(job))
-    with logged_on_page():
+    trigger = Trigger(flow_run.scheduled_start_time, flow_run.id, flow_run.flow_name)
+    traced_run = traced(job.lineage, job.data, job.steps, job.files_besides, trigger)
+    with logged_on_page(), traced_run as planned:
         run = tasks.ingest()
+        planned(run)
         with session(run):
             # A place is this process, or an engine process of a cluster.
             with places_of(run.context) as places:
                 models = tasks.prepare_models(places[0])
                 work = tasks.assign(run, models, places)
+                planned(work.run)
                 measured = tasks.measure(work, places[0])
                 if not passed(measured):
                     return tasks.publish(work, [], [], measured)  # refuses, and says why

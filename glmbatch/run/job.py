@@ -14,6 +14,7 @@ from glmbatch.report.counts import Proofs
 from glmbatch.report.summary import Summary
 from glmbatch.run.answer import answer
 from glmbatch.run.canary import check_canary, check_canary_file
+from glmbatch.run.lineage.events import traced
 from glmbatch.run.models import prepare_models
 from glmbatch.run.plan import assign, plan_run
 from glmbatch.run.promotion.measure import measure_changes
@@ -33,23 +34,26 @@ def run_job(job: JobConfig, others: Sequence[str] = ()) -> Summary:
     machine failed.
     """
     job = job.dated()
-    check_canary_file(job)
-    run = plan_run(job, others=others)  # which rows, in which fragments
-    with session(run) as opened:  # the output's lock, engines, known answers, progress
-        models = prepare_models(job)
-        work = assign(job, run, models)  # a question and a key for each step and fragment
-        measured = measure_changes(job.evaluate, job.data, work.run, work.questions)
-        if not passed(measured):
-            # Refuses, and says why.
-            return publish(job, work.run, work.questions, [], Proofs(measured=measured))
-        count_rows(work.run)
-        receipts = {}  # by the key of the answers file, which bundles with the same rows share
-        for assignment in work.in_passes():
-            receipts[assignment.answers_keys.file] = answer(assignment)
-        staged = []
-        for bundle in work.bundles:
-            answers = [receipts[assignment.answers_keys.file] for assignment in bundle.assignments]
-            staged += write_outputs(bundle, answers, opened.ledger)
-        canaries = check_canary(job.canary, work.questions, run.context)
-        proofs = Proofs(canaries=tuple(canaries), measured=measured)
-        return publish(job, work.run, work.questions, staged, proofs)
+    with traced(job.lineage, job.data, job.steps, job.files_besides) as planned:
+        check_canary_file(job)
+        run = plan_run(job, others=others)  # which rows, in which fragments
+        planned(run)
+        with session(run) as opened:  # the output's lock, engines, known answers, progress
+            models = prepare_models(job)
+            work = assign(job, run, models)  # a question and a key for each step and fragment
+            planned(work.run)
+            measured = measure_changes(job.evaluate, job.data, work.run, work.questions)
+            if not passed(measured):
+                # Refuses, and says why.
+                return publish(job, work.run, work.questions, [], Proofs(measured=measured))
+            count_rows(work.run)
+            receipts = {}  # by the key of the answers file, which bundles with the same rows share
+            for assignment in work.in_passes():
+                receipts[assignment.answers_keys.file] = answer(assignment)
+            staged = []
+            for bundle in work.bundles:
+                keys = [assignment.answers_keys.file for assignment in bundle.assignments]
+                staged += write_outputs(bundle, [receipts[key] for key in keys], opened.ledger)
+            canaries = check_canary(job.canary, work.questions, run.context)
+            proofs = Proofs(canaries=tuple(canaries), measured=measured)
+            return publish(job, work.run, work.questions, staged, proofs)

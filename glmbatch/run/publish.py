@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from glmbatch.errors import AuditError, BadRow, GlmbatchError, shown
@@ -51,7 +51,7 @@ class Collected:
     files and fragments that are left out. `before` is the current manifest, and `last_run` its run,
     unless that is this one. `staying` has the published files that stay, and `unchanged` those of
     unchanged sources among them; `kept` has a receipt for each step that stands for their answers.
-    `measured` says how the steps score on labelled rows.
+    `measured` says how the steps score on labelled rows, and `audits` what was audited.
     """
 
     ledger: Ledger
@@ -64,6 +64,7 @@ class Collected:
     unchanged: list[PublishedFile]
     kept: list[AnswersReceipt]
     measured: tuple[Measured, ...]
+    audits: tuple[Audit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,8 @@ def publish(
         check_measured(proofs.measured)
         _refuse_mixing(collected, run, questions, drop_missing=drop_missing)
         audits = _review(job.steps, job.max_error_rate, run, collected, proofs.canaries)
+        collected = replace(collected, audits=audits)
+        check_audits(audits)
     except AuditError as error:
         _refuse_publishing(job, run, questions, collected, error)
     # Before publication moves the files from where their receipts say.
@@ -113,7 +116,6 @@ def publish(
             and bool(results.failures or results.summary.faulty_rows),
             "kept_sources": kept_sources,
             "renamed_sources": len(collected.staying.renamed),
-            "audits": audits,
             "seconds": max(0.0, now() - run.context.began),
         }
     )
@@ -179,7 +181,7 @@ def _review(
     collected: Collected,
     canaries: Sequence[Audit],
 ) -> tuple[Audit, ...]:
-    """All audits of the run. AuditError when one failed."""
+    """All audits of the run. AuditError when fragments are missing or too many rows failed."""
     check_complete(run.plan, collected.outputs)
     check_errors(run.plan, collected.outputs, max_error_rate, collected.unchanged)
     published: list[AnswersReceipt] = []
@@ -187,7 +189,6 @@ def _review(
         published = published_counts(collected.ledger, collected.before)
     audits = [*canaries, *audit_steps(steps, collected.outputs, published, collected.kept)]
     log_audits(audits)
-    check_audits(audits)
     return tuple(audits)
 
 
@@ -285,7 +286,7 @@ def _summarize(
         kept_sources=0,
         steps=tuple(steps),
         samples=tuple(samples),
-        audits=(),
+        audits=collected.audits,
         seconds=max(0.0, now() - run.context.began),
         notes=(*model_notes([each.model for each in questions]), *prompt_notes(questions)),
         skipped=run.plan.skipped,

@@ -286,7 +286,7 @@ def _answers(
     data = job.data.model_copy(update=places)
     # An ordinary file run, so that audits, reuse and failures work the same way.
     with _naming_the_table(source, output):
-        own = job.model_copy(update={"data": data})
+        own = job.model_copy(update={"data": data, "lineage": None})  # of files that are gone then
         summary = run_job(own, others)
         if summary.unusable:
             raise InputError(summary.unusable[0].reason)

@@ -23,6 +23,7 @@ from glmbatch.settings.gates import (
 )
 from glmbatch.settings.kinds import Address, LocalAddress, Settings, Share
 from glmbatch.settings.model import ModelConfig, ModelSetting
+from glmbatch.settings.report import LineageConfig, ReportConfig
 from glmbatch.settings.steps.any_step import AnyStep, calibrated_columns
 from glmbatch.settings.steps.classify import ClassifyStep
 from glmbatch.settings.steps.extract import ExtractStep
@@ -41,6 +42,7 @@ __all__ = [
     "ExtractStep",
     "GenerateStep",
     "JobConfig",
+    "LineageConfig",
     "ModelConfig",
     "ReportConfig",
     "RuntimeConfig",
@@ -141,17 +143,6 @@ class RuntimeConfig(Settings):
         return self
 
 
-class ReportConfig(Settings):
-    """What a run's report shows; these settings change no answers."""
-
-    price_per_hour: float | None = Field(
-        None,
-        ge=0,
-        description="Price of the machine per hour, in any currency, for the cost in the report. "
-        "Empty: no cost is shown.",
-    )
-
-
 class JobConfig(Settings):
     """One job: every row is answered by each step, which adds its columns to the output."""
 
@@ -190,6 +181,11 @@ class JobConfig(Settings):
     )
     report: ReportConfig = Field(
         default_factory=ReportConfig, description="What a run's report shows."
+    )
+    lineage: LineageConfig | None = Field(
+        None,
+        description="Where the OpenLineage events of each run go (needs glmbatch[lineage]). Empty: "
+        "there are none.",
     )
     runtime: RuntimeConfig = Field(
         default_factory=RuntimeConfig,
@@ -255,7 +251,19 @@ class JobConfig(Settings):
 
     def dated(self, moment: datetime | None = None) -> JobConfig:
         """The job with the dates of a run that was to start at `moment`, or that starts now."""
-        return self.model_copy(update={"data": self.data.dated(moment)})
+        lineage = self.lineage
+        if lineage is not None:  # a job has one name on all days
+            name = lineage.job_name or self.data.output
+            lineage = lineage.model_copy(update={"job_name": name})
+        return self.model_copy(update={"data": self.data.dated(moment), "lineage": lineage})
+
+    @property
+    def files_besides(self) -> tuple[str, ...]:
+        """The files of rows that a run reads besides its input, each once."""
+        files = [self.canary.file if self.canary else None]
+        files += [self.evaluate.rows if self.evaluate else None]
+        files += [step.examples.file for step in self.steps if step.examples is not None]
+        return tuple(dict.fromkeys(filter(None, files)))
 
     def written_columns(self, step: AnyStep) -> list[str]:
         """The answer columns of `step`, and those that a calibration may add."""

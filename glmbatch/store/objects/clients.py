@@ -184,6 +184,11 @@ def _azure(container: str) -> Client:
     return Client(container, store(RETRIES), store(0))
 
 
+def azure_account(container: str) -> str:
+    """The storage account of an Azure `container`."""
+    return str(client("az", container).reading.config["account_name"])
+
+
 def _options(endpoint: str, bundle: str | None = None) -> ClientConfig:
     options: ClientConfig = {
         "connect_timeout": timedelta(seconds=CONNECT_SECONDS),

@@ -1,0 +1,257 @@
+"""Read this first: the OpenLineage events of a run, from its plan to its end.
+
+openlineage-python is imported only if the job asks for events.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+import glmbatch
+from glmbatch.errors import GlmbatchError, Interrupted
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.report.report import read_report
+from glmbatch.run.lineage.columns import columns_used
+from glmbatch.run.lineage.sending import Sender
+from glmbatch.run.work import Run
+from glmbatch.settings.conditions import columns_of, parse_condition
+from glmbatch.settings.data import DataConfig
+from glmbatch.settings.report import LineageConfig
+from glmbatch.settings.steps.any_step import AnyStep
+from glmbatch.store.folder import Folder
+from glmbatch.store.tables.delta import open_delta
+
+if TYPE_CHECKING:
+    from openlineage.client.event_v2 import InputDataset, OutputDataset, RunEvent
+
+    from glmbatch.run.lineage.datasets import Name
+
+STOPPED = "The run was stopped."
+FAILED = "The run failed; its log says more."
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """What started a run: when it was `scheduled`, and the run that it is a part of, if any."""
+
+    scheduled: datetime | None = None
+    parent: str | None = None
+    parent_name: str | None = None
+
+
+@dataclass(slots=True)
+class _Events:
+    """What the events of one run are made from. `run` is None until it is planned."""
+
+    config: LineageConfig
+    data: DataConfig
+    steps: Sequence[AnyStep]
+    besides: Sequence[str]
+    trigger: Trigger
+    run: Run | None = None
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
+    id: uuid.UUID = field(default_factory=uuid.uuid4)
+
+
+@contextmanager
+def traced(
+    config: LineageConfig | None,
+    data: DataConfig,
+    steps: Sequence[AnyStep],
+    besides: Sequence[str],
+    trigger: Trigger | None = None,
+) -> Iterator[Callable[[Run], None]]:
+    """Send the events of the run in the block; yields what to call when it is planned, or again.
+
+    Without a `config` there are none. `besides` are files of rows that are read besides the input.
+    Nothing that goes wrong here fails the run, except that the package is missing: InputError.
+    """
+    if config is None:
+        yield lambda run: None
+        return
+    sender = Sender(config)
+    events = _Events(config, data, steps, besides, trigger or Trigger())
+
+    def plan(run: Run) -> None:
+        is_first = events.run is None
+        events.run, events.id = run, uuid.UUID(run.context.id)
+        if is_first:
+            sender.send(partial(_started, events))
+
+    error: BaseException | None = None
+    try:
+        yield plan
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        if events.run is None:
+            sender.send(partial(_started, events))
+        sender.send(partial(_ended, events, datetime.now(UTC), error))
+        sender.close()
+
+
+def _started(events: _Events) -> RunEvent:
+    return _event("START", events, events.began)
+
+
+def _ended(events: _Events, ended: datetime, error: BaseException | None) -> RunEvent:
+    """The last event: COMPLETE, ABORT for a run that was stopped, or FAIL."""
+    from openlineage.client.facet_v2 import error_message_run
+
+    from glmbatch.run.lineage.datasets import facet
+
+    if error is None:
+        return _event("COMPLETE", events, ended, full=True)
+    is_stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)
+    event = _event("ABORT" if is_stopped else "FAIL", events, ended, full=True)
+    message = facet(
+        error_message_run.ErrorMessageRunFacet,
+        message=_without_values(error, STOPPED if is_stopped else FAILED),
+        programmingLanguage="python",
+    )
+    event.run.facets = {**(event.run.facets or {}), "errorMessage": message}
+    return event
+
+
+def _without_values(error: BaseException, otherwise: str) -> str:
+    """What kind of error it was. Its own text may quote a row, and everyone reads a catalogue."""
+    meaning = otherwise
+    if isinstance(error, GlmbatchError) and not isinstance(error, Interrupted):
+        meaning = f"{(type(error).__doc__ or '').splitlines()[0]} {FAILED}"
+    return f"{type(error).__name__}: {meaning}"
+
+
+def _event(kind: str, events: _Events, at: datetime, *, full: bool = False) -> RunEvent:
+    from openlineage.client import event_v2
+
+    from glmbatch.run.lineage.datasets import PRODUCER, bare_input
+
+    source, output = _datasets(events, full=full)
+    return event_v2.RunEvent(
+        eventType=event_v2.RunState[kind],
+        eventTime=at.isoformat(),
+        producer=PRODUCER,
+        run=event_v2.Run(runId=str(events.id), facets=_run_facets(events)),
+        job=event_v2.Job(
+            namespace=events.config.namespace,
+            name=events.config.job_name or events.data.output,
+            facets=_job_facets(),
+        ),
+        inputs=[source, *map(bare_input, events.besides)],
+        outputs=[output],
+    )
+
+
+def _run_facets(events: _Events) -> dict[str, Any]:
+    from openlineage.client.facet_v2 import nominal_time_run, parent_run, processing_engine_run
+
+    from glmbatch.run.lineage.datasets import facet
+
+    facets: dict[str, Any] = {
+        "processing_engine": facet(
+            processing_engine_run.ProcessingEngineRunFacet,
+            name="glmbatch",
+            version=glmbatch.__version__,
+        )
+    }
+    trigger = events.trigger
+    if trigger.scheduled is not None:
+        facets["nominalTime"] = facet(
+            nominal_time_run.NominalTimeRunFacet, nominalStartTime=trigger.scheduled.isoformat()
+        )
+    if trigger.parent is not None:
+        facets["parent"] = facet(
+            parent_run.ParentRunFacet,
+            run=parent_run.Run(runId=trigger.parent),
+            job=parent_run.Job(
+                namespace=events.config.namespace, name=trigger.parent_name or "flow"
+            ),
+        )
+    return facets
+
+
+def _job_facets() -> dict[str, Any]:
+    from openlineage.client.facet_v2 import job_type_job
+
+    from glmbatch.run.lineage.datasets import facet
+
+    kind = job_type_job.JobTypeJobFacet
+    return {"jobType": facet(kind, processingType="BATCH", integration="GLMBATCH", jobType="JOB")}
+
+
+def _datasets(events: _Events, *, full: bool) -> tuple[InputDataset, OutputDataset]:
+    """The input and the output of the run; `full` if it has ended."""
+    from glmbatch.run.lineage import datasets
+
+    output = datasets.bare_output(events.data.output)
+    if events.run is None:
+        return datasets.bare_input(events.data.input), output
+    plan = events.run.plan
+    manifest = Ledger(events.data.output).manifest()
+    source = datasets.input_name(events.data.input, plan)
+    digests = datasets.digests_of(plan, manifest)
+    if not full:
+        return datasets.input_dataset(source, plan, digests, None), output
+    schema = None
+    with suppress(GlmbatchError, OSError):  # a file of tonight may be gone by now
+        schema = datasets.input_schema(plan)
+    if manifest is not None and manifest.run == events.run.context.id:
+        files = [file for file in manifest.files if file.source in datasets.sources_of(plan)]
+        own = [file for file in files if file.source not in plan.unchanged]
+        is_delta = manifest.format == "delta"
+        datasets.add_publication(output, _version(events), own, is_delta=is_delta)
+        if files:
+            published = datasets.output_schema(events.data.output, files[0])
+            schema = schema or _without_answers(events.run, published)
+            _add_columns(events, output, published, schema, source)
+    _add_assertions(events, output)
+    return datasets.input_dataset(source, plan, digests, schema), output
+
+
+def _version(events: _Events) -> str:
+    """The version of the output: the run that published it, or that of a Delta table."""
+    assert events.run is not None
+    if events.data.format == "parquet":
+        return events.run.context.id
+    return str(open_delta(Folder(events.data.output).path).version())
+
+
+def _without_answers(run: Run, published: pa.Schema) -> pa.Schema:
+    return pa.schema([field for field in published if field.name not in run.needs.written])
+
+
+def _add_columns(
+    events: _Events,
+    output: OutputDataset,
+    published: pa.Schema,
+    read: pa.Schema,
+    source: Name,
+) -> None:
+    """Add the columns of the `published` files, and of which columns that were `read` they are."""
+    from glmbatch.run.lineage import datasets
+
+    assert events.run is not None
+    copied = [column for column in published.names if column in read.names]
+    uses = columns_used(events.steps, events.run.inputs, events.run.needs.written, copied)
+    where = events.data.where
+    filters = [] if where is None else columns_of(parse_condition(where))
+    datasets.add_columns(output, published, uses, filters, source)
+
+
+def _add_assertions(events: _Events, output: OutputDataset) -> None:
+    """Add what the run had to pass, from its report; nothing without one."""
+    from glmbatch.run.lineage import datasets
+
+    assert events.run is not None
+    report = read_report(events.data.output, events.run.context.id)
+    if report is not None:
+        datasets.add_assertions(output, report.summary, [step.name for step in events.steps])
