@@ -94,9 +94,8 @@ def publish(
     try:
         check_measured(proofs.measured)
         _refuse_mixing(collected, run, questions, drop_missing=drop_missing)
-        audits = _review(job.steps, job.max_error_rate, run, collected, proofs.canaries)
-        collected = replace(collected, audits=audits)
-        check_audits(audits)
+        collected = _review(job.steps, job.max_error_rate, run, collected, proofs.canaries)
+        check_audits(collected.audits)
     except AuditError as error:
         _refuse_publishing(job, run, questions, collected, error)
     # Before publication moves the files from where their receipts say.
@@ -180,8 +179,8 @@ def _review(
     run: Run,
     collected: Collected,
     canaries: Sequence[Audit],
-) -> tuple[Audit, ...]:
-    """All audits of the run. AuditError when fragments are missing or too many rows failed."""
+) -> Collected:
+    """`collected` with all audits. AuditError when fragments are missing or too many rows failed."""
     check_complete(run.plan, collected.outputs)
     check_errors(run.plan, collected.outputs, max_error_rate, collected.unchanged)
     published: list[AnswersReceipt] = []
@@ -189,7 +188,7 @@ def _review(
         published = published_counts(collected.ledger, collected.before)
     audits = [*canaries, *audit_steps(steps, collected.outputs, published, collected.kept)]
     log_audits(audits)
-    return tuple(audits)
+    return replace(collected, audits=tuple(audits))
 
 
 def _collect(

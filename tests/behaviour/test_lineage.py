@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import deltalake
 import pyarrow as pa
 import pytest
 import yaml
@@ -335,6 +336,19 @@ def test_a_delta_table_has_its_own_version(
     outputs = [facets(event["outputs"][0]) for event in collector.events[1::2]]
     assert [output["version"]["datasetVersion"] for output in outputs] == ["0", "1"]
     assert outputs[0]["storage"]["storageLayer"] == "delta"
+
+
+def test_a_delta_table_is_read_at_its_version(
+    tmp_path: Path, job_settings: Settings, collector: Catalogue
+) -> None:
+    for number in range(2):
+        rows = pa.table({"text": [f"text {number}"]})
+        deltalake.write_deltalake(tmp_path / "in", rows, mode="append")
+    run(traced(job_settings, collector))
+    read = facets(collector.events[-1]["inputs"][0])
+    assert read["version"]["datasetVersion"] == "1"
+    assert read["storage"]["storageLayer"] == "delta"
+    assert read["inputStatistics"]["rowCount"] == 2
 
 
 @pytest.mark.parametrize(

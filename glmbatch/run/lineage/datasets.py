@@ -97,7 +97,10 @@ def sources_of(plan: Plan) -> dict[str, int]:
 def input_dataset(
     name: Name, plan: Plan, digests: Mapping[str, str], schema: pa.Schema | None
 ) -> InputDataset:
-    """The input of a run. `digests` has those of its sources, of all or it has no version."""
+    """The input of a run. Its version is that of a table, or one of the `digests` of its sources.
+
+    It has none while one of them is not known.
+    """
     sizes = sources_of(plan)
     statistics = facet(
         input_statistics_input_dataset.InputStatisticsInputDatasetFacet,
@@ -106,7 +109,10 @@ def input_dataset(
         fileCount=len(sizes),
     )
     facets: dict[str, Any] = _with_schema(schema)
-    if sizes.keys() <= digests.keys():
+    if plan.version is not None:
+        facets["version"] = _version(str(plan.version.number))
+        facets["storage"] = _storage(plan.version.format.lower())
+    elif sizes.keys() <= digests.keys():
         lines = "".join(f"{source} {digests[source]}\n" for source in sorted(sizes))
         version = hashlib.sha256(lines.encode()).hexdigest()[:VERSION_CHARS]
         facets["version"] = _version(version)
@@ -145,9 +151,12 @@ def _with_folders(schema: pa.Schema, name: str) -> pa.Schema:
 
 
 def add_publication(
-    dataset: OutputDataset, version: str, files: Sequence[PublishedFile], *, is_delta: bool
+    dataset: OutputDataset, version: str, files: Sequence[PublishedFile], layer: str
 ) -> None:
-    """Add to the output what a run published; `files` are those that it wrote."""
+    """Add to the output what a run published; `files` are those that it wrote.
+
+    `layer` is parquet, or the format of the table over them.
+    """
     sizes = [file.place[0] for file in files if file.place]
     statistics = facet(
         output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet,
@@ -156,15 +165,18 @@ def add_publication(
         fileCount=len(files),
     )
     facets: dict[str, Any] = {"version": _version(version)}
-    if is_delta:
-        storage = storage_dataset.StorageDatasetFacet
-        facets["storage"] = facet(storage, storageLayer="delta", fileFormat="parquet")
+    if layer != "parquet":
+        facets["storage"] = _storage(layer)
     dataset.facets = {**(dataset.facets or {}), **facets}
     dataset.outputFacets = {"outputStatistics": statistics}
 
 
 def _version(version: str) -> Any:
     return facet(dataset_version_dataset.DatasetVersionDatasetFacet, datasetVersion=version)
+
+
+def _storage(layer: str) -> Any:
+    return facet(storage_dataset.StorageDatasetFacet, storageLayer=layer, fileFormat="parquet")
 
 
 def _with_schema(schema: pa.Schema | None) -> dict[str, Any]:

@@ -207,8 +207,7 @@ def _datasets(events: _Events, *, full: bool) -> tuple[InputDataset, OutputDatas
     if manifest is not None and manifest.run == events.run.context.id:
         files = [file for file in manifest.files if file.source in datasets.sources_of(plan)]
         own = [file for file in files if file.source not in plan.unchanged]
-        is_delta = manifest.format == "delta"
-        datasets.add_publication(output, _version(events), own, is_delta=is_delta)
+        datasets.add_publication(output, _version(events), own, manifest.format)
         if files:
             published = datasets.output_schema(events.data.output, files[0])
             schema = schema or _without_answers(events.run, published)
@@ -220,7 +219,7 @@ def _datasets(events: _Events, *, full: bool) -> tuple[InputDataset, OutputDatas
 def _version(events: _Events) -> str:
     """The version of the output: the run that published it, or that of a Delta table."""
     assert events.run is not None
-    if events.data.format == "parquet":
+    if events.data.format != "delta":
         return events.run.context.id
     return str(open_delta(Folder(events.data.output).path).version())
 
