@@ -180,7 +180,7 @@ def _review(
     collected: Collected,
     canaries: Sequence[Audit],
 ) -> Collected:
-    """`collected` with all audits. AuditError when fragments are missing or too many rows failed."""
+    """`collected` with all audits. AuditError when fragments are missing, or many rows failed."""
     check_complete(run.plan, collected.outputs)
     check_errors(run.plan, collected.outputs, max_error_rate, collected.unchanged)
     published: list[AnswersReceipt] = []
