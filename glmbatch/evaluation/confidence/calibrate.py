@@ -106,26 +106,29 @@ def fit_maps(
 def fit_map(confidence_N: np.ndarray, right_N: np.ndarray, group_N: np.ndarray) -> Fitted:
     """The best map for these rows, with its errors on rows that it was not fitted on.
 
-    The confidence stays as it is where no map is better.
+    The confidence stays as it is where no map is better: a map must lower the log loss, and must
+    not raise the calibration error.
     """
     texts, text_N = np.unique(group_N, return_inverse=True)
     part_N = np.random.default_rng(SEED).permutation(len(texts))[text_N] % PARTS
     fit: Fit = keep_as_it_is
     after_N = confidence_N
+    most = _error(confidence_N, right_N)
     platt_N = _without(fit_platt, confidence_N, right_N, part_N)
-    if _losses(platt_N, right_N).mean() < _losses(confidence_N, right_N).mean():
+    is_lower = _losses(platt_N, right_N).mean() < _losses(confidence_N, right_N).mean()
+    if is_lower and _error(platt_N, right_N) <= most:
         fit, after_N = fit_platt, platt_N
     if len(texts) >= ISOTONIC_TEXTS:
         other_N = _without(fit_isotonic, confidence_N, right_N, part_N)
         gain_N = _losses(after_N, right_N) - _losses(other_N, right_N)
-        if _is_clear(gain_N, text_N):
+        if _is_clear(gain_N, text_N) and _error(other_N, right_N) <= most:
             fit, after_N = fit_isotonic, other_N
     return Fitted(
         map=fit(confidence_N, right_N),
         rows=len(right_N),
         texts=len(texts),
-        ece_before=calibration_error(bins_of(right_N, confidence_N)),
-        ece_after=calibration_error(bins_of(right_N, after_N)),
+        ece_before=most,
+        ece_after=_error(after_N, right_N),
         log_loss_before=float(_losses(confidence_N, right_N).mean()),
         log_loss_after=float(_losses(after_N, right_N).mean()),
     )
@@ -141,6 +144,10 @@ def _without(
         map = fit(confidence_N[~inside_N], right_N[~inside_N])
         chance_N[inside_N] = map.chances(confidence_N[inside_N])
     return chance_N
+
+
+def _error(chance_N: np.ndarray, right_N: np.ndarray) -> float:
+    return calibration_error(bins_of(right_N, chance_N))
 
 
 def _losses(chance_N: np.ndarray, right_N: np.ndarray) -> np.ndarray:

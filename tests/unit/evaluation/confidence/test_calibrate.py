@@ -102,6 +102,20 @@ def test_confidence_that_is_right_stays_as_it_is() -> None:
     np.testing.assert_allclose(fitted.map.chances(confidence), confidence)
 
 
+def test_no_map_raises_an_error() -> None:
+    """Of a confidence that is nearly right, chance alone makes some maps worse."""
+    without_map = 0
+    for seed in range(40):
+        dice = np.random.default_rng(seed)
+        confidence = dice.uniform(0.3, 1, 150)
+        right = dice.random(150) < confidence**1.2
+        fitted = fit_map(confidence, right, np.arange(150))
+        assert fitted.ece_after <= fitted.ece_before
+        assert fitted.log_loss_after <= fitted.log_loss_before
+        without_map += fitted.map == AS_IT_IS
+    assert 0 < without_map < 40
+
+
 def test_surer_answers_that_are_right_less_often_say_nothing() -> None:
     confidence, right = drawn(500, -1.0)
     found = fit_platt(confidence, right)
