@@ -6,8 +6,9 @@ The job's checkpoint is a real one with a few layers.
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tests.support import (
     Write,
     overridden,
 )
-from tests.unit.tuning.rows import labelled
+from tests.unit.tuning.rows import GOOD, labelled
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -125,39 +126,64 @@ def job_settings(tmp_path: Path) -> Settings:
     return settings
 
 
+def tune_settings(source: Path, output: Path, overrides: Mapping[str, Any]) -> TuneConfig:
+    """The settings of a small fine-tuning over the rows in `source`."""
+    config: dict[str, Any] = {
+        "data": {"input": str(source), "valid_share": 0.2, "test_share": 0.2},
+        "output": str(output),
+        "model": {"path": str(SAMPLE_MODEL)},
+        # Full fine-tuning of so small a model learns the rows in a few epochs. LoRA does not.
+        "training": {
+            "method": "full",
+            "epochs": 3,
+            "batch_rows": 16,
+            "learning_rate": 4e-3,
+            "gradient_checkpointing": False,
+        },
+        "runtime": {"device": "cpu"},
+        "prompt_template": "{text}",  # short prompts train fastest
+        # 48 test rows, which TF-IDF answers without a mistake.
+        "must_beat": ["current"],
+        "least_test_rows": 20,
+    }
+    return TuneConfig.model_validate(overridden(config, overrides))
+
+
+def write_days(folder: Path) -> None:
+    """Write 240 labelled rows in two days below `folder`."""
+    rows = labelled(240)
+    for day in range(2):
+        part = {name: values[120 * day : 120 * day + 120] for name, values in rows.items()}
+        (folder / f"day={day}").mkdir(parents=True)
+        pq.write_table(pa.table(part), folder / f"day={day}" / "a.parquet")
+
+
 @pytest.fixture
-def tune(tmp_path: Path, write_source: Write) -> Tune:
+def tune(tmp_path: Path) -> Tune:
     """Make settings of a small fine-tuning over 240 rows in two days.
 
     Keywords override single settings, with __ after the group: `training__epochs=6`.
     """
-    rows = labelled(240)
-    for day in range(2):
-        part = {name: values[120 * day : 120 * day + 120] for name, values in rows.items()}
-        write_source(f"day={day}/a.parquet", part)
+    write_days(tmp_path / "in")
+    return lambda **overrides: tune_settings(tmp_path / "in", tmp_path / "tuned", overrides)
 
-    def settings(**overrides: Any) -> TuneConfig:
-        config: dict[str, Any] = {
-            "data": {"input": str(tmp_path / "in"), "valid_share": 0.2, "test_share": 0.2},
-            "output": str(tmp_path / "tuned"),
-            "model": {"path": str(SAMPLE_MODEL)},
-            # Full fine-tuning of so small a model learns the rows in a few epochs. LoRA does not.
-            "training": {
-                "method": "full",
-                "epochs": 3,
-                "batch_rows": 16,
-                "learning_rate": 4e-3,
-                "gradient_checkpointing": False,
-            },
-            "runtime": {"device": "cpu"},
-            "prompt_template": "{text}",  # short prompts train fastest
-            # 48 test rows, which TF-IDF answers without a mistake.
-            "must_beat": ["current"],
-            "least_test_rows": 20,
-        }
-        return TuneConfig.model_validate(overridden(config, overrides))
 
-    return settings
+@pytest.fixture(scope="session")
+def good_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the rows of `tune` in `in/`, and a checkpoint that learned them in `tuned/`."""
+    from glmbatch.tuning.finetune import finetune  # imports torch
+
+    folder = tmp_path_factory.mktemp("good")
+    write_days(folder / "in")
+    assert finetune(tune_settings(folder / "in", folder / "tuned", GOOD)).promoted
+    return folder
+
+
+@pytest.fixture
+def good(good_run: Path, tmp_path: Path) -> Tune:
+    """As `tune`, where the training with the settings GOOD is done, and its checkpoint promoted."""
+    shutil.copytree(good_run / "tuned", tmp_path / "tuned", symlinks=True)
+    return lambda **overrides: tune_settings(good_run / "in", tmp_path / "tuned", overrides)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 
 from glmbatch.cli.parser import job_overrides, truth_columns
 from glmbatch.errors import InputError
@@ -32,7 +32,10 @@ def evaluate_parsed(parsed: argparse.Namespace) -> tuple[Evaluation, BaseModel]:
     if not is_checkpoint:
         return found, found
     # The numbers alone: the one step of a checkpoint has a name that means nothing to anyone.
-    return found, next(iter(found.steps[0].results.values()), found)
+    (step,) = found.steps
+    for result in step.results.values():
+        return found, RootModel({**result.model_dump(), "learned": step.learned})
+    return found, found
 
 
 def _job(parsed: argparse.Namespace) -> tuple[JobConfig, dict[str, str]]:

@@ -1,19 +1,28 @@
-"""A job that asks a checkpoint what it was trained on, so that it is evaluated as jobs are."""
+"""Checkpoints that were trained here: the job that evaluates one, and which rows it learned.
+
+Shapes: R rows.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from glmbatch.errors import InputError
+from glmbatch.glm.files import recorded_prompt
 from glmbatch.run.models import locate_model, prepare_model
-from glmbatch.run.work import Model
-from glmbatch.settings.job import GenerateStep, ModelConfig, RuntimeConfig
+from glmbatch.run.work import Model, Question
+from glmbatch.settings.job import GenerateStep, ModelConfig, RuntimeConfig, placeholders
 from glmbatch.settings.tuning import LabelledData, TuneConfig
+from glmbatch.steps.prompt import check_value
 from glmbatch.store.frames import WHERE
+from glmbatch.store.values import is_plain, prompt_values
 from glmbatch.tuning.encode import step_of
-from glmbatch.tuning.examples import TEXT_ALONE
-from glmbatch.tuning.report import read_report
+from glmbatch.tuning.examples import TEXT_ALONE, Example, text_keys
+from glmbatch.tuning.report import CHECKPOINT, learned_lists, read_report
 
 
 def job_of_checkpoint(
@@ -68,3 +77,35 @@ def _changes(model: Model) -> dict[str, Any]:
         asked = dict.fromkeys(("system_prompt", "chat", "max_input_tokens"))
         return {"prompt_template": TEXT_ALONE, **asked}
     return {}
+
+
+def learned_rows(question: Question, rows: pa.Table) -> np.ndarray:
+    """Which of `rows` have a text that the checkpoint of `question` was trained on.
+
+    None, if it was not trained here, was moved without its list of texts, or reads other columns.
+    """
+    learned_R = np.zeros(len(rows), bool)
+    for path in learned_lists(question.model.config):
+        asked = recorded_prompt(str(path.parent / CHECKPOINT), None) or {}
+        examples = _as_asked(question, rows, asked.get("prompt_template", TEXT_ALONE))
+        learned_R |= np.isin(text_keys(examples), np.load(path))
+    return learned_R
+
+
+def _as_asked(question: Question, rows: pa.Table, template: str) -> list[Example]:
+    """The `rows` in the words of `template`, which may have other names for the columns."""
+    names, columns = placeholders(template), question.inputs.columns
+    read = {*columns.values()} & {*rows.column_names}
+    are_read = read == {*columns.values()} and all(is_plain(rows[name].type) for name in read)
+    if len(names) != len(columns) or not are_read:
+        return [Example("", "", "")] * len(rows)
+    texts = []
+    for name, column in columns.items():
+        is_text = name in question.inputs.texts
+        read = (check_value(name, value, is_text=is_text) for value in prompt_values(rows[column]))
+        texts.append([value if isinstance(value, str) else None for value in read])
+    examples = []
+    for values in zip(*texts, strict=True):
+        columns_of_row = dict(zip(names, values, strict=True))
+        examples.append(Example("", "", "", columns=columns_of_row).with_template(template))
+    return examples

@@ -35,7 +35,14 @@ from glmbatch.evaluation.results import (
     StepComparison,
 )
 from glmbatch.evaluation.steps import Answered
-from glmbatch.evaluation.truth import Truth, check_names, read_labelled_rows, truth_of
+from glmbatch.evaluation.truth import (
+    Truth,
+    allowed_truths,
+    check_labels,
+    check_names,
+    read_labelled_rows,
+    truth_of,
+)
 from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.report.counts import busy_seconds
 from glmbatch.run.table import Job, first_asked
@@ -74,6 +81,7 @@ def compare(
     differences: list[DifferingAnswer] = []
     for name in names:
         expected = truth_of(steps[name], table, places[name], given)
+        check_labels(steps[name], _allowed(steps[name], others[name]), expected)
         found, differing = compare_step((steps[name], others[name]), expected, asked, texts, folder)
         compared.append(found)
         differences += differing
@@ -97,6 +105,12 @@ def _shared(steps: Sequence[str], others: Sequence[str]) -> list[str]:
             f"{some_of(others)}. Rename one."
         )
     return names
+
+
+def _allowed(step: AnyStep, other: AnyStep) -> dict[str, list[str]]:
+    """What the truths of both steps may be: what is allowed in one of them."""
+    ours, theirs = allowed_truths(step), allowed_truths(other)
+    return {name: [*dict.fromkeys([*ours[name], *theirs[name]])] for name in ours if name in theirs}
 
 
 def compare_step(
@@ -127,11 +141,19 @@ def compare_step(
         step=steps[0].name,
         truth={} if truth is None else truth.columns,
         parts=parts,
+        learned=(_learned(steps[0], truth, answered[0]), _learned(steps[1], truth, answered[1])),
         a=_cost(steps[0].name, answered[0], folder),
         b=_cost(steps[0].name, answered[1], folder),
         note=note if left_out else None,
     )
     return found, differences
+
+
+def _learned(step: AnyStep, truth: Truth | None, answered: Answered) -> int:
+    """How many rows with a truth the checkpoint of `step` was trained on."""
+    if truth is None:
+        return 0
+    return answered.learned(step.name, np.flatnonzero(truth.known_rows).tolist())
 
 
 def _part(a: Answers, b: Answers, expected: Answers | None, group_R: np.ndarray) -> Part:

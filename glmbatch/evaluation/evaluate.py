@@ -16,12 +16,14 @@ import pyarrow as pa
 
 from glmbatch.errors import GlmbatchError, InputError, some_of
 from glmbatch.evaluation.bootstrap import groups_of
+from glmbatch.evaluation.checkpoint import learned_rows
 from glmbatch.evaluation.confidence.calibrate import check_writable, write_calibration
 from glmbatch.evaluation.results import Evaluation
 from glmbatch.evaluation.steps import Answered, score_step
 from glmbatch.evaluation.truth import (
     FLAG,
     Truth,
+    allowed_truths,
     candidates,
     check_labels,
     check_names,
@@ -32,7 +34,7 @@ from glmbatch.run.prompts import inputs_of
 from glmbatch.run.table import Job, answers_to, settings_of
 from glmbatch.run.work import confidence_keys
 from glmbatch.settings.columns import Columns
-from glmbatch.settings.job import ClassifyStep, JobConfig
+from glmbatch.settings.job import JobConfig
 from glmbatch.steps.inputs import schema_needs
 from glmbatch.store.frames import WHERE, as_frame
 from glmbatch.store.parquet import check_column
@@ -156,9 +158,8 @@ def _read(
     wanted, places = columns_of(settings, given)
     table, names = read_labelled_rows(rows, wanted)
     truths = {step.name: truth_of(step, table, places[step.name], given) for step in steps}
-    for step in steps:
-        if isinstance(step, ClassifyStep):  # the labels of a trained head are known only later
-            check_labels(step.name, step.labels or (), truths[step.name])
+    for step in steps:  # the labels of a trained head are known only later
+        check_labels(step, allowed_truths(step), truths[step.name])
     return table, names, truths
 
 
@@ -214,4 +215,5 @@ def ask_about(table: pa.Table, job: Job, name: str, folder: str | os.PathLike[st
     asked_of = {step.name: step for step in found.summary.steps}
     step_keys = {question.name: question.key for question in found.questions}
     keys = confidence_keys(found.questions)
-    return Answered(found.answers, groups_of(texts), asked_of, step_keys, keys)
+    learned_R = {each.name: learned_rows(each, table) for each in found.questions}
+    return Answered(found.answers, groups_of(texts), asked_of, step_keys, keys, learned_R)

@@ -24,6 +24,7 @@ from glmbatch.evaluation.results import (
     StepComparison,
     StepResult,
 )
+from glmbatch.report.counts import learned_of
 from glmbatch.report.summary import short
 
 # What each number is called, in the order in which they are shown.
@@ -76,6 +77,9 @@ def describe_comparison(found: Comparison) -> str:
             if name != step.step:
                 lines.append(f"  {name}")
             lines += _part(part, found.rows)
+        for job, learned in zip("AB", step.learned, strict=True):
+            if learned:
+                lines.append(_line(f"{job} learned", learned_of(learned, found.rows)))
         for job, cost in (("A", step.a), ("B", step.b)):
             lines.append(_line(f"{job} asked", _cost(cost)))
         lines += [*_differences(step, found.differences), ""]
@@ -153,6 +157,8 @@ def _step(step: StepResult) -> Iterator[str]:
     names = ", ".join(dict.fromkeys(step.truth.values()))
     yield f"{step.step}" + (f", compared with column {names}" if names else "")
     yield _line("rows", _rows(step.counts))
+    if step.learned:
+        yield _line("learned", learned_of(step.learned, step.counts.scored))
     if step.note is not None:
         yield _line("not scored", step.note)
     if step.exact_match is not None:

@@ -134,7 +134,8 @@ class StepResult(BaseModel, frozen=True, extra="forbid"):
     was not sure of it, and `without_truth` those whose truth of the field is not known. `computed`
     answers were asked now, for so many tokens; the others were known. `note` says why nothing could
     be scored. `calibration` has the maps that were fitted, by the step or by its fields or labels,
-    and `uncalibrated` the number of texts of those with too few.
+    and `uncalibrated` the number of texts of those with too few. The checkpoint was trained on
+    `learned` of the scored rows, which makes the numbers too good.
     """
 
     step: str
@@ -144,6 +145,7 @@ class StepResult(BaseModel, frozen=True, extra="forbid"):
     exact_match: float | None = None
     abstained: Mapping[str, int] = {}
     without_truth: Mapping[str, int] = {}
+    learned: int = 0
     computed: int
     prompt_tokens: int
     completion_tokens: int
@@ -248,12 +250,14 @@ class Cost(BaseModel, frozen=True, extra="forbid"):
 class StepComparison(BaseModel, frozen=True, extra="forbid"):
     """One step of both jobs. `parts` are named by the step, or by each field of an extract step.
 
-    `note` says why nothing could be compared.
+    `learned` counts the rows that the checkpoint of A and that of B were trained on. `note` says
+    why nothing could be compared.
     """
 
     step: str
     truth: Mapping[str, str] = {}
     parts: Mapping[str, Part] = {}
+    learned: tuple[int, int] = (0, 0)
     a: Cost
     b: Cost
     note: str | None = None

@@ -35,7 +35,8 @@ class Answered:
     """The answers to the labelled rows, in their order, and the number of each row's text.
 
     `steps` says what was asked now for each step, by its name. `step_keys` and `keys` are the step
-    keys and the confidence keys of the steps.
+    keys and the confidence keys of the steps. `learned_R` says of each step which rows its
+    checkpoint was trained on.
     """
 
     answers: pa.Table
@@ -43,6 +44,7 @@ class Answered:
     steps: Mapping[str, StepSummary]
     step_keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    learned_R: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def spread(self, asked_R: np.ndarray) -> Answered:
         """The answers to more rows, of which only those `asked_R` were asked; null for the others.
@@ -51,7 +53,13 @@ class Answered:
         """
         place_R = np.cumsum(asked_R) - 1
         answers = self.answers.take(pa.array(place_R, mask=~asked_R))
-        return dataclasses.replace(self, answers=answers, group_R=self.group_R[place_R])
+        learned_R = {name: own_R[place_R] & asked_R for name, own_R in self.learned_R.items()}
+        group_R = self.group_R[place_R]
+        return dataclasses.replace(self, answers=answers, group_R=group_R, learned_R=learned_R)
+
+    def learned(self, step: str, rows: Sequence[int]) -> int:
+        """How many of these rows the checkpoint of `step` was trained on."""
+        return int(self.learned_R[step][rows].sum()) if step in self.learned_R else 0
 
 
 def score_step(
@@ -84,10 +92,12 @@ def score_step(
     if isinstance(step, ClassifyStep) and chances in answered.answers.column_names:
         # Those of a trained head, which the step need not name.
         kind = answered.answers.schema.field(chances).type
-        check_labels(step.name, [field.name for field in kind], truth)
+        if step.labels is None:
+            check_labels(step, {step.name: [field.name for field in kind]}, truth)
     picked = answered.answers.take(pa.array(scored, pa.int64()))
     group_R = groups_of(answered.group_R[scored].tolist())
     expected = truth.of_rows(scored)
+    numbers: dict[str, Any]
     if isinstance(step, ExtractStep):
         numbers = _score_fields(step, expected, picked, precisions, group_R)
     else:
@@ -97,6 +107,7 @@ def score_step(
         several = isinstance(numbers["results"].get(step.name), SeveralResult)
         maps, few = fit_maps(judged(step, expected, picked), group_R, several=several)
         numbers |= {"calibration": maps, "uncalibrated": few}
+    numbers["learned"] = answered.learned(step.name, scored)
     return found.model_copy(update=numbers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glmbatch.errors import InputError, some_of
+from glmbatch.errors import InputError, counted, some_of
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
 from glmbatch.settings.steps.fields import ExtractField
@@ -23,7 +24,11 @@ from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import open_parquet, with_constants
 from glmbatch.store.values import is_list, prompt_values
 
+# What the command line calls the labelled rows, and the truth of a step.
+ROWS = "ROWS"
 FLAG = "--truth"
+logger = logging.getLogger(__name__)
+
 BOOLEANS = {"true": True, "false": False}
 # What `glmbatch train` reads if nothing else is set.
 LABEL: str = LabelledData.model_fields["label_column"].default
@@ -55,16 +60,15 @@ class Truth:
         return Truth(self.columns, values, known)
 
 
-def read_labelled_rows(address: str, wanted: Collection[str]) -> tuple[pa.Table, list[str]]:
+def read_labelled_rows(
+    address: str, wanted: Collection[str], setting: str = ROWS
+) -> tuple[pa.Table, list[str]]:
     """All rows of a Parquet file, folder or glob, and the names of all their columns.
 
     Of the columns, only those `wanted`. A folder `name=value` is a column as well. InputError if
-    there are no rows.
+    there are no rows; it names the `setting` that has the address.
     """
-    try:
-        found = labelled_files(address)
-    except InputError as error:
-        raise InputError(str(error).replace("data.input", "ROWS")) from error
+    found = labelled_files(address, setting)
     tables = []
     names: dict[str, None] = {}
     for name in found.names:
@@ -90,15 +94,18 @@ def read_labelled_rows(address: str, wanted: Collection[str]) -> tuple[pa.Table,
     return rows, list(names)
 
 
-def check_names(steps: Sequence[AnyStep], given: Mapping[str, str]) -> None:
-    """InputError if `given` names something else than a step, or a field of an extract step."""
+def check_names(steps: Sequence[AnyStep], given: Mapping[str, str], flag: str = FLAG) -> None:
+    """InputError if `given` names something else than a step, or a field of an extract step.
+
+    Here and below, `flag` is what the user set to name a truth.
+    """
     named: list[str] = []
     for step in steps:
         named += _names(step)
     for name in given:
         if name not in named:
             raise InputError(
-                f"{FLAG} {name}: the job has no such step or field; it has {some_of(named, name)}."
+                f"{flag} {name}: the job has no such step or field; it has {some_of(named, name)}."
             )
 
 
@@ -132,7 +139,11 @@ def candidates(
 
 
 def truth_of(
-    step: AnyStep, rows: pa.Table, places: Mapping[str, Sequence[str]], given: Mapping[str, str]
+    step: AnyStep,
+    rows: pa.Table,
+    places: Mapping[str, Sequence[str]],
+    given: Mapping[str, str],
+    flag: str = FLAG,
 ) -> Truth | None:
     """What is right for `step`, None if no column of `rows` says so; `places` as `candidates`.
 
@@ -145,45 +156,86 @@ def truth_of(
             columns[name] = present[0]
     for name, column in given.items():
         if name in _names(step) and column not in rows.column_names:
-            raise InputError(f"{FLAG} {name}={column}: the rows have no column {column!r}.")
+            raise InputError(f"{flag} {name}={column}: the rows have no column {column!r}.")
     if not columns:
         return None
     if isinstance(step, ExtractStep):
-        return _truth_of_fields(step, rows, columns, given.get(step.name, step.name))
+        return _truth_of_fields(step, rows, columns, given.get(step.name, step.name), flag)
     (column,) = columns.values()
     values = rows.column(column)
     if isinstance(step, ClassifyStep) and (step.multiple or pa.types.is_nested(values.type)):
         # A trained head may give several labels without the setting; scoring says if it does not.
         read: Sequence[Any] = _label_lists(values)
     else:
-        values = _flat(step, column, values)
+        values = _flat(step, column, values, flag)
         read = _labels(values) if isinstance(step, ClassifyStep) else prompt_values(values)
     return Truth(columns, {step.name: read}, {step.name: [value is not None for value in read]})
 
 
-def check_labels(name: str, labels: Sequence[str], truth: Truth | None, flag: str = FLAG) -> None:
-    """InputError if the step `name` has `labels`, and none of its truths is one of them.
+def allowed_truths(step: AnyStep, labels: Sequence[str] = ()) -> dict[str, list[str]]:
+    """What a truth of `step` or of its fields may be, by name, where that is one of a few texts.
 
-    Every answer would be wrong, which looks like a bad model. `flag` names the truth in the error.
+    `labels` are those of a trained head, which the step need not name.
     """
-    if truth is None or not labels:
-        return
+    if isinstance(step, ClassifyStep):
+        named = labels or step.labels
+        return {step.name: [*named]} if named and not step.number else {}
+    allowed = {}
+    for field in step.fields if isinstance(step, ExtractStep) else ():
+        choices = (field.items or field).choices
+        if choices is not None:
+            allowed[field.name] = [*choices]
+    return allowed
+
+
+def check_labels(
+    step: AnyStep, allowed: Mapping[str, Collection[str]], truth: Truth | None, flag: str = FLAG
+) -> None:
+    """InputError if none of the truths of `step`, or of one of its fields, is `allowed`.
+
+    Every answer would be wrong, which looks like a bad model. If some truths are not allowed, the
+    first one is logged.
+    """
+    for name in allowed if truth is not None else ():
+        if truth is not None and name in truth.values:
+            whole = name if name == step.name else f"{step.name}.{name}"
+            where = f"{flag} {whole}={truth.columns[name]}"
+            _check_values(where, truth.values[name], allowed[name], is_field=name != step.name)
+
+
+def _check_values(
+    where: str, values: Sequence[Any], allowed: Collection[str], *, is_field: bool
+) -> None:
+    """As `check_labels`, for the truths of a step or of a field."""
     seen = Counter[str]()
-    for value in truth.values[name]:
-        seen.update([value] if isinstance(value, str) else value or ())
-    if seen and seen.keys().isdisjoint(labels):
-        (column,) = truth.columns.values()
-        values = some_of([value for value, _ in seen.most_common()])
+    first: dict[str, int] = {}
+    for row, value in enumerate(values):
+        for one in [value] if isinstance(value, str) else value or ():
+            seen[one] += 1
+            if one not in allowed:
+                first.setdefault(one, row)
+    what = ("choice of the field", "choices") if is_field else ("label of the step", "labels")
+    if seen and len(first) == len(seen):
+        named = some_of([value for value, _ in seen.most_common()])
         raise InputError(
-            f"{flag} {name}={column}: the column has {values}, and none of them is a label of the "
-            f"step; the labels are {some_of(labels)}. Name another column, or set the labels."
+            f"{where}: the column has {named}, and none of them is a {what[0]}; the {what[1]} are "
+            f"{some_of([*allowed])}. Name another column, or set the {what[1]}."
+        )
+    if first:
+        value, row = next(iter(first.items()))
+        others = sum(seen[value] for value in first) - 1
+        more = f", and {counted(others, 'more truth')} {'is' if others == 1 else 'are'} none either"
+        logger.warning(
+            "%s: row %d has %r, which is no %s%s: answers to %s count as wrong; the %s are %s",
+            *(where, row, value, what[0], more if others else "", "them" if others else "it"),
+            *(what[1], some_of([*allowed])),
         )
 
 
-def _flat(step: AnyStep, column: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
+def _flat(step: AnyStep, column: str, values: pa.ChunkedArray, flag: str) -> pa.ChunkedArray:
     if pa.types.is_nested(values.type):
         raise InputError(
-            f"{FLAG} {step.name}={column}: column {column!r} holds {values.type}, and the step's "
+            f"{flag} {step.name}={column}: column {column!r} holds {values.type}, and the step's "
             "answers are texts. Name another column."
         )
     return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
@@ -216,7 +268,7 @@ def _label_lists(values: pa.ChunkedArray) -> list[list[str] | None]:
 
 
 def _truth_of_fields(
-    step: ExtractStep, rows: pa.Table, columns: Mapping[str, str], whole: str
+    step: ExtractStep, rows: pa.Table, columns: Mapping[str, str], whole: str, flag: str
 ) -> Truth:
     """The truth of each field; the column `whole` has structs or JSON objects of all fields."""
     values: dict[str, list[Any]] = {}
@@ -225,8 +277,8 @@ def _truth_of_fields(
         if column is not None:
             read = rows.column(column).to_pylist()
             if column == whole:
-                read = [_part(value, field.name, column) for value in read]
-            values[field.name] = [_value(field, value, column) for value in read]
+                read = [_part(value, field.name, column, flag) for value in read]
+            values[field.name] = [_value(field, value, column, flag) for value in read]
     # A null of a nullable field is a truth, unless nothing at all is known of the row. Another
     # field is never null, so that a null says that nobody knows its value.
     is_known = [{*map(type, row)} != {type(None)} for row in zip(*values.values(), strict=True)]
@@ -238,7 +290,7 @@ def _truth_of_fields(
     return Truth({name: columns[name] for name in values}, values, known)
 
 
-def _part(value: Any, field: str, column: str) -> Any:
+def _part(value: Any, field: str, column: str, flag: str) -> Any:
     """A field of a struct, or of a JSON object as text."""
     try:
         fields = json.loads(value) if isinstance(value, str) else value
@@ -246,13 +298,13 @@ def _part(value: Any, field: str, column: str) -> Any:
         fields = value
     if fields is not None and not isinstance(fields, dict):
         raise InputError(
-            f"{FLAG}: column {column!r} has {value!r}, which is no object of fields. "
+            f"{flag}: column {column!r} has {value!r}, which is no object of fields. "
             "Name a column for each field."
         )
     return None if fields is None else fields.get(field)
 
 
-def _value(field: ExtractField, value: Any, column: str) -> Any:
+def _value(field: ExtractField, value: Any, column: str, flag: str) -> Any:
     """A value of a truth column as the field's answers have it. InputError if it is none."""
     kind = field.items.type if field.items is not None else field.type
     try:
@@ -261,7 +313,7 @@ def _value(field: ExtractField, value: Any, column: str) -> Any:
         return None if value is None else _plain(value, kind)
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(
-            f"{FLAG}: column {column!r} has {value!r}, which is not the {kind} that field "
+            f"{flag}: column {column!r} has {value!r}, which is not the {kind} that field "
             f"{field.name!r} holds. Name another column."
         ) from error
 

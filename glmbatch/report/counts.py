@@ -47,7 +47,8 @@ class Measured(BaseModel, frozen=True, extra="forbid"):
     that; None if the published step was not measured. `worse` and `better` are numbers of texts;
     `p` says how often chance alone makes such a loss. `kept` is the key of the measurement.
     The model was asked `prompts` for it in this run, of so many `tokens` with their answers;
-    `refused` says why the step must not be published.
+    `refused` says why the step must not be published. Its checkpoint was trained on `learned` of
+    the rows.
     """
 
     step: str
@@ -63,9 +64,14 @@ class Measured(BaseModel, frozen=True, extra="forbid"):
     worse: int = 0
     better: int = 0
     p: float | None = None
+    learned: int = 0
     refused: str | None = None
 
     def __str__(self) -> str:
+        line = self._line()
+        return f"{line}; {learned_of(self.learned, self.rows)}" if self.learned else line
+
+    def _line(self) -> str:
         line = f"{self.step} scores {self.score:.4f} on {counted(self.rows, 'labelled row')}"
         if not self.rows:
             line = f"{self.step} was asked about no labelled row"
@@ -79,6 +85,14 @@ class Measured(BaseModel, frozen=True, extra="forbid"):
             f"{line}; what is published scores {self.before:.4f}: {100 * self.gain:+.1f} points, "
             f"{counted(self.worse, 'text')} worse, {self.better:,} better, p {self.p:.2g}"
         )
+
+
+def learned_of(learned: int, rows: int) -> str:
+    """The warning that a checkpoint was trained on so many of the rows that it is scored on."""
+    return (
+        f"{learned:,} of {counted(rows, 'row')} are among those the checkpoint was trained on: "
+        "the numbers are too good"
+    )
 
 
 class Proofs(BaseModel, frozen=True, extra="forbid"):

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from glmbatch.errors import InputError
 from glmbatch.evaluation.paired import Paired
+from glmbatch.settings.job import ModelConfig
 from glmbatch.tuning.scores import Scores, SelectionScores, TextScores
 from glmbatch.tuning.split import LabelAudit
 
@@ -152,6 +153,13 @@ def read_report(run: Path) -> Report | None:
         raise InputError(
             f"{path}: is not a valid report: {error.errors()[0]['msg']}. Remove it."
         ) from error
+
+
+def learned_lists(model: ModelConfig) -> list[Path]:
+    """The files with the keys of the texts that a local checkpoint and its adapter learned."""
+    folders = {Path(path).resolve().parent for path in (model.path, model.adapter) if path}
+    lists = [folder / LEARNED for folder in sorted(folders)]
+    return [path for path in lists if path.is_file()]
 
 
 def installed_versions() -> dict[str, str]:

@@ -46,6 +46,7 @@ from glmbatch.tuning.report import (
     TRAINER,
     Trained,
     TrainingPlan,
+    learned_lists,
 )
 from glmbatch.tuning.scores import fit_temperature
 from glmbatch.tuning.split import Labelled, read_labelled, with_metric
@@ -81,8 +82,10 @@ def train_here(config: TuneConfig, run: Path) -> None:
             with committed(folder / PROMPT_FILE) as partial:
                 partial.write_text(json.dumps(asked, ensure_ascii=False, indent=1), "utf-8")
     learned = [*labelled.parts["train"], *labelled.parts["valid"]]
-    # Validation rows count as learned: they chose the weights.
-    np.save(run / LEARNED, np.unique(text_keys(learned)))
+    # Validation rows count as learned: they chose the weights. So do those that the base learned.
+    keys = [text_keys(learned), *map(np.load, learned_lists(config.model))]
+    with committed(run / LEARNED) as partial, partial.open("wb") as file:
+        np.save(file, np.unique(np.concatenate(keys)))
     with committed(run / TRAINED) as partial:
         partial.write_text(trained.model_dump_json(indent=1), encoding="utf-8")
 

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from glmbatch.errors import InputError, some_of
 from glmbatch.evaluation.truth import (
-    FLAG,
     Truth,
     candidates,
     check_names,
@@ -19,6 +20,8 @@ from glmbatch.run.promotion.kept import TEXT_CHARS, digest
 from glmbatch.settings.job import AnyStep, EvaluateConfig
 from glmbatch.store.inputs.needs import SchemaNeeds
 
+TRUTH = "evaluate.truth"
+
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
@@ -28,7 +31,7 @@ class Labelled:
     the job reads.
     """
 
-    rows: int
+    table: pa.Table
     truths: Mapping[str, Truth]
     ids: Mapping[str, tuple[str, ...]]
     columns: Mapping[str, str]
@@ -56,22 +59,17 @@ def read_labelled(
     wanted = {text_column, *read}
     for choices in places.values():
         wanted.update(*choices.values())
-    try:
-        check_names(steps, given)
-        table, every = read_labelled_rows(config.rows, wanted)
-        truths = {}
-        for step in steps:
-            truth = truth_of(step, table, places[step.name], given)
-            if truth is not None and any(truth.known_rows):
-                truths[step.name] = truth
-    except InputError as error:
-        # As the settings of a job call them.
-        text = str(error).replace(f"{FLAG} ", "evaluate.truth ").replace("ROWS", "evaluate.rows")
-        raise InputError(text.replace(f"{FLAG}:", "evaluate.truth:")) from error
+    check_names(steps, given, TRUTH)
+    table, every = read_labelled_rows(config.rows, wanted, "evaluate.rows")
+    truths = {}
+    for step in steps:
+        truth = truth_of(step, table, places[step.name], given, TRUTH)
+        if truth is not None and any(truth.known_rows):
+            truths[step.name] = truth
     if not truths:
         raise InputError(
             f"{config.rows}: no column has the truth of a step; it has {some_of(every)}. "
-            f"Name one for each step, such as evaluate.truth: {{{names[0]}: COLUMN}}."
+            f"Name one for each step, such as {TRUTH}: {{{names[0]}: COLUMN}}."
         )
     texts: Iterable[object] = range(len(table))  # without the text column, the place tells a row
     if text_column in table.column_names:
@@ -81,7 +79,7 @@ def read_labelled(
     columns = {
         name: digest(table.column(name).to_pylist()) for name in read & {*table.column_names}
     }
-    return Labelled(len(table), truths, ids, columns)
+    return Labelled(table, truths, ids, columns)
 
 
 def _ids(begins: Sequence[str], truth: Truth) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from glmbatch.errors import AuditError, InputError, counted
 from glmbatch.evaluation.bootstrap import groups_of
-from glmbatch.evaluation.truth import check_labels
+from glmbatch.evaluation.checkpoint import learned_rows
+from glmbatch.evaluation.truth import allowed_truths, check_labels
 from glmbatch.ledger.input.cutting import plan_fragments
 from glmbatch.ledger.input.fitting import fit_times
 from glmbatch.ledger.ledger import Ledger
@@ -35,7 +36,7 @@ from glmbatch.run.promotion.kept import (
     inputs_of,
     kept_in,
 )
-from glmbatch.run.promotion.labelled import Labelled, read_labelled
+from glmbatch.run.promotion.labelled import TRUTH, Labelled, read_labelled
 from glmbatch.run.promotion.rule import check_measured, judged, paired
 from glmbatch.run.promotion.scores import row_scores
 from glmbatch.run.session import session_of
@@ -55,7 +56,7 @@ class Standing:
 
     `change` says how it differs from the published step, None if it does not. `blank` is its
     measurement without scores, `now` the one with them, and `before` that of the published step, if
-    there are such.
+    there are such. Its checkpoint was trained on the rows `learned_R`.
     """
 
     question: Question
@@ -64,6 +65,7 @@ class Standing:
     change: str | None
     now: Kept | None
     before: Kept | None
+    learned_R: np.ndarray
 
 
 def measure_changes(
@@ -122,7 +124,9 @@ def preview_measures(
         if standing.now is None:
             why = standing.change or "not measured before"
             due.append(f"{standing.question.name} ({why})")
-    first = f"{counted(labelled.rows, 'row')} of {config.rows}: {', '.join(due)}" if due else None
+    first = (
+        f"{counted(len(labelled.table), 'row')} of {config.rows}: {', '.join(due)}" if due else None
+    )
     refused = None
     try:
         check_measured(judgements(config, found, {}))
@@ -150,9 +154,8 @@ def standings(labelled: Labelled, questions: Sequence[Question], ledger: Ledger)
     for question in questions:
         if question.name not in labelled.truths:
             continue
-        check_labels(
-            question.name, question.labels, labelled.truths[question.name], "evaluate.truth"
-        )
+        allowed = allowed_truths(question.step, question.labels)
+        check_labels(question.step, allowed, labelled.truths[question.name], TRUTH)
         asked = asked_with(question, by_name)
         blank = Kept(
             step=question.name,
@@ -167,7 +170,8 @@ def standings(labelled: Labelled, questions: Sequence[Question], ledger: Ledger)
         if change is None and before is not None and before.inputs != blank.inputs:
             change = "changed columns or condition"
         now = kept.find(blank.key)
-        found.append(Standing(question, asked, blank, change, now, before))
+        learned_R = learned_rows(question, labelled.table)
+        found.append(Standing(question, asked, blank, change, now, before, learned_R))
     return found
 
 
@@ -197,6 +201,7 @@ def judgements(
         now = standing.now
         if now is None:
             continue
+        is_scored_R = np.array([score is not None for score in now.scores])
         scored = [score for score in now.scores if score is not None]
         facts = {}
         if standing.change is not None and standing.before is not None:
@@ -207,6 +212,7 @@ def judgements(
             score=float(np.mean(scored)) if scored else 0.0,
             change=standing.change,
             kept=now.key,
+            learned=int((standing.learned_R & is_scored_R).sum()),
             **costs.get(standing.question.name, Counter()),
             **facts,
         )

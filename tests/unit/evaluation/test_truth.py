@@ -9,7 +9,14 @@ import pyarrow as pa
 import pytest
 
 from glmbatch.errors import InputError
-from glmbatch.evaluation.truth import Truth, candidates, check_labels, check_names, truth_of
+from glmbatch.evaluation.truth import (
+    Truth,
+    allowed_truths,
+    candidates,
+    check_labels,
+    check_names,
+    truth_of,
+)
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep, GenerateStep
 
 MOOD = ClassifyStep(name="mood", labels=["1", "2"])
@@ -113,13 +120,51 @@ def test_truths_that_are_no_labels_are_refused() -> None:
         r"--truth mood=stars: the column has \['5', '3'\], and none .* are \['1', '2'\]\. Name"
     )
     with pytest.raises(InputError, match=refused):
-        check_labels("mood", ["1", "2"], stars)
-    check_labels("mood", ["5", "2"], stars)
-    check_labels("mood", [], stars)  # those of a trained head are not known yet
+        check_labels(MOOD, allowed_truths(MOOD), stars)
+    check_labels(MOOD, {"mood": ["5", "2"]}, stars)
+    head = ClassifyStep(name="mood")
+    check_labels(head, allowed_truths(head), stars)  # its labels are not known yet
+    with pytest.raises(InputError, match="none of them is a label"):
+        check_labels(head, allowed_truths(head, ["1", "2"]), stars)
     lists = truth(TOPICS, {"topics": [["c"], []]})
     with pytest.raises(InputError, match=r"evaluate.truth topics=topics: the column has \['c'\]"):
-        check_labels("topics", ["a", "b"], lists, "evaluate.truth")
-    check_labels("topics", ["a", "b"], truth(TOPICS, {"topics": [[], []]}))
+        check_labels(TOPICS, allowed_truths(TOPICS), lists, "evaluate.truth")
+    check_labels(TOPICS, allowed_truths(TOPICS), truth(TOPICS, {"topics": [[], []]}))
+
+
+CHOOSING = ExtractStep.model_validate(
+    {
+        "name": "facts",
+        "fields": {
+            "tone": {"choices": ["warm", "cold"], "nullable": True},
+            "parts": {"type": "list", "items": {"choices": ["lid", "cap"]}},
+        },
+    }
+)
+
+
+def test_truths_that_are_no_choices_are_refused() -> None:
+    odd = truth(CHOOSING, {"tone": ["hot", "icy", None, "hot"]})
+    refused = r"--truth facts\.tone=tone: the column has \['hot', 'icy'\], and none .* is a choice"
+    with pytest.raises(InputError, match=refused):
+        check_labels(CHOOSING, allowed_truths(CHOOSING), odd)
+    with pytest.raises(
+        InputError, match=r"facts\.parts=parts: .*; the choices are \['lid', 'cap'\]"
+    ):
+        check_labels(CHOOSING, allowed_truths(CHOOSING), truth(CHOOSING, {"parts": [["top"], []]}))
+
+
+def test_some_truths_that_are_no_choices_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    columns = {"tone": ["warm", None, "hot", "icy"], "parts": [["lid"], [], ["cap"], ["lid"]]}
+    check_labels(CHOOSING, allowed_truths(CHOOSING), truth(CHOOSING, columns), "evaluate.truth")
+    assert caplog.messages == [
+        "evaluate.truth facts.tone=tone: row 2 has 'hot', which is no choice of the field, and 1 "
+        "more truth is none either: answers to them count as wrong; the choices are "
+        "['warm', 'cold']"
+    ]
+    caplog.clear()
+    check_labels(MOOD, allowed_truths(MOOD), truth(MOOD, {"mood": ["1", "3"]}))
+    assert "row 1 has '3', which is no label of the step: answers to it" in caplog.text
 
 
 def test_unknown_steps_are_refused() -> None:

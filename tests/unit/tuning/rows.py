@@ -10,6 +10,7 @@ WORDS = {
     "bad": ["糟糕", "awful", "hate"],
     "so so": ["一般", "okay", "meh"],
 }
+GOOD = {"training__epochs": 6}  # enough to learn the rows
 FILLERS = ["the", "a", "room", "food", "服务", "price", "and", "was", "it", "day"]
 
 

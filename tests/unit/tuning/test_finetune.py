@@ -19,6 +19,7 @@ from glmbatch.tuning.finetune import check, finetune
 from glmbatch.tuning.render import describe
 from glmbatch.tuning.report import TRAINER
 from tests.support import Tune, Write
+from tests.unit.tuning.rows import GOOD
 
 WRITES = {
     "data__response_column": "label",
@@ -38,9 +39,9 @@ def job_over(tmp_path: Path, name: str, **step: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_classifier_learns_and_answers_a_job(
-    tune: Tune, tmp_path: Path, write_source: Write
+    good: Tune, tmp_path: Path, write_source: Write
 ) -> None:
-    report = finetune(tune(training__epochs=6))
+    report = finetune(good(**GOOD))
     assert report.scores.accuracy > 0.9
     assert report.baseline.accuracy > 0.9
     assert report.promoted

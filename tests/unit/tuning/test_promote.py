@@ -18,42 +18,41 @@ from glmbatch.tuning.report import REPORT, RUNS, Comparison, Report
 from glmbatch.tuning.scores import score
 from glmbatch.tuning.split import LabelAudit
 from tests.support import Tune, Write
-from tests.unit.tuning.rows import without_label
+from tests.unit.tuning.rows import GOOD, without_label
 from tests.unit.tuning.runs import trained
 
-GOOD = {"training__epochs": 6}
 POOR = {"training__epochs": 1, "training__learning_rate": 1e-6}
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_not_repeated(tune: Tune, tmp_path: Path) -> None:
-    report = finetune(tune(**GOOD))
+def test_a_finished_run_is_not_repeated(good: Tune, tmp_path: Path) -> None:
+    report = finetune(good(**GOOD))
     summary = tmp_path / "tuned" / "current" / "trained.json"
     before = summary.stat().st_mtime_ns
-    assert finetune(tune(**GOOD)) == report
+    assert finetune(good(**GOOD)) == report
     assert summary.stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
-def test_a_worse_run_is_not_promoted(tune: Tune, tmp_path: Path) -> None:
-    good = finetune(tune(**GOOD))
-    assert good.promoted
-    poor = finetune(tune(**POOR))
+def test_a_worse_run_is_not_promoted(good: Tune, tmp_path: Path) -> None:
+    best = finetune(good(**GOOD))
+    assert best.promoted
+    poor = finetune(good(**POOR))
     assert not poor.promoted
-    assert poor.current is not None and poor.current.accuracy == good.scores.accuracy
+    assert poor.current is not None and poor.current.accuracy == best.scores.accuracy
     assert "and the current checkpoint, as it must be" in poor.reason
-    assert (tmp_path / "tuned" / "current").resolve().name == good.run
+    assert (tmp_path / "tuned" / "current").resolve().name == best.run
 
 
 @pytest.mark.slow
-def test_rows_that_current_learned_are_not_tested_on(tune: Tune) -> None:
-    first = finetune(tune(**GOOD))
-    again = finetune(tune(**POOR, data__seed=1))
+def test_rows_that_current_learned_are_not_tested_on(good: Tune) -> None:
+    first = finetune(good(**GOOD))
+    again = finetune(good(**POOR, data__seed=1))
     assert again.current is not None
     assert again.scores.rows == again.current.rows < first.scores.rows
     assert any("was trained on their texts" in warning for warning in again.audit.warnings)
     with pytest.raises(InputError, match="was trained on all test rows"):
-        finetune(tune(**POOR, data__seed=1, data__test_share=0.01))
+        finetune(good(**POOR, data__seed=1, data__test_share=0.01))
 
 
 TRUTH = list("ab") * 50
@@ -119,10 +118,11 @@ def test_a_better_baseline_is_advised(rows: int, few: bool) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_no_better_than_its_base_is_not_promoted(tune: Tune, tmp_path: Path) -> None:
-    good = finetune(tune(**GOOD, output=str(tmp_path / "first")))
-    worse = finetune(tune(**POOR, model={"path": good.checkpoint}, must_beat=["base"]))
-    assert worse.untrained is not None and worse.untrained.accuracy == good.scores.accuracy
+def test_a_run_no_better_than_its_base_is_not_promoted(good: Tune, tmp_path: Path) -> None:
+    best = finetune(good(**GOOD))
+    asked = {**POOR, "model": {"path": best.checkpoint}, "output": str(tmp_path / "second")}
+    worse = finetune(good(**asked, must_beat=["base"]))
+    assert worse.untrained is not None and worse.untrained.accuracy == best.scores.accuracy
     assert not worse.promoted and "the untrained base, as it must be" in worse.reason
     page = html.unescape((Path(worse.checkpoint).parent / "report.html").read_text())
     for text in (page, card(worse), describe(worse), worse.model_dump_json()):
@@ -130,7 +130,7 @@ def test_a_run_no_better_than_its_base_is_not_promoted(tune: Tune, tmp_path: Pat
     for text in (page, card(worse), describe(worse)):
         assert "not beaten: the untrained base" in text
     # The decision is made again, without training or scoring anew.
-    assert finetune(tune(**POOR, model={"path": good.checkpoint})).promoted
+    assert finetune(good(**asked)).promoted
 
 
 def test_old_runs_are_deleted_but_not_the_current_one(tmp_path: Path) -> None:
@@ -148,32 +148,31 @@ def test_old_runs_are_deleted_but_not_the_current_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_lacks_a_label_is_not_promoted(tune: Tune, write_source: Write) -> None:
-    assert finetune(tune(**GOOD)).promoted
-    for day in range(2):
-        write_source(f"day={day}/a.parquet", without_label("bad"))
-    fewer = finetune(tune(**GOOD))
+def test_a_run_that_lacks_a_label_is_not_promoted(good: Tune, write_source: Write) -> None:
+    file = write_source("a.parquet", without_label("bad"))
+    fewer = finetune(good(training__epochs=1, data__input=str(file)))
     assert not fewer.promoted
     assert "lacks the labels ['bad']" in fewer.reason
 
 
 @pytest.mark.slow
-def test_a_run_promoted_meanwhile_is_compared(tune: Tune, tmp_path: Path) -> None:
-    weak = tune(training__epochs=2, training__learning_rate=5e-4)
+def test_a_run_promoted_meanwhile_is_compared(good: Tune, tmp_path: Path) -> None:
+    (tmp_path / "tuned" / "current").unlink()
+    weak = good(training__epochs=2, training__learning_rate=5e-4)
     report = evaluate_run(weak, str(trained(weak)))
-    best = finetune(tune(**GOOD))
-    assert best.scores.accuracy > report.scores.accuracy
+    best = finetune(good(**GOOD))
+    assert best.promoted and best.scores.accuracy > report.scores.accuracy
     late = promote(weak, report.model_copy(update={"promoted": True}))
     assert not late.promoted
     assert (tmp_path / "tuned" / "current").resolve().name == best.run
 
 
 @pytest.mark.slow
-def test_a_report_of_an_earlier_version_is_compared(tune: Tune, tmp_path: Path) -> None:
-    good = finetune(tune(**GOOD))
+def test_a_report_of_an_earlier_version_is_compared(good: Tune, tmp_path: Path) -> None:
+    best = finetune(good(**GOOD))
     path = tmp_path / "tuned" / "current" / "report.json"
     dropped = {"stored": "float16", "scratch": {"layers": 2}, "min_gain": 0.0}
-    earlier = good.model_copy(update={"settings": good.settings | dropped})
+    earlier = best.model_copy(update={"settings": best.settings | dropped})
     path.write_text(earlier.model_dump_json())
-    poor = finetune(tune(**POOR))
-    assert poor.current is not None and poor.current.accuracy == good.scores.accuracy
+    poor = finetune(good(**POOR))
+    assert poor.current is not None and poor.current.accuracy == best.scores.accuracy
