@@ -1,23 +1,27 @@
-"""Conditions on a row, such as `stars < 3 and language in ('de', 'en')`. Parsed, never executed.
-
-They are written as after SQL's `where`, and sqlglot parses them. Only these forms are accepted: a
-column by its name or as column('any name'), compared with one value or several, searched for a
-value if it is a list, tested for null or, if it is a boolean, alone; and such tests joined by
-`and`, `or` and `not`.
-"""
+"""The text of a condition becomes its tests. The only module that knows sqlglot."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import cache
+from typing import Any, ClassVar
 
-if TYPE_CHECKING:
-    from sqlglot import exp
+from sqlglot import exp, parser, tokens
+from sqlglot.dialects.dialect import Dialect
+from sqlglot.errors import SqlglotError
 
-Value = str | int | float | bool
+from glmbatch.settings.conditions import (
+    Both,
+    Compares,
+    Condition,
+    Either,
+    Has,
+    IsNull,
+    IsOneOf,
+    IsTrue,
+    Not,
+    Value,
+)
 
 # The signs of sqlglot's comparisons, by the names of their classes.
 SIGNS = {"LT": "<", "LTE": "<=", "GT": ">", "GTE": ">=", "EQ": "==", "NEQ": "!="}
@@ -36,80 +40,8 @@ SHOWN_CHARS = 60
 NUMBERS = 2**63
 
 
-@dataclass(frozen=True, slots=True)
-class Compares:
-    """Whether the value of `column` compares as `sign` with `value`."""
-
-    column: str
-    sign: str
-    value: Value
-
-
-@dataclass(frozen=True, slots=True)
-class IsOneOf:
-    """Whether the value of `column` is one of `values`."""
-
-    column: str
-    values: tuple[Value, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Has:
-    """Whether the list in `column` has `value`."""
-
-    column: str
-    value: Value
-
-
-@dataclass(frozen=True, slots=True)
-class IsNull:
-    """Whether `column` has no value."""
-
-    column: str
-
-
-@dataclass(frozen=True, slots=True)
-class IsTrue:
-    """Whether the boolean `column` is true."""
-
-    column: str
-
-
-Test = Compares | IsOneOf | Has | IsNull | IsTrue
-
-
-@dataclass(frozen=True, slots=True)
-class Not:
-    """The opposite of `part`."""
-
-    part: Condition
-
-
-@dataclass(frozen=True, slots=True)
-class Both:
-    """Whether both parts hold."""
-
-    first: Condition
-    second: Condition
-
-
-@dataclass(frozen=True, slots=True)
-class Either:
-    """Whether at least one of the parts holds."""
-
-    first: Condition
-    second: Condition
-
-
-Condition = Test | Not | Both | Either
-
-
-@lru_cache(256)
-def parse_condition(text: str) -> Condition:
+def parse(text: str) -> Condition:
     """The condition that `text` says. ValueError, in one line, if it says none."""
-    from sqlglot import exp
-    from sqlglot.errors import SqlglotError
-
     try:
         tree = exp.maybe_parse(text, into=exp.Condition, dialect=_dialect())
         return _condition(tree)
@@ -122,9 +54,6 @@ def parse_condition(text: str) -> Condition:
 @cache
 def _dialect() -> Any:
     """SQL in which text may have either quotes, and which has no word but WORDS."""
-    from sqlglot import parser, tokens
-    from sqlglot.dialects.dialect import Dialect
-
     words = {*WORDS, *SQL_SIGNS}
     own = {word: kind for word, kind in tokens.Tokenizer.KEYWORDS.items() if word in words}
 
@@ -143,50 +72,7 @@ def _dialect() -> Any:
     return Conditions
 
 
-def tests_of(condition: Condition) -> Iterator[Test]:
-    """The tests that a condition is made of, in order."""
-    if isinstance(condition, Not):
-        yield from tests_of(condition.part)
-    elif isinstance(condition, Both | Either):
-        yield from tests_of(condition.first)
-        yield from tests_of(condition.second)
-    else:
-        yield condition
-
-
-def columns_of(condition: Condition) -> list[str]:
-    """The columns that a condition uses, each once, in order of first use."""
-    return list(dict.fromkeys(test.column for test in tests_of(condition)))
-
-
-def text_of(condition: Condition) -> str:
-    """A text that `parse_condition` reads as `condition`, the same for equal ones."""
-    if isinstance(condition, Not):
-        return f"not ({text_of(condition.part)})"
-    if isinstance(condition, Both | Either):
-        join = "and" if isinstance(condition, Both) else "or"
-        return f"({text_of(condition.first)} {join} {text_of(condition.second)})"
-    column = f"column({_quoted(condition.column)})"
-    if isinstance(condition, Compares):
-        return f"{column} {condition.sign} {_spelled(condition.value)}"
-    if isinstance(condition, IsOneOf):
-        return f"{column} in ({', '.join(map(_spelled, condition.values))})"
-    if isinstance(condition, Has):
-        return f"{_spelled(condition.value)} in {column}"
-    return f"{column} is null" if isinstance(condition, IsNull) else column
-
-
-def _spelled(value: Value) -> str:
-    return _quoted(value) if isinstance(value, str) else repr(value).lower()
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
 def _condition(node: exp.Expr) -> Condition:
-    from sqlglot import exp
-
     if isinstance(node, exp.Paren):
         return _condition(node.this)
     if isinstance(node, exp.And | exp.Or):
@@ -211,8 +97,6 @@ def _joined(join: type[Both | Either], parts: list[Condition]) -> Condition:
 
 
 def _test(node: exp.Expr) -> Condition | None:
-    from sqlglot import exp
-
     if isinstance(node, exp.In):
         return _searched(node)
     if isinstance(node, exp.Between):
@@ -244,8 +128,6 @@ def _compared(whole: exp.Expr, left: exp.Expr, name: str, right: exp.Expr) -> Co
 
 
 def _searched(node: exp.In) -> Condition:
-    from sqlglot import exp
-
     field = node.args.get("field")
     listed = None if field is None or _column(node.this) is not None else _column(field)
     if listed is not None:
@@ -260,8 +142,6 @@ def _searched(node: exp.In) -> Condition:
 
 
 def _is_null(node: exp.Expr) -> bool:
-    from sqlglot import exp
-
     if isinstance(node, exp.Column):
         return node.name.casefold() == NONE and not node.this.quoted
     return isinstance(node, exp.Null)
@@ -269,8 +149,6 @@ def _is_null(node: exp.Expr) -> bool:
 
 def _column(node: exp.Expr) -> str | None:
     """The column that `node` names; None if it names none."""
-    from sqlglot import exp
-
     if isinstance(node, exp.Column) and not node.table and not _is_null(node):
         return _text(node, node.name)
     if isinstance(node, exp.Anonymous) and node.name == "column" and len(node.expressions) == 1:
@@ -291,8 +169,6 @@ def _needed_column(whole: exp.Expr, node: exp.Expr) -> str:
 
 def _value(node: exp.Expr) -> Value:
     """The text, number or boolean that `node` spells out."""
-    from sqlglot import exp
-
     if _is_null(node):
         raise ValueError(f"{_shown(node)} compares with nothing; write `is null` or `is not null`")
     if isinstance(node, exp.Boolean):
