@@ -1,7 +1,8 @@
-"""Intervals by bootstrap: how far numbers vary if other texts had been labelled.
+"""What chance does to numbers: intervals by bootstrap, and answers swapped by lot.
 
-Texts are drawn, not rows: rows with the same text are drawn together, because they say little more
-than one of them. Shapes: R rows.
+An interval says how far numbers vary if other texts had been labelled. Texts are drawn, not rows:
+rows with the same text are drawn together, because they say little more than one of them.
+Shapes: R rows, G texts, K sums over rows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 from glmbatch.evaluation.results import Interval
 
 DRAWS = 1000
+SWAPS = 5000  # a probability of 0.05 is then known to about 0.003, one of 0.025 to about 0.002
+SWAPS_AT_ONCE = 100
 SEED = 20_231_117  # any number; with the same one, the same rows give the same interval
 TAILS = (2.5, 97.5)  # percentiles at the ends of an interval of 95 %
 
@@ -89,6 +92,17 @@ def times_drawn(groups: int, dice: np.random.Generator) -> Iterator[np.ndarray]:
     for _ in range(DRAWS):
         drawn_G = dice.integers(groups, size=groups)
         yield np.bincount(drawn_G, minlength=groups).astype(np.float64)
+
+
+def swapped(gap_GK: np.ndarray, dice: np.random.Generator) -> Iterator[np.ndarray]:
+    """What moves from one score to another if lot decides, for each text, whose answers are whose.
+
+    `gap_GK` has the differences of the two in each text. Yields their sums over the texts that are
+    swapped, SWAPS times.
+    """
+    for _ in range(SWAPS // SWAPS_AT_ONCE):
+        is_swapped = dice.integers(2, size=(SWAPS_AT_ONCE, len(gap_GK)))
+        yield from is_swapped.astype(np.float64) @ gap_GK
 
 
 def whole(measure: Measure, rows: int) -> Mapping[str, float]:

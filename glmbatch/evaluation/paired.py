@@ -10,11 +10,10 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from pydantic import BaseModel
 
-from glmbatch.evaluation.bootstrap import SEED, TAILS, times_drawn
+from glmbatch.evaluation.bootstrap import SEED, SWAPS, TAILS, swapped, times_drawn
 from glmbatch.evaluation.results import Interval
 from glmbatch.tuning.scores import rouge_l_of_texts
 
-SWAPS = 5000  # a probability of 0.05 is then known to about 0.003
 DOUBT = 0.05  # differences that would come about by chance more often than this prove nothing
 
 Answer = str | Collection[str]
@@ -84,10 +83,8 @@ def paired_difference(our_GK: Sums, their_GK: Sums, value: Value) -> Paired:
     score, other = float(value(ours)), float(value(theirs))
     # Rounding must not make equal differences unequal.
     observed = abs(score - other) - 1e-12
-    gap_GK = our_GK - their_GK
     as_large = 1
-    for _ in range(SWAPS):
-        swapped_K = dice.integers(2, size=groups).astype(np.float64) @ gap_GK
+    for swapped_K in swapped(our_GK - their_GK, dice):
         as_large += bool(abs(value(ours - swapped_K) - value(theirs + swapped_K)) >= observed)
     return Paired(
         score=score,

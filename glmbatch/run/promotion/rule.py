@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from glmbatch.errors import AuditError
+from glmbatch.evaluation.bootstrap import SWAPS, swapped
 from glmbatch.report.counts import Measured
 from glmbatch.settings.job import EvaluateConfig
 from glmbatch.settings.kinds import value_for
@@ -17,8 +18,6 @@ from glmbatch.settings.kinds import value_for
 # A loss is refused beyond this many points if chance alone makes one so large this rarely. Found by
 # simulation: benchmarks/promotion.py.
 LIMITS = ((0.01, 0.025), (0.03, 0.10))
-SWAPS = 5000  # a probability of 0.025 is then known to about 0.002
-SWAPS_AT_ONCE = 100
 SEED = 20_261_126  # any number; with the same one, the same rows give the same probability
 ROUNDING = 1e-9
 
@@ -45,12 +44,9 @@ def _chance(gain_G: np.ndarray) -> float:
     For scores of 0 and 1 this is McNemar's test, one-sided.
     """
     dice = np.random.default_rng(SEED)
-    observed = gain_G.sum() + ROUNDING
-    as_low = 1
-    for _ in range(SWAPS // SWAPS_AT_ONCE):
-        is_swapped = dice.integers(2, size=(SWAPS_AT_ONCE, len(gain_G)), dtype=np.int8)
-        as_low += int(((1 - 2 * is_swapped) @ gain_G <= observed).sum())
-    return as_low / (SWAPS + 1)
+    # What is swapped is lost on one side and gained on the other.
+    as_low = sum(bool(moved >= -ROUNDING / 2) for moved in swapped(gain_G, dice))
+    return (as_low + 1) / (SWAPS + 1)
 
 
 def judged(measured: Measured, config: EvaluateConfig) -> Measured:
