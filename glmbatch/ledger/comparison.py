@@ -140,20 +140,25 @@ def _groups(source: pq.ParquetFile, fragment: Fragment) -> tuple[list[int], int]
 
 
 def pair_columns(
-    source: pq.ParquetFile, published: pq.ParquetFile, fragment: Fragment
+    source: pq.ParquetFile, published: pq.ParquetFile, fragment: Fragment, steps: Sequence[str]
 ) -> tuple[list[Pair], list[str]]:
-    """Pairs of the source's columns with the output's, and what is wrong with the output's."""
+    """Pairs of the source's columns with the output's, and what is wrong with the output's.
+
+    Answers of `steps` may have the names of columns that do not go out.
+    """
     ours = _places(published.schema_arrow.names)
     pairs: list[Pair] = []
     faults: list[str] = []
     columns = fitted_fields(list(source.schema_arrow), fragment.fitted)
     for key, at in _places([field.name for field in columns]).items():
-        if key in ours:
-            pairs.append((key[0], ours[key], at))
-        if (key in ours) != fragment.has_out(key[0]):
-            lacks = f"has no column {key[0]!r}, which {fragment.path} has"
-            shows = f"has column {key[0]!r}, which data.columns leaves out"
-            faults.append(shows if key in ours else lacks)
+        name = key[0]
+        if fragment.has_out(name):
+            if key in ours:
+                pairs.append((name, ours[key], at))
+            else:
+                faults.append(f"has no column {name!r}, which {fragment.path} has")
+        elif key in ours and not any(name == step or name.startswith(f"{step}_") for step in steps):
+            faults.append(f"has column {name!r}, which data.columns leaves out")
     return pairs, faults
 
 

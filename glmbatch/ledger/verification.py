@@ -315,7 +315,7 @@ def _source_findings(
         return
     fragment = receipt.fragment
     with open_source(sources.parquet(source, fragment), fragment) as (opened, others):
-        pairs, faults = pair_columns(opened, published, fragment)
+        pairs, faults = pair_columns(opened, published, fragment, [*file.step_keys])
         if manifest.limit is None and (kept := kept_count(opened, fragment)) != file.rows:
             faults.append(f"has {file.rows} rows, but {kept} meet {fragment.where}")
         yield from (_wrong(file.output_name, what) for what in faults)

@@ -151,7 +151,7 @@ def schema_needs(job: JobConfig, inputs: Mapping[str, PromptInputs]) -> SchemaNe
         read.append(NeededColumn(job.data.id_column, "data.id_column", False))
     for name in job.data.columns or ():
         read.append(NeededColumn(name, "data.columns", False, is_tested=True))
-    return SchemaNeeds(tuple(read), written, tuple(tests))
+    return SchemaNeeds(tuple(read), written, tuple(tests), job.data.columns_out or None)
 
 
 def _near_answers(name: str, before: Sequence[AnyStep]) -> str:

@@ -113,9 +113,17 @@ def test_a_condition_may_use_folders_and_earlier_scores(
     assert counts(settings) == [(0, ROWS, 0), (0, ROWS // 2, ROWS // 2)]
     for row in rows_of(out):
         assert (row["reply"] is not None) == (row["mood_score"] < middle)
+    # Compared with a number, it is read as one, as in data.where.
+    conditioned(settings, "day < 2", f"mood_score < {middle} or day in (2, 3)")
+    assert counts(settings) == [(0, ROWS, 0), (0, ROWS // 2, ROWS // 2)]
     # The folder's value decides, although the file has the same bytes.
     source.parent.rename(source.parent.with_name("day=2"))
     assert counts(settings) == [(0, 0, ROWS), (0, 0, ROWS)]
+    source.parent.with_name("day=2").rename(source.parent.with_name("day=x"))
+    with pytest.raises(
+        InputError, match=r"column 'day' is 'x' here, which is compared with a numb"
+    ):
+        run(settings)
 
 
 def test_a_plan_counts_rows_that_wait_for_an_earlier_answer(

@@ -328,6 +328,21 @@ def test_a_column_left_out_appears_nowhere(night: Night, out: Path) -> None:
     assert sound(out)
 
 
+def test_a_step_may_have_the_name_of_a_column_left_out(
+    night: Night, write_source: Write, out: Path
+) -> None:
+    for day in DAYS:
+        path = write_source(f"day=2026-11-{day}/b.parquet", {"id": [day], "text": ["fine"]})
+        table = pq.read_table(path, partitioning=None).append_column("Mood_score", pa.array(["x"]))
+        pq.write_table(table.append_column("mood", pa.array([f"own {day}"])), path)
+    with pytest.raises(InputError, match=r"already has a column 'Mood_score'.*Rename the step"):
+        night(None, data__input=str(path), data__columns=["Mood_score"])
+    night(None, data__columns=["text"])
+    moods = column_of(out, "mood")
+    assert len(moods) == 93 and not {f"own {day}" for day in DAYS} & {*moods}
+    assert sound(out)
+
+
 def test_other_columns_cost_no_answer(night: Night, out: Path) -> None:
     night(None)
     few = night(None, data__columns=["length"])

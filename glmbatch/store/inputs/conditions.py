@@ -6,8 +6,8 @@ null here, as it is in a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from decimal import Decimal
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from glmbatch.settings.conditions import (
     Either,
     Has,
     IsNull,
+    IsOneOf,
     IsTrue,
     Not,
     Test,
@@ -44,18 +45,35 @@ DIGITS = 76
 
 
 def check_tests(
-    condition: Condition, kinds: Mapping[str, pa.DataType], where: tuple[str, str]
+    condition: Condition,
+    kinds: Mapping[str, pa.DataType],
+    where: tuple[str, str],
+    folders: Mapping[str, str | None] | None = None,
 ) -> None:
     """InputError when a column of `kinds` has a type that `condition` cannot test.
 
-    `where` has the place of the columns and the setting of the condition, for the message.
+    `folders` are the columns that folder names give, with their values: texts that may be compared
+    with numbers if they spell one. `where` has the place of the columns and the setting of the
+    condition, for the message.
     """
+    given = folders or {}
     for test in tests_of(condition):
-        if test.column in kinds:
+        if test.column in kinds or test.column in given:
             try:
-                outcomes_of(test, pa.array([], kinds[test.column]))
+                if test.column in given:
+                    outcomes_of(test, pa.array([given[test.column]], pa.string()))
+                else:
+                    _check_kind(test, kinds[test.column])
             except InputError as error:
                 raise InputError(f"{where[0]}: {error}. Set {where[1]}.") from error
+
+
+def _check_kind(test: Test, kind: pa.DataType) -> None:
+    """InputError when a column of this type cannot be tested so, whatever its values are."""
+    for value in _wanted(test):
+        if is_text(kind) and not pa.types.is_null(kind) and not isinstance(value, str | bool):
+            raise _incomparable(test, kind, value)
+    outcomes_of(test, pa.array([], kind))
 
 
 def rows_where(
@@ -138,20 +156,52 @@ def outcomes_of(test: Test, column: pa.Array) -> pa.Array:
                 "alone: compare it with a value"
             )
         return values
-    wanted = (test.value,) if isinstance(test, Compares) else test.values
-    sign = test.sign if isinstance(test, Compares) else "=="
     outcomes = None
-    for value in wanted:
+    for value in _wanted(test):
+        sides = values
+        if pa.types.is_large_binary(values.type) and not isinstance(value, str | bool):
+            sides = _numbers(test, values)  # of folder names; `check_tests` refuses other texts
         try:
-            outcome = SIGNS[sign](*_sides(values, value, sign))
+            outcome = SIGNS[_sign(test)](*_sides(sides, value, _sign(test)))
         except (TypeError, pa.ArrowException) as error:
-            hint = f"; write {value!r} in {test.column}" if _is_list(column.type) else ""
-            raise InputError(
-                f"column {test.column!r} holds {column.type}, which cannot be compared as "
-                f"{sign} {value!r}{hint}"
-            ) from error
+            raise _incomparable(test, column.type, value) from error
         outcomes = outcome if outcomes is None else pc.or_kleene(outcomes, outcome)
     return outcomes
+
+
+def _wanted(test: Test) -> Sequence[Value]:
+    """The values that a test compares with, one after another."""
+    if isinstance(test, Compares):
+        return (test.value,)
+    return test.values if isinstance(test, IsOneOf) else ()
+
+
+def _sign(test: Test) -> str:
+    return test.sign if isinstance(test, Compares) else "=="
+
+
+def _incomparable(test: Test, kind: pa.DataType, value: Value) -> InputError:
+    hint = f"; write {value!r} in {test.column}" if _is_list(kind) else ""
+    return InputError(
+        f"column {test.column!r} holds {kind}, which cannot be compared as "
+        f"{_sign(test)} {value!r}{hint}"
+    )
+
+
+def _numbers(test: Test, texts: pa.Array) -> pa.Array:
+    """The numbers that `texts` spell, null for NaN. InputError for one that spells none."""
+    encoded = texts.dictionary_encode()
+    numbers = []
+    for value in encoded.dictionary.to_pylist():
+        text = value.decode(errors="backslashreplace")
+        try:
+            number = Decimal(text)
+        except InvalidOperation as error:
+            raise InputError(
+                f"column {test.column!r} is {text!r} here, which is compared with a number"
+            ) from error
+        numbers.append(number if number.is_finite() else None)
+    return pa.array(numbers, pa.decimal256(DIGITS, 30)).take(encoded.indices)
 
 
 def _having(test: Has, column: pa.Array) -> pa.Array:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from decimal import Decimal, InvalidOperation
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +22,10 @@ from glmbatch.settings.conditions import (
     Compares,
     Condition,
     Either,
-    Has,
     IsNull,
     IsOneOf,
     Not,
     Test,
-    Value,
     columns_of,
     parse_condition,
     text_of,
@@ -147,27 +144,9 @@ def _left(
     if condition.column not in values:
         column = text_column if condition.column == "text" else condition.column
         return replace(condition, column=column)
-    outcome = outcomes_of(condition, _value(condition, values[condition.column]))[0].as_py()
+    value = pa.array([values[condition.column]], pa.string())
+    outcome = outcomes_of(condition, value)[0].as_py()
     return not positive if outcome is None else bool(outcome)
-
-
-def _value(test: Test, value: str | None) -> pa.Array:
-    """The value in a folder's name, as a number if it is tested as one."""
-    wanted: tuple[Value, ...] = ()
-    if isinstance(test, Compares | Has):
-        wanted = (test.value,)
-    elif isinstance(test, IsOneOf):
-        wanted = test.values
-    numbers = [isinstance(one, int | float) and not isinstance(one, bool) for one in wanted]
-    if value is None or not numbers or not all(numbers):
-        return pa.array([value], pa.string())
-    try:
-        number = Decimal(value)
-    except InvalidOperation as error:
-        raise InputError(
-            f"column {test.column!r} is {value!r} here, which is compared with a number"
-        ) from error
-    return pa.array([number if number.is_finite() else None], pa.decimal256(76, 30))
 
 
 def check_filter(where: str, name: str, condition: Condition, schema: pa.Schema) -> None:

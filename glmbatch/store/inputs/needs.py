@@ -56,12 +56,14 @@ class SchemaNeeds:
     """The columns that a job reads from each file, and those that it writes.
 
     `written` maps each column that the job writes to its step. `tests` are the conditions whose
-    tests the columns must allow.
+    tests the columns must allow. `out` are the columns of a file that go out, besides those of its
+    folders; None if all do.
     """
 
     read: tuple[NeededColumn, ...]
     written: Mapping[str, str]
     tests: tuple[NeededTests, ...] = ()
+    out: tuple[str, ...] | None = None
 
 
 def folder_columns(name: str | PurePosixPath) -> dict[str, str | None]:
@@ -103,7 +105,8 @@ def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds
     """
     folders = folder_columns(name)
     # Readers treat a folder day=1 as a column, and some ignore the case of names.
-    taken = {column.casefold(): column for column in [*folders, *schema.names]}
+    out = schema.names if needs.out is None else [*filter(needs.out.__contains__, schema.names)]
+    taken = {column.casefold(): column for column in [*folders, *out]}
     for written, step in needs.written.items():
         column = taken.get(written.casefold())
         if column is not None:
@@ -130,11 +133,14 @@ def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds
                     advice=needed.advice,
                 )
         for tests in needs.tests:
-            kinds = {}
+            values, kinds = {}, {}
             for column_name, column in tests.columns.items():
-                is_given = column in given
-                kinds[column_name] = pa.string() if is_given else schema.field(column).type
-            check_tests(parse_condition(tests.condition), kinds, (shown(path), tests.setting))
+                if column in given:
+                    values[column_name] = folders[column]
+                else:
+                    kinds[column_name] = schema.field(column).type
+            where = shown(path), tests.setting
+            check_tests(parse_condition(tests.condition), kinds, where, values)
     except InputError as error:
         raise UnusableFile(str(error)) from error
 

@@ -79,6 +79,16 @@ def test_a_test_that_a_type_does_not_allow_is_refused(test: str, kind: pa.DataTy
         check_tests(parse_condition(test), {"x": kind}, ("a.parquet", "steps[0].when"))
 
 
+def test_folder_values_are_numbers_where_they_are_tested_so() -> None:
+    place = ("a.parquet", "steps[0].when")
+    for text in ("day > 2", "day in (3, 4.5)", "day == '03'", "not day < 3"):
+        check_tests(parse_condition(text), {}, place, {"day": "03"})
+        assert where(text, day=["03", "03", None]) == [True, True, False]
+    assert where("day >= 3", day=["2.5", "3", "nan"]) == [False, True, False]
+    with pytest.raises(InputError, match=r"a.parquet: column 'day' is 'x' here, .* Set steps\[0\]"):
+        check_tests(parse_condition("day > 2"), {}, place, {"day": "x"})
+
+
 def test_an_unknown_value_decides_only_where_it_matters() -> None:
     columns = {name: pa.chunked_array([[1, 1, 9, 9]]) for name in "ab"}
     columns["b"] = pa.chunked_array([pa.array([1, None, None, 1], pa.int64())])
