@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 CACHE = "~/.cache/glmbatch"
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 
 
 class RuntimeConfig(Settings):
@@ -62,7 +63,7 @@ class RuntimeConfig(Settings):
 
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        pattern=DEVICE,
         description="Device to run on: cpu, cuda, cuda:N, or auto for CUDA if available.",
     )
     max_batch_tokens: int | None = Field(

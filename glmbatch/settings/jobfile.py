@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from glmbatch.errors import InputError, counted
 from glmbatch.settings.addresses import has_credentials
-from glmbatch.settings.job import AnyStep, JobConfig
+from glmbatch.settings.job import DEVICE, AnyStep, JobConfig
 from glmbatch.settings.kinds import NAME_PATTERN, TEXT_ALONE
 from glmbatch.settings.reading import parse_yaml, read_settings
 from glmbatch.settings.steps.fields import FIELD_NAME
@@ -44,7 +44,12 @@ OTHER_TYPES = {
     "bool": "boolean",
     "datetime": "date",
 }
-LETTERS = {NAME_PATTERN: "letters from a to z", FIELD_NAME: "letters"}
+NAMES = "{}, digits and underscores, and begin with no digit"
+PATTERNS = {
+    NAME_PATTERN: NAMES.format("letters from a to z"),
+    FIELD_NAME: NAMES.format("letters"),
+    DEVICE: "auto, cpu, cuda or one such as cuda:1",
+}
 MUST = {
     "invalid_key": "must be text, as all names of settings",
     "string_pattern_mismatch": "must match {pattern}",
@@ -109,6 +114,10 @@ def parse_settings(
         for detail in error.errors():
             name, reason = _setting(detail, changed), _reason(detail, kind)
             reasons[name] = _either(reasons[name], reason) if name in reasons else reason
+        # Of a setting that may be of two types, what is wrong within it says more.
+        for name in [*reasons]:
+            if any(other.startswith((f"{name}.", f"{name}[")) for other in reasons):
+                del reasons[name]
         lines = [f"{where}: {name}: {reason}" for name, reason in reasons.items()]
         raise InputError("\n".join(lines)) from error
 
@@ -205,8 +214,8 @@ def _setting(detail: Any, settings: object) -> str:
         # After a step's index, pydantic adds its kind, which is not part of the name.
         if (name.endswith("]") and part in KINDS) or (is_key and part == "name"):
             continue
-        # Of a setting that may be of two types, it adds the type.
-        if isinstance(part, str) and _is_type(part) and not _has(group, part):
+        # Of a setting that may be of two types, it adds the type; of a wrong name, this mark.
+        if part == "[key]" or (isinstance(part, str) and _is_type(part) and not _has(group, part)):
             continue
         # A mapping of fields was read as a list, and its keys as the names of the fields.
         if part == "fields" and isinstance(group, Mapping) and group.get("schema") is not None:
@@ -289,9 +298,9 @@ def _must_be(detail: Any) -> str:
     context = {name: _bound(value) for name, value in detail.get("ctx", {}).items()}
     if kind == "string_too_long":
         return f"must have at most {counted(detail['ctx']['max_length'], 'character')}"
-    letters = LETTERS.get(str(context.get("pattern")))
-    if letters is not None:
-        return f"must be {letters}, digits and underscores, and begin with no digit"
+    pattern = PATTERNS.get(str(context.get("pattern")))
+    if pattern is not None:
+        return f"must be {pattern}"
     if kind in MUST:
         return MUST[kind].format(**context)
     for begin, what in MUST_BE.items():

@@ -200,7 +200,13 @@ def placeholders(template: str) -> list[str]:
     such as {a.b} or {a!r}.
     """
     names: list[str] = []
-    for _, name, spec, conversion in string.Formatter().parse(template):
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(
+            "has a { or } without its other half; write {{ and }} for literal braces"
+        ) from error
+    for _, name, spec, conversion in pieces:
         if name is None:
             continue
         # {a.b} and {a[0]} would reach into a row's value; {0} and {} name no column.

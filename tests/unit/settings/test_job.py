@@ -207,11 +207,19 @@ def test_a_file_alone_is_rows_to_measure_on(job_file: Any) -> None:
             {"steps": [{"kind": "classify", "name": "a", "abstain_below": {"x": 1.5}}]},
             "steps[0].abstain_below: a least probability is above 0 and at most 1; it is 1.5",
         ),
-        ({"runtime__device": "tpu"}, "runtime.device: must match"),
+        ({"runtime__device": "tpu"}, "runtime.device: must be auto, cpu, cuda or one"),
         ({"data__lines": {"delimiter": ";;"}}, "delimiter: must have at most 1 character; it is"),
         (
             {"evaluate": {"rows": "a.parquet", "least_score": 95}},
             "least_score: must be at most 1, or a mapping, such as {name: value}; it is 95",
+        ),
+        (
+            {"evaluate": {"rows": "a.parquet", "least_score": {"mood": 95}}},
+            "evaluate.least_score.mood: must be at most 1; it is 95",
+        ),
+        (
+            {"evaluate": {"rows": "a.parquet", "least_score": {"a b": 0.5}}},
+            "evaluate.least_score.a b: must be letters from a to z, digits",
         ),
     ],
 )
@@ -310,7 +318,7 @@ def test_settings_cannot_be_changed(job_settings: Settings) -> None:
     "template", ["{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{0}", "{a", "a}"]
 )
 def test_a_template_uses_only_plain_column_names(template: str) -> None:
-    with pytest.raises(ValueError, match=r"placeholder|expected|Single"):
+    with pytest.raises(ValueError, match=r"placeholder|without its other half"):
         placeholders(template)
 
 

@@ -30,6 +30,9 @@ FOREIGN = (
     "None",
     "dict[",
     "dictionary",
+    "[key]",
+    "encountered",
+    "must match",
 )
 
 STEPS: list[dict[str, Any]] = [
