@@ -95,9 +95,8 @@ def learned_rows(question: Question, rows: pa.Table) -> np.ndarray:
 def _as_asked(question: Question, rows: pa.Table, template: str) -> list[Example]:
     """The `rows` in the words of `template`, which may have other names for the columns."""
     names, columns = placeholders(template), question.inputs.columns
-    read = {*columns.values()} & {*rows.column_names}
-    are_read = read == {*columns.values()} and all(is_plain(rows[name].type) for name in read)
-    if len(names) != len(columns) or not are_read:
+    known = {name for name in rows.column_names if is_plain(rows[name].type)}
+    if len(names) != len(columns) or not known.issuperset(columns.values()):
         return [Example("", "", "")] * len(rows)
     texts = []
     for name, column in columns.items():

@@ -249,7 +249,7 @@ def field_values(earlier: Earlier, column: str) -> list[str | bytes | NoPrompt |
 
 def column_texts(column: pa.ChunkedArray) -> list[str | bytes | None]:
     """The values of a column of answers as later prompts show them; None for null."""
-    if is_plain(column.type):
+    if is_plain(column.type) and not pa.types.is_boolean(column.type):
         return prompt_values(column)
     return [None if value is None else as_text(value) for value in column.to_pylist()]
 
@@ -267,9 +267,12 @@ def with_reasons(
 
 
 def as_text(answer: Any) -> str:
-    """An answer as a later prompt shows it: a text as it is, several values with commas."""
+    """An answer as a later prompt shows it: a text as it is, several values with commas.
+
+    Booleans are true and false, as in the JSON of all fields.
+    """
     if isinstance(answer, list):
-        return ", ".join(map(str, answer))
+        return ", ".join(as_text(item) if isinstance(item, bool) else str(item) for item in answer)
     return answer if isinstance(answer, str) else as_json(answer)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from glmbatch.errors import InputError, some_of
 from glmbatch.ledger.manifest import read_manifest
 from glmbatch.run.prompts import as_text
 from glmbatch.settings.columns import Columns
@@ -42,6 +43,14 @@ class Viewer:
         # By version and step, the keys of rows of which something was said under an earlier key.
         self._carried: dict[tuple[str, str], dict[bytes, list[bytes]]] = {}
         self._rows = self._open(published)
+        other = self._rows.other
+        if other is not None and not any(map(self._rows.compares, published.steps)):
+            self.close()
+            ours, theirs = ([step.name for step in one.steps] for one in (published, other))
+            raise InputError(
+                f"{beside}: has no step of {output}, so nothing can be compared: it has "
+                f"{some_of(theirs)}, not one of {some_of(ours)}. Name another output with --beside."
+            )
 
     def close(self) -> None:
         """End all queries."""

@@ -211,7 +211,7 @@ def test_unchanged_lines_are_not_read_again(lines_job: Settings, tmp_path: Path,
 
 
 def test_a_file_without_a_readable_line_keeps_its_rows(
-    lines_job: Settings, tmp_path: Path, out: Path
+    lines_job: Settings, tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "in"
     (folder / "bad.jsonl").write_bytes(b"oops\n\noh\n")
@@ -220,6 +220,8 @@ def test_a_file_without_a_readable_line_keeps_its_rows(
     (folder / "good.csv").write_bytes(b"text\nfine\n")
     summary = run(lines_job())
     assert (summary.rows, summary.faulty_rows, summary.unusable) == (3, 2, ())
+    named = [line for line in caplog.messages if "without a header" in line]
+    assert len(named) == 1 and named[0].startswith(f"{folder}/empty.csv: is empty")
     assert [line["error"] for line in read_quarantine(out)] == [
         "line 1: is not JSON at character 1: Expecting value: oops",
         "line 3: is not JSON at character 1: Expecting value: oh",

@@ -14,6 +14,7 @@ The cache may be deleted at any time: what is missing is made again.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from glmbatch.store.lines.text import Lines, open_text
 from glmbatch.store.modes import narrow
 from glmbatch.store.parquet import BATCH_BYTES, ROW_GROUP_ROWS, readable, write_table
 from glmbatch.store.paths import AnyPath
+
+logger = logging.getLogger(__name__)
 
 LINE, LINE_TEXT = "_line", "_line_text"
 OWN_FIELDS = (
@@ -104,6 +107,8 @@ def _columns(path: AnyPath, form: Form, stamp: tuple[int, ...]) -> list[str]:
     with _opened(path, form, stamp) as lines:
         if form.kind == "csv":
             columns = dict.fromkeys(csv_header(lines, form))
+            if not columns:
+                logger.warning("%s: is empty, without a header: counts as 0 rows", shown(path))
         else:
             columns = {}
             for record in records_of(lines, form):

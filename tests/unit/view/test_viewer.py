@@ -52,6 +52,13 @@ def test_truths_that_are_no_labels_any_more_are_left(folder: Path) -> None:
     viewer.close()
 
 
+def test_an_output_without_a_common_step_is_refused(folder: Path) -> None:
+    step = {"kind": "classify", "name": "tone", "labels": ["calm", "angry"]}
+    run({**job(folder, "other"), "steps": [step]})
+    with pytest.raises(InputError, match=r"other: has no step of .*out, .* it has \['tone'\], not"):
+        Viewer(str(folder / "out"), str(folder / "other"))
+
+
 @pytest.mark.slow
 def test_an_output_in_a_store_is_shown(
     folder: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
