@@ -139,8 +139,8 @@ def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds
                     values[column_name] = folders[column]
                 else:
                     kinds[column_name] = schema.field(column).type
-            where = shown(path), tests.setting
-            check_tests(parse_condition(tests.condition), kinds, where, values)
+            place = shown(path), tests.setting
+            check_tests(parse_condition(tests.condition), kinds, place, values)
     except InputError as error:
         raise UnusableFile(str(error)) from error
 

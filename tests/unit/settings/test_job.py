@@ -154,7 +154,7 @@ def test_a_file_alone_is_rows_to_measure_on(job_file: Any) -> None:
         ({"steps": [{"kind": "generate", "name": "a", "max_length": 9}]}, "set max_tokens"),
         (
             {"steps": [{"kind": "generate", "name": "a", "prompt_template": "{text"}]},
-            "expected '}'",
+            "without its other half",
         ),
         ({"steps": [{"kind": "generate", "name": "text"}]}, "a step cannot be named 'text'"),
         ({"steps": [{"kind": "generate", "name": "a"}] * 2}, "both write a column 'a'"),
