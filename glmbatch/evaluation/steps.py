@@ -88,12 +88,7 @@ def score_step(
         return found.model_copy(update={"note": "no column has its truth"})
     if not scored:
         return found.model_copy(update={"note": "no row has both a truth and an answer"})
-    chances = Columns(step.name).scores
-    if isinstance(step, ClassifyStep) and chances in answered.answers.column_names:
-        # Those of a trained head, which the step need not name.
-        kind = answered.answers.schema.field(chances).type
-        if step.labels is None:
-            check_labels(step, {step.name: [field.name for field in kind]}, truth)
+    _check_head(step, truth, answered.answers)
     picked = answered.answers.take(pa.array(scored, pa.int64()))
     group_R = groups_of(answered.group_R[scored].tolist())
     expected = truth.of_rows(scored)
@@ -109,6 +104,15 @@ def score_step(
         numbers |= {"calibration": maps, "uncalibrated": few}
     numbers["learned"] = answered.learned(step.name, scored)
     return found.model_copy(update=numbers)
+
+
+def _check_head(step: AnyStep, truth: Truth, answers: pa.Table) -> None:
+    """InputError if no truth is a label of the trained head that gave the answers."""
+    chances = Columns(step.name).scores
+    is_head = isinstance(step, ClassifyStep) and step.labels is None
+    if is_head and chances in answers.column_names:
+        labels = [field.name for field in answers.schema.field(chances).type]
+        check_labels(step, {step.name: labels}, truth)
 
 
 def _count(kinds: Sequence[str | None], known: Sequence[bool]) -> tuple[list[int], Counts]:

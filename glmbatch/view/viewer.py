@@ -46,7 +46,8 @@ class Viewer:
         other = self._rows.other
         if other is not None and not any(map(self._rows.compares, published.steps)):
             self.close()
-            ours, theirs = ([step.name for step in one.steps] for one in (published, other))
+            ours = [step.name for step in published.steps]
+            theirs = [step.name for step in other.steps]
             raise InputError(
                 f"{beside}: has no step of {output}, so nothing can be compared: it has "
                 f"{some_of(theirs)}, not one of {some_of(ours)}. Name another output with --beside."

@@ -107,7 +107,7 @@ def _columns(path: AnyPath, form: Form, stamp: tuple[int, ...]) -> list[str]:
     with _opened(path, form, stamp) as lines:
         if form.kind == "csv":
             columns = dict.fromkeys(csv_header(lines, form))
-            if not columns:
+            if not columns and not form.columns:  # stored once more, with the columns of the job
                 logger.warning("%s: is empty, without a header: counts as 0 rows", shown(path))
         else:
             columns = {}
