@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -15,9 +16,11 @@ from glmbatch.errors import InputError
 from glmbatch.evaluation.evaluate import evaluate
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.examples import read_examples
+from glmbatch.tuning.finetune import finetune
 from glmbatch.view.viewer import Viewer
-from tests.support import SAMPLE_MODEL
-from tests.unit.view.conftest import job
+from tests.support import SAMPLE_MODEL, column_of, run
+from tests.unit.tuning.rows import labelled
+from tests.unit.view.conftest import STEPS, job
 
 pytestmark = pytest.mark.slow
 FACTS = '{"tone": "calm", "what": "a review"}'
@@ -84,6 +87,38 @@ def test_train_reads_corrections_of_every_kind(
             sorted(example.several) if example.several is not None else example.label
         )
     assert read == {text: truth for text, truth in wanted.items() if truth != ""}
+
+
+@pytest.mark.parametrize(
+    ("column", "truth", "written", "learned"),
+    [("reply", "good", "reply", "good"), ("facts", FACTS, "facts_what", "a review")],
+)
+def test_a_writer_trained_with_corrections_answers_the_step(
+    tmp_path: Path, column: str, truth: str, written: str, learned: str
+) -> None:
+    """Texts and typed fields, from published answers to the job that uses what was learned."""
+    (tmp_path / "in").mkdir()
+    texts = labelled(32, seed=2)["text"]
+    pq.write_table(pa.table({"body": texts}), tmp_path / "in" / "a.parquet")
+    (step,) = (step for step in STEPS if step["name"] == column)
+    step = {**step, "prompt_template": "{text}", "max_tokens": 20}
+    settings = {**job(tmp_path), "model": str(SAMPLE_MODEL), "steps": [step]}
+    run(settings)
+    viewer = Viewer(str(tmp_path / "out"))
+    version = viewer.output()["version"]
+    for place in range(32):
+        viewer.correct(version, place // 8, place % 8, column, truth)
+    viewer.close()
+    config = training(tmp_path / "out-corrections", tmp_path, response_column=column).model_dump()
+    config |= {"must_beat": [], "least_test_rows": 1}
+    own = {"method": "full", "epochs": 6, "batch_rows": 8, "learning_rate": 4e-3}
+    own |= {"gradient_checkpointing": False, "max_answer_tokens": 30}
+    report = finetune(TuneConfig.model_validate({**config, "training": own}))
+    assert report.promoted
+    places = {**settings["data"], "output": str(tmp_path / "learned")}
+    run({**settings, "model": report.checkpoint, "data": places})
+    assert column_of(tmp_path / "out", written).count(learned) < 16
+    assert column_of(tmp_path / "learned", written).count(learned) > 25
 
 
 def test_evaluate_names_what_the_corrections_lack(folder: Path, corrections: Path) -> None:

@@ -22,25 +22,28 @@ from glmbatch.run.preview import preview
 from glmbatch.run.promotion.measure import Costs, _ask
 from glmbatch.run.work import Work
 from glmbatch.settings.job import JobConfig
-from tests.support import CLASSIFY, GENERATE, Settings, Write, column_of, run
+from tests.support import CAUSAL, CLASSIFY, GENERATE, Settings, Write, column_of, run
 
 OTHER = {**CLASSIFY, "labels": ["x", "the", "a", "bad"]}  # never the right one, "bad"
 
 
-@pytest.fixture
-def texts(rows: list[str | None]) -> list[str | None]:
-    return [f"{row} {number}" for number in range(2) for row in rows]
+@pytest.fixture(scope="module")
+def labelled() -> pa.Table:
+    """46 rows, and the labels that the model gives them."""
+    texts = [
+        f"第{number}条 review number {number}: {'很好 ' * (number % 5)}" for number in range(46)
+    ]
+    free = {"model": str(CAUSAL), "steps": [CLASSIFY], "runtime": {"device": "cpu"}}
+    answers: pa.Table = annotate_table(pa.table({"text": texts}), free)
+    return answers.select(["text", "mood"])
 
 
 @pytest.fixture
 def job(
-    job_settings: Settings, write_source: Write, texts: list[str | None], tmp_path: Path
+    job_settings: Settings, write_source: Write, labelled: pa.Table, tmp_path: Path
 ) -> dict[str, Any]:
     """A published job, and labelled rows on which every published label is right."""
-    write_source("a.parquet", {"text": texts[:9]})
-    free = job_settings(steps=[CLASSIFY])
-    truth = annotate_table(pa.table({"text": texts}), {k: free[k] for k in ("model", "steps")})
-    labelled = truth.select(["text", "mood"])
+    write_source("a.parquet", {"text": labelled["text"][:9]})
     pq.write_table(labelled, tmp_path / "labelled.parquet")
     settings: dict[str, Any] = job_settings(
         steps=[CLASSIFY], evaluate={"rows": str(tmp_path / "labelled.parquet")}
@@ -109,9 +112,7 @@ def test_a_worse_prompt_publishes_nothing(
     assert back.measured[0].gain == pytest.approx(1 - float(accepted.measured[0].score))
 
 
-def test_a_later_step_is_measured_with_the_earlier(
-    job: dict[str, Any], texts: list[str | None], tmp_path: Path
-) -> None:
+def test_a_later_step_is_measured_with_the_earlier(job: dict[str, Any], tmp_path: Path) -> None:
     reply = {**GENERATE, "max_tokens": 3}
     table = pq.read_table(tmp_path / "labelled.parquet")
     table = table.append_column("reply", pa.array(["x"] * len(table)))
