@@ -78,11 +78,11 @@ def test_the_page_and_the_card_show_the_report(tune: Tune) -> None:
 
 @pytest.mark.slow
 def test_a_step_must_use_the_prompt_of_training(tune: Tune, tmp_path: Path) -> None:
-    finetune(tune(training__epochs=4, prompt_template="Review: {text}"))
-    other = job_over(tmp_path, "in", prompt_template="Text: {text}")
+    report = finetune(tune(training__epochs=1, prompt_template="Review: {text}"))
+    other = {**job_over(tmp_path, "in", prompt_template="Text: {text}"), "model": report.checkpoint}
     with pytest.raises(InputError, match="was trained with the prompt_template"):
         run_job(JobConfig.model_validate(other))
-    asked = job_over(tmp_path, "in", prompt_template="Review: {text}")
+    asked = {**other, "steps": [{**other["steps"][0], "prompt_template": "Review: {text}"}]}
     assert run_job(JobConfig.model_validate(asked)).rows == 240
 
 
