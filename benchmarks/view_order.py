@@ -3,11 +3,16 @@
     python benchmarks/view_order.py ROWS TEST                     TF-IDF and logistic regression
     python benchmarks/view_order.py ROWS TEST --learner full      `glmbatch train`, all weights
 
-A person is simulated who knows every label: a first round of rows drawn by lot, then rounds of the
-rows that the viewer shows first. After each round the learner is trained on the corrections and
-answers all rows again. The other way trains once on as many rows drawn by lot as `--random`
-says. Both are scored on the rows of TEST, which nobody labels. The outputs are published, the order
-is read from them, and the corrections are kept as the viewer keeps them.
+A person is simulated who knows every label, and corrects rounds of the rows that the viewer shows
+first. After each round the learner is trained on all corrections and answers all rows again. The
+other way trains once on as many rows drawn by lot as `--random` says. Both are scored on the rows
+of TEST, which nobody labels. The outputs are published, the order is read from them, and the
+corrections are kept as the viewer keeps them.
+
+`glmbatch train` begins from the sample's checkpoint and asks its default question. What the
+checkpoint answers to that question is published before the first round. With `--bare` the prompt is
+the text alone, and like TF-IDF the learner has answered nothing yet: the first round is drawn by
+lot.
 
 TF-IDF takes seconds, but no job can ask it: its answers are written over those of a published run.
 The last line printed is one JSON object.
@@ -37,6 +42,7 @@ from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.baseline import REGULARISATION, WAYS
+from glmbatch.tuning.encode import question_of
 from glmbatch.tuning.finetune import begin, evaluate_run, train_run
 from glmbatch.view.query import Filters
 from glmbatch.view.viewer import Viewer
@@ -77,15 +83,16 @@ class Trial:
         source = folder / "in"
         source.mkdir()
         for name, path in (("pool", options.rows), ("test", options.test)):
-            table = pq.read_table(path, columns=["text", "label"])
-            table = table.set_column(1, "truth", table.column("label"))  # a name of no step
+            table = pq.read_table(path, columns=["text", options.label])
+            truth = table.column(options.label).cast("string")
+            table = table.set_column(1, "truth", truth)  # a name of no step
             if name == "pool":
                 picked = self.dice.sample(range(len(table)), min(options.pool, len(table)))
                 table = self._with_copies(table.take(sorted(picked)))
             pq.write_table(table, source / f"{name}.parquet")
             self.files[name] = table.to_pylist()
         self.labels = sorted({row["truth"] for row in self.files["pool"]})
-        self.trained = 0
+        self.asks = options.learner != "tfidf" and not options.bare
 
     def _with_copies(self, table: pa.Table) -> pa.Table:
         """`table` and copies of every tenth row, as of a template: each with another number."""
@@ -107,10 +114,15 @@ class Trial:
         return self._accuracy()
 
     def by_order(self) -> dict[int, float]:
-        """The accuracy by the number of labels, from the first round, drawn by lot, to the last."""
+        """The accuracy by the number of labels, before the first round and after each."""
         folder = self.folder / "corrections"
         found = {}
         labels, order = 0, "random"
+        if self.asks:
+            order = self.options.order
+            question = question_of(PROMPT, self.labels, several=False)
+            self._publish({"labels": self.labels, "prompt_template": question, "chat": True})
+            found[0] = self._accuracy()
         while labels < self.options.most:
             self._label(folder, order, self.options.step)
             labels += self.options.step
@@ -133,23 +145,26 @@ class Trial:
         """Train on the labelled rows in `folder`, and publish what the learner answers."""
         if self.options.learner == "tfidf":
             if not (self.folder / "out").exists():
-                self._run({"model": str(MODEL), "labels": self.labels})
+                self._publish({"labels": self.labels, "prompt_template": PROMPT})
             self._learn_words(pq.read_table(folder))
             return
         run = begin(self._training(folder))
         train_run(self._training(folder), run)
         evaluate_run(self._training(folder), run)
-        shutil.rmtree(self.folder / "out", ignore_errors=True)
-        self._run({"model": str(Path(run) / "checkpoint")})
+        self._publish({}, Path(run) / "checkpoint")
 
-    def _run(self, settings: Mapping[str, Any]) -> None:
-        given = dict(settings)
-        step = {"kind": "classify", "name": STEP, "on_too_long": "truncate"}
-        if "labels" in given:
-            step |= {"labels": given.pop("labels"), "prompt_template": PROMPT}
-        data = {"input": str(self.folder / "in"), "output": str(self.folder / "out")}
-        job = {"data": data, "steps": [step], "max_error_rate": 1.0, **given}
-        run_job(JobConfig.model_validate({**job, "runtime": {"device": "cpu"}}))
+    def _publish(self, asked: Mapping[str, Any], model: Path = MODEL) -> None:
+        """Replace the output by what `model` answers."""
+        shutil.rmtree(self.folder / "out", ignore_errors=True)
+        step = {"kind": "classify", "name": STEP, "on_too_long": "truncate", **asked}
+        job = {
+            "data": {"input": str(self.folder / "in"), "output": str(self.folder / "out")},
+            "model": str(model),
+            "steps": [step],
+            "max_error_rate": 1.0,
+            "runtime": {"device": "cpu"},
+        }
+        run_job(JobConfig.model_validate(job))
 
     def _training(self, folder: Path) -> TuneConfig:
         epochs = self.options.epochs
@@ -163,7 +178,7 @@ class Trial:
                 "data": {"input": str(folder), "label_column": STEP},
                 "output": str(self.folder / "tuned"),
                 "model": str(MODEL),
-                "prompt_template": PROMPT,
+                "prompt_template": None if self.asks else PROMPT,
                 "training": training,
                 "must_beat": [],
                 "runtime": {"device": "cpu"},
@@ -210,8 +225,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("rows", type=Path, help="Parquet with the columns text and label")
+    parser.add_argument("rows", type=Path, help="Parquet with a column text and labels")
     parser.add_argument("test", type=Path, help="such rows that nobody labels")
+    parser.add_argument("--label", default="label", help="the column of labels")
+    parser.add_argument("--bare", action="store_true", help="the prompt is the text alone")
     parser.add_argument("--learner", choices=["tfidf", "full", "lora", "head"], default="tfidf")
     parser.add_argument("--order", choices=["worth", "unsure", "random"], default="worth")
     parser.add_argument("--pool", type=int, default=3500, help="most rows to choose from")

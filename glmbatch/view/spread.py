@@ -7,6 +7,7 @@ Letters in names of arrays: N texts, B buckets of n-grams.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import TypeVar
@@ -17,9 +18,13 @@ Item = TypeVar("Item", bound=Hashable)
 
 # One row in ten is drawn by lot: those of which the model is sure are looked at too.
 LOT = 10
+# A row steps back if its likeness to another is above 1 less 1 / NEW. Below that it teaches something
+# else, and the least sure ones teach most.
+NEW = 3
 # Characters that are compared together, in any script.
 GRAM = 4
 BUCKETS = 512
+NUMBER = re.compile(r"\d+")
 # An odd number with bits everywhere, so that neighbouring characters fall into different buckets.
 MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -29,13 +34,13 @@ def spread(
 ) -> Iterator[int]:
     """The places of `texts`, each time that of the greatest worth times newness.
 
-    Newness is 1 less the similarity with the most similar text before it or in `known`, so that
-    copies of them come last. Of equals the earlier one comes first. `worths` are at least 0.
+    Newness is 0 if a text before it or in `known` has the same n-grams, and 1 if all are unlike it.
+    Of equals the earlier one comes first. `worths` are at least 0.
     """
     sketches_NB = _sketches(texts)
     newness_N = np.ones(len(texts), np.float32)
     for sketch_B in _sketches(known):
-        newness_N = np.minimum(newness_N, 1 - sketches_NB @ sketch_B)
+        newness_N = np.minimum(newness_N, NEW * (1 - sketches_NB @ sketch_B))
     worth_N = np.asarray(worths, np.float32)
     is_left_N = np.ones(len(texts), bool)
     for _ in texts:
@@ -43,7 +48,7 @@ def spread(
         place = int(value_N.argmax())
         is_left_N[place] = False
         yield place
-        newness_N = np.minimum(newness_N, 1 - sketches_NB @ sketches_NB[place])
+        newness_N = np.minimum(newness_N, NEW * (1 - sketches_NB @ sketches_NB[place]))
 
 
 def with_lot(best: Iterable[Item], drawn: Iterable[Item]) -> Iterator[Item]:
@@ -63,10 +68,14 @@ def with_lot(best: Iterable[Item], drawn: Iterable[Item]) -> Iterator[Item]:
 
 
 def _sketches(texts: Sequence[str]) -> np.ndarray:
-    """For each text a vector of length 1 whose products with others say how alike they are."""
+    """For each text a vector of length 1 whose products with others say how alike they are.
+
+    All numbers are alike: they are what differs between copies of a template.
+    """
     sketches_NB = np.zeros((len(texts), BUCKETS), np.float32)
     for place, text in enumerate(texts):
-        characters = np.frombuffer(text.lower().encode("utf-32-le", "surrogatepass"), np.uint32)
+        plain = NUMBER.sub("0", text.lower())
+        characters = np.frombuffer(plain.encode("utf-32-le", "surrogatepass"), np.uint32)
         grams = np.zeros(max(1, len(characters) - GRAM + 1), np.uint64)
         for start in range(min(GRAM, len(characters))):
             grams = (grams + characters[start : start + len(grams)]) * MIX
