@@ -2,6 +2,7 @@
 
     python benchmarks/view_order.py ROWS TEST                     TF-IDF and logistic regression
     python benchmarks/view_order.py ROWS TEST --learner full      `glmbatch train`, all weights
+    python benchmarks/view_order.py ROWS TEST --learner states    the same over a frozen checkpoint
 
 A person is simulated who knows every label, and corrects rounds of the rows that the viewer shows
 first. After each round the learner is trained on all corrections and answers all rows again. The
@@ -14,7 +15,11 @@ checkpoint answers to that question is published before the first round. With `-
 the text alone, and like TF-IDF the learner has answered nothing yet: the first round is drawn by
 lot.
 
-TF-IDF takes seconds, but no job can ask it: its answers are written over those of a published run.
+TF-IDF and the frozen checkpoint take seconds, but no job asks them here: their answers are written
+over those of a published run. The second is logistic regression on the last hidden states, which is
+what `training.method: head` trains, to its optimum.
+
+Shapes: R rows, H numbers of a state, B rows of a batch, T tokens of its longest row, L labels.
 The last line printed is one JSON object.
 """
 
@@ -35,21 +40,33 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
+from glmbatch.glm.checkpoint.load import load_model
+from glmbatch.glm.tokenizer import load_tokenizer
 from glmbatch.run.job import run_job
-from glmbatch.settings.job import JobConfig
+from glmbatch.settings.job import ClassifyStep, JobConfig
 from glmbatch.settings.tuning import TuneConfig
+from glmbatch.steps.prompt import Prompt, build_prompts
 from glmbatch.tuning.baseline import REGULARISATION, WAYS
 from glmbatch.tuning.encode import question_of
 from glmbatch.tuning.finetune import begin, evaluate_run, train_run
+from glmbatch.tuning.model import PAD_ID
 from glmbatch.view.query import Filters
 from glmbatch.view.viewer import Viewer
 
 MODEL = Path(__file__).resolve().parent.parent / "sample_data" / "tiny-chatglm2"
 STEP = "answer"
 PROMPT = "{text}"
+# The states are standardised, so this is far from the value for TF-IDF.
+STATES_REGULARISATION = 0.1
+BATCH = 64
+# By text, for all seeds.
+STATES: dict[str, np.ndarray] = {}
 
 
 def main() -> None:
@@ -120,8 +137,7 @@ class Trial:
         labels, order = 0, "random"
         if self.asks:
             order = self.options.order
-            question = question_of(PROMPT, self.labels, several=False)
-            self._publish({"labels": self.labels, "prompt_template": question, "chat": True})
+            self._publish({"labels": self.labels, **self._question()})
             found[0] = self._accuracy()
         while labels < self.options.most:
             self._label(folder, order, self.options.step)
@@ -143,10 +159,10 @@ class Trial:
 
     def _learn(self, folder: Path) -> None:
         """Train on the labelled rows in `folder`, and publish what the learner answers."""
-        if self.options.learner == "tfidf":
+        if self.options.learner in ("tfidf", "states"):
             if not (self.folder / "out").exists():
                 self._publish({"labels": self.labels, "prompt_template": PROMPT})
-            self._learn_words(pq.read_table(folder))
+            self._learn_features(pq.read_table(folder))
             return
         run = begin(self._training(folder))
         train_run(self._training(folder), run)
@@ -165,6 +181,19 @@ class Trial:
             "runtime": {"device": "cpu"},
         }
         run_job(JobConfig.model_validate(job))
+
+    def _question(self) -> dict[str, Any]:
+        """The prompt of a training that sets none."""
+        template = question_of(PROMPT, self.labels, several=False)
+        return {"prompt_template": template, "chat": True}
+
+    def _states(self, texts: Sequence[str]) -> np.ndarray:
+        """The checkpoint's last hidden state of each text with the question, RH."""
+        missing = [text for text in dict.fromkeys(texts) if text not in STATES]
+        if missing:
+            step = ClassifyStep(name=STEP, on_too_long="truncate", **self._question())
+            STATES.update(zip(missing, read_states(step, missing), strict=True))
+        return np.stack([STATES[text] for text in texts])
 
     def _training(self, folder: Path) -> TuneConfig:
         epochs = self.options.epochs
@@ -185,15 +214,20 @@ class Trial:
             }
         )
 
-    def _learn_words(self, labelled: pa.Table) -> None:
-        vectorizer = TfidfVectorizer(sublinear_tf=True, **WAYS["characters"])
-        features = vectorizer.fit_transform(labelled.column("text").to_pylist())
-        learner = LogisticRegression(C=REGULARISATION, max_iter=1000)
-        learner.fit(features, labelled.column(STEP).to_pylist())
+    def _learn_features(self, labelled: pa.Table) -> None:
+        """Fit a linear learner, and write its answers over the published ones."""
+        if self.options.learner == "tfidf":
+            features: Any = TfidfVectorizer(sublinear_tf=True, **WAYS["characters"])
+            learner = LogisticRegression(C=REGULARISATION, max_iter=1000)
+        else:
+            features = make_pipeline(FunctionTransformer(self._states), StandardScaler())
+            learner = LogisticRegression(C=STATES_REGULARISATION, max_iter=1000)
+        known_RF = features.fit_transform(labelled.column("text").to_pylist())
+        learner.fit(known_RF, labelled.column(STEP).to_pylist())
         for path in (self.folder / "out").glob("[!_]*.parquet"):
             table = pq.read_table(path, partitioning=None)
             texts = table.column("text").to_pylist()
-            known_RL = learner.predict_proba(vectorizer.transform(texts))
+            known_RL = learner.predict_proba(features.transform(texts))
             answered_RL = np.zeros((len(texts), len(self.labels)))
             answered_RL[:, [self.labels.index(label) for label in learner.classes_]] = known_RL
             pq.write_table(with_answers(table, answered_RL, self.labels), path)
@@ -205,6 +239,27 @@ class Trial:
         )
         right = pc.equal(table.column("truth"), table.column(STEP)).fill_null(False)
         return float(pc.mean(right.cast("int8")).as_py())
+
+
+def read_states(step: ClassifyStep, texts: Sequence[str]) -> np.ndarray:
+    """The last hidden state of the sample's checkpoint for each prompt, RH."""
+    rows = [{"text": text} for text in texts]
+    prompts = build_prompts(step, rows, load_tokenizer(MODEL), chat=True, max_input_tokens=512)
+    ids = [prompt.ids if isinstance(prompt, Prompt) else [PAD_ID] for prompt in prompts]
+    model = load_model(str(MODEL), "float32", "cpu").model
+    states_RH = np.zeros((len(ids), model.config.hidden_size), np.float32)
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    for first in range(0, len(order), BATCH):
+        batch = order[first : first + BATCH]
+        lengths_B = torch.tensor([len(ids[row]) for row in batch])
+        ids_BT = torch.full((len(batch), int(lengths_B.max())), PAD_ID)
+        for at, row in enumerate(batch):
+            ids_BT[at, : len(ids[row])] = torch.tensor(ids[row])
+        # Causal attention never looks to the right, so padding there changes nothing.
+        with torch.inference_mode():
+            states_BTH = model(input_ids=ids_BT).last_hidden_state
+        states_RH[batch] = states_BTH[torch.arange(len(batch)), lengths_B - 1].numpy()
+    return states_RH
 
 
 def with_answers(table: pa.Table, answered_RL: np.ndarray, labels: Sequence[str]) -> pa.Table:
@@ -229,7 +284,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("test", type=Path, help="such rows that nobody labels")
     parser.add_argument("--label", default="label", help="the column of labels")
     parser.add_argument("--bare", action="store_true", help="the prompt is the text alone")
-    parser.add_argument("--learner", choices=["tfidf", "full", "lora", "head"], default="tfidf")
+    parser.add_argument(
+        "--learner", choices=["tfidf", "states", "full", "lora", "head"], default="tfidf"
+    )
     parser.add_argument("--order", choices=["worth", "unsure", "random"], default="worth")
     parser.add_argument("--pool", type=int, default=3500, help="most rows to choose from")
     parser.add_argument("--copies", type=int, default=0, help="copies of every tenth row to add")

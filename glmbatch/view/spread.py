@@ -18,13 +18,13 @@ Item = TypeVar("Item", bound=Hashable)
 
 # One row in ten is drawn by lot: those of which the model is sure are looked at too.
 LOT = 10
-# A row steps back if its likeness to another is above 1 less 1 / NEW. Below that it teaches something
-# else, and the least sure ones teach most.
-NEW = 3
+# A row steps back if its likeness to another is above 1 less a fifth. Rows that are less alike
+# teach different things, and those of which the model is least sure teach most.
+NEW = 5
 # Characters that are compared together, in any script.
 GRAM = 4
 BUCKETS = 512
-NUMBER = re.compile(r"\d+")
+NUMBER = re.compile(r"\d+([.,]\d+)*")
 # An odd number with bits everywhere, so that neighbouring characters fall into different buckets.
 MIX = np.uint64(0x9E3779B97F4A7C15)
 

@@ -13,6 +13,20 @@ def test_copies_come_after_all_others() -> None:
     assert order == [0, 3, 4, 5, 1, 2]
 
 
+def test_numbers_of_any_length_are_alike() -> None:
+    texts = ["7 of 9 parcels came", "12 of 3,481 parcels came", "the lid is torn"]
+    assert list(spread(texts, [0.9, 0.8, 0.1])) == [0, 2, 1]
+
+
+def test_texts_that_share_half_their_words_do_not_step_back() -> None:
+    texts = [
+        "the delivery was late and the parcel was torn",
+        "the delivery was late but I like the colour",
+        "包裹破了",
+    ]
+    assert list(spread(texts, [0.9, 0.8, 0.7])) == [0, 1, 2]
+
+
 def test_texts_like_known_ones_come_last() -> None:
     texts = [*CODES, "where is my parcel?"]
     assert next(spread(texts, [1.0, 0.9, 0.8, 0.5], ["your code is 7777"])) == 3
