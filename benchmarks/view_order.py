@@ -4,16 +4,14 @@
     python benchmarks/view_order.py ROWS TEST --learner full      `glmbatch train`, all weights
     python benchmarks/view_order.py ROWS TEST --learner states    the same over a frozen checkpoint
 
-A person is simulated who knows every label, and corrects rounds of the rows that the viewer shows
-first. After each round the learner is trained on all corrections and answers all rows again. The
-other way trains once on as many rows drawn by lot as `--random` says. Both are scored on the rows
-of TEST, which nobody labels. The outputs are published, the order is read from them, and the
-corrections are kept as the viewer keeps them.
+A person is simulated who knows every label: a first round of rows drawn by lot, then rounds of the
+rows that the viewer shows first. After each round the learner is trained on all corrections and
+answers all rows again. The other way trains once on as many rows drawn by lot as `--random` says.
+Both are scored on the rows of TEST, which nobody labels. The outputs are published, the order is
+read from them, and the corrections are kept as the viewer keeps them.
 
-`glmbatch train` begins from the sample's checkpoint and asks its default question. What the
-checkpoint answers to that question is published before the first round. With `--bare` the prompt is
-the text alone, and like TF-IDF the learner has answered nothing yet: the first round is drawn by
-lot.
+`glmbatch train` begins from the sample's checkpoint and asks its default question; with `--bare`,
+the prompt is the text alone.
 
 TF-IDF and the frozen checkpoint take seconds, but no job asks them here: their answers are written
 over those of a published run. The second is logistic regression on the last hidden states, which is
@@ -131,14 +129,10 @@ class Trial:
         return self._accuracy()
 
     def by_order(self) -> dict[int, float]:
-        """The accuracy by the number of labels, before the first round and after each."""
+        """The accuracy by the number of labels, from the first round, drawn by lot, to the last."""
         folder = self.folder / "corrections"
         found = {}
         labels, order = 0, "random"
-        if self.asks:
-            order = self.options.order
-            self._publish({"labels": self.labels, **self._question()})
-            found[0] = self._accuracy()
         while labels < self.options.most:
             self._label(folder, order, self.options.step)
             labels += self.options.step

@@ -118,7 +118,8 @@ def test_rows_like_those_looked_at_come_later(rows_in: Open) -> None:
     first, *others = rows.page(asked, [], 0, 22)
     (line,) = rows.lines(asked, [first])
     later = rows.page(asked, [], 0, 22, known=[line["text"]])
-    assert later.index(first) > len(others) // 2
+    # Apart from numbers and repeated words, the texts are of four kinds.
+    assert later.index(first) >= 3
     assert set(later) == {first, *others}
     rows.text_column = None  # nothing to compare
     unsure = rows.page(Filters(step="mood", order="unsure"), [], 0, 9)
