@@ -12,6 +12,7 @@ from glmbatch.errors import counted
 from glmbatch.report.counts import population_stability, with_unlabelled
 from glmbatch.report.measures import Measures
 from glmbatch.report.summary import StepSummary, Summary
+from glmbatch.store.objects.requests import Requests
 
 
 class Verdict(BaseModel, frozen=True, extra="forbid"):
@@ -36,6 +37,8 @@ class Report(BaseModel, frozen=True, extra="forbid"):
     models: dict[str, str]
     device: str | None
     price_per_hour: float | None
+    price_per_1000_writes: float | None = None
+    price_per_1000_reads: float | None = None
     before: str | None = None
     labels_before: dict[str, dict[str, int]] = {}
     labelled_before: dict[str, int] = {}
@@ -52,6 +55,15 @@ class Report(BaseModel, frozen=True, extra="forbid"):
         if self.price_per_hour is None:
             return None
         return self.summary.seconds / 3600 * self.price_per_hour
+
+    @property
+    def requests_cost(self) -> float | None:
+        """Cost of the requests to object stores; None without both their prices."""
+        requests = self.summary.requests
+        writes, reads = self.price_per_1000_writes, self.price_per_1000_reads
+        if requests is None or writes is None or reads is None:
+            return None
+        return (requests.writes * writes + requests.reads * reads) / 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +124,23 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
     lines += [("note", note) for note in summary.notes]
     if report.cost is not None:
         lines.append(("cost", f"{report.cost:.4g} at {report.price_per_hour:g} per hour"))
+    if summary.requests is not None:
+        lines.append(("object store", store_requests(summary.requests)))
+    if report.requests_cost is not None:
+        prices = f"{report.price_per_1000_writes:g} and {report.price_per_1000_reads:g}"
+        lines.append(("cost of requests", f"{report.requests_cost:.4g} at {prices} per 1,000"))
     return lines
+
+
+def store_requests(requests: Requests) -> str:
+    """The requests to object stores by what they cost, and the bytes of objects, as text."""
+    megabytes = [number / 1e6 for number in (requests.bytes_read, requests.bytes_written)]
+    return (
+        f"{requests.writes:,} writes (put {requests.puts:,}, copy {requests.copies:,}, list "
+        f"{requests.lists:,}), {requests.reads:,} reads (get {requests.gets:,}, head "
+        f"{requests.heads:,}), {counted(requests.deletes, 'delete')}, {megabytes[0]:,.1f} MB read, "
+        f"{megabytes[1]:,.1f} MB written"
+    )
 
 
 def answers(step: StepSummary) -> str:

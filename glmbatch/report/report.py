@@ -24,6 +24,7 @@ from glmbatch.report.verdict import verdict
 from glmbatch.settings.job import JobConfig, RuntimeConfig
 from glmbatch.store.files import committed
 from glmbatch.store.folder import Folder, by_age, times_written
+from glmbatch.store.objects.requests import take_requests
 from glmbatch.store.paths import AnyPath
 
 logger = logging.getLogger(__name__)
@@ -34,15 +35,16 @@ KEPT = 30  # a month of nightly runs
 
 def write_report(
     job: JobConfig, summary: Summary, measures: Sequence[Measures], before: str | None
-) -> str | None:
-    """Write the report of a run, published or refused, and return the path of its page.
+) -> Summary:
+    """Write the report of a run, published or refused; return its summary with the page's path.
 
-    `before` is the run that was published last. If the report cannot be written, logs a warning and
-    returns None, because a report must not fail a run.
+    The summary also has the requests to object stores until now. `before` is the run that was
+    published last. If the report cannot be written, logs a warning, and the summary has no path,
+    because a report must not fail a run.
     """
     folder = Folder(job.data.output) / REPORTS
     path = folder / f"{summary.run}.html"
-    summary = summary.model_copy(update={"report": str(path)})
+    summary = summary.model_copy(update={"report": str(path), "requests": take_requests()})
     try:
         report = Report(
             input=job.data.input,
@@ -52,6 +54,8 @@ def write_report(
             # A run that used no model has not even imported torch.
             device=_device(job.runtime) if summary.computed else None,
             price_per_hour=job.report.price_per_hour,
+            price_per_1000_writes=job.report.price_per_1000_writes,
+            price_per_1000_reads=job.report.price_per_1000_reads,
         )
         past = past_runs(job.data.output, summary.run)
         report = _beside(report, read_report(job.data.output, before))
@@ -62,8 +66,8 @@ def write_report(
         _forget_old(folder, keep={summary.run, before})
     except (GlmbatchError, OSError) as error:
         logger.warning("%s: the report of the run could not be written: %s", path, error)
-        return None
-    return str(path)
+        return summary.model_copy(update={"report": None})
+    return summary
 
 
 def read_report(output: str, run: str | None) -> Report | None:

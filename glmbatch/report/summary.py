@@ -13,6 +13,7 @@ from glmbatch.ledger.receipts import AnswersReceipt
 from glmbatch.ledger.staying import Filtered
 from glmbatch.report.counts import Audit, Measured, busy_seconds, total
 from glmbatch.store.inputs.found import Skipped, Version
+from glmbatch.store.objects.requests import Requests
 
 
 class StepSummary(BaseModel, frozen=True, extra="forbid"):
@@ -78,6 +79,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     filtered           what the condition on rows left out; None without one
     version            the version of the table that was read; None for other inputs
     measured           how the steps score on labelled rows
+    requests           to object stores, until the report was written; None if there were none
     """
 
     run: str
@@ -103,6 +105,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     filtered: Filtered | None = None
     version: Version | None = None
     measured: tuple[Measured, ...] = ()
+    requests: Requests | None = None
 
     @property
     def computed(self) -> int:

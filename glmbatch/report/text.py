@@ -8,7 +8,7 @@ from glmbatch.errors import counted, some_of
 from glmbatch.ledger.fragments import FileFault
 from glmbatch.ledger.quarantine import QUARANTINE
 from glmbatch.ledger.tables.delta import is_table
-from glmbatch.report.facts import answers, by_count, size, tokens, unchanged
+from glmbatch.report.facts import answers, by_count, size, store_requests, tokens, unchanged
 from glmbatch.report.summary import StepSummary, Summary, short
 from glmbatch.store.folder import Folder
 
@@ -27,6 +27,7 @@ def _blocks(summary: Summary) -> Iterator[list[str]]:
         f"run {summary.run}",
         *([f"reads {summary.version}"] if summary.version else []),
         *([f"where {summary.filtered}"] if summary.filtered else []),
+        *([f"object store: {store_requests(summary.requests)}"] if summary.requests else []),
     ]
     for step in summary.steps:
         yield _step(step)

@@ -119,8 +119,7 @@ def publish(
         }
     )
     log_end(summary, results.failures)
-    report = write_report(job, summary, results.measures, collected.last_run)
-    return summary.model_copy(update={"report": report})
+    return write_report(job, summary, results.measures, collected.last_run)
 
 
 def _refuse_mixing(
@@ -166,8 +165,8 @@ def _refuse_publishing(
     listed = _list_refused(collected, results.failures[:MOST_REFUSED])
     summary = results.summary.model_copy(update={"refused": reason})
     log_end(summary, results.failures)
-    report = write_report(job, summary, results.measures, collected.last_run)
-    about = f" Read about the run: {report}." if report else ""
+    summary = write_report(job, summary, results.measures, collected.last_run)
+    about = f" Read about the run: {summary.report}." if summary.report else ""
     found = AuditError(f"{error}{why}")
     found.__cause__ = error
     raise AuditError(f"{reason}{listed}{about}") from found

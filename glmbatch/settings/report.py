@@ -20,6 +20,18 @@ class ReportConfig(Settings):
         description="Price of the machine per hour, in any currency, for the cost in the report. "
         "Empty: no cost is shown.",
     )
+    price_per_1000_writes: float | None = Field(
+        None,
+        ge=0,
+        description="Price of 1,000 requests to an object store that write or list (S3: PUT, COPY, "
+        "POST, LIST; Google: class A). Empty: the report counts them without their price.",
+    )
+    price_per_1000_reads: float | None = Field(
+        None,
+        ge=0,
+        description="Price of 1,000 requests to an object store that read (S3: GET, HEAD; Google: "
+        "class B). Empty: the report counts them without their price.",
+    )
 
 
 class LineageConfig(Settings):

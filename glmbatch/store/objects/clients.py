@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from glmbatch.errors import InputError
+from glmbatch.store.objects.requests import Counting, count_all
 
 if TYPE_CHECKING:
     from obstore.store import AzureStore, ClientConfig, GCSStore, RetryConfig, S3Store
@@ -111,7 +112,7 @@ def _s3(bucket: str) -> Client:
         read_timeout=READ_SECONDS,
         max_pool_connections=AT_ONCE,
     )
-    listing = session.client("s3", config=config)
+    listing = count_all(session.client("s3", config=config))
     place = _place(listing, bucket)
     bundle = session._session.get_config_variable("ca_bundle")
 
@@ -125,7 +126,7 @@ def _s3(bucket: str) -> Client:
             **place,
         )
 
-    return Client(bucket, store(RETRIES), store(0), listing)
+    return Client(bucket, Counting(store(RETRIES)), Counting(store(0)), listing)
 
 
 def _place(listing: Any, bucket: str) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def _google(bucket: str) -> Client:
         options = _options(emulator)
         return GCSStore(bucket, client_options=options, retry_config=_retry(retries), **place)
 
-    return Client(bucket, store(RETRIES), store(0))
+    return Client(bucket, Counting(store(RETRIES)), Counting(store(0)))
 
 
 def _azure(container: str) -> Client:
@@ -181,7 +182,7 @@ def _azure(container: str) -> Client:
         options = _options(place.get("endpoint", ""))
         return AzureStore(container, client_options=options, retry_config=_retry(retries), **place)
 
-    return Client(container, store(RETRIES), store(0))
+    return Client(container, Counting(store(RETRIES)), Counting(store(0)))
 
 
 def azure_account(container: str) -> str:

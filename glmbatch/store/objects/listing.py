@@ -16,6 +16,7 @@ from typing import Any
 from glmbatch.errors import InputError
 from glmbatch.store.errors import MISSING_STATUS, status_of
 from glmbatch.store.objects.clients import Client
+from glmbatch.store.objects.requests import count
 
 PAGE_KEYS = 1_000  # S3 lists so many keys in a request
 
@@ -78,8 +79,11 @@ def _parts(store: Any, prefix: str, most: int | None) -> Iterator[tuple[str, Fac
     # Keys come after `offset`, so one letter less skips none that begins with the prefix.
     offset = prefix[:-1] if len(beginning) > 1 else None
     entries: list[tuple[str, Facts]] = []
+    seen = 0
     try:
-        for page in obstore.list(store, folder or None, offset=offset, chunk_size=PAGE_KEYS):
+        pages = obstore.list(store.store, folder or None, offset=offset, chunk_size=PAGE_KEYS)
+        for page in pages:
+            seen += 1
             for meta in page:
                 if meta["path"].startswith(prefix):
                     entries.append((meta["path"], facts_of(meta)))
@@ -91,6 +95,8 @@ def _parts(store: Any, prefix: str, most: int | None) -> Iterator[tuple[str, Fac
             f"{folder or 'the bucket'}: an object below it has a key with an empty part or dots, "
             "so it cannot be listed. Rename the object."
         ) from error
+    finally:
+        count(lists=max(1, seen))
     # An object that marks a folder is empty, and obstore drops the slash from its key.
     folders: set[str] = set()
     for key, _ in entries:
