@@ -169,7 +169,8 @@ def _doctor(parsed: argparse.Namespace) -> int:
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from glmbatch.ledger.verification import describe, verify
+    from glmbatch.cli.verify import describe
+    from glmbatch.ledger.verification import verify
 
     verification = verify(parsed.output)
     _show(verification, lambda: describe(verification), parsed.json)

@@ -34,7 +34,6 @@ from glmbatch.ledger.receipts import (
     read_receipt,
     write_with_receipt,
 )
-from glmbatch.ledger.tables.delta import LOG
 from glmbatch.store.files import (
     Digests,
     digest_file,
@@ -47,6 +46,7 @@ from glmbatch.store.folder import Folder, remove_tree, times_written
 from glmbatch.store.locks import guard, hold, release
 from glmbatch.store.modes import narrow
 from glmbatch.store.paths import AnyPath
+from glmbatch.store.tables.delta import LOG
 
 logger = logging.getLogger(__name__)
 

@@ -74,7 +74,11 @@ def publish(
     _move_staged(ledger, outputs)
     manifest = leave_alone(manifest)
     if table is not None and version is not None:
-        commit_table(table, {file.output_name: file.rows for file in manifest.files}, version)
+        rows = {file.output_name: file.rows for file in manifest.files}
+        check_held(root / LOCK)
+        # In a store, a run that lost its lock to us may stand still in the middle of its commit.
+        fences = bool(announced.names) and ledger.folder.local is None
+        commit_table(table, rows, version, fences=fences)
     write_quarantine(root, quarantine)
     old_lists = find_lists(root)
     # Moving the files may have taken longer than a lock in a store lives without renewal.

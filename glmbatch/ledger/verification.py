@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from glmbatch.errors import InputError, UnusableFile, counted
+from glmbatch.errors import InputError, UnusableFile
 from glmbatch.ledger.comparison import (
     Sources,
     differences,
@@ -58,12 +58,13 @@ class Finding(BaseModel, frozen=True, extra="forbid"):
 
 
 class Verification(BaseModel, frozen=True, extra="forbid"):
-    """How much was checked, and the findings."""
+    """How much was checked, and the findings. `earlier` counts files of older table versions."""
 
     output: str
     files: int
     rows: int
     findings: tuple[Finding, ...]
+    earlier: int = 0
 
     @property
     def sound(self) -> bool:
@@ -98,19 +99,14 @@ def verify(output: str | Path) -> Verification:
         files=len(manifest.files),
         rows=sum(file.rows for file in manifest.files),
         findings=tuple(findings),
+        earlier=_earlier(ledger, manifest),
     )
 
 
-def describe(verification: Verification) -> str:
-    """The findings as text for people, in lines without a final newline."""
-    counts = Counter(finding.kind for finding in verification.findings)
-    end = "sound" if verification.sound else f"not sound ({counts['wrong']} wrong)"
-    if counts["unchecked"]:
-        files = counted(counts["unchecked"], "file")
-        end += f"; {files} not compared, because the source is gone or changed"
-    size = f"{counted(verification.files, 'file')}, {counted(verification.rows, 'row')}"
-    head = f"{verification.output}: {size}: {end}"
-    return "\n".join([*(str(finding) for finding in verification.findings), head])
+def _earlier(ledger: Ledger, manifest: Manifest) -> int:
+    if manifest.format == "parquet":
+        return 0
+    return len(ledger.folder.visible_files() - {file.output_name for file in manifest.files})
 
 
 def _wrong(file: str, what: str, row: int | None = None) -> Finding:

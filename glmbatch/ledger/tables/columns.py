@@ -35,22 +35,24 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Current:
-    """A table as it is: its columns, and the names of its files. None and no files without one."""
+    """A table as it is: its columns, the names of its files, its version. None without one."""
 
     columns: Columns | None
     files: frozenset[str]
+    version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
     """A plan for the next version of a table. Unless it `grows`, its columns replace the old ones.
 
-    `known` are the files of the current version, as names below the table's folder.
+    `known` are the files of the current `version`, as names below the table's folder.
     """
 
     columns: Columns
     grows: bool
     known: frozenset[str]
+    version: int | None = None
 
 
 def fitted(

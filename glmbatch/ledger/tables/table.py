@@ -76,15 +76,18 @@ def plan_commit(table: Table, files: Mapping[str, AnyPath]) -> Commit:
     }
     some_stay = bool(current.files & files.keys())
     columns, grows = fitted(form, str(table.root), current.columns, schemas, some_stay)
-    return Commit(columns, grows, current.files)
+    return Commit(columns, grows, current.files, current.version)
 
 
-def commit_table(table: Table, rows: Mapping[str, int], commit: Commit) -> None:
+def commit_table(
+    table: Table, rows: Mapping[str, int], commit: Commit, *, fences: bool = False
+) -> None:
     """Commit a version of the `table` with exactly the files in `rows`.
 
     `rows` maps file names to numbers of rows. Safe to repeat: a table that has just these files is
-    not committed again. The commit is on disk when this returns. TransientError when another commit
-    came between, InputError when the table cannot be used.
+    not committed again, unless the commit `fences` off one that another run sent and did not
+    finish, which fails after ours. The commit is on disk when this returns. TransientError when
+    another commit came between, InputError when the table cannot be used.
     """
-    if commit.known != set(rows):
+    if fences or commit.known != set(rows):
         delta.commit(table.root, rows, commit)

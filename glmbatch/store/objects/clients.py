@@ -71,7 +71,9 @@ class Client:
                 options["session_token"] = now["token"]
         if self.s3 is not None:
             options["conditional_put"] = "etag"
-        return options
+        limits = {"connect_timeout": CONNECT_SECONDS, "timeout": READ_SECONDS}
+        options |= {name: f"{seconds:g}s" for name, seconds in limits.items()}
+        return {**options, "max_retries": str(RETRIES), "retry_timeout": "2m"}
 
 
 @lru_cache

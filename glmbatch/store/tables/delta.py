@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
@@ -76,12 +77,17 @@ def delta_errors(folder: AnyPath, advice: str) -> Iterator[None]:
     except GlmbatchError:
         raise
     except Exception as error:  # deltalake also raises bare Exception
+        from deltalake.exceptions import CommitFailedError
+
         # Some of its errors include a backtrace, which begins with " 0: ".
         reason = one_line(error, limit=300).partition(" 0: ")[0]
         if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
             raise TransientError(f"{folder}: cannot be read now: {error.strerror}.") from error
-        if "conflict" in type(error).__name__.lower() or "conflict" in reason.lower():
-            raise TransientError(f"{folder}: another commit came between: {reason}") from error
+        if isinstance(error, CommitFailedError):
+            raise TransientError(f"{folder}: another commit came between: {reason}.") from error
+        if isinstance(error, OSError) and not isinstance(folder, Path):
+            (folder / LOG).exists()  # raises our own error, if the store refuses or is away
+            raise TransientError(f"{folder}: cannot be used now: {reason}.") from error
         raise InputError(
             f"{shown(folder)}: the Delta table cannot be used: {reason}. {advice}"
         ) from error
