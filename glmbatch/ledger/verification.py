@@ -26,6 +26,7 @@ from glmbatch.ledger.comparison import (
     rows_where,
     source_rows,
 )
+from glmbatch.ledger.input.covering import covering
 from glmbatch.ledger.ledger import PUBLISHING, Ledger
 from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile, forget_manifests
 from glmbatch.ledger.outputs import STAGED
@@ -94,6 +95,8 @@ def verify(output: str | Path) -> Verification:
         gaps = list(_gaps(manifest, sources))
     findings = [*_strangers(ledger, manifest), *_mixed_keys(manifest), *gaps, *of_files]
     findings += _quarantine_findings(ledger, manifest, faulty)
+    for kind, what in covering(manifest):
+        findings.append(Finding(kind=kind, file=MANIFEST, what=what))
     return Verification(
         output=str(output),
         files=len(manifest.files),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from glmbatch.cli.plan import describe_plan
 from glmbatch.errors import InputError
 from glmbatch.ledger.input import cutting
 from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.manifest import write_manifest
 from glmbatch.ledger.verification import verify
 from glmbatch.report.summary import Summary
 from glmbatch.report.text import describe
@@ -250,6 +253,26 @@ def test_an_emptied_table_leaves_what_is_published(table: Path, night: Night, ou
     with pytest.raises(InputError, match=r"has no files, so there are no rows to read"):
         night()
     assert ids(out) == [1, 2, 3, 4, 5]
+    sound(out)
+
+
+def test_verify_proves_that_the_version_is_covered(table: Path, night: Night, out: Path) -> None:
+    night()
+    manifest = Ledger(out).manifest()
+    assert manifest is not None
+    assert manifest.version is not None
+    versions = {
+        "has .*, of which no row is published": {"files": manifest.files[1:]},
+        "does not have .*, of which rows": {"version": replace(manifest.version, number=0)},
+        "version 9 of the Delta table cannot be read now": {
+            "version": replace(manifest.version, number=9)
+        },
+    }
+    for what, update in versions.items():
+        write_manifest(out, manifest.model_copy(update=update))
+        found = [str(finding) for finding in verify(out).findings]
+        assert any(re.search(what, finding) for finding in found), found
+    write_manifest(out, manifest)
     sound(out)
 
 

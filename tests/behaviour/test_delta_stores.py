@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable, write_deltalake
+from deltalake import DeltaTable
 
 from glmbatch.errors import GlmbatchError, TransientError
 from glmbatch.ledger.ledger import Ledger
@@ -202,10 +202,7 @@ def test_a_stopped_holder_commits_nothing_once_another_ran(
 
 
 def test_six_writers_at_once_lose_no_commit(store: Store) -> None:
-    """Each adds a file to the newest version, and again if another one was faster."""
-    write_deltalake(
-        store.url("out"), pa.table({"n": [0]}), storage_options=storage_options(store.path("out"))
-    )
+    """Each adds a file to the newest version or creates the table, again if another was faster."""
     over = table_over(store.url("out"), "delta")
     assert over is not None
     for number in range(1, 7):
@@ -228,5 +225,5 @@ def test_six_writers_at_once_lose_no_commit(store: Store) -> None:
         tries = list(pool.map(add, range(1, 7)))
     assert sum(tries) > 6, "they met"
     read = table(store).to_pyarrow_table().column("n").to_pylist()
-    assert sorted(read) == list(range(7))
-    assert table(store).version() == 6
+    assert sorted(read) == list(range(1, 7))
+    assert table(store).version() == 5

@@ -66,9 +66,12 @@ def commit(root: AnyPath, rows: Mapping[str, int], plan: Commit) -> None:
         try:
             with _errors(root):
                 _commit(root, rows, plan)
-        except TransientError:
+        except (InputError, TransientError) as error:
+            now = current(root)
             # The commit may be done, and only the answer of the store be lost.
-            if table_files(root) != set(rows):
+            if now.version == plan.version or now.files != rows.keys():
+                if plan.version is None and now.version is not None:
+                    raise TransientError(f"{root}: another run made the table.") from error
                 raise
     if isinstance(root, Path):
         # The last two entries: a new column is added in a commit of its own before the files.

@@ -147,8 +147,9 @@ def test_a_profile_has_credentials_region_and_endpoint(store: Store, tmp_path: P
         ).replace('"}', "\"}'")
     )
     code = (
-        "import sys\nfrom glmbatch.store.paths import location\n"
-        "try: print(location(sys.argv[1]).read_bytes())\n"
+        "import sys\nfrom glmbatch.store.objects.access import storage_options\n"
+        "from glmbatch.store.paths import location\npath = location(sys.argv[1])\n"
+        "try: print(path.read_bytes(), storage_options(path)['access_key_id'])\n"
         "except Exception as error: print(f'{type(error).__name__}: {error}')"
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
@@ -166,7 +167,7 @@ def test_a_profile_has_credentials_region_and_endpoint(store: Store, tmp_path: P
         return done.stdout
 
     store.calm()
-    assert printed(AWS_PROFILE="night") == "b'x'\n"
+    assert printed(AWS_PROFILE="night") == "b'x' of-process\n"
     assert "Credential=of-process/" in store.requests[-1].headers["Authorization"]
     assert "StoreRefused" in printed(AWS_PROFILE="missing")
     assert "the store refuses it (NoCredentialsError). Check" in printed()

@@ -112,8 +112,8 @@ def test_the_next_run_completes_a_killed_publication(
     run_job(delta_job())
     write_source("a.parquet", {"text": rows[3:11]})
 
-    def killed(*args: Any) -> None:
-        commit_table(*args)
+    def killed(*args: Any, **options: Any) -> None:
+        commit_table(*args, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -346,7 +346,7 @@ def test_files_of_a_killed_publication_are_deleted_later(
 ) -> None:
     write_source("a.parquet", {"text": rows[:20]})
 
-    def killed(*args: Any) -> None:
+    def killed(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):

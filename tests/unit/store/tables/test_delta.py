@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -14,8 +15,9 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from glmbatch.errors import InputError
+from glmbatch.errors import InputError, StoreRefused, TransientError
 from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.objects.access import storage_options
 from glmbatch.store.tables.delta import find_delta
 from tests.stores import Store
 
@@ -200,3 +202,28 @@ def test_reads_a_table_in_a_store(store: Store) -> None:
     found = find_delta(store.path("in"), None)
     assert len(found.names) == 1
     assert not [request for request in store.requests if request.key.endswith(".parquet")]
+
+
+def test_without_deltalake_one_line_says_what_to_install(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deltalake", None)
+    with pytest.raises(InputError, match=r"not installed. Run pip install 'glmbatch\[delta\]'\.$"):
+        find_delta(table, None)
+
+
+def test_a_store_that_is_away_is_tried_again_later(store: Store) -> None:
+    write_deltalake(
+        store.url("in"),
+        pa.table({"text": ["a"]}),
+        storage_options=storage_options(store.path("in")),
+    )
+    for harm, kind in ((500, TransientError), ("reset", TransientError), (403, StoreRefused)):
+        store.harm = lambda request, harm=harm: harm
+        with pytest.raises(kind, match=r"the store (refuses it|cannot be reached)"):
+            find_delta(store.path("in"), None)
+    # Only the log is refused, so the store itself is there.
+    store.harm = lambda request: 403 if request.key.endswith("0.json") else None
+    with pytest.raises((TransientError, StoreRefused)) as refused:
+        find_delta(store.path("in"), None)
+    assert "\n" not in str(refused.value)

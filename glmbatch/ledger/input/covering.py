@@ -1,0 +1,38 @@
+"""Whether an output has all files of the table's version that it was made from, and no others.
+
+Reads the table's log, and opens no file of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from glmbatch.errors import InputError
+from glmbatch.ledger.manifest import Manifest
+from glmbatch.store.folder import Folder
+from glmbatch.store.inputs.filters import row_filter
+from glmbatch.store.tables.delta import find_delta
+
+
+def covering(manifest: Manifest) -> Iterator[tuple[Literal["wrong", "unchecked"], str]]:
+    """What is wrong or cannot be checked, in words; nothing for an input that is no table.
+
+    A limited run does not cover its version.
+    """
+    version = manifest.version
+    if version is None or manifest.limit is not None:
+        return
+    try:
+        live = find_delta(Folder(manifest.root).path, version.number).names
+    except InputError as error:
+        yield "unchecked", f"{version} cannot be read now: {error}"
+        return
+    published = {file.source for file in manifest.files}
+    known = published | {fault.source for fault in manifest.unusable}
+    keeps = row_filter(manifest.where, "text")
+    for name in live:
+        if name not in known and keeps.left_of(name) is not False:
+            yield "wrong", f"{version} has {name}, of which no row is published"
+    for name in sorted(published - set(live)):
+        yield "wrong", f"{version} does not have {name}, of which rows are published"
