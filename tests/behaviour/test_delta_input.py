@@ -208,6 +208,21 @@ def test_where_leaves_partitions_unopened(
     sound(out)
 
 
+def test_where_leaves_files_unopened_by_the_logs_bounds(
+    table: Path, night: Night, out: Path, opened: list[str]
+) -> None:
+    summary = night(data__where="id >= 5")
+    assert (ids(out), len(opened)) == ([5], 1)
+    assert summary.filtered is not None
+    assert (summary.filtered.sources, summary.filtered.rows) == (1, 1)
+    sound(out)
+    night(data__where="id < 3")
+    assert ids(out) == [1, 2, 5]
+    sound(out)
+    with pytest.raises(InputError, match=r"2 files, and no value that the table records meets"):
+        night(data__where="id > 90")
+
+
 @pytest.mark.parametrize("pinned", [None, 1])
 def test_a_run_stays_at_its_version(
     table: Path, night: Night, out: Path, monkeypatch: pytest.MonkeyPatch, pinned: int | None

@@ -10,8 +10,9 @@ from typing import Literal
 
 from glmbatch.errors import InputError
 from glmbatch.ledger.manifest import Manifest
+from glmbatch.settings.conditions import columns_of, parse_condition
 from glmbatch.store.folder import Folder
-from glmbatch.store.inputs.filters import row_filter
+from glmbatch.store.inputs.filters import left_out, row_filter
 from glmbatch.store.tables.delta import find_delta
 
 
@@ -24,15 +25,17 @@ def covering(manifest: Manifest) -> Iterator[tuple[Literal["wrong", "unchecked"]
     if version is None or manifest.limit is not None:
         return
     try:
-        live = find_delta(Folder(manifest.root).path, version.number).names
+        found = find_delta(Folder(manifest.root).path, version.number)
     except InputError as error:
         yield "unchecked", f"{version} cannot be read now: {error}"
         return
     published = {file.source for file in manifest.files}
     known = published | {fault.source for fault in manifest.unusable}
-    keeps = row_filter(manifest.where, "text")
-    for name in live:
-        if name not in known and keeps.left_of(name) is not False:
+    known |= left_out(found, row_filter(manifest.where, "text"))
+    where = columns_of(parse_condition(manifest.where)) if manifest.where else []
+    # The manifest does not say which column is called `text` in a condition.
+    for name in found.names if "text" not in where else ():
+        if name not in known:
             yield "wrong", f"{version} has {name}, of which no row is published"
-    for name in sorted(published - set(live)):
+    for name in sorted(published - set(found.names)):
         yield "wrong", f"{version} does not have {name}, of which rows are published"

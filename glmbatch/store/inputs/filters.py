@@ -41,6 +41,7 @@ from glmbatch.store.inputs.found import Found
 from glmbatch.store.inputs.needs import folder_columns, in_file
 from glmbatch.store.lines.form import LINE_ERROR, is_lines
 from glmbatch.store.parquet import check_column, read_opened
+from glmbatch.store.tables.bounds import without_rows
 from glmbatch.store.tables.fitting import fitted_rows
 from glmbatch.store.types import leaves
 
@@ -104,21 +105,29 @@ def in_folders(
 ) -> tuple[Found, list[str]]:
     """The files that are not left out by the names of their folders, and those that are.
 
-    InputError when all of the files at `address` are, which names the condition `where`.
+    Those of a table may be left out by its bounds too. InputError when all of the files at
+    `address` are, which names the condition `where`.
     """
-    left_out = [name for name in found.names if keeps.left_of(name) is False]
-    if not left_out:
+    gone = left_out(found, keeps)
+    if not gone:
         return found, []
     refused = {name: why for name, why in found.refused.items() if keeps.left_of(name) is not False}
-    if len(left_out) == len(found.names) and not refused:
+    if len(gone) == len(found.names) and not refused:
+        what = "no value that the table records" if found.bounds else "no folder's name"
         raise InputError(
-            f"{shown(address)}: {counted(len(left_out), 'file')}, and no folder's name meets "
-            f"{SETTING}: {where}. Set {SETTING}."
+            f"{shown(address)}: {counted(len(gone), 'file')}, and {what} meets {SETTING}: {where}. "
+            f"Set {SETTING}."
         )
-    gone = set(left_out)
     names = [name for name in found.names if name not in gone]
     stamps = {name: stamp for name, stamp in found.stamps.items() if name not in gone}
-    return replace(found, names=names, stamps=stamps, refused=refused), left_out
+    return replace(found, names=names, stamps=stamps, refused=refused, bounds={}), sorted(gone)
+
+
+def left_out(found: Found, keeps: RowFilter) -> set[str]:
+    """The files that are known to have no row that is kept, without a look at them."""
+    conditions = {name: keeps.left_of(name) for name in found.names}
+    gone = {name for name, condition in conditions.items() if condition is False}
+    return gone | without_rows(conditions, found.bounds) if found.bounds else gone
 
 
 def _left(

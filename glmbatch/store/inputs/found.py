@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pyarrow as pa
 
 from glmbatch.store.paths import AnyPath
+from glmbatch.store.tables.bounds import ColumnBounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ class Found:
 
     Of a table they are the files of one `version`, which never change. Their stamps are what the
     table itself says of them: size and time. `columns` are those of the table that come from files
-    and not from the names of folders.
+    and not from the names of folders. `bounds` are what the table says of the values of some, in
+    the order of `names`.
     """
 
     root: AnyPath
@@ -56,3 +59,4 @@ class Found:
     skipped: list[Skipped]
     version: Version | None = None
     columns: pa.Schema | None = None
+    bounds: Mapping[str, ColumnBounds] = field(default_factory=dict)

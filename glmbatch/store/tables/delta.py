@@ -18,6 +18,7 @@ from glmbatch.store.errors import one_line
 from glmbatch.store.inputs.found import Found, Version
 from glmbatch.store.objects.access import storage_options
 from glmbatch.store.paths import AnyPath
+from glmbatch.store.tables.bounds import ColumnBounds
 from glmbatch.store.tables.table import TableFile, found_table
 
 if TYPE_CHECKING:
@@ -52,10 +53,11 @@ def find_delta(folder: AnyPath, number: int | None) -> Found:
         _check_readable(folder, table)
         version = Version("Delta", table.version())
         partitions = table.metadata().partition_columns
-        columns = pa.schema(table.schema().to_arrow())
-        files = list(_files(table, partitions))
-    own = [field for field in columns if field.name not in partitions]
-    return found_table(folder, version, files, pa.schema(own))
+        schema = pa.schema(table.schema().to_arrow())
+        columns = pa.schema([field for field in schema if field.name not in partitions])
+        adds = pa.table(table.get_add_actions(flatten=True))
+    files = list(_files(adds, partitions))
+    return found_table(folder, version, files, columns, _bounds(adds, columns))
 
 
 def open_delta(folder: AnyPath) -> DeltaTable:
@@ -120,8 +122,18 @@ def _has_vectors(table: DeltaTable) -> bool:
     return bool(pa.table(table.deletion_vectors().read_all()).num_rows)
 
 
-def _files(table: DeltaTable, partitions: list[str]) -> Iterator[TableFile]:
-    adds = pa.table(table.get_add_actions(flatten=True))
+def _bounds(adds: pa.Table, columns: pa.Schema) -> dict[str, ColumnBounds]:
+    """What the log says of the values of the `columns` in each file."""
+    bounds = {}
+    for field in columns:
+        names = [f"{what}.{field.name}" for what in ("min", "max", "null_count")]
+        if not pa.types.is_nested(field.type) and set(names) <= set(adds.column_names):
+            parts = [adds.column(name).combine_chunks() for name in names]
+            bounds[field.name] = ColumnBounds(*parts)
+    return bounds
+
+
+def _files(adds: pa.Table, partitions: list[str]) -> Iterator[TableFile]:
     names = ["path", "size_bytes", "modification_time"]
     values = {column: adds.column(f"partition.{column}") for column in partitions}
     for row, add in enumerate(adds.select(names).to_pylist()):

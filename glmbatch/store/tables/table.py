@@ -6,7 +6,7 @@ records them, say whether it was published before, without a look at the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ from glmbatch.store.inputs.find import SETTING, name_fault
 from glmbatch.store.inputs.found import Found, Version
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.paths import AnyPath, is_hidden
+from glmbatch.store.tables.bounds import ColumnBounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,31 +33,37 @@ class TableFile:
 
 
 def found_table(
-    root: AnyPath, version: Version, files: Iterable[TableFile], columns: pa.Schema
+    root: AnyPath,
+    version: Version,
+    files: Sequence[TableFile],
+    columns: pa.Schema,
+    bounds: Mapping[str, ColumnBounds] | None = None,
 ) -> Found:
     """The `files` of a table in the folder `root`, as an input; `columns` are those in its files.
 
+    `bounds` are those of some columns, in the order of `files`.
+
     InputError when there are none, or when a file's place does not say what the table says of it.
     """
-    stamps = {}
     for file in files:
         _check_place(root, file)
-        stamps[file.name] = file.stamp
-    if not stamps:
+    if not files:
         raise InputError(
             f"{shown(root)}: {version} has no files, so there are no rows to read; what was "
             f"published stays. Set data.version to an earlier one, or {SETTING}."
         )
+    order = pa.array(sorted(range(len(files)), key=lambda place: files[place].name))
     return Found(
         root=root,
         kind="table",
-        names=sorted(stamps),
-        stamps=dict(stamps),
+        names=sorted(file.name for file in files),
+        stamps={file.name: file.stamp for file in files},
         links=frozenset(),
         refused={},
         skipped=[],
         version=version,
         columns=columns,
+        bounds={name: column.take(order) for name, column in (bounds or {}).items()},
     )
 
 

@@ -6,7 +6,7 @@ import json
 import struct
 import sys
 from collections.abc import Callable
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -16,6 +16,7 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from glmbatch.errors import InputError, StoreRefused, TransientError
+from glmbatch.store.inputs.filters import left_out, row_filter
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.objects.access import storage_options
 from glmbatch.store.tables.delta import find_delta
@@ -227,3 +228,50 @@ def test_a_store_that_is_away_is_tried_again_later(store: Store) -> None:
     with pytest.raises((TransientError, StoreRefused)) as refused:
         find_delta(store.path("in"), None)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ("n > 5", {"c", "none"}),
+        ("n = 4", {"b", "none"}),
+        ("n in (1, 9)", {"a", "none"}),
+        ("n <> 4", {"a", "b", "c", "none"}),
+        ("not (n >= 3)", {"a", "none"}),
+        ("n is null", {"c", "none"}),
+        ("n > 5 and name < 'b'", {"none"}),
+        ("n > 5 or name < 'b'", {"a", "c", "none"}),
+        ("day = '2026-11-02'", {"b"}),
+        ("day >= '2026-11-02' and n = 1", set()),
+        ("score > 1.5", set()),
+        ("not (score > 1.5)", {"a", "b", "c", "none"}),
+        ("seen > '2026-11-01'", {"a", "b", "c", "none"}),
+        ("n > 'x'", {"a", "b", "c", "none"}),
+        ("text > 'zzz'", set()),
+    ],
+)
+def test_the_logs_bounds_leave_files_out(tmp_path: Path, where: str, kept: set[str]) -> None:
+    folder = tmp_path / "in"
+    for number, name in enumerate("abc"):
+        begin = 3 * number + 1
+        columns = {
+            "n": [begin, begin + 1] if name != "c" else [begin, None],
+            "name": [name, name],
+            "body": ["x", "y"],
+            "day": [date(2026, 11, number + 1)] * 2,
+            "score": [1.0, float("nan")],
+            "seen": [datetime(2026, 11, 1)] * 2,
+        }
+        write_deltalake(folder, pa.table(columns), mode="append")
+    files = {name: "abc"[number] for number, name in enumerate(paths(folder))}
+    add = {**entries(folder, "add")[0], "path": "none.parquet"}
+    commit(folder, {"add": {**add, "stats": None}})
+    files["none.parquet"] = "none"
+    found = find_delta(folder, None)
+    gone = left_out(found, row_filter(where, "body"))
+    expected = kept | {"none"}
+    assert {files[name] for name in found.names if name not in gone} == expected
+
+
+def paths(folder: Path) -> list[str]:
+    return [unquote(add["path"]) for add in entries(folder, "add")]
