@@ -169,8 +169,7 @@ def _doctor(parsed: argparse.Namespace) -> int:
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from glmbatch.cli.verify import describe
-    from glmbatch.ledger.verification import verify
+    from glmbatch.cli.verify import describe, verify
 
     verification = verify(parsed.output)
     _show(verification, lambda: describe(verification), parsed.json)

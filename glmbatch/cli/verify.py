@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from glmbatch.errors import counted
-from glmbatch.ledger.verification import Verification
+from glmbatch.ledger.verification import Verification, verify
+
+__all__ = ["describe", "verify"]
 
 
 def describe(verification: Verification) -> str:

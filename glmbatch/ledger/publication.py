@@ -70,15 +70,12 @@ def publish(
     if version is not None:
         stale -= version.known  # older versions of the table need their files
     # Before the first move, so that files moved before a kill are found again.
-    _announce(root, stale | {output.output_name for output in outputs}, lost=announced.lost)
+    moves = {output.output_name for output in outputs}
+    _announce(root, stale | moves, lost=announced.lost, commits=version is not None)
     _move_staged(ledger, outputs)
     manifest = leave_alone(manifest)
     if table is not None and version is not None:
-        rows = {file.output_name: file.rows for file in manifest.files}
-        check_held(root / LOCK)
-        # In a store, a run that lost its lock to us may stand still in the middle of its commit.
-        fences = bool(announced.names) and ledger.folder.local is None
-        commit_table(table, rows, version, fences=fences)
+        _commit(ledger, table, manifest, version, after_a_kill=announced.exists)
     write_quarantine(root, quarantine)
     old_lists = find_lists(root)
     # Moving the files may have taken longer than a lock in a store lives without renewal.
@@ -97,10 +94,12 @@ class Announced(NamedTuple):
     """The names of files that killed publications had begun to move into place.
 
     `lost` is true if a list of such names was damaged and no publication was completed since.
+    `exists` is true if there is a list at all.
     """
 
     names: set[str]
     lost: bool
+    exists: bool = True
 
 
 def read_announced(root: AnyPath) -> Announced:
@@ -116,7 +115,7 @@ def read_announced(root: AnyPath) -> Announced:
         names = set(_NAMES.validate_python(listed["names"]))
         return Announced(names, lost=bool(listed.get("lost", False)))
     except FileNotFoundError:
-        return Announced(set(), lost=False)
+        return Announced(set(), lost=False, exists=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
             raise TransientError(f"{path}: cannot be read now: {error.strerror}.") from error
@@ -124,12 +123,13 @@ def read_announced(root: AnyPath) -> Announced:
         return Announced(set(), lost=True)
 
 
-def _announce(root: AnyPath, names: Collection[str], *, lost: bool) -> None:
+def _announce(root: AnyPath, names: Collection[str], *, lost: bool, commits: bool) -> None:
     """Record the files to be moved, for the next publication if this one is killed.
 
-    `lost` is recorded too, until a publication has searched for the files of a lost list.
+    `lost` is recorded too, until a publication has searched for the files of a lost list. One that
+    `commits` a table is announced in any case.
     """
-    if not names and not lost:  # nothing is moved, and nothing was announced before
+    if not names and not lost and not commits:  # nothing is moved, nothing was announced before
         return
     listed: dict[str, Any] = {"names": sorted(names)}
     if lost:
@@ -150,6 +150,16 @@ def put_strangers_aside(folder: Folder, named: Collection[str]) -> list[str]:
             logger.warning("%s: is not published; moved to %s", path, folder.put_aside(name))
             moved.append(name)
     return moved
+
+
+def _commit(
+    ledger: Ledger, table: Table, manifest: Manifest, version: Commit, *, after_a_kill: bool
+) -> None:
+    check_held(ledger.root / LOCK)
+    rows = {file.output_name: file.rows for file in manifest.files}
+    # In a store, the run that did not end may stand still in the middle of its commit.
+    fences = after_a_kill and ledger.folder.local is None
+    commit_table(table, rows, version, fences=fences)
 
 
 def _next_version(

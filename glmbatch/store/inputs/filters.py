@@ -113,9 +113,11 @@ def in_folders(
         return found, []
     refused = {name: why for name, why in found.refused.items() if keeps.left_of(name) is not False}
     if len(gone) == len(found.names) and not refused:
-        what = "no value that the table records" if found.bounds else "no folder's name"
+        why = "and no folder's name meets"
+        if found.bounds:
+            why = "and no value that the table records meets"
         raise InputError(
-            f"{shown(address)}: {counted(len(gone), 'file')}, and {what} meets {SETTING}: {where}. "
+            f"{shown(address)}: {counted(len(gone), 'file')}, {why} {SETTING}: {where}. "
             f"Set {SETTING}."
         )
     names = [name for name in found.names if name not in gone]
