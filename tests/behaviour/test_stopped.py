@@ -1,0 +1,69 @@
+"""A run that stands still holds its output on a disk: another is refused, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from glmbatch.errors import InputError
+from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.verification import verify
+from tests.soak.nights import CELLS
+from tests.support import CLASSIFY, ROOT, Settings, Write, run
+
+pytestmark = pytest.mark.slow
+
+# A run that stops itself while it moves its first file to where readers see it.
+STOPPING = """
+import json, os, signal, sys
+from glmbatch.run.job import run_job
+from glmbatch.settings.job import JobConfig
+
+job = json.loads(sys.argv[1])
+replace = os.replace
+
+def stopping(source, target):
+    if os.path.dirname(target) == job["data"]["output"] and str(target).endswith(".parquet"):
+        os.replace = replace
+        os.kill(os.getpid(), signal.SIGSTOP)
+    replace(source, target)
+
+os.replace = stopping
+run_job(JobConfig.model_validate(job))
+"""
+
+
+def content(out: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("table", sorted({cell.table for cell in CELLS}))
+def test_a_stopped_holder_on_a_disk_keeps_its_lock(
+    write_source: Write, job_settings: Settings, out: Path, table: str
+) -> None:
+    write_source("a.parquet", {"text": ["older", "rows"]})
+    job = job_settings(steps=[CLASSIFY], data__format=table)
+    run(job)
+    write_source("a.parquet", {"text": ["rows", "of the holder"]})
+    with subprocess.Popen([sys.executable, "-c", STOPPING, json.dumps(job)], cwd=ROOT) as process:
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+        before = content(out)
+        write_source("a.parquet", {"text": ["newer", "rows"]})
+        with pytest.raises(InputError, match=f"process {process.pid} of .* is writing to it"):
+            run(job)
+        assert content(out) == before
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(120) == 0
+    assert run(job).computed == 1
+    assert verify(out).findings == ()
+    manifest = Ledger(out).manifest()
+    assert manifest is not None
+    (file,) = manifest.files
+    assert pq.read_table(out / file.output_name)["text"].to_pylist() == ["newer", "rows"]
