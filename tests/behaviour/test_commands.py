@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 
 from glmbatch.settings.job import JobConfig
+from tests.postgresql import postgresql_server
+from tests.stores import Store
 from tests.support import ROOT
 
+DATABASE = "postgresql://db.example.com/shop"
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/**/*.md")))]
 
 
@@ -60,11 +66,54 @@ def test_the_two_commands_come_first_and_ci_runs_the_second() -> None:
     assert "make test" in (ROOT / ".ci/run").read_text().splitlines()
 
 
+def test_each_source_and_sink_has_a_command() -> None:
+    section = (ROOT / "README.md").read_text().partition("## Sources and sinks\n")[2]
+    links = re.findall(r"\]\(([^)]+)\)", section.partition("\n## ")[0])
+    assert len(links) > 6
+    for link in links:
+        page = link.partition("#")[0] or "README.md"
+        assert any(line.startswith("glmbatch ") for line in commands(page)), link
+
+
+@pytest.fixture(scope="module")
+def buckets(s3: Store) -> None:
+    """The buckets of the commands, with the sample in one of them, in a store that they reach."""
+    for name in ("landing", "answers"):
+        s3.client.create_bucket(Bucket=name)
+    sample = ROOT / "sample_data"
+    for path in sample.glob("reviews/**/*.parquet"):
+        key = path.relative_to(sample).as_posix()
+        s3.client.put_object(Bucket="landing", Key=key, Body=path.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    """The address of a server with the table of the commands."""
+    from adbc_driver_postgresql import dbapi
+
+    texts = [f"The noise of number {number} is so-so." for number in range(60)]
+    reviews = pa.table({"id": range(60), "text": texts, "product": ["Blender"] * 60})
+    with postgresql_server() as setting:
+        host = setting.partition("?host=")[2]
+        address = f"postgresql:///postgres?host={host}&user=prefect"
+        with dbapi.connect(address) as connection, connection.cursor() as cursor:
+            cursor.adbc_ingest("reviews", reviews, mode="create")
+            connection.commit()
+        yield address
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "command"), [(page, command) for page in PAGES for command in commands(page)]
 )
-def test_each_command_runs(page: str, command: str, folders: dict[str, Path]) -> None:
+def test_each_command_runs(
+    page: str, command: str, folders: dict[str, Path], request: pytest.FixtureRequest
+) -> None:
+    if "s3://" in command:
+        request.getfixturevalue("buckets")
+    if DATABASE in command:
+        address = request.getfixturevalue("database")
+        command = command.replace(DATABASE, shlex.quote(address))
     done = run(command.replace("/tmp/", f"{folders[page]}/"), folders[page])
     assert done.returncode in {0, 3}, done.stderr
     assert done.stdout
