@@ -120,7 +120,7 @@ def s3_server(log: Path) -> Iterator[int]:
         ) as server,
     ):
         try:
-            for _ in range(300):
+            for _ in range(1200):  # a busy machine takes half a minute
                 with socket.socket() as probe:
                     if not probe.connect_ex(("127.0.0.1", port)):
                         break

@@ -6,6 +6,8 @@ a file that the process maps, so they outlive it.
 
 from __future__ import annotations
 
+import faulthandler
+import importlib
 import json
 import mmap
 import os
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,18 +27,39 @@ from glmbatch.ledger.manifest import MANIFEST
 from tests.support import ROOT
 
 # A run that takes longer hangs.
-MOST_SECONDS = 120
+MOST_SECONDS = 300
+# What a run imports, also while it works.
+IMPORTED = (
+    "boto3",
+    "deltalake",
+    "glmbatch.glm.checkpoint.load",
+    "glmbatch.glm.engine.worker",
+    "glmbatch.glm.model.decode_kernel",
+    "glmbatch.glm.tokenizer",
+    "glmbatch.run.job",
+    "obstore",
+    "pandas",
+    "pygal",
+)
+# What an exit code of `glmbatch run` says.
+ENDS = {0: "published", 3: "published"}
 
 
 @dataclass(frozen=True)
 class Kill:
     """When to kill a run: before or after its n-th change of a name, at its n-th prompt, or later.
 
-    `at` is a number of names or prompts, from 1, or seconds.
+    `at` is a number of names or prompts, from 1, or seconds. With `publishing`, names and seconds
+    count from the first change that readers see.
     """
 
     kind: Literal["before name", "after name", "prompt", "time"]
     at: float
+    publishing: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.kind
 
 
 @dataclass(frozen=True)
@@ -65,38 +89,68 @@ class Runs(Protocol):
 
 
 class Counters:
-    """The counts of an Outcome, in their order, in a mapped file."""
+    """The counts of an Outcome, in their order, and the process's number, in a mapped file."""
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
-            path.write_bytes(bytes(32))
+            path.write_bytes(bytes(40))
         with path.open("r+b") as file:
-            self.counts = memoryview(mmap.mmap(file.fileno(), 32)).cast("Q")
+            self.counts = memoryview(mmap.mmap(file.fileno(), 40)).cast("Q")
+
+    def of_run(self) -> list[int]:
+        """The counts of an Outcome alone."""
+        return list(self.counts[:4])
 
 
 def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    """Kill this process and those that it started."""
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def watch(order: dict[str, Any], counters: Counters) -> None:
     """Count from now on what this process asks and renames, and let it die where `order` says."""
     from glmbatch.glm.engine.worker import TorchEngine
     from glmbatch.store import files
+    from glmbatch.store.locks import StoreLock
 
     kill = Kill(**order["kill"]) if order["kill"] else None
     files.TICK_NS = int(order["grain_seconds"] * 1e9)
+    if order.get("lock_seconds"):
+        StoreLock.__init__.__defaults__ = (order["lock_seconds"] / 10, order["lock_seconds"], None)
+    output = Path(order["output"])
     for name in ("replace", "unlink", "rename"):
         call = getattr(os, name)
-        setattr(os, name, _naming(call, Path(order["output"]), counters.counts, kill))
+        setattr(os, name, _naming(call, output, counters.counts, kill))
+    for owner, name in _commits(order["job"]["data"].get("format")):
+        call = getattr(owner, name)
+        setattr(owner, name, _naming(call, output, counters.counts, kill, output / name))
     for name in ("classify", "generate"):
         setattr(TorchEngine, name, _asking(getattr(TorchEngine, name), counters.counts, kill))
 
 
+def _commits(table: str | None) -> list[tuple[Any, str]]:
+    """The calls that commit to a table of this format. They change names without Python's `os`."""
+    if table == "delta":
+        from deltalake import DeltaTable, transaction
+
+        return [
+            (DeltaTable, "create_write_transaction"),
+            (transaction, "create_table_with_add_actions"),
+        ]
+    return []
+
+
 def _naming(
-    call: Callable[..., Any], output: Path, counts: memoryview, kill: Kill | None
+    call: Callable[..., Any],
+    output: Path,
+    counts: memoryview,
+    kill: Kill | None,
+    changed: Path | None = None,
 ) -> Callable[..., Any]:
+    """`call`, counted as a change of the path `changed`, else of the one in its arguments."""
+
     def counted(*arguments: Any, **options: Any) -> Any:
-        path = Path(arguments[-1])
+        path = changed or Path(arguments[-1])
         if not path.is_relative_to(output):
             return call(*arguments, **options)
         counts[1] += 1
@@ -104,7 +158,9 @@ def _naming(
             counts[2] = counts[1]
         if path.name == MANIFEST:
             counts[3] = counts[1]
-        dies = kill.kind if kill is not None and kill.at == counts[1] else None
+        since = counts[2] - 1 if counts[2] else counts[1]
+        number = counts[1] - since if kill is not None and kill.publishing else counts[1]
+        dies = kill.kind if kill is not None and kill.at == number else None
         if dies == "before name":
             die()
         try:
@@ -128,21 +184,26 @@ def _asking(call: Callable[..., Any], counts: memoryview, kill: Kill | None) -> 
 
 
 class Forks:
-    """Runs of `run_job` in forks of one process that has imported everything."""
+    """Runs in forks of one process that has imported everything.
 
-    in_flight = 1
+    They are runs of `run_job`, or with the `environment` of a Prefect server of `glmbatch run`.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
         self.counters = folder / "counters"
         self.grain_seconds = 2.0
+        self.lock_seconds = 0.0  # after which a lock in a store is stale; 0: as users have it
+        self.in_flight = 1 if environment is None else 2
+        self._command = None if environment is None else str(folder / "job.yaml")
         self._log = (folder / "log").open("w")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.soak.runs"],
+            [sys.executable, "-m", "tests.soak.runs", *(["flows"] if environment else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
             cwd=ROOT,
+            env={**os.environ, **(environment or {})},
         )
 
     def run(self, job: dict[str, Any], kill: Kill | None = None) -> Outcome:
@@ -155,7 +216,11 @@ class Forks:
             "kill": asdict(kill) if kill is not None else None,
             "counters": str(self.counters),
             "grain_seconds": self.grain_seconds,
+            "lock_seconds": self.lock_seconds,
+            "command": self._command,
         }
+        if self._command:
+            Path(self._command).write_text(yaml.safe_dump(job))
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return Outcome(**json.loads(self._process.stdout.readline()))
@@ -179,7 +244,8 @@ class Flows:
         """Run `job` until it ends or is killed."""
         (self.folder / "job.yaml").write_text(yaml.safe_dump(job))
         order = {
-            "job": str(self.folder / "job.yaml"),
+            "command": str(self.folder / "job.yaml"),
+            "job": job,
             "output": job["data"]["output"],
             "kill": asdict(kill) if kill is not None else None,
             "counters": str(self.folder / "counters"),
@@ -202,10 +268,10 @@ class Flows:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        ends = {0: "published", 3: "published", -signal.SIGKILL: "killed"}
+        ends = {**ENDS, -signal.SIGKILL: "killed"}
         end = ends.get(process.returncode, "refused")
         message = (self.folder / "log").read_text()[-2000:]
-        return Outcome(end, *counters.counts, time.monotonic() - began, message)
+        return Outcome(end, *counters.of_run(), time.monotonic() - began, message)
 
 
 def _fork(order: dict[str, Any]) -> Outcome:
@@ -217,13 +283,27 @@ def _fork(order: dict[str, Any]) -> Outcome:
     began = time.monotonic()
     process = os.fork()
     if not process:
+        os.setpgid(0, 0)
+        faulthandler.register(signal.SIGUSR1)
+        counters.counts[4] = os.getpid()
+        os.dup2(2, 1)  # what is printed must not reach the pipe of the answers
         os.write(write, json.dumps(_run(order, counters)).encode())
         os._exit(0)
     os.close(write)
-    seconds = kill["at"] if kill and kill["kind"] == "time" else MOST_SECONDS
+    with suppress(OSError):  # the process may have done so itself, or have ended
+        os.setpgid(process, process)
+    timed = kill if kill and kill["kind"] == "time" else None
+    since = 0.0 if timed and timed["publishing"] else began
+    seconds = timed["at"] if timed else MOST_SECONDS
     while not (ended := os.waitpid(process, os.WNOHANG))[0]:
-        if time.monotonic() - began > seconds:
-            os.kill(process, signal.SIGKILL)
+        if not since and counters.counts[2]:
+            since = time.monotonic()
+        now = time.monotonic()
+        if (since and now - since > seconds) or now - began > MOST_SECONDS:
+            if now - began > MOST_SECONDS:
+                os.kill(process, signal.SIGUSR1)  # the log gets the stacks of all threads
+                time.sleep(1)
+            os.killpg(process, signal.SIGKILL)
             ended = os.waitpid(process, 0)
             break
         time.sleep(0.0005)
@@ -238,7 +318,7 @@ def _fork(order: dict[str, Any]) -> Outcome:
     else:
         end = "killed" if os.WIFSIGNALED(status) else f"exit {os.waitstatus_to_exitcode(status)}"
         message = ""
-    return Outcome(end, *counters.counts, lasted, message)
+    return Outcome(end, *counters.of_run(), lasted, message)
 
 
 def _run(order: dict[str, Any], counters: Counters) -> tuple[str, str]:
@@ -246,6 +326,16 @@ def _run(order: dict[str, Any], counters: Counters) -> tuple[str, str]:
     from glmbatch.settings.job import JobConfig
 
     watch(order, counters)
+    if order["command"]:
+        from glmbatch.cli.main import main
+
+        log = Path(order["command"]).with_suffix(".log")
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        code = main(["run", order["command"]])
+        sys.stdout.flush()
+        return ENDS.get(code, f"exit {code}"), log.read_text()[-2000:]
     try:
         run_job(JobConfig.model_validate(order["job"]))
     except Exception as error:  # noqa: BLE001 - the caller compares it with the twin's
@@ -253,15 +343,11 @@ def _run(order: dict[str, Any], counters: Counters) -> tuple[str, str]:
     return "published", ""
 
 
-def _serve() -> None:
-    # Once, before the processes are forked: everything that a run imports.
+def _serve(*, prefect: bool) -> None:
+    # Once, before the processes are forked.
+    for name in (*IMPORTED, *["flows.annotate"] * prefect):
+        importlib.import_module(name)
     from transformers import GlmForCausalLM  # noqa: F401
-
-    import glmbatch.glm.checkpoint.load
-    import glmbatch.glm.engine.worker
-    import glmbatch.glm.model.decode_kernel
-    import glmbatch.glm.tokenizer
-    import glmbatch.run.job  # noqa: F401
 
     for line in sys.stdin:
         print(json.dumps(asdict(_fork(json.loads(line)))), flush=True)  # noqa: T201
@@ -271,11 +357,11 @@ def _run_flow(order: dict[str, Any]) -> None:
     from glmbatch.cli.main import main
 
     watch(order, Counters(Path(order["counters"])))
-    sys.exit(main(["run", order["job"]]))
+    sys.exit(main(["run", order["command"]]))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        _run_flow(json.loads(sys.argv[1]))
+    if sys.argv[1:] in ([], ["flows"]):
+        _serve(prefect=bool(sys.argv[1:]))
     else:
-        _serve()
+        _run_flow(json.loads(sys.argv[1]))
