@@ -34,6 +34,7 @@ from glmbatch.ledger.receipts import (
     read_receipt,
     write_with_receipt,
 )
+from glmbatch.ledger.tables.iceberg import METADATA
 from glmbatch.store.files import (
     Digests,
     digest_file,
@@ -111,7 +112,7 @@ class Ledger:
         own = local / OWN
         with writable(own):
             inside = [*own.iterdir()] if own.is_dir() else []
-        for path in (own, *inside, local / LOG):
+        for path in (own, *inside, local / LOG, local / METADATA):
             if path.is_symlink() and path.is_dir():
                 raise InputError(
                     f"{path}: is a link to a folder, and glmbatch never writes or deletes through "

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -14,6 +14,7 @@ from glmbatch.errors import MACHINE_ERRNOS, InputError, TransientError
 from glmbatch.ledger.filelist import FileList, ListMissing, commit_list, read_list
 from glmbatch.ledger.fragments import FileFault, Plan
 from glmbatch.ledger.receipts import AnswerCounts, OutputReceipt
+from glmbatch.settings.kinds import OutputFormat
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import committed, naming, reachable, writable
 from glmbatch.store.folder import Folder, Name, unlink_all
@@ -94,8 +95,8 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
       While these stay the same, the condition of another night may bring their rows back.
     - `limit` is `data.limit` of the run: if set, the files do not have all rows.
     - `steps` says what the step keys of the run were made from.
-    - With the `format` "delta" the same files form a Delta table. Replaced files then stay for the
-      older versions of the table.
+    - With another `format` than Parquet the same files form a table, an Iceberg table with the name
+      `table`. Replaced files then stay for the older versions of the table.
     """
 
     run: str
@@ -105,7 +106,8 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     unusable: tuple[FileFault, ...] = ()
     limit: int | None = None
     steps: dict[str, StepOrigin] = {}
-    format: Literal["parquet", "delta"] = "parquet"
+    format: OutputFormat = "parquet"
+    table: str = ""
     where: str | None = None
     version: Version | None = None
     spared: dict[str, tuple[str, str]] = {}
@@ -255,7 +257,8 @@ def next_manifest(  # noqa: PLR0913 - the run, and what is published before and 
     stay: Sequence[PublishedFile],
     unusable: Sequence[FileFault],
     steps: Mapping[str, StepOrigin],
-    format: Literal["parquet", "delta"] = "parquet",
+    format: OutputFormat = "parquet",
+    table: str = "",
 ) -> Manifest:
     """The manifest for when the files of `written` are published beside those that `stay`.
 
@@ -264,7 +267,7 @@ def next_manifest(  # noqa: PLR0913 - the run, and what is published before and 
     """
     files = [*stay, *(published_file(output) for output in written)]
     replaced = set(before.replaced) if before else set()
-    # In a Delta table nothing is marked as replaced, because older versions need their files.
+    # In a table nothing is marked as replaced, because older versions need their files.
     if before is not None and before.format == "parquet":
         replaced |= {file.output_name for file in before.files}
     return Manifest(
@@ -276,6 +279,7 @@ def next_manifest(  # noqa: PLR0913 - the run, and what is published before and 
         limit=plan.limit,
         steps=dict(steps),
         format=format,
+        table=table,
         where=plan.where,
         version=plan.version,
         spared=_spared(plan, before, files),

@@ -65,7 +65,7 @@ def publish(
     )
     announced = read_announced(root)
     stale = announced.names
-    table = table_over(root, manifest.format)
+    table = table_over(root, manifest.format, manifest.table)
     version = None if table is None else _next_version(table, ledger, manifest, outputs)
     if version is not None:
         stale -= version.known  # older versions of the table need their files
@@ -159,7 +159,7 @@ def _commit(
     rows = {file.output_name: file.rows for file in manifest.files}
     # In a store, the run that did not end may stand still in the middle of its commit.
     fences = after_a_kill and ledger.folder.local is None
-    commit_table(table, rows, version, fences=fences)
+    commit_table(table, rows, version, run=manifest.run, fences=fences)
 
 
 def _next_version(

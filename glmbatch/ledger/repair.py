@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from glmbatch.ledger.quarantine import (
 )
 from glmbatch.ledger.receipts import OutputReceipt, has_digest, read_receipt, whole_digest
 from glmbatch.ledger.staying import overlap
-from glmbatch.ledger.tables.delta import is_table, table_files
+from glmbatch.ledger.tables.table import Table, table_in
 from glmbatch.store.files import modified, whole_address
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import AnyPath
@@ -147,9 +147,9 @@ def _rebuild(ledger: Ledger, notes: list[str]) -> Manifest:
 def _find(ledger: Ledger, copy: Manifest | None, notes: list[str]) -> Iterable[_Found]:
     """All our files at the place that their receipt names, and damaged ones that the copy lists."""
     lines = {file.output_name: file for file in copy.files} if copy is not None else {}
-    delta = is_table(ledger.root)
-    names = table_files(ledger.root) if delta else ledger.folder.visible_files()
-    for name in sorted({*names, *(name for name in lines if not delta)}):
+    table = _table(ledger, copy)
+    names = ledger.folder.visible_files() | lines.keys() if table is None else table.files
+    for name in sorted(names):
         path = ledger.root / name
         receipt = read_receipt(path, OutputReceipt) if path.is_file() else None
         line = lines.get(name)
@@ -157,7 +157,7 @@ def _find(ledger: Ledger, copy: Manifest | None, notes: list[str]) -> Iterable[_
             notes.append(f"{name}: is damaged; the next run replaces it if its source is there")
             yield _Found(line, False, modified(path))
             continue
-        if receipt is None or not _is_at_its_place(name, receipt, delta=delta):
+        if receipt is None or not _is_at_its_place(name, receipt, table):
             notes.append(f"{name}: {_what_it_is(path)}; left unchanged")
             continue
         digest = whole_digest(path)
@@ -174,16 +174,24 @@ def _find(ledger: Ledger, copy: Manifest | None, notes: list[str]) -> Iterable[_
         yield _Found(published_file(found), False, modified(path), receipt)
 
 
+def _table(ledger: Ledger, copy: Manifest | None) -> Table | None:
+    """The table over the published files; None without one. The copy says its name now."""
+    table = table_in(ledger.root)
+    if table is None or copy is None:
+        return table
+    return replace(table, name=copy.table or table.name)
+
+
 def _what_it_is(path: AnyPath) -> str:
     if not path.exists():
         return "was published, but is missing"
     return "has no receipt for this place, so it is damaged or not of glmbatch"
 
 
-def _is_at_its_place(name: str, receipt: OutputReceipt, *, delta: bool) -> bool:
-    if not delta:
+def _is_at_its_place(name: str, receipt: OutputReceipt, table: Table | None) -> bool:
+    if table is None:
         return name == receipt.output_name
-    # In a Delta table the digest is part of the name.
+    # In a table the digest is part of the name.
     return name.startswith(receipt.fragment.output_name.removesuffix(".parquet") + ".")
 
 
@@ -222,12 +230,14 @@ def _assemble(
         "are unknown; the manifest now says that there was no limit"
     )
     receipts = [one.receipt for one in files if one.receipt is not None]
+    table = _table(ledger, None)
     return Manifest(
         run=receipts[0].run,
         root=_root(receipts, notes),
         files=lines,
         unusable=_left_out(read_lines(ledger.root / QUARANTINE) or []),
-        format="delta" if is_table(ledger.root) else "parquet",
+        format="parquet" if table is None else table.format,
+        table="" if table is None else table.name,
     )
 
 

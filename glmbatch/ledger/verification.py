@@ -119,7 +119,7 @@ def _wrong(file: str, what: str, row: int | None = None) -> Finding:
 def _strangers(ledger: Ledger, manifest: Manifest) -> Iterator[Finding]:
     """Findings for files that readers would mistake for answers, and for unfinished files."""
     named = {file.output_name for file in manifest.files}
-    table = table_over(ledger.root, manifest.format)
+    table = table_over(ledger.root, manifest.format, manifest.table)
     for name in sorted(named ^ table.files) if table is not None else ():
         where = MANIFEST if name in named else "the table"
         yield _wrong(name, f"is only in {where}; run the job again")

@@ -80,6 +80,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     version            the version of the table that was read; None for other inputs
     measured           how the steps score on labelled rows
     requests           to object stores, until the report was written; None if there were none
+    table              the name of the Iceberg table over the output; empty if there is none
     """
 
     run: str
@@ -106,6 +107,7 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     version: Version | None = None
     measured: tuple[Measured, ...] = ()
     requests: Requests | None = None
+    table: str = ""
 
     @property
     def computed(self) -> int:

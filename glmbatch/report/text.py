@@ -11,6 +11,7 @@ from glmbatch.ledger.tables.delta import is_table
 from glmbatch.report.facts import answers, by_count, size, store_requests, tokens, unchanged
 from glmbatch.report.summary import StepSummary, Summary, short
 from glmbatch.store.folder import Folder
+from glmbatch.store.tables.catalogs import table_name
 
 LEFT_OUT_SHOWN = 20  # the rest are only counted: a whole landing folder may be damaged
 
@@ -90,8 +91,11 @@ def left_out(faults: Sequence[FileFault], before: str) -> Iterator[str]:
 
 
 def _where_to_read(summary: Summary) -> list[str]:
-    # Listing the folder of a Delta table would also return rows of its older versions.
-    if is_table(summary.output):
+    # Listing the folder of a table would also return rows of its older versions.
+    if summary.table:
+        catalog, identifier = table_name(summary.table)
+        reader = f"load_catalog({catalog!r}).load_table({identifier!r}).scan().to_pandas()"
+    elif is_table(summary.output):
         reader = f"deltalake.DeltaTable({summary.output!r}).to_pandas()"
     else:
         reader = f"pandas.read_parquet({summary.output!r})"

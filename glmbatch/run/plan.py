@@ -101,6 +101,7 @@ def plan_run(job: JobConfig, *, digests: bool = True, others: Sequence[str] = ()
         began=now(),
         output=job.data.output,
         format=job.data.format,
+        table=job.data.table or "",
         on_error=job.on_error,
         runtime=job.runtime,
         others=tuple(others),

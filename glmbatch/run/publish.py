@@ -225,10 +225,9 @@ def _collect(
 
 
 def _with_published_name(run: Run, output: OutputReceipt) -> OutputReceipt:
-    """The output under its published name, which in a Delta table includes the digest."""
+    """The output under its published name, which in a table has the digest: none is used twice."""
     if run.context.format == "parquet":
         return output
-    # Older versions of a table still need their files, so a new file never reuses a name.
     stem = output.fragment.output_name.removesuffix(".parquet")
     name = f"{stem}.{output.digest[:DIGEST_CHARS]}.parquet"
     return output.model_copy(update={"output_name": name})
@@ -276,6 +275,7 @@ def _summarize(
     return Summary(
         run=run.context.id,
         output=run.context.output,
+        table=run.context.table,
         rows=sum(output.fragment.rows for output in written) + sum(f.rows for f in unchanged),
         faulty_rows=faulty_rows + sum(file.faulty_rows for file in unchanged),
         fragments=len(written) + len(unchanged),
@@ -330,6 +330,7 @@ def _release(
         unusable=collected.unusable,
         steps=origins,
         format=run.context.format,
+        table=run.context.table,
     )
     ledger = collected.ledger
     read = {fragment.source for fragment in run.plan.fragments}

@@ -31,6 +31,7 @@ from glmbatch.settings.job import (
     ModelConfig,
     RuntimeConfig,
 )
+from glmbatch.settings.kinds import OutputFormat
 from glmbatch.steps.calibration import AnyMap, calibration_digest
 from glmbatch.steps.inputs import PromptInputs
 from glmbatch.store.inputs.needs import SchemaNeeds
@@ -80,7 +81,8 @@ class RunContext(BaseModel, frozen=True, extra="forbid"):
     id: str
     began: float
     output: str
-    format: Literal["parquet", "delta"]
+    format: OutputFormat
+    table: str = ""
     on_error: Literal["raise", "quarantine", "null"]
     runtime: RuntimeConfig
     others: tuple[str, ...] = ()

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from string import Formatter
-from typing import Literal
+from typing import Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from glmbatch.settings.conditions import parse_condition
-from glmbatch.settings.kinds import Address, Settings
+from glmbatch.settings.kinds import Address, OutputFormat, Settings
 from glmbatch.settings.lines import LinesConfig
 
 # The settings in which dates may stand.
@@ -30,17 +30,24 @@ class DataConfig(Settings):
 
     input: Address = Field(
         description="File, folder of files, or glob such as `in/day=*/*.parquet`: Parquet, CSV or "
-        "JSON lines. A local path or an address such as s3://bucket/name. {today} is a date: see "
-        "data.today.",
+        "JSON lines; or a table: the folder of a Delta table, or iceberg:CATALOG/namespace.name. "
+        "A local path or an address such as s3://bucket/name. {today} is a date: see data.today.",
     )
     output: Address = Field(
         description="Folder for the answers, created if absent; it mirrors the input's folders. "
         "A local path or an address such as s3://bucket/name.",
     )
-    format: Literal["parquet", "delta"] = Field(
+    format: OutputFormat = Field(
         "parquet",
-        description="parquet: a folder of Parquet files. delta: also a Delta Lake table over them; "
-        "choose it if readers must never see two publications mixed (needs glmbatch[delta]).",
+        description="parquet: a folder of Parquet files. delta, iceberg: also a Delta Lake or an "
+        "Iceberg table over them; choose one if readers must never see two publications mixed "
+        "(needs glmbatch[delta] or glmbatch[iceberg]).",
+    )
+    table: str | None = Field(
+        None,
+        pattern=r"^[^/\s]+/[^/\s.]+(\.[^/\s.]+)+$",
+        description="Name of the Iceberg table, as CATALOG/namespace.name. pyiceberg's own "
+        "settings say where the catalogue is. Empty: no Iceberg table is written.",
     )
     version: int | None = Field(
         None,
@@ -130,6 +137,15 @@ class DataConfig(Settings):
             if info.field_name == "where":
                 parse_condition(plain)
         return text
+
+    @model_validator(mode="after")
+    def _has_a_name_for_its_table(self) -> Self:
+        if (self.format == "iceberg") != (self.table is not None):
+            raise ValueError(
+                "format: iceberg and table: CATALOG/namespace.name belong together; set both, or "
+                "neither"
+            )
+        return self
 
     @property
     def columns_out(self) -> tuple[str, ...]:

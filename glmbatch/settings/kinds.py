@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +22,7 @@ from glmbatch.settings.addresses import checked, on_this_machine
 
 # Step names become column names, which every Parquet reader must accept.
 NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
+OutputFormat = Literal["parquet", "delta", "iceberg"]
 Share = Annotated[float, Field(ge=0, le=1)]
 StepName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 

@@ -190,8 +190,8 @@ class _Looker:
 
     def at_all(self, names: Sequence[str]) -> Iterator[_Outcome | UnusableFile]:
         """What became of each file, or why it cannot be used, in order."""
-        is_glob = self.found.kind == "glob"
-        given = real_path(self.found.root if is_glob else self.data.input)
+        is_named = self.found.kind in ("file", "folder")
+        given = real_path(self.data.input if is_named else self.found.root)
 
         def outcome(name: str) -> _Outcome | UnusableFile:
             try:

@@ -12,7 +12,9 @@ from glmbatch.ledger.manifest import Manifest
 from glmbatch.ledger.staying import staying
 from glmbatch.ledger.tables.delta import is_table
 from glmbatch.ledger.tables.table import check_sources, table_over
+from glmbatch.ledger.tables.types import FORMATS
 from glmbatch.settings.job import DataConfig
+from glmbatch.settings.kinds import OutputFormat
 from glmbatch.store.folder import Folder
 from glmbatch.store.parquet import TimeUnit
 from glmbatch.store.times import ALL_ROWS, Times, look_at_times, one_unit, with_common_columns
@@ -104,14 +106,18 @@ def _without(plan: Plan, reasons: Mapping[str, str], raise_faults: bool) -> Plan
 def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
     """The plan with the types that a table as output gives to each fragment's columns.
 
-    InputError if the output is a table and the job writes plain Parquet.
+    InputError if the output is a table of another format.
     """
-    table = table_over(data.output, data.format)
+    table = table_over(data.output, data.format, data.table or "")
+    published: OutputFormat = manifest.format if manifest is not None else "parquet"
+    if published == "delta" or is_table(data.output):
+        published = "delta" if is_table(data.output) else "parquet"
+    if published not in ("parquet", data.format):
+        raise InputError(
+            f"{data.output}: is {FORMATS[published].a_table}. Set data.format to {published}, or "
+            "data.output."
+        )
     if table is None:
-        if is_table(data.output):
-            raise InputError(
-                f"{data.output}: is a Delta table. Set data.format to delta, or data.output."
-            )
         return plan
     sources = {fragment.source: fragment.stored or fragment.path for fragment in plan.fragments}
     stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop").files

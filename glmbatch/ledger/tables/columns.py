@@ -84,7 +84,7 @@ def fitted(
         both = _one_schema(form, {"the table": before, "this run": columns})
         return Columns(_all_typed(both), partitions), True
     except InputError as error:
-        if some_stay:
+        if some_stay or form.grows:
             raise InputError(f"{where}: {error}") from error
         # No file stays, so the columns may change freely.
         return Columns(_all_typed(columns), partitions), False
@@ -139,7 +139,7 @@ def _one_schema(form: TableFormat, schemas: Mapping[str, pa.Schema]) -> pa.Schem
                     f"{other!r}: readers ignore case. {HINT}"
                 )
             first, kind = kinds.get(field.name, (name, field.type))
-            common = joined(kind, field.type)
+            common = joined(kind, field.type, grows=form.grows)
             if common is None:
                 raise InputError(
                     f"{name}: column {field.name!r} has the type {field.type}, but {kind} in "

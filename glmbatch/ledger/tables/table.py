@@ -8,39 +8,55 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from glmbatch.ledger.tables import delta
+from glmbatch.ledger.tables import delta, iceberg
 from glmbatch.ledger.tables.columns import Commit, Current, fitted, schema_of
 from glmbatch.ledger.tables.types import FORMATS, typed_text
+from glmbatch.settings.kinds import OutputFormat
 from glmbatch.store.files import exists
 from glmbatch.store.folder import Folder
 from glmbatch.store.paths import Address, AnyPath
 
-OutputFormat = Literal["parquet", "delta"]
-
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The table over the files of an output folder: its `format`, and the folder, its `root`."""
+    """The table over the files of an output folder, its `root`; Iceberg's has a `name`."""
 
     root: AnyPath
     format: OutputFormat
+    name: str = ""
+
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return self.name or str(self.root)
 
     @property
     def current(self) -> Current:
         """The table as it is. InputError when it is not ours, or its package is not installed."""
+        if self.format == "iceberg":
+            return iceberg.current(self.root, self.name)
         return delta.current(self.root)
 
     @property
     def files(self) -> set[str]:
         """The names of the files in the table's current version; none without a table."""
+        if self.format == "iceberg":
+            return iceberg.table_files(self.root, self.name)
         return delta.table_files(self.root)
 
 
-def table_over(root: Address, format: OutputFormat) -> Table | None:
+def table_over(root: Address, format: OutputFormat, name: str = "") -> Table | None:
     """The table over the output `root`; None for an output that is plain Parquet."""
-    return None if format == "parquet" else Table(Folder(root).path, format)
+    return None if format == "parquet" else Table(Folder(root).path, format, name)
+
+
+def table_in(root: Address) -> Table | None:
+    """The table over the output `root` that its log or metadata there tell of; None without one."""
+    if delta.is_table(root):
+        return table_over(root, "delta", "")
+    name = iceberg.name_in(Folder(root).path)
+    return table_over(root, "iceberg", name) if name else None
 
 
 def check_sources(
@@ -58,7 +74,7 @@ def check_sources(
     files = {**sources, **{name: table.root / name for name in others}}
     form = FORMATS[table.format]
     schemas = {name: schema_of(form, path) for name, path in files.items() if exists(path)}
-    columns, _ = fitted(form, str(table.root), current.columns, schemas, bool(staying))
+    columns, _ = fitted(form, table.where, current.columns, schemas, bool(staying))
     return {name: typed_text(schemas[name], columns.schema) for name in sources if name in schemas}
 
 
@@ -75,19 +91,23 @@ def plan_commit(table: Table, files: Mapping[str, AnyPath]) -> Commit:
         name: schema_of(form, path) for name, path in files.items() if name not in current.files
     }
     some_stay = bool(current.files & files.keys())
-    columns, grows = fitted(form, str(table.root), current.columns, schemas, some_stay)
+    columns, grows = fitted(form, table.where, current.columns, schemas, some_stay)
     return Commit(columns, grows, current.files, current.version)
 
 
 def commit_table(
-    table: Table, rows: Mapping[str, int], commit: Commit, *, fences: bool = False
+    table: Table, rows: Mapping[str, int], plan: Commit, *, run: str = "", fences: bool = False
 ) -> None:
-    """Commit a version of the `table` with exactly the files in `rows`.
+    """Commit a version of the `table` with exactly the files in `rows`, which `run` publishes.
 
     `rows` maps file names to numbers of rows. Safe to repeat: a table that has just these files is
     not committed again, unless the commit `fences` off one that another run sent and did not
     finish, which fails after ours. The commit is on disk when this returns. TransientError when
     another commit came between, InputError when the table cannot be used.
     """
-    if fences or commit.known != set(rows):
-        delta.commit(table.root, rows, commit)
+    if not fences and plan.known == set(rows):
+        return
+    if table.format == "iceberg":
+        iceberg.commit(table.root, table.name, rows, plan, run)
+    else:
+        delta.commit(table.root, rows, plan)

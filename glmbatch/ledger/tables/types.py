@@ -39,17 +39,27 @@ HINT = "Set data.format to parquet, or leave the column out."
 class TableFormat:
     """A table format: its `name`, what `a_table` is called, and its `wider` types for others.
 
-    `advice` is what to do when a column's type cannot change in a table.
+    `advice` is what to do when a column's type cannot change in a table. If it `grows`, its
+    columns never change but for more fields in a struct, because older versions share them.
     """
 
     name: str
     a_table: str
     wider: Mapping[pa.DataType, pa.DataType]
     advice: str
+    grows: bool = False
 
 
 DELTA = TableFormat("Delta Lake", "a Delta table", WIDER, "Set data.format to parquet.")
-FORMATS = {"delta": DELTA}
+# It has no integers of less than 32 bits.
+ICEBERG = TableFormat(
+    "Iceberg",
+    "an Iceberg table",
+    {**WIDER, **dict.fromkeys((pa.int8(), pa.int16(), pa.uint8()), pa.int32())},
+    "Set data.table to a new name, or data.format to parquet.",
+    grows=True,
+)
+FORMATS = {"delta": DELTA, "iceberg": ICEBERG}
 
 
 def table_schema(
@@ -116,25 +126,39 @@ def _nested(form: TableFormat, kind: pa.DataType) -> pa.DataType | None:
     return pa.map_(*parts) if pa.types.is_map(kind) else pa.list_(parts[0])
 
 
-def joined(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type that `one` and `other` share, where null counts as any type; None without one."""
+def joined(one: pa.DataType, other: pa.DataType, *, grows: bool) -> pa.DataType | None:
+    """The type that `one` and `other` share, where null counts as any type; None without one.
+
+    If it `grows`, a struct has the fields of both.
+    """
     if one == other or pa.types.is_null(other):
         return one
     if pa.types.is_null(one):
         return other
+    if grows and pa.types.is_struct(one) and pa.types.is_struct(other):
+        return _both_structs(one, other)
     ours, theirs = parts_of(one), parts_of(other)
     names = [part.name for part in ours]
-    if one.id != other.id or not ours or len(ours) != len(theirs):
-        return None
-    if pa.types.is_struct(one) and names != [part.name for part in theirs]:
+    others = [part.name for part in theirs]
+    if one.id != other.id or not ours or (pa.types.is_struct(one) and names != others):
         return None
     parts = []
     for our_part, their_part in zip(ours, theirs, strict=True):
-        part = joined(our_part.type, their_part.type)
+        part = joined(our_part.type, their_part.type, grows=grows)
         if part is None:
             return None
         parts.append(our_part.with_type(part))
     return with_parts(one, parts)
+
+
+def _both_structs(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    fields = {field.name: field for field in one}
+    for field in other:
+        kind = joined(fields.get(field.name, field).type, field.type, grows=True)
+        if kind is None:
+            return None
+        fields[field.name] = field.with_type(kind)
+    return pa.struct(list(fields.values()))
 
 
 def filled(kind: pa.DataType) -> pa.DataType:
@@ -151,10 +175,23 @@ def typed_text(columns: pa.Schema, types: pa.Schema) -> str:
     """
     fields = []
     for field in columns:
-        kind = types.field(field.name).type
+        kind = _typed_as(field.type, types.field(field.name).type)
         if filled(field.type) != kind:
             fields.append(pa.field(field.name, kind))
     return b64encode(pa.schema(fields).serialize()).decode() if fields else ""
+
+
+def _typed_as(own: pa.DataType, kind: pa.DataType) -> pa.DataType:
+    """`own` with the types of `kind`, which has at least its parts, in place of null."""
+    if pa.types.is_null(own):
+        return kind
+    theirs = parts_of(kind)
+    if pa.types.is_struct(own):
+        theirs = [kind.field(field.name) for field in own]
+    parts = []
+    for part, their_part in zip(parts_of(own), theirs, strict=True):
+        parts.append(part.with_type(_typed_as(part.type, their_part.type)))
+    return with_parts(own, parts)
 
 
 def typed_columns(text: str) -> pa.Schema | None:

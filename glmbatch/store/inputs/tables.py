@@ -31,7 +31,8 @@ MARKS = {
     "snapshot": ("a Paimon table", r"snapshot-\d+", ("snapshot-",)),
     "_spark_metadata": ("an output of a Spark stream", ".*", ("",)),
 }
-READ = frozenset({"_delta_log"})  # the marks of tables that a run reads (see store/tables/)
+# The marks of tables that a run reads (see store/tables/), and how they are named.
+READ = {"_delta_log": "this folder", "metadata": "iceberg:CATALOG/namespace.name"}
 # At most this many keys are listed for each prefix. A folder above an input in a store may have
 # millions of them, and the ones that make it a table are among the first.
 MOST_KEYS = 100
@@ -43,7 +44,7 @@ def refuse_table(folder: AnyPath, table: tuple[str, str] | None, setting: str) -
         mark, kind = table
         way = f"Export its current rows to a separate folder, and set {setting} to that."
         if mark in READ:
-            way = f"Set {setting} to this folder, or export its current rows to a separate folder."
+            way = f"Set {setting} to {READ[mark]}, or export its current rows to a separate folder."
         raise InputError(
             f"{shown(folder)}: is {kind} ({mark}), whose files hold deleted and replaced rows too. "
             f"{way}"

@@ -10,6 +10,7 @@ from glmbatch.store.inputs.find import SETTING, find_files
 from glmbatch.store.inputs.found import Found
 from glmbatch.store.inputs.tables import is_marked, refuse_tables_above
 from glmbatch.store.tables.delta import LOG, find_delta
+from glmbatch.store.tables.iceberg import SCHEME, find_iceberg
 
 
 def find_input(data: DataConfig) -> Found:
@@ -17,6 +18,8 @@ def find_input(data: DataConfig) -> Found:
 
     InputError when it is inside another table, or is none although a version is set.
     """
+    if data.input.startswith(SCHEME):
+        return find_iceberg(data.input, data.version)
     folder = Folder(data.input).path
     with naming(SETTING):
         if is_marked(folder, LOG):
@@ -25,6 +28,6 @@ def find_input(data: DataConfig) -> Found:
     if data.version is not None:
         raise InputError(
             f"{shown(data.input)}: is no table, so it has no version {data.version}. Leave out "
-            f"data.version, or set {SETTING} to the folder of a Delta table."
+            f"data.version, or set {SETTING} to the folder of a Delta table or to an Iceberg table."
         )
     return find_files(data.input, follow_links=data.follow_links, lines=True)

@@ -1,0 +1,146 @@
+"""The files of an Iceberg table at one snapshot, from its metadata. Opens no file of rows.
+
+Uses the library pyiceberg, which finds the table in a catalogue and plans its files.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from glmbatch.errors import InputError
+from glmbatch.store.folder import Folder
+from glmbatch.store.inputs.find import SETTING
+from glmbatch.store.inputs.found import Found, Version
+from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.tables.catalogs import (
+    TableName,
+    catalog_errors,
+    load_table,
+    open_catalog,
+    table_name,
+)
+from glmbatch.store.tables.table import TableFile, found_table
+
+if TYPE_CHECKING:
+    from pyiceberg.manifest import DataFile
+    from pyiceberg.partitioning import PartitionSpec
+    from pyiceberg.schema import Schema
+    from pyiceberg.table import FileScanTask, Table
+
+SCHEME = "iceberg:"  # before the name of a table, as an address
+MOST_NAMED = 5
+
+
+def find_iceberg(address: str, number: int | None) -> Found:
+    """The files of the Iceberg table iceberg:CATALOG/namespace.name at the snapshot `number`.
+
+    Without a number, at its current one. InputError when there is no such snapshot, or when rows
+    cannot be read from the files as they are.
+    """
+    name = table_name(address.removeprefix(SCHEME))
+    table = load_table(open_catalog(name), name)
+    if table is None:
+        raise InputError(f"{name}: the catalogue has no such table. Set {SETTING}.")
+    with catalog_errors(name):
+        snapshot = table.current_snapshot() if number is None else table.snapshot_by_id(number)
+        if snapshot is None:
+            raise _no_snapshot(name, table, number)
+        scan = table.scan(snapshot_id=snapshot.snapshot_id)
+        schema = scan.projection()
+        _check_names(name, table, schema)
+        specs = table.specs()
+        files = []
+        for task in scan.plan_files():
+            _check_file(name, task)
+            values = _values(task.file, specs[task.file.spec_id], schema)
+            files.append(_file(task.file, table.location(), values))
+        partitions = set(chain.from_iterable(_identities(spec, schema) for spec in specs.values()))
+        columns = [pa.field(field.name, field.type) for field in schema.as_arrow()]
+    own = pa.schema([field for field in columns if field.name not in partitions])
+    root = Folder(_address(table.location())).path
+    return found_table(root, Version("Iceberg", snapshot.snapshot_id), files, own)
+
+
+def _no_snapshot(name: TableName, table: Table, number: int | None) -> InputError:
+    if number is None:
+        return InputError(
+            f"{name}: the table has no snapshot, so there are no rows to read; what was published "
+            f"stays. Wait for rows, or set {SETTING}."
+        )
+    kept = [snapshot.snapshot_id for snapshot in table.snapshots()[-MOST_NAMED:]]
+    return InputError(
+        f"{name}: has no snapshot {number}; it may have expired. The newest are {kept}. Set "
+        "data.version."
+    )
+
+
+def _check_names(name: TableName, table: Table, schema: Schema) -> None:
+    """InputError when files of earlier schemas may have other names for the table's columns.
+
+    A file's columns belong to the table's by their ids; everything after planning goes by name.
+    """
+    ids = {column: schema.find_field(column).field_id for column in schema.column_names}
+    names = {number: column for column, number in ids.items()}
+    for other in table.schemas().values():
+        for column in other.column_names:
+            number = other.find_field(column).field_id
+            if names.get(number, column) != column or ids.get(column, number) != number:
+                raise InputError(
+                    f"{name}: the column {column!r} was renamed, or replaced by another of its "
+                    "name, so files may have other names for the table's columns. Write the rows "
+                    f"to a new table, and set {SETTING} to that."
+                )
+
+
+def _check_file(name: TableName, task: FileScanTask) -> None:
+    """InputError when the rows of a file are not those of the table."""
+    if task.delete_files:
+        raise InputError(
+            f"{name}: has delete files or deletion vectors, so its files hold deleted rows too. "
+            "Run rewrite_data_files on it with delete-file-threshold 1, or write its rows to a new "
+            "table."
+        )
+    if task.file.file_format.value != "PARQUET":
+        raise InputError(
+            f"{name}: has files of {task.file.file_format.value}, and only Parquet is read. Set "
+            "write.format.default to parquet, and run rewrite_data_files on it."
+        )
+
+
+def _identities(spec: PartitionSpec, schema: Schema) -> dict[str, int]:
+    """The columns that are partitions by their own value, with their places in a partition."""
+    places = {}
+    for place, field in enumerate(spec.fields):
+        column = schema.find_column_name(field.source_id)
+        if str(field.transform) == "identity" and column is not None:
+            places[column] = place
+    return places
+
+
+def _values(file: DataFile, spec: PartitionSpec, schema: Schema) -> dict[str, str | None]:
+    """The values of a file's identity partitions, as text in which writers name its folders."""
+    values: dict[str, str | None] = {}
+    for column, place in _identities(spec, schema).items():
+        value, kind = file.partition[place], schema.find_type(column)
+        transform = spec.fields[place].transform
+        values[column] = None if value is None else transform.to_human_string(kind, value)
+    return values
+
+
+def _file(file: DataFile, place: str, values: dict[str, str | None]) -> TableFile:
+    path = file.file_path.removeprefix(place.rstrip("/") + "/")
+    # Writers put partition columns into their files too. Where folders say them, they must agree.
+    folders = folder_columns(path)
+    said = {column: value for column, value in values.items() if column in folders}
+    return TableFile(path, (file.file_size_in_bytes, 0), said)
+
+
+def _address(place: str) -> str:
+    """The location of a table as an address of ours."""
+    for scheme, ours in {"file://": "", "file:": "", "s3a:": "s3:", "s3n:": "s3:"}.items():
+        if place.startswith(scheme):
+            return ours + place.removeprefix(scheme)
+    return place
