@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def test_a_classifier_learns_from_several_columns(
     assert sum(right) / 240 > 0.8
     # The command asks the same.
     assert main(["evaluate", report.checkpoint, str(tmp_path / "in"), "--json"]) == 0
-    assert f'"accuracy": {sum(right) / 238}' in capsys.readouterr().out
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["accuracy"] == sum(right) / 238
+    assert scores["learned"] == report.audit.parts["train"] + report.audit.parts["valid"]
     job["steps"][0]["prompt_template"] = "{text} ({stars}): {title}"
     with pytest.raises(InputError, match="was trained with the prompt_template"):
         run_job(JobConfig.model_validate(job))
