@@ -1,4 +1,4 @@
-"""Whether an output has all files of the table's version that it was made from, and no others.
+"""Whether an output has all files of the Delta version that it was made from, and no others.
 
 Reads the table's log, and opens no file of rows.
 """
@@ -17,12 +17,13 @@ from glmbatch.store.tables.delta import find_delta
 
 
 def covering(manifest: Manifest) -> Iterator[tuple[Literal["wrong", "unchecked"], str]]:
-    """What is wrong or cannot be checked, in words; nothing for an input that is no table.
+    """What is wrong or cannot be checked, in words; nothing for an input that is no Delta table.
 
-    A limited run does not cover its version.
+    A limited run does not cover its version. The manifest does not say which Iceberg table its
+    root belongs to.
     """
     version = manifest.version
-    if version is None or manifest.limit is not None:
+    if version is None or version.format != "Delta" or manifest.limit is not None:
         return
     try:
         found = find_delta(Folder(manifest.root).path, version.number)
