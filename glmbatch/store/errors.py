@@ -37,6 +37,7 @@ UNWRITABLE = frozenset(
 # from 500 on.
 PASSING_STATUS = frozenset({408, 409, 425, 429})
 MISSING_STATUS = 404
+NO_SUCH_RANGE = 416
 NOT_IMPLEMENTED = 501
 # obstore has types for the errors about one object. For all others it has one type, and the
 # status stands only in the text that it gives every answer.

@@ -21,7 +21,7 @@ from glmbatch.ledger.fragments import (
 from glmbatch.ledger.input.opening import (
     LinesFile,
     file_digest,
-    look_at_one_of,
+    first_look,
     look_once,
     open_rows,
     read_footer,
@@ -210,7 +210,7 @@ class _Looker:
         path = self.found.root / name
         self._refuse_link(path, given)
         # Before the footer, so that `read_fragment` detects every later change.
-        look = look_once(path) if self.found.version is None else look_at_one_of(self.found, name)
+        look = first_look(self.found, name)
         try:
             return self._outcome(path, name, look)
         except UnusableFile:

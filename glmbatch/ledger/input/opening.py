@@ -29,6 +29,17 @@ def look_once(path: AnyPath) -> Look:
         return look_at(path)
 
 
+def first_look(found: Found, name: str) -> Look:
+    """The stamp of the file `name`, before it is opened: of an object, the one that was listed."""
+    path = found.root / name
+    if found.version is not None:
+        return look_at_one_of(found, name)
+    listed = found.stamps.get(name)
+    if listed is None or isinstance(path, Path):
+        return look_once(path)
+    return Look(listed, settled=True)  # the version in it changes with each write
+
+
 def look_at_one_of(found: Found, name: str) -> Look:
     """The stamp now of the file `name` of a table; its bytes never change.
 
@@ -101,8 +112,8 @@ def stored_fields(file: LinesFile, cache: str, wanted: AbstractSet[str]) -> dict
 
 def file_digest(path: AnyPath, look: Look) -> str:
     """The digest of the bytes that have the stamp of `look`. UnusableFile if they were replaced."""
-    # Reading a pipe would wait for its writer.
-    if path.exists() and not path.is_file():
+    # Reading a pipe would wait for its writer. In a store there is none.
+    if isinstance(path, Path) and path.exists() and not path.is_file():
         raise UnusableFile(f"{shown(path)}: is a folder, pipe or device where a file is expected.")
     with readable(path):
         return digest_file(path, look.stamp)

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+from glmbatch.store.errors import NO_SUCH_RANGE, status_of
 from glmbatch.store.objects.clients import Client
 from glmbatch.store.objects.listing import Facts, facts_of
 
@@ -20,6 +21,8 @@ Where: TypeAlias = Callable[[], AbstractContextManager[None]]
 AHEAD_BYTES = 1 << 20  # read from a connection at once
 # The cache of small objects: the largest size in bytes, and how many of them.
 KEPT_BYTES, KEPT_OBJECTS = 1 << 20, 64
+# The end of an object is fetched when it is opened: pyarrow begins with so many bytes for a footer.
+TAIL_BYTES = 64 << 10
 
 
 class ObjectFile(io.RawIOBase):
@@ -66,11 +69,16 @@ class Stream(ObjectFile):
 
 
 class Ranges(ObjectFile):
-    """An object for random access: each read is one request for exactly its bytes."""
+    """An object for random access: each read is one request for exactly its bytes.
 
-    def __init__(self, facts: Facts, where: Where, client: Client, key: str) -> None:
+    What lies in its last bytes, the `tail`, is there already.
+    """
+
+    def __init__(
+        self, facts: Facts, where: Where, client: Client, key: str, tail: bytes = b""
+    ) -> None:
         super().__init__(facts, where)
-        self._client, self._key = client, key
+        self._client, self._key, self._tail = client, key, tail
 
     def seekable(self) -> bool:
         """True: it can be read from any place on."""
@@ -86,6 +94,9 @@ class Ranges(ObjectFile):
         return self._at
 
     def _part(self, wanted: int) -> Any:
+        within = self._at - (self.facts.size - len(self._tail))
+        if within >= 0:
+            return self._tail[within : within + wanted]
         return self._client.reading.get(
             self._key,
             options={"range": (self._at, self._at + wanted), "if_match": self.facts.version},
@@ -124,14 +135,42 @@ def open_stream(client: Client, key: str, where: Where) -> Stream | Kept:
 
 def open_ranges(client: Client, key: str, where: Where) -> Ranges | Kept:
     """The object as a file for random access; a small one is read whole."""
-    facts = facts_of(client.reading.head(key))
+    from obstore.exceptions import NotModifiedError
+
+    known = list(kept(client, key))
+    try:
+        facts, tail = _end_of(client, key, known[0][0].version if known else None)
+    except NotModifiedError:
+        return Kept(*known[0])
     if facts.size > KEPT_BYTES:
-        return Ranges(facts, where, client, key)
-    for known, content in kept(client, key):
-        if known.version == facts.version:
-            return Kept(facts, content)
-    answer = client.reading.get(key, options={"if_match": facts.version})
-    return _keep(client, key, facts, bytes(answer.bytes()))
+        return Ranges(facts, where, client, key, tail)
+    if known and known[0][0].version == facts.version:
+        return Kept(*known[0])
+    if len(tail) < facts.size:
+        tail = bytes(client.reading.get(key, options={"if_match": facts.version}).bytes())
+    return _keep(client, key, facts, tail)
+
+
+def _end_of(client: Client, key: str, version: str | None) -> tuple[Facts, bytes]:
+    """What the store says of the object, and its last bytes, if that takes no further request.
+
+    Of an object of this `version` it has none, or NotModifiedError is raised.
+    """
+    from obstore.exceptions import GenericError
+
+    if client.s3 is None:  # Azure has no ranges from the end
+        return facts_of(client.reading.head(key)), b""
+    options: Any = {"range": {"suffix": TAIL_BYTES}}
+    if version is not None:
+        options["if_none_match"] = version
+    try:
+        answer = client.reading.get(key, options=options)
+    except GenericError as error:
+        # An empty object has no such range, and some stores then send it without a range.
+        if status_of(error) not in (NO_SUCH_RANGE, None):
+            raise
+        return facts_of(client.reading.head(key)), b""
+    return facts_of(answer.meta), bytes(answer.bytes())
 
 
 def _keep(client: Client, key: str, facts: Facts, content: bytes) -> Kept:
