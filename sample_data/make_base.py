@@ -23,6 +23,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.architecture import native_config, read_architecture
 from glmbatch.glm.checkpoint.save import save_checkpoint
+from glmbatch.glm.files import RANDOM_WEIGHTS
 from glmbatch.settings.jobfile import load_settings
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.tuning.examples import TEXT_ALONE
@@ -41,6 +42,9 @@ LEAST_PIECES = 3000
 MOST_PIECES = 8000
 WIDTH = 128
 LAYERS = 2
+# How sharply the first heads look at one token, by rotary frequency, as logits; and how far back.
+SHARPNESS = (6.0, 4.0, 4.0, 4.0)
+LOOKS_BACK = (1, 2)
 # The published tokenizer's settings.
 TOKENIZER_SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
@@ -62,12 +66,16 @@ TOKENIZER_SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model. `vocabulary` is the maximum number of pieces; few texts give fewer."""
+    """Sizes of the model. `vocabulary` is the maximum number of pieces; few texts give fewer.
+
+    `inner` is the width between the matrices of the MLP, as a multiple of `hidden_size`.
+    """
 
     hidden_size: int
     layers: int
     vocabulary: int
     max_positions: int
+    inner: int = 3
 
 
 def main() -> int:
@@ -94,16 +102,19 @@ def make_base_for(config: TuneConfig) -> str:
     most_pieces = min(MOST_PIECES, max(LEAST_PIECES, len(texts) // TEXTS_PER_PIECE))
     training = config.training
     positions = training.max_input_tokens + (training.max_answer_tokens if config.writes else 0)
-    pieces = make_base(
-        Path(path), texts, Shape(WIDTH, LAYERS, most_pieces, positions), training.seed
-    )
+    inner = 3 if config.writes else 1
+    shape = Shape(WIDTH, LAYERS, most_pieces, positions, inner)
+    pieces = make_base(Path(path), texts, shape, training.seed, to_classify=not config.writes)
     return f"{path}: random weights, and a vocabulary of {pieces} pieces from {len(texts)} texts"
 
 
-def make_base(directory: Path, texts: Sequence[str], shape: Shape, seed: int) -> int:
+def make_base(
+    directory: Path, texts: Sequence[str], shape: Shape, seed: int, *, to_classify: bool = False
+) -> int:
     """Write the checkpoint to `directory`; returns the number of pieces in its vocabulary.
 
-    It has the same bytes each time on the same hardware.
+    It has the same bytes each time on the same hardware. A base `to_classify` sees neighbouring
+    tokens from the start, and says that its weights are random, so that a training distils TF-IDF.
     """
     from transformers import GlmConfig, GlmForCausalLM
 
@@ -113,7 +124,7 @@ def make_base(directory: Path, texts: Sequence[str], shape: Shape, seed: int) ->
         "num_layers": shape.layers,
         "padded_vocab_size": pieces + UNUSED_ROWS,
         "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": 3 * shape.hidden_size,
+        "ffn_hidden_size": shape.inner * shape.hidden_size,
         "num_attention_heads": HEADS,
         "kv_channels": shape.hidden_size // HEADS,
         "multi_query_attention": True,
@@ -131,8 +142,34 @@ def make_base(directory: Path, texts: Sequence[str], shape: Shape, seed: int) ->
         if weight.dim() > 1:
             scale = _first_scale(name, weight.shape[1])
             torch.nn.init.normal_(weight, 0.0, scale, generator=generator)
-    save_checkpoint(model, directory, tokenizer_model=tokenizer, dtype="float32")
+    if to_classify:
+        _look_back(model)
+    marks = {RANDOM_WEIGHTS: True} if to_classify else {}
+    save_checkpoint(
+        model, directory, tokenizer_model=tokenizer, extra_config=marks, dtype="float32"
+    )
     return pieces
+
+
+@torch.no_grad()
+def _look_back(model: Any) -> None:
+    """Let the first heads of the first layer look at the token before, and at the one before that.
+
+    The biases alone do it: rotated, they make attention depend on the distance. So the second layer
+    can average over pairs and triples of tokens, as TF-IDF has n-grams.
+    """
+    attention = model.model.layers[0].self_attn
+    width = attention.head_dim
+    rotated = round(width * model.config.rope_parameters["partial_rotary_factor"])
+    for pair, sharpness in enumerate(SHARPNESS):
+        # Rotated by the same angle, query and key give `sharpness`; 1 / sqrt(width) scales them.
+        length = math.sqrt(sharpness * math.sqrt(width))
+        angle = model.config.rope_parameters["rope_theta"] ** (-2 * pair / rotated)
+        attention.k_proj.bias[2 * pair] = length  # of the group to which these heads belong
+        for head, distance in enumerate(LOOKS_BACK):
+            first = head * width + 2 * pair
+            attention.q_proj.bias[first] = length * math.cos(angle * distance)
+            attention.q_proj.bias[first + 1] = -length * math.sin(angle * distance)
 
 
 def _first_scale(name: str, inputs: int) -> float:

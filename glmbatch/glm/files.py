@@ -23,6 +23,8 @@ ADAPTER_BASE = "glmbatch_base.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_LABELS, ADAPTER_BASE)
 # `glmbatch train` records the prompt of the training here; a step must use the same one.
 PROMPT_FILE = "glmbatch.json"
+# A key of config.json: true if nothing has been learned yet.
+RANDOM_WEIGHTS = "random_weights"
 
 # How the small text file begins that Git keeps in place of a large file until Git LFS fetches it.
 POINTER = b"version https://git-lfs"

@@ -132,6 +132,12 @@ class TrainingConfig(Settings):
         description="Peak learning rate. Lower it if the loss rises or jumps. "
         "Empty: 2e-4 for lora, 2e-5 for full, 1e-3 for head.",
     )
+    distill: Share | None = Field(
+        None,
+        description="Share of TF-IDF's probabilities in what a classifier learns beside the labels "
+        "(distillation). Each row is judged by a TF-IDF that has not learned it. Empty: 0.7 over "
+        "the random weights of make_base.py, otherwise 0.",
+    )
     patience: int | None = Field(
         None,
         ge=1,

@@ -1,16 +1,20 @@
 """Encodes labelled rows as token ids, with the prompts of the job that will use the model.
 
+Targets may be mixed with the probabilities of TF-IDF (`taught`).
+
 No tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from glmbatch.errors import InputError
+from glmbatch.glm.files import RANDOM_WEIGHTS, read_json
 from glmbatch.glm.tokenizer import Tokenizer
 from glmbatch.run.checks.steps import trained_prompt
 from glmbatch.run.models import locate_model, prepare_model
@@ -18,10 +22,14 @@ from glmbatch.settings.job import TEXT, ClassifyStep, GenerateStep, placeholders
 from glmbatch.settings.steps.step import literal, renamed
 from glmbatch.settings.tuning import SCORED_AS, TuneConfig
 from glmbatch.steps.prompt import Prompt, RowFault, build_prompts
+from glmbatch.tuning.baseline import Seen, out_of_fold
 from glmbatch.tuning.examples import TEXT_ALONE, Example
+from glmbatch.tuning.scores import has_labels
+from glmbatch.tuning.split import Labelled
 
 MOST_NAMED = 50  # labels in a default prompt; more would take the room of the text
 STEP = SCORED_AS
+DISTILLED = 0.7  # the share of TF-IDF in what random weights learn
 
 
 class TrainingRow(NamedTuple):
@@ -29,7 +37,8 @@ class TrainingRow(NamedTuple):
 
     Where a row may have several labels, `label` is 1 or 0 for each.
 
-    `place` is the row's file and number. An answer ends with the end token, and is empty for a
+    `soft` has a probability of each label to learn instead, if it is not empty. `place` is the
+    row's file and number. An answer ends with the end token, and is empty for a
     classifier. `text_is_cut` and `answer_is_cut` say whether the limits cut off an end.
     """
 
@@ -39,6 +48,7 @@ class TrainingRow(NamedTuple):
     answer: Any = ()
     text_is_cut: bool = False
     answer_is_cut: bool = False
+    soft: Any = ()
 
     @property
     def length(self) -> int:
@@ -171,3 +181,31 @@ def _answers(
     """
     encoded = tokenizer.encode_plain([example.label for example in examples])
     return [np.array([*ids, tokenizer.eos_id][:max_tokens], np.int32) for ids in encoded]
+
+
+def taught(
+    config: TuneConfig, labelled: Labelled, rows: Sequence[TrainingRow]
+) -> list[TrainingRow]:
+    """The training rows with TF-IDF's probabilities in their targets, as `training.distill` asks.
+
+    A small model learns labels by heart. A probability also says how sure the words make a label.
+    """
+    share = distilled_share(config)
+    if not share:
+        return [*rows]
+    labels, examples = labelled.labels, labelled.parts["train"]
+    known = Seen(examples, [row.ids for row in rows])
+    truth_RL = has_labels([example.names for example in examples], labels)
+    soft_RL = (1 - share) * truth_RL + share * out_of_fold(known, labels)
+    targets = zip(rows, soft_RL.astype(np.float32), strict=True)
+    return [row._replace(soft=soft_L) for row, soft_L in targets]
+
+
+def distilled_share(config: TuneConfig) -> float:
+    """The share of TF-IDF in what is learned; the base must be local."""
+    if config.writes:
+        return 0
+    if config.training.distill is not None:
+        return config.training.distill
+    is_random = read_json(Path(config.model.path) / "config.json").get(RANDOM_WEIGHTS)
+    return DISTILLED if is_random else 0

@@ -101,6 +101,8 @@ def _folder(config: TuneConfig, labelled: Labelled) -> Path:
     # So that trainings keep their ids from before these settings existed.
     if config.chat is None:
         del settings["chat"]
+    if config.training.distill is None:
+        del settings["training"]["distill"]
     if config.training.lora_targets == LORA_TARGETS:
         del settings["training"]["lora_targets"]
     facts = json.dumps([settings, dict(labelled.audit.files), base], sort_keys=True)

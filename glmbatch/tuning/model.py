@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GlmForSequenceClassification
 
@@ -159,7 +160,7 @@ def pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
     Causal attention never looks to the right, so padding does not change a row. `labels` has B
     label numbers, or BL of 1.0 and 0.0 where rows may have several, or BT token ids: the next token
-    of the answer at each position, else IGNORED.
+    of the answer at each position, else IGNORED. `soft` has BL probabilities if the rows do.
     """
     longest = max(len(row["ids"]) for row in batch)
     # GLM's classifier reads the last id that is not PAD_ID.
@@ -177,12 +178,15 @@ def pad(batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
             end = len(row["ids"])
             first = end - row["answer"]
             labels[at, first - 1 : end - 1] = ids_BT[at, first:end]
-    return {
+    padded = {
         "input_ids": ids_BT,
         "attention_mask": mask_BT,
         "labels": labels,
         "at": torch.tensor([row["at"] for row in batch]),
     }
+    if len(batch[0]["soft"]):
+        padded["soft"] = torch.from_numpy(np.stack([row["soft"] for row in batch]))
+    return padded
 
 
 def check_memory(config: TuneConfig, rows: Sequence[TrainingRow], device: str) -> None:

@@ -29,7 +29,15 @@ from glmbatch.run.models import locate_model
 from glmbatch.settings.job import GenerateStep
 from glmbatch.settings.tuning import TuneConfig
 from glmbatch.store.files import committed
-from glmbatch.tuning.encode import TrainingRow, encode_rows, step_of, template_of, with_prompt
+from glmbatch.tuning.encode import (
+    TrainingRow,
+    distilled_share,
+    encode_rows,
+    step_of,
+    taught,
+    template_of,
+    with_prompt,
+)
 from glmbatch.tuning.examples import text_keys
 from glmbatch.tuning.model import (
     build_model,
@@ -71,6 +79,7 @@ def train_here(config: TuneConfig, run: Path) -> None:
     config = with_prompt(config, labelled.labels, several=labelled.several)
     rows, valid = encode_parts(config, labelled)
     cut = _count_cut([*rows, *valid])
+    rows = taught(config, labelled, rows)
     trained = train(config, labelled.labels, rows, valid, run).model_copy(update=cut)
     if local_rank() > 0:
         return
@@ -285,6 +294,7 @@ def _used(trainer: RowTrainer, config: TuneConfig) -> dict[str, int | float | st
         "computed_in": "bfloat16" if args.bf16 else "float32",
         "stored_as": STORED,
         "device": str(args.device),
+        "distill": distilled_share(config),
     }
 
 

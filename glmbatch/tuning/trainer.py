@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from glmbatch.errors import InputError
 from glmbatch.settings.tuning import TuneConfig
-from glmbatch.tuning.encode import TrainingRow
+from glmbatch.tuning.encode import TrainingRow, distilled_share
 from glmbatch.tuning.model import IGNORED, pad
 from glmbatch.tuning.report import PROGRESS
 from glmbatch.tuning.scores import score, score_arrays
@@ -60,6 +60,7 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
             "ids": [*row.ids, *row.answer],
             "label": row.label,
             "answer": len(row.answer),
+            "soft": row.soft,
             "at": at,
         }
 
@@ -122,7 +123,7 @@ class RowTrainer(Trainer):
         """
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         labels = inputs["labels"]
-        loss_B = _row_losses(outputs.logits, labels)
+        loss_B = _row_losses(outputs.logits, labels, inputs.pop("soft", None))
         # Checked before the backward pass, because one such gradient would ruin all weights.
         self._check_finite(loss_B.detach(), inputs.pop("at"), model.training)
         if num_items_in_batch is None:
@@ -144,19 +145,23 @@ class RowTrainer(Trainer):
         )
 
 
-def _row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _row_losses(
+    logits: torch.Tensor, labels: torch.Tensor, soft_BL: torch.Tensor | None = None
+) -> torch.Tensor:
     """The loss of each row (B).
 
     From logits BL and labels B, or BL where each is judged by itself, or logits BTV and labels BT.
+    The probabilities `soft_BL` are learned instead of labels.
     """
     logits = logits.float()  # in bfloat16, a sum over a vocabulary loses the third digit
     if labels.is_floating_point():
         loss_BL = torch.nn.functional.binary_cross_entropy_with_logits(
-            logits, labels, reduction="none"
+            logits, labels if soft_BL is None else soft_BL, reduction="none"
         )
         return loss_BL.sum(dim=1)
     if labels.dim() == 1:
-        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        targets = labels if soft_BL is None else soft_BL
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     loss_BT = torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
     )
@@ -232,11 +237,20 @@ def _evaluations(config: TuneConfig, epoch_steps: int) -> dict[str, Any]:
         "save_steps": epoch_steps,
         "save_total_limit": 2,
         "load_best_model_at_end": True,
-        "metric_for_best_model": "loss" if config.writes else config.promoted_by,
-        "greater_is_better": not config.writes,
+        "metric_for_best_model": "loss" if _kept_by_loss(config) else config.promoted_by,
+        "greater_is_better": not _kept_by_loss(config),
         # The logits of all tokens of all validation rows do not fit in memory.
         "prediction_loss_only": config.writes,
     }
+
+
+def _kept_by_loss(config: TuneConfig) -> bool:
+    """Whether the lowest loss on the validation rows decides which epoch is kept.
+
+    What learns from TF-IDF gets better to the end, and the loss shows it with fewer rows than the
+    accuracy: on 518 rows the first epoch had as many right answers as the third.
+    """
+    return config.writes or distilled_share(config) > 0
 
 
 def _logs(epoch_steps: int) -> dict[str, Any]:
@@ -320,8 +334,9 @@ def is_stale(state: TrainerState, config: TuneConfig) -> bool:
     patience = config.training.patience
     if patience is None:
         return False
-    key = "eval_loss" if config.writes else f"eval_{config.promoted_by}"
-    sign = -1 if config.writes else 1  # the lowest loss is best
+    by_loss = _kept_by_loss(config)
+    key = "eval_loss" if by_loss else f"eval_{config.promoted_by}"
+    sign = -1 if by_loss else 1  # the lowest loss is best
     measured = [sign * line[key] for line in state.log_history if key in line]
     if not measured:
         return False

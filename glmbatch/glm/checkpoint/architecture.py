@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from glmbatch.errors import InputError
 from glmbatch.glm.checkpoint.config_check import ConfigCheck
+from glmbatch.glm.files import RANDOM_WEIGHTS
 
 Layout = Literal["original", "native"]
 
@@ -102,8 +103,8 @@ _HARMLESS = frozenset({
     "attention_softmax_in_fp32", "auto_map", "bias_dropout_fusion", "bos_token_id",
     "classifier_dropout", "dtype", "function_to_apply", "hidden_dropout", "initializer_range",
     "label2id", "model_type",
-    "original_rope", "problem_type", "tie_word_embeddings", "torch_dtype", "transformers_version",
-    "use_cache",
+    "original_rope", "problem_type", RANDOM_WEIGHTS, "tie_word_embeddings", "torch_dtype",
+    "transformers_version", "use_cache",
 })
 # fmt: on
 

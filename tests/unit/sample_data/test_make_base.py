@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from glmbatch.glm.checkpoint.load import load_model
 from glmbatch.glm.tokenizer import load_tokenizer
 from tests.support import ROOT, Tune
 from tests.unit.tuning.runs import trained, weights
@@ -44,15 +47,33 @@ def test_spells_every_text_that_it_was_made_for(
     assert [tokenizer.decode(ids) for ids in tokenizer.encode_plain(texts)] == texts
 
 
+def test_its_first_heads_look_one_and_two_tokens_back(tmp_path: Path) -> None:
+    texts = many_characters(50)
+    make_base(tmp_path / "base", texts, Shape(128, 2, 2000, 64), seed=0, to_classify=True)
+    model = load_model(tmp_path / "base")
+    model.config._attn_implementation = "eager"
+    ids = torch.tensor([load_tokenizer(tmp_path / "base").encode_plain(texts)[0][:40]])
+    attention_HTT = model(input_ids=ids, output_attentions=True).attentions[0][0]
+    for head, distance in [(0, 1), (1, 2)]:
+        assert attention_HTT[head].diagonal(-distance)[4:].min() > 0.6
+    # The others look at all tokens alike.
+    assert attention_HTT[2:, -1].max() < 2 / ids.shape[1]
+
+
 def test_a_training_starts_from_the_base_made_for_it(tune: Tune, tmp_path: Path) -> None:
-    config = tune(model=str(tmp_path / "small"), prompt_template="{text}\n", training__epochs=1)
+    config = tune(model=str(tmp_path / "small"), prompt_template="{text}\n", training__epochs=2)
     file = tmp_path / "training.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
     command = [sys.executable, str(SAMPLE / "make_base.py"), str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "random weights" in done.stdout
-    assert weights(trained(config))
+    run = trained(config)
+    assert weights(run)
+    facts = json.loads((run / "trained.json").read_text())
+    assert facts["used"]["distill"] == 0.7
+    evaluated = [line for line in facts["history"] if "eval_loss" in line]
+    assert facts["best_step"] == min(evaluated, key=lambda line: line["eval_loss"])["step"]
     again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert again.returncode == 2
     (line,) = again.stderr.splitlines()

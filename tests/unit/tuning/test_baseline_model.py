@@ -23,7 +23,7 @@ from glmbatch.glm.tfidf.model import Units, load_tfidf
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig, ModelConfig, RuntimeConfig
 from glmbatch.tuning import baseline as module
-from glmbatch.tuning.baseline import keep_baseline, score_baseline
+from glmbatch.tuning.baseline import Seen, keep_baseline, out_of_fold, score_baseline
 from glmbatch.tuning.examples import Example, Part
 from glmbatch.tuning.finetune import finetune
 from glmbatch.view.query import Filters
@@ -117,6 +117,38 @@ def test_a_model_of_several_labels_judges_each(tmp_path: Path) -> None:
     found = answered(texts, model, tmp_path / "job", multiple=True)
     assert [row["found"] for row in found] == baseline.answers
     assert all(dict(row["found_scores"])["never"] < 1e-6 for row in found)
+
+
+def judged(rows: list[Example], labels: list[str]) -> np.ndarray:
+    return out_of_fold(Seen(rows, [list(row.text.encode()) for row in rows]), labels)
+
+
+def test_no_row_is_judged_by_what_it_taught() -> None:
+    dice = random.Random(0)
+    # A word that only two equal texts have says nothing about them; other words do.
+    unknown = [f"word{dice.randrange(10**9)}" for _ in range(150)]
+    guessed = [(text, dice.choice(["good", "bad"])) for text in unknown]
+    learned = [(f"{word} {word} {n}", word) for n, word in enumerate(["good", "bad"] * 50)]
+    rows = [Example("row", *pair) for pair in [*guessed, *guessed, *learned]]
+    right = []
+    for row, probability_L in zip(rows, judged(rows, ["bad", "good"]), strict=True):
+        assert probability_L.sum() == pytest.approx(1)
+        right.append(["bad", "good"][probability_L.argmax()] == row.label)
+    assert np.mean(right[:300]) < 0.65
+    assert all(right[300:])
+
+
+def test_without_features_all_labels_are_as_likely() -> None:
+    rows = [Example("row", chr(0x4E00 + row), "ab"[row % 4 == 0]) for row in range(40)]
+    assert (out_of_fold(Seen(rows, [[]] * 40), ["a", "b"]) == 0.5).all()
+
+
+def test_each_of_several_labels_is_judged(tmp_path: Path) -> None:
+    pairs = [(f"{a} {b}", (a, b)) for a in ("x1", "x2", "x3") for b in ("y1", "y2")] * 20
+    rows = [Example("row", f"{text} {n}", "", names) for n, (text, names) in enumerate(pairs)]
+    probability_RL = judged(rows, ["x1", "x2", "x3", "y1", "y2"])
+    chosen = (probability_RL > 0.5).sum(axis=1)
+    assert (chosen == 2).all()
 
 
 def test_texts_without_features_leave_no_model(tmp_path: Path) -> None:

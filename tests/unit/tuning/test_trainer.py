@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,3 +49,17 @@ def test_rows_of_a_batch_have_similar_lengths() -> None:
     for first in range(0, 400, 8):
         of_batch = [lengths[row] for row in order[first : first + 8]]
         assert max(of_batch) - min(of_batch) <= 1
+
+
+@pytest.mark.parametrize("label", [1, (0, 1, 0)], ids=["one", "several"])
+def test_soft_labels_take_the_place_of_labels(label: int | tuple[int, ...]) -> None:
+    soft = np.array([0.1, 0.7, 0.2], np.float32)
+    batch = batch_of(TrainingRow([5, 6], label, "a", soft=soft))
+    logits = torch.tensor([[0.3, -1.0, 0.5]])
+    if label == 1:
+        expected = -(torch.tensor(soft) * logits.log_softmax(1)).sum()
+    else:
+        yes, no = logits.sigmoid().log(), (-logits).sigmoid().log()
+        expected = -(torch.tensor(soft) * yes + torch.tensor(1 - soft) * no).sum()
+    (loss,) = _row_losses(logits, batch["labels"], batch["soft"])
+    assert float(loss) == pytest.approx(float(expected))
