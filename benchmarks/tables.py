@@ -1,6 +1,6 @@
 """A night over a Delta table of many files of which three are new: what it opens, and how long.
 
-python benchmarks/tables.py 10000      as JSON; the first night answers all files
+python benchmarks/tables.py 4000      as JSON; the first night answers all files
 """
 
 from __future__ import annotations
