@@ -152,7 +152,7 @@ class Proxy(BaseHTTPRequestHandler):
         )
         headers = {name.title(): value for name, value in self.headers.items()}
         request = Request(self.command, key, headers)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.body()
         self.server.store.requests.append(request)
         harm = self.server.store.harm(request)
         if harm == "slow":
@@ -164,9 +164,21 @@ class Proxy(BaseHTTPRequestHandler):
         else:
             self.forward(request, body, harm)
 
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
     def forward(self, request: Request, body: bytes, harm: str | int | None) -> None:
         server = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
-        dropped = {"expect", "if-none-match"} if harm == "unconditional" else {"expect"}
+        dropped = {"expect", "transfer-encoding"}
+        if harm == "unconditional":
+            dropped.add("if-none-match")
         headers = {
             name: value for name, value in request.headers.items() if name.lower() not in dropped
         }

@@ -3,7 +3,7 @@
 From the root of the repository, with the address of a catalogue `lake` for pyiceberg:
 
     export PYICEBERG_CATALOG__LAKE__URI=sqlite:////tmp/lake.db
-    python sample_data/examples/iceberg_table.py shop.landing /tmp/tables/landing
+    python sample_data/examples/iceberg_table.py raw.landing /tmp/tables/landing
 """
 
 import sys
@@ -29,6 +29,9 @@ def write(name: str, folder: str) -> Table:
         rows = pq.read_table(f"sample_data/reviews/{file}", partitioning=None)
         day = pa.repeat(file.partition("=")[2].partition("/")[0], rows.num_rows)
         rows = rows.append_column("day", day)
+        # Iceberg has no time zone but UTC.
+        at = rows.schema.get_field_index("created")
+        rows = rows.set_column(at, "created", rows["created"].cast(pa.timestamp("us", "UTC")))
         if table is None:
             table = catalog.create_table(name, rows.schema, location=folder)
             with table.update_spec() as spec:

@@ -14,6 +14,7 @@ from glmbatch.settings.conditions import columns_of, parse_condition
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.filters import left_out, row_filter
 from glmbatch.store.tables.delta import find_delta
+from glmbatch.store.tables.iceberg import SCHEME, find_iceberg
 
 
 def covering(manifest: Manifest) -> Iterator[tuple[Literal["wrong", "unchecked"], str]]:
@@ -26,7 +27,10 @@ def covering(manifest: Manifest) -> Iterator[tuple[Literal["wrong", "unchecked"]
     if version is None or version.format != "Delta" or manifest.limit is not None:
         return
     try:
-        found = find_delta(Folder(manifest.root).path, version.number)
+        if version.format == "Iceberg":
+            found = find_iceberg(f"{SCHEME}{version.name}", version.number)
+        else:
+            found = find_delta(Folder(manifest.root).path, version.number)
     except InputError as error:
         yield "unchecked", f"{version} cannot be read now: {error}"
         return

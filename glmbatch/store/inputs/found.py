@@ -26,10 +26,14 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """The version of a table that a run reads: a version of Delta Lake, a snapshot of Iceberg."""
+    """The version of a table that a run reads: a version of Delta Lake, a snapshot of Iceberg.
+
+    An Iceberg table has a `name`, by which a catalogue knows it.
+    """
 
     format: Literal["Delta", "Iceberg"]
     number: int
+    name: str = ""
 
     def __str__(self) -> str:
         noun = "version" if self.format == "Delta" else "snapshot"

@@ -61,7 +61,7 @@ def find_iceberg(address: str, number: int | None) -> Found:
         columns = [pa.field(field.name, field.type) for field in schema.as_arrow()]
     own = pa.schema([field for field in columns if field.name not in partitions])
     root = Folder(_address(table.location())).path
-    return found_table(root, Version("Iceberg", snapshot.snapshot_id), files, own)
+    return found_table(root, Version("Iceberg", snapshot.snapshot_id, str(name)), files, own)
 
 
 def _no_snapshot(name: TableName, table: Table, number: int | None) -> InputError:
