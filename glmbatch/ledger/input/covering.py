@@ -1,6 +1,6 @@
-"""Whether an output has all files of the Delta version that it was made from, and no others.
+"""Whether an output has all files of the table's version that it was made from, and no others.
 
-Reads the table's log, and opens no file of rows.
+Reads the table's log or metadata, and opens no file of rows.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from glmbatch.store.tables.iceberg import SCHEME, find_iceberg
 
 
 def covering(manifest: Manifest) -> Iterator[tuple[Literal["wrong", "unchecked"], str]]:
-    """What is wrong or cannot be checked, in words; nothing for an input that is no Delta table.
+    """What is wrong or cannot be checked, in words; nothing for an input that is no table.
 
-    A limited run does not cover its version. The manifest does not say which Iceberg table its
-    root belongs to.
+    A limited run does not cover its version.
     """
     version = manifest.version
-    if version is None or version.format != "Delta" or manifest.limit is not None:
+    if version is None or manifest.limit is not None:
         return
     try:
         if version.format == "Iceberg":
