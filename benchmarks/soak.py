@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.soak.nights import CELLS, Cell, Nights
+from tests.soak.nights import CELLS, Cell, Nights, catalogue_variable
 from tests.soak.reading import Readers
 from tests.soak.runs import Forks
 from tests.stores import Store, s3_store
@@ -44,6 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch)
+        os.environ.update([catalogue_variable(folder)])
         environment = None
         if options.flows:
             from glmbatch.cli.server import own_server

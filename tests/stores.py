@@ -168,10 +168,11 @@ class Proxy(BaseHTTPRequestHandler):
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
         parts = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
+        while size := int(self.rfile.readline().partition(b";")[0], 16):
             parts.append(self.rfile.read(size))
             self.rfile.readline()
-        self.rfile.readline()
+        while self.rfile.readline().strip():  # trailers
+            pass
         return b"".join(parts)
 
     def forward(self, request: Request, body: bytes, harm: str | int | None) -> None:

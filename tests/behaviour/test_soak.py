@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.soak.history import described, soak
-from tests.soak.nights import CELLS, Cell, Nights
+from tests.soak.nights import CELLS, Cell, Nights, catalogue_variable
 from tests.soak.reading import READERS, Readers
 from tests.soak.runs import Forks
 from tests.stores import Store
@@ -33,7 +33,15 @@ def test_nights_of_change_with_kills_equal_undisturbed_ones(tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def forks(s3: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A catalogue of Iceberg tables that all processes know."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(*catalogue_variable(tmp_path_factory.mktemp("catalogue")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def forks(s3: Store, catalogue: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """Starts runs that know the address of the store."""
     forks = Forks(tmp_path_factory.mktemp("forks"))
     yield forks
@@ -41,7 +49,9 @@ def forks(s3: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks
 
 
 @pytest.fixture(scope="module")
-def readers(s3: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Readers]:
+def readers(
+    s3: Store, catalogue: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Readers]:
     """Starts programs that read an output again and again."""
     readers = Readers(tmp_path_factory.mktemp("readers"), pause_seconds=0.5)
     yield readers

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -28,7 +29,7 @@ from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.ledger.verification import verify
 from glmbatch.store.folder import Folder
 from glmbatch.store.paths import location
-from tests.soak.reading import FRAGMENT, Readers, digest_of, of_arrow
+from tests.soak.reading import CATALOGUE, FRAGMENT, Readers, digest_of, of_arrow
 from tests.soak.runs import Counters, Forks, Kill, Outcome
 from tests.stores import BUCKET, Request, Store
 from tests.support import CAUSAL, CLASSIFY, GENERATE
@@ -59,6 +60,9 @@ CELLS = [
     Cell("parquet", "disk"),
     Cell("parquet", "s3"),
     Cell("delta", "disk"),
+    Cell("delta", "s3"),
+    Cell("iceberg", "disk"),
+    Cell("iceberg", "s3"),
     Cell("parquet", "disk", "csv"),
     Cell("parquet", "disk", "jsonl"),
 ]
@@ -116,6 +120,17 @@ class Killer:
         return "reset" if self._kill.kind == "before" else "lost"
 
 
+def catalogue_variable(folder: Path) -> tuple[str, str]:
+    """The variable that describes the catalogue of all Iceberg tables, a database in `folder`."""
+    return f"PYICEBERG_CATALOG__{CATALOGUE.upper()}__URI", f"sqlite:///{folder}/catalogue.db"
+
+
+def make_namespace(name: str) -> None:
+    from pyiceberg.catalog import load_catalog
+
+    load_catalog(CATALOGUE).create_namespace(name)
+
+
 def is_lock(request: Request) -> bool:
     return "/_glmbatch/lock." in request.key
 
@@ -133,6 +148,9 @@ class Nights:
         self._folder = folder
         self._forks, self._readers, self._store = forks, readers, store
         self._in_store = cell.place == "s3"
+        self._namespace = re.sub(r"\W", "_", folder.name)
+        if cell.table == "iceberg":
+            make_namespace(self._namespace)
         store.folder = folder.name
         self._root = f"s3://{BUCKET}/{folder.name}" if self._in_store else str(folder)
         self._sources: dict[str, list[str]] = {}
@@ -146,7 +164,8 @@ class Nights:
 
         A night has `of_a_night` kills at most. `seconds` is how long a reader may take for a read.
         """
-        output = f"{self._root}/killed"
+        is_iceberg = self.cell.table == "iceberg"
+        output = self._table("killed") if is_iceberg else f"{self._root}/killed"
         try:
             self._change(0)
             for name in ("twin", "killed"):
@@ -207,9 +226,14 @@ class Nights:
             (folder / name).write_bytes(_content(name, night, texts))
         time.sleep(2 * GRAIN_SECONDS)
 
+    def _table(self, output: str) -> str:
+        return f"{self._namespace}.{output}"
+
     def _job(self, output: str) -> dict[str, Any]:
+        table = {"table": f"{CATALOGUE}/{self._table(output)}"}
         return {
             "data": {
+                **(table if self.cell.table == "iceberg" else {}),
                 "input": f"{self._root}/in",
                 "output": f"{self._root}/{output}",
                 "format": self.cell.table,

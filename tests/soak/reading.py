@@ -24,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COLUMNS = ["file", "row", "size", "night", "text", "mood", "reply"]
+CATALOGUE = "soak"  # of Iceberg tables, described by the environment
 FRAGMENT = 8  # rows in a file of the output, but for the last one of a source
 IMPORTED = (
     "deltalake",
@@ -31,6 +32,8 @@ IMPORTED = (
     "pandas",
     "pyarrow.dataset",
     "pyarrow.parquet",
+    "pyiceberg.catalog.sql",
+    "pyiceberg.io.pyarrow",
 )
 Row = tuple[str | None, ...]
 
@@ -156,6 +159,26 @@ def delta_duckdb(address: str) -> list[Row]:
         return as_rows(connection.from_arrow(dataset).select(*COLUMNS).fetchall())
 
 
+def _iceberg(name: str) -> Any:
+    from pyiceberg.catalog import load_catalog
+
+    return load_catalog(CATALOGUE).load_table(name).scan(selected_fields=tuple(COLUMNS))
+
+
+def iceberg_arrow(name: str) -> list[Row]:
+    return of_arrow(_iceberg(name).to_arrow())
+
+
+def iceberg_pandas(name: str) -> list[Row]:
+    return as_rows(_iceberg(name).to_pandas()[COLUMNS].itertuples(index=False))
+
+
+def iceberg_duckdb(name: str) -> list[Row]:
+    connection = _iceberg(name).to_duckdb("answers")
+    with connection:
+        return as_rows(connection.table("answers").select(*COLUMNS).fetchall())
+
+
 READERS: dict[str, dict[str, Callable[[str], list[Row]]]] = {
     "parquet": {
         "pyarrow": folder_arrow,
@@ -164,6 +187,7 @@ READERS: dict[str, dict[str, Callable[[str], list[Row]]]] = {
         "manifest": folder_manifest,
     },
     "delta": {"delta-rs": delta_rs, "pandas": delta_pandas, "duckdb": delta_duckdb},
+    "iceberg": {"pyiceberg": iceberg_arrow, "pandas": iceberg_pandas, "duckdb": iceberg_duckdb},
 }
 
 

@@ -40,6 +40,8 @@ IMPORTED = (
     "obstore",
     "pandas",
     "pygal",
+    "pyiceberg.catalog.sql",
+    "pyiceberg.io.pyarrow",
 )
 # What an exit code of `glmbatch run` says.
 ENDS = {0: "published", 3: "published"}
@@ -137,6 +139,10 @@ def _commits(table: str | None) -> list[tuple[Any, str]]:
             (DeltaTable, "create_write_transaction"),
             (transaction, "create_table_with_add_actions"),
         ]
+    if table == "iceberg":
+        from pyiceberg.catalog.sql import SqlCatalog
+
+        return [(SqlCatalog, "commit_table")]
     return []
 
 
