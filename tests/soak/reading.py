@@ -162,7 +162,8 @@ def delta_duckdb(address: str) -> list[Row]:
 def _iceberg(name: str) -> Any:
     from pyiceberg.catalog import load_catalog
 
-    return load_catalog(CATALOGUE).load_table(name).scan(selected_fields=tuple(COLUMNS))
+    catalog = load_catalog(CATALOGUE, **{"s3.endpoint": os.environ["AWS_ENDPOINT_URL"]})
+    return catalog.load_table(name).scan(selected_fields=tuple(COLUMNS))
 
 
 def iceberg_arrow(name: str) -> list[Row]:
