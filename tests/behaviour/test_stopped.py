@@ -75,7 +75,7 @@ def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
     """The catalogue of Iceberg tables."""
     address = f"sqlite:///{tmp_path}/lake.db"
     monkeypatch.setenv("PYICEBERG_CATALOG__LAKE__URI", address)
-    catalog = load_catalog("lake")
+    catalog = load_catalog("lake", uri=address)  # it has read the variables when it was imported
     catalog.create_namespace("shop")
     return catalog
 
@@ -132,7 +132,8 @@ def test_a_stopped_holder_commits_no_snapshot_in_a_store(
         process.send_signal(signal.SIGCONT)
         assert process.wait(120) != 0
         assert b"another commit came between" in process.stderr.read()
-    reader = load_catalog("lake", **{"s3.endpoint": store.address})
+    endpoint = {"s3.endpoint": store.address}
+    reader = load_catalog("lake", **catalog.properties, **endpoint)
     after = reader.load_table("shop.reviews")
     assert after.current_snapshot() == before
     assert sorted(after.scan().to_arrow()["text"].to_pylist()) == ["older", "rows"]

@@ -38,6 +38,7 @@ from tests.support import CAUSAL, CLASSIFY, GENERATE
 GRAIN_SECONDS = 0.05
 # Of a killed run, after which the next one takes over.
 LOCK_SECONDS = 3.0
+VARIABLE = f"PYICEBERG_CATALOG__{CATALOGUE.upper()}__URI"
 WORDS = ["好", "bad", "so", "很好用", "broke"]
 
 
@@ -122,13 +123,13 @@ class Killer:
 
 def catalogue_variable(folder: Path) -> tuple[str, str]:
     """The variable that describes the catalogue of all Iceberg tables, a database in `folder`."""
-    return f"PYICEBERG_CATALOG__{CATALOGUE.upper()}__URI", f"sqlite:///{folder}/catalogue.db"
+    return VARIABLE, f"sqlite:///{folder}/catalogue.db"
 
 
 def make_namespace(name: str) -> None:
     from pyiceberg.catalog import load_catalog
 
-    load_catalog(CATALOGUE).create_namespace(name)
+    load_catalog(CATALOGUE, uri=os.environ[VARIABLE]).create_namespace(name)
 
 
 def is_lock(request: Request) -> bool:
