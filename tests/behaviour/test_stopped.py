@@ -1,6 +1,6 @@
 """A run that stands still, and another run that wants its output.
 
-On a disk the other is refused. In a store it takes over, and the first commits nothing afterwards;
+On a disk the other is refused. In a store it takes over, and the first changes nothing afterwards:
 test_stores.py and test_delta_stores.py show that for folders and for Delta tables.
 """
 
@@ -11,10 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyiceberg.catalog import Catalog, load_catalog
@@ -22,9 +20,7 @@ from pyiceberg.catalog import Catalog, load_catalog
 from glmbatch.errors import InputError
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.verification import verify
-from glmbatch.store.locks import StoreLock
 from tests.soak.nights import CELLS
-from tests.stores import Store
 from tests.support import CLASSIFY, ROOT, Settings, Write, run
 
 pytestmark = pytest.mark.slow
@@ -48,25 +44,6 @@ os.replace = stopping
 run_job(JobConfig.model_validate(job))
 """
 
-# A run that stops itself before it commits to its table, with a short-lived lock.
-STOPPING_COMMIT = """
-import json, os, signal, sys
-from pyiceberg.catalog.sql import SqlCatalog
-from glmbatch.run.job import run_job
-from glmbatch.settings.job import JobConfig
-from glmbatch.store.locks import StoreLock
-
-StoreLock.__init__.__defaults__ = (0.3, 2, None)
-commit = SqlCatalog.commit_table
-
-def stopping(*arguments):
-    SqlCatalog.commit_table = commit
-    os.kill(os.getpid(), signal.SIGSTOP)
-    return commit(*arguments)
-
-SqlCatalog.commit_table = stopping
-run_job(JobConfig.model_validate(json.loads(sys.argv[1])))
-"""
 TABLE = "lake/shop.reviews"
 
 
@@ -108,33 +85,3 @@ def test_a_stopped_holder_on_a_disk_keeps_its_lock(
     assert manifest is not None
     (file,) = manifest.files
     assert pq.read_table(out / file.output_name)["text"].to_pylist() == ["newer", "rows"]
-
-
-def test_a_stopped_holder_commits_no_snapshot_in_a_store(
-    store: Store, job_settings: Settings, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other run has the rows that are published, so without a fence it would commit none."""
-    monkeypatch.setattr(StoreLock.__init__, "__defaults__", (0.3, 2, None))
-    places = {"data__input": store.url("in"), "data__output": store.url("out")}
-    table = {"data__format": "iceberg", "data__table": TABLE}
-    job = job_settings(steps=[CLASSIFY], **places, **table)
-    store.put("in/a.parquet", pa.table({"text": ["older", "rows"]}))
-    run(job)
-    store.put("in/a.parquet", pa.table({"text": ["of", "the holder"]}))
-    command = [sys.executable, "-c", STOPPING_COMMIT, json.dumps(job)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
-        time.sleep(3)
-        store.put("in/a.parquet", pa.table({"text": ["older", "rows"]}))
-        run(job)
-        before = catalog.load_table("shop.reviews").current_snapshot()
-        process.send_signal(signal.SIGCONT)
-        assert process.wait(120) != 0
-        assert b"another commit came between" in process.stderr.read()
-    endpoint = {"s3.endpoint": store.address}
-    reader = load_catalog("lake", **catalog.properties, **endpoint)
-    after = reader.load_table("shop.reviews")
-    assert after.current_snapshot() == before
-    assert sorted(after.scan().to_arrow()["text"].to_pylist()) == ["older", "rows"]
-    assert verify(store.url("out")).findings == ()

@@ -63,7 +63,6 @@ CELLS = [
     Cell("delta", "disk"),
     Cell("delta", "s3"),
     Cell("iceberg", "disk"),
-    Cell("iceberg", "s3"),
     Cell("parquet", "disk", "csv"),
     Cell("parquet", "disk", "jsonl"),
 ]
