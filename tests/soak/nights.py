@@ -63,6 +63,7 @@ CELLS = [
     Cell("delta", "disk"),
     Cell("delta", "s3"),
     Cell("iceberg", "disk"),
+    Cell("iceberg", "s3"),
     Cell("parquet", "disk", "csv"),
     Cell("parquet", "disk", "jsonl"),
 ]
