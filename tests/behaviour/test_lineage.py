@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 import yaml
 from pydantic import ValidationError
+from pyiceberg.catalog import load_catalog
 
 from glmbatch.errors import AuditError, BadRow, InputError
 from glmbatch.ledger.ledger import Ledger
@@ -336,6 +337,26 @@ def test_a_delta_table_has_its_own_version(
     outputs = [facets(event["outputs"][0]) for event in collector.events[1::2]]
     assert [output["version"]["datasetVersion"] for output in outputs] == ["0", "1"]
     assert outputs[0]["storage"]["storageLayer"] == "delta"
+
+
+def test_an_iceberg_table_has_its_snapshot(
+    tmp_path: Path,
+    write_source: Write,
+    job_settings: Settings,
+    collector: Catalogue,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    address = f"sqlite:///{tmp_path}/catalog.db"
+    monkeypatch.setenv("PYICEBERG_CATALOG__LAKE__URI", address)
+    catalog = load_catalog("lake", uri=address)
+    catalog.create_namespace("shop")
+    write_source("0.parquet", {"text": ["a text"]})
+    run(traced(job_settings, collector, data__format="iceberg", data__table="lake/shop.answers"))
+    output = facets(collector.events[-1]["outputs"][0])
+    snapshot = catalog.load_table("shop.answers").current_snapshot()
+    assert snapshot is not None
+    assert output["version"]["datasetVersion"] == str(snapshot.snapshot_id)
+    assert output["storage"]["storageLayer"] == "iceberg"
 
 
 def test_a_delta_table_is_read_at_its_version(

@@ -18,6 +18,7 @@ import pyarrow as pa
 import glmbatch
 from glmbatch.errors import GlmbatchError, Interrupted
 from glmbatch.ledger.ledger import Ledger
+from glmbatch.ledger.tables.table import table_over
 from glmbatch.report.report import read_report
 from glmbatch.run.lineage.columns import columns_used
 from glmbatch.run.lineage.sending import Sender
@@ -26,8 +27,6 @@ from glmbatch.settings.conditions import columns_of, parse_condition
 from glmbatch.settings.data import DataConfig
 from glmbatch.settings.report import LineageConfig
 from glmbatch.settings.steps.any_step import AnyStep
-from glmbatch.store.folder import Folder
-from glmbatch.store.tables.delta import open_delta
 
 if TYPE_CHECKING:
     from openlineage.client.event_v2 import InputDataset, OutputDataset, RunEvent
@@ -217,11 +216,11 @@ def _datasets(events: _Events, *, full: bool) -> tuple[InputDataset, OutputDatas
 
 
 def _version(events: _Events) -> str:
-    """The version of the output: the run that published it, or that of a Delta table."""
+    """The version of the output: that of the table over it, else the run that published it."""
     assert events.run is not None
-    if events.data.format != "delta":
-        return events.run.context.id
-    return str(open_delta(Folder(events.data.output).path).version())
+    data = events.data
+    table = table_over(data.output, data.format, data.table or "")
+    return events.run.context.id if table is None else str(table.current.version)
 
 
 def _without_answers(run: Run, published: pa.Schema) -> pa.Schema:
