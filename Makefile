@@ -10,7 +10,7 @@ RUN := $(VENV)/bin
 # uv ignores pip's settings, so give it pip's folder of wheels.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 # Each process has its own Prefect server, and all tests of a file run in one process.
-IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
+IN_PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 # Prefect's database and settings, only for this checkout.
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 # If it were set, every process would compile all packages again.
@@ -58,12 +58,12 @@ demo: $(VENV)/ready-to-run
 up down: $(VENV)/ready-to-run
 	@$(RUN)/python -m deployments.local $@
 
-# Two processes, because the tests wait for servers and schedules about half of the time.
+# Three processes for two cores, because the tests wait for servers and schedules half of the time.
 test: setup
-	$(RUN)/python -m pytest $(IN_TWO)
+	$(RUN)/python -m pytest $(IN_PARALLEL)
 
 check: lint
-	$(RUN)/python -m pytest $(IN_TWO) -m "not slow and not prefect and not gpu"
+	$(RUN)/python -m pytest $(IN_PARALLEL) -m "not slow and not prefect and not gpu"
 
 lint: setup
 	$(RUN)/ruff format --check .
@@ -87,7 +87,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 newest:
 	$(MAKE) VENV=.venv-newest .venv-newest/bin/uv
 	.venv-newest/bin/uv pip install --quiet --python .venv-newest/bin/python --upgrade -C editable_mode=compat '$(TORCH)' -e '.[test]'
-	.venv-newest/bin/python -m pytest $(IN_TWO) -m "not slow and not prefect and not gpu"
+	.venv-newest/bin/python -m pytest $(IN_PARALLEL) -m "not slow and not prefect and not gpu"
 
 # The wheel and the source archive, then the wheel alone in empty environments, one for each Python in PYTHONS.
 PYTHONS ?= $(PYTHON)

@@ -24,6 +24,7 @@ from glmbatch.store.errors import one_line
 from glmbatch.store.files import whole_address
 from glmbatch.store.folder import Folder
 from glmbatch.store.locks import read_sign
+from glmbatch.store.paths import TABLE_SCHEME
 from tasks.engines import ClusterProcess, complaint_of
 
 Result = TypeVar("Result")
@@ -208,7 +209,10 @@ def with_whole_paths(job: JobConfig) -> JobConfig:
     """`job` with absolute paths if it uses a cluster, whose processes run in other folders."""
     if job.runtime.cluster is None:
         return job
-    data = {"input": whole_address(job.data.input), "output": whole_address(job.data.output)}
+    # The name of a table in a catalogue means the same in all folders.
+    is_named = job.data.input.startswith(TABLE_SCHEME)
+    source = job.data.input if is_named else whole_address(job.data.input)
+    data = {"input": source, "output": whole_address(job.data.output)}
     steps = []
     for step in job.steps:
         model = step.model and _whole_model(step.model)

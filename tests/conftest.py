@@ -39,7 +39,7 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """When two processes share the tests, start the long files first, so both end together."""
+    """When several processes share the tests, start the long files first, so all end together."""
     if hasattr(config, "workerinput"):  # this process is an xdist worker
 
         def place(item: pytest.Item) -> tuple[bool, bool]:

@@ -157,8 +157,9 @@ def _commit(
 ) -> None:
     check_held(ledger.root / LOCK)
     rows = {file.output_name: file.rows for file in manifest.files}
-    # In a store, the run that did not end may stand still in the middle of its commit.
-    fences = after_a_kill and ledger.folder.local is None
+    # The run that did not end may stand still in the middle of its commit in a store, or have sent
+    # one to a catalogue. On a disk it holds its lock until it is dead.
+    fences = after_a_kill and (ledger.folder.local is None or table.format == "iceberg")
     commit_table(table, rows, version, run=manifest.run, fences=fences)
 
 

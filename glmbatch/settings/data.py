@@ -120,6 +120,16 @@ class DataConfig(Settings):
         None, ge=1, description="Process only the first N rows, for a trial. Empty: all rows."
     )
 
+    @field_validator("output")
+    @classmethod
+    def _is_a_folder(cls, address: str) -> str:
+        if address.startswith("iceberg:"):
+            raise ValueError(
+                "is a folder or an address; for an Iceberg table set data.format to iceberg and "
+                "data.table to CATALOG/namespace.name"
+            )
+        return address
+
     @field_validator("time_zone")
     @classmethod
     def _is_a_zone(cls, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Decide which metadata of a source's footer the output keeps. Reads no rows.
+"""What a footer says: whether pyarrow can show it, and what of it the output keeps. Reads no rows.
 
 Other tools describe the columns under footer keys of their own. Some (Spark, Avro, Iceberg,
 `datasets`) trust that description more than the file's schema, so they would not see our columns.
@@ -13,9 +13,12 @@ The ids of columns are dropped as well (types.py).
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -33,6 +36,54 @@ DESCRIBING_KEY = re.compile(
 )
 DESCRIBING_WORDS = frozenset({"fields", "columns", "features", "schema", "dtypes", "message"})
 MAX_NOTE_BYTES = 64 << 10
+
+
+def check_chunks(
+    file: pq.ParquetFile, row_groups: Sequence[int], columns: Sequence[str] | None = None
+) -> None:
+    """OSError if the footer contradicts itself about these columns of the `row_groups`.
+
+    Call it before `RowGroupMetaData.column`, which aborts the process then: pyarrow 26 does not
+    catch there what its C++ part throws. A reader does, before it asks for the first byte.
+    """
+    rows = pq.ParquetFile(pa.PythonFile(_NoBytes(), mode="r"), metadata=file.metadata)
+    names = None if columns is None else list(columns)
+    with suppress(_AskedForBytes):
+        next(rows.iter_batches(1, list(row_groups), names, use_threads=False), None)
+
+
+def statistics_of(group: pq.RowGroupMetaData, at: int, physical_type: str) -> pq.Statistics | None:
+    """What the footer says of the values of a checked leaf column `at`, if anything.
+
+    OSError if they are not of the `physical_type` of the schema, which would abort the process too.
+    """
+    chunk = group.column(at)
+    if chunk.physical_type != physical_type:
+        raise OSError(f"a column is {physical_type} in the schema and {chunk.physical_type} below")
+    return chunk.statistics
+
+
+class _AskedForBytes(Exception):
+    """The reader has accepted the footer."""
+
+
+class _NoBytes(io.RawIOBase):
+    """A file of any size, of which nothing can be read."""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return offset
+
+    def tell(self) -> int:
+        return sys.maxsize
+
+    def read(self, size: int = -1) -> bytes:
+        raise _AskedForBytes
 
 
 def written_form(file: pq.ParquetFile) -> str:

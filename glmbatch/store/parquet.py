@@ -25,6 +25,7 @@ from glmbatch.errors import (
 )
 from glmbatch.store.errors import store_errors, unread, was_changed
 from glmbatch.store.files import refuse_change
+from glmbatch.store.footers import check_chunks, statistics_of
 from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 from glmbatch.store.types import leaves
 from glmbatch.store.values import is_plain, is_text
@@ -172,15 +173,16 @@ def _batch_rows(
     At most MOST_DECODED_ROWS, because the footer only gives means, and all large values may be at
     the end.
     """
+    check_chunks(file, row_groups, names)
     wanted = None if names is None else set(names)
+    paths = [leaf.path for leaf in leaves(file)]
+    places = [at for at, path in enumerate(paths) if wanted is None or _belongs(path, wanted)]
     heaviest = dictionary_bytes = 1.0
     for number in row_groups:
         group = file.metadata.row_group(number)
         size_bytes = 0
-        for at in range(group.num_columns):
+        for at in places:
             column = group.column(at)
-            if wanted is not None and not _belongs(column.path_in_schema, wanted):
-                continue
             # In memory a number has its full width, however well the file packs repetitions.
             size_bytes += max(column.total_uncompressed_size, 8 * column.num_values)
             is_bytes = column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
@@ -235,11 +237,12 @@ def read_valued_columns(path: Address, names: Sequence[str], optional: Sequence[
 
 def _is_null(file: pq.ParquetFile, name: str) -> bool:
     """Whether the statistics in the footer say that the column `name` has no value."""
-    places = [at for at, leaf in enumerate(leaves(file)) if leaf.path == name]
+    places = {at: leaf.physical_type for at, leaf in enumerate(leaves(file)) if leaf.path == name}
+    check_chunks(file, range(file.metadata.num_row_groups), [name])
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
-        for at in places:
-            counts = group.column(at).statistics
+        for at, kind in places.items():
+            counts = statistics_of(group, at, kind)
             if counts is None or not counts.has_null_count or counts.null_count < group.num_rows:
                 return False
     return bool(places)

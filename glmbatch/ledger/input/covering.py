@@ -13,8 +13,9 @@ from glmbatch.ledger.manifest import Manifest
 from glmbatch.settings.conditions import columns_of, parse_condition
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.filters import left_out, row_filter
+from glmbatch.store.paths import TABLE_SCHEME
 from glmbatch.store.tables.delta import find_delta
-from glmbatch.store.tables.iceberg import SCHEME, find_iceberg
+from glmbatch.store.tables.iceberg import find_iceberg
 
 
 def covering(manifest: Manifest) -> Iterator[tuple[Literal["wrong", "unchecked"], str]]:
@@ -27,7 +28,7 @@ def covering(manifest: Manifest) -> Iterator[tuple[Literal["wrong", "unchecked"]
         return
     try:
         if version.format == "Iceberg":
-            found = find_iceberg(f"{SCHEME}{version.name}", version.number)
+            found = find_iceberg(f"{TABLE_SCHEME}{version.name}", version.number)
         else:
             found = find_delta(Folder(manifest.root).path, version.number)
     except InputError as error:

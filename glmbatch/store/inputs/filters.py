@@ -30,6 +30,7 @@ from glmbatch.settings.conditions import (
     parse_condition,
     text_of,
 )
+from glmbatch.store.footers import check_chunks, statistics_of
 from glmbatch.store.inputs.conditions import (
     Possible,
     check_tests,
@@ -181,7 +182,8 @@ def kept_rows(
     `fitted` is as in `Fragment`.
     """
     columns = columns_of(condition)
-    places = {leaf.path: at for at, leaf in enumerate(leaves(file))}
+    places = {leaf.path: (at, leaf.physical_type) for at, leaf in enumerate(leaves(file))}
+    check_chunks(file, range(file.metadata.num_row_groups), columns)
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
         if not group.num_rows or not _may_hold(condition, group, places, file.schema_arrow):
@@ -204,7 +206,7 @@ def holding(condition: Condition, rows: pa.RecordBatch) -> pa.Array:
 def _may_hold(
     condition: Condition,
     group: pq.RowGroupMetaData,
-    places: Mapping[str, int],
+    places: Mapping[str, tuple[int, str]],
     schema: pa.Schema,
 ) -> bool:
     """Whether a row of the group may be kept, by what the footer says of its columns."""
@@ -212,7 +214,7 @@ def _may_hold(
     def possible(test: Test) -> Possible:
         yes, no, null = True, True, True
         if test.column in places:
-            counts = group.column(places[test.column]).statistics
+            counts = statistics_of(group, *places[test.column])
             kind = schema.field(test.column).type
             if counts is not None:
                 yes, no, null = _by_counts(test, counts, kind)

@@ -8,12 +8,13 @@ where AWS's own tools have them.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from glmbatch.errors import MACHINE_ERRNOS, GlmbatchError, InputError, TransientError
+from glmbatch.settings.addresses import has_credentials
 from glmbatch.store.errors import may_pass, one_line
 from glmbatch.store.folder import Folder
 from glmbatch.store.objects.access import storage_options
@@ -32,6 +33,7 @@ _S3 = {
     "s3.session-token": "session_token",
     "s3.anonymous": "skip_signature",
 }
+_IDENTITY = ("s3.access-key-id", "s3.secret-access-key", "s3.session-token", "s3.anonymous")
 _SQLITE_PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
@@ -79,12 +81,15 @@ def open_catalog(name: TableName, place: Address = "") -> Catalog:
             )
         return load_catalog(
             name.catalog,
-            **{**_credentials(str(place) or settings.get("warehouse", "")), **settings},
+            **{**_credentials(str(place) or settings.get("warehouse", ""), settings), **settings},
         )
 
 
-def _credentials(place: str) -> dict[str, str]:
-    """pyiceberg's settings for the store that has `place`; none for other places than S3."""
+def _credentials(place: str, settings: Mapping[str, str]) -> dict[str, str]:
+    """pyiceberg's settings for the store that has `place`; none for other places than S3.
+
+    Credentials in the catalogue's own `settings` stand alone: a token of ours would not fit them.
+    """
     if place.startswith("az:"):
         raise InputError(
             f"{place}: an Iceberg table can be on a disk, in s3:// or in gs://. Set data.output or "
@@ -93,7 +98,9 @@ def _credentials(place: str) -> dict[str, str]:
     if not place.startswith("s3:"):
         return {}
     options = storage_options(Folder(place).path) or {}
-    return {ours: options[theirs] for ours, theirs in _S3.items() if theirs in options}
+    found = {ours: options[theirs] for ours, theirs in _S3.items() if theirs in options}
+    own = any(name in settings for name in _IDENTITY)
+    return {name: value for name, value in found.items() if not own or name not in _IDENTITY}
 
 
 def _variable(catalog: str) -> str:
@@ -127,6 +134,8 @@ def catalog_errors(name: TableName) -> Iterator[None]:
     except Exception as error:  # it has no class of its own that all its errors have
         # The database's own words, without the statement.
         reason = one_line(getattr(error, "orig", None) or error, limit=300)
+        if has_credentials(reason):  # some quote the address of the catalogue
+            reason = type(error).__name__
         if isinstance(error, _conflicts()):
             raise TransientError(f"{name}: another commit came between: {reason}.") from error
         if _passes(error):

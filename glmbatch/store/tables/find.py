@@ -9,8 +9,9 @@ from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.find import SETTING, find_files
 from glmbatch.store.inputs.found import Found
 from glmbatch.store.inputs.tables import is_marked, refuse_tables_above
+from glmbatch.store.paths import TABLE_SCHEME
 from glmbatch.store.tables.delta import LOG, find_delta
-from glmbatch.store.tables.iceberg import SCHEME, find_iceberg
+from glmbatch.store.tables.iceberg import find_iceberg
 
 
 def find_input(data: DataConfig) -> Found:
@@ -18,7 +19,7 @@ def find_input(data: DataConfig) -> Found:
 
     InputError when it is inside another table, or is none although a version is set.
     """
-    if data.input.startswith(SCHEME):
+    if data.input.startswith(TABLE_SCHEME):
         return find_iceberg(data.input, data.version)
     folder = Folder(data.input).path
     with naming(SETTING):

@@ -5,6 +5,7 @@ Uses the library pyiceberg, which finds the table in a catalogue and plans its f
 
 from __future__ import annotations
 
+import hashlib
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.find import SETTING
 from glmbatch.store.inputs.found import Found, Version
 from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.paths import TABLE_SCHEME
 from glmbatch.store.tables.catalogs import (
     TableName,
     catalog_errors,
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from pyiceberg.schema import Schema
     from pyiceberg.table import FileScanTask, Table
 
-SCHEME = "iceberg:"  # before the name of a table, as an address
 MOST_NAMED = 5
 
 
@@ -40,7 +41,7 @@ def find_iceberg(address: str, number: int | None) -> Found:
     Without a number, at its current one. InputError when there is no such snapshot, or when rows
     cannot be read from the files as they are.
     """
-    name = table_name(address.removeprefix(SCHEME))
+    name = table_name(address.removeprefix(TABLE_SCHEME))
     table = load_table(open_catalog(name), name)
     if table is None:
         raise InputError(f"{name}: the catalogue has no such table. Set {SETTING}.")
@@ -87,12 +88,19 @@ def _check_names(name: TableName, table: Table, schema: Schema) -> None:
     for other in table.schemas().values():
         for column in other.column_names:
             number = other.find_field(column).field_id
-            if names.get(number, column) != column or ids.get(column, number) != number:
+            if names.get(number) != column or ids.get(column) != number:
                 raise InputError(
-                    f"{name}: the column {column!r} was renamed, or replaced by another of its "
-                    "name, so files may have other names for the table's columns. Write the rows "
+                    f"{name}: the column {column!r} was renamed, dropped, or replaced by another "
+                    "of its name, so files may have other columns than the table. Write the rows "
                     f"to a new table, and set {SETTING} to that."
                 )
+    for column in schema.column_names:
+        if getattr(schema.find_field(column), "initial_default", None) is not None:
+            raise InputError(
+                f"{name}: the column {column!r} has a default for rows of earlier files, which "
+                "are read as null here. Write the rows to a new table, "
+                f"and set {SETTING} to that."
+            )
 
 
 def _check_file(name: TableName, task: FileScanTask) -> None:
@@ -135,7 +143,18 @@ def _file(file: DataFile, place: str, values: dict[str, str | None]) -> TableFil
     # Writers put partition columns into their files too. Where folders say them, they must agree.
     folders = folder_columns(path)
     said = {column: value for column, value in values.items() if column in folders}
-    return TableFile(path, (file.file_size_in_bytes, 0), said)
+    return TableFile(path, (file.file_size_in_bytes, _print_of(file)), said)
+
+
+def _print_of(file: DataFile) -> int:
+    """A number that differs if another file was added under the name of one that was removed.
+
+    Metadata have no time of a file. They do have bounds, and sizes by column.
+    """
+    parts = (file.column_sizes, file.lower_bounds, file.upper_bounds, file.null_value_counts)
+    said = [file.record_count, *(sorted((part or {}).items()) for part in parts)]
+    digest = hashlib.sha256(repr([said, file.split_offsets]).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
 
 def _address(place: str) -> str:

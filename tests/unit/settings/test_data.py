@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, date, datetime
 
 import pytest
+from pydantic import ValidationError
 
 from glmbatch.settings.data import DataConfig, plain, with_dates
 
@@ -62,3 +63,8 @@ def test_a_path_with_braces_can_be_a_setting() -> None:
 def test_wrong_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"no time zone|is no condition"):
         data(**settings)
+
+
+def test_an_output_is_no_name_of_a_table() -> None:
+    with pytest.raises(ValidationError, match="for an Iceberg table set"):
+        DataConfig(input="in", output="iceberg:lake/shop.answers")

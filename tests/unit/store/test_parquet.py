@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glmbatch.errors import InputError, UnusableFile
-from glmbatch.store.parquet import open_parquet, read_rows
+from glmbatch.settings.conditions import parse_condition
+from glmbatch.store.inputs.filters import check_filter, kept_rows
+from glmbatch.store.parquet import open_parquet, read_opened, read_rows, read_valued_columns
 from glmbatch.store.values import prompt_values
 
 FUZZ = int(os.environ.get("FUZZ", "300"))  # damaged files to read
@@ -196,6 +198,27 @@ def test_any_damaged_byte_gives_rows_or_our_error(numbered: Path, at: int, flip:
         list(read_rows(damaged, list(groups), 0, max(rows, 1)))
     except InputError:
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flip", [2, 3, 64])
+def test_a_damaged_footer_never_ends_the_process(numbered: Path, flip: int) -> None:
+    whole = numbered.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    condition = parse_condition("n > 10 and other < 5")
+    refused = 0
+    for at in range(footer, len(whole)):
+        damaged = numbered.with_name("damaged.parquet")
+        damaged.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
+        try:
+            with open_parquet(damaged) as file:
+                check_filter(str(damaged), "damaged.parquet", condition, file.schema_arrow)
+                list(kept_rows(file, condition, str(damaged)))
+                list(read_opened(file, [0], 0, 1, where=damaged))
+            read_valued_columns(damaged, ["n"], ["other"])
+        except InputError:
+            refused += 1
+    assert refused > 100
 
 
 @pytest.mark.slow
