@@ -151,6 +151,13 @@ def test_tables_whose_files_say_other_things_are_refused(
     table.append(pa.table({"body": rows[:1], "day": [datetime.date(2026, 11, 4)]}))
     with pytest.raises(InputError, match="the column 'text' was renamed"):
         run(job(data__text_column="body"))
+    private = catalog.create_table("shop.private", reviews(["a"]).schema)
+    private.append(reviews(["a"]))
+    with private.update_schema() as update:
+        update.delete_column("day")
+    private.append(reviews(["a"]).drop(["day"]))
+    with pytest.raises(InputError, match="the column 'day' was renamed, dropped"):
+        run(job(data__input="iceberg:lake/shop.private"))
     assert not out.exists() or not [*out.rglob("*.parquet")]
 
 
