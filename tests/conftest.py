@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from glmbatch.cli.server import own_server
 from glmbatch.glm.engine.pool import EnginePool
 from glmbatch.ledger.input import opening
 from glmbatch.settings.tuning import TuneConfig
@@ -47,6 +48,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return not is_long, item.get_closest_marker("slow") is None
 
         items.sort(key=place)
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Clients' variables for one Prefect server of the session: home, address and password."""
+    home = str(tmp_path_factory.mktemp("prefect"))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PREFECT_HOME", home)
+        with own_server() as client:
+            yield {"PREFECT_HOME": home, **client}
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,12 +40,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {page: tmp_path_factory.mktemp("page") for page in PAGES}
 
 
-def run(command: str | list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run `command` from the checkout's root, with Prefect's home in `folder`."""
+def run(
+    command: str | list[str], folder: Path, server: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `command` from the checkout's root, with Prefect's home in `folder`.
+
+    A run under no `server` starts its own.
+    """
     programs = Path(sys.executable).parent
     environment = {
         **os.environ,
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        **(server or {}),
         "PREFECT_HOME": str(folder / "prefect"),
     }
     return subprocess.run(
@@ -107,14 +113,19 @@ def database() -> Iterator[str]:
     ("page", "command"), [(page, command) for page in PAGES for command in commands(page)]
 )
 def test_each_command_runs(
-    page: str, command: str, folders: dict[str, Path], request: pytest.FixtureRequest
+    page: str,
+    command: str,
+    folders: dict[str, Path],
+    prefect_server: dict[str, str],
+    request: pytest.FixtureRequest,
 ) -> None:
     if "s3://" in command:
         request.getfixturevalue("buckets")
     if DATABASE in command:
         address = request.getfixturevalue("database")
         command = command.replace(DATABASE, shlex.quote(address))
-    done = run(command.replace("/tmp/", f"{folders[page]}/"), folders[page])
+    # One server for all, which saves seconds a run; the demo below starts its own.
+    done = run(command.replace("/tmp/", f"{folders[page]}/"), folders[page], prefect_server)
     assert done.returncode in {0, 3}, done.stderr
     assert done.stdout
 
