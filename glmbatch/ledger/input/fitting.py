@@ -121,7 +121,9 @@ def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
         return plan
     sources = {fragment.source: fragment.stored or fragment.path for fragment in plan.fragments}
     stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop").files
-    typed = check_sources(table, sources, [file.output_name for file in stay])
+    files = manifest.files if manifest is not None else ()
+    published = {file.output_name for file in files}
+    typed = check_sources(table, sources, [file.output_name for file in stay], published)
     fragments = []
     for fragment in plan.fragments:
         fragments.append(fragment.model_copy(update={"typed": typed.get(fragment.source, "")}))

@@ -6,9 +6,11 @@ until the format's own tools delete them. Knows no jobs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from glmbatch.errors import InputError, shown
+from glmbatch.ledger.receipts import OutputReceipt, read_receipt
 from glmbatch.ledger.tables import delta, iceberg
 from glmbatch.ledger.tables.columns import Commit, Current, fitted, schema_of
 from glmbatch.ledger.tables.types import FORMATS, typed_text
@@ -60,15 +62,20 @@ def table_in(root: Address) -> Table | None:
 
 
 def check_sources(
-    table: Table, sources: Mapping[str, Address], staying: Sequence[str]
+    table: Table,
+    sources: Mapping[str, Address],
+    staying: Sequence[str],
+    published: Collection[str],
 ) -> dict[str, str]:
     """Check that the Parquet files `sources` (name to path) can be in one `table`.
 
     Returns for each source the types that other files give to its columns without one, as
-    `typed_text`. The files `staying`, by name, stay in the table beside them. InputError when the
-    columns do not match, or as `Table.current`.
+    `typed_text`. Of the files `published`, by name, those `staying` stay in the table beside them.
+    InputError when the columns do not match, when others added files, or as `Table.current`.
     """
     current = table.current
+    if table.format == "delta":  # Iceberg's snapshots say themselves who made them
+        _refuse_others(table, current.files - set(published))
     # The table has the columns of its files, so their footers are not read.
     others = set(staying) - current.files
     files = {**sources, **{name: table.root / name for name in others}}
@@ -76,6 +83,17 @@ def check_sources(
     schemas = {name: schema_of(form, path) for name, path in files.items() if exists(path)}
     columns, _ = fitted(form, table.where, current.columns, schemas, bool(staying))
     return {name: typed_text(schemas[name], columns.schema) for name in sources if name in schemas}
+
+
+def _refuse_others(table: Table, names: Collection[str]) -> None:
+    """InputError if others added one of the table's files `names`: the next commit removes them."""
+    for name in sorted(names):
+        # A killed run may have committed its files without a manifest.
+        if read_receipt(table.root / name, OutputReceipt) is None:
+            raise InputError(
+                f"{table.where}: others wrote to the Delta table ({shown(name)}). A publication "
+                "would remove their rows. Restore the last version of glmbatch, or set data.output."
+            )
 
 
 def plan_commit(table: Table, files: Mapping[str, AnyPath]) -> Commit:

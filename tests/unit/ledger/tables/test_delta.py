@@ -299,6 +299,22 @@ def test_a_foreign_table_is_left_alone(
     assert DeltaTable(tmp_path / "out").to_pyarrow_table().column("mine").to_pylist() == [1]
 
 
+def test_rows_of_others_are_not_removed(
+    write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
+) -> None:
+    write_source("a.parquet", {"text": rows[:8]})
+    run_job(delta_job())
+    table = DeltaTable(tmp_path / "out")
+    write_deltalake(table, table.to_pyarrow_table().slice(0, 1), mode="append")
+    write_source("b.parquet", {"text": rows[8:12]})
+    with pytest.raises(InputError, match="others wrote to the Delta table"):
+        run_job(delta_job())
+    assert len(texts(tmp_path / "out")) == 9
+    DeltaTable(tmp_path / "out").restore(0)
+    run_job(delta_job())
+    assert texts(tmp_path / "out") == sorted(rows[:12])
+
+
 def test_an_empty_log_after_a_kill_starts_over(
     write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
 ) -> None:
