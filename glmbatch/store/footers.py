@@ -46,7 +46,9 @@ def check_chunks(
     Call it before `RowGroupMetaData.column`, which aborts the process then: pyarrow 26 does not
     catch there what its C++ part throws. A reader does, before it asks for the first byte.
     """
-    rows = pq.ParquetFile(pa.PythonFile(_NoBytes(), mode="r"), metadata=file.metadata)
+    nothing = pa.PythonFile(_NoBytes(), mode="r")
+    # Without a small buffer, the reader has room made for whole column chunks.
+    rows = pq.ParquetFile(nothing, metadata=file.metadata, buffer_size=1 << 10)
     names = None if columns is None else list(columns)
     with suppress(_AskedForBytes):
         next(rows.iter_batches(1, list(row_groups), names, use_threads=False), None)

@@ -173,7 +173,6 @@ def _batch_rows(
     At most MOST_DECODED_ROWS, because the footer only gives means, and all large values may be at
     the end.
     """
-    check_chunks(file, row_groups, names)
     wanted = None if names is None else set(names)
     paths = [leaf.path for leaf in leaves(file)]
     places = [at for at, path in enumerate(paths) if wanted is None or _belongs(path, wanted)]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from glmbatch.errors import InputError, UnusableFile, shown
 from glmbatch.ledger.input.unchanged import Look, look_at
 from glmbatch.store.files import digest_file
-from glmbatch.store.footers import written_form
+from glmbatch.store.footers import check_chunks, written_form
 from glmbatch.store.inputs.found import Found
 from glmbatch.store.lines.form import Form
 from glmbatch.store.lines.stored import OWN_FIELDS, store_lines, stored_lines
@@ -75,6 +75,7 @@ def read_footer(path: AnyPath, file: pq.ParquetFile) -> tuple[list[int], dict[st
     """The rows of each row group of an open file, and the fields of how it is written."""
     check_carried(str(path), file)
     metadata = file.metadata
+    check_chunks(file, range(metadata.num_row_groups))
     group_rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
     # A damaged footer may contradict itself; pyarrow does not compare the two numbers.
     if sum(group_rows) != metadata.num_rows:

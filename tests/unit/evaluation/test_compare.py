@@ -142,7 +142,8 @@ def test_the_cost_counts_whatever_asked_first(
     file, few = str(tmp_path / "rows.parquet"), str(tmp_path / "few.parquet")
     # A text twice, and one that no evaluation asks about.
     table = pa.table({"text": [*rows[:9], rows[0]], "mood": [*["bad"] * 8, None, "bad"]})
-    pq.write_table(table.append_column("tone", table.column("mood")), file)
+    tones = pa.array([*["warm"] * 8, None, "warm"])
+    pq.write_table(table.append_column("tone", tones), file)
     pq.write_table(table.slice(0, 4), few)
     fresh = compare(alone, other, file, keep=tmp_path / "fresh").steps[0]
     assert (fresh.a.prompts, fresh.a.now, fresh.b.prompts) == (9, 9, 9)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from glmbatch.errors import InputError, UnusableFile
 from glmbatch.settings.conditions import parse_condition
+from glmbatch.store.footers import check_chunks
 from glmbatch.store.inputs.filters import check_filter, kept_rows
 from glmbatch.store.parquet import open_parquet, read_opened, read_rows, read_valued_columns
 from glmbatch.store.values import prompt_values
@@ -194,6 +195,7 @@ def test_any_damaged_byte_gives_rows_or_our_error(numbered: Path, at: int, flip:
     try:
         with open_parquet(damaged) as file:
             groups = range(file.metadata.num_row_groups)
+            check_chunks(file, groups)  # as when a file is planned
             rows = sum(file.metadata.row_group(index).num_rows for index in groups)
         list(read_rows(damaged, list(groups), 0, max(rows, 1)))
     except InputError:
