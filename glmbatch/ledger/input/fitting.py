@@ -122,8 +122,8 @@ def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
     sources = {fragment.source: fragment.stored or fragment.path for fragment in plan.fragments}
     stay = staying(manifest, plan, drop_missing=data.missing_sources == "drop").files
     files = manifest.files if manifest is not None else ()
-    published = {file.output_name for file in files}
-    typed = check_sources(table, sources, [file.output_name for file in stay], published)
+    names = {file.output_name for file in files}
+    typed = check_sources(table, sources, [file.output_name for file in stay], names)
     fragments = []
     for fragment in plan.fragments:
         fragments.append(fragment.model_copy(update={"typed": typed.get(fragment.source, "")}))
