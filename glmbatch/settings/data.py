@@ -22,6 +22,7 @@ DATED = ("input", "output", "where")
 DAY = re.compile(r"(today|yesterday)|today([+-][0-9]{1,4})")
 # Codes of a date, without those of a time of day.
 FORM = re.compile(r"([^%{}]|%[-]?[aAbBdejmuUVwWyYgG])+")
+TABLE = re.compile(r"[^/\s:]+/[^/\s.]+(\.[^/\s.]+)+")
 ADVICE = "write {today}, {yesterday}, {today-7} or {today:%Y%m%d}, and {{ and }} for plain braces"
 
 
@@ -45,7 +46,6 @@ class DataConfig(Settings):
     )
     table: str | None = Field(
         None,
-        pattern=r"^[^/\s]+/[^/\s.]+(\.[^/\s.]+)+$",
         description="Name of the Iceberg table, as CATALOG/namespace.name. pyiceberg's own "
         "settings say where the catalogue is. Empty: no Iceberg table is written.",
     )
@@ -129,6 +129,13 @@ class DataConfig(Settings):
                 "data.table to CATALOG/namespace.name"
             )
         return address
+
+    @field_validator("table")
+    @classmethod
+    def _names_a_table(cls, name: str | None) -> str | None:
+        if name is not None and not TABLE.fullmatch(name):
+            raise ValueError("must be CATALOG/namespace.name")
+        return name
 
     @field_validator("time_zone")
     @classmethod

@@ -5,6 +5,8 @@ Reads no files and no environment.
 
 from __future__ import annotations
 
+import re
+
 from pydantic import Field, field_validator, model_validator
 
 from glmbatch.settings.addresses import has_credentials
@@ -39,7 +41,6 @@ class LineageConfig(Settings):
 
     url: str | None = Field(
         None,
-        pattern=r"^https?://\S+$",
         description="Address of an OpenLineage server, such as http://localhost:5000. Its API key "
         "is read from OPENLINEAGE_API_KEY. Empty: the events go to `file`.",
     )
@@ -59,6 +60,8 @@ class LineageConfig(Settings):
     @field_validator("url")
     @classmethod
     def _without_credentials(cls, url: str | None) -> str | None:
+        if url is not None and not re.fullmatch(r"https?://\S+", url):
+            raise ValueError("must be an address such as http://localhost:5000")
         if url is not None and has_credentials(url):
             raise ValueError("an address must not contain credentials; set OPENLINEAGE_API_KEY")
         return url
