@@ -300,5 +300,5 @@ def test_small_integers_are_widened() -> None:
     ],
 )
 def test_format_and_name_belong_together(overrides: dict[str, Any], job: Job) -> None:
-    with pytest.raises(ValueError, match=r"belong together|pattern"):
+    with pytest.raises(ValueError, match=r"belong together|must be CATALOG/namespace\.name"):
         job(**overrides)
