@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from glmbatch.store.types import written_fields
+from glmbatch.store.types import leaves, written_fields
 
 PANDAS = b"pandas"
 # These keys describe only named columns or values, which the output has unchanged.
@@ -38,31 +38,23 @@ DESCRIBING_WORDS = frozenset({"fields", "columns", "features", "schema", "dtypes
 MAX_NOTE_BYTES = 64 << 10
 
 
-def check_chunks(
-    file: pq.ParquetFile, row_groups: Sequence[int], columns: Sequence[str] | None = None
-) -> None:
-    """OSError if the footer contradicts itself about these columns of the `row_groups`.
+def check_chunks(file: pq.ParquetFile) -> None:
+    """OSError if the footer contradicts itself about a column.
 
-    Call it before `RowGroupMetaData.column`, which aborts the process then: pyarrow 26 does not
-    catch there what its C++ part throws. A reader does, before it asks for the first byte.
+    Call it before `RowGroupMetaData.column` and before statistics, which abort the process then:
+    pyarrow 26 does not catch there what its C++ part throws. A reader does, before it asks for the
+    first byte.
     """
-    nothing = pa.PythonFile(_NoBytes(), mode="r")
-    # Without a small buffer, the reader has room made for whole column chunks.
-    rows = pq.ParquetFile(nothing, metadata=file.metadata, buffer_size=1 << 10)
-    names = None if columns is None else list(columns)
+    metadata = file.metadata
+    rows = pq.ParquetFile(pa.PythonFile(_NoBytes(), mode="r"), metadata=metadata)
     with suppress(_AskedForBytes):
-        next(rows.iter_batches(1, list(row_groups), names, use_threads=False), None)
-
-
-def statistics_of(group: pq.RowGroupMetaData, at: int, physical_type: str) -> pq.Statistics | None:
-    """What the footer says of the values of a checked leaf column `at`, if anything.
-
-    OSError if they are not of the `physical_type` of the schema, which would abort the process too.
-    """
-    chunk = group.column(at)
-    if chunk.physical_type != physical_type:
-        raise OSError(f"a column is {physical_type} in the schema and {chunk.physical_type} below")
-    return chunk.statistics
+        next(rows.iter_batches(1, use_threads=False), None)
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for at, leaf in enumerate(leaves(file)):
+            kind = group.column(at).physical_type
+            if kind != leaf.physical_type:
+                raise OSError(f"column {leaf.path!r} is {leaf.physical_type}, and {kind} below")
 
 
 class _AskedForBytes(Exception):

@@ -25,7 +25,7 @@ from glmbatch.errors import (
 )
 from glmbatch.store.errors import store_errors, unread, was_changed
 from glmbatch.store.files import refuse_change
-from glmbatch.store.footers import check_chunks, statistics_of
+from glmbatch.store.footers import check_chunks
 from glmbatch.store.paths import Address, AnyPath, ObjectPath, location
 from glmbatch.store.types import leaves
 from glmbatch.store.values import is_plain, is_text
@@ -236,12 +236,12 @@ def read_valued_columns(path: Address, names: Sequence[str], optional: Sequence[
 
 def _is_null(file: pq.ParquetFile, name: str) -> bool:
     """Whether the statistics in the footer say that the column `name` has no value."""
-    places = {at: leaf.physical_type for at, leaf in enumerate(leaves(file)) if leaf.path == name}
-    check_chunks(file, range(file.metadata.num_row_groups), [name])
+    places = [at for at, leaf in enumerate(leaves(file)) if leaf.path == name]
+    check_chunks(file)
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
-        for at, kind in places.items():
-            counts = statistics_of(group, at, kind)
+        for at in places:
+            counts = group.column(at).statistics
             if counts is None or not counts.has_null_count or counts.null_count < group.num_rows:
                 return False
     return bool(places)

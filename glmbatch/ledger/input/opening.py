@@ -75,7 +75,7 @@ def read_footer(path: AnyPath, file: pq.ParquetFile) -> tuple[list[int], dict[st
     """The rows of each row group of an open file, and the fields of how it is written."""
     check_carried(str(path), file)
     metadata = file.metadata
-    check_chunks(file, range(metadata.num_row_groups))
+    check_chunks(file)
     group_rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
     # A damaged footer may contradict itself; pyarrow does not compare the two numbers.
     if sum(group_rows) != metadata.num_rows:

@@ -13,24 +13,20 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from glmbatch.errors import InputError, UnusableFile, counted, shown
 from glmbatch.settings.conditions import (
     Both,
-    Compares,
     Condition,
     Either,
     IsNull,
-    IsOneOf,
     Not,
     Test,
     columns_of,
     parse_condition,
     text_of,
 )
-from glmbatch.store.footers import check_chunks, statistics_of
 from glmbatch.store.inputs.conditions import (
     Possible,
     check_tests,
@@ -42,7 +38,7 @@ from glmbatch.store.inputs.found import Found
 from glmbatch.store.inputs.needs import folder_columns, in_file
 from glmbatch.store.lines.form import LINE_ERROR, is_lines
 from glmbatch.store.parquet import check_column, read_opened
-from glmbatch.store.tables.bounds import without_rows
+from glmbatch.store.tables.bounds import within, without_rows
 from glmbatch.store.tables.fitting import fitted_rows
 from glmbatch.store.types import leaves
 
@@ -179,11 +175,10 @@ def kept_rows(
 ) -> Iterator[np.ndarray]:
     """For each row group of an open file, the numbers of the rows that are kept, from 0 in it.
 
-    `fitted` is as in `Fragment`.
+    The file's footer was checked (see `check_chunks`). `fitted` is as in `Fragment`.
     """
     columns = columns_of(condition)
-    places = {leaf.path: (at, leaf.physical_type) for at, leaf in enumerate(leaves(file))}
-    check_chunks(file, range(file.metadata.num_row_groups), columns)
+    places = {leaf.path: at for at, leaf in enumerate(leaves(file))}
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
         if not group.num_rows or not _may_hold(condition, group, places, file.schema_arrow):
@@ -206,7 +201,7 @@ def holding(condition: Condition, rows: pa.RecordBatch) -> pa.Array:
 def _may_hold(
     condition: Condition,
     group: pq.RowGroupMetaData,
-    places: Mapping[str, tuple[int, str]],
+    places: Mapping[str, int],
     schema: pa.Schema,
 ) -> bool:
     """Whether a row of the group may be kept, by what the footer says of its columns."""
@@ -214,7 +209,7 @@ def _may_hold(
     def possible(test: Test) -> Possible:
         yes, no, null = True, True, True
         if test.column in places:
-            counts = statistics_of(group, *places[test.column])
+            counts = group.column(places[test.column]).statistics
             kind = schema.field(test.column).type
             if counts is not None:
                 yes, no, null = _by_counts(test, counts, kind)
@@ -235,24 +230,7 @@ def _by_counts(test: Test, counts: pq.Statistics, kind: pa.DataType) -> tuple[bo
         bounds = pa.array([counts.min, counts.max], kind)
         if bounds.null_count or (floats and any(map(math.isnan, bounds.to_pylist()))):
             return True, True, null
-        return *_within(test, bounds), null
+        yes, no = within(test, bounds[:1], bounds[1:])
+        return yes[0].as_py(), no[0].as_py(), null
     except (pa.ArrowException, InputError, TypeError, ValueError, OverflowError):
         return True, True, null
-
-
-def _within(test: Test, bounds: pa.Array) -> tuple[bool, bool]:
-    """Whether a test may be met, and may be missed, by a value within `bounds`."""
-    if isinstance(test, Compares) and test.sign not in ("==", "!="):
-        # One of the bounds comes nearest to meeting it, and the other to missing it.
-        met = outcomes_of(test, bounds)
-        return bool(pc.any(met).as_py()), not pc.all(met).as_py()
-    if not isinstance(test, Compares | IsOneOf):
-        return True, True
-    inside = False
-    for value in (test.value,) if isinstance(test, Compares) else test.values:
-        above = outcomes_of(Compares(test.column, "<=", value), bounds)[0].as_py()
-        below = outcomes_of(Compares(test.column, ">=", value), bounds)[1].as_py()
-        inside = inside or bool(above and below)
-    if isinstance(test, Compares) and test.sign == "!=":
-        return True, inside
-    return inside, True

@@ -91,26 +91,26 @@ def _possible(test: Test, bounds: Mapping[str, ColumnBounds], files: int) -> Pos
     if not any(is_kind(kind) for is_kind in _EXACT):
         return Possible(all_may, all_may, has_null)
     try:
-        yes, no = _within(test, column)
+        yes, no = within(test, column.least, column.greatest)
     except InputError:
         return Possible(all_may, all_may, all_may)
     fill = {"fill_value": True}
     return Possible(yes.fill_null(**fill), no.fill_null(**fill), has_null)
 
 
-def _within(test: Test, column: ColumnBounds) -> tuple[pa.Array, pa.Array]:
-    """Whether a value within the bounds of each file may meet a test, and may miss it."""
-    all_may = pa.repeat(pa.scalar(value=True), len(column.least))
+def within(test: Test, least: pa.Array, greatest: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Whether a value within each pair of bounds may meet a test, and may miss it."""
+    all_may = pa.repeat(pa.scalar(value=True), len(least))
     if isinstance(test, Compares) and test.sign not in ("==", "!="):
         # One of the bounds comes nearest to meeting it, and the other to missing it.
-        least, greatest = outcomes_of(test, column.least), outcomes_of(test, column.greatest)
-        return pc.or_(least, greatest), pc.invert(pc.and_(least, greatest))
+        at_least, at_greatest = outcomes_of(test, least), outcomes_of(test, greatest)
+        return pc.or_(at_least, at_greatest), pc.invert(pc.and_(at_least, at_greatest))
     if not isinstance(test, Compares | IsOneOf):
         return all_may, all_may
     inside = pc.invert(all_may)
     for value in (test.value,) if isinstance(test, Compares) else test.values:
-        above = outcomes_of(Compares(test.column, "<=", value), column.least)
-        below = outcomes_of(Compares(test.column, ">=", value), column.greatest)
+        above = outcomes_of(Compares(test.column, "<=", value), least)
+        below = outcomes_of(Compares(test.column, ">=", value), greatest)
         inside = pc.or_(inside, pc.and_(above, below))
     if isinstance(test, Compares) and test.sign == "!=":
         return all_may, inside
