@@ -10,7 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +33,9 @@ from tests.support import (
     overridden,
 )
 from tests.unit.tuning.rows import GOOD, labelled
+
+if TYPE_CHECKING:
+    from pyiceberg.catalog import Catalog
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -74,6 +77,18 @@ def store(s3: Store) -> Iterator[Store]:
     s3.calm()
     yield s3
     s3.calm()
+
+
+@pytest.fixture
+def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
+    """The catalogue `lake` in SQLite, with an empty namespace `shop` and a warehouse."""
+    from pyiceberg.catalog import load_catalog
+
+    address = f"sqlite:///{tmp_path}/catalog.db"
+    monkeypatch.setenv("PYICEBERG_CATALOG__LAKE__URI", address)
+    opened = load_catalog("lake", uri=address, warehouse=str(tmp_path / "warehouse"))
+    opened.create_namespace("shop")
+    return opened
 
 
 @pytest.fixture

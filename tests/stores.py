@@ -97,6 +97,13 @@ class Store:
     def names(self, folder: str = "") -> list[str]:
         return [str(path.relative_to(self.path(""))) for path in self.path(folder).listed()]
 
+    def copy(self, folder: str, other: str) -> None:
+        """Copy all objects of a folder to an `other`, and forget the requests so far."""
+        root = self.path(folder)
+        for path in list(root.listed()):
+            self.path(f"{other}/{path.relative_to(root)}").copy_from(path)
+        self.calm()
+
     def calm(self) -> None:
         self.harm = lambda request: None
         self.requests.clear()

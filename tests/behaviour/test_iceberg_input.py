@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pyiceberg.catalog import Catalog, load_catalog
+from pyiceberg.catalog import Catalog
 from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
 from pyiceberg.table import Table
 from pyiceberg.transforms import BucketTransform
@@ -22,16 +22,6 @@ from glmbatch.ledger.verification import verify
 from tests.support import CLASSIFY, Settings, rows_of, run
 
 INPUT = "iceberg:lake/shop.reviews"
-
-
-@pytest.fixture
-def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
-    """A catalogue in SQLite with an empty namespace and a warehouse."""
-    address = f"sqlite:///{tmp_path}/catalog.db"
-    monkeypatch.setenv("PYICEBERG_CATALOG__LAKE__URI", address)
-    opened = load_catalog("lake", uri=address, warehouse=str(tmp_path / "warehouse"))
-    opened.create_namespace("shop")
-    return opened
 
 
 def reviews(texts: list[Any], day: int = 1, **columns: Any) -> pa.Table:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import yaml
 from pydantic import ValidationError
-from pyiceberg.catalog import load_catalog
+from pyiceberg.catalog import Catalog
 
 from glmbatch.errors import AuditError, BadRow, InputError
 from glmbatch.ledger.ledger import Ledger
@@ -340,16 +340,8 @@ def test_a_delta_table_has_its_own_version(
 
 
 def test_an_iceberg_table_has_its_snapshot(
-    tmp_path: Path,
-    write_source: Write,
-    job_settings: Settings,
-    collector: Catalogue,
-    monkeypatch: pytest.MonkeyPatch,
+    catalog: Catalog, write_source: Write, job_settings: Settings, collector: Catalogue
 ) -> None:
-    address = f"sqlite:///{tmp_path}/catalog.db"
-    monkeypatch.setenv("PYICEBERG_CATALOG__LAKE__URI", address)
-    catalog = load_catalog("lake", uri=address)
-    catalog.create_namespace("shop")
     write_source("0.parquet", {"text": ["a text"]})
     run(traced(job_settings, collector, data__format="iceberg", data__table="lake/shop.answers"))
     output = facets(collector.events[-1]["outputs"][0])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from pyiceberg.catalog import Catalog, load_catalog
+from pyiceberg.catalog import Catalog
 from pyiceberg.table import Table
 
 from glmbatch.errors import InputError, TransientError
@@ -26,16 +26,6 @@ from tests.support import Settings, Write
 
 NAME = "lake/shop.reviews"
 Job = Callable[..., JobConfig]
-
-
-@pytest.fixture
-def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
-    """A catalogue in SQLite with an empty namespace."""
-    address = f"sqlite:///{tmp_path}/catalog.db"
-    monkeypatch.setenv("PYICEBERG_CATALOG__LAKE__URI", address)
-    opened = load_catalog("lake", uri=address, warehouse=str(tmp_path / "warehouse"))
-    opened.create_namespace("shop")
-    return opened
 
 
 @pytest.fixture
