@@ -19,12 +19,12 @@ from prefect.context import FlowRunContext, TaskRunContext
 from glmbatch.errors import InputError, TransientError
 from glmbatch.ledger.ledger import LOCK
 from glmbatch.run.work import RunContext
+from glmbatch.settings.addresses import TABLE_SCHEME
 from glmbatch.settings.job import JobConfig, ModelConfig, RuntimeConfig
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import whole_address
 from glmbatch.store.folder import Folder
 from glmbatch.store.locks import read_sign
-from glmbatch.store.paths import TABLE_SCHEME
 from tasks.engines import ClusterProcess, complaint_of
 
 Result = TypeVar("Result")

@@ -12,12 +12,12 @@ from glmbatch.ledger.fragments import Fragment, open_fragment, read_fragment
 from glmbatch.ledger.ledger import RESULTS, Ledger
 from glmbatch.ledger.outputs import Staging
 from glmbatch.ledger.receipts import AnswersReceipt, BundleReceipt, OutputReceipt
-from glmbatch.ledger.tables.types import FORMATS, table_schema, typed_columns
+from glmbatch.ledger.tables.types import FORMATS, table_schema
 from glmbatch.run.work import Bundle, Question, RunContext, made_with
 from glmbatch.settings.columns import Columns
 from glmbatch.steps.calibration import with_calibrated
 from glmbatch.store.footers import kept_metadata
-from glmbatch.store.tables.fitting import fitted_fields
+from glmbatch.store.tables.fitting import fitted_fields, schema_in
 from glmbatch.store.types import converted, times_in_utc, written_fields
 
 
@@ -132,7 +132,7 @@ def _output_schema(
     rows = range(fragment.first_row, fragment.first_row + fragment.rows)
     schema = pa.schema(fields, kept_metadata(source, fields, None if fragment.span else rows))
     if run.format in FORMATS:
-        typed = typed_columns(fragment.typed)
+        typed = schema_in(fragment.typed)
         schema = table_schema(FORMATS[run.format], fragment.path, schema, typed)
     return schema, utc_times
 

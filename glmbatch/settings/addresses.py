@@ -22,6 +22,7 @@ OTHER_NAMES = {
     "adl": "az://container/name",
 }
 STORES = ("s3", "gs", "az")
+TABLE_SCHEME = "iceberg:"  # before the name of a table in a catalogue
 # At least two letters, because C:/data is a Windows path.
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(/*)")
 # Query keys of presigned URLs and common names of secrets: sig, X-Amz-Signature, token.

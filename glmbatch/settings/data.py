@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from glmbatch.settings.addresses import TABLE_SCHEME
 from glmbatch.settings.conditions import parse_condition
 from glmbatch.settings.kinds import Address, OutputFormat, Settings
 from glmbatch.settings.lines import LinesConfig
@@ -123,7 +124,7 @@ class DataConfig(Settings):
     @field_validator("output")
     @classmethod
     def _is_a_folder(cls, address: str) -> str:
-        if address.startswith("iceberg:"):
+        if address.startswith(TABLE_SCHEME):
             raise ValueError(
                 "is a folder or an address; for an Iceberg table set data.format to iceberg and "
                 "data.table to CATALOG/namespace.name"

@@ -1,4 +1,4 @@
-"""What is said of a run: its report, and its lineage. These settings change no answers.
+"""Settings of a run's report and of its lineage. They change no answers.
 
 Reads no files and no environment.
 """

@@ -25,7 +25,6 @@ from glmbatch.store.objects.listing import Facts, facts_of, glob_matcher, list_k
 from glmbatch.store.objects.reading import AHEAD_BYTES, Where, open_ranges, open_stream
 
 SCHEMES = tuple(f"{scheme}:/" for scheme in STORES)
-TABLE_SCHEME = "iceberg:"  # before the name of a table in a catalogue
 GLOB_MARKS = frozenset("*?[")
 
 

@@ -38,6 +38,12 @@ def is_text(kind: pa.DataType) -> bool:
     )
 
 
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a type of text (see `is_text`) holds bytes, of any encoding or none."""
+    is_bytes = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(bool(is_kind(kind)) for is_kind in is_bytes)
+
+
 def value_type(kind: pa.DataType) -> pa.DataType:
     """The type of the values themselves, without dictionaries and extension types."""
     while True:

@@ -10,10 +10,10 @@ from typing import Literal
 
 from glmbatch.errors import InputError
 from glmbatch.ledger.manifest import Manifest
+from glmbatch.settings.addresses import TABLE_SCHEME
 from glmbatch.settings.conditions import columns_of, parse_condition
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.filters import left_out, row_filter
-from glmbatch.store.paths import TABLE_SCHEME
 from glmbatch.store.tables.delta import find_delta
 from glmbatch.store.tables.iceberg import find_iceberg
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.ipc
 
 from glmbatch.errors import InputError
+from glmbatch.store.tables.fitting import schema_text
 from glmbatch.store.types import parts_of, with_parts
-from glmbatch.store.values import is_text, value_type
+from glmbatch.store.values import holds_bytes, is_text, value_type
 
 SAME = frozenset(
     {
@@ -101,12 +100,7 @@ def _type(form: TableFormat, kind: pa.DataType) -> pa.DataType | None:
         return kind
     kind = value_type(kind)
     if is_text(kind):
-        holds_bytes = (
-            pa.types.is_binary(kind)
-            or pa.types.is_large_binary(kind)
-            or pa.types.is_binary_view(kind)
-        )
-        return pa.binary() if holds_bytes else pa.string()
+        return pa.binary() if holds_bytes(kind) else pa.string()
     if pa.types.is_timestamp(kind):
         # The instant stays. Table formats have only UTC or no zone, and only microseconds.
         return pa.timestamp("us", "UTC" if kind.tz else None)
@@ -169,16 +163,16 @@ def filled(kind: pa.DataType) -> pa.DataType:
 
 
 def typed_text(columns: pa.Schema, types: pa.Schema) -> str:
-    """The types in `types` of those `columns` that have none, as text for `typed_columns`.
+    """The types in `types` of those `columns` that have none, as text (see `schema_text`).
 
-    The text is an Arrow schema in base64; empty if there are none.
+    The text is empty if there are none.
     """
     fields = []
     for field in columns:
         kind = _typed_as(field.type, types.field(field.name).type)
         if filled(field.type) != kind:
             fields.append(pa.field(field.name, kind))
-    return b64encode(pa.schema(fields).serialize()).decode() if fields else ""
+    return schema_text(pa.schema(fields)) if fields else ""
 
 
 def _typed_as(own: pa.DataType, kind: pa.DataType) -> pa.DataType:
@@ -192,8 +186,3 @@ def _typed_as(own: pa.DataType, kind: pa.DataType) -> pa.DataType:
     for part, their_part in zip(parts_of(own), theirs, strict=True):
         parts.append(part.with_type(_typed_as(part.type, their_part.type)))
     return with_parts(own, parts)
-
-
-def typed_columns(text: str) -> pa.Schema | None:
-    """The schema in a text of `typed_text`; None if the text is empty."""
-    return pa.ipc.read_schema(pa.py_buffer(b64decode(text))) if text else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from glmbatch.errors import InputError, shown
+from glmbatch.settings.addresses import TABLE_SCHEME
 from glmbatch.settings.job import DataConfig
 from glmbatch.store.files import naming
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.find import SETTING, find_files
 from glmbatch.store.inputs.found import Found
 from glmbatch.store.inputs.tables import is_marked, refuse_tables_above
-from glmbatch.store.paths import TABLE_SCHEME
 from glmbatch.store.tables.delta import LOG, find_delta
 from glmbatch.store.tables.iceberg import find_iceberg
 

@@ -15,7 +15,7 @@ import pyarrow.ipc
 
 from glmbatch.errors import UnusableFile
 from glmbatch.store.types import converted, parts_of
-from glmbatch.store.values import is_text, value_type
+from glmbatch.store.values import holds_bytes, is_text, value_type
 
 
 def differing(where: str, file: pa.Schema, table: pa.Schema) -> str:
@@ -83,18 +83,13 @@ def _alike(own: pa.DataType, other: pa.DataType) -> bool:
     if pa.types.is_null(own) or pa.types.is_null(other):
         return bool(own == other)
     if is_text(own) and is_text(other):
-        return _holds_bytes(own) == _holds_bytes(other)
+        return holds_bytes(own) == holds_bytes(other)
     if pa.types.is_timestamp(own) and pa.types.is_timestamp(other):
         return True
     ours, theirs = parts_of(own), parts_of(other)
     if not ours or len(ours) != len(theirs) or _shape(own) != _shape(other):
         return bool(own == other)
     return all(_alike(one.type, two.type) for one, two in zip(ours, theirs, strict=True))
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    is_string = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return not any(bool(is_kind(kind)) for is_kind in is_string)
 
 
 def _shape(kind: pa.DataType) -> object:

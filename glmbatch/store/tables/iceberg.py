@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from glmbatch.errors import InputError
+from glmbatch.settings.addresses import TABLE_SCHEME
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.find import SETTING
 from glmbatch.store.inputs.found import Found, Version
 from glmbatch.store.inputs.needs import folder_columns
-from glmbatch.store.paths import TABLE_SCHEME
 from glmbatch.store.tables.catalogs import (
     TableName,
     catalog_errors,
