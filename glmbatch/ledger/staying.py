@@ -139,21 +139,26 @@ def mixture(
     other = [file for file in stay if file.made_with != made_with]
     if not other:
         return None
-    is_gone = _gone(plan)
-    rules: dict[str, list[str]] = {}
-    for source in sorted({file.source for file in other}):
-        rule = "damaged" if source in damaged else "gone" if is_gone(source) else "not read"
-        rules.setdefault(rule, []).append(source)
-    counts = ", ".join(f"{len(names)} {rule} ({names[0]})" for rule, names in rules.items())
-    ways = [f"{_WAYS[rule, drop_missing]}." for rule in rules]
     answered = any(file.step_keys != made_with[0] for file in other)
     what = "was calibrated otherwise, and this run cannot replace it"
     if answered:
         what = "was answered with other settings or weights, and this run cannot replace it"
-    return (
-        f"{other[0].output_name} {what}. "
-        f"Sources: {counts}. {' '.join(ways)} Or set data.output to another folder."
-    )
+    ways = ways_out(other, plan, damaged, drop_missing=drop_missing)
+    return f"{other[0].output_name} {what}. {ways}"
+
+
+def ways_out(
+    files: Sequence[PublishedFile], plan: Plan, damaged: Collection[str], *, drop_missing: bool
+) -> str:
+    """Why a run of `plan` does not replace these published `files`, and what to do about it."""
+    is_gone = _gone(plan)
+    rules: dict[str, list[str]] = {}
+    for source in sorted({file.source for file in files}):
+        rule = "damaged" if source in damaged else "gone" if is_gone(source) else "not read"
+        rules.setdefault(rule, []).append(source)
+    counts = ", ".join(f"{len(names)} {rule} ({names[0]})" for rule, names in rules.items())
+    ways = [f"{_WAYS[rule, drop_missing]}." for rule in rules]
+    return f"Sources: {counts}. {' '.join(ways)} Or set data.output to another folder."
 
 
 # What to do about files that stay, by the reason why they do and by `missing_sources: drop`.

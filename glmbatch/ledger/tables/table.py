@@ -92,7 +92,8 @@ def _refuse_others(table: Table, names: Collection[str]) -> None:
         if read_receipt(table.root / name, OutputReceipt) is None:
             raise InputError(
                 f"{table.where}: others wrote to the Delta table ({shown(name)}). A publication "
-                "would remove their rows. Restore the last version of glmbatch, or set data.output."
+                "would remove their rows. Restore the last version of glmbatch, without the files "
+                "that a vacuum has deleted, or set data.output."
             )
 
 
