@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
-from glmbatch.errors import counted, some_of
+from glmbatch.errors import GlmbatchError, counted, some_of
 from glmbatch.ledger.fragments import FileFault
+from glmbatch.ledger.manifest import read_manifest
 from glmbatch.ledger.quarantine import QUARANTINE
 from glmbatch.ledger.tables.delta import is_table
 from glmbatch.report.facts import answers, by_count, size, store_requests, tokens, unchanged
 from glmbatch.report.summary import StepSummary, Summary, short
 from glmbatch.store.folder import Folder
+from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.parquet import open_parquet
 from glmbatch.store.tables.catalogs import table_name
 
 LEFT_OUT_SHOWN = 20  # the rest are only counted: a whole landing folder may be damaged
@@ -98,8 +102,34 @@ def _where_to_read(summary: Summary) -> list[str]:
     elif is_table(summary.output):
         reader = f"deltalake.DeltaTable({summary.output!r}).to_pandas()"
     else:
-        reader = f"pandas.read_parquet({summary.output!r})"
+        reader = f"pandas.read_parquet({summary.output!r}{_partitioning(summary.output)})"
     lines = [f"Read the answers: {reader}"]
     if summary.report:
         lines.append(f"Read about the run: {summary.report}")
     return lines
+
+
+def _partitioning(output: str) -> str:
+    """What pandas must know about the folders of a plain output; empty if it finds that itself.
+
+    It fails if a file has a column of its folders' names too, or if such a column has a null.
+    """
+    manifest = read_manifest(Folder(output).path)
+    names = sorted(file.output_name for file in manifest.files) if manifest is not None else []
+    values: dict[str, set[str | None]] = {}
+    for name in names:
+        for column, value in folder_columns(name).items():
+            values.setdefault(column, set()).add(value)
+    if not values:
+        return ""
+    own: set[str] = set()
+    # pandas takes the columns of the first file for those of all.
+    with suppress(GlmbatchError), open_parquet(Folder(output) / names[0]) as file:
+        own.update(file.schema_arrow.names)
+    others = [(column, "string") for column in values if column not in own]
+    if not others:
+        return ", partitioning=None"
+    if own.isdisjoint(values) and not any(None in each for each in values.values()):
+        return ""
+    schema = f"pyarrow.schema({others})"
+    return f", partitioning=pyarrow.dataset.partitioning({schema}, flavor='hive')"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from glmbatch.report.text import describe
 from tests.readers import READERS, rows_by
-from tests.support import CAUSAL, CLASSIFY, GENERATE, ROOT, run
+from tests.support import CAUSAL, CLASSIFY, GENERATE, ROOT, Settings, Write, run
 
 pytestmark = pytest.mark.slow
 
@@ -64,10 +67,61 @@ def test_every_reader_finds_all_rows_and_answers(folder: Path, reader: str) -> N
     assert list(rows(found)) == list(rows(expected))
 
 
+NULL = "__HIVE_DEFAULT_PARTITION__"
+DAY = datetime.date(2026, 11, 1)
+# By kind: the files of an input, and the days that a reader of the output finds.
+FOLDERS: dict[str, tuple[dict[str, dict[str, Any]], list[Any]]] = {
+    "none": ({"a.parquet": {"text": ["one"]}}, [None]),
+    "named": (
+        {"day=A/a.parquet": {"text": ["one"]}, "day=B/b.parquet": {"text": ["two"]}},
+        ["A", "B"],
+    ),
+    "null": (
+        {"day=A/a.parquet": {"text": ["one"]}, f"day={NULL}/b.parquet": {"text": ["two"]}},
+        ["A", None],
+    ),
+    "only null": ({f"day={NULL}/b.parquet": {"text": ["one"]}}, [None]),
+    "in files": ({f"day={DAY}/a.parquet": {"text": ["one"], "day": [DAY]}}, [DAY]),
+    "null in files": (
+        {
+            "day=A/a.parquet": {"text": ["one"], "day": ["A"]},
+            "day=null/b.parquet": {"text": ["two"], "day": pa.nulls(1, pa.string())},
+        },
+        ["A", None],
+    ),
+    "one of two in files": (
+        {
+            "day=A/part=1/a.parquet": {"text": ["one"], "part": [1]},
+            "day=B/part=2/b.parquet": {"text": ["two"], "part": [2]},
+        },
+        ["A", "B"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_the_summary_ends_with_a_call_that_reads_the_rows(
+    write_source: Write, job_settings: Settings, kind: str
+) -> None:
+    files, days = FOLDERS[kind]
+    for name, columns in files.items():
+        write_source(name, columns)
+    summary = run(job_settings())
+    (line,) = [line for line in describe(summary).splitlines() if line.startswith("Read the a")]
+    frame = eval(line.partition(": ")[2], {"pandas": pandas, "pyarrow": pa})
+    frame = frame.sort_values("text").astype({"day": object} if "day" in frame else {})
+    assert frame.text.tolist() == ["one", "two"][: len(days)]
+    assert frame.mood.notna().all()
+    read = frame.day.tolist() if "day" in frame else [None]
+    assert [None if pandas.isna(day) else day for day in read] == days
+
+
 def test_the_documents_say_how_each_reader_reads() -> None:
     page = (ROOT / "docs/answers.md").read_text()
     for call in (
         "pandas.read_parquet('out')",
+        "pandas.read_parquet('out', partitioning=None)",
+        "partitioning=pyarrow.dataset.partitioning(pyarrow.schema([('day', 'string')]), fl",
         "spark.read.parquet('out')",
         f"duckdb.sql(\"from read_parquet('{GLOB}', union_by_name=true)\")",
         f"polars.read_parquet('{GLOB}')",
