@@ -25,7 +25,7 @@ from glmbatch.store.lines.form import Form
 from glmbatch.store.lines.stored import store_lines, stored_lines
 from glmbatch.store.parquet import open_parquet, read_opened
 from glmbatch.store.paths import AnyPath
-from glmbatch.store.tables.fitting import fitted_fields, fitted_rows
+from glmbatch.store.tables.fitting import columns_in_file, fitted_fields, fitted_rows
 from glmbatch.store.times import ALL_ROWS, int96_unit
 from glmbatch.store.types import (
     changes_type,
@@ -118,7 +118,8 @@ def _tested(
     condition = parse_condition(fragment.where) if fragment.where else None
     groups, skip = _groups(source, fragment)
     rows = (groups, skip, fragment.covered)
-    for batch in read_opened(source, *rows, columns=columns, where=fragment.path):
+    read = None if columns is None else columns_in_file(columns, fragment.fitted)
+    for batch in read_opened(source, *rows, columns=read, where=fragment.path):
         if condition is None:
             yield batch, None
         else:

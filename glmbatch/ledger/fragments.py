@@ -28,7 +28,7 @@ from glmbatch.store.lines.form import Form
 from glmbatch.store.lines.stored import store_lines
 from glmbatch.store.parquet import TimeUnit, open_parquet, read_opened, readable, with_constants
 from glmbatch.store.paths import AnyPath
-from glmbatch.store.tables.fitting import fitted_rows
+from glmbatch.store.tables.fitting import columns_in_file, fitted_fields, fitted_rows
 
 VARYING = re.compile(r"\[.*\]|'[^']*'|\d+")  # of a reason: what differs between files of one kind
 MAGIC = b"PAR1"  # begins every Parquet file that is not encrypted
@@ -46,8 +46,8 @@ class Fragment(BaseModel, frozen=True, extra="forbid"):
     - `partitions` are the columns that the job reads from folder names such as `day=1`.
     - `int96` is the unit in which INT96 times are read and written; empty if the file has none.
     - `columns` are those that go out, sorted; empty if all do.
-    - `fitted` has the columns of the file's table that the file lacks, or has in narrower types,
-      as text (see store/tables/fitting.py).
+    - `fitted` has the columns of the file's table that the file lacks, or has in narrower types or
+      under other names, as text (see store/tables/fitting.py).
     - `where` is the condition on the rows of the file; empty if it has none. If some rows do not
       meet it, the fragment covers `span` rows of the file and has `rows` of them: `picked` says
       which (see `packed`), and its row groups are those that have one.
@@ -238,8 +238,9 @@ def read_fragment(
         with open_fragment(fragment) as file:
             read = stored
             if whole:
-                names = file.schema_arrow.names
+                names = [field.name for field in fitted_fields(file.schema_arrow, fragment.fitted)]
                 read = [name for name in names if fragment.has_out(name) or name in (stored or ())]
+            read = None if read is None else columns_in_file(read, fragment.fitted)
             for batch in _read(fragment, file, read):
                 rows = fitted_rows(batch, fragment.fitted, stored)
                 yield with_constants(rows if stored is None else rows.select(stored), given)

@@ -160,6 +160,7 @@ def test_added_and_wider_columns_are_those_of_the_table(
         assert pq.read_schema(path).field("extra").type == pa.float64()
     sound(out)
     opened.clear()
+    DeltaTable(table).alter.set_column_metadata("lang", {"comment": "of the text"})
     assert night().unchanged_sources == 3
     assert not opened
     # A prompt may use the column too: rows of older files have no value for it.

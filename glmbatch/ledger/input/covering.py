@@ -36,7 +36,7 @@ def covering(manifest: Manifest) -> Iterator[tuple[Literal["wrong", "unchecked"]
         return
     published = {file.source for file in manifest.files}
     known = published | {fault.source for fault in manifest.unusable}
-    known |= left_out(found, row_filter(manifest.where, "text"))
+    known |= left_out(found, row_filter(manifest.where, "text", found.unsaid))
     where = columns_of(parse_condition(manifest.where)) if manifest.where else []
     # The manifest does not say which column is called `text` in a condition.
     for name in found.names if "text" not in where else ():

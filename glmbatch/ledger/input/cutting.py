@@ -93,7 +93,7 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
     """
     found = find_input(data)
     refuse_nesting(found, data.input, data.output)
-    keeps = row_filter(data.where, data.text_column)
+    keeps = row_filter(data.where, data.text_column, found.unsaid)
     found, left_out = in_folders(found, keeps, data.input, data.where)
     look = _Looker(found, data, needs, published, frozenset(again), seed, digests, keeps, cache)
     outcomes = look.left_alone()
@@ -281,7 +281,10 @@ class _Looker:
             group_rows, written = read_footer(path, file)
             try:
                 if self.found.columns is not None:
-                    written["fitted"] = differing(shown(path), schema, self.found.columns)
+                    unsaid = self.found.unsaid.get(name, {})
+                    folders = folder_columns(name)
+                    table = self.found.columns
+                    written["fitted"] = differing(shown(path), schema, table, folders, unsaid)
                     schema = pa.schema(fitted_fields(list(schema), written["fitted"]))
                 check_schema(path, name, schema, self.needs)
                 if not isinstance(left, bool):

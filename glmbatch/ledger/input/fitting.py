@@ -119,7 +119,10 @@ def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
         )
     if table is None:
         return plan
-    sources = {fragment.source: fragment.stored or fragment.path for fragment in plan.fragments}
+    sources = {
+        fragment.source: (fragment.stored or fragment.path, fragment.fitted)
+        for fragment in plan.fragments
+    }
     drop_missing = data.missing_sources == "drop"
     stay = staying(manifest, plan, drop_missing=drop_missing).files
     _refuse_lost(table, plan, stay, drop_missing=drop_missing)

@@ -22,6 +22,7 @@ from glmbatch.ledger.tables.types import (
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import Address
+from glmbatch.store.tables.fitting import fitted_fields
 from glmbatch.store.types import written_fields
 
 
@@ -96,10 +97,14 @@ def partition_values(name: str, columns: list[str]) -> dict[str, str | None]:
     return {column: folders[column] for column in columns}
 
 
-def schema_of(form: TableFormat, path: Address) -> pa.Schema:
-    """The columns of the Parquet file `path` in the types of a table, untyped ones as they are."""
+def schema_of(form: TableFormat, path: Address, differing: str = "") -> pa.Schema:
+    """The columns of the Parquet file `path` in the types of a table, untyped ones as they are.
+
+    `differing` is what it has otherwise than the table that it comes from (see `Fragment.fitted`).
+    """
     with open_parquet(path) as file:
-        return open_schema(form, str(path), pa.schema(written_fields(file)))
+        columns = fitted_fields(written_fields(file), differing)
+        return open_schema(form, str(path), pa.schema(columns))
 
 
 def _partition_columns(form: TableFormat, schemas: Mapping[str, pa.Schema]) -> list[str]:

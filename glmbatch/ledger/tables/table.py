@@ -63,12 +63,13 @@ def table_in(root: Address) -> Table | None:
 
 def check_sources(
     table: Table,
-    sources: Mapping[str, Address],
+    sources: Mapping[str, tuple[Address, str]],
     staying: Sequence[str],
     published: Collection[str],
 ) -> dict[str, str]:
-    """Check that the Parquet files `sources` (name to path) can be in one `table`.
+    """Check that the Parquet files `sources` can be in one `table`.
 
+    They are the path of each by name, and what it has otherwise than the table that it comes from.
     Returns for each source the types that other files give to its columns without one, as
     `typed_text`. Of the files `published`, by name, those `staying` stay in the table beside them.
     InputError when the columns do not match, when others added files, or as `Table.current`.
@@ -78,9 +79,9 @@ def check_sources(
         _refuse_others(table, current.files - set(published))
     # The table has the columns of its files, so their footers are not read.
     others = set(staying) - current.files
-    files = {**sources, **{name: table.root / name for name in others}}
+    files = {**sources, **{name: (table.root / name, "") for name in others}}
     form = FORMATS[table.format]
-    schemas = {name: schema_of(form, path) for name, path in files.items() if exists(path)}
+    schemas = {name: schema_of(form, *file) for name, file in files.items() if exists(file[0])}
     columns, _ = fitted(form, table.where, current.columns, schemas, bool(staying))
     return {name: typed_text(schemas[name], columns.schema) for name in sources if name in schemas}
 

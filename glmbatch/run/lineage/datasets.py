@@ -31,6 +31,7 @@ from glmbatch.store.inputs.find import is_glob, split_glob
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.objects.clients import azure_account
 from glmbatch.store.parquet import open_parquet
+from glmbatch.store.tables.fitting import fitted_fields
 
 PRODUCER = f"https://pypi.org/project/glmbatch/{glmbatch.__version__}/"
 VERSION_CHARS = 32
@@ -135,7 +136,8 @@ def input_schema(plan: Plan) -> pa.Schema | None:
     """The columns of the first file that is read, and of its folders' names."""
     for fragment in plan.fragments[:1]:
         with open_fragment(fragment) as file:
-            return _with_folders(file.schema_arrow, fragment.source)
+            columns = fitted_fields(file.schema_arrow, fragment.fitted)
+            return _with_folders(pa.schema(columns), fragment.source)
     return None
 
 

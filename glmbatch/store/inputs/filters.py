@@ -8,7 +8,7 @@ read only of the others, and of them only the columns in the condition.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -39,7 +39,7 @@ from glmbatch.store.inputs.needs import folder_columns, in_file
 from glmbatch.store.lines.form import LINE_ERROR, is_lines
 from glmbatch.store.parquet import check_column, read_opened
 from glmbatch.store.tables.bounds import within, without_rows
-from glmbatch.store.tables.fitting import fitted_rows
+from glmbatch.store.tables.fitting import columns_in_file, fitted_rows
 from glmbatch.store.types import leaves
 
 SETTING = "data.where"
@@ -58,11 +58,17 @@ _ORDERED = (
 
 @dataclass(frozen=True, slots=True)
 class RowFilter:
-    """The condition of a job on its rows; None keeps all. `text` in it means `text_column`."""
+    """The condition of a job on its rows; None keeps all. `text` in it means `text_column`.
+
+    `unsaid` is as in `Found`: values in the names of folders that say nothing.
+    """
 
     condition: Condition | None
     text_column: str
-    _by_folder: dict[str, Condition | bool] = field(default_factory=dict, compare=False)
+    unsaid: Mapping[str, Mapping[str, str | None]]
+    _by_folder: dict[tuple[str, frozenset[str]], Condition | bool] = field(
+        default_factory=dict, compare=False
+    )
 
     def left_of(self, name: str) -> Condition | bool:
         """What the folders of the file `name` leave of the condition.
@@ -73,14 +79,15 @@ class RowFilter:
         if self.condition is None:
             return True
         folder = name.rpartition("/")[0]
-        if folder not in self._by_folder:
-            values = folder_columns(name)
+        unsaid = frozenset(self.unsaid.get(name, ()))
+        if (folder, unsaid) not in self._by_folder:
+            values = {k: v for k, v in folder_columns(name).items() if k not in unsaid}
             try:
                 left = _left(self.condition, values, self.text_column, positive=True)
             except InputError as error:
                 raise InputError(f"{shown(folder)}: {error}. Set {SETTING}.") from error
-            self._by_folder[folder] = left
-        left = self._by_folder[folder]
+            self._by_folder[folder, unsaid] = left
+        left = self._by_folder[folder, unsaid]
         if isinstance(left, bool) or not is_lines(name):
             return left
         # A line that cannot be read has no values, and must not be left out for that.
@@ -92,9 +99,14 @@ class RowFilter:
         return "" if isinstance(left, bool) else text_of(left)
 
 
-def row_filter(where: str | None, text_column: str) -> RowFilter:
+def row_filter(
+    where: str | None,
+    text_column: str,
+    unsaid: Mapping[str, Mapping[str, str | None]] | None = None,
+) -> RowFilter:
     """The filter that `data.where` says."""
-    return RowFilter(None if where is None else parse_condition(where), text_column)
+    condition = None if where is None else parse_condition(where)
+    return RowFilter(condition, text_column, unsaid or {})
 
 
 def in_folders(
@@ -178,18 +190,32 @@ def kept_rows(
     The file's footer was checked (see `check_chunks`). `fitted` is as in `Fragment`.
     """
     columns = columns_of(condition)
-    places = {leaf.path: at for at, leaf in enumerate(leaves(file))}
+    read = columns_in_file(columns, fitted)
+    places = _places(file, columns, fitted)
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
-        if not group.num_rows or not _may_hold(condition, group, places, file.schema_arrow):
+        if not group.num_rows or not _may_hold(condition, group, places):
             yield np.empty(0, np.int64)
             continue
         rows = (number,), 0, group.num_rows
         holds = []
-        for batch in read_opened(file, *rows, columns=columns, where=where):
+        for batch in read_opened(file, *rows, columns=read, where=where):
             row_holds = holding(condition, fitted_rows(batch, fitted, columns))
             holds.append(row_holds.to_numpy(zero_copy_only=False))
         yield np.flatnonzero(np.concatenate(holds))
+
+
+def _places(
+    file: pq.ParquetFile, columns: Sequence[str], fitted: str
+) -> dict[str, tuple[int, pa.DataType]]:
+    """The places and types in `file` of those of `columns` that it has and that are not nested."""
+    at = {leaf.path: place for place, leaf in enumerate(leaves(file))}
+    places = {}
+    for column in columns:
+        for name in columns_in_file([column], fitted):
+            if name in at:
+                places[column] = at[name], file.schema_arrow.field(name).type
+    return places
 
 
 def holding(condition: Condition, rows: pa.RecordBatch) -> pa.Array:
@@ -201,16 +227,15 @@ def holding(condition: Condition, rows: pa.RecordBatch) -> pa.Array:
 def _may_hold(
     condition: Condition,
     group: pq.RowGroupMetaData,
-    places: Mapping[str, int],
-    schema: pa.Schema,
+    places: Mapping[str, tuple[int, pa.DataType]],
 ) -> bool:
     """Whether a row of the group may be kept, by what the footer says of its columns."""
 
     def possible(test: Test) -> Possible:
         yes, no, null = True, True, True
         if test.column in places:
-            counts = group.column(places[test.column]).statistics
-            kind = schema.field(test.column).type
+            place, kind = places[test.column]
+            counts = group.column(place).statistics
             if counts is not None:
                 yes, no, null = _by_counts(test, counts, kind)
         return Possible(*(pa.array([one]) for one in (yes, no, null)))

@@ -49,9 +49,10 @@ class Found:
     read because of their names to the reason. `skipped` counts the names that are not input files.
 
     Of a table they are the files of one `version`, which never change. Their stamps are what the
-    table itself says of them: size and time. `columns` are those of the table that come from files
-    and not from the names of folders. `bounds` are what the table says of the values of some, in
-    the order of `names`.
+    table itself says of them: size and time. `columns` are those of the table that may come from
+    files (see `table_columns`), and `unsaid` has those of a file for which the names of its folders
+    do not say the value that the table has. `bounds` are what the table says of the values of some
+    columns, in the order of `names`.
     """
 
     root: AnyPath
@@ -63,4 +64,5 @@ class Found:
     skipped: list[Skipped]
     version: Version | None = None
     columns: pa.Schema | None = None
+    unsaid: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     bounds: Mapping[str, ColumnBounds] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from glmbatch.store.inputs.found import Found, Version
 from glmbatch.store.objects.access import storage_options
 from glmbatch.store.paths import AnyPath
 from glmbatch.store.tables.bounds import ColumnBounds
+from glmbatch.store.tables.fitting import table_columns
 from glmbatch.store.tables.table import TableFile, found_table
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def find_delta(folder: AnyPath, number: int | None) -> Found:
         version = Version("Delta", table.version())
         partitions = table.metadata().partition_columns
         schema = pa.schema(table.schema().to_arrow())
-        columns = pa.schema([field for field in schema if field.name not in partitions])
+        columns = table_columns([field for field in schema if field.name not in partitions])
         adds = pa.table(table.get_add_actions(flatten=True))
     files = list(_files(adds, partitions))
     return found_table(folder, version, files, columns, _bounds(adds, columns))

@@ -1,41 +1,153 @@
 """Show the rows of a table's file with the columns that the table has. Knows no format of tables.
 
 A file keeps the columns that its table had when the file was written. A column that was added since
-is null in all of its rows, and one whose type was widened has its values in the wider type. What
-differs is carried as text: an Arrow schema in base64, empty if nothing does.
+is null in all of its rows, one whose type was widened has its values in the wider type, and one
+that was renamed or dropped since is so here too. What differs is carried as text: an Arrow schema
+in base64, empty if nothing does.
+
+The columns of some tables have ids, as field metadata like those of Parquet files. Then a file's
+columns are found by their ids; those of a file without any get them from the table's mapping.
 """
 
 from __future__ import annotations
 
+import json
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.ipc
 
 from glmbatch.errors import UnusableFile
-from glmbatch.store.types import converted, parts_of
+from glmbatch.store.types import converted, parts_of, with_parts, written_type
 from glmbatch.store.values import holds_bytes, is_text, value_type
 
+ID = b"PARQUET:field_id"
+# In the metadata of a table's schema: the ids of names in files without ids, as Iceberg has it.
+MAPPING = b"schema.name-mapping.default"
+# In the metadata of what differs: the table's names of a file's columns, null for a dropped one.
+NAMES = b"names"
 
-def differing(where: str, file: pa.Schema, table: pa.Schema) -> str:
-    """The columns of `table` that a file with the schema `file` lacks or has in narrower types.
 
-    UnusableFile, naming `where`, for a type that does not widen to that of the table.
+def table_columns(columns: Sequence[pa.Field], mapping: str | None = None) -> pa.Schema:
+    """The `columns` of a table, of whose metadata only the ids stay, with its `mapping` of names.
+
+    A comment on a column changes nothing in what is read.
     """
+    metadata = None if mapping is None else {MAPPING: mapping}
+    return pa.schema([_with_id_alone(field) for field in columns], metadata)
+
+
+def _with_id_alone(field: pa.Field) -> pa.Field:
+    kind = with_parts(field.type, [_with_id_alone(part) for part in parts_of(field.type)])
+    metadata = {ID: field.metadata[ID]} if _id(field) else None
+    return pa.field(field.name, kind, field.nullable, metadata)
+
+
+def _id(field: pa.Field) -> bytes | None:
+    number: bytes | None = (field.metadata or {}).get(ID)
+    return number
+
+
+def differing(
+    where: str,
+    file: pa.Schema,
+    table: pa.Schema,
+    folders: Collection[str] = (),
+    unsaid: Mapping[str, str | None] | None = None,
+) -> str:
+    """The columns of `table` that a file with the schema `file` has otherwise, or does not have.
+
+    Those that the names of its `folders` give need not be in it, but for those whose values are
+    `unsaid` (see `Found`). UnusableFile, naming `where`, when a column cannot be read as the
+    table's.
+    """
+    unsaid = unsaid or {}
+    own = _own_columns(where, file, table)
     fields = []
     for field in table:
-        if field.name in file.names:
-            own = file.field(file.names.index(field.name)).type
-            if _alike(own, field.type):
+        column = own.get(field.name)
+        if column is not None:
+            _check_parts(where, field.name, column, field)
+            if _alike(column.type, field.type):
                 continue
-            if not _widens(value_type(own), field.type):
+            if not _widens(value_type(column.type), field.type):
                 raise UnusableFile(
-                    f"{where}: column {field.name!r} is {own}, and {field.type} in the table. "
-                    "Rewrite the table's files."
+                    f"{where}: column {field.name!r} is {column.type}, and {field.type} in the "
+                    "table. Rewrite the table's files."
                 )
-        fields.append(pa.field(field.name, field.type))
-    return schema_text(pa.schema(fields)) if fields else ""
+        elif unsaid.get(field.name) is not None:
+            raise UnusableFile(
+                f"{where}: has no column {field.name!r}, which is {unsaid[field.name]!r} in the "
+                "table, and the names of its folders do not say so. Rewrite the table's files."
+            )
+        elif field.name in folders and field.name not in unsaid:
+            continue
+        fields.append(pa.field(field.name, written_type(field.type)))
+    names = _changed_names(file, own) if any(map(_id, table)) else {}
+    if not fields and not names:
+        return ""
+    return schema_text(pa.schema(fields, {NAMES: json.dumps(names)} if names else None))
+
+
+def _own_columns(where: str, file: pa.Schema, table: pa.Schema) -> dict[str, pa.Field]:
+    """The columns of a `file` by their names in the `table`."""
+    if not any(map(_id, table)):
+        return {field.name: field for field in reversed(list(file))}
+    columns = list(file)
+    if not any(map(_id, columns)):
+        mapping = (table.metadata or {}).get(MAPPING)
+        if mapping is None:
+            if unknown := sorted(set(file.names) - set(table.names)):
+                raise UnusableFile(
+                    f"{where}: has no field ids, and a column {unknown[0]!r} that the table does "
+                    "not have: it may have been renamed. Set schema.name-mapping.default in the "
+                    "table, or rewrite its files."
+                )
+            return {field.name: field for field in columns}
+        columns = [_mapped(field, field.name, json.loads(mapping)) for field in columns]
+    by_id = {_id(field): field for field in columns}
+    return {field.name: by_id[_id(field)] for field in table if _id(field) in by_id}
+
+
+def _mapped(field: pa.Field, name: str, entries: Sequence[Mapping[str, Any]]) -> pa.Field:
+    """The `field` of a file, called `name`, with the ids that the `entries` of a mapping give."""
+    entry = next((entry for entry in entries if name in entry["names"]), None)
+    if entry is None or "field-id" not in entry:
+        return field
+    parts = parts_of(field.type)
+    names = ["key", "value"] if pa.types.is_map(field.type) else ["element"]
+    if pa.types.is_struct(field.type):
+        names = [part.name for part in parts]
+    inner = []
+    for part, part_name in zip(parts, names[: len(parts)], strict=True):
+        inner.append(_mapped(part, part_name, entry.get("fields", [])))
+    metadata = {ID: str(entry["field-id"])}
+    return pa.field(field.name, with_parts(field.type, inner), field.nullable, metadata)
+
+
+def _check_parts(where: str, name: str, own: pa.Field, other: pa.Field) -> None:
+    """UnusableFile when a part of the column `name` has the id of another one in the table."""
+    ours, theirs = parts_of(own.type), parts_of(other.type)
+    if pa.types.is_struct(own.type):
+        by_name = {part.name: part for part in theirs}
+        ours = [part for part in ours if part.name in by_name]
+        theirs = [by_name[part.name] for part in ours]
+    for our_part, their_part in zip(ours, theirs, strict=False):
+        if _id(our_part) and _id(their_part) and _id(our_part) != _id(their_part):
+            raise UnusableFile(
+                f"{where}: column {name!r} has a field {our_part.name!r} that is not the one of "
+                "this name in the table: it was renamed or dropped. Rewrite the table's files."
+            )
+        _check_parts(where, name, our_part, their_part)
+
+
+def _changed_names(file: pa.Schema, own: Mapping[str, pa.Field]) -> dict[str, str | None]:
+    """The table's name of each column of a `file` that has another or, if it was dropped, none."""
+    names = dict.fromkeys(file.names)
+    names.update({field.name: name for name, field in own.items()})
+    return {name: other for name, other in names.items() if other != name}
 
 
 def schema_text(schema: pa.Schema) -> str:
@@ -48,11 +160,28 @@ def schema_in(text: str) -> pa.Schema:
     return pa.ipc.read_schema(pa.py_buffer(b64decode(text))) if text else pa.schema([])
 
 
+def _names_in(schema: pa.Schema) -> dict[str, str | None]:
+    names: dict[str, str | None] = json.loads((schema.metadata or {}).get(NAMES, b"{}"))
+    return names
+
+
+def columns_in_file(columns: Sequence[str], text: str) -> list[str]:
+    """What a file calls those of the table's `columns` that it has, or may have."""
+    names = _names_in(schema_in(text))
+    renamed = {name: own for own, name in names.items() if name is not None}
+    return [renamed.get(name, name) for name in columns if name in renamed or name not in names]
+
+
 def fitted_fields(fields: Sequence[pa.Field], text: str) -> list[pa.Field]:
-    """The `fields` of a file with the types of the table, and those that it lacks at the end."""
+    """The `fields` of a file with the table's names and types, and those it lacks at the end."""
     table = schema_in(text)
+    names = _names_in(table)
     kinds = {field.name: field for field in table}
-    own = [kinds.pop(field.name, field) for field in fields]
+    own = []
+    for field in fields:
+        name = names.get(field.name, field.name)
+        if name is not None:
+            own.append(kinds.pop(name, field.with_name(name)))
     return [*own, *kinds.values()]
 
 
@@ -61,7 +190,11 @@ def fitted_rows(rows: pa.RecordBatch, text: str, columns: Sequence[str] | None) 
 
     UnusableFile when a value does not fit the type of the table.
     """
-    for field in schema_in(text):
+    table = schema_in(text)
+    if names := _names_in(table):
+        kept = [name for name in rows.schema.names if names.get(name, name) is not None]
+        rows = rows.select(kept).rename_columns([names.get(name) or name for name in kept])
+    for field in table:
         if field.name in rows.schema.names:
             at = rows.schema.names.index(field.name)
             rows = rows.set_column(at, field, _widened(rows.column(at), field))

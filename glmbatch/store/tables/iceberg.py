@@ -6,10 +6,7 @@ Uses the library pyiceberg, which finds the table in a catalogue and plans its f
 from __future__ import annotations
 
 import hashlib
-from itertools import chain
 from typing import TYPE_CHECKING
-
-import pyarrow as pa
 
 from glmbatch.errors import InputError
 from glmbatch.settings.addresses import TABLE_SCHEME
@@ -24,6 +21,7 @@ from glmbatch.store.tables.catalogs import (
     open_catalog,
     table_name,
 )
+from glmbatch.store.tables.fitting import MAPPING, table_columns
 from glmbatch.store.tables.table import TableFile, found_table
 
 if TYPE_CHECKING:
@@ -50,19 +48,19 @@ def find_iceberg(address: str, number: int | None) -> Found:
         if snapshot is None:
             raise _no_snapshot(name, table, number)
         scan = table.scan(snapshot_id=snapshot.snapshot_id)
-        schema = scan.projection()
-        _check_names(name, table, schema)
+        # A column that was added since belongs to the table too, though not to its older snapshots.
+        is_current = snapshot.snapshot_id == table.metadata.current_snapshot_id
+        schema = table.schema() if is_current else scan.projection()
+        _check_defaults(name, schema)
         specs = table.specs()
         files = []
         for task in scan.plan_files():
             _check_file(name, task)
             values = _values(task.file, specs[task.file.spec_id], schema)
-            files.append(_file(task.file, table.location(), values))
-        partitions = set(chain.from_iterable(_identities(spec, schema) for spec in specs.values()))
-        columns = [pa.field(field.name, field.type) for field in schema.as_arrow()]
-    own = pa.schema([field for field in columns if field.name not in partitions])
+            files.append(_file(task.file, table.location(), values, schema))
+        columns = table_columns(schema.as_arrow(), table.properties.get(MAPPING.decode()))
     root = Folder(_address(table.location())).path
-    return found_table(root, Version("Iceberg", snapshot.snapshot_id, str(name)), files, own)
+    return found_table(root, Version("Iceberg", snapshot.snapshot_id, str(name)), files, columns)
 
 
 def _no_snapshot(name: TableName, table: Table, number: int | None) -> InputError:
@@ -78,22 +76,8 @@ def _no_snapshot(name: TableName, table: Table, number: int | None) -> InputErro
     )
 
 
-def _check_names(name: TableName, table: Table, schema: Schema) -> None:
-    """InputError when files of earlier schemas may have other names for the table's columns.
-
-    A file's columns belong to the table's by their ids; everything after planning goes by name.
-    """
-    ids = {column: schema.find_field(column).field_id for column in schema.column_names}
-    names = {number: column for column, number in ids.items()}
-    for other in table.schemas().values():
-        for column in other.column_names:
-            number = other.find_field(column).field_id
-            if names.get(number) != column or ids.get(column) != number:
-                raise InputError(
-                    f"{name}: the column {column!r} was renamed, dropped, or replaced by another "
-                    "of its name, so files may have other columns than the table. Write the rows "
-                    f"to a new table, and set {SETTING} to that."
-                )
+def _check_defaults(name: TableName, schema: Schema) -> None:
+    """InputError when rows of files that lack a column have a value for it."""
     for column in schema.column_names:
         if getattr(schema.find_field(column), "initial_default", None) is not None:
             raise InputError(
@@ -138,12 +122,16 @@ def _values(file: DataFile, spec: PartitionSpec, schema: Schema) -> dict[str, st
     return values
 
 
-def _file(file: DataFile, place: str, values: dict[str, str | None]) -> TableFile:
+def _file(file: DataFile, place: str, values: dict[str, str | None], schema: Schema) -> TableFile:
     path = file.file_path.removeprefix(place.rstrip("/") + "/")
-    # Writers put partition columns into their files too. Where folders say them, they must agree.
     folders = folder_columns(path)
-    said = {column: value for column, value in values.items() if column in folders}
-    return TableFile(path, (file.file_size_in_bytes, _print_of(file)), said)
+    # Writers name folders in a form of their own, such as null or two+words, or not at all.
+    # Their files have the columns themselves.
+    unsaid = {column: value for column, value in values.items() if value != folders.get(column)}
+    for column in folders.keys() & set(schema.column_names) - values.keys():
+        unsaid[column] = None
+    stamp = (file.file_size_in_bytes, _print_of(file))
+    return TableFile(path, stamp, unsaid=unsaid)
 
 
 def _print_of(file: DataFile) -> int:

@@ -24,12 +24,14 @@ class TableFile:
     """A file of a table: its name below the table's folder, and its stamp (size, time).
 
     `partitions` are the values that the table records for the partition columns that the file
-    itself does not have. They come out of Arrow, in the types of the table.
+    itself does not have. They come out of Arrow, in the types of the table. `unsaid` has the
+    table's value for each column of which the names of folders say another one, or none.
     """
 
     name: str
     stamp: tuple[int, int]
     partitions: Mapping[str, object] = field(default_factory=dict)
+    unsaid: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def found_table(
@@ -39,7 +41,7 @@ def found_table(
     columns: pa.Schema,
     bounds: Mapping[str, ColumnBounds] | None = None,
 ) -> Found:
-    """The `files` of a table in the folder `root`, as an input; `columns` are those in its files.
+    """The `files` of a table in the folder `root`, as an input; `columns` are as in `Found`.
 
     `bounds` are those of some columns, in the order of `files`.
 
@@ -63,6 +65,7 @@ def found_table(
         skipped=[],
         version=version,
         columns=columns,
+        unsaid={file.name: file.unsaid for file in files if file.unsaid},
         bounds={name: column.take(order) for name, column in (bounds or {}).items()},
     )
 
