@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -24,13 +19,12 @@ from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.ledger.repair import repair
 from glmbatch.ledger.tables.table import commit_table, plan_commit, table_over
 from glmbatch.ledger.verification import verify
-from glmbatch.store.locks import StoreLock
 from glmbatch.store.objects.access import storage_options
 from glmbatch.view.published import read_published
 from glmbatch.view.rows import Rows
-from tests.behaviour.test_stores import STALLING, free, refusing_after
+from tests.behaviour.test_stores import free, refusing_after, stopped_holder
 from tests.stores import Request, Store
-from tests.support import CLASSIFY, ROOT, Settings, run
+from tests.support import CLASSIFY, Settings, run
 
 pytestmark = pytest.mark.slow
 DAYS: dict[int, list[Any]] = {1: [f"row {n}" for n in range(12)], 2: ["one", None, "three"]}
@@ -168,37 +162,21 @@ def test_readers_see_whole_versions_after_any_refused_change(
 
 
 def test_a_stopped_holder_commits_nothing_once_another_ran(
-    store: Store, changed: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    store: Store, changed: Callable[[str], dict[str, Any]]
 ) -> None:
     """Its commit stands still too; the other run has the same rows, so it would commit none."""
-    monkeypatch.setattr(StoreLock.__init__, "__defaults__", (0.3, 2, None))
     job = changed("stopped")
-    stopped, published_by_other = threading.Event(), threading.Event()
 
-    def harm(request: Request) -> None:
+    def at(request: Request) -> bool:
         is_commit = "_delta_log/" in request.key and request.method == "PUT"
-        if is_commit and request.key.endswith("2.json"):  # after that of the new column
-            store.harm = lambda request: None
-            process.send_signal(signal.SIGSTOP)
-            stopped.set()
-            published_by_other.wait(120)
+        return is_commit and request.key.endswith("2.json")  # after that of the new column
 
-    store.harm = harm
-    with subprocess.Popen(
-        [sys.executable, "-c", STALLING, json.dumps(job)], cwd=ROOT, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stderr is not None
-        assert stopped.wait(120)
-        time.sleep(3)
+    with stopped_holder(store, job, at, error=b"another commit came between"):
         # What was published before, so that no file of the table changes.
         store.put("in/day=1/a.parquet", pa.table({"text": DAYS[1]}))
         store.put("in/day=3/b.parquet", pa.table({"text": ["of an earlier day"]}))
         run(job)
         version = table(store, "stopped").version()
-        published_by_other.set()
-        process.send_signal(signal.SIGCONT)
-        assert process.wait(120) != 0
-        assert b"another commit came between" in process.stderr.read()
     assert table(store, "stopped").version() == version
     assert without_rank(store, "stopped") == without_rank(store, "before")
     sound(store, "stopped")

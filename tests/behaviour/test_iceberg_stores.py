@@ -6,13 +6,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from pyiceberg.catalog import Catalog, load_catalog
 
 from glmbatch.errors import TransientError
 from glmbatch.ledger.verification import verify
+from tests.behaviour.test_stores import stopped_holder, versions
 from tests.postgresql import postgresql_server
-from tests.stores import Store
+from tests.stores import Request, Store
 from tests.support import CLASSIFY, Settings, Write, run
 
 pytestmark = pytest.mark.slow
@@ -103,4 +105,36 @@ def test_a_killed_commit_in_a_store_is_made_once(
     assert texts(catalog) == sorted(rows[:6])
     run(job)
     assert texts(catalog) == sorted(rows[:3] + rows[4:7])
+    assert verify(store.url("out")).findings == ()
+
+
+@pytest.mark.parametrize("catalog", ["sqlite"], indirect=True)
+def test_a_stopped_holder_commits_nothing_once_another_ran(
+    catalog: Catalog, store: Store, job_settings: Settings
+) -> None:
+    """Its metadata stand still too; the other has the published rows, so it would commit none."""
+    places = {"data__input": store.url("in"), "data__output": store.url("out")}
+    form = {"data__format": "iceberg", "data__table": "lake/shop.reviews"}
+    job = job_settings(steps=[dict(CLASSIFY)], **places, **form)
+    older = pa.table({"text": ["older", "rows"]})
+    store.put("in/a.parquet", older)
+    run(job)
+    store.put("in/a.parquet", pa.table({"text": ["of", "the holder"]}))
+
+    def at(request: Request) -> bool:
+        return request.method == "PUT" and request.key.endswith(".metadata.json")
+
+    with stopped_holder(store, job, at, error=b"another commit came between"):
+        store.put("in/a.parquet", older)
+        run(job)
+        snapshots = catalog.load_table("shop.reviews").snapshots()
+        after = versions(store, "out")
+    table = catalog.load_table("shop.reviews")
+    assert table.snapshots() == snapshots
+    for snapshot in snapshots:  # all that they need is still there
+        read = table.scan(snapshot_id=snapshot.snapshot_id).to_arrow()
+        assert read.column("text").to_pylist() == ["older", "rows"]
+    # The holder deletes the metadata of its own commit.
+    now = versions(store, "out")
+    assert {name for name in now.items() ^ after.items() if "/metadata/" not in name[0]} == set()
     assert verify(store.url("out")).findings == ()

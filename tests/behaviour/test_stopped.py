@@ -1,7 +1,7 @@
 """A run that stands still, and another run that wants its output.
 
 On a disk the other is refused. In a store it takes over, and the first changes nothing afterwards:
-test_stores.py and test_delta_stores.py show that for folders and for Delta tables.
+test_stores.py, test_delta_stores.py and test_iceberg_stores.py show that.
 """
 
 from __future__ import annotations

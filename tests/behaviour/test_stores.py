@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -248,44 +249,68 @@ STALLING = RUN.replace(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("last", ["day=1/", "_manifest.json"])
-def test_a_stopped_holder_changes_nothing_once_another_ran(
-    store: Store,
-    changed: Callable[[str], dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    last: str,
-) -> None:
-    monkeypatch.setattr(StoreLock.__init__, "__defaults__", (0.3, 2, None))
-    job = changed("stopped")
-    stopped, published_by_other = threading.Event(), threading.Event()
+@contextmanager
+def stopped_holder(
+    store: Store, job: dict[str, Any], at: Callable[[Request], bool], error: bytes
+) -> Iterator[None]:
+    """A run of `job` that stands still `at` a request, until the block has run.
+
+    The request stands still too. Then the run goes on, and must fail with `error`.
+    """
+    stopped, goes_on = threading.Event(), threading.Event()
 
     def harm(request: Request) -> None:
-        if request.method == "PUT" and request.key.startswith(f"stopped/{last}"):
+        if at(request):
             store.harm = lambda request: None
             process.send_signal(signal.SIGSTOP)
             stopped.set()
-            published_by_other.wait(120)  # the request stands still too
+            goes_on.wait(120)
 
     store.harm = harm
-    with subprocess.Popen(
-        [sys.executable, "-c", STALLING, json.dumps(job)], cwd=ROOT, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stderr is not None
-        assert stopped.wait(120)
-        time.sleep(3)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen(
+            [sys.executable, "-c", STALLING, json.dumps(job)], cwd=ROOT, stderr=subprocess.PIPE
+        ) as process,
+    ):
+        patch.setattr(StoreLock.__init__, "__defaults__", (0.3, 2, None))
+        try:
+            assert stopped.wait(120)
+            time.sleep(3)
+            yield
+            goes_on.set()
+            process.send_signal(signal.SIGCONT)
+            _, written = process.communicate(timeout=120)
+        finally:
+            goes_on.set()
+            process.kill()
+    assert process.returncode > 0
+    assert error in written
+
+
+@pytest.mark.parametrize("last", ["day=1/", "_manifest.json"])
+def test_a_stopped_holder_changes_nothing_once_another_ran(
+    store: Store, changed: Callable[[str], dict[str, Any]], last: str
+) -> None:
+    job = changed("stopped")
+
+    def at(request: Request) -> bool:
+        return request.method == "PUT" and request.key.startswith(f"stopped/{last}")
+
+    with stopped_holder(store, job, at, error=b"this run stopped writing"):
         store.put("in/day=1/a.parquet", pa.table({"text": ["newer", "rows"]}))
         store.put("in/day=2/a.parquet", pa.table({"text": [None, "and others"]}))
         run(job)
-        after = {str(path): facts.version for path, facts in store.path("stopped").listed().items()}
-        published_by_other.set()
-        process.send_signal(signal.SIGCONT)
-        assert process.wait(120) != 0
-        assert b"this run stopped writing" in process.stderr.read()
+        after = versions(store, "stopped")
     texts = published(store, "stopped").column("text").to_pylist()
     assert texts == ["newer", "rows", None, "and others"]
-    now = {str(path): facts.version for path, facts in store.path("stopped").listed().items()}
-    assert now == after
+    assert versions(store, "stopped") == after
     assert verify(store.url("stopped")).findings == ()
+
+
+def versions(store: Store, folder: str) -> dict[str, str]:
+    """The version of each object in a folder, by name."""
+    return {str(path): facts.version for path, facts in store.path(folder).listed().items()}
 
 
 def test_refused_reads_are_not_mistaken_for_damage(store: Store, settings: Settings) -> None:

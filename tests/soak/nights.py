@@ -37,7 +37,7 @@ from tests.support import CAUSAL, CLASSIFY, GENERATE
 # A stamp counts once it is older than this.
 GRAIN_SECONDS = 0.05
 # Of a killed run, after which the next one takes over.
-LOCK_SECONDS = 3.0
+LOCK_SECONDS = 4.0
 VARIABLE = f"PYICEBERG_CATALOG__{CATALOGUE.upper()}__URI"
 WORDS = ["好", "bad", "so", "很好用", "broke"]
 
@@ -273,6 +273,7 @@ class Nights:
     def _run(self, output: str, kill: Kill | RequestKill | None) -> Outcome:
         """Run until it ends or is killed; wait while the lock of a killed run counts."""
         until = time.monotonic() + 10 * LOCK_SECONDS + 60
+        waits = True
         while True:
             self._store.calm()
             if isinstance(kill, RequestKill):
@@ -284,7 +285,8 @@ class Nights:
             if "is writing to it" not in outcome.message:
                 break
             assert time.monotonic() < until, outcome
-            time.sleep(0.3)
+            time.sleep(LOCK_SECONDS if waits else 0.5)
+            waits = False
         self.trace.append(f"  {output} {kill or ''}: {outcome}")
         self.tally.runs += 1
         if outcome.end == "published":

@@ -206,7 +206,8 @@ def _read_on(
             except Exception as error:  # noqa: BLE001 - the caller decides whether it may fail
                 line["error"] = f"{type(error).__name__}: {str(error)[:300]}"
             file.write(json.dumps(line) + "\n")
-            time.sleep(pause_seconds)
+            # On a busy machine and in a store, readers must not take all the time of the runs.
+            time.sleep(max(pause_seconds, 2 * (time.time() - line["began"])))
 
 
 def _serve() -> None:
@@ -233,7 +234,7 @@ def _serve() -> None:
 class Readers:
     """All readers of a format, in processes of their own, from `start` to `stop`.
 
-    Each waits `pause_seconds` after a read.
+    Each waits `pause_seconds` after a read, and at least twice as long as the read took.
     """
 
     def __init__(self, folder: Path, pause_seconds: float = 0.2) -> None:

@@ -118,7 +118,7 @@ def watch(order: dict[str, Any], counters: Counters) -> None:
     kill = Kill(**order["kill"]) if order["kill"] else None
     files.TICK_NS = int(order["grain_seconds"] * 1e9)
     if order.get("lock_seconds"):
-        StoreLock.__init__.__defaults__ = (order["lock_seconds"] / 10, order["lock_seconds"], None)
+        StoreLock.__init__.__defaults__ = (order["lock_seconds"] / 5, order["lock_seconds"], None)
     output = Path(order["output"])
     for name in ("replace", "unlink", "rename"):
         call = getattr(os, name)
@@ -312,7 +312,7 @@ def _fork(order: dict[str, Any]) -> Outcome:
             os.killpg(process, signal.SIGKILL)
             ended = os.waitpid(process, 0)
             break
-        time.sleep(0.0005)
+        time.sleep(0.0005 if timed and timed["publishing"] else 0.005)
     status = ended[1]
     lasted = time.monotonic() - began
     with os.fdopen(read) as answer:
