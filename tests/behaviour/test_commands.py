@@ -121,11 +121,13 @@ def test_each_command_runs(
 ) -> None:
     if "s3://" in command:
         request.getfixturevalue("buckets")
+    # The address last: a temporary folder of the machine may be part of it.
+    command = command.replace("/tmp/", f"{folders[page]}/")
     if DATABASE in command:
         address = request.getfixturevalue("database")
         command = command.replace(DATABASE, shlex.quote(address))
     # One server for all, which saves seconds a run; the demo below starts its own.
-    done = run(command.replace("/tmp/", f"{folders[page]}/"), folders[page], prefect_server)
+    done = run(command, folders[page], prefect_server)
     assert done.returncode in {0, 3}, done.stderr
     assert done.stdout
 

@@ -32,7 +32,7 @@ from tests.soak.runs import Flows
 from tests.support import Settings, Write, committed
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "2"))
 SEED = int(os.environ.get("KILLS_SEED", "1"))
 logger = logging.getLogger(__name__)
 SOAK = int(os.environ.get("SOAK_FLOWS", "0"))
