@@ -1,10 +1,12 @@
-"""How long a run takes before its first row: of a night without change, and of a Ray cluster.
+"""How long a run takes beside its rows: with few rows, without change, and with a Ray cluster.
 
+    python benchmarks/start.py first --rounds 5    a first night of few rows; the server is up
     python benchmarks/start.py night --rounds 5    with a server that is up, and with one of its own
     python benchmarks/start.py ray                 the parts of the start of `runtime.cluster: ray`
 
-`night` makes 13 files of 3 rows, publishes them, and repeats the run as a process of its own. CPU
-seconds are those of all its processes. PYTHONPYCACHEPREFIX=/nowhere PYTHONDONTWRITEBYTECODE=1 shows
+`first` makes 13 files of 3 rows and runs over them as a process of its own, each time into a new
+folder. `night` publishes them and repeats that run. CPU seconds are those of all processes of a
+run. PYTHONPYCACHEPREFIX=/nowhere PYTHONDONTWRITEBYTECODE=1 shows
 the same where no package is compiled.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,17 +39,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("night", "ray"))
+    parser.add_argument("what", choices=("first", "night", "ray"))
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         os.environ["PREFECT_HOME"] = str(folder / "prefect")
         os.environ.pop("PREFECT_API_URL", None)
-        if options.what == "night":
+        if options.what == "first":
+            measure_first_nights(folder, options.rounds)
+        elif options.what == "night":
             measure_nights(folder, options.rounds)
         else:
             measure_ray(folder)
+
+
+def measure_first_nights(folder: Path, rounds: int) -> None:
+    job = write_job(folder)
+    with own_server() as client:
+        runs = []
+        for _ in range(rounds):
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            runs.append(run_once(job, client))
+        report("first night", runs)
 
 
 def measure_nights(folder: Path, rounds: int) -> None:
@@ -146,9 +161,9 @@ def import_tasks() -> None:
 
 
 def load_model_there() -> None:
-    from glmbatch.glm.checkpoint.load import load_model
+    from glmbatch.glm.checkpoint.load import load_weights
 
-    load_model(MODEL)
+    load_weights(MODEL)
 
 
 class Clock:

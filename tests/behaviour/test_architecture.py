@@ -94,6 +94,17 @@ def test_the_model_runs_without_prefect_and_pydantic() -> None:
     loaded_by(f"{blocked}\nimport {needed}")
 
 
+def test_an_engine_loads_without_transformers() -> None:
+    code = """
+from glmbatch.glm.engine.loading import load_engine
+from glmbatch.settings.model import ModelConfig
+from glmbatch.settings.job import RuntimeConfig
+model = ModelConfig(path="tests/goldens/base-sharded")
+load_engine(model, RuntimeConfig(device="cpu")).close()
+"""
+    assert "transformers" not in loaded_by(code)
+
+
 def test_help_loads_nothing_heavy() -> None:
     loaded = loaded_by(
         "import glmbatch.cli.main\ntry: glmbatch.cli.main.main(['--help'])\nexcept SystemExit: pass"

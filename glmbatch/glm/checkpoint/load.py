@@ -1,4 +1,4 @@
-"""Loads a ChatGLM2 checkpoint directory into transformers' GLM model, and digests it.
+"""Loads a ChatGLM2 checkpoint directory for the engine or as transformers' model, and digests it.
 
 Every tensor must be present and fit, and memory peaks near one copy of the weights. Also exports
 what the modules for locating, reading and saving offer. Knows no prompts and no batches.
@@ -40,6 +40,7 @@ from glmbatch.glm.checkpoint.shards import (
 )
 from glmbatch.glm.files import digest_file, read_json
 from glmbatch.glm.tokenizer import TOKENIZER_FILE
+from glmbatch.glm.weights import holding
 
 __all__ = [
     "Checkpoint",
@@ -48,6 +49,7 @@ __all__ = [
     "digest_weights",
     "inspect_checkpoint",
     "load_model",
+    "load_weights",
     "locate_checkpoint",
     "read_checkpoint",
     "save_checkpoint",
@@ -156,25 +158,59 @@ def load_model(
     `dtype`; OutOfMemory if the weights do not fit on `device`.
     """
     checkpoint = read_checkpoint(path, adapter)
+    weights, prefix_kv = _read_weights(checkpoint, dtype, device)
+    model = _empty_model(checkpoint, dtype)
+    model.load_state_dict(weights, strict=True, assign=True)
+    # The rotary frequencies are computed, not stored: those from the meta device are empty.
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=rotary.config).to(device)
+    model.register_buffer(PREFIX_KEY, prefix_kv)
+    return model.requires_grad_(False).eval()
+
+
+def load_weights(
+    path: str | Path,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    adapter: str | Path | None = None,
+) -> Any:
+    """The weights of `load_model` for the engine, in modules that compute nothing.
+
+    They have the same names, and `config` the same values. transformers is not imported. Raises as
+    `load_model`.
+    """
+    checkpoint = read_checkpoint(path, adapter)
+    weights, prefix_kv = _read_weights(checkpoint, dtype, device)
+    model = holding(weights, native_config(checkpoint.architecture))
+    model.register_buffer(PREFIX_KEY, prefix_kv)
+    return model
+
+
+def _read_weights(
+    checkpoint: Checkpoint, dtype: str | torch.dtype, device: str | torch.device
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """All weights by their native names, and the keys and values of a prefix."""
     name = str(dtype).removeprefix("torch.")
+    path = checkpoint.path
     if name not in WEIGHT_DTYPES:
         allowed = ", ".join(WEIGHT_DTYPES)
         raise InputError(f"{path}: cannot compute in {name}. Set model.dtype to one of {allowed}.")
     if checkpoint.architecture.fp32_residual and name != "float32":
         raise InputError(
-            f"{checkpoint.path / 'config.json'}: 'fp32_residual_connection' is true, which "
+            f"{path / 'config.json'}: 'fp32_residual_connection' is true, which "
             f"transformers' GLM does not support in {name}. Set model.dtype to float32."
         )
     try:
-        return _load(checkpoint, getattr(torch, name), torch.device(device))
+        return _converted(checkpoint, getattr(torch, name), torch.device(device))
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise OutOfMemory(f"{path}: its weights in {name} do not fit on {device}.") from error
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+def _converted(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     architecture = checkpoint.architecture
-    model = _empty_model(checkpoint, dtype)
-    state: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     prefix: dict[str, torch.Tensor] = {}
     added, replaced = _adapter_weights(checkpoint)
     for spec, stored in _stored_tensors(checkpoint, dtype, added):
@@ -182,20 +218,15 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> A
             prefix[spec.key] = stored.to(torch.float32, copy=True)
         for name, rows in split_rows(architecture, spec, stored):
             merged = added[name].added_to(rows) if name in added else rows
-            state[name] = _copied(merged, device, _dtype_of(name, dtype))
+            weights[name] = _copied(merged, device, _dtype_of(name, dtype))
     for name, tensor in replaced.items():
-        state[name] = tensor.to(device, _dtype_of(name, dtype))
+        weights[name] = tensor.to(device, _dtype_of(name, dtype))
     prefix_kv = None
     if prefix:
         prefix_kv = native_prefix(architecture, prefix).to(device, dtype)
         _refuse_unfit_numbers(checkpoint, {PREFIX_KEY: prefix_kv}, dtype)
-    _refuse_unfit_numbers(checkpoint, state, dtype)
-    model.load_state_dict(state, strict=True, assign=True)
-    # The rotary frequencies are computed, not stored: those from the meta device are empty.
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=rotary.config).to(device)
-    model.register_buffer(PREFIX_KEY, prefix_kv)
-    return model.requires_grad_(False).eval()
+    _refuse_unfit_numbers(checkpoint, weights, dtype)
+    return weights, prefix_kv
 
 
 def _copied(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -220,7 +251,7 @@ def _refuse_unfit_numbers(
             )
 
 
-def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _empty_model(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Any:
     from transformers import GlmConfig, GlmForCausalLM, GlmForSequenceClassification
 
     stated = native_config(checkpoint.architecture)

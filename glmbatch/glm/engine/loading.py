@@ -87,13 +87,13 @@ def load_here(settings: EngineSettings) -> TorchEngine:
     """The engine in this process. Raises as `load_engine`."""
     import torch
 
-    from glmbatch.glm.checkpoint.load import load_model, read_checkpoint
+    from glmbatch.glm.checkpoint.load import load_weights, read_checkpoint
     from glmbatch.glm.engine.worker import TorchEngine
     from glmbatch.glm.oom import device_lost
 
     checkpoint = read_checkpoint(settings.path)
     try:
-        loaded = load_model(settings.path, settings.dtype, settings.device, settings.adapter)
+        loaded = load_weights(settings.path, settings.dtype, settings.device, settings.adapter)
         engine = TorchEngine(
             loaded,
             eos_id=loaded.config.eos_token_id,
@@ -145,7 +145,5 @@ def warm_up(engine: TorchEngine) -> None:
 
 def import_engine() -> None:
     """Import what `load_here` needs, which takes as long as loading a small model."""
-    from transformers import GlmForCausalLM  # noqa: F401 - imported by name only
-
     import glmbatch.glm.checkpoint.load
     import glmbatch.glm.engine.worker  # noqa: F401

@@ -23,26 +23,26 @@ from glmbatch.glm.model.linear.plain import rotate
 class Layer:
     """Attention and feed-forward of one layer.
 
-    Takes over the weights of `module`, a `GlmDecoderLayer`, and empties it, so that at most one
-    layer is in memory twice.
+    Takes over the weights of `module`, with the names of a `GlmDecoderLayer`, and empties it, so
+    that at most one layer is in memory twice.
     """
 
-    def __init__(self, module: Any, form: Form) -> None:
+    def __init__(self, module: Any, index: int, config: Any, form: Form) -> None:
         attention = module.self_attn
-        self._index: int = attention.layer_idx
-        self._head_dim: int = attention.head_dim
-        self._scaling: float = attention.scaling
-        self._norm = Norm(module.input_layernorm)
+        self._index = index
+        self._head_dim: int = config.head_dim
+        self._scaling: float = config.head_dim**-0.5
+        self._norm = Norm(module.input_layernorm, config)
         # One product for query, key and value: three smaller ones read the input three times.
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         weights = [projection.weight for projection in projections]
         self._heads: list[int] = [len(weight) // self._head_dim for weight in weights]
         bias = None
-        if attention.q_proj.bias is not None:
+        if config.attention_bias:
             bias = torch.cat([projection.bias for projection in projections])
         self._query_key_value = product(torch.cat(weights), bias, form)
-        self._out = product(attention.o_proj.weight, attention.o_proj.bias, form)
-        self._mlp_norm = Norm(module.post_attention_layernorm)
+        self._out = product(attention.o_proj.weight, None, form)
+        self._mlp_norm = Norm(module.post_attention_layernorm, config)
         self._swiglu = swiglu(module.mlp.gate_up_proj.weight, form)
         self._down = product(module.mlp.down_proj.weight, None, form)
         module.self_attn = None
@@ -74,15 +74,25 @@ class Layer:
 
 
 class Norm:
-    """RMSNorm with the weight and epsilon of transformers' module."""
+    """RMSNorm with the module's weight and the config's epsilon."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, config: Any) -> None:
         self._weight_C = module.weight
-        self._epsilon = module.variance_epsilon
+        self._epsilon: float = config.rms_norm_eps
 
     def __call__(self, hidden_TC: torch.Tensor) -> torch.Tensor:
         """`hidden_TC`, normalized, [T, C]."""
         return rms_norm(hidden_TC, self._weight_C.shape, self._weight_C, self._epsilon)
+
+
+def inverse_frequencies(config: Any) -> torch.Tensor:
+    """The angle [P] per position of each rotated pair, in radians and in float32."""
+    rope = config.rope_parameters
+    rotated = int(config.head_dim * rope["partial_rotary_factor"])
+    exponents_P = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
+    theta: float = rope["rope_theta"]
+    factor: float = rope.get("factor", 1.0)
+    return 1.0 / theta**exponents_P / factor
 
 
 def rotary_factors(positions_T: torch.Tensor, inverse_frequencies_P: torch.Tensor) -> torch.Tensor:

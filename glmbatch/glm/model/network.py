@@ -18,7 +18,7 @@ from glmbatch.glm.model.arena import Arena, ArenaKeys, KvPrefix, KvShape
 from glmbatch.glm.model.attention import ForwardPlan
 from glmbatch.glm.model.cuda_graphs import StepGraphs
 from glmbatch.glm.model.flash import FlashPlan, serves, single_queries
-from glmbatch.glm.model.layer import Layer, Norm, rotary_factors
+from glmbatch.glm.model.layer import Layer, Norm, inverse_frequencies, rotary_factors
 from glmbatch.glm.model.linear.form import choose_form, product
 from glmbatch.glm.model.packing import PackedPrompt, pack
 from glmbatch.glm.model.rows import Rows, plan_rows
@@ -28,8 +28,9 @@ PREFIXES = 8
 
 
 class Network:
-    """Runs a `GlmForCausalLM` or `GlmForSequenceClassification`, whose weights it takes over.
+    """Runs a GLM model, whose weights it takes over.
 
+    `model` comes from `load_weights`, or is a `GlmForCausalLM` or `GlmForSequenceClassification`.
     With `has_head` it classifies by a trained head, otherwise it predicts tokens. Ids from
     `token_count` on are padding of the vocabulary. `quantization` is "int8", "fp8" or "none"; it
     applies to the layers, not to the language head. Raises InputError if the device does not
@@ -57,9 +58,12 @@ class Network:
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         form = choose_form(quantization, device, self.dtype_name)
         # Always float32: in half precision, angles far into a text would be off by whole radians.
-        self._inverse_frequencies_P = model.model.rotary_emb.inv_freq.to(self.device, torch.float32)
-        self._layers = [Layer(module, form) for module in model.model.layers]
-        self._norm = Norm(model.model.norm)
+        self._inverse_frequencies_P = inverse_frequencies(config).to(self.device)
+        self._layers = [
+            Layer(model.model.layers.get_submodule(str(index)), index, config, form)
+            for index in range(config.num_hidden_layers)
+        ]
+        self._norm = Norm(model.model.norm, config)
         if self.has_head:
             score = model.score
             self._head_dtype: torch.dtype = score.weight.dtype  # float32 in a model of any dtype

@@ -22,11 +22,14 @@ from glmbatch.glm.checkpoint.load import (
     digest_tokenizer,
     digest_weights,
     load_model,
+    load_weights,
     read_checkpoint,
 )
 from glmbatch.glm.checkpoint.shards import count_non_finite
 from glmbatch.glm.engine.protocol import GenerateRequest
 from glmbatch.glm.files import digest_file
+from glmbatch.glm.model.layer import inverse_frequencies
+from glmbatch.glm.weights import holding
 from glmbatch.run.models import prepare_model
 from glmbatch.run.work import Model
 from glmbatch.settings.model import ModelConfig
@@ -80,6 +83,31 @@ def stored_state(directory: Path) -> dict[str, torch.Tensor]:
     for file in directory.glob("*.safetensors"):
         state |= load_file(file)
     return state
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_engine_gets_what_the_model_of_transformers_has(name: str, tmp_path: Path) -> None:
+    directory = make_variant(tmp_path, name)
+    model, weights = load_model(directory), load_weights(directory)
+    expected, loaded = model.state_dict(), weights.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+    frequencies = inverse_frequencies(weights.config)
+    assert torch.equal(frequencies, model.model.rotary_emb.inv_freq)
+    stated = vars(weights.config).items()
+    assert {key: getattr(model.config, key) for key, _ in stated if "rope" not in key} == {
+        key: value for key, value in stated if "rope" not in key
+    }
+
+
+def test_layers_keep_their_order_whatever_that_of_the_files() -> None:
+    model = load_model(BASE)
+    backwards = dict(reversed(model.state_dict().items()))
+    answers = []
+    for each in (model, holding(backwards, vars(load_weights(BASE).config))):
+        with engine_over(each) as engine:
+            answers.append([result.ids for result in engine.generate([GenerateRequest(0, IDS, 8)])])
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("name", CAUSAL)

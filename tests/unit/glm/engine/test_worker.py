@@ -20,7 +20,7 @@ import torch
 
 from glmbatch.errors import DeviceLost, InputError, TransientError
 from glmbatch.glm.checkpoint import load
-from glmbatch.glm.checkpoint.load import load_model
+from glmbatch.glm.checkpoint.load import load_weights
 from glmbatch.glm.device import free_memory_bytes
 from glmbatch.glm.engine import loading, worker
 from glmbatch.glm.engine.calls import LOOK_AHEAD
@@ -439,8 +439,8 @@ def test_an_engine_that_fails_its_warm_up_is_closed(monkeypatch: pytest.MonkeyPa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loading, "warm_up", interrupted)
-    monkeypatch.setattr(load, "load_model", lambda path, dtype, device, adapter: loaded)
-    loaded = load_model(GOLDENS / "base-sharded", "bfloat16", "cpu")
+    monkeypatch.setattr(load, "load_weights", lambda path, dtype, device, adapter: loaded)
+    loaded = load_weights(GOLDENS / "base-sharded", "bfloat16", "cpu")
     settings = EngineSettings(
         path=str(GOLDENS / "base-sharded"),
         adapter=None,

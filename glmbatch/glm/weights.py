@@ -1,0 +1,39 @@
+"""Modules that hold a GLM model's weights by transformers' names; only its embedding computes.
+
+The engine runs the layers itself. Importing transformers' own classes takes longer than all else
+that a small run does before its first answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def holding(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Any:
+    """`weights` as attributes, and the values of `config` as those of `model.config`.
+
+    `layers.0.weight` is `model.layers.get_submodule("0").weight`.
+    """
+    model: Any = nn.Module()
+    model.config = SimpleNamespace(**config)
+    for name, tensor in weights.items():
+        path, _, own = name.rpartition(".")
+        _module_at(model, path).register_parameter(own, nn.Parameter(tensor, requires_grad=False))
+    embedding = model.model.embed_tokens.weight
+    model.model.embed_tokens = nn.Embedding.from_pretrained(embedding)  # type: ignore[no-untyped-call]
+    return model
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at `path`; those that are missing are added."""
+    module = model
+    for name in path.split("."):
+        if not hasattr(module, name):
+            module.add_module(name, nn.Module())
+        module = module.get_submodule(name)
+    return module
