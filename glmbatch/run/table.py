@@ -230,7 +230,7 @@ def _columns(frame: Frame, needs: SchemaNeeds) -> pa.Table:
             columns[name] = _plain(frame.column(place))
             kind = columns[name].type
         fields.append((name, kind))
-    check_schema(Path(WHERE), "", pa.schema(fields), needs)
+    check_schema(WHERE, "", pa.schema(fields), needs, {})
     return pa.table(columns or {"no column is read": pa.nulls(len(frame))})
 
 

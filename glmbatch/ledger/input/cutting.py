@@ -20,6 +20,7 @@ from glmbatch.ledger.fragments import (
 )
 from glmbatch.ledger.input.opening import (
     LinesFile,
+    check_table,
     file_digest,
     first_look,
     look_once,
@@ -94,6 +95,7 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
     found = find_input(data)
     refuse_nesting(found, data.input, data.output)
     keeps = row_filter(data.where, data.text_column, found.unsaid)
+    check_table(found, data.input, needs, keeps)
     found, left_out = in_folders(found, keeps, data.input, data.where)
     look = _Looker(found, data, needs, published, frozenset(again), seed, digests, keeps, cache)
     outcomes = look.left_alone()
@@ -110,14 +112,17 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
             faults.append(_fault(found.root, name, outcome))
     if not outcomes:
         raise none_usable(shown(data.input), faults)
-    plan = _joined(outcomes, found, data, left_out)
+    plan = _joined(outcomes, faults, found, data, left_out)
     refuse_reach(found, data.input, data.output, (part.output_name for part in plan.fragments))
-    told = {"unusable": tuple(faults), "skipped": tuple(found.skipped)}
-    return plan.model_copy(update={"root": whole_name(found.root), **told})
+    return plan
 
 
 def _joined(
-    outcomes: Mapping[str, _Outcome], found: Found, data: DataConfig, left_out: Sequence[str]
+    outcomes: Mapping[str, _Outcome],
+    faults: Sequence[FileFault],
+    found: Found,
+    data: DataConfig,
+    left_out: Sequence[str],
 ) -> Plan:
     """The plan of all usable files, in the order of `outcomes`; the filter left out others too.
 
@@ -135,10 +140,11 @@ def _joined(
         kind[name] = found.stamps[name] if found.version else outcome.look.recorded
     _refuse_same_output(parts, unchanged)
     return Plan(
-        root="",
+        root=whole_name(found.root),
         fragments=tuple(limited(parts, data.limit)),
-        unusable=(),
+        unusable=tuple(faults),
         limit=data.limit,
+        skipped=tuple(found.skipped),
         unchanged=unchanged,
         stamps=stamps,
         where=data.where,
@@ -279,16 +285,16 @@ class _Looker:
         with open_rows(path, look.stamp, lines) as file:
             schema = file.schema_arrow
             group_rows, written = read_footer(path, file)
+            folders = folder_columns(name)
             try:
                 if self.found.columns is not None:
                     unsaid = self.found.unsaid.get(name, {})
-                    folders = folder_columns(name)
                     table = self.found.columns
                     written["fitted"] = differing(shown(path), schema, table, folders, unsaid)
                     schema = pa.schema(fitted_fields(list(schema), written["fitted"]))
-                check_schema(path, name, schema, self.needs)
+                check_schema(shown(path), name, schema, self.needs, folders)
                 if not isinstance(left, bool):
-                    check_filter(shown(path), name, left, schema)
+                    check_filter(shown(path), name, left, schema, folders)
                 _check_output_name(name, self.data)
             except UnusableFile as error:
                 error.rows = sum(group_rows)

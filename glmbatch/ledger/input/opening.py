@@ -9,13 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from glmbatch.errors import InputError, UnusableFile, shown
 from glmbatch.ledger.input.unchanged import Look, look_at
 from glmbatch.store.files import digest_file
 from glmbatch.store.footers import check_chunks, written_form
+from glmbatch.store.inputs.filters import RowFilter, check_filter
 from glmbatch.store.inputs.found import Found
+from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, folder_columns
 from glmbatch.store.lines.form import Form
 from glmbatch.store.lines.stored import OWN_FIELDS, store_lines, stored_lines
 from glmbatch.store.parquet import open_parquet, readable
@@ -62,6 +65,28 @@ def look_at_one_of(found: Found, name: str) -> Look:
             f"{found.stamps[name][0]:,}. Restore the file."
         )
     return look
+
+
+def check_table(found: Found, address: str, needs: SchemaNeeds, keeps: RowFilter) -> None:
+    """InputError when the table at `address` lacks a column that the job needs; opens no file.
+
+    Nothing is checked of an input that is no table: each of its files has columns of its own.
+    """
+    if found.columns is None:
+        return
+    folders: dict[str, None] = {}
+    for name in {name.rpartition("/")[0]: name for name in found.names}.values():
+        folders.update(dict.fromkeys(folder_columns(name)))
+    # What folders say is a text, whatever the table's type is.
+    others = pa.schema([field for field in found.columns if field.name not in folders])
+    condition = keeps.left_of("")  # all of it
+    where = f"{shown(address)}: {found.version}"
+    try:
+        check_schema(where, "", others, needs, folders)
+        if not isinstance(condition, bool):
+            check_filter(where, "", condition, others, folders)
+    except UnusableFile as error:
+        raise InputError(str(error)) from error
 
 
 def open_rows(

@@ -8,7 +8,7 @@ read only of the others, and of them only the columns in the condition.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -169,14 +169,20 @@ def _left(
     return not positive if outcome is None else bool(outcome)
 
 
-def check_filter(where: str, name: str, condition: Condition, schema: pa.Schema) -> None:
-    """UnusableFile unless a file with this schema has the columns of `condition`, of fit types."""
-    folders = tuple(folder_columns(name))
+def check_filter(
+    where: str, name: str, condition: Condition, schema: pa.Schema, folders: Collection[str]
+) -> None:
+    """UnusableFile unless a file with this schema has the columns of `condition`, of fit types.
+
+    It need not have those of the `folders` above the file `name`.
+    """
+    given = tuple(column for column in folders if column not in schema.names)
+    columns = [column for column in columns_of(condition) if column not in given]
     try:
-        for column in columns_of(condition):
+        for column in columns:
             own, setting = in_file(name, schema, column, SETTING)
-            check_column(where, own, column, setting, text=False, plain=False, folders=folders)
-        kinds = {column: schema.field(column).type for column in columns_of(condition)}
+            check_column(where, own, column, setting, text=False, plain=False, folders=given)
+        kinds = {column: schema.field(column).type for column in columns}
         check_tests(condition, kinds, (where, SETTING))
     except InputError as error:
         raise UnusableFile(str(error)) from error

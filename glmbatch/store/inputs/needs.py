@@ -13,13 +13,12 @@ from urllib.parse import unquote, unquote_to_bytes
 
 import pyarrow as pa
 
-from glmbatch.errors import InputError, UnusableFile, shown
+from glmbatch.errors import InputError, UnusableFile
 from glmbatch.settings.conditions import parse_condition
 from glmbatch.store.inputs.conditions import check_tests
 from glmbatch.store.lines.form import is_lines
 from glmbatch.store.lines.stored import OWN_FIELDS
 from glmbatch.store.parquet import check_column
-from glmbatch.store.paths import AnyPath
 from glmbatch.store.values import is_turns
 
 DELIMITERS = frozenset(",;|\t")
@@ -98,32 +97,28 @@ def from_folders(
     return tuple((column, folders[column]) for column in given)
 
 
-def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds) -> None:
+def check_schema(
+    where: str,
+    name: str,
+    schema: pa.Schema,
+    needs: SchemaNeeds,
+    folders: Mapping[str, str | None],
+) -> None:
     """UnusableFile unless a file with this schema has all columns to read and none to write.
 
     It is UnusableFile rather than InputError, because other files of the input may be usable.
+    `folders` are the columns of the folders above the file `name`, with their values.
     """
-    folders = folder_columns(name)
-    # Readers treat a folder day=1 as a column, and some ignore the case of names.
-    out = schema.names if needs.out is None else [*filter(needs.out.__contains__, schema.names)]
-    taken = {column.casefold(): column for column in [*folders, *out]}
-    for written, step in needs.written.items():
-        column = taken.get(written.casefold())
-        if column is not None:
-            where = "" if column in schema.names else " in its folder's name"
-            raise UnusableFile(
-                f"{shown(path)}: already has a column {column!r}{where}, which step {step!r} would "
-                "write. Rename the step."
-            )
+    _refuse_taken(where, schema, needs, folders)
     given = folders.keys() - set(schema.names)
     try:
         for needed in needs.read:
             if needed.is_history:
-                _check_history(path, schema, needed, folders)
+                _check_history(where, name, schema, needed, folders)
             elif needed.name not in given:
-                own, setting = in_file(path.name, schema, needed.name, needed.setting)
+                own, setting = in_file(name, schema, needed.name, needed.setting)
                 check_column(
-                    shown(path),
+                    where,
                     own,
                     needed.name,
                     setting,
@@ -139,10 +134,27 @@ def check_schema(path: AnyPath, name: str, schema: pa.Schema, needs: SchemaNeeds
                     values[column_name] = folders[column]
                 else:
                     kinds[column_name] = schema.field(column).type
-            place = shown(path), tests.setting
-            check_tests(parse_condition(tests.condition), kinds, place, values)
+            condition = parse_condition(tests.condition)
+            check_tests(condition, kinds, (where, tests.setting), values)
     except InputError as error:
         raise UnusableFile(str(error)) from error
+
+
+def _refuse_taken(
+    where: str, schema: pa.Schema, needs: SchemaNeeds, folders: Iterable[str]
+) -> None:
+    """UnusableFile if a file or its `folders` have a column that the job writes."""
+    # Readers treat a folder day=1 as a column, and some ignore the case of names.
+    out = schema.names if needs.out is None else [*filter(needs.out.__contains__, schema.names)]
+    taken = {column.casefold(): column for column in [*folders, *out]}
+    for written, step in needs.written.items():
+        column = taken.get(written.casefold())
+        if column is not None:
+            place = "" if column in schema.names else " in its folder's name"
+            raise UnusableFile(
+                f"{where}: already has a column {column!r}{place}, which step {step!r} would "
+                "write. Rename the step."
+            )
 
 
 def in_file(name: str, schema: pa.Schema, column: str, setting: str) -> tuple[pa.Schema, str]:
@@ -161,13 +173,16 @@ def in_file(name: str, schema: pa.Schema, column: str, setting: str) -> tuple[pa
 
 
 def _check_history(
-    path: AnyPath, schema: pa.Schema, needed: NeededColumn, folders: Mapping[str, str | None]
+    where: str,
+    name: str,
+    schema: pa.Schema,
+    needed: NeededColumn,
+    folders: Mapping[str, str | None],
 ) -> None:
-    where = shown(path)
     kind: pa.DataType = pa.string()  # a value from a folder's name
     if needed.name in schema.names or needed.name not in folders:
         columns = tuple(folders)
-        own, setting = in_file(path.name, schema, needed.name, needed.setting)
+        own, setting = in_file(name, schema, needed.name, needed.setting)
         check_column(where, own, needed.name, setting, text=False, plain=False, folders=columns)
         kind = schema.field(needed.name).type
     if not is_turns(kind):
