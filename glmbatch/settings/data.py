@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from string import Formatter
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from glmbatch.settings.addresses import TABLE_SCHEME
 from glmbatch.settings.conditions import parse_condition
@@ -24,6 +24,19 @@ DAY = re.compile(r"(today|yesterday)|today([+-][0-9]{1,4})")
 # Codes of a date, without those of a time of day.
 FORM = re.compile(r"([^%{}]|%[-]?[aAbBdejmuUVwWyYgG])+")
 TABLE = re.compile(r"[^/\s:]+/[^/\s.]+(\.[^/\s.]+)+")
+# A browser rounds whole numbers of more than 15 digits, as snapshots have. So a form takes text.
+TableVersion = Annotated[
+    int | None,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": "^[0-9]+$"},
+                {"type": "integer", "minimum": 0},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
 ADVICE = "write {today}, {yesterday}, {today-7} or {today:%Y%m%d}, and {{ and }} for plain braces"
 
 
@@ -50,11 +63,12 @@ class DataConfig(Settings):
         description="Name of the Iceberg table, as CATALOG/namespace.name. pyiceberg's own "
         "settings say where the catalogue is. Empty: no Iceberg table is written.",
     )
-    version: int | None = Field(
+    version: TableVersion = Field(
         None,
         ge=0,
         description="Of an input that is a table: the version of a Delta table to read, or the "
-        "snapshot of an Iceberg table. Empty: the newest when the run is planned.",
+        "snapshot of an Iceberg table, which a form needs as text. Empty: the newest when the run "
+        "is planned.",
     )
     text_column: str = Field(
         "text", min_length=1, description="Column with the text; prompts refer to it as {text}."

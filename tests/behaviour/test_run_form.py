@@ -80,6 +80,18 @@ def test_every_box_shows_fields_in_declaration_order() -> None:
         assert in_the_form == [field.alias or name for name, field in settings.model_fields.items()]
 
 
+def test_the_number_of_a_snapshot_may_be_text() -> None:
+    version = "5402315784313543297"  # 5402315784313543000 in a browser
+    job = {
+        "data": {"input": "iceberg:lake/shop.reviews", "output": "out", "version": version},
+        "model": {"path": "model"},
+        "steps": [{"kind": "generate", "name": "reply"}],
+    }
+    schema = parameter_schema(annotate).model_dump()
+    validate({"job": job}, schema, raise_on_error=True)
+    assert annotate.validate_parameters({"job": job})["job"].data.version == int(version)
+
+
 @pytest.mark.parametrize("name", FLOWS)
 def test_every_field_has_a_description(name: str) -> None:
     definitions = parameter_schema(FLOWS[name]).model_dump()["definitions"]

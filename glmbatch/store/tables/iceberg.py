@@ -71,8 +71,8 @@ def _no_snapshot(name: TableName, table: Table, number: int | None) -> InputErro
         )
     kept = [snapshot.snapshot_id for snapshot in table.snapshots()[-MOST_NAMED:]]
     return InputError(
-        f"{name}: has no snapshot {number}; it may have expired. The newest are {kept}. Set "
-        "data.version."
+        f"{name}: has no snapshot {number}; it may have expired, or a browser has rounded its "
+        f"number. The newest are {kept}. Set data.version, in a form as text."
     )
 
 
