@@ -32,7 +32,7 @@ from glmbatch.ledger.manifest import MANIFEST, Manifest, PublishedFile, forget_m
 from glmbatch.ledger.outputs import STAGED
 from glmbatch.ledger.quarantine import QUARANTINE, read_quarantine
 from glmbatch.ledger.receipts import OutputReceipt, receipt_of, whole_digest
-from glmbatch.ledger.tables.table import table_over
+from glmbatch.ledger.tables.table import table_faults, table_over
 from glmbatch.settings.columns import NO_ERRORS, Columns
 from glmbatch.store.files import PARTIAL, reachable
 from glmbatch.store.folder import Folder
@@ -119,10 +119,9 @@ def _wrong(file: str, what: str, row: int | None = None) -> Finding:
 def _strangers(ledger: Ledger, manifest: Manifest) -> Iterator[Finding]:
     """Findings for files that readers would mistake for answers, and for unfinished files."""
     named = {file.output_name for file in manifest.files}
-    table = table_over(ledger.root, manifest.format, manifest.table)
-    for name in sorted(named ^ table.files) if table is not None else ():
-        where = MANIFEST if name in named else "the table"
-        yield _wrong(name, f"is only in {where}; run the job again")
+    if (table := table_over(ledger.root, manifest.format, manifest.table)) is not None:
+        for name, what in table_faults(table, named):
+            yield _wrong(name or MANIFEST, what)
     with reachable(ledger.root):
         paths = sorted(ledger.root.rglob("*"))
     for path in paths:

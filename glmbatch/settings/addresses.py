@@ -23,6 +23,7 @@ OTHER_NAMES = {
 }
 STORES = ("s3", "gs", "az")
 TABLE_SCHEME = "iceberg:"  # before the name of a table in a catalogue
+TABLE = re.compile(r"[^/\s:]+/[^/\s.]+(\.[^/\s.]+)+")  # CATALOG/namespace.name
 # At least two letters, because C:/data is a Windows path.
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(/*)")
 # Query keys of presigned URLs and common names of secrets: sig, X-Amz-Signature, token.
@@ -76,12 +77,17 @@ def misspelt(address: str) -> str | None:
     form = form or OTHER_NAMES.get(scheme.lower())
     if form is not None and slashes:
         return f"is not written as an address here; write {form}"
-    if slashes.startswith("//"):
+    if slashes.startswith("//") and not names_a_table(address):
         return (
             "is not an address that can be used here; write s3://bucket/name (or gs://, az://), "
             "or a local path"
         )
     return None
+
+
+def names_a_table(address: str) -> bool:
+    """Whether an address is meant to name an Iceberg table, however it is misspelt."""
+    return address.strip().lower().startswith(TABLE_SCHEME)
 
 
 def checked(address: str) -> str:

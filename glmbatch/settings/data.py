@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
-from glmbatch.settings.addresses import TABLE_SCHEME
+from glmbatch.settings.addresses import TABLE, TABLE_SCHEME, names_a_table
 from glmbatch.settings.conditions import parse_condition
 from glmbatch.settings.kinds import Address, OutputFormat, Settings
 from glmbatch.settings.lines import LinesConfig
@@ -23,7 +23,6 @@ DATED = ("input", "output", "where")
 DAY = re.compile(r"(today|yesterday)|today([+-][0-9]{1,4})")
 # Codes of a date, without those of a time of day.
 FORM = re.compile(r"([^%{}]|%[-]?[aAbBdejmuUVwWyYgG])+")
-TABLE = re.compile(r"[^/\s:]+/[^/\s.]+(\.[^/\s.]+)+")
 # A browser rounds whole numbers of more than 15 digits, as snapshots have. So a form takes text.
 TableVersion = Annotated[
     int | None,
@@ -135,10 +134,18 @@ class DataConfig(Settings):
         None, ge=1, description="Process only the first N rows, for a trial. Empty: all rows."
     )
 
+    @field_validator("input")
+    @classmethod
+    def _names_a_table_in_full(cls, address: str) -> str:
+        scheme, name = address[: len(TABLE_SCHEME)], address[len(TABLE_SCHEME) :]
+        if names_a_table(address) and not (scheme == TABLE_SCHEME and TABLE.fullmatch(name)):
+            raise ValueError(f"must be {TABLE_SCHEME}CATALOG/namespace.name for an Iceberg table")
+        return address
+
     @field_validator("output")
     @classmethod
     def _is_a_folder(cls, address: str) -> str:
-        if address.startswith(TABLE_SCHEME):
+        if names_a_table(address):
             raise ValueError(
                 "is a folder or an address; for an Iceberg table set data.format to iceberg and "
                 "data.table to CATALOG/namespace.name"

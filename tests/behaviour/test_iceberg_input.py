@@ -123,8 +123,12 @@ def test_an_iceberg_output_is_the_input_of_another_job(
 
 
 def test_tables_without_rows_are_refused(catalog: Catalog, job: Settings, out: Path) -> None:
-    with pytest.raises(InputError, match="the catalogue has no such table"):
+    with pytest.raises(
+        InputError, match=r"has no such table; shop has \['reviews'\]\. Set data\.in"
+    ):
         run(job(data__input="iceberg:lake/shop.none"))
+    with pytest.raises(InputError, match=r"has no namespace 'shp'\. Set data\.input"):
+        run(job(data__input="iceberg:lake/shp.reviews"))
     catalog.create_table("shop.empty", reviews(["a"]).schema)
     with pytest.raises(InputError, match="the table has no snapshot"):
         run(job(data__input="iceberg:lake/shop.empty"))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyiceberg.catalog import Catalog, load_catalog
 
-from glmbatch.errors import TransientError
+from glmbatch.errors import TransientError, UnusableFile
 from glmbatch.ledger.verification import verify
 from tests.behaviour.test_stores import stopped_holder, versions
 from tests.postgresql import postgresql_server
@@ -75,6 +75,9 @@ def test_a_table_in_a_store_is_written_and_read(
     assert texts(catalog) == sorted(rows[:3] + rows[4:7])
     assert table.scan("day = '2'").to_arrow().num_rows == 3
     assert verify(store.url("out")).findings == ()
+    write_source("day=3/c#d.parquet", {"text": rows[7:8]})
+    with pytest.raises(UnusableFile, match=r"c#d\.parquet: readers .* for the end of a name"):
+        run({**job, "on_error": "raise"})
     # As the input of another job, without a setting for S3 but a warehouse.
     monkeypatch.setenv("PYICEBERG_CATALOG__LAKE__WAREHOUSE", store.url("warehouse"))
     steps = [{**CLASSIFY, "name": "again"}]

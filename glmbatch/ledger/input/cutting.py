@@ -336,9 +336,14 @@ def _refuse_same_output(ranges: list[Fragment], unchanged: Iterable[str]) -> Non
 
 
 def _check_output_name(name: str, data: DataConfig) -> None:
-    """UnusableFile when the output file of `name` would have a name that is too long."""
+    """UnusableFile when the output file of `name` would have a name that cannot be used."""
     longest = output_name(name, 0)
     if data.format != "parquet":
         longest = f"{longest}.{DIGEST_CHARS * '0'}"  # as run/publish.py adds it
     if problem := too_long(data.output, longest):
         raise UnusableFile(f"{shown(name)}: the name of its output {problem}. Rename the file.")
+    if data.format == "iceberg" and "://" in data.output and {*data.output, *name} & {"?", "#"}:
+        raise UnusableFile(
+            f"{shown(name)}: readers of an Iceberg table in a store take ? and # in {data.output} "
+            "and below it for the end of a name. Rename the file, or set data.output."
+        )

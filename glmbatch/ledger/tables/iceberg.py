@@ -25,6 +25,7 @@ from glmbatch.store.tables.catalogs import (
     load_table,
     open_catalog,
     table_name,
+    tables_beside,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def current(root: AnyPath, name: str) -> Current:
     """The table over `root` as it is. InputError when it is not ours, or others wrote to it."""
     table = _open(table_name(name), root)
     if table is None:
+        _check_namespace(table_name(name), root)
         return Current(None, frozenset())
     with catalog_errors(table_name(name)):
         _refuse_others(table, root, name)
@@ -61,17 +63,28 @@ def table_files(root: AnyPath, name: str) -> set[str]:
 
 
 def name_in(root: AnyPath) -> str:
-    """The name of our table whose metadata are in `root`; empty if there are none."""
-    names = [path.name for path in (root / METADATA).glob("*.metadata.json")]
-    for name in sorted(names, reverse=True):
-        content = json.loads((root / METADATA / name).read_bytes())
-        if NAME in content.get("properties", {}):
-            return str(content["properties"][NAME])
-    return ""
+    """The name of our table whose metadata are in `root`; empty if there are none.
+
+    Of several, the one that was changed last.
+    """
+    newest, name = 0, ""
+    for path in (root / METADATA).glob("*.metadata.json"):
+        content = json.loads(path.read_bytes())
+        if NAME in content.get("properties", {}) and content["last-updated-ms"] > newest:
+            newest, name = content["last-updated-ms"], str(content["properties"][NAME])
+    return name
 
 
 def _open(name: TableName, root: AnyPath) -> Table | None:
     return load_table(open_catalog(name, root), name)
+
+
+def _check_namespace(name: TableName, root: AnyPath) -> None:
+    if tables_beside(open_catalog(name, root), name) is None:
+        raise InputError(
+            f"{name}: the catalogue has no namespace {name.namespace!r}. Create it (pyiceberg "
+            f"--catalog {name.catalog} create namespace {name.namespace}), or name another."
+        )
 
 
 def _refuse_others(table: Table, root: AnyPath, name: str) -> None:

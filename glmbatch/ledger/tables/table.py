@@ -6,10 +6,11 @@ until the format's own tools delete them. Knows no jobs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from glmbatch.errors import InputError, shown
+from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt
 from glmbatch.ledger.tables import delta, iceberg
 from glmbatch.ledger.tables.columns import Commit, Current, fitted, schema_of
@@ -74,9 +75,7 @@ def check_sources(
     `typed_text`. Of the files `published`, by name, those `staying` stay in the table beside them.
     InputError when the columns do not match, when others added files, or as `Table.current`.
     """
-    current = table.current
-    if table.format == "delta":  # Iceberg's snapshots say themselves who made them
-        _refuse_others(table, current.files - set(published))
+    current = own_table(table, published)
     # The table has the columns of its files, so their footers are not read.
     others = set(staying) - current.files
     files = {**sources, **{name: (table.root / name, "") for name in others}}
@@ -84,6 +83,17 @@ def check_sources(
     schemas = {name: schema_of(form, *file) for name, file in files.items() if exists(file[0])}
     columns, _ = fitted(form, table.where, current.columns, schemas, bool(staying))
     return {name: typed_text(schemas[name], columns.schema) for name in sources if name in schemas}
+
+
+def own_table(table: Table, published: Collection[str]) -> Current:
+    """The table as it is. InputError when others wrote to it, or as `Table.current`.
+
+    The next publication would remove rows of others. `published` are the names of our files.
+    """
+    current = table.current
+    if table.format == "delta":  # Iceberg's snapshots say themselves who made them
+        _refuse_others(table, current.files - set(published))
+    return current
 
 
 def _refuse_others(table: Table, names: Collection[str]) -> None:
@@ -96,6 +106,23 @@ def _refuse_others(table: Table, names: Collection[str]) -> None:
                 "would remove their rows. Restore the last version of glmbatch, without the files "
                 "that a vacuum has deleted, or set data.output."
             )
+
+
+def table_faults(table: Table, published: Collection[str]) -> Iterator[tuple[str, str]]:
+    """What is wrong with a `table` over the files `published`: a name or "", and the fault.
+
+    InputError when the table cannot be used at all.
+    """
+    files = table.files
+    advice = "; run the job again"
+    try:
+        own_table(table, published)
+    except InputError as error:  # the next run would be refused too
+        yield "", str(error)
+        advice = ""
+    for name in sorted(files ^ set(published)):
+        where = "the table" if name in files else MANIFEST
+        yield name, f"is only in {where}{advice}"
 
 
 def plan_commit(table: Table, files: Mapping[str, AnyPath]) -> Commit:

@@ -2,7 +2,7 @@
 
 pyiceberg finds a catalogue, and the credentials for it, by its name in .pyiceberg.yaml or in
 variables such as PYICEBERG_CATALOG__SHOP__URI. Credentials for S3 that are not there come from
-where AWS's own tools have them.
+where AWS's own tools have them, and a proxy from the environment.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from glmbatch.errors import MACHINE_ERRNOS, GlmbatchError, InputError, TransientError
 from glmbatch.settings.addresses import has_credentials
@@ -33,6 +35,7 @@ _S3 = {
     "s3.session-token": "session_token",
     "s3.anonymous": "skip_signature",
 }
+_AWS = "https://s3.amazonaws.com"
 _IDENTITY = ("s3.access-key-id", "s3.secret-access-key", "s3.session-token", "s3.anonymous")
 _SQLITE_PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
@@ -99,8 +102,20 @@ def _credentials(place: str, settings: Mapping[str, str]) -> dict[str, str]:
         return {}
     options = storage_options(Folder(place).path) or {}
     found = {ours: options[theirs] for ours, theirs in _S3.items() if theirs in options}
+    # pyarrow, with which pyiceberg reads, does not look for a proxy itself.
+    if proxy := _proxy(settings.get("s3.endpoint") or options.get("endpoint") or _AWS):
+        found["s3.proxy-uri"] = proxy
     own = any(name in settings for name in _IDENTITY)
     return {name: value for name, value in found.items() if not own or name not in _IDENTITY}
+
+
+def _proxy(endpoint: str) -> str:
+    """The address of the proxy for requests to `endpoint`, by the environment; empty if none."""
+    parts = urlsplit(endpoint)
+    if proxy_bypass(parts.hostname or ""):
+        return ""
+    proxy = getproxies().get(parts.scheme, "")
+    return proxy if "://" in proxy or not proxy else f"http://{proxy}"
 
 
 def _variable(catalog: str) -> str:
@@ -108,20 +123,28 @@ def _variable(catalog: str) -> str:
 
 
 def load_table(catalog: Catalog, name: TableName) -> Table | None:
-    """The table; None if the catalogue has none of this name. InputError without a namespace."""
+    """The table; None if the catalogue has none of this name."""
     from pyiceberg.exceptions import NoSuchTableError
 
     with catalog_errors(name):
         try:
             return catalog.load_table(name.identifier)
         except NoSuchTableError:
-            if not catalog.namespace_exists(name.namespace):
-                raise InputError(
-                    f"{name}: the catalogue has no namespace {name.namespace!r}. Create it "
-                    f"(pyiceberg --catalog {name.catalog} create namespace {name.namespace}), or "
-                    "name another."
-                ) from None
             return None
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{name}: the catalogue has the table, but its metadata are gone: "
+                f"{one_line(error)}. Restore them; or remove the table (pyiceberg --catalog "
+                f"{name.catalog} drop table {name.identifier}), or name another."
+            ) from error
+
+
+def tables_beside(catalog: Catalog, name: TableName) -> list[str] | None:
+    """The names of the tables in the namespace of a table; None if there is no namespace."""
+    with catalog_errors(name):
+        if not catalog.namespace_exists(name.namespace):
+            return None
+        return [str(identifier[-1]) for identifier in catalog.list_tables(name.namespace)]
 
 
 @contextmanager

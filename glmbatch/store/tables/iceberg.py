@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from glmbatch.errors import InputError
+from glmbatch.errors import InputError, some_of
 from glmbatch.settings.addresses import TABLE_SCHEME
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.find import SETTING
@@ -20,6 +20,7 @@ from glmbatch.store.tables.catalogs import (
     load_table,
     open_catalog,
     table_name,
+    tables_beside,
 )
 from glmbatch.store.tables.fitting import MAPPING, table_columns
 from glmbatch.store.tables.table import TableFile, found_table
@@ -40,9 +41,14 @@ def find_iceberg(address: str, number: int | None) -> Found:
     cannot be read from the files as they are.
     """
     name = table_name(address.removeprefix(TABLE_SCHEME))
-    table = load_table(open_catalog(name), name)
+    catalog = open_catalog(name)
+    table = load_table(catalog, name)
     if table is None:
-        raise InputError(f"{name}: the catalogue has no such table. Set {SETTING}.")
+        beside = tables_beside(catalog, name)
+        what = f"namespace {name.namespace!r}"
+        if beside is not None:
+            what = f"such table; {name.namespace} has {some_of(beside, name.identifier)}"
+        raise InputError(f"{name}: the catalogue has no {what}. Set {SETTING}.")
     with catalog_errors(name):
         snapshot = table.current_snapshot() if number is None else table.snapshot_by_id(number)
         if snapshot is None:

@@ -66,5 +66,16 @@ def test_wrong_settings_are_refused(settings: dict[str, object]) -> None:
 
 
 def test_an_output_is_no_name_of_a_table() -> None:
-    with pytest.raises(ValidationError, match="for an Iceberg table set"):
-        DataConfig(input="in", output="iceberg:lake/shop.answers")
+    for name in ("iceberg:lake/shop.answers", "Iceberg://lake/shop.answers"):
+        with pytest.raises(ValidationError, match="for an Iceberg table set"):
+            DataConfig(input="in", output=name)
+
+
+@pytest.mark.parametrize(
+    "name", ["lake.shop.t", "shop.t", "/lake/shop.t", "//lake/shop.t", " lake/shop.t", "lake/t", ""]
+)
+def test_a_misspelt_name_of_a_table_is_refused(name: str) -> None:
+    for scheme in ("iceberg:", "Iceberg:"):
+        with pytest.raises(ValidationError, match=r"must be iceberg:CATALOG/namespace\.name"):
+            DataConfig(input=scheme + name, output="out")
+    assert DataConfig(input="iceberg:lake/shop.eu.t", output="out").input.endswith("eu.t")

@@ -309,6 +309,9 @@ def test_rows_of_others_are_not_removed(
     write_source("b.parquet", {"text": rows[8:12]})
     with pytest.raises(InputError, match="others wrote to the Delta table"):
         run_job(delta_job())
+    found = [finding.what for finding in verify(tmp_path / "out").findings]
+    assert "others wrote to the Delta table" in found[0]
+    assert found[1:] == ["is only in the table"]
     assert len(texts(tmp_path / "out")) == 9
     DeltaTable(tmp_path / "out").restore(0)
     run_job(delta_job())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,10 @@ def test_tables_of_others_are_left_alone(
     with pytest.raises(InputError, match=rf"others wrote to the table.*snapshot {ours}, or set"):
         run_job(job())
     assert "theirs" in texts(catalog.load_table("shop.reviews"))
-    assert [finding.what for finding in verify(out).findings if "only in" in finding.what]
+    # The advice to run again would lead to a refusal.
+    found = [finding.what for finding in verify(out).findings]
+    assert f"Roll it back to snapshot {ours}, or set data.table" in found[0]
+    assert [what for what in found if "only in" in what] == ["is only in the table"]
     table.manage_snapshots().rollback_to_snapshot(ours).commit()
     run_job(job())
     assert texts(catalog.load_table("shop.reviews")) == sorted(rows[:3])
@@ -268,6 +272,34 @@ def test_an_output_becomes_a_table_and_is_repaired(
     assert verify(out).findings == ()
     assert not run_job(job()).computed
     assert texts(catalog.load_table("shop.reviews")) == sorted(rows[1:9])
+
+
+def test_the_newest_of_two_tables_over_an_output_is_its_table(
+    write_source: Write, catalog: Catalog, job: Job, out: Path, rows: list[str]
+) -> None:
+    for number in range(3):
+        write_source("a.parquet", {"text": rows[number : number + 3]})
+        run_job(job())
+    run_job(job(data__table="lake/shop.second"))
+    for name in ("_manifest.json", "_glmbatch/manifest.json"):
+        (out / name).unlink()
+    repair(out)
+    manifest = Ledger(out).manifest()
+    assert manifest is not None
+    assert manifest.table == "lake/shop.second"
+
+
+def test_a_table_whose_folder_was_deleted_is_named(
+    write_source: Write, catalog: Catalog, job: Job, out: Path, rows: list[str]
+) -> None:
+    write_source("a.parquet", {"text": rows[:3]})
+    run_job(job())
+    shutil.rmtree(out)
+    with pytest.raises(InputError, match=r"^lake/shop\.reviews: .* drop table shop\.reviews"):
+        run_job(job())
+    catalog.drop_table("shop.reviews")
+    run_job(job())
+    assert verify(out).findings == ()
 
 
 def test_small_integers_are_widened() -> None:
