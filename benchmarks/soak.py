@@ -52,7 +52,7 @@ def main() -> None:
             os.environ["PREFECT_HOME"] = str(folder / "prefect")
             environment = stack.enter_context(own_server())
         store = stack.enter_context(s3_store(folder / "s3.log"))
-        forks, readers = Forks(folder, environment), Readers(folder, pause_seconds=1.0)
+        forks, readers = Forks(folder, environment), Readers(folder, pause_seconds=0.5)
         stack.callback(forks.close)
         stack.callback(readers.close)
         for name in options.cells:
