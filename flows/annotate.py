@@ -23,19 +23,21 @@ def annotate(job: JobConfig) -> Summary:
     tasks = JobTasks(with_whole_paths(job))
     trigger = Trigger(flow_run.scheduled_start_time, flow_run.id, flow_run.flow_name)
     traced_run = traced(job.lineage, job.data, job.steps, job.files_besides, trigger)
-    with logged_on_page(), traced_run as planned:
+    with logged_on_page(), traced_run as trace:
         run = tasks.ingest()
-        planned(run)
+        trace.planned(run)
         with session(run):
             # A place is this process, or an engine process of a cluster.
             with places_of(run.context) as places:
                 models = tasks.prepare_models(places[0])
                 work = tasks.assign(run, models, places)
-                planned(work.run)
+                trace.planned(work.run)
                 measured = tasks.measure(work, places[0])
                 if not passed(measured):
                     return tasks.publish(work, [], [], measured)  # refuses, and says why
                 outputs = tasks.answer_fragments(work, places)
                 canaries = tasks.check_canary(work, places[0])
             # Publishing needs no engine, so the cluster is released first.
-            return tasks.publish(work, outputs, canaries, measured)
+            summary = tasks.publish(work, outputs, canaries, measured)
+            trace.published()
+            return summary

@@ -148,7 +148,7 @@ def _find(ledger: Ledger, copy: Manifest | None, notes: list[str]) -> Iterable[_
     """All our files at the place that their receipt names, and damaged ones that the copy lists."""
     lines = {file.output_name: file for file in copy.files} if copy is not None else {}
     table = _table(ledger, copy)
-    names = ledger.folder.visible_files() | lines.keys() if table is None else table.files
+    names = ledger.folder.visible_files() | lines.keys() if table is None else table.list_files()
     for name in sorted(names):
         path = ledger.root / name
         receipt = read_receipt(path, OutputReceipt) if path.is_file() else None

@@ -34,14 +34,14 @@ def run_job(job: JobConfig, others: Sequence[str] = ()) -> Summary:
     machine failed.
     """
     job = job.dated()
-    with traced(job.lineage, job.data, job.steps, job.files_besides) as planned:
+    with traced(job.lineage, job.data, job.steps, job.files_besides) as trace:
         check_canary_file(job)
         run = plan_run(job, others=others)  # which rows, in which fragments
-        planned(run)
+        trace.planned(run)
         with session(run) as opened:  # the output's lock, engines, known answers, progress
             models = prepare_models(job)
             work = assign(job, run, models)  # a question and a key for each step and fragment
-            planned(work.run)
+            trace.planned(work.run)
             measured = measure_changes(job.evaluate, job.data, work.run, work.questions)
             if not passed(measured):
                 # Refuses, and says why.
@@ -56,4 +56,6 @@ def run_job(job: JobConfig, others: Sequence[str] = ()) -> Summary:
                 staged += write_outputs(bundle, [receipts[key] for key in keys], opened.ledger)
             canaries = check_canary(job.canary, work.questions, run.context)
             proofs = Proofs(canaries=tuple(canaries), measured=measured)
-            return publish(job, work.run, work.questions, staged, proofs)
+            summary = publish(job, work.run, work.questions, staged, proofs)
+            trace.published()
+            return summary

@@ -20,8 +20,15 @@ from pyiceberg.catalog import Catalog
 
 from glmbatch.errors import AuditError, BadRow, InputError
 from glmbatch.ledger.ledger import Ledger
+from glmbatch.report.counts import Proofs
+from glmbatch.run.answer import answer
 from glmbatch.run.canary import freeze
-from glmbatch.run.lineage import sending
+from glmbatch.run.lineage import events, sending
+from glmbatch.run.models import prepare_models
+from glmbatch.run.plan import assign, plan_run
+from glmbatch.run.publish import publish
+from glmbatch.run.session import session
+from glmbatch.run.write import write_outputs
 from glmbatch.settings.job import JobConfig
 from tests.openlineage import Catalogue, catalogue, check
 from tests.stores import BUCKET, Store
@@ -207,6 +214,44 @@ def test_a_run_without_input_fails_in_the_catalogue_too(
     assert (start["eventType"], end["eventType"]) == ("START", "FAIL")
     assert start["run"]["runId"] == end["run"]["runId"]
     assert names(end["inputs"]) == [("file", str(tmp_path / "none"))]
+
+
+def test_a_table_has_its_name_before_it_is_planned(
+    catalog: Catalog, tmp_path: Path, job_settings: Settings, collector: Catalogue
+) -> None:
+    rows = pa.table({"text": ["a text"]})
+    catalog.create_table("shop.landing", rows.schema).append(rows)
+    for name in ("landing", "landings"):
+        with pytest.raises(InputError):
+            settings = {"data__input": f"iceberg:lake/shop.{name}", "data__text_column": "txet"}
+            run(traced(job_settings, collector, **settings))
+    read, unknown = (names(event["inputs"]) for event in collector.events[1::2])
+    assert read == [("file", str(tmp_path / "warehouse/shop/landing"))]
+    assert unknown == [], "no catalogue says where that is"
+
+
+def test_the_last_event_is_about_what_this_run_published(
+    write_source: Write, job_settings: Settings, collector: Catalogue
+) -> None:
+    write_source("a.parquet", {"text": ["one", "two"]})
+    settings = traced(job_settings, collector, data__format="delta", steps=[CLASSIFY])
+    job = JobConfig.model_validate(settings)
+    with events.traced(job.lineage, job.data, job.steps, ()) as trace:
+        planned = plan_run(job)
+        trace.planned(planned)
+        with session(planned) as opened:
+            work = assign(job, planned, prepare_models(job))
+            (bundle,) = work.bundles
+            receipts = [answer(assignment) for assignment in bundle.assignments]
+            staged = write_outputs(bundle, receipts, opened.ledger)
+            publish(job, work.run, work.questions, staged, Proofs())
+            trace.published()
+        write_source("b.parquet", {"text": ["three"]})
+        run({**settings, "lineage": None})
+    output = facets(collector.events[-1]["outputs"][0])
+    assert output["version"]["datasetVersion"] == "0"
+    assert output["outputStatistics"]["rowCount"] == 2
+    assert "mood" in columns(collector.events[-1]["outputs"][0])
 
 
 def test_an_interrupted_run_is_aborted(

@@ -14,8 +14,8 @@ from glmbatch.errors import InputError
 from glmbatch.ledger.tables.types import (
     HINT,
     TableFormat,
+    common_type,
     filled,
-    joined,
     open_schema,
     table_schema,
 )
@@ -144,7 +144,7 @@ def _one_schema(form: TableFormat, schemas: Mapping[str, pa.Schema]) -> pa.Schem
                     f"{other!r}: readers ignore case. {HINT}"
                 )
             first, kind = kinds.get(field.name, (name, field.type))
-            common = joined(kind, field.type, grows=form.grows)
+            common = common_type(kind, field.type, grows=form.grows)
             if common is None:
                 raise InputError(
                     f"{name}: column {field.name!r} has the type {field.type}, but {kind} in "

@@ -163,6 +163,13 @@ def _grow(table: DeltaTable, plan: Commit) -> None:
         )
 
 
+def table_version(root: AnyPath) -> int | None:
+    """The number of the table's current version; None without a table."""
+    with _errors(root):
+        table = _open(root)
+        return None if table is None else table.version()
+
+
 def table_files(root: AnyPath) -> set[str]:
     """The names below `root` of the files in the table's current version; none without a table."""
     with _errors(root):

@@ -55,6 +55,12 @@ def current(root: AnyPath, name: str) -> Current:
         return Current(columns, frozenset(_live_files(table, root)), _version(table))
 
 
+def table_version(root: AnyPath, name: str) -> int | None:
+    """The number of the table's current snapshot; None without one."""
+    table = _open(table_name(name), root)
+    return None if table is None else _version(table)
+
+
 def table_files(root: AnyPath, name: str) -> set[str]:
     """The names below `root` of the files in the table's current snapshot; none without a table."""
     table = _open(table_name(name), root)

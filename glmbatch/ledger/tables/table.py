@@ -34,15 +34,19 @@ class Table:
         """What messages call it."""
         return self.name or str(self.root)
 
-    @property
-    def current(self) -> Current:
+    def read(self) -> Current:
         """The table as it is. InputError when it is not ours, or its package is not installed."""
         if self.format == "iceberg":
             return iceberg.current(self.root, self.name)
         return delta.current(self.root)
 
-    @property
-    def files(self) -> set[str]:
+    def read_version(self) -> int | None:
+        """The number of the table's current version; None without a table. Lists no files."""
+        if self.format == "iceberg":
+            return iceberg.table_version(self.root, self.name)
+        return delta.table_version(self.root)
+
+    def list_files(self) -> set[str]:
         """The names of the files in the table's current version; none without a table."""
         if self.format == "iceberg":
             return iceberg.table_files(self.root, self.name)
@@ -73,7 +77,7 @@ def check_sources(
     They are the path of each by name, and what it has otherwise than the table that it comes from.
     Returns for each source the types that other files give to its columns without one, as
     `typed_text`. Of the files `published`, by name, those `staying` stay in the table beside them.
-    InputError when the columns do not match, when others added files, or as `Table.current`.
+    InputError when the columns do not match, when others added files, or as `Table.read`.
     """
     current = own_table(table, published)
     # The table has the columns of its files, so their footers are not read.
@@ -86,11 +90,11 @@ def check_sources(
 
 
 def own_table(table: Table, published: Collection[str]) -> Current:
-    """The table as it is. InputError when others wrote to it, or as `Table.current`.
+    """The table as it is. InputError when others wrote to it, or as `Table.read`.
 
     The next publication would remove rows of others. `published` are the names of our files.
     """
-    current = table.current
+    current = table.read()
     if table.format == "delta":  # Iceberg's snapshots say themselves who made them
         _refuse_others(table, current.files - set(published))
     return current
@@ -113,7 +117,7 @@ def table_faults(table: Table, published: Collection[str]) -> Iterator[tuple[str
 
     InputError when the table cannot be used at all.
     """
-    files = table.files
+    files = table.list_files()
     advice = "; run the job again"
     try:
         own_table(table, published)
@@ -131,7 +135,7 @@ def plan_commit(table: Table, files: Mapping[str, AnyPath]) -> Commit:
     `files` maps names below its root to the current paths. InputError when one table cannot hold
     them all.
     """
-    current = table.current
+    current = table.read()
     form = FORMATS[table.format]
     # The table has the columns of its files, so only the footers of new ones are read.
     schemas = {

@@ -120,7 +120,7 @@ def _nested(form: TableFormat, kind: pa.DataType) -> pa.DataType | None:
     return pa.map_(*parts) if pa.types.is_map(kind) else pa.list_(parts[0])
 
 
-def joined(one: pa.DataType, other: pa.DataType, *, grows: bool) -> pa.DataType | None:
+def common_type(one: pa.DataType, other: pa.DataType, *, grows: bool) -> pa.DataType | None:
     """The type that `one` and `other` share, where null counts as any type; None without one.
 
     If it `grows`, a struct has the fields of both.
@@ -138,7 +138,7 @@ def joined(one: pa.DataType, other: pa.DataType, *, grows: bool) -> pa.DataType 
         return None
     parts = []
     for our_part, their_part in zip(ours, theirs, strict=True):
-        part = joined(our_part.type, their_part.type, grows=grows)
+        part = common_type(our_part.type, their_part.type, grows=grows)
         if part is None:
             return None
         parts.append(our_part.with_type(part))
@@ -148,7 +148,7 @@ def joined(one: pa.DataType, other: pa.DataType, *, grows: bool) -> pa.DataType 
 def _both_structs(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     fields = {field.name: field for field in one}
     for field in other:
-        kind = joined(fields.get(field.name, field).type, field.type, grows=True)
+        kind = common_type(fields.get(field.name, field).type, field.type, grows=True)
         if kind is None:
             return None
         fields[field.name] = field.with_type(kind)

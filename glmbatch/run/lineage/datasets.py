@@ -21,10 +21,12 @@ from openlineage.client.facet_v2 import (
 from openlineage.client.naming import dataset as naming
 
 import glmbatch
+from glmbatch.errors import GlmbatchError
 from glmbatch.ledger.fragments import Plan, open_fragment
 from glmbatch.ledger.manifest import Manifest, PublishedFile
 from glmbatch.report.summary import Summary
 from glmbatch.run.lineage.columns import Use
+from glmbatch.settings.addresses import TABLE_SCHEME
 from glmbatch.store.files import whole_address
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.find import is_glob, split_glob
@@ -32,6 +34,7 @@ from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.objects.clients import azure_account
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.tables.fitting import fitted_fields
+from glmbatch.store.tables.iceberg import location_of
 
 PRODUCER = f"https://pypi.org/project/glmbatch/{glmbatch.__version__}/"
 VERSION_CHARS = 32
@@ -66,11 +69,19 @@ def name_of(address: str) -> Name:
     return Name(rule.get_namespace(), rule.get_name())
 
 
-def bare_input(address: str) -> InputDataset:
-    """The file or folder at `address`, of which no more is known; of a glob, where it begins."""
+def bare_input(address: str) -> list[InputDataset]:
+    """The input at `address`, of which no more is known; of a glob, the folder where it begins.
+
+    None of a table whose folder its catalogue does not say now: a dataset has the name of that.
+    """
+    if address.startswith(TABLE_SCHEME):
+        try:
+            address = location_of(address)
+        except GlmbatchError:
+            return []
     folder = str(split_glob(Folder(address).path)[0]) if is_glob(address) else address
     name = name_of(folder)
-    return InputDataset(namespace=name.namespace, name=name.name)
+    return [InputDataset(namespace=name.namespace, name=name.name)]
 
 
 def bare_output(address: str) -> OutputDataset:

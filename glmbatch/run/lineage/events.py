@@ -6,11 +6,12 @@ openlineage-python is imported only if the job asks for events.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
     from glmbatch.run.lineage.datasets import Name
 
+    Datasets = tuple[Sequence[InputDataset], OutputDataset]
+
 STOPPED = "The run was stopped."
 FAILED = "The run failed; its log says more."
 
@@ -48,7 +51,10 @@ class Trigger:
 
 @dataclass(slots=True)
 class _Events:
-    """What the events of one run are made from. `run` is None until it is planned."""
+    """What the events of one run are made from.
+
+    `run` is None until it is planned, and so are the `published` datasets until there are any.
+    """
 
     config: LineageConfig
     data: DataConfig
@@ -58,6 +64,30 @@ class _Events:
     run: Run | None = None
     began: datetime = field(default_factory=lambda: datetime.now(UTC))
     id: uuid.UUID = field(default_factory=uuid.uuid4)
+    published: Datasets | None = None
+
+
+class Trace:
+    """What the events of a run must know while it goes on; does nothing without a `sender`."""
+
+    def __init__(self, events: _Events | None = None, sender: Sender | None = None) -> None:
+        self._events = events
+        self._sender = sender
+
+    def planned(self, run: Run) -> None:
+        """The run is planned, or planned again."""
+        if self._events is None or self._sender is None:
+            return
+        is_first = self._events.run is None
+        self._events.run, self._events.id = run, uuid.UUID(run.context.id)
+        if is_first:
+            self._sender.send(partial(_started, self._events))
+
+    def published(self) -> None:
+        """The run has published, and still holds its lock: no other has published since."""
+        if self._events is not None and self._sender is not None:
+            make = partial(_datasets, self._events, ended=True, published=True)
+            self._events.published = self._sender.made(make)
 
 
 @contextmanager
@@ -67,27 +97,21 @@ def traced(
     steps: Sequence[AnyStep],
     besides: Sequence[str],
     trigger: Trigger | None = None,
-) -> Iterator[Callable[[Run], None]]:
-    """Send the events of the run in the block; yields what to call when it is planned, or again.
+) -> Iterator[Trace]:
+    """Send the events of the run in the block, which tells the trace how far it is.
 
     Without a `config` there are none. `besides` are files of rows that are read besides the input.
     Nothing that goes wrong here fails the run, except that the package is missing: InputError.
     """
     if config is None:
-        yield lambda run: None
+        yield Trace()
         return
     sender = Sender(config)
     events = _Events(config, data, steps, besides, trigger or Trigger())
 
-    def plan(run: Run) -> None:
-        is_first = events.run is None
-        events.run, events.id = run, uuid.UUID(run.context.id)
-        if is_first:
-            sender.send(partial(_started, events))
-
     error: BaseException | None = None
     try:
-        yield plan
+        yield Trace(events, sender)
     except BaseException as raised:
         error = raised
         raise
@@ -99,7 +123,11 @@ def traced(
 
 
 def _started(events: _Events) -> RunEvent:
-    return _event("START", events, events.began)
+    return _event("START", events, events.began, _datasets(events))
+
+
+def _end(events: _Events) -> Datasets:
+    return events.published or _datasets(events, ended=True)
 
 
 def _ended(events: _Events, ended: datetime, error: BaseException | None) -> RunEvent:
@@ -109,9 +137,9 @@ def _ended(events: _Events, ended: datetime, error: BaseException | None) -> Run
     from glmbatch.run.lineage.datasets import facet
 
     if error is None:
-        return _event("COMPLETE", events, ended, full=True)
+        return _event("COMPLETE", events, ended, _end(events))
     is_stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)
-    event = _event("ABORT" if is_stopped else "FAIL", events, ended, full=True)
+    event = _event("ABORT" if is_stopped else "FAIL", events, ended, _end(events))
     message = facet(
         error_message_run.ErrorMessageRunFacet,
         message=_without_values(error, STOPPED if is_stopped else FAILED),
@@ -129,12 +157,12 @@ def _without_values(error: BaseException, otherwise: str) -> str:
     return f"{type(error).__name__}: {meaning}"
 
 
-def _event(kind: str, events: _Events, at: datetime, *, full: bool = False) -> RunEvent:
+def _event(kind: str, events: _Events, at: datetime, datasets: Datasets) -> RunEvent:
     from openlineage.client import event_v2
 
     from glmbatch.run.lineage.datasets import PRODUCER, bare_input
 
-    source, output = _datasets(events, full=full)
+    inputs, output = datasets
     return event_v2.RunEvent(
         eventType=event_v2.RunState[kind],
         eventTime=at.isoformat(),
@@ -145,7 +173,7 @@ def _event(kind: str, events: _Events, at: datetime, *, full: bool = False) -> R
             name=events.config.job_name or events.data.output,
             facets=_job_facets(),
         ),
-        inputs=[source, *map(bare_input, events.besides)],
+        inputs=[*inputs, *chain.from_iterable(map(bare_input, events.besides))],
         outputs=[output],
     )
 
@@ -187,8 +215,8 @@ def _job_facets() -> dict[str, Any]:
     return {"jobType": facet(kind, processingType="BATCH", integration="GLMBATCH", jobType="JOB")}
 
 
-def _datasets(events: _Events, *, full: bool) -> tuple[InputDataset, OutputDataset]:
-    """The input and the output of the run; `full` if it has ended."""
+def _datasets(events: _Events, *, ended: bool = False, published: bool = False) -> Datasets:
+    """The inputs and the output of the run, with what is known of them when it has `ended`."""
     from glmbatch.run.lineage import datasets
 
     output = datasets.bare_output(events.data.output)
@@ -198,21 +226,21 @@ def _datasets(events: _Events, *, full: bool) -> tuple[InputDataset, OutputDatas
     manifest = Ledger(events.data.output).manifest()
     source = datasets.input_name(events.data.input, plan)
     digests = datasets.digests_of(plan, manifest)
-    if not full:
-        return datasets.input_dataset(source, plan, digests, None), output
+    if not ended:
+        return [datasets.input_dataset(source, plan, digests, None)], output
     schema = None
     with suppress(GlmbatchError, OSError):  # a file of tonight may be gone by now
         schema = datasets.input_schema(plan)
-    if manifest is not None and manifest.run == events.run.context.id:
+    if published and manifest is not None:
         files = [file for file in manifest.files if file.source in datasets.sources_of(plan)]
         own = [file for file in files if file.source not in plan.unchanged]
         datasets.add_publication(output, _version(events), own, manifest.format)
         if files:
-            published = datasets.output_schema(events.data.output, files[0])
-            schema = schema or _without_answers(events.run, published)
-            _add_columns(events, output, published, schema, source)
+            columns = datasets.output_schema(events.data.output, files[0])
+            schema = schema or _without_answers(events.run, columns)
+            _add_columns(events, output, columns, schema, source)
     _add_assertions(events, output)
-    return datasets.input_dataset(source, plan, digests, schema), output
+    return [datasets.input_dataset(source, plan, digests, schema)], output
 
 
 def _version(events: _Events) -> str:
@@ -220,7 +248,7 @@ def _version(events: _Events) -> str:
     assert events.run is not None
     data = events.data
     table = table_over(data.output, data.format, data.table or "")
-    return events.run.context.id if table is None else str(table.current.version)
+    return events.run.context.id if table is None else str(table.read_version())
 
 
 def _without_answers(run: Run, published: pa.Schema) -> pa.Schema:

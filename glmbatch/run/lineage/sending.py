@@ -9,8 +9,9 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from glmbatch.errors import InputError
 from glmbatch.settings.report import LineageConfig
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Made = TypeVar("Made")
 REQUEST_SECONDS = 3.0  # to connect, and for each part of an answer
 END_SECONDS = 7.0  # how long the end of a run waits for its events
 
@@ -41,6 +43,14 @@ class Sender:
         """Send what `make` returns, which is called on the thread: it may read files."""
         self._waiting.put(make)
 
+    def made(self, make: Callable[[], Made]) -> Made | None:
+        """What `make` returns now; None, with a warning, if it fails."""
+        try:
+            return make()
+        except Exception as error:  # noqa: BLE001 - whatever happens here must fail no run
+            self._warn(f"{type(error).__name__}: {error}")
+            return None
+
     def close(self) -> None:
         """Wait until all events are sent, or END_SECONDS."""
         self._waiting.put(None)
@@ -50,10 +60,10 @@ class Sender:
 
     def _send_all(self) -> None:
         while (make := self._waiting.get()) is not None:
-            try:
-                self._client.emit(make())
-            except Exception as error:  # noqa: BLE001 - whatever happens here must fail no run
-                self._warn(f"{type(error).__name__}: {error}")
+            self.made(partial(self._emit, make))
+
+    def _emit(self, make: Callable[[], RunEvent]) -> None:
+        self._client.emit(make())
 
     def _warn(self, reason: str) -> None:
         if not self._warned:

@@ -40,15 +40,7 @@ def find_iceberg(address: str, number: int | None) -> Found:
     Without a number, at its current one. InputError when there is no such snapshot, or when rows
     cannot be read from the files as they are.
     """
-    name = table_name(address.removeprefix(TABLE_SCHEME))
-    catalog = open_catalog(name)
-    table = load_table(catalog, name)
-    if table is None:
-        beside = tables_beside(catalog, name)
-        what = f"namespace {name.namespace!r}"
-        if beside is not None:
-            what = f"such table; {name.namespace} has {some_of(beside, name.identifier)}"
-        raise InputError(f"{name}: the catalogue has no {what}. Set {SETTING}.")
+    name, table = _open(address)
     with catalog_errors(name):
         snapshot = table.current_snapshot() if number is None else table.snapshot_by_id(number)
         if snapshot is None:
@@ -67,6 +59,24 @@ def find_iceberg(address: str, number: int | None) -> Found:
         columns = table_columns(schema.as_arrow(), table.properties.get(MAPPING.decode()))
     root = Folder(_address(table.location())).path
     return found_table(root, Version("Iceberg", snapshot.snapshot_id, str(name)), files, columns)
+
+
+def location_of(address: str) -> str:
+    """The folder of the Iceberg table iceberg:CATALOG/namespace.name, as an address of ours."""
+    return _address(_open(address)[1].location())
+
+
+def _open(address: str) -> tuple[TableName, Table]:
+    name = table_name(address.removeprefix(TABLE_SCHEME))
+    catalog = open_catalog(name)
+    table = load_table(catalog, name)
+    if table is None:
+        beside = tables_beside(catalog, name)
+        what = f"namespace {name.namespace!r}"
+        if beside is not None:
+            what = f"such table; {name.namespace} has {some_of(beside, name.identifier)}"
+        raise InputError(f"{name}: the catalogue has no {what}. Set {SETTING}.")
+    return name, table
 
 
 def _no_snapshot(name: TableName, table: Table, number: int | None) -> InputError:
