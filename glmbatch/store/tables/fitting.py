@@ -106,7 +106,8 @@ def _own_columns(where: str, file: pa.Schema, table: pa.Schema) -> dict[str, pa.
                     "table, or rewrite its files."
                 )
             return {field.name: field for field in columns}
-        columns = [_mapped(field, field.name, json.loads(mapping)) for field in columns]
+        entries = json.loads(mapping)
+        columns = [_mapped(field, field.name, entries) for field in columns]
     by_id = {_id(field): field for field in columns}
     return {field.name: by_id[_id(field)] for field in table if _id(field) in by_id}
 
