@@ -204,3 +204,24 @@ def test_null_blank_and_spaced_partitions_are_served(
         run(job(**asked, data__where=where, data__output=str(some)))
         assert columns_of(some, "text") == sorted((text,) for text in kept), where
         assert verify(some).findings == ()
+
+
+def test_values_that_only_metadata_have_are_refused(
+    catalog: Catalog, job: Job, out: Path, rows: list[str]
+) -> None:
+    table = catalog.create_table("shop.reviews", pa.table({"text": ["a"], "region": ["x"]}).schema)
+    with table.update_spec() as spec:
+        spec.add_identity("region")
+    with table.transaction() as transaction:
+        mapping = table.schema().name_mapping.model_dump_json()
+        transaction.set_properties({"schema.name-mapping.default": mapping})
+    for number, folder in enumerate(("region=x", "plain")):
+        path = Path(table.location()) / "data" / folder / "a.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table({"text": [rows[number]]}), path)
+        add_file(table, path, partition=Record("x"), spec_id=table.spec().spec_id)
+    with pytest.raises(InputError, match="has no column 'region', which is 'x' in the table"):
+        run(job(on_error="raise"))
+    run(job(steps=[{**CLASSIFY, "prompt_template": "{region}: {text}"}], max_error_rate=0.5))
+    assert columns_of(out, "text") == [(rows[0],)]
+    assert verify(out).findings == ()
