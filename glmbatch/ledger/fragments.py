@@ -251,15 +251,15 @@ def read_fragment(
 def _read(
     fragment: Fragment, file: pq.ParquetFile, columns: Sequence[str] | None
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of `fragment` in its open file."""
+    """The rows of `fragment` in its open file, whose footer was checked when it was planned."""
     if not fragment.span:
         rows = (fragment.row_groups, fragment.skip_rows, fragment.rows)
-        yield from read_opened(file, *rows, columns=columns, where=fragment.path)
+        yield from read_opened(file, *rows, columns=columns, where=fragment.path, checked=True)
         return
     places = _places(fragment, file)
     rows = (fragment.row_groups, 0, int(places[-1]) + 1)
     begin = 0
-    for batch in read_opened(file, *rows, columns=columns, where=fragment.path):
+    for batch in read_opened(file, *rows, columns=columns, where=fragment.path, checked=True):
         within = places[(places >= begin) & (places < begin + batch.num_rows)] - begin
         if len(within):
             yield batch.take(pa.array(within))

@@ -38,23 +38,24 @@ DESCRIBING_WORDS = frozenset({"fields", "columns", "features", "schema", "dtypes
 MAX_NOTE_BYTES = 64 << 10
 
 
-def check_chunks(file: pq.ParquetFile) -> None:
-    """OSError if the footer contradicts itself about a column.
+def check_chunks(file: pq.ParquetFile, row_groups: Sequence[int] | None = None) -> None:
+    """OSError if the footer contradicts itself about a column of these row groups, or of all.
 
     Call it before `RowGroupMetaData.column` and before statistics, which abort the process then:
     pyarrow 26 does not catch there what its C++ part throws. A reader does, before it asks for the
     first byte.
     """
     metadata = file.metadata
+    groups = range(metadata.num_row_groups) if row_groups is None else row_groups
     rows = pq.ParquetFile(pa.PythonFile(_NoBytes(), mode="r"), metadata=metadata)
     with suppress(_AskedForBytes):
-        next(rows.iter_batches(1, use_threads=False), None)
-    for number in range(metadata.num_row_groups):
+        next(rows.iter_batches(1, row_groups=list(groups), use_threads=False), None)
+    kinds = [(leaf.path, leaf.physical_type) for leaf in leaves(file)]
+    for number in groups:
         group = metadata.row_group(number)
-        for at, leaf in enumerate(leaves(file)):
-            kind = group.column(at).physical_type
-            if kind != leaf.physical_type:
-                raise OSError(f"column {leaf.path!r} is {leaf.physical_type}, and {kind} below")
+        for at, (path, kind) in enumerate(kinds):
+            if (other := group.column(at).physical_type) != kind:
+                raise OSError(f"column {path!r} is {kind}, and {other} below")
 
 
 class _AskedForBytes(Exception):

@@ -32,8 +32,7 @@ from glmbatch.store.values import is_plain, is_text
 
 Rows = TypeVar("Rows", pa.RecordBatch, pa.Table)
 ROW_GROUP_ROWS = 10_000  # most rows in a row group that is written
-# Bytes of a batch in memory and of a row group that is written: columns that no prompt uses may
-# hold pictures.
+# Of a batch in memory and of a row group that is written: unused columns may hold pictures.
 BATCH_BYTES = 32 << 20
 # Most rows decoded at once: a million short rows take 0.4 s; with 10,000 they would take 0.3 s.
 MOST_DECODED_ROWS = 1_000
@@ -143,16 +142,20 @@ def read_opened(  # noqa: PLR0913 - the rows of read_rows, in a file that is ope
     *,
     columns: Sequence[str] | None = None,
     where: Address,
+    checked: bool = False,
 ) -> Iterator[pa.RecordBatch]:
-    """As `read_rows`, from the open `file`; messages name it `where`."""
+    """As `read_rows`, from the open `file`; messages name it `where`.
+
+    Checks its footer, unless it was `checked` when the file was planned.
+    """
     missing = rows
     if not rows:
         return
+    if not checked:
+        check_chunks(file, row_groups)
     names = list(columns) if columns is not None else None
-    batch_rows = _batch_rows(file, row_groups, names)
-    for batch in file.iter_batches(
-        min(batch_rows, rows), row_groups=list(row_groups), columns=names
-    ):
+    batch_rows = min(rows, _batch_rows(file, row_groups, names))
+    for batch in file.iter_batches(batch_rows, row_groups=list(row_groups), columns=names):
         if skip_rows >= batch.num_rows:
             skip_rows -= batch.num_rows
             continue

@@ -16,6 +16,7 @@ from glmbatch.errors import InputError, TransientError
 from glmbatch.ledger.tables.columns import Columns, Commit, Current, partition_values
 from glmbatch.store.files import sync, whole_name, writable
 from glmbatch.store.folder import Folder
+from glmbatch.store.footers import check_chunks
 from glmbatch.store.modes import narrow
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import AnyPath
@@ -212,6 +213,7 @@ def _data_files(
         if stamp is None:
             raise TransientError(f"{root / name}: is gone. Run the job again.")
         with open_parquet(root / name) as file:
+            check_chunks(file)
             statistics = data_file_statistics_from_parquet_metadata(file.metadata, columns, ids)
         return DataFile.from_args(
             content=DataFileContent.DATA,

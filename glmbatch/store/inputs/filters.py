@@ -205,7 +205,7 @@ def kept_rows(
             continue
         rows = (number,), 0, group.num_rows
         holds = []
-        for batch in read_opened(file, *rows, columns=read, where=where):
+        for batch in read_opened(file, *rows, columns=read, where=where, checked=True):
             row_holds = holding(condition, fitted_rows(batch, fitted, columns))
             holds.append(row_holds.to_numpy(zero_copy_only=False))
         yield np.flatnonzero(np.concatenate(holds))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import os
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from glmbatch.errors import InputError, UnusableFile
 from glmbatch.settings.conditions import parse_condition
 from glmbatch.store.footers import check_chunks
 from glmbatch.store.inputs.filters import check_filter, kept_rows
-from glmbatch.store.parquet import open_parquet, read_opened, read_rows, read_valued_columns
+from glmbatch.store.parquet import open_parquet, read_rows, read_valued_columns
 from glmbatch.store.values import prompt_values
 
 FUZZ = int(os.environ.get("FUZZ", "300"))  # damaged files to read
@@ -195,7 +196,6 @@ def test_any_damaged_byte_gives_rows_or_our_error(numbered: Path, at: int, flip:
     try:
         with open_parquet(damaged) as file:
             groups = range(file.metadata.num_row_groups)
-            check_chunks(file)  # as when a file is planned
             rows = sum(file.metadata.row_group(index).num_rows for index in groups)
         list(read_rows(damaged, list(groups), 0, max(rows, 1)))
     except InputError:
@@ -213,14 +213,17 @@ def test_a_damaged_footer_never_ends_the_process(numbered: Path, flip: int) -> N
         damaged = numbered.with_name("damaged.parquet")
         damaged.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
         try:
-            with open_parquet(damaged) as file:
+            with open_parquet(damaged) as file:  # as when it is planned
                 check_chunks(file)
                 check_filter(str(damaged), damaged.name, condition, file.schema_arrow, {})
                 list(kept_rows(file, condition, str(damaged)))
-                list(read_opened(file, [0], 0, 1, where=damaged))
-            read_valued_columns(damaged, ["n"], ["other"])
         except InputError:
             refused += 1
+        # As rows that are read without a plan: to train, to verify, in the viewer.
+        with suppress(InputError):
+            list(read_rows(damaged, [0], 0, 1))
+        with suppress(InputError):
+            read_valued_columns(damaged, ["n"], ["other"])
     assert refused > 100
 
 
