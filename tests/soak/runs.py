@@ -37,8 +37,11 @@ IMPORTED = (
     "glmbatch.glm.model.decode_kernel",
     "glmbatch.glm.tokenizer",
     "glmbatch.run.job",
+    "numba.core.typing.cffi_utils",
+    "numba.np.arraymath",
     "obstore",
     "pandas",
+    "psutil",
     "pygal",
     "pyiceberg.catalog.sql",
     "pyiceberg.io.pyarrow",
@@ -353,8 +356,6 @@ def _serve(*, prefect: bool) -> None:
     # Once, before the processes are forked.
     for name in (*IMPORTED, *["flows.annotate"] * prefect):
         importlib.import_module(name)
-    from transformers import GlmForCausalLM  # noqa: F401
-
     for line in sys.stdin:
         print(json.dumps(asdict(_fork(json.loads(line)))), flush=True)  # noqa: T201
 
