@@ -66,7 +66,7 @@ def measure_labels(
         right_L = np.bincount(truth_R, times_R * right_R, labels)
         rows_L = np.bincount(truth_R, times_R, labels) + np.bincount(answer_R, times_R, labels)
         rows = times_R.sum()
-        found = {"accuracy": float(right_L.sum() / rows), "macro_f1": _mean_f1(right_L, rows_L)}
+        found = {"accuracy": float(right_L.sum() / rows), "macro_f1": mean_f1(right_L, rows_L)}
         if confidence_R is not None and bin_R is not None:
             gap_N = np.bincount(bin_R, times_R * (confidence_R - right_R), BINS)
             found["ece"] = float(np.abs(gap_N).sum() / rows)
@@ -75,9 +75,14 @@ def measure_labels(
     return measure
 
 
-def _mean_f1(right_L: np.ndarray, rows_L: np.ndarray) -> float:
-    """Mean F1 of the labels that occur; `rows_L` counts both their truths and their answers."""
+def mean_f1(right_L: np.ndarray, rows_L: np.ndarray) -> float:
+    """Mean F1 of the labels that occur; 0 if none does.
+
+    `rows_L` counts both their truths and their answers.
+    """
     occurs_L = rows_L > 0
+    if not occurs_L.any():
+        return 0.0
     return float((2 * right_L[occurs_L] / rows_L[occurs_L]).mean())
 
 
@@ -131,14 +136,12 @@ def measure_several(truth_RL: np.ndarray, answer_RL: np.ndarray) -> Measure:
     def measure(times_R: np.ndarray) -> dict[str, float]:
         right_L, truths_L, answers_L = times_R @ right_RL, times_R @ truth_RL, times_R @ answer_RL
         right, truths, answers = right_L.sum(), truths_L.sum(), answers_L.sum()
-        both_L = truths_L + answers_L
         return {
             "exact_match": float(times_R @ exact_R / times_R.sum()),
             "micro_precision": float(right / max(answers, 1)),
             "micro_recall": float(right / max(truths, 1)),
             "micro_f1": float(2 * right / max(truths + answers, 1)),
-            # Without any label, there is nothing to average.
-            "macro_f1": _mean_f1(right_L, both_L) if both_L.any() else 0.0,
+            "macro_f1": mean_f1(right_L, truths_L + answers_L),
         }
 
     return measure

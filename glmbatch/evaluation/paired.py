@@ -11,15 +11,16 @@ import numpy as np
 from pydantic import BaseModel
 
 from glmbatch.evaluation.bootstrap import SEED, SWAPS, TAILS, swapped, times_drawn
+from glmbatch.evaluation.labels import mean_f1
 from glmbatch.evaluation.results import Interval
-from glmbatch.tuning.scores import rouge_l_of_texts
+from glmbatch.tuning.scores import has_labels, rouge_l_of_texts
 
 DOUBT = 0.05  # differences that would come about by chance more often than this prove nothing
 
 Answer = str | Collection[str]
 Sums = np.ndarray
-# A score from the sums over rows: (..., K) to (...).
-Value = Callable[[Sums], np.ndarray]
+# A score from the K sums over rows.
+Value = Callable[[Sums], float]
 
 
 class Paired(BaseModel, frozen=True, extra="forbid"):
@@ -56,15 +57,11 @@ def compare_answers(
 
     `group_R` has the number of each row's text: rows with the same text are drawn together.
     """
-    value: Value = _mean
+    values: dict[str, Value] = {"micro_f1": _micro_f1, "macro_f1": _macro_f1}
+    value = values.get(metric, _mean)
     labels: list[str] = []
-    if metric == "micro_f1":
-        value = _micro_f1
-    elif metric == "macro_f1":
-        for row in (*truth, *ours, *theirs):
-            labels += _set(row)
-        labels = sorted({*labels})
-        value = _macro_f1
+    if metric in values:
+        labels = sorted(set().union(*map(_set, (*truth, *ours, *theirs))))
     our_RK, their_RK = (_sums(metric, truth, answers, labels) for answers in (ours, theirs))
     groups = int(group_R.max()) + 1
     our_GK, their_GK = (_by_text(sums_RK, group_R, groups) for sums_RK in (our_RK, their_RK))
@@ -80,7 +77,7 @@ def paired_difference(our_GK: Sums, their_GK: Sums, value: Value) -> Paired:
         drawn.append(value(times_G @ our_GK) - value(times_G @ their_GK))
     low, high = np.percentile(drawn, TAILS)
     ours, theirs = our_GK.sum(axis=0), their_GK.sum(axis=0)
-    score, other = float(value(ours)), float(value(theirs))
+    score, other = value(ours), value(theirs)
     # Rounding must not make equal differences unequal.
     observed = abs(score - other) - 1e-12
     as_large = 1
@@ -105,24 +102,16 @@ def _sums(
     metric: str, truth: Sequence[Answer], answers: Sequence[Answer], labels: Sequence[str]
 ) -> Sums:
     """What is summed over rows for `metric`: for each row its K numbers."""
-    pairs = list(zip(truth, answers, strict=True))
+    if metric in ("micro_f1", "macro_f1"):
+        truth_RL, answer_RL = (has_labels([*map(_set, rows)], labels) for rows in (truth, answers))
+        sums_R2L = np.stack([truth_RL & answer_RL, truth_RL.astype(float) + answer_RL], axis=1)
+        return sums_R2L.sum(axis=2) if metric == "micro_f1" else sums_R2L.reshape(len(truth), -1)
+    expected_R = [str(expected).strip() for expected in truth]
+    answer_R = [str(answer).strip() for answer in answers]
+    score_R: Sequence[float] = [a == b for a, b in zip(expected_R, answer_R, strict=True)]
     if metric == "rouge_l":
-        expected_R = [str(expected).strip() for expected, _ in pairs]
-        answer_R = [str(answer).strip() for _, answer in pairs]
-        return np.stack([rouge_l_of_texts(expected_R, answer_R), np.ones(len(pairs))], axis=1)
-    if metric in ("accuracy", "exact_match"):
-        same = [str(expected).strip() == str(answer).strip() for expected, answer in pairs]
-        return np.stack([np.array(same, np.float64), np.ones(len(pairs))], axis=1)
-    both = [({*_set(expected)}, {*_set(answer)}) for expected, answer in pairs]
-    if metric == "micro_f1":
-        return np.array([(len(one & other), len(one) + len(other)) for one, other in both], float)
-    numbers = {label: number for number, label in enumerate(labels)}
-    sums = np.zeros((len(pairs), 2, len(labels)))
-    for row, (one, other) in enumerate(both):
-        for place, occurring in ((0, [*one & other]), (1, [*one, *other])):
-            for label in occurring:
-                sums[row, place, numbers[label]] += 1
-    return sums.reshape(len(pairs), -1)
+        score_R = rouge_l_of_texts(expected_R, answer_R)
+    return np.stack([score_R, np.ones(len(truth))], axis=1)
 
 
 def _by_text(sums_RK: Sums, group_R: np.ndarray, groups: int) -> Sums:
@@ -131,21 +120,13 @@ def _by_text(sums_RK: Sums, group_R: np.ndarray, groups: int) -> Sums:
     return sums_GK
 
 
-def _mean(sums: Sums) -> np.ndarray:
-    mean: np.ndarray = sums[0] / sums[1]
-    return mean
+def _mean(sums: Sums) -> float:
+    return float(sums[0] / sums[1])
 
 
-def _micro_f1(sums: Sums) -> np.ndarray:
-    f1: np.ndarray = 2 * sums[0] / np.maximum(sums[1], 1)
-    return f1
+def _micro_f1(sums: Sums) -> float:
+    return float(2 * sums[0] / max(sums[1], 1))
 
 
-def _macro_f1(sums: Sums) -> np.ndarray:
-    """Mean F1 of the labels that occur."""
-    right_L, both_L = sums.reshape(2, -1)
-    occurs_L = both_L > 0
-    if not occurs_L.any():
-        return np.zeros(())
-    mean: np.ndarray = (2 * right_L[occurs_L] / both_L[occurs_L]).mean()
-    return mean
+def _macro_f1(sums: Sums) -> float:
+    return mean_f1(*sums.reshape(2, -1))
