@@ -24,9 +24,9 @@ from glmbatch.evaluation.truth import (
     FLAG,
     Truth,
     allowed_truths,
-    candidates,
     check_labels,
     check_names,
+    columns_to_read,
     read_labelled_rows,
     truth_of,
 )
@@ -173,19 +173,11 @@ def measured_settings(job: Job) -> JobConfig:
 def columns_of(
     job: Job, given: Mapping[str, str]
 ) -> tuple[set[str], dict[str, dict[str, list[str]]]]:
-    """The columns to read of labelled rows, and those that may have the truth, by step.
-
-    The latter are as `candidates` returns them.
-    """
+    """As `columns_to_read`, of a job."""
     settings = settings_of(job, {})
     needs = schema_needs(settings, inputs_of(settings))
     read = {column.name for column in needs.read}
-    steps = settings.steps
-    places = {step.name: candidates(step, steps, given, read) for step in steps}
-    wanted = {*read, settings.data.text_column}
-    for choices in places.values():
-        wanted.update(*choices.values())
-    return wanted, places
+    return columns_to_read(settings.steps, given, read, settings.data.text_column)
 
 
 def own_folder(cache: str) -> str:

@@ -138,6 +138,20 @@ def candidates(
     return {step.name: whole}
 
 
+def columns_to_read(
+    steps: Sequence[AnyStep], given: Mapping[str, str], read: Collection[str], text_column: str
+) -> tuple[set[str], dict[str, dict[str, list[str]]]]:
+    """The columns to read of labelled rows, and those that may have the truth, by step.
+
+    The latter are as `candidates` returns them.
+    """
+    places = {step.name: candidates(step, steps, given, read) for step in steps}
+    wanted = {*read, text_column}
+    for choices in places.values():
+        wanted.update(*choices.values())
+    return wanted, places
+
+
 def truth_of(
     step: AnyStep,
     rows: pa.Table,

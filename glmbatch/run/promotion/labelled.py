@@ -11,8 +11,8 @@ import pyarrow as pa
 from glmbatch.errors import InputError, some_of
 from glmbatch.evaluation.truth import (
     Truth,
-    candidates,
     check_names,
+    columns_to_read,
     read_labelled_rows,
     truth_of,
 )
@@ -55,11 +55,8 @@ def read_labelled(
                 )
     given = config.truth
     read = {column.name for column in needs.read}
-    places = {step.name: candidates(step, steps, given, read) for step in steps}
-    wanted = {text_column, *read}
-    for choices in places.values():
-        wanted.update(*choices.values())
     check_names(steps, given, TRUTH)
+    wanted, places = columns_to_read(steps, given, read, text_column)
     table, every = read_labelled_rows(config.rows, wanted, "evaluate.rows")
     truths = {}
     for step in steps:
