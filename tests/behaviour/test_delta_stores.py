@@ -193,7 +193,7 @@ def test_six_writers_at_once_lose_no_commit(store: Store) -> None:
     def add(number: int) -> int:
         start.wait()
         for tries in range(1, 50):
-            live = over.files
+            live = over.list_files()
             places = {name: store.path(f"out/{name}") for name in (*live, f"{number}.parquet")}
             try:
                 commit_table(over, dict.fromkeys(places, 1), plan_commit(over, places))
