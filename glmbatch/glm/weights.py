@@ -1,7 +1,7 @@
-"""Modules that hold a GLM model's weights by transformers' names; only its embedding computes.
+"""A GLM model's weights under transformers' names, without transformers' classes.
 
-The engine runs the layers itself. Importing transformers' own classes takes longer than all else
-that a small run does before its first answer.
+The engine runs the layers itself, and these classes take longer to import than all else that a
+small run does before its first answer. Of the modules here, only the embedding has a forward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 
-def holding(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Any:
+def bare_model(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Any:
     """`weights` as attributes, and the values of `config` as those of `model.config`.
 
     `layers.0.weight` is `model.layers.get_submodule("0").weight`.

@@ -40,7 +40,7 @@ from glmbatch.glm.checkpoint.shards import (
 )
 from glmbatch.glm.files import digest_file, read_json
 from glmbatch.glm.tokenizer import TOKENIZER_FILE
-from glmbatch.glm.weights import holding
+from glmbatch.glm.weights import bare_model
 
 __all__ = [
     "Checkpoint",
@@ -174,14 +174,14 @@ def load_weights(
     device: str | torch.device = "cpu",
     adapter: str | Path | None = None,
 ) -> Any:
-    """The weights of `load_model` for the engine, in modules that compute nothing.
+    """The weights of `load_model` for the engine, which is not given transformers' classes.
 
     They have the same names, and `config` the same values. transformers is not imported. Raises as
     `load_model`.
     """
     checkpoint = read_checkpoint(path, adapter)
     weights, prefix_kv = _read_weights(checkpoint, dtype, device)
-    model = holding(weights, native_config(checkpoint.architecture))
+    model = bare_model(weights, native_config(checkpoint.architecture))
     model.register_buffer(PREFIX_KEY, prefix_kv)
     return model
 
@@ -198,7 +198,7 @@ def _read_weights(
     if checkpoint.architecture.fp32_residual and name != "float32":
         raise InputError(
             f"{path / 'config.json'}: 'fp32_residual_connection' is true, which "
-            f"transformers' GLM does not support in {name}. Set model.dtype to float32."
+            f"is not supported in {name}. Set model.dtype to float32."
         )
     try:
         return _converted(checkpoint, getattr(torch, name), torch.device(device))

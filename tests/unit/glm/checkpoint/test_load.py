@@ -29,7 +29,7 @@ from glmbatch.glm.checkpoint.shards import count_non_finite
 from glmbatch.glm.engine.protocol import GenerateRequest
 from glmbatch.glm.files import digest_file
 from glmbatch.glm.model.layer import inverse_frequencies
-from glmbatch.glm.weights import holding
+from glmbatch.glm.weights import bare_model
 from glmbatch.run.models import prepare_model
 from glmbatch.run.work import Model
 from glmbatch.settings.model import ModelConfig
@@ -104,8 +104,8 @@ def test_layers_keep_their_order_whatever_that_of_the_files() -> None:
     model = load_model(BASE)
     backwards = dict(reversed(model.state_dict().items()))
     answers = []
-    for each in (model, holding(backwards, vars(load_weights(BASE).config))):
-        with engine_over(each) as engine:
+    for weights in (model, bare_model(backwards, vars(load_weights(BASE).config))):
+        with engine_over(weights) as engine:
             answers.append([result.ids for result in engine.generate([GenerateRequest(0, IDS, 8)])])
     assert answers[0] == answers[1]
 
