@@ -36,10 +36,8 @@ UNUSED_ROWS = 8
 MOST_SENTENCES = 200_000
 # sentencepiece skips sentences of more than 4,192 bytes.
 MOST_CHARACTERS = 1000
-# The base for a training. Its vocabulary has a piece for every so many texts, within these bounds.
-TEXTS_PER_PIECE = 3
-LEAST_PIECES = 3000
-MOST_PIECES = 8000
+# The base for a training. Few texts have fewer pieces.
+PIECES = 8000
 WIDTH = 128
 LAYERS = 2
 # How sharply the first heads look at one token, by rotary frequency, as logits; and how far back.
@@ -99,11 +97,10 @@ def make_base_for(config: TuneConfig) -> str:
         raise InputError(f"{path}: is not a folder of this machine. Set model to a new folder.")
     labelled = read_labelled(config.data, config.prompt_template or TEXT_ALONE)
     texts = [example.text for example in labelled.parts["train"]]
-    most_pieces = min(MOST_PIECES, max(LEAST_PIECES, len(texts) // TEXTS_PER_PIECE))
     training = config.training
     positions = training.max_input_tokens + (training.max_answer_tokens if config.writes else 0)
     inner = 3 if config.writes else 1
-    shape = Shape(WIDTH, LAYERS, most_pieces, positions, inner)
+    shape = Shape(WIDTH, LAYERS, PIECES, positions, inner)
     pieces = make_base(Path(path), texts, shape, training.seed, to_classify=not config.writes)
     return f"{path}: random weights, and a vocabulary of {pieces} pieces from {len(texts)} texts"
 

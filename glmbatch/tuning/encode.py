@@ -1,13 +1,14 @@
 """Encodes labelled rows as token ids, with the prompts of the job that will use the model.
 
-Targets may be mixed with the probabilities of TF-IDF (`taught`).
+Targets may be mixed with the probabilities of TF-IDF, which also judges mixed texts (`taught`).
 
 No tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from glmbatch.settings.job import TEXT, ClassifyStep, GenerateStep, placeholders
 from glmbatch.settings.steps.step import literal, renamed
 from glmbatch.settings.tuning import SCORED_AS, TuneConfig
 from glmbatch.steps.prompt import Prompt, RowFault, build_prompts
-from glmbatch.tuning.baseline import Seen, out_of_fold
+from glmbatch.tuning.baseline import Seen, judge, out_of_fold
 from glmbatch.tuning.examples import TEXT_ALONE, Example
 from glmbatch.tuning.scores import has_labels
 from glmbatch.tuning.split import Labelled
@@ -30,6 +31,12 @@ from glmbatch.tuning.split import Labelled
 MOST_NAMED = 50  # labels in a default prompt; more would take the room of the text
 STEP = SCORED_AS
 DISTILLED = 0.7  # the share of TF-IDF in what random weights learn
+# Mixed texts for each row. On 5,600 films, ten of two pieces had a lower validation loss than three
+# of three pieces (benchmarks/results/2026-11-27_cpu_random-weights.md). Each costs as much as a row,
+# and many rows are learned by heart less, so 60,000 bound the time.
+MIXED = 10
+MOST_MIXED = 60_000
+PIECES = 2  # of a mixed text
 
 
 class TrainingRow(NamedTuple):
@@ -184,11 +191,15 @@ def _answers(
 
 
 def taught(
-    config: TuneConfig, labelled: Labelled, rows: Sequence[TrainingRow]
+    config: TuneConfig,
+    labelled: Labelled,
+    rows: Sequence[TrainingRow],
+    encode: Callable[[Sequence[Example]], Sequence[TrainingRow]],
 ) -> list[TrainingRow]:
-    """The training rows with TF-IDF's probabilities in their targets, as `training.distill` asks.
+    """The training rows and mixed ones, with TF-IDF's probabilities as `training.distill` asks.
 
-    A small model learns labels by heart. A probability also says how sure the words make a label.
+    A small model learns its rows by heart, labels and probabilities alike. TF-IDF can judge any
+    number of other texts, which `encode` gives token ids. Only random weights get those.
     """
     share = distilled_share(config)
     if not share:
@@ -196,9 +207,19 @@ def taught(
     labels, examples = labelled.labels, labelled.parts["train"]
     known = Seen(examples, [row.ids for row in rows])
     truth_RL = has_labels([example.names for example in examples], labels)
-    soft_RL = (1 - share) * truth_RL + share * out_of_fold(known, labels)
-    targets = zip(rows, soft_RL.astype(np.float32), strict=True)
-    return [row._replace(soft=soft_L) for row, soft_L in targets]
+    taught_rows = _with_soft(rows, (1 - share) * truth_RL + share * out_of_fold(known, labels))
+    count = mixed_rows(config, len(rows))
+    if count:
+        mixed = mixtures(examples, count, config.training.seed)
+        more = encode(mixed)
+        judged_RL = judge(known, Seen(mixed, [row.ids for row in more]), labels)
+        taught_rows += _with_soft(more, judged_RL)
+    return taught_rows
+
+
+def _with_soft(rows: Sequence[TrainingRow], soft_RL: np.ndarray) -> list[TrainingRow]:
+    pairs = zip(rows, soft_RL.astype(np.float32), strict=True)
+    return [row._replace(soft=soft_L) for row, soft_L in pairs]
 
 
 def distilled_share(config: TuneConfig) -> float:
@@ -207,5 +228,45 @@ def distilled_share(config: TuneConfig) -> float:
         return 0
     if config.training.distill is not None:
         return config.training.distill
-    is_random = read_json(Path(config.model.path) / "config.json").get(RANDOM_WEIGHTS)
-    return DISTILLED if is_random else 0
+    return DISTILLED if _is_random(config) else 0
+
+
+def mixed_rows(config: TuneConfig, rows: int) -> int:
+    """The number of texts to mix from so many rows; the base must be local."""
+    if not distilled_share(config) or not _is_random(config):
+        return 0
+    return min(MIXED * rows, MOST_MIXED)
+
+
+def _is_random(config: TuneConfig) -> bool:
+    return bool(read_json(Path(config.model.path) / "config.json").get(RANDOM_WEIGHTS))
+
+
+def mixtures(rows: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """New texts, each of random pieces of several `rows`."""
+    dice = random.Random(seed)
+    mixed = []
+    for number in range(count):
+        parts = dice.choices(rows, k=PIECES)
+        weights = [dice.expovariate(1) for _ in parts]
+        values = {}
+        for name in parts[0].values:
+            pieces = []
+            for part, weight in zip(parts, weights, strict=True):
+                pieces.append(_piece(part.values[name] or "", weight / sum(weights), dice))
+            value = (" " if " " in pieces[0] else "").join(pieces)
+            # A text of white space alone makes no prompt.
+            values[name] = value if value.strip() else parts[0].values[name] or ""
+        place, text = f"mixed text {number}", "\n".join(values.values())
+        columns = values if parts[0].columns else {}
+        mixed.append(parts[0]._replace(place=place, text=text, columns=columns, asked=""))
+    return mixed
+
+
+def _piece(text: str, share: float, dice: random.Random) -> str:
+    """A piece of `text`: a share of its words, or of its characters if it has few spaces."""
+    space = " " if text.count(" ") > 3 else ""
+    units = text.split(" ") if space else list(text)
+    length = min(len(units), max(1, round(len(units) * share)))
+    first = dice.randint(0, len(units) - length)
+    return space.join(units[first : first + length])

@@ -33,12 +33,13 @@ from glmbatch.tuning.encode import (
     TrainingRow,
     distilled_share,
     encode_rows,
+    mixed_rows,
     step_of,
     taught,
     template_of,
     with_prompt,
 )
-from glmbatch.tuning.examples import text_keys
+from glmbatch.tuning.examples import Example, text_keys
 from glmbatch.tuning.model import (
     build_model,
     check_memory,
@@ -79,7 +80,7 @@ def train_here(config: TuneConfig, run: Path) -> None:
     config = with_prompt(config, labelled.labels, several=labelled.several)
     rows, valid = encode_parts(config, labelled)
     cut = _count_cut([*rows, *valid])
-    rows = taught(config, labelled, rows)
+    rows = taught(config, labelled, rows, lambda mixed: _encoded(config, labelled, mixed))
     trained = train(config, labelled.labels, rows, valid, run).model_copy(update=cut)
     if local_rank() > 0:
         return
@@ -107,6 +108,7 @@ def plan_training(config: TuneConfig, labelled: Labelled) -> TrainingPlan:
     rows, valid = encode_parts(config, labelled)
     check_memory(config, rows, training_device(config.runtime.device, config.training.processes))
     lengths = sorted(row.length for row in rows)
+    epoch_rows = len(rows) + mixed_rows(config, len(rows))
     training = config.training
     step_rows = training.batch_rows * training.gradient_accumulation * training.processes
     cut = _count_cut([*rows, *valid])
@@ -116,7 +118,7 @@ def plan_training(config: TuneConfig, labelled: Labelled) -> TrainingPlan:
         settings=config.model_copy(update={"training": rate}).model_dump(mode="json"),
         tokens=(lengths[0], lengths[len(lengths) // 2], lengths[-1]),
         cut=(cut["cut_texts"], cut["cut_answers"]),
-        steps=math.ceil(len(rows) / step_rows) * training.epochs,
+        steps=math.ceil(epoch_rows / step_rows) * training.epochs,
     )
 
 
@@ -142,6 +144,12 @@ def encode_parts(
         for part in ("train", "valid")
     )
     return rows, valid
+
+
+def _encoded(
+    config: TuneConfig, labelled: Labelled, examples: Sequence[Example]
+) -> list[TrainingRow]:
+    return encode_parts(config, labelled._replace(parts={"train": [*examples], "valid": []}))[0]
 
 
 def _count_cut(rows: Sequence[TrainingRow]) -> dict[str, int]:

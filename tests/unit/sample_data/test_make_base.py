@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import yaml
 
 from glmbatch.glm.checkpoint.load import load_model
 from glmbatch.glm.tokenizer import load_tokenizer
+from glmbatch.tuning.encode import MIXED
+from glmbatch.tuning.finetune import preview
 from tests.support import ROOT, Tune
 from tests.unit.tuning.runs import trained, weights
 
@@ -61,17 +64,24 @@ def test_its_first_heads_look_one_and_two_tokens_back(tmp_path: Path) -> None:
 
 
 def test_a_training_starts_from_the_base_made_for_it(tune: Tune, tmp_path: Path) -> None:
-    config = tune(model=str(tmp_path / "small"), prompt_template="{text}\n", training__epochs=2)
+    few = {"data__valid_share": 0.4, "data__test_share": 0.5}  # rows to train on
+    config = tune(
+        model=str(tmp_path / "small"), prompt_template="{text}\n", training__epochs=2, **few
+    )
     file = tmp_path / "training.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
     command = [sys.executable, str(SAMPLE / "make_base.py"), str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "random weights" in done.stdout
+    planned = preview(config)
+    rows = planned.audit.parts["train"]
+    assert planned.steps == 2 * math.ceil((1 + MIXED) * rows / config.training.batch_rows)
     run = trained(config)
     assert weights(run)
     facts = json.loads((run / "trained.json").read_text())
     assert facts["used"]["distill"] == 0.7
+    assert facts["steps"] == planned.steps
     evaluated = [line for line in facts["history"] if "eval_loss" in line]
     assert facts["best_step"] == min(evaluated, key=lambda line: line["eval_loss"])["step"]
     again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

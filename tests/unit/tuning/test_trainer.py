@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from glmbatch.glm.checkpoint.load import load_model
-from glmbatch.tuning.encode import TrainingRow
+from glmbatch.tuning.encode import TrainingRow, mixed_rows, mixtures
+from glmbatch.tuning.examples import Example
 from glmbatch.tuning.trainer import LengthGroupedSampler, RowDataset, _row_losses, pad
-from tests.support import CAUSAL
+from tests.support import CAUSAL, Tune
 
 
 def batch_of(*rows: TrainingRow) -> dict[str, torch.Tensor]:
@@ -63,3 +64,34 @@ def test_soft_labels_take_the_place_of_labels(label: int | tuple[int, ...]) -> N
         expected = -(torch.tensor(soft) * yes + torch.tensor(1 - soft) * no).sum()
     (loss,) = _row_losses(logits, batch["labels"], batch["soft"])
     assert float(loss) == pytest.approx(float(expected))
+
+
+def test_mixed_texts_are_pieces_of_rows() -> None:
+    texts = [
+        "one two three four five six",
+        "服务很好房间干净",
+        "x",
+        "a   ",
+        "seven eight nine ten 11 12",
+    ]
+    rows = [Example(f"row {number}", text, "good") for number, text in enumerate(texts)]
+    mixed = mixtures(rows, 200, seed=3)
+    assert mixed == mixtures(rows, 200, seed=3) != mixtures(rows, 200, seed=4)
+    assert len({row.text for row in mixed}) > 100
+    assert all(row.text.strip() for row in mixed)
+    assert {letter for row in mixed for letter in row.text} <= {*"".join(texts)}
+    assert any("three four" in row.text and "nine" in row.text for row in mixed)
+
+
+def test_each_column_of_a_mixed_text_is_mixed() -> None:
+    columns = {"text": "a         b", "product": "tea"}
+    row = Example("row", "a         b\ntea", "good", columns=columns, asked="tea: a         b")
+    for mixed in mixtures([row], 50, seed=0):
+        assert mixed.text == "\n".join(mixed.columns.values())
+        assert mixed.columns["text"].strip()  # its pieces often have only spaces
+        assert {*mixed.columns["text"]} <= {*"ab "}
+        assert {*mixed.columns["product"]} <= {*"tea"}
+
+
+def test_only_over_random_weights_are_texts_mixed(tune: Tune) -> None:
+    assert mixed_rows(tune(training__distill=0.5), 100) == 0
