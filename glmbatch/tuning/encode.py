@@ -31,9 +31,9 @@ from glmbatch.tuning.split import Labelled
 MOST_NAMED = 50  # labels in a default prompt; more would take the room of the text
 STEP = SCORED_AS
 DISTILLED = 0.7  # the share of TF-IDF in what random weights learn
-# Mixed texts for each row. On 5,600 films, ten of two pieces had a lower validation loss than three
-# of three pieces (benchmarks/results/2026-11-27_cpu_random-weights.md). Each costs as much as a row,
-# and many rows are learned by heart less, so 60,000 bound the time.
+# Mixed texts for each row: ten of two pieces had a lower validation loss than three of three, on
+# 5,600 films (benchmarks/results/2026-11-27_cpu_random-weights.md). Each costs as much as a row,
+# and more rows need fewer of them, so the maximum bounds the time.
 MIXED = 10
 MOST_MIXED = 60_000
 PIECES = 2  # of a mixed text
