@@ -57,6 +57,7 @@ from glmbatch.steps.extract import form_of
 from glmbatch.steps.inputs import PromptInputs, check_conditions, schema_needs
 from glmbatch.steps.prompt import longest_prompt, uses_chat
 from glmbatch.store.files import real_path
+from glmbatch.store.inputs.found import Version
 from glmbatch.store.inputs.needs import SchemaNeeds
 
 # Small fragments share tasks where each engine process would have more than this many. A task costs
@@ -112,15 +113,16 @@ def plan_run(job: JobConfig, *, digests: bool = True, others: Sequence[str] = ()
     return Run(context=context, plan=plan, inputs=inputs, needs=needs)
 
 
-def _plan_sources(
+def _plan_sources(  # noqa: PLR0913 - as for `plan_fragments`
     data: DataConfig,
     needs: SchemaNeeds,
     context: RunContext,
     *,
     again: Collection[str] = (),
+    version: Version | None = None,
     digests: bool = True,
 ) -> Plan:
-    """The plan of `plan_run`; `again` are sources to plan although they did not change."""
+    """The plan of `plan_run`; `again` and `version` are as for `plan_fragments`."""
     ledger = Ledger(data.output)
     manifest = ledger.manifest()
     # A limited run answers the first rows, whoever has answered them before.
@@ -130,6 +132,7 @@ def _plan_sources(
         needs,
         known,
         again=again,
+        version=version,
         seed=context.id,
         raise_faults=context.raises,
         digests=digests,
@@ -205,9 +208,8 @@ def _with_changed_settings(data: DataConfig, run: Run, questions: Sequence[Quest
     again |= {source for source, is_published in left.items() if not is_published}
     if not again:
         return run
-    if run.plan.version is not None:  # a table may have a newer one by now
-        data = data.model_copy(update={"version": run.plan.version.number})
-    plan = _plan_sources(data, run.needs, run.context, again=again)
+    version = run.plan.version  # a table may have a newer one by now
+    plan = _plan_sources(data, run.needs, run.context, again=again, version=version)
     log_plan(plan)
     return run.model_copy(update={"plan": plan})
 

@@ -263,6 +263,23 @@ def test_a_file_of_another_size_is_left_out(table: Path, night: Night, out: Path
     assert sorted(ids(out)) in ([1, 2, 3], [4, 5])
 
 
+def test_ids_of_columns_mean_nothing_in_a_delta_table(
+    tmp_path: Path, job_settings: Settings, out: Path
+) -> None:
+    names = {"id": pa.int64(), "text": pa.string()}
+    numbered = []
+    for number, (name, kind) in enumerate(names.items()):
+        numbered.append(pa.field(name, kind, metadata={"PARQUET:field_id": str(number)}))
+    columns = pa.table([[1, 2], ["a", "b"]], schema=pa.schema(numbered))
+    for name in ("more", "most"):
+        columns = columns.append_column(name, pa.array([name, name]))
+    write_deltalake(tmp_path / "in", columns)
+    step = {**CLASSIFY, "prompt_template": "{more}: {text}"}
+    run(job_settings(steps=[step], data__id_column="id", on_error="raise"))
+    assert [(row["more"], row["most"]) for row in rows_of(out)] == [("more", "most")] * 2
+    sound(out)
+
+
 def test_an_emptied_table_leaves_what_is_published(table: Path, night: Night, out: Path) -> None:
     night()
     DeltaTable(table).delete()

@@ -14,10 +14,13 @@ from pyiceberg.catalog import Catalog
 from pyiceberg.table import Table
 from pyiceberg.table.update import RemoveSchemasUpdate
 from pyiceberg.typedef import Record
-from pyiceberg.types import LongType
+from pyiceberg.types import LongType, StringType
 
 from glmbatch.errors import InputError
 from glmbatch.ledger.verification import verify
+from glmbatch.run.models import prepare_models
+from glmbatch.run.plan import assign, plan_run
+from glmbatch.settings.job import JobConfig
 from tests.behaviour.test_iceberg_input import add_file
 from tests.support import CLASSIFY, Settings, rows_of, run
 
@@ -50,6 +53,11 @@ def job(job_settings: Settings) -> Job:
 
 def columns_of(out: Path, *names: str) -> list[tuple[Any, ...]]:
     return sorted(tuple(row[name] for name in names) for row in rows_of(out))
+
+
+def set_mapping(table: Table, mapping: str) -> None:
+    with table.transaction() as transaction:
+        transaction.set_properties({"schema.name-mapping.default": mapping})
 
 
 def test_renamed_dropped_and_replaced_columns_are_served(
@@ -105,27 +113,61 @@ def test_a_renamed_column_is_one_column_of_another_table(
     assert verify(out).findings == ()
 
 
-def test_a_file_without_ids_goes_by_a_mapping_or_by_names(
-    catalog: Catalog, table: Table, job: Job, out: Path, rows: list[str], tmp_path: Path
+def test_a_file_without_ids_goes_by_the_tables_mapping(
+    table: Table, job: Job, out: Path, rows: list[str]
 ) -> None:
+    assert run(job()).computed == 3
     path = Path(table.location()) / "data/b.parquet"
     pq.write_table(reviews(rows[3:5]), path)
     add_file(table, path, record_count=2, partition=Record())
-    run(job())
-    assert columns_of(out, "text") == sorted((text,) for text in rows[:5])
     with table.update_schema() as update:
         update.rename_column("text", "body")
+    with table.update_schema() as update:
+        update.add_column("text", StringType())
     renamed = job(data__text_column="body", on_error="raise")
-    with pytest.raises(InputError, match=r"b\.parquet: has no field ids, and a column 'text'"):
+    with pytest.raises(InputError, match=r"b\.parquet: column 'text' has no field id, and"):
         run(renamed)
     mapping = [{"names": ["text", "body"], "field-id": 1}, {"names": ["stars"], "field-id": 2}]
-    with table.transaction() as transaction:
-        transaction.set_properties({"schema.name-mapping.default": json.dumps(mapping)})
-    assert run(renamed).computed == 0
-    expected: list[tuple[Any, ...]] = [(text, number, "n") for number, text in enumerate(rows[:3])]
-    expected += [(text, number, None) for number, text in enumerate(rows[3:5])]
-    assert columns_of(out, "body", "stars", "note") == sorted(expected)
+    set_mapping(table, json.dumps([*mapping, {"names": ["note"]}]))
+    assert run(renamed).computed == 2
+    old = [(text, number, "n", None) for number, text in enumerate(rows[:3])]
+    new: list[tuple[Any, ...]] = [(text, at, None, None) for at, text in enumerate(rows[3:5])]
+    assert columns_of(out, "body", "stars", "note", "text") == sorted([*old, *new])
     assert verify(out).findings == ()
+    set_mapping(table, json.dumps([*mapping, {"names": ["note"], "field-id": 3}]))
+    assert run(renamed).computed == 0
+    new = [(text, at, "n", None) for at, text in enumerate(rows[3:5])]
+    assert columns_of(out, "body", "stars", "note", "text") == sorted([*old, *new])
+    assert verify(out).findings == ()
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    ["{not json", '[{"field-id": 1}]', '[{"names": "text", "field-id": 1}]', '[{"names": [7]}]'],
+)
+def test_a_mapping_that_cannot_be_read_is_named(table: Table, job: Job, mapping: str) -> None:
+    set_mapping(table, mapping)
+    with pytest.raises(
+        InputError, match=r"^lake/shop.reviews: its schema\.name-mapping\.default .* Correct it\.$"
+    ):
+        run(job())
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_commit_between_two_plannings_changes_nothing(
+    table: Table, job: Job, out: Path, rows: list[str], is_given: bool
+) -> None:
+    run(job())
+    with table.update_schema() as update:
+        update.rename_column("text", "body")
+    snapshot = table.snapshots()[0].snapshot_id
+    settings = job(data__text_column="body", data__version=snapshot if is_given else None)
+    config = JobConfig.model_validate(settings)
+    planned = plan_run(config)
+    table.append(reviews(rows[3:4]).rename_columns(["body", "stars", "note"]))
+    plan = assign(config, planned, prepare_models(config)).run.plan
+    assert (plan.version, plan.columns) == (planned.plan.version, planned.plan.columns)
+    assert sum(fragment.rows for fragment in plan.fragments) == 3
 
 
 def test_parts_of_a_column_that_changed_are_refused_by_name(
@@ -146,6 +188,24 @@ def test_parts_of_a_column_that_changed_are_refused_by_name(
         InputError, match=r"column 'part' is struct<a: .* Rewrite the table's files"
     ):
         run(job())
+
+
+def test_parts_that_a_mapping_lacks_are_refused_by_name(
+    catalog: Catalog, job: Job, rows: list[str]
+) -> None:
+    columns = pa.table({"text": rows[:1], "part": [{"a": 1, "b": 2}]})
+    table = catalog.create_table("shop.reviews", columns.schema)
+    path = Path(table.location()) / "data/a.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(columns, path)
+    add_file(table, path, partition=Record())
+    entries = json.loads(table.schema().name_mapping.model_dump_json())
+    set_mapping(table, json.dumps(entries))
+    assert run(job(on_error="raise")).rows == 1
+    del entries[1]["fields"][0]
+    set_mapping(table, json.dumps(entries))
+    with pytest.raises(InputError, match="column 'part' has a field 'a' that has no field id"):
+        run(job(on_error="raise"))
 
 
 def test_a_change_of_words_alone_opens_no_file(table: Table, job: Job, out: Path) -> None:
@@ -212,9 +272,7 @@ def test_values_that_only_metadata_have_are_refused(
     table = catalog.create_table("shop.reviews", pa.table({"text": ["a"], "region": ["x"]}).schema)
     with table.update_spec() as spec:
         spec.add_identity("region")
-    with table.transaction() as transaction:
-        mapping = table.schema().name_mapping.model_dump_json()
-        transaction.set_properties({"schema.name-mapping.default": mapping})
+    set_mapping(table, table.schema().name_mapping.model_dump_json())
     for number, folder in enumerate(("region=x", "plain")):
         path = Path(table.location()) / "data" / folder / "a.parquet"
         path.parent.mkdir(parents=True)

@@ -100,7 +100,7 @@ def test_added_columns_and_other_transforms_are_read(
     # pyiceberg itself writes no such partition without one more package.
     path = Path(table.location()) / "data/day=2026-11-03/part=1/a.parquet"
     path.parent.mkdir(parents=True)
-    pq.write_table(reviews(rows[7:8], 3, stars=[2]), path)
+    pq.write_table(reviews(rows[7:8], 3, stars=[2]).cast(table.schema().as_arrow()), path)
     add_file(table, path, partition=Record(20_760, 1), spec_id=table.spec().spec_id)
     run(job())
     stars = {row["text"]: row["stars"] for row in rows_of(out)}

@@ -28,7 +28,8 @@ def covering(manifest: Manifest) -> Iterator[tuple[Literal["wrong", "unchecked"]
         return
     try:
         if version.format == "Iceberg":
-            found = find_iceberg(f"{TABLE_SCHEME}{version.name}", version.number)
+            address = f"{TABLE_SCHEME}{version.name}"
+            found = find_iceberg(address, version.number, version.schema_id)
         else:
             found = find_delta(Folder(manifest.root).path, version.number)
     except InputError as error:

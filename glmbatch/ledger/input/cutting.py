@@ -46,7 +46,7 @@ from glmbatch.store.inputs.filters import (
     kept_rows,
     row_filter,
 )
-from glmbatch.store.inputs.found import Found
+from glmbatch.store.inputs.found import Found, Version
 from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, folder_columns, from_folders
 from glmbatch.store.inputs.nesting import refuse_nesting, refuse_reach
 from glmbatch.store.lines.form import LINE_ERROR, form_of
@@ -76,6 +76,7 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
     published: Mapping[str, PublishedSource],
     *,
     again: Collection[str] = (),
+    version: Version | None = None,
     seed: str = "",
     raise_faults: bool = False,
     digests: bool = True,
@@ -86,13 +87,12 @@ def plan_fragments(  # noqa: PLR0913 - the input, what is known of it, and how m
     A `published` source is left alone if its stamp or its bytes are the recorded ones, unless it is
     in `again`; then its digest is known if its stamp is the same. `seed` draws the sources to
     digest again all the same. Fragments are in the order of file names, then of rows. Without
-    `digests` only footers are read.
+    `digests` only footers are read. A table is read at the `version` of an earlier plan, if any.
 
-    Rows of lines are stored in `cache`. Files that cannot be used are listed in the plan; with
-    `raise_faults`, the first one raises UnusableFile. InputError when no file can be used, or two
-    would have the same output file.
+    Rows of lines are stored in `cache`. Unusable files are listed in the plan; with `raise_faults`,
+    the first raises UnusableFile. InputError when all are unusable, or two would have one output.
     """
-    found = find_input(data)
+    found = find_input(data, version)
     refuse_nesting(found, data.input, data.output)
     keeps = row_filter(data.where, data.text_column, found.unsaid)
     check_table(found, data.input, needs, keeps)

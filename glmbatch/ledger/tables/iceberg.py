@@ -28,6 +28,7 @@ from glmbatch.store.tables.catalogs import (
     table_name,
     tables_beside,
 )
+from glmbatch.store.tables.iceberg import MAPPING
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 METADATA = "metadata"
 RUN = "glmbatch.run"  # in a snapshot's summary: the run that published it
 NAME = "glmbatch.table"  # a property of our tables: their name
-MAPPING = "schema.name-mapping.default"
 # pyiceberg would put a commit that came too late on top of the one before it.
 NO_RETRY = {"commit.retry.num-retries": "0"}
 

@@ -28,12 +28,14 @@ class Skipped:
 class Version:
     """The version of a table that a run reads: a version of Delta Lake, a snapshot of Iceberg.
 
-    An Iceberg table has a `name`, by which a catalogue knows it.
+    An Iceberg table has a `name`, by which a catalogue knows it, and a `schema_id`: its columns can
+    change without a new snapshot.
     """
 
     format: Literal["Delta", "Iceberg"]
     number: int
     name: str = ""
+    schema_id: int | None = None
 
     def __str__(self) -> str:
         noun = "version" if self.format == "Delta" else "snapshot"

@@ -6,7 +6,7 @@ that was renamed or dropped since is so here too. What differs is carried as tex
 in base64, empty if nothing does.
 
 The columns of some tables have ids, as field metadata like those of Parquet files. Then a file's
-columns are found by their ids; those of a file without any get them from the table's mapping.
+columns are found by their ids; those of a file without any get theirs by name, as the table says.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -24,24 +23,29 @@ from glmbatch.store.types import converted, parts_of, with_parts, written_type
 from glmbatch.store.values import holds_bytes, is_text, value_type
 
 ID = b"PARQUET:field_id"
-# In the metadata of a table's schema: the ids of names in files without ids, as Iceberg has it.
-MAPPING = b"schema.name-mapping.default"
+# In the metadata of a table's schema: the `Ids` of its columns, if files are matched by ids.
+IDS = b"ids"
 # In the metadata of what differs: the table's names of a file's columns, null for a dropped one.
 NAMES = b"names"
 
+# By the name of a column in files without ids: its id, and the same for the parts of its type.
+Ids = Mapping[str, "tuple[int, Ids]"]
 
-def table_columns(columns: Sequence[pa.Field], mapping: str | None = None) -> pa.Schema:
-    """The `columns` of a table, of whose metadata only the ids stay, with its `mapping` of names.
 
-    A comment on a column changes nothing in what is read.
+def table_columns(columns: Sequence[pa.Field], ids: Ids | None = None) -> pa.Schema:
+    """The `columns` of a table, without their metadata.
+
+    With `ids`, a file's columns are found by their ids, so these stay. Else they are found by their
+    names. A comment on a column changes nothing in what is read.
     """
-    metadata = None if mapping is None else {MAPPING: mapping}
-    return pa.schema([_with_id_alone(field) for field in columns], metadata)
+    by_ids = ids is not None
+    metadata = {IDS: json.dumps(ids)} if by_ids else None
+    return pa.schema([_bare(field, by_ids) for field in columns], metadata)
 
 
-def _with_id_alone(field: pa.Field) -> pa.Field:
-    kind = with_parts(field.type, [_with_id_alone(part) for part in parts_of(field.type)])
-    metadata = {ID: field.metadata[ID]} if _id(field) else None
+def _bare(field: pa.Field, by_ids: bool) -> pa.Field:
+    kind = with_parts(field.type, [_bare(part, by_ids) for part in parts_of(field.type)])
+    metadata = {ID: field.metadata[ID]} if by_ids else None
     return pa.field(field.name, kind, field.nullable, metadata)
 
 
@@ -54,8 +58,8 @@ def differing(
     where: str,
     file: pa.Schema,
     table: pa.Schema,
-    folders: Collection[str] = (),
-    unsaid: Mapping[str, str | None] | None = None,
+    folders: Collection[str],
+    unsaid: Mapping[str, str | None],
 ) -> str:
     """The columns of `table` that a file with the schema `file` has otherwise, or does not have.
 
@@ -63,13 +67,14 @@ def differing(
     `unsaid` (see `Found`). UnusableFile, naming `where`, when a column cannot be read as the
     table's.
     """
-    unsaid = unsaid or {}
-    own = _own_columns(where, file, table)
+    ids = _ids_in(table)
+    own = _by_names(file) if ids is None else _by_ids(where, file, table, ids)
     fields = []
     for field in table:
         column = own.get(field.name)
         if column is not None:
-            _check_parts(where, field.name, column, field)
+            if ids is not None:
+                _check_parts(where, field.name, column, field)
             if _alike(column.type, field.type):
                 continue
             if not _widens(value_type(column.type), field.type):
@@ -85,61 +90,67 @@ def differing(
         elif field.name in folders and field.name not in unsaid:
             continue
         fields.append(pa.field(field.name, written_type(field.type)))
-    names = _changed_names(file, own) if any(map(_id, table)) else {}
+    names = {} if ids is None else _changed_names(file, own)
     if not fields and not names:
         return ""
     return schema_text(pa.schema(fields, {NAMES: json.dumps(names)} if names else None))
 
 
-def _own_columns(where: str, file: pa.Schema, table: pa.Schema) -> dict[str, pa.Field]:
-    """The columns of a `file` by their names in the `table`."""
-    if not any(map(_id, table)):
-        return {field.name: field for field in reversed(list(file))}
+def _ids_in(table: pa.Schema) -> Ids | None:
+    ids: Ids | None = json.loads((table.metadata or {}).get(IDS, b"null"))
+    return ids
+
+
+def _by_names(file: pa.Schema) -> dict[str, pa.Field]:
+    return {field.name: field for field in reversed(list(file))}
+
+
+def _by_ids(where: str, file: pa.Schema, table: pa.Schema, ids: Ids) -> dict[str, pa.Field]:
+    """The columns of a `file` by their names in the `table`, which has the same ids."""
     columns = list(file)
-    if not any(map(_id, columns)):
-        mapping = (table.metadata or {}).get(MAPPING)
-        if mapping is None:
-            if unknown := sorted(set(file.names) - set(table.names)):
-                raise UnusableFile(
-                    f"{where}: has no field ids, and a column {unknown[0]!r} that the table does "
-                    "not have: it may have been renamed. Set schema.name-mapping.default in the "
-                    "table, or rewrite its files."
-                )
-            return {field.name: field for field in columns}
-        entries = json.loads(mapping)
-        columns = [_mapped(field, field.name, entries) for field in columns]
-    by_id = {_id(field): field for field in columns}
+    without = [field.name for field in columns if _id(field) is None]
+    if without:
+        if not ids:
+            raise UnusableFile(
+                f"{where}: column {without[0]!r} has no field id, and the table has no name "
+                "mapping. Set one that says which of its columns this is."
+            )
+        columns = [_with_id(field, field.name, ids) for field in columns]
+    by_id = {_id(field): field for field in columns if _id(field) is not None}
     return {field.name: by_id[_id(field)] for field in table if _id(field) in by_id}
 
 
-def _mapped(field: pa.Field, name: str, entries: Sequence[Mapping[str, Any]]) -> pa.Field:
-    """The `field` of a file, called `name`, with the ids that the `entries` of a mapping give."""
-    entry = next((entry for entry in entries if name in entry["names"]), None)
-    if entry is None or "field-id" not in entry:
+def _with_id(field: pa.Field, name: str, ids: Ids) -> pa.Field:
+    """The `field` of a file, called `name`, and its parts with their `ids`."""
+    if name not in ids:
         return field
+    number, own = ids[name]
     parts = parts_of(field.type)
     names = ["key", "value"] if pa.types.is_map(field.type) else ["element"]
     if pa.types.is_struct(field.type):
         names = [part.name for part in parts]
-    inner = []
-    for part, part_name in zip(parts, names[: len(parts)], strict=True):
-        inner.append(_mapped(part, part_name, entry.get("fields", [])))
-    metadata = {ID: str(entry["field-id"])}
-    return pa.field(field.name, with_parts(field.type, inner), field.nullable, metadata)
+    inner = [_with_id(part, name, own) for part, name in zip(parts, names, strict=False)]
+    return pa.field(field.name, with_parts(field.type, inner), field.nullable, {ID: str(number)})
 
 
 def _check_parts(where: str, name: str, own: pa.Field, other: pa.Field) -> None:
-    """UnusableFile when a part of the column `name` has the id of another one in the table."""
+    """UnusableFile when a part of the column `name` has another id than in the table, or none."""
     ours, theirs = parts_of(own.type), parts_of(other.type)
     if pa.types.is_struct(own.type):
         by_name = {part.name: part for part in theirs}
         ours = [part for part in ours if part.name in by_name]
         theirs = [by_name[part.name] for part in ours]
     for our_part, their_part in zip(ours, theirs, strict=False):
-        if _id(our_part) and _id(their_part) and _id(our_part) != _id(their_part):
+        what = f"{where}: column {name!r} has a field {our_part.name!r}"
+        if _id(our_part) is None:
             raise UnusableFile(
-                f"{where}: column {name!r} has a field {our_part.name!r} that is not the one of "
-                "this name in the table: it was renamed or dropped. Rewrite the table's files."
+                f"{what} that has no field id. Add it to the table's name mapping, or rewrite the "
+                "table's files."
+            )
+        if _id(our_part) != _id(their_part):
+            raise UnusableFile(
+                f"{what} that is not the one of this name in the table: it was renamed or dropped. "
+                "Rewrite the table's files."
             )
         _check_parts(where, name, our_part, their_part)
 

@@ -6,10 +6,12 @@ Uses the library pyiceberg, which finds the table in a catalogue and plans its f
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from glmbatch.errors import InputError, some_of
 from glmbatch.settings.addresses import TABLE_SCHEME
+from glmbatch.store.errors import one_line
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.find import SETTING
 from glmbatch.store.inputs.found import Found, Version
@@ -22,7 +24,7 @@ from glmbatch.store.tables.catalogs import (
     table_name,
     tables_beside,
 )
-from glmbatch.store.tables.fitting import MAPPING, table_columns
+from glmbatch.store.tables.fitting import Ids, table_columns
 from glmbatch.store.tables.table import TableFile, found_table
 
 if TYPE_CHECKING:
@@ -30,35 +32,39 @@ if TYPE_CHECKING:
     from pyiceberg.partitioning import PartitionSpec
     from pyiceberg.schema import Schema
     from pyiceberg.table import FileScanTask, Table
+    from pyiceberg.table.name_mapping import MappedField
+    from pyiceberg.table.snapshots import Snapshot
 
+MAPPING = "schema.name-mapping.default"
 MOST_NAMED = 5
 
 
-def find_iceberg(address: str, number: int | None) -> Found:
+def find_iceberg(address: str, number: int | None, schema_id: int | None = None) -> Found:
     """The files of the Iceberg table iceberg:CATALOG/namespace.name at the snapshot `number`.
 
-    Without a number, at its current one. InputError when there is no such snapshot, or when rows
-    cannot be read from the files as they are.
+    Without a number, at its current one. The columns are those of the schema `schema_id`. Without
+    that, they are the table's own at its current snapshot, else those that the snapshot had.
+
+    InputError when there is no such snapshot or schema, or when rows cannot be read from the files
+    as they are.
     """
     name, table = _open(address)
     with catalog_errors(name):
         snapshot = table.current_snapshot() if number is None else table.snapshot_by_id(number)
         if snapshot is None:
             raise _no_snapshot(name, table, number)
-        scan = table.scan(snapshot_id=snapshot.snapshot_id)
-        # A column that was added since belongs to the table too, though not to its older snapshots.
-        is_current = snapshot.snapshot_id == table.metadata.current_snapshot_id
-        schema = table.schema() if is_current else scan.projection()
+        schema = _schema(name, table, snapshot, schema_id)
         _check_defaults(name, schema)
         specs = table.specs()
         files = []
-        for task in scan.plan_files():
+        for task in table.scan(snapshot_id=snapshot.snapshot_id).plan_files():
             _check_file(name, task)
             values = _values(task.file, specs[task.file.spec_id], schema)
             files.append(_file(task.file, table.location(), values, schema))
-        columns = table_columns(schema.as_arrow(), table.properties.get(MAPPING.decode()))
+        columns = table_columns(schema.as_arrow(), _mapped(name, table))
     root = Folder(_address(table.location())).path
-    return found_table(root, Version("Iceberg", snapshot.snapshot_id, str(name)), files, columns)
+    version = Version("Iceberg", snapshot.snapshot_id, str(name), schema.schema_id)
+    return found_table(root, version, files, columns)
 
 
 def location_of(address: str) -> str:
@@ -90,6 +96,41 @@ def _no_snapshot(name: TableName, table: Table, number: int | None) -> InputErro
         f"{name}: has no snapshot {number}; it may have expired, or a browser has rounded its "
         f"number. The newest are {kept}. Set data.version, in a form as text."
     )
+
+
+def _schema(name: TableName, table: Table, snapshot: Snapshot, schema_id: int | None) -> Schema:
+    if schema_id is None and snapshot.snapshot_id != table.metadata.current_snapshot_id:
+        schema_id = snapshot.schema_id
+    # A column that was added since belongs to the table too, though not to its older snapshots.
+    if schema_id is None:
+        return table.schema()
+    if schema_id not in table.schemas():
+        raise InputError(
+            f"{name}: has no schema {schema_id} any more, with which snapshot "
+            f"{snapshot.snapshot_id} was read. Run again."
+        )
+    return table.schemas()[schema_id]
+
+
+def _mapped(name: TableName, table: Table) -> Ids:
+    """The ids of the names in the table's mapping; none without one. InputError if it is wrong."""
+    try:
+        mapping = table.name_mapping()
+        return {} if mapping is None else _ids(mapping.root)
+    except ValueError as error:
+        raise InputError(
+            f"{name}: its {MAPPING} cannot be read: {one_line(error, limit=300)}. Correct it."
+        ) from error
+
+
+def _ids(fields: Sequence[MappedField]) -> dict[str, tuple[int, Ids]]:
+    ids: dict[str, tuple[int, Ids]] = {}
+    for field in fields:
+        if "names" not in field.model_fields_set:  # pyiceberg does not look
+            raise ValueError(f"the entry of id {field.field_id} has no names")
+        if field.field_id is not None:
+            ids.update(dict.fromkeys(field.names, (field.field_id, _ids(field.fields))))
+    return ids
 
 
 def _check_defaults(name: TableName, schema: Schema) -> None:
