@@ -35,7 +35,6 @@ _S3 = {
     "s3.session-token": "session_token",
     "s3.anonymous": "skip_signature",
 }
-_AWS = "https://s3.amazonaws.com"
 _IDENTITY = ("s3.access-key-id", "s3.secret-access-key", "s3.session-token", "s3.anonymous")
 _SQLITE_PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
@@ -101,12 +100,20 @@ def _credentials(place: str, settings: Mapping[str, str]) -> dict[str, str]:
     if not place.startswith("s3:"):
         return {}
     options = storage_options(Folder(place).path) or {}
-    found = {ours: options[theirs] for ours, theirs in _S3.items() if theirs in options}
+    ours = {name: options[theirs] for name, theirs in _S3.items() if theirs in options}
     # pyarrow, with which pyiceberg reads, does not look for a proxy itself.
-    if proxy := _proxy(settings.get("s3.endpoint") or options.get("endpoint") or _AWS):
-        found["s3.proxy-uri"] = proxy
+    all_settings = {**ours, **settings}
+    endpoint = all_settings.get("s3.endpoint") or _of_aws(place, all_settings["s3.region"])
+    if proxy := _proxy(endpoint):
+        ours["s3.proxy-uri"] = proxy
     own = any(name in settings for name in _IDENTITY)
-    return {name: value for name, value in found.items() if not own or name not in _IDENTITY}
+    return {name: value for name, value in ours.items() if not own or name not in _IDENTITY}
+
+
+def _of_aws(place: str, region: str) -> str:
+    """The address at which AWS has the bucket of `place`, as pyarrow calls it."""
+    domain = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
+    return f"https://{urlsplit(place).netloc}.s3.{region}.{domain}"
 
 
 def _proxy(endpoint: str) -> str:
@@ -114,7 +121,8 @@ def _proxy(endpoint: str) -> str:
     parts = urlsplit(endpoint)
     if proxy_bypass(parts.hostname or ""):
         return ""
-    proxy = getproxies().get(parts.scheme, "")
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all", "")
     return proxy if "://" in proxy or not proxy else f"http://{proxy}"
 
 
