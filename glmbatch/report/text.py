@@ -95,24 +95,37 @@ def left_out(faults: Sequence[FileFault], before: str) -> Iterator[str]:
 
 
 def _where_to_read(summary: Summary) -> list[str]:
-    # Listing the folder of a table would also return rows of its older versions.
-    if summary.table:
-        catalog, identifier = table_name(summary.table)
-        reader = f"load_catalog({catalog!r}).load_table({identifier!r}).scan().to_pandas()"
-    elif is_table(summary.output):
-        reader = f"deltalake.DeltaTable({summary.output!r}).to_pandas()"
-    else:
-        reader = f"pandas.read_parquet({summary.output!r}{_partitioning(summary.output)})"
-    lines = [f"Read the answers: {reader}"]
+    lines = []
+    # The answers are published: a store that cannot be read now must not fail the run.
+    with suppress(GlmbatchError, OSError):
+        lines.append(f"Read the answers: {_reader(summary)}")
     if summary.report:
         lines.append(f"Read about the run: {summary.report}")
     return lines
+
+
+def _reader(summary: Summary) -> str:
+    """The line of Python that reads the answers, with what it imports."""
+    # Listing the folder of a table would also return rows of its older versions.
+    if summary.table:
+        catalog, identifier = table_name(summary.table)
+        return (
+            "from pyiceberg.catalog import load_catalog; "
+            f"load_catalog({catalog!r}).load_table({identifier!r}).scan().to_pandas()"
+        )
+    if is_table(summary.output):
+        return f"import deltalake; deltalake.DeltaTable({summary.output!r}).to_pandas()"
+    partitioning = _partitioning(summary.output)
+    # `import pyarrow` alone does not import it.
+    also = ", pyarrow.dataset" if "pyarrow.dataset" in partitioning else ""
+    return f"import pandas{also}; pandas.read_parquet({summary.output!r}{partitioning})"
 
 
 def _partitioning(output: str) -> str:
     """What pandas must know about the folders of a plain output; empty if it finds that itself.
 
     It fails if a file has a column of its folders' names too, or if such a column has a null.
+    Raises as `read_manifest` and `open_parquet`.
     """
     manifest = read_manifest(Folder(output).path)
     names = sorted(file.output_name for file in manifest.files) if manifest is not None else []
@@ -122,14 +135,13 @@ def _partitioning(output: str) -> str:
             values.setdefault(column, set()).add(value)
     if not values:
         return ""
-    own: set[str] = set()
     # pandas takes the columns of the first file for those of all.
-    with suppress(GlmbatchError), open_parquet(Folder(output) / names[0]) as file:
-        own.update(file.schema_arrow.names)
+    with open_parquet(Folder(output) / names[0]) as file:
+        own = set(file.schema_arrow.names)
     others = [(column, "string") for column in values if column not in own]
     if not others:
         return ", partitioning=None"
-    if own.isdisjoint(values) and not any(None in each for each in values.values()):
+    if own.isdisjoint(values) and not any(None in named for named in values.values()):
         return ""
     schema = f"pyarrow.schema({others})"
     return f", partitioning=pyarrow.dataset.partitioning({schema}, flavor='hive')"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,12 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from pyiceberg.catalog import Catalog
 
+from glmbatch.report.summary import Summary
 from glmbatch.report.text import describe
 from tests.readers import READERS, rows_by
+from tests.stores import Store
 from tests.support import CAUSAL, CLASSIFY, GENERATE, ROOT, Settings, Write, run
 
 pytestmark = pytest.mark.slow
@@ -99,16 +104,23 @@ FOLDERS: dict[str, tuple[dict[str, dict[str, Any]], list[Any]]] = {
 }
 
 
+def read_as_told(summary: Summary, folder: Path) -> pandas.DataFrame:
+    """The rows as the summary's line reads them in a fresh process, which imports nothing else."""
+    (line,) = [line for line in describe(summary).splitlines() if line.startswith("Read the a")]
+    imports, call = line.removeprefix("Read the answers: ").split("; ")
+    code = f"{imports}\n({call}).to_pickle({str(folder / 'rows')!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    return pandas.read_pickle(folder / "rows")
+
+
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_the_summary_ends_with_a_call_that_reads_the_rows(
-    write_source: Write, job_settings: Settings, kind: str
+    write_source: Write, job_settings: Settings, tmp_path: Path, kind: str
 ) -> None:
     files, days = FOLDERS[kind]
     for name, columns in files.items():
         write_source(name, columns)
-    summary = run(job_settings())
-    (line,) = [line for line in describe(summary).splitlines() if line.startswith("Read the a")]
-    frame = eval(line.partition(": ")[2], {"pandas": pandas, "pyarrow": pa})
+    frame = read_as_told(run(job_settings()), tmp_path)
     frame = frame.sort_values("text").astype({"day": object} if "day" in frame else {})
     assert frame.text.tolist() == ["one", "two"][: len(days)]
     assert frame.mood.notna().all()
@@ -116,11 +128,35 @@ def test_the_summary_ends_with_a_call_that_reads_the_rows(
     assert [None if pandas.isna(day) else day for day in read] == days
 
 
+@pytest.mark.parametrize("format", ["delta", "iceberg"])
+def test_the_summary_ends_with_a_call_that_reads_a_table(
+    catalog: Catalog, write_source: Write, job_settings: Settings, tmp_path: Path, format: str
+) -> None:
+    write_source("a.parquet", {"text": ["one", "two"]})
+    table = "lake/shop.answers" if format == "iceberg" else None
+    summary = run(job_settings(data__format=format, data__table=table))
+    assert sorted(read_as_told(summary, tmp_path).text) == ["one", "two"]
+
+
+@pytest.mark.parametrize("format", ["parquet", "delta"])
+def test_a_store_that_fails_after_publication_fails_no_summary(
+    store: Store, write_source: Write, job_settings: Settings, format: str
+) -> None:
+    write_source("a.parquet", {"text": ["one"]})
+    summary = run(job_settings(data__output=store.url("out"), data__format=format))
+    store.harm = lambda request: 503
+    text = describe(summary)
+    assert f"-> {store.url('out')}" in text
+    assert "Read the answers: " not in text
+    assert f"Read about the run: {store.url('out')}" in text
+
+
 def test_the_documents_say_how_each_reader_reads() -> None:
     page = (ROOT / "docs/answers.md").read_text()
     for call in (
         "pandas.read_parquet('out')",
         "pandas.read_parquet('out', partitioning=None)",
+        "import pandas, pyarrow.dataset; pandas.read_parquet('out', ",
         "partitioning=pyarrow.dataset.partitioning(pyarrow.schema([('day', 'string')]), fl",
         "spark.read.parquet('out')",
         f"duckdb.sql(\"from read_parquet('{GLOB}', union_by_name=true)\")",
