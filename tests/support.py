@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from glmbatch.errors import GlmbatchError
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.manifest import Manifest, PublishedFile
 from glmbatch.ledger.quarantine import QUARANTINE
@@ -72,6 +74,22 @@ def run(settings: dict[str, Any]) -> Summary:
     from glmbatch.run.job import run_job
 
     return run_job(JobConfig.model_validate(settings))
+
+
+def run_after_another(settings: dict[str, Any], write_source: Write) -> Summary:
+    """Publish one more row once a run that goes on has published and released its lock."""
+    until = time.monotonic() + 120
+    while not Path(settings["data"]["output"], "_manifest.json").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    write_source("another.parquet", {"text": ["three"]})
+    while True:
+        try:
+            return run(settings)
+        except GlmbatchError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:

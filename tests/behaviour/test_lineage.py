@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,19 +21,12 @@ from pyiceberg.catalog import Catalog
 
 from glmbatch.errors import AuditError, BadRow, InputError
 from glmbatch.ledger.ledger import Ledger
-from glmbatch.report.counts import Proofs
-from glmbatch.run.answer import answer
 from glmbatch.run.canary import freeze
-from glmbatch.run.lineage import events, sending
-from glmbatch.run.models import prepare_models
-from glmbatch.run.plan import assign, plan_run
-from glmbatch.run.publish import publish
-from glmbatch.run.session import session
-from glmbatch.run.write import write_outputs
+from glmbatch.run.lineage import sending
 from glmbatch.settings.job import JobConfig
 from tests.openlineage import Catalogue, catalogue, check
 from tests.stores import BUCKET, Store
-from tests.support import CLASSIFY, GENERATE, ROOT, Settings, Write, run
+from tests.support import CLASSIFY, GENERATE, ROOT, Settings, Write, run, run_after_another
 
 pytestmark = pytest.mark.slow
 
@@ -231,27 +225,57 @@ def test_a_table_has_its_name_before_it_is_planned(
 
 
 def test_the_last_event_is_about_what_this_run_published(
-    write_source: Write, job_settings: Settings, collector: Catalogue
+    write_source: Write,
+    job_settings: Settings,
+    out: Path,
+    collector: Catalogue,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_source("a.parquet", {"text": ["one", "two"]})
     settings = traced(job_settings, collector, data__format="delta", steps=[CLASSIFY])
-    job = JobConfig.model_validate(settings)
-    with events.traced(job.lineage, job.data, job.steps, ()) as trace:
-        planned = plan_run(job)
-        trace.planned(planned)
-        with session(planned) as opened:
-            work = assign(job, planned, prepare_models(job))
-            (bundle,) = work.bundles
-            receipts = [answer(assignment) for assignment in bundle.assignments]
-            staged = write_outputs(bundle, receipts, opened.ledger)
-            publish(job, work.run, work.questions, staged, Proofs())
-            trace.published()
-        write_source("b.parquet", {"text": ["three"]})
-        run({**settings, "lineage": None})
+    monkeypatch.setattr(sending, "REQUEST_SECONDS", 60.0)
+    monkeypatch.setattr(sending, "END_SECONDS", 60.0)
+    collector.held.clear()  # so that the last event is made after another run has published
+    first = threading.Thread(target=run, args=(settings,))
+    first.start()
+    run_after_another({**settings, "lineage": None}, write_source)
+    assert first.is_alive()
+    collector.held.set()
+    first.join()
+    assert deltalake.DeltaTable(out).version() == 1
+    assert_of_the_first(collector)
+
+
+def assert_of_the_first(collector: Catalogue) -> None:
+    """The last event has the version, the rows and the columns of the first publication."""
     output = facets(collector.events[-1]["outputs"][0])
     assert output["version"]["datasetVersion"] == "0"
     assert output["outputStatistics"]["rowCount"] == 2
     assert "mood" in columns(collector.events[-1]["outputs"][0])
+
+
+def test_a_run_that_failed_later_says_what_it_published(
+    write_source: Write,
+    job_settings: Settings,
+    collector: Catalogue,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    write_source("a.parquet", {"text": ["one", "two"]})
+    settings = traced(job_settings, collector, data__format="delta", steps=[CLASSIFY])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("glmbatch.run.publish.write_report", interrupted)
+        run(settings)
+    assert collector.kinds == ["START", "ABORT"]
+    assert_of_the_first(collector)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("glmbatch.run.job.write_outputs", interrupted)
+        write_source("b.parquet", {"text": ["three"]})
+        run(settings)
+    assert collector.kinds[2:] == ["START", "ABORT"]
+    assert "version" not in facets(collector.events[-1]["outputs"][0])
 
 
 def test_an_interrupted_run_is_aborted(

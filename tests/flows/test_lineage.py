@@ -8,20 +8,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import deltalake
 import pytest
 import yaml
 
 from tests.flows.commands import last_flow_run, run
 from tests.openlineage import Catalogue, catalogue, check
-from tests.support import ROOT, Settings, Write
+from tests.support import ROOT, Settings, Write, run_after_another
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
 
-def job_file(job_settings: Settings, folder: Path, server: Catalogue) -> str:
+def job_file(job_settings: Settings, folder: Path, server: Catalogue, **overrides: Any) -> str:
     path = folder / "job.yaml"
-    path.write_text(yaml.safe_dump(job_settings(lineage__url=server.url)))
+    path.write_text(yaml.safe_dump(job_settings(lineage__url=server.url, **overrides)))
     return str(path)
 
 
@@ -45,6 +47,36 @@ def test_a_flow_run_is_the_parent_and_gives_the_time(
     output = server.events[-1]["outputs"][0]
     assert output["outputFacets"]["outputStatistics"]["rowCount"] == 2
     assert "columnLineage" in output["facets"]
+
+
+def test_a_flow_runs_last_event_is_of_what_it_published(
+    prefect_server: dict[str, str],
+    write_source: Write,
+    job_settings: Settings,
+    tmp_path: Path,
+    out: Path,
+) -> None:
+    write_source("a.parquet", {"text": ["one", "two"]})
+    code = (
+        "from glmbatch.cli.main import main; from glmbatch.run.lineage import sending\n"
+        "sending.REQUEST_SECONDS = sending.END_SECONDS = 60.0; main(['run', 'job.yaml'])"
+    )
+    with catalogue() as server:
+        job_file(job_settings, tmp_path, server, data__format="delta")
+        server.held.clear()  # so that the last event is made after another run has published
+        with subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, **prefect_server, "PYTHONPATH": str(ROOT)},
+        ) as process:
+            run_after_another(job_settings(data__format="delta"), write_source)
+            assert process.poll() is None
+            server.held.set()
+            process.wait(timeout=120)
+    assert deltalake.DeltaTable(out).version() == 1
+    assert server.kinds == ["START", "COMPLETE"]
+    facets = server.events[-1]["outputs"][0]["facets"]
+    assert facets["version"]["datasetVersion"] == "0"
 
 
 def test_a_terminated_flow_run_is_aborted(

@@ -86,8 +86,7 @@ class Trace:
     def published(self) -> None:
         """The run has published, and still holds its lock: no other has published since."""
         if self._events is not None and self._sender is not None:
-            make = partial(_datasets, self._events, ended=True, published=True)
-            self._events.published = self._sender.made(make)
+            self._events.published = self._sender.made(partial(_datasets, self._events, ended=True))
 
 
 @contextmanager
@@ -215,7 +214,7 @@ def _job_facets() -> dict[str, Any]:
     return {"jobType": facet(kind, processingType="BATCH", integration="GLMBATCH", jobType="JOB")}
 
 
-def _datasets(events: _Events, *, ended: bool = False, published: bool = False) -> Datasets:
+def _datasets(events: _Events, *, ended: bool = False) -> Datasets:
     """The inputs and the output of the run, with what is known of them when it has `ended`."""
     from glmbatch.run.lineage import datasets
 
@@ -231,7 +230,7 @@ def _datasets(events: _Events, *, ended: bool = False, published: bool = False) 
     schema = None
     with suppress(GlmbatchError, OSError):  # a file of tonight may be gone by now
         schema = datasets.input_schema(plan)
-    if published and manifest is not None:
+    if manifest is not None and manifest.run == events.run.context.id:
         files = [file for file in manifest.files if file.source in datasets.sources_of(plan)]
         own = [file for file in files if file.source not in plan.unchanged]
         datasets.add_publication(output, _version(events), own, manifest.format)
