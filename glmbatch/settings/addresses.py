@@ -77,7 +77,7 @@ def misspelt(address: str) -> str | None:
     form = form or OTHER_NAMES.get(scheme.lower())
     if form is not None and slashes:
         return f"is not written as an address here; write {form}"
-    if slashes.startswith("//") and not names_a_table(address):
+    if slashes.startswith("//"):
         return (
             "is not an address that can be used here; write s3://bucket/name (or gs://, az://), "
             "or a local path"

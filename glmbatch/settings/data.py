@@ -66,7 +66,7 @@ class DataConfig(Settings):
         None,
         ge=0,
         description="Of an input that is a table: the version of a Delta table to read, or the "
-        "snapshot of an Iceberg table, which a form needs as text. Empty: the newest when the run "
+        "snapshot of an Iceberg table; in a form, enter it as text. Empty: the newest when the run "
         "is planned.",
     )
     text_column: str = Field(
@@ -134,18 +134,22 @@ class DataConfig(Settings):
         None, ge=1, description="Process only the first N rows, for a trial. Empty: all rows."
     )
 
-    @field_validator("input")
+    # Before the checks of all addresses, which know no tables.
+    @field_validator("input", mode="before")
     @classmethod
-    def _names_a_table_in_full(cls, address: str) -> str:
-        scheme, name = address[: len(TABLE_SCHEME)], address[len(TABLE_SCHEME) :]
-        if names_a_table(address) and not (scheme == TABLE_SCHEME and TABLE.fullmatch(name)):
-            raise ValueError(f"must be {TABLE_SCHEME}CATALOG/namespace.name for an Iceberg table")
+    def _names_a_table_in_full(cls, address: object) -> object:
+        if isinstance(address, str) and names_a_table(address):
+            scheme, name = address[: len(TABLE_SCHEME)], address[len(TABLE_SCHEME) :]
+            if scheme != TABLE_SCHEME or not TABLE.fullmatch(name):
+                raise ValueError(
+                    f"must be {TABLE_SCHEME}CATALOG/namespace.name for an Iceberg table"
+                )
         return address
 
-    @field_validator("output")
+    @field_validator("output", mode="before")
     @classmethod
-    def _is_a_folder(cls, address: str) -> str:
-        if names_a_table(address):
+    def _is_a_folder(cls, address: object) -> object:
+        if isinstance(address, str) and names_a_table(address):
             raise ValueError(
                 "is a folder or an address; for an Iceberg table set data.format to iceberg and "
                 "data.table to CATALOG/namespace.name"

@@ -109,6 +109,17 @@ def test_other_addresses_say_what_to_write(address: str, advice: str, setting: s
         location(address)
 
 
+@pytest.mark.parametrize(
+    "setting", ["model.path", "model.adapter", "canary.file", "evaluate.rows", "runtime.cache"]
+)
+def test_a_table_is_refused_where_none_is_read(setting: str) -> None:
+    address = "iceberg://lake/shop.t"
+    with pytest.raises(InputError, match=f"^job: {setting}: {address} is .*or a local path"):
+        parse_settings("job", JOB, JobConfig, {setting: address})
+    with pytest.raises(InputError, match=f"^tune: data.input: {address} is .*or a local path"):
+        parse_settings("tune", TUNE, TuneConfig, {"data.input": address})
+
+
 @pytest.mark.parametrize("settings", [{"runtime": {"cache": "s3://b/x"}}, {}], ids=["cache", "out"])
 def test_a_local_setting_refuses_an_object_store(settings: dict[str, Any]) -> None:
     kind, base = (JobConfig, JOB) if settings else (TuneConfig, {**TUNE, "output": "s3://b/x"})
