@@ -46,7 +46,7 @@ GENERATE = {
 }
 
 
-def some(changes: Sequence[int], count: int = 8) -> list[int]:
+def some(changes: Sequence[int], count: int = 6) -> list[int]:
     """The first, the last and others of the `changes` at which a test fails or kills a run.
 
     Always the same ones, unless CHANGES_SEED is set. EVERY_CHANGE=1 tries them all.

@@ -20,7 +20,7 @@ from tests.stores import Store
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("SOAK", "8"))
+KILLS = int(os.environ.get("SOAK", "6"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 logger = logging.getLogger(__name__)
 

@@ -100,7 +100,7 @@ def test_killed_anywhere_the_next_run_gives_the_same_output(
         )
     )
     assert 12 < steps < 60
-    moments = some(range(1, steps + 1), 16)
+    moments = some(range(1, steps + 1), 12)
     folders = [tmp_path / f"killed-{deadly}" for deadly in moments]
     runs = [
         (
