@@ -94,6 +94,19 @@ RUN_EVENT: dict[str, Any] = {
     },
 }
 
+# What the classes of openlineage-python do not know of the schemas of their facets.
+FORMATS: dict[str, Any] = {
+    "nominalTime": {
+        "properties": {
+            "nominalStartTime": {"pattern": TIME},
+            "nominalEndTime": {"pattern": TIME},
+        }
+    },
+    "parent": {
+        "properties": {"run": {"properties": {"runId": {"type": "string", "format": "uuid"}}}}
+    },
+}
+
 
 def check(event: dict[str, Any]) -> None:
     """Assert that `event` and all its facets are as the specification wants them."""
@@ -105,6 +118,7 @@ def check(event: dict[str, Any]) -> None:
                 kind = _kinds()[facet["_schemaURL"]]
                 assert key == _key(kind.__name__)
                 _validate(facet, _schema(kind))
+                _validate(facet, FORMATS.get(key, {}))
 
 
 def _validate(value: Any, schema: dict[str, Any]) -> None:
