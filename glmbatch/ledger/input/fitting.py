@@ -11,7 +11,7 @@ from glmbatch.ledger.fragments import FileFault, Plan, none_usable
 from glmbatch.ledger.manifest import Manifest, PublishedFile
 from glmbatch.ledger.staying import staying, ways_out
 from glmbatch.ledger.tables.delta import is_table
-from glmbatch.ledger.tables.table import Table, check_sources, table_over
+from glmbatch.ledger.tables.table import check_sources, table_over
 from glmbatch.ledger.tables.types import FORMATS
 from glmbatch.settings.job import DataConfig
 from glmbatch.settings.kinds import OutputFormat
@@ -117,15 +117,15 @@ def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
             f"{data.output}: is {FORMATS[published].a_table}. Set data.format to {published}, or "
             "data.output."
         )
+    drop_missing = data.missing_sources == "drop"
+    stay = staying(manifest, plan, drop_missing=drop_missing).files
+    _refuse_lost(data.output, plan, stay, drop_missing=drop_missing)
     if table is None:
         return plan
     sources = {
         fragment.source: (fragment.stored or fragment.path, fragment.fitted)
         for fragment in plan.fragments
     }
-    drop_missing = data.missing_sources == "drop"
-    stay = staying(manifest, plan, drop_missing=drop_missing).files
-    _refuse_lost(table, plan, stay, drop_missing=drop_missing)
     files = manifest.files if manifest is not None else ()
     names = {file.output_name for file in files}
     typed = check_sources(table, sources, [file.output_name for file in stay], names)
@@ -136,17 +136,17 @@ def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
 
 
 def _refuse_lost(
-    table: Table, plan: Plan, stay: Sequence[PublishedFile], *, drop_missing: bool
+    output: str, plan: Plan, stay: Sequence[PublishedFile], *, drop_missing: bool
 ) -> None:
-    """InputError when a file that should stay in the table is gone."""
+    """InputError when a file that should stay in the output is gone."""
     # Those of unchanged sources were just looked at.
     others = {file.output_name: file for file in stay if file.source not in plan.unchanged}
-    places = Folder(table.root).stamps([*others], len(stay))
+    places = Folder(output).stamps([*others], len(stay))
     lost = [file for file, place in zip(others.values(), places, strict=True) if place is None]
     if lost:
         damaged = {fault.source for fault in plan.unusable}
         raise InputError(
-            f"{table.where}: {lost[0].output_name} should stay in the table but is gone, as after "
-            f"a vacuum by others ({counted(len(lost), 'such file')}). "
+            f"{output}: {lost[0].output_name} should stay published but is gone: others "
+            f"deleted it ({counted(len(lost), 'such file')}). "
             f"{ways_out(lost, plan, damaged, drop_missing=drop_missing)}"
         )

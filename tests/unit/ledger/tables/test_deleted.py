@@ -1,4 +1,4 @@
-"""Files that should stay in a table, and that others deleted."""
+"""Files that should stay published, and that others deleted."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.support import Settings, Write
 Job = Callable[..., JobConfig]
 
 
-@pytest.fixture(params=["delta", "iceberg"])
+@pytest.fixture(params=["parquet", "delta", "iceberg"])
 def job(request: pytest.FixtureRequest, catalog: Catalog, job_settings: Settings) -> Job:
-    """A job with one classify step whose output is a table."""
+    """A job with one classify step over each format of output."""
 
     def job(**overrides: Any) -> JobConfig:
         name = "lake/shop.reviews" if request.param == "iceberg" else None
@@ -43,7 +43,7 @@ def test_a_deleted_file_is_noticed_before_any_work(
     content = source.read_bytes()
     published.unlink()
     source.unlink()
-    with pytest.raises(InputError, match=r"a-.* is gone, as after a vacuum by others \(1 such f"):
+    with pytest.raises(InputError, match=r"a-.* is gone: others deleted it \(1 such f"):
         plan_run(job())
     source.write_bytes(content[:50])
     with pytest.raises(InputError, match=r"1 damaged \(a\.parquet\)\. Replace the damaged files"):
