@@ -24,9 +24,9 @@ def bare_model(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -
     for name, tensor in weights.items():
         path, _, own = name.rpartition(".")
         _module_at(model, path).register_parameter(own, nn.Parameter(tensor, requires_grad=False))
-    embedding = model.model.embed_tokens.weight
-    frozen: Any = nn.Embedding.from_pretrained
-    model.model.embed_tokens = frozen(embedding)
+    weight = model.model.embed_tokens.weight
+    embedding = nn.Embedding.from_pretrained(weight)  # type: ignore[no-untyped-call]
+    model.model.embed_tokens = embedding
     return model
 
 

@@ -13,7 +13,7 @@ from glmbatch.ledger.tables.delta import is_table
 from glmbatch.report.facts import answers, by_count, size, store_requests, tokens, unchanged
 from glmbatch.report.summary import StepSummary, Summary, short
 from glmbatch.store.folder import Folder
-from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.inputs.needs import folder_values
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.tables.catalogs import table_name
 
@@ -129,10 +129,7 @@ def _partitioning(output: str) -> str:
     """
     manifest = read_manifest(Folder(output).path)
     names = sorted(file.output_name for file in manifest.files) if manifest is not None else []
-    values: dict[str, set[str | None]] = {}
-    for name in names:
-        for column, value in folder_columns(name).items():
-            values.setdefault(column, set()).add(value)
+    values = folder_values(names)
     if not values:
         return ""
     # pandas takes the columns of the first file for those of all.

@@ -18,7 +18,7 @@ from glmbatch.store.files import digest_file
 from glmbatch.store.footers import check_chunks, written_form
 from glmbatch.store.inputs.filters import RowFilter, check_filter
 from glmbatch.store.inputs.found import Found
-from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, folder_columns
+from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, folder_values
 from glmbatch.store.lines.form import Form
 from glmbatch.store.lines.stored import OWN_FIELDS, store_lines, stored_lines
 from glmbatch.store.parquet import open_parquet, readable
@@ -74,9 +74,7 @@ def check_table(found: Found, address: str, needs: SchemaNeeds, keeps: RowFilter
     """
     if found.columns is None:
         return
-    folders: dict[str, None] = {}
-    for name in {name.rpartition("/")[0]: name for name in found.names}.values():
-        folders.update(dict.fromkeys(folder_columns(name)))
+    folders = dict.fromkeys(folder_values(found.names))
     # What folders say is a text, whatever the table's type is.
     others = pa.schema([field for field in found.columns if field.name not in folders])
     condition = keeps.left_of("")  # all of it

@@ -100,13 +100,10 @@ class RowFilter:
 
 
 def row_filter(
-    where: str | None,
-    text_column: str,
-    unsaid: Mapping[str, Mapping[str, str | None]] | None = None,
+    where: str | None, text_column: str, unsaid: Mapping[str, Mapping[str, str | None]]
 ) -> RowFilter:
-    """The filter that `data.where` says."""
-    condition = None if where is None else parse_condition(where)
-    return RowFilter(condition, text_column, unsaid or {})
+    """The filter that `data.where` says; `unsaid` is as in `Found`."""
+    return RowFilter(None if where is None else parse_condition(where), text_column, unsaid)
 
 
 def in_folders(

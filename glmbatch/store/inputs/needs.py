@@ -78,6 +78,16 @@ def folder_columns(name: str | PurePosixPath) -> dict[str, str | None]:
     return columns
 
 
+def folder_values(names: Iterable[str]) -> dict[str, set[str | None]]:
+    """The columns that the folders of the files `names` give, each with all of its values."""
+    values: dict[str, set[str | None]] = {}
+    # By folder, because a table may have 100,000 files in few.
+    for name in {name.rpartition("/")[0]: name for name in names}.values():
+        for column, value in folder_columns(name).items():
+            values.setdefault(column, set()).add(value)
+    return values
+
+
 def _decoded(value: str) -> str:
     try:
         return unquote_to_bytes(value).decode()

@@ -157,7 +157,7 @@ def test_row_groups_are_decided_by_their_footers() -> None:
 def test_folders_decide_what_they_can(where: str, left: bool | str) -> None:
     name = "day=2026-11-25/hour=09/none_at_all=__HIVE_DEFAULT_PARTITION__/a.parquet"
     expected: Condition | bool = parse_condition(left) if isinstance(left, str) else left
-    found = row_filter(where, "body")
+    found = row_filter(where, "body", {})
     assert found.left_of(name) == expected
     assert found.text_for(name) == (text_of(expected) if isinstance(left, str) else "")
 
@@ -165,7 +165,7 @@ def test_folders_decide_what_they_can(where: str, left: bool | str) -> None:
 @pytest.mark.parametrize("where", ["day > 3", "day", "day = true", "'x' in day"])
 def test_what_a_folder_cannot_be_tested_for_is_refused(where: str) -> None:
     with pytest.raises(InputError, match=r"^day=x: column 'day' .* Set data\.where\.$"):
-        row_filter(where, "text").left_of("day=x/a.parquet")
+        row_filter(where, "text", {}).left_of("day=x/a.parquet")
 
 
 @settings(max_examples=200, deadline=None)
