@@ -35,10 +35,19 @@ def describe_plan(plan: TrainingPlan) -> str:
             "labelled rows"
         )
     beaten = ", ".join(settings["must_beat"]) or "nothing"
+    if plan.advice:
+        lines.append(f"advice: {plan.advice}")
     lines += [
         f"prompt: {settings['prompt_template']!r}{', in the chat format' * bool(settings['chat'])}",
         f"tokens of a training row: {shortest} to {longest}, median {median}; "
         f"cut texts {texts}, cut answers {answers}",
+    ]
+    if training["distill"]:
+        lines.append(
+            f"learned from TF-IDF: {training['distill']:g} of each row's target, and "
+            f"{counted(plan.mixed, 'mixed text')} an epoch"
+        )
+    lines += [
         f"{training['method']} over {settings['model']['path']}: {plan.steps:,} steps in "
         f"{training['epochs']} epochs, learning rate {training['learning_rate']:g}",
         f"promoted by {settings['metric']} if it beats: {beaten}; current run: "

@@ -8,6 +8,7 @@ No tensors.
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,6 +237,15 @@ def mixed_rows(config: TuneConfig, rows: int) -> int:
     if not distilled_share(config) or not _is_random(config):
         return 0
     return min(MIXED * rows, MOST_MIXED)
+
+
+def lacks_end(config: TuneConfig) -> bool:
+    """Whether the head of random weights would read the last token of each text itself.
+
+    The base must be local, and the prompt known (`with_prompt`).
+    """
+    *_, (_, last, _, _) = string.Formatter().parse(config.prompt_template or TEXT_ALONE)
+    return last is not None and not config.chat and not config.writes and _is_random(config)
 
 
 def _is_random(config: TuneConfig) -> bool:

@@ -98,6 +98,8 @@ def begin(config: TuneConfig) -> str:
 def _folder(config: TuneConfig, labelled: Labelled) -> Path:
     base = _checked_base(config)
     settings = config.model_dump(mode="json", exclude=UNIDENTIFIED)
+    if config.prompt_template is not None:  # the text column has two names in it
+        settings["prompt_template"] = template_of(config)
     # So that trainings keep their ids from before these settings existed.
     if config.chat is None:
         del settings["chat"]

@@ -71,7 +71,8 @@ class TrainingPlan(BaseModel, frozen=True, extra="forbid"):
     """What a training would do.
 
     `tokens` has those of the shortest, the median and the longest row with its answer, and `cut`
-    how many texts and answers lose their end. `settings` are those used.
+    how many texts and answers lose their end. `settings` are those used. An epoch has `mixed` texts
+    beside the rows. `advice` says what to change for a better result; it may be empty.
     """
 
     audit: LabelAudit
@@ -79,6 +80,8 @@ class TrainingPlan(BaseModel, frozen=True, extra="forbid"):
     tokens: tuple[int, int, int]
     cut: tuple[int, int]
     steps: int
+    mixed: int = 0
+    advice: str = ""
     run: str = ""
     is_trained: bool = False
     current: str | None = None

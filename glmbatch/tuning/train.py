@@ -33,6 +33,7 @@ from glmbatch.tuning.encode import (
     TrainingRow,
     distilled_share,
     encode_rows,
+    lacks_end,
     mixed_rows,
     step_of,
     taught,
@@ -65,6 +66,11 @@ logger = logging.getLogger(__name__)
 
 # As in the published checkpoint: half the size of float32, and a GPU computes in 16 bits anyway.
 STORED: StoredDtype = "float16"
+# The head reads the last token, and random weights do not know yet what else it stands for.
+NO_END = (
+    "the prompt ends with the text, so the head reads from another token in each row. Random "
+    'weights learn better from the same one: set prompt_template to "{text}\\n"'
+)
 
 
 def train_here(config: TuneConfig, run: Path) -> None:
@@ -108,17 +114,20 @@ def plan_training(config: TuneConfig, labelled: Labelled) -> TrainingPlan:
     rows, valid = encode_parts(config, labelled)
     check_memory(config, rows, training_device(config.runtime.device, config.training.processes))
     lengths = sorted(row.length for row in rows)
-    epoch_rows = len(rows) + mixed_rows(config, len(rows))
+    mixed = mixed_rows(config, len(rows))
     training = config.training
     step_rows = training.batch_rows * training.gradient_accumulation * training.processes
     cut = _count_cut([*rows, *valid])
-    rate = training.model_copy(update={"learning_rate": config.learning_rate})
+    used = {"learning_rate": config.learning_rate, "distill": distilled_share(config)}
+    used_training = training.model_copy(update=used)
     return TrainingPlan(
         audit=labelled.audit,
-        settings=config.model_copy(update={"training": rate}).model_dump(mode="json"),
+        settings=config.model_copy(update={"training": used_training}).model_dump(mode="json"),
         tokens=(lengths[0], lengths[len(lengths) // 2], lengths[-1]),
         cut=(cut["cut_texts"], cut["cut_answers"]),
-        steps=math.ceil(epoch_rows / step_rows) * training.epochs,
+        steps=math.ceil((len(rows) + mixed) / step_rows) * training.epochs,
+        mixed=mixed,
+        advice=NO_END if lacks_end(config) else "",
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from glmbatch.cli.train import describe_plan
 from glmbatch.glm.checkpoint.load import load_model
 from glmbatch.glm.tokenizer import load_tokenizer
 from glmbatch.tuning.encode import MIXED
@@ -78,6 +79,10 @@ def test_a_training_starts_from_the_base_made_for_it(tune: Tune, tmp_path: Path)
     planned = preview(config)
     rows = planned.audit.parts["train"]
     assert planned.steps == 2 * math.ceil((1 + MIXED) * rows / config.training.batch_rows)
+    learned = f"0.7 of each row's target, and {MIXED * rows} mixed texts an epoch"
+    assert learned in describe_plan(planned) and "advice" not in describe_plan(planned)
+    no_end = describe_plan(preview(config.model_copy(update={"prompt_template": "{text}"})))
+    assert 'set prompt_template to "{text}\\n"' in no_end
     run = trained(config)
     assert weights(run)
     facts = json.loads((run / "trained.json").read_text())

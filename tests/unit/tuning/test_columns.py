@@ -146,7 +146,9 @@ def test_the_text_column_may_be_named(tmp_path: Path, tune: Tune, write_source: 
     write_source("day=0/a.parquet", {"body": rows["text"], **rows})
     write_source("day=1/a.parquet", {"body": ["x"], "text": [None], "label": ["good"]})
     named = tune(data__text_column="body", prompt_template="{body}")
-    assert Path(begin(named)).is_dir()
+    run = begin(named)
+    assert Path(run).is_dir()
+    assert begin(named.model_copy(update={"prompt_template": "{text}"})) == run
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,7 @@ def test_a_dry_run_trains_nothing(
     assert "train 144, valid 48, test 48" in shown and "promoted by accuracy" in shown
     assert "Is this bad, good or so so?', in the chat format" in shown
     assert "27 steps in 3 epochs, learning rate 0.004" in shown
+    assert "mixed texts" not in shown and "advice" not in shown
     assert main(["train", str(file), "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert main(["train", str(file), "--dry-run", "--set", "least_test_rows=100"]) == 0
