@@ -34,7 +34,6 @@ def describe_plan(plan: TrainingPlan) -> str:
             f"needed (least_test_rows), so some {_round(audit.used * needed / max(tested, 1)):,} "
             "labelled rows"
         )
-    beaten = ", ".join(settings["must_beat"]) or "nothing"
     if plan.advice:
         lines.append(f"advice: {plan.advice}")
     lines += [
@@ -47,6 +46,7 @@ def describe_plan(plan: TrainingPlan) -> str:
             f"learned from TF-IDF: {training['distill']:g} of each row's target, and "
             f"{counted(plan.mixed, 'mixed text')} an epoch"
         )
+    beaten = ", ".join(settings["must_beat"]) or "nothing"
     lines += [
         f"{training['method']} over {settings['model']['path']}: {plan.steps:,} steps in "
         f"{training['epochs']} epochs, learning rate {training['learning_rate']:g}",

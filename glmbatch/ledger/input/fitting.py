@@ -106,7 +106,8 @@ def _without(plan: Plan, reasons: Mapping[str, str], raise_faults: bool) -> Plan
 def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
     """The plan with the types that a table as output gives to each fragment's columns.
 
-    InputError if the output is a table of another format.
+    InputError if the output is a table of another format, or if a published file that should stay
+    is gone, in any format.
     """
     table = table_over(data.output, data.format, data.table or "")
     published: OutputFormat = manifest.format if manifest is not None else "parquet"
