@@ -169,7 +169,7 @@ def _next_version(
     places = {file.output_name: ledger.root / file.output_name for file in manifest.files}
     for output in outputs:
         places[output.output_name] = ledger.outputs.path(output)
-    return plan_commit(table, places)
+    return plan_commit(table, places, manifest.version)
 
 
 @contextmanager

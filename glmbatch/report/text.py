@@ -124,17 +124,22 @@ def _reader(summary: Summary) -> str:
 def _partitioning(output: str) -> str:
     """What pandas must know about the folders of a plain output; empty if it finds that itself.
 
-    It fails if a file has a column of its folders' names too, or if such a column has a null.
+    It fails if a file has a column of its folders' names too, or if such a column has a null. It
+    takes names that are no columns of the table for some.
     Raises as `read_manifest` and `open_parquet`.
     """
     manifest = read_manifest(Folder(output).path)
-    names = sorted(file.output_name for file in manifest.files) if manifest is not None else []
+    if manifest is None:
+        return ""
+    names = sorted(file.output_name for file in manifest.files)
     values = folder_values(names)
     if not values:
         return ""
     # pandas takes the columns of the first file for those of all.
     with open_parquet(Folder(output) / names[0]) as file:
         own = set(file.schema_arrow.names)
+    if manifest.version is not None:
+        own.update(manifest.version.hidden)
     others = [(column, "string") for column in values if column not in own]
     if not others:
         return ", partitioning=None"

@@ -19,7 +19,7 @@ from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import RuntimeConfig
 from glmbatch.settings.steps.any_step import AnyStep
 from glmbatch.store.folder import Folder
-from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.inputs.found import given_columns
 from glmbatch.store.parquet import open_parquet, read_rows, with_constants
 from glmbatch.store.paths import AnyPath
 from glmbatch.store.snapshot import copied_name, fetch_published
@@ -103,7 +103,7 @@ class Published:
             if self.path_of(file).exists():
                 raise
             raise RowsChanged(f"{self.path_of(file)}: is gone.") from error
-        given = folder_columns(self.files[file].output_name)
+        given = given_columns(self.files[file].output_name, self.manifest.version)
         return with_constants(
             table, {name: given[name] for name in given if name not in table.column_names}
         )

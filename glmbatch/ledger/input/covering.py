@@ -26,10 +26,11 @@ def covering(manifest: Manifest) -> Iterator[tuple[Literal["wrong", "unchecked"]
     version = manifest.version
     if version is None or manifest.limit is not None:
         return
+    where = columns_of(parse_condition(manifest.where)) if manifest.where else []
     try:
         if version.format == "Iceberg":
             address = f"{TABLE_SCHEME}{version.name}"
-            found = find_iceberg(address, version.number, version.schema_id)
+            found = find_iceberg(address, version.number, version.schema_id, where)
         else:
             found = find_delta(Folder(manifest.root).path, version.number)
     except InputError as error:
@@ -38,7 +39,6 @@ def covering(manifest: Manifest) -> Iterator[tuple[Literal["wrong", "unchecked"]
     published = {file.source for file in manifest.files}
     known = published | {fault.source for fault in manifest.unusable}
     known |= left_out(found, row_filter(manifest.where, "text", found.unsaid))
-    where = columns_of(parse_condition(manifest.where)) if manifest.where else []
     # The manifest does not say which column is called `text` in a condition.
     for name in found.names if "text" not in where else ():
         if name not in known:

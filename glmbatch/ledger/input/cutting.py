@@ -47,7 +47,7 @@ from glmbatch.store.inputs.filters import (
     row_filter,
 )
 from glmbatch.store.inputs.found import Found, Version
-from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, folder_columns, from_folders
+from glmbatch.store.inputs.needs import SchemaNeeds, check_schema, from_folders
 from glmbatch.store.inputs.nesting import refuse_nesting, refuse_reach
 from glmbatch.store.lines.form import LINE_ERROR, form_of
 from glmbatch.store.lines.stored import sweep_lines
@@ -274,7 +274,7 @@ class _Looker:
         left = self.keeps.left_of(name)
         if not isinstance(left, bool):
             wanted |= {*columns_of(left)} - {LINE_ERROR}
-        return stored_fields(file, self.cache, wanted - folder_columns(name).keys())
+        return stored_fields(file, self.cache, wanted - self.found.given(name).keys())
 
     def _cut(
         self, path: AnyPath, name: str, look: Look, lines: Mapping[str, str]
@@ -285,7 +285,7 @@ class _Looker:
         with open_rows(path, look.stamp, lines) as file:
             schema = file.schema_arrow
             group_rows, written = read_footer(path, file)
-            folders = folder_columns(name)
+            folders = self.found.given(name)
             try:
                 if self.found.columns is not None:
                     unsaid = self.found.unsaid.get(name, {})
@@ -301,7 +301,7 @@ class _Looker:
                 raise
             if not isinstance(left, bool):
                 kept = list(kept_rows(file, left, str(path), written.get("fitted", "")))
-        partitions = from_folders(name, [needed.name for needed in self.needs.read], schema)
+        partitions = from_folders(folders, [needed.name for needed in self.needs.read], schema)
         chosen = self.data.columns_out
         fragments = []
         for part in ranges(group_rows, self.data.rows_per_fragment, kept):

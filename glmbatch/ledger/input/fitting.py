@@ -129,7 +129,8 @@ def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
     }
     files = manifest.files if manifest is not None else ()
     names = {file.output_name for file in files}
-    typed = check_sources(table, sources, [file.output_name for file in stay], names)
+    own = [file.output_name for file in stay]
+    typed = check_sources(table, sources, own, names, plan.version)
     fragments = []
     for fragment in plan.fragments:
         fragments.append(fragment.model_copy(update={"typed": typed.get(fragment.source, "")}))

@@ -74,7 +74,8 @@ def check_table(found: Found, address: str, needs: SchemaNeeds, keeps: RowFilter
     """
     if found.columns is None:
         return
-    folders = dict.fromkeys(folder_values(found.names))
+    hidden = found.version.hidden if found.version else ()
+    folders = dict.fromkeys(folder_values(found.names, hidden))
     # What folders say is a text, whatever the table's type is.
     others = pa.schema([field for field in found.columns if field.name not in folders])
     condition = keeps.left_of("")  # all of it

@@ -19,6 +19,7 @@ from glmbatch.ledger.tables.types import (
     open_schema,
     table_schema,
 )
+from glmbatch.store.inputs.found import Version, given_columns
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.paths import Address
@@ -56,18 +57,23 @@ class Commit:
     version: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Added:
+    """The columns in each file that a table gets, by name; `version` is that of the input."""
+
+    schemas: Mapping[str, pa.Schema]
+    version: Version | None
+
+
 def fitted(
-    form: TableFormat,
-    where: str,
-    table: Columns | None,
-    schemas: Mapping[str, pa.Schema],
-    some_stay: bool,
+    form: TableFormat, where: str, table: Columns | None, added: Added, some_stay: bool
 ) -> tuple[Columns, bool]:
-    """The columns of a `table` with files of these `schemas`, and whether its own all stay.
+    """The columns of a `table` with the files that are `added`, and whether its own all stay.
 
     `some_stay`: some files of the table do. InputError, naming `where`, when they do not fit.
     """
-    partitions = _partition_columns(form, schemas)
+    schemas = added.schemas
+    partitions = _partition_columns(form, added)
     if table is not None and not schemas:
         partitions = table.partitions
     columns = pa.schema(
@@ -107,14 +113,15 @@ def schema_of(form: TableFormat, path: Address, differing: str = "") -> pa.Schem
         return open_schema(form, str(path), pa.schema(columns))
 
 
-def _partition_columns(form: TableFormat, schemas: Mapping[str, pa.Schema]) -> list[str]:
+def _partition_columns(form: TableFormat, added: Added) -> list[str]:
     """The columns that come from folder names such as day=1 and are not in the files.
 
     InputError when they differ between files.
     """
     first: tuple[str, list[str]] | None = None
-    for name, schema in schemas.items():
-        columns = [column for column in folder_columns(name) if column not in schema.names]
+    for name, schema in added.schemas.items():
+        given = given_columns(name, added.version)
+        columns = [column for column in given if column not in schema.names]
         first = first or (name, columns)
         if columns != first[1]:
             raise InputError(

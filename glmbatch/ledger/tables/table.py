@@ -13,11 +13,12 @@ from glmbatch.errors import InputError, shown
 from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt
 from glmbatch.ledger.tables import delta, iceberg
-from glmbatch.ledger.tables.columns import Commit, Current, fitted, schema_of
+from glmbatch.ledger.tables.columns import Added, Commit, Current, fitted, schema_of
 from glmbatch.ledger.tables.types import FORMATS, typed_text
 from glmbatch.settings.kinds import OutputFormat
 from glmbatch.store.files import exists
 from glmbatch.store.folder import Folder
+from glmbatch.store.inputs.found import Version
 from glmbatch.store.paths import Address, AnyPath
 
 
@@ -71,10 +72,12 @@ def check_sources(
     sources: Mapping[str, tuple[Address, str]],
     staying: Sequence[str],
     published: Collection[str],
+    version: Version | None,
 ) -> dict[str, str]:
     """Check that the Parquet files `sources` can be in one `table`.
 
-    They are the path of each by name, and what it has otherwise than the table that it comes from.
+    They are the path of each by name, and what it has otherwise than the table that it comes from,
+    at its `version`.
     Returns for each source the types that other files give to its columns without one, as
     `typed_text`. Of the files `published`, by name, those `staying` stay in the table beside them.
     InputError when the columns do not match, when others added files, or as `Table.read`.
@@ -85,7 +88,7 @@ def check_sources(
     files = {**sources, **{name: (table.root / name, "") for name in others}}
     form = FORMATS[table.format]
     schemas = {name: schema_of(form, *file) for name, file in files.items() if exists(file[0])}
-    columns, _ = fitted(form, table.where, current.columns, schemas, bool(staying))
+    columns, _ = fitted(form, table.where, current.columns, Added(schemas, version), bool(staying))
     return {name: typed_text(schemas[name], columns.schema) for name in sources if name in schemas}
 
 
@@ -129,11 +132,11 @@ def table_faults(table: Table, published: Collection[str]) -> Iterator[tuple[str
         yield name, f"is only in {where}{advice}"
 
 
-def plan_commit(table: Table, files: Mapping[str, AnyPath]) -> Commit:
+def plan_commit(table: Table, files: Mapping[str, AnyPath], version: Version | None) -> Commit:
     """Plan the version of the `table` that has exactly `files`; writes nothing.
 
-    `files` maps names below its root to the current paths. InputError when one table cannot hold
-    them all.
+    `files` maps names below its root to the current paths. `version` is that of the table which was
+    read, if one was. InputError when one table cannot hold them all.
     """
     current = table.read()
     form = FORMATS[table.format]
@@ -142,7 +145,7 @@ def plan_commit(table: Table, files: Mapping[str, AnyPath]) -> Commit:
         name: schema_of(form, path) for name, path in files.items() if name not in current.files
     }
     some_stay = bool(current.files & files.keys())
-    columns, grows = fitted(form, table.where, current.columns, schemas, some_stay)
+    columns, grows = fitted(form, table.where, current.columns, Added(schemas, version), some_stay)
     return Commit(columns, grows, current.files, current.version)
 
 

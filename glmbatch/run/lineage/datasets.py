@@ -30,7 +30,7 @@ from glmbatch.settings.addresses import TABLE_SCHEME
 from glmbatch.store.files import whole_address
 from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.find import is_glob, split_glob
-from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.inputs.found import Version, given_columns
 from glmbatch.store.objects.clients import azure_account
 from glmbatch.store.parquet import open_parquet
 from glmbatch.store.tables.fitting import fitted_fields
@@ -148,18 +148,18 @@ def input_schema(plan: Plan) -> pa.Schema | None:
     for fragment in plan.fragments[:1]:
         with open_fragment(fragment) as file:
             columns = fitted_fields(file.schema_arrow, fragment.fitted)
-            return _with_folders(pa.schema(columns), fragment.source)
+            return _with_folders(pa.schema(columns), fragment.source, plan.version)
     return None
 
 
-def output_schema(output: str, file: PublishedFile) -> pa.Schema:
-    """The columns of a published file, and of its folders' names."""
+def output_schema(output: str, file: PublishedFile, version: Version | None) -> pa.Schema:
+    """The columns of a published file and of its folders' names; the input had the `version`."""
     with open_parquet(Folder(output) / file.output_name) as opened:
-        return _with_folders(opened.schema_arrow, file.output_name)
+        return _with_folders(opened.schema_arrow, file.output_name, version)
 
 
-def _with_folders(schema: pa.Schema, name: str) -> pa.Schema:
-    given = [column for column in folder_columns(name) if column not in schema.names]
+def _with_folders(schema: pa.Schema, name: str, version: Version | None) -> pa.Schema:
+    given = [column for column in given_columns(name, version) if column not in schema.names]
     return pa.schema([*schema, *(pa.field(column, pa.string()) for column in given)])
 
 

@@ -235,7 +235,7 @@ def _datasets(events: _Events, *, ended: bool = False) -> Datasets:
         own = [file for file in files if file.source not in plan.unchanged]
         datasets.add_publication(output, _version(events), own, manifest.format)
         if files:
-            columns = datasets.output_schema(events.data.output, files[0])
+            columns = datasets.output_schema(events.data.output, files[0], plan.version)
             schema = schema or _without_answers(events.run, columns)
             _add_columns(events, output, columns, schema, source)
     _add_assertions(events, output)

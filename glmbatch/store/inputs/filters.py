@@ -81,7 +81,7 @@ class RowFilter:
         folder = name.rpartition("/")[0]
         unsaid = frozenset(self.unsaid.get(name, ()))
         if (folder, unsaid) not in self._by_folder:
-            values = {k: v for k, v in folder_columns(name).items() if k not in unsaid}
+            values = folder_columns(name, unsaid)
             try:
                 left = _left(self.condition, values, self.text_column, positive=True)
             except InputError as error:

@@ -6,7 +6,7 @@ file has no such column itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import unquote, unquote_to_bytes
@@ -65,25 +65,31 @@ class SchemaNeeds:
     out: tuple[str, ...] | None = None
 
 
-def folder_columns(name: str | PurePosixPath) -> dict[str, str | None]:
+def folder_columns(
+    name: str | PurePosixPath, hidden: Collection[str] = ()
+) -> dict[str, str | None]:
     """The columns that the folders of the file `name` give, with their values; None for null.
 
-    Decodes %XX, with which Hive and Spark write characters that a folder name cannot have.
+    Decodes %XX, with which Hive and Spark write characters that a folder name cannot have. Those of
+    `hidden` are no columns, as a table says.
     """
     columns: dict[str, str | None] = {}
     for part in PurePosixPath(name).parts[:-1]:
         column, mark, value = part.partition("=")
         if mark and column:
             columns[unquote(column)] = None if value == NULL_PARTITION else _decoded(value)
-    return columns
+    return {column: value for column, value in columns.items() if column not in hidden}
 
 
-def folder_values(names: Iterable[str]) -> dict[str, set[str | None]]:
-    """The columns that the folders of the files `names` give, each with all of its values."""
+def folder_values(names: Iterable[str], hidden: Collection[str] = ()) -> dict[str, set[str | None]]:
+    """The columns that the folders of the files `names` give, each with all of its values.
+
+    `hidden` is as in `folder_columns`.
+    """
     values: dict[str, set[str | None]] = {}
     # By folder, because a table may have 100,000 files in few.
     for name in {name.rpartition("/")[0]: name for name in names}.values():
-        for column, value in folder_columns(name).items():
+        for column, value in folder_columns(name, hidden).items():
             values.setdefault(column, set()).add(value)
     return values
 
@@ -96,13 +102,12 @@ def _decoded(value: str) -> str:
 
 
 def from_folders(
-    name: str, columns: Iterable[str], schema: pa.Schema
+    folders: Mapping[str, str | None], columns: Iterable[str], schema: pa.Schema
 ) -> tuple[tuple[str, str | None], ...]:
-    """Those of `columns` that only the folders of the file `name` give, not its `schema`.
+    """Those of `columns` that only the `folders` of a file give, not its `schema`.
 
     Pairs of name and value, sorted by name.
     """
-    folders = folder_columns(name)
     given = sorted({*columns} & folders.keys() - set(schema.names))
     return tuple((column, folders[column]) for column in given)
 
@@ -119,7 +124,8 @@ def check_schema(
     It is UnusableFile rather than InputError, because other files of the input may be usable.
     `folders` are the columns of the folders above the file `name`, with their values.
     """
-    _refuse_taken(where, schema, needs, folders)
+    # Readers of the answers see names that are no columns of a table too.
+    _refuse_taken(where, schema, needs, {*folders, *folder_columns(name)})
     given = folders.keys() - set(schema.names)
     try:
         for needed in needs.read:

@@ -17,13 +17,14 @@ from glmbatch.errors import InputError
 from glmbatch.settings.conditions import Compares, Condition, IsNull, IsOneOf, Test
 from glmbatch.store.inputs.conditions import Possible, joined, outcomes_of
 
-# Kinds of values of which tables keep exact bounds; those of times may be cut to milliseconds.
-_EXACT = (
+# Kinds of values whose order is that of their bounds.
+_ORDERED = (
     pa.types.is_integer,
     pa.types.is_float32,
     pa.types.is_float64,
     pa.types.is_string,
     pa.types.is_date,
+    pa.types.is_timestamp,
     pa.types.is_decimal,
 )
 
@@ -88,7 +89,7 @@ def _possible(test: Test, bounds: Mapping[str, ColumnBounds], files: int) -> Pos
     kind = column.least.type
     if pa.types.is_floating(kind):  # NaN counts as null, and no bound tells of it
         has_null = all_may
-    if not any(is_kind(kind) for is_kind in _EXACT):
+    if not any(is_kind(kind) for is_kind in _ORDERED):
         return Possible(all_may, all_may, has_null)
     try:
         yes, no = within(test, column.least, column.greatest)

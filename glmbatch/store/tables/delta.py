@@ -16,6 +16,7 @@ import pyarrow as pa
 from glmbatch.errors import MACHINE_ERRNOS, GlmbatchError, InputError, TransientError, shown
 from glmbatch.store.errors import one_line
 from glmbatch.store.inputs.found import Found, Version
+from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.objects.access import storage_options
 from glmbatch.store.paths import AnyPath
 from glmbatch.store.tables.bounds import ColumnBounds
@@ -128,7 +129,9 @@ def _bounds(adds: pa.Table, columns: pa.Schema) -> dict[str, ColumnBounds]:
     bounds = {}
     for field in columns:
         names = [f"{what}.{field.name}" for what in ("min", "max", "null_count")]
-        if not pa.types.is_nested(field.type) and set(names) <= set(adds.column_names):
+        # Bounds of times may be cut to milliseconds.
+        is_exact = not pa.types.is_nested(field.type) and not pa.types.is_timestamp(field.type)
+        if is_exact and set(names) <= set(adds.column_names):
             parts = [adds.column(name).combine_chunks() for name in names]
             bounds[field.name] = ColumnBounds(*parts)
     return bounds
@@ -139,9 +142,11 @@ def _files(adds: pa.Table, partitions: list[str]) -> Iterator[TableFile]:
     values = {column: adds.column(f"partition.{column}") for column in partitions}
     for row, add in enumerate(adds.select(names).to_pylist()):
         path = add["path"]
+        # An address with a scheme is not below the folder, and is refused as it is.
+        name = path if "://" in path else unquote(path)
         yield TableFile(
-            # An address with a scheme is not below the folder, and is refused as it is.
-            name=path if "://" in path else unquote(path),
+            name=name,
             stamp=(add["size_bytes"], add["modification_time"]),
             partitions={column: kind[row].as_py() for column, kind in values.items()},
+            unsaid=dict.fromkeys(folder_columns(name).keys() - values.keys()),
         )

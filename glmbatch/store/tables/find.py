@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from glmbatch.errors import InputError, shown
 from glmbatch.settings.addresses import TABLE_SCHEME
+from glmbatch.settings.conditions import columns_of, parse_condition
 from glmbatch.settings.job import DataConfig
 from glmbatch.store.files import naming
 from glmbatch.store.folder import Folder
@@ -22,7 +23,7 @@ def find_input(data: DataConfig, version: Version | None = None) -> Found:
     number = data.version if version is None else version.number
     if data.input.startswith(TABLE_SCHEME):
         schema_id = None if version is None else version.schema_id
-        return find_iceberg(data.input, number, schema_id)
+        return find_iceberg(data.input, number, schema_id, _tested(data))
     folder = Folder(data.input).path
     with naming(SETTING):
         if is_marked(folder, LOG):
@@ -34,3 +35,10 @@ def find_input(data: DataConfig, version: Version | None = None) -> Found:
             f"data.version, or set {SETTING} to the folder of a Delta table or to an Iceberg table."
         )
     return find_files(data.input, follow_links=data.follow_links, lines=True)
+
+
+def _tested(data: DataConfig) -> set[str]:
+    """The columns that `data.where` tests; `text` in it may mean the text column."""
+    if data.where is None:
+        return set()
+    return {*columns_of(parse_condition(data.where)), data.text_column}

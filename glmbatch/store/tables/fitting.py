@@ -58,14 +58,13 @@ def differing(
     where: str,
     file: pa.Schema,
     table: pa.Schema,
-    folders: Collection[str],
+    given: Collection[str],
     unsaid: Mapping[str, str | None],
 ) -> str:
     """The columns of `table` that a file with the schema `file` has otherwise, or does not have.
 
-    Those that the names of its `folders` give need not be in it, but for those whose values are
-    `unsaid` (see `Found`). UnusableFile, naming `where`, when a column cannot be read as the
-    table's.
+    Those `given` by its folders' names need not be in it. `unsaid` is as in `Found`, for one file.
+    UnusableFile, naming `where`, when a column cannot be read as the table's.
     """
     ids = _ids_in(table)
     own = _by_names(file) if ids is None else _by_ids(where, file, table, ids)
@@ -87,7 +86,7 @@ def differing(
                 f"{where}: has no column {field.name!r}, which is {unsaid[field.name]!r} in the "
                 "table, and the names of its folders do not say so. Rewrite the table's files."
             )
-        elif field.name in folders and field.name not in unsaid:
+        elif field.name in given:
             continue
         fields.append(pa.field(field.name, written_type(field.type)))
     names = {} if ids is None else _changed_names(file, own)

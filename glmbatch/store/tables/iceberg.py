@@ -6,8 +6,12 @@ Uses the library pyiceberg, which finds the table in a catalogue and plans its f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+import struct
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
 
 from glmbatch.errors import InputError, some_of
 from glmbatch.settings.addresses import TABLE_SCHEME
@@ -16,6 +20,7 @@ from glmbatch.store.folder import Folder
 from glmbatch.store.inputs.find import SETTING
 from glmbatch.store.inputs.found import Found, Version
 from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.tables.bounds import ColumnBounds
 from glmbatch.store.tables.catalogs import (
     TableName,
     catalog_errors,
@@ -26,6 +31,7 @@ from glmbatch.store.tables.catalogs import (
 )
 from glmbatch.store.tables.fitting import Ids, table_columns
 from glmbatch.store.tables.table import TableFile, found_table
+from glmbatch.store.values import is_text
 
 if TYPE_CHECKING:
     from pyiceberg.manifest import DataFile
@@ -34,16 +40,23 @@ if TYPE_CHECKING:
     from pyiceberg.table import FileScanTask, Table
     from pyiceberg.table.name_mapping import MappedField
     from pyiceberg.table.snapshots import Snapshot
+    from pyiceberg.types import NestedField
 
 MAPPING = "schema.name-mapping.default"
 MOST_NAMED = 5
 
 
-def find_iceberg(address: str, number: int | None, schema_id: int | None = None) -> Found:
+def find_iceberg(
+    address: str,
+    number: int | None,
+    schema_id: int | None = None,
+    tested: Collection[str] = (),
+) -> Found:
     """The files of the Iceberg table iceberg:CATALOG/namespace.name at the snapshot `number`.
 
     Without a number, at its current one. The columns are those of the schema `schema_id`. Without
-    that, they are the table's own at its current snapshot, else those that the snapshot had.
+    that, they are the table's own at its current snapshot, else those that the snapshot had. Only
+    the columns `tested` by a condition get bounds.
 
     InputError when there is no such snapshot or schema, or when rows cannot be read from the files
     as they are.
@@ -56,15 +69,21 @@ def find_iceberg(address: str, number: int | None, schema_id: int | None = None)
         schema = _schema(name, table, snapshot, schema_id)
         _check_defaults(name, schema)
         specs = table.specs()
-        files = []
+        files, said = [], []
         for task in table.scan(snapshot_id=snapshot.snapshot_id).plan_files():
             _check_file(name, task)
-            values = _values(task.file, specs[task.file.spec_id], schema)
-            files.append(_file(task.file, table.location(), values, schema))
+            spec = specs[task.file.spec_id]
+            files.append(_file(task.file, table.location(), _values(task.file, spec, schema)))
+            said.append((task.file, _identities(spec, schema)))
         columns = table_columns(schema.as_arrow(), _mapped(name, table))
+        bounds = {
+            field.name: _bounds(field, columns.field(field.name).type, said)
+            for field in schema.fields
+            if field.name in tested
+        }
     root = Folder(_address(table.location())).path
     version = Version("Iceberg", snapshot.snapshot_id, str(name), schema.schema_id)
-    return found_table(root, version, files, columns)
+    return found_table(root, version, files, columns, bounds)
 
 
 def location_of(address: str) -> str:
@@ -179,16 +198,62 @@ def _values(file: DataFile, spec: PartitionSpec, schema: Schema) -> dict[str, st
     return values
 
 
-def _file(file: DataFile, place: str, values: dict[str, str | None], schema: Schema) -> TableFile:
+def _file(file: DataFile, place: str, values: dict[str, str | None]) -> TableFile:
     path = file.file_path.removeprefix(place.rstrip("/") + "/")
     folders = folder_columns(path)
-    # Writers name folders in a form of their own, such as null or two+words, or not at all.
-    # Their files have the columns themselves.
+    # Writers name folders in a form of their own, such as null or two+words, or not at all. A
+    # folder keeps the name that its column had. The files have the columns themselves.
     unsaid = {column: value for column, value in values.items() if value != folders.get(column)}
-    for column in folders.keys() & set(schema.column_names) - values.keys():
-        unsaid[column] = None
+    unsaid |= dict.fromkeys(folders.keys() - values.keys())
     stamp = (file.file_size_in_bytes, _print_of(file))
     return TableFile(path, stamp, unsaid=unsaid)
+
+
+def _bounds(
+    field: NestedField, kind: pa.DataType, said: Sequence[tuple[DataFile, dict[str, int]]]
+) -> ColumnBounds:
+    """The bounds of the column `field`, of the type `kind`, in each file.
+
+    With each file are the places of its identity partitions.
+    """
+    key = field.field_id
+    rows: list[tuple[Any, Any, int | None]] = []
+    for file, places in said:
+        if field.name in places:
+            value = file.partition[places[field.name]]
+            rows.append((value, value, file.record_count if value is None else 0))
+        else:
+            ends = ((part or {}).get(key) for part in (file.lower_bounds, file.upper_bounds))
+            least, greatest = (_bound(field, end) for end in ends)
+            rows.append((least, greatest, (file.null_value_counts or {}).get(key)))
+    lows, highs, nulls = zip(*rows, strict=True) if rows else ((), (), ())
+    return ColumnBounds(_array(lows, kind), _array(highs, kind), pa.array(nulls, pa.int64()))
+
+
+def _bound(field: NestedField, written: bytes | None) -> Any:
+    """The value of a bound as it is `written`; None if it says nothing."""
+    from pyiceberg.conversions import from_bytes
+    from pyiceberg.types import PrimitiveType
+
+    if written is None or not isinstance(field.field_type, PrimitiveType):
+        return None
+    try:
+        value = from_bytes(field.field_type, written)
+    except (struct.error, TypeError, ValueError):  # of a type that the column had before
+        return None
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """Values of pyiceberg as those of the type `kind`: dates and times are numbers there."""
+    if pa.types.is_date32(kind):
+        return pa.array(values, pa.int32()).view(kind)
+    if pa.types.is_timestamp(kind):
+        return pa.array(values, pa.int64()).view(kind)
+    try:
+        return pa.array(values, pa.string() if is_text(kind) else kind)
+    except (pa.ArrowException, TypeError, ValueError):  # no condition goes by bounds of this type
+        return pa.nulls(len(values), kind)
 
 
 def _print_of(file: DataFile) -> int:

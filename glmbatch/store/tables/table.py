@@ -7,7 +7,7 @@ records them, say whether it was published before, without a look at the file.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
@@ -24,8 +24,8 @@ class TableFile:
     """A file of a table: its name below the table's folder, and its stamp (size, time).
 
     `partitions` are the values that the table records for the partition columns that the file
-    itself does not have. They come out of Arrow, in the types of the table. `unsaid` has the
-    table's value for each column of which the names of folders say another one, or none.
+    itself does not have. They come out of Arrow, in the types of the table. `unsaid` is as in
+    `Found`, for one file.
     """
 
     name: str
@@ -54,6 +54,8 @@ def found_table(
             f"{shown(root)}: {version} has no files, so there are no rows to read; what was "
             f"published stays. Set data.version to an earlier one, or {SETTING}."
         )
+    # Names of folders outlive those of columns, and some stand for a transform of one.
+    hidden = {column for file in files for column in file.unsaid} - {*columns.names}
     order = pa.array(sorted(range(len(files)), key=lambda place: files[place].name))
     return Found(
         root=root,
@@ -63,7 +65,7 @@ def found_table(
         links=frozenset(),
         refused={},
         skipped=[],
-        version=version,
+        version=replace(version, hidden=tuple(sorted(hidden))),
         columns=columns,
         unsaid={file.name: file.unsaid for file in files if file.unsaid},
         bounds={name: column.take(order) for name, column in (bounds or {}).items()},
