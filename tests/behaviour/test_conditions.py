@@ -119,9 +119,12 @@ def test_a_condition_may_use_folders_and_earlier_scores(
     # The folder's value decides, although the file has the same bytes.
     source.parent.rename(source.parent.with_name("day=2"))
     assert counts(settings) == [(0, 0, ROWS), (0, 0, ROWS)]
-    source.parent.with_name("day=2").rename(source.parent.with_name("day=x"))
+    source.parent.with_name("day=2").rename(source.parent.with_name("day=True"))
+    conditioned(settings, "day = true", "day = false")
+    assert counts(settings) == [(0, ROWS, 0), (0, 0, ROWS)]
+    source.parent.with_name("day=True").rename(source.parent.with_name("day=x"))
     with pytest.raises(
-        InputError, match=r"column 'day' is 'x' here, which is compared with a numb"
+        InputError, match=r"column 'day' is 'x' here, which is compared with true or"
     ):
         run(settings)
 

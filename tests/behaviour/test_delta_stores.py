@@ -195,7 +195,7 @@ def test_six_writers_at_once_lose_no_commit(store: Store) -> None:
         for tries in range(1, 50):
             live = over.list_files()
             places = {name: store.path(f"out/{name}") for name in (*live, f"{number}.parquet")}
-            plan = plan_commit(over, places)
+            plan = plan_commit(over, places, None)
             if plan.known != live:  # another was faster between both looks at the table
                 continue
             try:

@@ -271,6 +271,8 @@ def test_verify_tests_each_row_of_the_source_anew(
         ("lenth > 3", "no column 'lenth'; it has ['id', 'text', 'length', 'secret', 'day']"),
         ("length = 'x'", "column 'length' holds int64, which cannot be compared as == 'x'"),
         ("day > 3", "day=2026-11-24: column 'day' is '2026-11-24' here, which is compared with"),
+        ("day = true", "'2026-11-24' here, which is compared with true or false. Set data.where."),
+        ("text = true", "column 'text' holds string, which cannot be compared as == True"),
         (
             "day = '2027-01-01'",
             "3 files, and no folder's name meets data.where: day = '2027-01-01'",

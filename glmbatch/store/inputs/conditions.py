@@ -53,8 +53,8 @@ def check_tests(
     """InputError when a column of `kinds` has a type that `condition` cannot test.
 
     `folders` are the columns that folder names give, with their values: texts that may be compared
-    with numbers if they spell one. `where` has the place of the columns and the setting of the
-    condition, for the message.
+    with a number, or with true and false, if they spell one. `where` has the place of the columns
+    and the setting of the condition, for the message.
     """
     given = folders or {}
     for test in tests_of(condition):
@@ -71,7 +71,7 @@ def check_tests(
 def _check_kind(test: Test, kind: pa.DataType) -> None:
     """InputError when a column of this type cannot be tested so, whatever its values are."""
     for value in _wanted(test):
-        if is_text(kind) and not pa.types.is_null(kind) and not isinstance(value, str | bool):
+        if is_text(kind) and not pa.types.is_null(kind) and not isinstance(value, str):
             raise _incomparable(test, kind, value)
     outcomes_of(test, pa.array([], kind))
 
@@ -159,8 +159,8 @@ def outcomes_of(test: Test, column: pa.Array) -> pa.Array:
     outcomes = None
     for value in _wanted(test):
         sides = values
-        if pa.types.is_large_binary(values.type) and not isinstance(value, str | bool):
-            sides = _numbers(test, values)  # of folder names; `check_tests` refuses other texts
+        if pa.types.is_large_binary(values.type) and not isinstance(value, str):
+            sides = _spelt(test, values, value)  # of folder names; `check_tests` refuses others
         try:
             outcome = SIGNS[_sign(test)](*_sides(sides, value, _sign(test)))
         except (TypeError, pa.ArrowException) as error:
@@ -188,20 +188,34 @@ def _incomparable(test: Test, kind: pa.DataType, value: Value) -> InputError:
     )
 
 
-def _numbers(test: Test, texts: pa.Array) -> pa.Array:
-    """The numbers that `texts` spell, null for NaN. InputError for one that spells none."""
+def _spelt(test: Test, texts: pa.Array, value: Value) -> pa.Array:
+    """What `texts` spell of the kind of `value`: numbers, null for NaN, or true and false.
+
+    InputError for one that spells none.
+    """
+    truth = isinstance(value, bool)
+    kind = pa.bool_() if truth else pa.decimal256(DIGITS, 30)
     encoded = texts.dictionary_encode()
-    numbers = []
-    for value in encoded.dictionary.to_pylist():
-        text = value.decode(errors="backslashreplace")
+    values = []
+    for written in encoded.dictionary.to_pylist():
+        text = written.decode(errors="backslashreplace")
         try:
-            number = Decimal(text)
-        except InvalidOperation as error:
+            values.append(_truth(text) if truth else _number(text))
+        except (InvalidOperation, KeyError) as error:
             raise InputError(
-                f"column {test.column!r} is {text!r} here, which is compared with a number"
+                f"column {test.column!r} is {text!r} here, which is compared with "
+                + ("true or false" if truth else "a number")
             ) from error
-        numbers.append(number if number.is_finite() else None)
-    return pa.array(numbers, pa.decimal256(DIGITS, 30)).take(encoded.indices)
+    return pa.array(values, kind).take(encoded.indices)
+
+
+def _number(text: str) -> Decimal | None:
+    number = Decimal(text)
+    return number if number.is_finite() else None
+
+
+def _truth(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
 
 
 def _having(test: Has, column: pa.Array) -> pa.Array:

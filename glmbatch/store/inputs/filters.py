@@ -39,7 +39,7 @@ from glmbatch.store.inputs.needs import folder_columns, in_file
 from glmbatch.store.lines.form import LINE_ERROR, is_lines
 from glmbatch.store.parquet import check_column, read_opened
 from glmbatch.store.tables.bounds import within, without_rows
-from glmbatch.store.tables.fitting import columns_in_file, fitted_rows
+from glmbatch.store.tables.fitting import columns_in_file, fitted_fields, fitted_rows
 from glmbatch.store.types import leaves
 
 SETTING = "data.where"
@@ -211,13 +211,17 @@ def kept_rows(
 def _places(
     file: pq.ParquetFile, columns: Sequence[str], fitted: str
 ) -> dict[str, tuple[int, pa.DataType]]:
-    """The places and types in `file` of those of `columns` that it has and that are not nested."""
+    """The places in `file` of those of `columns` that it has and that are not nested.
+
+    With each is the type that its values get.
+    """
     at = {leaf.path: place for place, leaf in enumerate(leaves(file))}
+    kinds = {field.name: field.type for field in fitted_fields(file.schema_arrow, fitted)}
     places = {}
     for column in columns:
         for name in columns_in_file([column], fitted):
             if name in at:
-                places[column] = at[name], file.schema_arrow.field(name).type
+                places[column] = at[name], kinds[column]
     return places
 
 

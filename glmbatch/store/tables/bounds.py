@@ -83,12 +83,12 @@ def _possible(test: Test, bounds: Mapping[str, ColumnBounds], files: int) -> Pos
     if test.column not in bounds:
         return Possible(all_may, all_may, all_may)
     column = bounds[test.column]
-    has_null = pc.greater(column.nulls, 0).fill_null(fill_value=True)
+    kind = column.least.type
+    has_null = all_may  # NaN counts as null, and no bound tells of it
+    if not pa.types.is_floating(kind):
+        has_null = pc.greater(column.nulls, 0).fill_null(fill_value=True)
     if isinstance(test, IsNull):
         return Possible(has_null, all_may, pc.invert(all_may))
-    kind = column.least.type
-    if pa.types.is_floating(kind):  # NaN counts as null, and no bound tells of it
-        has_null = all_may
     if not any(is_kind(kind) for is_kind in _ORDERED):
         return Possible(all_may, all_may, has_null)
     try:

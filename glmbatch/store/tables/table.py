@@ -55,7 +55,7 @@ def found_table(
             f"published stays. Set data.version to an earlier one, or {SETTING}."
         )
     # Names of folders outlive those of columns, and some stand for a transform of one.
-    hidden = {column for file in files for column in file.unsaid} - {*columns.names}
+    hidden = set().union(*(file.unsaid for file in files)) - {*columns.names}
     order = pa.array(sorted(range(len(files)), key=lambda place: files[place].name))
     return Found(
         root=root,

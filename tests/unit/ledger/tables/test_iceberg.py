@@ -216,7 +216,7 @@ def test_a_commit_between_plan_and_commit_is_transient(
     assert table is not None
     assert manifest is not None
     files = {file.output_name: out / file.output_name for file in manifest.files}
-    plan = plan_commit(table, files)
+    plan = plan_commit(table, files, None)
     catalog.load_table("shop.reviews").append(pa.table({"text": ["theirs"]}))
     with pytest.raises(TransientError, match="another commit came between"):
         commit_table(table, dict.fromkeys([*files, "b.parquet"], 3), plan)

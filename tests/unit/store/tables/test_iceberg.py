@@ -13,7 +13,9 @@ from pyiceberg.catalog import Catalog
 from pyiceberg.types import LongType
 
 from glmbatch.settings.conditions import columns_of, parse_condition
-from glmbatch.store.inputs.filters import left_out, row_filter
+from glmbatch.store.inputs.filters import kept_rows, left_out, row_filter
+from glmbatch.store.parquet import open_parquet
+from glmbatch.store.tables.fitting import differing
 from glmbatch.store.tables.iceberg import find_iceberg
 
 INSTANTS = [datetime.datetime(2026, 11, day, 23, 59, 59, 999_999) for day in (1, 2, 3)]
@@ -40,6 +42,7 @@ COLUMNS = {
         ("seen > '2026-11-02 23:59:59.999999'", {2}),
         ("sent <= '2026-11-01T23:59:59.999999Z'", {0}),
         ("share > 2", {1, 2}),
+        ("share is null", {0, 1, 2}),  # NaN counts as null
         ("name = 'bbbbbbbbbbbbbbbbbbbb'", {1, 2}),
         ("name is null", {2}),
         ("text > 'zzz' or small = 1", {0}),
@@ -61,6 +64,17 @@ def test_bounds_in_the_metadata_leave_files_out(
     gone = left_out(found, row_filter(where, "body", {}))
     opened = {row(found.root / name) for name in found.names if name not in gone}
     assert opened == kept
+
+
+def test_the_bounds_in_a_file_are_taken_in_the_tables_type(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"share": pa.array([0.1], pa.float32())}), path)
+    with open_parquet(path) as file:
+        own, table = file.schema_arrow, pa.schema([("share", pa.float64())])
+        fitted = differing("a.parquet", own, table, (), {})
+        condition = parse_condition("share > 0.1")  # as a float32 is, once it is a float64
+        kept = [rows.tolist() for rows in kept_rows(file, condition, str(path), fitted)]
+    assert kept == [[0]]
 
 
 def row(path: Path) -> int:
