@@ -32,12 +32,15 @@ from glmbatch.tuning.split import Labelled
 MOST_NAMED = 50  # labels in a default prompt; more would take the room of the text
 STEP = SCORED_AS
 DISTILLED = 0.7  # the share of TF-IDF in what random weights learn
-# Mixed texts for each row: ten of two pieces had a lower validation loss than three of three, on
-# 5,600 films (benchmarks/results/2026-11-27_cpu_random-weights.md). Each costs as much as a row,
-# and more rows need fewer of them, so the maximum bounds the time.
+# Mixed texts for each row in each epoch. Each costs as much as a row, and more rows need fewer of
+# them, so the maximum bounds the time.
 MIXED = 10
 MOST_MIXED = 60_000
-PIECES = 2  # of a mixed text
+# Epochs with mixed texts of their own, which bounds the memory; later epochs have them again.
+FRESH_EPOCHS = 4
+# Pieces of a mixed text. With two, nearly all pairs of words were in one row, and a new text has
+# mostly pairs that no row has (benchmarks/results/2026-11-27_cpu_random-weights.md).
+PIECES = 4
 
 
 class TrainingRow(NamedTuple):
@@ -47,7 +50,8 @@ class TrainingRow(NamedTuple):
 
     `soft` has a probability of each label to learn instead, if it is not empty. `place` is the
     row's file and number. An answer ends with the end token, and is empty for a
-    classifier. `text_is_cut` and `answer_is_cut` say whether the limits cut off an end.
+    classifier. `text_is_cut` and `answer_is_cut` say whether the limits cut off an end. Only the
+    epoch of this number, from 0, has the row; None stands for all.
     """
 
     ids: Any  # a sequence of ints; a numpy array takes a tenth of a list's memory
@@ -57,6 +61,7 @@ class TrainingRow(NamedTuple):
     text_is_cut: bool = False
     answer_is_cut: bool = False
     soft: Any = ()
+    epoch: int | None = None
 
     @property
     def length(self) -> int:
@@ -211,11 +216,21 @@ def taught(
     taught_rows = _with_soft(rows, (1 - share) * truth_RL + share * out_of_fold(known, labels))
     count = mixed_rows(config, len(rows))
     if count:
-        mixed = mixtures(examples, count, config.training.seed)
+        epochs = min(config.training.epochs, FRESH_EPOCHS)
+        mixed = mixtures(examples, count * epochs, config.training.seed)
         more = encode(mixed)
         judged_RL = judge(known, Seen(mixed, [row.ids for row in more]), labels)
-        taught_rows += _with_soft(more, judged_RL)
+        for at, row in enumerate(_with_soft(more, judged_RL)):
+            taught_rows.append(row._replace(epoch=at // count))
     return taught_rows
+
+
+def by_epoch(rows: Sequence[TrainingRow]) -> list[list[int]]:
+    """The places of the rows that each epoch has; epochs after the last one begin again."""
+    places: list[list[int]] = []
+    for epoch in range(1 + max(row.epoch or 0 for row in rows)):
+        places.append([at for at, row in enumerate(rows) if row.epoch in (None, epoch)])
+    return places
 
 
 def _with_soft(rows: Sequence[TrainingRow], soft_RL: np.ndarray) -> list[TrainingRow]:
@@ -233,7 +248,7 @@ def distilled_share(config: TuneConfig) -> float:
 
 
 def mixed_rows(config: TuneConfig, rows: int) -> int:
-    """The number of texts to mix from so many rows; the base must be local."""
+    """The number of texts to mix from so many rows for an epoch; the base must be local."""
     if not distilled_share(config) or not _is_random(config):
         return 0
     return min(MIXED * rows, MOST_MIXED)

@@ -30,7 +30,7 @@ from glmbatch.settings.job import (
     placeholders,
 )
 from glmbatch.settings.tuning import TuneConfig
-from glmbatch.tuning.baseline import Baseline, keep_baseline, same_for_all, score_baseline
+from glmbatch.tuning.baseline import Baseline, keep_baseline, score_baseline
 from glmbatch.tuning.encode import STEP, question_of, step_of, template_of, with_prompt
 from glmbatch.tuning.examples import Example
 from glmbatch.tuning.promote import template_of_current, without_learned
@@ -49,6 +49,7 @@ from glmbatch.tuning.report import (
 from glmbatch.tuning.scores import (
     SelectionScores,
     TextScores,
+    same_for_all,
     score,
     score_selections,
     score_texts,

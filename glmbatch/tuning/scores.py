@@ -288,3 +288,23 @@ def fit_temperature(logits_RL: np.ndarray, truth: np.ndarray) -> float:
         else:
             low = left
     return math.exp(-(low + high) / 2)
+
+
+def same_for_all(scores: Scores | SelectionScores, metric: str) -> str | list[str]:
+    """The answer that scores best if every row gets the same: a label, or several.
+
+    `scores` are any of the rows, for the number of rows of each label.
+    """
+    labels = sorted(scores.labels, key=lambda label: -scores.labels[label].rows)
+    if isinstance(scores, Scores):
+        return labels[0]
+    # Which rows have a label does not matter to answers that are the same for all.
+    rows = np.arange(scores.rows)[:, None]
+    truth_RL = rows < np.array([scores.labels[label].rows for label in labels])
+    best: tuple[list[str], float] = ([], 0.0)
+    for count in range(1, len(labels) + 1):  # the most frequent ones, whatever their number
+        guess_RL = np.broadcast_to(np.arange(len(labels)) < count, truth_RL.shape)
+        measured = getattr(score_arrays(truth_RL, guess_RL), metric)
+        if measured > best[1]:
+            best = (labels[:count], measured)
+    return best[0]

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from glmbatch.errors import InputError
 from glmbatch.settings.tuning import TuneConfig
-from glmbatch.tuning.encode import TrainingRow, distilled_share
+from glmbatch.tuning.encode import TrainingRow, by_epoch, distilled_share
 from glmbatch.tuning.model import IGNORED, pad
 from glmbatch.tuning.report import PROGRESS
 from glmbatch.tuning.scores import score, score_arrays
@@ -66,19 +66,23 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
-    """Every row once, with neighbours of similar length; the order depends only on (seed, epoch).
+    """The places of an epoch once each, with neighbours of similar length.
 
-    transformers' sampler uses the global generator, so a resumed epoch would get other batches.
+    `places` has those of each epoch; after the last, they begin again. The order depends only on
+    (seed, epoch): transformers' sampler uses a global generator, so resuming would change batches.
     """
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int], places: Sequence[Sequence[int]], batch: int, seed: int
+    ) -> None:
         self._lengths = lengths
+        self._places = places
         self._batch = batch
         self._seed = seed
         self._epoch = 0
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self._places[0])
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch. The Trainer calls it when an epoch begins or resumes."""
@@ -86,7 +90,8 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         dice = random.Random(f"{self._seed} {self._epoch}")
-        order = dice.sample(range(len(self._lengths)), len(self._lengths))
+        places = self._places[self._epoch % len(self._places)]
+        order = dice.sample(places, len(places))
         window = BATCHES_SORTED * self._batch
         batches = []
         for first in range(0, len(order), window):
@@ -112,7 +117,8 @@ class RowTrainer(Trainer):
             * self.args.gradient_accumulation_steps
             * self.args.world_size
         )
-        return LengthGroupedSampler([row.length for row in self._rows], step_rows, self.args.seed)
+        lengths = [row.length for row in self._rows]
+        return LengthGroupedSampler(lengths, by_epoch(self._rows), step_rows, self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -176,7 +182,7 @@ def make_trainer(
     folder: Path,
 ) -> RowTrainer:
     """A Trainer that saves to `folder` after each epoch and loads the best weights at the end."""
-    arguments = _arguments(config, len(rows), folder, model.device.type)
+    arguments = _arguments(config, len(by_epoch(rows)[0]), folder, model.device.type)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     trainer = RowTrainer(
         rows,

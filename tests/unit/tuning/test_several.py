@@ -20,11 +20,11 @@ from glmbatch.glm.checkpoint.load import read_checkpoint
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
 from glmbatch.settings.tuning import LabelledData
-from glmbatch.tuning.baseline import same_for_all, score_baseline
+from glmbatch.tuning.baseline import score_baseline
 from glmbatch.tuning.encode import TrainingRow
 from glmbatch.tuning.examples import PARTS, read_examples
 from glmbatch.tuning.finetune import begin, finetune
-from glmbatch.tuning.scores import fit_temperature, score_selections
+from glmbatch.tuning.scores import fit_temperature, same_for_all, score_selections
 from glmbatch.tuning.split import read_labelled
 from glmbatch.tuning.trainer import RowDataset, _row_losses, pad
 from tests.support import Tune, Write

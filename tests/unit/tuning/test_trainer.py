@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glmbatch.glm.checkpoint.load import load_model
-from glmbatch.tuning.encode import TrainingRow, mixed_rows, mixtures
+from glmbatch.tuning.encode import TrainingRow, by_epoch, mixed_rows, mixtures
 from glmbatch.tuning.examples import Example
 from glmbatch.tuning.trainer import LengthGroupedSampler, RowDataset, _row_losses, pad
 from tests.support import CAUSAL, Tune
@@ -35,7 +35,7 @@ def test_the_loss_of_answers_equals_transformers() -> None:
 
 def test_each_epoch_has_every_row_once_reordered() -> None:
     lengths = [7 * at % 50 for at in range(103)]
-    sampler = LengthGroupedSampler(lengths, batch=8, seed=1)
+    sampler = LengthGroupedSampler(lengths, [range(103)], batch=8, seed=1)
     orders = []
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
@@ -44,9 +44,21 @@ def test_each_epoch_has_every_row_once_reordered() -> None:
     assert orders[0] == orders[2] != orders[1]
 
 
+def test_each_epoch_has_mixed_texts_of_its_own() -> None:
+    rows = [TrainingRow([1], 0, "row")] * 3
+    rows += [TrainingRow([2], 0, "mixed", epoch=epoch) for epoch in (0, 0, 1, 1)]
+    sampler = LengthGroupedSampler([1] * 7, by_epoch(rows), batch=2, seed=1)
+    orders = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        orders.append(sorted(sampler))
+        assert len(sampler) == len(orders[-1])
+    assert orders == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]] * 2
+
+
 def test_rows_of_a_batch_have_similar_lengths() -> None:
     lengths = [7 * at % 50 for at in range(400)]
-    order = list(LengthGroupedSampler(lengths, batch=8, seed=1))
+    order = list(LengthGroupedSampler(lengths, [range(400)], batch=8, seed=1))
     for first in range(0, 400, 8):
         of_batch = [lengths[row] for row in order[first : first + 8]]
         assert max(of_batch) - min(of_batch) <= 1
