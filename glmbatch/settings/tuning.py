@@ -137,7 +137,8 @@ class TrainingConfig(Settings):
         description="Share of TF-IDF's probabilities in what a classifier learns beside the labels "
         "(distillation). Each row is judged by a TF-IDF that has not learned it. Empty: 0.7 over "
         "the random weights of make_base.py, otherwise 0. With a share, an epoch over such "
-        "weights also has ten mixed texts for each row, 60,000 at most, which TF-IDF alone judges.",
+        "weights also has ten mixed texts for each row, 60,000 at most, which TF-IDF alone judges. "
+        "Each of the first four epochs has others.",
     )
     patience: int | None = Field(
         None,

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.naive_bayes import MultinomialNB
 
 from glmbatch.cli.main import main
 from glmbatch.errors import InputError
@@ -149,6 +150,27 @@ def test_each_of_several_labels_is_judged(tmp_path: Path) -> None:
     probability_RL = judged(rows, ["x1", "x2", "x3", "y1", "y2"])
     chosen = (probability_RL > 0.5).sum(axis=1)
     assert (chosen == 2).all()
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_n_grams_are_weighted_as_by_naive_bayes(several: bool) -> None:
+    labels = sorted(WORDS)
+    rows = parts_of(labelled(240))["train"]
+    if several:
+        rows = [row._replace(several=(row.label,)) for row in rows]
+    features_RF = TfidfVectorizer().fit_transform([row.text for row in rows])
+    expected = []
+    for label in labels:
+        applies_R = np.array([row.label == label for row in rows])
+        bayes = MultinomialNB().fit(features_RF.sign(), applies_R)
+        weighted_RF = features_RF.multiply(np.diff(bayes.feature_log_prob_, axis=0)).tocsr()
+        regression = LogisticRegression(C=10, max_iter=1000).fit(weighted_RF, applies_R)
+        expected.append(regression.predict_proba(weighted_RF)[:, 1])
+    expected_RL = np.stack(expected, axis=1)
+    if not several:
+        expected_RL /= expected_RL.sum(axis=1, keepdims=True)
+    found_RL = module._weighted(features_RF, rows, labels, features_RF)
+    np.testing.assert_allclose(found_RL, expected_RL, atol=1e-6)
 
 
 def test_texts_without_features_leave_no_model(tmp_path: Path) -> None:
