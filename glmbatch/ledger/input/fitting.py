@@ -128,9 +128,9 @@ def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
         for fragment in plan.fragments
     }
     files = manifest.files if manifest is not None else ()
-    names = {file.output_name for file in files}
-    own = [file.output_name for file in stay]
-    typed = check_sources(table, sources, own, names, plan.version)
+    names = dict.fromkeys([file.output_name for file in files], False)
+    names |= dict.fromkeys([file.output_name for file in stay], True)
+    typed = check_sources(table, sources, names, plan.version)
     fragments = []
     for fragment in plan.fragments:
         fragments.append(fragment.model_copy(update={"typed": typed.get(fragment.source, "")}))

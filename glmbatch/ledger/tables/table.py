@@ -6,10 +6,11 @@ until the format's own tools delete them. Knows no jobs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from glmbatch.errors import InputError, shown
+from glmbatch.ledger.ledger import PUBLISHING
 from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt
 from glmbatch.ledger.tables import delta, iceberg
@@ -70,8 +71,7 @@ def table_in(root: Address) -> Table | None:
 def check_sources(
     table: Table,
     sources: Mapping[str, tuple[Address, str]],
-    staying: Sequence[str],
-    published: Collection[str],
+    published: Mapping[str, bool],
     version: Version | None,
 ) -> dict[str, str]:
     """Check that the Parquet files `sources` can be in one `table`.
@@ -79,12 +79,14 @@ def check_sources(
     They are the path of each by name, and what it has otherwise than the table that it comes from,
     at its `version`.
     Returns for each source the types that other files give to its columns without one, as
-    `typed_text`. Of the files `published`, by name, those `staying` stay in the table beside them.
-    InputError when the columns do not match, when others added files, or as `Table.read`.
+    `typed_text`. `published` says of each published file, by name, whether it stays beside them.
+    InputError when the columns do not match, when others changed the table, or as `Table.read`.
     """
     current = own_table(table, published)
+    staying = {name for name, stays in published.items() if stays}
+    _refuse_deleted(table, current, staying)
     # The table has the columns of its files, so their footers are not read.
-    others = set(staying) - current.files
+    others = staying - current.files
     files = {**sources, **{name: (table.root / name, "") for name in others}}
     form = FORMATS[table.format]
     schemas = {name: schema_of(form, *file) for name, file in files.items() if exists(file[0])}
@@ -115,6 +117,20 @@ def _refuse_others(table: Table, names: Collection[str]) -> None:
             )
 
 
+def _refuse_deleted(table: Table, current: Current, staying: Collection[str]) -> None:
+    """InputError if others deleted one of the files `staying`: the next commit puts it back."""
+    gone = sorted(set(staying) - current.files)
+    # Others may compact an Iceberg table, and its snapshots say what else they did.
+    if not gone or table.format != "delta" or current.columns is None:
+        return
+    if not exists(table.root / PUBLISHING):  # a killed run may have made the commit
+        raise InputError(
+            f"{table.where}: others deleted rows of the Delta table ({shown(gone[0])}). A "
+            "publication would put them back. Restore the last version of glmbatch. To remove "
+            "rows, change their sources, or remove these and set data.missing_sources to drop."
+        )
+
+
 def table_faults(table: Table, published: Collection[str]) -> Iterator[tuple[str, str]]:
     """What is wrong with a `table` over the files `published`: a name or "", and the fault.
 
@@ -123,7 +139,7 @@ def table_faults(table: Table, published: Collection[str]) -> Iterator[tuple[str
     files = table.list_files()
     advice = "; run the job again"
     try:
-        own_table(table, published)
+        _refuse_deleted(table, own_table(table, published), published)
     except InputError as error:  # the next run would be refused too
         yield "", str(error)
         advice = ""

@@ -68,6 +68,26 @@ def test_rows_of_a_deleted_file_may_be_dropped(
 
 
 @pytest.mark.parametrize("job", ["delta"], indirect=True)
+def test_rows_deleted_by_others_do_not_come_back(
+    write_source: Write, job: Job, out: Path, rows: list[str]
+) -> None:
+    for day in (1, 2):
+        write_source(f"day={day}/a.parquet", {"text": rows[4 * day : 4 * day + 4]})
+    run_job(job())
+    DeltaTable(out).delete("day = '1'")
+    for settings in ({}, {"data__where": "day = '2'"}):
+        with pytest.raises(InputError, match=r"others deleted rows of the Delta table \(day=1/a-"):
+            plan_run(job(**settings))
+    assert any("others deleted" in str(fault) for fault in verify(out).findings)
+    source = write_source("day=1/a.parquet", {"text": rows[4:6]})
+    assert run_job(job()).rows == 6, "its source says less now, and was read again"
+    DeltaTable(out).delete("day = '1'")
+    source.unlink()
+    assert run_job(job(data__missing_sources="drop")).rows == 4
+    assert verify(out).findings == ()
+
+
+@pytest.mark.parametrize("job", ["delta"], indirect=True)
 def test_an_optimized_table_can_be_restored_after_a_vacuum(
     write_source: Write, job: Job, out: Path, rows: list[str]
 ) -> None:
