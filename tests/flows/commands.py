@@ -13,10 +13,17 @@ from typing import Any
 
 import httpx
 
+from tests import forked
 from tests.support import ROOT, rows_of
 
 
 def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    """Run `python COMMAND` in a process that begins with its imports done."""
+    return forked.run(environment, *command)
+
+
+def run_new(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    """Run `python COMMAND` in a new Python."""
     return subprocess.run(
         [sys.executable, *command],
         env={**os.environ, **environment},
@@ -80,7 +87,13 @@ def log_lines(environment: dict[str, str]) -> list[str]:
     return [line["message"] for line in lines]
 
 
-def start(environment: dict[str, str], job: str) -> subprocess.Popen[bytes]:
+def start(environment: dict[str, str], job: str) -> forked.Program:
+    """Start `glmbatch run JOB` in a process that begins with its imports done."""
+    return forked.start(environment, "-m", "glmbatch.cli.main", "run", job)
+
+
+def start_new(environment: dict[str, str], job: str) -> subprocess.Popen[bytes]:
+    """Start `glmbatch run JOB` in a new Python."""
     command = [sys.executable, "-m", "glmbatch.cli.main", "run", job]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(

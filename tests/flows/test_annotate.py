@@ -21,7 +21,7 @@ import yaml
 from glmbatch.errors import AuditError
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
-from tests.flows.commands import artifacts, last_flow_run, log_lines, query, run, task_runs
+from tests.flows.commands import artifacts, last_flow_run, log_lines, query, run, run_new, task_runs
 from tests.support import (
     CAUSAL,
     CLASSIFY,
@@ -74,7 +74,8 @@ def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> str
 def test_a_second_run_takes_its_tasks_from_the_cache(
     prefect_server: dict[str, str], job_file: str, tmp_path: Path, out: Path
 ) -> None:
-    first = run(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
+    # Its imports last until the sources are old enough for their stamps to be recorded.
+    first = run_new(prefect_server, "-m", "glmbatch.cli.main", "run", job_file)
     assert first.returncode == 3, first.stderr
     assert "15 rows in 3 fragments" in first.stdout
     assert last_flow_run(prefect_server)["state_type"] == "COMPLETED"
@@ -92,7 +93,7 @@ def test_a_second_run_takes_its_tasks_from_the_cache(
     answers = ds.dataset(out, partitioning=None).to_table()
 
     importtime = ("-X", "importtime")
-    second = run(prefect_server, *importtime, "-m", "glmbatch.cli.main", "run", job_file)
+    second = run_new(prefect_server, *importtime, "-m", "glmbatch.cli.main", "run", job_file)
     assert second.returncode == 3, second.stderr
     assert not {"torch", "transformers", "pandas"} & imported(second.stderr), "seconds for nothing"
     assert "no inference was executed and no model was loaded" in second.stdout

@@ -27,6 +27,7 @@ import yaml
 from glmbatch.cli.server import own_server
 from glmbatch.ledger.verification import verify
 from tests.flows.commands import rows, start
+from tests.forked import Program
 from tests.soak.history import described, soak
 from tests.soak.runs import Flows
 from tests.support import Settings, Write, committed
@@ -54,7 +55,7 @@ def job_file(tmp_path: Path, job_settings: Settings, write_source: Write) -> Cal
     return write
 
 
-def beginning(process: subprocess.Popen[bytes], out: Path) -> float:
+def beginning(process: Program, out: Path) -> float:
     """The time at which the run locks its output. From then on it writes all the time."""
     while not (out / "_glmbatch" / "lock").exists() and process.poll() is None:
         time.sleep(0.01)

@@ -15,7 +15,7 @@ import yaml
 from glmbatch.ledger.verification import verify
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
-from tests.flows.commands import last_flow_run, log_lines, rows, run
+from tests.flows.commands import last_flow_run, log_lines, rows, run_new
 from tests.support import Settings, Write
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
@@ -93,7 +93,7 @@ def run_losing(
         path.write_text(yaml.safe_dump(job))
         places = {"PYTHONPATH": str(tmp_path / "site"), "LOST": str(lost), "LOSSES": str(losses)}
         places["FORWARDS"] = str(forwards)
-        return run({**prefect_server, **places}, "-m", "glmbatch.cli.main", "run", str(path))
+        return run_new({**prefect_server, **places}, "-m", "glmbatch.cli.main", "run", str(path))
 
     return run_job_losing
 

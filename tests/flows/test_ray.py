@@ -18,7 +18,7 @@ import yaml
 from glmbatch.ledger.verification import verify
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
-from tests.flows.commands import last_flow_run, rows, start
+from tests.flows.commands import last_flow_run, rows, start_new
 from tests.support import Settings, Write, committed
 
 # An import here would add seconds to the collection of tests.
@@ -95,7 +95,7 @@ def test_a_lost_engine_process_is_replaced(
 ) -> None:
     settings = yaml.safe_load(Path(job_file("threads")).read_text())
     run_job(JobConfig.model_validate(settings))
-    run = start(environment, job_file("out", cluster="ray", cluster_workers=2))
+    run = start_new(environment, job_file("out", cluster="ray", cluster_workers=2))
     wait_for_answers(run, tmp_path / "out", 5)
     lost = busy_engine(run)
     lost.kill()
@@ -115,7 +115,7 @@ def test_an_interrupted_run_leaves_no_ray_process(
     environment: dict[str, str], job_file: Callable[..., str], tmp_path: Path
 ) -> None:
     job = job_file("out", cluster="ray", cluster_workers=2)
-    run = start(environment, job)
+    run = start_new(environment, job)
     wait_for_answers(run, tmp_path / "out", 3)
     children = psutil.Process(run.pid).children(recursive=True)
     assert any("raylet" in _title(child) for child in children)
