@@ -1,8 +1,8 @@
 """Runs Python programs in forks of one process that has imported what most runs import.
 
 That takes most of the CPU seconds of a small run. A fork has its own environment, output and exit
-code, and can be killed, like any program. What a program imports, and what libraries read from the
-environment when they are imported, must be tested in a new Python.
+code, and can be killed, like any program. What a program imports, what libraries read from the
+environment when they are imported, and the options of Python must be tested in a new Python.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
+from tests.support import ROOT
+
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.preloaded"])
 
@@ -30,7 +32,9 @@ class Program:
 
     def __init__(self, environment: Mapping[str, str], arguments: tuple[str, ...], log: Path):
         everything = {**os.environ, **environment}
-        self._process = _FORKS.Process(target=_become, args=(arguments, everything, str(log)))
+        task = (arguments, everything, str(log))
+        # pytest ends daemons at its exit, and would wait for others, however long they take.
+        self._process = _FORKS.Process(target=_become, args=task, daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -68,6 +72,7 @@ def _become(arguments: tuple[str, ...], environment: Mapping[str, str], log: str
     """Turn this fork into `python ARGUMENTS`, which writes to `log`1 and `log`2."""
     assert "tests.preloaded" in sys.modules, "its imports failed"
     os.setsid()
+    os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
     for number in (1, 2):
