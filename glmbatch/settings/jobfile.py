@@ -64,7 +64,7 @@ MUST_BE = {
     "string": "text",
     "int": "a whole number",
     "float": "a number",
-    "finite_number": "a number other than infinity",
+    "finite_number": "a finite number",
     "bool": "true or false",
     "date": "a date, such as 2026-11-25",
     "list": "a list, such as [a, b]",

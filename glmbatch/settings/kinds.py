@@ -6,8 +6,9 @@ Reads no files and no environment.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -74,6 +75,40 @@ def value_for(name: str, given: float | Mapping[str, float] | None) -> float | N
     return given.get(name) if isinstance(given, Mapping) else given
 
 
+class _Misplaced:
+    """A value that pydantic would read as one of another type, but refuses in this guise."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types_in(part)
+
+
+def _misread(types: set[Any]) -> set[type]:
+    """The types of values that pydantic would read as a boolean, number or date of `types`."""
+    if bool in types:
+        return {int, float}
+    if date in types:  # as the seconds since 1970
+        return {bool, int, float}
+    return {bool} if types & {int, float} else set()
+
+
+def _marked(value: Any, misplaced: set[type]) -> Any:
+    """`value` with each part of the types `misplaced` marked."""
+    if isinstance(value, Mapping):
+        return {key: _marked(part, misplaced) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_marked(part, misplaced) for part in value]
+    return _Misplaced(value) if type(value) in misplaced else value
+
+
 class Settings(BaseModel):
     """Base class of all settings: frozen, and strict about unknown keys.
 
@@ -82,7 +117,11 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", json_schema_extra=_number_fields, hide_input_in_errors=True
+        frozen=True,
+        extra="forbid",
+        json_schema_extra=_number_fields,
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
     )
 
     @model_validator(mode="before")
@@ -93,3 +132,16 @@ class Settings(BaseModel):
                 if key in values and key not in cls.model_fields:
                     raise ValueError(f"{key} {place}")
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mark_misplaced(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        marked = dict(values)
+        for name, field in cls.model_fields.items():
+            key = field.alias or name
+            if key in values:
+                types = set(_types_in(field.annotation))
+                marked[key] = _marked(values[key], _misread(types))
+        return marked

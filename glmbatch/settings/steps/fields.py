@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -127,9 +126,6 @@ class FieldValue(Settings):
     def _check_bounds(self) -> None:
         if self.type not in ("integer", "number"):
             return
-        for bound in (self.minimum, self.maximum):
-            if isinstance(bound, float) and not math.isfinite(bound):
-                raise ValueError(f"a bound is {bound}; set a number, or leave it out for no bound")
         least, greatest = self.bounds
         if least > greatest:
             raise ValueError(

@@ -174,8 +174,9 @@ def _value(where: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decimals(where: str, step: Any) -> int:
+    is_number = isinstance(step, (int, float)) and not isinstance(step, bool)
     for decimals in range(10):
-        if isinstance(step, (int, float)) and step <= 1 and math.isclose(step, 10.0**-decimals):
+        if is_number and step <= 1 and math.isclose(step, 10.0**-decimals):
             return decimals
     raise ValueError(f"{where} has multipleOf {step!r}; only 1, 0.1, 0.01 and so on are read")
 

@@ -35,6 +35,17 @@ FOREIGN = (
     "must match",
 )
 
+BOOLEANS = (
+    "follow_links",
+    "engine_process",
+    "chat",
+    "multiple",
+    "log_probs",
+    "confidence",
+    "nullable",
+    "gradient_checkpointing",
+)
+
 STEPS: list[dict[str, Any]] = [
     {"kind": "classify", "name": "mood", "labels": ["a", "b"]},
     {"kind": "generate", "name": "reply", "temperature": 1.0},
@@ -111,3 +122,72 @@ def test_a_wrong_value_is_named_in_our_words(
                 shown = line.replace(repr(value), "")
                 assert not any(word in shown for word in FOREIGN), (value, line)
                 assert len(line) < 400, (value, line)
+
+
+def is_accepted(kind: type[BaseModel], settings: dict[str, Any], name: str, value: object) -> bool:
+    try:
+        parse_settings("job.yaml", settings, kind, {name: value})
+    except InputError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("kind", "settings", "name"), PLACES, ids=lambda x: str(x)[:60])
+def test_only_a_boolean_setting_takes_booleans(
+    kind: type[BaseModel], settings: dict[str, Any], name: str
+) -> None:
+    last = name.rpartition(".")[2]
+    assert is_accepted(kind, settings, name, True) == (last in BOOLEANS)
+    assert is_accepted(kind, settings, name, False) == (last in (*BOOLEANS, "number"))
+    if last in BOOLEANS:
+        assert not any(is_accepted(kind, settings, name, number) for number in (0, 1, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("data.version", True, "data.version: must be a whole number; it is True"),
+        ("data.version", 1.5, "data.version: must be a whole number; it is 1.5"),
+        ("data.limit", "true", "data.limit: must be a whole number; it is 'true'"),
+        ("data.today", 0, "data.today: must be a date, such as 2026-11-25; it is 0"),
+        ("data.follow_links", 1, "data.follow_links: must be true or false; it is 1"),
+        ("max_error_rate", False, "max_error_rate: must be a number; it is False"),
+        (
+            "report.price_per_hour",
+            math.inf,
+            "report.price_per_hour: must be a finite number; it is inf",
+        ),
+        (
+            "steps.0.abstain_below",
+            {"a": True},
+            "steps[0].abstain_below.a: must be a number; it is True",
+        ),
+        (
+            "canary",
+            {"file": "f", "max_change": True},
+            "canary.max_change: must be a number; it is True",
+        ),
+        (
+            "evaluate",
+            {"rows": "f", "least_score": {"mood": True}},
+            "evaluate.least_score.mood: must be a number; it is True",
+        ),
+        (
+            "evaluate",
+            {"rows": "f", "least_gain": False},
+            "evaluate.least_gain: must be a number; it is False",
+        ),
+    ],
+)
+def test_a_value_is_never_read_as_one_of_another_type(
+    name: str, value: object, message: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        parse_settings("job.yaml", JOB, JobConfig, {name: value})
+    assert str(error.value) == f"job.yaml: {message}"
+
+
+def test_whole_numbers_may_be_text_or_have_a_point() -> None:
+    for value in ("7", 7.0):
+        job = parse_settings("job.yaml", JOB, JobConfig, {"data.limit": value})
+        assert job.data.limit == 7
