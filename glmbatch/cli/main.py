@@ -13,9 +13,9 @@
     glmbatch snapshot URL FILE    write a database's table or query to a Parquet file
     glmbatch settings             list every setting of a job and of a training
 
-Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined rows, 130/143
-interrupted (run again to resume). Results go to stdout, progress and errors to stderr. Each command
-imports what it needs when it runs, so that `--help` stays fast.
+Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined rows, 4 done but the
+result cannot be shown, 130/143 interrupted (run again to resume). Results go to stdout, progress
+and errors to stderr. Each command imports what it needs when it runs, so that `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import TextIOWrapper
 
 from pydantic import BaseModel
 
+from glmbatch.cli.output import Unshown, accept_all_names, complain, show
 from glmbatch.cli.parser import job_overrides, make_parser, set_values
 from glmbatch.cli.snapshot import snapshot
 from glmbatch.errors import GlmbatchError, InputError, TransientError, counted
@@ -42,6 +42,7 @@ DONE = 0
 FAILED = 1
 BAD_INPUT = 2
 QUARANTINED = 3
+UNSHOWN = 4
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -68,33 +69,20 @@ def program() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # tests and notebooks replace the streams
-            # A file name that cannot be encoded must not fail a finished run.
-            stream.reconfigure(errors="backslashreplace")
-    parsed = make_parser().parse_args(arguments)
+    accept_all_names()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
+        parsed = make_parser().parse_args(arguments)
         with _logging_to_stderr(logging.INFO if parsed.verbose else logging.WARNING):
             return COMMANDS[parsed.command](parsed)
-    except InputError as error:
-        return _complain(error, BAD_INPUT)
     except GlmbatchError as error:
-        return _complain(error, FAILED)
-    except BrokenPipeError:
-        # `glmbatch ... | head` has read enough, and the work is done. Without this, Python would
-        # report the error again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        complain(error)
+        if isinstance(error, Unshown):
+            return UNSHOWN
+        return BAD_INPUT if isinstance(error, InputError) else FAILED
     except (KeyboardInterrupt, _Terminated) as error:
-        print("glmbatch: interrupted; run the same command again to resume.", file=sys.stderr)
+        complain("interrupted; run the same command again to resume.")
         return TERMINATED if isinstance(error, _Terminated) else INTERRUPTED
-
-
-def _complain(error: Exception, code: int) -> int:
-    for line in str(error).splitlines():
-        print(f"glmbatch: {line}", file=sys.stderr)
-    return code
 
 
 @contextmanager
@@ -117,7 +105,7 @@ def _logging_to_stderr(level: int) -> Iterator[None]:
 
 
 def _show(result: BaseModel, text: Callable[[], str], as_json: bool) -> None:
-    print(result.model_dump_json(indent=1) if as_json else text())
+    show(result.model_dump_json(indent=1) if as_json else text())
 
 
 def _run(parsed: argparse.Namespace) -> int:
@@ -164,7 +152,7 @@ def _doctor(parsed: argparse.Namespace) -> int:
     cache = RuntimeConfig().cache
     adapter = parsed.adapter and local_adapter(parsed.adapter, cache)
     diagnosis = examine(local_checkpoint(parsed.model, parsed.revision, cache), adapter=adapter)
-    print(describe(diagnosis))
+    show(describe(diagnosis))
     return BAD_INPUT if diagnosis.problems else DONE
 
 
@@ -188,7 +176,7 @@ def _canary(parsed: argparse.Namespace) -> int:
     from glmbatch.run.canary import freeze
 
     rows = freeze(parsed.output, parsed.file, parsed.rows)
-    print(
+    show(
         f"Saved {counted(rows, 'row')} of {parsed.output} with the answers in {parsed.file}. "
         f"Set `canary: {parsed.file}` in the job."
     )
@@ -202,7 +190,7 @@ def _train(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         from glmbatch.cli.train import shown_plan
 
-        print(shown_plan(config, as_json=parsed.json))
+        show(shown_plan(config, as_json=parsed.json))
         return DONE
     _set_prefect_defaults()
     with _raising_on_sigterm(), _prefect_server() as wait_for_server:
@@ -253,7 +241,7 @@ def _settings(_: argparse.Namespace) -> int:
     from glmbatch.settings.reference import describe_settings
     from glmbatch.settings.tuning import TuneConfig
 
-    print(describe_settings({"Job": JobConfig, "Training": TuneConfig}))
+    show(describe_settings({"Job": JobConfig, "Training": TuneConfig}))
     return DONE
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from glmbatch import __version__
+from glmbatch.cli.output import Parser
 from glmbatch.cli.snapshot import add_snapshot
 from glmbatch.errors import InputError
 from glmbatch.settings.job import JobConfig
@@ -33,7 +34,7 @@ EVERYDAY: dict[str, str | None] = {
 }
 
 
-class _Command(argparse.ArgumentParser):
+class _Command(Parser):
     """The parser of one command, which takes its options in any place.
 
     argparse's own would take `compare A B --set x=1 ROWS` for a comparison of A over B.
@@ -54,11 +55,11 @@ class _Command(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; the result names the command in `command`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="glmbatch",
         description="Classify and generate over Parquet files with ChatGLM2-6B.",
         epilog="Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 finished with quarantined "
-        "rows, 130/143 interrupted (run again to resume).",
+        "rows, 4 done but the result cannot be shown, 130/143 interrupted (run again to resume).",
     )
     parser.add_argument("--version", action="version", version=f"glmbatch {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help=LOG)
@@ -77,9 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
         return added
 
     run = command("run", "answer every row and publish the answers")
-    run.add_argument(
-        "--dry-run", action="store_true", help="only show what would run, like `glmbatch plan`"
-    )
+    dry = "only show what would run, like `glmbatch plan`"
+    run.add_argument("--dry-run", action="store_true", help=dry)
     _add_job(run)
     _add_job(command("plan", "show what would run and why; loads no model, writes nothing"))
     _add_doctor(command("doctor", "describe a checkpoint and its problems"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from glmbatch.cli.output import show
 from glmbatch.errors import InputError, counted
 
 
@@ -32,5 +33,5 @@ def snapshot(parsed: argparse.Namespace) -> int:
     query = parsed.query if parsed.table is None else table_query(parsed.table)
     taken = take_snapshot(parsed.address, query, parsed.key, parsed.file)
     end = "; unchanged" if taken.same else ""
-    print(f"{taken.file}: {counted(taken.rows, 'row')} of {counted(taken.columns, 'column')}{end}")
+    show(f"{taken.file}: {counted(taken.rows, 'row')} of {counted(taken.columns, 'column')}{end}")
     return 0

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from glmbatch.report.progress import Snapshot
 
@@ -85,9 +85,10 @@ def _cell(ended: threading.Event, newest: Newest) -> None:
 
 
 def _lines(ended: threading.Event, newest: Newest) -> None:
-    while not ended.wait(LINE_SECONDS):
-        sys.stderr.write(f"{describe_progress(newest())}\n")
-        sys.stderr.flush()
+    with suppress(OSError):  # such as a full disk, or a pipe whose reader has gone
+        while not ended.wait(LINE_SECONDS):
+            sys.stderr.write(f"{describe_progress(newest())}\n")
+            sys.stderr.flush()
 
 
 def describe_progress(progress: Snapshot) -> str:

@@ -17,6 +17,7 @@ from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 
+from glmbatch.cli.output import show
 from glmbatch.errors import GlmbatchError, InputError
 from glmbatch.view.published import CACHE, RowsChanged
 from glmbatch.view.query import Filters
@@ -144,11 +145,8 @@ def view(
     try:
         with _listening(port) as listening:
             port = listening.getsockname()[1]
-            print(f"Open http://{LOOPBACK}:{port}/{token}/ in a browser on this machine.")
-            print(
-                f"Corrections are kept in {viewer.corrections.file.parent}. Ctrl-C ends this.",
-                flush=True,
-            )
+            show(f"Open http://{LOOPBACK}:{port}/{token}/ in a browser on this machine.")
+            show(f"Corrections are kept in {viewer.corrections.file.parent}. Ctrl-C ends this.")
             # Without the log of accesses, which would have the token.
             config = uvicorn.Config(
                 make_app(viewer, token, port),
