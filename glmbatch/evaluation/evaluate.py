@@ -38,6 +38,7 @@ from glmbatch.settings.job import JobConfig
 from glmbatch.steps.inputs import schema_needs
 from glmbatch.store.frames import WHERE, as_frame
 from glmbatch.store.parquet import check_column
+from glmbatch.store.types import take_rows
 
 # Beside downloaded checkpoints. The answers may be deleted at any time.
 FOLDER = "evaluations"
@@ -89,17 +90,17 @@ def evaluate(  # noqa: PLR0913 - the options of the command
     names, known_R = known_by_step(rows, truths)
     asked = narrowed(settings, names, rows, every)
     folder = keep or own_folder(settings.runtime.cache)
-    answered = ask_about(table.filter(pa.array(known_R)), asked, rows, folder).spread(known_R)
+    known = take_rows(table, np.flatnonzero(known_R))
+    answered = ask_about(known, asked, rows, folder).spread(known_R)
     fits = calibrate is not None
-    found = tuple(
-        score_step(step, truths[step.name], answered, precisions, calibrate=fits)
-        for step in asked.steps
-    )
+    found = []
+    for step in asked.steps:
+        found.append(score_step(step, truths[step.name], answered, precisions, calibrate=fits))
     if calibrate is not None:
         write_calibration(calibrate, found, answered.keys)
     return Evaluation(
         rows=len(table),
-        steps=found,
+        steps=tuple(found),
         left_out=tuple(step.name for step in steps if step not in asked.steps),
         kept=str(folder),
         calibrated=None if calibrate is None else os.fspath(calibrate),

@@ -34,6 +34,7 @@ from glmbatch.store.types import (
     inner_arrays,
     leaves,
     parts_of,
+    take_rows,
     written_type,
 )
 
@@ -100,7 +101,7 @@ def source_rows(source: pq.ParquetFile, fragment: Fragment) -> Iterator[pa.Recor
     """
     for batch, holds in _tested(source, fragment, None):
         rows = fitted_rows(batch, fragment.fitted, None)
-        yield rows if holds is None else rows.filter(holds)
+        yield rows if holds is None else take_rows(rows, rows_where(holds))
 
 
 def kept_count(source: pq.ParquetFile, fragment: Fragment) -> int:

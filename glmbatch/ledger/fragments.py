@@ -29,6 +29,7 @@ from glmbatch.store.lines.stored import store_lines
 from glmbatch.store.parquet import TimeUnit, open_parquet, read_opened, readable, with_constants
 from glmbatch.store.paths import AnyPath
 from glmbatch.store.tables.fitting import columns_in_file, fitted_fields, fitted_rows
+from glmbatch.store.types import take_rows
 
 VARYING = re.compile(r"\[.*\]|'[^']*'|\d+")  # of a reason: what differs between files of one kind
 MAGIC = b"PAR1"  # begins every Parquet file that is not encrypted
@@ -262,7 +263,7 @@ def _read(
     for batch in read_opened(file, *rows, columns=columns, where=fragment.path, checked=True):
         within = places[(places >= begin) & (places < begin + batch.num_rows)] - begin
         if len(within):
-            yield batch.take(pa.array(within))
+            yield take_rows(batch, within)
         begin += batch.num_rows
 
 

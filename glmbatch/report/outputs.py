@@ -33,6 +33,7 @@ from glmbatch.report.summary import short
 from glmbatch.settings.columns import Columns
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import read_columns
+from glmbatch.store.types import take_rows
 from glmbatch.store.values import prompt_values
 
 # Few enough to read on one page.
@@ -251,7 +252,7 @@ def _failures(
     for step in steps:
         columns = Columns(step.name)
         rows = _numbers_of(pc.is_valid(table.column(columns.error)))
-        failed = table.take(pa.array(rows, pa.int64()))
+        failed = take_rows(table, rows)
         kinds = failed.column(columns.error_type).to_pylist()
         reasons = failed.column(columns.error).to_pylist()
         names: list[Any] = [None] * len(rows)

@@ -38,10 +38,11 @@ from glmbatch.steps.generate import Writing
 from glmbatch.steps.inputs import PromptInputs
 from glmbatch.steps.prompt import one_by_one
 from glmbatch.store.files import committed, real_path
-from glmbatch.store.inputs.needs import folder_columns
+from glmbatch.store.inputs.found import Version, given_columns
 from glmbatch.store.modes import narrow
 from glmbatch.store.parquet import open_parquet, with_constants, write_table
 from glmbatch.store.paths import AnyPath
+from glmbatch.store.types import take_rows, written_field
 
 # How much a label's score may change without counting: in bfloat16, other batches change it by
 # thousandths.
@@ -53,9 +54,10 @@ CASES = 5
 def freeze(output: str | Path, file: str | Path, rows: int) -> int:
     """Write up to `rows` published rows to `file`, and return how many were written.
 
-    Takes rows on which no step failed, spread over all files of `output`. Replaces `file`. Users
-    who may not read the published files may not read it either. InputError when there is no such
-    row, or when `file` is inside the output. UnusableFile when a published file was changed.
+    Takes rows on which no step failed, spread over all files of `output`, without the columns of
+    which these have types that do not go together. Replaces `file`. Users who may not read the
+    published files may not read it either. InputError when there is no such row, or when `file` is
+    inside the output. UnusableFile when a published file was changed.
     """
     ledger = Ledger(output)
     manifest = ledger.manifest()
@@ -70,11 +72,10 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
     tables = []
     rows_per_file = -(-rows // len(manifest.files))
     for published in manifest.files:
-        table = _read_published(ledger.root / published.output_name, published)
+        table = _read_published(ledger.root / published.output_name, published, manifest.version)
         # From every file, because the rows of one day may all be alike.
         tables.append(_spread(_without_faults(table, published.step_keys), rows_per_file))
-    # Files of different days may have different columns.
-    frozen = pa.concat_tables(tables, promote_options="permissive").slice(0, rows)
+    frozen = _joined(tables).slice(0, rows)
     if not len(frozen):
         raise InputError(f"{output}: every row has a fault, so there are no answers to freeze.")
     # Without the metadata, because the receipt of an output file would be wrong here.
@@ -85,7 +86,31 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
     return len(frozen)
 
 
-def _read_published(path: AnyPath, published: PublishedFile) -> pa.Table:
+def _joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all `tables`, with the columns that can be one in all of them."""
+    names: set[str] = set().union(*(table.column_names for table in tables))
+    joined = {name for name in names if _joins(name, tables)}
+    parts = []
+    for table in tables:  # files of different days may have different columns
+        parts.append(table.select([name for name in table.column_names if name in joined]))
+    return pa.concat_tables(parts, promote_options="permissive")
+
+
+def _joins(name: str, tables: Sequence[pa.Table]) -> bool:
+    schemas = []
+    for table in tables:
+        own = [field for field in table.schema if field.name == name]
+        if len(own) > 1:
+            return False
+        schemas.append(pa.schema(own))
+    try:
+        pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def _read_published(path: AnyPath, published: PublishedFile, version: Version | None) -> pa.Table:
     """The columns of a published file and of its folders' names. UnusableFile if it was changed."""
     try:
         with open_parquet(path) as opened:
@@ -98,8 +123,10 @@ def _read_published(path: AnyPath, published: PublishedFile) -> pa.Table:
             f"{path}: was changed after it was published, so its answers cannot be trusted. "
             "Run the job again."
         )
-    folders = folder_columns(published.output_name)
+    folders = given_columns(published.output_name, version)
     given = {name: folders[name] for name in folders if name not in table.column_names}
+    # Earlier outputs may have views, which do not go together with texts.
+    table = table.cast(pa.schema([written_field(field) for field in table.schema]))
     return with_constants(table, given)
 
 
@@ -107,13 +134,13 @@ def _without_faults(table: pa.Table, steps: Mapping[str, str]) -> pa.Table:
     sound = pa.array([True] * len(table), pa.bool_())
     for step in steps:
         sound = pc.and_(sound, table.column(Columns(step).error).is_null().combine_chunks())
-    return table.filter(sound)
+    return take_rows(table, pc.indices_nonzero(sound))
 
 
 def _spread(table: pa.Table, rows: int) -> pa.Table:
     """At most `rows` rows of `table`, evenly spread."""
     stride = max(1, len(table) // rows)
-    return table.take(pa.array(range(0, len(table), stride)[:rows], pa.int64()))
+    return take_rows(table, range(0, len(table), stride)[:rows])
 
 
 def check_canary(
@@ -186,7 +213,7 @@ def _rows_with_answer(question: Question, table: pa.Table) -> list[int]:
 def _audit(
     question: Question, whole: pa.Table, rows: Sequence[int], run: RunContext, max_change: float
 ) -> Audit:
-    table = whole.take(pa.array(rows, pa.int64()))
+    table = take_rows(whole, rows)
     values = source_values(question.inputs, table)
     # The frozen answers, not this run's, so that each step is judged alone.
     for name in question.inputs.earlier:

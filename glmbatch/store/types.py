@@ -2,6 +2,7 @@
 
 A type stays the same if Arrow can write it. A UUID becomes its text of 36 characters, because Spark
 refuses every file that contains a UUID. An ENUM becomes text, because Arrow reads it as bytes.
+Arrow's views of texts and bytes become these: Arrow (26.0) cannot write all of them, or take rows.
 Types that Arrow would write as bare bytes, such as DuckDB's intervals, are refused by name.
 """
 
@@ -9,15 +10,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from glmbatch.errors import UnusableFile
 
+Rows = TypeVar("Rows", pa.RecordBatch, pa.Table)
 COLUMN_ID = re.compile(rb"field.?id|columnMapping|iceberg", re.IGNORECASE)
 # Parquet's logical types that Arrow reads as what they are, or as bytes that no reader mistakes.
 CARRIED = frozenset(
@@ -76,8 +79,10 @@ def written_fields(file: pq.ParquetFile) -> list[pa.Field]:
 
 def written_type(kind: pa.DataType) -> pa.DataType:
     """The type of values of `kind` in the output."""
-    if isinstance(kind, pa.UuidType):
+    if isinstance(kind, pa.UuidType) or pa.types.is_string_view(kind):
         return pa.string()
+    if pa.types.is_binary_view(kind):
+        return pa.binary()
     return with_parts(kind, [written_field(part) for part in parts_of(kind)])
 
 
@@ -93,6 +98,20 @@ def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
     if isinstance(array.type, pa.BaseExtensionType):
         return converted(array.storage, kind)
     return _converted_nested(array, kind)
+
+
+def take_rows(rows: Rows, places: Sequence[int] | np.ndarray) -> Rows:
+    """The rows at `places`, in their order. Arrow itself takes none from columns of views."""
+    places = np.asarray(places, np.int64)
+    try:
+        return rows.take(pa.array(places))
+    except pa.ArrowNotImplementedError:
+        runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+        parts = [rows.slice(run[0], len(run)) for run in runs if len(run)] or [rows.slice(0, 0)]
+        if isinstance(rows, pa.Table):
+            return pa.concat_tables(parts).combine_chunks()
+        columns = [pa.concat_arrays(column) for column in zip(*parts, strict=True)]
+        return pa.RecordBatch.from_arrays(columns, schema=rows.schema)
 
 
 def _needs_parts(kind: pa.DataType) -> bool:

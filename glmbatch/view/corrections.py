@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from glmbatch.errors import InputError
 from glmbatch.settings.columns import Columns
@@ -26,6 +27,7 @@ from glmbatch.store.locks import exclusive
 from glmbatch.store.modes import narrow
 from glmbatch.store.parquet import open_parquet, write_table
 from glmbatch.store.paths import AnyPath
+from glmbatch.store.types import take_rows
 from glmbatch.view.published import Published, ViewedStep
 
 FILE = "corrections.parquet"
@@ -59,7 +61,8 @@ class Corrections:
         names = [Columns(step.name).key, *columns]
         if table is None or not {step.name, *names} <= set(table.column_names):
             return None
-        return table.filter(table.column(step.name).is_valid()).select(names)
+        known = pc.indices_nonzero(table.column(step.name).is_valid())
+        return take_rows(table.select(names), known)
 
     def texts(self, step: ViewedStep, column: str | None) -> list[str]:
         """The values of `column` in the rows that have a truth of `step`; [] without them."""
@@ -214,7 +217,7 @@ def _changed(  # noqa: PLR0913, PLR0917 - a row, and its truth
     kept = [True] * len(table)
     for row in (new, *same):
         kept[row] = any(table.column(name)[row].is_valid for name in steps)
-    return table.filter(pa.array(kept, pa.bool_()))
+    return take_rows(table, pc.indices_nonzero(pa.array(kept)))
 
 
 def _has_key(table: pa.Table, name: str) -> bool:

@@ -153,3 +153,20 @@ def test_freezing_ignores_files_without_rows(
     )
     run(frozen)
     assert freeze(tmp_path / "out", tmp_path / "more.parquet", 5) == 5
+
+
+def test_columns_that_differ_between_files_are_not_frozen(
+    write_source: Write, job_settings: Settings, tmp_path: Path, rows: list[str]
+) -> None:
+    for name, other in (("a", 1), ("b", "x"), ("c", None)):
+        write_source(f"{name}.parquet", {"text": rows[:2], "other": [other] * 2, "id": [1, 2]})
+    twice = pa.Table.from_arrays([pa.array(rows[:1]), pa.array([3])] * 2, ["text", "id"] * 2)
+    run(job_settings(steps=job_settings()["steps"][:1]))
+    assert freeze(tmp_path / "out", tmp_path / "canary.parquet", 6) == 6
+    columns = pq.read_schema(tmp_path / "canary.parquet").names
+    assert {"text", "id"} < {*columns}
+    assert "other" not in columns
+    write_source("d.parquet", twice.rename_columns(["text", "id", "note", "note"]))
+    run(job_settings(steps=job_settings()["steps"][:1]))
+    assert freeze(tmp_path / "out", tmp_path / "canary.parquet", 6) == 6
+    assert "note" not in pq.read_schema(tmp_path / "canary.parquet").names
