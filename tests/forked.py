@@ -38,6 +38,11 @@ class Program:
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+        self._log = log
+
+    def output(self, number: int) -> str:
+        """What it wrote to descriptor 1 or 2 so far."""
+        return Path(f"{self._log}{number}").read_text()
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -48,24 +53,27 @@ class Program:
             raise subprocess.TimeoutExpired(str(self.pid), seconds or 0)
         return self._process.exitcode
 
+    def kill(self) -> None:
+        """Kill it alone, if it has not ended."""
+        self._process.kill()
 
-def start(environment: Mapping[str, str], *arguments: str) -> Program:
-    """Start `python ARGUMENTS`, whose output is dropped."""
-    return Program(environment, arguments, Path(os.devnull))
+
+def start(environment: Mapping[str, str], *arguments: str, log: Path = Path(os.devnull)) -> Program:
+    """Start `python ARGUMENTS`, whose output is dropped, or goes to files named after `log`."""
+    return Program(environment, arguments, log)
 
 
 def run(environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` to its end: `-m MODULE ...`, `-c CODE ...` or `FILE ...`."""
     with tempfile.TemporaryDirectory() as folder:
-        program = Program(environment, arguments, Path(folder) / "log")
+        program = start(environment, *arguments, log=Path(folder) / "log")
         try:
             code = program.wait(400)
         finally:
             if program.poll() is None:
                 with suppress(ProcessLookupError):
                     os.killpg(program.pid, signal.SIGKILL)
-        out, err = ((Path(folder) / f"log{number}").read_text() for number in (1, 2))
-        return subprocess.CompletedProcess(arguments, code, out, err)
+        return subprocess.CompletedProcess(arguments, code, program.output(1), program.output(2))
 
 
 def _become(arguments: tuple[str, ...], environment: Mapping[str, str], log: str) -> None:

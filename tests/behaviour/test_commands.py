@@ -54,7 +54,7 @@ def run_forked(
 
 
 def run(
-    command: str | list[str], folder: Path, server: Mapping[str, str] | None = None
+    command: str, folder: Path, server: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run `command` from the checkout's root, with Prefect's home in `folder`.
 
@@ -69,7 +69,7 @@ def run(
     }
     return subprocess.run(
         command,
-        shell=isinstance(command, str),
+        shell=True,
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -186,8 +186,9 @@ def test_the_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_python_examples_run(page: str, tmp_path: Path) -> None:
+    environment = {"PREFECT_HOME": str(tmp_path / "prefect")}
     for code in blocks(page, "python"):
-        done = run([sys.executable, "-c", code.replace("/tmp/", f"{tmp_path}/")], tmp_path)
+        done = forked.run(environment, "-c", code.replace("/tmp/", f"{tmp_path}/"))
         assert done.returncode == 0, done.stderr
 
 

@@ -171,7 +171,7 @@ def test_a_stopped_holder_commits_nothing_once_another_ran(
         is_commit = "_delta_log/" in request.key and request.method == "PUT"
         return is_commit and request.key.endswith("2.json")  # after that of the new column
 
-    with stopped_holder(store, job, at, error=b"another commit came between"):
+    with stopped_holder(store, job, at, error="another commit came between"):
         # What was published before, so that no file of the table changes.
         store.put("in/day=1/a.parquet", pa.table({"text": DAYS[1]}))
         store.put("in/day=3/b.parquet", pa.table({"text": ["of an earlier day"]}))

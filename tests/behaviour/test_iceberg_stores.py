@@ -127,7 +127,7 @@ def test_a_stopped_holder_commits_nothing_once_another_ran(
     def at(request: Request) -> bool:
         return request.method == "PUT" and request.key.endswith(".metadata.json")
 
-    with stopped_holder(store, job, at, error=b"another commit came between"):
+    with stopped_holder(store, job, at, error="another commit came between"):
         store.put("in/a.parquet", older)
         run(job)
         snapshots = catalog.load_table("shop.reviews").snapshots()

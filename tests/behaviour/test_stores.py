@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -32,8 +31,9 @@ from glmbatch.settings.job import JobConfig
 from glmbatch.store.files import digest_file
 from glmbatch.store.locks import StoreLock
 from glmbatch.store.objects.reading import kept
+from tests import forked
 from tests.stores import Request, Store
-from tests.support import CAUSAL, ROOT, Settings, Write, run, some
+from tests.support import CAUSAL, Settings, Write, run, some
 
 pytestmark = pytest.mark.slow
 DAYS = {1: [f"row {n}" for n in range(12)], 2: ["one", None, "three"]}
@@ -223,7 +223,6 @@ def test_the_next_run_finishes_a_killed_publication(
     with pytest.raises(InputError):  # everything is staged, so the next process needs no model
         run(job)
     free(store, "killed")
-    command = [sys.executable, "-c", RUN, json.dumps(job)]
 
     def harm(request: Request) -> str | None:
         if request.method == "PUT" and request.key.startswith("killed/day="):
@@ -232,8 +231,8 @@ def test_the_next_run_finishes_a_killed_publication(
         return None
 
     store.harm = harm
-    with subprocess.Popen(command, cwd=ROOT) as process:
-        assert process.wait() == -signal.SIGKILL
+    process = forked.start({}, "-c", RUN, json.dumps(job))
+    assert process.wait(120) == -signal.SIGKILL
     store.calm()
     with pytest.raises(InputError, match=rf"process {process.pid} of .* is writing to it"):
         run(job)
@@ -251,7 +250,7 @@ STALLING = RUN.replace(
 
 @contextmanager
 def stopped_holder(
-    store: Store, job: dict[str, Any], at: Callable[[Request], bool], error: bytes
+    store: Store, job: dict[str, Any], at: Callable[[Request], bool], error: str
 ) -> Iterator[None]:
     """A run of `job` that stands still `at` a request, until the block has run.
 
@@ -262,30 +261,25 @@ def stopped_holder(
     def harm(request: Request) -> None:
         if at(request):
             store.harm = lambda request: None
-            process.send_signal(signal.SIGSTOP)
+            os.kill(process.pid, signal.SIGSTOP)
             stopped.set()
             goes_on.wait(120)
 
     store.harm = harm
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        subprocess.Popen(
-            [sys.executable, "-c", STALLING, json.dumps(job)], cwd=ROOT, stderr=subprocess.PIPE
-        ) as process,
-    ):
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        process = forked.start({}, "-c", STALLING, json.dumps(job), log=Path(folder) / "log")
         patch.setattr(StoreLock.__init__, "__defaults__", (0.3, 2, None))
         try:
             assert stopped.wait(120)
             time.sleep(3)
             yield
             goes_on.set()
-            process.send_signal(signal.SIGCONT)
-            _, written = process.communicate(timeout=120)
+            os.kill(process.pid, signal.SIGCONT)
+            assert process.wait(120) > 0
         finally:
             goes_on.set()
             process.kill()
-    assert process.returncode > 0
-    assert error in written
+        assert error in process.output(2)
 
 
 @pytest.mark.parametrize("last", ["day=1/", "_manifest.json"])
@@ -297,7 +291,7 @@ def test_a_stopped_holder_changes_nothing_once_another_ran(
     def at(request: Request) -> bool:
         return request.method == "PUT" and request.key.startswith(f"stopped/{last}")
 
-    with stopped_holder(store, job, at, error=b"this run stopped writing"):
+    with stopped_holder(store, job, at, error="this run stopped writing"):
         store.put("in/day=1/a.parquet", pa.table({"text": ["newer", "rows"]}))
         store.put("in/day=2/a.parquet", pa.table({"text": [None, "and others"]}))
         run(job)

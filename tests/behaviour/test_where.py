@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -32,6 +31,7 @@ from glmbatch.settings.job import JobConfig
 from glmbatch.store.inputs.filters import kept_rows
 from glmbatch.view.published import read_published
 from glmbatch.view.rows import Rows
+from tests import forked
 from tests.stores import Store
 from tests.support import CLASSIFY, Settings, Write, column_of, read_quarantine, rows_of, run
 
@@ -299,13 +299,15 @@ def test_a_killed_run_with_a_filter_ends_as_its_twin(
     job = tmp_path / "job.yaml"
     job.write_text(yaml.safe_dump(job_settings(**settings)))
     moments = random.Random(7)
+    ends = []
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", RUN, str(job)])
+        process = forked.start({}, "-c", RUN, str(job))
         while not (out / "_glmbatch" / "lock").exists() and process.poll() is None:
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 1.5))
         process.kill()
-        process.wait()
+        ends.append(process.wait())
+    assert -signal.SIGKILL in ends
     run(job_settings(**settings))
     assert rows_of(out) == rows_of(twin)
     assert sound(out)

@@ -25,6 +25,7 @@ from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.receipts import AnswersReceipt, BundleReceipt
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
+from tests import forked
 from tests.support import ROOT, Settings, Write, some
 
 # Runs each job in its own process, which dies, as by kill -9, before or after its n-th change of a
@@ -35,12 +36,6 @@ from glmbatch.ledger import manifest
 from glmbatch.settings.job import JobConfig
 from glmbatch.run.job import run_job
 manifest.INLINE_FILES = 0
-# Once, before the processes are forked: everything that a run imports.
-from glmbatch.glm.checkpoint import load
-from glmbatch.glm import tokenizer
-from glmbatch.glm.engine import worker
-from glmbatch.glm.model import decode_kernel
-from transformers import GlmForCausalLM, GlmForSequenceClassification
 
 def dying(call, deadly, after, seen):
     def counted(*arguments, **options):
@@ -54,7 +49,7 @@ def dying(call, deadly, after, seen):
                 os._exit(9)
     return counted
 
-for settings, deadly, moment in json.loads(sys.stdin.read()):
+for settings, deadly, moment in json.loads(sys.argv[1]):
     process = os.fork()
     if not process:
         seen = []
@@ -68,10 +63,8 @@ for settings, deadly, moment in json.loads(sys.stdin.read()):
 
 
 def dying_runs(*runs: tuple[dict[str, Any], int, str]) -> str:
-    command = [sys.executable, "-c", DYING_RUNS]
-    done = subprocess.run(
-        command, input=json.dumps(runs), capture_output=True, text=True, cwd=ROOT, check=True
-    )
+    done = forked.run({}, "-c", DYING_RUNS, json.dumps(runs))
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
@@ -100,7 +93,7 @@ def test_killed_anywhere_the_next_run_gives_the_same_output(
         )
     )
     assert 12 < steps < 60
-    moments = some(range(1, steps + 1), 12)
+    moments = some(range(1, steps + 1), 8)
     folders = [tmp_path / f"killed-{deadly}" for deadly in moments]
     runs = [
         (

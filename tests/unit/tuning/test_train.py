@@ -29,6 +29,7 @@ from glmbatch.tuning.model import build_model
 from glmbatch.tuning.processes import train_together
 from glmbatch.tuning.report import PROGRESS, TRAINER
 from glmbatch.tuning.train import train_here
+from tests import forked
 from tests.support import CAUSAL, ROOT, Tune
 from tests.unit.glm.checkpoints import edit_config
 from tests.unit.tuning.runs import trained, weights
@@ -160,12 +161,12 @@ def saved(run: Path) -> set[str]:
 
 def kill_after_a_save(config: TuneConfig, run: Path, delay_seconds: float) -> bool:
     """Train in a process, and kill it `delay_seconds` after a checkpoint; False if it ended."""
-    process = subprocess.Popen([sys.executable, "-c", KILLED, config.model_dump_json()], cwd=ROOT)
+    process = forked.start({}, "-c", KILLED, config.model_dump_json())
     before = saved(run)
     while process.poll() is None and not saved(run) - before:
         time.sleep(0.005)
     if process.poll() is not None:
-        assert process.returncode == 0
+        assert process.wait() == 0
         return False
     time.sleep(delay_seconds)
     os.kill(process.pid, signal.SIGKILL)
