@@ -12,7 +12,6 @@ import pyarrow as pa
 
 from glmbatch.errors import InputError
 from glmbatch.ledger.tables.types import (
-    HINT,
     TableFormat,
     common_type,
     filled,
@@ -77,18 +76,24 @@ def fitted(
     if table is not None and not schemas:
         partitions = table.partitions
     columns = pa.schema(
-        [*_one_schema(form, schemas), *(pa.field(name, pa.string()) for name in partitions)]
+        [
+            *_one_schema(form, schemas, form.advice),
+            *(pa.field(name, pa.string()) for name in partitions),
+        ]
     )
     if table is None:
         return Columns(_all_typed(columns), partitions), True
+    advice = form.another
+    if some_stay:
+        advice = f"{advice} If files that stay differ from the others, too: {form.advice}"
     if schemas and table.partitions != partitions:
         raise InputError(
             f"{where}: its partition columns are {table.partitions}, those of this run "
-            f"{partitions}. Set data.output."
+            f"{partitions}. {advice}"
         )
     before = table_schema(form, where, table.schema)
     try:
-        both = _one_schema(form, {"the table": before, "this run": columns})
+        both = _one_schema(form, {"the table": before, "this run": columns}, advice)
         return Columns(_all_typed(both), partitions), True
     except InputError as error:
         if some_stay or form.grows:
@@ -126,7 +131,7 @@ def _partition_columns(form: TableFormat, added: Added) -> list[str]:
         if columns != first[1]:
             raise InputError(
                 f"{name}: its folders give the columns {columns}, those of {first[0]} give "
-                f"{first[1]}, but {form.a_table} has one set. Set data.format to parquet."
+                f"{first[1]}, but {form.a_table} has one set. {form.advice}"
             )
     return first[1] if first else []
 
@@ -135,11 +140,11 @@ def _all_typed(schema: pa.Schema) -> pa.Schema:
     return pa.schema([pa.field(field.name, filled(field.type)) for field in schema])
 
 
-def _one_schema(form: TableFormat, schemas: Mapping[str, pa.Schema]) -> pa.Schema:
+def _one_schema(form: TableFormat, schemas: Mapping[str, pa.Schema], advice: str) -> pa.Schema:
     """The columns of all files together; a file that lacks a column reads as null there.
 
     A column of type null in one file gets its type from the others. InputError when two files give
-    a column different types, or when names differ only in case.
+    a column different types, or when names differ only in case, which ends with `advice`.
     """
     kinds: dict[str, tuple[str, pa.DataType]] = {}
     folded: dict[str, str] = {}
@@ -148,14 +153,14 @@ def _one_schema(form: TableFormat, schemas: Mapping[str, pa.Schema]) -> pa.Schem
             if (other := folded.setdefault(field.name.casefold(), field.name)) != field.name:
                 raise InputError(
                     f"{name}: {form.a_table} cannot have both columns {field.name!r} and "
-                    f"{other!r}: readers ignore case. {HINT}"
+                    f"{other!r}: readers ignore case. {advice} Or leave one out of the input."
                 )
             first, kind = kinds.get(field.name, (name, field.type))
             common = common_type(kind, field.type, grows=form.grows)
             if common is None:
                 raise InputError(
                     f"{name}: column {field.name!r} has the type {field.type}, but {kind} in "
-                    f"{first}; {form.a_table} has one type. {form.advice}"
+                    f"{first}; {form.a_table} has one type. {advice}"
                 )
             # A message about another type names the file that gave the column its type.
             kinds[field.name] = (first if common == kind else name, common)

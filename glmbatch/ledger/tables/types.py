@@ -31,31 +31,34 @@ WIDER = {
     pa.uint32(): pa.int64(),
     pa.date64(): pa.date32(),
 }
-HINT = "Set data.format to parquet, or leave the column out."
+PLAIN = "Set data.format to parquet and data.output to a new folder"
 
 
 @dataclass(frozen=True, slots=True)
 class TableFormat:
     """A table format: its `name`, what `a_table` is called, and its `wider` types for others.
 
-    `advice` is what to do when a column's type cannot change in a table. If it `grows`, its
-    columns never change but for more fields in a struct, because older versions share them.
+    `advice` is what to do when no such table can hold the files, `another` when this one cannot.
+    If it `grows`, its columns never change but for more fields in a struct, because older versions
+    share them.
     """
 
     name: str
     a_table: str
     wider: Mapping[pa.DataType, pa.DataType]
     advice: str
+    another: str
     grows: bool = False
 
 
-DELTA = TableFormat("Delta Lake", "a Delta table", WIDER, "Set data.format to parquet.")
+DELTA = TableFormat("Delta Lake", "a Delta table", WIDER, f"{PLAIN}.", "Set data.output.")
 # It has no integers of less than 32 bits.
 ICEBERG = TableFormat(
     "Iceberg",
     "an Iceberg table",
     {**WIDER, **dict.fromkeys((pa.int8(), pa.int16(), pa.uint8()), pa.int32())},
-    "Set data.table to a new name, or data.format to parquet.",
+    f"{PLAIN}, without data.table.",
+    "Set data.table to a new name.",
     grows=True,
 )
 FORMATS = {"delta": DELTA, "iceberg": ICEBERG}
@@ -89,7 +92,7 @@ def _field(form: TableFormat, where: str, field: pa.Field) -> pa.Field:
     if kind is None:
         raise InputError(
             f"{where}: column {field.name!r} has the type {field.type}, which {form.name} does not "
-            f"have. {HINT}"
+            f"have. {form.advice} Or leave the column out of the input."
         )
     return pa.field(field.name, kind, nullable=True)
 

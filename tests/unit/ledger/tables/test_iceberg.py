@@ -177,6 +177,47 @@ def test_columns_and_fields_are_added_and_types_stay(
         run_job(again)
 
 
+def test_advice_about_columns_works_when_followed(
+    write_source: Write, catalog: Catalog, job: Job, tmp_path: Path, rows: list[str]
+) -> None:
+    folder = r"Set data.format to parquet and data.output to a new folder, without data.table\."
+    other = r"Set data.table to a new name\."
+    plain = {"data__output": str(tmp_path / "plain"), "data__format": "parquet"}
+    plain["data__table"] = None
+    write_source("a.parquet", {"text": rows[:3], "n": [1, 2, 3]})
+    run_job(job())
+    write_source("a.parquet", {"text": rows[:3], "n": ["1", "2", "3"]})
+    with pytest.raises(InputError, match=f"'n' has the type string, but int64.*{other}"):
+        run_job(job())
+    renamed = {"data__table": "lake/shop.renamed"}
+    run_job(job(**renamed))
+    write_source("b.parquet", {"text": rows[3:5], "n": [4, 5]})
+    with pytest.raises(InputError, match=f"int64, but string.*{other} If .*{folder}"):
+        run_job(job(**renamed))
+    with pytest.raises(InputError, match=f"(int64, but string|string, but int64).*{folder}"):
+        run_job(job(data__table="lake/shop.again"))
+    run_job(job(**plain))
+    hours = pa.array([1, 2], pa.duration("s"))
+    write_source("b.parquet", {"text": rows[3:5], "n": ["4", "5"], "took": hours})
+    ways = f"{folder} Or leave the column out of the input"
+    with pytest.raises(InputError, match=f"'took' has the type duration.*{ways}"):
+        run_job(job(**renamed))
+    write_source("b.parquet", {"text": rows[3:5], "n": ["4", "5"]})
+    run_job(job(**renamed))
+    write_source("b.parquet", {"text": rows[3:5], "n": ["4", "5"], "N": ["4", "5"]})
+    with pytest.raises(InputError, match=f"ignore case. {folder} Or leave one out of the input"):
+        run_job(job(**renamed))
+    (tmp_path / "in/b.parquet").unlink()
+    write_source("day=1/a.parquet", {"text": rows[3:5], "n": ["4", "5"]})
+    with pytest.raises(InputError, match=f"but an Iceberg table has one set. {folder}"):
+        run_job(job(data__table="lake/shop.again"))
+    (tmp_path / "in/a.parquet").unlink()
+    gone = {"data__missing_sources": "drop"}
+    with pytest.raises(InputError, match=f"its partition columns are .*{other}"):
+        run_job(job(**renamed, **gone))
+    run_job(job(data__table="lake/shop.days", **gone))
+
+
 def test_tables_of_others_are_left_alone(
     write_source: Write, catalog: Catalog, job: Job, out: Path, rows: list[str], tmp_path: Path
 ) -> None:
