@@ -28,7 +28,7 @@ def notify(event: str, run: str, message: str, block: str | None = None) -> str:
 
 
 @flow(name="resume", flow_run_name="resume {run}")
-def resume(run: UUID, most_attempts: Annotated[int, Field(ge=1, le=20)] = 3) -> bool:
+def resume(run: UUID, most_attempts: Annotated[int, Field(strict=True, ge=1, le=20)] = 3) -> bool:
     """Restart a crashed run of a deployment with the same parameters; committed work is reused.
 
     Returns whether it was restarted.

@@ -103,15 +103,20 @@ def _gone(plan: Plan) -> Callable[[str], bool]:
 
 
 class Filtered(BaseModel, frozen=True, extra="forbid"):
-    """What the condition `where` left out: all rows of `sources`, and `rows` of other sources."""
+    """What the condition `where` left out: all rows of `sources`, and `rows` of other sources.
+
+    `all_rows` if no row of any source meets it.
+    """
 
     where: str
     sources: int
     rows: int
+    all_rows: bool = False
 
     def __str__(self) -> str:
         sources, rows = counted(self.sources, "file"), counted(self.rows, "row")
-        return f"{self.where}: leaves out {sources}, and {rows} of others"
+        end = "; no row meets it" if self.all_rows else ""
+        return f"{self.where}: leaves out {sources}, and {rows} of others{end}"
 
 
 def filtered(plan: Plan, unchanged: Sequence[PublishedFile] = ()) -> Filtered | None:
@@ -120,7 +125,8 @@ def filtered(plan: Plan, unchanged: Sequence[PublishedFile] = ()) -> Filtered | 
         return None
     parts: list[Fragment | PublishedFile] = [*plan.fragments, *unchanged]
     rows = sum(part.covered - part.rows for part in parts)
-    return Filtered(where=plan.where, sources=len(plan.left_out), rows=rows)
+    all_rows = not any(part.rows for part in parts)
+    return Filtered(where=plan.where, sources=len(plan.left_out), rows=rows, all_rows=all_rows)
 
 
 def mixture(

@@ -220,8 +220,10 @@ def test_a_file_without_a_readable_line_keeps_its_rows(
     (folder / "good.csv").write_bytes(b"text\nfine\n")
     summary = run(lines_job())
     assert (summary.rows, summary.faulty_rows, summary.unusable) == (3, 2, ())
-    named = [line for line in caplog.messages if "without a header" in line]
-    assert len(named) == 1 and named[0].startswith(f"{folder}/empty.csv: is empty")
+    assert sorted(line for line in caplog.messages if "is empty" in line) == [
+        f"{folder}/empty.csv: is empty, without a header: counts as 0 rows",
+        f"{folder}/empty.jsonl: is empty: counts as 0 rows",
+    ]
     assert [line["error"] for line in read_quarantine(out)] == [
         "line 1: is not JSON at character 1: Expecting value: oops",
         "line 3: is not JSON at character 1: Expecting value: oh",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from prefect.exceptions import ParameterTypeError
 from prefect.flows import Flow
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import ValidationError, validate
@@ -142,3 +144,9 @@ def test_the_server_refuses_what_the_settings_refuse(
     with pytest.raises(ValidationError) as refused:
         validate({"job": job}, schema, raise_on_error=True)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("attempts", [True, 0, 21, 10**30, 2.5, "many"])
+def test_a_number_of_starts_that_is_none_is_refused(attempts: object) -> None:
+    with pytest.raises(ParameterTypeError, match="most_attempts: Input should be"):
+        resume.validate_parameters({"run": uuid4(), "most_attempts": attempts})

@@ -206,6 +206,16 @@ def test_the_plan_says_what_the_filter_leaves_out(days: None, job_settings: Sett
     assert f"where {where}: leaves out 2 files, and 21 rows of others" in describe_plan(plan)
 
 
+def test_a_filter_that_no_row_meets_is_named(days: None, job_settings: Settings) -> None:
+    settings = job_settings(steps=[CLASSIFY], data__where="length > 1000")
+    plan = preview(JobConfig.model_validate(settings))
+    summaries = [run(settings), run(settings)]
+    for told in (describe_plan(plan), *map(describe, summaries)):
+        assert told.startswith("0 rows in ")
+        assert "; no row meets it\n" in told
+    assert [left_out(told) for told in summaries] == [left_out(plan)] * 2
+
+
 def test_a_limit_counts_rows_that_are_kept(night: Night, out: Path) -> None:
     assert night("length > 20", data__limit=12).rows == 12
     assert column_of(out, "id") == [*range(2421, 2430), 2521, 2522, 2523]

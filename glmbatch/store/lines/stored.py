@@ -107,14 +107,16 @@ def _columns(path: AnyPath, form: Form, stamp: tuple[int, ...]) -> list[str]:
     with _opened(path, form, stamp) as lines:
         if form.kind == "csv":
             columns = dict.fromkeys(csv_header(lines, form))
-            if not columns and not form.columns:  # stored once more, with the columns of the job
-                logger.warning("%s: is empty, without a header: counts as 0 rows", shown(path))
+            empty = "is empty, without a header" if not columns else ""
         else:
-            columns = {}
+            columns, empty = {}, "is empty"
             for record in records_of(lines, form):
+                empty = ""
                 columns.update(dict.fromkeys(record.fields))
                 if len(columns) > MOST_COLUMNS:
                     raise UnusableFile(f"its lines have more than {MOST_COLUMNS:,} different keys")
+    if empty and not form.columns:  # stored once more, with the columns of the job
+        logger.warning("%s: %s: counts as 0 rows", shown(path), empty)
     for field in OWN_FIELDS:
         if field.name in columns:
             raise UnusableFile(f"has a column {field.name!r}, which glmbatch adds. Rename it")
