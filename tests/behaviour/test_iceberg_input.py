@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from pyiceberg.typedef import Record
 from glmbatch.errors import InputError
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.verification import verify
+from glmbatch.run.preview import preview
+from glmbatch.settings.job import JobConfig
 from tests.support import CLASSIFY, Settings, rows_of, run
 
 INPUT = "iceberg:lake/shop.reviews"
@@ -151,3 +154,21 @@ def test_files_with_other_rows_or_of_other_kinds_are_refused(
     add_file(table, path, partition=first.partition, spec_id=first.spec_id, **kind)
     with pytest.raises(InputError, match=f"^lake/shop.reviews: has {message}"):
         run(job())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_defaults_of_earlier_rows_are_refused_by_the_plan(
+    inside: bool, catalog: Catalog, job: Settings, rows: list[str]
+) -> None:
+    columns = pa.table({"text": rows[:1], "part": [{"a": 1}]})
+    table = catalog.create_table("shop.parts", columns.schema)
+    table.append(columns)
+    place = Path(catalog.load_table("shop.parts").metadata_location)
+    metadata = json.loads(place.read_text())
+    for schema in metadata["schemas"]:
+        field = schema["fields"][1]["type"]["fields"][0] if inside else schema["fields"][0]
+        field["initial-default"] = 7 if inside else "none"
+    place.write_text(json.dumps(metadata))
+    column = "part.a" if inside else "text"
+    with pytest.raises(InputError, match=f"the column '{column}' has a default .*new table"):
+        preview(JobConfig.model_validate(job(data__input="iceberg:lake/shop.parts")))
