@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,7 +25,7 @@ from prefect.exceptions import PrefectException
 from glmbatch.report.facts import errors_by_reason
 from glmbatch.report.markdown import markdown
 from glmbatch.report.report import read_report
-from glmbatch.store.files import url_of
+from glmbatch.store.files import real_path
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +77,17 @@ def show_report(output: str, run: str) -> None:
         create_markdown_artifact(markdown(report), key="annotate", description=f"run {run}")
         create_table_artifact(errors, key="annotate-errors", description="errors by reason")
         create_link_artifact(
-            url_of(report.summary.report),
+            _url_of(report.summary.report),
             "the report of the run",
             key="annotate-report",
             description=report.summary.report,
         )
+
+
+def _url_of(address: str) -> str:
+    """A URL with which a browser can open the file `address`."""
+    path = real_path(address)
+    return path.as_uri() if isinstance(path, Path) else str(path)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from glmbatch.errors import InputError
 from glmbatch.evaluation.compare import compare
 from glmbatch.evaluation.results import Comparison, DifferingAnswer
 from glmbatch.settings.jobfile import load_job
-from glmbatch.store.files import committed, writable
+from glmbatch.store.files import check_file, committed
 from glmbatch.store.parquet import write_table
 
 TEXT = pa.string()
@@ -39,6 +39,8 @@ def compare_parsed(parsed: argparse.Namespace) -> Comparison:
             f"{parsed.job}: there is nothing to compare it with. Name a second job, or change a "
             "setting with --set."
         )
+    if parsed.differences is not None:
+        check_file("--differences", parsed.differences)
     given = flag_values(parsed)
     found = compare(
         load_job(parsed.job, given),
@@ -61,7 +63,7 @@ def write_differences(path: Path, differences: tuple[DifferingAnswer, ...]) -> N
             values = [None if value is None else _as_text(value) for value in values]
         columns.append(pa.array(values, field.type))
     table = pa.table(columns, SCHEMA)
-    with writable(path), committed(path) as partial:
+    with committed(path) as partial:
         write_table(partial, SCHEMA, iter(table.to_batches()), {})
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 from glmbatch.errors import GlmbatchError, InputError, some_of
 from glmbatch.evaluation.bootstrap import groups_of
 from glmbatch.evaluation.checkpoint import learned_rows
-from glmbatch.evaluation.confidence.calibrate import check_writable, write_calibration
+from glmbatch.evaluation.confidence.calibrate import write_calibration
 from glmbatch.evaluation.results import Evaluation
 from glmbatch.evaluation.steps import Answered, score_step
 from glmbatch.evaluation.truth import (
@@ -36,6 +36,7 @@ from glmbatch.run.work import confidence_keys
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import JobConfig
 from glmbatch.steps.inputs import schema_needs
+from glmbatch.store.files import check_file
 from glmbatch.store.frames import WHERE, as_frame
 from glmbatch.store.parquet import check_column
 from glmbatch.store.types import take_rows
@@ -77,7 +78,7 @@ def evaluate(  # noqa: PLR0913 - the options of the command
     calibration of all steps. InputError if no step has a truth, and as for `annotate_table`.
     """
     if calibrate is not None:
-        check_writable(calibrate)
+        check_file("--calibrate", calibrate)
     began = time.monotonic()
     settings = measured_settings(job)
     steps, given = settings.steps, truth or {}

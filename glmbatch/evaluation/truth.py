@@ -19,6 +19,7 @@ from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
 from glmbatch.settings.steps.fields import ExtractField
 from glmbatch.settings.tuning import LabelledData
+from glmbatch.store.errors import one_line
 from glmbatch.store.inputs.labelled import labelled_files
 from glmbatch.store.inputs.needs import folder_columns
 from glmbatch.store.parquet import open_parquet, with_constants
@@ -84,7 +85,8 @@ def read_labelled_rows(
         rows = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(
-            f"{address}: its files have columns of other types: {error}. Give them one by one."
+            f"{address}: its columns cannot be joined: {one_line(error)}. Give columns of one name "
+            "one type, and no file two of them."
         ) from error
     if not rows.num_columns:
         lacks, has = some_of(sorted(wanted)), some_of([*names])
@@ -270,14 +272,14 @@ def _labels(values: pa.ChunkedArray) -> list[str | None]:
 
 
 def _label_lists(values: pa.ChunkedArray) -> list[list[str] | None]:
-    """Lists of labels, each as in `_labels` and without nulls; a label alone is a list of one."""
+    """Lists of labels, each as in `_labels`; a label is a list of one. None if one is null."""
     if not is_list(values.type):
         return [None if label is None else [label] for label in _labels(values)]
     labels = iter(_labels(pc.list_flatten(values)))
     lists: list[list[str] | None] = []
     for length in pc.list_value_length(values).to_pylist():
-        held = {label for label in islice(labels, length or 0) if label is not None}
-        lists.append(None if length is None else sorted(held))
+        held = {*islice(labels, length or 0)}
+        lists.append(None if length is None or None in held else sorted(filter(None, held)))
     return lists
 
 

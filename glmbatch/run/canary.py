@@ -37,7 +37,7 @@ from glmbatch.steps.extract import Extraction
 from glmbatch.steps.generate import Writing
 from glmbatch.steps.inputs import PromptInputs
 from glmbatch.steps.prompt import one_by_one
-from glmbatch.store.files import committed, real_path
+from glmbatch.store.files import check_file, committed, real_path
 from glmbatch.store.inputs.found import Version, given_columns
 from glmbatch.store.modes import narrow
 from glmbatch.store.parquet import open_parquet, with_constants, write_table
@@ -59,6 +59,9 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
     published files may not read it either. InputError when there is no such row, or when `file` is
     inside the output. UnusableFile when a published file was changed.
     """
+    if rows < 1:
+        raise InputError(f"--rows {rows}: a canary needs at least one row. Set --rows.")
+    check_file("FILE", file)
     ledger = Ledger(output)
     manifest = ledger.manifest()
     if manifest is None or not manifest.files:

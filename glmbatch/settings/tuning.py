@@ -229,8 +229,9 @@ class TuneConfig(Settings):
         ["base", "current", "baseline"],
         description="What the result must score higher than to be promoted, on the same test rows "
         "and by more than chance explains. base: the model before the training, asked with the "
-        "labels named. current: the checkpoint promoted before. baseline: TF-IDF, where that is "
-        "better than the same answer to every row. All of them are scored anyway.",
+        "labels named; one whose head has other labels cannot be asked, and need not be beaten. "
+        "current: the checkpoint promoted before. baseline: TF-IDF, where that is better than the "
+        "same answer to every row. All of them are scored anyway.",
     )
     least_test_rows: int = Field(
         100,

@@ -177,12 +177,6 @@ def whole_address(address: str) -> str:
     return os.path.abspath(path) if isinstance(path, Path) else address
 
 
-def url_of(address: str) -> str:
-    """A URL with which a browser can open the file `address`."""
-    path = real_path(address)
-    return path.as_uri() if isinstance(path, Path) else str(path)
-
-
 def digest_file(address: Address, stamp: tuple[int, ...] | None = None) -> str:
     """The SHA-256 of a file in hexadecimal.
 
@@ -328,20 +322,27 @@ def reachable(path: Address) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read: {reason}. Set data.output.") from error
 
 
+def check_file(what: str, file: str | os.PathLike[str]) -> None:
+    """InputError when a command cannot write the `file` that `what` names, before hours of work."""
+    path = Path(file).expanduser().absolute()
+    above = next(folder for folder in path.parents if folder.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{what} {file}: no file can be written there. Name another place.")
+
+
 @contextmanager
-def writable(path: Address) -> Iterator[None]:
-    """Turn the system's errors of writing `path` into ours.
+def writable(path: Address, setting: str = "data.output") -> Iterator[None]:
+    """Turn the system's errors of writing `path`, which `setting` names, into ours.
 
     InputError if only the caller can fix it, else TransientError, for example for a full disk.
     """
     try:
-        with naming("data.output"):
+        with naming(setting):
             yield
     except OSError as error:
-        reason = (
-            str(error) if error.errno is None else os.strerror(error.errno)
-        )  # Arrow's own text is three lines
+        # Arrow's own text is three lines.
+        reason = str(error) if error.errno is None else os.strerror(error.errno)
         if error.errno in UNWRITABLE or isinstance(error, FileExistsError | FileNotFoundError):
             way = "Remove what is in its place, or set" if error.errno in BLOCKED else "Set"
-            raise InputError(f"{path}: cannot be written: {reason}. {way} data.output.") from error
+            raise InputError(f"{path}: cannot be written: {reason}. {way} {setting}.") from error
         raise TransientError(f"{path}: cannot be written: {reason}.") from error

@@ -168,7 +168,7 @@ def keep_baseline(baseline: Baseline | None, columns: Sequence[str], folder: Pat
     if baseline is None or baseline.model is None:
         return None
     partial = folder.with_name(f".{folder.name}")
-    with writable(folder):
+    with writable(folder, "output"):
         if not folder.is_dir():
             shutil.rmtree(partial, ignore_errors=True)  # of a killed evaluation
             partial.mkdir(parents=True)

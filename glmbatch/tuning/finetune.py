@@ -90,7 +90,7 @@ def begin(config: TuneConfig) -> str:
     labelled = read_labelled(config.data, template_of(config))
     with_metric(config, labelled)  # refuses one that cannot score these rows
     run = _folder(config, labelled)
-    with writable(run):
+    with writable(run, "output"):
         run.mkdir(parents=True, exist_ok=True)
     return str(run)
 

@@ -67,7 +67,7 @@ def make_current(output: Path, run: str) -> None:
     """Point OUTPUT/current to the run of this name; readers see either the old or the new run."""
     # A link cannot be changed in place, but a rename replaces it atomically.
     link = output / f".{CURRENT}"
-    with writable(output / CURRENT):
+    with writable(output / CURRENT, "output"):
         link.unlink(missing_ok=True)
         link.symlink_to(Path(RUNS) / run)
         os.replace(link, output / CURRENT)
@@ -83,7 +83,7 @@ def prune(output: Path, keep: int) -> None:
             runs.append(folder)
     runs.sort(key=lambda run: (run / REPORT).stat().st_mtime_ns, reverse=True)
     for folder in runs[keep:]:
-        with writable(folder):
+        with writable(folder, "output"):
             shutil.rmtree(folder)
         logger.info("%s: deleted (keep_runs)", folder)
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from glmbatch.errors import InputError, counted
+from glmbatch.errors import InputError, counted, some_of
+from glmbatch.settings.kinds import equal_but_for_case
 from glmbatch.settings.tuning import LabelledData, TuneConfig
 from glmbatch.tuning.examples import PARTS, TEXT_ALONE, Example, Part, read_examples
 
@@ -96,7 +97,7 @@ def read_labelled(
     if data.response_column is None:  # a text may have several good answers, but only one label
         used = _without_conflicts(rows.examples)
         conflicting = len(rows.examples) - len(used)
-        _check_labels(data, used)
+        _check_labels(data, used, conflicting)
     split = split_by_text(used, data)
     if data.split_column is not None:
         split = _split_as_given(used, rows.given)
@@ -198,7 +199,12 @@ def _count_labels(split: Mapping[Part, Sequence[Example]]) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def _check_labels(data: LabelledData, examples: Sequence[Example]) -> None:
+def _check_labels(data: LabelledData, examples: Sequence[Example], conflicting: int) -> None:
+    """InputError unless the labels can be learned; `conflicting` rows were left out before."""
+    if not examples:
+        raise InputError(
+            f"{data.input}: every text has several labels. Correct column {data.label_column!r}."
+        )
     texts: dict[str, set[str]] = defaultdict(set)
     for example in examples:
         for name in example.names:
@@ -210,8 +216,14 @@ def _check_labels(data: LabelledData, examples: Sequence[Example]) -> None:
         )
     if len(texts) < 2 and examples[0].several is None:
         raise InputError(
-            f"{data.input}: all rows have the label {next(iter(texts), None)!r}. "
-            "Add rows with another label."
+            f"{data.input}: all rows have the label {next(iter(texts), None)!r}"
+            f"{_but_for(conflicting)}. Add rows with another label."
+        )
+    alike = equal_but_for_case([*texts])
+    if alike:
+        raise InputError(
+            f"{data.input}: labels in column {data.label_column!r} differ only in case: "
+            f"{some_of(alike)}. Write them alike."
         )
     if len(texts) > MOST_LABELS:
         raise InputError(
@@ -228,13 +240,20 @@ def _check_labels(data: LabelledData, examples: Sequence[Example]) -> None:
             )
 
 
+def _but_for(conflicting: int) -> str:
+    if not conflicting:
+        return ""
+    return f", but for {counted(conflicting, 'row')} whose text has several labels"
+
+
 def _check_split(data: LabelledData, split: Mapping[Part, Sequence[Example]]) -> None:
     trained = _names(split["train"])
     for part in PARTS:
         if not split[part]:
-            raise InputError(
-                f"{data.input}: no rows are left for {part}. Add rows, or set data.{part}_share."
-            )
+            advice = f"Add rows, or set data.{part}_share."
+            if data.split_column is not None:
+                advice = f"Name it in column {data.split_column!r}, or set data.split_column."
+            raise InputError(f"{data.input}: no rows are left for {part}. {advice}")
         unseen = sorted(_names(split[part]) - trained)
         if unseen and data.response_column is None:
             raise InputError(

@@ -20,6 +20,8 @@ import pyarrow.compute as pc
 
 from glmbatch.errors import InputError
 from glmbatch.settings.columns import Columns
+from glmbatch.settings.steps.extract import ExtractStep
+from glmbatch.settings.steps.json_schema import allows
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import committed, real_path, stamp_if_any, writable
 from glmbatch.store.folder import Folder
@@ -168,8 +170,13 @@ def _check_fields(step: ViewedStep, truth: str) -> None:
         values = json.loads(truth)
     except ValueError as error:
         raise InputError(f"the fields of {step.name} are no JSON: {one_line(error)}.") from error
-    if not isinstance(values, dict) or (step.fields and not set(values) <= set(step.fields)):
+    named = isinstance(values, dict) and values
+    if not named or (step.fields and not set(values) <= set(step.fields)):
         raise InputError(f"{step.name} needs a JSON object with {', '.join(step.fields)}.")
+    for field in step.settings.fields if isinstance(step.settings, ExtractStep) else ():
+        value = values.get(field.name)  # null where it is not known what is right
+        if value is not None and not allows(field.json_schema(), value):
+            raise InputError(f"{value!r} does not fit the field {field.describe()[2:]}.")
 
 
 def _labelled(published: Published, row: pa.Table, step: ViewedStep, truth: object) -> pa.Table:

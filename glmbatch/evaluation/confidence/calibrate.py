@@ -45,13 +45,6 @@ Map = Platt | Isotonic
 Fit = Callable[[np.ndarray, np.ndarray], Map]
 
 
-def check_writable(file: str | os.PathLike[str]) -> None:
-    """InputError when `file` has no folder or is one, before hours of work."""
-    path = Path(file).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"--calibrate {file}: is a folder, or in none. Name a file to write.")
-
-
 def write_calibration(
     file: str | os.PathLike[str], steps: Sequence[StepResult], keys: Mapping[str, str]
 ) -> None:

@@ -20,6 +20,9 @@ def _distinct(labels: list[str]) -> list[str]:
         raise ValueError(f"a step needs at least two labels; it has {some_of(labels)}")
     if not all(label.strip() for label in labels):
         raise ValueError(f"a label is empty: {some_of(labels)}")
+    padded = [label for label in labels if label != label.strip()]
+    if padded:
+        raise ValueError(f"labels begin or end with a space: {some_of(padded)}; leave it out")
     repeated = sorted({label for label in labels if labels.count(label) > 1})
     if repeated:
         raise ValueError(f"labels repeat: {some_of(repeated)}")

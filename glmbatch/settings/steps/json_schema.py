@@ -214,6 +214,16 @@ def satisfiable(schema: Mapping[str, Any], message: str) -> None:
         raise ValueError(f"{message}: {fault}")
 
 
+def allows(schema: Mapping[str, Any], value: object) -> bool:
+    """Whether an answer that is held to `schema` may be `value`."""
+    from llguidance import LLMatcher, LLTokenizer
+
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+    written = [*json.dumps(value, ensure_ascii=False).encode(errors="replace")]
+    return matcher.try_consume_tokens(written) == len(written) and matcher.is_accepting()
+
+
 @lru_cache(4096)
 def _fault(schema: str) -> str | None:
     from llguidance import LLMatcher

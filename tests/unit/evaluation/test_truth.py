@@ -68,6 +68,8 @@ def test_a_label_column_is_not_shared_by_two_steps() -> None:
 def test_several_labels_are_lists_or_one_text() -> None:
     found = truth(TOPICS, {"topics": [["b", "a", "b"], [], None]})
     assert found is not None and found.values["topics"] == [["a", "b"], [], None]
+    found = truth(TOPICS, {"topics": [["a", None], ["b", " "], ["a"]]})
+    assert found is not None and found.values["topics"] == [None, None, ["a"]], "as training"
     found = truth(TOPICS, {"label": ["a", None]})
     assert found is not None and found.values["topics"] == [["a"], None]
 

@@ -155,6 +155,34 @@ def test_freezing_ignores_files_without_rows(
     assert freeze(tmp_path / "out", tmp_path / "more.parquet", 5) == 5
 
 
+@pytest.mark.parametrize(
+    ("file", "count", "line"),
+    [
+        ("c.parquet", "0", "--rows 0: a canary needs at least one row. Set --rows."),
+        ("c.parquet", "-3", "--rows -3: a canary needs at least one row. Set --rows."),
+        ("in", "1", "in: no file can be written there. Name another place."),
+        (
+            "in/a.parquet/c",
+            "1",
+            "in/a.parquet/c: no file can be written there. Name another place.",
+        ),
+    ],
+)
+def test_a_canary_that_cannot_be_is_one_line(
+    frozen: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    count: str,
+    line: str,
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(["canary", out, str(tmp_path / file), "--rows", count]) == 2
+    printed = capsys.readouterr().err
+    assert printed.endswith(f"{line}\n")
+    assert printed.count("\n") == 1
+
+
 def test_columns_that_differ_between_files_are_not_frozen(
     write_source: Write, job_settings: Settings, tmp_path: Path, rows: list[str]
 ) -> None:

@@ -106,6 +106,10 @@ def test_a_file_alone_is_rows_to_measure_on(job_file: Any) -> None:
             "steps[0].labels: labels differ only in case: ['Good', 'good']; keep one of them",
         ),
         (
+            {"steps": [{"kind": "classify", "name": "a", "labels": ["Good ", "bad"]}]},
+            "steps[0].labels: labels begin or end with a space: ['Good ']; leave it out",
+        ),
+        (
             {"steps": [{"kind": "classify", "name": "a", "labels": ["x"]}]},
             "a step needs at least two labels",
         ),

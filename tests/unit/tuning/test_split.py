@@ -103,7 +103,16 @@ def test_a_rare_label_is_a_warning(tmp_path: Path, write_source: Write) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"text": ["a", "b", "c"], "label": ["x"] * 3}, "all rows have the label 'x'"),
+        ({"text": ["a", "b", "c"], "label": ["x"] * 3}, "all rows have the label 'x'. Add"),
+        (
+            {"text": [*"abcc"], "label": [*"xxxy"]},
+            "'x', but for 2 rows whose text has several labe",
+        ),
+        (
+            {"text": ["a", "a"], "label": ["x", "y"]},
+            "every text has several labels. Correct column",
+        ),
+        ({"text": [*"abcdef"], "label": [*"xXxXxX"]}, "differ only in case: "),
         ({"text": ["a", "b"], "label": ["x", "y"]}, "'x' has 1 different texts, but needs 3"),
         (
             {"text": [f"t{n}" for n in range(2000)], "label": [str(n) for n in range(2000)]},

@@ -132,6 +132,10 @@ def test_columns_that_do_not_fit_are_refused(keep: Keep, corrections: Correction
         ("facts", "calm"),
         ("facts", "[]"),
         ("facts", '{"tones": "calm"}'),
+        ("facts", "{}"),
+        ("facts", '{"tone": "ugly"}'),
+        ("facts", '{"tone": ["calm"]}'),
+        ("facts", '{"what": 5}'),
     ],
 )
 def test_what_is_no_answer_is_refused(
