@@ -123,10 +123,7 @@ def fit_format(data: DataConfig, plan: Plan, manifest: Manifest | None) -> Plan:
     _refuse_lost(data.output, plan, stay, drop_missing=drop_missing)
     if table is None:
         return plan
-    sources = {
-        fragment.source: (fragment.stored or fragment.path, fragment.fitted)
-        for fragment in plan.fragments
-    }
+    sources = {fragment.source: fragment for fragment in plan.fragments}
     files = manifest.files if manifest is not None else ()
     names = dict.fromkeys([file.output_name for file in files], False)
     names |= dict.fromkeys([file.output_name for file in stay], True)

@@ -5,7 +5,7 @@ Knows footers and folder names, no table's own log or metadata.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -108,14 +108,18 @@ def partition_values(name: str, columns: list[str]) -> dict[str, str | None]:
     return {column: folders[column] for column in columns}
 
 
-def schema_of(form: TableFormat, path: Address, differing: str = "") -> pa.Schema:
+def schema_of(
+    form: TableFormat, path: Address, differing: str = "", out: Collection[str] = ()
+) -> pa.Schema:
     """The columns of the Parquet file `path` in the types of a table, untyped ones as they are.
 
-    `differing` is what it has otherwise than the table that it comes from (see `Fragment.fitted`).
+    `differing` is what it has otherwise than the table that it comes from, and `out` are the
+    columns that go out, or none if all do (see `Fragment`).
     """
     with open_parquet(path) as file:
         columns = fitted_fields(written_fields(file), differing)
-        return open_schema(form, str(path), pa.schema(columns))
+        own = [field for field in columns if not out or field.name in out]
+        return open_schema(form, str(path), pa.schema(own))
 
 
 def _partition_columns(form: TableFormat, added: Added) -> list[str]:
@@ -153,7 +157,7 @@ def _one_schema(form: TableFormat, schemas: Mapping[str, pa.Schema], advice: str
             if (other := folded.setdefault(field.name.casefold(), field.name)) != field.name:
                 raise InputError(
                     f"{name}: {form.a_table} cannot have both columns {field.name!r} and "
-                    f"{other!r}: readers ignore case. {advice} Or leave one out of the input."
+                    f"{other!r}: readers ignore case. {advice} Or leave one out with data.columns."
                 )
             first, kind = kinds.get(field.name, (name, field.type))
             common = common_type(kind, field.type, grows=form.grows)

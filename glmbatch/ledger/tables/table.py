@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from glmbatch.errors import InputError, shown
+from glmbatch.ledger.fragments import Fragment
 from glmbatch.ledger.ledger import PUBLISHING
 from glmbatch.ledger.manifest import MANIFEST
 from glmbatch.ledger.receipts import OutputReceipt, read_receipt
@@ -70,16 +71,15 @@ def table_in(root: Address) -> Table | None:
 
 def check_sources(
     table: Table,
-    sources: Mapping[str, tuple[Address, str]],
+    sources: Mapping[str, Fragment],
     published: Mapping[str, bool],
     version: Version | None,
 ) -> dict[str, str]:
-    """Check that the Parquet files `sources` can be in one `table`.
+    """Check that the files of `sources` can be in one `table`: a fragment of each, by name.
 
-    They are the path of each by name, and what it has otherwise than the table that it comes from,
-    at its `version`.
-    Returns for each source the types that other files give to its columns without one, as
-    `typed_text`. `published` says of each published file, by name, whether it stays beside them.
+    `version` is that of the table which they come from, if they do. `published` says of each
+    published file, by name, whether it stays beside them. Returns for each source the types that
+    other files give to its columns without one, as `typed_text`.
     InputError when the columns do not match, when others changed the table, or as `Table.read`.
     """
     current = own_table(table, published)
@@ -87,9 +87,14 @@ def check_sources(
     _refuse_deleted(table, current, staying)
     # The table has the columns of its files, so their footers are not read.
     others = staying - current.files
-    files = {**sources, **{name: (table.root / name, "") for name in others}}
     form = FORMATS[table.format]
-    schemas = {name: schema_of(form, *file) for name, file in files.items() if exists(file[0])}
+    schemas = {}
+    for name, source in sources.items():
+        if exists(path := source.stored or source.path):
+            schemas[name] = schema_of(form, path, source.fitted, source.columns)
+    for name in others:
+        if exists(table.root / name):
+            schemas[name] = schema_of(form, table.root / name)
     columns, _ = fitted(form, table.where, current.columns, Added(schemas, version), bool(staying))
     return {name: typed_text(schemas[name], columns.schema) for name in sources if name in schemas}
 

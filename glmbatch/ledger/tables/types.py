@@ -92,7 +92,7 @@ def _field(form: TableFormat, where: str, field: pa.Field) -> pa.Field:
     if kind is None:
         raise InputError(
             f"{where}: column {field.name!r} has the type {field.type}, which {form.name} does not "
-            f"have. {form.advice} Or leave the column out of the input."
+            f"have. {form.advice} Or leave the column out with data.columns."
         )
     return pa.field(field.name, kind, nullable=True)
 

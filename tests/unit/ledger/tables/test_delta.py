@@ -381,3 +381,19 @@ def test_files_of_a_killed_publication_are_deleted_later(
         "an older version of the table keeps its own"
     )
     assert verify(tmp_path / "out").findings == ()
+
+
+def test_columns_that_do_not_go_out_may_have_any_type(
+    write_source: Write, delta_job: Callable[..., JobConfig], tmp_path: Path, rows: list[str]
+) -> None:
+    lengths = pa.array([1, 2], pa.duration("s"))
+    write_source("a.parquet", {"text": rows[:2], "lasts": lengths, "note": [1, 2]})
+    write_source("b.parquet", {"text": rows[2:4], "lasts": lengths, "note": ["x", "y"]})
+    for columns in (None, ["text", "lasts"], ["text", "note"]):
+        with pytest.raises(
+            InputError, match=r"[Oo]r (leave the column out with )?data\.columns|note"
+        ):
+            run_job(delta_job(data__columns=columns))
+    run_job(delta_job(data__columns=["text"]))
+    assert texts(tmp_path / "out") == sorted(rows[:4])
+    assert verify(tmp_path / "out").findings == ()

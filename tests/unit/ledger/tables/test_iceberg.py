@@ -199,13 +199,15 @@ def test_advice_about_columns_works_when_followed(
     run_job(job(**plain))
     hours = pa.array([1, 2], pa.duration("s"))
     write_source("b.parquet", {"text": rows[3:5], "n": ["4", "5"], "took": hours})
-    ways = f"{folder} Or leave the column out of the input"
+    ways = f"{folder} Or leave the column out with data.columns"
     with pytest.raises(InputError, match=f"'took' has the type duration.*{ways}"):
         run_job(job(**renamed))
     write_source("b.parquet", {"text": rows[3:5], "n": ["4", "5"]})
     run_job(job(**renamed))
     write_source("b.parquet", {"text": rows[3:5], "n": ["4", "5"], "N": ["4", "5"]})
-    with pytest.raises(InputError, match=f"ignore case. {folder} Or leave one out of the input"):
+    with pytest.raises(
+        InputError, match=f"ignore case. {folder} Or leave one out with data.columns"
+    ):
         run_job(job(**renamed))
     (tmp_path / "in/b.parquet").unlink()
     write_source("day=1/a.parquet", {"text": rows[3:5], "n": ["4", "5"]})
