@@ -7,12 +7,10 @@ test_stores.py, test_delta_stores.py and test_iceberg_stores.py show that.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from pyiceberg.catalog import Catalog, load_catalog
@@ -20,8 +18,9 @@ from pyiceberg.catalog import Catalog, load_catalog
 from glmbatch.errors import InputError
 from glmbatch.ledger.ledger import Ledger
 from glmbatch.ledger.verification import verify
+from tests import forked
 from tests.soak.nights import CELLS
-from tests.support import CLASSIFY, ROOT, Settings, Write, run
+from tests.support import CLASSIFY, Settings, Write, run
 
 pytestmark = pytest.mark.slow
 
@@ -70,15 +69,20 @@ def test_a_stopped_holder_on_a_disk_keeps_its_lock(
     job = job_settings(steps=[CLASSIFY], data__format=table, **named)
     run(job)
     write_source("a.parquet", {"text": ["rows", "of the holder"]})
-    with subprocess.Popen([sys.executable, "-c", STOPPING, json.dumps(job)], cwd=ROOT) as process:
-        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+    process = forked.start({}, "-c", STOPPING, json.dumps(job))
+    holder = psutil.Process(process.pid)
+    while process.poll() is None and holder.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.02)
+    try:
         before = content(out)
         write_source("a.parquet", {"text": ["newer", "rows"]})
         with pytest.raises(InputError, match=f"process {process.pid} of .* is writing to it"):
             run(job)
         assert content(out) == before
-        process.send_signal(signal.SIGCONT)
+        holder.resume()
         assert process.wait(120) == 0
+    finally:
+        process.kill()
     assert run(job).computed == 1
     assert verify(out).findings == ()
     manifest = Ledger(out).manifest()
