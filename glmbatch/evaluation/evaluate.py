@@ -7,6 +7,7 @@ Publishes nothing. The answers are kept by their keys, so that the model is not 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -42,6 +43,8 @@ from glmbatch.store.parquet import check_column
 from glmbatch.store.types import take_rows
 
 # Beside downloaded checkpoints. The answers may be deleted at any time.
+logger = logging.getLogger(__name__)
+
 FOLDER = "evaluations"
 PRECISIONS = (0.95,)
 # An evaluation publishes nothing, so nothing holds it up; it looks at all rows.
@@ -201,6 +204,8 @@ def ask_about(table: pa.Table, job: Job, name: str, folder: str | os.PathLike[st
         found = answers_to(as_frame(table.select(asked)), settings, folder)
     except GlmbatchError as error:
         raise type(error)(str(error).replace(WHERE, name)) from error
+    for note in found.summary.notes:
+        logger.warning("%s", note)
     text = settings.data.text_column
     if text in table.column_names:
         texts = table.column(text).to_pylist()

@@ -1,26 +1,103 @@
-"""Scores of extracted fields, each by its type. No model, no files.
+"""Extracted fields, each by its type: the cells of truth columns, and scores. No model, no files.
 
 Shapes: R rows.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from datetime import date, datetime
 from typing import Any
 
 import numpy as np
 
+from glmbatch.errors import InputError, shown, some_of
 from glmbatch.evaluation.bootstrap import Compared, Measure, intervals, whole
 from glmbatch.evaluation.confidence.thresholds import coverages
 from glmbatch.evaluation.labels import score_labels
 from glmbatch.evaluation.results import ListResult, Result, ValueResult
 from glmbatch.evaluation.texts import score_written
+from glmbatch.settings.steps.extract import ExtractStep
 from glmbatch.settings.steps.fields import ExtractField
 
 NULL = "null"  # how a null is named among choices
+UNSAID = object()  # the truth of a field that its object does not have
+BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+
+
+def objects_of(step: ExtractStep, cells: Sequence[Any], where: str) -> list[dict[str, Any] | None]:
+    """The cells of a truth column: structs, or JSON objects as text, of the fields of `step`.
+
+    InputError, naming `where`, if one is something else.
+    """
+    names = {field.name for field in step.fields}
+    objects = []
+    for row, cell in enumerate(cells):
+        found = cell
+        with suppress(ValueError):
+            found = json.loads(cell) if isinstance(cell, str) else cell
+        if found is not None and (not isinstance(found, dict) or not names & found.keys()):
+            raise InputError(
+                f"{where} has {shown(repr(cell))} in row {row}, which is no object with any of the "
+                f"fields {some_of(sorted(names))}. Correct it, or name a column for each field."
+            )
+        objects.append(found)
+    return objects
+
+
+def values_of(field: ExtractField, cells: Sequence[Any], where: str) -> list[Any]:
+    """The cells of a truth column as the field's answers have them; None for those UNSAID.
+
+    InputError, naming `where`, if one cannot be.
+    """
+    kind = field.type if field.items is None else field.items.type
+    values: list[Any] = []
+    for row, cell in enumerate(cells):
+        if cell is None or cell is UNSAID:
+            values.append(None)
+            continue
+        try:
+            if field.items is None:
+                values.append(_plain(cell, kind))
+            else:
+                values.append([_plain(item, kind) for item in _items(cell) if item is not None])
+        except (KeyError, ValueError, TypeError) as error:
+            held = kind if field.items is None else f"list of {kind}"
+            raise InputError(
+                f"{where} has {shown(repr(cell))} in row {row}, which is not the {held} that field "
+                f"{field.name!r} holds. Correct it, or name another column."
+            ) from error
+    return values
+
+
+def _items(cell: Any) -> list[Any]:
+    """A list, or one in JSON. ValueError or TypeError for anything else."""
+    items = json.loads(cell) if isinstance(cell, str) else cell
+    if not isinstance(items, list):
+        raise TypeError(items)
+    return items
+
+
+def _plain(value: Any, kind: str) -> Any:
+    if isinstance(value, list | dict):
+        raise TypeError(value)
+    if kind == "boolean":
+        return BOOLEANS[str(value).strip().lower()]
+    if kind == "date":
+        if isinstance(value, datetime):
+            return value.date()
+        return value if isinstance(value, date) else date.fromisoformat(str(value).strip())
+    if kind in ("integer", "number"):
+        number = float(value)
+        if kind == "integer" and not number.is_integer():
+            raise ValueError(value)
+        return int(number) if kind == "integer" else number
+    return str(value)
 
 
 def same_values(truth: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:

@@ -6,7 +6,8 @@ Shapes: R rows.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from glmbatch.errors import InputError
+from glmbatch.errors import InputError, counted
 from glmbatch.evaluation.bootstrap import Compared, groups_of
 from glmbatch.evaluation.confidence.calibrate import fit_maps
 from glmbatch.evaluation.confidence.judged import field_values, judged, label_list
@@ -26,8 +27,10 @@ from glmbatch.evaluation.texts import score_written
 from glmbatch.evaluation.truth import FLAG, Truth, check_labels
 from glmbatch.report.summary import StepSummary
 from glmbatch.settings.columns import ABSTAINED, NOT_ASKED, Columns
-from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
+from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep, GenerateStep
 from glmbatch.steps.calibration import confidences
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ def score_step(
     picked = answered.answers.take(pa.array(scored, pa.int64()))
     group_R = groups_of(answered.group_R[scored].tolist())
     expected = truth.of_rows(scored)
+    _warn_of_contradictions(step, expected, picked.column(Columns(step.name).key).to_pylist())
     numbers: dict[str, Any]
     if isinstance(step, ExtractStep):
         numbers = _score_fields(step, expected, picked, precisions, group_R)
@@ -104,6 +108,24 @@ def score_step(
         numbers |= {"calibration": maps, "uncalibrated": few}
     numbers["learned"] = answered.learned(step.name, scored)
     return found.model_copy(update=numbers)
+
+
+def _warn_of_contradictions(step: AnyStep, truth: Truth, keys: Sequence[bytes]) -> None:
+    """Log how many rows have the prompt of another row and another truth."""
+    # One answer cannot be right for both, but a written one has several good ones.
+    for name, values in truth.values.items() if not isinstance(step, GenerateStep) else ():
+        said: dict[bytes, set[str]] = defaultdict(set)
+        for key, value, known in zip(keys, values, truth.known[name], strict=True):
+            if known:
+                said[key].add(repr(value))
+        asked = [key for key, known in zip(keys, truth.known[name], strict=True) if known]
+        rows = sum(len(said[key]) > 1 for key in asked)
+        if rows:
+            logger.warning(
+                "%s: %s of column %r contradict another row with the same prompt, so some answers "
+                "count as wrong whatever they are",
+                *(name, counted(rows, "row"), truth.columns[name]),
+            )
 
 
 def _check_head(step: AnyStep, truth: Truth, answers: pa.Table) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
 from itertools import islice
 from typing import Any
 
@@ -15,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glmbatch.errors import InputError, counted, some_of
+from glmbatch.evaluation.fields import UNSAID, objects_of, values_of
 from glmbatch.settings.columns import Columns
 from glmbatch.settings.job import AnyStep, ClassifyStep, ExtractStep
-from glmbatch.settings.steps.fields import ExtractField
 from glmbatch.settings.tuning import LabelledData
 from glmbatch.store.errors import one_line
 from glmbatch.store.inputs.labelled import labelled_files
@@ -30,7 +28,6 @@ ROWS = "ROWS"
 FLAG = "--truth"
 logger = logging.getLogger(__name__)
 
-BOOLEANS = {"true": True, "false": False}
 # What `glmbatch train` reads if nothing else is set.
 LABEL: str = LabelledData.model_fields["label_column"].default
 
@@ -288,13 +285,18 @@ def _truth_of_fields(
 ) -> Truth:
     """The truth of each field; the column `whole` has structs or JSON objects of all fields."""
     values: dict[str, list[Any]] = {}
+    said: dict[str, list[bool]] = {}
+    objects = []
+    if whole in columns.values():
+        objects = objects_of(step, rows.column(whole).to_pylist(), f"{flag}: column {whole!r}")
     for field in step.fields:
         column = columns.get(field.name)
         if column is not None:
-            read = rows.column(column).to_pylist()
+            cells = rows.column(column).to_pylist()
             if column == whole:
-                read = [_part(value, field.name, column, flag) for value in read]
-            values[field.name] = [_value(field, value, column, flag) for value in read]
+                cells = [each and each.get(field.name, UNSAID) for each in objects]
+            said[field.name] = [cell is not UNSAID for cell in cells]
+            values[field.name] = values_of(field, cells, f"{flag}: column {column!r}")
     # A null of a nullable field is a truth, unless nothing at all is known of the row. Another
     # field is never null, so that a null says that nobody knows its value.
     is_known = [{*map(type, row)} != {type(None)} for row in zip(*values.values(), strict=True)]
@@ -302,48 +304,7 @@ def _truth_of_fields(
     for field in step.fields:
         if field.name in values:
             own = [value is not None for value in values[field.name]]
-            known[field.name] = is_known if field.nullable else own
+            if field.nullable:
+                own = [all(both) for both in zip(is_known, said[field.name], strict=True)]
+            known[field.name] = own
     return Truth({name: columns[name] for name in values}, values, known)
-
-
-def _part(value: Any, field: str, column: str, flag: str) -> Any:
-    """A field of a struct, or of a JSON object as text."""
-    try:
-        fields = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        fields = value
-    if fields is not None and not isinstance(fields, dict):
-        raise InputError(
-            f"{flag}: column {column!r} has {value!r}, which is no object of fields. "
-            "Name a column for each field."
-        )
-    return None if fields is None else fields.get(field)
-
-
-def _value(field: ExtractField, value: Any, column: str, flag: str) -> Any:
-    """A value of a truth column as the field's answers have it. InputError if it is none."""
-    kind = field.items.type if field.items is not None else field.type
-    try:
-        if isinstance(value, list):
-            return [_plain(item, kind) for item in value if item is not None]
-        return None if value is None else _plain(value, kind)
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{flag}: column {column!r} has {value!r}, which is not the {kind} that field "
-            f"{field.name!r} holds. Name another column."
-        ) from error
-
-
-def _plain(value: Any, kind: str) -> Any:
-    if kind == "boolean":
-        return BOOLEANS[value.strip().lower()] if isinstance(value, str) else bool(value)
-    if kind == "date":
-        if isinstance(value, datetime):
-            return value.date()
-        return value if isinstance(value, date) else date.fromisoformat(str(value).strip())
-    if kind in ("integer", "number"):
-        number = float(value)
-        if kind == "integer" and not number.is_integer():
-            raise ValueError(value)
-        return int(number) if kind == "integer" else number
-    return str(value)

@@ -241,7 +241,8 @@ def test_answers_decide_how_a_truth_is_compared() -> None:
     step = ClassifyStep.model_validate(CLASSIFY)
     # Those of a head that estimates a number.
     kinds = pa.array([None, None], pa.string())
-    answers = pa.table({"mood": [1.0, 2.5], "mood_error_type": kinds})
+    keys = [b"1", b"2"]
+    answers = pa.table({"mood": [1.0, 2.5], "mood_error_type": kinds, "mood_key": keys})
     answered = Answered(answers, np.arange(2), {"mood": step_summary("mood", "run", [])})
     found = score_step(
         step, Truth({"mood": "x"}, {"mood": ["1", "2"]}, {"mood": [True] * 2}), answered, ()
@@ -257,6 +258,7 @@ def test_a_heads_labels_are_compared_with_the_truth() -> None:
     scores = pa.array([{"good": 0.75, "bad": 0.25}] * 2)
     kinds = pa.array([None, None], pa.string())
     answers = pa.table({"mood": ["good"] * 2, "mood_scores": scores, "mood_error_type": kinds})
+    answers = answers.append_column("mood_key", pa.array([b"1", b"2"]))
     answered = Answered(answers, np.arange(2), {"mood": step_summary("mood", "run", [])})
     truth = Truth({"mood": "stars"}, {"mood": ["5", "3"]}, {"mood": [True] * 2})
     with pytest.raises(InputError, match=r"mood=stars: the column has \['5', '3'\]"):
@@ -266,6 +268,28 @@ def test_a_heads_labels_are_compared_with_the_truth() -> None:
         rows=2, steps=(score_step(step, mixed, answered, ()),), left_out=(), kept="", seconds=0.0
     )
     assert "'3': 1 row" in describe(found)
+
+
+def test_rows_that_contradict_each_other_are_named(
+    settings: dict[str, Any],
+    table: pa.Table,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    constant = {**CLASSIFY, "name": "tone", "prompt_template": "Is it good?"}
+    settings = {**settings, "steps": [CLASSIFY, constant]}
+    moods = ["good"] * 13 + ["bad"]  # the last text is the first one again
+    labelled = table.append_column("mood", pa.array(moods))
+    pq.write_table(labelled.append_column("tone", pa.array(["good"] * 14)), tmp_path / "a.parquet")
+    evaluate(settings, str(tmp_path / "a.parquet"), keep=tmp_path)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if "contradict" in line] == [
+        "mood: 2 rows of column 'mood' contradict another row with the same prompt, so some "
+        "answers count as wrong whatever they are"
+    ]
+    assert any(
+        "'tone' asks all rows the same: its prompt_template has no" in line for line in lines
+    )
 
 
 def test_rows_without_any_truth_are_refused(

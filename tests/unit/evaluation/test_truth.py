@@ -95,6 +95,14 @@ def test_a_null_field_is_a_truth_where_others_are_known() -> None:
     assert found.known == {"stars": [True, True], "good": [True, False]}
 
 
+def test_a_field_that_an_object_lacks_is_not_known() -> None:
+    found = truth(FACTS, {"facts": ['{"stars": null, "good": true}', '{"good": true}']})
+    assert found is not None
+    assert (found.known["stars"], found.known["good"]) == ([True, False], [True, True])
+    found = truth(FACTS, {"facts_tags": ['["x", "y"]']})
+    assert found is not None and found.values["tags"] == [["x", "y"]]
+
+
 def test_a_column_that_prompts_read_is_no_truth_of_a_field() -> None:
     assert truth(FACTS, {"stars": [3]}, read="stars") is None
 
@@ -104,9 +112,24 @@ def test_a_column_that_prompts_read_is_no_truth_of_a_field() -> None:
     [
         (MOOD, {"x": [1]}, {"mood": "y"}, "--truth mood=y: the rows have no column 'y'"),
         (REPLY, {"reply": [["x"]]}, {}, "column 'reply' holds list<item: string>"),
-        (FACTS, {"facts_stars": [1.5]}, {}, "1.5, which is not the integer that field 'stars'"),
-        (FACTS, {"facts_good": ["maybe"]}, {}, "'maybe', which is not the boolean"),
-        (FACTS, {"facts": ["no JSON"]}, {}, "'no JSON', which is no object of fields"),
+        (
+            FACTS,
+            {"facts_stars": [1.5]},
+            {},
+            "1.5 in row 0, which is not the integer",
+        ),
+        (FACTS, {"facts_good": ["maybe"]}, {}, "'maybe' in row 0, which is not the boolean"),
+        (FACTS, {"facts": [None, '{"starz": 3}']}, {}, "in row 1, which is no object with any of"),
+        (
+            FACTS,
+            {"facts_tags": ["noise, size"]},
+            {},
+            "size' in row 0, which is not the list",
+        ),
+        (FACTS, {"facts": ['{"tags": "x"}']}, {}, "'x' in row 0, which is not the list of text"),
+        (FACTS, {"facts_stars": [[3]]}, {}, "in row 0, which is not the integer"),
+        (FACTS, {"facts_good": [5]}, {}, "5 in row 0, which is not the boolean"),
+        (FACTS, {"facts": ["no JSON"]}, {}, "'no JSON' in row 0, which is no object with any"),
     ],
 )
 def test_what_cannot_be_a_truth_is_refused(
