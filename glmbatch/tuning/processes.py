@@ -1,20 +1,28 @@
 """One training in several processes on this machine, each with its own GPU.
 
 torchrun starts this module in each process, and ends all of them if one fails. The Trainer
-distributes the batches and averages the gradients.
+distributes the batches and averages the gradients. Also what a process makes of a full disk.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from glmbatch.errors import GlmbatchError, InputError, TransientError
 from glmbatch.settings.tuning import TuneConfig
+from glmbatch.store.errors import one_line
+from glmbatch.store.files import writable
 
+# What torch and safetensors say of a full disk.
+DISK_ERRORS = ("No space left", "PytorchStreamWriter failed", "unexpected pos")
 FAILED = "failed.json"  # passes an error of a process to the one that started it
 
 
@@ -40,6 +48,25 @@ def train_together(config: TuneConfig, run: Path) -> None:
         raise (InputError if failure["input"] else TransientError)(failure["message"])
     if code:  # killed, so there is no file with the reason
         raise TransientError(f"{log}: one of {processes} processes ended with code {code}.")
+
+
+@contextmanager
+def writable_run(run: Path) -> Iterator[None]:
+    """Turn errors of writing below `run` into ours; torch and safetensors have some of their own.
+
+    TransientError for a full disk, InputError when the caller may not write.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with writable(run, "output"):
+            yield
+    except (RuntimeError, SafetensorError) as error:
+        if not any(words in str(error) for words in DISK_ERRORS):
+            raise
+        raise TransientError(
+            f"{run}: cannot be written: {os.strerror(errno.ENOSPC)} ({one_line(error)})."
+        ) from error
 
 
 def main() -> int:

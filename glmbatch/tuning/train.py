@@ -48,6 +48,7 @@ from glmbatch.tuning.model import (
     read_base,
     training_device,
 )
+from glmbatch.tuning.processes import writable_run
 from glmbatch.tuning.report import (
     ADAPTER,
     CHECKPOINT,
@@ -87,7 +88,8 @@ def train_here(config: TuneConfig, run: Path) -> None:
     rows, valid = encode_parts(config, labelled)
     cut = _count_cut([*rows, *valid])
     rows = taught(config, labelled, rows, lambda mixed: _encoded(config, labelled, mixed))
-    trained = train(config, labelled.labels, rows, valid, run).model_copy(update=cut)
+    with writable_run(run):
+        trained = train(config, labelled.labels, rows, valid, run).model_copy(update=cut)
     if local_rank() > 0:
         return
     asked = config.model_dump(include={"prompt_template", "system_prompt"})

@@ -10,6 +10,7 @@ so a kill leaves it as it was before or after a correction.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -121,8 +122,8 @@ class Corrections:
 def corrections_folder(output: AnyPath, given: str | None) -> Path:
     """Where the corrections of `output` are kept, on this machine: beside it, or as given.
 
-    For an output in a store, it is in the current folder. InputError if it is inside the output, or
-    in a store.
+    For an output in a store, it is in the current folder. InputError if it is inside the output, in
+    a store, or no folder to write to.
     """
     name = f"{output.name}-corrections"
     if given is not None:
@@ -136,6 +137,10 @@ def corrections_folder(output: AnyPath, given: str | None) -> Path:
         raise InputError(
             f"{folder}: is inside the output, where it would be read as answers. "
             "Set --corrections to another folder."
+        )
+    if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(
+            f"{folder}: is a file, or you may not write there. Set --corrections to a folder."
         )
     return folder.absolute()
 

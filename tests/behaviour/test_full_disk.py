@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -16,7 +17,8 @@ from glmbatch.errors import InputError, TransientError
 from glmbatch.ledger.verification import verify
 from glmbatch.run.job import run_job
 from glmbatch.settings.job import JobConfig
-from tests.support import Settings, Write, committed, rows_of
+from glmbatch.tuning.finetune import begin, train_run
+from tests.support import CAUSAL, CLASSIFIER, Settings, Tune, Write, committed, rows_of
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +73,31 @@ def test_a_full_disk_costs_only_the_current_run(
         assert rows(output) == expected
         assert verify(output).findings == ()
     assert refused > 5
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_training_on_a_full_disk_is_one_line_and_resumes(
+    disk: Path, tune: Tune, method: str
+) -> None:
+    small = {"path": str(CLASSIFIER if method == "full" else CAUSAL)}
+    refused = 0
+    for kilobytes in (4, 200, 1_500):
+        output = disk / f"out-{kilobytes}"
+        config = tune(model=small, output=str(output), training__method=method)
+        run = begin(config)
+        status = os.statvfs(disk)
+        used = status.f_frsize * (status.f_blocks - status.f_bfree)
+        assert mount("-o", f"remount,size={used + 1024 * kilobytes}", str(disk))
+        try:
+            train_run(config, run)
+        except TransientError as error:
+            assert "cannot be written: No space left" in str(error)
+            assert "\n" not in str(error)
+            refused += 1
+        assert mount("-o", "remount,size=99m", str(disk))
+        train_run(config, run)
+        shutil.rmtree(output)
+    assert refused > 1
 
 
 def test_a_read_only_output_costs_only_the_current_run(

@@ -179,6 +179,27 @@ def train_config(folder: Path, output: Path) -> TuneConfig:
     )
 
 
+def test_a_refused_correction_can_be_mended_or_left(show: Show) -> None:
+    page = show()
+    area = page.locator("#row textarea")
+    page.locator("#row .actions").first.wait_for()
+    page.keyboard.press("e")
+    area.fill("awful")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#problem")).to_contain_text("'awful' is no label of mood")
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("e")
+    expect(area).to_have_count(1)
+    expect(area).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(area).to_have_count(0)
+    expect(page.locator("#problem")).to_be_hidden()
+    page.keyboard.press("e")
+    area.fill("bad")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#facts")).to_contain_text("1 looked at")
+
+
 def test_no_text_of_a_row_runs(show: Show) -> None:
     page = show()
     page.get_by_label("State").select_option("all")

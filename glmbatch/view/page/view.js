@@ -364,7 +364,8 @@ async function undo() {
 }
 
 function edit() {
-  const step = current();
+  const step = current(), open = $("row").querySelector("textarea");
+  if (open) return open.focus();
   if (!step?.can_correct || state.step.kind === LABELS) return;
   const shown = pretty(step.truth ?? step.answer ?? "");
   const area = element("textarea", { "aria-label": "The right answer", spellcheck: "true" });
@@ -374,12 +375,18 @@ function edit() {
   const form = element("div", {}, area, element("div", { class: "actions" }, done));
   area.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) written(area);
-    else if (event.key === "Escape") show();
+    else if (event.key === "Escape") closeEditor();
     else return;
     event.preventDefault();
   });
   $("row").querySelector(".answer-text, .labels").replaceWith(form);
   area.focus();
+}
+
+function closeEditor() {
+  if (!$("row").querySelector("textarea")) return;
+  complain("");
+  show();
 }
 
 function pretty(value) {
@@ -392,9 +399,11 @@ function pretty(value) {
 }
 
 function written(area) {
-  area.blur();
   const value = area.value;
-  if (state.step.kind === NUMBER) return keep(Number(value));
+  if (state.step.kind === NUMBER) {
+    const number = value.trim() ? Number(value) : NaN;  // an empty text would be 0
+    return Number.isFinite(number) ? keep(number) : complain(`${value || "Nothing"} is no number.`);
+  }
   return keep(state.step.kind === LABEL ? value.trim() : value);
 }
 
@@ -404,6 +413,7 @@ const KEYS = {
   j: () => select(state.at + 1), ArrowDown: () => select(state.at + 1),
   k: () => select(state.at - 1), ArrowUp: () => select(state.at - 1),
   Enter: confirm, u: undo, e: edit, 0: () => keep(null),
+  Escape: closeEditor,
   "/": () => filters.elements.text.focus(),
   "?": () => $("help").showModal(),
   s: () => focusStep((state.output.steps.indexOf(state.step) + 1) % state.output.steps.length),

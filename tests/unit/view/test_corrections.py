@@ -191,3 +191,6 @@ def test_corrections_are_as_private_as_the_answers(
 def test_a_folder_inside_the_output_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="is inside the output"):
         corrections_folder(folder / "out", str(folder / "out" / "right"))
+    (folder / "job.yaml").write_text("")
+    with pytest.raises(InputError, match=r"job\.yaml: is a file, or you may not write there\. Set"):
+        corrections_folder(folder / "out", str(folder / "job.yaml"))
