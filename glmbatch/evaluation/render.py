@@ -242,12 +242,14 @@ def _coverage_by_label(result: LabelResult | SeveralResult) -> Iterator[str]:
         for label, covered in of_label.items():
             given[label] = SUREST if covered.threshold is None else _cut(covered.threshold)
         unsure = [label for label, covered in of_label.items() if covered.threshold is None]
+        title = "" if number else "by label"
         if len(unsure) == len(given):
+            yield _line(title, f"no {setting} is sure to hold any label to {first.precision:.0%}")
             continue
         block = yaml.safe_dump(
             given, default_flow_style=True, allow_unicode=True, sort_keys=False, width=math.inf
         )
-        yield _line("" if number else "by label", f"{setting}: {block.strip()}")
+        yield _line(title, f"{setting}: {block.strip()}")
         yield _line("", f"each right in {first.precision:.0%} of the rows that get it")
         if unsure:
             yield _line(

@@ -81,8 +81,12 @@ class Measured(BaseModel, frozen=True, extra="forbid"):
         if self.gain is None or self.before is None or self.p is None:
             is_new = self.change == NEW
             return line if is_new else f"{line}; what is published was not measured on such rows"
+        published = f"what is published scores {self.before:.4f}"
+        if self.paired != self.rows:
+            now = self.before + self.gain
+            published += f" on the {counted(self.paired, 'row')} that both have, and this {now:.4f}"
         return (
-            f"{line}; what is published scores {self.before:.4f}: {100 * self.gain:+.1f} points, "
+            f"{line}; {published}: {100 * self.gain:+.1f} points, "
             f"{counted(self.worse, 'text')} worse, {self.better:,} better, p {self.p:.2g}"
         )
 

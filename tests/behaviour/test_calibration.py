@@ -224,5 +224,8 @@ def test_few_rows_are_refused_in_one_line(
     error = capsys.readouterr().err
     assert "mood has 40; 100 different texts" in error and error.count("\n") == 1
     assert not file.exists()
-    assert main([*command, "--calibrate", str(tmp_path / "no" / "x.json")]) == 2
-    assert "Name a file to write" in capsys.readouterr().err
+    for place in (tmp_path, job / "x.json"):  # a folder, and below a file
+        assert main([*command, "--calibrate", str(place)]) == 2
+        assert capsys.readouterr().err == (
+            f"glmbatch: --calibrate {place}: no file can be written there. Name another place.\n"
+        )

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -377,3 +378,17 @@ def test_a_night_over_a_table_in_a_store(
     read = {request.key for request in store.requests if request.key.startswith("in/part")}
     assert len(read) == 1
     assert not verify(store.url("out")).findings
+
+
+@pytest.mark.parametrize("zone", [None, "UTC", "Europe/Berlin"])
+def test_a_partition_by_times_is_read_and_not_compared(
+    night: Night, out: Path, tmp_path: Path, zone: str | None
+) -> None:
+    times = pa.array([datetime(2026, 11, 27), datetime(2026, 11, 27, 1, 2, 3, 4), None])
+    table = rows(1, 2, 3).append_column("seen", times.cast(pa.timestamp("us", zone)))
+    write_deltalake(tmp_path / "in", table, partition_by=["seen"])
+    night()
+    assert ids(out) == [1, 2, 3]
+    sound(out)
+    with pytest.raises(InputError, match=r"'seen' is a time, and its folders .* Set data\.where\."):
+        night(data__where="seen <= '2026-11-27'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -107,4 +108,21 @@ def test_a_table_of_answers_has_the_tables_columns(
     assert not {"region", "begin"} & {*answers.column_names}
     found = dict(zip(*(answers[name].to_pylist() for name in ("text", "area")), strict=True))
     assert found == dict(zip(rows, REGIONS, strict=False))
+    assert verify(out).findings == ()
+
+
+@pytest.mark.parametrize("zone", [None, "UTC"])
+def test_a_partition_by_times_is_compared_as_times(
+    catalog: Catalog, job: Job, out: Path, rows: list[str], zone: str | None
+) -> None:
+    times = pa.array([datetime(2026, 11, 27), datetime(2026, 11, 27, 1, 2, 3, 4), None])
+    columns = pa.table({"text": rows[:3], "seen": times.cast(pa.timestamp("us", zone))})
+    table = catalog.create_table("shop.reviews", columns.schema)
+    with table.update_spec() as spec:
+        spec.add_identity("seen")
+    table.append(columns)
+    midnight = "2026-11-27T00:00:00Z" if zone else "2026-11-27"
+    summary = run(job(data__where=f"seen <= '{midnight}'"))
+    assert [text for (text,) in columns_of(out, "text")] == rows[:1]
+    assert summary.filtered is not None and summary.filtered.sources == 1
     assert verify(out).findings == ()

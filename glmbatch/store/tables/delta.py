@@ -5,7 +5,7 @@ Uses the library deltalake, which reads the log and its checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,11 +35,11 @@ SERVED = frozenset(
 MAPPING, VECTORS = "columnMapping", "deletionVectors"
 
 
-def find_delta(folder: AnyPath, number: int | None) -> Found:
+def find_delta(folder: AnyPath, number: int | None, tested: Collection[str] = ()) -> Found:
     """The files of the Delta table in `folder` at version `number`, or at its newest.
 
-    InputError when there is no such version, or when rows cannot be read from the files as they
-    are.
+    InputError when there is no such version, when rows cannot be read from the files as they are,
+    or when a condition tests a partition that it cannot: `tested` are its columns.
     """
     with delta_errors(folder, "Set data.input."):
         table = open_delta(folder)
@@ -56,6 +56,12 @@ def find_delta(folder: AnyPath, number: int | None) -> Found:
         version = Version("Delta", table.version())
         partitions = table.metadata().partition_columns
         schema = pa.schema(table.schema().to_arrow())
+        for name in partitions:
+            if name in tested and pa.types.is_timestamp(schema.field(name).type):
+                raise InputError(
+                    f"{shown(folder)}: partition column {name!r} is a time, and its folders spell "
+                    "it in a way that cannot be compared. Test another column. Set data.where."
+                )
         columns = table_columns([field for field in schema if field.name not in partitions])
         adds = pa.table(table.get_add_actions(flatten=True))
     files = list(_files(adds, partitions))

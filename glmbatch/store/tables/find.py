@@ -28,7 +28,7 @@ def find_input(data: DataConfig, version: Version | None = None) -> Found:
     with naming(SETTING):
         if is_marked(folder, LOG):
             refuse_tables_above(folder, SETTING, itself=False)
-            return find_delta(folder, number)
+            return find_delta(folder, number, _tested(data))
     if number is not None:
         raise InputError(
             f"{shown(data.input)}: is no table, so it has no version {number}. Leave out "

@@ -69,13 +69,15 @@ def find_iceberg(
         schema = _schema(name, table, snapshot, schema_id)
         _check_defaults(name, schema)
         specs = table.specs()
+        columns = table_columns(schema.as_arrow(), _mapped(name, table))
+        times = {field.name for field in columns if pa.types.is_timestamp(field.type)}
         files, said = [], []
         for task in table.scan(snapshot_id=snapshot.snapshot_id).plan_files():
             _check_file(name, task)
             spec = specs[task.file.spec_id]
-            files.append(_file(task.file, table.location(), _values(task.file, spec, schema)))
+            values = _values(task.file, spec, schema)
+            files.append(_file(task.file, table.location(), values, times))
             said.append((task.file, _identities(spec, schema)))
-        columns = table_columns(schema.as_arrow(), _mapped(name, table))
         bounds = {
             field.name: _bounds(field, columns.field(field.name).type, said)
             for field in schema.fields
@@ -198,12 +200,19 @@ def _values(file: DataFile, spec: PartitionSpec, schema: Schema) -> dict[str, st
     return values
 
 
-def _file(file: DataFile, place: str, values: dict[str, str | None]) -> TableFile:
+def _file(
+    file: DataFile, place: str, values: dict[str, str | None], times: Collection[str]
+) -> TableFile:
+    """The file below `place`. Of its partitions, `times` are timestamps."""
     path = file.file_path.removeprefix(place.rstrip("/") + "/")
     folders = folder_columns(path)
     # Writers name folders in a form of their own, such as null or two+words, or not at all. A
-    # folder keeps the name that its column had. The files have the columns themselves.
-    unsaid = {column: value for column, value in values.items() if value != folders.get(column)}
+    # folder keeps the name that its column had. The texts of times differ from those in conditions.
+    # The files have the columns themselves.
+    unsaid = {}
+    for column, value in values.items():
+        if value != folders.get(column) or column in times:
+            unsaid[column] = value
     unsaid |= dict.fromkeys(folders.keys() - values.keys())
     stamp = (file.file_size_in_bytes, _print_of(file))
     return TableFile(path, stamp, unsaid=unsaid)

@@ -101,6 +101,8 @@ def _says(text: str | None, value: object) -> bool:
     if text is None or value is None:
         return text is None and value is None
     scalar = pa.scalar(value)
+    if pa.types.is_timestamp(scalar.type) and not text.endswith("Z"):
+        scalar = scalar.cast(pa.timestamp(scalar.type.unit))  # without a zone, it is in UTC
     try:
         return bool(pa.scalar(text).cast(scalar.type) == scalar)
     except pa.ArrowException:

@@ -99,6 +99,9 @@ def test_each_label_gets_a_threshold_to_paste() -> None:
         assert len(kept) > len(rows) / 2
         assert np.mean([right[row] for row in kept]) >= 0.95
     assert "no threshold is sure for ['差']" in "\n".join(_coverage_by_label(result))
+    few = Compared(truth[:40], answers[:40], groups_of(range(40)), confidence.tolist()[:40])
+    (line,) = _coverage_by_label(score_labels(few, labels, [0.95]))
+    assert line.split(maxsplit=2)[2] == "no abstain_below is sure to hold any label to 95%"
 
 
 def test_labels_judged_alone_get_a_threshold_to_paste() -> None:
