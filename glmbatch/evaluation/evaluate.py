@@ -42,9 +42,9 @@ from glmbatch.store.frames import WHERE, as_frame
 from glmbatch.store.parquet import check_column
 from glmbatch.store.types import take_rows
 
-# Beside downloaded checkpoints. The answers may be deleted at any time.
 logger = logging.getLogger(__name__)
 
+# Beside downloaded checkpoints. The answers may be deleted at any time.
 FOLDER = "evaluations"
 PRECISIONS = (0.95,)
 # An evaluation publishes nothing, so nothing holds it up; it looks at all rows.

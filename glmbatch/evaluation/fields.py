@@ -41,12 +41,18 @@ def objects_of(step: ExtractStep, cells: Sequence[Any], where: str) -> list[dict
         found = cell
         with suppress(ValueError):
             found = json.loads(cell) if isinstance(cell, str) else cell
-        if found is not None and (not isinstance(found, dict) or not names & found.keys()):
+        if found is not None and not isinstance(found, dict):
             raise InputError(
-                f"{where} has {shown(repr(cell))} in row {row}, which is no object with any of the "
-                f"fields {some_of(sorted(names))}. Correct it, or name a column for each field."
+                f"{where} has {shown(repr(cell))} in row {row}, which is no object of fields. "
+                "Correct it, or name a column for each field."
             )
         objects.append(found)
+    every = set().union(*filter(None, objects))
+    if every and not every & names:
+        raise InputError(
+            f"{where} has objects with {some_of(sorted(every))}, and the step's fields are "
+            f"{some_of(sorted(names))}. Name another column, or one for each field."
+        )
     return objects
 
 

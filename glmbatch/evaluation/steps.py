@@ -117,7 +117,8 @@ def _warn_of_contradictions(step: AnyStep, truth: Truth, keys: Sequence[bytes]) 
         said: dict[bytes, set[str]] = defaultdict(set)
         for key, value, known in zip(keys, values, truth.known[name], strict=True):
             if known:
-                said[key].add(repr(value))
+                # The order of a list says nothing.
+                said[key].add(repr(sorted(value, key=repr) if isinstance(value, list) else value))
         asked = [key for key, known in zip(keys, truth.known[name], strict=True) if known]
         rows = sum(len(said[key]) > 1 for key in asked)
         if rows:

@@ -294,7 +294,8 @@ def _truth_of_fields(
         if column is not None:
             cells = rows.column(column).to_pylist()
             if column == whole:
-                cells = [each and each.get(field.name, UNSAID) for each in objects]
+                cells = [{} if each is None else each for each in objects]
+                cells = [each.get(field.name, UNSAID) for each in cells]
             said[field.name] = [cell is not UNSAID for cell in cells]
             values[field.name] = values_of(field, cells, f"{flag}: column {column!r}")
     # A null of a nullable field is a truth, unless nothing at all is known of the row. Another

@@ -124,8 +124,8 @@ def _reader(summary: Summary) -> str:
 def _partitioning(output: str) -> str:
     """What pandas must know about the folders of a plain output; empty if it finds that itself.
 
-    It fails if a file has a column of its folders' names too, or if such a column has a null. It
-    takes names that are no columns of the table for some.
+    It fails if a file has a column of its folders' names too, or if such a column has a null. And
+    it would add columns for names in folders that are no columns of the table.
     Raises as `read_manifest` and `open_parquet`.
     """
     manifest = read_manifest(Folder(output).path)

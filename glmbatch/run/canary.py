@@ -6,6 +6,7 @@ right.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ from glmbatch.store.modes import narrow
 from glmbatch.store.parquet import open_parquet, with_constants, write_table
 from glmbatch.store.paths import AnyPath
 from glmbatch.store.types import take_rows, written_field
+
+logger = logging.getLogger(__name__)
 
 # How much a label's score may change without counting: in bfloat16, other batches change it by
 # thousandths.
@@ -93,6 +96,10 @@ def _joined(tables: Sequence[pa.Table]) -> pa.Table:
     """The rows of all `tables`, with the columns that can be one in all of them."""
     names: set[str] = set().union(*(table.column_names for table in tables))
     joined = {name for name in names if _joins(name, tables)}
+    if joined < names:
+        logger.warning(
+            "without column %s, whose types differ between files", some_of(sorted(names - joined))
+        )
     parts = []
     for table in tables:  # files of different days may have different columns
         parts.append(table.select([name for name in table.column_names if name in joined]))

@@ -324,9 +324,11 @@ def reachable(path: Address) -> Iterator[None]:
 
 def check_file(what: str, file: str | os.PathLike[str]) -> None:
     """InputError when a command cannot write the `file` that `what` names, before hours of work."""
-    path = Path(file).expanduser().absolute()
-    above = next(folder for folder in path.parents if folder.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+    path = location(os.fspath(file))
+    if not isinstance(path, Path):
+        return
+    above = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    if os.path.isdir(path) or not os.path.isdir(above) or not os.access(above, os.W_OK):
         raise InputError(f"{what} {file}: no file can be written there. Name another place.")
 
 

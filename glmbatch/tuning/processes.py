@@ -21,7 +21,7 @@ from glmbatch.settings.tuning import TuneConfig
 from glmbatch.store.errors import one_line
 from glmbatch.store.files import writable
 
-# What torch and safetensors say of a full disk.
+# What torch and safetensors say of a full disk, for which they have no class of error.
 DISK_ERRORS = ("No space left", "PytorchStreamWriter failed", "unexpected pos")
 FAILED = "failed.json"  # passes an error of a process to the one that started it
 
@@ -59,9 +59,11 @@ def writable_run(run: Path) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
-        with writable(run, "output"):
-            yield
-    except (RuntimeError, SafetensorError) as error:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in {errno.EROFS, errno.EDQUOT, errno.ENOSPC}:
+            with writable(run, "output"):
+                raise
         if not any(words in str(error) for words in DISK_ERRORS):
             raise
         raise TransientError(

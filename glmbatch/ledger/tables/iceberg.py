@@ -137,9 +137,17 @@ def _only_rewrites(snapshot: Snapshot) -> bool:
 
 def _live_files(table: Table, root: AnyPath) -> dict[str, DataFile]:
     """The files of the current snapshot, by name below `root`; a file elsewhere by its location."""
+    from pyiceberg.manifest import ManifestContent
+
     begin = whole_name(root) + "/"
-    files = (task.file for task in table.scan().plan_files())
-    return {file.file_path.removeprefix(begin): file for file in files}
+    files = {}
+    snapshot = table.current_snapshot()
+    # Not those of a scan, which leaves out files without rows.
+    for manifest in snapshot.manifests(table.io) if snapshot is not None else ():
+        if manifest.content == ManifestContent.DATA:
+            for entry in manifest.fetch_manifest_entry(table.io):
+                files[entry.data_file.file_path.removeprefix(begin)] = entry.data_file
+    return files
 
 
 def _version(table: Table) -> int | None:

@@ -96,8 +96,11 @@ def test_a_null_field_is_a_truth_where_others_are_known() -> None:
 
 
 def test_a_field_that_an_object_lacks_is_not_known() -> None:
-    found = truth(FACTS, {"facts": ['{"stars": null, "good": true}', '{"good": true}']})
+    objects = ['{"stars": null, "good": true}', '{"good": true}']
+    found = truth(FACTS, {"facts": objects})
     assert found is not None
+    empty = truth(FACTS, {"facts": [*objects, "{}", '{"other": 1}']})
+    assert empty is not None and empty.known_rows == [True, True, False, False]
     assert (found.known["stars"], found.known["good"]) == ([True, False], [True, True])
     found = truth(FACTS, {"facts_tags": ['["x", "y"]']})
     assert found is not None and found.values["tags"] == [["x", "y"]]
@@ -119,7 +122,7 @@ def test_a_column_that_prompts_read_is_no_truth_of_a_field() -> None:
             "1.5 in row 0, which is not the integer",
         ),
         (FACTS, {"facts_good": ["maybe"]}, {}, "'maybe' in row 0, which is not the boolean"),
-        (FACTS, {"facts": [None, '{"starz": 3}']}, {}, "in row 1, which is no object with any of"),
+        (FACTS, {"facts": [None, '{"starz": 3}']}, {}, "has objects with .'starz'., and"),
         (
             FACTS,
             {"facts_tags": ["noise, size"]},
@@ -129,7 +132,7 @@ def test_a_column_that_prompts_read_is_no_truth_of_a_field() -> None:
         (FACTS, {"facts": ['{"tags": "x"}']}, {}, "'x' in row 0, which is not the list of text"),
         (FACTS, {"facts_stars": [[3]]}, {}, "in row 0, which is not the integer"),
         (FACTS, {"facts_good": [5]}, {}, "5 in row 0, which is not the boolean"),
-        (FACTS, {"facts": ["no JSON"]}, {}, "'no JSON' in row 0, which is no object with any"),
+        (FACTS, {"facts": ["no JSON"]}, {}, "'no JSON' in row 0, which is no object of fie"),
     ],
 )
 def test_what_cannot_be_a_truth_is_refused(

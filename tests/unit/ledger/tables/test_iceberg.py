@@ -95,6 +95,23 @@ def test_each_run_is_one_snapshot_and_is_never_repeated(
     assert verify(out).findings == ()
 
 
+def test_a_file_without_rows_is_one_of_the_table(
+    write_source: Write, catalog: Catalog, job: Job, out: Path, rows: list[str]
+) -> None:
+    write_source("a.parquet", {"text": rows[:4], "stars": [1, 2, 3, 4]})
+    write_source("b.parquet", {"text": rows[4:8], "stars": [5, 6, 7, 8]})
+    few = {"data__where": "stars < 3"}
+    for _ in range(2):
+        run_job(job(**few))
+        table = catalog.load_table("shop.reviews")
+        assert len(table.snapshots()) == 1, "the second run changes nothing"
+        assert texts(table) == sorted(rows[:2])
+        assert verify(out).findings == ()
+    run_job(job())
+    assert texts(catalog.load_table("shop.reviews")) == sorted(rows[:8])
+    assert verify(out).findings == ()
+
+
 def test_the_next_run_completes_a_killed_publication(
     write_source: Write, catalog: Catalog, job: Job, out: Path, rows: list[str]
 ) -> None:
