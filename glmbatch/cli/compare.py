@@ -63,7 +63,7 @@ def write_differences(path: Path, differences: tuple[DifferingAnswer, ...]) -> N
             values = [None if value is None else _as_text(value) for value in values]
         columns.append(pa.array(values, field.type))
     table = pa.table(columns, SCHEMA)
-    with committed(path) as partial:
+    with committed(path, "--differences") as partial:
         write_table(partial, SCHEMA, iter(table.to_batches()), {})
 
 

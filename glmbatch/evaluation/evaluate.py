@@ -81,7 +81,7 @@ def evaluate(  # noqa: PLR0913 - the options of the command
     calibration of all steps. InputError if no step has a truth, and as for `annotate_table`.
     """
     if calibrate is not None:
-        check_file("--calibrate", calibrate)
+        check_file("--calibrate", os.path.expanduser(calibrate))
     began = time.monotonic()
     settings = measured_settings(job)
     steps, given = settings.steps, truth or {}

@@ -86,7 +86,7 @@ def freeze(output: str | Path, file: str | Path, rows: int) -> int:
         raise InputError(f"{output}: every row has a fault, so there are no answers to freeze.")
     # Without the metadata, because the receipt of an output file would be wrong here.
     schema = frozen.schema.remove_metadata()
-    with committed(file) as partial:
+    with committed(file, "FILE") as partial:
         write_table(partial, schema, iter(frozen.to_batches()), {})
         narrow(partial, [ledger.root / published.output_name for published in manifest.files])
     return len(frozen)

@@ -26,6 +26,7 @@ from glmbatch.store.errors import UNWRITABLE, store_errors
 from glmbatch.store.paths import Address, AnyPath, ObjectPath, ObjectStatus, location, status_opened
 
 PARTIAL = ".partial"
+OUTPUT = "data.output"  # what names most paths that are written
 # Errors that mean: something else has the place of a file or folder.
 BLOCKED = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY})
 DIGEST_CHARS = 32  # a file's name contains this many of its digest's 64 hex digits
@@ -220,7 +221,7 @@ class Digests:
 
 
 @contextmanager
-def partial_beside(address: Address) -> Iterator[Path]:
+def partial_beside(address: Address, setting: str = OUTPUT) -> Iterator[Path]:
     """A path beside the file `address` to write to; deleted at the end if it still exists.
 
     The name starts with a dot, so readers ignore the file. A file for a store is first written to
@@ -233,7 +234,7 @@ def partial_beside(address: Address) -> Iterator[Path]:
         return
     # Unique for this call, because other processes may write the same file.
     partial = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}{PARTIAL}")
-    with writable(path):
+    with writable(path, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
@@ -242,7 +243,7 @@ def partial_beside(address: Address) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def commit(partial: Path, path: AnyPath) -> None:
+def commit(partial: Path, path: AnyPath, setting: str = OUTPUT) -> None:
     """Move the finished file `partial` to `path`, atomically; replaces a file there.
 
     The bytes are on disk before the rename, and the rename before this returns: after a power loss
@@ -250,16 +251,16 @@ def commit(partial: Path, path: AnyPath) -> None:
     when complete. InputError when `path` cannot be written, TransientError when the machine failed.
     """
     sync_for(path, partial)
-    put(partial, path)
+    put(partial, path, setting)
     sync_for(path, path.parent)  # the folder stores the name
 
 
-def put(source: AnyPath, path: AnyPath) -> None:
+def put(source: AnyPath, path: AnyPath, setting: str = OUTPUT) -> None:
     """Give the file `source` the path `path`, or copy it there in a store; replaces a file there.
 
     What `sync_for` writes to the disk survives a power loss.
     """
-    with writable(path):
+    with writable(path, setting):
         if isinstance(path, Path):
             if path.is_dir() and not path.is_symlink():
                 with suppress(OSError):  # removes only an empty folder, so nothing is lost
@@ -284,15 +285,15 @@ def modified(path: AnyPath) -> float:
 
 
 @contextmanager
-def committed(address: Address) -> Iterator[Path]:
+def committed(address: Address, setting: str = OUTPUT) -> Iterator[Path]:
     """A path to write to; committed as the file `address` at the end if the block did not fail.
 
     Turns errors of writing into ours, as `writable` does.
     """
-    with partial_beside(address) as partial:
-        with writable(address):
+    with partial_beside(address, setting) as partial:
+        with writable(address, setting):
             yield partial
-        commit(partial, location(address))
+        commit(partial, location(address), setting)
 
 
 def sync(path: Path) -> None:
@@ -333,7 +334,7 @@ def check_file(what: str, file: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def writable(path: Address, setting: str = "data.output") -> Iterator[None]:
+def writable(path: Address, setting: str = OUTPUT) -> Iterator[None]:
     """Turn the system's errors of writing `path`, which `setting` names, into ours.
 
     InputError if only the caller can fix it, else TransientError, for example for a full disk.
@@ -342,8 +343,7 @@ def writable(path: Address, setting: str = "data.output") -> Iterator[None]:
         with naming(setting):
             yield
     except OSError as error:
-        # Arrow's own text is three lines.
-        reason = str(error) if error.errno is None else os.strerror(error.errno)
+        reason = str(error) if error.errno is None else os.strerror(error.errno)  # Arrow's is long
         if error.errno in UNWRITABLE or isinstance(error, FileExistsError | FileNotFoundError):
             way = "Remove what is in its place, or set" if error.errno in BLOCKED else "Set"
             raise InputError(f"{path}: cannot be written: {reason}. {way} {setting}.") from error

@@ -346,5 +346,5 @@ def write_report(report: Report, run: Path) -> None:
         run / REPORT: report.model_dump_json(indent=1),
     }
     for path, text in texts.items():
-        with committed(path) as partial:
+        with committed(path, "output") as partial:
             partial.write_text(text, encoding="utf-8")

@@ -97,14 +97,14 @@ def train_here(config: TuneConfig, run: Path) -> None:
     asked |= {"writes": True} if config.writes else {}  # no head, whose prompt a job would take
     for folder in (run / CHECKPOINT, run / ADAPTER):
         if folder.is_dir():
-            with committed(folder / PROMPT_FILE) as partial:
+            with committed(folder / PROMPT_FILE, "output") as partial:
                 partial.write_text(json.dumps(asked, ensure_ascii=False, indent=1), "utf-8")
     learned = [*labelled.parts["train"], *labelled.parts["valid"]]
     # Validation rows count as learned: they chose the weights. So do those that the base learned.
     keys = [text_keys(learned), *map(np.load, learned_lists(config.model))]
-    with committed(run / LEARNED) as partial, partial.open("wb") as file:
+    with committed(run / LEARNED, "output") as partial, partial.open("wb") as file:
         np.save(file, np.unique(np.concatenate(keys)))
-    with committed(run / TRAINED) as partial:
+    with committed(run / TRAINED, "output") as partial:
         partial.write_text(trained.model_dump_json(indent=1), encoding="utf-8")
 
 
@@ -244,7 +244,7 @@ def _last_whole(folder: Path) -> Path | None:
         if state.get("best_global_step"):
             # The state names the best checkpoint by path, but the folder may have moved since.
             state["best_model_checkpoint"] = str(folder / f"checkpoint-{state['best_global_step']}")
-            with committed(last / "trainer_state.json") as partial:
+            with committed(last / "trainer_state.json", "output") as partial:
                 partial.write_text(json.dumps(state, indent=2), encoding="utf-8")
         logger.info("resuming from %s", last)
         return last

@@ -95,7 +95,7 @@ class Corrections:
             raise InputError(f"this row was not asked of {step.name}, so nothing can be corrected.")
         labelled = _labelled(published, found, step, truth)
         with self._lock:
-            with writable(self.file):
+            with writable(self.file, "--corrections"):
                 self.file.parent.mkdir(parents=True, exist_ok=True)
             with exclusive(self.file.with_name(".lock")):
                 table = _changed(self._read(), labelled, step, keys, truth, known_as)
@@ -113,7 +113,7 @@ class Corrections:
         return self._table
 
     def _write(self, table: pa.Table, source: Path) -> None:
-        with committed(self.file) as partial:
+        with committed(self.file, "--corrections") as partial:
             write_table(partial, table.schema, iter(table.to_batches()), {})
             # Who may not read the answers, or the corrections so far, may not read these.
             narrow(partial, [source, self.file])

@@ -63,7 +63,7 @@ def write_calibration(
             f"{LEAST_TEXTS} different texts with a truth, an answer and a confidence are needed. "
             "Label more rows, or set confidence: true."
         )
-    with committed(Path(file).expanduser()) as partial:
+    with committed(Path(file).expanduser(), "--calibrate") as partial:
         content = Calibration(steps=fitted).model_dump_json(indent=1)
         partial.write_text(f"{content}\n", encoding="utf-8")
 

@@ -53,12 +53,12 @@ def take_snapshot(address: str, query: str, key: str, file: str) -> Taken:
         cursor.execute(statement)
         reader = cursor.fetch_record_batch()
         schema = pa.schema([_field(field) for field in reader.schema])
-        with partial_beside(file) as partial:
-            with writable(file):
+        with partial_beside(file, "FILE") as partial:
+            with writable(file, "FILE"):
                 rows = write_table(partial, schema, _batches(reader, schema, key), {})
             same = exists(file) and digest_file(file) == digest_file(partial)
             if not same:
-                commit(partial, Folder(file).path)
+                commit(partial, Folder(file).path, "FILE")
     return Taken(file, rows, len(schema), same)
 
 

@@ -59,3 +59,12 @@ def test_a_digest_is_of_the_bytes(tmp_path: Path) -> None:
     assert digest_file(tmp_path / "a") == digest_file(tmp_path / "b")
     os.truncate(tmp_path / "b", 0)
     assert digest_file(tmp_path / "a") != digest_file(tmp_path / "b")
+
+
+def test_what_cannot_be_written_is_named_as_the_user_names_it(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    path = tmp_path / "a" / "b.json"
+    for setting in ("data.output", "--corrections"):
+        refused = pytest.raises(InputError, match=rf"cannot be .* Remove .*, or set {setting}\.")
+        with refused, committed(path, setting) as partial:
+            partial.write_text("")
